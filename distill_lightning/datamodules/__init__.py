@@ -1,0 +1,14 @@
+"""One file per kind of data; each yields `distill_lightning.Batch`."""
+
+from distill_lightning.datamodules.digits import DigitsDataModule
+from distill_lightning.datamodules.fashion_mnist import FashionMNISTDataModule
+from distill_lightning.datamodules.in_memory import Images, ImageTensors, InMemoryImageDataModule, ViewSampler
+
+__all__ = [
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "ImageTensors",
+    "Images",
+    "InMemoryImageDataModule",
+    "ViewSampler",
+]

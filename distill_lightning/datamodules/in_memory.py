@@ -1,0 +1,240 @@
+"""Small image sets: held in memory as bytes, indexed and augmented a whole batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from distill_lightning.batch import Batch
+from distill_lightning.errors import InputError
+from distill_lightning.views import crop_and_flip, uniform_draws
+
+# Order seeds are spread, because the sampler adds the epoch to its seed: neighbours would repeat each other's orders.
+_SEED_STRIDE = 1_000_003
+
+
+class Images(NamedTuple):
+    """Images ``(N, C, H, W)`` as uint8 and their classes ``(N,)`` as int64."""
+
+    images: Tensor
+    targets: Tensor
+
+    def take(self, index: Tensor) -> Images:
+        """The samples at ``index``."""
+        return Images(self.images[index], self.targets[index])
+
+
+class ImageTensors(Dataset[Batch]):
+    """Images in memory; a batch is one indexing operation, and its views depend on nothing but their keys.
+
+    Args:
+        images: the samples.
+        mean: of the pixels, in ``[0, 1]``; views are ``(pixel / 255 - mean) / std`` in float32.
+        std: likewise.
+        seed: of the views.
+        padding: pixels of zeros around the image that a random crop may take in; 0 crops nothing.
+        flip: whether half of the views are mirrored.
+    """
+
+    def __init__(
+        self, images: Images, *, mean: float, std: float, seed: int = 0, padding: int = 0, flip: bool = False
+    ) -> None:
+        self.images, self.targets = images
+        self.mean, self.std = mean, std
+        self.seed, self.padding, self.flip = seed, padding, flip
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        """One sample: a batch without its first dimension."""
+        return Batch(*(None if part is None else part[0] for part in self.__getitems__([key])))  # type: ignore[arg-type]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        """The batch of these ``(index, view)`` pairs; PyTorch's loader asks for a whole batch at once."""
+        index, view = torch.tensor(keys, dtype=torch.long).reshape(-1, 2).unbind(dim=1)
+        images = self.images[index]
+        if self.padding or self.flip:
+            draws = uniform_draws(self.seed, index, view, 3)
+            images = crop_and_flip(images, draws, padding=self.padding, flip=self.flip)
+        inputs = images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        return Batch(inputs, self.targets[index], index, view)
+
+
+class ViewSampler(DistributedSampler[Any]):
+    """Yields ``(index, view)`` pairs: epoch ``e`` reads view ``e``, or ``e mod views``.
+
+    The order is a function of the seed and the epoch, so a resumed run goes on as the uninterrupted one would have. As
+    a `DistributedSampler` it gives every process its own share, and Lightning sets its epoch and leaves it in place.
+
+    Args:
+        dataset: its length counts.
+        views: number of different views; ``None``: a new one every epoch; 1: always view 0.
+        shuffle: whether the order is drawn; otherwise ascending.
+        seed: of the order.
+        num_replicas: processes.
+        rank: this process.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        views: int | None,
+        shuffle: bool,
+        seed: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(
+            dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed * _SEED_STRIDE, drop_last=False
+        )
+        self.views = views
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        view = self.epoch if self.views is None else self.epoch % self.views
+        return ((index, view) for index in super().__iter__())
+
+
+class InMemoryImageDataModule(pl.LightningDataModule):
+    """Base of the small image sets: reads once, splits by seed, yields `Batch`.
+
+    A subclass sets ``num_classes``, ``input_shape``, ``class_names``, ``mean`` and ``std``, and defines `read`. The
+    test images are never part of training or validation.
+
+    Args:
+        subset: number of training images, drawn by ``seed``; smaller subsets are part of larger ones; ``None``: all.
+        val_size: number of validation images, drawn by ``seed`` from the training files.
+        test_size: number of test images, the first ones; ``None``: all.
+        batch_size: samples per batch and process.
+        padding: pixels of zeros around a training image that its random crop may take in; 0 crops nothing.
+        flip: whether half of the training views are mirrored.
+        views: number of different views of a training image; ``None``: a new one every epoch.
+        seed: of the split and of the views.
+        order_seed: of the order of the training images; ``None``: ``seed``.
+        num_workers: worker processes of the loaders; a batch is so cheap that 0 is usually fastest.
+
+    Raises:
+        InputError: a size that is not positive, or, from `setup`, one that is larger than the data.
+    """
+
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    mean: float
+    std: float
+
+    def __init__(
+        self,
+        *,
+        subset: int | None = None,
+        val_size: int,
+        test_size: int | None = None,
+        batch_size: int = 64,
+        padding: int = 2,
+        flip: bool = False,
+        views: int | None = None,
+        seed: int = 0,
+        order_seed: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "subset": subset,
+            "val_size": val_size,
+            "test_size": test_size,
+            "batch_size": batch_size,
+            "views": views,
+        }
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise InputError(f"{name} must be at least 1, got {size}: the split or batch would be empty")
+        if padding < 0 or num_workers < 0:
+            raise InputError(f"padding and num_workers cannot be negative, got {padding} and {num_workers}")
+        self.subset, self.val_size, self.test_size = subset, val_size, test_size
+        self.batch_size, self.padding, self.flip, self.views = batch_size, padding, flip, views
+        self.seed, self.order_seed = seed, order_seed
+        self.num_workers = num_workers
+        self._splits: dict[str, Images] = {}
+
+    def read(self) -> tuple[Images, Images]:
+        """The images for training and validation, and those for test."""
+        raise NotImplementedError(f"{type(self).__name__} must define read()")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the files and split them; a second call does nothing."""
+        if self._splits:
+            return
+        rest, test = self.read()
+        name = type(self).__name__
+        available = len(rest.targets) - self.val_size
+        if available < 1:
+            raise InputError(f"{name}: val_size={self.val_size} leaves none of {len(rest.targets)} images to train on")
+        if self.subset is not None and self.subset > available:
+            raise InputError(
+                f"{name}: subset={self.subset} is larger than the {available} training images that "
+                f"val_size={self.val_size} leaves"
+            )
+        if self.test_size is not None and self.test_size > len(test.targets):
+            raise InputError(f"{name}: test_size={self.test_size} is larger than the {len(test.targets)} test images")
+        order = torch.randperm(len(rest.targets), generator=torch.Generator().manual_seed(self.seed))
+        val, train = order[: self.val_size], order[self.val_size :][: self.subset]
+        self._splits = {
+            "train": rest.take(train),
+            "val": rest.take(val),
+            "test": test.take(torch.arange(self.test_size or len(test.targets))),
+        }
+
+    def dataset(self, split: str, *, augment: bool = False) -> ImageTensors:
+        """One split, ``"train"``, ``"val"`` or ``"test"``; without ``augment`` every view is the plain image."""
+        self.setup()
+        return ImageTensors(
+            self._splits[split],
+            mean=self.mean,
+            std=self.std,
+            seed=self.seed,
+            padding=self.padding if augment else 0,
+            flip=self.flip and augment,
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Augmented, shuffled."""
+        seed = self.seed if self.order_seed is None else self.order_seed
+        return self._loader(self.dataset("train", augment=True), views=self.views, shuffle=True, seed=seed)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Plain images in order."""
+        return self._loader(self.dataset("val"))
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Plain images in order."""
+        return self._loader(self.dataset("test"))
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """The test images."""
+        return self.test_dataloader()
+
+    def _loader(
+        self, dataset: ImageTensors, *, views: int | None = 1, shuffle: bool = False, seed: int = 0
+    ) -> DataLoader[Batch]:
+        world = (
+            {} if self.trainer is None else {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+        )
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=ViewSampler(dataset, views=views, shuffle=shuffle, seed=seed, **world),
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+def _as_it_is(batch: Any) -> Any:
+    """The data set has made the batch; there is nothing left to collate."""
+    return batch

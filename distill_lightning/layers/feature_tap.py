@@ -1,0 +1,181 @@
+"""Reading a network's inner features without editing the network."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_lightning.errors import InputError
+
+
+class FeatureTap:
+    """Runs a network and returns its output together with the outputs of some inner modules.
+
+    ::
+
+        tap = FeatureTap(network, "layer4")
+        logits, features = tap(images)          # features["layer4"]: (N, C, H, W)
+
+    The hooks are registered once, here, on the network itself. So they fire under DDP (which wraps it later) and under
+    an in-place ``network.compile()`` called later; they keep nothing during any other forward of the network.
+
+    Args:
+        network: any module.
+        layers: dotted module paths as in ``network.named_modules()``; each may be a glob (``"layer*.1.conv?"``).
+
+    Raises:
+        InputError: a path that matches no module (near names are listed), and on a call: a tapped module that did not
+            run, ran twice, or returned no tensor.
+    """
+
+    def __init__(self, network: nn.Module, layers: str | Sequence[str]) -> None:
+        self.network = network
+        self.layers = resolve_layers(network, layers)
+        self._recording = False
+        self._features: dict[str, list[Any]] = {}
+        self._handles = [
+            network.get_submodule(name).register_forward_hook(partial(self._keep, name)) for name in self.layers
+        ]
+
+    def __repr__(self) -> str:
+        return f"FeatureTap({type(self.network).__name__}, {self.layers})"
+
+    def __call__(self, *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
+        """Run the network once: its output, and the tapped features by path."""
+        if getattr(self.network, "_compiled_call_impl", None) is not None:
+            # Compiled code is reused for any module of the same shape, hooks or not, unless hooks are guarded too.
+            torch._dynamo.config.skip_nnmodule_hook_guards = False  # noqa: SLF001
+        self._features = {name: [] for name in self.layers}
+        self._recording = True
+        try:
+            output = self.network(*inputs)
+            return output, {name: self._only(name) for name in self.layers}
+        finally:
+            self._recording = False
+            self._features = {}
+
+    @torch.no_grad()
+    def shapes(self, input_shape: Sequence[int]) -> tuple[torch.Size, dict[str, torch.Size]]:
+        """Shapes of the output and of the features for one input of ``input_shape`` (without the batch), all zeros.
+
+        The network is run once, in eval mode, and left as it was.
+
+        Raises:
+            InputError: a later in-place operation (``ReLU(inplace=True)``, say) overwrites a tapped feature.
+        """
+        versions: dict[str, int] = {}
+        watches = [
+            self.network.get_submodule(name).register_forward_hook(
+                lambda _module, _inputs, output, name=name: versions.update({name: _version(output)})
+            )
+            for name in self.layers
+        ]
+        try:
+            output, features = dry_forward(self.network, input_shape, run=self)
+        finally:
+            for watch in watches:
+                watch.remove()
+        for name, feature in features.items():
+            if _version(feature) != versions[name]:
+                raise InputError(
+                    f"{type(self.network).__name__}: the output of {name!r} is overwritten in place by a later module; "
+                    "tap that later module instead"
+                )
+        return output.shape, {name: feature.shape for name, feature in features.items()}
+
+    def remove(self) -> None:
+        """Take the hooks off the network."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._recording:
+            self._features[name].append(output)
+
+    def _only(self, name: str) -> Tensor:
+        outputs = self._features[name]
+        if len(outputs) != 1:
+            times = "did not run" if not outputs else f"ran {len(outputs)} times"
+            raise InputError(
+                f"{type(self.network).__name__}: the tapped layer {name!r} {times} in a forward; "
+                "tap a layer that runs once"
+            )
+        if not isinstance(outputs[0], Tensor):
+            raise InputError(
+                f"{type(self.network).__name__}: the tapped layer {name!r} returns {type(outputs[0]).__name__}, "
+                "not a tensor; tap a layer that returns one tensor"
+            )
+        return outputs[0]
+
+
+def _version(output: Any) -> int:
+    """How often a tensor was written in place."""
+    version: int = getattr(output, "_version", 0)
+    return version
+
+
+@torch.no_grad()
+def dry_forward(network: nn.Module, input_shape: Sequence[int], *, run: Callable[[Tensor], Any] | None = None) -> Any:
+    """Run ``network`` once on a single all-zero input of ``input_shape`` (without the batch), and leave it as it was.
+
+    Args:
+        network: run in eval mode; its modules' modes and buffers do not change.
+        input_shape: for example ``(C, H, W)``.
+        run: what to call instead of the network itself.
+
+    Raises:
+        InputError: the network does not take such an input.
+    """
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    example = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(1))
+    inputs = torch.zeros((1, *input_shape), dtype=example.dtype, device=example.device)
+    try:
+        output = (run or network)(inputs)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{type(network).__name__} does not take an input of shape {tuple(input_shape)} ({reason}); "
+            "give input_shape=(C, H, W) of your images, or a network with matching in_channels"
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return output
+
+
+def resolve_layers(network: nn.Module, layers: str | Sequence[str]) -> tuple[str, ...]:
+    """Dotted paths that ``layers`` name in ``network``; globs are expanded in the network's order.
+
+    Raises:
+        InputError: a path or glob that matches nothing; the message lists near names.
+    """
+    names = [name for name, _ in network.named_modules() if name]
+    found: dict[str, None] = {}
+    for layer in [layers] if isinstance(layers, str) else layers:
+        matches = [layer] if layer in names else [name for name in names if fnmatchcase(name, layer)]
+        if not matches:
+            near = difflib.get_close_matches(layer, names, n=5, cutoff=0.4) or names[:5]
+            raise InputError(f"{type(network).__name__} has no layer {layer!r}; near names: {', '.join(near)}")
+        found.update(dict.fromkeys(matches))
+    return tuple(found)
+
+
+def resolve_layer(network: nn.Module, layer: str) -> str:
+    """The one dotted path that ``layer`` names in ``network``.
+
+    Raises:
+        InputError: it names none, or more than one.
+    """
+    matches = resolve_layers(network, layer)
+    if len(matches) > 1:
+        raise InputError(
+            f"{type(network).__name__}: {layer!r} names {len(matches)} layers ({', '.join(matches[:5])}); name one"
+        )
+    return matches[0]

@@ -1,0 +1,293 @@
+"""The base of every method: one student, named loss terms, and discipline about what is frozen."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import pytorch_lightning as pl
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torchmetrics import MetricCollection
+
+from distill_lightning.batch import Batch
+from distill_lightning.errors import InputError
+from distill_lightning.layers import TeacherEnsemble, check_classes, dry_forward, fingerprint
+from distill_lightning.metrics import classification_metrics
+from distill_lightning.networks import build_from, check_architecture, recipe_of
+from distill_lightning.schedules import OneCycle
+
+OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]  # jsonargparse needs the bare Iterable
+LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+
+
+def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
+    """SGD with the settings of the papers' CIFAR experiments."""
+    return SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+class DistillationModule(pl.LightningModule):
+    r"""A student and a loss that is a weighted sum of named terms, :math:`L = \sum_t w_t L_t`.
+
+    A method overrides `terms` and `weights`, and nothing else::
+
+        class LogitRegression(DistillationModule):
+            frozen = ("teachers",)
+
+            def __init__(self, student, teachers, *, num_classes, beta=1.0):
+                super().__init__(student, num_classes=num_classes)
+                self.teachers = TeacherEnsemble.of(teachers)
+                self.beta = beta
+
+            def terms(self, batch):
+                logits = self.student(batch.input)
+                teacher = self.teachers.logits(batch.input).mean(dim=0)
+                return {"ce": F.cross_entropy(logits, batch.target), "mse": F.mse_loss(logits, teacher)}
+
+            def weights(self):
+                return {"ce": 1.0, "mse": self.beta}
+
+    This class does the rest. In training it logs ``train/loss``, ``train/<term>`` (unweighted) and, where there are
+    several, ``train/<term>_share`` (weighted, as a part of the loss). In validation and test it logs the student's
+    metrics under ``val/`` and ``test/``. The submodules named in ``frozen`` stay in eval mode, out of the optimiser and
+    out of the checkpoint, which holds how they were built and a fingerprint of their weights instead.
+
+    Args:
+        student: the network that learns; maps ``(N, ...)`` to logits ``(N, K)``.
+        num_classes: ``K``.
+        input_shape: shape of one input, ``(C, H, W)``; with it, networks are checked here and not at the first batch.
+        optimizer: makes the optimiser from the trainable parameters; `default_optimizer` without.
+        lr_scheduler: makes the schedule from the optimiser. It is stepped after every epoch, `OneCycle` after every
+            batch; `ReduceLROnPlateau` watches ``val/nll``.
+        metrics: of the student's output and the target; ``classification_metrics(num_classes)`` without.
+
+    Raises:
+        InputError: the student does not give ``num_classes`` logits for an input of ``input_shape``.
+    """
+
+    ignore_hparams: ClassVar[tuple[str, ...]] = ("student", "teachers", "optimizer", "lr_scheduler", "metrics")
+    frozen: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        student: nn.Module,
+        *,
+        num_classes: int,
+        input_shape: Sequence[int] | None = None,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        metrics: MetricCollection | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=list(self.ignore_hparams))
+        if num_classes < 2:
+            raise InputError(f"num_classes must be at least 2, got {num_classes}")
+        if input_shape is not None:
+            check_classes("student", student, dry_forward(student, input_shape).shape, num_classes)
+        self.student = student
+        self.num_classes = num_classes
+        self.input_shape = None if input_shape is None else tuple(input_shape)
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        metrics = metrics or classification_metrics(num_classes)
+        self.val_metrics = metrics.clone(prefix="val/")
+        self.test_metrics = metrics.clone(prefix="test/")
+        self._fingerprints: dict[str, str] = {}
+
+    # What a method fills in
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        """The unweighted loss terms of a batch, scalars by name, in the paper's order."""
+        raise NotImplementedError(f"{type(self).__name__} must define terms(batch)")
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each term; 0 for a term that is only logged. A function of progress where the paper has one."""
+        raise NotImplementedError(f"{type(self).__name__} must define weights()")
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimiser gets: every trainable parameter, in one group unless a method says otherwise."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    # Training and evaluation
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The student's output for ``inputs``."""
+        output: Tensor = self.student(inputs)
+        return output
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Weigh, sum and log the terms of a batch."""
+        batch = Batch.of(batch)
+        terms, weights = self.terms(batch), self.weights()
+        if terms.keys() != weights.keys():
+            raise KeyError(f"terms() gave {sorted(terms)}, weights() gave {sorted(weights)}: they must name the same")
+        weighted = {name: weights[name] * term for name, term in terms.items()}
+        loss = torch.stack(list(weighted.values())).sum()
+        logs = {"loss": loss, **terms}
+        if len(terms) > 1:
+            logs |= {f"{name}_share": weighted[name] / loss for name in terms if weights[name] != 0}
+        self.log_dict(
+            {f"train/{name}": value.detach() for name, value in logs.items()},
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=len(batch.target),
+        )
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to the metrics under ``val/``."""
+        self._evaluate(Batch.of(batch), self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to the metrics under ``test/``."""
+        self._evaluate(Batch.of(batch), self.test_metrics)
+
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        """The student's output for a batch, or for a tensor of inputs."""
+        return self.forward(batch if isinstance(batch, Tensor) else Batch.of(batch).input)
+
+    def _evaluate(self, batch: Batch, metrics: MetricCollection) -> None:
+        metrics.update(self(batch.input), batch.target)
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(batch.target))
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser over `parameter_groups` and, if there is one, its schedule."""
+        optimizer = self.optimizer(self.parameter_groups())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
+        if isinstance(scheduler, OneCycle):
+            config["interval"] = "step"
+            scheduler.total_steps = scheduler.total_steps or self._total_steps()
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config["monitor"] = "val/nll"
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _total_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise InputError("OneCycle needs the length of the training: give the Trainer max_epochs or max_steps")
+        return int(steps)
+
+    # What is frozen, and what a checkpoint holds
+
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002  (nn.Module's signature)
+        """Set the mode of everything but the frozen submodules, which stay in eval mode."""
+        super().train(mode)
+        for name in self.frozen:
+            getattr(self, name).eval()
+        return self
+
+    def on_fit_start(self) -> None:
+        """A module that enters ``fit`` in eval mode would train in it; the student must not."""
+        self.train()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen weights out; note how every network was built instead, and what the frozen ones weigh."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if not self._is_frozen(name)}
+        checkpoint["fingerprints"] = self._frozen_fingerprints()
+        checkpoint["recipes"] = {"student": recipe_of(self.student)}
+        teachers = getattr(self, "teachers", None)
+        if isinstance(teachers, TeacherEnsemble):
+            checkpoint["recipes"]["teachers"] = {
+                "networks": [recipe_of(network) for network in teachers],
+                "weights": teachers.weights,
+                "combine": teachers.combine,
+            }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the live frozen weights back, so that loading stays strict.
+
+        Raises:
+            InputError: the checkpoint is of another architecture.
+        """
+        live = {name: value for name, value in self.state_dict().items() if self._is_frozen(name)}
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **live}
+        check_architecture(self, checkpoint["state_dict"], source="what is being loaded")
+        fingerprints = self._frozen_fingerprints()
+        for name, known in checkpoint.get("fingerprints", {}).items():
+            if fingerprints.get(name) != known:
+                warnings.warn(
+                    f"{name}: the weights are not those that this checkpoint was trained with; predictions are not "
+                    f"touched, but training on would follow other {name}",
+                    stacklevel=2,
+                )
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's is a restricted classmethod with more arguments
+        cls, checkpoint_path: str | Path, map_location: str | torch.device = "cpu", **overrides: Any
+    ) -> Self:
+        """Build the module of a checkpoint, its networks included where this package's factories made them.
+
+        Only tensors and plain values are read, never pickled code.
+
+        Args:
+            checkpoint_path: a checkpoint of this class.
+            map_location: the device that the module is put on.
+            overrides: constructor arguments that replace what the checkpoint holds. A network that was built elsewhere
+                must be given (``student=...``, ``teachers=...``); an optimiser too, if the training is to go on.
+
+        Raises:
+            InputError: the checkpoint is of another architecture, or cannot tell how a network was built.
+        """
+        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        accepted = inspect.signature(cls).parameters
+        known = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in accepted}
+        recipes = {name: recipe for name, recipe in checkpoint["recipes"].items() if name not in overrides}
+        module = cls(**{**known, **{name: _rebuild(name, recipe) for name, recipe in recipes.items()}, **overrides})
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        return module.to(map_location)
+
+    def export_student(self, path: str | Path) -> Path:
+        """Write the plain student's state dict; a freshly built network of its kind loads it with ``strict=True``.
+
+        Args:
+            path: ``.safetensors``, or ``.pt`` / ``.pth`` for `torch.save`.
+
+        Returns:
+            The path.
+
+        Raises:
+            InputError: another suffix.
+        """
+        path = Path(path)
+        if path.suffix not in (".safetensors", ".pt", ".pth"):
+            raise InputError(f"export_student writes .safetensors, .pt or .pth, got {path.name!r}")
+        # Clones, because safetensors refuses tied weights, and torch.save would write a view's whole storage.
+        state = {name: value.detach().cpu().clone().contiguous() for name, value in self.student.state_dict().items()}
+        if path.suffix == ".safetensors":
+            save_file(state, path)
+        else:
+            torch.save(state, path)
+        return path
+
+    def _is_frozen(self, name: str) -> bool:
+        return name.startswith(tuple(f"{frozen}." for frozen in self.frozen))
+
+    def _frozen_fingerprints(self) -> dict[str, str]:
+        for name in self.frozen:
+            if name not in self._fingerprints:
+                self._fingerprints[name] = fingerprint(getattr(self, name))
+        return dict(self._fingerprints)
+
+
+def _rebuild(name: str, recipe: dict[str, Any] | None) -> nn.Module:
+    ensemble = recipe if recipe is not None and "networks" in recipe else None
+    networks = []
+    for part in [recipe] if ensemble is None else ensemble["networks"]:
+        if part is None:
+            raise InputError(f"the checkpoint cannot tell how {name} was built: load_from_checkpoint(path, {name}=...)")
+        networks.append(build_from(part))
+    if ensemble is None:
+        return networks[0]
+    return TeacherEnsemble(networks, weights=ensemble["weights"], combine=ensemble["combine"])

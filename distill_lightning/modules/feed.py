@@ -1,0 +1,293 @@
+"""FEED: feature-level ensemble distillation, teachers in parallel."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MetricCollection
+
+from distill_lightning import functional
+from distill_lightning.batch import Batch
+from distill_lightning.errors import InputError
+from distill_lightning.layers import (
+    FeatureTap,
+    Paraphraser,
+    TeacherEnsemble,
+    Translator,
+    check_classes,
+    freeze,
+    resolve_layer,
+)
+from distill_lightning.modules.base import (
+    DistillationModule,
+    LRSchedulerCallable,
+    OptimizerCallable,
+    default_optimizer,
+)
+from distill_lightning.networks import likely_input_shape
+
+TransformName = Literal["conv3", "conv1x1", "linear", "none"]
+TransformFactory = Callable[[int, int], nn.Module]
+_MANY_PARAMETERS = 50_000_000
+
+
+class FEEDModule(DistillationModule):
+    r"""Parallel FEED: one trainable non-linear translator per teacher carries each teacher's feature map.
+
+    .. math:: L = \mathrm{CE}(s, y) + \beta \sum_{m=1}^{M} w_m L_m, \qquad
+        L_m = \frac{1}{N D_m} \sum_{i,d} \left| u(T_m(F_S))_{id} - u(F_m)_{id} \right|^p
+
+    with the student's feature map ``F_S`` ``(N, C_S, H, W)``, teacher ``m``'s feature map ``F_m`` ``(N, C_m, H, W)``,
+    the translator ``T_m`` from ``C_S`` to ``C_m`` channels, and ``u`` the division of a sample by its L2 norm over all
+    ``D_m = C_m * H * W`` entries. All networks see the same images. The student and every translator learn together;
+    the translators are no part of the student and cost nothing afterwards.
+
+    Logged: ``train/ce``, ``train/feed`` (the unweighted sum over teachers), ``train/feed_share`` (its part of the loss:
+    near 0 or 1 means that ``beta`` is off) and ``train/feed_teacher_<m>``.
+
+    ``beta`` belongs to ``reduction="mean"`` and to the size of the feature map: each ``L_m`` is about
+    ``0.8 / sqrt(D_m)`` at the start. 500 is Factor Transfer's value for ``D = 4096``; divide it by ``D`` for
+    ``reduction="sum"``.
+
+    Park, Kwak: *FEED: Feature-level Ensemble for Knowledge Distillation*, https://arxiv.org/abs/1909.10754 (ECAI 2020:
+    *Feature-Level Ensemble Knowledge Distillation for Aggregating Knowledge from Multiple Networks*). The translator
+    and the default ``beta`` are those of the same group's Factor Transfer, https://arxiv.org/abs/1802.04977.
+
+    ::
+
+        model:
+          class_path: FEEDModule
+          init_args:
+            student: {class_path: SmallResNet, init_args: {width: 8}}
+            teachers:
+              - class_path: distill_lightning.Pretrained
+                init_args: {network: {class_path: SmallResNet, init_args: {width: 16}}, checkpoint: teacher.ckpt}
+            student_layer: stage3
+            beta: 100
+
+    Args:
+        student: the network that learns.
+        teachers: a network, several, or a `TeacherEnsemble`; its ``weights`` count for ``kd_weight`` alone.
+        num_classes: ``K``.
+        student_layer: dotted path (or glob) of the student's last feature map: after its last ReLU, before pooling.
+        teacher_layers: the same for the teachers: one for all, or one each; ``None``: as the student's.
+        beta: weight of the feature term.
+        norm_p: ``p``.
+        reduction: of each ``L_m``: ``"mean"`` over samples and entries, ``"sum"`` over entries and mean over samples.
+        teacher_reduction: ``"sum"`` over teachers, or their ``"mean"``, which keeps ``beta`` independent of ``M``.
+        teacher_weights: ``w_m``, used as given; ``None``: all 1.
+        transform: the translators: ``"conv3"`` (three 3x3 convolutions, the paper's), ``"conv1x1"`` (one, with
+            LeakyReLU), ``"linear"`` (one 1x1, nothing else), ``"none"``, or a function ``(C_S, C_m) -> module``.
+        transform_batch_norm: BatchNorm in the ``conv3`` translators.
+        share_transform: one translator for all teachers (an ablation; they must have equal channel counts).
+        normalize: ``u``: ``"sample"``, or per ``"channel"``, or ``"none"``.
+        resize: where spatial sizes differ: ``"none"`` refuses, ``"student"`` brings the translated feature to the
+            teacher's size and ``"teacher"`` the teacher's to the student's (average pooling down, bilinear up).
+        paraphrasers: trained `Paraphraser` networks, one per teacher: the targets become their codes, as in Factor
+            Transfer. Frozen.
+        kd_weight: weight of an additional logit term (``train/kd``), `functional.softened_kl` to the ensemble.
+        temperature: of that term.
+        input_shape: shape of one input, ``(C, H, W)``; without, the first convolution's channels at 32x32. One forward
+            of zeros through every network finds the channel counts.
+        optimizer: makes the optimiser from the trainable parameters.
+        lr_scheduler: makes the schedule from the optimiser.
+        metrics: of the student's output and the target.
+
+    Raises:
+        InputError: a layer that does not exist or does not give one feature map, sizes that do not match, a network
+            with another number of classes, or an option out of range.
+    """
+
+    frozen = ("teachers", "paraphrasers")
+    ignore_hparams = (*DistillationModule.ignore_hparams, "transform", "paraphrasers")
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teachers: nn.Module | Sequence[nn.Module],
+        *,
+        num_classes: int,
+        student_layer: str,
+        teacher_layers: str | Sequence[str] | None = None,
+        beta: float = 500.0,
+        norm_p: float = 1,
+        reduction: Literal["mean", "sum"] = "mean",
+        teacher_reduction: Literal["sum", "mean"] = "sum",
+        teacher_weights: Sequence[float] | None = None,
+        transform: TransformName | TransformFactory = "conv3",
+        transform_batch_norm: bool = False,
+        share_transform: bool = False,
+        normalize: Literal["sample", "channel", "none"] = "sample",
+        resize: Literal["none", "student", "teacher"] = "none",
+        paraphrasers: Sequence[Paraphraser] | None = None,
+        kd_weight: float = 0.0,
+        temperature: float = 4.0,
+        input_shape: Sequence[int] | None = None,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        metrics: MetricCollection | None = None,
+    ) -> None:
+        super().__init__(
+            student,
+            num_classes=num_classes,
+            input_shape=input_shape,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            metrics=metrics,
+        )
+        self.teachers = TeacherEnsemble.of(teachers)
+        self.paraphrasers = freeze(nn.ModuleList(paraphrasers or []))
+        count = len(self.teachers)
+        layers = _one_each(count, "teacher_layers", student_layer if teacher_layers is None else teacher_layers)
+        self.teacher_weights = [float(weight) for weight in _one_each(count, "teacher_weights", teacher_weights or 1.0)]
+        if paraphrasers is not None:
+            _one_each(count, "paraphrasers", paraphrasers)
+        if not norm_p > 0 or not temperature > 0:
+            raise InputError(f"norm_p and temperature must be positive, got {norm_p} and {temperature}")
+        self.beta, self.norm_p, self.kd_weight, self.temperature = beta, norm_p, kd_weight, temperature
+        self.reduction, self.teacher_reduction = reduction, teacher_reduction
+        self.normalize, self.resize = normalize, resize
+
+        self.student_tap = FeatureTap(student, resolve_layer(student, student_layer))
+        self.teacher_taps = [
+            FeatureTap(network, resolve_layer(network, layer))
+            for network, layer in zip(self.teachers, layers, strict=True)
+        ]
+        student_channels, teacher_channels = self._channels(input_shape or likely_input_shape(student), transform)
+        if share_transform and len(set(teacher_channels)) > 1:
+            raise InputError(f"share_transform needs teachers of equal channel counts, got {teacher_channels}")
+        self.translators = nn.ModuleList(
+            _translator(transform, student_channels, channels, batch_norm=transform_batch_norm)
+            for channels in (teacher_channels[:1] if share_transform else teacher_channels)
+        )
+        parameters = sum(parameter.numel() for parameter in self.translators.parameters())
+        if parameters > _MANY_PARAMETERS:
+            warnings.warn(
+                f"FEED's translators have {parameters:,} parameters: transform='conv1x1' has far fewer", stacklevel=2
+            )
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        """The labels' cross entropy, the feature term, and what each teacher has in it."""
+        logits, student_feature = _run(self.student_tap, batch.input)
+        with torch.no_grad():
+            teacher_logits, teacher_features = zip(*(_run(tap, batch.input) for tap in self.teacher_taps), strict=True)
+        distances = [
+            self._distance(number, student_feature, feature) for number, feature in enumerate(teacher_features)
+        ]
+        feed = torch.stack(
+            [weight * distance for weight, distance in zip(self.teacher_weights, distances, strict=True)]
+        ).sum()
+        terms = {"ce": F.cross_entropy(logits, batch.target), "feed": feed}
+        if self.teacher_reduction == "mean":
+            terms["feed"] = feed / len(distances)
+        if self.kd_weight:
+            probs = self.teachers.combined(torch.stack(teacher_logits), temperature=self.temperature)
+            terms["kd"] = functional.softened_kl(logits, probs, temperature=self.temperature, from_logits=False)
+        return terms | {f"feed_teacher_{number}": distance.detach() for number, distance in enumerate(distances)}
+
+    def weights(self) -> dict[str, float]:
+        """One, ``beta`` and ``kd_weight``; the single teachers' distances are only logged."""
+        kd = {"kd": self.kd_weight} if self.kd_weight else {}
+        return {"ce": 1.0, "feed": self.beta, **kd, **{f"feed_teacher_{m}": 0.0 for m in range(len(self.teachers))}}
+
+    def _distance(self, number: int, student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
+        """``L_m`` of teacher ``number``."""
+        translator = self.translators[number if len(self.translators) > 1 else 0]
+        translated = translator(student_feature)
+        if self.paraphrasers:
+            with torch.no_grad():
+                teacher_feature = self._paraphraser(number).encoder(teacher_feature)
+        if translated.shape[2:] != teacher_feature.shape[2:]:
+            self._refuse_or_resize(number, student_feature.shape, teacher_feature.shape)
+            if self.resize == "student":
+                translated = _resized(translated, teacher_feature.shape[2:])
+            else:
+                teacher_feature = _resized(teacher_feature, translated.shape[2:])
+        return functional.factor_distance(
+            translated, teacher_feature, p=self.norm_p, reduction=self.reduction, normalize=self.normalize
+        )
+
+    def _channels(
+        self, input_shape: Sequence[int], transform: TransformName | TransformFactory
+    ) -> tuple[int, list[int]]:
+        """One dry forward through every network: the student's channels, and what each translator must give."""
+        output, features = self.student_tap.shapes(input_shape)
+        student = features[self.student_tap.layers[0]]
+        check_classes("student", self.student_tap.network, output, self.num_classes)
+        channels = []
+        for number, tap in enumerate(self.teacher_taps):
+            output, features = tap.shapes(input_shape)
+            teacher = features[tap.layers[0]]
+            check_classes(f"teacher {number}", tap.network, output, self.num_classes)
+            for who, shape in (("student", student), (f"teacher {number}", teacher)):
+                if len(shape) != 4 and isinstance(transform, str) and transform != "none":
+                    raise InputError(
+                        f"FEED: the {who}'s feature has shape {tuple(shape)}, not (N, C, H, W): "
+                        "tap a convolutional layer, or give a function (C_S, C_T) -> module as transform"
+                    )
+            if student[2:] != teacher[2:]:
+                self._refuse_or_resize(number, student, teacher)
+            channels.append(self._paraphraser(number).factors if self.paraphrasers else _width(teacher))
+        return _width(student), channels
+
+    def _paraphraser(self, number: int) -> Paraphraser:
+        return cast("Paraphraser", self.paraphrasers[number])
+
+    def _refuse_or_resize(self, number: int, student: Sequence[int], teacher: Sequence[int]) -> None:
+        if self.resize == "none" or len(student) != 4 or len(teacher) != 4:
+            raise InputError(
+                f"FEED: the student's {self.student_tap.layers[0]!r} gives {tuple(student[1:])} and teacher {number}'s "
+                f"{self.teacher_taps[number].layers[0]!r} gives {tuple(teacher[1:])}: tap layers of the same spatial "
+                "size, or set resize='student' or 'teacher'"
+            )
+
+
+def _translator(
+    transform: TransformName | TransformFactory, student_channels: int, teacher_channels: int, *, batch_norm: bool
+) -> nn.Module:
+    if not isinstance(transform, str):
+        return transform(student_channels, teacher_channels)
+    if transform == "conv3":
+        return Translator(student_channels, teacher_channels, batch_norm=batch_norm)
+    if transform == "conv1x1":
+        return nn.Sequential(nn.Conv2d(student_channels, teacher_channels, 1), nn.LeakyReLU(0.1))
+    if transform == "linear":
+        return nn.Conv2d(student_channels, teacher_channels, 1)
+    if transform != "none":
+        raise InputError(f"transform must be 'conv3', 'conv1x1', 'linear', 'none' or a function, got {transform!r}")
+    if student_channels != teacher_channels:
+        raise InputError(
+            f"transform='none' compares features as they are, but they have {student_channels} and {teacher_channels} "
+            "channels: choose another transform"
+        )
+    return nn.Identity()
+
+
+def _run(tap: FeatureTap, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    output, features = tap(inputs)
+    return output, features[tap.layers[0]]
+
+
+def _one_each(count: int, name: str, values: Any) -> list[Any]:
+    """One value for all teachers, or a sequence with one value each."""
+    each = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values] * count
+    if len(each) != count:
+        raise InputError(f"FEED: {len(each)} {name} for {count} teachers: give one each")
+    return each
+
+
+def _width(shape: Sequence[int]) -> int:
+    """Channels of a feature: the second dimension of ``(N, C, H, W)``, the last of ``(N, C)`` or ``(N, L, C)``."""
+    return shape[1] if len(shape) == 4 else shape[-1]
+
+
+def _resized(feature: Tensor, size: Sequence[int]) -> Tensor:
+    height, width = size
+    if height <= feature.shape[2] and width <= feature.shape[3]:
+        return F.adaptive_avg_pool2d(feature, (height, width))
+    return F.interpolate(feature, size=(height, width), mode="bilinear", align_corners=False)

@@ -1,0 +1,331 @@
+"""Students and teachers by name, typed so that they can be written in YAML, and networks with weights from a file."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from distill_lightning.errors import InputError
+
+P = ParamSpec("P")
+Recipe = dict[str, Any]
+"""How a network was built, in plain types: ``{"factory": name, "arguments": {...}}``."""
+
+_FACTORIES: dict[str, Callable[..., nn.Module]] = {}
+
+
+def recipe_of(network: nn.Module) -> Recipe | None:
+    """How one of this module's factories built ``network``; ``None`` for a network built elsewhere."""
+    recipe: Recipe | None = network.__dict__.get("_recipe")
+    return recipe
+
+
+def build_from(recipe: Recipe) -> nn.Module:
+    """Build a network again from its recipe, with fresh weights (or the file's, if it was `Pretrained`).
+
+    Only this module's own factories are ever called, whatever the recipe names.
+
+    Raises:
+        InputError: the recipe names no factory of this module.
+    """
+    if recipe.get("factory") not in _FACTORIES:
+        raise InputError(f"no network factory {recipe.get('factory')!r}: known are {', '.join(_FACTORIES)}")
+    arguments = dict(recipe["arguments"])
+    if isinstance(arguments.get("network"), Mapping):
+        arguments["network"] = build_from(arguments["network"])
+    return _FACTORIES[recipe["factory"]](**arguments)
+
+
+def _recorded(factory: Callable[P, nn.Module]) -> Callable[P, nn.Module]:
+    """Have a factory note its recipe on the networks it returns."""
+    name = factory.__name__
+    names = factory.__code__.co_varnames
+
+    @wraps(factory)
+    def recording(*args: P.args, **kwargs: P.kwargs) -> nn.Module:
+        given: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
+        arguments = {key: _plain(value) for key, value in given.items()}
+        network = factory(*args, **kwargs)
+        # A network from elsewhere inside leaves nothing to rebuild from.
+        unknown = any(isinstance(given[key], nn.Module) and value is None for key, value in arguments.items())
+        network.__dict__["_recipe"] = None if unknown else {"factory": name, "arguments": arguments}
+        return network
+
+    _FACTORIES[name] = recording
+    return recording
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, nn.Module):
+        return recipe_of(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and a shortcut; a 1x1 convolution where the shape changes."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels_out)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != channels_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False), nn.BatchNorm2d(channels_out)
+            )
+        self.relu = nn.ReLU()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.relu(self.norm1(self.conv1(inputs)))
+        outputs: Tensor = self.relu(self.norm2(self.conv2(hidden)) + self.shortcut(inputs))
+        return outputs
+
+
+class SmallResNet(nn.Module):
+    """A residual network for small images on a CPU; the family of the demos and the tests.
+
+    A 3x3 stem, then three stages ``stage1`` to ``stage3`` of ``depth`` residual blocks with ``width``, ``2 * width``
+    and ``4 * width`` channels (the second and third stage halve the image), global average pooling and a linear layer
+    ``head``. Width 8 and depth 1 cost about 2 MFLOPs at 28x28. The tap for feature distillation is ``stage3``: after
+    the last ReLU, before pooling.
+
+    Args:
+        num_classes: ``K``.
+        in_channels: channels of the images.
+        width: channels of the first stage.
+        depth: residual blocks in each stage.
+
+    Raises:
+        InputError: a size that is not positive.
+    """
+
+    def __init__(self, num_classes: int, *, in_channels: int = 1, width: int = 8, depth: int = 1) -> None:
+        super().__init__()
+        arguments = {"num_classes": num_classes, "in_channels": in_channels, "width": width, "depth": depth}
+        for name, value in arguments.items():
+            if value < 1:
+                raise InputError(f"SmallResNet: {name} must be at least 1, got {value}")
+        self.__dict__["_recipe"] = {"factory": "SmallResNet", "arguments": arguments}
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        self.stage1 = self._stage(width, width, depth, stride=1)
+        self.stage2 = self._stage(width, 2 * width, depth, stride=2)
+        self.stage3 = self._stage(2 * width, 4 * width, depth, stride=2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(4 * width, num_classes)
+
+    @staticmethod
+    def _stage(channels_in: int, channels_out: int, depth: int, *, stride: int) -> nn.Sequential:
+        first = _Block(channels_in, channels_out, stride)
+        return nn.Sequential(first, *(_Block(channels_out, channels_out, 1) for _ in range(depth - 1)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, K)`` of images ``(N, C, H, W)``."""
+        feature = self.stage3(self.stage2(self.stage1(self.stem(images))))
+        logits: Tensor = self.head(self.pool(feature).flatten(1))
+        return logits
+
+
+_FACTORIES["SmallResNet"] = SmallResNet
+
+
+@_recorded
+def torchvision_network(name: str, *, num_classes: int, in_channels: int = 3) -> nn.Module:
+    """A classification network of torchvision, randomly initialised.
+
+    Args:
+        name: as in ``torchvision.models.list_models()``, for example ``"resnet18"``.
+        num_classes: ``K``.
+        in_channels: channels of the images; other than 3 replaces the first convolution by a new one.
+
+    Raises:
+        InputError: torchvision has no such network.
+    """
+    models = _package("torchvision.models", extra="")
+    if name not in models.list_models(module=models):
+        raise InputError(f"torchvision has no network {name!r}: see torchvision.models.list_models()")
+    network: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
+    return network if in_channels == 3 else _with_input_channels(network, in_channels)
+
+
+@_recorded
+def timm_network(name: str, *, num_classes: int, in_channels: int = 3, pretrained: bool = False) -> nn.Module:
+    """A network of timm.
+
+    Args:
+        name: as in ``timm.list_models()``, for example ``"resnet18"``.
+        num_classes: ``K``.
+        in_channels: channels of the images.
+        pretrained: load timm's weights, which fetches them unless they are cached.
+
+    Raises:
+        InputError: timm is not installed, or has no such network.
+    """
+    timm = _package("timm", extra="timm")
+    if not timm.is_model(name.split(".", maxsplit=1)[0]):
+        raise InputError(f"timm has no network {name!r}: see timm.list_models()")
+    network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels)
+    return network
+
+
+@_recorded
+def pytorchcv_network(
+    name: str, *, num_classes: int, in_channels: int = 3, image_size: int | None = None, pretrained: bool = False
+) -> nn.Module:
+    """A network of pytorchcv, which has the CIFAR networks of the papers (``"resnet20_cifar100"`` and so on).
+
+    Args:
+        name: as in pytorchcv's model provider.
+        num_classes: ``K``.
+        in_channels: channels of the images.
+        image_size: rows and columns of the images; ``None`` leaves the network's own (32 for CIFAR, 224 for ImageNet).
+        pretrained: load pytorchcv's weights, which fetches them unless they are cached.
+
+    Raises:
+        InputError: pytorchcv is not installed, or has no such network.
+    """
+    provider = _package("pytorchcv.model_provider", extra="pytorchcv")
+    options: dict[str, Any] = {"pretrained": pretrained, "in_channels": in_channels}
+    if image_size is not None:
+        options["in_size"] = (image_size, image_size)
+    try:
+        network: nn.Module = provider.get_model(name, **options)
+    except ValueError as error:
+        raise InputError(f"pytorchcv has no network {name!r}: see pytorchcv's list of models") from error
+    # The CIFAR networks accept 10 or 100 classes alone; another number gets a new last layer, as for fine-tuning.
+    if network.num_classes != num_classes:
+        if not isinstance(network.output, nn.Linear):
+            raise InputError(f"pytorchcv's {name!r} has {network.num_classes} classes and no last layer to replace")
+        network.output = nn.Linear(network.output.in_features, num_classes)
+        network.num_classes = num_classes  # type: ignore[assignment]  # a plain number, not a parameter
+    return network
+
+
+@_recorded
+def Pretrained(network: nn.Module, checkpoint: str | Path) -> nn.Module:  # noqa: N802  (reads as a class in YAML)
+    """A network with its weights from a file; the same network is returned, so dotted layer paths stay as they are.
+
+    The file is ``.safetensors``, or a PyTorch file that is a plain state dict, has one under ``"state_dict"``, or is a
+    checkpoint of this package (then the student's weights are taken). Only tensors are read: a file that would run
+    code when unpickled is refused.
+
+    Args:
+        network: built like the one that was saved.
+        checkpoint: path of the file.
+
+    Raises:
+        InputError: the file is missing, damaged, unsafe, or holds another architecture's weights.
+    """
+    load_strictly(network, read_weights(Path(checkpoint)), source=str(checkpoint))
+    return network
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The network's state dict in a file, without running any code that the file may carry.
+
+    Raises:
+        InputError: the file is missing, damaged, unsafe, or holds no state dict.
+    """
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}: give the path of a .safetensors, .pt or .ckpt file")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _load_tensors(path)
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} cannot be read as weights ({str(error).splitlines()[0]}): is it complete?") from error
+    weights = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if isinstance(weights, Mapping) and any(name.startswith("student.") for name in weights):
+        weights = {
+            name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")
+        }
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise InputError(f"{path} holds no state dict: save network.state_dict(), or use export_student(path)")
+    return dict(weights)
+
+
+def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
+    """Load every weight and leave none out, or change nothing.
+
+    Raises:
+        InputError: names or shapes differ; the message names the first of them.
+    """
+    check_architecture(network, weights, source=source)
+    network.load_state_dict(dict(weights), strict=True)
+
+
+def check_architecture(network: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
+    """Hold a state dict against a network.
+
+    Raises:
+        InputError: names or shapes differ; the message names the first of them.
+    """
+    own = network.state_dict()
+    problems = [f"has no {name!r}" for name in own if name not in weights]
+    problems += [f"has an unknown {name!r}" for name in weights if name not in own]
+    problems += [
+        f"has {name!r} of shape {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
+        raise InputError(
+            f"{source} is a checkpoint of another architecture than {type(network).__name__}: it {problems[0]}{more}; "
+            "build the network with the arguments it was trained with"
+        )
+
+
+def likely_input_shape(network: nn.Module) -> tuple[int, int, int]:
+    """The first convolution's input channels, at 32x32: enough to find the channels of a convolutional feature map.
+
+    Raises:
+        InputError: the network has no two-dimensional convolution to tell from.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            return (module.in_channels, 32, 32)
+    raise InputError(f"{type(network).__name__} has no convolution to tell its input from: give input_shape=(C, H, W)")
+
+
+def _load_tensors(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is refused: it is no plain weights file, and unpickling it could run code; "
+            "save network.state_dict(), or convert it to .safetensors where you trust it"
+        ) from error
+
+
+def _with_input_channels(network: nn.Module, in_channels: int) -> nn.Module:
+    """Replace the first convolution by a new one of the same kind for another number of channels."""
+    name, conv = next((name, child) for name, child in network.named_modules() if isinstance(child, nn.Conv2d))
+    options = ("out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
+    replacement = nn.Conv2d(
+        in_channels, **{option: getattr(conv, option) for option in options}, bias=conv.bias is not None
+    )
+    parent, _, child_name = name.rpartition(".")
+    setattr(network.get_submodule(parent), child_name, replacement)
+    return network
+
+
+def _package(name: str, *, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.split(".", maxsplit=1)[0]:
+            raise
+        raise InputError(
+            f"{error.name} is not installed: pip install 'distill-lightning[{extra or error.name}]'"
+        ) from error
