@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class InputError(ValueError):
     """An argument, key, file or network that cannot be used.
 
     The message is one line that names the offending thing and the way out. The command line prints it and exits with
     status 2; every other exception is a bug and keeps its traceback.
+
+    Args:
+        message: the line.
     """
+
+    latest: ClassVar[str] = ""
+    """The last message. jsonargparse makes text of its own from what a constructor raises inside a union of types; this
+    is how the command line finds the message in it again."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        InputError.latest = message

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -242,8 +241,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"no checkpoint at {path}: give the path of a .safetensors, .pt or .ckpt file")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _load_tensors(path)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} cannot be read as weights ({str(error).splitlines()[0]}): is it complete?") from error
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file makes the readers raise whatever its bytes lead to
+        raise InputError(
+            f"{path} cannot be read as weights ({type(error).__name__}: {error}): is it complete?"
+        ) from error
     weights = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if isinstance(weights, Mapping) and any(name.startswith("student.") for name in weights):
         weights = {

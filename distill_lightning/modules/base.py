@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -194,6 +194,8 @@ class DistillationModule(pl.LightningModule):
         """Leave the frozen weights out; note how every network was built instead, and what the frozen ones weigh."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if not self._is_frozen(name)}
+        # LightningCLI notes the class itself; here it is noted for a module that was made in Python, too.
+        checkpoint["hyper_parameters"].setdefault("_class_path", f"{type(self).__module__}.{type(self).__qualname__}")
         checkpoint["fingerprints"] = self._frozen_fingerprints()
         checkpoint["recipes"] = {"student": recipe_of(self.student)}
         teachers = getattr(self, "teachers", None)
@@ -210,9 +212,7 @@ class DistillationModule(pl.LightningModule):
         Raises:
             InputError: the checkpoint is of another architecture.
         """
-        live = {name: value for name, value in self.state_dict().items() if self._is_frozen(name)}
-        checkpoint["state_dict"] = {**checkpoint["state_dict"], **live}
-        check_architecture(self, checkpoint["state_dict"], source="what is being loaded")
+        checkpoint["state_dict"] = self.check_weights(checkpoint["state_dict"])
         fingerprints = self._frozen_fingerprints()
         for name, known in checkpoint.get("fingerprints", {}).items():
             if fingerprints.get(name) != known:
@@ -221,6 +221,17 @@ class DistillationModule(pl.LightningModule):
                     f"touched, but training on would follow other {name}",
                     stacklevel=2,
                 )
+
+    def check_weights(self, state: Mapping[str, Tensor], *, source: str = "what is being loaded") -> dict[str, Tensor]:
+        """A checkpoint's weights together with the live frozen ones, ready to be loaded strictly.
+
+        Raises:
+            InputError: they are of another architecture than this module; the message begins with ``source``.
+        """
+        live = {name: value for name, value in self.state_dict().items() if self._is_frozen(name)}
+        complete = {**state, **live}
+        check_architecture(self, complete, source=source)
+        return complete
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # Lightning's is a restricted classmethod with more arguments

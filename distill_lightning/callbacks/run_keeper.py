@@ -1,0 +1,66 @@
+"""Keeping a run so that it can be killed at any moment and goes on as if it had not been."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+_SEED_STRIDE = 1_000_003
+
+
+class RunKeeper(pl.callbacks.Checkpoint):
+    """Checkpoints a run after every epoch, keeps its history, and its weights at the best validation epoch.
+
+    Files appear under their names only when they are complete. Every epoch begins with a random state that depends on
+    the seed and the epoch alone, so a resumed run draws what the uninterrupted one would have drawn.
+
+    Args:
+        folder: gets ``last.ckpt`` and ``selected.safetensors``.
+        seed: of the random state.
+        monitor: the metric, higher is better; of equal epochs the first is selected.
+    """
+
+    def __init__(self, folder: str | Path, *, seed: int, monitor: str = "val/accuracy") -> None:
+        self.folder = Path(folder)
+        self.seed = seed
+        self.monitor = monitor
+        self.history: list[dict[str, float]] = []
+        self.selected_epoch = 0
+        self._started = self._trained = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history."""
+        return {"history": self.history, "selected_epoch": self.selected_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the history of the run that goes on."""
+        self.history = list(state_dict["history"])
+        self.selected_epoch = state_dict["selected_epoch"]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set the random state and start the clock."""
+        torch.manual_seed(self.seed * _SEED_STRIDE + trainer.current_epoch)
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Training ends with its last batch; the validation that follows is not counted."""
+        self._trained = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add a line to the history, keep the weights if they are the best so far, and checkpoint."""
+        metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        best = max((line[self.monitor] for line in self.history), default=float("-inf"))
+        epoch = trainer.current_epoch + 1
+        self.history.append({"epoch": epoch, "seconds": self._trained - self._started, **metrics})
+        if metrics[self.monitor] > best:
+            self.selected_epoch = epoch
+            partial = self.folder / "partial.safetensors"
+            pl_module.export_student(partial)  # type: ignore[operator]  # a method of every module with a student
+            partial.replace(self.folder / "selected.safetensors")
+        partial = self.folder / "partial.ckpt"
+        trainer.save_checkpoint(partial)
+        partial.replace(self.folder / "last.ckpt")

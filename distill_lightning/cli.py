@@ -1,0 +1,204 @@
+"""The command line: LightningCLI's verbs for every method, and ``compare``.
+
+Bad input ends in one line on standard error and exit status 2; a traceback is a bug.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jsonargparse import Namespace
+from pytorch_lightning import LightningDataModule
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from distill_lightning import __version__
+from distill_lightning.datamodules import InMemoryImageDataModule
+from distill_lightning.errors import InputError
+from distill_lightning.modules import DistillationModule
+from distill_lightning.networks import read_weights
+
+_TOLD_BY_DATA = ("num_classes", "input_shape")
+_DESCRIPTION = """Train, evaluate and compare the methods of distill_lightning.
+
+Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER]."""
+
+
+class DistillCLI(LightningCLI):
+    """LightningCLI for the package's modules and any LightningDataModule.
+
+    Classes are named by ``class_path``, those of this package by their short names. ``num_classes`` and ``input_shape``
+    are told by the data. Subclass it, or call `distill_lightning.cli.main`.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, *, run: bool = True) -> None:
+        super().__init__(
+            DistillationModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "prog": "distill-lightning",
+                "description": _DESCRIPTION,
+                "version": __version__,
+                "exit_on_error": False,
+                **{verb: {"exit_on_error": False} for verb in ("fit", "validate", "test", "predict")},
+            },
+            args=None if args is None else list(args),
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The data tells the model its classes and the shape of its input."""
+        for name in _TOLD_BY_DATA:
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets a checkpoint's hyper-parameters win over the command line; say which did."""
+        path = self._checkpoint_path()
+        if path is not None:
+            # Read it here once more: a missing, damaged or unsafe file is told before anything is built or written.
+            read_weights(path)
+            self._check_class(path)
+        subcommand = self.config.get("subcommand")
+        before = _model_options(self.config, subcommand)
+        super()._parse_ckpt_path()
+        after = _model_options(self.config, subcommand)
+        for name, value in after.items():
+            if name in before and name not in _TOLD_BY_DATA and before[name] != value:
+                warnings.warn(
+                    f"--ckpt_path: the checkpoint's {name}={value!r} overrides the given {name}={before[name]!r}",
+                    stacklevel=2,
+                )
+
+    def _check_class(self, path: Path) -> None:
+        made_by = (
+            torch.load(path, map_location="cpu", weights_only=True).get("hyper_parameters", {}).get("_class_path", "")
+        )
+        given = self.config[self.config["subcommand"]].get("model.class_path") or ""
+        if made_by and given and made_by.rpartition(".")[2] != given.rpartition(".")[2]:
+            raise InputError(
+                f"{path} is a checkpoint of {made_by.rpartition('.')[2]}, not of {given.rpartition('.')[2]}: "
+                "give the configuration it was trained with"
+            )
+
+    def after_instantiate_classes(self) -> None:
+        """Look at the data and the checkpoint before the Trainer writes anything."""
+        if isinstance(self.datamodule, InMemoryImageDataModule) and self.trainer.world_size == 1:
+            self.datamodule.prepare_data()
+            self.datamodule.setup()
+        path = self._checkpoint_path()
+        if path is not None:
+            self.model.check_weights(
+                torch.load(path, map_location="cpu", weights_only=True)["state_dict"], source=str(path)
+            )
+
+    def _checkpoint_path(self) -> Path | None:
+        subcommand = self.config.get("subcommand")
+        path = self.config[subcommand].get("ckpt_path") if subcommand else None
+        return None if path in (None, "last", "best", "hpc", "registry") else Path(path)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: what follows the program's name; ``None``: the process's own arguments.
+
+    Returns:
+        The exit status: 0, or 2 after bad input.
+    """
+    _quiet_down()
+    try:
+        _run(sys.argv[1:] if args is None else list(args))
+    except (ArgumentError, ValueError) as error:
+        if not isinstance(error, ArgumentError) and _refusal(error) is None:
+            raise
+        print(f"distill-lightning: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments[:1] == ["compare"]:
+        # Imported here, so that the other verbs need not wait for what only this one uses.
+        from distill_lightning.compare.command import run  # noqa: PLC0415
+
+        run(arguments[1:])
+    else:
+        DistillCLI(arguments)
+
+
+def one_line(error: Exception) -> str:
+    """The heart of an error in one line: where, and what is wrong there.
+
+    jsonargparse nests one message in another. The innermost of the chain is the reason; the outermost names the keys
+    and classes on the way to it.
+    """
+    refusal = _refusal(error)
+    if refusal is not None:
+        return " ".join(refusal.split())
+    last = list(_chain(error))[-1]
+    # A KeyError shows its message in quotes.
+    reason = " ".join(str(last.args[0] if isinstance(last, KeyError) and last.args else last).split())
+    keys = dict.fromkeys(re.findall(r'Parser key "([^"]+)"', str(error)))
+    classes = re.findall(r"class_path '([^']+)'", str(error))
+    inside = f" of {classes[-1].rpartition('.')[2]}" if classes else ""
+    where = ".".join(keys) + inside
+    return f"{where}: {reason}" if where else reason
+
+
+def _refusal(error: Exception) -> str | None:
+    """The message of the InputError behind an error, which may have come through jsonargparse; None: there is none."""
+    for link in _chain(error):
+        if isinstance(link, InputError):
+            return str(link)
+    return InputError.latest if InputError.latest and InputError.latest in str(error) else None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _model_options(config: Namespace, subcommand: str | None) -> dict[str, Any]:
+    if not subcommand:
+        return {}
+    options = config[subcommand].get("model.init_args")
+    return dict(cast("Namespace", options).as_dict()) if options else {}
+
+
+def _quiet_down() -> None:
+    """Leave out what Lightning says about things that are meant to be so."""
+    for message in (
+        ".*does not have many workers.*",
+        "Found .* module.* in eval mode at the start of training.*",
+        ".*isinstance.treespec, LeafSpec.. is deprecated.*",
+        ".*instantiate_classes. was deprecated.*",
+        # main(args) passes its arguments on.
+        "LightningCLI's args parameter is intended.*",
+        ".*`tensorboardX` has been removed.*",
+        "The dirpath has changed from .*",
+        "The number of training batches .* is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    torch.set_float32_matmul_precision("high")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""``distill-lightning compare``: teachers, then every method with every seed, one table and its figures."""

@@ -1,0 +1,161 @@
+"""The verb: check everything, train what is missing, write and print the results."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import distill_lightning
+from distill_lightning.compare.config import CompareConfig, Experiment, parse_config
+from distill_lightning.compare.report import LEGEND, Report
+from distill_lightning.compare.runner import Run, execute, plan, test_targets, write_atomically
+from distill_lightning.errors import InputError
+
+_CONFIG_FILE = "compare.yaml"
+
+
+def run(arguments: Sequence[str], *, console: Console | None = None) -> Report:
+    """Run ``distill-lightning compare CONFIG [--key value ...]``.
+
+    Args:
+        arguments: what follows the verb.
+        console: where the progress and the table are shown.
+
+    Returns:
+        The scores that were written.
+
+    Raises:
+        ArgumentError: the configuration cannot be parsed.
+        InputError: it cannot be used, or the output folder belongs to another one.
+    """
+    console = console or Console()
+    if not console.is_terminal:
+        # A log file has no edge to wrap at.
+        console.width = max(console.width, 132)
+    config = parse_config(arguments)
+    folder = Path(config.output)
+    _check_folder(folder, config)
+    experiment = Experiment(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / _CONFIG_FILE, lambda path: path.write_text(yaml.safe_dump(config.as_plain())))
+    runs = plan(experiment, folder)
+    _train(experiment, runs, console)
+    report = Report(runs, test_targets(experiment))
+    paths = report.write(folder, heading=_heading(config, arguments))
+    console.print(_table(report.rows()))
+    console.print(LEGEND, style="dim", highlight=False)
+    console.print("Written:")
+    for path in paths:
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+    return report
+
+
+def _check_folder(folder: Path, config: CompareConfig) -> None:
+    """An output folder goes on with its own configuration alone; only methods and seeds may be added."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output {folder} is a file: give the path of a folder with --output")
+    known = folder / _CONFIG_FILE
+    if not known.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"output folder {folder} holds something else: give an empty or new one with --output")
+        return
+    stored, given = yaml.safe_load(known.read_text()), yaml.safe_load(yaml.safe_dump(config.as_plain()))
+    for key in sorted(stored.keys() | given.keys()):
+        before, now = stored.get(key), given.get(key)
+        if key == "seeds":
+            same = set(before or []) <= set(now)
+        elif key == "methods":
+            same = all(now.get(name) == spec for name, spec in (before or {}).items())
+        else:
+            same = before == now
+        if not same:
+            raise InputError(
+                f"output folder {folder} belongs to another configuration ({key} was {before}): "
+                "give another folder with --output, or remove this one"
+            )
+
+
+def _train(experiment: Experiment, runs: Sequence[Run], console: Console) -> None:
+    teachers = [run for run in runs if run.name.startswith("teacher_")]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs"),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console) as progress:
+        done = sum(run.epochs for run in runs if run.result_file.exists())
+        bar = progress.add_task("compare", total=sum(run.epochs for run in runs), completed=done)
+        for run in runs:
+            if run.result_file.exists():
+                continue
+            progress.update(bar, description=run.title)
+            start = done
+
+            def advance(epoch: int, start: int = start) -> None:
+                progress.update(bar, completed=start + epoch)
+
+            execute(experiment, run, [] if run in teachers else teachers, advance)
+            done += run.epochs
+            progress.update(bar, completed=done)
+            accuracy = 100 * run.result().history[-1]["val/accuracy"]
+            progress.console.print(f"{run.title}: validation accuracy {accuracy:.1f} %", highlight=False)
+
+
+def _heading(config: CompareConfig, arguments: Sequence[str]) -> str:
+    epochs = config.teachers.epochs or config.epochs
+    lines = [
+        "# Comparison",
+        "",
+        f"`distill-lightning compare {shlex.join(arguments)}`",
+        "",
+        f"{datetime.datetime.now(tz=datetime.UTC).date()}; {versions()}.",
+        "",
+        f"Data: {_called(config.data)}. Student: {_called(config.student)}. {config.teachers.number} teachers: "
+        f"{_called(config.teachers.network)}, {epochs} epochs. Every student: {config.epochs} epochs.",
+        "",
+        f"Mean ± standard deviation over {len(config.seeds)} seeds ({', '.join(map(str, config.seeds))}), test images, "
+        "no epoch chosen on them.",
+        "",
+        *(f"- {line}" for line in LEGEND.splitlines()),
+    ]
+    return "\n".join(lines)
+
+
+def versions() -> str:
+    """What the numbers were made with."""
+    return (
+        f"distill_lightning {distill_lightning.__version__}, torch {torch.__version__}, pytorch-lightning "
+        f"{version('pytorch-lightning')}, Python {platform.python_version()}, {torch.get_num_threads()} threads, "
+        f"{platform.machine()}"
+    )
+
+
+def _called(spec: dict[str, Any]) -> str:
+    arguments = ", ".join(f"{name}={value}" for name, value in (spec.get("init_args") or {}).items())
+    return f"{spec['class_path'].rpartition('.')[2]}({arguments})"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Table:
+    header, *body = rows
+    table = Table(box=None, pad_edge=False)
+    for number, title in enumerate(header):
+        table.add_column(title, justify="right" if number else "left", no_wrap=False)
+    for row in body:
+        table.add_row(*row)
+    return table

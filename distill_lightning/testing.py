@@ -1,0 +1,399 @@
+"""For people who write a method: tiny networks and data, and the contract that every module of the package keeps.
+
+::
+
+    def build(student, teachers, num_classes):
+        return MyModule(student, teachers, num_classes=num_classes)
+
+    def test_contract():
+        assert_module_contract(build)
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distill_lightning.batch import Batch
+from distill_lightning.datamodules import Images, InMemoryImageDataModule
+from distill_lightning.modules import DistillationModule
+from distill_lightning.networks import read_weights
+
+
+class TinyNet(nn.Module):
+    """Two convolutions for 8x8 images; ``features`` is the feature map ``(N, 2 * width, 4, 4)`` after the last ReLU.
+
+    Args:
+        num_classes: ``K``.
+        in_channels: channels of the images.
+        width: channels of the first convolution, even.
+        norm: ``"batch"``, or ``"group"``, which treats every sample alone.
+    """
+
+    def __init__(
+        self, num_classes: int = 3, *, in_channels: int = 1, width: int = 4, norm: Literal["batch", "group"] = "batch"
+    ) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width) if norm == "batch" else nn.GroupNorm(2, width),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(2 * width) if norm == "batch" else nn.GroupNorm(2, 2 * width),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(2 * width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, K)`` of images ``(N, C, H, W)``."""
+        logits: Tensor = self.head(self.features(images).mean(dim=(2, 3)))
+        return logits
+
+
+class TinyDataModule(InMemoryImageDataModule):
+    """Seeded 8x8 images, one bright corner region per class in noise; learnable in a few steps.
+
+    Args:
+        num_classes: up to 4.
+        samples: number of training images; there are as many for validation and for test.
+        batch_size: samples per batch and process.
+        views: number of different views of a training image; ``None``: a new one every epoch.
+        seed: of everything.
+    """
+
+    mean = 0.4
+    std = 0.25
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 3,
+        samples: int = 24,
+        batch_size: int = 8,
+        views: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(val_size=samples, batch_size=batch_size, padding=1, views=views, seed=seed)
+        self.num_classes = num_classes
+        self.samples = samples
+        self.input_shape = (1, 8, 8)
+        self.class_names = tuple(str(number) for number in range(num_classes))
+
+    def read(self) -> tuple[Images, Images]:
+        """The generated images."""
+        generator = torch.Generator().manual_seed(self.seed)
+        total = 3 * self.samples
+        targets = torch.arange(total) % self.num_classes
+        pixels = torch.rand(total, 1, 8, 8, generator=generator) * 0.6
+        for image, target in zip(pixels, targets.tolist(), strict=True):
+            row, column = 4 * (target // 2), 4 * (target % 2)
+            image[:, row : row + 4, column : column + 4] += 0.4
+        every = Images((pixels * 255).to(torch.uint8), targets)
+        rest, test = torch.arange(2 * self.samples), torch.arange(2 * self.samples, total)
+        return every.take(rest), every.take(test)
+
+
+class Build(Protocol):
+    """Makes the module under test; must be a function of a module (not a lambda), because processes are spawned."""
+
+    def __call__(self, student: nn.Module, teachers: list[nn.Module], num_classes: int) -> DistillationModule:
+        """A module that trains ``student``, under ``teachers`` where it has any."""
+
+
+Check = Callable[[Build], None]
+CONTRACT: dict[str, Check] = {}
+
+
+def assert_module_contract(build: Build) -> None:
+    """Check every point of `CONTRACT`; the first that a module breaks raises an AssertionError that names it."""
+    for name, check in CONTRACT.items():
+        try:
+            check(build)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def point(check: Check) -> Check:
+    """Add a check to `CONTRACT` under its own name."""
+    CONTRACT[check.__name__] = check
+    return check
+
+
+def tiny_trainer(**options: Any) -> pl.Trainer:
+    """A quiet Trainer on the CPU."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(**(defaults | options))
+
+
+def _require(condition: bool, message: str) -> None:  # noqa: FBT001
+    if not condition:
+        raise AssertionError(message)
+
+
+def _make(
+    build: Build, *, seed: int = 0, num_classes: int = 3, norm: Literal["batch", "group"] = "batch"
+) -> tuple[DistillationModule, list[nn.Module]]:
+    torch.manual_seed(1000)
+    teachers: list[nn.Module] = [TinyNet(num_classes, norm=norm) for _ in range(2)]
+    torch.manual_seed(seed)
+    module = build(TinyNet(num_classes, norm=norm), teachers, num_classes)
+    return module, teachers
+
+
+def _fitted(build: Build, *, seed: int = 0, **options: Any) -> tuple[DistillationModule, pl.Trainer]:
+    module, _ = _make(build, seed=seed)
+    trainer = tiny_trainer(**options)
+    trainer.fit(module, datamodule=TinyDataModule())
+    return module, trainer
+
+
+def _snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def _require_same(first: dict[str, Tensor], second: dict[str, Tensor], message: str) -> None:
+    _require(first.keys() == second.keys(), f"{message}: other tensors {sorted(first.keys() ^ second.keys())}")
+    different = [name for name, value in first.items() if not torch.equal(value, second[name])]
+    _require(not different, f"{message}: {different[:3]} differ")
+
+
+@point
+def frozen_networks_do_not_change(build: Build) -> None:
+    """Parameters and buffers are bitwise what they were, also after the user called ``module.train()``."""
+    module, teachers = _make(build)
+    before = [_snapshot(network) for network in teachers]
+    frozen = {name: _snapshot(getattr(module, name)) for name in module.frozen}
+    module.train()
+    tiny_trainer(max_epochs=2).fit(module, datamodule=TinyDataModule())
+    for number, (network, state) in enumerate(zip(teachers, before, strict=True)):
+        _require_same(state, _snapshot(network), f"teacher {number} changed in fit")
+    for name, state in frozen.items():
+        _require_same(state, _snapshot(getattr(module, name)), f"{name} changed in fit")
+
+
+@point
+def the_optimizer_holds_exactly_what_learns(build: Build) -> None:
+    """Every parameter with ``requires_grad`` once, each with a gradient, no other, nothing frozen."""
+
+    class Gradients(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            missing = [n for n, p in pl_module.named_parameters() if p.requires_grad and p.grad is None]
+            _require(not missing, f"no gradient reaches {missing[:3]}")
+
+    module, trainer = _fitted(build, callbacks=[Gradients()])
+    held = [id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    learning = {id(parameter): name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    _require(len(held) == len(set(held)), "a parameter stands twice in the optimiser")
+    missing = [name for key, name in learning.items() if key not in held]
+    _require(not missing, f"not in the optimiser: {missing[:3]}")
+    _require(set(held) <= set(learning), "the optimiser holds parameters that do not learn")
+    frozen = [name for name in learning.values() if name.split(".")[0] in module.frozen]
+    _require(not frozen, f"frozen, but requires_grad: {frozen[:3]}")
+
+
+@point
+def modes_are_kept(build: Build) -> None:
+    """The student trains in train mode whatever its mode before, frozen networks stay in eval mode."""
+    module, teachers = _make(build)
+    held = [network for network in teachers if any(network is child for child in module.modules())]
+    seen: list[bool] = []
+
+    class Modes(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(all(child.training for child in pl_module.student.modules()))
+            awake = [network for network in held if any(child.training for child in network.modules())]
+            _require(not awake, "a teacher is in train mode while the student trains")
+
+    module.eval()
+    tiny_trainer(callbacks=[Modes()]).fit(module, datamodule=TinyDataModule())
+    _require(bool(seen) and all(seen), "after module.eval(), fit trained the student in eval mode")
+    module.train()
+    for name in module.frozen:
+        _require(not any(child.training for child in getattr(module, name).modules()), f"train() woke {name}")
+
+
+@point
+def a_checkpoint_holds_the_student_and_no_teacher(build: Build) -> None:
+    """It loads with ``weights_only=True``; a missing student key raises."""
+    module, teachers = _make(build)
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=TinyDataModule())
+    places = {value.data_ptr() for network in teachers for value in network.state_dict().values()}
+    theirs = {name for name, value in module.state_dict().items() if value.data_ptr() in places}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "module.ckpt"
+        trainer.save_checkpoint(path)
+        checkpoint = torch.load(path, weights_only=True)
+        kept = sorted(theirs & checkpoint["state_dict"].keys())
+        _require(not kept, f"the checkpoint holds {kept[:3]}")
+        for name, value in module.student.state_dict().items():
+            _require(torch.equal(checkpoint["state_dict"][f"student.{name}"], value), f"student.{name} differs")
+        del checkpoint["state_dict"]["student.head.weight"]
+        torch.save(checkpoint, path)
+        other, _ = _make(build)
+        try:
+            tiny_trainer(max_epochs=2).fit(other, datamodule=TinyDataModule(), ckpt_path=str(path))
+        except (ValueError, RuntimeError) as error:
+            _require("head.weight" in str(error), f"a missing student key is not named: {error}")
+            return
+    raise AssertionError("a checkpoint without student.head.weight was loaded")
+
+
+@point
+def a_resumed_run_equals_the_uninterrupted_one(build: Build) -> None:
+    """Bit for bit: weights, optimiser, whatever else the module keeps."""
+
+    class StopAfterOne(pl.callbacks.Checkpoint):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.save_checkpoint(path)
+            trainer.should_stop = True
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "module.ckpt"
+        whole, whole_trainer = _fitted(build, max_epochs=3)
+        _fitted(build, max_epochs=3, callbacks=[StopAfterOne()], enable_checkpointing=True)
+        # Another seed: everything that matters must come from the checkpoint.
+        resumed, _ = _make(build, seed=7)
+        trainer = tiny_trainer(max_epochs=3)
+        trainer.fit(resumed, datamodule=TinyDataModule(), ckpt_path=str(path))
+    _require(trainer.current_epoch == whole_trainer.current_epoch == 3, "the resumed run did not go on to the end")
+    _require_same(_snapshot(whole), _snapshot(resumed), "after resuming")
+    first, second = (run.optimizers[0].state_dict()["state"] for run in (whole_trainer, trainer))
+    for key, state in first.items():
+        _require_same(
+            {name: value for name, value in state.items() if isinstance(value, Tensor)},
+            {name: value for name, value in second[key].items() if isinstance(value, Tensor)},
+            f"after resuming, the optimiser's state {key}",
+        )
+    for name, value in whole_trainer.callback_metrics.items():
+        _require(torch.equal(value, trainer.callback_metrics[name]), f"after resuming, {name} differs")
+
+
+@point
+def two_seeded_runs_agree(build: Build) -> None:
+    """Bit for bit."""
+    first, second = (_fitted(build, seed=3, max_epochs=2)[0] for _ in range(2))
+    _require_same(_snapshot(first), _snapshot(second), "two runs with one seed")
+
+
+@point
+def the_logged_terms_sum_to_the_loss(build: Build) -> None:
+    """``train/loss`` is the sum of ``train/<term>`` times its weight, and the shares sum to one."""
+    module, trainer = _fitted(build)
+    logged = trainer.callback_metrics
+    total = sum(weight * float(logged[f"train/{name}"]) for name, weight in module.weights().items())
+    loss = float(logged["train/loss"])
+    _require(abs(total - loss) <= 1e-5 * abs(loss), f"the terms sum to {total}, train/loss is {loss}")
+    shares = [float(value) for name, value in logged.items() if name.endswith("_share")]
+    _require(not shares or abs(sum(shares) - 1) < 1e-5, f"the shares sum to {sum(shares)}")
+
+
+@point
+def accumulation_and_clipping_work(build: Build) -> None:
+    """``accumulate_grad_batches`` and ``gradient_clip_val`` are the Trainer's and do what they say."""
+    _, trainer = _fitted(build, accumulate_grad_batches=2, gradient_clip_val=0.1)
+    _require(trainer.global_step == 2, f"3 batches, 2 accumulated: {trainer.global_step} optimiser steps, not 2")
+
+
+@point
+def prediction_is_the_students_alone(build: Build) -> None:
+    """``forward`` and ``predict`` give the student's output and run no teacher."""
+    module, teachers = _make(build)
+    calls: list[str] = []
+    for network in teachers:
+        network.register_forward_hook(lambda *_: calls.append("teacher"))
+    data = TinyDataModule()
+    data.setup()
+    module.eval()
+    inputs = next(iter(data.test_dataloader())).input
+    with torch.no_grad():
+        _require(torch.equal(module(inputs), module.student(inputs)), "forward is not the student's output")
+    outputs = tiny_trainer().predict(module, datamodule=data)
+    with torch.no_grad():
+        expected = [module.student(batch.input) for batch in data.predict_dataloader()]
+    _require(torch.equal(torch.cat(outputs), torch.cat(expected)), "predict is not the student's output")  # type: ignore[arg-type]
+    _require(not calls, "a teacher ran in forward or predict")
+
+
+@point
+def one_sample_and_two_classes_work(build: Build) -> None:
+    """A batch of one and the smallest number of classes."""
+    module, _ = _make(build, num_classes=2)
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=TinyDataModule(num_classes=2, samples=3, batch_size=1))
+    _require(bool(torch.isfinite(trainer.callback_metrics["train/loss"])), "the loss of single samples is not finite")
+
+
+@point
+def a_bf16_step_is_finite(build: Build) -> None:
+    """Under ``precision="bf16-mixed"``."""
+    module, trainer = _fitted(build, precision="bf16-mixed")
+    _require(bool(torch.isfinite(trainer.callback_metrics["train/loss"])), "the loss is not finite")
+    _require(all(bool(torch.isfinite(p).all()) for p in module.parameters()), "a parameter is not finite")
+
+
+@point
+def a_training_step_does_not_wait_for_the_device(build: Build) -> None:
+    """No ``.item()``, no ``bool(tensor)``: nothing that makes the host wait for a result."""
+    found: list[str] = []
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:  # noqa: SLF001
+                found.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    module, _ = _make(build)
+    step = module.training_step
+
+    def watched(batch: Batch, batch_idx: int) -> Tensor:
+        with Watch():  # type: ignore[no-untyped-call]
+            return step(batch, batch_idx)
+
+    module.training_step = watched  # type: ignore[method-assign]
+    tiny_trainer().fit(module, datamodule=TinyDataModule())
+    _require(not found, f"{len(found)} hidden synchronisations in training_step")
+
+
+@point
+def two_processes_equal_one(build: Build) -> None:
+    """Two gloo processes with half of each batch end where one process with whole batches does."""
+    alone, _ = _make(build, norm="group")
+    together = copy.deepcopy(alone)
+    tiny_trainer(max_epochs=2).fit(alone, datamodule=TinyDataModule(batch_size=8))
+    trainer = tiny_trainer(max_epochs=2, devices=2, strategy="ddp_spawn")
+    trainer.fit(together, datamodule=TinyDataModule(batch_size=4))
+    for name, value in alone.state_dict().items():
+        other = together.state_dict()[name]
+        close = torch.allclose(value.double(), other.double(), rtol=1e-4, atol=1e-5)
+        _require(close, f"two processes end elsewhere than one: {name} by {(value - other).abs().max()}")
+
+
+@point
+def an_exported_student_is_a_plain_network(build: Build) -> None:
+    """The file loads with ``strict=True`` into a freshly built network, which gives the same logits."""
+    module, _ = _fitted(build)
+    inputs = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    module.eval()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("student.safetensors", "student.pt"):
+            plain = TinyNet(3)
+            plain.load_state_dict(read_weights(module.export_student(Path(folder) / name)), strict=True)
+            with torch.no_grad():
+                _require(torch.equal(plain.eval()(inputs), module(inputs)), f"{name}: the logits differ")

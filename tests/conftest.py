@@ -1,0 +1,15 @@
+"""Settings that every test shares."""
+
+import os
+
+# One thread each: the workers of a parallel run and the spawned processes would otherwise wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)

@@ -1,0 +1,255 @@
+"""The base: subclassing, checkpoints that rebuild themselves, schedules, and clear refusals."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from distill_lightning import (
+    Batch,
+    DistillationModule,
+    FEEDModule,
+    InputError,
+    KDModule,
+    OneCycle,
+    SmallResNet,
+    SupervisedModule,
+    TeacherEnsemble,
+)
+from distill_lightning.testing import TinyDataModule, TinyNet, assert_module_contract, tiny_trainer
+
+
+class LogitRegression(DistillationModule):
+    """What a user writes."""
+
+    frozen = ("teachers",)
+
+    def __init__(self, student, teachers, *, num_classes, beta=1.0):
+        super().__init__(student, num_classes=num_classes)
+        self.teachers = TeacherEnsemble.of(teachers)
+        self.beta = beta
+
+    def terms(self, batch):
+        logits = self.student(batch.input)
+        teacher = self.teachers.logits(batch.input).mean(dim=0)
+        return {"ce": F.cross_entropy(logits, batch.target), "mse": F.mse_loss(logits, teacher)}
+
+    def weights(self):
+        return {"ce": 1.0, "mse": self.beta}
+
+
+def build_users(student, teachers, num_classes):
+    return LogitRegression(student, teachers, num_classes=num_classes, beta=0.5)
+
+
+class Leaky(LogitRegression):
+    """Forgets to say what is frozen."""
+
+    frozen = ()
+
+
+def build_leaky(student, teachers, num_classes):
+    return Leaky(student, teachers, num_classes=num_classes)
+
+
+class Thawed(LogitRegression):
+    """Trains its teachers."""
+
+    def __init__(self, student, teachers, *, num_classes):
+        super().__init__(student, teachers, num_classes=num_classes)
+        self.teachers.requires_grad_(True)
+
+    def terms(self, batch):
+        return {**super().terms(batch), "mse": sum(t(batch.input).square().mean() for t in self.teachers)}
+
+
+def build_thawed(student, teachers, num_classes):
+    return Thawed(student, teachers, num_classes=num_classes)
+
+
+class Waiting(LogitRegression):
+    """Waits for the device in every step."""
+
+    def terms(self, batch):
+        terms = super().terms(batch)
+        self.last = terms["ce"].item()
+        return terms
+
+
+def build_waiting(student, teachers, num_classes):
+    return Waiting(student, teachers, num_classes=num_classes)
+
+
+class Listed(LogitRegression):
+    """Keeps a layer where neither the optimiser nor the checkpoint sees it."""
+
+    def __init__(self, student, teachers, *, num_classes):
+        super().__init__(student, teachers, num_classes=num_classes)
+        self.adaptor = nn.Linear(num_classes, num_classes)
+        self.unused = nn.Linear(2, 2)
+
+    def terms(self, batch):
+        terms = super().terms(batch)
+        return {**terms, "mse": self.adaptor(self.student(batch.input)).square().mean()}
+
+
+def build_listed(student, teachers, num_classes):
+    return Listed(student, teachers, num_classes=num_classes)
+
+
+@pytest.mark.slow
+def test_a_users_method_keeps_the_contract():
+    assert_module_contract(build_users)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (build_leaky, "a_checkpoint_holds_the_student_and_no_teacher: the checkpoint holds"),
+        (build_thawed, "frozen_networks_do_not_change: teacher 0 changed in fit"),
+        (build_waiting, "a_training_step_does_not_wait_for_the_device: 3 hidden synchronisations"),
+        (build_listed, "the_optimizer_holds_exactly_what_learns: no gradient reaches .'unused.weight'"),
+    ],
+)
+def test_the_contract_catches_what_breaks_it(build, message, monkeypatch):
+    from distill_lightning import testing
+
+    # Spawning processes is slow, and none of these breaks that point.
+    monkeypatch.delitem(testing.CONTRACT, "two_processes_equal_one")
+    with pytest.raises(AssertionError, match=message):
+        assert_module_contract(build)
+
+
+def test_terms_and_weights_must_name_the_same():
+    class Forgetful(LogitRegression):
+        def weights(self):
+            return {"ce": 1.0}
+
+    module = Forgetful(TinyNet(), TinyNet(), num_classes=3)
+    with pytest.raises(KeyError, match="must name the same"):
+        tiny_trainer().fit(module, datamodule=TinyDataModule())
+
+
+def test_an_unfinished_method_says_what_is_missing():
+    with pytest.raises(NotImplementedError, match="must define terms"):
+        DistillationModule(TinyNet(), num_classes=3).terms(Batch(torch.zeros(1), torch.zeros(1)))
+
+
+def feed_on_small_nets():
+    teachers = TeacherEnsemble([SmallResNet(3, width=2), SmallResNet(3, width=2)], weights=[1, 2], combine="logits")
+    return FEEDModule(
+        SmallResNet(3, width=4), teachers, num_classes=3, student_layer="stage3", beta=3.0, input_shape=(1, 8, 8)
+    )
+
+
+def test_a_checkpoint_rebuilds_the_module_alone(tmp_path):
+    module = feed_on_small_nets()
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "feed.ckpt")
+    with pytest.warns(UserWarning, match="teachers: the weights are not those that this checkpoint was trained with"):
+        loaded = FEEDModule.load_from_checkpoint(tmp_path / "feed.ckpt")
+    assert (loaded.beta, loaded.teachers.weights, loaded.teachers.combine) == (3.0, [1, 2], "logits")
+    assert all(
+        torch.equal(value, loaded.student.state_dict()[name]) for name, value in module.student.state_dict().items()
+    )
+    assert all(
+        torch.equal(value, loaded.translators.state_dict()[name])
+        for name, value in module.translators.state_dict().items()
+    )
+
+
+def test_the_same_teachers_are_recognised(tmp_path, recwarn):
+    module = feed_on_small_nets()
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "feed.ckpt")
+    FEEDModule.load_from_checkpoint(tmp_path / "feed.ckpt", teachers=module.teachers)
+    assert not [warning for warning in recwarn if "the weights are not those" in str(warning.message)]
+
+
+def test_a_network_from_elsewhere_must_be_given(tmp_path):
+    module = SupervisedModule(TinyNet(), num_classes=3)
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "tiny.ckpt")
+    with pytest.raises(
+        InputError, match=r"cannot tell how student was built: load_from_checkpoint\(path, student=\.\.\.\)"
+    ):
+        SupervisedModule.load_from_checkpoint(tmp_path / "tiny.ckpt")
+    loaded = SupervisedModule.load_from_checkpoint(tmp_path / "tiny.ckpt", student=TinyNet())
+    assert torch.equal(loaded.student.head.weight, module.student.head.weight)
+
+
+def test_another_architecture_is_named(tmp_path):
+    module = SupervisedModule(SmallResNet(3, width=4), num_classes=3)
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "small.ckpt")
+    with pytest.raises(
+        InputError, match="checkpoint of another architecture than SupervisedModule: it has 'student.stem"
+    ):
+        SupervisedModule.load_from_checkpoint(tmp_path / "small.ckpt", student=SmallResNet(3, width=8))
+
+
+def test_hyper_parameters_are_plain_values():
+    module = feed_on_small_nets()
+    assert module.hparams["beta"] == 3.0
+    assert not any(isinstance(value, nn.Module) or callable(value) for value in module.hparams.values())
+
+
+def test_export_refuses_another_suffix(tmp_path):
+    with pytest.raises(InputError, match=r"writes \.safetensors, \.pt or \.pth, got 'student.onnx'"):
+        SupervisedModule(TinyNet(), num_classes=3).export_student(tmp_path / "student.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tied_weights_are_exported_and_loaded_strictly(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Linear(3, 3)
+            self.two = nn.Linear(3, 3)
+            self.two.weight = self.one.weight
+
+    from safetensors.torch import load_file
+
+    module = SupervisedModule(Tied(), num_classes=3)
+    Tied().load_state_dict(load_file(module.export_student(tmp_path / "tied.safetensors")), strict=True)
+
+
+def test_one_cycle_gets_the_length_of_the_training():
+    module = SupervisedModule(TinyNet(), num_classes=3, lr_scheduler=OneCycle)
+    trainer = tiny_trainer(max_epochs=2)
+    trainer.fit(module, datamodule=TinyDataModule())
+    scheduler = trainer.lr_scheduler_configs[0].scheduler
+    assert (scheduler.total_steps, scheduler.last_epoch) == (6, 6)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 1e-4)
+
+
+def test_one_cycle_without_an_end_is_refused():
+    module = SupervisedModule(TinyNet(), num_classes=3, lr_scheduler=OneCycle)
+    with pytest.raises(InputError, match="OneCycle needs the length of the training"):
+        tiny_trainer(max_epochs=-1).fit(module, datamodule=TinyDataModule())
+
+
+def test_plateau_watches_the_validation_nll():
+    module = SupervisedModule(TinyNet(), num_classes=3, lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    trainer = tiny_trainer(max_epochs=2)
+    trainer.fit(module, datamodule=TinyDataModule())
+    assert trainer.lr_scheduler_configs[0].monitor == "val/nll"
+
+
+def test_other_data_modules_pairs_are_read():
+    loader = torch.utils.data.DataLoader([(torch.rand(1, 8, 8), k % 3) for k in range(6)], batch_size=3)
+    module = KDModule(TinyNet(), TinyNet(), num_classes=3)
+    trainer = tiny_trainer()
+    trainer.fit(module, train_dataloaders=loader, val_dataloaders=loader)
+    assert {"val/accuracy", "val/nll", "val/ece", "train/kd"} <= trainer.callback_metrics.keys()
+
+
+def test_training_learns_the_tiny_data():
+    module = SupervisedModule(TinyNet(), num_classes=3)
+    trainer = tiny_trainer(max_epochs=15)
+    trainer.fit(module, datamodule=TinyDataModule(samples=60))
+    assert trainer.callback_metrics["val/accuracy"] > 0.9

@@ -1,0 +1,369 @@
+"""FEED against naive references, its invariances, its options and its refusals."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from distill_lightning import Batch, FEEDModule, InputError, SmallResNet, SupervisedModule, TeacherEnsemble
+from distill_lightning.layers import Paraphraser, Translator
+from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
+
+SHAPE = (1, 8, 8)
+
+
+def batch_of(count=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(torch.rand(count, *SHAPE, generator=generator), torch.arange(count) % 3)
+
+
+def module_of(teachers=2, seed=0, **options):
+    torch.manual_seed(seed)
+    networks = [TinyNet().eval() for _ in range(teachers)]
+    student = TinyNet()
+    defaults = {"num_classes": 3, "student_layer": "features", "input_shape": SHAPE, "beta": 10.0}
+    return FEEDModule(student, networks, **(defaults | options))
+
+
+def naive_distance(student, teacher, p, reduction):
+    """Explicit loops over samples and entries, in double precision."""
+    student, teacher = (value.detach().double().numpy() for value in (student, teacher))
+    sums = []
+    for one, other in zip(student, teacher, strict=True):
+        one, other = one.ravel(), other.ravel()  # noqa: PLW2901
+        norm_one = max(math.sqrt(sum(x * x for x in one)), 1e-6)
+        norm_other = max(math.sqrt(sum(x * x for x in other)), 1e-6)
+        sums.append(sum(abs(x / norm_one - y / norm_other) ** p for x, y in zip(one, other, strict=True)))
+    return sum(sums) / len(sums) / (len(one) if reduction == "mean" else 1)
+
+
+def naive_terms(module, batch, *, p, reduction, weights):
+    """The paper's terms from plain forwards of the networks' parts."""
+    student_feature = module.student.features(batch.input)
+    logits = module.student.head(student_feature.mean(dim=(2, 3)))
+    log_probs = logits - logits.exp().sum(dim=1, keepdim=True).log()
+    ce = -sum(float(log_probs[row, target]) for row, target in enumerate(batch.target)) / len(batch.target)
+    distances = []
+    for number, teacher in enumerate(module.teachers):
+        translator = module.translators[min(number, len(module.translators) - 1)]
+        distances.append(naive_distance(translator(student_feature), teacher.features(batch.input), p, reduction))
+    return ce, sum(w * d for w, d in zip(weights, distances, strict=True)), distances
+
+
+@pytest.mark.parametrize("transform", ["conv3", "conv1x1", "linear", "none"])
+@pytest.mark.parametrize(("p", "reduction"), [(1, "mean"), (1, "sum"), (2, "mean"), (2, "sum")])
+def test_terms_equal_the_naive_reference(transform, p, reduction):
+    module = module_of(3, transform=transform, norm_p=p, reduction=reduction, teacher_weights=[1.0, 0.5, 2.0]).eval()
+    batch = batch_of()
+    terms = module.terms(batch)
+    ce, feed, distances = naive_terms(module, batch, p=p, reduction=reduction, weights=[1.0, 0.5, 2.0])
+    assert float(terms["ce"]) == pytest.approx(ce, rel=1e-5)
+    assert float(terms["feed"]) == pytest.approx(feed, rel=1e-4)
+    assert [float(terms[f"feed_teacher_{m}"]) for m in range(3)] == pytest.approx(distances, rel=1e-4)
+    assert module.weights() == {
+        "ce": 1.0, "feed": 10.0, "feed_teacher_0": 0.0, "feed_teacher_1": 0.0, "feed_teacher_2": 0.0,
+    }  # fmt: skip
+
+
+def test_mean_over_teachers_is_the_sum_divided_by_their_number():
+    total, mean = (module_of(3, teacher_reduction=how).terms(batch_of())["feed"] for how in ("sum", "mean"))
+    assert float(total) == pytest.approx(3 * float(mean))
+
+
+def test_identity_and_equal_features_give_zero():
+    teacher = TinyNet()
+    module = FEEDModule(
+        copy.deepcopy(teacher).eval(), teacher, num_classes=3, student_layer="features", transform="none"
+    )
+    module.eval()
+    assert float(module.terms(batch_of())["feed"]) < 1e-7
+
+
+def test_identical_teachers_with_identical_translators_count_n_times():
+    torch.manual_seed(0)
+    teacher, student = TinyNet(), TinyNet()
+    options = {"num_classes": 3, "student_layer": "features", "input_shape": SHAPE}
+    single = FEEDModule(student, teacher, **options).eval()
+    triple = FEEDModule(student, [copy.deepcopy(teacher) for _ in range(3)], **options).eval()
+    for translator in triple.translators:
+        translator.load_state_dict(single.translators[0].state_dict())
+    batch = batch_of()
+    assert float(triple.terms(batch)["feed"]) == pytest.approx(3 * float(single.terms(batch)["feed"]), rel=1e-6)
+
+
+def test_the_order_of_the_teachers_does_not_matter():
+    module = module_of(3).eval()
+    turned = FEEDModule(
+        module.student,
+        list(reversed(list(module.teachers))),
+        num_classes=3,
+        student_layer="features",
+        input_shape=SHAPE,
+    ).eval()
+    for number, translator in enumerate(turned.translators):
+        translator.load_state_dict(module.translators[2 - number].state_dict())
+    assert float(turned.terms(batch_of())["feed"]) == pytest.approx(float(module.terms(batch_of())["feed"]), rel=1e-6)
+
+
+def test_another_second_teacher_leaves_the_first_translators_gradient_alone():
+    gradients, distances = [], []
+    for second in (1, 2):
+        module = module_of(1, seed=0)
+        torch.manual_seed(second)
+        module = FEEDModule(
+            module.student, [*module.teachers, TinyNet()], num_classes=3, student_layer="features", input_shape=SHAPE
+        ).eval()
+        torch.manual_seed(5)
+        for translator in module.translators:
+            translator.load_state_dict(Translator(8, 8).state_dict())
+        terms = module.terms(batch_of())
+        terms["feed"].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in module.translators[0].parameters()]))
+        distances.append(float(terms["feed_teacher_1"]))
+    assert torch.equal(*gradients)
+    assert distances[0] != distances[1]
+
+
+def test_gradients_go_where_they_belong():
+    module = module_of(2)
+    module.terms(batch_of())["feed"].backward()
+    assert all(p.grad is None for p in module.teachers.parameters())
+    assert all(p.grad is None for p in module.student.head.parameters())
+    assert all(float(p.grad.abs().sum()) > 0 for p in module.student.features.parameters())
+    assert all(p.grad is not None for p in module.translators.parameters())
+    assert all(float(translator[0].weight.grad.abs().sum()) > 0 for translator in module.translators)
+
+
+def test_every_network_runs_once_a_step_and_teachers_have_no_graph():
+    module = module_of(3)
+    calls, graphs = [], []
+    for number, network in enumerate([module.student, *module.teachers]):
+        network.register_forward_hook(
+            lambda _m, _i, output, number=number: calls.append((number, output.requires_grad))
+        )
+        if number:
+            network.features.register_forward_hook(lambda _m, _i, output: graphs.append(output.requires_grad))
+    module.terms(batch_of())
+    assert calls == [(0, True), (1, False), (2, False), (3, False)]
+    assert graphs == [False, False, False]
+
+
+@pytest.mark.parametrize("epochs", [2])
+def test_beta_zero_is_plain_training_bit_for_bit(epochs):
+    states = []
+    for feed in (True, False):
+        torch.manual_seed(3)
+        teacher = TinyNet()
+        torch.manual_seed(4)
+        student = TinyNet()
+        options = {"num_classes": 3, "input_shape": SHAPE}
+        if feed:
+            module = FEEDModule(student, teacher, student_layer="features", beta=0.0, **options)
+        else:
+            module = SupervisedModule(student, **options)
+        tiny_trainer(max_epochs=epochs).fit(module, datamodule=TinyDataModule())
+        states.append(module.student.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_learns_on_one_batch_better_with_the_student_than_with_translators_alone():
+    ends = {}
+    for frozen in (True, False):
+        module = module_of(1, seed=1).eval()
+        batch = batch_of(8)
+        start = float(module.terms(batch)["feed"])
+        learning = (
+            module.translators.parameters()
+            if frozen
+            else [*module.translators.parameters(), *module.student.parameters()]
+        )
+        optimizer = torch.optim.Adam(learning, lr=3e-3)
+        for _ in range(150):
+            optimizer.zero_grad()
+            module.terms(batch)["feed"].backward()
+            optimizer.step()
+        ends[frozen] = float(module.terms(batch)["feed"])
+    assert ends[False] < ends[True] < start
+
+
+def test_kd_term_is_the_softened_kl_to_the_ensembles_mean():
+    torch.manual_seed(0)
+    ensemble = TeacherEnsemble([TinyNet(), TinyNet()], weights=[1, 3])
+    module = FEEDModule(
+        TinyNet(), ensemble, num_classes=3, student_layer="features", kd_weight=0.7, temperature=2.0, input_shape=SHAPE
+    ).eval()
+    batch = batch_of()
+    mean = 0.25 * F.softmax(ensemble.networks[0](batch.input) / 2, 1) + 0.75 * F.softmax(
+        ensemble.networks[1](batch.input) / 2, 1
+    )
+    student = F.softmax(module.student(batch.input) / 2, 1)
+    expected = 4 * float((mean * (mean.log() - student.log())).sum(1).mean())
+    assert float(module.terms(batch)["kd"]) == pytest.approx(expected, rel=1e-4)
+    assert module.weights()["kd"] == 0.7
+
+
+def test_shared_translator_is_one_module_for_all_teachers():
+    module = module_of(3, share_transform=True)
+    assert len(module.translators) == 1
+    batch = batch_of()
+    module.eval()
+    _, feed, _ = naive_terms(module, batch, p=1, reduction="mean", weights=[1, 1, 1])
+    assert float(module.terms(batch)["feed"]) == pytest.approx(feed, rel=1e-4)
+
+
+def test_paraphrasers_make_their_code_the_target():
+    torch.manual_seed(0)
+    paraphrasers = [Paraphraser(8, rate=0.5), Paraphraser(8, rate=0.25)]
+    module = module_of(2, paraphrasers=paraphrasers).eval()
+    batch = batch_of()
+    feature = module.student.features(batch.input)
+    expected = [
+        naive_distance(translator(feature), paraphraser.encoder(teacher.features(batch.input)), 1, "mean")
+        for translator, paraphraser, teacher in zip(module.translators, paraphrasers, module.teachers, strict=True)
+    ]
+    terms = module.terms(batch)
+    assert [float(terms[f"feed_teacher_{m}"]) for m in range(2)] == pytest.approx(expected, rel=1e-4)
+    assert not any(p.requires_grad for p in module.paraphrasers.parameters())
+
+
+def test_normalize_channel_and_none_differ_from_sample():
+    values = {
+        how: float(module_of(1, normalize=how).eval().terms(batch_of())["feed"])
+        for how in ("sample", "channel", "none")
+    }
+    assert len(set(values.values())) == 3
+
+
+def test_a_factory_makes_the_translators():
+    seen = []
+
+    def factory(student_channels, teacher_channels):
+        seen.append((student_channels, teacher_channels))
+        return nn.Conv2d(student_channels, teacher_channels, 1)
+
+    module = FEEDModule(
+        TinyNet(width=2), [TinyNet(width=4), TinyNet(width=6)], num_classes=3, student_layer="features",
+        transform=factory, input_shape=SHAPE,
+    )  # fmt: skip
+    assert seen == [(4, 8), (4, 12)]
+    assert torch.isfinite(module.terms(batch_of())["feed"])
+
+
+def test_channels_are_found_without_an_input_shape():
+    module = FEEDModule(SmallResNet(10, width=4), SmallResNet(10, width=6), num_classes=10, student_layer="stage3")
+    assert module.translators[0][0].in_channels == 16
+    assert module.translators[0][-2].out_channels == 24
+
+
+def test_the_dry_forward_changes_no_network():
+    student, teacher = SmallResNet(10), SmallResNet(10)
+    student.train()
+    before = [copy.deepcopy(network.state_dict()) for network in (student, teacher)]
+    FEEDModule(student, teacher, num_classes=10, student_layer="stage3")
+    assert student.training
+    for network, state in zip((student, teacher), before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("resize", ["student", "teacher"])
+def test_sizes_are_matched_where_asked(resize):
+    module = FEEDModule(
+        SmallResNet(3, width=4), SmallResNet(3, width=4), num_classes=3, student_layer="stage3",
+        teacher_layers="stage2", resize=resize, input_shape=SHAPE, transform="linear",
+    ).eval()  # fmt: skip
+    batch = batch_of()
+    student = module.student_tap(batch.input)[1]["stage3"]
+    teacher = module.teacher_taps[0](batch.input)[1]["stage2"]
+    translated = module.translators[0](student)
+    assert (student.shape[2:], teacher.shape[2:]) == ((2, 2), (4, 4))
+    if resize == "student":
+        translated = F.interpolate(translated, size=(4, 4), mode="bilinear", align_corners=False)
+    else:
+        teacher = F.adaptive_avg_pool2d(teacher, (2, 2))
+    assert float(module.terms(batch)["feed"]) == pytest.approx(naive_distance(translated, teacher, 1, "mean"), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"student_layer": "featurs"}, "TinyNet has no layer 'featurs'; near names: features"),
+        ({"teacher_layers": ["features", "nope"]}, "TinyNet has no layer 'nope'"),
+        ({"teacher_layers": ["features"]}, "1 teacher_layers for 2 teachers"),
+        ({"student_layer": "features.*"}, "names 6 layers"),
+        ({"student_layer": "features.0", "transform": "conv3"}, r"teacher 0's 'features.3' gives \(8, 4, 4\)"),
+        ({"student_layer": "head"}, r"the student's feature has shape \(1, 3\), not \(N, C, H, W\)"),
+        ({"num_classes": 4}, r"student \(TinyNet\) has 3 classes where num_classes=4"),
+        ({"transform": "conv5"}, "transform must be"),
+        ({"teacher_weights": [1.0]}, "1 teacher_weights for 2 teachers"),
+        ({"norm_p": 0}, "norm_p and temperature must be positive"),
+        ({"input_shape": (3, 8, 8)}, "does not take an input of shape"),
+        ({"paraphrasers": [Paraphraser(8)]}, "1 paraphrasers for 2 teachers"),
+    ],
+)
+def test_refusals_name_what_is_wrong(options, message):
+    if options.get("student_layer") == "features.0":
+        options = {**options, "teacher_layers": "features.3"}
+    with pytest.raises(InputError, match=message):
+        module_of(2, **options)
+
+
+def test_a_teacher_with_other_classes_is_named():
+    with pytest.raises(InputError, match=r"teacher 1 \(TinyNet\) has 5 classes where num_classes=3"):
+        FEEDModule(TinyNet(), [TinyNet(), TinyNet(5)], num_classes=3, student_layer="features", input_shape=SHAPE)
+
+
+def test_transform_none_and_share_transform_refuse_other_channels():
+    options = {"num_classes": 3, "student_layer": "features", "input_shape": SHAPE}
+    with pytest.raises(InputError, match="they have 8 and 4 channels"):
+        FEEDModule(TinyNet(), TinyNet(width=2), transform="none", **options)
+    with pytest.raises(InputError, match=r"equal channel counts, got \[8, 4\]"):
+        FEEDModule(TinyNet(), [TinyNet(), TinyNet(width=2)], share_transform=True, **options)
+
+
+def test_huge_translators_are_warned_about():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1600, 1)
+            self.head = nn.Linear(1600, 3)
+
+        def forward(self, images):
+            return self.head(self.conv(images).mean(dim=(2, 3)))
+
+    with pytest.warns(UserWarning, match="translators have 69,"):
+        FEEDModule(Wide(), Wide(), num_classes=3, student_layer="conv", input_shape=(1, 2, 2))
+
+
+def test_zero_features_and_fp16_stay_finite():
+    module = module_of(2).eval()
+    with torch.no_grad():
+        for parameter in module.student.features.parameters():
+            parameter.zero_()
+    terms = module.terms(batch_of())
+    (terms["ce"] + 500 * terms["feed"]).backward()
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.isfinite(module.terms(batch_of())["feed"])
+
+
+def test_size_of_the_term_is_as_documented():
+    student, teacher = (F.relu(torch.randn(64, 4096)) for _ in range(2))
+    from distill_lightning.functional import factor_distance
+
+    assert float(factor_distance(student, teacher)) == pytest.approx(0.8 / np.sqrt(4096), rel=0.05)
+
+
+def test_a_compiled_student_gives_the_same_terms():
+    module = module_of(2).eval()
+    plain = module.terms(batch_of())
+    torch._dynamo.reset()
+    module.student.compile(backend="eager")
+    compiled = module.terms(batch_of())
+    assert {name: float(value) for name, value in compiled.items()} == pytest.approx(
+        {name: float(value) for name, value in plain.items()}, rel=1e-5
+    )

@@ -1,0 +1,218 @@
+"""The command line: LightningCLI's verbs, the warning about checkpoints, and one clear line for bad input."""
+
+import gzip
+import re
+
+import pytest
+import torch
+import yaml
+
+from distill_lightning import FEEDModule, SmallResNet, SupervisedModule
+from distill_lightning.cli import main
+from distill_lightning.networks import read_weights
+from distill_lightning.testing import TinyDataModule, tiny_trainer
+
+
+def small(width=2, num_classes=10):
+    return {"class_path": "SmallResNet", "init_args": {"num_classes": num_classes, "width": width}}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a configuration of one short FEED training, changed by a function, into the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def writer(change=lambda config: None):
+        config = {
+            "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False, "default_root_dir": "out"},
+            "model": {
+                "class_path": "FEEDModule",
+                "init_args": {
+                    "student": small(),
+                    "teachers": [small(3), small(4)],
+                    "student_layer": "stage3",
+                    "beta": 2.0,
+                },
+            },
+            "data": {"class_path": "DigitsDataModule", "init_args": {"subset": 64, "val_size": 32, "image_size": 8}},
+        }
+        change(config)
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        return "config.yaml"
+
+    return writer
+
+
+def refused(capsys, tmp_path, *arguments):
+    """The line that a refused call prints; nothing but the inputs may lie in the folder."""
+    before = sorted(tmp_path.rglob("*"))
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("distill-lightning: error: ")
+    assert sorted(tmp_path.rglob("*")) == before, "something was written"
+    return lines[0]
+
+
+def test_fit_then_validate_test_and_predict(write, tmp_path, capsys):
+    config = write()
+    assert main(["fit", "--config", config]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    assert (tmp_path / "out/lightning_logs/version_0/config.yaml").is_file()
+    capsys.readouterr()
+    assert main(["validate", "--config", config, "--ckpt_path", str(checkpoint)]) == 0
+    assert "val/accuracy" in capsys.readouterr().out
+    assert main(["test", "--config", config, "--ckpt_path", str(checkpoint)]) == 0
+    assert "test/nll" in capsys.readouterr().out
+    assert main(["predict", "--config", config, "--ckpt_path", str(checkpoint)]) == 0
+    assert set(read_weights(checkpoint)) == set(SmallResNet(10, width=2).state_dict())
+
+
+def test_functions_are_networks_in_yaml(write):
+    def change(config):
+        config["model"]["init_args"]["teachers"][1] = {
+            "class_path": "distill_lightning.torchvision_network",
+            "init_args": {"name": "resnet18", "num_classes": 10, "in_channels": 1},
+        }
+        config["model"]["init_args"] |= {"teacher_layers": ["stage3", "layer2"], "resize": "student"}
+        config["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}}
+        config["model"]["init_args"]["lr_scheduler"] = {"class_path": "OneCycle", "init_args": {"warmup": 0.1}}
+        config["trainer"]["fast_dev_run"] = True
+
+    assert main(["fit", "--config", write(change)]) == 0
+
+
+def test_a_checkpoint_that_overrides_the_command_line_says_so(write, tmp_path):
+    config = write()
+    main(["fit", "--config", config])
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    with pytest.warns(UserWarning, match=r"the checkpoint's beta=2.0 overrides the given beta=7.0") as caught:
+        main(["validate", "--config", config, "--ckpt_path", str(checkpoint), "--model.init_args.beta", "7"])
+    assert sum("overrides" in str(warning.message) for warning in caught) == 1
+
+
+def model(**options):
+    return lambda config: config["model"]["init_args"].update(options)
+
+
+def data(**options):
+    return lambda config: config["data"]["init_args"].update(options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config.update(modle=1), "modle"),
+        (model(betta=1), "'betta' is not accepted"),
+        (model(beta="much"), "beta.*float.*much"),
+        (model(student={"class_path": "SmallResNet", "init_args": {"widht": 2}}), "student.*'widht'"),
+        (model(student={"class_path": "nowhere.Net"}), "No module named 'nowhere'"),
+        (lambda config: config["model"].update(class_path="FEDModule"), "FEDModule"),
+        (model(student_layer="stage9"), "SmallResNet has no layer 'stage9'; near names: stage"),
+        (model(teachers=[small(3, num_classes=7)]), "teacher 0 .SmallResNet. has 7 classes where num_classes=10"),
+        (model(student=small(2, num_classes=7)), "student .SmallResNet. has 7 classes where num_classes=10"),
+        (
+            model(
+                teachers=[
+                    {
+                        "class_path": "distill_lightning.Pretrained",
+                        "init_args": {"network": small(), "checkpoint": "no.pt"},
+                    }
+                ]
+            ),
+            "no checkpoint at no.pt",
+        ),
+        (data(subset=5000), "subset=5000 is larger than the 1265 training images"),
+        (data(val_size=0), "val_size must be at least 1, got 0: the split or batch would be empty"),
+        (data(val_size=1297), "leaves none of 1297 images"),
+        (
+            lambda config: config.update(
+                data={"class_path": "FashionMNISTDataModule", "init_args": {"data_dir": "none"}}
+            ),
+            "no train-images-idx3-ubyte.gz in none: apt-get install",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_configurations_get_one_line(write, tmp_path, capsys, change, message):
+    config = write(change)
+    line = refused(capsys, tmp_path, "fit", "--config", config)
+    assert re.search(message, line), line
+
+
+def test_a_missing_configuration_gets_one_line(write, tmp_path, capsys):
+    assert "nope.yaml" in refused(capsys, tmp_path, "fit", "--config", "nope.yaml")
+
+
+def test_a_broken_yaml_gets_one_line(write, tmp_path, capsys):
+    (tmp_path / "broken.yaml").write_text("model: [\n")
+    assert "line 2" in refused(capsys, tmp_path, "fit", "--config", "broken.yaml")
+
+
+def test_an_unknown_verb_gets_one_line(write, tmp_path, capsys):
+    assert "fti" in refused(capsys, tmp_path, "fti")
+
+
+def test_a_corrupt_data_file_gets_one_line(write, tmp_path, capsys):
+    def change(config):
+        config["data"] = {"class_path": "FashionMNISTDataModule", "init_args": {"data_dir": "fashion"}}
+
+    config = write(change)
+    (tmp_path / "fashion").mkdir()
+    whole = gzip.compress(bytes(5000))
+    (tmp_path / "fashion/train-images-idx3-ubyte.gz").write_bytes(whole[: len(whole) // 2])
+    assert "train-images-idx3-ubyte.gz is damaged" in refused(capsys, tmp_path, "fit", "--config", config)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no checkpoint at some.ckpt"),
+        (b"no checkpoint", "some.ckpt"),
+        (b"", "some.ckpt cannot be read as weights"),
+    ],
+)
+def test_a_bad_checkpoint_gets_one_line(write, tmp_path, capsys, content, message):
+    config = write()
+    if content is not None:
+        (tmp_path / "some.ckpt").write_bytes(content)
+    assert message in refused(capsys, tmp_path, "fit", "--config", config, "--ckpt_path", "some.ckpt")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(write, tmp_path, capsys):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "attacked"), "w"))
+
+    config = write()
+    torch.save({"state_dict": {}, "extra": Attack()}, tmp_path / "evil.ckpt")
+    assert "evil.ckpt is refused" in refused(capsys, tmp_path, "fit", "--config", config, "--ckpt_path", "evil.ckpt")
+
+
+def test_a_checkpoint_of_another_architecture_gets_one_line(write, tmp_path, capsys):
+    config = write()
+    options = {"num_classes": 3, "student_layer": "stage3", "beta": 2.0}
+    for name, module in (
+        ("other", FEEDModule(SmallResNet(3, width=6), SmallResNet(3, width=3), **options)),
+        ("plain", SupervisedModule(SmallResNet(3, width=2), num_classes=3)),
+    ):
+        trainer = tiny_trainer()
+        trainer.fit(module, datamodule=TinyDataModule())
+        trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+    line = refused(capsys, tmp_path, "fit", "--config", config, "--ckpt_path", "other.ckpt")
+    assert "other.ckpt is a checkpoint of another architecture than FEEDModule: it has" in line
+    line = refused(capsys, tmp_path, "fit", "--config", config, "--ckpt_path", "plain.ckpt")
+    assert "plain.ckpt is a checkpoint of SupervisedModule, not of FEEDModule" in line
+
+
+def test_a_bug_keeps_its_traceback(write, monkeypatch):
+    config = write()
+    monkeypatch.setattr(SmallResNet, "forward", lambda self, images: int("not a number"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["fit", "--config", config])
+
+
+def test_help_names_compare(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "distill-lightning compare CONFIG" in capsys.readouterr().out

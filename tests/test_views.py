@@ -1,0 +1,245 @@
+"""Views as pure functions of seed, index and view."""
+
+import math
+
+import pytest
+import torch
+
+from distill_lightning.views import crop_and_flip, uniform_draws
+
+LAST = 1 - 2.0**-53
+MASK = 2**64 - 1
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def keys(indices, views):
+    return torch.tensor(indices, dtype=torch.long), torch.tensor(views, dtype=torch.long)
+
+
+def naive_mix(state):
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK
+    return state ^ (state >> 31)
+
+
+def naive_draws(seed, index, view, count):
+    """SplitMix64 over seed, index and view in Python's unbounded integers."""
+    key = naive_mix((seed + GOLDEN) & MASK)
+    for part in (index, view):
+        key = naive_mix(key ^ ((part * GOLDEN + 1) & MASK))
+    mixed = [naive_mix(key ^ naive_mix((number * GOLDEN) & MASK)) for number in range(1, count + 1)]
+    return [(draw >> 11) / 2**53 for draw in mixed]
+
+
+# uniform_draws
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345, -1, 2**63, 2**64 + 5, -(2**70) + 3])
+@pytest.mark.parametrize(("index", "view"), [(0, 0), (0, 1), (1, 0), (59999, 163), (2**40, 2**33)])
+def test_draws_are_those_of_python_integers(seed, index, view):
+    draws = uniform_draws(seed, *keys([index], [view]), 4)
+    assert draws.dtype == torch.float64
+    assert draws.tolist() == [naive_draws(seed, index, view, 4)]
+
+
+def test_seeds_are_read_modulo_2_to_the_64():
+    index, view = keys([3, 4], [0, 1])
+    assert torch.equal(uniform_draws(-1, index, view, 3), uniform_draws(2**64 - 1, index, view, 3))
+
+
+def test_draws_do_not_depend_on_the_order_of_the_batch():
+    index, view = torch.arange(50), torch.arange(50) % 3
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(uniform_draws(7, index[order], view[order], 3), uniform_draws(7, index, view, 3)[order])
+
+
+@pytest.mark.parametrize("size", [1, 7, 49])
+def test_draws_do_not_depend_on_the_split_of_the_batch(size):
+    index, view = torch.arange(50), torch.arange(50) % 3
+    parts = [uniform_draws(7, i, v, 3) for i, v in zip(index.split(size), view.split(size), strict=True)]
+    assert torch.equal(torch.cat(parts), uniform_draws(7, index, view, 3))
+
+
+def test_more_draws_begin_with_the_fewer():
+    index, view = keys([0, 9], [2, 5])
+    assert torch.equal(uniform_draws(1, index, view, 8)[:, :3], uniform_draws(1, index, view, 3))
+
+
+def test_draws_leave_the_global_generator_alone_and_do_not_read_it():
+    index, view = keys([0, 9], [2, 5])
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = uniform_draws(1, index, view, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert torch.equal(uniform_draws(1, index, view, 3), first)
+
+
+def test_every_seed_index_view_and_place_has_its_own_draw():
+    index, view = torch.arange(40).repeat_interleave(10), torch.arange(10).repeat(40)
+    draws = torch.stack([uniform_draws(seed, index, view, 3) for seed in range(20)])
+    assert len(draws.unique()) == 20 * 400 * 3
+
+
+def test_index_and_view_are_not_interchangeable():
+    assert not torch.equal(uniform_draws(0, *keys([2], [5]), 3), uniform_draws(0, *keys([5], [2]), 3))
+
+
+def many_draws():
+    """4 draws each of 100 views of 100 samples, ``(100, 100, 4)``."""
+    index, view = torch.arange(100).repeat_interleave(100), torch.arange(100).repeat(100)
+    return uniform_draws(3, index, view, 4).reshape(100, 100, 4)
+
+
+def test_draws_are_uniform():
+    draws = many_draws().flatten()
+    count = len(draws)
+    assert draws.min().item() >= 0
+    assert draws.max().item() < 1
+    # Four standard errors of the mean and of the variance of a uniform variable.
+    assert abs(draws.mean().item() - 1 / 2) < 4 * math.sqrt(1 / 12 / count)
+    assert abs(draws.var().item() - 1 / 12) < 4 * math.sqrt(1 / 180 / count)
+    # Kolmogorov and Smirnov's largest gap between the two distribution functions, at 1 percent.
+    ranks = torch.arange(1, count + 1, dtype=torch.float64) / count
+    ordered = draws.sort().values
+    gap = torch.maximum((ranks - ordered).abs(), (ranks - 1 / count - ordered).abs()).max().item()
+    assert gap < 1.63 / math.sqrt(count)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_each_place_of_the_draws_is_uniform(place):
+    tenths = (many_draws()[:, :, place] * 10).long().flatten().bincount(minlength=10)
+    # Chi-squared of 9 degrees of freedom, at 0.1 percent.
+    assert ((tenths - 1000.0).square() / 1000).sum().item() < 27.9
+
+
+def correlation(first, second):
+    return torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1].item()
+
+
+@pytest.mark.parametrize("lag", [1, 2, 10])
+def test_neighbours_are_not_correlated(lag):
+    draws = many_draws()
+    bound = 4 / math.sqrt(draws[lag:].numel())
+    assert abs(correlation(draws[lag:], draws[:-lag])) < bound
+    assert abs(correlation(draws[:, lag:], draws[:, :-lag])) < bound
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (0, 2), (1, 2)])
+def test_places_of_one_view_are_not_correlated(first, second):
+    draws = many_draws()
+    assert abs(correlation(draws[:, :, first], draws[:, :, second])) < 4 / math.sqrt(draws[:, :, 0].numel())
+
+
+def test_neighbouring_seeds_are_not_correlated():
+    index, view = torch.arange(10_000), torch.zeros(10_000, dtype=torch.long)
+    first, second = uniform_draws(0, index, view, 1), uniform_draws(1, index, view, 1)
+    assert abs(correlation(first, second)) < 4 / math.sqrt(10_000)
+
+
+# crop_and_flip
+
+
+def naive_crop_and_flip(images, draws, *, padding, flip):
+    """Pixel by pixel; outside the image is zero."""
+    count, channels, height, width = images.shape
+    result = torch.zeros_like(images)
+    for n in range(count):
+        row_draw, column_draw, flip_draw = draws[n].tolist()
+        top = math.floor(row_draw * (2 * padding + 1)) - padding
+        left = math.floor(column_draw * (2 * padding + 1)) - padding
+        for c in range(channels):
+            for y in range(height):
+                for x in range(width):
+                    across = width - 1 - x if flip and flip_draw < 0.5 else x
+                    row, column = top + y, left + across
+                    if 0 <= row < height and 0 <= column < width:
+                        result[n, c, y, x] = images[n, c, row, column]
+    return result
+
+
+def some_images(count, channels, height, width, dtype=torch.uint8):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, 256, (count, channels, height, width), generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2, 4])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 4, 4), (3, 3, 5)])
+def test_crop_and_flip_is_the_loop(padding, flip, channels, height, width):
+    images = some_images(12, channels, height, width)
+    draws = uniform_draws(5, torch.arange(12), torch.zeros(12, dtype=torch.long), 3)
+    expected = naive_crop_and_flip(images, draws, padding=padding, flip=flip)
+    assert torch.equal(crop_and_flip(images, draws, padding=padding, flip=flip), expected)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2, 3, 4, 8, 12])
+@pytest.mark.parametrize("row", [0.0, LAST])
+@pytest.mark.parametrize("column", [0.0, LAST])
+@pytest.mark.parametrize("mirror", [0.0, 0.5, LAST])
+def test_draws_at_the_extremes_stay_inside_the_padded_image(padding, row, column, mirror):
+    images = some_images(1, 2, 4, 5)
+    draws = torch.tensor([[row, column, mirror]], dtype=torch.float64)
+    expected = naive_crop_and_flip(images, draws, padding=padding, flip=True)
+    assert torch.equal(crop_and_flip(images, draws, padding=padding, flip=True), expected)
+
+
+def test_the_lowest_draw_shows_the_padding_above_and_left():
+    images = torch.arange(1, 10, dtype=torch.uint8).reshape(1, 1, 3, 3)
+    view = crop_and_flip(images, torch.tensor([[0.0, 0.0, 0.9]], dtype=torch.float64), padding=1, flip=False)
+    assert view[0, 0].tolist() == [[0, 0, 0], [0, 1, 2], [0, 4, 5]]
+
+
+def test_the_highest_draw_shows_the_padding_below_and_right():
+    images = torch.arange(1, 10, dtype=torch.uint8).reshape(1, 1, 3, 3)
+    view = crop_and_flip(images, torch.tensor([[LAST, LAST, 0.9]], dtype=torch.float64), padding=1, flip=False)
+    assert view[0, 0].tolist() == [[5, 6, 0], [8, 9, 0], [0, 0, 0]]
+
+
+def test_the_middle_draw_is_the_image_and_below_one_half_it_is_mirrored():
+    images = some_images(2, 1, 3, 4)
+    draws = torch.tensor([[0.5, 0.5, 0.49], [0.5, 0.5, 0.5]], dtype=torch.float64)
+    view = crop_and_flip(images, draws, padding=2, flip=True)
+    assert torch.equal(view[0], images[0].flip(2))
+    assert torch.equal(view[1], images[1])
+    assert torch.equal(crop_and_flip(images, draws, padding=2, flip=False), images)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float16, torch.float32, torch.bool])
+def test_crop_and_flip_keeps_the_type_and_the_input(dtype):
+    images = some_images(4, 1, 5, 5, dtype)
+    before = images.clone()
+    draws = uniform_draws(0, torch.arange(4), torch.zeros(4, dtype=torch.long), 3)
+    view = crop_and_flip(images, draws, padding=2, flip=True)
+    assert view.dtype == dtype
+    assert torch.equal(view, naive_crop_and_flip(images, draws, padding=2, flip=True))
+    view.zero_()
+    assert torch.equal(images, before)
+
+
+def test_a_view_without_crop_and_flip_is_a_new_tensor():
+    images = some_images(2, 1, 3, 3)
+    view = crop_and_flip(images, torch.zeros(2, 3, dtype=torch.float64), padding=0, flip=False)
+    assert torch.equal(view, images)
+    assert view.data_ptr() != images.data_ptr()
+
+
+def test_an_empty_batch_has_no_views():
+    none = torch.empty(0, dtype=torch.long)
+    view = crop_and_flip(torch.empty(0, 1, 4, 4), uniform_draws(0, none, none, 3), padding=2, flip=True)
+    assert view.shape == (0, 1, 4, 4)
+
+
+def test_every_offset_and_both_orientations_are_about_equally_frequent():
+    # One bright pixel in the middle of 5x5: where it ends up tells the offsets.
+    images = torch.zeros(5000, 1, 5, 5, dtype=torch.uint8)
+    images[:, :, 2, 2] = 1
+    draws = uniform_draws(11, torch.arange(5000), torch.zeros(5000, dtype=torch.long), 3)
+    places = crop_and_flip(images, draws, padding=2, flip=True).sum(dim=(0, 1)).double()
+    assert places.sum().item() == 5000
+    # Chi-squared of 24 degrees of freedom, at 0.1 percent.
+    assert ((places - 200).square() / 200).sum().item() < 51.2
+    corner = torch.zeros(5000, 1, 1, 2, dtype=torch.uint8)
+    corner[..., 0] = 1
+    kept = crop_and_flip(corner, draws, padding=0, flip=True)[..., 0].sum().item()
+    assert abs(kept - 2500) < 4 * math.sqrt(5000 / 4)
