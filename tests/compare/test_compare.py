@@ -1,0 +1,284 @@
+"""compare: what it writes, that it resumes, and what it refuses."""
+
+import copy
+import csv
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from distill_lightning import SmallResNet
+from distill_lightning.cli import main
+from distill_lightning.compare import command, runner
+from distill_lightning.compare.config import Experiment, parse_config
+
+CONFIG = {
+    "data": {
+        "class_path": "DigitsDataModule",
+        "init_args": {"subset": 128, "val_size": 100, "test_size": 200, "image_size": 8},
+    },
+    "teachers": {"network": {"class_path": "SmallResNet", "init_args": {"width": 4}}, "number": 2},
+    "student": {"class_path": "SmallResNet", "init_args": {"width": 2}},
+    "methods": {
+        "kd_one": {"class_path": "KDModule", "teachers": 1},
+        "feed": {"class_path": "FEEDModule", "init_args": {"student_layer": "stage3", "beta": 20.0}},
+    },
+    "epochs": 3,
+    "seeds": [0, 1],
+    "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}},
+    "lr_scheduler": {"class_path": "OneCycle"},
+    "accelerator": "cpu",
+}  # fmt: skip
+
+
+def written(folder, change=lambda config: None):
+    config = copy.deepcopy(CONFIG)
+    change(config)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return str(path)
+
+
+def compare(config, output, *arguments):
+    shown = io.StringIO()
+    command.run([config, "--output", str(output), *arguments], console=Console(file=shown, width=160))
+    return shown.getvalue()
+
+
+def lines_of(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished comparison: its folder, and what it printed."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("compare")
+    return folder, compare(written(folder), folder / "out")
+
+
+def test_results_have_a_row_per_method_and_seed(finished):
+    folder, _ = finished
+    text = (folder / "out/results.csv").read_text()
+    assert text.splitlines()[0] == (
+        "method,seed,test_accuracy,test_accuracy_selected,nll,ece,agreement,gap_closed,parameters,seconds_per_epoch"
+    )
+    rows = lines_of(folder / "out/results.csv")
+    expected = [(name, str(seed)) for seed in (0, 1) for name in ("alone", "kd_one", "feed")]
+    assert [(row["method"], row["seed"]) for row in rows] == expected
+    parameters = sum(p.numel() for p in SmallResNet(10, width=2).parameters())
+    assert {row["parameters"] for row in rows} == {str(parameters)}
+    assert [row["method"] for row in lines_of(folder / "out/teachers.csv")] == ["teacher_1", "teacher_2"]
+
+
+def test_the_scores_equal_naive_ones(finished):
+    folder, _ = finished
+    experiment = Experiment(parse_config([written(folder), "--output", str(folder / "out")]))
+    targets = runner.test_targets(experiment).tolist()
+
+    def outputs(name, which="last"):
+        return load_file(folder / "out/runs" / name / "test_logits.safetensors")[which].double().numpy()
+
+    def softmax(logits):
+        exps = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return exps / exps.sum(axis=1, keepdims=True)
+
+    def accuracy(probs):
+        return sum(int(row.argmax() == target) for row, target in zip(probs, targets, strict=True)) / len(targets)
+
+    ensemble = (softmax(outputs("teacher_1")) + softmax(outputs("teacher_2"))) / 2
+    alone = [accuracy(outputs(f"alone/seed_{seed}")) for seed in (0, 1)]
+    for row in lines_of(folder / "out/results.csv"):
+        name = f"{row['method']}/seed_{row['seed']}"
+        probs = softmax(outputs(name))
+        assert float(row["test_accuracy"]) == pytest.approx(accuracy(probs))
+        assert float(row["test_accuracy_selected"]) == pytest.approx(accuracy(outputs(name, "selected")))
+        nll = -sum(np.log(probs[i, target]) for i, target in enumerate(targets)) / len(targets)
+        assert float(row["nll"]) == pytest.approx(nll, rel=1e-4)
+        agreement = np.mean([a.argmax() == b.argmax() for a, b in zip(probs, ensemble, strict=True)])
+        assert float(row["agreement"]) == pytest.approx(agreement)
+        gap = (accuracy(probs) - np.mean(alone)) / (accuracy(ensemble) - np.mean(alone))
+        assert float(row["gap_closed"]) == pytest.approx(gap)
+        ece = 0.0
+        for low in range(15):
+            inside = [i for i, p in enumerate(probs.max(axis=1)) if low / 15 < p <= (low + 1) / 15]
+            hits = sum(probs[i].argmax() == targets[i] for i in inside)
+            ece += abs(hits - sum(probs[i].max() for i in inside)) / len(targets)
+        assert float(row["ece"]) == pytest.approx(ece, rel=1e-3)
+
+
+def test_the_table_is_printed_and_written(finished):
+    folder, shown = finished
+    rows = ["teacher_1", "teacher_2", "ensemble", "alone", "kd_one", "feed"]
+    table = (folder / "out/results.md").read_text()
+    for text in (table, shown):
+        places = [re.search(rf"^\|? ?{row} ", text, flags=re.MULTILINE).start() for row in rows]
+        assert places == sorted(places)
+    mean = np.mean(
+        [float(row["test_accuracy"]) for row in lines_of(folder / "out/results.csv") if row["method"] == "feed"]
+    )
+    assert f"| feed | {100 * mean:.2f} ± " in table
+    assert "distill-lightning compare" in table
+    for path in ("results.csv", "figures/accuracy.png", "figures/learning_curves.png", "figures/reliability.png"):
+        assert path in shown
+        assert (folder / "out" / path).stat().st_size > 0
+    assert (folder / "out/figures/accuracy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_trained_student_loads_into_a_plain_network(finished):
+    folder, _ = finished
+    plain = SmallResNet(10, width=2)
+    plain.load_state_dict(load_file(folder / "out/runs/feed/seed_1/student.safetensors"), strict=True)
+    experiment = Experiment(parse_config([written(folder)]))
+    with torch.no_grad():
+        logits = torch.cat([plain.eval()(batch.input) for batch in experiment.sample.test_dataloader()])
+    stored = load_file(folder / "out/runs/feed/seed_1/test_logits.safetensors")["last"]
+    assert torch.allclose(logits, stored, atol=1e-5)
+
+
+def test_students_of_one_seed_start_alike_and_see_the_same_order(finished):
+    folder, _ = finished
+    experiment = Experiment(parse_config([written(folder)]))
+    firsts = [next(iter(experiment.data(order_seed=seed).train_dataloader())).index.tolist() for seed in (0, 0, 1)]
+    assert firsts[0] == firsts[1] != firsts[2]
+
+
+def test_a_finished_comparison_trains_nothing_again(finished, monkeypatch):
+    folder, _ = finished
+    before = (folder / "out/results.csv").read_text()
+    monkeypatch.setattr(command, "execute", lambda *_: pytest.fail("trained again"))
+    compare(written(folder), folder / "out")
+    assert (folder / "out/results.csv").read_text() == before
+
+
+def test_a_seed_and_a_method_can_be_added(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    output = tmp_path / "out"
+    subprocess.run(["cp", "-r", folder / "out", output], check=True)
+    executed = []
+    execute = command.execute
+    monkeypatch.setattr(command, "execute", lambda *given: (executed.append(given[1].title), execute(*given)))
+
+    def more(config):
+        config["seeds"] = [0, 1, 2]
+        config["methods"]["kd"] = {"class_path": "KDModule", "init_args": {"temperature": 2.0}}
+
+    compare(written(tmp_path, more), output)
+    added = {"alone, seed 2", "kd_one, seed 2", "feed, seed 2", "kd, seed 0", "kd, seed 1", "kd, seed 2"}
+    assert set(executed) == added
+    old = [row for row in lines_of(output / "results.csv") if row["seed"] != "2" and row["method"] == "feed"]
+    assert [row["nll"] for row in old] == [
+        row["nll"] for row in lines_of(folder / "out/results.csv") if row["method"] == "feed"
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.update(epochs=4),
+        lambda config: config.update(seeds=[1]),
+        lambda config: config["methods"].pop("feed"),
+        lambda config: config["methods"]["feed"]["init_args"].update(beta=21.0),
+        lambda config: config["data"]["init_args"].update(subset=64),
+        lambda config: config["optimizer"]["init_args"].update(lr=0.2),
+        lambda config: config["teachers"].update(number=3),
+    ],
+)
+def test_the_folder_of_another_configuration_is_refused(finished, tmp_path, capsys, change):
+    folder, _ = finished
+    before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
+    assert main(["compare", written(tmp_path, change), "--output", str(folder / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "belongs to another configuration" in error
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(epoch=4), "'epoch'"),
+        (lambda c: c.pop("student"), "student"),
+        (lambda c: c["teachers"].update(numbr=4), "numbr"),
+        (lambda c: c["methods"]["feed"]["init_args"].update(betta=4), "methods.feed: Option 'betta'"),
+        (lambda c: c["methods"]["feed"]["init_args"].update(student_layer="stage4"), "no layer 'stage4'; near names"),
+        (lambda c: c["methods"]["feed"].update(class_path="FEDModule"), "methods.feed.*FEDModule"),
+        (lambda c: c["methods"]["feed"].update(teachers=3), r"methods.feed.teachers must be between 1 and 2, got 3"),
+        (lambda c: c["methods"]["feed"].update(beta=3), "methods.feed: unknown key 'beta'"),
+        (lambda c: c["methods"].update(alone=c["methods"]["feed"]), "'alone' cannot be a method's name"),
+        (lambda c: c["teachers"]["network"]["init_args"].update(num_classes=7), "teachers.network .* has 7 classes"),
+        (lambda c: c["student"]["init_args"].update(num_classes=7), "student .* has 7 classes"),
+        (lambda c: c["student"]["init_args"].update(widht=7), "widht"),
+        (lambda c: c["optimizer"]["init_args"].update(lrr=7), "lrr"),
+        (lambda c: c["data"]["init_args"].update(subset=5000), "subset=5000 is larger than the 1497"),
+        (lambda c: c["data"]["init_args"].update(test_size=0), "split or batch would be empty"),
+        (lambda c: c.update(data={"class_path": "FashionMNISTDataModule", "init_args": {"data_dir": "no"}}), "no tra"),
+        (lambda c: c.update(seeds=[]), "seeds must be different numbers, at least one"),
+        (lambda c: c.update(epochs=0), "epochs must be at least 1"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_line_and_writes_nothing(tmp_path, capsys, change, message):
+    config = written(tmp_path, change)
+    assert main(["compare", config, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_file_and_a_foreign_folder_are_refused(tmp_path, capsys):
+    assert main(["compare", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("precious")
+    assert main(["compare", written(tmp_path), "--output", str(tmp_path / "mine")]) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_help_explains(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--help"])
+    assert stop.value.code == 0
+    assert "goes on where it stopped" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "after", ["runs/teacher_2/last.ckpt", "runs/kd_one/seed_0/last.ckpt", "runs/feed/seed_1/last.ckpt"]
+)
+def test_a_killed_comparison_ends_like_an_undisturbed_one(finished, tmp_path, after):
+    folder, _ = finished
+    config = written(tmp_path)
+    arguments = [sys.executable, "-m", "distill_lightning", "compare", config, "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out" / after).exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline, f"{after} did not appear"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out/results.csv").exists()
+    subprocess.run(arguments, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+    def table(output):
+        return [
+            {name: value for name, value in row.items() if name != "seconds_per_epoch"}
+            for name in ("results.csv", "teachers.csv")
+            for row in lines_of(output / name)
+        ]
+
+    assert table(tmp_path / "out") == table(folder / "out")
+    assert not list((tmp_path / "out").rglob("partial*"))

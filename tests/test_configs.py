@@ -1,0 +1,62 @@
+"""Every YAML file in the repository is run, on little data."""
+
+import gzip
+import io
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import save_file
+
+from distill_lightning import SmallResNet
+from distill_lightning.cli import main
+from distill_lightning.compare import command
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+COMPARE = sorted((CONFIGS / "compare").glob("*.yaml"))
+START = sorted((CONFIGS / "start").glob("*.yaml"))
+
+
+def small_fashion_mnist(folder):
+    """A few images in Fashion-MNIST's real on-disk format."""
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 200), ("t10k", 60)):
+        pixels = torch.randint(256, (count, 28, 28), generator=generator, dtype=torch.uint8)
+        labels = (torch.arange(count) % 10).to(torch.uint8)
+        header = struct.pack(">HBB3I", 0, 8, 3, count, 28, 28)
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pixels.numpy().tobytes()))
+        header = struct.pack(">HBBI", 0, 8, 1, count)
+        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + labels.numpy().tobytes()))
+
+
+def test_every_yaml_is_in_a_tested_folder():
+    assert set(CONFIGS.rglob("*.yaml")) == {*COMPARE, *START}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", COMPARE, ids=lambda path: path.stem)
+def test_compare_runs(path, tmp_path):
+    config = yaml.safe_load(path.read_text())
+    config |= {"epochs": 1, "seeds": [0], "output": str(tmp_path / "out")}
+    config["data"].setdefault("init_args", {}).update(subset=64, val_size=40, test_size=50)
+    if config["data"]["class_path"] == "FashionMNISTDataModule":
+        small_fashion_mnist(tmp_path)
+        config["data"]["init_args"]["data_dir"] = str(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command.run([str(tmp_path / "config.yaml")], console=Console(file=io.StringIO()))
+    lines = (tmp_path / "out/results.csv").read_text().splitlines()
+    assert len(lines) == 2 + len(config["methods"])
+
+
+@pytest.mark.parametrize("path", START, ids=lambda path: path.stem)
+def test_fit_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # The teachers that `make demo` would have left.
+    for number in (1, 2, 3):
+        folder = tmp_path / f"results/digits/runs/teacher_{number}"
+        folder.mkdir(parents=True)
+        save_file(SmallResNet(10, width=16).state_dict(), folder / "student.safetensors")
+    assert main(["fit", "--config", str(path), "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]) == 0

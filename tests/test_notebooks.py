@@ -1,0 +1,48 @@
+"""Every notebook runs, and is committed without output."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+# The settings cell of each notebook, made small.
+QUICK = {
+    "01_first_distillation": "teachers_number, teacher_width, student_width, epochs, training_images = 2, 3, 2, 2, 64"
+}
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_committed_without_output(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert not [cell for cell in cells if cell.cell_type == "code" and (cell.outputs or cell.execution_count)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(path, as_version=4)
+    settings = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    names = {line.split("=")[0].strip() for line in settings.source.splitlines()}
+    assert names == set(QUICK[path.stem].split(" = ")[0].split(", ")), "the settings cell has other names"
+    settings.source = QUICK[path.stem]
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    figures = [
+        output
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
+    assert figures, "it shows no picture"
+    assert not [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"
+    ]

@@ -1,0 +1,68 @@
+"""The README's code runs as it stands there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from distill_lightning import SmallResNet
+from distill_lightning.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", blocks("python"), ids=["subclass", "notebook"])
+def test_python_runs(code, tmp_path):
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
+
+
+def test_the_notebook_example_leaves_a_student():
+    assert 'module.export_student("student.safetensors")' in blocks("python")[1]
+
+
+@pytest.mark.slow
+def test_the_fit_command_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for number in (1, 2, 3):
+        folder = tmp_path / f"results/digits/runs/teacher_{number}"
+        folder.mkdir(parents=True)
+        save_file(SmallResNet(10, width=16).state_dict(), folder / "student.safetensors")
+    command = blocks("bash")[0].split()
+    assert command[0] == "distill-lightning"
+    # One epoch and one override, in the form that the text below the command names.
+    assert main([*command[1:], "--trainer.max_epochs", "1", "--model.init_args.beta", "30"]) == 0
+
+
+def test_the_compare_command_is_understood():
+    from distill_lightning.compare.config import parse_config
+
+    command = blocks("bash")[1].split()
+    assert command[:2] == ["distill-lightning", "compare"]
+    config = parse_config([str(ROOT / command[2]), *command[3:]])
+    assert config.seeds == [0, 1, 2, 3, 4]
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_make_knows_the_commands():
+    makefile = (ROOT / "Makefile").read_text()
+    for verb in ("demo", "test", "check", "bench"):
+        assert re.search(rf"^{verb}:", makefile, flags=re.MULTILINE)
+    assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_nothing_is_left_to_fill_in():
+    assert not re.findall(r"\b[A-Z]+_(?:TABLE|WORDS)\b", README)
