@@ -48,7 +48,9 @@ def run(arguments: Sequence[str], *, console: Console | None = None) -> Report:
     _check_folder(folder, config)
     experiment = Experiment(config)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / _CONFIG_FILE, lambda path: path.write_text(yaml.safe_dump(config.as_plain(), sort_keys=False)))
+    write_atomically(
+        folder / _CONFIG_FILE, lambda path: path.write_text(yaml.safe_dump(config.as_plain(), sort_keys=False))
+    )
     runs = plan(experiment, folder)
     _train(experiment, runs, console)
     report = Report(runs, test_targets(experiment))

@@ -146,16 +146,14 @@ class Report:
                 }
             ),
             "reliability.png": reliability_diagram(
-                {name: self._bins(logits) for name, logits in self._pooled().items()}
+                {name: self._bins(self._of(name)) for name in self.methods},
+                {"ensemble": self._bins([self.ensemble.log()])},
             ),
         }
 
-    def _pooled(self) -> dict[str, list[Tensor]]:
-        """Test log-probabilities by row, all seeds of a method together."""
-        pooled = {
-            name: [self._logits[run.folder]["last"] for run in self.runs if run.name == name] for name in self.methods
-        }
-        return {"ensemble": [self.ensemble.log()], **pooled}
+    def _of(self, name: str) -> list[Tensor]:
+        """Test logits of a row, one tensor per seed."""
+        return [self._logits[run.folder]["last"] for run in self.runs if run.name == name]
 
     def _bins(self, logits: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         confidence, predicted = F.softmax(torch.cat(list(logits)), dim=-1).max(dim=-1)

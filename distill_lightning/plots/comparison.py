@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Bins = tuple[Array, Array, Array]
 
 
 def accuracy_bars(scores: Mapping[str, Sequence[float]], references: Mapping[str, float]) -> Figure:
@@ -60,22 +61,24 @@ def learning_curves(curves: Mapping[str, Array]) -> Figure:
     return figure
 
 
-def reliability_diagram(bins: Mapping[str, tuple[Array, Array, Array]]) -> Figure:
+def reliability_diagram(bins: Mapping[str, Bins], references: Mapping[str, Bins] | None = None) -> Figure:
     """Accuracy against confidence by bin, and how many samples lie in each bin.
 
     Args:
         bins: for each method what `distill_lightning.functional.calibration_bins` gives: counts, sums of confidences,
             hits. Bins with fewer than 10 samples are not drawn.
+        references: likewise, drawn in grey: the ensemble's for example.
     """
     figure = Figure(figsize=(5, 5.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     above.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
-    for place, (name, (counts, confidences, hits)) in enumerate(bins.items()):
+    colors = [f"C{place % 10}" for place in range(len(bins))] + ["0.4"] * len(references or {})
+    for color, (name, (counts, confidences, hits)) in zip(colors, {**bins, **(references or {})}.items(), strict=True):
         filled = counts >= 10
         confidence, accuracy = confidences[filled] / counts[filled], hits[filled] / counts[filled]
-        above.plot(confidence, accuracy, "o-", color=f"C{place % 10}", markersize=4, label=name)
+        above.plot(confidence, accuracy, "o-", color=color, markersize=4, label=name)
         centres = (np.arange(len(counts)) + 0.5) / len(counts)
-        below.step(centres, counts / counts.sum(), where="mid", color=f"C{place % 10}")
+        below.step(centres, counts / counts.sum(), where="mid", color=color)
     above.set_ylabel("accuracy")
     above.legend(frameon=False)
     below.set_ylabel("share of samples")
