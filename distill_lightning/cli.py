@@ -24,7 +24,7 @@ from distill_lightning import __version__
 from distill_lightning.datamodules import InMemoryImageDataModule
 from distill_lightning.errors import InputError
 from distill_lightning.modules import DistillationModule
-from distill_lightning.networks import read_weights
+from distill_lightning.weights import read_weights
 
 _TOLD_BY_DATA = ("num_classes", "input_shape")
 _DESCRIPTION = """Train, evaluate and compare the methods of distill_lightning.

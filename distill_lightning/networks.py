@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill_lightning.errors import InputError
+from distill_lightning.weights import load_strictly, read_weights
 
 P = ParamSpec("P")
 Recipe = dict[str, Any]
@@ -231,64 +229,6 @@ def Pretrained(network: nn.Module, checkpoint: str | Path) -> nn.Module:  # noqa
     return network
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The network's state dict in a file, without running any code that the file may carry.
-
-    Raises:
-        InputError: the file is missing, damaged, unsafe, or holds no state dict.
-    """
-    if not path.is_file():
-        raise InputError(f"no checkpoint at {path}: give the path of a .safetensors, .pt or .ckpt file")
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else _load_tensors(path)
-    except InputError:
-        raise
-    except Exception as error:  # a damaged file makes the readers raise whatever its bytes lead to
-        raise InputError(
-            f"{path} cannot be read as weights ({type(error).__name__}: {error}): is it complete?"
-        ) from error
-    weights = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    if isinstance(weights, Mapping) and any(name.startswith("student.") for name in weights):
-        weights = {
-            name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")
-        }
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise InputError(f"{path} holds no state dict: save network.state_dict(), or use export_student(path)")
-    return dict(weights)
-
-
-def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
-    """Load every weight and leave none out, or change nothing.
-
-    Raises:
-        InputError: names or shapes differ; the message names the first of them.
-    """
-    check_architecture(network, weights, source=source)
-    network.load_state_dict(dict(weights), strict=True)
-
-
-def check_architecture(network: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
-    """Hold a state dict against a network.
-
-    Raises:
-        InputError: names or shapes differ; the message names the first of them.
-    """
-    own = network.state_dict()
-    problems = [f"has no {name!r}" for name in own if name not in weights]
-    problems += [f"has an unknown {name!r}" for name in weights if name not in own]
-    problems += [
-        f"has {name!r} of shape {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
-        raise InputError(
-            f"{source} is a checkpoint of another architecture than {type(network).__name__}: it {problems[0]}{more}; "
-            "build the network with the arguments it was trained with"
-        )
-
-
 def likely_input_shape(network: nn.Module) -> tuple[int, int, int]:
     """The first convolution's input channels, at 32x32: enough to find the channels of a convolutional feature map.
 
@@ -299,16 +239,6 @@ def likely_input_shape(network: nn.Module) -> tuple[int, int, int]:
         if isinstance(module, nn.Conv2d):
             return (module.in_channels, 32, 32)
     raise InputError(f"{type(network).__name__} has no convolution to tell its input from: give input_shape=(C, H, W)")
-
-
-def _load_tensors(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} is refused: it is no plain weights file, and unpickling it could run code; "
-            "save network.state_dict(), or convert it to .safetensors where you trust it"
-        ) from error
 
 
 def _with_input_channels(network: nn.Module, in_channels: int) -> nn.Module:

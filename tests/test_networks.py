@@ -21,12 +21,10 @@ from distill_lightning import (
 )
 from distill_lightning.networks import (
     build_from,
-    check_architecture,
     likely_input_shape,
-    load_strictly,
-    read_weights,
     recipe_of,
 )
+from distill_lightning.weights import check_architecture, load_strictly, read_weights
 
 FACTORIES = [
     (torchvision_network, "resnet18"),

@@ -16,7 +16,7 @@ PACKAGE = Path(distill_lightning.__file__).parent
 
 LAYERS = {
     "errors": -1, "batch": 0,
-    "functional": 1, "views": 1, "schedules": 1, "stores": 1, "plots": 1,
+    "functional": 1, "views": 1, "weights": 1, "schedules": 1, "stores": 1, "plots": 1,
     "layers": 2, "metrics": 2, "networks": 2, "samplers": 2, "compression": 2,
     "datamodules": 3, "callbacks": 3,
     "modules": 4,

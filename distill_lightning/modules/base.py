@@ -20,8 +20,9 @@ from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.layers import TeacherEnsemble, check_classes, dry_forward, fingerprint
 from distill_lightning.metrics import classification_metrics
-from distill_lightning.networks import build_from, check_architecture, recipe_of
+from distill_lightning.networks import build_from, recipe_of
 from distill_lightning.schedules import OneCycle
+from distill_lightning.weights import check_architecture
 
 OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]  # jsonargparse needs the bare Iterable
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]

@@ -1,13 +1,4 @@
-"""For people who write a method: tiny networks and data, and the contract that every module of the package keeps.
-
-::
-
-    def build(student, teachers, num_classes):
-        return MyModule(student, teachers, num_classes=num_classes)
-
-    def test_contract():
-        assert_module_contract(build)
-"""
+"""What every module of the package keeps, as checks that can be run over any of them."""
 
 from __future__ import annotations
 
@@ -23,82 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_lightning.batch import Batch
-from distill_lightning.datamodules import Images, InMemoryImageDataModule
 from distill_lightning.modules import DistillationModule
-from distill_lightning.networks import read_weights
-
-
-class TinyNet(nn.Module):
-    """Two convolutions for 8x8 images; ``features`` is the feature map ``(N, 2 * width, 4, 4)`` after the last ReLU.
-
-    Args:
-        num_classes: ``K``.
-        in_channels: channels of the images.
-        width: channels of the first convolution, even.
-        norm: ``"batch"``, or ``"group"``, which treats every sample alone.
-    """
-
-    def __init__(
-        self, num_classes: int = 3, *, in_channels: int = 1, width: int = 4, norm: Literal["batch", "group"] = "batch"
-    ) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width) if norm == "batch" else nn.GroupNorm(2, width),
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(2 * width) if norm == "batch" else nn.GroupNorm(2, 2 * width),
-            nn.ReLU(),
-        )
-        self.head = nn.Linear(2 * width, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, K)`` of images ``(N, C, H, W)``."""
-        logits: Tensor = self.head(self.features(images).mean(dim=(2, 3)))
-        return logits
-
-
-class TinyDataModule(InMemoryImageDataModule):
-    """Seeded 8x8 images, one bright corner region per class in noise; learnable in a few steps.
-
-    Args:
-        num_classes: up to 4.
-        samples: number of training images; there are as many for validation and for test.
-        batch_size: samples per batch and process.
-        views: number of different views of a training image; ``None``: a new one every epoch.
-        seed: of everything.
-    """
-
-    mean = 0.4
-    std = 0.25
-
-    def __init__(
-        self,
-        *,
-        num_classes: int = 3,
-        samples: int = 24,
-        batch_size: int = 8,
-        views: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(val_size=samples, batch_size=batch_size, padding=1, views=views, seed=seed)
-        self.num_classes = num_classes
-        self.samples = samples
-        self.input_shape = (1, 8, 8)
-        self.class_names = tuple(str(number) for number in range(num_classes))
-
-    def read(self) -> tuple[Images, Images]:
-        """The generated images."""
-        generator = torch.Generator().manual_seed(self.seed)
-        total = 3 * self.samples
-        targets = torch.arange(total) % self.num_classes
-        pixels = torch.rand(total, 1, 8, 8, generator=generator) * 0.6
-        for image, target in zip(pixels, targets.tolist(), strict=True):
-            row, column = 4 * (target // 2), 4 * (target % 2)
-            image[:, row : row + 4, column : column + 4] += 0.4
-        every = Images((pixels * 255).to(torch.uint8), targets)
-        rest, test = torch.arange(2 * self.samples), torch.arange(2 * self.samples, total)
-        return every.take(rest), every.take(test)
+from distill_lightning.testing.tiny import TinyDataModule, TinyNet, tiny_trainer
+from distill_lightning.weights import read_weights
 
 
 class Build(Protocol):
@@ -125,20 +43,6 @@ def point(check: Check) -> Check:
     """Add a check to `CONTRACT` under its own name."""
     CONTRACT[check.__name__] = check
     return check
-
-
-def tiny_trainer(**options: Any) -> pl.Trainer:
-    """A quiet Trainer on the CPU."""
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return pl.Trainer(**(defaults | options))
 
 
 def _require(condition: bool, message: str) -> None:  # noqa: FBT001
