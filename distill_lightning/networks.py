@@ -201,6 +201,10 @@ def pytorchcv_network(
         network: nn.Module = provider.get_model(name, **options)
     except ValueError as error:
         raise InputError(f"pytorchcv has no network {name!r}: see pytorchcv's list of models") from error
+    features = network.get_submodule("features")
+    if image_size is not None and isinstance(getattr(features, "final_pool", None), nn.AvgPool2d):
+        # The CIFAR networks pool a fixed 8x8, whatever in_size says; this pools any size, and 8x8 to the same.
+        features.add_module("final_pool", nn.AdaptiveAvgPool2d(1))
     # The CIFAR networks accept 10 or 100 classes alone; another number gets a new last layer, as for fine-tuning.
     if network.num_classes != num_classes:
         if not isinstance(network.output, nn.Linear):

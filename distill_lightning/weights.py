@@ -31,12 +31,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as weights ({type(error).__name__}: {error}): is it complete?"
         ) from error
     weights = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    if isinstance(weights, Mapping) and any(name.startswith("student.") for name in weights):
-        weights = {
-            name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")
-        }
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    ):
         raise InputError(f"{path} holds no state dict: save network.state_dict(), or use export_student(path)")
+    if any(name.startswith("student.") for name in weights):
+        return {name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")}
     return dict(weights)
 
 
