@@ -140,6 +140,9 @@ class FEEDModule(DistillationModule):
             lr_scheduler=lr_scheduler,
             metrics=metrics,
         )
+        if isinstance(transform, str):
+            # A function stays out of the checkpoint, and must be given again to rebuild the module from it.
+            self.save_hyperparameters({"transform": transform})
         self.teachers = TeacherEnsemble.of(teachers)
         self.paraphrasers = freeze(nn.ModuleList(paraphrasers or []))
         count = len(self.teachers)

@@ -135,10 +135,16 @@ def test_an_unfinished_method_says_what_is_missing():
         DistillationModule(TinyNet(), num_classes=3).terms(Batch(torch.zeros(1), torch.zeros(1)))
 
 
-def feed_on_small_nets():
+def feed_on_small_nets(**options):
     teachers = TeacherEnsemble([SmallResNet(3, width=2), SmallResNet(3, width=2)], weights=[1, 2], combine="logits")
     return FEEDModule(
-        SmallResNet(3, width=4), teachers, num_classes=3, student_layer="stage3", beta=3.0, input_shape=(1, 8, 8)
+        SmallResNet(3, width=4),
+        teachers,
+        num_classes=3,
+        student_layer="stage3",
+        beta=3.0,
+        input_shape=(1, 8, 8),
+        **options,
     )
 
 
@@ -157,6 +163,24 @@ def test_a_checkpoint_rebuilds_the_module_alone(tmp_path):
         torch.equal(value, loaded.translators.state_dict()[name])
         for name, value in module.translators.state_dict().items()
     )
+
+
+def small_linear(student_channels, teacher_channels):
+    return nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
+
+
+@pytest.mark.parametrize("transform", ["linear", small_linear])
+def test_a_checkpoint_keeps_the_kind_of_translator(tmp_path, transform):
+    module = feed_on_small_nets(transform=transform)
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "feed.ckpt")
+    given = {} if isinstance(transform, str) else {"transform": transform}
+    loaded = FEEDModule.load_from_checkpoint(tmp_path / "feed.ckpt", teachers=module.teachers, **given)
+    assert torch.equal(loaded.translators[0].weight, module.translators[0].weight)
+    if given:
+        with pytest.raises(InputError, match="another architecture"):
+            FEEDModule.load_from_checkpoint(tmp_path / "feed.ckpt", teachers=module.teachers)
 
 
 def test_the_same_teachers_are_recognised(tmp_path, recwarn):
