@@ -104,7 +104,9 @@ def mean_probabilities(
     Raises:
         InputError: no member, a wrong number of weights, a negative weight, or a temperature that is not positive.
     """
-    stacked = logits if isinstance(logits, Tensor) else torch.stack(_members(logits))
+    if len(logits) == 0:
+        raise InputError("an ensemble needs at least one member, got none")
+    stacked = logits if isinstance(logits, Tensor) else torch.stack(list(logits))
     _positive("temperature", temperature)
     return weighted_mean(F.softmax(_wide(stacked) / temperature, dim=-1), weights)
 
@@ -209,14 +211,16 @@ def calibration_bins(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> 
         bins: number of equally wide bins, closed on the right.
 
     Returns:
-        Three float64 tensors ``(bins,)``: the number of samples, the sum of their confidences, the number of hits.
+        Three tensors ``(bins,)``: the number of samples, the sum of their confidences, the number of hits.
     """
-    confidence = confidence.double()
-    # Bin edges are b / bins in float64: ceil(c * bins) puts a confidence of exactly b / bins into bin b.
-    place = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
-    empty = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
+    # float64 keeps the inner edges exact; Apple's devices have none.
+    wide = torch.float32 if confidence.device.type == "mps" else torch.float64
+    confidence = confidence.to(wide)
+    edges = torch.arange(1, bins, dtype=wide, device=confidence.device) / bins
+    place = torch.bucketize(confidence, edges)
+    empty = torch.zeros(bins, dtype=wide, device=confidence.device)
     counts = empty.index_add(0, place, torch.ones_like(confidence))
-    return counts, empty.index_add(0, place, confidence), empty.index_add(0, place, correct.double())
+    return counts, empty.index_add(0, place, confidence), empty.index_add(0, place, correct.to(wide))
 
 
 def _unit(feature: Tensor, normalize: Normalize, eps: float) -> Tensor:
@@ -227,12 +231,6 @@ def _unit(feature: Tensor, normalize: Normalize, eps: float) -> Tensor:
     if normalize == "none":
         return _wide(feature)
     raise InputError(f"normalize must be 'sample', 'channel' or 'none', got {normalize!r}")
-
-
-def _members(logits: Sequence[Tensor]) -> list[Tensor]:
-    if not logits:
-        raise InputError("an ensemble needs at least one member, got none")
-    return list(logits)
 
 
 def _same_shape(name: str, student: Tensor, teacher: Tensor) -> None:

@@ -637,6 +637,12 @@ def test_confidence_0_counts_in_the_first_bin_and_1_in_the_last(dtype):
     assert (hits[0].item(), hits[-1].item()) == (1, 1)
 
 
+def test_a_confidence_rounded_to_above_1_counts_in_the_last_bin():
+    above = torch.nextafter(torch.tensor([1.0]), torch.tensor([2.0]))
+    counts, _, _ = calibration_bins(above, torch.tensor([True]))
+    assert counts.tolist() == [0.0] * 14 + [1.0]
+
+
 def test_a_perfectly_calibrated_bin_adds_no_error():
     confidence = torch.full((4,), 0.75)
     assert expected_calibration_error(confidence, torch.tensor([1, 1, 1, 0])).item() == 0

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from pytorchcv.model_provider import get_model as get_pytorchcv_model
 from safetensors.torch import save_file
 from torch import nn
 
@@ -146,6 +147,13 @@ def test_the_last_layer_of_pytorchcv_stays_where_the_classes_fit():
     assert count(pytorchcv_network("resnet20_cifar100", num_classes=100)) == 278_324
     # 64 inputs of the last layer: 97 classes less are 97 * 65 parameters less.
     assert count(pytorchcv_network("resnet20_cifar100", num_classes=3)) == 278_324 - 97 * 65
+
+
+def test_the_last_layer_of_pytorchcv_keeps_its_weights_where_the_classes_fit():
+    torch.manual_seed(0)
+    network = pytorchcv_network("resnet20_cifar10", num_classes=10)
+    torch.manual_seed(0)
+    assert same_state(network, get_pytorchcv_model("resnet20_cifar10").state_dict())
 
 
 def test_pytorchcv_takes_another_image_size():

@@ -22,17 +22,18 @@ class NegativeLogLikelihood(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add a batch."""
-        self.total += F.cross_entropy(logits.float(), target, reduction="sum").double()
+        self.total += F.cross_entropy(logits.float(), target, reduction="sum")
         self.count += len(target)
 
     def compute(self) -> Tensor:
         """The mean over everything added."""
-        return (self.total / self.count).float()
+        mean: Tensor = self.total / self.count
+        return mean
 
 
 class CalibrationError(Metric):
@@ -52,18 +53,18 @@ class CalibrationError(Metric):
     def __init__(self, *, bins: int = 15) -> None:
         super().__init__()
         self.bins = bins
-        self.add_state("binned", torch.zeros(3, bins, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("binned", torch.zeros(3, bins), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, K)`` and classes ``(N,)``."""
         confidence, predicted = F.softmax(logits.float(), dim=-1).max(dim=-1)
-        self.binned += torch.stack(functional.calibration_bins(confidence, predicted == target, bins=self.bins))
+        bins = functional.calibration_bins(confidence, predicted == target, bins=self.bins)
+        self.binned += torch.stack(bins).to(self.binned)
 
     def compute(self) -> Tensor:
         """The error over everything added."""
         counts, confidences, hits = self.binned.unbind()
-        error: Tensor = (hits - confidences).abs().sum() / counts.sum()
-        return error.float()
+        return (hits - confidences).abs().sum() / counts.sum()
 
 
 class Agreement(Metric):

@@ -213,6 +213,16 @@ def test_the_padding_of_a_view_is_a_black_pixel_normalised():
     assert inputs.unique().tolist() == pytest.approx([(0 - 0.25) / 0.5, (1 - 0.25) / 0.5])
 
 
+def test_views_may_be_mirrored_without_a_crop():
+    data = data_of(padding=0, flip=True)
+    plain, batch = data.dataset("train"), by_index(epoch_of(data))
+    expected = (plain.images / 255 - 0.25) / 0.5
+    kept = (batch.input == expected).flatten(1).all(1)
+    mirrored = (batch.input == expected.flip(3)).flatten(1).all(1)
+    assert (kept ^ mirrored).all()
+    assert 30 < mirrored.sum().item() < 70
+
+
 def test_the_last_batch_is_smaller_and_not_dropped():
     assert [len(batch.target) for batch in data_of().train_dataloader()] == [16] * 6 + [4]
 
