@@ -19,6 +19,9 @@ check: .venv/dev.stamp
 
 bench: .venv/run.stamp
 	$(BIN)/distill-lightning compare configs/compare/fashion_mnist.yaml
+	mkdir -p benchmarks/results/fashion_mnist/figures
+	cd results/fashion_mnist && cp compare.yaml results.csv teachers.csv results.md ../../benchmarks/results/fashion_mnist
+	cp results/fashion_mnist/figures/*.png benchmarks/results/fashion_mnist/figures
 
 .venv/run.stamp: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

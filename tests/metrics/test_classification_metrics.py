@@ -243,3 +243,9 @@ def test_accuracy_is_the_share_of_samples_and_not_of_classes():
     metrics = classification_metrics(3)
     metrics.update(torch.eye(3)[[0, 0, 0, 0]], torch.tensor([0, 0, 0, 1]))
     assert metrics.compute()["accuracy"].item() == 0.75
+
+
+@pytest.mark.parametrize("metric", [NegativeLogLikelihood(), CalibrationError(), Agreement()])
+def test_no_state_needs_float64(metric):
+    # Apple's devices have none, and a module with such a metric could not be moved there.
+    assert all(getattr(metric, name).dtype in (torch.float32, torch.long) for name in metric._defaults)
