@@ -6,6 +6,7 @@ and norms are computed in float32 (or wider), whatever autocast or the inputs sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -131,10 +132,12 @@ def member_shares(weights: Sequence[float] | None, members: int) -> list[float]:
         InputError: their number is not ``members``, one is negative, or all are zero.
     """
     values = [1.0] * members if weights is None else [float(weight) for weight in weights]
+    if members == 0:
+        raise InputError("an ensemble needs at least one member, got none")
     if len(values) != members:
         raise InputError(f"{len(values)} weights for {members} teachers: give one weight per teacher")
-    if min(values) < 0 or not sum(values) > 0:
-        raise InputError(f"teachers' weights must be non-negative and not all zero, got {values}")
+    if min(values) < 0 or not 0 < sum(values) < math.inf:
+        raise InputError(f"teachers' weights must be finite, non-negative and not all zero, got {values}")
     return [value / sum(values) for value in values]
 
 

@@ -94,7 +94,7 @@ class SmallResNet(nn.Module):
 
     A 3x3 stem, then three stages ``stage1`` to ``stage3`` of ``depth`` residual blocks with ``width``, ``2 * width``
     and ``4 * width`` channels (the second and third stage halve the image), global average pooling and a linear layer
-    ``head``. Width 8 and depth 1 cost about 2 MFLOPs at 28x28. The tap for feature distillation is ``stage3``: after
+    ``head``. Width 8 and depth 1 cost 2.4 million multiply-adds at 28x28. The tap for feature distillation is ``stage3``: after
     the last ReLU, before pooling.
 
     Args:

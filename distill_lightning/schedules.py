@@ -48,9 +48,9 @@ class OneCycle(LRScheduler):
     def factor(self, progress: float) -> float:
         """What the peak rate is multiplied with at ``progress`` in ``[0, 1]``."""
         progress = min(progress, 1.0)
-        if progress < self.warmup:
+        if progress < self.warmup or self.warmup == 1:
             return self.start + (1 - self.start) * (1 - math.cos(math.pi * progress / self.warmup)) / 2
-        falling = (progress - self.warmup) / (1 - self.warmup) if self.warmup < 1 else 1.0
+        falling = (progress - self.warmup) / (1 - self.warmup)
         return self.end + (1 - self.end) * (1 + math.cos(math.pi * falling)) / 2
 
     def get_lr(self) -> list[Any]:

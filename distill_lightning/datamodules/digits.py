@@ -63,8 +63,9 @@ class DigitsDataModule(InMemoryImageDataModule):
             order_seed=order_seed,
             num_workers=num_workers,
         )
-        if image_size < 1:
-            raise InputError(f"image_size must be at least 1, got {image_size}")
+        if image_size < 1 or test_size is None:
+            raise InputError(f"image_size and test_size must be at least 1, got {image_size} and {test_size}")
+        self.test_count = test_size
         self.image_size = image_size
         self.input_shape = (1, image_size, image_size)
 
@@ -76,6 +77,6 @@ class DigitsDataModule(InMemoryImageDataModule):
             pixels = F.interpolate(pixels, size=self.input_shape[1:], mode="bilinear", align_corners=False)
         every = Images(pixels.round().to(torch.uint8), torch.from_numpy(data.target).long())
         order = torch.randperm(len(every.targets), generator=torch.Generator().manual_seed(self.seed))
-        if self.test_size is not None and self.test_size >= len(order):
-            raise InputError(f"test_size={self.test_size} leaves none of {len(order)} digits to train on")
-        return every.take(order[self.test_size :]), every.take(order[: self.test_size])
+        if self.test_count >= len(order):
+            raise InputError(f"test_size={self.test_count} leaves none of {len(order)} digits to train on")
+        return every.take(order[self.test_count :]), every.take(order[: self.test_count])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 
@@ -129,6 +130,6 @@ def read_idx(path: Path) -> Tensor:
     if content[:3] != b"\x00\x00\x08" or len(content) < start:
         raise InputError(f"{path} is no IDX file of bytes: fetch it again")
     shape = np.frombuffer(content, dtype=">u4", count=rank, offset=4).tolist()
-    if len(content) - start != int(np.prod(shape)):
+    if len(content) - start != math.prod(shape):
         raise InputError(f"{path} is damaged: {len(content) - start} bytes of data for shape {tuple(shape)}")
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())

@@ -30,8 +30,8 @@ class FeatureTap:
         layers: dotted module paths as in ``network.named_modules()``; each may be a glob (``"layer*.1.conv?"``).
 
     Raises:
-        InputError: a path that matches no module (near names are listed), and on a call: a tapped module that did not
-            run, ran twice, or returned no tensor.
+        InputError: no path, or one that matches no module (near names are listed), and on a call: a tapped module that
+            did not run, ran twice, or returned no tensor.
     """
 
     def __init__(self, network: nn.Module, layers: str | Sequence[str]) -> None:
@@ -39,6 +39,7 @@ class FeatureTap:
         self.layers = resolve_layers(network, layers)
         self._recording = False
         self._features: dict[str, list[Any]] = {}
+        _guard_hooks()
         self._handles = [
             network.get_submodule(name).register_forward_hook(partial(self._keep, name)) for name in self.layers
         ]
@@ -48,9 +49,6 @@ class FeatureTap:
 
     def __call__(self, *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
         """Run the network once: its output, and the tapped features by path."""
-        if getattr(self.network, "_compiled_call_impl", None) is not None:
-            # Compiled code is reused for any module of the same shape, hooks or not, unless hooks are guarded too.
-            torch._dynamo.config.skip_nnmodule_hook_guards = False  # noqa: SLF001
         self._features = {name: [] for name in self.layers}
         self._recording = True
         try:
@@ -114,6 +112,15 @@ class FeatureTap:
         return outputs[0]
 
 
+def _guard_hooks() -> None:
+    """Let compiled code notice hooks; without it, it is reused for any module of the same shape, hooks or not."""
+    config = torch._dynamo.config  # noqa: SLF001
+    if config.skip_nnmodule_hook_guards:
+        config.skip_nnmodule_hook_guards = False
+        # What was compiled until now was compiled without such guards.
+        torch._dynamo.reset()  # noqa: SLF001
+
+
 def _version(output: Any) -> int:
     """How often a tensor was written in place."""
     version: int = getattr(output, "_version", 0)
@@ -138,8 +145,10 @@ def dry_forward(network: nn.Module, input_shape: Sequence[int], *, run: Callable
     inputs = torch.zeros((1, *input_shape), dtype=example.dtype, device=example.device)
     try:
         output = (run or network)(inputs)
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+    except InputError:
+        raise
+    except Exception as error:  # networks refuse an input in whatever way they like: assertions, index errors
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{type(network).__name__} does not take an input of shape {tuple(input_shape)} ({reason}); "
             "give input_shape=(C, H, W) of your images, or a network with matching in_channels"
@@ -157,6 +166,8 @@ def resolve_layers(network: nn.Module, layers: str | Sequence[str]) -> tuple[str
         InputError: a path or glob that matches nothing; the message lists near names.
     """
     names = [name for name, _ in network.named_modules() if name]
+    if not layers:
+        raise InputError(f"no layer of {type(network).__name__} to tap: name at least one")
     found: dict[str, None] = {}
     for layer in [layers] if isinstance(layers, str) else layers:
         matches = [layer] if layer in names else [name for name in names if fnmatchcase(name, layer)]

@@ -8,7 +8,6 @@ from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from distill_lightning import functional
 from distill_lightning.errors import InputError
@@ -53,7 +52,9 @@ class TeacherEnsemble(nn.Module):
         combine: Literal["probabilities", "logits"] = "probabilities",
     ) -> None:
         super().__init__()
-        members = [networks] if isinstance(networks, nn.Module) else list(networks)
+        if isinstance(networks, nn.Module) and not isinstance(networks, nn.ModuleList):
+            networks = [networks]
+        members: list[nn.Module] = list(networks)
         if not members:
             raise InputError("teachers is empty: give at least one network")
         if len({id(member) for member in members}) < len(members):
@@ -95,7 +96,8 @@ class TeacherEnsemble(nn.Module):
         """The ensemble's prediction ``(N, K)`` from its members' logits ``(M, N, K)``."""
         if self.combine == "probabilities":
             return functional.mean_probabilities(logits, temperature=temperature, weights=self.weights)
-        return F.softmax(functional.weighted_mean(logits.float(), self.weights) / temperature, dim=-1)
+        mean = functional.weighted_mean(logits.float(), self.weights)
+        return functional.mean_probabilities(mean[None], temperature=temperature)
 
     def probabilities(self, inputs: Tensor, *, temperature: float = 1.0) -> Tensor:
         """The ensemble's prediction at a temperature, ``(N, K)``, without a graph."""
@@ -103,7 +105,9 @@ class TeacherEnsemble(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Log-probabilities ``(N, K)``: an ensemble can stand wherever a network that returns logits stands."""
-        return self.probabilities(inputs).log()
+        probs = self.probabilities(inputs)
+        # A probability that underflowed to zero would be an infinite logit.
+        return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
 
     def check(self, input_shape: Sequence[int], num_classes: int) -> None:
         """Run every teacher once on zeros and look at what comes out.
