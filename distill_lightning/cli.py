@@ -17,14 +17,17 @@ from typing import Any, cast
 
 import torch
 from jsonargparse import Namespace
-from pytorch_lightning import LightningDataModule
+from pytorch_lightning import LightningDataModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from safetensors.torch import save_file
 
 from distill_lightning import __version__
 from distill_lightning.datamodules import InMemoryImageDataModule
-from distill_lightning.errors import InputError
-from distill_lightning.modules import DistillationModule
-from distill_lightning.weights import read_weights
+from distill_lightning.errors import InputError, refusing
+from distill_lightning.modules import DistillationModule, check_optimizer
+from distill_lightning.schedules import OneCycle
+from distill_lightning.weights import read_checkpoint
 
 _TOLD_BY_DATA = ("num_classes", "input_shape")
 _DESCRIPTION = """Train, evaluate and compare the methods of distill_lightning.
@@ -68,7 +71,6 @@ class DistillCLI(LightningCLI):
         path = self._checkpoint_path()
         if path is not None:
             # Read it here once more: a missing, damaged or unsafe file is told before anything is built or written.
-            read_weights(path)
             self._check_class(path)
         subcommand = self.config.get("subcommand")
         before = _model_options(self.config, subcommand)
@@ -82,9 +84,7 @@ class DistillCLI(LightningCLI):
                 )
 
     def _check_class(self, path: Path) -> None:
-        made_by = (
-            torch.load(path, map_location="cpu", weights_only=True).get("hyper_parameters", {}).get("_class_path", "")
-        )
+        made_by = read_checkpoint(path)["hyper_parameters"].get("_class_path", "")
         given = self.config[self.config["subcommand"]].get("model.class_path") or ""
         if made_by and given and made_by.rpartition(".")[2] != given.rpartition(".")[2]:
             raise InputError(
@@ -92,21 +92,37 @@ class DistillCLI(LightningCLI):
                 "give the configuration it was trained with"
             )
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer; what it refuses is the user's to mend."""
+        with refusing("trainer", MisconfigurationException, ValueError):
+            return super().instantiate_trainer(**kwargs)
+
     def after_instantiate_classes(self) -> None:
-        """Look at the data and the checkpoint before the Trainer writes anything."""
+        """Look at the data, the checkpoint and the optimiser before the Trainer writes anything."""
         if isinstance(self.datamodule, InMemoryImageDataModule) and self.trainer.world_size == 1:
             self.datamodule.prepare_data()
             self.datamodule.setup()
         path = self._checkpoint_path()
         if path is not None:
-            self.model.check_weights(
-                torch.load(path, map_location="cpu", weights_only=True)["state_dict"], source=str(path)
-            )
+            self.model.check_weights(read_checkpoint(path)["state_dict"], source=str(path))
+        if self.config.get("subcommand") == "fit":
+            endless = self.trainer.max_epochs == self.trainer.max_steps == -1
+            if isinstance(check_optimizer(self.model), OneCycle) and endless:
+                raise InputError("OneCycle needs the length of the training: give trainer.max_epochs or max_steps")
+
+    def after_predict(self) -> None:
+        """Keep what ``predict`` found, which the Trainer would only return."""
+        path = Path(self.trainer.default_root_dir) / "predictions.safetensors"
+        outputs = self.trainer.predict_loop.predictions
+        save_file({"logits": torch.cat(outputs).float().contiguous()}, path)
+        print(f"Written: {path}")
 
     def _checkpoint_path(self) -> Path | None:
         subcommand = self.config.get("subcommand")
         path = self.config[subcommand].get("ckpt_path") if subcommand else None
-        return None if path in (None, "last", "best", "hpc", "registry") else Path(path)
+        if path == "best":
+            raise InputError("--ckpt_path best means the best checkpoint of a fit in the same process: give its path")
+        return None if path in (None, "last", "hpc", "registry") else Path(path)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -197,7 +213,6 @@ def _quiet_down() -> None:
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    torch.set_float32_matmul_precision("high")
 
 
 if __name__ == "__main__":

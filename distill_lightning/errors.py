@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -22,3 +24,20 @@ class InputError(ValueError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         InputError.latest = message
+
+
+@contextmanager
+def refusing(where: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn what another library raises over an argument into an `InputError`.
+
+    Args:
+        where: the key or file, which the message begins with.
+        kinds: what counts as such; everything else passes.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{where}: {reason}") from error

@@ -164,7 +164,8 @@ def factor_distance(
         p: the exponent, 1 in the papers' experiments.
         reduction: ``"mean"`` over ``N`` and ``D``, or ``"sum"`` over ``D`` and mean over ``N``.
         normalize: ``"sample"`` over all ``D`` entries; ``"channel"`` over each channel's own map; ``"none"``.
-        eps: the smallest norm that is divided by; a zero feature stays zero and its gradient finite.
+        eps: the smallest norm that is divided by; a zero feature stays zero, its gradient is at most ``1 / eps`` times
+            the loss's (finite in float32).
 
     Returns:
         A scalar.
@@ -230,6 +231,8 @@ def _unit(feature: Tensor, normalize: Normalize, eps: float) -> Tensor:
     if normalize == "sample":
         return F.normalize(_wide(feature).flatten(1), dim=1, eps=eps)
     if normalize == "channel":
+        if feature.ndim < 3:
+            raise InputError(f"normalize='channel' needs (N, C, ...), got a feature of shape {tuple(feature.shape)}")
         return F.normalize(_wide(feature).flatten(2), dim=2, eps=eps)
     if normalize == "none":
         return _wide(feature)

@@ -94,8 +94,8 @@ class SmallResNet(nn.Module):
 
     A 3x3 stem, then three stages ``stage1`` to ``stage3`` of ``depth`` residual blocks with ``width``, ``2 * width``
     and ``4 * width`` channels (the second and third stage halve the image), global average pooling and a linear layer
-    ``head``. Width 8 and depth 1 cost 2.4 million multiply-adds at 28x28. The tap for feature distillation is ``stage3``: after
-    the last ReLU, before pooling.
+    ``head``. Width 8 and depth 1 cost 2.4 million multiply-adds at 28x28. The tap for feature distillation is
+    ``stage3``: after the last ReLU, before pooling.
 
     Args:
         num_classes: ``K``.
@@ -263,6 +263,5 @@ def _package(name: str, *, extra: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != name.split(".", maxsplit=1)[0]:
             raise
-        raise InputError(
-            f"{error.name} is not installed: pip install 'distill-lightning[{extra or error.name}]'"
-        ) from error
+        package = f"'distill-lightning[{extra}]'" if extra else error.name
+        raise InputError(f"{error.name} is not installed: pip install {package}") from error

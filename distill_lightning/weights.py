@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except InputError:
         raise
     except Exception as error:  # a damaged file makes the readers raise whatever its bytes lead to
+        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{path} cannot be read as weights ({type(error).__name__}: {error}): is it complete?"
+            f"{path} cannot be read as weights ({type(error).__name__}: {reason}): is it complete?"
         ) from error
     weights = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(weights, Mapping) or not all(
@@ -38,6 +40,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if any(name.startswith("student.") for name in weights):
         return {name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")}
     return dict(weights)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A whole checkpoint that a Trainer wrote, without running any code that the file may carry.
+
+    Raises:
+        InputError: the file is missing, damaged or unsafe, or holds weights alone.
+    """
+    read_weights(path)
+    content = load_file(path) if path.suffix == ".safetensors" else _load_tensors(path)
+    missing = [key for key in ("state_dict", "hyper_parameters", "pytorch-lightning_version") if key not in content]
+    if missing:
+        raise InputError(
+            f"{path} is no checkpoint of a training (it has no {missing[0]!r}): an exported student's weights are "
+            "loaded by distill_lightning.Pretrained(network, checkpoint)"
+        )
+    return dict(content)
 
 
 def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
@@ -74,7 +93,10 @@ def check_architecture(network: nn.Module, weights: Mapping[str, Tensor], *, sou
 
 def _load_tensors(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # A pickle that PyTorch did not write; what follows refuses it.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} is refused: it is no plain weights file, and unpickling it could run code; "

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from distill_lightning import FEEDModule, SmallResNet, SupervisedModule
 from distill_lightning.cli import main
@@ -65,6 +66,8 @@ def test_fit_then_validate_test_and_predict(write, tmp_path, capsys):
     assert main(["test", "--config", config, "--ckpt_path", str(checkpoint)]) == 0
     assert "test/nll" in capsys.readouterr().out
     assert main(["predict", "--config", config, "--ckpt_path", str(checkpoint)]) == 0
+    assert "out/predictions.safetensors" in capsys.readouterr().out
+    assert load_file(tmp_path / "out/predictions.safetensors")["logits"].shape == (500, 10)
     assert set(read_weights(checkpoint)) == set(SmallResNet(10, width=2).state_dict())
 
 
@@ -122,6 +125,15 @@ def data(**options):
             ),
             "no checkpoint at no.pt",
         ),
+        (model(optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": -1.0}}), "optimizer: Invalid learning"),
+        (model(lr_scheduler={"class_path": "OneCycle", "init_args": {"warmup": 30}}), "warmup is a share"),
+        (
+            lambda c: (model(lr_scheduler={"class_path": "OneCycle"})(c), c["trainer"].update(max_epochs=-1)),
+            "OneCycle needs the length of the training",
+        ),
+        (lambda config: config["trainer"].update(accelerator="gpuu"), "trainer: .*gpuu"),
+        (lambda config: config["trainer"].update(devices=0), "trainer: .*0"),
+        (model(resize="studnet"), "resize.*studnet"),
         (data(subset=5000), "subset=5000 is larger than the 1265 training images"),
         (data(val_size=0), "val_size must be at least 1, got 0: the split or batch would be empty"),
         (data(val_size=1297), "leaves none of 1297 images"),
@@ -202,6 +214,33 @@ def test_a_checkpoint_of_another_architecture_gets_one_line(write, tmp_path, cap
     assert "other.ckpt is a checkpoint of another architecture than FEEDModule: it has" in line
     line = refused(capsys, tmp_path, "fit", "--config", config, "--ckpt_path", "plain.ckpt")
     assert "plain.ckpt is a checkpoint of SupervisedModule, not of FEEDModule" in line
+
+
+@pytest.mark.parametrize("name", ["student.pt", "student.safetensors"])
+def test_an_exported_student_is_no_checkpoint(write, tmp_path, capsys, name):
+    config = write()
+    SupervisedModule(SmallResNet(10, width=2), num_classes=10).export_student(tmp_path / name)
+    line = refused(capsys, tmp_path, "fit", "--config", config, "--ckpt_path", name)
+    assert f"{name} is no checkpoint of a training" in line
+    assert "Pretrained" in line
+
+
+def test_the_best_checkpoint_of_another_process_is_refused(write, tmp_path, capsys):
+    assert "give its path" in refused(capsys, tmp_path, "validate", "--config", write(), "--ckpt_path", "best")
+
+
+def test_overfitting_one_batch_reads_that_batch(write, monkeypatch):
+    seen = []
+    original = SupervisedModule.terms
+
+    def change(config):
+        config["model"] = {"class_path": "SupervisedModule", "init_args": {"student": small()}}
+        config["trainer"]["overfit_batches"] = 1
+
+    monkeypatch.setattr(SupervisedModule, "terms", lambda self, batch: (seen.append(batch), original(self, batch))[1])
+    with pytest.warns(UserWarning, match="overfit"):
+        assert main(["fit", "--config", write(change)]) == 0
+    assert seen[0].index.tolist() == list(range(64))
 
 
 def test_a_bug_keeps_its_traceback(write, monkeypatch):

@@ -48,6 +48,8 @@ class RunKeeper(pl.callbacks.Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Training ends with its last batch; the validation that follows is not counted."""
+        if trainer.is_last_batch and torch.cuda.is_available():
+            torch.cuda.synchronize()
         self._trained = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
 import shlex
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-import distill_lightning
 from distill_lightning.compare.config import CompareConfig, Experiment, parse_config
 from distill_lightning.compare.report import LEGEND, Report
-from distill_lightning.compare.runner import Run, execute, plan, test_targets, write_atomically
-from distill_lightning.errors import InputError
+from distill_lightning.compare.runner import Run, execute, make_trainer, plan, test_targets, write_atomically
+from distill_lightning.errors import InputError, refusing
 
 _CONFIG_FILE = "compare.yaml"
 
@@ -47,14 +42,16 @@ def run(arguments: Sequence[str], *, console: Console | None = None) -> Report:
     folder = Path(config.output)
     _check_folder(folder, config)
     experiment = Experiment(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_trainer(config)
+    with refusing(f"output {folder}", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
         folder / _CONFIG_FILE, lambda path: path.write_text(yaml.safe_dump(config.as_plain(), sort_keys=False))
     )
     runs = plan(experiment, folder)
     _train(experiment, runs, console)
     report = Report(runs, test_targets(experiment))
-    paths = report.write(folder, heading=_heading(config, arguments))
+    paths = report.write(folder, heading=_heading(config, arguments, runs))
     console.print(_table(report.rows()))
     console.print(LEGEND, style="dim", highlight=False)
     console.print("Written:")
@@ -69,10 +66,15 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
         raise InputError(f"output {folder} is a file: give the path of a folder with --output")
     known = folder / _CONFIG_FILE
     if not known.exists():
-        if folder.exists() and any(folder.iterdir()):
+        # A call killed at its very start leaves a partial file.
+        if folder.exists() and any(not path.name.startswith("partial.") for path in folder.iterdir()):
             raise InputError(f"output folder {folder} holds something else: give an empty or new one with --output")
         return
-    stored, given = yaml.safe_load(known.read_text()), yaml.safe_load(yaml.safe_dump(config.as_plain()))
+    with refusing(f"{known} is damaged, remove the folder or give another with --output", yaml.YAMLError, UnicodeError):
+        stored = yaml.safe_load(known.read_text())
+    if not isinstance(stored, dict):
+        raise InputError(f"{known} is damaged: remove the folder or give another with --output")
+    given = yaml.safe_load(yaml.safe_dump(config.as_plain()))
     for key in sorted(stored.keys() | given.keys()):
         before, now = stored.get(key), given.get(key)
         if key == "seeds":
@@ -119,14 +121,14 @@ def _train(experiment: Experiment, runs: Sequence[Run], console: Console) -> Non
             progress.console.print(f"{run.title}: validation accuracy {accuracy:.1f} %", highlight=False)
 
 
-def _heading(config: CompareConfig, arguments: Sequence[str]) -> str:
+def _heading(config: CompareConfig, arguments: Sequence[str], runs: Sequence[Run]) -> str:
     epochs = config.teachers.epochs or config.epochs
     lines = [
         "# Comparison",
         "",
         f"`distill-lightning compare {shlex.join(arguments)}`",
         "",
-        f"{datetime.datetime.now(tz=datetime.UTC).date()}; {versions()}.",
+        *(f"{made}." for made in dict.fromkeys(run.result().made for run in runs)),
         "",
         f"Data: {_called(config.data)}. Student: {_called(config.student)}. {config.teachers.number} teachers: "
         f"{_called(config.teachers.network)}, {epochs} epochs. Every student: {config.epochs} epochs.",
@@ -137,15 +139,6 @@ def _heading(config: CompareConfig, arguments: Sequence[str]) -> str:
         *(f"- {line}" for line in LEGEND.splitlines()),
     ]
     return "\n".join(lines)
-
-
-def versions() -> str:
-    """What the numbers were made with."""
-    return (
-        f"distill_lightning {distill_lightning.__version__}, torch {torch.__version__}, pytorch-lightning "
-        f"{version('pytorch-lightning')}, Python {platform.python_version()}, {torch.get_num_threads()} threads, "
-        f"{platform.machine()}"
-    )
 
 
 def _called(spec: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ import distill_lightning
 from distill_lightning.datamodules import InMemoryImageDataModule
 from distill_lightning.errors import InputError
 from distill_lightning.layers import check_classes, dry_forward
-from distill_lightning.modules import DistillationModule, SupervisedModule
+from distill_lightning.modules import DistillationModule, SupervisedModule, check_optimizer
 
 Spec = dict[str, Any]
 """A ``class_path`` with its ``init_args``, as everywhere in the YAML files."""
@@ -120,6 +120,8 @@ def _check(config: CompareConfig) -> None:
         raise InputError(f"teachers.number must be at least 1, got {config.teachers.number}")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise InputError(f"seeds must be different numbers, at least one, got {config.seeds}")
+    if not all(0 <= seed < 2**32 for seed in config.seeds):
+        raise InputError(f"seeds must lie between 0 and 2**32 - 1, got {config.seeds}")
     for name, spec in config.methods.items():
         if not re.fullmatch(r"[A-Za-z0-9_.+-]+", name) or name in (_ALONE, "ensemble") or name.startswith("teacher_"):
             raise InputError(f"methods: {name!r} cannot be a method's name: letters, digits and _.+-, not a row's own")
@@ -152,7 +154,8 @@ class Experiment:
             if not hasattr(self.sample, name):
                 raise InputError(f"data: {type(self.sample).__name__} does not tell its {name}: give it that attribute")
         self.sample.prepare_data()
-        self.sample.setup()
+        for stage in ("fit", "test"):
+            self.sample.setup(stage)
         shape = self.sample.input_shape
         known = {
             "num_classes": self.sample.num_classes,
@@ -216,8 +219,7 @@ class Experiment:
             shape = dry_forward(teachers[0], self.sample.input_shape).shape
             check_classes("teachers.network", teachers[0], shape, self.sample.num_classes)
             for name in self.names:
-                module = self.method(name, self.student(), teachers)
-                module.optimizer(module.parameter_groups())
+                check_optimizer(self.method(name, self.student(), teachers))
 
 
 def _parsed(key: str, kind: Any, spec: Spec) -> Callable[[], Any]:
@@ -233,12 +235,13 @@ def _parsed(key: str, kind: Any, spec: Spec) -> Callable[[], Any]:
 
 def _filled(spec: Spec, known: Mapping[str, Any]) -> Spec:
     """Put in what the class takes and its ``init_args`` leave out."""
-    if not isinstance(spec, Mapping) or not isinstance(spec.get("class_path"), str):
-        raise InputError(f"expected class_path and init_args, got {spec!r}")
+    arguments = spec.get("init_args") or {}
+    if not isinstance(spec.get("class_path"), str) or not isinstance(arguments, Mapping):
+        raise InputError(f"expected a class_path and init_args with its arguments, got {spec!r}")
     target = _find(spec["class_path"])
     accepted: Iterable[str] = inspect.signature(target).parameters if target is not None else ()
     missing = {name: value for name, value in known.items() if name in accepted and value is not None}
-    return {**spec, "init_args": {**missing, **(spec.get("init_args") or {})}}
+    return {**spec, "init_args": {**missing, **arguments}}
 
 
 def _find(class_path: str) -> Any:

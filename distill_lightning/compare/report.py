@@ -92,7 +92,8 @@ class Report:
         nll.update(logits, self.targets)
         ece.update(logits, self.targets)
         agreement.update(logits, self.ensemble)
-        gap = self.ensemble_accuracy - self._alone
+        # Where the ensemble is no better than the student alone there is no gap to close.
+        gap = max(self.ensemble_accuracy - self._alone, 0.0)
         return {
             "test_accuracy": accuracy,
             "nll": float(nll.compute()),
@@ -190,6 +191,8 @@ def _accuracy(outputs: Tensor, targets: Tensor) -> float:
 
 def _row(name: str, scores: Sequence[Score]) -> list[str]:
     def cell(values: Sequence[float], scale: float, digits: int) -> str:
+        if not np.isfinite(values).all():
+            return "-"
         mean = f"{scale * statistics.fmean(values):.{digits}f}"
         return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
 

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import platform
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import distill_lightning
+from distill_lightning.batch import Batch
 from distill_lightning.callbacks import RunKeeper
-from distill_lightning.compare.config import Experiment
+from distill_lightning.compare.config import CompareConfig, Experiment
+from distill_lightning.errors import refusing
 from distill_lightning.modules import DistillationModule
 from distill_lightning.networks import Pretrained
+from distill_lightning.weights import read_checkpoint
 
 # Teachers' seeds begin far from the students', so that no teacher shares its initial weights with a student.
 _TEACHER_SEED = 1000
@@ -53,8 +61,13 @@ class Run:
         return self.folder / "student.safetensors"
 
     def result(self) -> RunResult:
-        """What the finished run left."""
-        return RunResult(**json.loads(self.result_file.read_text()))
+        """What the finished run left.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        with refusing(f"{self.result_file} is damaged, remove it to make the run again", ValueError, TypeError):
+            return RunResult(**json.loads(self.result_file.read_text()))
 
     def logits(self) -> dict[str, Tensor]:
         """The test logits ``(N, K)`` of the weights after the ``"last"`` and at the ``"selected"`` epoch."""
@@ -68,6 +81,7 @@ class RunResult:
     parameters: int
     selected_epoch: int
     history: list[dict[str, float]]
+    made: str
 
 
 def plan(experiment: Experiment, folder: Path) -> list[Run]:
@@ -102,18 +116,23 @@ def execute(experiment: Experiment, run: Run, teachers: Sequence[Run], on_epoch:
     else:
         module = experiment.method(run.name, experiment.student(), networks)
     keeper = RunKeeper(run.folder, seed=run.seed)
-    trainer = _trainer(experiment, max_epochs=run.epochs, callbacks=[keeper, _Ticker(on_epoch)])
+    trainer = make_trainer(experiment.config, max_epochs=run.epochs, callbacks=[keeper, _Ticker(on_epoch)])
     checkpoint = str(run.checkpoint) if run.checkpoint.exists() else None
+    if checkpoint is not None:
+        read_checkpoint(run.checkpoint)
     with warnings.catch_warnings():
         # A run killed between its last checkpoint and its result resumes with nothing left to train.
         warnings.filterwarnings("ignore", message=".*has already.*max_epochs.*")
         trainer.fit(module, datamodule=experiment.data(order_seed=run.seed), ckpt_path=checkpoint)
+    if len(keeper.history) < run.epochs:
+        # Lightning may return from an interrupted fit as if it had ended.
+        raise KeyboardInterrupt(f"{run.title} was interrupted")
     write_atomically(run.student_file, module.export_student)
     logits = {"last": _test_logits(experiment, module)}
     module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
     logits["selected"] = _test_logits(experiment, module)
     write_atomically(run.folder / "test_logits.safetensors", lambda path: save_file(logits, path))
-    result = RunResult(count_parameters(module.student), keeper.selected_epoch, keeper.history)
+    result = RunResult(count_parameters(module.student), keeper.selected_epoch, keeper.history, made=provenance())
     write_atomically(run.result_file, lambda path: path.write_text(json.dumps(asdict(result), indent=1)))
     run.checkpoint.unlink(missing_ok=True)
 
@@ -132,25 +151,40 @@ def count_parameters(network: nn.Module) -> int:
 
 def test_targets(experiment: Experiment) -> Tensor:
     """The test images' classes ``(N,)``."""
-    return torch.cat([batch.target for batch in experiment.sample.test_dataloader()])
+    return torch.cat([Batch.of(batch).target for batch in experiment.sample.test_dataloader()])
+
+
+def provenance() -> str:
+    """The day, and what numbers are made with."""
+    return (
+        f"{datetime.datetime.now(tz=datetime.UTC).date()}, distill_lightning {distill_lightning.__version__}, "
+        f"torch {torch.__version__}, pytorch-lightning {version('pytorch-lightning')}, "
+        f"Python {platform.python_version()}, {torch.get_num_threads()} threads, {platform.machine()}"
+    )
 
 
 def _test_logits(experiment: Experiment, module: DistillationModule) -> Tensor:
-    outputs = _trainer(experiment).predict(module, dataloaders=experiment.sample.test_dataloader())
+    outputs = make_trainer(experiment.config).predict(module, dataloaders=experiment.sample.test_dataloader())
     return torch.cat(cast("list[Tensor]", outputs)).float().cpu()
 
 
-def _trainer(experiment: Experiment, **options: Any) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator=experiment.config.accelerator,
-        precision=experiment.config.precision,  # type: ignore[arg-type]  # checked by the Trainer
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **options,
-    )
+def make_trainer(config: CompareConfig, **options: Any) -> pl.Trainer:
+    """A quiet Trainer on one device.
+
+    Raises:
+        InputError: there is no such accelerator or precision.
+    """
+    with refusing("accelerator or precision", MisconfigurationException, ValueError):
+        return pl.Trainer(
+            accelerator=config.accelerator,
+            precision=config.precision,  # type: ignore[arg-type]  # the Trainer itself checks it
+            devices=1,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            **options,
+        )
 
 
 class _Ticker(pl.Callback):

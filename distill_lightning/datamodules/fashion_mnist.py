@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from distill_lightning.datamodules.in_memory import Images, InMemoryImageDataModule
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, refusing
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
@@ -86,7 +86,8 @@ class FashionMNISTDataModule(InMemoryImageDataModule):
     def prepare_data(self) -> None:
         """Download the files, where that was asked for."""
         if self.download:
-            datasets.FashionMNIST(str(self.data_dir), download=True)
+            with refusing(f"{self.data_dir}: the download failed", OSError, RuntimeError):
+                datasets.FashionMNIST(str(self.data_dir), download=True)
 
     def read(self) -> tuple[Images, Images]:
         """The training files' images and the test files'."""

@@ -29,6 +29,9 @@ class Images(NamedTuple):
         return Images(self.images[index], self.targets[index])
 
 
+Key = int | tuple[int, int]
+
+
 class ImageTensors(Dataset[Batch]):
     """Images in memory; a batch is one indexing operation, and its views depend on nothing but their keys.
 
@@ -51,13 +54,17 @@ class ImageTensors(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
+    def __getitem__(self, key: Key) -> Batch:
         """One sample: a batch without its first dimension."""
         return Batch(*(None if part is None else part[0] for part in self.__getitems__([key])))  # type: ignore[arg-type]
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
-        """The batch of these ``(index, view)`` pairs; PyTorch's loader asks for a whole batch at once."""
-        index, view = torch.tensor(keys, dtype=torch.long).reshape(-1, 2).unbind(dim=1)
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        """The batch of these ``(index, view)`` pairs; PyTorch's loader asks for a whole batch at once.
+
+        A sampler that knows nothing of views gives plain indices; they mean view 0.
+        """
+        pairs = [(key, 0) if isinstance(key, int) else key for key in keys]
+        index, view = torch.tensor(pairs, dtype=torch.long).view(len(pairs), 2).unbind(dim=1)
         images = self.images[index]
         if self.padding or self.flip:
             draws = uniform_draws(self.seed, index, view, 3)
@@ -71,6 +78,8 @@ class ViewSampler(DistributedSampler[Any]):
 
     The order is a function of the seed and the epoch, so a resumed run goes on as the uninterrupted one would have. As
     a `DistributedSampler` it gives every process its own share, and Lightning sets its epoch and leaves it in place.
+    Processes need equally many samples, so some samples are read twice; where nothing is drawn (in validation and
+    test) the second reading has view -1, and `distill_lightning.DistillationModule` does not count it.
 
     Args:
         dataset: its length counts.
@@ -95,10 +104,13 @@ class ViewSampler(DistributedSampler[Any]):
             dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed * _SEED_STRIDE, drop_last=False
         )
         self.views = views
+        self._samples = len(dataset)  # type: ignore[arg-type]  # every data set that is sampled by index has a length
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         view = self.epoch if self.views is None else self.epoch % self.views
-        return ((index, view) for index in super().__iter__())
+        for place, index in enumerate(super().__iter__()):
+            surplus = self.rank + place * self.num_replicas >= self._samples
+            yield index, -1 if surplus and not self.shuffle else view
 
 
 class InMemoryImageDataModule(pl.LightningDataModule):

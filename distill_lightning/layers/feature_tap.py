@@ -41,7 +41,7 @@ class FeatureTap:
         self._features: dict[str, list[Any]] = {}
         _guard_hooks()
         self._handles = [
-            network.get_submodule(name).register_forward_hook(partial(self._keep, name)) for name in self.layers
+            _plain(network).get_submodule(name).register_forward_hook(partial(self._keep, name)) for name in self.layers
         ]
 
     def __repr__(self) -> str:
@@ -69,7 +69,9 @@ class FeatureTap:
         """
         versions: dict[str, int] = {}
         watches = [
-            self.network.get_submodule(name).register_forward_hook(
+            _plain(self.network)
+            .get_submodule(name)
+            .register_forward_hook(
                 lambda _module, _inputs, output, name=name: versions.update({name: _version(output)})
             )
             for name in self.layers
@@ -110,6 +112,12 @@ class FeatureTap:
                 "not a tensor; tap a layer that returns one tensor"
             )
         return outputs[0]
+
+
+def _plain(network: nn.Module) -> nn.Module:
+    """The network itself, where `torch.compile` has wrapped it."""
+    wrapped: nn.Module = getattr(network, "_orig_mod", network)
+    return wrapped
 
 
 def _guard_hooks() -> None:
@@ -165,7 +173,7 @@ def resolve_layers(network: nn.Module, layers: str | Sequence[str]) -> tuple[str
     Raises:
         InputError: a path or glob that matches nothing; the message lists near names.
     """
-    names = [name for name, _ in network.named_modules() if name]
+    names = [name for name, _ in _plain(network).named_modules() if name]
     if not layers:
         raise InputError(f"no layer of {type(network).__name__} to tap: name at least one")
     found: dict[str, None] = {}

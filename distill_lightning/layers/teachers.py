@@ -34,7 +34,7 @@ def fingerprint(module: nn.Module) -> str:
 class TeacherEnsemble(nn.Module):
     """Some frozen teachers and the rule that makes one prediction of theirs.
 
-    Frozen means: eval mode whatever anyone calls, no gradient, no graph.
+    Frozen means: eval mode whatever mode the ensemble is put in, no gradient, no graph.
 
     Args:
         networks: one network or several; each maps ``(N, ...)`` to logits ``(N, K)``.
@@ -63,7 +63,7 @@ class TeacherEnsemble(nn.Module):
             raise InputError(f"combine must be 'probabilities' or 'logits', got {combine!r}")
         functional.member_shares(weights, len(members))
         self.networks = nn.ModuleList(members)
-        self.weights = weights
+        self.weights = None if weights is None else [float(weight) for weight in weights]
         self.combine = combine
         freeze(self)
 
@@ -83,7 +83,7 @@ class TeacherEnsemble(nn.Module):
         return f"combine={self.combine!r}, weights={self.weights}"
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002  (nn.Module's signature)
-        """Teachers stay in eval mode: a BatchNorm in train mode would change them with every batch."""
+        """The ensemble stays in eval mode: a BatchNorm in train mode would change them with every batch."""
         return super().train(mode=False)
 
     @torch.no_grad()

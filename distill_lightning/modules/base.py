@@ -17,12 +17,13 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
 from distill_lightning.batch import Batch
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, refusing
 from distill_lightning.layers import TeacherEnsemble, check_classes, dry_forward, fingerprint
 from distill_lightning.metrics import classification_metrics
-from distill_lightning.networks import build_from, recipe_of
+from distill_lightning.modules.hparams import rebuild, unplain_arguments
+from distill_lightning.networks import recipe_of
 from distill_lightning.schedules import OneCycle
-from distill_lightning.weights import check_architecture
+from distill_lightning.weights import check_architecture, read_checkpoint
 
 OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]  # jsonargparse needs the bare Iterable
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -72,7 +73,6 @@ class DistillationModule(pl.LightningModule):
         InputError: the student does not give ``num_classes`` logits for an input of ``input_shape``.
     """
 
-    ignore_hparams: ClassVar[tuple[str, ...]] = ("student", "teachers", "optimizer", "lr_scheduler", "metrics")
     frozen: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -86,7 +86,7 @@ class DistillationModule(pl.LightningModule):
         metrics: MetricCollection | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=list(self.ignore_hparams))
+        self.save_hyperparameters(ignore=unplain_arguments(self))
         if num_classes < 2:
             raise InputError(f"num_classes must be at least 2, got {num_classes}")
         if input_shape is not None:
@@ -155,7 +155,11 @@ class DistillationModule(pl.LightningModule):
         return self.forward(batch if isinstance(batch, Tensor) else Batch.of(batch).input)
 
     def _evaluate(self, batch: Batch, metrics: MetricCollection) -> None:
-        metrics.update(self(batch.input), batch.target)
+        output, target = self(batch.input), batch.target
+        if self.trainer.world_size > 1 and batch.view is not None:
+            # View -1 marks a sample that only fills up a process's share; it counts where it was read first.
+            output, target = output[batch.view >= 0], target[batch.view >= 0]
+        metrics.update(output, target)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(batch.target))
 
     def configure_optimizers(self) -> Any:
@@ -190,6 +194,8 @@ class DistillationModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """A module that enters ``fit`` in eval mode would train in it; the student must not."""
         self.train()
+        # Frozen weights keep while fit lasts, and large ones take a while: once is enough.
+        self._fingerprints = self._fingerprint()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen weights out; note how every network was built instead, and what the frozen ones weigh."""
@@ -197,7 +203,7 @@ class DistillationModule(pl.LightningModule):
         checkpoint["state_dict"] = {name: value for name, value in state.items() if not self._is_frozen(name)}
         # LightningCLI notes the class itself; here it is noted for a module that was made in Python, too.
         checkpoint["hyper_parameters"].setdefault("_class_path", f"{type(self).__module__}.{type(self).__qualname__}")
-        checkpoint["fingerprints"] = self._frozen_fingerprints()
+        checkpoint["fingerprints"] = self._fingerprints or self._fingerprint()
         checkpoint["recipes"] = {"student": recipe_of(self.student)}
         teachers = getattr(self, "teachers", None)
         if isinstance(teachers, TeacherEnsemble):
@@ -214,7 +220,7 @@ class DistillationModule(pl.LightningModule):
             InputError: the checkpoint is of another architecture.
         """
         checkpoint["state_dict"] = self.check_weights(checkpoint["state_dict"])
-        fingerprints = self._frozen_fingerprints()
+        fingerprints = self._fingerprint()
         for name, known in checkpoint.get("fingerprints", {}).items():
             if fingerprints.get(name) != known:
                 warnings.warn(
@@ -249,13 +255,18 @@ class DistillationModule(pl.LightningModule):
                 must be given (``student=...``, ``teachers=...``); an optimiser too, if the training is to go on.
 
         Raises:
-            InputError: the checkpoint is of another architecture, or cannot tell how a network was built.
+            InputError: there is no such checkpoint, it is of another module or architecture, or it cannot tell how a
+                network was built.
         """
-        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(Path(checkpoint_path))
         accepted = inspect.signature(cls).parameters
+        recipes = {
+            name: recipe
+            for name, recipe in checkpoint.get("recipes", {}).items()
+            if name not in overrides and name in accepted
+        }
         known = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in accepted}
-        recipes = {name: recipe for name, recipe in checkpoint["recipes"].items() if name not in overrides}
-        module = cls(**{**known, **{name: _rebuild(name, recipe) for name, recipe in recipes.items()}, **overrides})
+        module = cls(**{**known, **{name: rebuild(name, recipe) for name, recipe in recipes.items()}, **overrides})
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
         return module.to(map_location)
@@ -273,10 +284,12 @@ class DistillationModule(pl.LightningModule):
             InputError: another suffix.
         """
         path = Path(path)
+        # What torch.compile(network) returns holds the plain network.
+        student = getattr(self.student, "_orig_mod", self.student)
         if path.suffix not in (".safetensors", ".pt", ".pth"):
             raise InputError(f"export_student writes .safetensors, .pt or .pth, got {path.name!r}")
         # Clones, because safetensors refuses tied weights, and torch.save would write a view's whole storage.
-        state = {name: value.detach().cpu().clone().contiguous() for name, value in self.student.state_dict().items()}
+        state = {name: value.detach().cpu().clone().contiguous() for name, value in student.state_dict().items()}
         if path.suffix == ".safetensors":
             save_file(state, path)
         else:
@@ -286,20 +299,23 @@ class DistillationModule(pl.LightningModule):
     def _is_frozen(self, name: str) -> bool:
         return name.startswith(tuple(f"{frozen}." for frozen in self.frozen))
 
-    def _frozen_fingerprints(self) -> dict[str, str]:
-        for name in self.frozen:
-            if name not in self._fingerprints:
-                self._fingerprints[name] = fingerprint(getattr(self, name))
-        return dict(self._fingerprints)
+    def _fingerprint(self) -> dict[str, str]:
+        return {name: fingerprint(getattr(self, name)) for name in self.frozen}
 
 
-def _rebuild(name: str, recipe: dict[str, Any] | None) -> nn.Module:
-    ensemble = recipe if recipe is not None and "networks" in recipe else None
-    networks = []
-    for part in [recipe] if ensemble is None else ensemble["networks"]:
-        if part is None:
-            raise InputError(f"the checkpoint cannot tell how {name} was built: load_from_checkpoint(path, {name}=...)")
-        networks.append(build_from(part))
-    if ensemble is None:
-        return networks[0]
-    return TeacherEnsemble(networks, weights=ensemble["weights"], combine=ensemble["combine"])
+def check_optimizer(module: DistillationModule) -> LRScheduler | ReduceLROnPlateau | None:
+    """Make a module's optimiser and schedule once, to see whether they can be made.
+
+    Returns:
+        The schedule, if there is one.
+
+    Raises:
+        InputError: one of them refuses its arguments.
+    """
+    kinds = (ValueError, TypeError, AssertionError)
+    with refusing("optimizer", *kinds):
+        optimizer = module.optimizer(module.parameter_groups())
+    if module.lr_scheduler is None:
+        return None
+    with refusing("lr_scheduler", *kinds):
+        return module.lr_scheduler(optimizer)

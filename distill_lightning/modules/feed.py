@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -104,7 +104,6 @@ class FEEDModule(DistillationModule):
     """
 
     frozen = ("teachers", "paraphrasers")
-    ignore_hparams = (*DistillationModule.ignore_hparams, "transform", "paraphrasers")
 
     def __init__(
         self,
@@ -140,9 +139,6 @@ class FEEDModule(DistillationModule):
             lr_scheduler=lr_scheduler,
             metrics=metrics,
         )
-        if isinstance(transform, str):
-            # A function stays out of the checkpoint, and must be given again to rebuild the module from it.
-            self.save_hyperparameters({"transform": transform})
         self.teachers = TeacherEnsemble.of(teachers)
         self.paraphrasers = freeze(nn.ModuleList(paraphrasers or []))
         count = len(self.teachers)
@@ -150,8 +146,17 @@ class FEEDModule(DistillationModule):
         self.teacher_weights = [float(weight) for weight in _one_each(count, "teacher_weights", teacher_weights or 1.0)]
         if paraphrasers is not None:
             _one_each(count, "paraphrasers", paraphrasers)
-        if not norm_p > 0 or not temperature > 0:
-            raise InputError(f"norm_p and temperature must be positive, got {norm_p} and {temperature}")
+        if not norm_p >= 1 or not temperature > 0:
+            # Below 1 the gradient is infinite wherever a ReLU leaves both sides at zero.
+            raise InputError(f"norm_p must be at least 1 and temperature positive, got {norm_p} and {temperature}")
+        for name, value, known in (
+            ("reduction", reduction, ("mean", "sum")),
+            ("teacher_reduction", teacher_reduction, ("sum", "mean")),
+            ("normalize", normalize, ("sample", "channel", "none")),
+            ("resize", resize, ("none", "student", "teacher")),
+        ):
+            if value not in known:
+                raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         self.beta, self.norm_p, self.kd_weight, self.temperature = beta, norm_p, kd_weight, temperature
         self.reduction, self.teacher_reduction = reduction, teacher_reduction
         self.normalize, self.resize = normalize, resize
@@ -278,7 +283,8 @@ def _run(tap: FeatureTap, inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 def _one_each(count: int, name: str, values: Any) -> list[Any]:
     """One value for all teachers, or a sequence with one value each."""
-    each = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values] * count
+    one = isinstance(values, str) or not isinstance(values, Iterable)
+    each = [values] * count if one else list(values)
     if len(each) != count:
         raise InputError(f"FEED: {len(each)} {name} for {count} teachers: give one each")
     return each

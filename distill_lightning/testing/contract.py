@@ -211,8 +211,17 @@ def the_logged_terms_sum_to_the_loss(build: Build) -> None:
 @point
 def accumulation_and_clipping_work(build: Build) -> None:
     """``accumulate_grad_batches`` and ``gradient_clip_val`` are the Trainer's and do what they say."""
-    _, trainer = _fitted(build, accumulate_grad_batches=2, gradient_clip_val=0.1)
+    norms: list[float] = []
+
+    class Norms(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            if trainer.global_step > len(norms):
+                gradients = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
+                norms.append(float(torch.cat(gradients).norm()))
+
+    _, trainer = _fitted(build, accumulate_grad_batches=2, gradient_clip_val=1e-3, callbacks=[Norms()])
     _require(trainer.global_step == 2, f"3 batches, 2 accumulated: {trainer.global_step} optimiser steps, not 2")
+    _require(max(norms) <= 1.001e-3, f"gradients of norm {max(norms)} went past gradient_clip_val=1e-3")
 
 
 @point
@@ -277,12 +286,17 @@ def a_training_step_does_not_wait_for_the_device(build: Build) -> None:
 
 @point
 def two_processes_equal_one(build: Build) -> None:
-    """Two gloo processes with half of each batch end where one process with whole batches does."""
+    """Two gloo processes with half of each batch end, and validate, as one process with whole batches does."""
     alone, _ = _make(build, norm="group")
     together = copy.deepcopy(alone)
-    tiny_trainer(max_epochs=2).fit(alone, datamodule=TinyDataModule(batch_size=8))
-    trainer = tiny_trainer(max_epochs=2, devices=2, strategy="ddp_spawn")
-    trainer.fit(together, datamodule=TinyDataModule(batch_size=4))
+    single = tiny_trainer(max_epochs=2)
+    single.fit(alone, datamodule=TinyDataModule(batch_size=8, val_size=23))
+    double = tiny_trainer(max_epochs=2, devices=2, strategy="ddp_spawn")
+    double.fit(together, datamodule=TinyDataModule(batch_size=4, val_size=23))
+    for name, value in single.callback_metrics.items():
+        other = double.callback_metrics[name]
+        close = torch.allclose(value, other, rtol=1e-3, atol=1e-4)
+        _require(close, f"two processes log another {name} than one: {other} and {value}")
     for name, value in alone.state_dict().items():
         other = together.state_dict()[name]
         close = torch.allclose(value.double(), other.double(), rtol=1e-4, atol=1e-5)

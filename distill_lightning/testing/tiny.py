@@ -47,6 +47,7 @@ class TinyDataModule(InMemoryImageDataModule):
     Args:
         num_classes: up to 4.
         samples: number of training images; there are as many for validation and for test.
+        val_size: number of validation images; ``None``: as many.
         batch_size: samples per batch and process.
         views: number of different views of a training image; ``None``: a new one every epoch.
         seed: of everything.
@@ -60,11 +61,14 @@ class TinyDataModule(InMemoryImageDataModule):
         *,
         num_classes: int = 3,
         samples: int = 24,
+        val_size: int | None = None,
         batch_size: int = 8,
         views: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(val_size=samples, batch_size=batch_size, padding=1, views=views, seed=seed)
+        super().__init__(
+            subset=samples, val_size=val_size or samples, batch_size=batch_size, padding=1, views=views, seed=seed
+        )
         self.num_classes = num_classes
         self.samples = samples
         self.input_shape = (1, 8, 8)

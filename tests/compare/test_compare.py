@@ -3,6 +3,7 @@
 import copy
 import csv
 import io
+import json
 import os
 import re
 import signal
@@ -129,6 +130,7 @@ def test_the_table_is_printed_and_written(finished):
     )
     assert f"| feed | {100 * mean:.2f} ± " in table
     assert "distill-lightning compare" in table
+    assert "24/24 epochs" in shown
     for path in ("results.csv", "figures/accuracy.png", "figures/learning_curves.png", "figures/reliability.png"):
         assert path in shown
         assert (folder / "out" / path).stat().st_size > 0
@@ -225,6 +227,12 @@ def test_the_folder_of_another_configuration_is_refused(finished, tmp_path, caps
         (lambda c: c.update(data={"class_path": "FashionMNISTDataModule", "init_args": {"data_dir": "no"}}), "no tra"),
         (lambda c: c.update(seeds=[]), "seeds must be different numbers, at least one"),
         (lambda c: c.update(epochs=0), "epochs must be at least 1"),
+        (lambda c: c.update(seeds=[2**70]), "seeds must lie between 0 and"),
+        (lambda c: c.update(accelerator="gpuu"), "accelerator or precision: .*gpuu"),
+        (lambda c: c.update(precision="17"), "accelerator or precision: .*17"),
+        (lambda c: c["optimizer"]["init_args"].update(lr=-1.0), "optimizer: Invalid learning rate"),
+        (lambda c: c["lr_scheduler"].update(init_args={"warmup": 30}), "warmup is a share of the training"),
+        (lambda c: c["student"].update(init_args=[1]), "expected a class_path and init_args with its arguments"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_line_and_writes_nothing(tmp_path, capsys, change, message):
@@ -253,6 +261,115 @@ def test_help_explains(capsys):
     assert "goes on where it stopped" in capsys.readouterr().out.replace("\n", " ")
 
 
+def history_of(checkpoint):
+    """The epochs in a checkpoint; the killed process may have finished the run just before it died."""
+    if not checkpoint.exists():
+        return json.loads(checkpoint.with_name("result.json").read_text())["history"]
+    return torch.load(checkpoint, weights_only=True)["callbacks"]["RunKeeper"]["history"]
+
+
+def test_a_run_killed_between_its_last_epoch_and_its_result_is_finished_without_training(
+    finished, tmp_path, monkeypatch
+):
+    folder, _ = finished
+    output = tmp_path / "out"
+    original = runner._test_logits
+
+    def killed(experiment, module):
+        if (output / "runs/alone/seed_0").exists():
+            raise KeyboardInterrupt
+        return original(experiment, module)
+
+    monkeypatch.setattr(runner, "_test_logits", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compare(written(tmp_path), output)
+    kept = history_of(output / "runs/alone/seed_0/last.ckpt")
+    assert len(kept) == CONFIG["epochs"]
+    monkeypatch.setattr(runner, "_test_logits", original)
+    compare(written(tmp_path), output)
+    assert json.loads((output / "runs/alone/seed_0/result.json").read_text())["history"] == kept
+    first, second = ((path / "results.csv").read_text().splitlines()[1] for path in (folder / "out", output))
+    assert first.rpartition(",")[0] == second.rpartition(",")[0]
+
+
+def test_a_diverged_run_and_a_missing_gap_do_not_stop_the_table(tmp_path):
+    def diverging(config):
+        config["optimizer"]["init_args"]["lr"] = 1e9
+        config["data"]["init_args"]["test_size"] = 1
+        config.update(epochs=1, methods={})
+
+    compare(written(tmp_path, diverging), tmp_path / "out")
+    row = next(line for line in (tmp_path / "out/results.md").read_text().splitlines() if line.startswith("| alone"))
+    assert row.split("|")[4].strip() == "-", "the diverged runs' NLL"
+    assert row.split("|")[7].strip() == "-", "the gap, where the ensemble is no better"
+    assert {line["gap_closed"] for line in lines_of(tmp_path / "out/results.csv")} == {"nan"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("compare.yaml", "seeds: [", "compare.yaml is damaged"),
+        ("compare.yaml", "", "compare.yaml is damaged"),
+        ("runs/feed/seed_1/result.json", "{", "result.json is damaged, remove it"),
+        ("runs/feed/seed_1/last.ckpt", "{", "last.ckpt"),
+    ],
+)
+def test_a_damaged_folder_is_named(finished, tmp_path, capsys, name, content, message):
+    folder, _ = finished
+    output = tmp_path / "out"
+    subprocess.run(["cp", "-r", folder / "out", output], check=True)
+    (output / name).write_text(content)
+    if name.endswith("last.ckpt"):
+        (output / name).with_name("result.json").unlink()
+    assert main(["compare", written(tmp_path), "--output", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_call_killed_at_its_very_start_can_be_made_again(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/partial.yaml").write_text("half")
+
+    def short(config):
+        config.update(epochs=1, seeds=[0], methods={})
+
+    compare(written(tmp_path, short), tmp_path / "out")
+    assert (tmp_path / "out/results.csv").exists()
+    assert not list((tmp_path / "out").glob("partial*"))
+
+
+OWN_DATA = """
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Pairs(pl.LightningDataModule):
+    num_classes = 10
+    input_shape = (1, 8, 8)
+
+    def setup(self, stage):
+        self.pairs = TensorDataset(torch.rand(32, 1, 8, 8), torch.arange(32) % 10)
+
+    def train_dataloader(self):
+        return DataLoader(self.pairs, batch_size=16)
+
+    val_dataloader = test_dataloader = train_dataloader
+"""
+
+
+def test_any_data_module_that_tells_its_classes_and_shape_will_do(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(OWN_DATA)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def own(config):
+        config.update(data={"class_path": "mine.Pairs"}, epochs=1, seeds=[0])
+
+    compare(written(tmp_path, own), tmp_path / "out")
+    assert len(lines_of(tmp_path / "out/results.csv")) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "after", ["runs/teacher_2/last.ckpt", "runs/kd_one/seed_0/last.ckpt", "runs/feed/seed_1/last.ckpt"]
@@ -271,6 +388,7 @@ def test_a_killed_comparison_ends_like_an_undisturbed_one(finished, tmp_path, af
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out/results.csv").exists()
+    kept = history_of(tmp_path / "out" / after)
     subprocess.run(arguments, env=environment, check=True, stdout=subprocess.DEVNULL)
 
     def table(output):
@@ -280,5 +398,8 @@ def test_a_killed_comparison_ends_like_an_undisturbed_one(finished, tmp_path, af
             for row in lines_of(output / name)
         ]
 
+    # The epochs before the kill were not made again: they took just as long.
+    history = json.loads((tmp_path / "out" / after).with_name("result.json").read_text())["history"]
+    assert history[: len(kept)] == kept
     assert table(tmp_path / "out") == table(folder / "out")
     assert not list((tmp_path / "out").rglob("partial*"))

@@ -1,7 +1,9 @@
 """The base: subclassing, checkpoints that rebuild themselves, schedules, and clear refusals."""
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -222,6 +224,69 @@ def test_hyper_parameters_are_plain_values():
     assert not any(isinstance(value, nn.Module) or callable(value) for value in module.hparams.values())
 
 
+def test_a_users_networks_and_functions_stay_out_of_the_checkpoint(tmp_path):
+    class Adapted(SupervisedModule):
+        def __init__(self, student, *, num_classes, adaptor, activation, sizes):
+            super().__init__(student, num_classes=num_classes)
+            self.adaptor, self.activation = adaptor, activation
+
+        def terms(self, batch):
+            logits = self.activation(self.adaptor(self.student(batch.input)))
+            return {"ce": F.cross_entropy(logits, batch.target)}
+
+    module = Adapted(TinyNet(), num_classes=3, adaptor=nn.Linear(3, 3), activation=torch.relu, sizes=[1, 2])
+    assert set(module.hparams) == {"num_classes", "sizes", "label_smoothing", "input_shape", "lr_scheduler", "metrics"}
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "adapted.ckpt")
+    assert torch.load(tmp_path / "adapted.ckpt", weights_only=True)["hyper_parameters"]["sizes"] == [1, 2]
+
+
+def test_weights_of_any_kind_are_kept_as_numbers(tmp_path):
+    teachers = TeacherEnsemble([TinyNet(), TinyNet()], weights=np.array([1.0, 3.0]))
+    module = KDModule(TinyNet(), teachers, num_classes=3)
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "kd.ckpt")
+    assert torch.load(tmp_path / "kd.ckpt", weights_only=True)["recipes"]["teachers"]["weights"] == [1.0, 3.0]
+
+
+def test_loading_the_right_teachers_late_is_noticed(tmp_path, recwarn):
+    module = feed_on_small_nets()
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "feed.ckpt")
+    torch.manual_seed(9)
+    other = feed_on_small_nets()
+    other.teachers.load_state_dict(module.teachers.state_dict())
+    tiny_trainer(max_epochs=2).fit(other, datamodule=TinyDataModule(), ckpt_path=str(tmp_path / "feed.ckpt"))
+    assert not [warning for warning in recwarn if "the weights are not those" in str(warning.message)]
+
+
+@pytest.mark.parametrize("content", [None, {"state_dict": {}}])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    if content is not None:
+        torch.save(content, tmp_path / "some.ckpt")
+    with pytest.raises(InputError, match="no checkpoint"):
+        SupervisedModule.load_from_checkpoint(tmp_path / "some.ckpt")
+
+
+def test_a_checkpoint_of_another_module_is_refused(tmp_path):
+    module = feed_on_small_nets()
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "feed.ckpt")
+    with pytest.raises(InputError, match="another architecture than SupervisedModule: it has an unknown 'translators"):
+        SupervisedModule.load_from_checkpoint(tmp_path / "feed.ckpt")
+
+
+def test_a_wrapped_compiled_student_is_exported_and_tapped_plainly(tmp_path):
+    student, teacher = (torch.compile(TinyNet(), backend="eager") for _ in range(2))
+    module = FEEDModule(student, teacher, num_classes=3, student_layer="features", input_shape=(1, 8, 8))
+    assert torch.isfinite(module.terms(Batch(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])))["feed"])
+    TinyNet().load_state_dict(load_file(module.export_student(tmp_path / "student.safetensors")), strict=True)
+
+
 def test_export_refuses_another_suffix(tmp_path):
     with pytest.raises(InputError, match=r"writes \.safetensors, \.pt or \.pth, got 'student.onnx'"):
         SupervisedModule(TinyNet(), num_classes=3).export_student(tmp_path / "student.onnx")
@@ -235,8 +300,6 @@ def test_tied_weights_are_exported_and_loaded_strictly(tmp_path):
             self.one = nn.Linear(3, 3)
             self.two = nn.Linear(3, 3)
             self.two.weight = self.one.weight
-
-    from safetensors.torch import load_file
 
     module = SupervisedModule(Tied(), num_classes=3)
     Tied().load_state_dict(load_file(module.export_student(tmp_path / "tied.safetensors")), strict=True)

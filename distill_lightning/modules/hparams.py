@@ -1,0 +1,63 @@
+"""What a checkpoint says of the arguments that a module was made with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from distill_lightning.errors import InputError
+from distill_lightning.layers import TeacherEnsemble
+from distill_lightning.networks import build_from
+
+
+def unplain_arguments(module: nn.Module) -> list[str]:
+    """Constructor arguments that a checkpoint cannot hold without code: networks, functions and the like.
+
+    Args:
+        module: whose constructor is running and calls this; arguments of every level of inheritance are looked at.
+    """
+    names = []
+    frame = inspect.currentframe()
+    frame = None if frame is None else frame.f_back
+    while frame is not None and frame.f_code.co_name == "__init__" and _holds(frame.f_locals, module):
+        code = frame.f_code
+        arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+        names += [name for name in arguments if not _is_plain(frame.f_locals[name])]
+        frame = frame.f_back
+    return names
+
+
+def _holds(values: Mapping[str, Any], module: nn.Module) -> bool:
+    return any(value is module for value in values.values())
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(part) for part in (*value.keys(), *value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(part) for part in value)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def rebuild(name: str, recipe: dict[str, Any] | None) -> nn.Module:
+    """Build a network, or an ensemble of them, from what a checkpoint tells of it.
+
+    Args:
+        name: of the constructor's argument, for the message.
+        recipe: of a network, or an ensemble's ``networks``, ``weights`` and ``combine``.
+
+    Raises:
+        InputError: it tells nothing.
+    """
+    ensemble = recipe if recipe is not None and "networks" in recipe else None
+    networks = []
+    for part in [recipe] if ensemble is None else ensemble["networks"]:
+        if part is None:
+            raise InputError(f"the checkpoint cannot tell how {name} was built: load_from_checkpoint(path, {name}=...)")
+        networks.append(build_from(part))
+    if ensemble is None:
+        return networks[0]
+    return TeacherEnsemble(networks, weights=ensemble["weights"], combine=ensemble["combine"])
