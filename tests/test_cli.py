@@ -245,7 +245,7 @@ def test_overfitting_one_batch_reads_that_batch(write, monkeypatch):
 
 def test_a_bug_keeps_its_traceback(write, monkeypatch):
     config = write()
-    monkeypatch.setattr(SmallResNet, "forward", lambda self, images: int("not a number"))
+    monkeypatch.setattr(FEEDModule, "terms", lambda self, batch: int("not a number"))
     with pytest.raises(ValueError, match="invalid literal"):
         main(["fit", "--config", config])
 

@@ -63,8 +63,10 @@ class DigitsDataModule(InMemoryImageDataModule):
             order_seed=order_seed,
             num_workers=num_workers,
         )
-        if image_size < 1 or test_size is None:
-            raise InputError(f"image_size and test_size must be at least 1, got {image_size} and {test_size}")
+        if image_size < 1:
+            raise InputError(f"image_size must be at least 1, got {image_size}")
+        if test_size is None:
+            raise InputError("DigitsDataModule has no test files of its own: test_size must be a number")
         self.test_count = test_size
         self.image_size = image_size
         self.input_shape = (1, image_size, image_size)

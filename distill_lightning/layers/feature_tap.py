@@ -39,7 +39,6 @@ class FeatureTap:
         self.layers = resolve_layers(network, layers)
         self._recording = False
         self._features: dict[str, list[Any]] = {}
-        _guard_hooks()
         self._handles = [
             _plain(network).get_submodule(name).register_forward_hook(partial(self._keep, name)) for name in self.layers
         ]
@@ -49,6 +48,8 @@ class FeatureTap:
 
     def __call__(self, *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
         """Run the network once: its output, and the tapped features by path."""
+        if self.network is not _plain(self.network) or getattr(self.network, "_compiled_call_impl", None) is not None:
+            _guard_hooks()
         self._features = {name: [] for name in self.layers}
         self._recording = True
         try:
@@ -174,7 +175,7 @@ def resolve_layers(network: nn.Module, layers: str | Sequence[str]) -> tuple[str
         InputError: a path or glob that matches nothing; the message lists near names.
     """
     names = [name for name, _ in _plain(network).named_modules() if name]
-    if not layers:
+    if not isinstance(layers, str) and not layers:
         raise InputError(f"no layer of {type(network).__name__} to tap: name at least one")
     found: dict[str, None] = {}
     for layer in [layers] if isinstance(layers, str) else layers:

@@ -294,6 +294,8 @@ def two_processes_equal_one(build: Build) -> None:
     double = tiny_trainer(max_epochs=2, devices=2, strategy="ddp_spawn")
     double.fit(together, datamodule=TinyDataModule(batch_size=4, val_size=23))
     for name, value in single.callback_metrics.items():
+        if name.endswith("_share"):
+            continue  # a mean of ratios depends on how the samples are divided
         other = double.callback_metrics[name]
         close = torch.allclose(value, other, rtol=1e-3, atol=1e-4)
         _require(close, f"two processes log another {name} than one: {other} and {value}")

@@ -138,7 +138,7 @@ def test_an_unknown_rule_is_refused():
 
 def test_the_printed_ensemble_says_its_rule():
     printed = repr(TeacherEnsemble([teacher(0), teacher(1)], weights=[1, 3], combine="logits"))
-    assert "combine='logits', weights=[1, 3]" in printed
+    assert "combine='logits', weights=[1.0, 3.0]" in printed
 
 
 # predictions
