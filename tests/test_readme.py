@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import save_file
 
 from distill_lightning import SmallResNet
@@ -23,6 +24,22 @@ def blocks(language):
 @pytest.mark.parametrize("code", blocks("python"), ids=["subclass", "notebook"])
 def test_python_runs(code, tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
+
+
+def test_the_subclass_works_in_yaml(tmp_path, monkeypatch):
+    (tmp_path / "mymethod.py").write_text(blocks("python")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    network = {"class_path": "SmallResNet", "init_args": {"num_classes": 10, "width": 2}}
+    config = {
+        "trainer": {"fast_dev_run": True, "accelerator": "cpu"},
+        "model": {
+            "class_path": "mymethod.LogitRegression",
+            "init_args": {"student": network, "teachers": [network, network], "beta": 0.5},
+        },
+        "data": {"class_path": "DigitsDataModule", "init_args": {"image_size": 8}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "config.yaml")]) == 0
 
 
 def test_the_notebook_example_leaves_a_student():

@@ -193,7 +193,8 @@ def _row(name: str, scores: Sequence[Score]) -> list[str]:
     def cell(values: Sequence[float], scale: float, digits: int) -> str:
         if not np.isfinite(values).all():
             return "-"
-        mean = f"{scale * statistics.fmean(values):.{digits}f}"
+        # Adding zero turns a rounded -0 into 0.
+        mean = f"{round(scale * statistics.fmean(values), digits) + 0.0:.{digits}f}"
         return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
 
     return [

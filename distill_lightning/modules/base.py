@@ -42,23 +42,26 @@ class DistillationModule(pl.LightningModule):
         class LogitRegression(DistillationModule):
             frozen = ("teachers",)
 
-            def __init__(self, student, teachers, *, num_classes, beta=1.0):
+            def __init__(
+                self, student: nn.Module, teachers: list[nn.Module], *, num_classes: int, beta: float = 1.0
+            ) -> None:
                 super().__init__(student, num_classes=num_classes)
                 self.teachers = TeacherEnsemble.of(teachers)
                 self.beta = beta
 
-            def terms(self, batch):
+            def terms(self, batch: Batch) -> dict[str, Tensor]:
                 logits = self.student(batch.input)
                 teacher = self.teachers.logits(batch.input).mean(dim=0)
                 return {"ce": F.cross_entropy(logits, batch.target), "mse": F.mse_loss(logits, teacher)}
 
-            def weights(self):
+            def weights(self) -> dict[str, float]:
                 return {"ce": 1.0, "mse": self.beta}
 
-    This class does the rest. In training it logs ``train/loss``, ``train/<term>`` (unweighted) and, where there are
-    several, ``train/<term>_share`` (weighted, as a part of the loss). In validation and test it logs the student's
-    metrics under ``val/`` and ``test/``. The submodules named in ``frozen`` stay in eval mode, out of the optimiser and
-    out of the checkpoint, which holds how they were built and a fingerprint of their weights instead.
+    The annotations are what the command line reads the arguments by. This class does the rest. In training it logs
+    ``train/loss``, ``train/<term>`` (unweighted) and, where there are several, ``train/<term>_share`` (weighted, as a
+    part of the loss). In validation and test it logs the student's metrics under ``val/`` and ``test/``. The submodules
+    named in ``frozen`` stay in eval mode, out of the optimiser and out of the checkpoint, which holds how they were
+    built and a fingerprint of their weights instead.
 
     Args:
         student: the network that learns; maps ``(N, ...)`` to logits ``(N, K)``.
