@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -12,26 +12,18 @@ import pytorch_lightning as pl
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
 from distill_lightning.batch import Batch
-from distill_lightning.errors import InputError, refusing
+from distill_lightning.errors import InputError
 from distill_lightning.layers import TeacherEnsemble, check_classes, dry_forward, fingerprint
 from distill_lightning.metrics import classification_metrics
 from distill_lightning.modules.hparams import rebuild, unplain_arguments
+from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.networks import recipe_of
 from distill_lightning.schedules import OneCycle
 from distill_lightning.weights import check_architecture, read_checkpoint
-
-OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]  # jsonargparse needs the bare Iterable
-LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
-
-
-def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
-    """SGD with the settings of the papers' CIFAR experiments."""
-    return SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
 class DistillationModule(pl.LightningModule):
@@ -304,21 +296,3 @@ class DistillationModule(pl.LightningModule):
 
     def _fingerprint(self) -> dict[str, str]:
         return {name: fingerprint(getattr(self, name)) for name in self.frozen}
-
-
-def check_optimizer(module: DistillationModule) -> LRScheduler | ReduceLROnPlateau | None:
-    """Make a module's optimiser and schedule once, to see whether they can be made.
-
-    Returns:
-        The schedule, if there is one.
-
-    Raises:
-        InputError: one of them refuses its arguments.
-    """
-    kinds = (ValueError, TypeError, AssertionError)
-    with refusing("optimizer", *kinds):
-        optimizer = module.optimizer(module.parameter_groups())
-    if module.lr_scheduler is None:
-        return None
-    with refusing("lr_scheduler", *kinds):
-        return module.lr_scheduler(optimizer)

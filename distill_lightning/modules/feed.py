@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -18,21 +18,17 @@ from distill_lightning.layers import (
     FeatureTap,
     Paraphraser,
     TeacherEnsemble,
-    Translator,
+    TransformFactory,
+    TransformName,
     check_classes,
     freeze,
+    make_translator,
     resolve_layer,
 )
-from distill_lightning.modules.base import (
-    DistillationModule,
-    LRSchedulerCallable,
-    OptimizerCallable,
-    default_optimizer,
-)
+from distill_lightning.modules.base import DistillationModule
+from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.networks import likely_input_shape
 
-TransformName = Literal["conv3", "conv1x1", "linear", "none"]
-TransformFactory = Callable[[int, int], nn.Module]
 _MANY_PARAMETERS = 50_000_000
 
 
@@ -170,7 +166,7 @@ class FEEDModule(DistillationModule):
         if share_transform and len(set(teacher_channels)) > 1:
             raise InputError(f"share_transform needs teachers of equal channel counts, got {teacher_channels}")
         self.translators = nn.ModuleList(
-            _translator(transform, student_channels, channels, batch_norm=transform_batch_norm)
+            make_translator(transform, student_channels, channels, batch_norm=transform_batch_norm)
             for channels in (teacher_channels[:1] if share_transform else teacher_channels)
         )
         parameters = sum(parameter.numel() for parameter in self.translators.parameters())
@@ -253,27 +249,6 @@ class FEEDModule(DistillationModule):
                 f"{self.teacher_taps[number].layers[0]!r} gives {tuple(teacher[1:])}: tap layers of the same spatial "
                 "size, or set resize='student' or 'teacher'"
             )
-
-
-def _translator(
-    transform: TransformName | TransformFactory, student_channels: int, teacher_channels: int, *, batch_norm: bool
-) -> nn.Module:
-    if not isinstance(transform, str):
-        return transform(student_channels, teacher_channels)
-    if transform == "conv3":
-        return Translator(student_channels, teacher_channels, batch_norm=batch_norm)
-    if transform == "conv1x1":
-        return nn.Sequential(nn.Conv2d(student_channels, teacher_channels, 1), nn.LeakyReLU(0.1))
-    if transform == "linear":
-        return nn.Conv2d(student_channels, teacher_channels, 1)
-    if transform != "none":
-        raise InputError(f"transform must be 'conv3', 'conv1x1', 'linear', 'none' or a function, got {transform!r}")
-    if student_channels != teacher_channels:
-        raise InputError(
-            f"transform='none' compares features as they are, but they have {student_channels} and {teacher_channels} "
-            "channels: choose another transform"
-        )
-    return nn.Identity()
 
 
 def _run(tap: FeatureTap, inputs: Tensor) -> tuple[Tensor, Tensor]:

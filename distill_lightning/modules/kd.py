@@ -12,12 +12,8 @@ from distill_lightning import functional
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.layers import TeacherEnsemble
-from distill_lightning.modules.base import (
-    DistillationModule,
-    LRSchedulerCallable,
-    OptimizerCallable,
-    default_optimizer,
-)
+from distill_lightning.modules.base import DistillationModule
+from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
 
 
 class KDModule(DistillationModule):

@@ -10,12 +10,8 @@ from torchmetrics import MetricCollection
 
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.modules.base import (
-    DistillationModule,
-    LRSchedulerCallable,
-    OptimizerCallable,
-    default_optimizer,
-)
+from distill_lightning.modules.base import DistillationModule
+from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
 
 
 class SupervisedModule(DistillationModule):

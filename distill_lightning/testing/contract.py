@@ -1,4 +1,7 @@
-"""What every module of the package keeps, as checks that can be run over any of them."""
+"""What every module of the package keeps, as checks that can be run over any of them.
+
+One long file, because the points are read, and broken, one by one.
+"""
 
 from __future__ import annotations
 
