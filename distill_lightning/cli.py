@@ -66,21 +66,21 @@ class DistillCLI(LightningCLI):
         for name in _TOLD_BY_DATA:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
-    def _parse_ckpt_path(self) -> None:
-        """Lightning lets a checkpoint's hyper-parameters win over the command line; say which did."""
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and look at the checkpoint: what is wrong with it is told before anything is built or written."""
+        super().parse_arguments(parser, args)
         path = self._checkpoint_path()
         if path is not None:
-            # Read it here once more: a missing, damaged or unsafe file is told before anything is built or written.
             self._check_class(path)
-        subcommand = self.config.get("subcommand")
-        before = _model_options(self.config, subcommand)
-        super()._parse_ckpt_path()
-        after = _model_options(self.config, subcommand)
-        for name, value in after.items():
-            if name in before and name not in _TOLD_BY_DATA and before[name] != value:
+        self._given = _model_options(self.config)
+
+    def before_instantiate_classes(self) -> None:
+        """Lightning lets a checkpoint's hyper-parameters win over the command line; say which did."""
+        for name, value in _model_options(self.config).items():
+            given = self._given.get(name, value)
+            if name not in _TOLD_BY_DATA and given != value:
                 warnings.warn(
-                    f"--ckpt_path: the checkpoint's {name}={value!r} overrides the given {name}={before[name]!r}",
-                    stacklevel=2,
+                    f"--ckpt_path: the checkpoint's {name}={value!r} overrides the given {name}={given!r}", stacklevel=2
                 )
 
     def _check_class(self, path: Path) -> None:
@@ -189,10 +189,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or link.__context__
 
 
-def _model_options(config: Namespace, subcommand: str | None) -> dict[str, Any]:
-    if not subcommand:
-        return {}
-    options = config[subcommand].get("model.init_args")
+def _model_options(config: Namespace) -> dict[str, Any]:
+    subcommand = config.get("subcommand")
+    options = config[subcommand].get("model.init_args") if subcommand else None
     return dict(cast("Namespace", options).as_dict()) if options else {}
 
 

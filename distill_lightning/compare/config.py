@@ -75,7 +75,7 @@ class CompareConfig:
     lr_scheduler: Spec | None = None
     output: str = "results/compare"
     accelerator: str = "auto"
-    precision: str = "32-true"
+    precision: str = "32"
 
     def as_plain(self) -> dict[str, Any]:
         """Everything that the results depend on, in plain types."""

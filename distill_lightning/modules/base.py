@@ -196,8 +196,10 @@ class DistillationModule(pl.LightningModule):
         """Leave the frozen weights out; note how every network was built instead, and what the frozen ones weigh."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if not self._is_frozen(name)}
-        # LightningCLI notes the class itself; here it is noted for a module that was made in Python, too.
-        checkpoint["hyper_parameters"].setdefault("_class_path", f"{type(self).__module__}.{type(self).__qualname__}")
+        # LightningCLI notes the class itself; here it is noted for a module that was made in Python, too. A plain dict,
+        # because older Lightning versions save a class of their own, which weights_only=True refuses.
+        made_by = f"{type(self).__module__}.{type(self).__qualname__}"
+        checkpoint["hyper_parameters"] = {"_class_path": made_by, **checkpoint["hyper_parameters"]}
         checkpoint["fingerprints"] = self._fingerprints or self._fingerprint()
         checkpoint["recipes"] = {"student": recipe_of(self.student)}
         teachers = getattr(self, "teachers", None)

@@ -99,7 +99,7 @@ def the_optimizer_holds_exactly_what_learns(build: Build) -> None:
     """Every parameter with ``requires_grad`` once, each with a gradient, no other, nothing frozen."""
 
     class Gradients(pl.Callback):
-        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, *args: Any) -> None:
             missing = [n for n, p in pl_module.named_parameters() if p.requires_grad and p.grad is None]
             _require(not missing, f"no gradient reaches {missing[:3]}")
 
