@@ -112,7 +112,8 @@ class DistillCLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Keep what ``predict`` found, which the Trainer would only return."""
-        path = Path(self.trainer.default_root_dir) / "predictions.safetensors"
+        share = "" if self.trainer.world_size == 1 else f"_{self.trainer.global_rank}"
+        path = Path(self.trainer.default_root_dir) / f"predictions{share}.safetensors"
         outputs = self.trainer.predict_loop.predictions
         save_file({"logits": torch.cat(outputs).float().contiguous()}, path)
         print(f"Written: {path}")

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from distill_lightning.compare.config import CompareConfig, Experiment, parse_config
 from distill_lightning.compare.report import LEGEND, Report
-from distill_lightning.compare.runner import Run, execute, make_trainer, plan, test_targets, write_atomically
+from distill_lightning.compare.runner import Run, execute, load_test_targets, make_trainer, plan, write_atomically
 from distill_lightning.errors import InputError, refusing
 
 _CONFIG_FILE = "compare.yaml"
@@ -50,7 +50,7 @@ def run(arguments: Sequence[str], *, console: Console | None = None) -> Report:
     )
     runs = plan(experiment, folder)
     _train(experiment, runs, console)
-    report = Report(runs, test_targets(experiment))
+    report = Report(runs, load_test_targets(experiment))
     paths = report.write(folder, heading=_heading(config, arguments, runs))
     console.print(_table(report.rows()))
     console.print(LEGEND, style="dim", highlight=False)

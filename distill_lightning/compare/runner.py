@@ -149,7 +149,7 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def test_targets(experiment: Experiment) -> Tensor:
+def load_test_targets(experiment: Experiment) -> Tensor:
     """The test images' classes ``(N,)``."""
     return torch.cat([Batch.of(batch).target for batch in experiment.sample.test_dataloader()])
 

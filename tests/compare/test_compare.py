@@ -85,7 +85,7 @@ def test_results_have_a_row_per_method_and_seed(finished):
 def test_the_scores_equal_naive_ones(finished):
     folder, _ = finished
     experiment = Experiment(parse_config([written(folder), "--output", str(folder / "out")]))
-    targets = runner.test_targets(experiment).tolist()
+    targets = runner.load_test_targets(experiment).tolist()
 
     def outputs(name, which="last"):
         return load_file(folder / "out/runs" / name / "test_logits.safetensors")[which].double().numpy()
