@@ -199,7 +199,7 @@ class DistillationModule(pl.LightningModule):
         # LightningCLI notes the class itself; here it is noted for a module that was made in Python, too. A plain dict,
         # because older Lightning versions save a class of their own, which weights_only=True refuses.
         made_by = f"{type(self).__module__}.{type(self).__qualname__}"
-        checkpoint["hyper_parameters"] = {"_class_path": made_by, **checkpoint["hyper_parameters"]}
+        checkpoint["hyper_parameters"] = {"_class_path": made_by, **checkpoint.get("hyper_parameters", {})}
         checkpoint["fingerprints"] = self._fingerprints or self._fingerprint()
         checkpoint["recipes"] = {"student": recipe_of(self.student)}
         teachers = getattr(self, "teachers", None)
