@@ -147,15 +147,19 @@ class DistillationModule(pl.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         """The student's output for a batch, or for a tensor of inputs."""
-        return self.forward(batch if isinstance(batch, Tensor) else Batch.of(batch).input)
+        return self.forward(batch) if isinstance(batch, Tensor) else self._counted(Batch.of(batch))[0]
 
     def _evaluate(self, batch: Batch, metrics: MetricCollection) -> None:
-        output, target = self(batch.input), batch.target
-        if self.trainer.world_size > 1 and batch.view is not None:
-            # View -1 marks a sample that only fills up a process's share; it counts where it was read first.
-            output, target = output[batch.view >= 0], target[batch.view >= 0]
-        metrics.update(output, target)
+        metrics.update(*self._counted(batch))
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(batch.target))
+
+    def _counted(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The student's output and the target, without the samples that are counted in another process."""
+        output = self.forward(batch.input)
+        if batch.view is None or not torch.distributed.is_initialized():
+            return output, batch.target
+        # View -1 marks a sample that only fills up a process's share.
+        return output[batch.view >= 0], batch.target[batch.view >= 0]
 
     def configure_optimizers(self) -> Any:
         """The optimiser over `parameter_groups` and, if there is one, its schedule."""
