@@ -148,9 +148,10 @@ def _called(spec: dict[str, Any]) -> str:
 
 def _table(rows: Sequence[Sequence[str]]) -> Table:
     header, *body = rows
-    table = Table(box=None, pad_edge=False)
+    # Narrow enough for a terminal of 80 columns, where only "± sd" moves to a second line.
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     for number, title in enumerate(header):
-        table.add_column(title, justify="right" if number else "left", no_wrap=False)
+        table.add_column(title, justify="right" if number else "left", no_wrap=number == 0, overflow="fold")
     for row in body:
         table.add_row(*row)
     return table

@@ -41,14 +41,14 @@ class Score:
 
 
 COLUMNS = [field.name for field in fields(Score)]
-HEADER = ["row", "accuracy %", "selected %", "NLL", "ECE %", "agreement %", "gap closed %", "parameters", "s/epoch"]
+HEADER = ["row", "test %", "sel. %", "NLL", "ECE %", "agree %", "gap %", "params", "s/epoch"]
 LEGEND = f"""\
-accuracy: on the test images, weights after the last epoch; all other columns but one belong to these weights
-selected: test accuracy with the weights of the epoch that was best on the validation images
+test: accuracy on the test images with the weights after the last epoch, which all columns but the next describe
+sel.: test accuracy with the weights of the epoch that was best on the validation images
 NLL: mean negative log-likelihood (nats); ECE: expected calibration error ({ECE_BINS} bins)
-agreement: test images on which the ensemble names the same class
-gap closed: of the way from the student alone (mean over its seeds) to the ensemble
-parameters: of the network that is used at test time; s/epoch: median over the epochs, training only"""
+agree: test images on which the ensemble names the same class
+gap: how much of the way from the student alone (mean over its seeds) to the ensemble is closed
+params: parameters of the network that is used at test time; s/epoch: median over the epochs, training only"""
 
 
 class Report:

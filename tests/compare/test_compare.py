@@ -404,3 +404,14 @@ def test_a_killed_comparison_ends_like_an_undisturbed_one(finished, tmp_path, af
     assert history[: len(kept)] == kept
     assert table(tmp_path / "out") == table(folder / "out")
     assert not list((tmp_path / "out").rglob("partial*"))
+
+
+def test_the_table_fits_a_narrow_terminal():
+    from distill_lightning.compare.report import HEADER
+
+    row = ["kd_one_teacher", "85.49 ± 0.07", "85.56 ± 0.16", "0.402 ± 0.003", "10.84 ± 0.10", "94.0 ± 0.2", "146 ± 14"]
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(command._table([HEADER, [*row, "233,262", "11.75 ± 0.05"]]))
+    assert "…" not in shown.getvalue()
+    assert "kd_one_teacher" in shown.getvalue()
+    assert "233,262" in shown.getvalue()
