@@ -114,8 +114,9 @@ def _build(cls: type, options: Any) -> Any:
 
 
 def _check(config: CompareConfig) -> None:
-    if config.epochs < 1 or (config.teachers.epochs or 1) < 1:
-        raise InputError(f"epochs must be at least 1, got {min(config.epochs, config.teachers.epochs or 1)}")
+    for epochs in (config.epochs, config.teachers.epochs):
+        if epochs is not None and epochs < 1:
+            raise InputError(f"epochs must be at least 1, got {epochs}")
     if config.teachers.number < 1:
         raise InputError(f"teachers.number must be at least 1, got {config.teachers.number}")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):

@@ -19,7 +19,7 @@ from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.layers import TeacherEnsemble, check_classes, dry_forward, fingerprint
 from distill_lightning.metrics import classification_metrics
-from distill_lightning.modules.hparams import rebuild, unplain_arguments
+from distill_lightning.modules.hparams import plain, rebuild, unplain_arguments
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.networks import recipe_of
 from distill_lightning.schedules import OneCycle
@@ -204,7 +204,7 @@ class DistillationModule(pl.LightningModule):
         # LightningCLI notes the class itself; here it is noted for a module that was made in Python, too. A plain dict,
         # because older Lightning versions save a class of their own, which weights_only=True refuses.
         made_by = f"{type(self).__module__}.{type(self).__qualname__}"
-        checkpoint["hyper_parameters"] = {"_class_path": made_by, **checkpoint.get("hyper_parameters", {})}
+        checkpoint["hyper_parameters"] = plain({"_class_path": made_by, **checkpoint.get("hyper_parameters", {})})
         checkpoint["fingerprints"] = self._fingerprints or self._fingerprint()
         checkpoint["recipes"] = {"student": recipe_of(self.student)}
         teachers = getattr(self, "teachers", None)

@@ -206,7 +206,7 @@ class FEEDModule(DistillationModule):
         if self.paraphrasers:
             with torch.no_grad():
                 teacher_feature = self._paraphraser(number).encoder(teacher_feature)
-        if translated.shape[2:] != teacher_feature.shape[2:]:
+        if _sites(translated.shape) != _sites(teacher_feature.shape):
             self._refuse_or_resize(number, student_feature.shape, teacher_feature.shape)
             if self.resize == "student":
                 translated = _resized(translated, teacher_feature.shape[2:])
@@ -234,7 +234,7 @@ class FEEDModule(DistillationModule):
                         f"FEED: the {who}'s feature has shape {tuple(shape)}, not (N, C, H, W): "
                         "tap a convolutional layer, or give a function (C_S, C_T) -> module as transform"
                     )
-            if student[2:] != teacher[2:]:
+            if _sites(student) != _sites(teacher):
                 self._refuse_or_resize(number, student, teacher)
             channels.append(self._paraphraser(number).factors if self.paraphrasers else _width(teacher))
         return _width(student), channels
@@ -263,6 +263,11 @@ def _one_each(count: int, name: str, values: Any) -> list[Any]:
     if len(each) != count:
         raise InputError(f"FEED: {len(each)} {name} for {count} teachers: give one each")
     return each
+
+
+def _sites(shape: Sequence[int]) -> Sequence[int]:
+    """Where a feature has values: rows and columns of ``(N, C, H, W)``, the length of ``(N, L, C)``, nothing else."""
+    return shape[2:] if len(shape) == 4 else shape[1:-1]
 
 
 def _width(shape: Sequence[int]) -> int:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from distill_lightning.errors import InputError
@@ -39,7 +40,16 @@ def _is_plain(value: Any) -> bool:
         return all(_is_plain(part) for part in (*value.keys(), *value.values()))
     if isinstance(value, (list, tuple)):
         return all(_is_plain(part) for part in value)
-    return value is None or type(value) in (bool, int, float, str)
+    return value is None or isinstance(value, np.generic) or type(value) in (bool, int, float, str)
+
+
+def plain(value: Any) -> Any:
+    """The same value in Python's own types: numpy's numbers would not be read again with ``weights_only=True``."""
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def rebuild(name: str, recipe: dict[str, Any] | None) -> nn.Module:

@@ -18,10 +18,11 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from distill_lightning import SmallResNet
+from distill_lightning import DigitsDataModule, FEEDModule, KDModule, OneCycle, SmallResNet, SupervisedModule
 from distill_lightning.cli import main
 from distill_lightning.compare import command, runner
 from distill_lightning.compare.config import Experiment, parse_config
+from distill_lightning.testing import tiny_trainer
 
 CONFIG = {
     "data": {
@@ -415,3 +416,116 @@ def test_the_table_fits_a_narrow_terminal():
     assert "…" not in shown.getvalue()
     assert "kd_one_teacher" in shown.getvalue()
     assert "233,262" in shown.getvalue()
+
+
+def remade(folder, name, seed):
+    """The weights of a run, made once more without compare: the same seeds, data, teachers, optimiser and schedule."""
+    teachers = []
+    for number in (1, 2):
+        teachers.append(SmallResNet(10, width=4))
+        weights = folder / f"out/runs/teacher_{number}/student.safetensors"
+        if not name.startswith("teacher"):
+            teachers[-1].load_state_dict(load_file(weights))
+    torch.manual_seed(seed)
+    network = SmallResNet(10, width=4 if name.startswith("teacher") else 2)
+    options = {
+        "num_classes": 10,
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+        "lr_scheduler": OneCycle,
+    }
+    if name == "kd_one":
+        module = KDModule(network, teachers[0], **options)
+    elif name == "feed":
+        module = FEEDModule(network, teachers, student_layer="stage3", beta=20.0, **options)
+    else:
+        module = SupervisedModule(network, **options)
+    data = DigitsDataModule(**CONFIG["data"]["init_args"], order_seed=seed)
+    tiny_trainer(max_epochs=12 if name.startswith("teacher") else 3).fit(module, datamodule=data)
+    return network.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "seed"),
+    [
+        ("teacher_1", "teacher_1", 1001),
+        ("teacher_2", "teacher_2", 1002),
+        ("alone", "alone/seed_1", 1),
+        ("kd_one", "kd_one/seed_1", 1),
+        ("feed", "feed/seed_0", 0),
+        ("feed", "feed/seed_1", 1),
+    ],
+)
+def test_a_run_is_what_the_configuration_says(finished, name, place, seed):
+    folder, _ = finished
+    stored = load_file(folder / "out/runs" / place / "student.safetensors")
+    for key, value in remade(folder, name, seed).items():
+        assert torch.allclose(value.double(), stored[key].double(), rtol=1e-4, atol=1e-6), key
+
+
+def test_last_and_selected_logits_belong_to_their_weights(finished):
+    folder, _ = finished
+    images = torch.cat([b.input for b in Experiment(parse_config([written(folder)])).sample.test_dataloader()])
+    for run in (path.parent for path in (folder / "out/runs").rglob("result.json")):
+        logits = load_file(run / "test_logits.safetensors")
+        for which, weights in (("last", "student"), ("selected", "selected")):
+            network = SmallResNet(10, width=4 if "teacher" in run.name else 2).eval()
+            network.load_state_dict(load_file(run / f"{weights}.safetensors"))
+            with torch.no_grad():
+                assert torch.allclose(network(images), logits[which], atol=1e-5), (run, which)
+        result = json.loads((run / "result.json").read_text())
+        accuracies = [line["val/accuracy"] for line in result["history"]]
+        assert result["selected_epoch"] == 1 + int(np.argmax(accuracies))
+        assert not (run / "last.ckpt").exists()
+
+
+def test_the_cells_are_means_and_sample_deviations(finished):
+    folder, _ = finished
+    table = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in (folder / "out/results.md").read_text().splitlines()
+        if line.startswith("| ")
+    }
+    rows = [row for row in lines_of(folder / "out/results.csv") if row["method"] == "feed"]
+
+    def cell(column, scale, digits):
+        values = scale * np.array([float(row[column]) for row in rows])
+        return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+
+    assert table["feed"] == [
+        cell("test_accuracy", 100, 2), cell("test_accuracy_selected", 100, 2), cell("nll", 1, 3), cell("ece", 100, 2),
+        cell("agreement", 100, 1), cell("gap_closed", 100, 0),
+        f"{int(rows[0]['parameters']):,}", cell("seconds_per_epoch", 1, 2),
+    ]  # fmt: skip
+    logits = [load_file(folder / f"out/runs/teacher_{n}/test_logits.safetensors")["last"].double() for n in (1, 2)]
+    probs = sum(torch.softmax(value, dim=1) for value in logits) / 2
+    targets = runner.load_test_targets(Experiment(parse_config([written(folder)])))
+    nll = -probs[torch.arange(len(targets)), targets].log().mean()
+    parameters = 2 * sum(p.numel() for p in SmallResNet(10, width=4).parameters())
+    accuracy = 100 * (probs.argmax(dim=1) == targets).double().mean()
+    assert table["ensemble"][:3] == [f"{accuracy:.2f}", "", f"{nll:.3f}"]
+    assert table["ensemble"][4:] == ["100.0", "100", f"{parameters:,}", ""]
+    history = json.loads((folder / "out/runs/feed/seed_0/result.json").read_text())["history"]
+    assert float(rows[0]["seconds_per_epoch"]) == pytest.approx(np.median([line["seconds"] for line in history]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(seeds=[1, 1]), "seeds must be different numbers"),
+        (lambda c: c["teachers"].update(number=0), "teachers.number must be at least 1"),
+        (lambda c: c["teachers"].update(epochs=0), "epochs must be at least 1"),
+        (lambda c: c["methods"].update(teacher_3=c["methods"]["feed"]), "'teacher_3' cannot be a method's name"),
+        (lambda c: c["methods"].update({"a/b": c["methods"]["feed"]}), "'a/b' cannot be a method's name"),
+    ],
+)
+def test_numbers_and_names_that_cannot_be_used_are_named(tmp_path, capsys, change, message):
+    assert main(["compare", written(tmp_path, change), "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "out").write_text("precious")
+    assert main(["compare", written(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "precious"

@@ -340,3 +340,11 @@ def test_training_learns_the_tiny_data():
     trainer = tiny_trainer(max_epochs=15)
     trainer.fit(module, datamodule=TinyDataModule(samples=60))
     assert trainer.callback_metrics["val/accuracy"] > 0.9
+
+
+def test_numpys_numbers_are_kept_as_pythons(tmp_path):
+    module = SupervisedModule(SmallResNet(3, width=2), num_classes=3, label_smoothing=np.float64(0.25))
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "smooth.ckpt")
+    assert SupervisedModule.load_from_checkpoint(tmp_path / "smooth.ckpt").label_smoothing == 0.25

@@ -373,3 +373,29 @@ def test_a_compiled_student_gives_the_same_terms():
     assert {name: float(value) for name, value in compiled.items()} == pytest.approx(
         {name: float(value) for name, value in plain.items()}, rel=1e-5
     )
+
+
+class Tokens(nn.Module):
+    """Tokens ``(N, length, width)`` of an 8x8 image."""
+
+    def __init__(self, length, width):
+        super().__init__()
+        self.length = length
+        self.embed = nn.Linear(64 // length, width)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, images):
+        return self.head(self.embed(images.reshape(len(images), self.length, -1)).mean(dim=1))
+
+
+def test_tokens_of_equal_length_are_translated_by_a_users_module():
+    options = {"num_classes": 3, "student_layer": "embed", "transform": nn.Linear, "input_shape": SHAPE}
+    module = FEEDModule(Tokens(8, 4), Tokens(8, 6), **options).eval()
+    batch = batch_of()
+    student, teacher = (
+        network.embed(batch.input.reshape(4, 8, -1)) for network in (module.student, module.teachers.networks[0])
+    )
+    expected = naive_distance(module.translators[0](student), teacher, 1, "mean")
+    assert float(module.terms(batch)["feed"]) == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(InputError, match=r"gives \(8, 4\) and teacher 0's 'embed' gives \(4, 4\)"):
+        FEEDModule(Tokens(8, 4), Tokens(4, 4), **options)
