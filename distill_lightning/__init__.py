@@ -1,30 +1,78 @@
 """distill_lightning: knowledge distillation and compression as PyTorch Lightning modules."""
 
-from distill_lightning import functional, layers, metrics, networks
+from distill_lightning import functional, layers, metrics, networks, samplers
 from distill_lightning.batch import Batch
-from distill_lightning.datamodules import DigitsDataModule, FashionMNISTDataModule, InMemoryImageDataModule
+from distill_lightning.datamodules import (
+    DigitsDataModule,
+    FashionMNISTDataModule,
+    IndexedDataModule,
+    InMemoryImageDataModule,
+    RotatedDigitsDataModule,
+    RotatedFashionMNISTDataModule,
+)
 from distill_lightning.errors import InputError
 from distill_lightning.layers import TeacherEnsemble
-from distill_lightning.metrics import Agreement, CalibrationError
-from distill_lightning.modules import DistillationModule, FEEDModule, KDModule, SupervisedModule
-from distill_lightning.networks import Pretrained, SmallResNet, pytorchcv_network, timm_network, torchvision_network
-from distill_lightning.schedules import OneCycle
+from distill_lightning.metrics import AURC, Agreement, AngularError, CalibrationError, GapReduction
+from distill_lightning.modules import (
+    DistillationModule,
+    ExtracurricularModule,
+    FEEDModule,
+    GeneratorModule,
+    KDModule,
+    MEALV2Module,
+    ParaphraserModule,
+    RegressionModule,
+    SelfKDModule,
+    SupervisedModule,
+    sequential_feed,
+)
+from distill_lightning.networks import (
+    AdaptedInput,
+    Pretrained,
+    SmallResNet,
+    pytorchcv_network,
+    timm_network,
+    torchvision_network,
+)
+from distill_lightning.samplers import CutMixSampler, EmpiricalSampler, FunctionSampler, GeneratorSampler, MixupSampler
+from distill_lightning.schedules import GroupSchedules, OneCycle
+from distill_lightning.stores import PredictionStore
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AURC",
+    "AdaptedInput",
     "Agreement",
+    "AngularError",
     "Batch",
     "CalibrationError",
+    "CutMixSampler",
     "DigitsDataModule",
     "DistillationModule",
+    "EmpiricalSampler",
+    "ExtracurricularModule",
     "FEEDModule",
     "FashionMNISTDataModule",
+    "FunctionSampler",
+    "GapReduction",
+    "GeneratorModule",
+    "GeneratorSampler",
+    "GroupSchedules",
     "InMemoryImageDataModule",
+    "IndexedDataModule",
     "InputError",
     "KDModule",
+    "MEALV2Module",
+    "MixupSampler",
     "OneCycle",
+    "ParaphraserModule",
+    "PredictionStore",
     "Pretrained",
+    "RegressionModule",
+    "RotatedDigitsDataModule",
+    "RotatedFashionMNISTDataModule",
+    "SelfKDModule",
     "SmallResNet",
     "SupervisedModule",
     "TeacherEnsemble",
@@ -33,6 +81,8 @@ __all__ = [
     "metrics",
     "networks",
     "pytorchcv_network",
+    "samplers",
+    "sequential_feed",
     "timm_network",
     "torchvision_network",
 ]

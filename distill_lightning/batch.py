@@ -13,12 +13,20 @@ Shape legend, used in every docstring of the package:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from distill_lightning.errors import InputError
+
+# By which names a field is found in a batch that is a dict or a NamedTuple; the first that is there counts.
+_KEYS = {
+    "input": ("input", "image", "x"),
+    "target": ("target", "label", "y"),
+    "index": ("index",),
+    "view": ("view",),
+}
 
 
 class Batch(NamedTuple):
@@ -36,18 +44,40 @@ class Batch(NamedTuple):
     index: Tensor | None = None  # type: ignore[assignment]  # shadows tuple.index, which no one asks a batch for
     view: Tensor | None = None
 
+    @property
+    def size(self) -> int:
+        """``N``."""
+        first: Any = self.input
+        while not isinstance(first, Tensor):
+            first = next(iter(first.values() if isinstance(first, Mapping) else first))
+        return len(first)
+
     @classmethod
     def of(cls, batch: Any) -> Batch:
-        """Read the batch of any data module: a `Batch`, or a sequence that begins with input and target.
+        """Read the batch of any data module.
+
+        It may be a `Batch`; a dict or a NamedTuple with ``input`` (or ``image``, ``x``), ``target`` (or ``label``,
+        ``y``) and perhaps ``index`` and ``view``; or a sequence that begins with input and target, of which the rest
+        has no known meaning. A target may be ``None`` for methods that never look at labels.
 
         Raises:
-            InputError: the batch is neither.
+            InputError: the batch is none of these.
         """
         if isinstance(batch, cls):
             return batch
+        named = batch._asdict() if isinstance(batch, tuple) and hasattr(batch, "_asdict") else batch
+        if isinstance(named, Mapping):
+            found = {field: next((key for key in keys if key in named), None) for field, keys in _KEYS.items()}
+            if found["input"] is not None and found["target"] is not None:
+                return cls(**{field: named[key] for field, key in found.items() if key is not None})
+            if named is batch:
+                raise InputError(
+                    f"a batch that is a dict needs input, image or x, and target, label or y, got {list(batch)}: let "
+                    "the data module use these keys"
+                )
         if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) >= 2:
             return cls(batch[0], batch[1])
         raise InputError(
-            f"a batch must be a Batch or an (input, target) pair, got {type(batch).__name__}: "
+            f"a batch must be a Batch, a dict or an (input, target) pair, got {type(batch).__name__}: "
             "let the data module yield distill_lightning.Batch(input=..., target=...)"
         )

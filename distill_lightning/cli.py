@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from jsonargparse import Namespace
-from pytorch_lightning import LightningDataModule, Trainer
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
@@ -36,7 +36,7 @@ Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER]."""
 
 
 class DistillCLI(LightningCLI):
-    """LightningCLI for the package's modules and any LightningDataModule.
+    """LightningCLI for the package's modules, any other LightningModule and any LightningDataModule.
 
     Classes are named by ``class_path``, those of this package by their short names. ``num_classes`` and ``input_shape``
     are told by the data. Subclass it, or call `distill_lightning.cli.main`.
@@ -44,7 +44,7 @@ class DistillCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None, *, run: bool = True) -> None:
         super().__init__(
-            DistillationModule,
+            LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -102,6 +102,8 @@ class DistillCLI(LightningCLI):
         if isinstance(self.datamodule, InMemoryImageDataModule) and self.trainer.world_size == 1:
             self.datamodule.prepare_data()
             self.datamodule.setup()
+        if not isinstance(self.model, DistillationModule):
+            return
         path = self._checkpoint_path()
         if path is not None:
             self.model.check_weights(read_checkpoint(path)["state_dict"], source=str(path))

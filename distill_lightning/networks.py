@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
+from distill_lightning.layers import GaussianHead
 from distill_lightning.weights import load_strictly, read_weights
 
 P = ParamSpec("P")
@@ -94,11 +98,12 @@ class SmallResNet(nn.Module):
 
     A 3x3 stem, then three stages ``stage1`` to ``stage3`` of ``depth`` residual blocks with ``width``, ``2 * width``
     and ``4 * width`` channels (the second and third stage halve the image), global average pooling and a linear layer
-    ``head``. Width 8 and depth 1 cost 2.4 million multiply-adds at 28x28. The tap for feature distillation is
-    ``stage3``: after the last ReLU, before pooling.
+    ``head`` (a `GaussianHead` in a regression). Width 8 and depth 1 cost 2.4 million multiply-adds at 28x28. The tap
+    for feature distillation is ``stage3``: after the last ReLU, before pooling.
 
     Args:
-        num_classes: ``K``.
+        num_classes: ``K`` of a classifier.
+        num_targets: ``d`` of a regression, instead of ``num_classes``.
         in_channels: channels of the images.
         width: channels of the first stage.
         depth: residual blocks in each stage.
@@ -107,11 +112,22 @@ class SmallResNet(nn.Module):
         InputError: a size that is not positive.
     """
 
-    def __init__(self, num_classes: int, *, in_channels: int = 1, width: int = 8, depth: int = 1) -> None:
+    def __init__(
+        self,
+        num_classes: int | None = None,
+        *,
+        num_targets: int | None = None,
+        in_channels: int = 1,
+        width: int = 8,
+        depth: int = 1,
+    ) -> None:
         super().__init__()
-        arguments = {"num_classes": num_classes, "in_channels": in_channels, "width": width, "depth": depth}
+        outputs = {"num_targets": num_targets} if num_classes is None else {"num_classes": num_classes}
+        if (num_classes is not None and num_targets is not None) or None in outputs.values():
+            raise InputError("SmallResNet needs num_classes (a classifier) or num_targets (a regression), and not both")
+        arguments = {**outputs, "in_channels": in_channels, "width": width, "depth": depth}
         for name, value in arguments.items():
-            if value < 1:
+            if not value or value < 1:
                 raise InputError(f"SmallResNet: {name} must be at least 1, got {value}")
         self.__dict__["_recipe"] = {"factory": "SmallResNet", "arguments": arguments}
         self.stem = nn.Sequential(
@@ -121,7 +137,7 @@ class SmallResNet(nn.Module):
         self.stage2 = self._stage(width, 2 * width, depth, stride=2)
         self.stage3 = self._stage(2 * width, 4 * width, depth, stride=2)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(4 * width, num_classes)
+        self.head = nn.Linear(4 * width, num_classes) if num_classes else GaussianHead(4 * width, num_targets or 1)
 
     @staticmethod
     def _stage(channels_in: int, channels_out: int, depth: int, *, stride: int) -> nn.Sequential:
@@ -129,7 +145,7 @@ class SmallResNet(nn.Module):
         return nn.Sequential(first, *(_Block(channels_out, channels_out, 1) for _ in range(depth - 1)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, K)`` of images ``(N, C, H, W)``."""
+        """Logits ``(N, K)``, or a Gaussian's parameters ``(N, 2 d)``, of images ``(N, C, H, W)``."""
         feature = self.stage3(self.stage2(self.stage1(self.stem(images))))
         logits: Tensor = self.head(self.pool(feature).flatten(1))
         return logits
@@ -231,6 +247,109 @@ def Pretrained(network: nn.Module, checkpoint: str | Path) -> nn.Module:  # noqa
     """
     load_strictly(network, read_weights(Path(checkpoint)), source=str(checkpoint))
     return network
+
+
+class AdaptedInput(nn.Module):
+    r"""A network that reads inputs as it was trained to, whatever the data module gives to the others.
+
+    .. math:: x \mapsto \mathrm{resize}\left( \frac{x \cdot \sigma_0 + \mu_0 - \mu}{\sigma} \right)
+
+    First the values: the data module's normalisation is undone (``source_mean``, ``source_std``) and the network's own
+    is done (``mean``, ``std``). Then the size: bilinear, with antialiasing, in float32. The state dict is the network's
+    with ``network.`` before every name, and dotted layer paths begin so, too; the numbers given here are no part of it.
+
+    ::
+
+        teachers:
+          - class_path: distill_lightning.AdaptedInput
+            init_args:
+              network: {class_path: distill_lightning.timm_network, init_args: {...}}
+              size: [380, 380]                    # the data module's images are smaller
+              mean: 0.5                           # Inception's normalisation ...
+              std: 0.5
+              source_mean: [0.485, 0.456, 0.406]  # ... where the data module does ImageNet's
+              source_std: [0.229, 0.224, 0.225]
+
+    Args:
+        network: reads images ``(N, C, H, W)``.
+        size: rows and columns that ``network`` wants; ``None``: as they come.
+        mean: :math:`\mu`, which is subtracted from values in ``[0, 1]`` for ``network``: a number, or one per channel;
+            ``None``, and ``std`` too: the values stay as they come.
+        std: :math:`\sigma`, likewise.
+        source_mean: :math:`\mu_0`, which the data module has subtracted: a number, or one per channel.
+        source_std: :math:`\sigma_0`, which the data module has divided by, likewise.
+
+    Raises:
+        InputError: a ``size`` that is none, a standard deviation that is not positive, one of ``mean`` and ``std``
+            without the other, a source without them, different numbers of channels, or, on a call, inputs with another
+            number of channels.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        size: Sequence[int] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        source_mean: float | Sequence[float] = 0.0,
+        source_std: float | Sequence[float] = 1.0,
+    ) -> None:
+        super().__init__()
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise InputError(f"AdaptedInput: size must be rows and columns, both at least 1, got {list(size)}")
+        if (mean is None) != (std is None):
+            raise InputError(f"AdaptedInput: mean and std belong together, got mean={mean} and std={std}")
+        if mean is None and (source_mean, source_std) != (0.0, 1.0):
+            raise InputError(
+                "AdaptedInput: source_mean and source_std give way to the network's own: give mean and std"
+            )
+        given = {"mean": 0.0 if mean is None else mean, "std": 1.0 if std is None else std}
+        given |= {"source_mean": source_mean, "source_std": source_std}
+        values = {name: _per_channel(value) for name, value in given.items()}
+        channels = {len(value) for value in values.values() if len(value) > 1}
+        if len(channels) > 1:
+            raise InputError(f"AdaptedInput: mean, std and their sources are for {sorted(channels)} channels: give one")
+        for name in ("std", "source_std"):
+            if not (values[name] > 0).all():
+                raise InputError(f"AdaptedInput: {name} must be positive, got {given[name]}")
+        self.network = network
+        self.size = None if size is None else (int(size[0]), int(size[1]))
+        scale = values["source_std"] / values["std"]
+        shift = (values["source_mean"] - values["mean"]) / values["std"]
+        # Not persistent: what the network's own files hold is all that there is to load.
+        for name, value in (("scale", scale), ("shift", shift)):
+            self.register_buffer(name, value.float()[:, None, None], persistent=False)
+        inner = recipe_of(network)
+        arguments: dict[str, Any] = {"network": inner, "size": self.size and list(self.size)}
+        if mean is not None:
+            arguments |= {name: value.tolist() for name, value in values.items()}
+        self.__dict__["_recipe"] = None if inner is None else {"factory": "AdaptedInput", "arguments": arguments}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The network's output for ``images`` as the data module gives them, ``(N, C, H, W)``."""
+        channels = max(len(self.scale), len(self.shift))
+        if images.ndim != 4 or channels not in (1, images.shape[1]):
+            raise InputError(
+                f"AdaptedInput: inputs of shape {tuple(images.shape)} do not go with the {channels} channels of mean "
+                "and std: give images (N, C, H, W), and one number per channel or one for all"
+            )
+        values = images * self.scale + self.shift
+        if self.size is not None:
+            resized = F.interpolate(wide(values), self.size, mode="bilinear", antialias=True, align_corners=False)
+            values = resized.to(values.dtype)
+        output: Tensor = self.network(values)
+        return output
+
+
+_FACTORIES["AdaptedInput"] = AdaptedInput
+
+
+def _per_channel(value: float | Sequence[float]) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64).reshape(-1)
 
 
 def likely_input_shape(network: nn.Module) -> tuple[int, int, int]:

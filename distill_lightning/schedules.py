@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from distill_lightning.errors import InputError
 
@@ -59,3 +60,98 @@ class OneCycle(LRScheduler):
             raise InputError("OneCycle.total_steps is not set: give it, or train a DistillationModule, which sets it")
         progress = self.last_epoch / max((self.total_steps or 1) - 1, 1)
         return [rate * self.factor(progress) for rate in self.base_lrs]
+
+
+class GroupSchedules(LRScheduler):
+    """One schedule per parameter group of an optimiser, each blind to the other groups.
+
+    ::
+
+        optimizer = SGD([{"params": student}, {"params": discriminator, "lr": 1e-4}], lr=0.01)
+        GroupSchedules(optimizer, [partial(MultiStepLR, milestones=[101]), None])   # the second rate stays 1e-4
+
+    All are stepped together, after every epoch or, where they are `OneCycle`, after every batch.
+
+    Args:
+        optimizer: the optimiser.
+        factories: for each of its groups in turn, what makes a schedule from an optimiser, or ``None`` for a constant
+            rate.
+
+    Raises:
+        InputError: not one factory per group, or `OneCycle` beside a schedule of another kind.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, factories: Sequence[Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None]
+    ) -> None:
+        if len(factories) != len(optimizer.param_groups):
+            raise InputError(
+                f"GroupSchedules: {len(factories)} schedules for {len(optimizer.param_groups)} parameter groups: give "
+                "one each, None for a constant rate"
+            )
+        self.schedules: list[LRScheduler | ReduceLROnPlateau | None] = []
+        # What LRScheduler does at its end is a first step, which the schedules, made afterwards, do on their own.
+        super().__init__(optimizer)
+        for number, factory in enumerate(factories):
+            self.schedules.append(None if factory is None else factory(_OneGroup(optimizer, number)))
+        kinds = {type(schedule).__name__: isinstance(schedule, OneCycle) for schedule in self.schedules if schedule}
+        if len(set(kinds.values())) > 1:
+            raise InputError(
+                f"{' and '.join(kinds)} cannot be stepped together, OneCycle after every batch and others after every "
+                "epoch: make both OneCycle, or none"
+            )
+
+    def get_lr(self) -> list[Any]:
+        """The groups' rates, as the schedules have left them."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def get_last_lr(self) -> list[Any]:
+        """The groups' rates."""
+        return self.get_lr()
+
+    def step(self, metrics: Any = None) -> None:
+        """Step every schedule; ``metrics`` is what `ReduceLROnPlateau` watches."""
+        for schedule in self.schedules:
+            if isinstance(schedule, ReduceLROnPlateau):
+                schedule.step(metrics)
+            elif schedule is not None:
+                schedule.step()
+        super().step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps, and every schedule's own state."""
+        states = [None if schedule is None else schedule.state_dict() for schedule in self.schedules]
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count, "schedules": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of schedules that were made alike.
+
+        Raises:
+            InputError: the state is of schedules for other groups.
+        """
+        states = state_dict["schedules"]
+        if [state is None for state in states] != [schedule is None for schedule in self.schedules]:
+            raise InputError(
+                "GroupSchedules: the saved state has schedules for other parameter groups: give the schedules that the "
+                "run began with"
+            )
+        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        for schedule, state in zip(self.schedules, states, strict=True):
+            if schedule is not None:
+                schedule.load_state_dict(state)
+
+
+class _OneGroup(Optimizer):
+    """An optimiser as the schedule of one of its groups sees it."""
+
+    # Steps out of order are noticed by GroupSchedules, which sees the optimiser itself.
+    _opt_called = True
+
+    def __init__(self, optimizer: Optimizer, number: int) -> None:
+        # Optimizer's own __init__ would make groups of its own.
+        self.optimizer, self.number = optimizer, number
+        self.defaults = optimizer.defaults
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # load_state_dict makes new groups
+        return [self.optimizer.param_groups[self.number]]

@@ -6,41 +6,99 @@ order of the batch or the device count. That is what lets a teacher's answer abo
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
-def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser: every input bit reaches every output bit (Steele, Lea, Flood, OOPSLA 2014)."""
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+def _signed(number: int) -> int:
+    """The same 64 bits as PyTorch's signed integers hold them."""
+    number %= 2**64
+    return number - 2**64 if number >= 2**63 else number
 
 
-def uniform_draws(seed: int, index: Tensor, view: Tensor, count: int) -> Tensor:
-    """Random numbers that belong to a view of a sample.
+def _shifted(state: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right; that of signed integers would copy the sign."""
+    shifted: Tensor = (state >> bits) & (2 ** (64 - bits) - 1)
+    return shifted
+
+
+def _mix(state: Tensor) -> Tensor:
+    """SplitMix64's finaliser: every input bit reaches every output bit (Steele, Lea, Flood, OOPSLA 2014).
+
+    PyTorch's int64 wraps around like unsigned arithmetic modulo 2 ** 64, on every device.
+    """
+    state = (state ^ _shifted(state, 30)) * _signed(0xBF58476D1CE4E5B9)
+    state = (state ^ _shifted(state, 27)) * _signed(0x94D049BB133111EB)
+    return state ^ _shifted(state, 31)
+
+
+def uniform_draws(seed: int, index: Tensor, view: Tensor, count: int, *, first: int | Tensor = 0) -> Tensor:
+    """Random numbers that belong to a view of a sample, computed on the device that the tensors are on.
 
     Args:
         seed: any integer.
         index: int64 ``(N,)``.
         view: int64 ``(N,)``.
         count: how many numbers each view gets.
+        first: how many of a view's numbers are passed over: an integer, or one per row ``(N,)``.
 
     Returns:
-        float64 ``(N, count)``, uniform on ``[0, 1)``.
+        float64 ``(N, count)`` (float32 on Apple's devices), uniform on ``[0, 1)``.
     """
-    key = _mix(np.asarray(seed % 2**64, dtype=np.uint64).reshape(1) + _GOLDEN)
+    key = _mix(torch.full_like(index, _signed(seed + _GOLDEN)))
     for part in (index, view):
-        key = _mix(key ^ (part.numpy().astype(np.uint64) * _GOLDEN + np.uint64(1)))
-    draws = _mix(key[:, None] ^ _mix(np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN))
-    return torch.from_numpy((draws >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+        key = _mix(key ^ (part * _signed(_GOLDEN) + 1))
+    skipped = first[:, None] if isinstance(first, Tensor) else first
+    numbers = torch.arange(1, count + 1, device=index.device) + skipped
+    draws = _mix(key[:, None] ^ _mix(numbers * _signed(_GOLDEN)))
+    if index.device.type == "mps":
+        return _shifted(draws, 40).float() * 2.0**-24
+    return _shifted(draws, 11).double() * 2.0**-53
+
+
+class Draws:
+    """A stream of random numbers for every row of a batch, a function of ``(seed, index, view)`` alone.
+
+    Each call goes on where the last one stopped. What a row gets does not depend on the other rows, so one process and
+    several, or a resumed and an uninterrupted run, draw the same.
+
+    Args:
+        seed: any integer.
+        index: which sample each row is, int64 ``(N,)``.
+        view: which view of it, int64 ``(N,)``.
+        copy: number of the row among the copies of one view, int64 ``(N,)``; ``None``: there is one each.
+    """
+
+    def __init__(self, seed: int, index: Tensor, view: Tensor, *, copy: Tensor | None = None) -> None:
+        self.seed, self.index, self.view = seed, index, view
+        # The copies' streams lie far apart.
+        self._next: int | Tensor = 0 if copy is None else copy * 2**32
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def uniform(self, count: int) -> Tensor:
+        """``(N, count)`` numbers, uniform on ``[0, 1)``, float64 (float32 on Apple's devices)."""
+        draws = uniform_draws(self.seed, self.index, self.view, count, first=self._next)
+        self._next = self._next + count
+        return draws
+
+    def normal(self, count: int) -> Tensor:
+        """``(N, count)`` numbers of a standard normal distribution, float32."""
+        draws = self.uniform(count)
+        # Half a step inside (-1, 1), at whose ends the quantiles are infinite; added last, or it would be rounded off.
+        inner = 2 * draws - 1 + torch.finfo(draws.dtype).eps / 2
+        return (math.sqrt(2) * torch.erfinv(inner)).float()
+
+    def order(self) -> Tensor:
+        """A permutation of the rows, int64 ``(N,)``: that of one draw each, so it depends on which rows there are."""
+        return self.uniform(1)[:, 0].argsort(stable=True)
 
 
 def crop_and_flip(images: Tensor, draws: Tensor, *, padding: int, flip: bool) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill_lightning.errors import InputError
@@ -40,6 +40,31 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if any(name.startswith("student.") for name in weights):
         return {name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")}
     return dict(weights)
+
+
+def write_weights(network: nn.Module, path: Path) -> Path:
+    """Write a network's state dict.
+
+    Args:
+        network: the plain one, or what `torch.compile` returned for it.
+        path: ``.safetensors``, or ``.pt`` / ``.pth`` for `torch.save`.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: another suffix.
+    """
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise InputError(f"weights are written as .safetensors, .pt or .pth, got {path.name!r}")
+    plain = getattr(network, "_orig_mod", network)
+    # Clones, because safetensors refuses tied weights, and torch.save would write a view's whole storage.
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in plain.state_dict().items()}
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

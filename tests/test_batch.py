@@ -1,5 +1,8 @@
 """The batch that data modules yield and methods read."""
 
+from collections import OrderedDict, UserDict
+from typing import NamedTuple
+
 import pytest
 import torch
 from pytorch_lightning.utilities import move_data_to_device
@@ -33,11 +36,63 @@ def test_of_reads_the_first_two_of_a_sequence(kind, extra):
     assert batch.view is None
 
 
+@pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict])
+@pytest.mark.parametrize(
+    ("first", "second"), [("input", "target"), ("image", "label"), ("x", "y"), ("image", "target")]
+)
+def test_of_reads_a_dict_by_its_keys(kind, first, second):
+    parts = [torch.full((2,), float(number)) for number in range(5)]
+    keys = ("weather", second, "view", first, "index")
+    batch = Batch.of(kind(zip(keys, parts, strict=True)))
+    assert batch.input is parts[3]
+    assert batch.target is parts[1]
+    assert batch.index is parts[4]
+    assert batch.view is parts[2]
+    bare = Batch.of(kind({first: parts[0], second: parts[1]}))
+    assert bare == Batch(parts[0], parts[1], None, None)
+
+
+def test_of_takes_the_first_of_several_names():
+    parts = [torch.full((2,), float(number)) for number in range(6)]
+    batch = Batch.of(dict(zip(("y", "x", "label", "image", "target", "input"), parts, strict=True)))
+    assert (batch.input, batch.target) == (parts[5], parts[4])
+
+
+class Named(NamedTuple):
+    index: torch.Tensor
+    label: torch.Tensor
+    image: torch.Tensor
+
+
+class Nameless(NamedTuple):
+    left: torch.Tensor
+    right: torch.Tensor
+    index: torch.Tensor
+
+
+def test_of_reads_a_named_tuple_by_its_names_and_an_unknown_one_by_its_order():
+    parts = [torch.full((2,), float(number)) for number in range(3)]
+    assert Batch.of(Named(*parts)) == Batch(parts[2], parts[1], parts[0], None)
+    assert Batch.of(Nameless(*parts)) == Batch(parts[0], parts[1], None, None)
+
+
+@pytest.mark.parametrize("batch", [(torch.zeros(2), None), {"x": torch.zeros(2), "y": None}])
+def test_of_takes_a_missing_label(batch):
+    assert Batch.of(batch).target is None
+    assert Batch.of(batch).size == 2
+
+
+@pytest.mark.parametrize("batch", [{"input": 1}, {"label": 1, "index": 2}, {"pixels": 1, "labels": 2}, {}])
+def test_of_says_which_keys_a_dict_needs(batch):
+    with pytest.raises(InputError, match="needs input, image or x, and target, label or y, got") as error:
+        Batch.of(batch)
+    assert str(list(batch)) in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("batch", "name"),
     [
         (torch.zeros(2, 2), "Tensor"),
-        ({"input": 1, "target": 2}, "dict"),
         ("xy", "str"),
         ((torch.zeros(1),), "tuple"),
         ([], "list"),

@@ -42,21 +42,44 @@ def test_compare_runs(path, tmp_path):
     config = yaml.safe_load(path.read_text())
     config |= {"epochs": 1, "seeds": [0], "output": str(tmp_path / "out")}
     config["data"].setdefault("init_args", {}).update(subset=64, val_size=40, test_size=50)
-    if config["data"]["class_path"] == "FashionMNISTDataModule":
+    if "FashionMNIST" in config["data"]["class_path"]:
         small_fashion_mnist(tmp_path)
         config["data"]["init_args"]["data_dir"] = str(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     command.run([str(tmp_path / "config.yaml")], console=Console(file=io.StringIO()))
     lines = (tmp_path / "out/results.csv").read_text().splitlines()
-    assert len(lines) == 2 + len(config["methods"])
+    rows = 1 + sum(spec.get("stages", 1) for spec in config["methods"].values())
+    assert len(lines) == 1 + rows
+
+
+def networks_in(value):
+    """Every pretrained network that a configuration names: its arguments and its file."""
+    if isinstance(value, list):
+        return [pair for part in value for pair in networks_in(part)]
+    if not isinstance(value, dict):
+        return []
+    if value.get("class_path") == "distill_lightning.Pretrained":
+        return [(value["init_args"]["network"]["init_args"], value["init_args"]["checkpoint"])]
+    return [pair for part in value.values() for pair in networks_in(part)]
 
 
 @pytest.mark.parametrize("path", START, ids=lambda path: path.stem)
 def test_fit_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # The teachers that `make demo` would have left.
-    for number in (1, 2, 3):
-        folder = tmp_path / f"results/digits/runs/teacher_{number}"
-        folder.mkdir(parents=True)
-        save_file(SmallResNet(10, width=16).state_dict(), folder / "student.safetensors")
-    assert main(["fit", "--config", str(path), "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]) == 0
+    config = yaml.safe_load(path.read_text())
+    # What a comparison would have left.
+    for arguments, file in networks_in(config["model"]):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        save_file(SmallResNet(**arguments).state_dict(), tmp_path / file)
+    arguments = ["fit", "--config", str(path), "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+    if "FashionMNIST" in config["data"]["class_path"]:
+        small_fashion_mnist(tmp_path)
+        for name, value in {"data_dir": tmp_path, "subset": 64, "val_size": 40}.items():
+            arguments += [f"--data.init_args.{name}", str(value)]
+    assert main(arguments) == 0
+
+
+def test_every_method_has_a_start_for_both_data_sets():
+    methods = ("supervised", "kd", "feed", "self_kd", "meal_v2", "extracurricular", "generator")
+    expected = {f"{method}_{data}" for method in methods for data in ("digits", "fashion_mnist")}
+    assert expected <= {path.stem for path in START}

@@ -13,13 +13,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distill_lightning import (
+    AdaptedInput,
     InputError,
     Pretrained,
     SmallResNet,
+    TeacherEnsemble,
     pytorchcv_network,
     timm_network,
     torchvision_network,
 )
+from distill_lightning.layers import FeatureTap, GaussianHead
 from distill_lightning.networks import (
     build_from,
     likely_input_shape,
@@ -476,3 +479,256 @@ def test_the_likely_input_has_the_channels_of_the_first_convolution(channels):
 def test_a_network_without_convolution_does_not_tell_its_input():
     with pytest.raises(InputError, match=r"Sequential has no convolution to tell its input from: give input_shape"):
         likely_input_shape(nn.Sequential(nn.Linear(2, 3)))
+
+
+# AdaptedInput
+
+
+class Seen(nn.Module):
+    """Returns what it was given."""
+
+    def forward(self, images):
+        return images
+
+
+def naive_values(images, mean, std, source_mean, source_std):
+    """One pixel after the other."""
+    values = images.clone().double()
+    for n in range(images.shape[0]):
+        for c in range(images.shape[1]):
+            for i in range(images.shape[2]):
+                for j in range(images.shape[3]):
+                    pixel = float(images[n, c, i, j]) * source_std[c] + source_mean[c]
+                    values[n, c, i, j] = (pixel - mean[c]) / std[c]
+    return values
+
+
+def triangle_weights(length, wanted):
+    """Bilinear resizing along one side, ``wanted x length``: triangles of the output's pixel size, cut at the edge."""
+    ratio = length / wanted
+    support = max(ratio, 1.0)
+    rows = []
+    for place in range(wanted):
+        centre = (place + 0.5) * ratio
+        row = [max(0.0, 1 - abs(pixel + 0.5 - centre) / support) for pixel in range(length)]
+        rows.append([weight / sum(row) for weight in row])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+MEANS = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "source_mean": [0.1, 0.2, 0.3], "source_std": [0.5, 2.0, 0.7]}
+
+
+def test_values_are_those_of_the_loop():
+    images = torch.randn(2, 3, 4, 5)
+    found = AdaptedInput(Seen(), **MEANS)(images)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), naive_values(images, **MEANS), rtol=1e-5, atol=1e-5)
+
+
+def test_one_number_counts_for_every_channel():
+    images = torch.randn(2, 3, 4, 4)
+    one = AdaptedInput(Seen(), mean=0.5, std=[0.2, 0.3, 0.4], source_mean=0.1, source_std=(0.3,))(images)
+    each = AdaptedInput(
+        Seen(), mean=[0.5] * 3, std=[0.2, 0.3, 0.4], source_mean=[0.1] * 3, source_std=[0.3] * 3
+    )(images)  # fmt: skip
+    assert torch.equal(one, each)
+    assert AdaptedInput(Seen(), mean=0.5, std=0.2)(images).flatten()[0] == pytest.approx(
+        (float(images.flatten()[0]) - 0.5) / 0.2, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("size", [(8, 6), (3, 4), (13, 2), (6, 9), (1, 1)])
+def test_the_size_is_made_by_triangles_as_wide_as_the_coarser_pixels(size):
+    images = torch.randn(2, 2, 6, 9)
+    rows, columns = triangle_weights(6, size[0]), triangle_weights(9, size[1])
+    expected = torch.einsum("ih,jw,nchw->ncij", rows, columns, images.double())
+    found = AdaptedInput(Seen(), size=size)(images)
+    assert found.shape == (2, 2, *size)
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+
+
+def test_values_come_first_and_the_size_then():
+    images = torch.randn(2, 3, 6, 6)
+    both = AdaptedInput(Seen(), size=[4, 8], **MEANS)(images)
+    assert torch.equal(both, AdaptedInput(Seen(), size=[4, 8])(AdaptedInput(Seen(), **MEANS)(images)))
+
+
+def test_without_options_nothing_changes():
+    images = torch.randn(2, 3, 4, 4)
+    assert torch.equal(AdaptedInput(Seen())(images), images)
+    same = AdaptedInput(Seen(), mean=[0.1, 0.2, 0.3], std=2.0, source_mean=[0.1, 0.2, 0.3], source_std=2.0)
+    assert torch.equal(same(images), images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_resized_in_float32_and_given_back_as_it_came(dtype):
+    images = torch.randn(1, 3, 5, 5).to(dtype)
+    adapted = AdaptedInput(Seen(), size=(9, 9), **MEANS).to(dtype)
+    found = adapted(images)
+    assert found.dtype == dtype
+    wide = AdaptedInput(Seen(), size=(9, 9), **MEANS)(images.float())
+    assert torch.allclose(found.float(), wide, atol=0.1)
+
+
+def test_a_gradient_comes_through_to_the_images():
+    images = torch.randn(1, 3, 4, 4, requires_grad=True)
+    AdaptedInput(Seen(), size=(6, 6), **MEANS)(images).sum().backward()
+    for channel in range(3):
+        # 36 pixels of weights that sum to one each.
+        expected = 36 * MEANS["source_std"][channel] / MEANS["std"][channel]
+        assert float(images.grad[0, channel].sum()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_state_dict_is_the_networks_behind_a_prefix_and_files_fit_inside_and_out(tmp_path):
+    network = SmallResNet(3, in_channels=3, width=2)
+    adapted = AdaptedInput(network, size=(8, 8), **MEANS)
+    assert list(adapted.state_dict()) == [f"network.{name}" for name in network.state_dict()]
+    assert [name for name, _ in adapted.named_parameters()] == [f"network.{n}" for n, _ in network.named_parameters()]
+    assert {name for name, _ in adapted.named_buffers()} >= {"scale", "shift"}
+    inside = weights_file(network, tmp_path / "inside.pt")
+    outside = weights_file(adapted, tmp_path / "outside.pt")
+    fresh = [SmallResNet(3, in_channels=3, width=2) for _ in range(2)]
+    loaded = [AdaptedInput(Pretrained(fresh[0], inside), **MEANS), Pretrained(AdaptedInput(fresh[1], **MEANS), outside)]
+    for one in loaded:
+        assert same_state(one, adapted.state_dict())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"size": (8, 6)},
+        {"mean": 0.5, "std": 0.25},
+        {"size": [4, 4], **MEANS},
+        {"mean": (0.1, 0.2, 0.3), "std": 2, "source_std": 3},
+    ],
+)
+def test_the_recipe_of_an_adapted_network_builds_it_again(options, tmp_path):
+    inner = SmallResNet(3, in_channels=3, width=2).eval()
+    network = AdaptedInput(Pretrained(inner, weights_file(inner, tmp_path / "weights.pt")), **options)
+    recipe = json.loads(json.dumps(recipe_of(network)))
+    again = build_from(recipe).eval()
+    assert recipe_of(again) == recipe_of(network)
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(again(images), network(images))
+
+
+def test_an_adapted_network_inside_pretrained_has_a_recipe_too(tmp_path):
+    def build():
+        return AdaptedInput(SmallResNet(3, width=2), size=(6, 6), mean=0.3, std=0.7)
+
+    network = Pretrained(build(), weights_file(build(), tmp_path / "weights.pt")).eval()
+    again = build_from(json.loads(json.dumps(recipe_of(network)))).eval()
+    images = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(again(images), network(images))
+
+
+def test_an_adapted_network_from_elsewhere_has_no_recipe():
+    assert recipe_of(AdaptedInput(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), mean=0.5, std=0.5)) is None
+
+
+def test_an_ensemble_of_adapted_teachers_gives_each_its_own_input():
+    plain, other = SmallResNet(3, width=2), SmallResNet(3, width=2)
+    teachers = TeacherEnsemble([plain, AdaptedInput(other, size=(12, 12), mean=0.2, std=0.5)])
+    teachers.check((1, 8, 8), 3)
+    images = torch.randn(4, 1, 8, 8)
+    resized = nn.functional.interpolate((images - 0.2) / 0.5, (12, 12), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        expected = torch.stack([plain(images), other(resized)])
+    assert torch.allclose(teachers.logits(images), expected, atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in teachers.parameters())
+
+
+def test_a_feature_of_an_adapted_network_is_tapped_behind_the_prefix():
+    network = AdaptedInput(SmallResNet(3, width=2), size=(16, 16), mean=0.5, std=0.5).eval()
+    tap = FeatureTap(network, "network.stage3")
+    assert tap.shapes((1, 8, 8))[1]["network.stage3"] == (1, 8, 4, 4)
+    logits, features = tap(torch.randn(2, 1, 8, 8))
+    assert torch.allclose(network.network.head(features["network.stage3"].mean(dim=(2, 3))), logits, atol=1e-5)
+    assert likely_input_shape(network) == (1, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": (8,)}, r"size must be rows and columns, both at least 1, got \[8\]"),
+        ({"size": (8, 0)}, r"size must be rows and columns, both at least 1, got \[8, 0\]"),
+        ({"mean": 0.5}, "mean and std belong together, got mean=0.5 and std=None"),
+        ({"std": 0.5}, "mean and std belong together, got mean=None and std=0.5"),
+        ({"source_mean": 0.5}, "source_mean and source_std give way to the network's own: give mean and std"),
+        ({"source_std": [0.5, 0.5]}, "source_mean and source_std give way to the network's own: give mean and std"),
+        ({"mean": 0.5, "std": 0}, "std must be positive, got 0"),
+        ({"mean": 0.5, "std": [1.0, -1.0]}, r"std must be positive, got \[1.0, -1.0\]"),
+        ({"mean": 0.5, "std": 1, "source_std": float("nan")}, "source_std must be positive, got nan"),
+        ({"mean": [0.5] * 3, "std": [1.0] * 2}, r"are for \[2, 3\] channels: give one"),
+    ],
+)
+def test_an_adaption_that_makes_no_sense_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        AdaptedInput(Seen(), **options)
+
+
+def test_inputs_of_other_channels_are_refused_where_each_has_its_own_numbers():
+    with pytest.raises(InputError, match=r"inputs of shape \(2, 1, 4, 4\) do not go with the 3 channels of mean"):
+        AdaptedInput(Seen(), **MEANS)(torch.randn(2, 1, 4, 4))
+    with pytest.raises(InputError, match=r"inputs of shape \(3, 4, 4\) do not go with"):
+        AdaptedInput(Seen(), **MEANS)(torch.randn(3, 4, 4))
+    assert AdaptedInput(Seen(), mean=0.5, std=0.5)(torch.randn(2, 1, 4, 4)).shape == (2, 1, 4, 4)
+
+
+# SmallResNet for a regression
+
+
+@pytest.mark.parametrize("targets", [1, 3])
+def test_a_small_resnet_for_a_regression_ends_in_a_gaussian_head(targets):
+    network = SmallResNet(num_targets=targets, width=2).eval()
+    assert type(network.head) is GaussianHead
+    assert network.head.num_targets == targets
+    with torch.no_grad():
+        output = network(torch.randn(5, 1, 8, 8))
+    assert output.shape == (5, 2 * targets)
+    assert not output[:, targets:].any()
+    assert output[:, :targets].any()
+
+
+def test_a_small_resnet_for_a_regression_differs_in_its_last_layer_alone():
+    classes, targets = SmallResNet(6, width=4), SmallResNet(num_targets=3, width=4)
+    shapes = [{name: value.shape for name, value in network.state_dict().items()} for network in (classes, targets)]
+    assert shapes[0] == shapes[1]
+    targets.load_state_dict(classes.state_dict())
+    images = torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        logits, output = classes.eval()(images), targets.eval()(images)
+    assert torch.equal(output, torch.cat([logits[:, :3], logits[:, 3:].clamp(-10, 10)], dim=1))
+
+
+def test_the_number_of_classes_is_still_the_first_argument():
+    assert type(SmallResNet(4, width=2).head) is nn.Linear
+    assert SmallResNet(4, width=2).head.out_features == 4
+
+
+def test_the_recipe_of_a_small_resnet_for_a_regression_builds_it_again():
+    network = SmallResNet(num_targets=2, in_channels=3, width=2, depth=2).eval()
+    recipe = json.loads(json.dumps(recipe_of(network)))
+    assert recipe["arguments"] == {"num_targets": 2, "in_channels": 3, "width": 2, "depth": 2}
+    again = build_from(recipe).eval()
+    again.load_state_dict(network.state_dict(), strict=True)
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(again(images), network(images))
+    assert "num_targets" not in recipe_of(SmallResNet(3))["arguments"]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_classes": 3, "num_targets": 1}, {"num_classes": 0, "num_targets": 1}])
+def test_a_small_resnet_classifies_or_regresses_and_not_both(arguments):
+    message = r"SmallResNet needs num_classes \(a classifier\) or num_targets \(a regression\), and not both"
+    with pytest.raises(InputError, match=message):
+        SmallResNet(**arguments)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_classes", 0), ("num_targets", 0), ("num_targets", -2)])
+def test_a_small_resnet_without_outputs_is_refused(name, value):
+    with pytest.raises(InputError, match=f"SmallResNet: {name} must be at least 1, got {value}"):
+        SmallResNet(**{name: value})

@@ -1,13 +1,24 @@
-"""OneCycle against PyTorch's OneCycleLR."""
+"""OneCycle against PyTorch's OneCycleLR; several schedules on one optimiser against each on its own."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from torch.optim import SGD
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
-from distill_lightning import InputError, OneCycle
+from distill_lightning import GroupSchedules, InputError, OneCycle
 
 
 def optimizer_with(*peaks):
@@ -131,3 +142,137 @@ def test_stepping_before_the_number_of_steps_is_known_is_refused():
 def test_a_warmup_that_is_no_share_is_refused(warmup):
     with pytest.raises(InputError, match="between 0 and 1, got"):
         OneCycle(optimizer_with(0.1), warmup=warmup, total_steps=10)
+
+
+# GroupSchedules
+
+
+def warmed_up(optimizer):
+    return SequentialLR(
+        optimizer,
+        [LinearLR(optimizer, start_factor=0.1, total_iters=3), ExponentialLR(optimizer, gamma=0.7)],
+        milestones=[3],
+    )
+
+
+EPOCH_WISE = {
+    "steps": partial(MultiStepLR, milestones=[2, 5], gamma=0.1),
+    "cosine": partial(CosineAnnealingLR, T_max=7),
+    "lambda": partial(LambdaLR, lr_lambda=lambda epoch: 1 / (1 + epoch)),
+    "warmup": warmed_up,
+    "constant": None,
+}
+
+
+def alone(factory, peak, steps):
+    """The rates of one schedule on an optimiser of its own."""
+    optimizer = optimizer_with(peak)
+    if factory is None:
+        return [peak] * (steps + 1)
+    return [rate for (rate,) in rates_of(factory(optimizer), steps)]
+
+
+@pytest.mark.parametrize("first", EPOCH_WISE)
+@pytest.mark.parametrize("second", EPOCH_WISE)
+def test_every_group_has_the_rates_that_its_schedule_gives_alone(first, second):
+    factories = [EPOCH_WISE[first], EPOCH_WISE[second]]
+    rates = rates_of(GroupSchedules(optimizer_with(0.1, 2.0), factories), 9)
+    for number, (factory, peak) in enumerate(zip(factories, (0.1, 2.0), strict=True)):
+        assert [each[number] for each in rates] == pytest.approx(alone(factory, peak, 9), rel=1e-12)
+
+
+def test_two_one_cycles_have_their_own_shapes():
+    factories = [partial(OneCycle, warmup=0.2, total_steps=10), partial(OneCycle, warmup=0.6, total_steps=10)]
+    rates = rates_of(GroupSchedules(optimizer_with(0.1, 2.0), factories), 9)
+    assert [first for first, _ in rates] == pytest.approx(alone(factories[0], 0.1, 9))
+    assert [second for _, second in rates] == pytest.approx(alone(factories[1], 2.0, 9))
+
+
+def test_pytorchs_one_cycle_moves_its_own_groups_momentum_alone():
+    optimizer = SGD([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}], lr=0.1, momentum=0.7)
+    schedule = GroupSchedules(optimizer, [partial(OneCycleLR, max_lr=0.1, total_steps=10), None])
+    assert rates_of(schedule, 3)[-1][1] == 0.1
+    assert optimizer.param_groups[0]["momentum"] != 0.7
+    assert optimizer.param_groups[1]["momentum"] == 0.7
+
+
+def test_the_optimiser_of_the_schedules_is_the_real_one_and_the_last_rates_are_its_groups():
+    optimizer = optimizer_with(0.1, 2.0)
+    schedule = GroupSchedules(optimizer, [EPOCH_WISE["steps"], None])
+    assert schedule.optimizer is optimizer
+    assert isinstance(schedule, LRScheduler)
+    assert schedule.get_last_lr() == [0.1, 2.0]
+    rates_of(schedule, 2)
+    assert schedule.get_last_lr() == pytest.approx([0.01, 2.0])
+    assert schedule.last_epoch == 2
+
+
+def test_a_rate_that_someone_else_sets_stays_where_the_schedule_is_none():
+    optimizer = optimizer_with(0.1, 2.0)
+    schedule = GroupSchedules(optimizer, [EPOCH_WISE["steps"], None])
+    optimizer.param_groups[1]["lr"] = 0.3
+    assert rates_of(schedule, 3)[-1] == pytest.approx([0.01, 0.3])
+
+
+def test_plateau_sees_the_metric_and_the_other_group_does_not():
+    factories = [partial(ReduceLROnPlateau, patience=0, factor=0.5), EPOCH_WISE["steps"]]
+    optimizer = optimizer_with(0.1, 2.0)
+    schedule = GroupSchedules(optimizer, factories)
+    found = []
+    for metric in (1.0, 2.0, 0.5, 0.6):
+        optimizer.step()
+        schedule.step(metric)
+        found.append([group["lr"] for group in optimizer.param_groups])
+    assert [first for first, _ in found] == pytest.approx([0.1, 0.05, 0.05, 0.025])
+    assert [second for _, second in found] == pytest.approx([2.0, 0.2, 0.2, 0.2])
+
+
+@pytest.mark.parametrize("done", [1, 3, 6])
+def test_restored_group_schedules_go_on_as_the_uninterrupted_run(done, tmp_path):
+    factories = [EPOCH_WISE["steps"], EPOCH_WISE["cosine"], None]
+
+    def fresh():
+        parameters = [torch.ones(2, requires_grad=True) for _ in range(3)]
+        optimizer = Adam([{"params": [p], "lr": lr} for p, lr in zip(parameters, (0.1, 2.0, 0.4), strict=True)])
+        return GroupSchedules(optimizer, factories)
+
+    whole = rates_of(fresh(), 9)
+    first = fresh()
+    rates_of(first, done)
+    torch.save({"optimizer": first.optimizer.state_dict(), "schedule": first.state_dict()}, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    second = fresh()
+    # Lightning's order; loading gives the optimiser new groups, which the schedules must find.
+    second.optimizer.load_state_dict(state["optimizer"])
+    second.load_state_dict(state["schedule"])
+    assert rates_of(second, 9 - done) == whole[done:]
+    assert second.last_epoch == 9
+
+
+def test_a_state_of_other_groups_is_refused():
+    state = GroupSchedules(optimizer_with(0.1, 2.0), [EPOCH_WISE["steps"], None]).state_dict()
+    other = GroupSchedules(optimizer_with(0.1, 2.0), [EPOCH_WISE["steps"], EPOCH_WISE["cosine"]])
+    with pytest.raises(InputError, match="has schedules for other parameter groups"):
+        other.load_state_dict(state)
+
+
+def test_stepping_before_the_optimiser_is_still_warned_about_and_after_it_is_not():
+    schedule = GroupSchedules(optimizer_with(0.1), [EPOCH_WISE["steps"]])
+    with pytest.warns(UserWarning, match=r"lr_scheduler.step\(\)` before `optimizer.step"):
+        schedule.step()
+    # Warnings are errors here.
+    rates_of(GroupSchedules(optimizer_with(0.1), [EPOCH_WISE["steps"]]), 2)
+
+
+@pytest.mark.parametrize("factories", [[], [None], [None, None, None]])
+def test_there_must_be_one_schedule_per_group(factories):
+    with pytest.raises(InputError, match=f"{len(factories)} schedules for 2 parameter groups: give one each"):
+        GroupSchedules(optimizer_with(0.1, 2.0), factories)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_one_cycle_beside_an_epoch_wise_schedule_is_refused(turned):
+    factories = [OneCycle, EPOCH_WISE["steps"]]
+    with pytest.raises(InputError, match="cannot be stepped together, OneCycle after every batch"):
+        GroupSchedules(optimizer_with(0.1, 2.0), factories[::-1] if turned else factories)
+    assert len(GroupSchedules(optimizer_with(0.1, 2.0), [None, OneCycle]).schedules) == 2

@@ -10,14 +10,29 @@ import torchmetrics
 from torch import nn
 
 import distill_lightning
-from distill_lightning import datamodules, functional, layers, metrics, networks, testing
+from distill_lightning import (
+    callbacks,
+    datamodules,
+    functional,
+    layers,
+    metrics,
+    mixing,
+    modules,
+    networks,
+    plots,
+    samplers,
+    schedules,
+    stores,
+    testing,
+    views,
+)
 
 PACKAGE = Path(distill_lightning.__file__).parent
 
 LAYERS = {
     "errors": -1, "batch": 0,
-    "functional": 1, "views": 1, "weights": 1, "schedules": 1, "stores": 1, "plots": 1,
-    "layers": 2, "metrics": 2, "networks": 2, "samplers": 2, "compression": 2,
+    "functional": 1, "views": 1, "mixing": 1, "weights": 1, "schedules": 1, "stores": 1, "plots": 1,
+    "layers": 2, "metrics": 2, "networks": 2.5, "samplers": 2.5, "compression": 2,
     "datamodules": 3, "callbacks": 3,
     "modules": 4,
     "testing": 5, "compare": 5, "cli": 5, "__main__": 5, "__init__": 5,
@@ -72,7 +87,10 @@ def test_plots_know_only_arrays():
 
 
 def public_callables():
-    for module in (distill_lightning, functional, layers, metrics, networks, datamodules, testing):
+    for module in (
+        distill_lightning, callbacks, datamodules, functional, layers, metrics, mixing, modules, networks, plots,
+        samplers, schedules, stores, testing, views,
+    ):  # fmt: skip
         names = getattr(module, "__all__", None) or [
             name
             for name, value in vars(module).items()
@@ -90,7 +108,9 @@ PUBLIC = list(public_callables())
 def test_the_public_names_of_the_design_are_there():
     names = {
         "DistillationModule", "SupervisedModule", "KDModule", "FEEDModule", "TeacherEnsemble", "Pretrained", "Batch",
-        "DigitsDataModule", "FashionMNISTDataModule", "functional",
+        "DigitsDataModule", "FashionMNISTDataModule", "functional", "SelfKDModule", "MEALV2Module",
+        "ExtracurricularModule", "IndexedDataModule", "PredictionStore", "MixupSampler", "CutMixSampler",
+        "GeneratorSampler", "EmpiricalSampler", "AURC", "GapReduction", "AngularError",
     }  # fmt: skip
     assert names <= set(distill_lightning.__all__)
     assert all(hasattr(distill_lightning, name) for name in distill_lightning.__all__)
@@ -133,9 +153,12 @@ def test_only_networks_are_positional(module):
 
 @pytest.mark.parametrize("module", METHODS)
 def test_no_tensor_hides_outside_the_buffers(module):
-    options = {"num_classes": 3, "student_layer": "features", "input_shape": (1, 8, 8)}
+    options = {"num_classes": 3, "student_layer": "features", "input_shape": (1, 8, 8), "discriminator": "fixed"}
+    network = testing.TinyNet
+    if module is distill_lightning.RegressionModule:
+        options, network = {"num_targets": 3}, lambda: testing.TinyNet(None, num_targets=3)
     accepted = inspect.signature(module).parameters
-    networks_needed = [testing.TinyNet() for name in ("student", "teachers") if name in accepted]
+    networks_needed = [network() for name in ("student", "teachers") if name in accepted]
     built = module(*networks_needed, **{name: value for name, value in options.items() if name in accepted})
     for child in built.modules():
         if isinstance(child, torchmetrics.Metric):

@@ -1,11 +1,13 @@
 """Views as pure functions of seed, index and view."""
 
+import itertools
 import math
+import statistics
 
 import pytest
 import torch
 
-from distill_lightning.views import crop_and_flip, uniform_draws
+from distill_lightning.views import Draws, crop_and_flip, uniform_draws
 
 LAST = 1 - 2.0**-53
 MASK = 2**64 - 1
@@ -22,12 +24,13 @@ def naive_mix(state):
     return state ^ (state >> 31)
 
 
-def naive_draws(seed, index, view, count):
+def naive_draws(seed, index, view, count, first=0):
     """SplitMix64 over seed, index and view in Python's unbounded integers."""
     key = naive_mix((seed + GOLDEN) & MASK)
     for part in (index, view):
         key = naive_mix(key ^ ((part * GOLDEN + 1) & MASK))
-    mixed = [naive_mix(key ^ naive_mix((number * GOLDEN) & MASK)) for number in range(1, count + 1)]
+    numbers = range(first + 1, first + count + 1)
+    mixed = [naive_mix(key ^ naive_mix((number * GOLDEN) & MASK)) for number in numbers]
     return [(draw >> 11) / 2**53 for draw in mixed]
 
 
@@ -135,6 +138,136 @@ def test_neighbouring_seeds_are_not_correlated():
     index, view = torch.arange(10_000), torch.zeros(10_000, dtype=torch.long)
     first, second = uniform_draws(0, index, view, 1), uniform_draws(1, index, view, 1)
     assert abs(correlation(first, second)) < 4 / math.sqrt(10_000)
+
+
+# first
+
+
+@pytest.mark.parametrize("first", [0, 1, 7, 2**32, 2**40 + 3, 5 * 2**32])
+def test_draws_that_are_passed_over_are_those_of_python_integers(first):
+    draws = uniform_draws(3, *keys([5, 6], [1, 2]), 4, first=first)
+    assert draws.tolist() == [naive_draws(3, 5, 1, 4, first), naive_draws(3, 6, 2, 4, first)]
+
+
+def test_passing_over_some_draws_leaves_the_rest():
+    index, view = keys([0, 9, 4], [2, 5, 0])
+    whole = uniform_draws(1, index, view, 10)
+    for first in range(8):
+        assert torch.equal(uniform_draws(1, index, view, 2, first=first), whole[:, first : first + 2])
+
+
+def test_each_row_may_pass_over_its_own_number_of_draws():
+    index, view = keys([5, 5, 6], [1, 1, 2])
+    draws = uniform_draws(3, index, view, 3, first=torch.tensor([0, 2**32, 4]))
+    assert draws.tolist() == [naive_draws(3, 5, 1, 3), naive_draws(3, 5, 1, 3, 2**32), naive_draws(3, 6, 2, 3, 4)]
+
+
+# Draws
+
+
+def test_a_stream_goes_on_where_it_stopped():
+    index, view = keys([0, 9, 4], [2, 5, 0])
+    whole = uniform_draws(1, index, view, 7)
+    draws = Draws(1, index, view)
+    assert len(draws) == 3
+    parts = [draws.uniform(count) for count in (2, 1, 4)]
+    assert [tuple(part.shape) for part in parts] == [(3, 2), (3, 1), (3, 4)]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+def test_normal_numbers_and_an_order_use_up_the_stream_as_uniform_ones_do():
+    index, view = torch.arange(6), torch.zeros(6, dtype=torch.long)
+    whole = uniform_draws(1, index, view, 6)
+    draws = Draws(1, index, view)
+    assert draws.normal(2).shape == (6, 2)
+    order = draws.order()
+    assert torch.equal(draws.uniform(3), whole[:, 3:])
+    assert order.tolist() == sorted(range(6), key=whole[:, 2].tolist().__getitem__)
+
+
+def test_copies_of_a_view_have_streams_of_their_own():
+    index, view = keys([5, 5, 5, 6], [1, 1, 1, 1])
+    draws = Draws(3, index, view, copy=torch.tensor([0, 1, 2, 1]))
+    first, second = draws.uniform(2), draws.uniform(3)
+    for row, (number, copy) in enumerate([(5, 0), (5, 1), (5, 2), (6, 1)]):
+        expected = naive_draws(3, number, 1, 5, copy * 2**32)
+        assert first[row].tolist() == expected[:2]
+        assert second[row].tolist() == expected[2:]
+
+
+def test_the_first_copy_is_the_view_itself():
+    index, view = keys([5, 6], [1, 2])
+    copied = Draws(3, index, view, copy=torch.zeros(2, dtype=torch.long))
+    assert torch.equal(copied.uniform(3), Draws(3, index, view).uniform(3))
+
+
+def test_a_row_gets_the_same_whichever_rows_are_with_it():
+    index, view, copy = torch.arange(20) % 7, torch.arange(20) % 3, torch.arange(20) // 7
+    rows = torch.tensor([13, 2, 19])
+    whole, part = Draws(4, index, view, copy=copy), Draws(4, index[rows], view[rows], copy=copy[rows])
+    for _ in range(2):
+        assert torch.equal(part.uniform(2), whole.uniform(2)[rows])
+        assert torch.equal(part.normal(2), whole.normal(2)[rows])
+
+
+def test_a_stream_leaves_the_global_generator_and_its_keys_alone():
+    index, view = keys([0, 9], [2, 5])
+    copy = torch.tensor([1, 0])
+    state = torch.get_rng_state()
+    draws = Draws(1, index, view, copy=copy)
+    for draw in (lambda: draws.uniform(2), lambda: draws.normal(2), draws.order):
+        draw()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (index.tolist(), view.tolist(), copy.tolist()) == ([0, 9], [2, 5], [1, 0])
+
+
+def test_normal_numbers_are_the_quantiles_of_the_uniform_ones():
+    index, view = torch.arange(50), torch.zeros(50, dtype=torch.long)
+    levels = uniform_draws(2, index, view, 3)
+    found = Draws(2, index, view).normal(3)
+    assert found.dtype == torch.float32
+    quantile = statistics.NormalDist().inv_cdf
+    for row, level in zip(found.tolist(), levels.tolist(), strict=True):
+        assert row == pytest.approx([quantile(value) for value in level], rel=1e-6, abs=1e-6)
+
+
+def test_normal_numbers_are_standard():
+    count = 20_000
+    found = Draws(0, torch.arange(count), torch.zeros(count, dtype=torch.long)).normal(2).double().flatten()
+    # Four standard errors of the mean, the variance and the fourth moment.
+    assert abs(found.mean().item()) < 4 / math.sqrt(2 * count)
+    assert abs(found.square().mean().item() - 1) < 4 * math.sqrt(2 / (2 * count))
+    assert abs(found.pow(4).mean().item() - 3) < 4 * math.sqrt(96 / (2 * count))
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float64, 2.0**-53), (torch.float32, 2.0**-24)])
+def test_normal_numbers_are_finite_at_both_ends_of_the_uniform_ones(dtype, step, monkeypatch):
+    # float32 is what Apple's devices give; its ends are drawn once in 17 million times.
+    ends = torch.tensor([[0.0, 0.5, 1 - step]], dtype=dtype)
+    draws = Draws(0, *keys([0], [0]))
+    monkeypatch.setattr(draws, "uniform", lambda count: ends)
+    low, middle, high = draws.normal(3)[0].tolist()
+    end = statistics.NormalDist().inv_cdf(step / 2)
+    assert low == pytest.approx(end, rel=1e-4)
+    assert high == pytest.approx(-end, rel=1e-4)
+    assert abs(middle) < 1e-6
+
+
+def test_the_order_is_a_permutation_and_every_one_is_equally_likely():
+    counts = dict.fromkeys(itertools.permutations(range(3)), 0)
+    index = torch.arange(3)
+    for view in range(1200):
+        counts[tuple(Draws(0, index, torch.full_like(index, view)).order().tolist())] += 1
+    # Chi-squared of 5 degrees of freedom, at 0.1 percent.
+    assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 20.5
+
+
+def test_a_stream_of_no_rows_is_empty():
+    none = torch.empty(0, dtype=torch.long)
+    draws = Draws(0, none, none, copy=none)
+    assert len(draws) == 0
+    assert draws.uniform(2).shape == draws.normal(2).shape == (0, 2)
+    assert draws.order().shape == (0,)
 
 
 # crop_and_flip

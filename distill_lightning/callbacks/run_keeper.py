@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -21,13 +21,22 @@ class RunKeeper(pl.callbacks.Checkpoint):
     Args:
         folder: gets ``last.ckpt`` and ``selected.safetensors``.
         seed: of the random state.
-        monitor: the metric, higher is better; of equal epochs the first is selected.
+        monitor: the metric; of equal epochs the first is selected.
+        mode: whether more of it is better, ``"max"``, or less, ``"min"``.
     """
 
-    def __init__(self, folder: str | Path, *, seed: int, monitor: str = "val/accuracy") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        seed: int,
+        monitor: str = "val/accuracy",
+        mode: Literal["max", "min"] = "max",
+    ) -> None:
         self.folder = Path(folder)
         self.seed = seed
         self.monitor = monitor
+        self.sign = 1 if mode == "max" else -1
         self.history: list[dict[str, float]] = []
         self.selected_epoch = 0
         self._started = self._trained = 0.0
@@ -55,10 +64,10 @@ class RunKeeper(pl.callbacks.Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add a line to the history, keep the weights if they are the best so far, and checkpoint."""
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
-        best = max((line[self.monitor] for line in self.history), default=float("-inf"))
+        best = max((self.sign * line[self.monitor] for line in self.history), default=float("-inf"))
         epoch = trainer.current_epoch + 1
         self.history.append({"epoch": epoch, "seconds": self._trained - self._started, **metrics})
-        if metrics[self.monitor] > best:
+        if self.sign * metrics[self.monitor] > best:
             self.selected_epoch = epoch
             partial = self.folder / "partial.safetensors"
             pl_module.export_student(partial)  # type: ignore[operator]  # a method of every module with a student

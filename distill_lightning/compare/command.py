@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from distill_lightning.compare.config import CompareConfig, Experiment, parse_config
-from distill_lightning.compare.report import LEGEND, Report
+from distill_lightning.compare.report import Report
 from distill_lightning.compare.runner import Run, execute, load_test_targets, make_trainer, plan, write_atomically
 from distill_lightning.errors import InputError, refusing
 
@@ -50,10 +50,10 @@ def run(arguments: Sequence[str], *, console: Console | None = None) -> Report:
     )
     runs = plan(experiment, folder)
     _train(experiment, runs, console)
-    report = Report(runs, load_test_targets(experiment))
-    paths = report.write(folder, heading=_heading(config, arguments, runs))
+    report = Report(runs, load_test_targets(experiment), experiment.task)
+    paths = report.write(folder, heading=_heading(experiment, arguments, runs))
     console.print(_table(report.rows()))
-    console.print(LEGEND, style="dim", highlight=False)
+    console.print(experiment.task.legend, style="dim", highlight=False)
     console.print("Written:")
     for path in paths:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
@@ -91,7 +91,6 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
 
 
 def _train(experiment: Experiment, runs: Sequence[Run], console: Console) -> None:
-    teachers = [run for run in runs if run.name.startswith("teacher_")]
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -114,14 +113,22 @@ def _train(experiment: Experiment, runs: Sequence[Run], console: Console) -> Non
             def advance(epoch: int, start: int = start) -> None:
                 progress.update(bar, completed=start + epoch)
 
-            execute(experiment, run, [] if run in teachers else teachers, advance)
+            execute(experiment, run, advance)
             done += run.epochs
             progress.update(bar, completed=done)
-            accuracy = 100 * run.result().history[-1]["val/accuracy"]
-            progress.console.print(f"{run.title}: validation accuracy {accuracy:.1f} %", highlight=False)
+            score = _score(experiment, run.result().history[-1])
+            progress.console.print(f"{run.title}: {score}", highlight=False)
 
 
-def _heading(config: CompareConfig, arguments: Sequence[str], runs: Sequence[Run]) -> str:
+def _score(experiment: Experiment, metrics: dict[str, float]) -> str:
+    value = metrics[experiment.task.monitor]
+    if experiment.sample.num_classes is None:
+        return f"validation error {value:.3f}"
+    return f"validation accuracy {100 * value:.1f} %"
+
+
+def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Run]) -> str:
+    config = experiment.config
     epochs = config.teachers.epochs or config.epochs
     lines = [
         "# Comparison",
@@ -136,7 +143,7 @@ def _heading(config: CompareConfig, arguments: Sequence[str], runs: Sequence[Run
         f"Mean ± standard deviation over {len(config.seeds)} seeds ({', '.join(map(str, config.seeds))}), test images, "
         "no epoch chosen on them.",
         "",
-        *(f"- {line}" for line in LEGEND.splitlines()),
+        *(f"- {line}" for line in experiment.task.legend.splitlines()),
     ]
     return "\n".join(lines)
 

@@ -16,16 +16,17 @@ from pytorch_lightning import LightningDataModule
 from torch import nn
 
 import distill_lightning
+from distill_lightning.compare.tasks import Classification, Regression, Task
 from distill_lightning.datamodules import InMemoryImageDataModule
 from distill_lightning.errors import InputError
-from distill_lightning.layers import check_classes, dry_forward
-from distill_lightning.modules import DistillationModule, SupervisedModule, check_optimizer
+from distill_lightning.layers import dry_forward
+from distill_lightning.modules import DistillationModule, ParaphraserModule, check_optimizer
 
 Spec = dict[str, Any]
 """A ``class_path`` with its ``init_args``, as everywhere in the YAML files."""
 
-Method = Callable[[nn.Module, Sequence[nn.Module]], DistillationModule]
-_ALONE = "alone"
+ALONE = "alone"
+_METHOD_KEYS = ("class_path", "init_args", "teachers", "stages", "paraphrasers")
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,23 @@ class TeachersConfig:
 class CompareConfig:
     """A comparison.
 
-    ``num_classes``, ``in_channels``, ``input_shape``, ``optimizer`` and ``lr_scheduler`` need not be repeated: where a
-    class takes one and its ``init_args`` are silent, the data's or the top level's is put in.
+    ``num_classes`` or ``num_targets``, ``in_channels``, ``input_shape``, ``optimizer`` and ``lr_scheduler`` need not be
+    repeated: where a class takes one and its ``init_args`` are silent, the data's or the top level's is put in.
 
     Args:
         data: the data module, by ``class_path`` and ``init_args``.
         teachers: the teachers' network and number.
         student: the student's network.
-        methods: by name, each a module with a student and teachers, by ``class_path`` and ``init_args``; ``teachers``
-            beside them says how many of the teachers it gets (all, if left out). The student alone is always compared.
+        methods: by name, each a module with a student and, if it takes any, teachers, by ``class_path`` and
+            ``init_args``. ``teachers`` beside them says how many of the teachers it gets (all, if left out), or names
+            an earlier row, whose student of the same seed is then its only teacher. ``stages: 3`` makes three such
+            rows, ``<name>_1`` to ``<name>_3``: the first taught by the student alone, each other one by the one before
+            it, as in sequential FEED. ``paraphrasers: {epochs: 5, init_args: {rate: 0.5}}`` trains a
+            `ParaphraserModule` on the teachers first, for Factor Transfer. The student alone is always compared.
         epochs: length of every run.
         seeds: of the students' initial weights and of the order of their data.
+        supervised: what trains the teachers and the student alone; without, `SupervisedModule`, or `RegressionModule`
+            where the data have no classes.
         optimizer: of every run.
         lr_scheduler: of every run.
         output: folder for everything that is written.
@@ -71,6 +78,7 @@ class CompareConfig:
     methods: dict[str, Spec]
     epochs: int
     seeds: list[int]
+    supervised: Spec | None = None
     optimizer: Spec | None = None
     lr_scheduler: Spec | None = None
     output: str = "results/compare"
@@ -81,6 +89,46 @@ class CompareConfig:
         """Everything that the results depend on, in plain types."""
         plain = dataclasses.asdict(self)
         return {name: value for name, value in plain.items() if name != "output"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        name: how it is called.
+        method: the key in ``methods`` that describes it; ``None``: the student alone.
+        teachers: how many of the teachers it gets, or the row whose student teaches it.
+        stage: how many students taught one another before this one.
+    """
+
+    name: str
+    method: str | None = None
+    teachers: int | str = 0
+    stage: int = 0
+
+
+def rows_of(config: CompareConfig) -> list[Row]:
+    """The students' rows, the student alone first.
+
+    Raises:
+        InputError: a row that is called like another, or is taught by one that does not come before it.
+    """
+    rows = {ALONE: Row(ALONE)}
+    for method, spec in config.methods.items():
+        names = [f"{method}_{stage}" for stage in range(1, spec.get("stages", 0) + 1)] or [method]
+        teachers = ALONE if "stages" in spec else spec.get("teachers", config.teachers.number)
+        for name in names:
+            if isinstance(teachers, str) and teachers not in rows:
+                raise InputError(
+                    f"methods.{method}.teachers: {teachers!r} is no earlier row; rows so far: {', '.join(rows)}"
+                )
+            if name in rows:
+                raise InputError(f"methods: two rows are called {name!r}")
+            stage = rows[teachers].stage + 1 if isinstance(teachers, str) else 0
+            rows[name] = Row(name, method, teachers, stage)
+            teachers = name if "stages" in spec else teachers
+    return list(rows.values())
 
 
 def parse_config(arguments: Sequence[str]) -> CompareConfig:
@@ -124,16 +172,28 @@ def _check(config: CompareConfig) -> None:
     if not all(0 <= seed < 2**32 for seed in config.seeds):
         raise InputError(f"seeds must lie between 0 and 2**32 - 1, got {config.seeds}")
     for name, spec in config.methods.items():
-        if not re.fullmatch(r"[A-Za-z0-9_.+-]+", name) or name in (_ALONE, "ensemble") or name.startswith("teacher_"):
-            raise InputError(f"methods: {name!r} cannot be a method's name: letters, digits and _.+-, not a row's own")
-        unknown = spec.keys() - {"class_path", "init_args", "teachers"}
-        if unknown:
-            raise InputError(
-                f"methods.{name}: unknown key {sorted(unknown)[0]!r}; known: class_path, init_args, teachers"
-            )
-        number = spec.get("teachers", config.teachers.number)
-        if not isinstance(number, int) or not 1 <= number <= config.teachers.number:
-            raise InputError(f"methods.{name}.teachers must be between 1 and {config.teachers.number}, got {number}")
+        _check_method(name, spec, config.teachers.number)
+    rows_of(config)
+
+
+def _check_method(name: str, spec: Spec, available: int) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_.+-]+", name) or name in (ALONE, "ensemble") or name.startswith("teacher_"):
+        raise InputError(f"methods: {name!r} cannot be a method's name: letters, digits and _.+-, not a row's own")
+    unknown = spec.keys() - set(_METHOD_KEYS)
+    if unknown:
+        raise InputError(f"methods.{name}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(_METHOD_KEYS)}")
+    if "stages" in spec and ("teachers" in spec or not _is_count(spec["stages"])):
+        raise InputError(f"methods.{name}.stages is a number, at least 1, and leaves no choice of teachers")
+    teachers = spec.get("teachers", available)
+    counted = _is_count(teachers) and teachers <= available
+    if not counted and not isinstance(teachers, str):
+        raise InputError(
+            f"methods.{name}.teachers must be between 1 and {available}, or an earlier row's name, got {teachers}"
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 class Experiment:
@@ -149,17 +209,20 @@ class Experiment:
 
     def __init__(self, config: CompareConfig) -> None:
         self.config = config
+        self.rows = rows_of(config)
         self._data = _parsed("data", LightningDataModule, config.data)
         self.sample = self.data(order_seed=0)
         for name in ("num_classes", "input_shape"):
             if not hasattr(self.sample, name):
                 raise InputError(f"data: {type(self.sample).__name__} does not tell its {name}: give it that attribute")
+        self.task: Task = Regression() if self.sample.num_classes is None else Classification()
         self.sample.prepare_data()
         for stage in ("fit", "test"):
             self.sample.setup(stage)
         shape = self.sample.input_shape
         known = {
             "num_classes": self.sample.num_classes,
+            "num_targets": getattr(self.sample, "num_targets", None),
             "in_channels": shape[0],
             "input_shape": list(shape),
             "optimizer": config.optimizer,
@@ -167,22 +230,28 @@ class Experiment:
         }
         self._teacher = _parsed("teachers.network", nn.Module, _filled(config.teachers.network, known))
         self._student = _parsed("student", nn.Module, _filled(config.student, known))
-        supervised = {"class_path": "distill_lightning.SupervisedModule"}
-        self._supervised = _parsed("optimizer", Callable[[nn.Module], SupervisedModule], _filled(supervised, known))
+        supervised = config.supervised or {"class_path": f"distill_lightning.{self.task.module.__name__}"}
+        self._supervised = _parsed("supervised", Callable[[nn.Module], DistillationModule], _filled(supervised, known))
         self._methods = {
             name: _parsed(
                 f"methods.{name}",
-                Callable[[nn.Module, Sequence[nn.Module]], DistillationModule],
-                _filled({key: value for key, value in spec.items() if key != "teachers"}, known),
+                Callable[[nn.Module, Sequence[nn.Module]], DistillationModule]
+                if self._takes_teachers(name)
+                else Callable[[nn.Module], DistillationModule],
+                _filled({key: spec[key] for key in ("class_path", "init_args") if key in spec}, known),
             )
             for name, spec in config.methods.items()
         }
+        self._paraphrasers = {
+            name: _parsed(
+                f"methods.{name}.paraphrasers",
+                Callable[[Sequence[nn.Module]], ParaphraserModule],
+                _filled(_paraphraser_spec(name, spec), known),
+            )
+            for name, spec in config.methods.items()
+            if "paraphrasers" in spec
+        }
         self._try()
-
-    @property
-    def names(self) -> list[str]:
-        """The students' rows, the student alone first."""
-        return [_ALONE, *self.config.methods]
 
     def data(self, *, order_seed: int) -> InMemoryImageDataModule:
         """The data module, its training order drawn by ``order_seed``."""
@@ -200,27 +269,64 @@ class Experiment:
         network: nn.Module = self._student()
         return network
 
-    def supervised(self, network: nn.Module) -> SupervisedModule:
+    def supervised(self, network: nn.Module) -> DistillationModule:
         """Plain training, of a teacher or of the student alone."""
-        module: SupervisedModule = self._supervised()(network)
+        module: DistillationModule = self._supervised()(network)
         return module
 
-    def method(self, name: str, student: nn.Module, teachers: Sequence[nn.Module]) -> DistillationModule:
-        """The module of a row of the table."""
-        if name == _ALONE:
-            return self.supervised(student)
-        number = self.config.methods[name].get("teachers", self.config.teachers.number)
-        module: DistillationModule = self._methods[name]()(student, list(teachers)[:number])
+    def paraphrasers(self, row: Row, teachers: Sequence[nn.Module]) -> ParaphraserModule | None:
+        """What trains the paraphrasers of a row's own teachers, if it wants any."""
+        if row.method not in self._paraphrasers:
+            return None
+        module: ParaphraserModule = self._paraphrasers[row.method]()(list(teachers))
         return module
+
+    def method(
+        self,
+        row: Row,
+        student: nn.Module,
+        teachers: Sequence[nn.Module],
+        paraphrasers: Sequence[nn.Module] | None = None,
+    ) -> DistillationModule:
+        """The module of a row of the table, under the teachers that are its own."""
+        if row.method is None:
+            return self.supervised(student)
+        networks = (student, list(teachers)) if self._takes_teachers(row.method) else (student,)
+        options = {} if paraphrasers is None else {"paraphrasers": list(paraphrasers)}
+        module: DistillationModule = self._methods[row.method]()(*networks, **options)
+        return module
+
+    def _takes_teachers(self, method: str) -> bool:
+        """Whether a method's class has teachers; one that cannot be found is reported by the parser."""
+        spec = self.config.methods[method]
+        target = _find(str(spec.get("class_path")))
+        takes = target is None or "teachers" in inspect.signature(target).parameters
+        if not takes and ("teachers" in spec or "stages" in spec):
+            raise InputError(f"methods.{method}: {spec['class_path']} has no teachers: leave out teachers and stages")
+        return takes
 
     def _try(self) -> None:
         """Build everything once, so that nothing is found wrong after hours of training."""
         with torch.random.fork_rng(devices=[]):
             teachers = [self.teacher() for _ in range(self.config.teachers.number)]
             shape = dry_forward(teachers[0], self.sample.input_shape).shape
-            check_classes("teachers.network", teachers[0], shape, self.sample.num_classes)
-            for name in self.names:
-                check_optimizer(self.method(name, self.student(), teachers))
+            self.supervised(self.student()).check_output("teachers.network", teachers[0], shape)
+            for row in self.rows:
+                own = [self.student()] if isinstance(row.teachers, str) else teachers[: row.teachers]
+                paraphrasers = self.paraphrasers(row, own)
+                given = None if paraphrasers is None else list(paraphrasers.paraphrasers)
+                check_optimizer(self.method(row, self.student(), own, given))
+
+
+def _paraphraser_spec(name: str, spec: Spec) -> Spec:
+    """The spec of what trains a method's paraphrasers, its layers those that the method taps."""
+    given = spec["paraphrasers"]
+    if not isinstance(given, Mapping) or not _is_count(given.get("epochs")) or given.keys() - {"epochs", "init_args"}:
+        raise InputError(f"methods.{name}.paraphrasers: expected epochs, at least 1, and init_args, got {given}")
+    taps = spec.get("init_args") or {}
+    layers = taps.get("teacher_layers") or taps.get("student_layer")
+    arguments = {"layers": layers, **(given.get("init_args") or {})}
+    return {"class_path": "distill_lightning.ParaphraserModule", "init_args": arguments}
 
 
 def _parsed(key: str, kind: Any, spec: Spec) -> Callable[[], Any]:

@@ -6,7 +6,7 @@ import csv
 import io
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,143 +18,143 @@ from torch.nn import functional as F
 
 from distill_lightning import functional
 from distill_lightning.compare.runner import Run, write_atomically
-from distill_lightning.metrics import Agreement, CalibrationError, NegativeLogLikelihood
-from distill_lightning.plots import accuracy_bars, learning_curves, reliability_diagram
+from distill_lightning.compare.tasks import Classification, Column, Task
+from distill_lightning.plots import learning_curves, reliability_diagram, score_bars
 
 ECE_BINS = 15
+
+_GAP = Column("gap_closed", "gap %", 100, 0)
+_SECONDS = Column("seconds_per_epoch", "s/epoch", 1, 2)
 
 
 @dataclass(frozen=True)
 class Score:
-    """One run's line of ``results.csv``; accuracies, ECE, agreement and gap are parts of 1, NLL is in nats."""
+    """One run's line of ``results.csv``.
+
+    Attributes:
+        method: the row.
+        seed: its seed.
+        values: by column: the task's (shares are parts of 1, NLL is in nats) and ``gap_closed``, a part of 1.
+        parameters: of the network that is used at test time.
+        seconds_per_epoch: median over the epochs, training only.
+    """
 
     method: str
     seed: int
-    test_accuracy: float
-    test_accuracy_selected: float
-    nll: float
-    ece: float
-    agreement: float
-    gap_closed: float
+    values: dict[str, float]
     parameters: int
     seconds_per_epoch: float
 
-
-COLUMNS = [field.name for field in fields(Score)]
-HEADER = ["row", "test %", "sel. %", "NLL", "ECE %", "agree %", "gap %", "params", "s/epoch"]
-LEGEND = f"""\
-test: accuracy on the test images with the weights after the last epoch, which all columns but the next describe
-sel.: test accuracy with the weights of the epoch that was best on the validation images
-NLL: mean negative log-likelihood (nats); ECE: expected calibration error ({ECE_BINS} bins)
-agree: test images on which the ensemble names the same class
-gap: how much of the way from the student alone (mean over its seeds) to the ensemble is closed
-params: parameters of the network that is used at test time; s/epoch: median over the epochs, training only"""
+    def line(self) -> dict[str, object]:
+        """By the CSV's columns."""
+        rest = {"parameters": self.parameters, "seconds_per_epoch": self.seconds_per_epoch}
+        return {"method": self.method, "seed": self.seed, **self.values, **rest}
 
 
 class Report:
     """Scores of a finished comparison.
 
-    The gap that a run closes is its distance from the mean accuracy of the student alone, as a part of the distance
-    from there to the ensemble; 0 for the student alone on average, 1 at the ensemble's accuracy.
+    The gap that a run closes is its distance from the mean score of the student alone, as a part of the distance from
+    there to the ensemble; 0 for the student alone on average, 1 at the ensemble's score.
 
     Args:
         runs: the finished runs, teachers first.
-        targets: the test images' classes ``(N,)``.
+        targets: the test images' targets.
+        task: how they are measured.
     """
 
-    def __init__(self, runs: Sequence[Run], targets: Tensor) -> None:
+    def __init__(self, runs: Sequence[Run], targets: Tensor, task: Task) -> None:
         self.runs = list(runs)
         self.targets = targets
-        self._logits = {run.folder: run.logits() for run in runs}
-        teachers = [run for run in self.runs if run.name.startswith("teacher_")]
-        self.ensemble = functional.mean_probabilities([self._logits[run.folder]["last"] for run in teachers])
-        self.ensemble_accuracy = _accuracy(self.ensemble, targets)
-        alone = [_accuracy(self._logits[run.folder]["last"], targets) for run in self.runs if run.name == "alone"]
+        self.task = task
+        self._outputs = {run.folder: run.outputs() for run in runs}
+        teachers = [run for run in self.runs if run.is_teacher]
+        self.ensemble = task.combine([self._outputs[run.folder]["last"] for run in teachers])
+        self.ensemble_score = task.score(self.ensemble, targets)
+        alone = [task.score(self._outputs[run.folder]["last"], targets) for run in self.runs if run.name == "alone"]
         self._alone = statistics.fmean(alone)
         self.teachers = [self._score(run) for run in teachers]
-        self.students = [self._score(run) for run in self.runs if run not in teachers]
+        self.students = [self._score(run) for run in self.runs if not run.is_teacher]
         self.methods = list(dict.fromkeys(score.method for score in self.students))
 
     def _score(self, run: Run) -> Score:
-        result, logits = run.result(), self._logits[run.folder]
-        return Score(
-            method=run.name,
-            seed=run.seed,
-            test_accuracy_selected=_accuracy(logits["selected"], self.targets),
-            parameters=result.parameters,
-            seconds_per_epoch=statistics.median(line["seconds"] for line in result.history),
-            **self._quality(logits["last"]),
-        )
+        result, outputs = run.result(), self._outputs[run.folder]
+        headline = self.task.headline.name
+        quality = self._quality(outputs["last"])
+        selected = self.task.score(outputs["selected"], self.targets)
+        values = {headline: quality.pop(headline), f"{headline}_selected": selected}
+        seconds = statistics.median(line["seconds"] for line in result.history)
+        return Score(run.name, run.seed, {**values, **quality}, result.parameters, seconds)
 
-    def _quality(self, logits: Tensor) -> dict[str, float]:
-        accuracy = _accuracy(logits, self.targets)
-        nll, ece, agreement = NegativeLogLikelihood(), CalibrationError(bins=ECE_BINS), Agreement()
-        nll.update(logits, self.targets)
-        ece.update(logits, self.targets)
-        agreement.update(logits, self.ensemble)
-        # Where the ensemble is no better than the student alone there is no gap to close.
-        gap = max(self.ensemble_accuracy - self._alone, 0.0)
-        return {
-            "test_accuracy": accuracy,
-            "nll": float(nll.compute()),
-            "ece": float(ece.compute()),
-            "agreement": float(agreement.compute()),
-            "gap_closed": (accuracy - self._alone) / gap if gap else float("nan"),
-        }
+    def _quality(self, output: Tensor) -> dict[str, float]:
+        values = self.task.measure(output, self.targets, self.ensemble)
+        gap = self.task.gap_closed(values[self.task.headline.name], self._alone, self.ensemble_score)
+        return {**values, _GAP.name: gap}
+
+    def header(self) -> list[str]:
+        """The table's titles."""
+        shown = [column.title for column in self._columns()]
+        selected = "sel. %" if self.task.headline.scale == 100 else "sel."
+        return ["row", shown[0], selected, *shown[1:], "params", _SECONDS.title]
+
+    def _columns(self) -> list[Column]:
+        return [column for column in (self.task.headline, *self.task.columns, _GAP) if column.title]
 
     def rows(self) -> list[list[str]]:
         """The table: a header, then teachers, ensemble, student alone and methods, ``mean ± sd`` over the seeds."""
-        rows = [HEADER, *(_row(score.method, [score]) for score in self.teachers)]
-        quality = self._quality(self.ensemble.log())
+        rows = [self.header(), *(self._row(score.method, [score]) for score in self.teachers)]
+        quality = self._quality(self.ensemble)
+        first, *others = (_cell(column, [quality[column.name]]) for column in self._columns())
         # The ensemble runs every teacher: it has all their parameters, and no training or selection of its own.
-        parameters = sum(score.parameters for score in self.teachers)
-        accuracy, nll, ece = quality["test_accuracy"], quality["nll"], quality["ece"]
-        rows.append(
-            [
-                "ensemble",
-                f"{100 * accuracy:.2f}",
-                "",
-                f"{nll:.3f}",
-                f"{100 * ece:.2f}",
-                "100.0",
-                "100",
-                f"{parameters:,}",
-                "",
-            ]
-        )
-        return rows + [_row(name, [score for score in self.students if score.method == name]) for name in self.methods]
+        parameters = f"{sum(score.parameters for score in self.teachers):,}"
+        rows.append(["ensemble", first, "", *others, parameters, ""])
+        return rows + [self._row(name, [s for s in self.students if s.method == name]) for name in self.methods]
+
+    def _row(self, name: str, scores: Sequence[Score]) -> list[str]:
+        first, *others = (_cell(column, [score.values[column.name] for score in scores]) for column in self._columns())
+        headline = self.task.headline
+        selected = _cell(headline, [score.values[f"{headline.name}_selected"] for score in scores])
+        seconds = _cell(_SECONDS, [score.seconds_per_epoch for score in scores])
+        return [name, first, selected, *others, f"{scores[0].parameters:,}", seconds]
 
     def figures(self) -> dict[str, Figure]:
         """The figures by file name."""
-        return {
-            "accuracy.png": accuracy_bars(
-                {name: [s.test_accuracy for s in self.students if s.method == name] for name in self.methods},
+        headline, scale = self.task.headline.name, self.task.headline.scale
+        kind = headline.removeprefix("test_")
+        unit = "accuracy" if kind == "accuracy" else "mean absolute error"
+        suffix = " (%)" if scale == 100 else ""
+        figures = {
+            f"{kind}.png": score_bars(
+                {name: [s.values[headline] for s in self.students if s.method == name] for name in self.methods},
                 {
-                    "ensemble": self.ensemble_accuracy,
-                    "teachers' mean": statistics.fmean(score.test_accuracy for score in self.teachers),
+                    "ensemble": self.ensemble_score,
+                    "teachers' mean": statistics.fmean(score.values[headline] for score in self.teachers),
                 },
+                label=f"test {unit}, last epoch{suffix}",
+                scale=scale,
             ),
             "learning_curves.png": learning_curves(
-                {
-                    name: np.array(
-                        [
-                            [line["val/accuracy"] for line in run.result().history]
-                            for run in self.runs
-                            if run.name == name
-                        ]
-                    )
-                    for name in self.methods
-                }
-            ),
-            "reliability.png": reliability_diagram(
-                {name: self._bins(self._of(name)) for name in self.methods},
-                {"ensemble": self._bins([self.ensemble.log()])},
+                {name: np.array([self._curve(run) for run in self._of(name)]) for name in self.methods},
+                label=f"validation {unit}{suffix}",
+                scale=scale,
             ),
         }
+        if isinstance(self.task, Classification):
+            figures["reliability.png"] = reliability_diagram(
+                {
+                    name: self._bins([self._outputs[run.folder]["last"] for run in self._of(name)])
+                    for name in self.methods
+                },
+                {"ensemble": self._bins([self.ensemble])},
+            )
+        return figures
 
-    def _of(self, name: str) -> list[Tensor]:
-        """Test logits of a row, one tensor per seed."""
-        return [self._logits[run.folder]["last"] for run in self.runs if run.name == name]
+    def _of(self, name: str) -> list[Run]:
+        """A row's runs, one per seed."""
+        return [run for run in self.runs if run.name == name]
+
+    def _curve(self, run: Run) -> list[float]:
+        return [line[self.task.monitor] for line in run.result().history]
 
     def _bins(self, logits: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         confidence, predicted = F.softmax(torch.cat(list(logits)), dim=-1).max(dim=-1)
@@ -185,37 +185,20 @@ class Report:
         return [folder / name for name in pages]
 
 
-def _accuracy(outputs: Tensor, targets: Tensor) -> float:
-    return float((outputs.argmax(dim=-1) == targets).double().mean())
-
-
-def _row(name: str, scores: Sequence[Score]) -> list[str]:
-    def cell(values: Sequence[float], scale: float, digits: int) -> str:
-        if not np.isfinite(values).all():
-            return "-"
-        # Adding zero turns a rounded -0 into 0.
-        mean = f"{round(scale * statistics.fmean(values), digits) + 0.0:.{digits}f}"
-        return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
-
-    return [
-        name,
-        cell([score.test_accuracy for score in scores], 100, 2),
-        cell([score.test_accuracy_selected for score in scores], 100, 2),
-        cell([score.nll for score in scores], 1, 3),
-        cell([score.ece for score in scores], 100, 2),
-        cell([score.agreement for score in scores], 100, 1),
-        cell([score.gap_closed for score in scores], 100, 0),
-        f"{scores[0].parameters:,}",
-        cell([score.seconds_per_epoch for score in scores], 1, 2),
-    ]
+def _cell(column: Column, values: Sequence[float]) -> str:
+    if not np.isfinite(values).all():
+        return "-"
+    mean = column.text(statistics.fmean(values))
+    return mean if len(values) < 2 else f"{mean} ± {column.scale * statistics.stdev(values):.{column.digits}f}"
 
 
 def _as_csv(scores: Sequence[Score]) -> str:
-    lines = io.StringIO()
-    writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
+    text = io.StringIO()
+    lines = [score.line() for score in scores]
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(vars(score) for score in scores)
-    return lines.getvalue()
+    writer.writerows(lines)
+    return text.getvalue()
 
 
 def _as_markdown(rows: Sequence[Sequence[str]]) -> str:

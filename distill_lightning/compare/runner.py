@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import distill_lightning
 from distill_lightning.batch import Batch
 from distill_lightning.callbacks import RunKeeper
-from distill_lightning.compare.config import CompareConfig, Experiment
+from distill_lightning.compare.config import CompareConfig, Experiment, Row
 from distill_lightning.errors import refusing
 from distill_lightning.modules import DistillationModule
 from distill_lightning.networks import Pretrained
@@ -29,21 +29,41 @@ from distill_lightning.weights import read_checkpoint
 
 # Teachers' seeds begin far from the students', so that no teacher shares its initial weights with a student.
 _TEACHER_SEED = 1000
+# An odd number near the golden ratio of 2 ** 32: no stage meets its teacher's seed again.
+_STAGE_STRIDE = 0x9E3779B1
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a row's name, its seed, its length, and where its files are."""
+    """One training.
 
+    Attributes:
+        row: of the table; ``None``: a teacher.
+        name: the row's, or the teacher's.
+        seed: of the order of the data.
+        initial_seed: of the initial weights.
+        epochs: its length.
+        folder: where its files are.
+        teachers: the runs whose networks teach it.
+    """
+
+    row: Row | None
     name: str
     seed: int
+    initial_seed: int
     epochs: int
     folder: Path
+    teachers: tuple[Run, ...] = ()
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether it makes one of the teachers, not a student."""
+        return self.row is None
 
     @property
     def title(self) -> str:
         """For the progress bar."""
-        return self.name if self.name.startswith("teacher_") else f"{self.name}, seed {self.seed}"
+        return self.name if self.is_teacher else f"{self.name}, seed {self.seed}"
 
     @property
     def result_file(self) -> Path:
@@ -69,8 +89,8 @@ class Run:
         with refusing(f"{self.result_file} is damaged, remove it to make the run again", ValueError, TypeError):
             return RunResult(**json.loads(self.result_file.read_text()))
 
-    def logits(self) -> dict[str, Tensor]:
-        """The test logits ``(N, K)`` of the weights after the ``"last"`` and at the ``"selected"`` epoch."""
+    def outputs(self) -> dict[str, Tensor]:
+        """The outputs on the test images with the weights after the ``"last"`` and at the ``"selected"`` epoch."""
         return load_file(self.folder / "test_logits.safetensors")
 
 
@@ -88,34 +108,45 @@ def plan(experiment: Experiment, folder: Path) -> list[Run]:
     """All runs in the order they are made: the teachers, then seed by seed every row of the table."""
     config = experiment.config
     epochs = config.teachers.epochs or config.epochs
-    runs = [
-        Run(f"teacher_{number}", _TEACHER_SEED + number, epochs, folder / "runs" / f"teacher_{number}")
-        for number in range(1, config.teachers.number + 1)
-    ]
-    return runs + [
-        Run(name, seed, config.epochs, folder / "runs" / name / f"seed_{seed}")
-        for seed in config.seeds
-        for name in experiment.names
-    ]
+    teachers = []
+    for number in range(1, config.teachers.number + 1):
+        name, seed = f"teacher_{number}", _TEACHER_SEED + number
+        teachers.append(Run(None, name, seed, seed, epochs, folder / "runs" / name))
+    runs = list(teachers)
+    for seed in config.seeds:
+        students: dict[str, Run] = {}
+        for row in experiment.rows:
+            own = [students[row.teachers]] if isinstance(row.teachers, str) else teachers[: row.teachers]
+            # A student that is taught by one of its kind must not begin with its teacher's initial weights.
+            # PyTorch reads the lower 32 bits of a seed.
+            initial_seed = (seed + row.stage * _STAGE_STRIDE) % 2**32
+            place = folder / "runs" / row.name / f"seed_{seed}"
+            students[row.name] = Run(row, row.name, seed, initial_seed, config.epochs, place, tuple(own))
+        runs += students.values()
+    return runs
 
 
-def execute(experiment: Experiment, run: Run, teachers: Sequence[Run], on_epoch: Callable[[int], None]) -> None:
+def execute(experiment: Experiment, run: Run, on_epoch: Callable[[int], None]) -> None:
     """Train a run, from its last checkpoint if it has one, and evaluate it on the test images.
 
     Args:
         experiment: builds the networks, the data and the method.
-        run: which.
-        teachers: the finished teachers' runs.
+        run: which; its teachers' runs are finished.
         on_epoch: called with the number of finished epochs, after each.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
-    networks = [Pretrained(experiment.teacher(), teacher.student_file) for teacher in teachers]
-    torch.manual_seed(run.seed)
-    if run.name.startswith("teacher_"):
-        module: DistillationModule = experiment.supervised(experiment.teacher())
+    networks = [
+        Pretrained(experiment.teacher() if teacher.is_teacher else experiment.student(), teacher.student_file)
+        for teacher in run.teachers
+    ]
+    paraphrasers = None if run.row is None else _paraphrasers(experiment, run, networks)
+    torch.manual_seed(run.initial_seed)
+    if run.row is None:
+        module = experiment.supervised(experiment.teacher())
     else:
-        module = experiment.method(run.name, experiment.student(), networks)
-    keeper = RunKeeper(run.folder, seed=run.seed)
+        module = experiment.method(run.row, experiment.student(), networks, paraphrasers)
+    task = experiment.task
+    keeper = RunKeeper(run.folder, seed=run.seed, monitor=task.monitor, mode=task.mode)
     trainer = make_trainer(experiment.config, max_epochs=run.epochs, callbacks=[keeper, _Ticker(on_epoch)])
     checkpoint = str(run.checkpoint) if run.checkpoint.exists() else None
     if checkpoint is not None:
@@ -128,13 +159,33 @@ def execute(experiment: Experiment, run: Run, teachers: Sequence[Run], on_epoch:
         # Lightning may return from an interrupted fit as if it had ended.
         raise KeyboardInterrupt(f"{run.title} was interrupted")
     write_atomically(run.student_file, module.export_student)
-    logits = {"last": _test_logits(experiment, module)}
+    outputs = {"last": _test_outputs(experiment, module)}
     module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
-    logits["selected"] = _test_logits(experiment, module)
-    write_atomically(run.folder / "test_logits.safetensors", lambda path: save_file(logits, path))
+    outputs["selected"] = _test_outputs(experiment, module)
+    write_atomically(run.folder / "test_logits.safetensors", lambda path: save_file(outputs, path))
     result = RunResult(count_parameters(module.student), keeper.selected_epoch, keeper.history, made=provenance())
     write_atomically(run.result_file, lambda path: path.write_text(json.dumps(asdict(result), indent=1)))
     run.checkpoint.unlink(missing_ok=True)
+
+
+def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module]) -> list[nn.Module] | None:
+    """A row's paraphrasers, trained when its first seed needs them."""
+    row = cast("Row", run.row)
+    torch.manual_seed(_TEACHER_SEED)
+    module = experiment.paraphrasers(row, teachers)
+    if module is None:
+        return None
+    file = run.folder.parent / "paraphrasers.safetensors"
+    if file.exists():
+        module.paraphrasers.load_state_dict(load_file(file))
+    else:
+        epochs = experiment.config.methods[cast("str", row.method)]["paraphrasers"]["epochs"]
+        trainer = make_trainer(experiment.config, max_epochs=epochs, enable_checkpointing=False)
+        trainer.fit(module, datamodule=experiment.data(order_seed=_TEACHER_SEED))
+        if trainer.current_epoch < epochs:
+            raise KeyboardInterrupt(f"the paraphrasers of {run.name} were interrupted")
+        write_atomically(file, lambda path: save_file(module.paraphrasers.state_dict(), path))
+    return list(module.paraphrasers)
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -150,7 +201,7 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def load_test_targets(experiment: Experiment) -> Tensor:
-    """The test images' classes ``(N,)``."""
+    """The test images' classes ``(N,)``, or the targets of a regression ``(N, d)``."""
     return torch.cat([Batch.of(batch).target for batch in experiment.sample.test_dataloader()])
 
 
@@ -163,9 +214,9 @@ def provenance() -> str:
     )
 
 
-def _test_logits(experiment: Experiment, module: DistillationModule) -> Tensor:
+def _test_outputs(experiment: Experiment, module: DistillationModule) -> Tensor:
     outputs = make_trainer(experiment.config).predict(module, dataloaders=experiment.sample.test_dataloader())
-    return torch.cat(cast("list[Tensor]", outputs)).float().cpu()
+    return module.evaluated(torch.cat(cast("list[Tensor]", outputs)).float().cpu())
 
 
 def make_trainer(config: CompareConfig, **options: Any) -> pl.Trainer:

@@ -3,6 +3,8 @@
 from distill_lightning.datamodules.digits import DigitsDataModule
 from distill_lightning.datamodules.fashion_mnist import FashionMNISTDataModule
 from distill_lightning.datamodules.in_memory import Images, ImageTensors, InMemoryImageDataModule, ViewSampler
+from distill_lightning.datamodules.indexed import IndexedDataModule
+from distill_lightning.datamodules.rotated import RotatedDigitsDataModule, RotatedFashionMNISTDataModule, rotate
 
 __all__ = [
     "DigitsDataModule",
@@ -10,5 +12,9 @@ __all__ = [
     "ImageTensors",
     "Images",
     "InMemoryImageDataModule",
+    "IndexedDataModule",
+    "RotatedDigitsDataModule",
+    "RotatedFashionMNISTDataModule",
     "ViewSampler",
+    "rotate",
 ]

@@ -101,7 +101,7 @@ class FashionMNISTDataModule(InMemoryImageDataModule):
                 f"{self.data_dir}: the {part} files hold images {tuple(images.shape)} and labels "
                 f"{tuple(targets.shape)}, not (N, 28, 28) and (N,): these are not Fashion-MNIST's files"
             )
-        if len(targets) and int(targets.max()) >= self.num_classes:
+        if len(targets) and int(targets.max()) >= len(self.class_names):
             raise InputError(f"{self.data_dir}: the {part} labels go up to {int(targets.max())}, not 9")
         return Images(images[:, None], targets)
 

@@ -19,7 +19,7 @@ _SEED_STRIDE = 1_000_003
 
 
 class Images(NamedTuple):
-    """Images ``(N, C, H, W)`` as uint8 and their classes ``(N,)`` as int64."""
+    """Images ``(N, C, H, W)`` as uint8, and their classes ``(N,)`` as int64 or a regression's targets ``(N, d)``."""
 
     images: Tensor
     targets: Tensor
@@ -116,8 +116,8 @@ class ViewSampler(DistributedSampler[Any]):
 class InMemoryImageDataModule(pl.LightningDataModule):
     """Base of the small image sets: reads once, splits by seed, yields `Batch`.
 
-    A subclass sets ``num_classes``, ``input_shape``, ``class_names``, ``mean`` and ``std``, and defines `read`. The
-    test images are never part of training or validation.
+    A subclass sets ``num_classes`` (or, for a regression, ``num_targets``), ``input_shape``, ``class_names``, ``mean``
+    and ``std``, and defines `read`. The test images are never part of training or validation.
 
     Args:
         subset: number of training images, drawn by ``seed``; smaller subsets are part of larger ones; ``None``: all.
@@ -135,7 +135,8 @@ class InMemoryImageDataModule(pl.LightningDataModule):
         InputError: a size that is not positive, or, from `setup`, one that is larger than the data.
     """
 
-    num_classes: int
+    num_classes: int | None
+    num_targets: int | None = None
     input_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     mean: float
@@ -197,10 +198,20 @@ class InMemoryImageDataModule(pl.LightningDataModule):
         order = torch.randperm(len(rest.targets), generator=torch.Generator().manual_seed(self.seed))
         val, train = order[: self.val_size], order[self.val_size :][: self.subset]
         self._splits = {
-            "train": rest.take(train),
-            "val": rest.take(val),
-            "test": test.take(torch.arange(self.test_size or len(test.targets))),
+            "train": self.samples(rest, train, part=0),
+            "val": self.samples(rest, val, part=0),
+            "test": self.samples(test, torch.arange(self.test_size or len(test.targets)), part=1),
         }
+
+    def samples(self, images: Images, index: Tensor, *, part: int) -> Images:
+        """The samples of a split; a data module that makes another task of them does so here.
+
+        Args:
+            images: what was read.
+            index: which of them, their places in what was read.
+            part: 0 for training and validation, 1 for test.
+        """
+        return images.take(index)
 
     def dataset(self, split: str, *, augment: bool = False) -> ImageTensors:
         """One split, ``"train"``, ``"val"`` or ``"test"``; without ``augment`` every view is the plain image."""

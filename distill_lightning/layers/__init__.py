@@ -1,7 +1,10 @@
 """The pieces that a method adds to its networks."""
 
+from distill_lightning.layers.autoencoder import ImageDecoder, ImageEncoder
+from distill_lightning.layers.discriminator import Discriminator, DiscriminatorKind
 from distill_lightning.layers.feature_tap import FeatureTap, dry_forward, resolve_layer, resolve_layers
-from distill_lightning.layers.teachers import TeacherEnsemble, check_classes, fingerprint, freeze
+from distill_lightning.layers.gaussian_head import GaussianHead, without_deviation
+from distill_lightning.layers.teachers import TeacherEnsemble, check_classes, check_gaussian, fingerprint, freeze
 from distill_lightning.layers.translator import (
     Paraphraser,
     TransformFactory,
@@ -11,17 +14,24 @@ from distill_lightning.layers.translator import (
 )
 
 __all__ = [
+    "Discriminator",
+    "DiscriminatorKind",
     "FeatureTap",
+    "GaussianHead",
+    "ImageDecoder",
+    "ImageEncoder",
     "Paraphraser",
     "TeacherEnsemble",
     "TransformFactory",
     "TransformName",
     "Translator",
     "check_classes",
+    "check_gaussian",
     "dry_forward",
     "fingerprint",
     "freeze",
     "make_translator",
     "resolve_layer",
     "resolve_layers",
+    "without_deviation",
 ]

@@ -119,6 +119,19 @@ class TeacherEnsemble(nn.Module):
             check_classes(f"teacher {number}", network, dry_forward(network, input_shape).shape, num_classes)
 
 
+def check_gaussian(who: str, network: nn.Module, shape: Sequence[int], num_targets: int) -> None:
+    """Look at the shape of a network's output.
+
+    Raises:
+        InputError: it is not ``(N, 2 * num_targets)``.
+    """
+    if len(shape) != 2 or shape[1] != 2 * num_targets:
+        raise InputError(
+            f"{who} ({type(network).__name__}) has an output of shape {tuple(shape)} where num_targets={num_targets} "
+            f"needs (N, {2 * num_targets}), means and log-variances: end it in a GaussianHead"
+        )
+
+
 def check_classes(who: str, network: nn.Module, shape: Sequence[int], num_classes: int) -> None:
     """Look at the shape of a network's output.
 

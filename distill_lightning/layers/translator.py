@@ -47,7 +47,7 @@ class Paraphraser(nn.Module):
 
     The encoder is three 3x3 convolutions ``C -> C -> F -> F`` with ``F = round(rate * C)`` factor channels, the decoder
     three 3x3 transposed convolutions ``F -> F -> C -> C``; LeakyReLU(0.1) follows each. It is trained beforehand with
-    the mean absolute error of `forward` to its input, and then only encodes.
+    the mean absolute error of `forward` to its input (by `distill_lightning.ParaphraserModule`), and then only encodes.
 
     Args:
         channels: ``C`` of the teacher's feature map.
@@ -75,6 +75,7 @@ class Paraphraser(nn.Module):
             *_conv_block(factors, channels, batch_norm=batch_norm, transposed=True),
             *_conv_block(channels, channels, batch_norm=batch_norm, transposed=True),
         )
+        self.channels = channels
         self.factors = factors
 
     def forward(self, feature: Tensor) -> Tensor:

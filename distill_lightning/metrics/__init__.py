@@ -1,10 +1,46 @@
-"""Metrics that torchmetrics lacks."""
+"""Metrics that torchmetrics lacks, or counts otherwise."""
 
 from distill_lightning.metrics.classification import (
+    AURC,
+    Accuracy,
     Agreement,
+    BrierScore,
     CalibrationError,
+    Confidences,
+    MeanDivergence,
     NegativeLogLikelihood,
     classification_metrics,
 )
+from distill_lightning.metrics.collections import default_metrics, teacher_metrics
+from distill_lightning.metrics.gap import GapReduction
+from distill_lightning.metrics.regression import (
+    AngularError,
+    GaussianDivergence,
+    GaussianMeanAbsoluteError,
+    GaussianNegativeLogLikelihood,
+    GaussianRootMeanSquaredError,
+    IntervalCalibration,
+    regression_metrics,
+)
 
-__all__ = ["Agreement", "CalibrationError", "NegativeLogLikelihood", "classification_metrics"]
+__all__ = [
+    "AURC",
+    "Accuracy",
+    "Agreement",
+    "AngularError",
+    "BrierScore",
+    "CalibrationError",
+    "Confidences",
+    "GapReduction",
+    "GaussianDivergence",
+    "GaussianMeanAbsoluteError",
+    "GaussianNegativeLogLikelihood",
+    "GaussianRootMeanSquaredError",
+    "IntervalCalibration",
+    "MeanDivergence",
+    "NegativeLogLikelihood",
+    "classification_metrics",
+    "default_metrics",
+    "regression_metrics",
+    "teacher_metrics",
+]

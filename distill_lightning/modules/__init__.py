@@ -1,9 +1,30 @@
 """One LightningModule per method."""
 
 from distill_lightning.modules.base import DistillationModule
+from distill_lightning.modules.extracurricular import ExtracurricularModule
 from distill_lightning.modules.feed import FEEDModule
+from distill_lightning.modules.generator import GeneratorModule
 from distill_lightning.modules.kd import KDModule
+from distill_lightning.modules.meal_v2 import MEALV2Module
 from distill_lightning.modules.optimization import check_optimizer
+from distill_lightning.modules.paraphraser import ParaphraserModule
+from distill_lightning.modules.regression import RegressionModule
+from distill_lightning.modules.self_kd import SelfKDModule
+from distill_lightning.modules.sequential_feed import Stage, sequential_feed
 from distill_lightning.modules.supervised import SupervisedModule
 
-__all__ = ["DistillationModule", "FEEDModule", "KDModule", "SupervisedModule", "check_optimizer"]
+__all__ = [
+    "DistillationModule",
+    "ExtracurricularModule",
+    "FEEDModule",
+    "GeneratorModule",
+    "KDModule",
+    "MEALV2Module",
+    "ParaphraserModule",
+    "RegressionModule",
+    "SelfKDModule",
+    "Stage",
+    "SupervisedModule",
+    "check_optimizer",
+    "sequential_feed",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,20 +9,20 @@ from typing import Any, ClassVar, Self
 
 import pytorch_lightning as pl
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.layers import TeacherEnsemble, check_classes, dry_forward, fingerprint
-from distill_lightning.metrics import classification_metrics
-from distill_lightning.modules.hparams import plain, rebuild, unplain_arguments
+from distill_lightning.layers import TeacherEnsemble, check_classes, check_gaussian, dry_forward, fingerprint
+from distill_lightning.metrics import default_metrics, teacher_metrics
+from distill_lightning.modules.answers import TeacherAnswers
+from distill_lightning.modules.hparams import plain, rebuild, takes, unplain_arguments
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.networks import recipe_of
 from distill_lightning.schedules import OneCycle
-from distill_lightning.weights import check_architecture, read_checkpoint
+from distill_lightning.weights import check_architecture, read_checkpoint, write_weights
 
 
 class DistillationModule(pl.LightningModule):
@@ -57,15 +56,19 @@ class DistillationModule(pl.LightningModule):
 
     Args:
         student: the network that learns; maps ``(N, ...)`` to logits ``(N, K)``.
-        num_classes: ``K``.
+        num_classes: ``K`` of a classifier.
+        num_targets: ``d`` of a regression, instead of ``num_classes``; the student then gives the parameters of a
+            Gaussian, ``(N, 2 d)``: means, then log-variances.
         input_shape: shape of one input, ``(C, H, W)``; with it, networks are checked here and not at the first batch.
         optimizer: makes the optimiser from the trainable parameters; `default_optimizer` without.
         lr_scheduler: makes the schedule from the optimiser. It is stepped after every epoch, `OneCycle` after every
             batch; `ReduceLROnPlateau` watches ``val/nll``.
-        metrics: of the student's output and the target; ``classification_metrics(num_classes)`` without.
+        metrics: of the student's output and the target; ``classification_metrics(num_classes)`` or
+            ``regression_metrics(num_targets)`` without.
 
     Raises:
-        InputError: the student does not give ``num_classes`` logits for an input of ``input_shape``.
+        InputError: not one of ``num_classes`` and ``num_targets`` is given, or the student does not give as many
+            outputs for an input of ``input_shape``.
     """
 
     frozen: ClassVar[tuple[str, ...]] = ()
@@ -74,7 +77,8 @@ class DistillationModule(pl.LightningModule):
         self,
         student: nn.Module,
         *,
-        num_classes: int,
+        num_classes: int | None = None,
+        num_targets: int | None = None,
         input_shape: Sequence[int] | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -82,19 +86,31 @@ class DistillationModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=unplain_arguments(self))
-        if num_classes < 2:
+        if (num_classes is None) == (num_targets is None):
+            raise InputError(
+                f"{type(self).__name__} needs num_classes (a classifier) or num_targets (a regression), and not both"
+            )
+        if num_classes is not None and num_classes < 2:
             raise InputError(f"num_classes must be at least 2, got {num_classes}")
-        if input_shape is not None:
-            check_classes("student", student, dry_forward(student, input_shape).shape, num_classes)
+        if num_targets is not None and num_targets < 1:
+            raise InputError(f"num_targets must be at least 1, got {num_targets}")
         self.student = student
         self.num_classes = num_classes
+        self.num_targets = num_targets
+        if input_shape is not None:
+            self.check_output("student", student, dry_forward(student, input_shape).shape)
         self.input_shape = None if input_shape is None else tuple(input_shape)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        metrics = metrics or classification_metrics(num_classes)
+        metrics = metrics or default_metrics(num_classes, num_targets)
+        beside = teacher_metrics(num_classes)
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
+        self.val_teacher_metrics = beside.clone(prefix="val/")
+        self.test_teacher_metrics = beside.clone(prefix="test/")
         self._fingerprints: dict[str, str] = {}
+        self._observed: dict[str, Tensor] = {}
+        self._answers = TeacherAnswers()
 
     # What a method fills in
 
@@ -110,7 +126,40 @@ class DistillationModule(pl.LightningModule):
         """What the optimiser gets: every trainable parameter, in one group unless a method says otherwise."""
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
+    def teacher_prediction(self, batch: Batch) -> Tensor | None:
+        """The teachers' one prediction for a batch, which the student is compared with in validation and test.
+
+        Returns:
+            Log-probabilities ``(N, K)``, or a Gaussian's parameters ``(N, 2 d)``; ``None`` where there is no teacher.
+            Here: that of the `TeacherEnsemble` named ``teachers``, if the method has one and classifies.
+        """
+        teachers = getattr(self, "teachers", None)
+        if self.num_classes is None or not isinstance(teachers, TeacherEnsemble):
+            return None
+        log_probs: Tensor = teachers(batch.input)
+        return log_probs
+
+    def check_output(self, who: str, network: nn.Module, shape: Sequence[int]) -> None:
+        """Look at the shape of a network's output.
+
+        Raises:
+            InputError: it does not fit ``num_classes`` or ``num_targets``; the message begins with ``who``.
+        """
+        if self.num_classes is not None:
+            check_classes(who, network, shape, self.num_classes)
+        elif self.num_targets is not None:
+            check_gaussian(who, network, shape, self.num_targets)
+
     # Training and evaluation
+
+    def observe(self, name: str, value: Tensor) -> None:
+        """Have a scalar of this batch logged as ``train/<name>``, beside the terms that `terms` returns.
+
+        Args:
+            name: what stands behind ``train/``.
+            value: a scalar on the device; its mean over the epoch is logged.
+        """
+        self._observed[name] = value.detach()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The student's output for ``inputs``."""
@@ -120,6 +169,7 @@ class DistillationModule(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Weigh, sum and log the terms of a batch."""
         batch = Batch.of(batch)
+        self._observed = {}
         terms, weights = self.terms(batch), self.weights()
         if terms.keys() != weights.keys():
             raise KeyError(f"terms() gave {sorted(terms)}, weights() gave {sorted(weights)}: they must name the same")
@@ -129,38 +179,55 @@ class DistillationModule(pl.LightningModule):
         if len(terms) > 1:
             logs |= {f"{name}_share": weighted[name] / loss for name in terms if weights[name] != 0}
         self.log_dict(
-            {f"train/{name}": value.detach() for name, value in logs.items()},
+            {f"train/{name}": value.detach() for name, value in (logs | self._observed).items()},
             on_step=False,
             on_epoch=True,
             sync_dist=True,
-            batch_size=len(batch.target),
+            batch_size=batch.size,
         )
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Add a batch to the metrics under ``val/``."""
-        self._evaluate(Batch.of(batch), self.val_metrics)
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the metrics under ``val/``; callbacks get the student's ``output`` and the ``target``."""
+        return self._evaluate(Batch.of(batch), batch_idx, self.val_metrics, self.val_teacher_metrics)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Add a batch to the metrics under ``test/``."""
-        self._evaluate(Batch.of(batch), self.test_metrics)
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the metrics under ``test/``; callbacks get the student's ``output`` and the ``target``."""
+        return self._evaluate(Batch.of(batch), batch_idx, self.test_metrics, self.test_teacher_metrics)
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         """The student's output for a batch, or for a tensor of inputs."""
-        return self.forward(batch) if isinstance(batch, Tensor) else self._counted(Batch.of(batch))[0]
+        if isinstance(batch, Tensor):
+            return self.forward(batch)
+        batch = Batch.of(batch)
+        return self._counted(batch, self.forward(batch.input))
 
-    def _evaluate(self, batch: Batch, metrics: MetricCollection) -> None:
-        metrics.update(*self._counted(batch))
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(batch.target))
+    def evaluated(self, output: Tensor) -> Tensor:
+        """What the metrics read of the student's output: here, the output itself."""
+        return output
 
-    def _counted(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The student's output and the target, without the samples that are counted in another process."""
-        output = self.forward(batch.input)
+    def _evaluate(
+        self, batch: Batch, batch_idx: int, metrics: MetricCollection, beside: MetricCollection
+    ) -> dict[str, Tensor]:
+        output = self.evaluated(self.forward(batch.input))
+        counted, target = self._counted(batch, output), self._counted(batch, batch.target)
+        metrics.update(counted, target)
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=batch.size)
+        answer = self._answers.recall(beside, batch_idx, batch)
+        if answer is None:
+            answer = self.teacher_prediction(batch)
+        if answer is not None:
+            self._answers.keep(beside, batch_idx, batch, answer)
+            beside.update(counted, self._counted(batch, answer))
+            self.log_dict(beside, on_step=False, on_epoch=True, batch_size=batch.size)
+        return {"output": counted, "target": target}
+
+    @staticmethod
+    def _counted(batch: Batch, values: Tensor) -> Tensor:
+        """The rows of a batch, without the samples that are counted in another process."""
         alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        if alone or batch.view is None:
-            return output, batch.target
         # View -1 marks a sample that only fills up a process's share.
-        return output[batch.view >= 0], batch.target[batch.view >= 0]
+        return values if alone or batch.view is None else values[batch.view >= 0]
 
     def configure_optimizers(self) -> Any:
         """The optimiser over `parameter_groups` and, if there is one, its schedule."""
@@ -196,6 +263,16 @@ class DistillationModule(pl.LightningModule):
         self.train()
         # Frozen weights keep while fit lasts, and large ones take a while: once is enough.
         self._fingerprints = self._fingerprint()
+        self._answers.forget()
+
+    def on_validation_start(self) -> None:
+        """Within one ``fit`` the data stay the same; another call may bring others."""
+        if self.trainer.state.fn != "fit":
+            self._answers.forget()
+
+    def on_test_start(self) -> None:
+        """Another call may bring other data."""
+        self._answers.forget()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen weights out; note how every network was built instead, and what the frozen ones weigh."""
@@ -261,13 +338,16 @@ class DistillationModule(pl.LightningModule):
                 network was built.
         """
         checkpoint = read_checkpoint(Path(checkpoint_path))
-        accepted = inspect.signature(cls).parameters
         recipes = {
             name: recipe
             for name, recipe in checkpoint.get("recipes", {}).items()
-            if name not in overrides and name in accepted
+            if name not in overrides and takes(cls, name)
         }
-        known = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in accepted}
+        known = {
+            name: value
+            for name, value in checkpoint["hyper_parameters"].items()
+            if takes(cls, name) and name != "_class_path"
+        }
         module = cls(**{**known, **{name: rebuild(name, recipe) for name, recipe in recipes.items()}, **overrides})
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
@@ -285,18 +365,7 @@ class DistillationModule(pl.LightningModule):
         Raises:
             InputError: another suffix.
         """
-        path = Path(path)
-        # What torch.compile(network) returns holds the plain network.
-        student = getattr(self.student, "_orig_mod", self.student)
-        if path.suffix not in (".safetensors", ".pt", ".pth"):
-            raise InputError(f"export_student writes .safetensors, .pt or .pth, got {path.name!r}")
-        # Clones, because safetensors refuses tied weights, and torch.save would write a view's whole storage.
-        state = {name: value.detach().cpu().clone().contiguous() for name, value in student.state_dict().items()}
-        if path.suffix == ".safetensors":
-            save_file(state, path)
-        else:
-            torch.save(state, path)
-        return path
+        return write_weights(self.student, Path(path))
 
     def _is_frozen(self, name: str) -> bool:
         return name.startswith(tuple(f"{frozen}." for frozen in self.frozen))

@@ -14,13 +14,13 @@ from torchmetrics import MetricCollection
 from distill_lightning import functional
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
 from distill_lightning.layers import (
     FeatureTap,
     Paraphraser,
     TeacherEnsemble,
     TransformFactory,
     TransformName,
-    check_classes,
     freeze,
     make_translator,
     resolve_layer,
@@ -29,7 +29,10 @@ from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.networks import likely_input_shape
 
+_BETA = {"feed": 500.0, "hint": 1.0, "attention": 1000.0}
 _MANY_PARAMETERS = 50_000_000
+# The smallest norm that a feature is divided by.
+_EPS = 1e-6
 
 
 class FEEDModule(DistillationModule):
@@ -44,11 +47,13 @@ class FEEDModule(DistillationModule):
     the translators are no part of the student and cost nothing afterwards.
 
     Logged: ``train/ce``, ``train/feed`` (the unweighted sum over teachers), ``train/feed_share`` (its part of the loss:
-    near 0 or 1 means that ``beta`` is off) and ``train/feed_teacher_<m>``.
+    near 0 or 1 means that ``beta`` is off), ``train/feed_teacher_<m>`` and ``train/zero_features``, the share of
+    translated features so near zero that ``u`` cannot bring them to norm 1 (mean over teachers).
 
-    ``beta`` belongs to ``reduction="mean"`` and to the size of the feature map: each ``L_m`` is about
-    ``0.8 / sqrt(D_m)`` at the start. 500 is Factor Transfer's value for ``D = 4096``; divide it by ``D`` for
-    ``reduction="sum"``.
+    ``feature_loss`` puts another ``L_m`` in its place, for comparisons under the same teachers; the logged names then
+    begin with it. ``"hint"`` is FitNets' squared error between ``T_m(F_S)`` and ``F_m`` as they are
+    (`functional.hint_distance`), ``"attention"`` that between attention maps of ``F_S`` and ``F_m`` without any
+    translator (`functional.attention_distance`). ``"feed"`` with ``paraphrasers`` is Factor Transfer.
 
     Park, Kwak: *FEED: Feature-level Ensemble for Knowledge Distillation*, https://arxiv.org/abs/1909.10754 (ECAI 2020:
     *Feature-Level Ensemble Knowledge Distillation for Aggregating Knowledge from Multiple Networks*). The translator
@@ -72,20 +77,26 @@ class FEEDModule(DistillationModule):
         num_classes: ``K``.
         student_layer: dotted path (or glob) of the student's last feature map: after its last ReLU, before pooling.
         teacher_layers: the same for the teachers: one for all, or one each; ``None``: as the student's.
-        beta: weight of the feature term.
-        norm_p: ``p``.
+        beta: weight of the feature term; ``None``: 500 for ``"feed"``, 1 for ``"hint"``, 1000 for ``"attention"``.
+            These belong to ``reduction="mean"``; for ``"sum"`` divide them by the number of entries that are summed.
+            500 is Factor Transfer's for ``D = 4096``, and each ``L_m`` is about ``0.8 / sqrt(D_m)`` at the start. 1000
+            is attention transfer's for maps of 8x8 and more; smaller maps need less. For ``"hint"`` it depends on the
+            scale of the teachers' features; read ``train/hint_share``.
+        feature_loss: ``L_m``: ``"feed"``, ``"hint"`` or ``"attention"``.
+        norm_p: ``p``, of ``"feed"``.
         reduction: of each ``L_m``: ``"mean"`` over samples and entries, ``"sum"`` over entries and mean over samples.
         teacher_reduction: ``"sum"`` over teachers, or their ``"mean"``, which keeps ``beta`` independent of ``M``.
         teacher_weights: ``w_m``, used as given; ``None``: all 1.
         transform: the translators: ``"conv3"`` (three 3x3 convolutions, the paper's), ``"conv1x1"`` (one, with
             LeakyReLU), ``"linear"`` (one 1x1, nothing else), ``"none"``, or a function ``(C_S, C_m) -> module``.
+            ``"attention"`` has none, whatever stands here.
         transform_batch_norm: BatchNorm in the ``conv3`` translators.
         share_transform: one translator for all teachers (an ablation; they must have equal channel counts).
-        normalize: ``u``: ``"sample"``, or per ``"channel"``, or ``"none"``.
+        normalize: ``u``, of ``"feed"``: ``"sample"``, or per ``"channel"``, or ``"none"``.
         resize: where spatial sizes differ: ``"none"`` refuses, ``"student"`` brings the translated feature to the
             teacher's size and ``"teacher"`` the teacher's to the student's (average pooling down, bilinear up).
-        paraphrasers: trained `Paraphraser` networks, one per teacher: the targets become their codes, as in Factor
-            Transfer. Frozen.
+        paraphrasers: trained `Paraphraser` networks, one per teacher (`ParaphraserModule` trains them): the targets
+            become their codes, as in Factor Transfer. Frozen.
         kd_weight: weight of an additional logit term (``train/kd``), `functional.softened_kl` to the ensemble.
         temperature: of that term.
         input_shape: shape of one input, ``(C, H, W)``; without, the first convolution's channels at 32x32. One forward
@@ -96,7 +107,7 @@ class FEEDModule(DistillationModule):
 
     Raises:
         InputError: a layer that does not exist or does not give one feature map, sizes that do not match, a network
-            with another number of classes, or an option out of range.
+            with another number of classes, an option out of range, or one that ``feature_loss`` does not use.
     """
 
     frozen = ("teachers", "paraphrasers")
@@ -109,7 +120,8 @@ class FEEDModule(DistillationModule):
         num_classes: int,
         student_layer: str,
         teacher_layers: str | Sequence[str] | None = None,
-        beta: float = 500.0,
+        beta: float | None = None,
+        feature_loss: Literal["feed", "hint", "attention"] = "feed",
         norm_p: float = 1,
         reduction: Literal["mean", "sum"] = "mean",
         teacher_reduction: Literal["sum", "mean"] = "sum",
@@ -119,7 +131,7 @@ class FEEDModule(DistillationModule):
         share_transform: bool = False,
         normalize: Literal["sample", "channel", "none"] = "sample",
         resize: Literal["none", "student", "teacher"] = "none",
-        paraphrasers: Sequence[Paraphraser] | None = None,
+        paraphrasers: Sequence[Paraphraser] | nn.ModuleList | None = None,
         kd_weight: float = 0.0,
         temperature: float = 4.0,
         input_shape: Sequence[int] | None = None,
@@ -146,6 +158,7 @@ class FEEDModule(DistillationModule):
             # Below 1 the gradient is infinite wherever a ReLU leaves both sides at zero.
             raise InputError(f"norm_p must be at least 1 and temperature positive, got {norm_p} and {temperature}")
         for name, value, known in (
+            ("feature_loss", feature_loss, ("feed", "hint", "attention")),
             ("reduction", reduction, ("mean", "sum")),
             ("teacher_reduction", teacher_reduction, ("sum", "mean")),
             ("normalize", normalize, ("sample", "channel", "none")),
@@ -153,7 +166,19 @@ class FEEDModule(DistillationModule):
         ):
             if value not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        self.beta, self.norm_p, self.kd_weight, self.temperature = beta, norm_p, kd_weight, temperature
+        others = feature_loss != "feed"
+        _refuse_unused(feature_loss, norm_p=others and norm_p != 1, normalize=others and normalize != "sample")
+        if feature_loss == "attention":
+            _refuse_unused(
+                feature_loss,
+                transform=transform not in ("conv3", "none"),
+                transform_batch_norm=transform_batch_norm,
+                share_transform=share_transform,
+                paraphrasers=paraphrasers is not None,
+            )
+        self.feature_loss = feature_loss
+        self.beta = _BETA[feature_loss] if beta is None else beta
+        self.norm_p, self.kd_weight, self.temperature = norm_p, kd_weight, temperature
         self.reduction, self.teacher_reduction = reduction, teacher_reduction
         self.normalize, self.resize = normalize, resize
 
@@ -167,7 +192,7 @@ class FEEDModule(DistillationModule):
             raise InputError(f"share_transform needs teachers of equal channel counts, got {teacher_channels}")
         self.translators = nn.ModuleList(
             make_translator(transform, student_channels, channels, batch_norm=transform_batch_norm)
-            for channels in (teacher_channels[:1] if share_transform else teacher_channels)
+            for channels in ([] if feature_loss == "attention" else teacher_channels[: 1 if share_transform else None])
         )
         parameters = sum(parameter.numel() for parameter in self.translators.parameters())
         if parameters > _MANY_PARAMETERS:
@@ -180,29 +205,32 @@ class FEEDModule(DistillationModule):
         logits, student_feature = _run(self.student_tap, batch.input)
         with torch.no_grad():
             teacher_logits, teacher_features = zip(*(_run(tap, batch.input) for tap in self.teacher_taps), strict=True)
-        distances = [
-            self._distance(number, student_feature, feature) for number, feature in enumerate(teacher_features)
-        ]
-        feed = torch.stack(
+        pairs = [self._pair(number, student_feature, feature) for number, feature in enumerate(teacher_features)]
+        distances = [self._distance(translated, target) for translated, target in pairs]
+        weighted = torch.stack(
             [weight * distance for weight, distance in zip(self.teacher_weights, distances, strict=True)]
-        ).sum()
-        terms = {"ce": F.cross_entropy(logits, batch.target), "feed": feed}
-        if self.teacher_reduction == "mean":
-            terms["feed"] = feed / len(distances)
+        )
+        name = self.feature_loss
+        feature_term = weighted.mean() if self.teacher_reduction == "mean" else weighted.sum()
+        terms = {"ce": F.cross_entropy(logits, batch.target), name: feature_term}
         if self.kd_weight:
             probs = self.teachers.combined(torch.stack(teacher_logits), temperature=self.temperature)
             terms["kd"] = functional.softened_kl(logits, probs, temperature=self.temperature, from_logits=False)
-        return terms | {f"feed_teacher_{number}": distance.detach() for number, distance in enumerate(distances)}
+        if name == "feed" and self.normalize == "sample":
+            self.observe("zero_features", torch.stack([_zeros(translated) for translated, _ in pairs]).mean())
+        return terms | {f"{name}_teacher_{number}": distance.detach() for number, distance in enumerate(distances)}
 
     def weights(self) -> dict[str, float]:
         """One, ``beta`` and ``kd_weight``; the single teachers' distances are only logged."""
+        name = self.feature_loss
         kd = {"kd": self.kd_weight} if self.kd_weight else {}
-        return {"ce": 1.0, "feed": self.beta, **kd, **{f"feed_teacher_{m}": 0.0 for m in range(len(self.teachers))}}
+        return {"ce": 1.0, name: self.beta, **kd, **{f"{name}_teacher_{m}": 0.0 for m in range(len(self.teachers))}}
 
-    def _distance(self, number: int, student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-        """``L_m`` of teacher ``number``."""
-        translator = self.translators[number if len(self.translators) > 1 else 0]
-        translated = translator(student_feature)
+    def _pair(self, number: int, student_feature: Tensor, teacher_feature: Tensor) -> tuple[Tensor, Tensor]:
+        """What is compared for teacher ``number``: the translated feature and its target, in one size."""
+        translated = student_feature
+        if self.translators:
+            translated = self.translators[number if len(self.translators) > 1 else 0](student_feature)
         if self.paraphrasers:
             with torch.no_grad():
                 teacher_feature = self._paraphraser(number).encoder(teacher_feature)
@@ -212,8 +240,16 @@ class FEEDModule(DistillationModule):
                 translated = _resized(translated, teacher_feature.shape[2:])
             else:
                 teacher_feature = _resized(teacher_feature, translated.shape[2:])
+        return translated, teacher_feature
+
+    def _distance(self, translated: Tensor, target: Tensor) -> Tensor:
+        """``L_m``."""
+        if self.feature_loss == "hint":
+            return functional.hint_distance(translated, target, reduction=self.reduction)
+        if self.feature_loss == "attention":
+            return functional.attention_distance(translated, target, reduction=self.reduction)
         return functional.factor_distance(
-            translated, teacher_feature, p=self.norm_p, reduction=self.reduction, normalize=self.normalize
+            translated, target, p=self.norm_p, reduction=self.reduction, normalize=self.normalize, eps=_EPS
         )
 
     def _channels(
@@ -222,25 +258,40 @@ class FEEDModule(DistillationModule):
         """One dry forward through every network: the student's channels, and what each translator must give."""
         output, features = self.student_tap.shapes(input_shape)
         student = features[self.student_tap.layers[0]]
-        check_classes("student", self.student_tap.network, output, self.num_classes)
+        self.check_output("student", self.student_tap.network, output)
         channels = []
         for number, tap in enumerate(self.teacher_taps):
             output, features = tap.shapes(input_shape)
             teacher = features[tap.layers[0]]
-            check_classes(f"teacher {number}", tap.network, output, self.num_classes)
+            self.check_output(f"teacher {number}", tap.network, output)
             for who, shape in (("student", student), (f"teacher {number}", teacher)):
-                if len(shape) != 4 and isinstance(transform, str) and transform != "none":
-                    raise InputError(
-                        f"FEED: the {who}'s feature has shape {tuple(shape)}, not (N, C, H, W): "
-                        "tap a convolutional layer, or give a function (C_S, C_T) -> module as transform"
-                    )
+                self._refuse_vectors(who, shape, transform)
             if _sites(student) != _sites(teacher):
                 self._refuse_or_resize(number, student, teacher)
-            channels.append(self._paraphraser(number).factors if self.paraphrasers else _width(teacher))
+            channels.append(_width(teacher))
+            if self.paraphrasers:
+                paraphraser = self._paraphraser(number)
+                if paraphraser.channels != channels[-1]:
+                    raise InputError(
+                        f"FEED: paraphraser {number} is for {paraphraser.channels} channels and teacher {number}'s "
+                        f"{tap.layers[0]!r} gives {channels[-1]}: give the paraphraser that was trained on that layer"
+                    )
+                channels[-1] = paraphraser.factors
         return _width(student), channels
 
     def _paraphraser(self, number: int) -> Paraphraser:
         return cast("Paraphraser", self.paraphrasers[number])
+
+    def _refuse_vectors(self, who: str, shape: Sequence[int], transform: TransformName | TransformFactory) -> None:
+        """A feature that is no map passes only where the user's own module, or nothing, works on it."""
+        own = not isinstance(transform, str) or transform == "none"
+        fixed = self.feature_loss == "attention" or len(self.paraphrasers) > 0
+        if len(shape) != 4 and (fixed or not own):
+            way_out = "" if fixed else ", or give a function (C_S, C_T) -> module as transform"
+            raise InputError(
+                f"FEED: the {who}'s feature has shape {tuple(shape)}, not (N, C, H, W): "
+                f"tap a convolutional layer{way_out}"
+            )
 
     def _refuse_or_resize(self, number: int, student: Sequence[int], teacher: Sequence[int]) -> None:
         if self.resize == "none" or len(student) != 4 or len(teacher) != 4:
@@ -254,6 +305,18 @@ class FEEDModule(DistillationModule):
 def _run(tap: FeatureTap, inputs: Tensor) -> tuple[Tensor, Tensor]:
     output, features = tap(inputs)
     return output, features[tap.layers[0]]
+
+
+def _zeros(feature: Tensor) -> Tensor:
+    """The share of samples whose feature is too small to be normalised."""
+    norms: Tensor = torch.linalg.vector_norm(wide(feature.detach()).flatten(1), dim=1)
+    return (norms < _EPS).float().mean()
+
+
+def _refuse_unused(feature_loss: str, **given: bool) -> None:
+    for name, is_given in given.items():
+        if is_given:
+            raise InputError(f"FEED: feature_loss={feature_loss!r} does not use {name}: leave it out")
 
 
 def _one_each(count: int, name: str, values: Any) -> list[Any]:

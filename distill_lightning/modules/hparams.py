@@ -15,7 +15,10 @@ from distill_lightning.networks import build_from
 
 
 def unplain_arguments(module: nn.Module) -> list[str]:
-    """Constructor arguments that a checkpoint cannot hold without code: networks, functions and the like.
+    """Constructor arguments that a checkpoint must not hold as they are.
+
+    Those that would need code, networks, functions and the like, and those of a base class that the module's own
+    constructor does not take, which the command line could not pass on to it.
 
     Args:
         module: whose constructor is running and calls this; arguments of every level of inheritance are looked at.
@@ -26,9 +29,21 @@ def unplain_arguments(module: nn.Module) -> list[str]:
     while frame is not None and frame.f_code.co_name == "__init__" and _holds(frame.f_locals, module):
         code = frame.f_code
         arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
-        names += [name for name in arguments if not _is_plain(frame.f_locals[name])]
+        names += [name for name in arguments if not takes(type(module), name) or not _is_plain(frame.f_locals[name])]
         frame = frame.f_back
     return names
+
+
+def takes(kind: type, name: str) -> bool:
+    """Whether a class's constructor takes an argument of this name, itself or by handing on its ``**options``."""
+    for level in kind.__mro__:
+        if "__init__" in vars(level):
+            parameters = inspect.signature(level).parameters
+            if name in parameters:
+                return True
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+                return False
+    return False
 
 
 def _holds(values: Mapping[str, Any], module: nn.Module) -> bool:

@@ -1,5 +1,15 @@
 """Arrays in, matplotlib figures out."""
 
-from distill_lightning.plots.comparison import accuracy_bars, learning_curves, reliability_diagram
+from distill_lightning.plots.comparison import learning_curves, score_bars
+from distill_lightning.plots.confidence import reliability_diagram, risk_coverage_curve
+from distill_lightning.plots.reconstruction import reconstruction_errors
+from distill_lightning.plots.teachers import teacher_bars
 
-__all__ = ["accuracy_bars", "learning_curves", "reliability_diagram"]
+__all__ = [
+    "learning_curves",
+    "reconstruction_errors",
+    "reliability_diagram",
+    "risk_coverage_curve",
+    "score_bars",
+    "teacher_bars",
+]

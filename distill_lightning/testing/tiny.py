@@ -9,20 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.datamodules import Images, InMemoryImageDataModule
+from distill_lightning.layers import GaussianHead
 
 
 class TinyNet(nn.Module):
     """Two convolutions for 8x8 images; ``features`` is the feature map ``(N, 2 * width, 4, 4)`` after the last ReLU.
 
     Args:
-        num_classes: ``K``.
+        num_classes: ``K`` of a classifier.
+        num_targets: ``d`` of a regression; the output is then ``(N, 2 d)``.
         in_channels: channels of the images.
         width: channels of the first convolution, even.
         norm: ``"batch"``, or ``"group"``, which treats every sample alone.
     """
 
     def __init__(
-        self, num_classes: int = 3, *, in_channels: int = 1, width: int = 4, norm: Literal["batch", "group"] = "batch"
+        self,
+        num_classes: int | None = 3,
+        *,
+        num_targets: int | None = None,
+        in_channels: int = 1,
+        width: int = 4,
+        norm: Literal["batch", "group"] = "batch",
     ) -> None:
         super().__init__()
         self.features = nn.Sequential(
@@ -33,7 +41,7 @@ class TinyNet(nn.Module):
             nn.BatchNorm2d(2 * width) if norm == "batch" else nn.GroupNorm(2, 2 * width),
             nn.ReLU(),
         )
-        self.head = nn.Linear(2 * width, num_classes)
+        self.head = GaussianHead(2 * width, num_targets) if num_targets else nn.Linear(2 * width, num_classes or 3)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(N, K)`` of images ``(N, C, H, W)``."""
@@ -46,6 +54,7 @@ class TinyDataModule(InMemoryImageDataModule):
 
     Args:
         num_classes: up to 4.
+        num_targets: ``d`` of a regression instead: its targets ``(N, d)`` are noisy functions of the class.
         samples: number of training images; there are as many for validation and for test.
         val_size: number of validation images; ``None``: as many.
         batch_size: samples per batch and process.
@@ -60,6 +69,7 @@ class TinyDataModule(InMemoryImageDataModule):
         self,
         *,
         num_classes: int = 3,
+        num_targets: int | None = None,
         samples: int = 24,
         val_size: int | None = None,
         batch_size: int = 8,
@@ -69,22 +79,27 @@ class TinyDataModule(InMemoryImageDataModule):
         super().__init__(
             subset=samples, val_size=val_size or samples, batch_size=batch_size, padding=1, views=views, seed=seed
         )
-        self.num_classes = num_classes
-        self.samples = samples
+        self.classes = num_classes
+        self.num_classes = None if num_targets else num_classes
+        self.num_targets = num_targets
+        self.count = samples
         self.input_shape = (1, 8, 8)
         self.class_names = tuple(str(number) for number in range(num_classes))
 
     def read(self) -> tuple[Images, Images]:
         """The generated images."""
         generator = torch.Generator().manual_seed(self.seed)
-        total = 3 * self.samples
-        targets = torch.arange(total) % self.num_classes
+        total = 3 * self.count
+        targets = torch.arange(total) % self.classes
         pixels = torch.rand(total, 1, 8, 8, generator=generator) * 0.6
         for image, target in zip(pixels, targets.tolist(), strict=True):
             row, column = 4 * (target // 2), 4 * (target % 2)
             image[:, row : row + 4, column : column + 4] += 0.4
+        if self.num_targets is not None:
+            noise = torch.randn(total, self.num_targets, generator=generator)
+            targets = targets[:, None] - 1 + 0.1 * noise
         every = Images((pixels * 255).to(torch.uint8), targets)
-        rest, test = torch.arange(2 * self.samples), torch.arange(2 * self.samples, total)
+        rest, test = torch.arange(2 * self.count), torch.arange(2 * self.count, total)
         return every.take(rest), every.take(test)
 
 

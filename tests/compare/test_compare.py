@@ -18,7 +18,15 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from distill_lightning import DigitsDataModule, FEEDModule, KDModule, OneCycle, SmallResNet, SupervisedModule
+from distill_lightning import (
+    DigitsDataModule,
+    FEEDModule,
+    KDModule,
+    OneCycle,
+    ParaphraserModule,
+    SmallResNet,
+    SupervisedModule,
+)
 from distill_lightning.cli import main
 from distill_lightning.compare import command, runner
 from distill_lightning.compare.config import Experiment, parse_config
@@ -73,7 +81,8 @@ def test_results_have_a_row_per_method_and_seed(finished):
     folder, _ = finished
     text = (folder / "out/results.csv").read_text()
     assert text.splitlines()[0] == (
-        "method,seed,test_accuracy,test_accuracy_selected,nll,ece,agreement,gap_closed,parameters,seconds_per_epoch"
+        "method,seed,test_accuracy,test_accuracy_selected,nll,ece,brier,aurc,eaurc,top5,agreement,teacher_kl,"
+        "gap_closed,parameters,seconds_per_epoch"
     )
     rows = lines_of(folder / "out/results.csv")
     expected = [(name, str(seed)) for seed in (0, 1) for name in ("alone", "kd_one", "feed")]
@@ -217,7 +226,7 @@ def test_the_folder_of_another_configuration_is_refused(finished, tmp_path, caps
         (lambda c: c["methods"]["feed"]["init_args"].update(betta=4), "methods.feed: Option 'betta'"),
         (lambda c: c["methods"]["feed"]["init_args"].update(student_layer="stage4"), "no layer 'stage4'; near names"),
         (lambda c: c["methods"]["feed"].update(class_path="FEDModule"), "methods.feed.*FEDModule"),
-        (lambda c: c["methods"]["feed"].update(teachers=3), r"methods.feed.teachers must be between 1 and 2, got 3"),
+        (lambda c: c["methods"]["feed"].update(teachers=3), r"methods.feed.teachers must be between 1 and 2, .* got 3"),
         (lambda c: c["methods"]["feed"].update(beta=3), "methods.feed: unknown key 'beta'"),
         (lambda c: c["methods"].update(alone=c["methods"]["feed"]), "'alone' cannot be a method's name"),
         (lambda c: c["teachers"]["network"]["init_args"].update(num_classes=7), "teachers.network .* has 7 classes"),
@@ -275,19 +284,19 @@ def test_a_run_killed_between_its_last_epoch_and_its_result_is_finished_without_
 ):
     folder, _ = finished
     output = tmp_path / "out"
-    original = runner._test_logits
+    original = runner._test_outputs
 
     def killed(experiment, module):
         if (output / "runs/alone/seed_0").exists():
             raise KeyboardInterrupt
         return original(experiment, module)
 
-    monkeypatch.setattr(runner, "_test_logits", killed)
+    monkeypatch.setattr(runner, "_test_outputs", killed)
     with pytest.raises(KeyboardInterrupt):
         compare(written(tmp_path), output)
     kept = history_of(output / "runs/alone/seed_0/last.ckpt")
     assert len(kept) == CONFIG["epochs"]
-    monkeypatch.setattr(runner, "_test_logits", original)
+    monkeypatch.setattr(runner, "_test_outputs", original)
     compare(written(tmp_path), output)
     assert json.loads((output / "runs/alone/seed_0/result.json").read_text())["history"] == kept
     first, second = ((path / "results.csv").read_text().splitlines()[1] for path in (folder / "out", output))
@@ -408,11 +417,10 @@ def test_a_killed_comparison_ends_like_an_undisturbed_one(finished, tmp_path, af
 
 
 def test_the_table_fits_a_narrow_terminal():
-    from distill_lightning.compare.report import HEADER
-
+    header = ["row", "test %", "sel. %", "NLL", "ECE %", "agree %", "gap %", "params", "s/epoch"]
     row = ["kd_one_teacher", "85.49 ± 0.07", "85.56 ± 0.16", "0.402 ± 0.003", "10.84 ± 0.10", "94.0 ± 0.2", "146 ± 14"]
     shown = io.StringIO()
-    Console(file=shown, width=80).print(command._table([HEADER, [*row, "233,262", "11.75 ± 0.05"]]))
+    Console(file=shown, width=80).print(command._table([header, [*row, "233,262", "11.75 ± 0.05"]]))
     assert "…" not in shown.getvalue()
     assert "kd_one_teacher" in shown.getvalue()
     assert "233,262" in shown.getvalue()
@@ -529,3 +537,195 @@ def test_an_output_that_is_a_file_is_refused(tmp_path, capsys):
     assert main(["compare", written(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "is a file" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_students_teach_students_in_stages(tmp_path):
+    def sequential(config):
+        config.update(epochs=1, seeds=[3])
+        config["teachers"].update(number=1, epochs=1)
+        feed = config["methods"]["feed"]
+        config["methods"] = {
+            "again": {"class_path": "KDModule", "teachers": "alone"},
+            "feed": {**feed, "stages": 2},
+            "after": {"class_path": "KDModule", "teachers": "feed_2"},
+        }
+
+    experiment = Experiment(parse_config([written(tmp_path, sequential)]))
+    runs = {run.name: run for run in runner.plan(experiment, tmp_path / "plan")}
+    taught = {name: [teacher.name for teacher in run.teachers] for name, run in runs.items()}
+    assert taught == {
+        "teacher_1": [], "alone": [], "again": ["alone"], "feed_1": ["alone"], "feed_2": ["feed_1"], "after": ["feed_2"]
+    }  # fmt: skip
+    assert {run.seed for run in runs.values() if run.name != "teacher_1"} == {3}
+    first = {}
+    for name in ("alone", "again", "feed_1", "feed_2", "after"):
+        torch.manual_seed(runs[name].initial_seed)
+        first[name] = experiment.student().stem[0].weight
+    # A student never begins with its teacher's initial weights.
+    assert torch.equal(first["again"], first["feed_1"])
+    for pupil, teacher in (("feed_1", "alone"), ("feed_2", "feed_1"), ("after", "feed_2")):
+        assert not torch.equal(first[pupil], first[teacher])
+
+    compare(written(tmp_path, sequential), tmp_path / "out")
+    rows = [row["method"] for row in lines_of(tmp_path / "out/results.csv")]
+    assert rows == ["alone", "again", "feed_1", "feed_2", "after"]
+    # Stage 2 is FEED under the student of stage 1.
+    teacher = SmallResNet(10, width=2)
+    teacher.load_state_dict(load_file(tmp_path / "out/runs/feed_1/seed_3/student.safetensors"))
+    torch.manual_seed(runs["feed_2"].initial_seed)
+    module = FEEDModule(
+        SmallResNet(10, width=2), teacher, num_classes=10, student_layer="stage3", beta=20.0, lr_scheduler=OneCycle,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    )  # fmt: skip
+    tiny_trainer(max_epochs=1).fit(module, datamodule=DigitsDataModule(**CONFIG["data"]["init_args"], order_seed=3))
+    stored = load_file(tmp_path / "out/runs/feed_2/seed_3/student.safetensors")
+    for key, value in module.student.state_dict().items():
+        assert torch.allclose(value.double(), stored[key].double(), rtol=1e-4, atol=1e-6), key
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["feed"].update(stages=0), "methods.feed.stages is a number, at least 1"),
+        (lambda m: m["feed"].update(stages=2, teachers=1), "leaves no choice of teachers"),
+        (lambda m: m["feed"].update(teachers="later"), "methods.feed.teachers: 'later' is no earlier row; .*alone"),
+        (lambda m: m["feed"].update(teachers=True), "methods.feed.teachers must be between 1 and 2"),
+        (lambda m: m.update(kd_one_1=m["feed"], kd_one={"class_path": "KDModule", "stages": 1}), "two rows are called"),
+        (lambda m: m.update(ls={"class_path": "SupervisedModule", "teachers": 1}), "SupervisedModule has no teachers"),
+        (lambda m: m.update(ls={"class_path": "SupervisedModule", "stages": 1}), "SupervisedModule has no teachers"),
+    ],
+)
+def test_rows_that_cannot_be_are_named(tmp_path, capsys, change, message):
+    config = written(tmp_path, lambda config: change(config["methods"]))
+    assert main(["compare", config, "--output", str(tmp_path / "out")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_without_teachers_and_another_plain_training(tmp_path):
+    def plain(config):
+        config.update(epochs=1, seeds=[0])
+        config["teachers"].update(number=1, epochs=1)
+        config["supervised"] = {"class_path": "SupervisedModule", "init_args": {"label_smoothing": 0.3}}
+        config["methods"] = {
+            "smooth": {"class_path": "SupervisedModule", "init_args": {"label_smoothing": 0.3}},
+            "hard": {"class_path": "SupervisedModule"},
+        }
+
+    compare(written(tmp_path, plain), tmp_path / "out")
+    nll = {row["method"]: row["nll"] for row in lines_of(tmp_path / "out/results.csv")}
+    assert nll["alone"] == nll["smooth"] != nll["hard"]
+
+
+@pytest.fixture(scope="module")
+def regression(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("regression")
+
+    def rotated(config):
+        config["data"]["class_path"] = "RotatedDigitsDataModule"
+        config["supervised"] = {"class_path": "RegressionModule", "init_args": {"burn_in_epochs": 1}}
+        config["teachers"].update(epochs=4)
+        config["methods"] = {
+            "point": {
+                "class_path": "ExtracurricularModule",
+                "init_args": {"task": "regression", "match": "point", "point_variance": 0.2, "extra_ratio": 0},
+            },
+            "xcl": {"class_path": "ExtracurricularModule", "init_args": {"task": "regression"}},
+        }
+
+    config = written(folder, rotated)
+    return folder, config, compare(config, folder / "out")
+
+
+def test_a_regression_is_compared_by_its_errors(regression):
+    folder, config, shown = regression
+    experiment = Experiment(parse_config([config]))
+    targets = runner.load_test_targets(experiment).double().numpy()[:, 0]
+
+    def gaussian(name, which="last"):
+        output = load_file(folder / "out/runs" / name / "test_logits.safetensors")[which].double().numpy()
+        return output[:, 0], np.exp(output[:, 1])
+
+    means, variances = zip(gaussian("teacher_1"), gaussian("teacher_2"), strict=True)
+    mean = (means[0] + means[1]) / 2
+    variance = (variances[0] + variances[1]) / 2 + (means[0] ** 2 + means[1] ** 2) / 2 - mean**2
+    ensemble = np.abs(mean - targets).mean()
+    alone = np.mean([np.abs(gaussian(f"alone/seed_{seed}")[0] - targets).mean() for seed in (0, 1)])
+    rows = lines_of(folder / "out/results.csv")
+    assert [row["method"] for row in rows] == ["alone", "point", "xcl"] * 2
+    for row in rows:
+        m, v = gaussian(f"{row['method']}/seed_{row['seed']}")
+        assert float(row["test_mae"]) == pytest.approx(np.abs(m - targets).mean(), rel=1e-4)
+        selected = gaussian(f"{row['method']}/seed_{row['seed']}", "selected")[0]
+        assert float(row["test_mae_selected"]) == pytest.approx(np.abs(selected - targets).mean(), rel=1e-4)
+        assert float(row["rmse"]) == pytest.approx(np.sqrt(((m - targets) ** 2).mean()), rel=1e-4)
+        nll = (np.log(2 * np.pi * v) + (m - targets) ** 2 / v).mean() / 2
+        assert float(row["nll"]) == pytest.approx(nll, rel=1e-3)
+        kl = (np.log(v / variance) + (variance + (m - mean) ** 2) / v - 1).mean() / 2
+        assert float(row["teacher_kl"]) == pytest.approx(kl, rel=1e-3)
+        if ensemble < alone:
+            gap = (alone - np.abs(m - targets).mean()) / (alone - ensemble)
+            assert float(row["gap_closed"]) == pytest.approx(gap, rel=1e-3)
+        else:
+            assert row["gap_closed"] == "nan"
+    assert ensemble < alone, "this test needs a gap"
+    assert np.allclose(gaussian("point/seed_0")[1], 0.2)
+    for path in ("figures/mae.png", "figures/learning_curves.png", "results.md"):
+        assert path in shown
+        assert (folder / "out" / path).stat().st_size > 0
+    assert "validation error" in shown
+    assert "mean absolute error on the test images" in (folder / "out/results.md").read_text()
+
+
+def test_the_epoch_of_the_smallest_error_is_selected(regression):
+    folder, _, _ = regression
+    for path in (folder / "out/runs").rglob("result.json"):
+        result = json.loads(path.read_text())
+        errors = [line["val/mae"] for line in result["history"]]
+        assert result["selected_epoch"] == 1 + int(np.argmin(errors))
+
+
+def test_factor_transfer_trains_its_paraphrasers_once(tmp_path, monkeypatch):
+    def transfer(config):
+        config.update(epochs=1, seeds=[0, 1])
+        config["teachers"].update(epochs=1)
+        config["methods"] = {
+            "ft": {
+                "class_path": "FEEDModule",
+                "init_args": {"student_layer": "stage3", "beta": 20.0},
+                "paraphrasers": {"epochs": 2, "init_args": {"rate": 0.25}},
+            }
+        }
+
+    fits = []
+    fit = ParaphraserModule.on_fit_start
+    monkeypatch.setattr(ParaphraserModule, "on_fit_start", lambda self: (fits.append(self), fit(self)))
+    compare(written(tmp_path, transfer), tmp_path / "out")
+    assert len(fits) == 1
+    assert fits[0].trainer.max_epochs == 2
+    stored = load_file(tmp_path / "out/runs/ft/paraphrasers.safetensors")
+    for key, value in fits[0].paraphrasers.state_dict().items():
+        assert torch.equal(value, stored[key])
+    # The same weights as without compare, and the student learnt the codes.
+    networks = []
+    for number in (1, 2):
+        networks.append(SmallResNet(10, width=4))
+        networks[-1].load_state_dict(load_file(tmp_path / f"out/runs/teacher_{number}/student.safetensors"))
+    torch.manual_seed(1)
+    module = FEEDModule(
+        SmallResNet(10, width=2), networks, num_classes=10, student_layer="stage3", beta=20.0, lr_scheduler=OneCycle,
+        paraphrasers=list(fits[0].paraphrasers),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    )  # fmt: skip
+    tiny_trainer(max_epochs=1).fit(module, datamodule=DigitsDataModule(**CONFIG["data"]["init_args"], order_seed=1))
+    student = load_file(tmp_path / "out/runs/ft/seed_1/student.safetensors")
+    for key, value in module.student.state_dict().items():
+        assert torch.allclose(value.double(), student[key].double(), rtol=1e-4, atol=1e-6), key
+
+
+@pytest.mark.parametrize("given", [5, {"epochs": 0}, {"epochs": 1, "rate": 0.5}])
+def test_paraphrasers_that_cannot_be_are_named(tmp_path, capsys, given):
+    config = written(tmp_path, lambda config: config["methods"]["feed"].update(paraphrasers=given))
+    assert main(["compare", config, "--output", str(tmp_path / "out")]) == 2
+    assert "methods.feed.paraphrasers: expected epochs, at least 1, and init_args" in capsys.readouterr().err

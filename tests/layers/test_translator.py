@@ -146,7 +146,7 @@ def test_the_paraphraser_is_three_convolutions_and_three_transposed_ones():
 def test_the_code_has_the_rate_of_the_channels_and_the_reconstruction_all(channels, rate, factors, batch_norm):
     paraphraser = Paraphraser(channels, rate=rate, batch_norm=batch_norm)
     feature = torch.rand(2, channels, 3, 5)
-    assert paraphraser.factors == factors
+    assert (paraphraser.channels, paraphraser.factors) == (channels, factors)
     assert paraphraser.encoder(feature).shape == (2, factors, 3, 5)
     assert paraphraser(feature).shape == (2, channels, 3, 5)
     convolutions = [(c * 9 * d, d) for c, d in [(channels, channels), (channels, factors), (factors, factors)]]

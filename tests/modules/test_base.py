@@ -224,6 +224,20 @@ def test_hyper_parameters_are_plain_values():
     assert not any(isinstance(value, nn.Module) or callable(value) for value in module.hparams.values())
 
 
+class Passing(SupervisedModule):
+    """Hands its options on."""
+
+    def __init__(self, student, *, num_classes, **options):
+        super().__init__(student, num_classes=num_classes, **options)
+
+
+def test_options_that_a_subclass_hands_on_are_kept(tmp_path):
+    trainer = tiny_trainer()
+    trainer.fit(Passing(SmallResNet(3, width=2), num_classes=3, label_smoothing=0.25), datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "passing.ckpt")
+    assert Passing.load_from_checkpoint(tmp_path / "passing.ckpt").label_smoothing == 0.25
+
+
 def test_a_users_networks_and_functions_stay_out_of_the_checkpoint(tmp_path):
     class Adapted(SupervisedModule):
         def __init__(self, student, *, num_classes, adaptor, activation, sizes):
@@ -235,7 +249,7 @@ def test_a_users_networks_and_functions_stay_out_of_the_checkpoint(tmp_path):
             return {"ce": F.cross_entropy(logits, batch.target)}
 
     module = Adapted(TinyNet(), num_classes=3, adaptor=nn.Linear(3, 3), activation=torch.relu, sizes=[1, 2])
-    assert set(module.hparams) == {"num_classes", "sizes", "label_smoothing", "input_shape", "lr_scheduler", "metrics"}
+    assert set(module.hparams) == {"num_classes", "sizes"}
     trainer = tiny_trainer()
     trainer.fit(module, datamodule=TinyDataModule())
     trainer.save_checkpoint(tmp_path / "adapted.ckpt")

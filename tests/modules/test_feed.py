@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from distill_lightning import Batch, FEEDModule, InputError, SmallResNet, SupervisedModule, TeacherEnsemble
 from distill_lightning.layers import Paraphraser, Translator
-from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
+from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
 
 SHAPE = (1, 8, 8)
 
@@ -306,6 +308,20 @@ def test_sizes_are_matched_where_asked(resize):
         ({"teacher_reduction": "avg"}, "teacher_reduction must be one of sum, mean, got 'avg'"),
         ({"normalize": "batch"}, "normalize must be one of sample, channel, none, got 'batch'"),
         ({"resize": "studnet"}, "resize must be one of none, student, teacher, got 'studnet'"),
+        ({"feature_loss": "hints"}, "feature_loss must be one of feed, hint, attention, got 'hints'"),
+        ({"feature_loss": "hint", "norm_p": 2}, "feature_loss='hint' does not use norm_p: leave it out"),
+        ({"feature_loss": "hint", "normalize": "none"}, "feature_loss='hint' does not use normalize"),
+        ({"feature_loss": "attention", "norm_p": 2}, "feature_loss='attention' does not use norm_p"),
+        ({"feature_loss": "attention", "transform": "linear"}, "feature_loss='attention' does not use transform:"),
+        ({"feature_loss": "attention", "transform": nn.Linear}, "feature_loss='attention' does not use transform:"),
+        ({"feature_loss": "attention", "transform_batch_norm": True}, "does not use transform_batch_norm"),
+        ({"feature_loss": "attention", "share_transform": True}, "does not use share_transform"),
+        ({"feature_loss": "attention", "paraphrasers": [Paraphraser(8)] * 2}, "does not use paraphrasers"),
+        ({"feature_loss": "attention", "student_layer": "head"}, r"shape \(1, 3\), not \(N, C, H, W\): tap a conv.*r$"),
+        (
+            {"paraphrasers": [Paraphraser(8), Paraphraser(4)]},
+            "paraphraser 1 is for 4 channels and teacher 1's 'features'",
+        ),
         ({"paraphrasers": nn.ModuleList([Paraphraser(8)])}, "1 paraphrasers for 2 teachers"),
         ({"input_shape": (3, 8, 8)}, "does not take an input of shape"),
         ({"paraphrasers": [Paraphraser(8)]}, "1 paraphrasers for 2 teachers"),
@@ -373,6 +389,223 @@ def test_a_compiled_student_gives_the_same_terms():
     assert {name: float(value) for name, value in compiled.items()} == pytest.approx(
         {name: float(value) for name, value in plain.items()}, rel=1e-5
     )
+
+
+# Other feature losses under the same teachers
+
+
+def naive_hint(student, teacher, reduction):
+    total = 0.0
+    for one, other in zip(student.detach().flatten(1).tolist(), teacher.detach().flatten(1).tolist(), strict=True):
+        total += sum((a - b) ** 2 for a, b in zip(one, other, strict=True))
+    return total / len(student) / (student[0].numel() if reduction == "mean" else 1)
+
+
+def naive_attention(student, teacher, reduction):
+    total = 0.0
+    for pair in zip(student.detach(), teacher.detach(), strict=True):
+        maps = [[sum(value**2 for value in site) for site in feature.flatten(1).T.tolist()] for feature in pair]
+        norms = [math.sqrt(sum(value**2 for value in values)) for values in maps]
+        total += sum((a / norms[0] - b / norms[1]) ** 2 for a, b in zip(*maps, strict=True))
+    return total / len(student) / (student[0, 0].numel() if reduction == "mean" else 1)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("teacher_reduction", ["sum", "mean"])
+@pytest.mark.parametrize(("loss", "naive"), [("hint", naive_hint), ("attention", naive_attention)])
+def test_other_feature_losses_equal_the_naive_reference(loss, naive, reduction, teacher_reduction):
+    module = module_of(
+        3, feature_loss=loss, reduction=reduction, teacher_reduction=teacher_reduction, teacher_weights=[1.0, 0.5, 2.0]
+    ).eval()
+    batch = batch_of()
+    feature = module.student.features(batch.input)
+    translated = [feature] * 3 if loss == "attention" else [translator(feature) for translator in module.translators]
+    distances = [
+        naive(student, teacher.features(batch.input), reduction)
+        for student, teacher in zip(translated, module.teachers, strict=True)
+    ]
+    terms = module.terms(batch)
+    total = distances[0] + 0.5 * distances[1] + 2 * distances[2]
+    assert float(terms[loss]) == pytest.approx(total / (3 if teacher_reduction == "mean" else 1), rel=1e-4)
+    assert [float(terms[f"{loss}_teacher_{m}"]) for m in range(3)] == pytest.approx(distances, rel=1e-4)
+    assert list(terms) == ["ce", loss, *(f"{loss}_teacher_{m}" for m in range(3))] == list(module.weights())
+    assert [module.weights()[name] for name in terms] == [1.0, 10.0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("loss", "beta"), [("feed", 500.0), ("hint", 1.0), ("attention", 1000.0)])
+def test_each_feature_loss_has_its_own_default_weight(loss, beta):
+    assert module_of(1, feature_loss=loss, beta=None).weights()[loss] == beta
+    assert module_of(1, feature_loss=loss, beta=0.0).weights()[loss] == 0.0
+    options = {"num_classes": 3, "student_layer": "features", "input_shape": SHAPE}
+    assert FEEDModule(TinyNet(), TinyNet(), **options).beta == 500.0
+
+
+def test_attention_has_no_translator_and_takes_other_channels():
+    for transform in ("conv3", "none"):
+        module = FEEDModule(
+            TinyNet(width=2), [TinyNet(width=4), TinyNet(width=6)], num_classes=3, student_layer="features",
+            feature_loss="attention", transform=transform, input_shape=SHAPE,
+        )  # fmt: skip
+        assert len(module.translators) == 0
+        assert module.terms(batch_of())["attention"] > 0
+
+
+def test_attention_is_zero_for_permuted_channels_and_feed_is_not():
+    teacher = TinyNet()
+    student = copy.deepcopy(teacher)
+    order = torch.tensor([3, 0, 1, 2, 7, 4, 5, 6])
+    with torch.no_grad():
+        student.features[3].weight.copy_(teacher.features[3].weight[order])
+    values = {
+        loss: float(
+            FEEDModule(
+                student, teacher, num_classes=3, student_layer="features", transform="none", feature_loss=loss,
+                reduction="sum", input_shape=SHAPE,
+            ).eval().terms(batch_of())[loss]
+        )
+        for loss in ("feed", "hint", "attention")
+    }  # fmt: skip
+    assert values["attention"] < 1e-10
+    assert values["feed"] > 1
+    assert values["hint"] > 0.05
+
+
+@pytest.mark.parametrize("loss", ["hint", "attention"])
+@pytest.mark.parametrize("resize", ["student", "teacher"])
+def test_other_feature_losses_match_sizes_where_asked(loss, resize):
+    options = {
+        "num_classes": 3, "student_layer": "stage3", "teacher_layers": "stage2", "input_shape": SHAPE,
+        "feature_loss": loss,
+    }  # fmt: skip
+    module = FEEDModule(SmallResNet(3, width=4), SmallResNet(3, width=4), resize=resize, **options).eval()
+    batch = batch_of()
+    student = module.student_tap(batch.input)[1]["stage3"]
+    teacher = module.teacher_taps[0](batch.input)[1]["stage2"]
+    if loss == "hint":
+        student = module.translators[0](student)
+    if resize == "student":
+        student = F.interpolate(student, size=(4, 4), mode="bilinear", align_corners=False)
+    else:
+        teacher = F.adaptive_avg_pool2d(teacher, (2, 2))
+    naive = naive_hint if loss == "hint" else naive_attention
+    assert float(module.terms(batch)[loss]) == pytest.approx(naive(student, teacher, "mean"), rel=1e-4)
+    with pytest.raises(InputError, match="set resize='student' or 'teacher'"):
+        FEEDModule(SmallResNet(3, width=4), SmallResNet(3, width=4), **options)
+
+
+@pytest.mark.parametrize("loss", ["hint", "attention"])
+def test_gradients_of_other_feature_losses_go_where_they_belong(loss):
+    module = module_of(2, feature_loss=loss)
+    module.terms(batch_of())[loss].backward()
+    assert all(p.grad is None for p in [*module.teachers.parameters(), *module.student.head.parameters()])
+    assert all(float(p.grad.abs().sum()) > 0 for p in module.student.features.parameters())
+    assert all(float(p.grad.abs().sum()) > 0 for p in module.translators.parameters())
+
+
+def test_hint_of_paraphrased_features_compares_with_the_code():
+    paraphrasers = [Paraphraser(8, rate=0.5)]
+    module = module_of(1, feature_loss="hint", paraphrasers=paraphrasers).eval()
+    batch = batch_of()
+    translated = module.translators[0](module.student.features(batch.input))
+    code = paraphrasers[0].encoder(module.teachers.networks[0].features(batch.input))
+    assert float(module.terms(batch)["hint"]) == pytest.approx(naive_hint(translated, code, "mean"), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["feed", "hint", "attention"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_feature_loss_is_finite_with_zero_features_under_autocast(loss, dtype):
+    module = module_of(2, feature_loss=loss).eval()
+    with torch.no_grad():
+        for parameter in [*module.student.features.parameters(), *module.teachers.networks[0].features.parameters()]:
+            parameter.zero_()
+    with torch.autocast("cpu", dtype=dtype):
+        terms = module.terms(batch_of())
+    (terms["ce"] + 500 * terms[loss]).backward()
+    assert terms[loss].dtype == torch.float32
+    assert all(torch.isfinite(value) for value in terms.values())
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
+
+
+def zero_features_of(module, batch):
+    logged = {}
+    module.observe = lambda name, value: logged.update({name: value})
+    module.terms(batch)
+    return logged
+
+
+def test_the_share_of_features_that_cannot_be_normalised_is_observed():
+    module = module_of(2, transform="none").eval()
+    batch = batch_of(4)
+    # One of four images becomes black, and black images have a zero feature.
+    batch.input[2] = 0
+    for network in (module.student, *module.teachers):
+        network.features[1].bias.data.zero_()
+        network.features[4].bias.data.zero_()
+    assert float(zero_features_of(module, batch)["zero_features"]) == 0.25
+    module = module_of(2).eval()
+    with torch.no_grad():
+        for parameter in module.translators[0].parameters():
+            parameter.zero_()
+    assert float(zero_features_of(module, batch)["zero_features"]) == 0.5
+    for options in ({"normalize": "channel"}, {"feature_loss": "hint"}, {"feature_loss": "attention"}):
+        assert zero_features_of(module_of(2, **options).eval(), batch) == {}
+
+
+@pytest.mark.parametrize("loss", ["feed", "hint", "attention"])
+def test_what_is_logged_begins_with_the_loss_and_the_share_is_its_part(loss):
+    module = module_of(2, feature_loss=loss, beta=3.0)
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=TinyDataModule(batch_size=24))
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+    names = {"loss", "ce", "ce_share", loss, f"{loss}_share", f"{loss}_teacher_0", f"{loss}_teacher_1"}
+    assert logged.keys() == {f"train/{name}" for name in names | ({"zero_features"} if loss == "feed" else set())}
+    assert logged[f"train/{loss}_share"] == pytest.approx(3 * logged[f"train/{loss}"] / logged["train/loss"], rel=1e-5)
+    assert logged["train/loss"] == pytest.approx(logged["train/ce"] + 3 * logged[f"train/{loss}"], rel=1e-5)
+
+
+def test_an_exported_student_has_the_parameters_and_the_cost_of_a_plain_one(tmp_path):
+    module = module_of(2)
+    plain = TinyNet()
+    plain.load_state_dict(load_file(module.export_student(tmp_path / "student.safetensors")))
+    batch = batch_of()
+    flops = []
+    for network in (plain, module):
+        with FlopCounterMode(display=False) as counter:
+            network(batch.input)
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] > 0
+    assert sum(p.numel() for p in module.student.parameters()) == sum(p.numel() for p in TinyNet().parameters())
+
+
+def hint(student, teachers, num_classes):
+    return FEEDModule(
+        student, teachers, num_classes=num_classes, student_layer="features", input_shape=SHAPE, feature_loss="hint",
+        beta=1.0, transform="conv1x1",
+    )  # fmt: skip
+
+
+def attention(student, teachers, num_classes):
+    return FEEDModule(
+        student, teachers, num_classes=num_classes, student_layer="features", input_shape=SHAPE,
+        feature_loss="attention", beta=100.0,
+    )  # fmt: skip
+
+
+def factor_transfer(student, teachers, num_classes):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        paraphrasers = [Paraphraser(8, rate=0.5) for _ in teachers]
+    return FEEDModule(
+        student, teachers, num_classes=num_classes, student_layer="features", beta=10.0, paraphrasers=paraphrasers,
+        input_shape=SHAPE,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [hint, attention, factor_transfer])
+@pytest.mark.parametrize("point", CONTRACT)
+def test_contract(point, build):
+    CONTRACT[point](build)
 
 
 class Tokens(nn.Module):

@@ -1,0 +1,215 @@
+"""Figures of a student in validation and test, and how a figure gets into any logger."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytorch_lightning as pl
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from distill_lightning import functional
+from distill_lightning.errors import InputError
+from distill_lightning.metrics import Confidences
+from distill_lightning.plots import reliability_diagram, risk_coverage_curve
+
+# By the logger's class name, because none of their packages is needed to use this one.
+_TAKES: dict[str, Callable[[Any, str, Figure, int], object]] = {
+    "TensorBoardLogger": lambda logger, name, figure, step: logger.experiment.add_figure(
+        name, figure, global_step=step, close=False
+    ),
+    "WandbLogger": lambda logger, name, figure, step: logger.log_image(key=name, images=[figure], step=step),
+    "MLFlowLogger": lambda logger, name, figure, step: logger.experiment.log_figure(
+        logger.run_id, figure, f"figures/{_file_name(name, step)}"
+    ),
+    "CometLogger": lambda logger, name, figure, step: logger.experiment.log_figure(
+        figure_name=name, figure=figure, step=step
+    ),
+    "NeptuneLogger": lambda logger, name, figure, step: logger.experiment[name].append(figure, step=step),
+    # What fast_dev_run puts in the place of every logger.
+    "DummyLogger": lambda *_: None,
+}
+
+
+def log_figure(trainer: pl.Trainer, name: str, figure: Figure, step: int) -> None:
+    """Hand a figure to every logger of a Trainer; without a logger nothing happens, nor in any process but the first.
+
+    TensorBoard, Weights & Biases, MLflow, Comet and Neptune get the figure. Any other logger, `CSVLogger` for example,
+    gets the file ``figures/<name>_<step>.png`` in its folder.
+
+    Args:
+        trainer: whose loggers.
+        name: what the figure is called there, ``val/reliability`` for example.
+        figure: the figure.
+        step: the training step it belongs to.
+    """
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        kinds = [kind.__name__ for kind in type(logger).__mro__]
+        take = next((_TAKES[kind] for kind in kinds if kind in _TAKES), _save)
+        take(logger, name, figure, step)
+
+
+def _save(logger: Any, name: str, figure: Figure, step: int) -> None:
+    # A logger that makes its folder now would complain later that it is not empty.
+    _ = logger.experiment
+    folder = getattr(logger, "log_dir", None) or logger.save_dir
+    if not isinstance(folder, (str, os.PathLike)):
+        warnings.warn(f"{type(logger).__name__} takes no figures and has no folder: {name} is not kept", stacklevel=2)
+        return
+    path = Path(folder) / "figures" / _file_name(name, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _file_name(name: str, step: int) -> str:
+    return f"{name.replace('/', '_')}_{step}.png"
+
+
+class ConfidenceFigure(pl.Callback):
+    """Base of the figures made of a classifier's confidences: one at the end of every validation and of every test.
+
+    It reads what the module's ``validation_step`` and ``test_step`` return. The figure shows the samples of all
+    processes and all data loaders; the first process draws it and hands it to the loggers (`log_figure`).
+
+    Attributes:
+        figure: the latest figure, which a notebook shows; ``None`` before.
+
+    Args:
+        stages: ``"val"``, ``"test"`` or both.
+
+    Raises:
+        InputError: an unknown stage; later, a module that does not classify.
+    """
+
+    title: ClassVar[str]
+
+    def __init__(self, *, stages: Sequence[Literal["val", "test"]] = ("val", "test")) -> None:
+        super().__init__()
+        if isinstance(stages, str) or not set(stages) <= {"val", "test"} or not stages:
+            raise InputError(f"stages must be a list of 'val' and 'test', got {stages!r}")
+        self.stages = tuple(stages)
+        self.figure: Figure | None = None
+        self._seen = Confidences()
+
+    def draw(self, stage: str, confidence: Tensor, correct: Tensor) -> Figure:
+        """The figure of a stage, from confidences and correctness, float32 ``(N,)`` on the CPU."""
+        raise NotImplementedError(f"{type(self).__name__} must define draw(stage, confidence, correct)")
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin anew."""
+        self._begin(pl_module)
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin anew."""
+        self._begin(pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any
+    ) -> None:
+        """Keep what the figure needs of a batch."""
+        self._add("val", "validation_step", pl_module, outputs)
+
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any) -> None:
+        """Keep what the figure needs of a batch."""
+        self._add("test", "test_step", pl_module, outputs)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw, but not in the sanity check."""
+        if not trainer.sanity_checking:
+            self._end("val", trainer)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw."""
+        self._end("test", trainer)
+
+    def _begin(self, pl_module: pl.LightningModule) -> None:
+        self._seen.reset()
+        self._seen.to(pl_module.device)
+
+    def _add(self, stage: str, step: str, pl_module: pl.LightningModule, outputs: Any) -> None:
+        if stage in self.stages:
+            self._seen.update(*_logits_and_classes(self, step, pl_module, outputs))
+
+    def _end(self, stage: str, trainer: pl.Trainer) -> None:
+        if stage not in self.stages:
+            return
+        # Every process takes part here. torchmetrics takes the dimension from what has one sample.
+        confidence, correct = (part.reshape(-1).cpu() for part in self._seen.compute())
+        self._seen.reset()
+        if trainer.is_global_zero and len(confidence):
+            self.figure = self.draw(stage, confidence, correct)
+            log_figure(trainer, f"{stage}/{self.title}", self.figure, trainer.global_step)
+
+
+class ReliabilityDiagram(ConfidenceFigure):
+    """Accuracy against confidence by bin, logged as ``val/reliability`` and ``test/reliability``.
+
+    Bins with fewer than 10 samples are not drawn. `distill_lightning.plots.reliability_diagram` draws it.
+
+    Attributes:
+        figure: the latest figure, which a notebook shows; ``None`` before.
+
+    Args:
+        stages: ``"val"``, ``"test"`` or both.
+        bins: number of equally wide bins.
+
+    Raises:
+        InputError: an unknown stage, or no bins; later, a module that does not classify.
+    """
+
+    title = "reliability"
+
+    def __init__(self, *, stages: Sequence[Literal["val", "test"]] = ("val", "test"), bins: int = 15) -> None:
+        super().__init__(stages=stages)
+        if bins < 1:
+            raise InputError(f"bins must be at least 1, got {bins}")
+        self.bins = bins
+
+    def draw(self, stage: str, confidence: Tensor, correct: Tensor) -> Figure:
+        """The diagram."""
+        counts, confidences, hits = functional.calibration_bins(confidence, correct, bins=self.bins)
+        return reliability_diagram({stage: (counts.numpy(), confidences.numpy(), hits.numpy())})
+
+
+class RiskCoverage(ConfidenceFigure):
+    """Errors among the surest samples by their number, logged as ``val/risk_coverage`` and ``test/risk_coverage``.
+
+    `distill_lightning.plots.risk_coverage_curve` draws it, with the best order of the same answers.
+
+    Attributes:
+        figure: the latest figure, which a notebook shows; ``None`` before.
+
+    Args:
+        stages: ``"val"``, ``"test"`` or both.
+
+    Raises:
+        InputError: an unknown stage; later, a module that does not classify.
+    """
+
+    title = "risk_coverage"
+
+    def draw(self, stage: str, confidence: Tensor, correct: Tensor) -> Figure:
+        """The curve."""
+        coverage, risk = functional.risk_coverage(confidence, correct)
+        return risk_coverage_curve({stage: (coverage.double().numpy(), risk.double().numpy())})
+
+
+def _logits_and_classes(
+    callback: ConfidenceFigure, step: str, pl_module: pl.LightningModule, outputs: Any
+) -> tuple[Tensor, Tensor]:
+    who = f"{type(callback).__name__}: {type(pl_module).__name__}.{step}"
+    if not isinstance(outputs, dict) or not {"output", "target"} <= outputs.keys():
+        raise InputError(f"{who} must return {{'output': logits (N, K), 'target': classes (N,)}}")
+    output, target = outputs["output"], outputs["target"]
+    if output.ndim != 2 or target.ndim != 1 or target.is_floating_point():
+        raise InputError(
+            f"{who} returns an output {tuple(output.shape)} and a {target.dtype} target {tuple(target.shape)}, where "
+            "logits (N, K) and classes (N,) are needed: leave the callback out where there are no classes"
+        )
+    return output, target

@@ -1,0 +1,366 @@
+"""How well a feature map can be reconstructed: from itself through a bottleneck, or a teacher's from the student's."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from matplotlib.figure import Figure
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torchmetrics import MeanAbsoluteError, MetricCollection
+from torchmetrics.regression import WeightedMeanAbsolutePercentageError
+
+from distill_lightning import functional
+from distill_lightning.batch import Batch
+from distill_lightning.callbacks.figures import log_figure
+from distill_lightning.errors import InputError
+from distill_lightning.layers import FeatureTap, Paraphraser, Translator, freeze, resolve_layer
+from distill_lightning.plots import reconstruction_errors
+
+OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]  # jsonargparse needs the bare Iterable
+
+
+def probe_optimizer(parameters: Iterable[Any]) -> Optimizer:
+    """SGD as Factor Transfer trains its paraphrasers."""
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+class ReconstructionErrorProbe(pl.Callback):
+    r"""Measures at the end of ``fit`` how well frozen networks' feature maps can be reconstructed.
+
+    ``kind="self"`` trains an autoencoder of the form of a `Paraphraser` on the tapped feature ``F`` of each network
+    (the student, its teachers if it has any, and the control) and reports
+
+    .. math:: \frac{1}{N D} \lVert R(F) - F \rVert_1 \quad \text{and} \quad
+        \frac{\lVert R(F) - F \rVert_1}{\lVert F \rVert_1}.
+
+    ``kind="teacher"`` trains a new `Translator` ``T`` from the student's feature map to each teacher's, and the same
+    from the control's. The errors are those of the normalised features ``u(T(F_S))`` and ``u(F_m)``: the absolute one
+    is `functional.factor_distance`, the ``L_m`` of FEED.
+
+    An absolute error follows the scale of the feature, so absolute errors of ``"self"`` cannot be compared between
+    networks; relative ones can. The control is a network that was trained without teachers (or not at all): without
+    one there is nothing to hold the numbers against.
+
+    The probes learn from the training loader, augmented as it is, for some epochs; the errors are those over the
+    validation loader after each epoch. All networks see the same batches, and probes of equal shape begin with equal
+    weights. ``limit_train_batches`` and ``limit_val_batches`` hold. Copies are probed, in float32: the networks, their
+    modes and the random state are left as they were. Of several processes the first one measures, on its share of
+    the data.
+
+    Without a Trainer, call `measure`.
+
+    Attributes:
+        table: a dict for each network, target and epoch, with the keys ``network``, ``target``, ``epoch`` (from 1),
+            ``absolute`` and ``relative``; names are ``student``, ``teacher_<m>`` and ``control``.
+        figure: `distill_lightning.plots.reconstruction_errors` of the table; ``None`` before.
+
+    The autoencoder, the default optimiser and about five epochs are those of Factor Transfer,
+    https://arxiv.org/abs/1802.04977; reconstruction errors as an analysis are in FEED,
+    https://arxiv.org/abs/1909.10754.
+
+    Args:
+        layer: dotted path (or glob) of the feature map in the student and the control: after the last ReLU, before
+            pooling.
+        kind: ``"self"`` or ``"teacher"``.
+        control: a network to compare with, of the student's architecture.
+        teacher_layers: as ``layer``, in the teachers: one for all, or one each; ``None``: as ``layer``.
+        epochs: of the probes' training.
+        rate: the autoencoders' channels in the bottleneck per channel of the feature.
+        beta: what multiplies ``L_m`` for the translators' training (not in the table); FEED's default.
+        optimizer: makes the optimiser from the parameters of all probes. The default, SGD with rate 0.1, momentum 0.9
+            and weight decay 5e-4, is made for thousands of steps; after a few hundred an autoencoder has hardly left a
+            relative error of 1, where ``Adam`` with rate 0.001 has.
+        seed: of the probes' weights and of what PyTorch draws while they are trained.
+
+    Raises:
+        InputError: an option out of range; when the training starts: no validation data, several loaders, a module
+            without a student (for ``"teacher"``: without teachers), or a layer that does not fit.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        *,
+        kind: Literal["self", "teacher"] = "self",
+        control: nn.Module | None = None,
+        teacher_layers: str | Sequence[str] | None = None,
+        epochs: int = 5,
+        rate: float = 0.5,
+        beta: float = 500.0,
+        optimizer: OptimizerCallable = probe_optimizer,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if kind not in ("self", "teacher"):
+            raise InputError(f"kind must be 'self' or 'teacher', got {kind!r}")
+        if epochs < 1 or not beta > 0:
+            raise InputError(f"epochs and beta must be positive, got {epochs} and {beta}")
+        self.layer, self.kind, self.control, self.teacher_layers = layer, kind, control, teacher_layers
+        self.epochs, self.rate, self.beta, self.optimizer, self.seed = epochs, rate, beta, optimizer, seed
+        self.table: list[dict[str, Any]] = []
+        self.figure: Figure | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse now what could only be refused after the training otherwise."""
+        _, val_loader = _loaders(trainer)
+        networks, teachers = self._networks(pl_module)
+        with isolate_rng():
+            example = _first_input(val_loader)
+        taps = self._taps(networks, teachers)
+        try:
+            self._plan(taps, example, teachers)
+        finally:
+            for tap in taps.values():
+                tap.remove()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure, and hand the figure to the loggers."""
+        if not trainer.is_global_zero:
+            return
+        loader, val_loader = _loaders(trainer)
+        networks, teachers = self._networks(pl_module)
+        limits = (trainer.num_training_batches, trainer.num_val_batches[0])
+        train_batches, val_batches = (None if math.isinf(limit) else int(limit) for limit in limits)
+        self.measure(
+            networks, loader, val_loader, teachers=teachers, train_batches=train_batches, val_batches=val_batches
+        )
+        if self.figure is not None:
+            log_figure(trainer, f"reconstruction/{self.kind}", self.figure, trainer.global_step)
+
+    def measure(
+        self,
+        networks: Mapping[str, nn.Module],
+        loader: Iterable[Any],
+        val_loader: Iterable[Any],
+        *,
+        teachers: Mapping[str, nn.Module] | None = None,
+        train_batches: int | None = None,
+        val_batches: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Probe some networks; ``table`` and ``figure`` are set, too.
+
+        Args:
+            networks: what is probed, by name, tapped at ``layer``.
+            loader: batches that the probes learn from; it is read once in every epoch.
+            val_loader: batches that the errors are measured on.
+            teachers: by name, tapped at ``teacher_layers``: the targets of ``kind="teacher"``, or further networks for
+                ``kind="self"``.
+            train_batches: number of batches that are read of ``loader``; ``None``: all.
+            val_batches: the same for ``val_loader``.
+
+        Returns:
+            The table.
+
+        Raises:
+            InputError: a layer that does not fit, a name that stands twice, no teachers for ``kind="teacher"``, or
+                loaders without a batch.
+        """
+        teachers = teachers or {}
+        if set(networks) & set(teachers):
+            raise InputError(f"networks and teachers share the names {sorted(set(networks) & set(teachers))}")
+        rows: list[dict[str, Any]] = []
+        with isolate_rng(), _undrawn(loader), _undrawn(val_loader):
+            example = _first_input(val_loader)
+            device = _device(next(iter({**networks, **teachers}.values())))
+            copies = [{name: _copy(network, device) for name, network in some.items()} for some in (networks, teachers)]
+            taps = self._taps(*copies)
+            probes = [probe.to(device) for probe in self._plan(taps, example, teachers)]
+            parameters = [parameter for probe in probes for parameter in probe.head.parameters()]
+            optimizer = self.optimizer(parameters)
+            torch.manual_seed(self.seed)
+            for epoch in range(1, self.epochs + 1):
+                _set_epoch(loader, epoch - 1)
+                for batch in islice(loader, train_batches):
+                    features = _features(taps, batch, device)
+                    optimizer.zero_grad()
+                    torch.autograd.backward([probe.loss(features) for probe in probes])
+                    optimizer.step()
+                for batch in islice(val_loader, val_batches):
+                    features = _features(taps, batch, device)
+                    for probe in probes:
+                        probe.observe(features)
+                rows += [{"network": p.network, "target": p.target, "epoch": epoch, **p.errors()} for p in probes]
+        self.table = rows
+        self.figure = reconstruction_errors(_curves(rows, "absolute"), _curves(rows, "relative"))
+        return rows
+
+    def _networks(self, pl_module: Any) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+        """What is probed, and the teachers."""
+        student = getattr(pl_module, "student", None)
+        if not isinstance(student, nn.Module):
+            raise InputError(f"ReconstructionErrorProbe: {type(pl_module).__name__} has no student: call measure()")
+        networks = {"student": student} | ({} if self.control is None else {"control": self.control})
+        teachers = getattr(pl_module, "teachers", None)
+        return networks, {f"teacher_{number}": network for number, network in enumerate(teachers or ())}
+
+    def _taps(self, networks: Mapping[str, nn.Module], teachers: Mapping[str, nn.Module]) -> dict[str, FeatureTap]:
+        given = self.layer if self.teacher_layers is None else self.teacher_layers
+        paths = [given] * len(teachers) if isinstance(given, str) else list(given)
+        if len(paths) != len(teachers):
+            raise InputError(f"{len(paths)} teacher_layers for {len(teachers)} teachers: give one for all, or one each")
+        layers = dict.fromkeys(networks, self.layer) | dict(zip(teachers, paths, strict=True))
+        return {
+            name: FeatureTap(network, resolve_layer(network, layers[name]))
+            for name, network in {**networks, **teachers}.items()
+        }
+
+    def _plan(self, taps: Mapping[str, FeatureTap], example: Tensor, teachers: Iterable[str]) -> list[_Probe]:
+        """The probes, untrained."""
+        shapes = {name: _map_shape(name, tap, example) for name, tap in taps.items()}
+        if self.kind == "self":
+            pairs = [(name, name) for name in taps]
+        else:
+            pairs = [(name, teacher) for name in taps if name not in teachers for teacher in teachers]
+            if not pairs:
+                raise InputError("kind='teacher' needs teachers, and there are none: choose kind='self'")
+        probes = []
+        for network, target in pairs:
+            if shapes[network][1:] != shapes[target][1:]:
+                raise InputError(
+                    f"{network}'s feature is {shapes[network]} and {target}'s {shapes[target]}: tap layers of the same "
+                    "spatial size"
+                )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                if self.kind == "self":
+                    probes.append(_Probe(network, target, Paraphraser(shapes[network][0], rate=self.rate)))
+                else:
+                    head = Translator(shapes[network][0], shapes[target][0])
+                    probes.append(_Probe(network, target, head, unit=True, weight=self.beta))
+        return probes
+
+
+class _Probe(nn.Module):
+    """One trainable head between two feature maps, and its errors on the validation data.
+
+    Args:
+        network: name of the network whose feature is read.
+        target: name of the network whose feature is reconstructed.
+        head: the map.
+        unit: whether normalised features are compared.
+        weight: of the error in the loss.
+    """
+
+    def __init__(self, network: str, target: str, head: nn.Module, *, unit: bool = False, weight: float = 1.0) -> None:
+        super().__init__()
+        self.network, self.target, self.head = network, target, head
+        self.unit, self.weight = unit, weight
+        # The first process measures alone: it must not wait for the others.
+        alone = {"sync_on_compute": False}
+        self.metrics = MetricCollection(
+            {"absolute": MeanAbsoluteError(**alone), "relative": WeightedMeanAbsolutePercentageError(**alone)}
+        )
+
+    def forward(self, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What is compared: the reconstruction and its target."""
+        reconstruction, target = self.head(features[self.network]), features[self.target]
+        if self.unit:
+            return functional.unit_feature(reconstruction), functional.unit_feature(target)
+        return reconstruction, target
+
+    def loss(self, features: Mapping[str, Tensor]) -> Tensor:
+        """What the head is trained with."""
+        return self.weight * F.l1_loss(*self(features))
+
+    @torch.no_grad()
+    def observe(self, features: Mapping[str, Tensor]) -> None:
+        """Add a batch to the errors."""
+        self.metrics.update(*self(features))
+
+    def errors(self) -> dict[str, float]:
+        """The errors of everything observed since the last call."""
+        values = {name: float(value) for name, value in self.metrics.compute().items()}
+        self.metrics.reset()
+        return values
+
+
+def _copy(network: nn.Module, device: torch.device) -> nn.Module:
+    # What torch.compile(network) returns holds the plain network.
+    return freeze(copy.deepcopy(getattr(network, "_orig_mod", network)).float().to(device))
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
+def _map_shape(name: str, tap: FeatureTap, example: Tensor) -> tuple[int, ...]:
+    """``(C, H, W)`` of a network's tapped feature map."""
+    _, features = tap.shapes(example.shape[1:])
+    shape = tuple(features[tap.layers[0]])
+    if len(shape) != 4:
+        raise InputError(f"{name}'s {tap.layers[0]!r} gives shape {shape}, not (N, C, H, W): tap a convolutional layer")
+    return shape[1:]
+
+
+@torch.no_grad()
+def _features(taps: Mapping[str, FeatureTap], batch: Any, device: torch.device) -> dict[str, Tensor]:
+    inputs = Batch.of(batch).input.to(device, torch.float32)
+    return {name: tap(inputs)[1][tap.layers[0]] for name, tap in taps.items()}
+
+
+def _first_input(loader: Iterable[Any]) -> Tensor:
+    for batch in loader:
+        return Batch.of(batch).input
+    raise InputError("ReconstructionErrorProbe: the validation loader has no batch to measure errors on")
+
+
+def _curves(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[tuple[str, str], list[float]]:
+    curves: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        curves.setdefault((row["network"], row["target"]), []).append(row[kind])
+    return curves
+
+
+def _loaders(trainer: pl.Trainer) -> tuple[Iterable[Any], Iterable[Any]]:
+    """The Trainer's one loader for training and its one for validation."""
+    found = []
+    for what, loaders in (("train", trainer.train_dataloader), ("val", trainer.val_dataloaders)):
+        single = loaders[0] if isinstance(loaders, (list, tuple)) and len(loaders) == 1 else loaders
+        if single is None or (what == "val" and not sum(trainer.num_val_batches)):
+            raise InputError(
+                "ReconstructionErrorProbe measures on validation data, and there are none: give the data module a "
+                "val_dataloader and the Trainer a limit_val_batches above 0"
+            )
+        if isinstance(single, (list, tuple, Mapping)):
+            raise InputError(f"ReconstructionErrorProbe needs one {what}_dataloader, got {len(single)}: call measure()")
+        found.append(single)
+    return found[0], found[1]
+
+
+def _samplers(loader: Any) -> Iterator[Any]:
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for owner in (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+        if owner is not None:
+            yield owner
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    """Let every epoch have its own order and views, as in training."""
+    for sampler in _samplers(loader):
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+
+
+@contextmanager
+def _undrawn(loader: Any) -> Iterator[None]:
+    """Put a loader's epoch and its own generators back to what they were."""
+    epochs = [(s, s.epoch) for s in _samplers(loader) if hasattr(s, "set_epoch") and hasattr(s, "epoch")]
+    generators = [s.generator for s in _samplers(loader) if isinstance(getattr(s, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for sampler, epoch in epochs:
+            sampler.set_epoch(epoch)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -1,0 +1,85 @@
+"""Every formula of the package, as a pure function of tensors.
+
+Shapes use the letters of `distill_lightning.batch`. Every function says how it reduces; none keeps state. Probabilities
+and norms are computed in float32 (or wider), whatever autocast or the inputs say.
+"""
+
+from distill_lightning.functional.adversarial import discriminator_loss, reverse_gradient
+from distill_lightning.functional.calibration import (
+    area_under_risk_coverage,
+    brier_score,
+    calibration_bins,
+    excess_area_under_risk_coverage,
+    expected_calibration_error,
+    interval_calibration,
+    interval_error,
+    interval_hits,
+    risk_coverage,
+)
+from distill_lightning.functional.features import (
+    Normalize,
+    Reduction,
+    attention_distance,
+    factor_distance,
+    hint_distance,
+    unit_feature,
+)
+from distill_lightning.functional.gaussian import (
+    LOG_VAR_BOUNDS,
+    collapse_mixture,
+    gaussian_kl,
+    gaussian_kl_rows,
+    gaussian_nll,
+    join_gaussian,
+    split_gaussian,
+)
+from distill_lightning.functional.predictions import (
+    Direction,
+    mean_probabilities,
+    member_shares,
+    soft_cross_entropy,
+    softened_kl,
+    softened_kl_rows,
+    weighted_mean,
+)
+from distill_lightning.functional.scores import gap_reduction, gaze_angle
+from distill_lightning.functional.self_distillation import hard_targets, progressive_targets, soften
+
+__all__ = [
+    "LOG_VAR_BOUNDS",
+    "Direction",
+    "Normalize",
+    "Reduction",
+    "area_under_risk_coverage",
+    "attention_distance",
+    "brier_score",
+    "calibration_bins",
+    "collapse_mixture",
+    "discriminator_loss",
+    "excess_area_under_risk_coverage",
+    "expected_calibration_error",
+    "factor_distance",
+    "gap_reduction",
+    "gaussian_kl",
+    "gaussian_kl_rows",
+    "gaussian_nll",
+    "gaze_angle",
+    "hard_targets",
+    "hint_distance",
+    "interval_calibration",
+    "interval_error",
+    "interval_hits",
+    "join_gaussian",
+    "mean_probabilities",
+    "member_shares",
+    "progressive_targets",
+    "reverse_gradient",
+    "risk_coverage",
+    "soft_cross_entropy",
+    "soften",
+    "softened_kl",
+    "softened_kl_rows",
+    "split_gaussian",
+    "unit_feature",
+    "weighted_mean",
+]

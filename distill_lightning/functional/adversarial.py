@@ -1,0 +1,74 @@
+"""What a discriminator learns, and how its gradient is turned round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill_lightning.errors import InputError
+from distill_lightning.functional.common import same_shape, wide
+
+
+def discriminator_loss(student_scores: Tensor, teacher_scores: Tensor) -> Tensor:
+    r"""Binary cross entropy of a discriminator with two outputs, "student" and "teacher".
+
+    .. math:: -\frac{1}{4N} \sum_i \left[ \log \sigma(a_{i0}) + \log \sigma(-a_{i1})
+        + \log \sigma(-b_{i0}) + \log \sigma(b_{i1}) \right]
+
+    with the scores :math:`a` of the student's rows, whose target is ``(1, 0)``, and :math:`b` of the teachers', whose
+    target is ``(0, 1)``. Scores of zero cost ``ln 2 = 0.693``; scores that cannot be negative, as those of MEAL V2's
+    official discriminator, cost at least ``ln(2) / 2 = 0.347``.
+
+    Args:
+        student_scores: ``(N, 2)``, before the sigmoid.
+        teacher_scores: ``(N, 2)``, before the sigmoid.
+
+    Returns:
+        A scalar in nats: mean over the ``2 N`` rows and both outputs.
+
+    Raises:
+        InputError: the scores do not have that shape.
+
+    Shen, Savvides: *MEAL V2: Boosting Vanilla ResNet-50 to 80%+ Top-1 Accuracy on ImageNet without Tricks*,
+    https://arxiv.org/abs/2009.08453
+    """
+    same_shape("discriminator_loss", student_scores, teacher_scores)
+    if student_scores.ndim != 2 or student_scores.shape[1] != 2:
+        raise InputError(f"discriminator_loss needs scores of shape (N, 2), got {tuple(student_scores.shape)}")
+    student, teacher = wide(student_scores), wide(teacher_scores)
+    # Columns and signs instead of a tensor of targets: nothing has to travel to the device.
+    right = torch.stack([student[:, 0], -student[:, 1], -teacher[:, 0], teacher[:, 1]])
+    return -F.logsigmoid(right).mean()
+
+
+def reverse_gradient(tensor: Tensor, scale: float = 1.0) -> Tensor:
+    r"""The same tensor, whose gradient arrives multiplied with ``-scale``.
+
+    What is computed from it is minimised by everything behind it and maximised by everything before it, in one backward
+    pass and with one optimiser.
+
+    Args:
+        tensor: of any shape.
+        scale: :math:`\lambda`, the factor besides the sign.
+
+    Returns:
+        ``tensor``, of the same shape.
+
+    Ganin, Lempitsky: *Unsupervised Domain Adaptation by Backpropagation*, https://arxiv.org/abs/1409.7495
+    """
+    reversed_: Tensor = _ReverseGradient.apply(tensor, scale)
+    return reversed_
+
+
+class _ReverseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        return -ctx.scale * gradients[0], None

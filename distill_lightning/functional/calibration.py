@@ -1,0 +1,221 @@
+"""How far a prediction's confidence can be believed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
+
+
+def expected_calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> Tensor:
+    r"""Expected calibration error, :math:`\sum_b \frac{n_b}{N} \lvert \mathrm{acc}_b - \mathrm{conf}_b \rvert`.
+
+    The bins are equally wide and closed on the right, ``((b - 1) / B, b / B]``; confidence 0 counts in the first bin
+    and confidence 1 in the last.
+
+    Args:
+        confidence: the largest probability of each sample, ``(N,)``.
+        correct: whether that class was right, ``(N,)``.
+        bins: :math:`B`.
+
+    Returns:
+        A scalar in ``[0, 1]``; NaN for no samples.
+
+    Guo, Pleiss, Sun, Weinberger: *On Calibration of Modern Neural Networks*, https://arxiv.org/abs/1706.04599
+    """
+    counts, confidences, hits = calibration_bins(confidence, correct, bins=bins)
+    return (hits - confidences).abs().sum() / counts.sum()
+
+
+def calibration_bins(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
+    """What a reliability diagram and the calibration error are made of.
+
+    Args:
+        confidence: the largest probability of each sample, ``(N,)``.
+        correct: whether that class was right, ``(N,)``.
+        bins: number of equally wide bins, closed on the right.
+
+    Returns:
+        Three tensors ``(bins,)``: the number of samples, the sum of their confidences, the number of hits.
+    """
+    # float64 keeps the inner edges exact; Apple's devices have none.
+    exact = torch.float32 if confidence.device.type == "mps" else torch.float64
+    confidence = confidence.to(exact)
+    edges = torch.arange(1, bins, dtype=exact, device=confidence.device) / bins
+    place = torch.bucketize(confidence, edges)
+    empty = torch.zeros(bins, dtype=exact, device=confidence.device)
+    counts = empty.index_add(0, place, torch.ones_like(confidence))
+    return counts, empty.index_add(0, place, confidence), empty.index_add(0, place, correct.to(exact))
+
+
+def risk_coverage(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
+    r"""How often the surest samples are wrong, for every number of them.
+
+    .. math:: \mathrm{coverage}_k = \frac{k}{N}, \qquad
+        \mathrm{risk}_k = \frac{1}{k} \sum_{i=1}^{k} \mathbb{1}[\text{sample } i \text{ is wrong}]
+
+    with the samples in the order of falling confidence. Samples of equal confidence keep the order they are given in.
+
+    Args:
+        confidence: the largest probability of each sample, ``(N,)``.
+        correct: whether that class was right, ``(N,)``; booleans, or 0 and 1.
+
+    Returns:
+        Coverage and risk, two float32 tensors ``(N,)`` in ``[0, 1]``.
+
+    Raises:
+        InputError: the two are not of one shape ``(N,)``.
+    """
+    if confidence.ndim != 1 or confidence.shape != correct.shape:
+        raise InputError(
+            "risk and coverage need confidence and correctness of one shape (N,), "
+            f"got {tuple(confidence.shape)} and {tuple(correct.shape)}"
+        )
+    order = wide(confidence).argsort(descending=True, stable=True)
+    # Whole numbers until the division: nothing is lost however many samples there are.
+    errors = (correct[order] == 0).cumsum(dim=0)
+    ranks = torch.arange(1, len(errors) + 1, device=errors.device)
+    return ranks / len(errors), errors / ranks
+
+
+def area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
+    r"""AURC, the mean of the risks of `risk_coverage`, :math:`\frac{1}{N} \sum_{k=1}^{N} \mathrm{risk}_k`.
+
+    It is small when the errors are few and the network is least sure of them. This is the definition of Self-KD's code,
+    whose tables show it times 1000; others integrate with trapezoids.
+
+    Args:
+        confidence: the largest probability of each sample, ``(N,)``.
+        correct: whether that class was right, ``(N,)``; booleans, or 0 and 1.
+
+    Returns:
+        A scalar in ``[0, 1]``; NaN for no samples.
+
+    Raises:
+        InputError: the two are not of one shape ``(N,)``.
+
+    Geifman, Uziel, El-Yaniv: *Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers*,
+    https://arxiv.org/abs/1805.08206; Kim, Ji, Yoon, Hwang: *Self-Knowledge Distillation with Progressive Refinement of
+    Targets*, https://arxiv.org/abs/2006.12000
+    """
+    return risk_coverage(confidence, correct)[1].mean()
+
+
+def excess_area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
+    r"""E-AURC: the part of AURC that a better order of the same answers would avoid.
+
+    .. math:: \mathrm{AURC} - \frac{1}{N} \sum_{j=1}^{e} \frac{j}{N - e + j}
+
+    with ``e`` errors among the ``N`` samples; the sum is AURC's when every error comes after every right answer.
+
+    Args:
+        confidence: the largest probability of each sample, ``(N,)``.
+        correct: whether that class was right, ``(N,)``; booleans, or 0 and 1.
+
+    Returns:
+        A scalar in ``[0, 1]``, 0 for the best order; NaN for no samples.
+
+    Raises:
+        InputError: the two are not of one shape ``(N,)``.
+
+    Geifman, Uziel, El-Yaniv: *Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers*,
+    https://arxiv.org/abs/1805.08206
+    """
+    _, risk = risk_coverage(confidence, correct)
+    # Correctness itself is the best confidence there could be.
+    _, best = risk_coverage(correct.float(), correct)
+    return (risk - best).mean()
+
+
+def brier_score(logits: Tensor, target: Tensor) -> Tensor:
+    r"""Brier's score: the squared distance of the probabilities from the one-hot label.
+
+    .. math:: \frac{1}{N} \sum_i \sum_k \left( p_{ik} - \mathbb{1}[k = y_i] \right)^2,
+        \qquad p = \mathrm{softmax}(z)
+
+    Args:
+        logits: ``(N, K)``.
+        target: classes ``(N,)``, int64.
+
+    Returns:
+        A scalar in ``[0, 2]``: sum over the classes, mean over the samples; NaN for no samples.
+
+    Brier: *Verification of Forecasts Expressed in Terms of Probability*, Monthly Weather Review 78 (1950).
+    """
+    probs = F.softmax(wide(logits), dim=-1)
+    return (probs - F.one_hot(target, logits.shape[-1])).square().sum(dim=-1).mean()
+
+
+def interval_calibration(mean: Tensor, log_var: Tensor, target: Tensor, *, levels: int = 9) -> Tensor:
+    r"""How far a Gaussian's central intervals hold what they promise.
+
+    .. math:: \frac{1}{B} \sum_{b=1}^{B} \left| \mathrm{share}_b - p_b \right|, \qquad p_b = \frac{b}{B + 1}
+
+    where the share is that of all ``N * d`` targets inside the central interval of level ``p_b``, bounds included:
+    :math:`|y - m| \le \sqrt 2 \, \mathrm{erf}^{-1}(p_b) \, e^{s / 2}`.
+
+    Args:
+        mean: :math:`m`, ``(N, d)``.
+        log_var: :math:`s`, ``(N, d)``.
+        target: :math:`y`, ``(N, d)``.
+        levels: :math:`B`; 9 levels are 0.1, 0.2, ... 0.9.
+
+    Returns:
+        A scalar in ``[0, 0.5]``, 0 for perfect calibration; NaN for no samples.
+
+    Raises:
+        InputError: the shapes differ.
+
+    Kuleshov, Fenner, Ermon: *Accurate Uncertainties for Deep Learning Using Calibrated Regression*,
+    https://arxiv.org/abs/1807.00263 (who compare quantiles, and square the difference).
+    """
+    return interval_error(interval_hits(mean, log_var, target, levels=levels), target.numel())
+
+
+def interval_hits(mean: Tensor, log_var: Tensor, target: Tensor, *, levels: int = 9) -> Tensor:
+    """How many targets lie in each central interval; what `interval_calibration` is made of.
+
+    Args:
+        mean: ``(N, d)``.
+        log_var: ``(N, d)``.
+        target: ``(N, d)``.
+        levels: number of intervals.
+
+    Returns:
+        int64 ``(levels,)``.
+
+    Raises:
+        InputError: the shapes differ.
+    """
+    if not mean.shape == log_var.shape == target.shape:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (mean, log_var, target))
+        raise InputError(f"interval calibration: means, log-variances and targets must have one shape, got {shapes}")
+    distance = (wide(target) - wide(mean)).abs()
+    # The bound is what grows with the deviation: divided by a deviation of zero, a target that is met would be lost.
+    widths = _levels(levels, distance).erfinv() * math.sqrt(2)
+    inside = distance.unsqueeze(-1) <= widths * torch.exp(wide(log_var) / 2).unsqueeze(-1)
+    return inside.flatten(end_dim=-2).sum(dim=0)
+
+
+def interval_error(hits: Tensor, total: Tensor | int) -> Tensor:
+    """Mean absolute difference between each interval's share of the targets and its level, from `interval_hits`.
+
+    Args:
+        hits: ``(levels,)``.
+        total: the number of targets they were counted among.
+
+    Returns:
+        A scalar.
+    """
+    shares = hits / total
+    return (shares - _levels(len(hits), shares)).abs().mean()
+
+
+def _levels(count: int, like: Tensor) -> Tensor:
+    """``count`` evenly spaced levels between 0 and 1, made on the device."""
+    return torch.arange(1, count + 1, dtype=like.dtype, device=like.device) / (count + 1)

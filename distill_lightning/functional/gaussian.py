@@ -1,0 +1,133 @@
+"""Formulas of diagonal Gaussians, given by mean and log-variance, both ``(N, d)``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
+from distill_lightning.functional.predictions import weighted_mean
+
+LOG_VAR_BOUNDS = (-10.0, 10.0)
+
+
+def split_gaussian(output: Tensor, *, bounds: tuple[float, float] = LOG_VAR_BOUNDS) -> tuple[Tensor, Tensor]:
+    """A network's output ``(N, 2 d)`` as means and log-variances, both ``(N, d)``, in float32 or wider.
+
+    Args:
+        output: the means, then the log-variances.
+        bounds: that the log-variances are clamped to; beyond them their gradient is zero.
+
+    Raises:
+        InputError: an odd number of columns.
+    """
+    if output.ndim != 2 or output.shape[1] % 2:
+        raise InputError(f"a Gaussian's parameters are (N, 2 d), means and log-variances; got {tuple(output.shape)}")
+    mean, log_var = wide(output).chunk(2, dim=1)
+    return mean, log_var.clamp(*bounds)
+
+
+def join_gaussian(mean: Tensor, log_var: Tensor) -> Tensor:
+    """Means and log-variances, both ``(N, d)``, as a network's output ``(N, 2 d)``."""
+    return torch.cat([mean, log_var], dim=1)
+
+
+def gaussian_nll(mean: Tensor, log_var: Tensor, target: Tensor) -> Tensor:
+    r"""Negative log-likelihood of a diagonal Gaussian, in nats.
+
+    .. math:: \frac{1}{N} \sum_i \sum_j \tfrac12 \left[ s_{ij} + (y_{ij} - m_{ij})^2 e^{-s_{ij}} + \log 2\pi \right]
+
+    Args:
+        mean: :math:`m`, ``(N, d)``.
+        log_var: :math:`s`, ``(N, d)``.
+        target: :math:`y`, ``(N, d)``.
+
+    Returns:
+        A scalar: **sum over the targets, mean over the samples**.
+
+    Raises:
+        InputError: the shapes differ.
+
+    Nix, Weigend: *Estimating the Mean and Variance of the Target Probability Distribution*, ICNN 1994.
+    """
+    _same_shapes("gaussian_nll", mean, log_var, target)
+    mean, log_var, target = wide(mean), wide(log_var), wide(target)
+    nll = (log_var + (target - mean) ** 2 * torch.exp(-log_var) + math.log(2 * math.pi)) / 2
+    return nll.sum(dim=1).mean()
+
+
+def gaussian_kl(teacher_mean: Tensor, teacher_log_var: Tensor, student_mean: Tensor, student_log_var: Tensor) -> Tensor:
+    r"""Forward divergence of diagonal Gaussians, :math:`\mathrm{KL}(q_T \,\|\, q_S)`, in nats.
+
+    .. math:: \frac{1}{N} \sum_i \sum_j \tfrac12 \left[ s^S_{ij} - s^T_{ij} + e^{s^T_{ij} - s^S_{ij}}
+        + (m^T_{ij} - m^S_{ij})^2 e^{-s^S_{ij}} - 1 \right]
+
+    Where the student's mean is off by ``D``, the best student variance is the teacher's plus ``D ** 2``: the student
+    widens where it cannot follow.
+
+    Args:
+        teacher_mean: ``(N, d)``.
+        teacher_log_var: ``(N, d)``.
+        student_mean: ``(N, d)``.
+        student_log_var: ``(N, d)``.
+
+    Returns:
+        A scalar: **sum over the targets, mean over the samples**.
+
+    Raises:
+        InputError: the shapes differ.
+    """
+    return gaussian_kl_rows(teacher_mean, teacher_log_var, student_mean, student_log_var).mean()
+
+
+def gaussian_kl_rows(
+    teacher_mean: Tensor, teacher_log_var: Tensor, student_mean: Tensor, student_log_var: Tensor
+) -> Tensor:
+    """`gaussian_kl` of every sample by itself, ``(N,)``: sum over the targets.
+
+    Raises:
+        InputError: the shapes differ.
+    """
+    _same_shapes("gaussian_kl", teacher_mean, teacher_log_var, student_mean, student_log_var)
+    teacher_mean, teacher_log_var = wide(teacher_mean), wide(teacher_log_var)
+    student_mean, student_log_var = wide(student_mean), wide(student_log_var)
+    gain = teacher_log_var - student_log_var
+    offset = (teacher_mean - student_mean) ** 2 * torch.exp(-student_log_var)
+    return ((torch.expm1(gain) - gain + offset) / 2).sum(dim=1)
+
+
+def collapse_mixture(
+    means: Tensor, variances: Tensor, *, weights: Sequence[float] | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""The Gaussian with an ensemble's mean and variance.
+
+    .. math:: m = \sum_k w_k m_k, \qquad v = \sum_k w_k \left( v_k + (m_k - m)^2 \right), \qquad \sum_k w_k = 1
+
+    The variance is the mean of the members' plus the **population** variance of their means. A student that is matched
+    to it by the forward divergence gets the gradient of the mean of the divergences from the single members.
+
+    Args:
+        means: ``(M, N, d)``.
+        variances: ``(M, N, d)``, not their logarithms.
+        weights: one non-negative number per member, divided by their sum; ``None`` weighs all alike.
+
+    Returns:
+        Mean and variance, both ``(N, d)``.
+
+    Raises:
+        InputError: the shapes differ, or the weights do not fit.
+    """
+    _same_shapes("collapse_mixture", means, variances)
+    means, variances = wide(means), wide(variances)
+    mean = weighted_mean(means, weights)
+    return mean, weighted_mean(variances + (means - mean) ** 2, weights)
+
+
+def _same_shapes(name: str, first: Tensor, *others: Tensor) -> None:
+    if any(other.shape != first.shape for other in others):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (first, *others))
+        raise InputError(f"{name}: means, log-variances and targets must have one shape, got {shapes}")

@@ -1,0 +1,69 @@
+"""What two predictions, or two scores, are from each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
+
+
+def gap_reduction(score: Tensor | float, baseline: Tensor | float, teacher: Tensor | float) -> Tensor:
+    r"""The part of the way from a baseline to the teacher that a student has gone.
+
+    .. math:: \frac{\mathrm{score} - \mathrm{baseline}}{\mathrm{teacher} - \mathrm{baseline}}
+
+    The signs cancel, so accuracies and errors are treated alike. 0 is the baseline (standard distillation), 1 the
+    teacher; worse than the baseline is negative, better than the teacher is above 1. Nothing is clipped.
+
+    Args:
+        score: the student's, a number or a tensor of any shape.
+        baseline: the same score of what the student is compared with.
+        teacher: the same score of the teacher.
+
+    Returns:
+        A part of 1, of the common shape of the three; NaN where the teacher is where the baseline is.
+
+    Pouransari, Javaheripi, Sharma, Tuzel: *Extracurricular Learning: Knowledge Transfer Beyond Empirical Distribution*,
+    https://arxiv.org/abs/2007.00051 reports such parts, without a formula.
+    """
+    # Numbers are subtracted as Python's, in double precision.
+    score, baseline, teacher = (
+        wide(value) if isinstance(value, Tensor) else value for value in (score, baseline, teacher)
+    )
+    gain = torch.as_tensor(score - baseline)
+    gap = torch.as_tensor(teacher - baseline, device=gain.device)
+    return (gain / gap).where(gap != 0, torch.nan)
+
+
+def gaze_angle(first: Tensor, second: Tensor) -> Tensor:
+    r"""The angle between two directions of gaze, each given by pitch :math:`p` and yaw :math:`y` in radians.
+
+    .. math:: v = (-\cos p \sin y, \; -\sin p, \; -\cos p \cos y), \qquad
+        \mathrm{atan2}(\lVert v \times w \rVert, \; v \cdot w)
+
+    which stays exact where the directions nearly agree; the arc cosine of a rounded product does not exist there.
+
+    Args:
+        first: ``(N, 2)``.
+        second: ``(N, 2)``.
+
+    Returns:
+        Radians in ``[0, pi]``, ``(N,)``.
+
+    Raises:
+        InputError: one of them is not ``(N, 2)``, or their ``N`` differ.
+    """
+    if first.shape != second.shape or first.ndim != 2 or first.shape[1] != 2:
+        raise InputError(
+            f"gaze directions are (N, 2), pitch and yaw in radians; got {tuple(first.shape)} and {tuple(second.shape)}"
+        )
+    one, other = _direction(first), _direction(second)
+    return torch.atan2(torch.linalg.cross(one, other).norm(dim=1), (one * other).sum(dim=1))
+
+
+def _direction(angles: Tensor) -> Tensor:
+    """The unit vectors ``(N, 3)`` of pitch and yaw ``(N, 2)``."""
+    pitch, yaw = wide(angles).unbind(dim=1)
+    return -torch.stack([pitch.cos() * yaw.sin(), pitch.sin(), pitch.cos() * yaw.cos()], dim=1)

@@ -1,0 +1,28 @@
+"""BatchNorm that does not learn from what it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def kept_statistics(network: nn.Module) -> Iterator[None]:
+    """A forward in here leaves BatchNorm's running statistics as they are.
+
+    In train mode a batch is normalised by its own statistics, as always; layers in eval mode use the running ones.
+    """
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
+    kept = [(norm.running_mean, norm.running_var) for norm in norms]
+    for norm in norms:
+        norm.track_running_stats = False
+        norm.running_mean = norm.running_var = None
+    try:
+        yield
+    finally:
+        for norm, (mean, var) in zip(norms, kept, strict=True):
+            norm.track_running_stats = True
+            norm.running_mean, norm.running_var = mean, var

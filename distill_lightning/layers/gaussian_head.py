@@ -1,0 +1,83 @@
+"""The last layer of a network that predicts a distribution over real numbers."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from distill_lightning.errors import InputError
+from distill_lightning.functional.gaussian import LOG_VAR_BOUNDS
+
+
+class GaussianHead(nn.Linear):
+    """A linear layer to the parameters of a diagonal Gaussian: ``d`` means, then ``d`` log-variances.
+
+    The log-variances are clamped to ``bounds``, begin at 0 for every input, and learn from there. Where the bounds
+    leave 0 out, they begin inside the nearer one, by 1 or half of the interval: at a bound there is no gradient.
+
+    Args:
+        in_features: length of a feature.
+        num_targets: ``d``.
+        bounds: smallest and largest log-variance.
+
+    Raises:
+        InputError: ``num_targets`` is not positive, or the bounds are no interval.
+    """
+
+    def __init__(self, in_features: int, num_targets: int, *, bounds: tuple[float, float] = LOG_VAR_BOUNDS) -> None:
+        if num_targets < 1:
+            raise InputError(f"GaussianHead: num_targets must be at least 1, got {num_targets}")
+        if not bounds[0] < bounds[1]:
+            raise InputError(f"GaussianHead: bounds must be (smallest, largest) log-variance, got {bounds}")
+        super().__init__(in_features, 2 * num_targets)
+        self.num_targets = num_targets
+        self.bounds = bounds
+        with torch.no_grad():
+            self.weight[num_targets:] = 0
+            self.bias[num_targets:] = _inside(*bounds)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Parameters ``(N, 2 d)`` from features ``(N, in_features)``."""
+        mean, log_var = super().forward(feature).chunk(2, dim=1)
+        return torch.cat([mean, log_var.clamp(*self.bounds)], dim=1)
+
+    def means(self) -> nn.Linear:
+        """A linear layer that gives the means alone, with copies of their weights: for a student that is exported."""
+        layer = nn.Linear(self.in_features, self.num_targets)
+        with torch.no_grad():
+            layer.weight.copy_(self.weight[: self.num_targets])
+            layer.bias.copy_(self.bias[: self.num_targets])
+        return layer.to(self.weight)
+
+
+def _inside(low: float, high: float) -> float:
+    inset = min(1.0, (high - low) / 2)
+    if low < 0 < high:
+        return 0.0
+    return low + inset if low >= 0 else high - inset
+
+
+def without_deviation(network: nn.Module) -> nn.Module:
+    """A copy of a network that gives the means of its Gaussian alone, ``(N, d)``, to the rounding as the network does.
+
+    Args:
+        network: ends in a `GaussianHead`.
+
+    Raises:
+        InputError: it has no such head, or several.
+    """
+    heads = [name for name, module in network.named_modules() if isinstance(module, GaussianHead)]
+    if len(heads) != 1:
+        raise InputError(f"{type(network).__name__} has {len(heads)} GaussianHead layers where one is needed")
+    head = network.get_submodule(heads[0])
+    if head is network:
+        return network.means()  # type: ignore[operator,no-any-return]  # the network is the head
+    plain = copy.deepcopy(network)
+    parent, _, name = heads[0].rpartition(".")
+    setattr(plain.get_submodule(parent), name, head.means())  # type: ignore[operator]  # checked above
+    for module in plain.modules():
+        # The recipe of a network (distill_lightning.networks) would build it with the head.
+        module.__dict__.pop("_recipe", None)
+    return plain

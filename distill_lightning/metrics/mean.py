@@ -1,0 +1,39 @@
+"""The state that most metrics share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class SampleMean(Metric):
+    """A mean over samples: their sum and their number. A metric calls `add` from its ``update``."""
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def add(self, mean: Tensor, samples: int) -> None:
+        """Add a batch by its mean.
+
+        Args:
+            mean: of the batch, a scalar.
+            samples: how many it is the mean of. Over several processes a batch may have none; its mean is then NaN and
+                does not count.
+        """
+        if samples:
+            self.total += mean * samples
+            self.count += samples
+
+    def compute(self) -> Tensor:
+        """The mean over everything added; NaN if that is nothing."""
+        mean: Tensor = self.total / self.count
+        return mean

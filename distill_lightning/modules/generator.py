@@ -1,0 +1,146 @@
+"""A generator of inputs, for Extracurricular Learning's samples beyond the training set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from distill_lightning import functional
+from distill_lightning.batch import Batch
+from distill_lightning.errors import InputError
+from distill_lightning.layers import ImageDecoder, ImageEncoder
+from distill_lightning.modules.hparams import unplain_arguments
+from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable
+from distill_lightning.views import Draws
+from distill_lightning.weights import write_weights
+
+# Keeps the codes' random numbers apart from those that crop and flip the images of the same views.
+_STREAM = 0x47454E
+
+
+def _adam(parameters: Iterable[Any]) -> Optimizer:
+    return Adam(parameters, lr=1e-3)
+
+
+class GeneratorModule(pl.LightningModule):
+    r"""A variational autoencoder of the training inputs; its decoder ``G`` makes new ones from ``z ~ N(0, I)``.
+
+    .. math:: L = \frac{1}{N} \sum_i \left[ \sum_d \tfrac12 \left( s + (x_{id} - G(z_i)_d)^2 e^{-s} + \log 2\pi \right)
+        + \mathrm{KL}\big(q(z \mid x_i) \,\|\, \mathcal N(0, I)\big) \right]
+
+    the negative evidence lower bound in nats, with one learnt log-variance ``s`` of the pixels and one draw
+    :math:`z_i \sim q(z \mid x_i)` from the encoder's diagonal Gaussian. Labels are not looked at. Train it on the
+    training inputs alone, then give ``module.generator`` to `GeneratorSampler`. Logged: ``loss``, ``reconstruction``
+    and ``kl`` under ``train/`` and ``val/``.
+
+    The draws depend on the seed and on each sample's index and view, so a resumed run equals an uninterrupted one and
+    two processes equal one.
+
+    Kingma, Welling: *Auto-Encoding Variational Bayes*, https://arxiv.org/abs/1312.6114; the learnt variance: Rybkin,
+    Daniilidis, Levine: *Simple and Effective VAE Training with Calibrated Decoders*, https://arxiv.org/abs/2006.13202
+
+    Args:
+        input_shape: ``(C, H, W)``.
+        latent_dim: length of ``z``.
+        output_range: smallest and largest value of a pixel, as the data module gives them.
+        width: channels of the encoder's first and the decoder's last hidden layer.
+        seed: of the draws.
+        optimizer: makes the optimiser from the parameters; Adam with a rate of 0.001 without.
+        lr_scheduler: makes the schedule from the optimiser, stepped after every epoch.
+
+    Raises:
+        InputError: a size or range that cannot be used; in training: images that do not lie in the range.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: Sequence[int],
+        latent_dim: int = 16,
+        output_range: tuple[float, float],
+        width: int = 32,
+        seed: int = 0,
+        optimizer: OptimizerCallable = _adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=unplain_arguments(self))
+        self.generator = ImageDecoder(input_shape, latent_dim, output_range=output_range, width=width)
+        self.encoder = ImageEncoder(input_shape, latent_dim, width=width)
+        self.pixel_log_var = nn.Parameter(torch.zeros(()))
+        self.seed = seed
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Inputs ``(N, C, H, W)`` from codes ``(N, latent_dim)``."""
+        images: Tensor = self.generator(codes)
+        return images
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        if self.global_step == 0:
+            self._check_range(Batch.of(batch).input)
+        return self._step(Batch.of(batch), batch_idx, "train")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """The loss of a batch, logged under ``val/``."""
+        self._step(Batch.of(batch), batch_idx, "val")
+
+    def _step(self, batch: Batch, batch_idx: int, stage: str) -> Tensor:
+        images = batch.input
+        mean, log_var = functional.split_gaussian(self.encoder(images))
+        codes = mean + (log_var / 2).exp() * self._draws(batch, batch_idx).normal(mean.shape[1])
+        pixels = self.generator(codes.to(images.dtype)).flatten(1).float()
+        reconstruction = functional.gaussian_nll(pixels, self.pixel_log_var.expand_as(pixels), images.flatten(1))
+        prior = torch.zeros_like(mean)
+        kl = functional.gaussian_kl(mean, log_var, prior, prior)
+        terms = {"loss": reconstruction + kl, "reconstruction": reconstruction, "kl": kl}
+        self.log_dict(
+            {f"{stage}/{name}": value.detach() for name, value in terms.items()},
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=batch.size,
+        )
+        return terms["loss"]
+
+    def _check_range(self, images: Tensor) -> None:
+        low, high = self.generator.low, self.generator.high
+        smallest, largest = float(images.min()), float(images.max())
+        slack = 1e-3 * (high - low)
+        if smallest < low - slack or largest > high + slack:
+            raise InputError(
+                f"output_range is ({low:.3f}, {high:.3f}), but the images go from {smallest:.3f} to {largest:.3f}: "
+                "give (0 - mean) / std and (1 - mean) / std of the data"
+            )
+
+    def _draws(self, batch: Batch, batch_idx: int) -> Draws:
+        place = batch_idx * self.trainer.world_size + self.trainer.global_rank
+        index = torch.arange(batch.size, device=self.device) + place * 2**24 if batch.index is None else batch.index
+        view = torch.full_like(index, self.current_epoch) if batch.view is None else batch.view
+        return Draws(self.seed + _STREAM, index, view)
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser and, if there is one, its schedule."""
+        optimizer = self.optimizer(self.parameters())
+        return optimizer if self.lr_scheduler is None else ([optimizer], [self.lr_scheduler(optimizer)])
+
+    def export_generator(self, path: str | Path) -> Path:
+        """Write the decoder's state dict; a fresh `layers.ImageDecoder` of its sizes loads it with ``strict=True``.
+
+        Args:
+            path: ``.safetensors``, or ``.pt`` / ``.pth``.
+
+        Returns:
+            The path.
+
+        Raises:
+            InputError: another suffix.
+        """
+        return write_weights(self.generator, Path(path))

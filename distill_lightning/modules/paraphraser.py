@@ -1,0 +1,191 @@
+"""Factor Transfer's first stage: one autoencoder for each teacher's feature map."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MeanAbsoluteError, MetricCollection
+from torchmetrics.regression import WeightedMeanAbsolutePercentageError
+
+from distill_lightning import functional
+from distill_lightning.batch import Batch
+from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
+from distill_lightning.layers import FeatureTap, Paraphraser, TeacherEnsemble, fingerprint, resolve_layer
+from distill_lightning.modules.hparams import plain, unplain_arguments
+from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
+from distill_lightning.networks import likely_input_shape
+from distill_lightning.schedules import OneCycle
+
+_FROZEN = "teachers."
+
+
+class ParaphraserModule(pl.LightningModule):
+    r"""Trains the `Paraphraser` of each teacher, which `FEEDModule` then takes as Factor Transfer does.
+
+    .. math:: L = \sum_{m=1}^{M} \frac{1}{N D_m} \sum_{i,d} \left| G_m(E_m(F_m))_{id} - F_{m,id} \right|
+
+    with teacher ``m``'s feature map ``F_m`` ``(N, C_m, H, W)``, its encoder ``E_m`` and its decoder ``G_m``. The
+    paraphrasers share nothing, so each learns as it would alone. No label is looked at; the teachers are frozen and
+    stand in no checkpoint.
+
+    Logged: ``train/loss``, ``train/reconstruction_<m>``, ``val/loss`` (the sum), ``val/reconstruction_<m>`` (the mean
+    absolute error) and ``val/relative_<m>`` (the error's L1 norm divided by the feature's, both over all validation
+    images: 0 is perfect, zeros would have 1).
+
+    ::
+
+        stage = ParaphraserModule(teachers, layers="stage3")
+        Trainer(max_epochs=5).fit(stage, datamodule)
+        module = FEEDModule(student, teachers, paraphrasers=stage.paraphrasers, student_layer="stage3", ...)
+
+    Kim, Park, Kwak: *Paraphrasing Complex Network: Network Compression via Factor Transfer*,
+    https://arxiv.org/abs/1802.04977
+
+    Args:
+        teachers: a network, several, or a `TeacherEnsemble`.
+        layers: dotted path (or glob) of the teachers' feature map, the layer that `FEEDModule` will tap: one for all,
+            or one each.
+        rate: factor channels per channel.
+        batch_norm: BatchNorm in the paraphrasers.
+        input_shape: shape of one input, ``(C, H, W)``; without, the first convolution's channels at 32x32. One forward
+            of zeros through every teacher finds the channel counts.
+        optimizer: makes the optimiser from the paraphrasers' parameters. The default, Factor Transfer's, is made for
+            thousands of steps; where there are few hundred, ``Adam`` with rate 0.001 gets further.
+        lr_scheduler: makes the schedule from the optimiser. It is stepped after every epoch, `OneCycle` after every
+            batch; `ReduceLROnPlateau` watches ``val/loss``.
+
+    Raises:
+        InputError: a layer that does not exist or does not give one feature map, a number of layers that does not fit,
+            or a ``rate`` that leaves no channel.
+    """
+
+    def __init__(
+        self,
+        teachers: nn.Module | Sequence[nn.Module],
+        *,
+        layers: str | Sequence[str],
+        rate: float = 0.5,
+        batch_norm: bool = False,
+        input_shape: Sequence[int] | None = None,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=unplain_arguments(self))
+        self.teachers = TeacherEnsemble.of(teachers)
+        paths = [layers] * len(self.teachers) if isinstance(layers, str) else list(layers)
+        if len(paths) != len(self.teachers):
+            raise InputError(f"{len(paths)} layers for {len(self.teachers)} teachers: give one for all, or one each")
+        self.taps = [
+            FeatureTap(network, resolve_layer(network, path))
+            for network, path in zip(self.teachers, paths, strict=True)
+        ]
+        self.paraphrasers = nn.ModuleList(
+            Paraphraser(_channels(number, tap, input_shape), rate=rate, batch_norm=batch_norm)
+            for number, tap in enumerate(self.taps)
+        )
+        errors = MetricCollection(
+            {"reconstruction": MeanAbsoluteError(), "relative": WeightedMeanAbsolutePercentageError()}
+        )
+        self.val_metrics = nn.ModuleList(
+            errors.clone(prefix="val/", postfix=f"_{number}") for number in range(len(self.taps))
+        )
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+
+    def forward(self, inputs: Tensor) -> list[Tensor]:
+        """The reconstruction ``(N, C_m, H, W)`` of each teacher's feature map."""
+        return [reconstruction for reconstruction, _ in self._pairs(inputs)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The mean absolute error, summed over the teachers."""
+        batch = Batch.of(batch)
+        errors = [_error(*pair) for pair in self._pairs(batch.input)]
+        loss = torch.stack(errors).sum()
+        logs = {"loss": loss, **{f"reconstruction_{number}": error for number, error in enumerate(errors)}}
+        self.log_dict(
+            {f"train/{name}": value.detach() for name, value in logs.items()},
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=batch.size,
+        )
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to the errors under ``val/``."""
+        batch = Batch.of(batch)
+        pairs = self._pairs(batch.input)
+        for errors, (reconstruction, feature) in zip(self.val_metrics, pairs, strict=True):
+            errors.update(wide(reconstruction), wide(feature))  # type: ignore[operator]  # a MetricCollection
+            self.log_dict(errors, on_step=False, on_epoch=True, batch_size=batch.size)  # type: ignore[arg-type]
+        loss = torch.stack([_error(*pair) for pair in pairs]).sum()
+        self.log("val/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch.size)
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser over the paraphrasers and, if there is one, its schedule."""
+        optimizer = self.optimizer(self.paraphrasers.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
+        if isinstance(scheduler, OneCycle):
+            steps = self.trainer.estimated_stepping_batches
+            if steps == float("inf"):
+                raise InputError("OneCycle needs the length of the training: give the Trainer max_epochs or max_steps")
+            config["interval"] = "step"
+            scheduler.total_steps = scheduler.total_steps or int(steps)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config["monitor"] = "val/loss"
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_fit_start(self) -> None:
+        """A module that enters ``fit`` in eval mode would train in it."""
+        self.train()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the teachers out, and note whose features these are."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith(_FROZEN)}
+        checkpoint["hyper_parameters"] = plain(checkpoint.get("hyper_parameters", {}))
+        checkpoint["fingerprints"] = {"teachers": fingerprint(self.teachers)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the live teachers back, so that loading stays strict."""
+        live = {name: value for name, value in self.state_dict().items() if name.startswith(_FROZEN)}
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **live}
+        if checkpoint["fingerprints"]["teachers"] != fingerprint(self.teachers):
+            warnings.warn(
+                "teachers: the weights are not those that these paraphrasers were trained with: train them anew",
+                stacklevel=2,
+            )
+
+    def _pairs(self, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Each teacher's reconstructed and real feature map."""
+        with torch.no_grad():
+            features = [tap(inputs)[1][tap.layers[0]] for tap in self.taps]
+        return [
+            (paraphraser(feature), feature) for paraphraser, feature in zip(self.paraphrasers, features, strict=True)
+        ]
+
+
+def _error(reconstruction: Tensor, feature: Tensor) -> Tensor:
+    return functional.factor_distance(reconstruction, feature, normalize="none")
+
+
+def _channels(number: int, tap: FeatureTap, input_shape: Sequence[int] | None) -> int:
+    _, features = tap.shapes(input_shape or likely_input_shape(tap.network))
+    shape = features[tap.layers[0]]
+    if len(shape) != 4:
+        raise InputError(
+            f"teacher {number}'s {tap.layers[0]!r} gives shape {tuple(shape)}, not (N, C, H, W): tap a convolutional "
+            "layer"
+        )
+    return shape[1]

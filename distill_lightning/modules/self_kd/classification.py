@@ -1,0 +1,377 @@
+"""Self-KD for classification (PS-KD): the labels, refined by what the network itself said before."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from distill_lightning import functional
+from distill_lightning.batch import Batch
+from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
+from distill_lightning.mixing import cutout, mixup
+from distill_lightning.modules.base import DistillationModule
+from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
+from distill_lightning.modules.self_kd.options import DTYPES, check_choices, check_counts, check_shares
+from distill_lightning.modules.self_kd.past import AveragedNetwork, PastNetwork
+from distill_lightning.modules.self_kd.schedule import (
+    AlphaSchedule,
+    early_ends,
+    is_mixed,
+    training_length,
+    training_progress,
+)
+from distill_lightning.samplers import CutMixSampler, Mixed, MixupSampler
+from distill_lightning.stores import PredictionStore
+from distill_lightning.views import Draws
+
+# Keeps the draws of cutout and mixing apart from those that crop and flip the images of the same views.
+_STREAM = 0x53454C46
+
+
+class SelfKDModule(DistillationModule):
+    r"""Self-Knowledge Distillation with progressive refinement of targets (Self-KD, PS-KD).
+
+    .. math:: L = -\frac{1}{N} \sum_{i=1}^{N} \sum_{k=1}^{K} q_{ik} \log \mathrm{softmax}(z_i)_k, \qquad
+        q_i = (1 - \alpha_t) \, y_i + \alpha_t \, s_i, \qquad \alpha_t = \alpha_T \, t / T
+
+    in epoch ``t`` of ``T``, with logits ``z`` ``(N, K)``, labels ``y`` and the network's own past prediction ``s``. It
+    is the only term, logged as ``train/self_kd``; the labels are in ``q``. A sample without a past has its label as the
+    target, so the first epoch is plain cross entropy.
+
+    The paper says that ``s`` is what the student of the epoch before predicts; its code keeps what was predicted while
+    that epoch was training. Here:
+
+    - ``past="stored"``, the code's way, with no forward of its own: what the forward that the sample was last trained
+      with in an earlier epoch gave (in train mode, for that epoch's augmented view), kept by the sample's index in a
+      `PredictionStore`. Batches need an index: `IndexedDataModule` gives one to any data.
+    - ``past="past_model"``, the equation: a copy of the student, made at the end of every ``refresh_epochs``-th epoch,
+      in eval mode, predicts for the very input that the student sees. One more forward per step.
+    - ``past="ema"``, an extension: the moving average of the student's parameters and buffers, in the same place. It
+      takes part from the second epoch on.
+
+    A mixed input (`MixupSampler`, `CutMixSampler`) has a mixed label. ``past_model`` and ``ema`` predict for the mixed
+    input; with ``stored`` the rows of the two samples are mixed like their labels, and a mixed batch is not stored.
+
+    Logged besides: ``train/alpha``; ``train/target_gt_prob`` and ``train/target_entropy``, the mean ``q`` at the label
+    (of a mixed input, at its first) and the mean entropy of ``q``; ``train/known_fraction``, the part of the samples
+    that have a past, and ``train/agree_past``, the part of these whose most probable class is still the past one (0
+    where none has).
+
+    Kim, Ji, Yoon, Hwang: *Self-Knowledge Distillation with Progressive Refinement of Targets*,
+    https://arxiv.org/abs/2006.12000
+
+    ::
+
+        model:
+          class_path: SelfKDModule
+          init_args:
+            student: {class_path: SmallResNet, init_args: {num_classes: 10, width: 8}}
+            alpha_T: 0.8
+
+    Args:
+        student: the network that learns.
+        num_classes: ``K``.
+        alpha_T: the past's share at the end of the training, in ``[0, 1]``; 0 is plain training, bit for bit.
+        alpha_schedule: ``"linear"``, ``"constant"``, or a function of the progress in ``(0, 1]`` that gives the factor
+            of ``alpha_T``.
+        alpha_unit: whether ``alpha`` changes with every ``"epoch"`` or every optimiser ``"step"``; in the last one it
+            is exactly ``alpha_T``.
+        total_epochs: ``T``; ``None``: the Trainer's ``max_epochs``.
+        past: where ``s`` comes from: ``"stored"``, ``"past_model"`` or ``"ema"``.
+        past_temperature: that ``s`` is softened with, :math:`\mathrm{softmax}(\log s / \tau)`; 1 in the paper.
+        label_smoothing: :math:`\epsilon` in ``[0, 1)``: ``y`` becomes :math:`(1 - \epsilon) y + \epsilon / K`.
+        cutout: pixels of the side of the square that is removed from every training image; 0 removes none.
+        mixing: makes the inputs of mixed batches.
+        mixing_probability: share of the batches that are mixed, drawn from ``seed``, the epoch and the batch's number.
+        refresh_epochs: epochs from one copy to the next with ``past_model``.
+        ema_decay: what remains of the average in every optimiser step with ``ema``.
+        store_dtype: of the stored probabilities: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        store_top_k: how many of a sample's largest probabilities are stored; ``None``: all.
+        num_samples: size of the training set whose indices the batches carry; ``None``: length of the training
+            loader's data set.
+        seed: of cutout and mixing; what a sample gets depends on it, the sample's index and its view (else the epoch)
+            alone. Partners are found within a process's batch.
+        input_shape: shape of one input, ``(C, H, W)``, to check the network with.
+        optimizer: makes the optimiser from the trainable parameters.
+        lr_scheduler: makes the schedule from the optimiser.
+        metrics: of the student's output and the target.
+
+    Raises:
+        InputError: an option is unknown or out of range, ``mixing`` in every batch would leave nothing to store, or, in
+            training, ``T`` is not known, or with ``stored`` the batches have no index, the training set no length or
+            the checkpoint another.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        *,
+        num_classes: int,
+        alpha_T: float = 0.8,  # noqa: N803  # the paper's name
+        alpha_schedule: AlphaSchedule = "linear",
+        alpha_unit: Literal["epoch", "step"] = "epoch",
+        total_epochs: int | None = None,
+        past: Literal["stored", "past_model", "ema"] = "stored",
+        past_temperature: float = 1.0,
+        label_smoothing: float = 0.0,
+        cutout: int = 0,
+        mixing: MixupSampler | CutMixSampler | None = None,
+        mixing_probability: float = 0.5,
+        refresh_epochs: int = 1,
+        ema_decay: float = 0.999,
+        store_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        store_top_k: int | None = None,
+        num_samples: int | None = None,
+        seed: int = 0,
+        input_shape: Sequence[int] | None = None,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        metrics: MetricCollection | None = None,
+    ) -> None:
+        super().__init__(
+            student,
+            num_classes=num_classes,
+            input_shape=input_shape,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            metrics=metrics,
+        )
+        check_choices(past, alpha_schedule, alpha_unit, store_dtype)
+        check_shares(alpha_T=alpha_T, mixing_probability=mixing_probability)
+        check_shares(below_one=True, label_smoothing=label_smoothing, ema_decay=ema_decay)
+        check_counts(
+            total_epochs=total_epochs, refresh_epochs=refresh_epochs, store_top_k=store_top_k, num_samples=num_samples
+        )
+        if store_top_k is not None and store_top_k > num_classes:
+            raise InputError(f"store_top_k cannot be larger than num_classes={num_classes}, got {store_top_k}")
+        if cutout < 0 or not past_temperature > 0:
+            raise InputError(
+                f"cutout cannot be negative and past_temperature must be positive, got {cutout} and {past_temperature}"
+            )
+        if past == "stored" and mixing is not None and mixing_probability == 1:
+            raise InputError(
+                "past='stored' keeps no prediction of a mixed batch, and mixing_probability=1 mixes every one: lower "
+                "it, or use past='past_model'"
+            )
+        self.alpha_T, self.alpha_schedule, self.alpha_unit = alpha_T, alpha_schedule, alpha_unit
+        self.total_epochs = total_epochs
+        self.past, self.past_temperature, self.label_smoothing = past, past_temperature, label_smoothing
+        self.cutout, self.mixing, self.mixing_probability = cutout, mixing, mixing_probability
+        self.store_dtype, self.store_top_k, self.num_samples = store_dtype, store_top_k, num_samples
+        self.seed = seed
+        # Neither is a part of the module: DDP would overwrite the one, the optimiser and the weights hold the other.
+        self.store: PredictionStore | None = None
+        self.past_network: PastNetwork | None = None
+        if past != "stored":
+            self.past_network = AveragedNetwork(ema_decay) if past == "ema" else PastNetwork(refresh_epochs)
+        # Epochs whose end the past has seen, and of the whole training; what a checkpoint tells, until it begins.
+        self._epochs = self._total = 0
+        self._loaded: dict[str, Any] | None = None
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        """The cross entropy to the refined labels."""
+        alpha = self.alpha()
+        inputs, mixed = self._inputs(batch)
+        logits = self.student(inputs)
+        hard = functional.hard_targets(batch.target, logits.shape[-1], label_smoothing=self.label_smoothing)
+        past, known = self._past(batch, inputs, hard, mixed)
+        if mixed is not None:
+            hard = _blend(hard, mixed)
+        # Without a past exactly the label: (1 - alpha) + alpha need not round to 1.
+        target = torch.where(known[:, None], functional.progressive_targets(hard, past, alpha), hard)
+        if self.store is not None and mixed is None:
+            self.store.write(_index(batch), wide(logits.detach()).softmax(dim=-1))
+        self._observe_targets(alpha, target, batch.target, logits.argmax(dim=1) == past.argmax(dim=1), known)
+        return {"self_kd": functional.soft_cross_entropy(logits, target)}
+
+    def weights(self) -> dict[str, float]:
+        """The one term is the loss."""
+        return {"self_kd": 1.0}
+
+    def alpha(self) -> float:
+        r"""The past's share :math:`\alpha_t` in the current epoch or step.
+
+        Raises:
+            InputError: the length of the training is not known, or ``alpha_schedule`` gives what is no share.
+        """
+        if self.alpha_schedule == "constant":
+            return self.alpha_T
+        length = training_length(self.trainer, self.total_epochs)
+        progress = training_progress(self.trainer, length, self.alpha_unit)
+        if not callable(self.alpha_schedule):
+            return self.alpha_T * progress
+        alpha = self.alpha_T * self.alpha_schedule(progress)
+        if not 0 <= alpha <= 1:
+            raise InputError(f"alpha_schedule({progress}) times alpha_T is {alpha}: let it stay in [0, 1]")
+        return alpha
+
+    def _past(self, batch: Batch, inputs: Any, hard: Tensor, mixed: Mixed | None) -> tuple[Tensor, Tensor]:
+        """Past predictions ``(N, K)``, and of which samples there are any, bool ``(N,)``."""
+        if self.past_network is not None:
+            known = torch.full((len(hard),), self.past_network.ready, device=hard.device)
+            past = self.past_network.predict(inputs) if self.past_network.ready else hard
+            return functional.soften(past, temperature=self.past_temperature), known
+        if self.store is None:
+            raise RuntimeError("SelfKDModule makes its store when a Trainer begins to train it")
+        past, known = self.store.read(_index(batch))
+        past = functional.soften(past, temperature=self.past_temperature)
+        if mixed is not None:
+            past = _blend(torch.where(known[:, None], past, hard), mixed)
+            known = known[mixed.first] | known[mixed.second]
+        return past, known
+
+    def _inputs(self, batch: Batch) -> tuple[Any, Mixed | None]:
+        """What the student sees, and how it was mixed."""
+        epoch, number = self.trainer.current_epoch, self.trainer.fit_loop.batch_idx
+        mixing = self.mixing if is_mixed(self.seed, epoch, number, probability=self.mixing_probability) else None
+        if mixing is None and not self.cutout:
+            return batch.input, None
+        draws = self._draws(batch, epoch, number)
+        inputs: Any = batch.input
+        if self.cutout:
+            inputs = cutout(inputs, self.cutout, draws.uniform(2))
+        if mixing is None:
+            return inputs, None
+        mixed = mixing.mix(inputs, draws)
+        return mixed.inputs, mixed
+
+    def _draws(self, batch: Batch, epoch: int, number: int) -> Draws:
+        index = batch.index
+        if index is None:
+            place = number * self.trainer.world_size + self.trainer.global_rank
+            index = torch.arange(batch.size, device=self.device) + place * 2**32
+        view = torch.full_like(index, epoch) if batch.view is None else batch.view
+        return Draws(self.seed + _STREAM, index.long(), view.long())
+
+    def _observe_targets(self, alpha: float, target: Tensor, label: Tensor, agree: Tensor, known: Tensor) -> None:
+        self.observe("alpha", torch.full((), alpha, device=target.device))
+        self.observe("target_gt_prob", target.gather(1, label.long()[:, None]).mean())
+        self.observe("target_entropy", torch.special.entr(target).sum(dim=1).mean())
+        self.observe("agree_past", (agree & known).sum() / known.sum().clamp_min(1))
+        self.observe("known_fraction", known.float().mean())
+
+    # When the past becomes the past, and what a checkpoint holds of it
+
+    def on_fit_start(self) -> None:
+        """Refuse a training of unknown length before anything is done."""
+        super().on_fit_start()
+        self._length()
+
+    def on_train_start(self) -> None:
+        """Make the store, take what a checkpoint holds, and warn of what will keep alpha from its end."""
+        loaded, self._loaded = self._loaded, None
+        if self.trainer.fit_loop.total_batch_idx < 0:
+            # A training that begins has no past, whatever this module was trained or loaded with before.
+            loaded, self.store, self._epochs = None, None, 0
+            if self.past_network is not None:
+                self.past_network.forget()
+        if self.past == "stored":
+            self.store = (self.store or self._new_store()).to(self.device)
+        length = self._length()
+        self._total = length or 0
+        if loaded is not None:
+            self._restore(loaded)
+        # A checkpoint may be older than the end of its epoch, and resumed behind it.
+        self._finish(self.trainer.current_epoch)
+        ends = [] if length is None else early_ends(self.trainer, length)
+        if ends:
+            warnings.warn(
+                f"alpha reaches alpha_T={self.alpha_T} in epoch {length}, but training may end earlier because of "
+                f"{' and '.join(ends)}: set total_epochs to the epochs that will be trained",
+                stacklevel=2,
+            )
+
+    def on_train_epoch_end(self) -> None:
+        """What this epoch said is the past of the next."""
+        self._finish(self.trainer.current_epoch + 1)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and average; here and not after the batch, because a checkpoint of the batch is written before that."""
+        super().optimizer_step(*args, **kwargs)
+        if self.past_network is not None:
+            self.past_network.after_step(self.student)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the past; a checkpoint of weights alone, which no training can go on from, gets none."""
+        super().on_save_checkpoint(checkpoint)
+        if "optimizer_states" not in checkpoint:
+            return
+        if self._loaded is not None:
+            checkpoint["self_kd"] = self._loaded
+        elif self.past_network is not None:
+            self.past_network.share_buffers()
+            checkpoint["self_kd"] = self._state(self.past_network.state_dict())
+        elif self.store is not None:
+            checkpoint["self_kd"] = self._state(self.store.state_dict())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the past until training begins, when the size of the training set is known."""
+        super().on_load_checkpoint(checkpoint)
+        self._loaded = checkpoint.get("self_kd")
+
+    def _state(self, past: dict[str, Any]) -> dict[str, Any]:
+        return {"kind": self.past, "epochs": self._epochs, "length": self._total, "past": past}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state["kind"] != self.past:
+            raise InputError(f"the checkpoint was trained with past={state['kind']!r}, not {self.past!r}: set it so")
+        if state["length"] and self._total and state["length"] != self._total:
+            warnings.warn(
+                f"the checkpoint was trained towards {state['length']} epochs, now they are {self._total}: alpha does "
+                "not go on where it was; set total_epochs to keep it",
+                stacklevel=2,
+            )
+        if self.store is not None:
+            self.store.load_state_dict(state["past"])
+        if self.past_network is not None:
+            self.past_network.load_state_dict(state["past"], self.student)
+        self._epochs = state["epochs"]
+
+    def _finish(self, epochs: int) -> None:
+        """So many epochs are done; told again, nothing happens."""
+        if epochs <= self._epochs:
+            return
+        if self.store is not None:
+            self.store.advance()
+        if self.past_network is not None:
+            self.past_network.after_epochs(self._epochs, epochs, self.student)
+        self._epochs = epochs
+
+    def _length(self) -> int | None:
+        """``T``; a constant alpha needs none."""
+        return None if self.alpha_schedule == "constant" else training_length(self.trainer, self.total_epochs)
+
+    def _new_store(self) -> PredictionStore:
+        samples = self.num_samples
+        if samples is None:
+            dataset = getattr(self.trainer.train_dataloader, "dataset", None)
+            try:
+                samples = len(dataset)  # type: ignore[arg-type]  # what has no length raises
+            except (TypeError, NotImplementedError):
+                raise InputError(
+                    "past='stored' needs the size of the training set, which the training loader does not tell: give "
+                    "num_samples"
+                ) from None
+        return PredictionStore(
+            samples, cast("int", self.num_classes), dtype=DTYPES[self.store_dtype], top_k=self.store_top_k
+        )
+
+
+def _blend(rows: Tensor, mixed: Mixed) -> Tensor:
+    """Rows ``(N, K)``, mixed as the inputs were."""
+    return mixup(rows[mixed.first], rows[mixed.second], mixed.share)
+
+
+def _index(batch: Batch) -> Tensor:
+    if batch.index is None:
+        raise InputError(
+            "past='stored' needs to know which sample is which, and the batches have no index: wrap the data in "
+            "IndexedDataModule(datamodule), or use past='past_model'"
+        )
+    return batch.index.long()

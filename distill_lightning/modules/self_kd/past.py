@@ -1,0 +1,122 @@
+"""The past of a network as a second network, outside of the module tree.
+
+There it is neither trained nor counted, neither in the optimiser nor in the module's state dict, and no mode of the
+module reaches it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from distill_lightning.functional.common import wide
+from distill_lightning.layers import freeze
+
+
+class PastNetwork:
+    """A frozen copy of the student, made at the end of an epoch.
+
+    Args:
+        every: number of epochs from one copy to the next.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.network: nn.Module | None = None
+        self.ready = False
+
+    @torch.no_grad()
+    def predict(self, inputs: Any) -> Tensor:
+        """Probabilities ``(N, K)``, from the network in eval mode."""
+        if self.network is None:
+            raise RuntimeError("there is no past network before the end of the first epoch")
+        return wide(self.network(inputs)).softmax(dim=-1)
+
+    def after_step(self, student: nn.Module) -> None:
+        """Called after every optimiser step."""
+
+    def after_epochs(self, before: int, finished: int, student: nn.Module) -> None:
+        """Called when ``finished`` epochs are done, of which ``before`` were at the last call."""
+        if finished // self.every > before // self.every:
+            self.network = self.copy_of(student)
+            self.share_buffers()
+            self.ready = True
+
+    def copy_of(self, student: nn.Module) -> nn.Module:
+        """A copy of all parameters and buffers."""
+        return freeze(copy.deepcopy(plain_network(student)))
+
+    def share_buffers(self) -> None:
+        """Take rank 0's buffers: those of BatchNorm differ between processes until DDP's next forward."""
+        if dist.is_available() and dist.is_initialized():
+            for buffer in self.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def buffers(self) -> Iterator[Tensor]:
+        """What the processes' copies may differ in."""
+        return iter(()) if self.network is None else self.network.buffers()
+
+    def forget(self) -> None:
+        """Begin again."""
+        self.network, self.ready = None, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, and whether it predicts yet."""
+        return {"ready": self.ready, "network": {} if self.network is None else self.network.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any], student: nn.Module) -> None:
+        """Take the weights of a copy of such a student."""
+        self.ready = state["ready"]
+        if state["network"]:
+            self.network = self.copy_of(student)
+            self.network.load_state_dict(state["network"])
+
+
+class AveragedNetwork(PastNetwork):
+    """The exponential moving average of the student's parameters and buffers, taken after every optimiser step.
+
+    Args:
+        decay: what remains of the average in every step.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(every=1)
+        self.decay = decay
+
+    def after_step(self, student: nn.Module) -> None:
+        """Average; the weights after the first step are the first average."""
+        if self.network is None:
+            self.network = self.copy_of(student)
+        cast("AveragedModel", self.network).update_parameters(plain_network(student))
+
+    def after_epochs(self, before: int, finished: int, student: nn.Module) -> None:
+        """The average predicts from the end of the first epoch on."""
+        self.share_buffers()
+        self.ready = self.network is not None
+
+    def copy_of(self, student: nn.Module) -> nn.Module:
+        """An average of nothing yet, shaped like the student."""
+        # A partial, because processes may be spawned, and what get_ema_multi_avg_fn makes cannot be pickled.
+        return freeze(
+            AveragedModel(plain_network(student), multi_avg_fn=partial(_average, self.decay), use_buffers=True)
+        )
+
+    def buffers(self) -> Iterator[Tensor]:
+        """The student's; the number of steps is AveragedModel's own, on the CPU and the same everywhere."""
+        return iter(()) if self.network is None else cast("AveragedModel", self.network).module.buffers()
+
+
+def plain_network(network: nn.Module) -> nn.Module:
+    """The network itself, where ``torch.compile(network)`` was given."""
+    return cast("nn.Module", getattr(network, "_orig_mod", network))
+
+
+def _average(decay: float, averaged: Any, current: Any, steps: Any) -> None:
+    get_ema_multi_avg_fn(decay)(averaged, current, steps)  # type: ignore[no-untyped-call]
