@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jsonargparse import ArgumentParser
@@ -22,11 +22,15 @@ from distill_lightning.errors import InputError
 from distill_lightning.layers import dry_forward
 from distill_lightning.modules import DistillationModule, ParaphraserModule, check_optimizer
 
-Spec = dict[str, Any]
+if TYPE_CHECKING:
+    Spec = dict[str, Any]
+else:
+    # Where values may be of any type, jsonargparse makes objects of what has a class_path inside.
+    Spec = dict
 """A ``class_path`` with its ``init_args``, as everywhere in the YAML files."""
 
 ALONE = "alone"
-_METHOD_KEYS = ("class_path", "init_args", "teachers", "stages", "paraphrasers")
+_METHOD_KEYS = ("class_path", "init_args", "teachers", "stages", "initial", "paraphrasers")
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,10 @@ class CompareConfig:
             ``init_args``. ``teachers`` beside them says how many of the teachers it gets (all, if left out), or names
             an earlier row, whose student of the same seed is then its only teacher. ``stages: 3`` makes three such
             rows, ``<name>_1`` to ``<name>_3``: the first taught by the student alone, each other one by the one before
-            it, as in sequential FEED. ``paraphrasers: {epochs: 5, init_args: {rate: 0.5}}`` trains a
-            `ParaphraserModule` on the teachers first, for Factor Transfer. The student alone is always compared.
+            it, as in sequential FEED. ``initial: <row>`` begins with the weights of an earlier row's student of the
+            same seed, for methods that need a trained one, as MEAL V2 does. ``paraphrasers: {epochs: 5, init_args:
+            {rate: 0.5}}`` trains a `ParaphraserModule` on the teachers first, for Factor Transfer. The student alone is
+            always compared.
         epochs: length of every run.
         seeds: of the students' initial weights and of the order of their data.
         supervised: what trains the teachers and the student alone; without, `SupervisedModule`, or `RegressionModule`
@@ -100,12 +106,14 @@ class Row:
         method: the key in ``methods`` that describes it; ``None``: the student alone.
         teachers: how many of the teachers it gets, or the row whose student teaches it.
         stage: how many students taught one another before this one.
+        initial: the row whose student's weights it begins with.
     """
 
     name: str
     method: str | None = None
     teachers: int | str = 0
     stage: int = 0
+    initial: str | None = None
 
 
 def rows_of(config: CompareConfig) -> list[Row]:
@@ -118,15 +126,17 @@ def rows_of(config: CompareConfig) -> list[Row]:
     for method, spec in config.methods.items():
         names = [f"{method}_{stage}" for stage in range(1, spec.get("stages", 0) + 1)] or [method]
         teachers = ALONE if "stages" in spec else spec.get("teachers", config.teachers.number)
+        initial = spec.get("initial")
         for name in names:
-            if isinstance(teachers, str) and teachers not in rows:
-                raise InputError(
-                    f"methods.{method}.teachers: {teachers!r} is no earlier row; rows so far: {', '.join(rows)}"
-                )
+            for key, earlier in (("teachers", teachers), ("initial", initial)):
+                if earlier not in rows and (isinstance(earlier, str) or (key == "initial" and earlier is not None)):
+                    raise InputError(
+                        f"methods.{method}.{key}: {earlier!r} is no earlier row; rows so far: {', '.join(rows)}"
+                    )
             if name in rows:
                 raise InputError(f"methods: two rows are called {name!r}")
             stage = rows[teachers].stage + 1 if isinstance(teachers, str) else 0
-            rows[name] = Row(name, method, teachers, stage)
+            rows[name] = Row(name, method, teachers, stage, initial)
             teachers = name if "stages" in spec else teachers
     return list(rows.values())
 

@@ -45,6 +45,7 @@ class Run:
         epochs: its length.
         folder: where its files are.
         teachers: the runs whose networks teach it.
+        initial: the run whose student's weights it begins with.
     """
 
     row: Row | None
@@ -54,6 +55,7 @@ class Run:
     epochs: int
     folder: Path
     teachers: tuple[Run, ...] = ()
+    initial: Run | None = None
 
     @property
     def is_teacher(self) -> bool:
@@ -121,7 +123,8 @@ def plan(experiment: Experiment, folder: Path) -> list[Run]:
             # PyTorch reads the lower 32 bits of a seed.
             initial_seed = (seed + row.stage * _STAGE_STRIDE) % 2**32
             place = folder / "runs" / row.name / f"seed_{seed}"
-            students[row.name] = Run(row, row.name, seed, initial_seed, config.epochs, place, tuple(own))
+            initial = None if row.initial is None else students[row.initial]
+            students[row.name] = Run(row, row.name, seed, initial_seed, config.epochs, place, tuple(own), initial)
         runs += students.values()
     return runs
 
@@ -144,7 +147,10 @@ def execute(experiment: Experiment, run: Run, on_epoch: Callable[[int], None]) -
     if run.row is None:
         module = experiment.supervised(experiment.teacher())
     else:
-        module = experiment.method(run.row, experiment.student(), networks, paraphrasers)
+        student = experiment.student()
+        if run.initial is not None:
+            student = Pretrained(student, run.initial.student_file)
+        module = experiment.method(run.row, student, networks, paraphrasers)
     task = experiment.task
     keeper = RunKeeper(run.folder, seed=run.seed, monitor=task.monitor, mode=task.mode)
     trainer = make_trainer(experiment.config, max_epochs=run.epochs, callbacks=[keeper, _Ticker(on_epoch)])

@@ -31,7 +31,7 @@ class _Rotated(InMemoryImageDataModule):
         self.num_classes = None
 
     def samples(self, images: Images, index: Tensor, *, part: int) -> Images:
-        """The images at ``index``, turned; an image's angle depends on the seed and its place in the files alone."""
+        """The images at ``index``, turned; an image's angle depends on the seed and its place in what was read."""
         draws = uniform_draws(self.seed + _STREAM, index, torch.full_like(index, part), 1)[:, 0]
         angles = ((2 * draws - 1) * math.radians(self.max_angle)).float()
         return Images(rotate(images.images[index], angles), angles[:, None])

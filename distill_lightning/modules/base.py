@@ -178,6 +178,8 @@ class DistillationModule(pl.LightningModule):
         logs = {"loss": loss, **terms}
         if len(terms) > 1:
             logs |= {f"{name}_share": weighted[name] / loss for name in terms if weights[name] != 0}
+        if self._observed.keys() & logs.keys():
+            raise KeyError(f"{sorted(self._observed.keys() & logs.keys())}: observed under the name of a term")
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in (logs | self._observed).items()},
             on_step=False,

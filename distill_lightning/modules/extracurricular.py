@@ -154,9 +154,9 @@ class ExtracurricularModule(DistillationModule):
             raise InputError(f"task={task!r} needs {needed}, and not the other")
         if not temperature > 0 or not point_variance > 0:
             raise InputError(f"temperature and point_variance must be positive, got {temperature} and {point_variance}")
-        if not extra_ratio >= 0 or not kl_weight >= 0 or not label_weight >= 0:
+        if not min(extra_ratio, kl_weight, label_weight) >= 0 or not kl_weight + label_weight > 0:
             given = f"{extra_ratio}, {kl_weight} and {label_weight}"
-            raise InputError(f"extra_ratio, kl_weight and label_weight cannot be negative, got {given}")
+            raise InputError(f"extra_ratio, kl_weight and label_weight cannot be negative, nor both weights 0: {given}")
         if not 0 < quantile <= 1:
             raise InputError(f"quantile is a share in (0, 1], got {quantile}")
         check_bounds(log_var_bounds)

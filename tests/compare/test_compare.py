@@ -589,6 +589,8 @@ def test_students_teach_students_in_stages(tmp_path):
         (lambda m: m["feed"].update(stages=0), "methods.feed.stages is a number, at least 1"),
         (lambda m: m["feed"].update(stages=2, teachers=1), "leaves no choice of teachers"),
         (lambda m: m["feed"].update(teachers="later"), "methods.feed.teachers: 'later' is no earlier row; .*alone"),
+        (lambda m: m["feed"].update(initial="later"), "methods.feed.initial: 'later' is no earlier row; .*alone"),
+        (lambda m: m["feed"].update(initial=3), "methods.feed.initial: 3 is no earlier row; .*alone"),
         (lambda m: m["feed"].update(teachers=True), "methods.feed.teachers must be between 1 and 2"),
         (lambda m: m.update(kd_one_1=m["feed"], kd_one={"class_path": "KDModule", "stages": 1}), "two rows are called"),
         (lambda m: m.update(ls={"class_path": "SupervisedModule", "teachers": 1}), "SupervisedModule has no teachers"),
@@ -729,3 +731,22 @@ def test_paraphrasers_that_cannot_be_are_named(tmp_path, capsys, given):
     config = written(tmp_path, lambda config: config["methods"]["feed"].update(paraphrasers=given))
     assert main(["compare", config, "--output", str(tmp_path / "out")]) == 2
     assert "methods.feed.paraphrasers: expected epochs, at least 1, and init_args" in capsys.readouterr().err
+
+
+def test_a_row_can_begin_with_another_rows_student(tmp_path):
+    def still(config):
+        config.update(epochs=1, seeds=[0, 1])
+        config["teachers"].update(number=1, epochs=1)
+        optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}
+        meal = {"class_path": "MEALV2Module", "init_args": {"discriminator": "none", "optimizer": optimizer}}
+        config["methods"] = {"meal": {**meal, "initial": "alone"}, "scratch": meal}
+
+    compare(written(tmp_path, still), tmp_path / "out")
+    # With a rate of zero the parameters stay where they began.
+    for seed in (0, 1):
+        weights = {
+            name: load_file(tmp_path / f"out/runs/{name}/seed_{seed}/student.safetensors")["head.weight"]
+            for name in ("alone", "meal", "scratch")
+        }
+        assert torch.equal(weights["meal"], weights["alone"])
+        assert not torch.equal(weights["scratch"], weights["alone"])

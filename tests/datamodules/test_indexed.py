@@ -175,7 +175,7 @@ def test_every_kind_of_batch_gets_its_index(make, shuffle):
         {"batch_size": 1, "batch_sampler": [[0, 5, 12], [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]]},
         {"batch_size": None, "sampler": BatchSampler(RandomSampler(range(N)), 5, drop_last=False)},
     ],
-    ids=str,
+    ids="-".join,
 )
 @pytest.mark.parametrize("dataset", [Numbers, AtOnce, WholeBatch], ids=lambda dataset: dataset.__name__)
 def test_every_kind_of_loader_keeps_its_way(dataset, options):

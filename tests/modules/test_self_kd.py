@@ -583,6 +583,8 @@ def test_no_gradient_flows_into_the_past(past):
     module = module_of(past=past)
     trainer = tiny_trainer(max_epochs=2, callbacks=[Backwards()])
     trainer.fit(module, datamodule=TinyDataModule())
+    if module.past_network is not None:
+        assert not module.past_network.predict(torch.rand(2, *SHAPE, requires_grad=True)).requires_grad
 
 
 class Backwards(pl.Callback):
@@ -912,6 +914,12 @@ def test_a_checkpoint_of_another_past_is_refused_and_of_another_method_gives_non
         fitted(module_of(past=past), ckpt_path=tmp_path / "other.ckpt", max_epochs=3, callbacks=[logged])
         # What the network was when Self-KD took over is a past model; of predictions and averages there are none yet.
         assert [line["train/known_fraction"] for line in logged.epochs] == [float(past == "past_model"), 1.0]
+    trainer = fitted(other, max_epochs=3)
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    logged = Logged()
+    module = module_of(past="past_model", refresh_epochs=2)
+    fitted(module, ckpt_path=tmp_path / "other.ckpt", max_epochs=4, callbacks=[logged])
+    assert logged.epochs[0]["train/known_fraction"] == 1
 
 
 def test_another_length_than_the_checkpoints_is_warned_about(tmp_path):
