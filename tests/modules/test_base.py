@@ -302,7 +302,7 @@ def test_a_wrapped_compiled_student_is_exported_and_tapped_plainly(tmp_path):
 
 
 def test_export_refuses_another_suffix(tmp_path):
-    with pytest.raises(InputError, match=r"writes \.safetensors, \.pt or \.pth, got 'student.onnx'"):
+    with pytest.raises(InputError, match=r"written as \.safetensors, \.pt or \.pth, got 'student.onnx'"):
         SupervisedModule(TinyNet(), num_classes=3).export_student(tmp_path / "student.onnx")
     assert not list(tmp_path.iterdir())
 
