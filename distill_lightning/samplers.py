@@ -95,8 +95,7 @@ class _PairSampler(nn.Module):
         count = count_rows(inputs)
         first = torch.arange(len(draws), device=draws.index.device) % count
         # A permutation for every round through the batch, so that each row is mixed in as often as it is begun with.
-        keys = torch.split(draws.uniform(1)[:, 0], count)
-        second = torch.cat([key.argsort(stable=True) for key in keys])
+        second = draws.order(count)
         place = draws.uniform(1)[:, 0] * _QUANTILES
         below = place.long()
         quantiles = wide(self.quantiles)

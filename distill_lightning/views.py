@@ -96,9 +96,14 @@ class Draws:
         inner = 2 * draws - 1 + torch.finfo(draws.dtype).eps / 2
         return (math.sqrt(2) * torch.erfinv(inner)).float()
 
-    def order(self) -> Tensor:
-        """A permutation of the rows, int64 ``(N,)``: that of one draw each, so it depends on which rows there are."""
-        return self.uniform(1)[:, 0].argsort(stable=True)
+    def order(self, size: int | None = None) -> Tensor:
+        """A permutation of the rows, int64 ``(N,)``: that of one draw each, so it depends on which rows there are.
+
+        Args:
+            size: permute every ``size`` rows among themselves, counting from 0 in each such group; ``None``: all.
+        """
+        groups = torch.split(self.uniform(1)[:, 0], size or max(len(self), 1))
+        return torch.cat([keys.argsort(stable=True) for keys in groups])
 
 
 def crop_and_flip(images: Tensor, draws: Tensor, *, padding: int, flip: bool) -> Tensor:

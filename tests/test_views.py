@@ -183,6 +183,8 @@ def test_normal_numbers_and_an_order_use_up_the_stream_as_uniform_ones_do():
     order = draws.order()
     assert torch.equal(draws.uniform(3), whole[:, 3:])
     assert order.tolist() == sorted(range(6), key=whole[:, 2].tolist().__getitem__)
+    groups = [whole[:4, 0].argsort(), whole[4:, 0].argsort()]
+    assert torch.equal(Draws(1, index, view).order(4), torch.cat(groups))
 
 
 def test_copies_of_a_view_have_streams_of_their_own():

@@ -181,6 +181,7 @@ def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module
     module = experiment.paraphrasers(row, teachers)
     if module is None:
         return None
+    # One training for all seeds of the row.
     file = run.folder.parent / "paraphrasers.safetensors"
     if file.exists():
         module.paraphrasers.load_state_dict(load_file(file))

@@ -147,7 +147,7 @@ def weighted_mean(values: Tensor, weights: Sequence[float] | None = None) -> Ten
     Raises:
         InputError: the weights do not fit.
     """
-    if weights is None:
+    if weights is None and len(values) > 0:
         return values.mean(dim=0)
     # Python numbers, not a tensor of weights: nothing has to travel to the device, nothing has to be waited for.
     shares = member_shares(weights, len(values))

@@ -420,3 +420,9 @@ def test_weights_that_do_not_fit_are_refused(weights, message):
 def test_members_of_other_shapes_are_refused():
     with pytest.raises(InputError, match="collapse_mixture: means, log-variances and targets must have one shape"):
         collapse_mixture(torch.zeros(2, 4, 1), torch.zeros(2, 4, 2))
+
+
+def test_no_members_have_no_mixture():
+    none = torch.empty(0, 3, 2)
+    with pytest.raises(InputError, match="at least one member"):
+        collapse_mixture(none, none)
