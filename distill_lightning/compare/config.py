@@ -129,7 +129,7 @@ def rows_of(config: CompareConfig) -> list[Row]:
         initial = spec.get("initial")
         for name in names:
             for key, earlier in (("teachers", teachers), ("initial", initial)):
-                if earlier not in rows and (isinstance(earlier, str) or (key == "initial" and earlier is not None)):
+                if isinstance(earlier, str) and earlier not in rows:
                     raise InputError(
                         f"methods.{method}.{key}: {earlier!r} is no earlier row; rows so far: {', '.join(rows)}"
                     )
@@ -194,6 +194,8 @@ def _check_method(name: str, spec: Spec, available: int) -> None:
         raise InputError(f"methods.{name}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(_METHOD_KEYS)}")
     if "stages" in spec and ("teachers" in spec or not _is_count(spec["stages"])):
         raise InputError(f"methods.{name}.stages is a number, at least 1, and leaves no choice of teachers")
+    if not isinstance(spec.get("initial", ""), str) or ("stages" in spec and "initial" in spec):
+        raise InputError(f"methods.{name}.initial is an earlier row's name, and stages begin afresh")
     teachers = spec.get("teachers", available)
     counted = _is_count(teachers) and teachers <= available
     if not counted and not isinstance(teachers, str):

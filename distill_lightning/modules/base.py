@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Self
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
 from distill_lightning.batch import Batch
@@ -19,9 +18,13 @@ from distill_lightning.layers import TeacherEnsemble, check_classes, check_gauss
 from distill_lightning.metrics import default_metrics, teacher_metrics
 from distill_lightning.modules.answers import TeacherAnswers
 from distill_lightning.modules.hparams import plain, rebuild, takes, unplain_arguments
-from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
+from distill_lightning.modules.optimization import (
+    LRSchedulerCallable,
+    OptimizerCallable,
+    default_optimizer,
+    with_schedule,
+)
 from distill_lightning.networks import recipe_of
-from distill_lightning.schedules import OneCycle
 from distill_lightning.weights import check_architecture, read_checkpoint, write_weights
 
 
@@ -131,7 +134,8 @@ class DistillationModule(pl.LightningModule):
 
         Returns:
             Log-probabilities ``(N, K)``, or a Gaussian's parameters ``(N, 2 d)``; ``None`` where there is no teacher.
-            Here: that of the `TeacherEnsemble` named ``teachers``, if the method has one and classifies.
+            Here: that of the `TeacherEnsemble` named ``teachers``, if the method has one and classifies. Where
+            ``teachers`` are `frozen`, they are asked once in a ``fit`` about each validation sample.
         """
         teachers = getattr(self, "teachers", None)
         if self.num_classes is None or not isinstance(teachers, TeacherEnsemble):
@@ -219,10 +223,16 @@ class DistillationModule(pl.LightningModule):
         if answer is None:
             answer = self.teacher_prediction(batch)
         if answer is not None:
-            self._answers.keep(beside, batch_idx, batch, answer)
+            if self._teachers_stand_still():
+                self._answers.keep(beside, batch_idx, batch, answer)
             beside.update(counted, self._counted(batch, answer))
             self.log_dict(beside, on_step=False, on_epoch=True, batch_size=batch.size)
         return {"output": counted, "target": target}
+
+    def _teachers_stand_still(self) -> bool:
+        """Whether what the teachers said holds for the whole ``fit``, about samples that their index tells apart."""
+        # Two loaders may have other samples under the same indices.
+        return "teachers" in self.frozen and len(self.trainer.num_val_batches) == 1
 
     @staticmethod
     def _counted(batch: Batch, values: Tensor) -> Tensor:
@@ -234,22 +244,7 @@ class DistillationModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimiser over `parameter_groups` and, if there is one, its schedule."""
         optimizer = self.optimizer(self.parameter_groups())
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        config: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
-        if isinstance(scheduler, OneCycle):
-            config["interval"] = "step"
-            scheduler.total_steps = scheduler.total_steps or self._total_steps()
-        if isinstance(scheduler, ReduceLROnPlateau):
-            config["monitor"] = "val/nll"
-        return {"optimizer": optimizer, "lr_scheduler": config}
-
-    def _total_steps(self) -> int:
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise InputError("OneCycle needs the length of the training: give the Trainer max_epochs or max_steps")
-        return int(steps)
+        return with_schedule(self, optimizer, self.lr_scheduler, monitor="val/nll")
 
     # What is frozen, and what a checkpoint holds
 
@@ -265,6 +260,10 @@ class DistillationModule(pl.LightningModule):
         self.train()
         # Frozen weights keep while fit lasts, and large ones take a while: once is enough.
         self._fingerprints = self._fingerprint()
+        self._answers.forget()
+
+    def on_fit_end(self) -> None:
+        """What was kept is of no use any more."""
         self._answers.forget()
 
     def on_validation_start(self) -> None:

@@ -16,7 +16,7 @@ from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.layers import ImageDecoder, ImageEncoder
 from distill_lightning.modules.hparams import unplain_arguments
-from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable
+from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, with_schedule
 from distill_lightning.views import Draws
 from distill_lightning.weights import write_weights
 
@@ -52,7 +52,8 @@ class GeneratorModule(pl.LightningModule):
         width: channels of the encoder's first and the decoder's last hidden layer.
         seed: of the draws.
         optimizer: makes the optimiser from the parameters; Adam with a rate of 0.001 without.
-        lr_scheduler: makes the schedule from the optimiser, stepped after every epoch.
+        lr_scheduler: makes the schedule from the optimiser. It is stepped after every epoch, `OneCycle` after every
+            batch; `ReduceLROnPlateau` watches ``val/loss``.
 
     Raises:
         InputError: a size or range that cannot be used; in training: images that do not lie in the range.
@@ -129,7 +130,7 @@ class GeneratorModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimiser and, if there is one, its schedule."""
         optimizer = self.optimizer(self.parameters())
-        return optimizer if self.lr_scheduler is None else ([optimizer], [self.lr_scheduler(optimizer)])
+        return with_schedule(self, optimizer, self.lr_scheduler, monitor="val/loss")
 
     def export_generator(self, path: str | Path) -> Path:
         """Write the decoder's state dict; a fresh `layers.ImageDecoder` of its sizes loads it with ``strict=True``.

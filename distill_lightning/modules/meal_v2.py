@@ -20,7 +20,12 @@ from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import Discriminator, DiscriminatorKind, TeacherEnsemble, dry_forward
 from distill_lightning.modules.base import DistillationModule
-from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
+from distill_lightning.modules.optimization import (
+    LRSchedulerCallable,
+    OptimizerCallable,
+    default_optimizer,
+    total_steps,
+)
 from distill_lightning.schedules import GroupSchedules, OneCycle
 
 DiscriminatorInput = Literal["logits", "probabilities", "log_probabilities"]
@@ -183,7 +188,7 @@ class MEALV2Module(DistillationModule):
             for schedule in config["scheduler"].schedules:
                 if isinstance(schedule, OneCycle):
                     config["interval"] = "step"
-                    schedule.total_steps = schedule.total_steps or self._total_steps()
+                    schedule.total_steps = schedule.total_steps or total_steps(self)
                 if isinstance(schedule, ReduceLROnPlateau):
                     config |= {"monitor": "val/nll", "reduce_on_plateau": True}
         return configured

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import pytorch_lightning as pl
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from distill_lightning.errors import refusing
+from distill_lightning.errors import InputError, refusing
+from distill_lightning.schedules import OneCycle
 
 if TYPE_CHECKING:
     from distill_lightning.modules.base import DistillationModule
@@ -20,6 +22,44 @@ LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
     """SGD with the settings of the papers' CIFAR experiments."""
     return SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def with_schedule(
+    module: pl.LightningModule, optimizer: Optimizer, lr_scheduler: LRSchedulerCallable | None, *, monitor: str
+) -> Any:
+    """What ``configure_optimizers`` returns: the optimiser and, if there is one, its schedule.
+
+    Args:
+        module: that a Trainer trains; `OneCycle` is told the length of its training and stepped after every batch.
+        optimizer: the only one.
+        lr_scheduler: makes the schedule; it is stepped after every epoch.
+        monitor: the metric that `ReduceLROnPlateau` watches.
+
+    Raises:
+        InputError: `OneCycle`, and a training without an end.
+    """
+    if lr_scheduler is None:
+        return optimizer
+    scheduler = lr_scheduler(optimizer)
+    config: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
+    if isinstance(scheduler, OneCycle):
+        config["interval"] = "step"
+        scheduler.total_steps = scheduler.total_steps or total_steps(module)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        config["monitor"] = monitor
+    return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def total_steps(module: pl.LightningModule) -> int:
+    """Number of optimiser steps of the whole training.
+
+    Raises:
+        InputError: it has no end.
+    """
+    steps = module.trainer.estimated_stepping_batches
+    if steps == float("inf"):
+        raise InputError("OneCycle needs the length of the training: give the Trainer max_epochs or max_steps")
+    return int(steps)
 
 
 def check_optimizer(module: DistillationModule) -> LRScheduler | ReduceLROnPlateau | None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanAbsoluteError, MetricCollection
 from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 
@@ -19,9 +18,13 @@ from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import FeatureTap, Paraphraser, TeacherEnsemble, fingerprint, resolve_layer
 from distill_lightning.modules.hparams import plain, unplain_arguments
-from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
+from distill_lightning.modules.optimization import (
+    LRSchedulerCallable,
+    OptimizerCallable,
+    default_optimizer,
+    with_schedule,
+)
 from distill_lightning.networks import likely_input_shape
-from distill_lightning.schedules import OneCycle
 
 _FROZEN = "teachers."
 
@@ -132,19 +135,7 @@ class ParaphraserModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimiser over the paraphrasers and, if there is one, its schedule."""
         optimizer = self.optimizer(self.paraphrasers.parameters())
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        config: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
-        if isinstance(scheduler, OneCycle):
-            steps = self.trainer.estimated_stepping_batches
-            if steps == float("inf"):
-                raise InputError("OneCycle needs the length of the training: give the Trainer max_epochs or max_steps")
-            config["interval"] = "step"
-            scheduler.total_steps = scheduler.total_steps or int(steps)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            config["monitor"] = "val/loss"
-        return {"optimizer": optimizer, "lr_scheduler": config}
+        return with_schedule(self, optimizer, self.lr_scheduler, monitor="val/loss")
 
     def on_fit_start(self) -> None:
         """A module that enters ``fit`` in eval mode would train in it."""

@@ -1,14 +1,17 @@
 """GeneratorModule: the bound against a naive one, exact resuming, two processes, and samples worth the name."""
 
 import math
+from functools import partial
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from distill_lightning import Batch, DigitsDataModule, GeneratorModule, GeneratorSampler, InputError
+from distill_lightning import Batch, DigitsDataModule, GeneratorModule, GeneratorSampler, InputError, OneCycle
 from distill_lightning.layers import ImageDecoder, ImageEncoder
 from distill_lightning.testing import TinyDataModule, tiny_trainer
 from distill_lightning.views import Draws
@@ -98,6 +101,20 @@ def test_draws_differ_without_indices_too():
     tiny_trainer(max_epochs=2, limit_val_batches=0).fit(module, datamodule=Plain())
     drawn = torch.stack([draws.normal(2) for draws in seen])
     assert len(drawn.flatten().unique()) == drawn.numel()
+
+
+def test_schedules_are_stepped_as_in_every_module():
+    rates = []
+
+    class Rates(pl.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    fitted(generator_of(lr_scheduler=OneCycle), max_epochs=2, callbacks=[Rates()])
+    assert len(set(rates)) == 6
+    assert rates[-1] == pytest.approx(1e-3 * 1e-4)
+    reduced, _ = fitted(generator_of(lr_scheduler=partial(ReduceLROnPlateau, patience=0, threshold=1e9)), max_epochs=3)
+    assert reduced.trainer.optimizers[0].param_groups[0]["lr"] < 1e-3
 
 
 def test_images_stay_in_their_range_and_have_their_shape():
