@@ -22,7 +22,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 
-from distill_lightning import __version__
+from distill_lightning import __version__, callbacks
 from distill_lightning.datamodules import InMemoryImageDataModule
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules import DistillationModule, check_optimizer
@@ -30,6 +30,8 @@ from distill_lightning.schedules import OneCycle
 from distill_lightning.weights import read_checkpoint
 
 _TOLD_BY_DATA = ("num_classes", "input_shape")
+# Classes are found by their short names once they are imported.
+__all__ = ["DistillCLI", "callbacks", "main", "one_line"]
 _DESCRIPTION = """Train, evaluate and compare the methods of distill_lightning.
 
 Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER]."""

@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import warnings
 
 import pytest
 import torch
@@ -255,3 +256,13 @@ def test_help_names_compare(capsys):
         main(["--help"])
     assert stop.value.code == 0
     assert "distill-lightning compare CONFIG" in capsys.readouterr().out
+
+
+def test_callbacks_have_short_names(write):
+    config = write()
+    for name in ("ReliabilityDiagram", "RiskCoverage", "TeacherReport"):
+        arguments = ["fit", "--config", config, "--trainer.fast_dev_run", "true", "--trainer.callbacks+", name]
+        with warnings.catch_warnings():
+            # Random teachers are near chance.
+            warnings.filterwarnings("ignore", message=".*little better than guessing.*")
+            assert main(arguments) == 0

@@ -46,9 +46,10 @@ class FEEDModule(DistillationModule):
     ``D_m = C_m * H * W`` entries. All networks see the same images. The student and every translator learn together;
     the translators are no part of the student and cost nothing afterwards.
 
-    Logged: ``train/ce``, ``train/feed`` (the unweighted sum over teachers), ``train/feed_share`` (its part of the loss:
-    near 0 or 1 means that ``beta`` is off), ``train/feed_teacher_<m>`` and ``train/zero_features``, the share of
-    translated features so near zero that ``u`` cannot bring them to norm 1 (mean over teachers).
+    Logged: ``train/ce``, ``train/feed`` (the sum over teachers with their ``w_m``, or mean, without ``beta``),
+    ``train/feed_share`` (its part of the loss: near 0 or 1 means that ``beta`` is off), ``train/feed_teacher_<m>`` and
+    ``train/zero_features``, the share of translated features so near zero that ``u`` cannot bring them to norm 1 (mean
+    over teachers).
 
     ``feature_loss`` puts another ``L_m`` in its place, for comparisons under the same teachers; the logged names then
     begin with it. ``"hint"`` is FitNets' squared error between ``T_m(F_S)`` and ``F_m`` as they are

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from distill_lightning.plots.style import Array, plain
+from distill_lightning.plots.style import Array, ShownFigure, plain
 
 
 def score_bars(
@@ -25,7 +25,7 @@ def score_bars(
         label: of the axis.
         scale: what the scores are multiplied with.
     """
-    figure = Figure(figsize=(1.6 + 1.2 * len(scores), 4), layout="constrained")
+    figure = ShownFigure(figsize=(1.6 + 1.2 * len(scores), 4), layout="constrained")
     axes = figure.add_subplot()
     digits = 1 if scale == 100 else 3
     for place, (name, values) in enumerate(scores.items()):
@@ -55,7 +55,7 @@ def learning_curves(
         label: of the axis.
         scale: what the scores are multiplied with.
     """
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = ShownFigure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for place, (name, values) in enumerate(curves.items()):
         shown = scale * np.asarray(values, dtype=float)

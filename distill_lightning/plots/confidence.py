@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
-from distill_lightning.plots.style import Array, plain
+from distill_lightning.plots.style import Array, ShownFigure, plain
 
 Bins = tuple[Array, Array, Array]
 Curve = tuple[Array, Array]
@@ -21,7 +21,7 @@ def reliability_diagram(bins: Mapping[str, Bins], references: Mapping[str, Bins]
             hits. Bins with fewer than 10 samples are not drawn.
         references: likewise, drawn in grey: the ensemble's for example.
     """
-    figure = Figure(figsize=(5, 5.5), layout="constrained")
+    figure = ShownFigure(figsize=(5, 5.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     above.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
     colors = [f"C{place % 10}" for place in range(len(bins))] + ["0.4"] * len(references or {})
@@ -49,7 +49,7 @@ def risk_coverage_curve(curves: Mapping[str, Curve]) -> Figure:
     Args:
         curves: for each method what `distill_lightning.functional.risk_coverage` gives: coverage and risk ``(N,)``.
     """
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = ShownFigure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for place, (name, (coverage, risk)) in enumerate(curves.items()):
         color = f"C{place % 10}"

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from distill_lightning.plots.style import plain
+from distill_lightning.plots.style import ShownFigure, plain
 
 _STYLES = ("-", "--", ":", "-.")
 
@@ -26,7 +26,7 @@ def reconstruction_errors(
             reconstructs itself.
         relative: likewise, of the same pairs: the errors divided by the size of the target.
     """
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = ShownFigure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     targets = list(dict.fromkeys(target for _, target in absolute))
     for axes, curves, title in ((left, absolute, "absolute error"), (right, relative, "relative error")):

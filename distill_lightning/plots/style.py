@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+
+
+class ShownFigure(Figure):
+    """A figure that a notebook shows where it is the value of a cell, without any ``%matplotlib`` before."""
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        self.savefig(png, format="png", dpi=100)
+        return png.getvalue()
 
 
 def plain(axes: Axes) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from distill_lightning.plots.style import plain
+from distill_lightning.plots.style import ShownFigure, plain
 
 # What is drawn of the rows' metrics, its title and its scale.
 _SHOWN = {
@@ -30,7 +30,7 @@ def teacher_bars(rows: Sequence[Mapping[str, float | str]], *, chance: float | N
     """
     names = [str(row["name"]) for row in rows]
     shown = [metric for metric in _SHOWN if metric in rows[0]]
-    figure = Figure(figsize=(1 + (1 + 0.6 * len(rows)) * len(shown), 3.5), layout="constrained")
+    figure = ShownFigure(figsize=(1 + (1 + 0.6 * len(rows)) * len(shown), 3.5), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         title, scale = _SHOWN[metric]
         values = scale * np.array([float(row[metric]) for row in rows])

@@ -24,3 +24,8 @@ def test_learning_curves_are_means_over_seeds():
     (line,) = figure.axes[0].lines
     assert line.get_xdata().tolist() == [1, 2]
     assert line.get_ydata() == pytest.approx([20, 60])
+
+
+def test_a_figure_shows_itself_in_a_notebook():
+    figure = score_bars({"alone": [0.8]}, {})
+    assert figure._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n"
