@@ -231,7 +231,7 @@ def pytorchcv_network(
 
 
 @_recorded
-def Pretrained(network: nn.Module, checkpoint: str | Path) -> nn.Module:  # noqa: N802  (reads as a class in YAML)
+def Pretrained(network: nn.Module, checkpoint: str | Path, part: str | None = None) -> nn.Module:  # noqa: N802  (reads as a class in YAML)
     """A network with its weights from a file; the same network is returned, so dotted layer paths stay as they are.
 
     The file is ``.safetensors``, or a PyTorch file that is a plain state dict, has one under ``"state_dict"``, or is a
@@ -241,11 +241,13 @@ def Pretrained(network: nn.Module, checkpoint: str | Path) -> nn.Module:  # noqa
     Args:
         network: built like the one that was saved.
         checkpoint: path of the file.
+        part: the submodule of what was saved whose weights are taken, in place of the student: ``"generator"`` of a
+            `GeneratorModule`'s checkpoint, ``"paraphrasers.0"`` of a `ParaphraserModule`'s.
 
     Raises:
-        InputError: the file is missing, damaged, unsafe, or holds another architecture's weights.
+        InputError: the file is missing, damaged, unsafe, has no such part, or holds another architecture's weights.
     """
-    load_strictly(network, read_weights(Path(checkpoint)), source=str(checkpoint))
+    load_strictly(network, read_weights(Path(checkpoint), part=part), source=str(checkpoint))
     return network
 
 

@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from distill_lightning.errors import InputError
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, *, part: str | None = None) -> dict[str, Tensor]:
     """The network's state dict in a file, without running any code that the file may carry.
 
+    Args:
+        path: of the file.
+        part: the submodule whose weights are wanted; ``None``: the student's of a checkpoint, else all.
+
     Raises:
-        InputError: the file is missing, damaged, unsafe, or holds no state dict.
+        InputError: the file is missing, damaged, unsafe, holds no state dict, or none of that part.
     """
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}: give the path of a .safetensors, .pt or .ckpt file")
@@ -37,9 +41,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
     ):
         raise InputError(f"{path} holds no state dict: save network.state_dict(), or use export_student(path)")
-    if any(name.startswith("student.") for name in weights):
-        return {name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")}
-    return dict(weights)
+    prefix = "student." if part is None else f"{part}."
+    inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    if part is not None and not inside:
+        parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in weights))
+        raise InputError(f"{path} holds nothing of {part!r}; its parts: {parts}")
+    return inside or dict(weights)
 
 
 def write_weights(network: nn.Module, path: Path) -> Path:

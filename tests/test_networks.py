@@ -15,6 +15,7 @@ from torch import nn
 from distill_lightning import (
     AdaptedInput,
     InputError,
+    ParaphraserModule,
     Pretrained,
     SmallResNet,
     TeacherEnsemble,
@@ -22,12 +23,13 @@ from distill_lightning import (
     timm_network,
     torchvision_network,
 )
-from distill_lightning.layers import FeatureTap, GaussianHead
+from distill_lightning.layers import FeatureTap, GaussianHead, Paraphraser
 from distill_lightning.networks import (
     build_from,
     likely_input_shape,
     recipe_of,
 )
+from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 from distill_lightning.weights import check_architecture, load_strictly, read_weights
 
 FACTORIES = [
@@ -732,3 +734,16 @@ def test_a_small_resnet_classifies_or_regresses_and_not_both(arguments):
 def test_a_small_resnet_without_outputs_is_refused(name, value):
     with pytest.raises(InputError, match=f"SmallResNet: {name} must be at least 1, got {value}"):
         SmallResNet(**{name: value})
+
+
+def test_a_part_of_a_checkpoint_is_taken(tmp_path):
+    stage = ParaphraserModule([TinyNet(), TinyNet()], layers="features", input_shape=(1, 8, 8))
+    trainer = tiny_trainer()
+    trainer.fit(stage, datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "stage.ckpt")
+    for number in (0, 1):
+        taken = Pretrained(Paraphraser(8), tmp_path / "stage.ckpt", part=f"paraphrasers.{number}")
+        for name, value in stage.paraphrasers[number].state_dict().items():
+            assert torch.equal(value, taken.state_dict()[name])
+    with pytest.raises(InputError, match="holds nothing of 'generator'; its parts: paraphrasers"):
+        Pretrained(Paraphraser(8), tmp_path / "stage.ckpt", part="generator")

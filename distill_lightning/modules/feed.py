@@ -132,7 +132,7 @@ class FEEDModule(DistillationModule):
         share_transform: bool = False,
         normalize: Literal["sample", "channel", "none"] = "sample",
         resize: Literal["none", "student", "teacher"] = "none",
-        paraphrasers: Sequence[Paraphraser] | nn.ModuleList | None = None,
+        paraphrasers: Sequence[nn.Module] | nn.ModuleList | None = None,
         kd_weight: float = 0.0,
         temperature: float = 4.0,
         input_shape: Sequence[int] | None = None,
@@ -155,6 +155,8 @@ class FEEDModule(DistillationModule):
         self.teacher_weights = [float(weight) for weight in _one_each(count, "teacher_weights", teacher_weights or 1.0)]
         if paraphrasers is not None:
             _one_each(count, "paraphrasers", paraphrasers)
+            if not all(isinstance(paraphraser, Paraphraser) for paraphraser in paraphrasers):
+                raise InputError("FEED: paraphrasers must be layers.Paraphraser networks, trained beforehand")
         if not norm_p >= 1 or not temperature > 0:
             # Below 1 the gradient is infinite wherever a ReLU leaves both sides at zero.
             raise InputError(f"norm_p must be at least 1 and temperature positive, got {norm_p} and {temperature}")
