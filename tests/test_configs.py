@@ -1,5 +1,6 @@
 """Every YAML file in the repository is run, on little data."""
 
+import collections
 import gzip
 import io
 import struct
@@ -11,7 +12,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import save_file
 
-from distill_lightning import SmallResNet
+from distill_lightning import SmallResNet, layers
 from distill_lightning.cli import main
 from distill_lightning.compare import command
 
@@ -53,13 +54,13 @@ def test_compare_runs(path, tmp_path):
 
 
 def networks_in(value):
-    """Every pretrained network that a configuration names: its arguments and its file."""
+    """The arguments of every `Pretrained` that a configuration names."""
     if isinstance(value, list):
         return [pair for part in value for pair in networks_in(part)]
     if not isinstance(value, dict):
         return []
     if value.get("class_path") == "distill_lightning.Pretrained":
-        return [(value["init_args"]["network"]["init_args"], value["init_args"]["checkpoint"])]
+        return [value["init_args"]]
     return [pair for part in value.values() for pair in networks_in(part)]
 
 
@@ -67,10 +68,16 @@ def networks_in(value):
 def test_fit_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = yaml.safe_load(path.read_text())
-    # What a comparison would have left.
-    for arguments, file in networks_in(config["model"]):
+    # What a comparison, or the training before this one, would have left.
+    left = collections.defaultdict(dict)
+    for pretrained in networks_in(config["model"]):
+        name = pretrained["network"]["class_path"].rpartition(".")[2]
+        network = getattr(layers, name, SmallResNet)(**pretrained["network"]["init_args"])
+        part = f"{pretrained['part']}." if "part" in pretrained else ""
+        left[pretrained["checkpoint"]] |= {part + key: value for key, value in network.state_dict().items()}
+    for file, state in left.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        save_file(SmallResNet(**arguments).state_dict(), tmp_path / file)
+        save_file(state, tmp_path / file) if file.endswith(".safetensors") else torch.save(state, tmp_path / file)
     arguments = ["fit", "--config", str(path), "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
     if "FashionMNIST" in config["data"]["class_path"]:
         small_fashion_mnist(tmp_path)
