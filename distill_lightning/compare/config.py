@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from jsonargparse import ArgumentParser
@@ -22,11 +22,8 @@ from distill_lightning.errors import InputError
 from distill_lightning.layers import dry_forward
 from distill_lightning.modules import DistillationModule, ParaphraserModule, check_optimizer
 
-if TYPE_CHECKING:
-    Spec = dict[str, Any]
-else:
-    # Where values may be of any type, jsonargparse makes objects of what has a class_path inside.
-    Spec = dict
+# A bare dict: where its values may be of any type, jsonargparse makes objects of what has a class_path inside.
+Spec = dict
 """A ``class_path`` with its ``init_args``, as everywhere in the YAML files."""
 
 ALONE = "alone"
