@@ -44,7 +44,7 @@ class Mixed(NamedTuple):
     Attributes:
         inputs: the mixed inputs, ``(S, ...)``.
         first: which row of the batch each began as, int64 ``(S,)``.
-        second: which row was mixed in, int64 ``(S,)``.
+        second: which row of the batch, or of the ``pool``, was mixed in, int64 ``(S,)``.
         share: the part of the first in it, ``(S,)``.
     """
 
@@ -66,8 +66,11 @@ class EmpiricalSampler(nn.Module):
         return take(inputs, rows)
 
 
-class _PairSampler(nn.Module):
-    """Mixes each row with another of the batch; the share is drawn from Beta(alpha, alpha), one for each row."""
+class PairSampler(nn.Module):
+    """Mixes each row with another of the batch; the share is drawn from Beta(alpha, alpha), one for each row.
+
+    A subclass defines `blend`.
+    """
 
     quantiles: Tensor
 
@@ -85,34 +88,35 @@ class _PairSampler(nn.Module):
         """For the printed module."""
         return f"alpha={self.alpha}"
 
-    def mix(self, inputs: Inputs, draws: Draws) -> Mixed:
+    def mix(self, inputs: Inputs, draws: Draws, *, pool: Inputs | None = None) -> Mixed:
         """Mixed inputs, with what they were mixed from.
 
         Args:
             inputs: of the batch, ``(N, ...)`` each; several are mixed with the same rows and shares.
             draws: of the ``S`` rows that are wanted; row ``i`` begins as the batch's row ``i mod N``.
+            pool: where the rows that are mixed in are taken from; ``None``: the batch.
         """
+        pool = inputs if pool is None else pool
         count = count_rows(inputs)
         first = torch.arange(len(draws), device=draws.index.device) % count
-        # A permutation for every round through the batch, so that each row is mixed in as often as it is begun with.
-        second = draws.order(count)
+        second = _partners(draws, count_rows(pool))
         place = draws.uniform(1)[:, 0] * _QUANTILES
         below = place.long()
         quantiles = wide(self.quantiles)
         share = torch.lerp(quantiles[below], quantiles[below + 1], (place - below).to(quantiles.dtype))
-        mixed, share = self.blend(take(inputs, first), take(inputs, second), share, draws)
+        mixed, share = self.blend(take(inputs, first), take(pool, second), share, draws)
         return Mixed(mixed, first, second, share)
 
     def blend(self, first: Inputs, second: Inputs, share: Tensor, draws: Draws) -> tuple[Inputs, Tensor]:
         """Mixed inputs, and the share of ``first`` that is really in them."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define blend(first, second, share, draws)")
 
-    def forward(self, inputs: Inputs, draws: Draws) -> Inputs:
+    def forward(self, inputs: Inputs, draws: Draws, *, pool: Inputs | None = None) -> Inputs:
         """The mixed inputs alone."""
-        return self.mix(inputs, draws).inputs
+        return self.mix(inputs, draws, pool=pool).inputs
 
 
-class MixupSampler(_PairSampler):
+class MixupSampler(PairSampler):
     """Mixup of two rows, see `distill_lightning.mixing.mixup`; every tensor of the inputs is mixed alike.
 
     Args:
@@ -127,7 +131,7 @@ class MixupSampler(_PairSampler):
         return _pairwise(lambda a, b: mixup(a, b, share), first, second), share
 
 
-class CutMixSampler(_PairSampler):
+class CutMixSampler(PairSampler):
     """CutMix of two rows, see `distill_lightning.mixing.cutmix`; inputs that are no images are mixed linearly.
 
     Args:
@@ -210,6 +214,20 @@ class FunctionSampler(nn.Module):
     def forward(self, inputs: Inputs, draws: Draws) -> Inputs:
         """What the function makes."""
         return self.function(inputs, draws)
+
+
+def _partners(draws: Draws, count: int) -> Tensor:
+    """Which of a pool's ``count`` rows is mixed into each, int64 ``(S,)``.
+
+    Every round through the pool is a permutation, so that each row is mixed in equally often. A last round that is not
+    whole takes its rows, without repetition, from the whole pool.
+    """
+    partners = draws.order(count)
+    short = len(draws) % count
+    if short:
+        places = (partners[-short:] + draws.uniform(1)[-short:, 0]) * (count / short)
+        partners[-short:] = places.long().clamp_max(count - 1)
+    return partners
 
 
 def count_rows(inputs: Inputs) -> int:

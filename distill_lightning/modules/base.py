@@ -17,7 +17,7 @@ from distill_lightning.errors import InputError
 from distill_lightning.layers import TeacherEnsemble, check_classes, check_gaussian, dry_forward, fingerprint
 from distill_lightning.metrics import default_metrics, teacher_metrics
 from distill_lightning.modules.answers import TeacherAnswers
-from distill_lightning.modules.hparams import plain, rebuild, takes, unplain_arguments
+from distill_lightning.modules.hparams import objects_given, plain, rebuild, takes, unplain_arguments
 from distill_lightning.modules.optimization import (
     LRSchedulerCallable,
     OptimizerCallable,
@@ -88,7 +88,8 @@ class DistillationModule(pl.LightningModule):
         metrics: MetricCollection | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=unplain_arguments(self))
+        objects = unplain_arguments(self)
+        self.save_hyperparameters(ignore=list(objects))
         if (num_classes is None) == (num_targets is None):
             raise InputError(
                 f"{type(self).__name__} needs num_classes (a classifier) or num_targets (a regression), and not both"
@@ -111,6 +112,8 @@ class DistillationModule(pl.LightningModule):
         self.test_metrics = metrics.clone(prefix="test/")
         self.val_teacher_metrics = beside.clone(prefix="val/")
         self.test_teacher_metrics = beside.clone(prefix="test/")
+        self._objects = objects_given(self, objects)
+        self._missing: list[str] = []
         self._fingerprints: dict[str, str] = {}
         self._observed: dict[str, Tensor] = {}
         self._answers = TeacherAnswers()
@@ -258,6 +261,13 @@ class DistillationModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """A module that enters ``fit`` in eval mode would train in it; the student must not."""
         self.train()
+        if self._missing:
+            warnings.warn(
+                f"this {type(self).__name__} was loaded from a checkpoint, which cannot hold every argument: "
+                f"{', '.join(self._missing)} are the defaults now, not those of the training before; give them to "
+                "load_from_checkpoint",
+                stacklevel=2,
+            )
         # Frozen weights keep while fit lasts, and large ones take a while: once is enough.
         self._fingerprints = self._fingerprint()
         self._answers.forget()
@@ -285,6 +295,7 @@ class DistillationModule(pl.LightningModule):
         checkpoint["hyper_parameters"] = plain({"_class_path": made_by, **checkpoint.get("hyper_parameters", {})})
         checkpoint["fingerprints"] = self._fingerprints or self._fingerprint()
         checkpoint["recipes"] = {"student": recipe_of(self.student)}
+        checkpoint["objects"] = self._objects
         teachers = getattr(self, "teachers", None)
         if isinstance(teachers, TeacherEnsemble):
             checkpoint["recipes"]["teachers"] = {
@@ -332,7 +343,8 @@ class DistillationModule(pl.LightningModule):
             checkpoint_path: a checkpoint of this class.
             map_location: the device that the module is put on.
             overrides: constructor arguments that replace what the checkpoint holds. A network that was built elsewhere
-                must be given (``student=...``, ``teachers=...``); an optimiser too, if the training is to go on.
+                must be given (``student=...``, ``teachers=...``); if the training is to go on, the optimiser and
+                whatever else was no plain value, too: `fit` warns of those that are missing.
 
         Raises:
             InputError: there is no such checkpoint, it is of another module or architecture, or it cannot tell how a
@@ -352,6 +364,8 @@ class DistillationModule(pl.LightningModule):
         module = cls(**{**known, **{name: rebuild(name, recipe) for name, recipe in recipes.items()}, **overrides})
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
+        kept = {*overrides, *recipes}
+        module._missing = [name for name in checkpoint.get("objects", []) if name not in kept]
         return module.to(map_location)
 
     def export_student(self, path: str | Path) -> Path:

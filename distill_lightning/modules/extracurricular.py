@@ -21,7 +21,7 @@ from distill_lightning.layers.batch_norm import kept_statistics
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.regression import check_bounds
-from distill_lightning.samplers import EmpiricalSampler, Inputs, MixupSampler, count_rows, join, take
+from distill_lightning.samplers import EmpiricalSampler, Inputs, MixupSampler, PairSampler, count_rows, join, take
 from distill_lightning.views import Draws
 
 # Keeps the samplers' random numbers apart from those that crop and flip the images of the same views.
@@ -95,7 +95,8 @@ class ExtracurricularModule(DistillationModule):
             additional inputs in a forward of their own, which leaves the running statistics alone.
         teacher_variance: of teachers that give means only, ``(N, d)``; one number or one per target.
         log_var_bounds: that log-variances are clamped to.
-        seed: of the samplers' draws, which depend on it and on each sample's index and view alone.
+        seed: of the samplers' draws, which depend on it and on each sample's index and view alone. Which rows Mixup and
+            CutMix mix depends on the batch, too: partners are found within a process's batch.
         input_shape: shape of one input, ``(C, H, W)``, to check the networks with.
         optimizer: makes the optimiser from the trainable parameters.
         lr_scheduler: makes the schedule from the optimiser.
@@ -274,9 +275,11 @@ class ExtracurricularModule(DistillationModule):
             for number, (start, end) in enumerate(pairwise(round(bound) for bound in bounds)):
                 if end > start:
                     rows = torch.arange(start, end, device=self.device)
-                    sampled = rows % batch.size
-                    extras[self._sampler_name(number)] = self.samplers[number](
-                        take(batch.input, sampled), self._draws(batch, sampled, rows // batch.size)
+                    sampled, sampler = rows % batch.size, self.samplers[number]
+                    # What mixes two inputs has its own rows, too, but finds their partners among all.
+                    pool = {"pool": batch.input} if isinstance(sampler, PairSampler) else {}
+                    extras[self._sampler_name(number)] = sampler(
+                        take(batch.input, sampled), self._draws(batch, sampled, rows // batch.size), **pool
                     )
         return extras
 

@@ -71,7 +71,7 @@ class GeneratorModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=unplain_arguments(self))
+        self.save_hyperparameters(ignore=list(unplain_arguments(self)))
         self.generator = ImageDecoder(input_shape, latent_dim, output_range=output_range, width=width)
         self.encoder = ImageEncoder(input_shape, latent_dim, width=width)
         self.pixel_log_var = nn.Parameter(torch.zeros(()))

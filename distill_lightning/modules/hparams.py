@@ -14,8 +14,8 @@ from distill_lightning.layers import TeacherEnsemble
 from distill_lightning.networks import build_from
 
 
-def unplain_arguments(module: nn.Module) -> list[str]:
-    """Constructor arguments that a checkpoint must not hold as they are.
+def unplain_arguments(module: nn.Module) -> dict[str, Any]:
+    """Constructor arguments that a checkpoint must not hold as they are, with their values.
 
     Those that would need code, networks, functions and the like, and those of a base class that the module's own
     constructor does not take, which the command line could not pass on to it.
@@ -23,15 +23,35 @@ def unplain_arguments(module: nn.Module) -> list[str]:
     Args:
         module: whose constructor is running and calls this; arguments of every level of inheritance are looked at.
     """
-    names = []
+    values: dict[str, Any] = {}
     frame = inspect.currentframe()
     frame = None if frame is None else frame.f_back
     while frame is not None and frame.f_code.co_name == "__init__" and _holds(frame.f_locals, module):
         code = frame.f_code
         arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
-        names += [name for name in arguments if not takes(type(module), name) or not _is_plain(frame.f_locals[name])]
+        for name in arguments:
+            if not takes(type(module), name) or not _is_plain(frame.f_locals[name]):
+                values[name] = frame.f_locals[name]
         frame = frame.f_back
-    return names
+    return values
+
+
+def objects_given(module: nn.Module, values: Mapping[str, Any]) -> list[str]:
+    """Those of some arguments that are not what the constructor would have taken by itself.
+
+    Args:
+        module: made with them.
+        values: arguments by name.
+    """
+    parameters = {
+        name: parameter
+        for kind in reversed(type(module).__mro__)
+        if "__init__" in vars(kind)
+        for name, parameter in inspect.signature(kind).parameters.items()
+    }
+    return [
+        name for name, value in values.items() if takes(type(module), name) and value is not parameters[name].default
+    ]
 
 
 def takes(kind: type, name: str) -> bool:

@@ -81,7 +81,7 @@ class ParaphraserModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=unplain_arguments(self))
+        self.save_hyperparameters(ignore=list(unplain_arguments(self)))
         self.teachers = TeacherEnsemble.of(teachers)
         paths = [layers] * len(self.teachers) if isinstance(layers, str) else list(layers)
         if len(paths) != len(self.teachers):

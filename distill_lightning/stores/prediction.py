@@ -28,8 +28,8 @@ class PredictionStore:
 
     A row that is not written in an epoch keeps what it held. With several processes every one writes its own samples;
     `advance` and `state_dict` exchange them, must be called by all, and leave the same rows everywhere. The tensors are
-    no buffers of a module; they live where `to` puts them, with several processes on the device that these communicate
-    on. Reading and writing with an index on that device never wait for it.
+    no buffers of a module; they live where `to` puts them. Reading and writing with an index on that device never wait
+    for it; with an index elsewhere, rows are copied over.
 
     A row takes ``K`` numbers, or with ``top_k`` that many numbers and class indices (2 bytes each up to 32,768 classes,
     then 4); both buffers together twice that, see `nbytes`.
@@ -95,14 +95,16 @@ class PredictionStore:
             index: int64 ``(N,)``.
 
         Returns:
-            Probabilities, float32 ``(N, K)``, uniform where nothing is known, and whether something is, bool ``(N,)``.
+            Probabilities, float32 ``(N, K)``, uniform where nothing is known, and whether something is, bool ``(N,)``,
+            on the index's device.
 
         Raises:
             InputError: on the CPU, an index out of range.
         """
+        here = index.to(self.device)
         with refusing(f"num_samples={self.num_samples} does not fit the data's indices", IndexError):
-            known = self._known[index]
-        probs = self._unpack({name: rows[index] for name, rows in self._now.items()})
+            known = self._known[here].to(index.device)
+        probs = self._unpack({name: rows[here].to(index.device) for name, rows in self._now.items()})
         return torch.where(known[:, None], probs, 1 / self.num_classes), known
 
     def write(self, index: Tensor, probs: Tensor) -> None:
@@ -120,12 +122,13 @@ class PredictionStore:
                 f"PredictionStore: {len(index)} samples of {self.num_classes} classes need probabilities "
                 f"({len(index)}, {self.num_classes}), got {tuple(probs.shape)}"
             )
+        index = index.to(self.device)
         order = torch.arange(len(index), device=index.device) + self._count
         self._written.scatter_reduce_(0, index, order, "amax")
         # A sample that stands in the batch twice gets its last row both times, so the order of writing cannot matter.
         last = self._written[index] - self._count
-        for name, rows in self._pack(probs.detach()[last]).items():
-            self._next[name][index] = rows
+        for name, rows in self._pack(probs.detach()[last.to(probs.device)]).items():
+            self._next[name][index] = rows.to(self.device)
         self._count += len(index)
 
     def advance(self) -> None:
@@ -212,7 +215,7 @@ class PredictionStore:
         world, rank = dist.get_world_size(), dist.get_rank()
         # The order in which one process would have read the samples that several have taken in turns.
         claim = torch.where(self._written >= 0, self._written * world + rank, -1)
-        dist.all_reduce(claim, dist.ReduceOp.MAX)
+        _reduce(claim, dist.ReduceOp.MAX)
         if not bool((claim >= 0).any()):
             return
         others = (claim < 0) | (claim % world != rank)
@@ -220,8 +223,18 @@ class PredictionStore:
             count = max(_PIECE_BYTES // rows[0].nbytes, 1)
             for piece, not_ours in zip(torch.split(rows, count), torch.split(others, count), strict=True):
                 piece.masked_fill_(not_ours[:, None], 0)
-                dist.all_reduce(piece.view(torch.uint8))
+                _reduce(piece.view(torch.uint8), dist.ReduceOp.SUM)
         self._written = torch.where(claim >= 0, 0, -1)
+
+
+def _reduce(tensor: Tensor, operation: Any) -> None:
+    """Reduce in place over all processes, by way of the device that they communicate on."""
+    if dist.get_backend() != "nccl" or tensor.is_cuda:
+        dist.all_reduce(tensor, operation)
+        return
+    sent = tensor.cuda()
+    dist.all_reduce(sent, operation)
+    tensor.copy_(sent)
 
 
 def _name(value: Any) -> str:

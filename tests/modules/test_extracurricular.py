@@ -671,6 +671,23 @@ def test_among_other_samplers_the_empirical_one_gives_the_batch_once_more():
     assert {"kl_empirical", "kl_mixup"} < logged.keys()
 
 
+def test_a_few_rows_are_mixed_with_partners_from_the_whole_batch():
+    module, partners = tiny_module(extra_ratio=0.25, seed=3), set()
+    mix = module.samplers[0].mix
+
+    def noted(inputs, draws, *, pool):
+        mixed = mix(inputs, draws, pool=pool)
+        assert torch.equal(pool, batch.input)
+        partners.update(mixed.second.tolist())
+        return mixed
+
+    module.samplers[0].mix = noted
+    for epoch in range(40):
+        batch = batch_of(8)._replace(view=torch.full((8,), epoch))
+        observed_of(module, batch)
+    assert partners == set(range(8))
+
+
 def test_mixup_of_the_batch_is_what_is_sampled_by_default():
     (sampler,) = tiny_module().samplers
     assert isinstance(sampler, MixupSampler)

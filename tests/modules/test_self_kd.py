@@ -616,7 +616,7 @@ class Steps(pl.Callback):
         if trainer.global_step > self.steps:
             self.steps = trainer.global_step
             self.students.append(state_of(pl_module.student))
-        self.averages.append(state_of(pl_module.past_network.network.module) if self.steps else None)
+        self.averages.append(state_of(pl_module.past_network.network) if self.steps else None)
 
 
 @pytest.mark.parametrize(("accumulate", "moments"), [(1, [0, 1, 2, 3, 4, 5]), (2, [-1, 0, 1, 1, 2, 3])])

@@ -93,6 +93,8 @@ class SelfKDModule(DistillationModule):
         ema_decay: what remains of the average in every optimiser step with ``ema``.
         store_dtype: of the stored probabilities: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         store_top_k: how many of a sample's largest probabilities are stored; ``None``: all.
+        store_device: where the store is kept, see `PredictionStore` for its size; ``None``: on the training's device,
+            where no step waits for it. ``"cpu"`` saves that memory and costs a copy per step.
         num_samples: size of the training set whose indices the batches carry; ``None``: length of the training
             loader's data set.
         seed: of cutout and mixing; what a sample gets depends on it, the sample's index and its view (else the epoch)
@@ -127,6 +129,7 @@ class SelfKDModule(DistillationModule):
         ema_decay: float = 0.999,
         store_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
         store_top_k: int | None = None,
+        store_device: str | None = None,
         num_samples: int | None = None,
         seed: int = 0,
         input_shape: Sequence[int] | None = None,
@@ -163,7 +166,8 @@ class SelfKDModule(DistillationModule):
         self.total_epochs = total_epochs
         self.past, self.past_temperature, self.label_smoothing = past, past_temperature, label_smoothing
         self.cutout, self.mixing, self.mixing_probability = cutout, mixing, mixing_probability
-        self.store_dtype, self.store_top_k, self.num_samples = store_dtype, store_top_k, num_samples
+        self.store_dtype, self.store_top_k, self.store_device = store_dtype, store_top_k, store_device
+        self.num_samples = num_samples
         self.seed = seed
         # Neither is a part of the module: DDP would overwrite the one, the optimiser and the weights hold the other.
         self.store: PredictionStore | None = None
@@ -272,7 +276,9 @@ class SelfKDModule(DistillationModule):
             if self.past_network is not None:
                 self.past_network.forget()
         if self.past == "stored":
-            self.store = (self.store or self._new_store()).to(self.device)
+            self.store = (self.store or self._new_store()).to(self.store_device or self.device)
+        if self.past_network is not None:
+            self.past_network.to(self.device)
         length = self._length()
         self._total = length or 0
         if loaded is not None:
@@ -290,6 +296,14 @@ class SelfKDModule(DistillationModule):
     def on_train_epoch_end(self) -> None:
         """What this epoch said is the past of the next."""
         self._finish(self.trainer.current_epoch + 1)
+
+    def on_fit_end(self) -> None:
+        """As Lightning does with the module, what is kept beside it leaves the device."""
+        super().on_fit_end()
+        if self.store is not None:
+            self.store.to("cpu")
+        if self.past_network is not None:
+            self.past_network.to("cpu")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and average; here and not after the batch, because a checkpoint of the batch is written before that."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import freeze
@@ -63,6 +62,11 @@ class PastNetwork:
         """What the processes' copies may differ in."""
         return iter(()) if self.network is None else self.network.buffers()
 
+    def to(self, device: torch.device | str) -> None:
+        """Move the copy; its module does not know it, and does not take it along."""
+        if self.network is not None:
+            self.network.to(device)
+
     def forget(self) -> None:
         """Begin again."""
         self.network, self.ready = None, False
@@ -94,23 +98,20 @@ class AveragedNetwork(PastNetwork):
         """Average; the weights after the first step are the first average."""
         if self.network is None:
             self.network = self.copy_of(student)
-        cast("AveragedModel", self.network).update_parameters(plain_network(student))
+            return
+        pairs = list(zip(_tensors(self.network), _tensors(plain_network(student)), strict=True))
+        moving = [(kept, now) for kept, now in pairs if kept.is_floating_point()]
+        # Not torch's AveragedModel, which copies its counter to the device and back in every step.
+        average = get_ema_multi_avg_fn(self.decay)  # type: ignore[no-untyped-call]
+        average([kept for kept, _ in moving], [now for _, now in moving], None)
+        for kept, now in pairs:
+            if not kept.is_floating_point():
+                kept.copy_(now)
 
     def after_epochs(self, before: int, finished: int, student: nn.Module) -> None:
         """The average predicts from the end of the first epoch on."""
         self.share_buffers()
         self.ready = self.network is not None
-
-    def copy_of(self, student: nn.Module) -> nn.Module:
-        """An average of nothing yet, shaped like the student."""
-        # A partial, because processes may be spawned, and what get_ema_multi_avg_fn makes cannot be pickled.
-        return freeze(
-            AveragedModel(plain_network(student), multi_avg_fn=partial(_average, self.decay), use_buffers=True)
-        )
-
-    def buffers(self) -> Iterator[Tensor]:
-        """The student's; the number of steps is AveragedModel's own, on the CPU and the same everywhere."""
-        return iter(()) if self.network is None else cast("AveragedModel", self.network).module.buffers()
 
 
 def plain_network(network: nn.Module) -> nn.Module:
@@ -118,5 +119,6 @@ def plain_network(network: nn.Module) -> nn.Module:
     return cast("nn.Module", getattr(network, "_orig_mod", network))
 
 
-def _average(decay: float, averaged: Any, current: Any, steps: Any) -> None:
-    get_ema_multi_avg_fn(decay)(averaged, current, steps)  # type: ignore[no-untyped-call]
+def _tensors(network: nn.Module) -> list[Tensor]:
+    """All parameters and buffers, without a graph."""
+    return [tensor.detach() for tensor in (*network.parameters(), *network.buffers())]
