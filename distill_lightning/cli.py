@@ -119,7 +119,9 @@ class DistillCLI(LightningCLI):
         share = "" if self.trainer.world_size == 1 else f"_{self.trainer.global_rank}"
         path = Path(self.trainer.default_root_dir) / f"predictions{share}.safetensors"
         outputs = self.trainer.predict_loop.predictions
-        save_file({"logits": torch.cat(outputs).float().contiguous()}, path)
+        # A regression's outputs are no logits.
+        name = "logits" if getattr(self.model, "num_classes", None) else "output"
+        save_file({name: torch.cat(outputs).float().contiguous()}, path)
         print(f"Written: {path}")
 
     def _checkpoint_path(self) -> Path | None:

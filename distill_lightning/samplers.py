@@ -6,6 +6,7 @@ A sampler makes new inputs from those of a batch, without labels. Whatever it dr
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self, TypeVar, cast
@@ -163,7 +164,8 @@ class CutMixSampler(PairSampler):
 class GeneratorSampler(nn.Module):
     """Inputs from a trained generator, ``G(z)`` with ``z`` from a standard normal distribution.
 
-    The generator must give what the student reads: the range and normalisation of the training inputs. It is frozen.
+    The generator must give what the student reads: the range and normalisation of the training inputs. A frozen copy of
+    it is used, so the generator itself can be trained on.
 
     Args:
         generator: maps ``(N, latent_dim)`` to inputs ``(N, ...)``.
@@ -178,7 +180,7 @@ class GeneratorSampler(nn.Module):
         super().__init__()
         if latent_dim < 1:
             raise InputError(f"GeneratorSampler: latent_dim must be at least 1, got {latent_dim}")
-        self.generator = freeze(generator)
+        self.generator = freeze(copy.deepcopy(generator))
         self.latent_dim = latent_dim
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002  (nn.Module's signature)

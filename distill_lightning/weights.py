@@ -77,18 +77,20 @@ def write_weights(network: nn.Module, path: Path) -> Path:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A whole checkpoint that a Trainer wrote, without running any code that the file may carry.
 
+    Modules that keep no hyper-parameters have none in theirs; those of this package always do.
+
     Raises:
         InputError: the file is missing, damaged or unsafe, or holds weights alone.
     """
     read_weights(path)
     content = load_file(path) if path.suffix == ".safetensors" else _load_tensors(path)
-    missing = [key for key in ("state_dict", "hyper_parameters", "pytorch-lightning_version") if key not in content]
+    missing = [key for key in ("state_dict", "pytorch-lightning_version") if key not in content]
     if missing:
         raise InputError(
             f"{path} is no checkpoint of a training (it has no {missing[0]!r}): an exported student's weights are "
             "loaded by distill_lightning.Pretrained(network, checkpoint)"
         )
-    return dict(content)
+    return {"hyper_parameters": {}, **content}
 
 
 def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:

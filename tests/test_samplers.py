@@ -317,7 +317,7 @@ def test_a_generator_is_asked_about_standard_normal_numbers_of_the_rows():
     draws = draws_of(6)
     made = sampler(torch.zeros(4, 1, 1, 3), draws)
     expected = draws_of(6).normal(6)
-    assert torch.equal(generator[0].seen[0], expected[:, :3])
+    assert torch.equal(sampler.generator[0].seen[0], expected[:, :3])
     assert torch.equal(made.flatten(1), expected[:, :3])
     # The same draws, asked again, go on.
     assert torch.equal(sampler(torch.zeros(4, 1, 1, 3), draws).flatten(1), expected[:, 3:])
@@ -330,9 +330,12 @@ def test_a_generator_is_frozen_whatever_mode_its_sampler_is_put_in():
     sampler.train()
     made = [sampler(images_of(4), draws_of(5)) for _ in range(2)]
     assert torch.equal(*made)
-    assert not any(module.training for module in generator.modules())
+    assert not any(module.training for module in sampler.generator.modules())
     assert not any(parameter.requires_grad for parameter in sampler.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in sampler.generator.state_dict().items())
+    # What was given can be trained on.
+    assert generator.training
+    assert all(parameter.requires_grad for parameter in generator.parameters())
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 5), (2, 4, 6), (24,)])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 
 from distill_lightning import functional
 from distill_lightning.batch import Batch
+from distill_lightning.callbacks.batches import TrainersBatches, drawing_parts, undrawn
 from distill_lightning.callbacks.figures import log_figure
 from distill_lightning.errors import InputError
 from distill_lightning.layers import FeatureTap, Paraphraser, Translator, freeze, resolve_layer
@@ -112,7 +112,7 @@ class ReconstructionErrorProbe(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse now what could only be refused after the training otherwise."""
-        _, val_loader = _loaders(trainer)
+        _, val_loader = _loaders(trainer, pl_module)
         networks, teachers = self._networks(pl_module)
         with isolate_rng():
             example = _first_input(val_loader)
@@ -127,7 +127,7 @@ class ReconstructionErrorProbe(pl.Callback):
         """Measure, and hand the figure to the loggers."""
         if not trainer.is_global_zero:
             return
-        loader, val_loader = _loaders(trainer)
+        loader, val_loader = _loaders(trainer, pl_module)
         networks, teachers = self._networks(pl_module)
         limits = (trainer.num_training_batches, trainer.num_val_batches[0])
         train_batches, val_batches = (None if math.isinf(limit) else int(limit) for limit in limits)
@@ -169,7 +169,7 @@ class ReconstructionErrorProbe(pl.Callback):
         if set(networks) & set(teachers):
             raise InputError(f"networks and teachers share the names {sorted(set(networks) & set(teachers))}")
         rows: list[dict[str, Any]] = []
-        with isolate_rng(), _undrawn(loader), _undrawn(val_loader):
+        with isolate_rng(), undrawn(loader), undrawn(val_loader):
             example = _first_input(val_loader)
             device = _device(next(iter({**networks, **teachers}.values())))
             copies = [{name: _copy(network, device) for name, network in some.items()} for some in (networks, teachers)]
@@ -321,8 +321,8 @@ def _curves(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[tuple[str, str
     return curves
 
 
-def _loaders(trainer: pl.Trainer) -> tuple[Iterable[Any], Iterable[Any]]:
-    """The Trainer's one loader for training and its one for validation."""
+def _loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Iterable[Any], Iterable[Any]]:
+    """The Trainer's one loader for training and its one for validation, with its hooks."""
     found = []
     for what, loaders in (("train", trainer.train_dataloader), ("val", trainer.val_dataloaders)):
         single = loaders[0] if isinstance(loaders, (list, tuple)) and len(loaders) == 1 else loaders
@@ -333,34 +333,12 @@ def _loaders(trainer: pl.Trainer) -> tuple[Iterable[Any], Iterable[Any]]:
             )
         if isinstance(single, (list, tuple, Mapping)):
             raise InputError(f"ReconstructionErrorProbe needs one {what}_dataloader, got {len(single)}: call measure()")
-        found.append(single)
+        found.append(TrainersBatches(trainer, pl_module, single, number=0, training=what == "train"))
     return found[0], found[1]
-
-
-def _samplers(loader: Any) -> Iterator[Any]:
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    for owner in (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
-        if owner is not None:
-            yield owner
 
 
 def _set_epoch(loader: Any, epoch: int) -> None:
     """Let every epoch have its own order and views, as in training."""
-    for sampler in _samplers(loader):
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-
-
-@contextmanager
-def _undrawn(loader: Any) -> Iterator[None]:
-    """Put a loader's epoch and its own generators back to what they were."""
-    epochs = [(s, s.epoch) for s in _samplers(loader) if hasattr(s, "set_epoch") and hasattr(s, "epoch")]
-    generators = [s.generator for s in _samplers(loader) if isinstance(getattr(s, "generator", None), torch.Generator)]
-    states = [generator.get_state() for generator in generators]
-    try:
-        yield
-    finally:
-        for sampler, epoch in epochs:
-            sampler.set_epoch(epoch)
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+    for part in drawing_parts(loader):
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)

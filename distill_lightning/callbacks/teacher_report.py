@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from distill_lightning.batch import Batch
+from distill_lightning.callbacks.batches import TrainersBatches, undrawn
 from distill_lightning.callbacks.figures import log_figure
 from distill_lightning.errors import InputError
 from distill_lightning.metrics import classification_metrics, regression_metrics
@@ -31,9 +32,8 @@ class TeacherReport(pl.Callback):
     were, so the training is the same with and without this callback.
 
     The metrics are `distill_lightning.metrics.classification_metrics` over the same batches as validation's
-    (``limit_val_batches`` holds), and are logged as ``teacher/<name>/<metric>``, the figure as ``teachers``. A single
-    teacher has no ensemble. In regression the ensemble alone is reported, with
-    `distill_lightning.metrics.regression_metrics`.
+    (``limit_val_batches`` holds), in regression `distill_lightning.metrics.regression_metrics`; they are logged as
+    ``teacher/<name>/<metric>``, the figure as ``teachers``. A single teacher has no ensemble.
 
     Attributes:
         rows: a dict for each teacher: ``name`` (``teacher_0``, ... ``ensemble``) and the metrics as numbers.
@@ -101,16 +101,19 @@ def _classifiers(trainer: pl.Trainer, pl_module: Any) -> dict[str, MetricCollect
 
 
 def _regression(trainer: pl.Trainer, pl_module: Any) -> dict[str, MetricCollection]:
-    if getattr(pl_module, "num_targets", None) is None or not hasattr(pl_module, "teacher_prediction"):
+    measured: dict[str, MetricCollection] = {}
+    if getattr(pl_module, "num_targets", None) is None or not hasattr(pl_module, "teacher_predictions"):
         raise _without_teachers(pl_module)
-    metrics = regression_metrics(pl_module.num_targets).to(pl_module.device)
     with _validating(trainer, pl_module) as batches:
         for batch in batches:
-            prediction = pl_module.teacher_prediction(batch)
-            if prediction is None:
-                raise _without_teachers(pl_module)
-            metrics.update(_counted(batch, prediction), _counted(batch, batch.target))
-    return {"ensemble": metrics}
+            each = {f"teacher_{number}": one for number, one in enumerate(pl_module.teacher_predictions(batch))}
+            predictions = each if len(each) == 1 else each | {"ensemble": pl_module.teacher_prediction(batch)}
+            for name, prediction in predictions.items():
+                if prediction is None:
+                    raise _without_teachers(pl_module)
+                metrics = measured.setdefault(name, regression_metrics(pl_module.num_targets).to(pl_module.device))
+                metrics.update(_counted(batch, prediction), _counted(batch, batch.target))
+    return measured
 
 
 def _without_teachers(pl_module: pl.LightningModule) -> InputError:
@@ -119,31 +122,24 @@ def _without_teachers(pl_module: pl.LightningModule) -> InputError:
 
 @contextmanager
 def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Iterator[Batch]]:
-    """The batches of validation; afterwards modes, random numbers and the Trainer's stage are as they were."""
+    """The batches of validation; afterwards modes and random numbers are as they were."""
     with ExitStack() as stack:
         for module in pl_module.modules():
             stack.callback(setattr, module, "training", module.training)
-        # The stage that the data's hooks see: they must not augment.
-        stack.callback(setattr, trainer, "training", True)  # noqa: FBT003
-        trainer.validating = True
         stack.enter_context(isolate_rng())
         loaders = _loaders(trainer)
-        for generator in (generator for loader in loaders for generator in _drawn_by(loader)):
-            stack.callback(generator.set_state, generator.get_state())
+        for loader in loaders:
+            stack.enter_context(undrawn(loader))
         stack.enter_context(torch.no_grad())
         stack.enter_context(trainer.precision_plugin.val_step_context())
         pl_module.eval()
-        yield _batches(trainer, pl_module, loaders)
-
-
-def _batches(trainer: pl.Trainer, pl_module: pl.LightningModule, loaders: list[Any]) -> Iterator[Batch]:
-    """The batches of validation, on the device."""
-    for number, (loader, limit) in enumerate(zip(loaders, trainer.num_val_batches, strict=True)):
-        for batch in islice(loader, None if math.isinf(limit) else int(limit)):
-            # The same way that the Trainer's own batches go.
-            converted = trainer.precision_plugin.convert_input(batch)
-            prepared = pl_module._on_before_batch_transfer(converted, dataloader_idx=number)  # noqa: SLF001
-            yield Batch.of(trainer.strategy.batch_to_device(prepared, dataloader_idx=number))
+        yield chain.from_iterable(
+            islice(
+                TrainersBatches(trainer, pl_module, loader, number=number, training=False),
+                None if math.isinf(limit) else int(limit),
+            )
+            for number, (loader, limit) in enumerate(zip(loaders, trainer.num_val_batches, strict=True))
+        )
 
 
 def _loaders(trainer: pl.Trainer) -> list[Any]:
@@ -167,15 +163,6 @@ def _flat(loaders: Any) -> list[Any]:
     if isinstance(loaders, (list, tuple)):
         return [loader for part in loaders for loader in _flat(part)]
     return [loaders]
-
-
-def _drawn_by(loader: Any) -> Iterator[torch.Generator]:
-    """The generators of a loader and its samplers; the global one is kept by other means."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    for owner in (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
-            yield generator
 
 
 def _counted(batch: Batch, values: Tensor) -> Tensor:

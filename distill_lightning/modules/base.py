@@ -146,6 +146,18 @@ class DistillationModule(pl.LightningModule):
         log_probs: Tensor = teachers(batch.input)
         return log_probs
 
+    def teacher_predictions(self, batch: Batch) -> list[Tensor]:
+        """Each teacher's own prediction for a batch.
+
+        Returns:
+            For each teacher logits ``(N, K)``, or a Gaussian's parameters ``(N, 2 d)``. Here: those of a classifier's
+            `TeacherEnsemble` named ``teachers``, and nothing where there is none.
+        """
+        teachers = getattr(self, "teachers", None)
+        if self.num_classes is None or not isinstance(teachers, TeacherEnsemble):
+            return []
+        return list(teachers.logits(batch.input))
+
     def check_output(self, who: str, network: nn.Module, shape: Sequence[int]) -> None:
         """Look at the shape of a network's output.
 
@@ -246,6 +258,11 @@ class DistillationModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimiser over `parameter_groups` and, if there is one, its schedule."""
+        if not any(parameter.requires_grad for parameter in self.student.parameters()):
+            raise InputError(
+                f"{type(self).__name__}: the student has nothing to train, all its parameters are frozen: a network "
+                "that was given to another module as its teacher stays frozen; give a copy.deepcopy of it there"
+            )
         optimizer = self.optimizer(self.parameter_groups())
         return with_schedule(self, optimizer, self.lr_scheduler, monitor="val/nll")
 
@@ -351,6 +368,11 @@ class DistillationModule(pl.LightningModule):
                 network was built.
         """
         checkpoint = read_checkpoint(Path(checkpoint_path))
+        if "_class_path" not in checkpoint["hyper_parameters"]:
+            raise InputError(
+                f"{checkpoint_path} is the checkpoint of another kind of module: distill_lightning.Pretrained(network, "
+                "checkpoint, part=...) takes a network's weights from it"
+            )
         recipes = {
             name: recipe
             for name, recipe in checkpoint.get("recipes", {}).items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from distill_lightning.functional.common import wide
 from distill_lightning.layers import TeacherEnsemble, dry_forward, freeze
 from distill_lightning.layers.batch_norm import kept_statistics
 from distill_lightning.modules.base import DistillationModule
+from distill_lightning.modules.hparams import refuse_unused
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.regression import check_bounds
 from distill_lightning.samplers import EmpiricalSampler, Inputs, MixupSampler, PairSampler, count_rows, join, take
@@ -93,7 +94,8 @@ class ExtracurricularModule(DistillationModule):
         kl_direction: ``"forward"``, the teacher first; or, to compare with, ``"reverse"``.
         bn_mode: ``"joint"``: one forward, so the student's BatchNorm sees all inputs together; ``"separate"``: the
             additional inputs in a forward of their own, which leaves the running statistics alone.
-        teacher_variance: of teachers that give means only, ``(N, d)``; one number or one per target.
+        teacher_variance: of the teachers that give means only, ``(N, d)``; one number or one per target. Those that
+            give log-variances, too, are taken at their word.
         log_var_bounds: that log-variances are clamped to.
         seed: of the samplers' draws, which depend on it and on each sample's index and view alone. Which rows Mixup and
             CutMix mix depends on the batch, too: partners are found within a process's batch.
@@ -103,8 +105,8 @@ class ExtracurricularModule(DistillationModule):
         metrics: of the student's output and the target.
 
     Raises:
-        InputError: an option is unknown or out of range, a network does not fit, or a deterministic teacher of a
-            regression has no ``teacher_variance``.
+        InputError: an option is unknown, out of range or without meaning beside the others, a network does not fit, or
+            a deterministic teacher of a regression has no ``teacher_variance``.
     """
 
     frozen = ("teachers", "samplers")
@@ -161,6 +163,15 @@ class ExtracurricularModule(DistillationModule):
         if not 0 < quantile <= 1:
             raise InputError(f"quantile is a share in (0, 1], got {quantile}")
         check_bounds(log_var_bounds)
+        _check_unused(
+            {
+                **options,
+                "temperature": temperature,
+                "point_variance": point_variance,
+                "kl_direction": kl_direction,
+                "teacher_variance": teacher_variance,
+            }
+        )
         self.task, self.temperature = task, temperature
         self.kl_weight, self.label_weight = kl_weight, label_weight
         self.match, self.point_variance = match, point_variance
@@ -204,11 +215,9 @@ class ExtracurricularModule(DistillationModule):
 
     def _teacher_output(self, inputs: Any) -> Tensor:
         """Softened probabilities ``(N, K)``, or the collapsed Gaussian's parameters ``(N, 2 d)``; without a graph."""
-        outputs = self.teachers.logits(inputs)
-        for number, network in enumerate(self.teachers):
-            self._check_teacher(number, network, outputs[number].shape)
+        outputs = self._teacher_outputs(inputs)
         if self.task == "classification":
-            return self.teachers.combined(outputs, temperature=self.temperature)
+            return self.teachers.combined(torch.stack(outputs), temperature=self.temperature)
         with torch.no_grad():
             means, variances = zip(*(self._teacher_gaussian(output) for output in outputs), strict=True)
             mean, variance = functional.collapse_mixture(
@@ -216,14 +225,23 @@ class ExtracurricularModule(DistillationModule):
             )
             return functional.join_gaussian(mean, variance.log())
 
+    @torch.no_grad()
+    def _teacher_outputs(self, inputs: Any) -> list[Tensor]:
+        """What every teacher gives, which of a regression's teachers need not be of one width."""
+        outputs = []
+        for number, network in enumerate(self.teachers):
+            outputs.append(network(inputs))
+            self._check_teacher(number, network, outputs[number].shape)
+        return outputs
+
     def _teacher_gaussian(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """One teacher's means and variances."""
-        if self.teacher_variance is None:
+        """One teacher's means and variances; ``teacher_variance`` stands for those that it does not give."""
+        if output.shape[1] != self.num_targets or self.teacher_variance is None:
             mean, log_var = functional.split_gaussian(output, bounds=self.log_var_bounds)
             return mean, log_var.exp()
         # Python numbers written into a tensor of the right device: nothing has to be copied to it.
         columns = [torch.full_like(output[:, 0], value, dtype=torch.float32) for value in self.teacher_variance]
-        return wide(output[:, : len(columns)]), torch.stack(columns, dim=1)
+        return wide(output), torch.stack(columns, dim=1)
 
     def _divergences(self, output: Tensor, teacher: Tensor) -> Tensor:
         """Of every sample, ``(N + M,)``."""
@@ -342,6 +360,14 @@ class ExtracurricularModule(DistillationModule):
             return super().teacher_prediction(batch)
         return self._teacher_output(batch.input)
 
+    def teacher_predictions(self, batch: Batch) -> list[Tensor]:
+        """Each teacher's logits, or its Gaussian's parameters."""
+        outputs = self._teacher_outputs(batch.input)
+        if self.task == "classification":
+            return outputs
+        gaussians = (self._teacher_gaussian(output) for output in outputs)
+        return [functional.join_gaussian(mean, variance.log()) for mean, variance in gaussians]
+
     def check_output(self, who: str, network: nn.Module, shape: Sequence[int]) -> None:
         """As in the base; a regression matched at points needs no log-variances."""
         means_only = self.num_targets is not None and tuple(shape[1:]) == (self.num_targets,)
@@ -360,6 +386,23 @@ class ExtracurricularModule(DistillationModule):
         # Samplers without weights differ in kind and options.
         known = super()._fingerprint()
         return known | {"samplers": f"{known['samplers']} {self.samplers}"}
+
+
+def _check_unused(given: Mapping[str, Any]) -> None:
+    """Refuse what has no meaning beside the choices that were made."""
+    regression, point = given["task"] == "regression", given["match"] == "point"
+    unused = {
+        "temperature": regression or point,
+        "point_variance": not (regression and point),
+        "kl_direction": point,
+        "teacher_variance": not regression,
+    }
+    choices = f"task={given['task']!r} and match={given['match']!r}"
+    refuse_unused(
+        ExtracurricularModule,
+        f"with {choices}",
+        **{name: given[name] for name, is_unused in unused.items() if is_unused},
+    )
 
 
 def _frozen_samplers(samplers: Sequence[nn.Module], weights: Sequence[float] | None) -> nn.ModuleList:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast
@@ -149,7 +150,8 @@ class FEEDModule(DistillationModule):
             metrics=metrics,
         )
         self.teachers = TeacherEnsemble.of(teachers)
-        self.paraphrasers = freeze(nn.ModuleList(paraphrasers or []))
+        # Copies, so that those that were given can be trained on.
+        self.paraphrasers = freeze(nn.ModuleList(copy.deepcopy(paraphraser) for paraphraser in paraphrasers or []))
         count = len(self.teachers)
         layers = _one_each(count, "teacher_layers", student_layer if teacher_layers is None else teacher_layers)
         self.teacher_weights = [float(weight) for weight in _one_each(count, "teacher_weights", teacher_weights or 1.0)]

@@ -54,6 +54,25 @@ def objects_given(module: nn.Module, values: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def refuse_unused(kind: type, reason: str, **options: Any) -> None:
+    """Refuse options that would do nothing beside the others.
+
+    Args:
+        kind: the class whose constructor's defaults are no request.
+        reason: what makes them useless, for the message.
+        options: the values by name.
+
+    Raises:
+        InputError: one is not its default.
+    """
+    parameters = inspect.signature(kind).parameters
+    unused = [name for name, value in options.items() if value != parameters[name].default]
+    if unused:
+        raise InputError(
+            f"{' and '.join(unused)} would do nothing {reason}: leave {'it' if len(unused) == 1 else 'them'} out"
+        )
+
+
 def takes(kind: type, name: str) -> bool:
     """Whether a class's constructor takes an argument of this name, itself or by handing on its ``**options``."""
     for level in kind.__mro__:

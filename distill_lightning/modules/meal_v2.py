@@ -20,6 +20,7 @@ from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import Discriminator, DiscriminatorKind, TeacherEnsemble, dry_forward
 from distill_lightning.modules.base import DistillationModule
+from distill_lightning.modules.hparams import refuse_unused
 from distill_lightning.modules.optimization import (
     LRSchedulerCallable,
     OptimizerCallable,
@@ -108,7 +109,8 @@ class MEALV2Module(DistillationModule):
         metrics: of the student's output and the target.
 
     Raises:
-        InputError: an option is out of range, a network does not fit, or schedules that cannot be stepped together.
+        InputError: an option is out of range or without meaning without a discriminator, a network does not fit, or
+            schedules cannot be stepped together.
     """
 
     frozen = ("teachers",)
@@ -159,6 +161,15 @@ class MEALV2Module(DistillationModule):
         self.discriminator_weight, self.hard_label_weight = discriminator_weight, hard_label_weight
         self.temperature = temperature
         self.discriminator = _discriminator(discriminator, num_classes) if discriminator_weight else None
+        if discriminator in (None, "none"):
+            refuse_unused(
+                MEALV2Module,
+                "without a discriminator",
+                discriminator_input=discriminator_input,
+                discriminator_mode=discriminator_mode,
+                discriminator_lr=discriminator_lr,
+                discriminator_lr_scheduler=discriminator_lr_scheduler,
+            )
         self.discriminator_lr = discriminator_lr
         own_schedule = discriminator_lr_scheduler is not None
         self._own_group = self.discriminator is not None and (discriminator_lr is not None or own_schedule)

@@ -78,8 +78,8 @@ def sequential_feed(
         make_module: makes a later stage's module from its student and its teacher, in place of ``student_layer`` and
             ``beta``: ``functools.partial(FEEDModule, num_classes=10, student_layer="stage3", transform="conv1x1")``.
         input_shape: shape of one input, ``(C, H, W)``, for stage 0 and `FEEDModule`.
-        optimizer: makes the optimiser of stage 0 and of `FEEDModule`.
-        lr_scheduler: makes the schedule of stage 0 and of `FEEDModule`.
+        optimizer: makes the optimiser of stage 0 and of `FEEDModule`; what ``make_module`` makes has its own.
+        lr_scheduler: makes the schedule of stage 0 and of `FEEDModule`; as ``optimizer``.
         seed: stage ``k`` begins with ``torch.manual_seed(seed + k)``; ``None``: the random state is left alone.
         test: whether every stage's student is tested, too.
 
@@ -87,13 +87,10 @@ def sequential_feed(
         Every stage's student and metrics, stage 0 first.
 
     Raises:
-        InputError: ``stages`` is not positive, neither or both of ``student_layer`` and ``make_module`` are given, or
-            ``make_student`` or ``make_trainer`` returns what it returned before.
+        InputError: ``stages`` is not positive, neither or both of ``student_layer`` and ``make_module`` are given,
+            ``beta`` beside ``make_module``, or ``make_student`` or ``make_trainer`` returns what it returned before.
     """
-    if stages < 1:
-        raise InputError(f"stages must be at least 1, got {stages}")
-    if (student_layer is None) == (make_module is None):
-        raise InputError("sequential_feed needs student_layer, for FEED as it is, or make_module, and not both")
+    _check(stages, student_layer, beta, make_module)
 
     def supervised(student: nn.Module) -> DistillationModule:
         return SupervisedModule(
@@ -136,6 +133,15 @@ def sequential_feed(
             metrics |= _metrics(trainer, "test/")
         finished.append(Stage(number, student.eval(), metrics))
     return finished
+
+
+def _check(stages: int, student_layer: str | None, beta: float | None, make_module: object) -> None:
+    if stages < 1:
+        raise InputError(f"stages must be at least 1, got {stages}")
+    if (student_layer is None) == (make_module is None):
+        raise InputError("sequential_feed needs student_layer, for FEED as it is, or make_module, and not both")
+    if beta is not None and make_module is not None:
+        raise InputError("beta is for FEED as it is: let make_module give it to what it makes")
 
 
 def _metrics(trainer: pl.Trainer, prefix: str) -> dict[str, float]:

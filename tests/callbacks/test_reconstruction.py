@@ -400,6 +400,28 @@ def test_measure_refuses_a_name_that_stands_twice_and_no_batches():
         ReconstructionErrorProbe("features", kind="teacher").measure(networks, batches(1), batches(1))
 
 
+def test_batches_go_through_the_hooks_of_the_module_and_the_data():
+    stages = []
+
+    class Hooked(TinyDataModule):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            stages.append(self.trainer.training)
+            return batch._replace(input=batch.input + 1)
+
+    torch.manual_seed(0)
+    module, probe = SupervisedModule(TinyNet(), num_classes=3), ReconstructionErrorProbe("features", epochs=1)
+    tiny_trainer(callbacks=[probe], max_epochs=1).fit(module, datamodule=Hooked())
+    # The first epoch's batches in its order, shifted by hand.
+    data = TinyDataModule()
+    data.setup()
+    loaders = [
+        [b._replace(input=b.input + 1) for b in part] for part in (data.train_dataloader(), data.val_dataloader())
+    ]
+    table = ReconstructionErrorProbe("features", epochs=1).measure({"student": module.student}, *loaders)
+    assert [row["absolute"] for row in probe.table] == pytest.approx([row["absolute"] for row in table], rel=1e-5)
+    assert set(stages) == {True, False}
+
+
 def test_a_network_in_another_precision_is_probed_in_float32():
     network = TinyNet().eval()
     expected = ReconstructionErrorProbe("features", epochs=1).measure({"a": network}, batches(2), batches(1))

@@ -280,13 +280,16 @@ class Gauss(pl.LightningModule):
     num_classes = None
     num_targets = 1
 
-    def __init__(self, answer=True):
+    def __init__(self, answers):
         super().__init__()
         self.layer = nn.Linear(3, 2)
-        self.answer = answer
+        self.answers = answers
+
+    def teacher_predictions(self, batch):
+        return self.answers * [batch.input[:, :2]]
 
     def teacher_prediction(self, batch):
-        return torch.cat([batch.input[:, :1], batch.input[:, 1:2]], dim=1) if self.answer else None
+        return batch.input[:, 1:] if self.answers else None
 
     def training_step(self, batch, batch_idx):
         return self.layer(batch[0]).square().mean()
@@ -303,22 +306,25 @@ def regression_data():
     return TensorDataset(inputs, inputs[:, :1] + 0.3 * torch.randn(20, 1))
 
 
-def test_a_regression_reports_its_ensemble():
+@pytest.mark.parametrize("answers", [1, 3])
+def test_a_regression_reports_each_teacher_and_the_ensemble(answers):
     data, callback = regression_data(), TeacherReport()
     loader = DataLoader(data, batch_size=6)
-    tiny_trainer(max_epochs=1, callbacks=[callback]).fit(Gauss(), loader, loader)
-    metrics = regression_metrics(1)
-    metrics.update(data.tensors[0][:, :2], data.tensors[1])
-    (row,) = callback.rows
-    assert row.pop("name") == "ensemble"
-    assert row == pytest.approx({name: value.item() for name, value in metrics.compute().items()}, rel=1e-5)
+    tiny_trainer(max_epochs=1, callbacks=[callback]).fit(Gauss(answers), loader, loader)
+    names = [f"teacher_{number}" for number in range(answers)] + ["ensemble"] * (answers > 1)
+    assert [row["name"] for row in callback.rows] == names
+    for row in callback.rows:
+        columns = slice(1, 3) if row.pop("name") == "ensemble" else slice(2)
+        metrics = regression_metrics(1)
+        metrics.update(data.tensors[0][:, columns], data.tensors[1])
+        assert row == pytest.approx({name: value.item() for name, value in metrics.compute().items()}, rel=1e-5)
     assert len(callback.figure.axes) == 4
 
 
 def test_a_regression_without_teachers_is_refused():
     loader = DataLoader(regression_data(), batch_size=6)
     with pytest.raises(InputError, match="Gauss has no teachers to report on"):
-        tiny_trainer(callbacks=[TeacherReport()]).fit(Gauss(answer=False), loader, loader)
+        tiny_trainer(callbacks=[TeacherReport()]).fit(Gauss(0), loader, loader)
 
 
 @quiet

@@ -1,7 +1,10 @@
 """The base: subclassing, checkpoints that rebuild themselves, schedules, and clear refusals."""
 
+from functools import partial
+
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -14,10 +17,12 @@ from distill_lightning import (
     InputError,
     KDModule,
     OneCycle,
+    Pretrained,
     SmallResNet,
     SupervisedModule,
     TeacherEnsemble,
 )
+from distill_lightning.metrics import classification_metrics
 from distill_lightning.testing import TinyDataModule, TinyNet, assert_module_contract, tiny_trainer
 
 
@@ -263,6 +268,49 @@ def test_weights_of_any_kind_are_kept_as_numbers(tmp_path):
     trainer.fit(module, datamodule=TinyDataModule())
     trainer.save_checkpoint(tmp_path / "kd.ckpt")
     assert torch.load(tmp_path / "kd.ckpt", weights_only=True)["recipes"]["teachers"]["weights"] == [1.0, 3.0]
+
+
+def test_objects_that_a_checkpoint_could_not_hold_are_named_when_training_goes_on(tmp_path):
+    options = {"optimizer": partial(torch.optim.SGD, lr=0.1), "metrics": classification_metrics(3)}
+    trainer = tiny_trainer()
+    trainer.fit(SupervisedModule(SmallResNet(3, width=2), num_classes=3, **options), datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "alone.ckpt")
+    loaded = SupervisedModule.load_from_checkpoint(tmp_path / "alone.ckpt", optimizer=options["optimizer"])
+    # Predictions need none of them.
+    tiny_trainer().predict(loaded, datamodule=TinyDataModule())
+    with pytest.warns(UserWarning, match=r"cannot hold every argument: metrics are the defaults now"):
+        tiny_trainer().fit(loaded, datamodule=TinyDataModule())
+
+
+def test_a_student_that_was_frozen_as_a_teacher_is_refused():
+    network = TinyNet()
+    KDModule(TinyNet(), network, num_classes=3)
+    with pytest.raises(InputError, match=r"the student has nothing to train.* copy.deepcopy"):
+        tiny_trainer().fit(SupervisedModule(network, num_classes=3), datamodule=TinyDataModule())
+
+
+def test_a_checkpoint_of_a_users_own_module_is_told_from_ours(tmp_path):
+    class Own(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = TinyNet()
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch.input), batch.target)
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    own, trainer = Own(), tiny_trainer(limit_val_batches=0)
+    trainer.fit(own, datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    with pytest.raises(InputError, match=r"own.ckpt is the checkpoint of another kind of module: .*Pretrained"):
+        SupervisedModule.load_from_checkpoint(tmp_path / "own.ckpt")
+    taken = Pretrained(TinyNet(), tmp_path / "own.ckpt", part="net")
+    assert torch.equal(taken.head.weight, own.net.head.weight)
 
 
 def test_loading_the_right_teachers_late_is_noticed(tmp_path, recwarn):

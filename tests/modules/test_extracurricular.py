@@ -250,18 +250,13 @@ def test_a_constant_added_to_the_logits_changes_nothing():
     assert float(value) == pytest.approx(float(shifted), rel=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize(("members", "weights", "combine"), ENSEMBLES)
-def test_matched_at_a_point_classification_is_the_cross_entropy_to_the_likeliest_class(
-    temperature, members, weights, combine
-):
+def test_matched_at_a_point_classification_is_the_cross_entropy_to_the_likeliest_class(members, weights, combine):
     student, teachers = draw(6, 4), [draw(6, 4, seed=1 + m) for m in range(members)]
-    module, batch = tables_module(
-        student, teachers, weights=weights, combine=combine, temperature=temperature, match="point"
-    )
+    module, batch = tables_module(student, teachers, weights=weights, combine=combine, match="point")
     expected = 0.0
     for row in range(6):
-        target = naive_probabilities(teachers, row, temperature, weights, combine)
+        target = naive_probabilities(teachers, row, 1.0, weights, combine)
         likeliest = max(range(4), key=lambda k, target=target: target[k])
         expected -= math.log(naive_softmax(student[row].tolist())[likeliest]) / 6
     assert float(module.terms(batch)["kl"]) == pytest.approx(expected, rel=1e-4)
@@ -559,9 +554,8 @@ def test_samplers_run_without_a_graph():
 
 
 def test_teachers_and_generator_keep_every_bit_of_weights_and_buffers():
-    generator = generator_of()
-    module = tiny_module(samplers=[GeneratorSampler(generator, 3), MixupSampler()])
-    frozen = (*module.teachers, generator)
+    module = tiny_module(samplers=[GeneratorSampler(generator_of(), 3), MixupSampler()])
+    frozen = (*module.teachers, module.samplers[0].generator)
     before = [copy.deepcopy(network.state_dict()) for network in frozen]
     module.train()
     trainer = tiny_trainer(max_epochs=2)
@@ -958,10 +952,11 @@ def test_uncertain_rows_are_not_dropped():
 
 # Extreme inputs
 
+MATCHES = [("distribution", "forward"), ("distribution", "reverse"), ("point", "forward")]
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
-@pytest.mark.parametrize("match", ["distribution", "point"])
+@pytest.mark.parametrize(("match", "direction"), MATCHES)
 @pytest.mark.parametrize("selection", ["all", "certain"])
 def test_extreme_logits_stay_finite(dtype, direction, match, selection):
     student = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [1e4, -1e4, 0.0], [0.0, 1.0, 2.0]], dtype=dtype)
@@ -978,8 +973,7 @@ def test_extreme_logits_stay_finite(dtype, direction, match, selection):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
-@pytest.mark.parametrize("match", ["distribution", "point"])
+@pytest.mark.parametrize(("match", "direction"), MATCHES)
 def test_extreme_gaussians_stay_finite(dtype, direction, match):
     values = [-50.0, 50.0]
     student = torch.tensor([[100.0, s] for s in values for _ in values], dtype=dtype)
@@ -1038,11 +1032,15 @@ def test_deterministic_teachers_get_the_given_variance(variance, per_target, mem
     assert float(module.terms(batch)["kl"]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_given_variance_replaces_that_of_teachers_that_have_one():
-    student, teacher = draw(6, 4), draw(6, 4, seed=1)
-    given, _ = tables_module(student, [teacher], task="regression", teacher_variance=0.7)
-    means, batch = tables_module(student, [teacher[:, :2]], task="regression", teacher_variance=0.7)
-    assert torch.equal(given.terms(batch)["kl"], means.terms(batch)["kl"])
+def test_a_given_variance_is_that_of_the_teachers_that_give_means_alone():
+    student, teachers = draw(6, 4), [draw(6, 4, seed=1), draw(6, 2, seed=2)]
+    mixed, batch = tables_module(student, teachers, task="regression", teacher_variance=0.7)
+    told = torch.cat([teachers[1], torch.full((6, 2), math.log(0.7))], dim=1)
+    whole, _ = tables_module(student, [teachers[0], told], task="regression")
+    assert torch.allclose(mixed.terms(batch)["kl"], whole.terms(batch)["kl"], rtol=1e-6)
+    first, second = mixed.teacher_predictions(batch)
+    assert torch.allclose(first, teachers[0][:3])
+    assert torch.allclose(second, told[:3])
 
 
 @pytest.mark.parametrize("match", ["distribution", "point"])
@@ -1162,7 +1160,7 @@ def test_validation_compares_with_the_labels_and_with_the_ensemble():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"match": "point", "point_variance": 0.3}, {"log_var_bounds": (-0.2, 0.2)}, {"teacher_variance": 0.4}],
+    [{}, {"match": "point", "point_variance": 0.3}, {"log_var_bounds": (-0.2, 0.2)}],
 )
 def test_validation_of_a_regression_compares_with_the_mixture(options):
     module = tiny_module(targets=2, **options).eval()
@@ -1178,9 +1176,6 @@ def test_validation_of_a_regression_compares_with_the_mixture(options):
         output[:, 2:].clamp_(*bounds)
     if "match" in options:
         student[:, 2:] = math.log(0.3)
-    if "teacher_variance" in options:
-        for output in teachers:
-            output[:, 2:] = math.log(0.4)
     mixtures = [naive_collapse(teachers, row, None) for row in range(24)]
     rows = gaussians_of(student)
     kl = [naive_gaussian_divergence(*pair) for pair in zip(mixtures, rows, strict=True)]
@@ -1263,7 +1258,7 @@ def test_training_goes_on_from_a_checkpoint_that_builds_the_module(tmp_path, tar
 def test_a_checkpoint_keeps_every_option(tmp_path):
     options = {
         "extra_ratio": 0.5, "kl_weight": 0.7, "label_weight": 0.2, "match": "point", "point_variance": 0.3,
-        "sample_selection": "certain", "quantile": 0.4, "kl_direction": "reverse", "bn_mode": "separate",
+        "sample_selection": "certain", "quantile": 0.4, "bn_mode": "separate",
         "teacher_variance": [0.5, 2.0], "log_var_bounds": (-4.0, 3.0), "seed": 9,
     }  # fmt: skip
     module = small_module(2, **options)
@@ -1334,6 +1329,9 @@ def test_a_checkpoint_notices_other_samplers(tmp_path, samplers):
             {"samplers": [lambda inputs, draws: inputs]},
             "samplers must be modules, got function: wrap .*FunctionSampler",
         ),
+        ({"teacher_variance": 0.5}, "teacher_variance would do nothing with task='classification'"),
+        ({"point_variance": 0.5, "match": "point"}, "point_variance would do nothing with task='classification'"),
+        ({"temperature": 2.0, "match": "point"}, "temperature would do nothing with .* and match='point'"),
         ({"input_shape": SHAPE, "num_classes": 4}, r"student \(TinyNet\) has 3 classes where num_classes=4"),
         ({"input_shape": (3, 8, 8)}, "does not take an input of shape"),
     ],
@@ -1346,6 +1344,9 @@ def test_refusals_name_what_is_wrong(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"temperature": 2.0}, "temperature would do nothing with task='regression' and match='distribution'"),
+        ({"point_variance": 2.0}, "point_variance would do nothing with task='regression' and match='distribution'"),
+        ({"match": "point", "kl_direction": "reverse"}, "kl_direction would do nothing with .* and match='point'"),
         ({"teacher_variance": 0.0}, "teacher_variance must be positive, one number or one for each of 2: 0.0"),
         ({"teacher_variance": [1.0, -1.0]}, "teacher_variance must be positive, one number or one for each of 2"),
         ({"teacher_variance": [1.0]}, r"teacher_variance must be positive, one number or one for each of 2: \[1.0\]"),

@@ -839,6 +839,14 @@ def test_a_student_learns_from_its_teachers_alone():
         ({"discriminator_weight": math.nan}, "discriminator_weight cannot be negative, got nan"),
         ({"hard_label_weight": -0.5}, "hard_label_weight cannot be negative, got -0.5"),
         ({"discriminator_lr": 0.0}, "discriminator_lr must be positive, got 0.0"),
+        (
+            {"discriminator": None, "discriminator_mode": "adversarial", "discriminator_lr": 0.1},
+            "discriminator_mode and discriminator_lr would do nothing without a discriminator: leave them out",
+        ),
+        (
+            {"discriminator": "none", "discriminator_input": "probabilities"},
+            "discriminator_input would do nothing without a discriminator: leave it out",
+        ),
         ({"temperature": 0}, "temperature must be positive, got 0"),
         ({"num_classes": 4, "input_shape": SHAPE}, r"student \(TinyNet\) has 3 classes where num_classes=4"),
     ],

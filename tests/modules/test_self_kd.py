@@ -4,7 +4,9 @@ import copy
 import math
 import random
 import warnings
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -17,6 +19,7 @@ from distill_lightning import Batch, IndexedDataModule, InputError, SelfKDModule
 from distill_lightning.mixing import cutout
 from distill_lightning.modules.self_kd.schedule import is_mixed
 from distill_lightning.samplers import CutMixSampler, MixupSampler
+from distill_lightning.stores import PredictionStore
 from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
 from distill_lightning.views import Draws
 
@@ -46,7 +49,11 @@ def still(parameters):
 
 def module_of(*, norm="group", weights=0, **options):
     torch.manual_seed(weights)
-    return SelfKDModule(TinyNet(norm=norm), **({"num_classes": 3, "optimizer": sgd} | options))
+    options = {"num_classes": 3, "optimizer": sgd} | options
+    # Other pasts refuse a decay.
+    if options.get("past") == "ema":
+        options = {"ema_decay": 0.9} | options
+    return SelfKDModule(TinyNet(norm=norm), **options)
 
 
 def fitted(module, data=None, *, ckpt_path=None, **options):
@@ -223,7 +230,7 @@ class NaiveSelfKD:
     ids=["plain", "smoothed", "mixup", "cutmix"],
 )
 def test_a_whole_run_is_the_hand_written_loop(past, options, targets):
-    module = module_of(past=past, ema_decay=0.9, **options)
+    module = module_of(past=past, **options)
     naive = NaiveSelfKD(
         copy.deepcopy(module.student), epochs=3, past=past, eps=options.get("label_smoothing", 0.0),
         temperature=options.get("past_temperature", 1.0), cut=options.get("cutout", 0), mixing=options.get("mixing"),
@@ -633,6 +640,48 @@ def test_the_average_is_taken_after_every_optimiser_step(accumulate, moments):
                 assert torch.allclose(value, averages[moment][name], atol=1e-6), name
 
 
+@pytest.mark.parametrize("given", [None, "cpu"])
+def test_the_store_is_where_it_is_wanted_and_leaves_the_device_with_the_module(monkeypatch, given):
+    moves = []
+
+    def to(store, device):
+        moves.append(str(device))
+        return store
+
+    monkeypatch.setattr(PredictionStore, "to", to)
+    # As if the training were on another device.
+    monkeypatch.setattr(SelfKDModule, "device", torch.device("meta"))
+    module = module_of(store_device=given)
+    module._trainer = SimpleNamespace(
+        fit_loop=SimpleNamespace(total_batch_idx=-1), train_dataloader=SimpleNamespace(dataset=range(5)),
+        max_epochs=2, max_steps=-1, max_time=None, current_epoch=0, callbacks=[], early_stopping_callbacks=[],
+        num_training_batches=1,
+    )  # fmt: skip
+    module.on_train_start()
+    module.on_fit_end()
+    assert moves == [given or "meta", "cpu"]
+
+
+def test_a_loaded_module_says_in_fit_what_its_checkpoint_could_not_hold(tmp_path, recwarn):
+    def slowly(progress):
+        return progress**2
+
+    options = {"mixing": MixupSampler(), "mixing_probability": 0.4, "alpha_schedule": slowly}
+    trainer = fitted(module_of(**options))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    told = {name: options[name] for name in ("mixing", "alpha_schedule")}
+    student = partial(TinyNet, norm="group")
+    whole = SelfKDModule.load_from_checkpoint(tmp_path / "run.ckpt", student=student(), optimizer=sgd, **told)
+    recwarn.clear()
+    fitted(whole)
+    assert not [warning for warning in recwarn if "cannot hold" in str(warning.message)]
+    with pytest.raises(InputError, match="mixing_probability would do nothing without mixing"):
+        SelfKDModule.load_from_checkpoint(tmp_path / "run.ckpt", student=student())
+    loaded = SelfKDModule.load_from_checkpoint(tmp_path / "run.ckpt", student=student(), mixing=MixupSampler())
+    with pytest.warns(UserWarning, match="cannot hold every argument: optimizer, alpha_schedule are the defaults now"):
+        fitted(loaded)
+
+
 # Mixing and cutout
 
 
@@ -641,9 +690,8 @@ def test_a_mix_of_the_whole_first_is_the_unmixed_target(targets):
         def blend(self, first, second, share, draws):
             return first, torch.ones_like(share)
 
-    for mixing in (None, Whole()):
-        # Mixed batches are not stored, so those of the first epoch must not be mixed, here by chance.
-        options = {"mixing": mixing, "mixing_probability": 0.3, "seed": 2}
+    # Mixed batches are not stored, so those of the first epoch must not be mixed, here by chance.
+    for options in ({"seed": 2}, {"mixing": Whole(), "mixing_probability": 0.3, "seed": 2}):
         fitted(module_of(optimizer=still, **options), Plain(), max_epochs=2)
     kinds = [is_mixed(2, epoch, number, probability=0.3) for epoch in range(2) for number in range(3)]
     assert kinds[:3] == [False] * 3
@@ -739,6 +787,15 @@ def test_mixed_inputs_change_with_the_epoch_and_not_with_the_global_seed(data):
         ({"store_dtype": "int8"}, "store_dtype must be one of float32, float16, bfloat16, got 'int8'"),
         ({"past_temperature": 0}, "past_temperature must be positive, got 0 and 0"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        (
+            {"past": "past_model", "store_top_k": 2, "ema_decay": 0.9},
+            "store_top_k would do nothing with past='past_mod",
+        ),
+        ({"past": "ema", "store_dtype": "float16", "num_samples": 9}, "store_dtype and num_samples would do nothing"),
+        ({"past": "ema", "store_device": "cpu"}, "store_device would do nothing with past='ema': leave it out"),
+        ({"refresh_epochs": 2}, "refresh_epochs would do nothing with past='stored': leave it out"),
+        ({"ema_decay": 0.9}, "ema_decay would do nothing with past='stored': leave it out"),
+        ({"mixing_probability": 0.2}, "mixing_probability would do nothing without mixing: leave it out"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
         ({"cutout": -1}, "cutout cannot be negative"),
         ({"mixing_probability": -0.5}, r"mixing_probability must be in \[0, 1\], got -0.5"),
@@ -842,7 +899,7 @@ def saver(kind, where, path):
     ],
 )
 def test_a_run_goes_on_from_wherever_it_was_saved(past, kind, where, tmp_path):
-    options = {"past": past, "ema_decay": 0.9, "norm": "batch"}
+    options = {"past": past, "norm": "batch"}
     if past == "every second epoch":
         options |= {"past": "past_model", "refresh_epochs": 2}
     trainer = {"max_epochs": 4, "num_sanity_val_steps": 0}

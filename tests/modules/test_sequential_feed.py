@@ -30,7 +30,7 @@ def require_same(first, second):
 def run(*, stages=2, make_student=TinyNet, make_trainer=tiny_trainer, **options):
     defaults = {"num_classes": 3, "student_layer": "features", "beta": 10.0, "input_shape": SHAPE}
     if "make_module" in options:
-        del defaults["student_layer"]
+        del defaults["student_layer"], defaults["beta"]
     return sequential_feed(make_student, make_trainer, TinyDataModule(), stages=stages, **(defaults | options))
 
 
@@ -153,6 +153,11 @@ def test_metrics_are_those_of_validation_and_where_asked_of_test():
     (expected,) = tiny_trainer().test(module, datamodule=TinyDataModule(), verbose=False)
     assert tested[0].metrics["test/nll"] == pytest.approx(expected["test/nll"])
     assert isinstance(tested[0], Stage)
+
+
+def test_beta_beside_a_module_of_ones_own_is_refused():
+    with pytest.raises(InputError, match="beta is for FEED as it is: let make_module give it"):
+        run(make_module=partial(KDModule, num_classes=3), beta=5.0)
 
 
 def test_another_method_makes_generations_of_it():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -16,6 +17,7 @@ from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.mixing import cutout, mixup
 from distill_lightning.modules.base import DistillationModule
+from distill_lightning.modules.hparams import refuse_unused
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.self_kd.options import DTYPES, check_choices, check_counts, check_shares
 from distill_lightning.modules.self_kd.past import AveragedNetwork, PastNetwork
@@ -105,9 +107,9 @@ class SelfKDModule(DistillationModule):
         metrics: of the student's output and the target.
 
     Raises:
-        InputError: an option is unknown or out of range, ``mixing`` in every batch would leave nothing to store, or, in
-            training, ``T`` is not known, or with ``stored`` the batches have no index, the training set no length or
-            the checkpoint another.
+        InputError: an option is unknown, out of range or without meaning beside the others, ``mixing`` in every batch
+            would leave nothing to store, or, in training, ``T`` is not known, or with ``stored`` the batches have no
+            index, the training set no length or the checkpoint another.
     """
 
     def __init__(
@@ -162,6 +164,16 @@ class SelfKDModule(DistillationModule):
                 "past='stored' keeps no prediction of a mixed batch, and mixing_probability=1 mixes every one: lower "
                 "it, or use past='past_model'"
             )
+        unused = partial(refuse_unused, SelfKDModule)
+        if past != "stored":
+            kept = {"store_top_k": store_top_k, "store_device": store_device, "num_samples": num_samples}
+            unused(f"with past={past!r}", store_dtype=store_dtype, **kept)
+        if past != "past_model":
+            unused(f"with past={past!r}", refresh_epochs=refresh_epochs)
+        if past != "ema":
+            unused(f"with past={past!r}", ema_decay=ema_decay)
+        if mixing is None:
+            unused("without mixing", mixing_probability=mixing_probability)
         self.alpha_T, self.alpha_schedule, self.alpha_unit = alpha_T, alpha_schedule, alpha_unit
         self.total_epochs = total_epochs
         self.past, self.past_temperature, self.label_smoothing = past, past_temperature, label_smoothing
