@@ -87,6 +87,9 @@ def test_fit_runs(path, tmp_path, monkeypatch):
 
 
 def test_every_method_has_a_start_for_both_data_sets():
-    methods = ("supervised", "kd", "feed", "self_kd", "meal_v2", "extracurricular", "generator")
+    methods = (
+        "supervised", "kd", "feed", "hint", "attention", "paraphraser", "factor_transfer", "self_kd", "meal_v2",
+        "extracurricular", "generator", "extracurricular_generator", "regression_rotated", "extracurricular_rotated",
+    )  # fmt: skip
     expected = {f"{method}_{data}" for method in methods for data in ("digits", "fashion_mnist")}
     assert expected <= {path.stem for path in START}

@@ -130,7 +130,7 @@ class Regression(Task):
     columns = (
         Column("rmse", "RMSE"),
         Column("nll", "NLL"),
-        Column("calibration", "calib. %", 100, 1),
+        Column("calibration_error", "calib. %", 100, 1),
         Column("teacher_kl", "KL ens."),
     )
     monitor = "val/mae"

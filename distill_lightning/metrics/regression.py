@@ -153,7 +153,7 @@ class AngularError(SampleMean):
 def regression_metrics(num_targets: int) -> MetricCollection:
     """What every regression with ``num_targets`` targets and a predicted variance is judged by.
 
-    ``mae`` and ``rmse`` (over samples and targets), ``nll`` (nats a sample) and ``calibration`` (see
+    ``mae`` and ``rmse`` (over samples and targets), ``nll`` (nats a sample) and ``calibration_error`` (see
     `IntervalCalibration`).
     """
     if num_targets < 1:
@@ -162,7 +162,7 @@ def regression_metrics(num_targets: int) -> MetricCollection:
         "mae": GaussianMeanAbsoluteError(num_targets=num_targets),
         "rmse": GaussianRootMeanSquaredError(num_targets=num_targets),
         "nll": GaussianNegativeLogLikelihood(num_targets=num_targets),
-        "calibration": IntervalCalibration(num_targets=num_targets),
+        "calibration_error": IntervalCalibration(num_targets=num_targets),
     }
     return MetricCollection(metrics, compute_groups=False)
 

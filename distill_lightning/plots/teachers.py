@@ -16,7 +16,7 @@ _SHOWN = {
     "rmse": ("RMSE", 1),
     "nll": ("NLL (nats)", 1),
     "ece": ("ECE (%)", 100),
-    "calibration": ("calibration error", 1),
+    "calibration_error": ("calibration error", 1),
 }
 
 

@@ -60,7 +60,7 @@ def naive(pairs):
         "mae": statistics.fmean(abs(error) for error in errors),
         "rmse": math.sqrt(statistics.fmean(error**2 for error in errors)),
         "nll": statistics.fmean(nll),
-        "calibration": statistics.fmean(off),
+        "calibration_error": statistics.fmean(off),
     }
 
 
@@ -85,7 +85,7 @@ def test_a_standard_normal_at_its_mean_costs_the_constant():
     values = value_of(regression_metrics(2), [(torch.zeros(1, 4), torch.zeros(1, 2))])
     assert values["nll"].item() == pytest.approx(math.log(2 * math.pi), rel=1e-6)
     assert values["mae"].item() == values["rmse"].item() == 0
-    assert values["calibration"].item() == pytest.approx(0.5)
+    assert values["calibration_error"].item() == pytest.approx(0.5)
 
 
 def test_the_metrics_do_not_see_how_samples_are_batched():
@@ -95,7 +95,7 @@ def test_the_metrics_do_not_see_how_samples_are_batched():
     for name, value in whole.items():
         assert split[name].item() == pytest.approx(value.item(), rel=1e-5), name
     expected = interval_calibration(output[:, :2], output[:, 2:], target).item()
-    assert whole["calibration"].item() == pytest.approx(expected)
+    assert whole["calibration_error"].item() == pytest.approx(expected)
 
 
 def test_errors_do_not_see_the_variances_and_calibration_does():
@@ -104,7 +104,7 @@ def test_errors_do_not_see_the_variances_and_calibration_does():
     one, other = (value_of(regression_metrics(2), [(given, target)]) for given in (output, wider))
     assert one["mae"] == other["mae"]
     assert one["rmse"] == other["rmse"]
-    assert other["calibration"] > one["calibration"] + 0.05
+    assert other["calibration_error"] > one["calibration_error"] + 0.05
 
 
 def test_log_variances_are_never_clamped():

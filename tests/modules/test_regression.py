@@ -228,7 +228,7 @@ def naive_metrics(outputs, targets):
         "mae": statistics.fmean(abs(y - m) for m, _, y in pairs),
         "rmse": math.sqrt(statistics.fmean((y - m) ** 2 for m, _, y in pairs)),
         "nll": naive_terms(outputs, targets, (-math.inf, math.inf))[1],
-        "calibration": statistics.fmean(off),
+        "calibration_error": statistics.fmean(off),
     }
 
 
@@ -264,7 +264,7 @@ def test_training_logs_both_terms_and_no_teacher():
     train = {name for name in logged if name.startswith("train/")}
     assert train == {"train/loss", "train/squared_error", "train/nll", "train/nll_share"}
     assert {name for name in logged if name.startswith("val/")} == {
-        f"val/{n}" for n in ("mae", "rmse", "nll", "calibration")
+        f"val/{n}" for n in ("mae", "rmse", "nll", "calibration_error")
     }
     assert module.teacher_prediction(batch_of(targets=1)) is None
 

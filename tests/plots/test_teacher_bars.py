@@ -40,7 +40,7 @@ def test_chance_is_a_line_in_the_panel_of_accuracy_alone():
 
 
 def test_a_regression_has_panels_of_its_own():
-    row = {"name": "ensemble", "mae": 0.3, "rmse": 0.5, "nll": -1.0, "calibration": 0.02}
+    row = {"name": "ensemble", "mae": 0.3, "rmse": 0.5, "nll": -1.0, "calibration_error": 0.02}
     figure = teacher_bars([row])
     assert [axes.get_title() for axes in figure.axes] == ["MAE", "RMSE", "NLL (nats)", "calibration error"]
     assert [heights(axes)[0] for axes in figure.axes] == [0.3, 0.5, -1.0, 0.02]
