@@ -162,6 +162,7 @@ class FEEDModule(DistillationModule):
         if not norm_p >= 1 or not temperature > 0:
             # Below 1 the gradient is infinite wherever a ReLU leaves both sides at zero.
             raise InputError(f"norm_p must be at least 1 and temperature positive, got {norm_p} and {temperature}")
+        _refuse_negative(beta=[beta or 0.0], kd_weight=[kd_weight], teacher_weights=self.teacher_weights)
         for name, value, known in (
             ("feature_loss", feature_loss, ("feed", "hint", "attention")),
             ("reduction", reduction, ("mean", "sum")),
@@ -316,6 +317,13 @@ def _zeros(feature: Tensor) -> Tensor:
     """The share of samples whose feature is too small to be normalised."""
     norms: Tensor = torch.linalg.vector_norm(wide(feature.detach()).flatten(1), dim=1)
     return (norms < _EPS).float().mean()
+
+
+def _refuse_negative(**weights: Sequence[float]) -> None:
+    for name, values in weights.items():
+        wrong = [value for value in values if not value >= 0]
+        if wrong:
+            raise InputError(f"{name} cannot be negative, got {wrong[0]}")
 
 
 def _refuse_unused(feature_loss: str, **given: bool) -> None:

@@ -242,6 +242,51 @@ def test_validating_within_an_epoch_asks_no_more():
     assert asked == [8, 8, 5]
 
 
+def test_two_validation_loaders_are_asked_about_every_time():
+    class Two(TinyDataModule):
+        def val_dataloader(self):
+            return [super().val_dataloader(), super().test_dataloader()]
+
+    class Both(KDModule):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            # Lightning logs what two loaders have in common under names of their own, which metrics do not take.
+            predicted.append(self.teacher_prediction(batch))
+            return self._evaluate(batch, batch_idx, self.val_metrics, self.val_teacher_metrics)
+
+        def log_dict(self, *args, **options):
+            if self.trainer.training:
+                super().log_dict(*args, **options)
+
+    predicted = []
+    torch.manual_seed(0)
+    module = Both(TinyNet(), TinyNet(), num_classes=3)
+    asked = watch(module)
+    tiny_trainer(max_epochs=2).fit(module, datamodule=Two(val_size=8))
+    batches = len(predicted)
+    assert batches > 4
+    # Once by hand, and once for the metrics, in both epochs.
+    assert len(asked) == 2 * batches
+
+
+def test_a_prediction_that_is_the_modules_own_is_kept_where_its_teachers_are_frozen_alone():
+    class Moving(KDModule):
+        frozen = ()
+
+        def teacher_prediction(self, batch):
+            asked.append(len(batch.input))
+            return super().teacher_prediction(batch)
+
+    class Still(Moving):
+        frozen = ("teachers",)
+
+    for kind, times in ((Moving, 3), (Still, 1)):
+        asked = []
+        torch.manual_seed(0)
+        module = kind(TinyNet(), TinyNet(), num_classes=3)
+        tiny_trainer(max_epochs=3, num_sanity_val_steps=0).fit(module, datamodule=TinyDataModule(val_size=8))
+        assert asked == times * [8]
+
+
 def test_kept_answers_give_the_metrics_that_fresh_ones_give(monkeypatch):
     found = []
     for kept in (True, False):
