@@ -46,18 +46,34 @@ def test_the_notebook_example_leaves_a_student():
     assert 'module.export_student("student.safetensors")' in blocks("python")[1]
 
 
-@pytest.mark.slow
-def test_the_fit_command_runs(tmp_path, monkeypatch):
+@pytest.fixture
+def with_teachers(tmp_path, monkeypatch):
+    """A folder as ``make demo`` leaves it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for number in (1, 2, 3):
         folder = tmp_path / f"results/digits/runs/teacher_{number}"
         folder.mkdir(parents=True)
         save_file(SmallResNet(10, width=16).state_dict(), folder / "student.safetensors")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_teachers")
+def test_the_fit_command_runs():
     command = blocks("bash")[0].split()
     assert command[0] == "distill-lightning"
     # One epoch and one override, in the form that the text below the command names.
     assert main([*command[1:], "--trainer.max_epochs", "1", "--model.init_args.beta", "30"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:teacher_. has an accuracy of")  # they are not trained
+def test_the_callbacks_of_the_command_line_draw(with_teachers):
+    command = blocks("bash")[2].replace("\\\n", " ").split()
+    assert main([*command[1:], "--trainer.max_epochs", "1"]) == 0
+    names = {path.name.rpartition("_")[0] for path in with_teachers.rglob("figures/*.png")}
+    assert names == {"teachers", "val_reliability", "val_risk_coverage"}
 
 
 def test_the_compare_command_is_understood():
