@@ -114,7 +114,7 @@ class PairSampler(nn.Module):
 
     def forward(self, inputs: Inputs, draws: Draws, *, pool: Inputs | None = None) -> Inputs:
         """The mixed inputs alone."""
-        return self.mix(inputs, draws, pool=pool).inputs
+        return (self.mix(inputs, draws) if pool is None else self.mix(inputs, draws, pool=pool)).inputs
 
 
 class MixupSampler(PairSampler):
@@ -227,8 +227,9 @@ def _partners(draws: Draws, count: int) -> Tensor:
     partners = draws.order(count)
     short = len(draws) % count
     if short:
-        places = (partners[-short:] + draws.uniform(1)[-short:, 0]) * (count / short)
-        partners[-short:] = places.long().clamp_max(count - 1)
+        # Rows as far apart as they can be, from one that is drawn for all.
+        begin = (draws.uniform(1)[-short, 0] * count).long()
+        partners[-short:] = (partners[-short:] * count // short + begin) % count
     return partners
 
 

@@ -59,12 +59,10 @@ def naive_pairs(count, rows, alpha, seed=0):
         second += [place - start for place in sorted(part, key=lambda row: table[row][0])]
     short = rows % count
     if short:
-        # Each row of a round that is not whole gets a slice of the batch, and a draw of its own finds a row in it.
-        draws = [row.pop(1) for row in table[-short:]]
-        second[-short:] = [
-            int((place + draw) * count / short) for place, draw in zip(second[-short:], draws, strict=True)
-        ]
-        for row in table[:-short]:
+        # A round that is not whole is spread over the batch, beginning where its first row's draw says.
+        begin = int(table[-short][1] * count)
+        second[-short:] = [(place * count // short + begin) % count for place in second[-short:]]
+        for row in table:
             row.pop(1)
     shares = [QUANTILES[alpha](row[1]) for row in table]
     return [row % count for row in range(rows)], second, shares, [row[2:4] for row in table]
@@ -121,11 +119,23 @@ def test_every_row_is_mixed_in_as_often_as_it_is_begun_with(sampler, count, rows
 def test_a_round_that_is_not_whole_takes_its_partners_from_the_whole_pool(sampler):
     counts = Counter()
     for seed in range(600):
-        mixed = sampler().mix(images_of(2), draws_of(2, seed), pool=images_of(8, seed=1))
-        counts.update(mixed.second.tolist())
+        partners = sampler().mix(images_of(3), draws_of(3, seed), pool=images_of(8, seed=1)).second.tolist()
+        assert len(set(partners)) == 3
+        counts.update(partners)
     assert sorted(counts) == list(range(8))
-    # 1200 draws over 8 rows: a standard deviation of 11.5 around 150.
-    assert all(abs(count - 150) < 50 for count in counts.values())
+    # 1800 partners over 8 rows: a standard deviation of 14 around 225.
+    assert all(abs(count - 225) < 60 for count in counts.values())
+
+
+def test_a_sampler_of_ones_own_need_not_know_of_pools():
+    class Plain(MixupSampler):
+        def forward(self, inputs, draws):
+            return super().forward(inputs, draws)
+
+        def mix(self, inputs, draws):
+            return super().mix(inputs, draws)
+
+    assert torch.equal(Plain()(images_of(4), draws_of(4)), MixupSampler()(images_of(4), draws_of(4)))
 
 
 def test_what_is_mixed_in_comes_from_the_pool():

@@ -30,8 +30,13 @@ class TrainersBatches:
         self.number, self.training = number, training
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
+        with self._stage():
+            batches = iter(self.loader)
+        while True:
             with self._stage():
+                batch = next(batches, None)
+                if batch is None:
+                    return
                 converted = self.trainer.precision_plugin.convert_input(batch)
                 prepared = self.pl_module._on_before_batch_transfer(converted, dataloader_idx=self.number)  # noqa: SLF001
                 moved = self.trainer.strategy.batch_to_device(prepared, dataloader_idx=self.number)

@@ -122,10 +122,13 @@ def _without_teachers(pl_module: pl.LightningModule) -> InputError:
 
 @contextmanager
 def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Iterator[Batch]]:
-    """The batches of validation; afterwards modes and random numbers are as they were."""
+    """The batches of validation; afterwards modes, random numbers and the Trainer's stage are as they were."""
     with ExitStack() as stack:
         for module in pl_module.modules():
             stack.callback(setattr, module, "training", module.training)
+        # The stage that the data see when they are asked for loaders.
+        stack.callback(setattr, trainer, "training", True)  # noqa: FBT003
+        trainer.validating = True
         stack.enter_context(isolate_rng())
         loaders = _loaders(trainer)
         for loader in loaders:

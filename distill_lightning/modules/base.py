@@ -25,6 +25,7 @@ from distill_lightning.modules.optimization import (
     with_schedule,
 )
 from distill_lightning.networks import recipe_of
+from distill_lightning.processes import is_alone
 from distill_lightning.weights import check_architecture, read_checkpoint, write_weights
 
 
@@ -252,12 +253,15 @@ class DistillationModule(pl.LightningModule):
     @staticmethod
     def _counted(batch: Batch, values: Tensor) -> Tensor:
         """The rows of a batch, without the samples that are counted in another process."""
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         # View -1 marks a sample that only fills up a process's share.
-        return values if alone or batch.view is None else values[batch.view >= 0]
+        return values if is_alone() or batch.view is None else values[batch.view >= 0]
 
     def configure_optimizers(self) -> Any:
-        """The optimiser over `parameter_groups` and, if there is one, its schedule."""
+        """The optimiser over `parameter_groups` and, if there is one, its schedule.
+
+        Raises:
+            InputError: the student has no parameter that can be trained.
+        """
         if not any(parameter.requires_grad for parameter in self.student.parameters()):
             raise InputError(
                 f"{type(self).__name__}: the student has nothing to train, all its parameters are frozen: a network "
@@ -368,7 +372,7 @@ class DistillationModule(pl.LightningModule):
                 network was built.
         """
         checkpoint = read_checkpoint(Path(checkpoint_path))
-        if "_class_path" not in checkpoint["hyper_parameters"]:
+        if "recipes" not in checkpoint:
             raise InputError(
                 f"{checkpoint_path} is the checkpoint of another kind of module: distill_lightning.Pretrained(network, "
                 "checkpoint, part=...) takes a network's weights from it"

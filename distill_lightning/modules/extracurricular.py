@@ -105,8 +105,8 @@ class ExtracurricularModule(DistillationModule):
         metrics: of the student's output and the target.
 
     Raises:
-        InputError: an option is unknown, out of range or without meaning beside the others, a network does not fit, or
-            a deterministic teacher of a regression has no ``teacher_variance``.
+        InputError: an option is unknown, out of range or does not go with the others, a network does not fit, or a
+            deterministic teacher of a regression has no ``teacher_variance``.
     """
 
     frozen = ("teachers", "samplers")
@@ -295,7 +295,8 @@ class ExtracurricularModule(DistillationModule):
                     rows = torch.arange(start, end, device=self.device)
                     sampled, sampler = rows % batch.size, self.samplers[number]
                     # What mixes two inputs has its own rows, too, but finds their partners among all.
-                    pool = {"pool": batch.input} if isinstance(sampler, PairSampler) else {}
+                    some = len(rows) % batch.size > 0 and isinstance(sampler, PairSampler)
+                    pool = {"pool": batch.input} if some else {}
                     extras[self._sampler_name(number)] = sampler(
                         take(batch.input, sampled), self._draws(batch, sampled, rows // batch.size), **pool
                     )

@@ -109,8 +109,8 @@ class MEALV2Module(DistillationModule):
         metrics: of the student's output and the target.
 
     Raises:
-        InputError: an option is out of range or without meaning without a discriminator, a network does not fit, or
-            schedules cannot be stepped together.
+        InputError: an option is out of range or needs a discriminator, a network does not fit, or schedules cannot be
+            stepped together.
     """
 
     frozen = ("teachers",)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from distill_lightning.errors import InputError, refusing
+from distill_lightning.processes import all_reduce, is_alone
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -210,12 +211,12 @@ class PredictionStore:
         Each sample's row comes from one process, the others contribute zero bytes: a sum of bytes is exact for every
         type, and needs no equal numbers of rows.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if is_alone():
             return
         world, rank = dist.get_world_size(), dist.get_rank()
         # The order in which one process would have read the samples that several have taken in turns.
         claim = torch.where(self._written >= 0, self._written * world + rank, -1)
-        _reduce(claim, dist.ReduceOp.MAX)
+        all_reduce(claim, dist.ReduceOp.MAX)
         if not bool((claim >= 0).any()):
             return
         others = (claim < 0) | (claim % world != rank)
@@ -223,18 +224,8 @@ class PredictionStore:
             count = max(_PIECE_BYTES // rows[0].nbytes, 1)
             for piece, not_ours in zip(torch.split(rows, count), torch.split(others, count), strict=True):
                 piece.masked_fill_(not_ours[:, None], 0)
-                _reduce(piece.view(torch.uint8), dist.ReduceOp.SUM)
+                all_reduce(piece.view(torch.uint8), dist.ReduceOp.SUM)
         self._written = torch.where(claim >= 0, 0, -1)
-
-
-def _reduce(tensor: Tensor, operation: Any) -> None:
-    """Reduce in place over all processes, by way of the device that they communicate on."""
-    if dist.get_backend() != "nccl" or tensor.is_cuda:
-        dist.all_reduce(tensor, operation)
-        return
-    sent = tensor.cuda()
-    dist.all_reduce(sent, operation)
-    tensor.copy_(sent)
 
 
 def _name(value: Any) -> str:

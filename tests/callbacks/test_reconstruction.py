@@ -405,11 +405,17 @@ def test_batches_go_through_the_hooks_of_the_module_and_the_data():
 
     class Hooked(TinyDataModule):
         def on_before_batch_transfer(self, batch, dataloader_idx):
-            stages.append(self.trainer.training)
+            stages.append((self.trainer.training, self.trainer.validating))
             return batch._replace(input=batch.input + 1)
 
+    class Probe(ReconstructionErrorProbe):
+        def measure(self, *args, **options):
+            # The training and the validation before it have gone through the hook, too.
+            stages.clear()
+            return super().measure(*args, **options)
+
     torch.manual_seed(0)
-    module, probe = SupervisedModule(TinyNet(), num_classes=3), ReconstructionErrorProbe("features", epochs=1)
+    module, probe = SupervisedModule(TinyNet(), num_classes=3), Probe("features", epochs=1)
     tiny_trainer(callbacks=[probe], max_epochs=1).fit(module, datamodule=Hooked())
     # The first epoch's batches in its order, shifted by hand.
     data = TinyDataModule()
@@ -419,7 +425,9 @@ def test_batches_go_through_the_hooks_of_the_module_and_the_data():
     ]
     table = ReconstructionErrorProbe("features", epochs=1).measure({"student": module.student}, *loaders)
     assert [row["absolute"] for row in probe.table] == pytest.approx([row["absolute"] for row in table], rel=1e-5)
-    assert set(stages) == {True, False}
+    # First an example's shape, from the validation data.
+    training, validating = (True, False), (False, True)
+    assert stages == [validating] + [training] * len(loaders[0]) + [validating] * len(loaders[1])
 
 
 def test_a_network_in_another_precision_is_probed_in_float32():

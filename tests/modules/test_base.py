@@ -87,6 +87,18 @@ def build_waiting(student, teachers, num_classes):
     return Waiting(student, teachers, num_classes=num_classes)
 
 
+class WaitingBesideTheLoss(LogitRegression):
+    """Waits for the device after every step of the optimiser."""
+
+    def optimizer_step(self, *args, **options):
+        super().optimizer_step(*args, **options)
+        self.last = next(self.student.parameters()).sum().item()
+
+
+def build_waiting_beside(student, teachers, num_classes):
+    return WaitingBesideTheLoss(student, teachers, num_classes=num_classes)
+
+
 class Listed(LogitRegression):
     """Keeps a layer where neither the optimiser nor the checkpoint sees it."""
 
@@ -115,6 +127,7 @@ def test_a_users_method_keeps_the_contract():
         (build_leaky, "a_checkpoint_holds_the_student_and_no_teacher: the checkpoint holds"),
         (build_thawed, "frozen_networks_do_not_change: teacher 0 changed in fit"),
         (build_waiting, "a_training_step_does_not_wait_for_the_device: 3 hidden synchronisations"),
+        (build_waiting_beside, "a_training_step_does_not_wait_for_the_device: 3 hidden synchronisations"),
         (build_listed, "the_optimizer_holds_exactly_what_learns: no gradient reaches .'unused.weight'"),
     ],
 )
@@ -307,6 +320,9 @@ def test_a_checkpoint_of_a_users_own_module_is_told_from_ours(tmp_path):
     own, trainer = Own(), tiny_trainer(limit_val_batches=0)
     trainer.fit(own, datamodule=TinyDataModule())
     trainer.save_checkpoint(tmp_path / "own.ckpt")
+    # The command line notes a class in every checkpoint.
+    checkpoint = torch.load(tmp_path / "own.ckpt", weights_only=True)
+    torch.save({**checkpoint, "hyper_parameters": {"_class_path": "own.Own"}}, tmp_path / "own.ckpt")
     with pytest.raises(InputError, match=r"own.ckpt is the checkpoint of another kind of module: .*Pretrained"):
         SupervisedModule.load_from_checkpoint(tmp_path / "own.ckpt")
     taken = Pretrained(TinyNet(), tmp_path / "own.ckpt", part="net")

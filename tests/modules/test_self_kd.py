@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from distill_lightning import Batch, IndexedDataModule, InputError, SelfKDModule, SupervisedModule, functional
 from distill_lightning.mixing import cutout
+from distill_lightning.modules.self_kd.past import PastNetwork
 from distill_lightning.modules.self_kd.schedule import is_mixed
 from distill_lightning.samplers import CutMixSampler, MixupSampler
 from distill_lightning.stores import PredictionStore
@@ -675,11 +676,22 @@ def test_a_loaded_module_says_in_fit_what_its_checkpoint_could_not_hold(tmp_path
     recwarn.clear()
     fitted(whole)
     assert not [warning for warning in recwarn if "cannot hold" in str(warning.message)]
-    with pytest.raises(InputError, match="mixing_probability would do nothing without mixing"):
-        SelfKDModule.load_from_checkpoint(tmp_path / "run.ckpt", student=student())
     loaded = SelfKDModule.load_from_checkpoint(tmp_path / "run.ckpt", student=student(), mixing=MixupSampler())
     with pytest.warns(UserWarning, match="cannot hold every argument: optimizer, alpha_schedule are the defaults now"):
         fitted(loaded)
+    # To predict, nothing is missing.
+    recwarn.clear()
+    alone = SelfKDModule.load_from_checkpoint(tmp_path / "run.ckpt", student=student())
+    tiny_trainer().predict(alone, datamodule=TinyDataModule())
+    assert not [warning for warning in recwarn if "cannot hold" in str(warning.message)]
+
+
+def test_a_past_network_moves_with_what_it_is_told():
+    past = PastNetwork(1)
+    past.to("meta")
+    past.after_epochs(0, 1, TinyNet())
+    past.to("meta")
+    assert {parameter.device.type for parameter in past.network.parameters()} == {"meta"}
 
 
 # Mixing and cutout
@@ -795,7 +807,7 @@ def test_mixed_inputs_change_with_the_epoch_and_not_with_the_global_seed(data):
         ({"past": "ema", "store_device": "cpu"}, "store_device would do nothing with past='ema': leave it out"),
         ({"refresh_epochs": 2}, "refresh_epochs would do nothing with past='stored': leave it out"),
         ({"ema_decay": 0.9}, "ema_decay would do nothing with past='stored': leave it out"),
-        ({"mixing_probability": 0.2}, "mixing_probability would do nothing without mixing: leave it out"),
+        ({"store_device": "somewhere"}, "store_device='somewhere': "),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
         ({"cutout": -1}, "cutout cannot be negative"),
         ({"mixing_probability": -0.5}, r"mixing_probability must be in \[0, 1\], got -0.5"),

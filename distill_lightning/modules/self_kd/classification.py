@@ -19,7 +19,7 @@ from distill_lightning.mixing import cutout, mixup
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.hparams import refuse_unused
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
-from distill_lightning.modules.self_kd.options import DTYPES, check_choices, check_counts, check_shares
+from distill_lightning.modules.self_kd.options import DTYPES, check_choices, check_counts, check_device, check_shares
 from distill_lightning.modules.self_kd.past import AveragedNetwork, PastNetwork
 from distill_lightning.modules.self_kd.schedule import (
     AlphaSchedule,
@@ -107,7 +107,7 @@ class SelfKDModule(DistillationModule):
         metrics: of the student's output and the target.
 
     Raises:
-        InputError: an option is unknown, out of range or without meaning beside the others, ``mixing`` in every batch
+        InputError: an option is unknown, out of range or does not go with the others, ``mixing`` in every batch
             would leave nothing to store, or, in training, ``T`` is not known, or with ``stored`` the batches have no
             index, the training set no length or the checkpoint another.
     """
@@ -148,6 +148,7 @@ class SelfKDModule(DistillationModule):
             metrics=metrics,
         )
         check_choices(past, alpha_schedule, alpha_unit, store_dtype)
+        check_device(store_device)
         check_shares(alpha_T=alpha_T, mixing_probability=mixing_probability)
         check_shares(below_one=True, label_smoothing=label_smoothing, ema_decay=ema_decay)
         check_counts(
@@ -172,8 +173,6 @@ class SelfKDModule(DistillationModule):
             unused(f"with past={past!r}", refresh_epochs=refresh_epochs)
         if past != "ema":
             unused(f"with past={past!r}", ema_decay=ema_decay)
-        if mixing is None:
-            unused("without mixing", mixing_probability=mixing_probability)
         self.alpha_T, self.alpha_schedule, self.alpha_unit = alpha_T, alpha_schedule, alpha_unit
         self.total_epochs = total_epochs
         self.past, self.past_temperature, self.label_smoothing = past, past_temperature, label_smoothing

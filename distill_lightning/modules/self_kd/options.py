@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules.self_kd.schedule import AlphaSchedule
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -21,6 +21,12 @@ def check_choices(past: str, alpha_schedule: AlphaSchedule, alpha_unit: str, sto
             raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     if not callable(alpha_schedule) and alpha_schedule not in ("linear", "constant"):
         raise InputError(f"alpha_schedule must be linear, constant or a function of progress, got {alpha_schedule!r}")
+
+
+def check_device(store_device: str | None) -> None:
+    """Refuse what is no device."""
+    with refusing(f"store_device={store_device!r}", RuntimeError):
+        torch.device(store_device or "cpu")
 
 
 def check_shares(*, below_one: bool = False, **shares: float) -> None:

@@ -12,11 +12,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import freeze
+from distill_lightning.processes import broadcast, is_alone
 
 
 class PastNetwork:
@@ -54,9 +54,9 @@ class PastNetwork:
 
     def share_buffers(self) -> None:
         """Take rank 0's buffers: those of BatchNorm differ between processes until DDP's next forward."""
-        if dist.is_available() and dist.is_initialized():
+        if not is_alone():
             for buffer in self.buffers():
-                dist.broadcast(buffer, src=0)
+                broadcast(buffer)
 
     def buffers(self) -> Iterator[Tensor]:
         """What the processes' copies may differ in."""

@@ -1,0 +1,32 @@
+"""Communication between processes of tensors that may lie elsewhere than where the processes communicate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch import distributed as dist
+
+
+def is_alone() -> bool:
+    """Whether there is no other process to talk to."""
+    return not (dist.is_available() and dist.is_initialized())
+
+
+def all_reduce(tensor: Tensor, operation: Any) -> None:
+    """Reduce a tensor in place over all processes."""
+    _by_way_of_the_backend(tensor, lambda sent: dist.all_reduce(sent, operation))
+
+
+def broadcast(tensor: Tensor) -> None:
+    """Give every process the first one's tensor, in place."""
+    _by_way_of_the_backend(tensor, lambda sent: dist.broadcast(sent, src=0))
+
+
+def _by_way_of_the_backend(tensor: Tensor, communicate: Callable[[Tensor], Any]) -> None:
+    # NCCL takes what is on the GPU alone.
+    sent = tensor.cuda() if dist.get_backend() == "nccl" and not tensor.is_cuda else tensor
+    communicate(sent)
+    if sent is not tensor:
+        tensor.copy_(sent)
