@@ -11,6 +11,7 @@ from torch import distributed as dist
 
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.processes import all_reduce, is_alone
+from distill_lightning.stores.top_k import class_dtype, largest, spread
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -63,7 +64,7 @@ class PredictionStore:
         self.num_samples, self.num_classes, self.dtype, self.top_k = num_samples, num_classes, dtype, top_k
         kinds = {"probabilities": dtype}
         if top_k is not None:
-            kinds["classes"] = torch.int16 if num_classes <= 2**15 else torch.int32
+            kinds["classes"] = class_dtype(num_classes)
         width = top_k or num_classes
         self._now = {name: torch.zeros(num_samples, width, dtype=kind) for name, kind in kinds.items()}
         self._next = {name: torch.zeros_like(rows) for name, rows in self._now.items()}
@@ -194,14 +195,13 @@ class PredictionStore:
     def _pack(self, probs: Tensor) -> dict[str, Tensor]:
         if self.top_k is None:
             return {"probabilities": probs.to(self.dtype)}
-        largest, classes = probs.topk(self.top_k, dim=1)
-        return {"probabilities": largest.to(self.dtype), "classes": classes.to(self._now["classes"].dtype)}
+        values, classes = largest(probs, self.top_k)
+        return {"probabilities": values.to(self.dtype), "classes": classes}
 
     def _unpack(self, rows: Mapping[str, Tensor]) -> Tensor:
         probs = rows["probabilities"].float()
         if self.top_k is not None:
-            rest = (1 - probs.sum(dim=1, keepdim=True)).clamp_min(0) / max(self.num_classes - self.top_k, 1)
-            probs = rest.repeat(1, self.num_classes).scatter_(1, rows["classes"].long(), probs)
+            probs = spread(probs, rows["classes"], self.num_classes)
         # What half precision has rounded away or added must not become mass of the target.
         return probs if self.dtype == torch.float32 else probs / probs.sum(dim=1, keepdim=True)
 
