@@ -71,6 +71,12 @@ class PairSampler(nn.Module):
     """Mixes each row with another of the batch; the share is drawn from Beta(alpha, alpha), one for each row.
 
     A subclass defines `blend`.
+
+    Args:
+        alpha: of the Beta distribution that the share is drawn from; 1 is uniform.
+
+    Raises:
+        InputError: ``alpha`` is not positive and finite.
     """
 
     quantiles: Tensor

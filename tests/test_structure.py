@@ -30,7 +30,7 @@ from distill_lightning import (
 PACKAGE = Path(distill_lightning.__file__).parent
 
 LAYERS = {
-    "errors": -1, "batch": 0,
+    "errors": -1, "batch": 0, "processes": 0,
     "functional": 1, "views": 1, "mixing": 1, "weights": 1, "schedules": 1, "stores": 1, "plots": 1,
     "layers": 2, "metrics": 2, "networks": 2.5, "samplers": 2.5, "compression": 2,
     "datamodules": 3, "callbacks": 3,

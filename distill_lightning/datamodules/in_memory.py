@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.views import crop_and_flip, uniform_draws
+from distill_lightning.views import VIEWS_VERSION, crop_and_flip, uniform_draws
 
 # Order seeds are spread, because the sampler adds the epoch to its seed: neighbours would repeat each other's orders.
 _SEED_STRIDE = 1_000_003
@@ -224,6 +225,17 @@ class InMemoryImageDataModule(pl.LightningDataModule):
             padding=self.padding if augment else 0,
             flip=self.flip and augment,
         )
+
+    def fingerprint(self) -> dict[str, str]:
+        """What a kept answer about a training view depends on: the samples in their order, and how views are made."""
+        self.setup()
+        digest = hashlib.sha256()
+        for tensor in self._splits["train"]:
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        made = self.dataset("train", augment=True)
+        options = {name: getattr(made, name) for name in ("mean", "std", "seed", "padding", "flip")}
+        return {"data": digest.hexdigest(), "transform": f"{type(made).__name__} {VIEWS_VERSION} {options}"}
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Augmented, shuffled."""

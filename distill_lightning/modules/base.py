@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.layers import TeacherEnsemble, check_classes, check_gaussian, dry_forward, fingerprint
+from distill_lightning.layers import TeacherEnsemble, check_classes, check_gaussian, dry_forward
 from distill_lightning.metrics import default_metrics, teacher_metrics
 from distill_lightning.modules.answers import TeacherAnswers
-from distill_lightning.modules.hparams import objects_given, plain, rebuild, takes, unplain_arguments
+from distill_lightning.modules.frozen import FrozenPartsModule
+from distill_lightning.modules.hparams import objects_given, unplain_arguments
 from distill_lightning.modules.optimization import (
     LRSchedulerCallable,
     OptimizerCallable,
     default_optimizer,
     with_schedule,
 )
-from distill_lightning.networks import recipe_of
+from distill_lightning.modules.storing import begin_store, finish_epoch
 from distill_lightning.processes import is_alone
-from distill_lightning.weights import check_architecture, read_checkpoint, write_weights
+from distill_lightning.stores import TeacherStore
 
 
-class DistillationModule(pl.LightningModule):
+class DistillationModule(FrozenPartsModule):
     r"""A student and a loss that is a weighted sum of named terms, :math:`L = \sum_t w_t L_t`.
 
     A method overrides `terms` and `weights`, and nothing else::
@@ -75,8 +75,6 @@ class DistillationModule(pl.LightningModule):
             outputs for an input of ``input_shape``.
     """
 
-    frozen: ClassVar[tuple[str, ...]] = ()
-
     def __init__(
         self,
         student: nn.Module,
@@ -113,9 +111,8 @@ class DistillationModule(pl.LightningModule):
         self.test_metrics = metrics.clone(prefix="test/")
         self.val_teacher_metrics = beside.clone(prefix="val/")
         self.test_teacher_metrics = beside.clone(prefix="test/")
+        self.teacher_store: TeacherStore | None = None
         self._objects = objects_given(self, objects)
-        self._missing: list[str] = []
-        self._fingerprints: dict[str, str] = {}
         self._observed: dict[str, Tensor] = {}
         self._answers = TeacherAnswers()
 
@@ -158,6 +155,33 @@ class DistillationModule(pl.LightningModule):
         if self.num_classes is None or not isinstance(teachers, TeacherEnsemble):
             return []
         return list(teachers.logits(batch.input))
+
+    def ask(self, batch: Batch) -> dict[str, Tensor]:
+        """What the teachers say about a training batch, which a `TeacherStore` can keep in their place.
+
+        A method that takes a ``store`` defines this, and reads `told` in its terms.
+
+        Returns:
+            Tensors ``(N, ...)`` by name, without a graph, functions of each sample's input alone.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define ask(batch) to use a store")
+
+    def question(self) -> dict[str, Any]:
+        """Plain values of the method's options that the answers depend on."""
+        return {}
+
+    def told(self, batch: Batch) -> dict[str, Tensor]:
+        """The teachers' answers about a training batch: `ask`'s, or those that the store has kept.
+
+        Raises:
+            InputError: there are no teachers, and no store that knows their answers.
+        """
+        ask = None if getattr(self, "teachers", None) is None else partial(self.ask, batch)
+        if self.teacher_store is None:
+            if ask is None:
+                raise InputError("teachers is null and there is no store: give teachers, or a complete TeacherStore")
+            return ask()
+        return self.teacher_store.told(batch, ask, device=self.device)
 
     def check_output(self, who: str, network: nn.Module, shape: Sequence[int]) -> None:
         """Look at the shape of a network's output.
@@ -270,14 +294,7 @@ class DistillationModule(pl.LightningModule):
         optimizer = self.optimizer(self.parameter_groups())
         return with_schedule(self, optimizer, self.lr_scheduler, monitor="val/nll")
 
-    # What is frozen, and what a checkpoint holds
-
-    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002  (nn.Module's signature)
-        """Set the mode of everything but the frozen submodules, which stay in eval mode."""
-        super().train(mode)
-        for name in self.frozen:
-            getattr(self, name).eval()
-        return self
+    # What happens when
 
     def on_fit_start(self) -> None:
         """A module that enters ``fit`` in eval mode would train in it; the student must not."""
@@ -293,6 +310,16 @@ class DistillationModule(pl.LightningModule):
         self._fingerprints = self._fingerprint()
         self._answers.forget()
 
+    def on_train_start(self) -> None:
+        """Tell the store what it is about, and take up what a killed training has left in it."""
+        if self.teacher_store is not None:
+            begin_store(self, self.teacher_store)
+
+    def on_train_epoch_end(self) -> None:
+        """What the teachers have said in this epoch can be read from now on."""
+        if self.teacher_store is not None:
+            finish_epoch(self, self.teacher_store)
+
     def on_fit_end(self) -> None:
         """What was kept is of no use any more."""
         self._answers.forget()
@@ -301,115 +328,12 @@ class DistillationModule(pl.LightningModule):
         """Within one ``fit`` the data stay the same; another call may bring others."""
         if self.trainer.state.fn != "fit":
             self._answers.forget()
+        # `validate` leaves states that were made in inference mode, which `fit` must not change.
+        self.val_metrics.reset()
+        self.val_teacher_metrics.reset()
 
     def on_test_start(self) -> None:
         """Another call may bring other data."""
         self._answers.forget()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen weights out; note how every network was built instead, and what the frozen ones weigh."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in state.items() if not self._is_frozen(name)}
-        # LightningCLI notes the class itself; here it is noted for a module that was made in Python, too. A plain dict,
-        # because older Lightning versions save a class of their own, which weights_only=True refuses.
-        made_by = f"{type(self).__module__}.{type(self).__qualname__}"
-        checkpoint["hyper_parameters"] = plain({"_class_path": made_by, **checkpoint.get("hyper_parameters", {})})
-        checkpoint["fingerprints"] = self._fingerprints or self._fingerprint()
-        checkpoint["recipes"] = {"student": recipe_of(self.student)}
-        checkpoint["objects"] = self._objects
-        teachers = getattr(self, "teachers", None)
-        if isinstance(teachers, TeacherEnsemble):
-            checkpoint["recipes"]["teachers"] = {
-                "networks": [recipe_of(network) for network in teachers],
-                "weights": teachers.weights,
-                "combine": teachers.combine,
-            }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the live frozen weights back, so that loading stays strict.
-
-        Raises:
-            InputError: the checkpoint is of another architecture.
-        """
-        checkpoint["state_dict"] = self.check_weights(checkpoint["state_dict"])
-        fingerprints = self._fingerprint()
-        for name, known in checkpoint.get("fingerprints", {}).items():
-            if fingerprints.get(name) != known:
-                warnings.warn(
-                    f"{name}: the weights are not those that this checkpoint was trained with; predictions are not "
-                    f"touched, but training on would follow other {name}",
-                    stacklevel=2,
-                )
-
-    def check_weights(self, state: Mapping[str, Tensor], *, source: str = "what is being loaded") -> dict[str, Tensor]:
-        """A checkpoint's weights together with the live frozen ones, ready to be loaded strictly.
-
-        Raises:
-            InputError: they are of another architecture than this module; the message begins with ``source``.
-        """
-        live = {name: value for name, value in self.state_dict().items() if self._is_frozen(name)}
-        complete = {**state, **live}
-        check_architecture(self, complete, source=source)
-        return complete
-
-    @classmethod
-    def load_from_checkpoint(  # type: ignore[override]  # Lightning's is a restricted classmethod with more arguments
-        cls, checkpoint_path: str | Path, map_location: str | torch.device = "cpu", **overrides: Any
-    ) -> Self:
-        """Build the module of a checkpoint, its networks included where this package's factories made them.
-
-        Only tensors and plain values are read, never pickled code.
-
-        Args:
-            checkpoint_path: a checkpoint of this class.
-            map_location: the device that the module is put on.
-            overrides: constructor arguments that replace what the checkpoint holds. A network that was built elsewhere
-                must be given (``student=...``, ``teachers=...``); if the training is to go on, the optimiser and
-                whatever else was no plain value, too: `fit` warns of those that are missing.
-
-        Raises:
-            InputError: there is no such checkpoint, it is of another module or architecture, or it cannot tell how a
-                network was built.
-        """
-        checkpoint = read_checkpoint(Path(checkpoint_path))
-        if "recipes" not in checkpoint:
-            raise InputError(
-                f"{checkpoint_path} is the checkpoint of another kind of module: distill_lightning.Pretrained(network, "
-                "checkpoint, part=...) takes a network's weights from it"
-            )
-        recipes = {
-            name: recipe
-            for name, recipe in checkpoint.get("recipes", {}).items()
-            if name not in overrides and takes(cls, name)
-        }
-        known = {
-            name: value
-            for name, value in checkpoint["hyper_parameters"].items()
-            if takes(cls, name) and name != "_class_path"
-        }
-        module = cls(**{**known, **{name: rebuild(name, recipe) for name, recipe in recipes.items()}, **overrides})
-        module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"])
-        kept = {*overrides, *recipes}
-        module._missing = [name for name in checkpoint.get("objects", []) if name not in kept]
-        return module.to(map_location)
-
-    def export_student(self, path: str | Path) -> Path:
-        """Write the plain student's state dict; a freshly built network of its kind loads it with ``strict=True``.
-
-        Args:
-            path: ``.safetensors``, or ``.pt`` / ``.pth`` for `torch.save`.
-
-        Returns:
-            The path.
-
-        Raises:
-            InputError: another suffix.
-        """
-        return write_weights(self.student, Path(path))
-
-    def _is_frozen(self, name: str) -> bool:
-        return name.startswith(tuple(f"{frozen}." for frozen in self.frozen))
-
-    def _fingerprint(self) -> dict[str, str]:
-        return {name: fingerprint(getattr(self, name)) for name in self.frozen}
+        self.test_metrics.reset()
+        self.test_teacher_metrics.reset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
@@ -16,10 +16,10 @@ from distill_lightning import functional
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
-from distill_lightning.layers import TeacherEnsemble, dry_forward, freeze
+from distill_lightning.layers import TeacherEnsemble, dry_forward
 from distill_lightning.layers.batch_norm import kept_statistics
 from distill_lightning.modules.base import DistillationModule
-from distill_lightning.modules.hparams import refuse_unused
+from distill_lightning.modules.extracurricular_options import check_choices, check_unused, frozen_samplers, per_target
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.regression import check_bounds
 from distill_lightning.samplers import EmpiricalSampler, Inputs, MixupSampler, PairSampler, count_rows, join, take
@@ -27,14 +27,6 @@ from distill_lightning.views import Draws
 
 # Keeps the samplers' random numbers apart from those that crop and flip the images of the same views.
 _STREAM = 0x45435543
-
-_CHOICES = {
-    "task": ("classification", "regression"),
-    "match": ("distribution", "point"),
-    "sample_selection": ("all", "certain", "uncertain"),
-    "kl_direction": ("forward", "reverse"),
-    "bn_mode": ("joint", "separate"),
-}
 
 
 class ExtracurricularModule(DistillationModule):
@@ -149,9 +141,7 @@ class ExtracurricularModule(DistillationModule):
             metrics=metrics,
         )
         options = {"task": task, "match": match, "sample_selection": sample_selection}
-        for name, value in (options | {"kl_direction": kl_direction, "bn_mode": bn_mode}).items():
-            if value not in _CHOICES[name]:
-                raise InputError(f"{name} must be one of {', '.join(_CHOICES[name])}, got {value!r}")
+        check_choices(options | {"kl_direction": kl_direction, "bn_mode": bn_mode})
         if (task == "classification") != (num_classes is not None):
             needed = "num_classes" if task == "classification" else "num_targets"
             raise InputError(f"task={task!r} needs {needed}, and not the other")
@@ -163,14 +153,15 @@ class ExtracurricularModule(DistillationModule):
         if not 0 < quantile <= 1:
             raise InputError(f"quantile is a share in (0, 1], got {quantile}")
         check_bounds(log_var_bounds)
-        _check_unused(
+        check_unused(
+            ExtracurricularModule,
             {
                 **options,
                 "temperature": temperature,
                 "point_variance": point_variance,
                 "kl_direction": kl_direction,
                 "teacher_variance": teacher_variance,
-            }
+            },
         )
         self.task, self.temperature = task, temperature
         self.kl_weight, self.label_weight = kl_weight, label_weight
@@ -178,8 +169,8 @@ class ExtracurricularModule(DistillationModule):
         self.sample_selection, self.quantile = sample_selection, quantile
         self.kl_direction, self.bn_mode = kl_direction, bn_mode
         self.log_var_bounds, self.seed = log_var_bounds, seed
-        self.teacher_variance = _per_target(teacher_variance, num_targets)
-        self.samplers = _frozen_samplers([MixupSampler()] if samplers is None else samplers, sampler_weights)
+        self.teacher_variance = per_target(teacher_variance, num_targets)
+        self.samplers = frozen_samplers([MixupSampler()] if samplers is None else samplers, sampler_weights)
         # A training input once more would say nothing new.
         empirical = all(isinstance(sampler, EmpiricalSampler) for sampler in self.samplers)
         self.extra_ratio = 0.0 if empirical else extra_ratio
@@ -387,40 +378,3 @@ class ExtracurricularModule(DistillationModule):
         # Samplers without weights differ in kind and options.
         known = super()._fingerprint()
         return known | {"samplers": f"{known['samplers']} {self.samplers}"}
-
-
-def _check_unused(given: Mapping[str, Any]) -> None:
-    """Refuse what has no meaning beside the choices that were made."""
-    regression, point = given["task"] == "regression", given["match"] == "point"
-    unused = {
-        "temperature": regression or point,
-        "point_variance": not (regression and point),
-        "kl_direction": point,
-        "teacher_variance": not regression,
-    }
-    choices = f"task={given['task']!r} and match={given['match']!r}"
-    refuse_unused(
-        ExtracurricularModule,
-        f"with {choices}",
-        **{name: given[name] for name, is_unused in unused.items() if is_unused},
-    )
-
-
-def _frozen_samplers(samplers: Sequence[nn.Module], weights: Sequence[float] | None) -> nn.ModuleList:
-    kinds = [type(sampler).__name__ for sampler in samplers if not isinstance(sampler, nn.Module)]
-    if kinds:
-        raise InputError(f"samplers must be modules, got {', '.join(kinds)}: wrap a function in FunctionSampler")
-    if weights is not None and (len(weights) != len(samplers) or min(weights) < 0 or not 0 < sum(weights) < math.inf):
-        wanted = f"{len(samplers)} finite numbers, none negative and not all zero"
-        raise InputError(f"sampler_weights must be {wanted}, got {weights}")
-    return freeze(nn.ModuleList(samplers))
-
-
-def _per_target(variance: float | Sequence[float] | None, num_targets: int | None) -> list[float] | None:
-    """One variance for each target."""
-    if variance is None or num_targets is None:
-        return None
-    values = [float(variance)] * num_targets if isinstance(variance, (int, float)) else [float(v) for v in variance]
-    if len(values) != num_targets or not all(value > 0 for value in values):
-        raise InputError(f"teacher_variance must be positive, one number or one for each of {num_targets}: {variance}")
-    return values

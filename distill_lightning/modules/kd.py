@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +15,8 @@ from distill_lightning.errors import InputError
 from distill_lightning.layers import TeacherEnsemble
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
+from distill_lightning.modules.storing import ensemble_if_any
+from distill_lightning.stores import TeacherStore
 
 
 class KDModule(DistillationModule):
@@ -33,6 +36,7 @@ class KDModule(DistillationModule):
         num_classes: ``K``.
         temperature: ``T``.
         hard_label_weight: the labels' share :math:`\lambda` in ``[0, 1]``; 0 never looks at the labels.
+        store: keeps what the teachers say, see `TeacherStore`; with a complete one ``teachers`` may be ``None``.
         input_shape: shape of one input, ``(C, H, W)``, to check the networks with.
         optimizer: makes the optimiser from the trainable parameters.
         lr_scheduler: makes the schedule from the optimiser.
@@ -47,11 +51,12 @@ class KDModule(DistillationModule):
     def __init__(
         self,
         student: nn.Module,
-        teachers: nn.Module | Sequence[nn.Module],
+        teachers: nn.Module | Sequence[nn.Module] | None,
         *,
         num_classes: int,
         temperature: float = 4.0,
         hard_label_weight: float = 0.1,
+        store: TeacherStore | None = None,
         input_shape: Sequence[int] | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -69,8 +74,8 @@ class KDModule(DistillationModule):
             raise InputError(f"temperature must be positive, got {temperature}")
         if not 0 <= hard_label_weight <= 1:
             raise InputError(f"hard_label_weight must be in [0, 1], got {hard_label_weight}")
-        self.teachers = TeacherEnsemble.of(teachers)
-        if input_shape is not None:
+        self.teachers, self.teacher_store = ensemble_if_any(teachers), store
+        if input_shape is not None and self.teachers is not None:
             self.teachers.check(input_shape, num_classes)
         self.temperature = temperature
         self.hard_label_weight = hard_label_weight
@@ -78,11 +83,20 @@ class KDModule(DistillationModule):
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The labels' cross entropy and the divergence from the teachers' mean prediction."""
         logits = self.student(batch.input)
-        teacher_probs = self.teachers.probabilities(batch.input, temperature=self.temperature)
+        teacher_probs = self.told(batch)["probabilities"]
         return {
             "ce": F.cross_entropy(logits, batch.target),
             "kd": functional.softened_kl(logits, teacher_probs, temperature=self.temperature, from_logits=False),
         }
+
+    def ask(self, batch: Batch) -> dict[str, Tensor]:
+        """The ensemble's softened prediction."""
+        teachers = cast("TeacherEnsemble", self.teachers)
+        return {"probabilities": teachers.probabilities(batch.input, temperature=self.temperature)}
+
+    def question(self) -> dict[str, Any]:
+        """The temperature."""
+        return {"temperature": self.temperature}
 
     def weights(self) -> dict[str, float]:
         """The labels' share, and the rest."""

@@ -27,7 +27,9 @@ from distill_lightning.modules.optimization import (
     default_optimizer,
     total_steps,
 )
+from distill_lightning.modules.storing import ensemble_if_any
 from distill_lightning.schedules import GroupSchedules, OneCycle
+from distill_lightning.stores import TeacherStore
 
 DiscriminatorInput = Literal["logits", "probabilities", "log_probabilities"]
 DiscriminatorMode = Literal["cooperative", "adversarial", "detached"]
@@ -103,6 +105,7 @@ class MEALV2Module(DistillationModule):
             ``discriminator_lr``: constant. `OneCycle` here needs `OneCycle` (or nothing) as ``lr_scheduler``.
         hard_label_weight: :math:`\lambda`; 0 never looks at the labels.
         temperature: ``T``, 1 in the paper.
+        store: keeps what the teachers say, see `TeacherStore`; with a complete one ``teachers`` may be ``None``.
         input_shape: shape of one input, ``(C, H, W)``, to check the networks with.
         optimizer: makes the optimiser from the trainable parameters.
         lr_scheduler: makes the schedule from the optimiser.
@@ -118,7 +121,7 @@ class MEALV2Module(DistillationModule):
     def __init__(
         self,
         student: nn.Module,
-        teachers: nn.Module | Sequence[nn.Module],
+        teachers: nn.Module | Sequence[nn.Module] | None,
         *,
         num_classes: int,
         discriminator: DiscriminatorKind | Literal["none"] | nn.Module | None = "official",
@@ -129,6 +132,7 @@ class MEALV2Module(DistillationModule):
         discriminator_lr_scheduler: LRSchedulerCallable | None = None,
         hard_label_weight: float = 0.0,
         temperature: float = 1.0,
+        store: TeacherStore | None = None,
         input_shape: Sequence[int] | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -154,8 +158,8 @@ class MEALV2Module(DistillationModule):
         for name, number in (("discriminator_weight", discriminator_weight), ("hard_label_weight", hard_label_weight)):
             if not number >= 0:
                 raise InputError(f"{name} cannot be negative, got {number}")
-        self.teachers = TeacherEnsemble.of(teachers)
-        if input_shape is not None:
+        self.teachers, self.teacher_store = ensemble_if_any(teachers), store
+        if input_shape is not None and self.teachers is not None:
             self.teachers.check(input_shape, num_classes)
         self.discriminator_input, self.discriminator_mode = discriminator_input, discriminator_mode
         self.discriminator_weight, self.hard_label_weight = discriminator_weight, hard_label_weight
@@ -207,15 +211,15 @@ class MEALV2Module(DistillationModule):
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The similarity to the ensemble's prediction, the discriminator's loss, and the labels' cross entropy."""
         logits = self.student(batch.input)
-        teacher_logits = self.teachers.logits(batch.input)
-        probs = self.teachers.combined(teacher_logits, temperature=self.temperature)
+        told = self.told(batch)
+        probs = told["probabilities"]
         softened = wide(logits) / self.temperature
         cross_entropy = functional.soft_cross_entropy(softened, probs)
         self._watch_student(logits, probs, cross_entropy.detach())
         terms = {"similarity": cross_entropy * self.temperature**2}
         if self.discriminator is not None:
             if self.discriminator_input == "logits":
-                student, teacher = logits, functional.weighted_mean(wide(teacher_logits), self.teachers.weights)
+                student, teacher = logits, told["mean_logits"]
             elif self.discriminator_input == "probabilities":
                 student, teacher = F.softmax(softened, dim=-1), probs
             else:
@@ -224,6 +228,19 @@ class MEALV2Module(DistillationModule):
         if self.hard_label_weight:
             terms["ce"] = F.cross_entropy(logits, batch.target)
         return terms
+
+    def ask(self, batch: Batch) -> dict[str, Tensor]:
+        """The ensemble's prediction and, where the discriminator is shown logits, the teachers' mean ones."""
+        teachers = cast("TeacherEnsemble", self.teachers)
+        logits = teachers.logits(batch.input)
+        answers = {"probabilities": teachers.combined(logits, temperature=self.temperature)}
+        if self.discriminator is not None and self.discriminator_input == "logits":
+            answers["mean_logits"] = functional.weighted_mean(wide(logits), teachers.weights)
+        return answers
+
+    def question(self) -> dict[str, Any]:
+        """The temperature."""
+        return {"temperature": self.temperature}
 
     def weights(self) -> dict[str, float]:
         """One, ``discriminator_weight`` and ``hard_label_weight``."""
@@ -236,6 +253,7 @@ class MEALV2Module(DistillationModule):
 
     def on_train_epoch_end(self) -> None:
         """Warn of what the epoch has shown; a step would have to wait for the device."""
+        super().on_train_epoch_end()
         super().on_train_epoch_end()
         if self._alive is not None:
             # Every process has seen rows of its own.

@@ -1,5 +1,7 @@
 """What is kept by sample index. Plain tensors: DDP would overwrite buffers with rank 0's before every forward."""
 
 from distill_lightning.stores.prediction import PredictionStore
+from distill_lightning.stores.shards import ShardedRecords
+from distill_lightning.stores.teacher import TeacherStore
 
-__all__ = ["PredictionStore"]
+__all__ = ["PredictionStore", "ShardedRecords", "TeacherStore"]

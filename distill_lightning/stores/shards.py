@@ -276,9 +276,7 @@ class ShardedRecords:
         known = np.ones(count, dtype=np.bool_) if known is None else known
         parts = []
         for field in self.fields:
-            values = np.ascontiguousarray(rows[field.name], dtype=field.kind)
-            if values.shape != (count, *field.shape):
-                raise InputError(f"shard {shard} needs {field.name} {(count, *field.shape)}, got {values.shape}")
+            values = self._fitting(field, rows, count)
             # What is not known is zero, so that a store's bytes tell nothing of how it came about.
             parts.append(
                 np.where(known.reshape(-1, *[1] * len(field.shape)), values, np.zeros((), field.kind)).tobytes()
@@ -303,7 +301,7 @@ class ShardedRecords:
             InputError: the disk is full, or the folder cannot be written to.
         """
         parts = [np.ascontiguousarray(samples, dtype="<i8").tobytes()]
-        parts += [np.ascontiguousarray(rows[field.name], dtype=field.kind).tobytes() for field in self.fields]
+        parts += [self._fitting(field, rows, len(samples)).tobytes() for field in self.fields]
         content = len(samples).to_bytes(4, "little") + b"".join(parts)
         with _telling(self.folder):
             self._folder_of(view).mkdir(exist_ok=True)
@@ -315,6 +313,18 @@ class ShardedRecords:
                     # Behind half a block nothing could be read.
                     log.truncate(before)
                     raise
+
+    def _fitting(self, field: Field, rows: Rows, count: int) -> NDArray[Any]:
+        """A field of some rows, as it stands in a file."""
+        if rows.keys() != {other.name for other in self.fields}:
+            names = ", ".join(other.name for other in self.fields)
+            raise InputError(f"the store {self.folder} holds {names}, and was given {', '.join(rows)}")
+        values = np.ascontiguousarray(rows[field.name], dtype=field.kind)
+        if values.shape != (count, *field.shape):
+            raise InputError(
+                f"the store {self.folder} needs {field.name} {(count, *field.shape)}, and was given {values.shape}"
+            )
+        return values
 
     def mend_log(self, view: int, rank: int) -> None:
         """Cut off what a killed process left of its last block; what is appended afterwards can then be read."""

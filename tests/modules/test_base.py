@@ -18,6 +18,7 @@ from distill_lightning import (
     KDModule,
     OneCycle,
     Pretrained,
+    RegressionModule,
     SmallResNet,
     SupervisedModule,
     TeacherEnsemble,
@@ -293,6 +294,28 @@ def test_objects_that_a_checkpoint_could_not_hold_are_named_when_training_goes_o
     tiny_trainer().predict(loaded, datamodule=TinyDataModule())
     with pytest.warns(UserWarning, match=r"cannot hold every argument: metrics are the defaults now"):
         tiny_trainer().fit(loaded, datamodule=TinyDataModule())
+
+
+@pytest.mark.parametrize("targets", [None, 1])
+def test_calls_follow_one_another_in_any_order(targets):
+    def value(trainer):
+        return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+    options = {"num_targets": targets} if targets else {"num_classes": 3}
+    kind = RegressionModule if targets else SupervisedModule
+    torch.manual_seed(0)
+    module, data = (
+        kind(TinyNet(None if targets else 3, num_targets=targets), **options),
+        TinyDataModule(num_targets=targets),
+    )
+    for inference in (True, False):
+        for verb in ("validate", "fit", "test", "fit", "validate", "validate"):
+            trainer = tiny_trainer(inference_mode=inference)
+            getattr(trainer, verb)(module, datamodule=data)
+    first, second = tiny_trainer(), tiny_trainer(inference_mode=False)
+    first.validate(module, datamodule=data)
+    second.validate(module, datamodule=data)
+    assert value(first) == value(second)
 
 
 def test_a_student_that_was_frozen_as_a_teacher_is_refused():

@@ -119,8 +119,15 @@ def test_no_record_at_all_may_be_asked_for(tmp_path):
 
 
 def test_rows_of_another_shape_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"shard 2 needs probs \(3, 3\), got \(4, 3\)"):
-        records(tmp_path).write_shard(0, 2, rows_of([0, 1, 2, 3], 0))
+    found = records(tmp_path)
+    with pytest.raises(InputError, match=r"needs probs \(3, 3\), and was given \(4, 3\)"):
+        found.write_shard(0, 2, rows_of([0, 1, 2, 3], 0))
+    with pytest.raises(InputError, match=r"needs probs \(1, 3\), and was given \(2, 3\)"):
+        found.append(0, 0, np.array([4]), rows_of([4, 5], 0))
+    rows = rows_of([4], 0)
+    for wrong in ({**rows, "more": rows["map"]}, {"probs": rows["probs"]}):
+        with pytest.raises(InputError, match=r"holds probs, classes, map, and was given probs"):
+            found.append(0, 0, np.array([4]), wrong)
 
 
 # What the records depend on

@@ -1,0 +1,257 @@
+"""What frozen teachers say about the augmented training samples, kept so that they need not say it twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill_lightning.batch import Batch
+from distill_lightning.errors import InputError
+from distill_lightning.stores.shards import Field, ShardedRecords, read_header
+from distill_lightning.stores.top_k import largest, spread
+
+Answers = Mapping[str, Tensor]
+"""What the teachers say about a batch: tensors ``(N, ...)`` by name; ``probabilities`` is the ensemble's prediction."""
+
+_CLASSES = "_classes"
+
+
+class TeacherStore:
+    """The teachers' answers about every view of every training sample, in a directory.
+
+    A view of a sample is a function of the data module's seed, the sample's index and the view's number alone, so what
+    the teachers said about it stays true. Give the data module a number of ``views``; epoch ``e`` reads view ``e``
+    modulo that. With ``fill="online"`` the first ``views`` epochs run the teachers and keep what they say, later ones
+    read; ``distill-lightning record`` fills a store ahead of time. Where it is complete, ``teachers: null`` will do.
+
+    ::
+
+        model:
+          class_path: KDModule
+          init_args:
+            student: {class_path: SmallResNet, init_args: {width: 8}}
+            teachers: null
+            store: {class_path: TeacherStore, init_args: {path: results/store}}
+        data:
+          class_path: FashionMNISTDataModule
+          init_args: {views: 8}
+
+    The store knows the data, the views, the teachers' weights and the options that its answers depend on; with any of
+    them changed it is refused, and the message says which. See `ShardedRecords` for the files.
+
+    Args:
+        path: its folder.
+        fill: ``"online"``: what is not known is asked for and kept; ``"never"``: what is not known is an error.
+        dtype: of what is kept, ``"float16"`` or ``"float32"``. Half precision is off by less than ``2 ** -11`` of each
+            number; probabilities are divided by their sum when read.
+        top_k: how many of a row's largest probabilities are kept, the rest being spread evenly over the other classes;
+            ``None``: all.
+        shard_size: samples in a file.
+        data: names the data, where their data module has no ``fingerprint()``.
+
+    Raises:
+        InputError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        fill: Literal["online", "never"] = "online",
+        dtype: Literal["float16", "float32"] = "float16",
+        top_k: int | None = None,
+        shard_size: int = 4096,
+        data: str | None = None,
+    ) -> None:
+        for name, value, known in (("fill", fill, ("online", "never")), ("dtype", dtype, ("float16", "float32"))):
+            if value not in known:
+                raise InputError(f"TeacherStore: {name} must be one of {', '.join(known)}, got {value!r}")
+        for name, number in (("top_k", top_k), ("shard_size", shard_size)):
+            if number is not None and number < 1:
+                raise InputError(f"TeacherStore: {name} must be at least 1, got {number}")
+        self.path, self.fill, self.dtype = Path(path), fill, dtype
+        self.top_k, self.shard_size, self.data = top_k, shard_size, data
+        self._records: ShardedRecords | None = None
+        self._plan: dict[str, Any] = {}
+        self._rank = 0
+        self._new: set[int] = set()
+
+    def begin(self, *, samples: int, views: int, made_by: Mapping[str, Any], rank: int = 0) -> None:
+        """Say what the answers are about; a store that is there is held against it.
+
+        Args:
+            samples: size of the training set.
+            views: of each sample.
+            made_by: plain values, by name, of everything that the answers depend on.
+            rank: of this process.
+
+        Raises:
+            InputError: the store was made by something else, or it is to be read alone and is not there.
+        """
+        self._plan = {"samples": samples, "views": views, "made_by": {**made_by, "top_k": self.top_k}}
+        self._rank, self._records = rank, None
+        self._new.clear()
+        if self.fill == "never" or (self.path / "header.json").exists():
+            header = read_header(self.path)
+            self._make([Field(f["name"], f["dtype"], tuple(f["shape"])) for f in header["fields"]])
+
+    def told(self, batch: Batch, ask: Callable[[], Answers] | None, *, device: torch.device | str) -> dict[str, Tensor]:
+        """The teachers' answers about a batch: from the store if all of it is known, else from themselves.
+
+        Args:
+            batch: with the samples' indices and, unless there is one view alone, views.
+            ask: asks the teachers; ``None``: there are none.
+            device: where the answers are wanted.
+
+        Returns:
+            Tensors ``(N, ...)`` by name; float32 where they are read.
+
+        Raises:
+            InputError: an answer is not there, and there is nobody to ask; or the disk is full.
+        """
+        index, view = self._keys(batch)
+        known = np.zeros(len(index), dtype=np.bool_)
+        if self._records is not None:
+            rows, known = self._records.read(index, view)
+            if known.all():
+                return self._unpacked(rows, device)
+        if ask is None or self.fill == "never":
+            raise self._unknown(index, view, known)
+        answers = dict(ask())
+        self._keep(index, view, known, answers)
+        return answers
+
+    def finish(self) -> None:
+        """Make what was kept readable; one process calls it while the others wait."""
+        if self._records is not None:
+            for view in sorted(self._new):
+                self._records.seal(view)
+
+    def refresh(self) -> None:
+        """Look at what `finish` has made."""
+        self._new.clear()
+        if self._records is not None:
+            self._records.refresh()
+
+    def resume(self, view: int) -> None:
+        """Mend what a killed process left, and take up what it had kept of other views than the one that goes on."""
+        if self._records is not None:
+            self._records.sweep()
+            for other in range(self._records.views):
+                if other != view:
+                    self._records.seal(other)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every view of every sample is known."""
+        return self._records is not None and not self._records.unfinished()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one sample and view."""
+        return 0 if self._records is None else self._records.record_bytes
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one sample's answers, by name, as a store that is there tells them.
+
+        Raises:
+            InputError: there is none.
+        """
+        header = read_header(self.path)
+        shapes = {field["name"]: tuple(field["shape"]) for field in header["fields"]}
+        if "num_classes" in header["made_by"] and "probabilities" in shapes:
+            shapes["probabilities"] = (header["made_by"]["num_classes"],)
+        return {name: shape for name, shape in shapes.items() if not name.endswith(_CLASSES)}
+
+    # How answers are kept
+
+    def _make(self, fields: list[Field]) -> None:
+        self._records = ShardedRecords(
+            self.path,
+            samples=self._plan["samples"],
+            views=self._plan["views"],
+            fields=fields,
+            shard_size=self.shard_size,
+            made_by=self._plan["made_by"],
+        )
+        self._records.create()
+
+    def _keep(
+        self, index: NDArray[np.int64], view: NDArray[np.int64], known: NDArray[np.bool_], answers: Answers
+    ) -> None:
+        packed = self._packed(answers)
+        if self._records is None:
+            self._make([Field(name, str(rows.dtype), rows.shape[1:]) for name, rows in packed.items()])
+        records = self._records
+        if records is None:
+            raise RuntimeError("TeacherStore.begin was not called")
+        for number in np.unique(view[~known]):
+            chosen = ~known & (view == number)
+            if int(number) not in self._new:
+                records.mend_log(int(number), self._rank)
+                self._new.add(int(number))
+            records.append(
+                int(number), self._rank, index[chosen], {name: rows[chosen] for name, rows in packed.items()}
+            )
+
+    def _packed(self, answers: Answers) -> dict[str, NDArray[Any]]:
+        packed = {}
+        for name, rows in answers.items():
+            kept = rows.detach().float()
+            if name == "probabilities" and self.top_k is not None:
+                if self.top_k > kept.shape[1]:
+                    raise InputError(f"TeacherStore: top_k={self.top_k} of {kept.shape[1]} classes: lower it")
+                kept, classes = largest(kept, self.top_k)
+                packed[f"{name}{_CLASSES}"] = classes.cpu().numpy()
+            if self.dtype == "float16":
+                # Beyond half precision's range there is nothing to tell apart.
+                limit = torch.finfo(torch.float16).max
+                kept = kept.clamp(-limit, limit).half()
+            packed[name] = kept.cpu().numpy()
+        return packed
+
+    def _unpacked(self, rows: Mapping[str, NDArray[Any]], device: torch.device | str) -> dict[str, Tensor]:
+        answers = {}
+        for name, values in rows.items():
+            if name.endswith(_CLASSES):
+                continue
+            kept = torch.from_numpy(values).to(device).float()
+            if name == "probabilities":
+                if self.top_k is not None:
+                    classes = torch.from_numpy(rows[f"{name}{_CLASSES}"]).to(device)
+                    kept = spread(kept, classes, self._plan["made_by"]["num_classes"])
+                # What rounding has added or taken away must not become mass of the target.
+                kept = kept / kept.sum(dim=1, keepdim=True)
+            answers[name] = kept
+        return answers
+
+    def _keys(self, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        if batch.index is None:
+            raise InputError(
+                "a TeacherStore needs to know which sample is which, and the batches have no index: wrap the data in "
+                "IndexedDataModule(datamodule)"
+            )
+        index = batch.index.cpu().numpy().astype(np.int64, copy=False)
+        if batch.view is not None:
+            return index, batch.view.cpu().numpy().astype(np.int64, copy=False)
+        if self._plan.get("views") != 1:
+            raise InputError("a TeacherStore of several views needs batches that tell the view of each sample")
+        return index, np.zeros_like(index)
+
+    def _unknown(self, index: NDArray[np.int64], view: NDArray[np.int64], known: NDArray[np.bool_]) -> InputError:
+        row = int(np.flatnonzero(~known)[0])
+        where = f"view {view[row]} of sample {index[row]}"
+        if self._records is None:
+            return InputError(f"there is no store in {self.path} and there are no teachers to fill it")
+        shard = int(index[row]) // self.shard_size
+        state = self._records.state_of(int(view[row]), shard)
+        return InputError(
+            f"the store {self.path} does not know {where} ({self._records.path_of(int(view[row]), shard).name} is "
+            f"{state}): fill it with 'distill-lightning record', or give teachers and fill='online'"
+        )
