@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -22,13 +22,17 @@ from distill_lightning.layers import (
     TeacherEnsemble,
     TransformFactory,
     TransformName,
+    fingerprint,
     freeze,
     make_translator,
     resolve_layer,
 )
 from distill_lightning.modules.base import DistillationModule
+from distill_lightning.modules.feed_parts import one_each, refuse_negative, refuse_unused, resized, sites, width
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
+from distill_lightning.modules.storing import ensemble_if_any
 from distill_lightning.networks import likely_input_shape
+from distill_lightning.stores import TeacherStore
 
 _BETA = {"feed": 500.0, "hint": 1.0, "attention": 1000.0}
 _MANY_PARAMETERS = 50_000_000
@@ -101,6 +105,8 @@ class FEEDModule(DistillationModule):
             become their codes, as in Factor Transfer. Frozen.
         kd_weight: weight of an additional logit term (``train/kd``), `functional.softened_kl` to the ensemble.
         temperature: of that term.
+        store: keeps the teachers' feature maps (or their paraphrasers' codes) and predictions, see `TeacherStore`; with
+            a complete one ``teachers`` may be ``None``.
         input_shape: shape of one input, ``(C, H, W)``; without, the first convolution's channels at 32x32. One forward
             of zeros through every network finds the channel counts.
         optimizer: makes the optimiser from the trainable parameters.
@@ -117,7 +123,7 @@ class FEEDModule(DistillationModule):
     def __init__(
         self,
         student: nn.Module,
-        teachers: nn.Module | Sequence[nn.Module],
+        teachers: nn.Module | Sequence[nn.Module] | None,
         *,
         num_classes: int,
         student_layer: str,
@@ -136,6 +142,7 @@ class FEEDModule(DistillationModule):
         paraphrasers: Sequence[nn.Module] | nn.ModuleList | None = None,
         kd_weight: float = 0.0,
         temperature: float = 4.0,
+        store: TeacherStore | None = None,
         input_shape: Sequence[int] | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -149,20 +156,22 @@ class FEEDModule(DistillationModule):
             lr_scheduler=lr_scheduler,
             metrics=metrics,
         )
-        self.teachers = TeacherEnsemble.of(teachers)
+        self.teachers, self.teacher_store = ensemble_if_any(teachers), store
         # Copies, so that those that were given can be trained on.
         self.paraphrasers = freeze(nn.ModuleList(copy.deepcopy(paraphraser) for paraphraser in paraphrasers or []))
-        count = len(self.teachers)
-        layers = _one_each(count, "teacher_layers", student_layer if teacher_layers is None else teacher_layers)
-        self.teacher_weights = [float(weight) for weight in _one_each(count, "teacher_weights", teacher_weights or 1.0)]
+        count = len(self._stored_shapes()) if self.teachers is None else len(self.teachers)
+        layers = one_each(count, "teacher_layers", student_layer if teacher_layers is None else teacher_layers)
+        self.teacher_weights = [float(weight) for weight in one_each(count, "teacher_weights", teacher_weights or 1.0)]
         if paraphrasers is not None:
-            _one_each(count, "paraphrasers", paraphrasers)
+            if self.teachers is None:
+                raise InputError("FEED: paraphrasers without teachers have nothing to read: a store holds their codes")
+            one_each(count, "paraphrasers", paraphrasers)
             if not all(isinstance(paraphraser, Paraphraser) for paraphraser in paraphrasers):
                 raise InputError("FEED: paraphrasers must be layers.Paraphraser networks, trained beforehand")
         if not norm_p >= 1 or not temperature > 0:
             # Below 1 the gradient is infinite wherever a ReLU leaves both sides at zero.
             raise InputError(f"norm_p must be at least 1 and temperature positive, got {norm_p} and {temperature}")
-        _refuse_negative(beta=[beta or 0.0], kd_weight=[kd_weight], teacher_weights=self.teacher_weights)
+        refuse_negative(beta=[beta or 0.0], kd_weight=[kd_weight], teacher_weights=self.teacher_weights)
         for name, value, known in (
             ("feature_loss", feature_loss, ("feed", "hint", "attention")),
             ("reduction", reduction, ("mean", "sum")),
@@ -173,9 +182,9 @@ class FEEDModule(DistillationModule):
             if value not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         others = feature_loss != "feed"
-        _refuse_unused(feature_loss, norm_p=others and norm_p != 1, normalize=others and normalize != "sample")
+        refuse_unused(feature_loss, norm_p=others and norm_p != 1, normalize=others and normalize != "sample")
         if feature_loss == "attention":
-            _refuse_unused(
+            refuse_unused(
                 feature_loss,
                 transform=transform not in ("conv3", "none"),
                 transform_batch_norm=transform_batch_norm,
@@ -191,7 +200,7 @@ class FEEDModule(DistillationModule):
         self.student_tap = FeatureTap(student, resolve_layer(student, student_layer))
         self.teacher_taps = [
             FeatureTap(network, resolve_layer(network, layer))
-            for network, layer in zip(self.teachers, layers, strict=True)
+            for network, layer in zip(self.teachers or (), layers if self.teachers else (), strict=True)
         ]
         student_channels, teacher_channels = self._channels(input_shape or likely_input_shape(student), transform)
         if share_transform and len(set(teacher_channels)) > 1:
@@ -209,9 +218,9 @@ class FEEDModule(DistillationModule):
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The labels' cross entropy, the feature term, and what each teacher has in it."""
         logits, student_feature = _run(self.student_tap, batch.input)
-        with torch.no_grad():
-            teacher_logits, teacher_features = zip(*(_run(tap, batch.input) for tap in self.teacher_taps), strict=True)
-        pairs = [self._pair(number, student_feature, feature) for number, feature in enumerate(teacher_features)]
+        told = self.told(batch)
+        targets = [told[_feature(number)] for number in range(len(self.teacher_weights))]
+        pairs = [self._pair(number, student_feature, target) for number, target in enumerate(targets)]
         distances = [self._distance(translated, target) for translated, target in pairs]
         weighted = torch.stack(
             [weight * distance for weight, distance in zip(self.teacher_weights, distances, strict=True)]
@@ -220,32 +229,54 @@ class FEEDModule(DistillationModule):
         feature_term = weighted.mean() if self.teacher_reduction == "mean" else weighted.sum()
         terms = {"ce": F.cross_entropy(logits, batch.target), name: feature_term}
         if self.kd_weight:
-            probs = self.teachers.combined(torch.stack(teacher_logits), temperature=self.temperature)
+            probs = told["probabilities"]
             terms["kd"] = functional.softened_kl(logits, probs, temperature=self.temperature, from_logits=False)
         if name == "feed" and self.normalize == "sample":
             self.observe("zero_features", torch.stack([_zeros(translated) for translated, _ in pairs]).mean())
         return terms | {f"{name}_teacher_{number}": distance.detach() for number, distance in enumerate(distances)}
 
+    @torch.no_grad()
+    def ask(self, batch: Batch) -> dict[str, Tensor]:
+        """Each teacher's feature map, or its paraphraser's code, and with ``kd_weight`` the ensemble's prediction."""
+        logits, features = zip(*(_run(tap, batch.input) for tap in self.teacher_taps), strict=True)
+        if self.paraphrasers:
+            features = tuple(self._paraphraser(number).encoder(feature) for number, feature in enumerate(features))
+        answers = {_feature(number): feature for number, feature in enumerate(features)}
+        if self.kd_weight:
+            ensemble = cast("TeacherEnsemble", self.teachers)
+            answers["probabilities"] = ensemble.combined(torch.stack(logits), temperature=self.temperature)
+        return answers
+
+    def question(self) -> dict[str, Any]:
+        """The layers, what the paraphrasers weigh and, with ``kd_weight``, the temperature."""
+        asked: dict[str, Any] = {"temperature": self.temperature} if self.kd_weight else {}
+        if self.teachers is not None:
+            asked["layers"] = [tap.layers[0] for tap in self.teacher_taps]
+            asked["paraphrasers"] = fingerprint(self.paraphrasers)
+        return asked
+
     def weights(self) -> dict[str, float]:
         """One, ``beta`` and ``kd_weight``; the single teachers' distances are only logged."""
         name = self.feature_loss
         kd = {"kd": self.kd_weight} if self.kd_weight else {}
-        return {"ce": 1.0, name: self.beta, **kd, **{f"{name}_teacher_{m}": 0.0 for m in range(len(self.teachers))}}
+        return {
+            "ce": 1.0,
+            name: self.beta,
+            **kd,
+            **{f"{name}_teacher_{m}": 0.0 for m in range(len(self.teacher_weights))},
+        }
 
     def _pair(self, number: int, student_feature: Tensor, teacher_feature: Tensor) -> tuple[Tensor, Tensor]:
         """What is compared for teacher ``number``: the translated feature and its target, in one size."""
         translated = student_feature
         if self.translators:
             translated = self.translators[number if len(self.translators) > 1 else 0](student_feature)
-        if self.paraphrasers:
-            with torch.no_grad():
-                teacher_feature = self._paraphraser(number).encoder(teacher_feature)
-        if _sites(translated.shape) != _sites(teacher_feature.shape):
+        if sites(translated.shape) != sites(teacher_feature.shape):
             self._refuse_or_resize(number, student_feature.shape, teacher_feature.shape)
             if self.resize == "student":
-                translated = _resized(translated, teacher_feature.shape[2:])
+                translated = resized(translated, teacher_feature.shape[2:])
             else:
-                teacher_feature = _resized(teacher_feature, translated.shape[2:])
+                teacher_feature = resized(teacher_feature, translated.shape[2:])
         return translated, teacher_feature
 
     def _distance(self, translated: Tensor, target: Tensor) -> Tensor:
@@ -265,25 +296,43 @@ class FEEDModule(DistillationModule):
         output, features = self.student_tap.shapes(input_shape)
         student = features[self.student_tap.layers[0]]
         self.check_output("student", self.student_tap.network, output)
+        self._refuse_vectors("student", student, transform)
         channels = []
+        for number, target in enumerate(self._target_shapes(input_shape, transform)):
+            if sites(student) != sites(target):
+                self._refuse_or_resize(number, student, target)
+            channels.append(width(target))
+        return width(student), channels
+
+    def _target_shapes(
+        self, input_shape: Sequence[int], transform: TransformName | TransformFactory
+    ) -> list[tuple[int, ...]]:
+        """Of what each translator's output is compared with, for one sample."""
+        if self.teachers is None:
+            return self._stored_shapes()
+        shapes = []
         for number, tap in enumerate(self.teacher_taps):
             output, features = tap.shapes(input_shape)
-            teacher = features[tap.layers[0]]
+            shape = tuple(features[tap.layers[0]])
             self.check_output(f"teacher {number}", tap.network, output)
-            for who, shape in (("student", student), (f"teacher {number}", teacher)):
-                self._refuse_vectors(who, shape, transform)
-            if _sites(student) != _sites(teacher):
-                self._refuse_or_resize(number, student, teacher)
-            channels.append(_width(teacher))
+            self._refuse_vectors(f"teacher {number}", shape, transform)
             if self.paraphrasers:
                 paraphraser = self._paraphraser(number)
-                if paraphraser.channels != channels[-1]:
+                if paraphraser.channels != width(shape):
                     raise InputError(
                         f"FEED: paraphraser {number} is for {paraphraser.channels} channels and teacher {number}'s "
-                        f"{tap.layers[0]!r} gives {channels[-1]}: give the paraphraser that was trained on that layer"
+                        f"{tap.layers[0]!r} gives {width(shape)}: give the paraphraser that was trained on that layer"
                     )
-                channels[-1] = paraphraser.factors
-        return _width(student), channels
+                shape = (shape[0], paraphraser.factors, *shape[2:])
+            shapes.append(shape)
+        return shapes
+
+    def _stored_shapes(self) -> list[tuple[int, ...]]:
+        """Of the feature maps in the store, for one sample."""
+        if self.teacher_store is None:
+            raise InputError("FEED: teachers is null and there is no store: give teachers, or a complete TeacherStore")
+        shapes = self.teacher_store.shapes()
+        return [(1, *shapes[name]) for name in sorted(shapes, key=len) if name.startswith(_feature(""))]
 
     def _paraphraser(self, number: int) -> Paraphraser:
         return cast("Paraphraser", self.paraphrasers[number])
@@ -301,11 +350,17 @@ class FEEDModule(DistillationModule):
 
     def _refuse_or_resize(self, number: int, student: Sequence[int], teacher: Sequence[int]) -> None:
         if self.resize == "none" or len(student) != 4 or len(teacher) != 4:
+            layer = repr(self.teacher_taps[number].layers[0]) if self.teacher_taps else "feature in the store"
             raise InputError(
                 f"FEED: the student's {self.student_tap.layers[0]!r} gives {tuple(student[1:])} and teacher {number}'s "
-                f"{self.teacher_taps[number].layers[0]!r} gives {tuple(teacher[1:])}: tap layers of the same spatial "
+                f"{layer} gives {tuple(teacher[1:])}: tap layers of the same spatial "
                 "size, or set resize='student' or 'teacher'"
             )
+
+
+def _feature(number: int | str) -> str:
+    """What a teacher's feature is called among the answers."""
+    return f"feature_{number}"
 
 
 def _run(tap: FeatureTap, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,42 +372,3 @@ def _zeros(feature: Tensor) -> Tensor:
     """The share of samples whose feature is too small to be normalised."""
     norms: Tensor = torch.linalg.vector_norm(wide(feature.detach()).flatten(1), dim=1)
     return (norms < _EPS).float().mean()
-
-
-def _refuse_negative(**weights: Sequence[float]) -> None:
-    for name, values in weights.items():
-        wrong = [value for value in values if not value >= 0]
-        if wrong:
-            raise InputError(f"{name} cannot be negative, got {wrong[0]}")
-
-
-def _refuse_unused(feature_loss: str, **given: bool) -> None:
-    for name, is_given in given.items():
-        if is_given:
-            raise InputError(f"FEED: feature_loss={feature_loss!r} does not use {name}: leave it out")
-
-
-def _one_each(count: int, name: str, values: Any) -> list[Any]:
-    """One value for all teachers, or a sequence with one value each."""
-    one = isinstance(values, str) or not isinstance(values, Iterable)
-    each = [values] * count if one else list(values)
-    if len(each) != count:
-        raise InputError(f"FEED: {len(each)} {name} for {count} teachers: give one each")
-    return each
-
-
-def _sites(shape: Sequence[int]) -> Sequence[int]:
-    """Where a feature has values: rows and columns of ``(N, C, H, W)``, the length of ``(N, L, C)``, nothing else."""
-    return shape[2:] if len(shape) == 4 else shape[1:-1]
-
-
-def _width(shape: Sequence[int]) -> int:
-    """Channels of a feature: the second dimension of ``(N, C, H, W)``, the last of ``(N, C)`` or ``(N, L, C)``."""
-    return shape[1] if len(shape) == 4 else shape[-1]
-
-
-def _resized(feature: Tensor, size: Sequence[int]) -> Tensor:
-    height, width = size
-    if height <= feature.shape[2] and width <= feature.shape[3]:
-        return F.adaptive_avg_pool2d(feature, (height, width))
-    return F.interpolate(feature, size=(height, width), mode="bilinear", align_corners=False)

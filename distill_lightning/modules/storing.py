@@ -68,4 +68,4 @@ def _made_by(module: DistillationModule, store: TeacherStore, data: Any) -> dict
     if teachers is not None:
         known["teachers"] = [fingerprint(network) for network in teachers]
         known["ensemble"] = {"weights": teachers.weights, "combine": teachers.combine}
-    return dict(plain({**known, "num_classes": module.num_classes, "question": module.question()}))
+    return dict(plain({**known, "num_classes": module.num_classes, **module.question()}))

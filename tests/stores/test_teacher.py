@@ -8,7 +8,8 @@ import pytorch_lightning as pl
 import torch
 from torch.nn import functional as F
 
-from distill_lightning import Batch, InputError, KDModule, MEALV2Module, TeacherEnsemble
+from distill_lightning import Batch, FEEDModule, InputError, KDModule, MEALV2Module, TeacherEnsemble
+from distill_lightning.layers import Paraphraser
 from distill_lightning.stores import TeacherStore
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
@@ -24,8 +25,23 @@ def meal(teachers, store, **options):
     return MEALV2Module(TinyNet(), teachers, num_classes=3, store=store, optimizer=sgd, **options)
 
 
-METHODS = [kd, meal, partial(meal, discriminator=None), partial(meal, discriminator_input="probabilities")]
-METHOD_NAMES = ["kd", "meal", "meal_alone", "meal_probabilities"]
+def feed(teachers, store, **options):
+    options = {"student_layer": "features", "beta": 10.0, "input_shape": (1, 8, 8)} | options
+    return FEEDModule(TinyNet(), teachers, num_classes=3, store=store, optimizer=sgd, **options)
+
+
+def factor_transfer(teachers, store):
+    torch.manual_seed(3)
+    paraphrasers = None if teachers is None else [Paraphraser(16) for _ in teachers]
+    torch.manual_seed(0)
+    return feed(teachers, store, paraphrasers=paraphrasers)
+
+
+METHODS = [
+    kd, meal, partial(meal, discriminator=None), partial(meal, discriminator_input="probabilities"), feed,
+    partial(feed, kd_weight=0.5), partial(feed, feature_loss="hint", beta=0.1), factor_transfer,
+]  # fmt: skip
+METHOD_NAMES = ["kd", "meal", "meal_alone", "meal_probabilities", "feed", "feed_kd", "hint", "factor_transfer"]
 
 
 def teachers_of(count=2, seed=5):
@@ -181,7 +197,7 @@ def changed_weights():
         (lambda: teachers_of(3), {}, {}, {}, "teachers is "),
         (lambda: teachers_of()[::-1], {}, {}, {}, "teachers is "),
         (lambda: TeacherEnsemble(teachers_of(), weights=[1, 2]), {}, {}, {}, "ensemble is "),
-        (teachers_of, {"temperature": 4.0}, {}, {}, "question is .*2.0.*, not .*4.0"),
+        (teachers_of, {"temperature": 4.0}, {}, {}, "temperature is 2.0, not 4.0"),
         (teachers_of, {}, {}, {"seed": 1}, "data is .*; transform is "),
         (teachers_of, {}, {}, {"samples": 20}, "samples is 24, not 20; data is "),
         (teachers_of, {}, {}, {"views": 3}, "views is 2, not 3"),
