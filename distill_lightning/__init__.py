@@ -36,7 +36,7 @@ from distill_lightning.networks import (
 )
 from distill_lightning.samplers import CutMixSampler, EmpiricalSampler, FunctionSampler, GeneratorSampler, MixupSampler
 from distill_lightning.schedules import GroupSchedules, OneCycle
-from distill_lightning.stores import PredictionStore
+from distill_lightning.stores import PredictionStore, TeacherStore
 
 __version__ = "0.1.0"
 
@@ -76,6 +76,7 @@ __all__ = [
     "SmallResNet",
     "SupervisedModule",
     "TeacherEnsemble",
+    "TeacherStore",
     "functional",
     "layers",
     "metrics",

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's verbs for every method, and ``compare``.
+"""The command line: LightningCLI's verbs for every method, ``record`` and ``compare``.
 
 Bad input ends in one line on standard error and exit status 2; a traceback is a bug.
 """
@@ -26,7 +26,9 @@ from distill_lightning import __version__, callbacks
 from distill_lightning.datamodules import InMemoryImageDataModule
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules import DistillationModule, check_optimizer
+from distill_lightning.modules.recording import Recorded, record
 from distill_lightning.schedules import OneCycle
+from distill_lightning.stores import TeacherStore
 from distill_lightning.weights import read_checkpoint
 
 _TOLD_BY_DATA = ("num_classes", "input_shape")
@@ -35,6 +37,24 @@ __all__ = ["DistillCLI", "callbacks", "main", "one_line"]
 _DESCRIPTION = """Train, evaluate and compare the methods of distill_lightning.
 
 Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER]."""
+
+
+class RecordingTrainer(Trainer):
+    """A Trainer that can fill a store of teachers' answers, too."""
+
+    recorded: Recorded | None = None
+
+    def record(self, model: LightningModule, datamodule: LightningDataModule) -> Recorded:
+        """Fill the store of a method's teachers: they need not run in training then.
+
+        Args:
+            model: with teachers and a store.
+            datamodule: with a number of views.
+        """
+        if not isinstance(model, DistillationModule):
+            raise InputError(f"record needs a method with teachers and a store, got {type(model).__name__}")
+        self.recorded = record(self, model, datamodule)
+        return self.recorded
 
 
 class DistillCLI(LightningCLI):
@@ -48,6 +68,7 @@ class DistillCLI(LightningCLI):
         super().__init__(
             LightningModule,
             LightningDataModule,
+            trainer_class=RecordingTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
@@ -57,11 +78,16 @@ class DistillCLI(LightningCLI):
                 "description": _DESCRIPTION,
                 "version": __version__,
                 "exit_on_error": False,
-                **{verb: {"exit_on_error": False} for verb in ("fit", "validate", "test", "predict")},
+                **{verb: {"exit_on_error": False} for verb in self.subcommands()},
             },
             args=None if args is None else list(args),
             run=run,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """LightningCLI's verbs, and ``record``."""
+        return {**LightningCLI.subcommands(), "record": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data tells the model its classes and the shape of its input."""
@@ -123,6 +149,17 @@ class DistillCLI(LightningCLI):
         name = "logits" if getattr(self.model, "num_classes", None) else "output"
         save_file({name: torch.cat(outputs).float().contiguous()}, path)
         print(f"Written: {path}")
+
+    def after_record(self) -> None:
+        """Say what ``record`` has done."""
+        recorded = cast("Recorded", cast("RecordingTrainer", self.trainer).recorded)
+        rate = recorded.answers / max(recorded.seconds, 1e-9)
+        store = cast("TeacherStore", self.model.teacher_store)
+        print(
+            f"Recorded {recorded.answers:,} answers of {store.nbytes:,} bytes, {recorded.nbytes / 1e6:,.1f} MB in "
+            f"{recorded.seconds:,.1f} s: {rate:,.0f} a second. {store.path} is "
+            f"{'complete' if store.is_complete else 'not complete'}."
+        )
 
     def _checkpoint_path(self) -> Path | None:
         subcommand = self.config.get("subcommand")

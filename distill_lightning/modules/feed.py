@@ -123,7 +123,7 @@ class FEEDModule(DistillationModule):
     def __init__(
         self,
         student: nn.Module,
-        teachers: nn.Module | Sequence[nn.Module] | None,
+        teachers: nn.Module | Sequence[nn.Module] | None = None,
         *,
         num_classes: int,
         student_layer: str,

@@ -51,7 +51,7 @@ class KDModule(DistillationModule):
     def __init__(
         self,
         student: nn.Module,
-        teachers: nn.Module | Sequence[nn.Module] | None,
+        teachers: nn.Module | Sequence[nn.Module] | None = None,
         *,
         num_classes: int,
         temperature: float = 4.0,

@@ -121,7 +121,7 @@ class MEALV2Module(DistillationModule):
     def __init__(
         self,
         student: nn.Module,
-        teachers: nn.Module | Sequence[nn.Module] | None,
+        teachers: nn.Module | Sequence[nn.Module] | None = None,
         *,
         num_classes: int,
         discriminator: DiscriminatorKind | Literal["none"] | nn.Module | None = "official",

@@ -28,20 +28,29 @@ def begin_store(module: DistillationModule, store: TeacherStore) -> None:
         InputError: the data tell neither their number of views nor what they are, or the store is of something else.
     """
     trainer = module.trainer
-    dataset = getattr(trainer.train_dataloader, "dataset", None)
-    try:
-        samples = len(dataset)  # type: ignore[arg-type]  # what has no length raises
-    except (TypeError, NotImplementedError):
-        raise InputError("a TeacherStore needs a training set with a length, and this one has none") from None
     data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it where a data module was given
-    views = getattr(data, "views", None if hasattr(data, "views") else 1)
-    if views is None:
-        raise InputError("a TeacherStore keeps a number of views of each sample: give the data module views, 8 say")
-    store.begin(samples=samples, views=views, made_by=_made_by(module, store, data), rank=trainer.global_rank)
+    about = describe(module, store, data, trainer.train_dataloader)
+    store.begin(**about, rank=trainer.global_rank)
     if trainer.is_global_zero:
-        store.resume(trainer.current_epoch % views)
+        store.resume(trainer.current_epoch % about["views"])
     trainer.strategy.barrier("store")
     store.refresh()
+
+
+def describe(module: DistillationModule, store: TeacherStore, data: Any, loader: Any) -> dict[str, Any]:
+    """What a store's answers are about, and made by.
+
+    Raises:
+        InputError: as `begin_store`.
+    """
+    try:
+        samples = len(loader.dataset)
+    except (AttributeError, TypeError, NotImplementedError):
+        raise InputError("a TeacherStore needs a training set with a length, and this one has none") from None
+    views = getattr(data, "views", 1)
+    if views is None:
+        raise InputError("a TeacherStore keeps a number of views of each sample: give the data module views, 8 say")
+    return {"samples": samples, "views": views, "made_by": _made_by(module, store, data)}
 
 
 def finish_epoch(module: DistillationModule, store: TeacherStore) -> None:

@@ -147,6 +147,31 @@ class TeacherStore:
                 if other != view:
                     self._records.seal(other)
 
+    def write(self, view: int, shard: int, answers: Answers) -> None:
+        """Keep the answers about all samples of a shard.
+
+        Args:
+            view: of all of them.
+            shard: which.
+            answers: about `samples_of` it, in order.
+
+        Raises:
+            InputError: the disk is full, or the answers are of other shapes than those before.
+        """
+        packed = self._packed(answers)
+        self._made(packed).write_shard(view, shard, packed)
+
+    def unfinished(self) -> list[tuple[int, int]]:
+        """The views and shards that are not complete."""
+        if self._records is not None:
+            return self._records.unfinished()
+        shards = -(-self._plan["samples"] // self.shard_size)
+        return [(view, shard) for view in range(self._plan["views"]) for shard in range(shards)]
+
+    def samples_of(self, shard: int) -> range:
+        """The samples in a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self._plan["samples"]))
+
     @property
     def is_complete(self) -> bool:
         """Whether every view of every sample is known."""
@@ -171,7 +196,15 @@ class TeacherStore:
 
     # How answers are kept
 
-    def _make(self, fields: list[Field]) -> None:
+    def _made(self, packed: Mapping[str, NDArray[Any]]) -> ShardedRecords:
+        """The records, of what is first kept in them."""
+        if not self._plan:
+            raise RuntimeError("TeacherStore.begin was not called")
+        if self._records is None:
+            return self._make([Field(name, str(rows.dtype), rows.shape[1:]) for name, rows in packed.items()])
+        return self._records
+
+    def _make(self, fields: list[Field]) -> ShardedRecords:
         self._records = ShardedRecords(
             self.path,
             samples=self._plan["samples"],
@@ -181,16 +214,13 @@ class TeacherStore:
             made_by=self._plan["made_by"],
         )
         self._records.create()
+        return self._records
 
     def _keep(
         self, index: NDArray[np.int64], view: NDArray[np.int64], known: NDArray[np.bool_], answers: Answers
     ) -> None:
         packed = self._packed(answers)
-        if self._records is None:
-            self._make([Field(name, str(rows.dtype), rows.shape[1:]) for name, rows in packed.items()])
-        records = self._records
-        if records is None:
-            raise RuntimeError("TeacherStore.begin was not called")
+        records = self._made(packed)
         for number in np.unique(view[~known]):
             chosen = ~known & (view == number)
             if int(number) not in self._new:
