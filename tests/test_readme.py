@@ -76,6 +76,17 @@ def test_the_callbacks_of_the_command_line_draw(with_teachers):
     assert names == {"teachers", "val_reliability", "val_risk_coverage"}
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_teachers")
+def test_the_record_command_leaves_a_store_that_stands_for_the_teachers(capsys):
+    command = blocks("bash")[3].split()
+    assert command[:2] == ["distill-lightning", "record"]
+    assert main(command[1:]) == 0
+    assert "results/digits_store is complete." in capsys.readouterr().out
+    arguments = [*command[2:], "--trainer.max_epochs", "1", "--model.init_args.teachers", "null"]
+    assert main(["fit", *arguments]) == 0
+
+
 def test_the_compare_command_is_understood():
     from distill_lightning.compare.config import parse_config
 
