@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from distill_lightning import Batch, DigitsDataModule, GeneratorModule, GeneratorSampler, InputError, OneCycle
@@ -185,3 +186,46 @@ def test_a_sampler_takes_it():
     assert images.shape == (4, 1, 8, 8)
     assert not any(parameter.requires_grad for parameter in sampler.parameters())
     assert isinstance(sampler.generator, nn.Module)
+
+
+# What the contract asks of a method, and a generator without a student must keep, too
+
+
+def test_a_step_in_bf16_and_a_batch_of_one_are_finite():
+    module, trainer = fitted(precision="bf16-mixed")
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+    module = generator_of()
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=TinyDataModule(samples=3, batch_size=1))
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+
+
+def test_the_optimiser_holds_exactly_what_learns():
+    module = generator_of()
+    optimizer = module.configure_optimizers()
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in module.parameters()}
+    _, trainer = fitted(module, accumulate_grad_batches=2, gradient_clip_val=1e-3)
+    assert trainer.global_step == 2
+
+
+def test_a_step_does_not_wait_for_the_device_after_the_first():
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                waits.append(func)
+            return func(*args, **(kwargs or {}))
+
+    waits, steps, module = [], [], generator_of(optimizer=partial(torch.optim.SGD, lr=1e-3))
+    step = module.optimizer_step
+
+    def watched(*args, **options):
+        with Watch():
+            step(*args, **options)
+        steps.append(len(waits))
+
+    module.optimizer_step = watched
+    fitted(module, max_epochs=2)
+    # The first one looks at the range of the pixels.
+    assert steps == [steps[0]] * 6

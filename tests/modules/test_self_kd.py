@@ -415,6 +415,16 @@ def test_with_a_network_that_stands_still_the_store_is_its_prediction(options):
         assert torch.allclose(probs, module.student(batch.input).softmax(1), atol=1e-6)
 
 
+def test_worker_processes_change_nothing():
+    rows = []
+    for workers in (0, 2):
+        module, data = module_of(), TinyDataModule(samples=20)
+        data.num_workers = workers
+        fitted(module, data, max_epochs=2)
+        rows.append(module.store.read(torch.arange(20))[0])
+    assert torch.equal(*rows)
+
+
 def test_stored_and_past_model_agree_where_nothing_moves(targets):
     for past in ("stored", "past_model"):
         fitted(module_of(past=past, optimizer=still), Plain(), max_epochs=3)
