@@ -37,12 +37,15 @@ class Batch(NamedTuple):
         target: class indices ``(N,)``.
         index: which sample of the training set each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
         view: which augmented view of that sample each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
+        partner: another training sample for each row, to be mixed with it, which is a function of the row's own index
+            and view; ``None`` if the data module draws none.
     """
 
     input: Tensor
     target: Tensor
     index: Tensor | None = None  # type: ignore[assignment]  # shadows tuple.index, which no one asks a batch for
     view: Tensor | None = None
+    partner: Batch | None = None
 
     @property
     def size(self) -> int:

@@ -95,18 +95,19 @@ class PairSampler(nn.Module):
         """For the printed module."""
         return f"alpha={self.alpha}"
 
-    def mix(self, inputs: Inputs, draws: Draws, *, pool: Inputs | None = None) -> Mixed:
+    def mix(self, inputs: Inputs, draws: Draws, *, pool: Inputs | None = None, paired: bool = False) -> Mixed:
         """Mixed inputs, with what they were mixed from.
 
         Args:
             inputs: of the batch, ``(N, ...)`` each; several are mixed with the same rows and shares.
             draws: of the ``S`` rows that are wanted; row ``i`` begins as the batch's row ``i mod N``.
             pool: where the rows that are mixed in are taken from; ``None``: the batch.
+            paired: whether the pool's row ``i mod N`` is what is mixed into row ``i``.
         """
         pool = inputs if pool is None else pool
         count = count_rows(inputs)
         first = torch.arange(len(draws), device=draws.index.device) % count
-        second = _partners(draws, count_rows(pool))
+        second = first if paired else _partners(draws, count_rows(pool))
         place = draws.uniform(1)[:, 0] * _QUANTILES
         below = place.long()
         quantiles = wide(self.quantiles)
@@ -118,9 +119,9 @@ class PairSampler(nn.Module):
         """Mixed inputs, and the share of ``first`` that is really in them."""
         raise NotImplementedError(f"{type(self).__name__} must define blend(first, second, share, draws)")
 
-    def forward(self, inputs: Inputs, draws: Draws, *, pool: Inputs | None = None) -> Inputs:
-        """The mixed inputs alone."""
-        return (self.mix(inputs, draws) if pool is None else self.mix(inputs, draws, pool=pool)).inputs
+    def forward(self, inputs: Inputs, draws: Draws, **pool: Any) -> Inputs:
+        """The mixed inputs alone; arguments as `mix`'s."""
+        return self.mix(inputs, draws, **pool).inputs
 
 
 class MixupSampler(PairSampler):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytorch_lightning as pl
 import torch
@@ -32,6 +32,9 @@ class Images(NamedTuple):
 
 Key = int | tuple[int, int]
 
+# Keeps the draws of partners apart from those of the crops.
+_PARTNER_STREAM = 0x50415254
+
 
 class ImageTensors(Dataset[Batch]):
     """Images in memory; a batch is one indexing operation, and its views depend on nothing but their keys.
@@ -43,21 +46,32 @@ class ImageTensors(Dataset[Batch]):
         seed: of the views.
         padding: pixels of zeros around the image that a random crop may take in; 0 crops nothing.
         flip: whether half of the views are mirrored.
+        partners: whether each view comes with another sample in the same view, drawn from the view's own key.
     """
 
     def __init__(
-        self, images: Images, *, mean: float, std: float, seed: int = 0, padding: int = 0, flip: bool = False
+        self,
+        images: Images,
+        *,
+        mean: float,
+        std: float,
+        seed: int = 0,
+        padding: int = 0,
+        flip: bool = False,
+        partners: bool = False,
     ) -> None:
         self.images, self.targets = images
         self.mean, self.std = mean, std
-        self.seed, self.padding, self.flip = seed, padding, flip
+        self.seed, self.padding, self.flip, self.partners = seed, padding, flip, partners
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, key: Key) -> Batch:
         """One sample: a batch without its first dimension."""
-        return Batch(*(None if part is None else part[0] for part in self.__getitems__([key])))  # type: ignore[arg-type]
+        batch = self.__getitems__([key])
+        single = _first(batch)
+        return single if batch.partner is None else single._replace(partner=_first(batch.partner))
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """The batch of these ``(index, view)`` pairs; PyTorch's loader asks for a whole batch at once.
@@ -66,12 +80,24 @@ class ImageTensors(Dataset[Batch]):
         """
         pairs = [(key, 0) if isinstance(key, int) else key for key in keys]
         index, view = torch.tensor(pairs, dtype=torch.long).view(len(pairs), 2).unbind(dim=1)
+        batch = self._views(index, view)
+        if not self.partners:
+            return batch
+        draws = uniform_draws(self.seed + _PARTNER_STREAM, index, view, 1)[:, 0]
+        return batch._replace(partner=self._views((draws * len(self)).long(), view))
+
+    def _views(self, index: Tensor, view: Tensor) -> Batch:
         images = self.images[index]
         if self.padding or self.flip:
             draws = uniform_draws(self.seed, index, view, 3)
             images = crop_and_flip(images, draws, padding=self.padding, flip=self.flip)
         inputs = images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
         return Batch(inputs, self.targets[index], index, view)
+
+
+def _first(batch: Batch) -> Batch:
+    """The first sample of a batch without partners, without the first dimension."""
+    return Batch(*(cast("Tensor", part)[0] for part in batch[:4]))  # type: ignore[arg-type]
 
 
 class ViewSampler(DistributedSampler[Any]):
@@ -136,6 +162,8 @@ class InMemoryImageDataModule(pl.LightningDataModule):
         InputError: a size that is not positive, or, from `setup`, one that is larger than the data.
     """
 
+    # Whether each training view comes with another image to be mixed with, see `Batch.partner`.
+    partners: bool = False
     num_classes: int | None
     num_targets: int | None = None
     input_shape: tuple[int, int, int]
@@ -224,6 +252,7 @@ class InMemoryImageDataModule(pl.LightningDataModule):
             seed=self.seed,
             padding=self.padding if augment else 0,
             flip=self.flip and augment,
+            partners=self.partners and augment,
         )
 
     def fingerprint(self) -> dict[str, str]:
@@ -234,7 +263,7 @@ class InMemoryImageDataModule(pl.LightningDataModule):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
             digest.update(tensor.contiguous().numpy().tobytes())
         made = self.dataset("train", augment=True)
-        options = {name: getattr(made, name) for name in ("mean", "std", "seed", "padding", "flip")}
+        options = {name: getattr(made, name) for name in ("mean", "std", "seed", "padding", "flip", "partners")}
         return {"data": digest.hexdigest(), "transform": f"{type(made).__name__} {VIEWS_VERSION} {options}"}
 
     def train_dataloader(self) -> DataLoader[Batch]:

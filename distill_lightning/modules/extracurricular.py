@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,16 @@ from distill_lightning import functional
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
-from distill_lightning.layers import TeacherEnsemble, dry_forward
+from distill_lightning.layers import TeacherEnsemble, dry_forward, fingerprint
 from distill_lightning.layers.batch_norm import kept_statistics
 from distill_lightning.modules.base import DistillationModule
+from distill_lightning.modules.extra_inputs import extra_inputs, storable_names
 from distill_lightning.modules.extracurricular_options import check_choices, check_unused, frozen_samplers, per_target
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.regression import check_bounds
-from distill_lightning.samplers import EmpiricalSampler, Inputs, MixupSampler, PairSampler, count_rows, join, take
+from distill_lightning.modules.storing import ensemble_if_any
+from distill_lightning.samplers import EmpiricalSampler, Inputs, MixupSampler, count_rows, join, take
+from distill_lightning.stores import TeacherStore
 from distill_lightning.views import Draws
 
 # Keeps the samplers' random numbers apart from those that crop and flip the images of the same views.
@@ -90,7 +93,10 @@ class ExtracurricularModule(DistillationModule):
             give log-variances, too, are taken at their word.
         log_var_bounds: that log-variances are clamped to.
         seed: of the samplers' draws, which depend on it and on each sample's index and view alone. Which rows Mixup and
-            CutMix mix depends on the batch, too: partners are found within a process's batch.
+            CutMix mix depends on the batch, too, unless the data module gives partners (`Batch.partner`).
+        store: keeps what the teachers say about training and additional inputs, see `TeacherStore`; with a complete one
+            ``teachers`` may be ``None``. An additional input must be a function of a sample's index and view: give the
+            data module ``partners``, and each sampler as many rows as the batch has.
         input_shape: shape of one input, ``(C, H, W)``, to check the networks with.
         optimizer: makes the optimiser from the trainable parameters.
         lr_scheduler: makes the schedule from the optimiser.
@@ -106,7 +112,7 @@ class ExtracurricularModule(DistillationModule):
     def __init__(
         self,
         student: nn.Module,
-        teachers: nn.Module | Sequence[nn.Module],
+        teachers: nn.Module | Sequence[nn.Module] | None = None,
         *,
         task: Literal["classification", "regression"] = "classification",
         num_classes: int | None = None,
@@ -126,6 +132,7 @@ class ExtracurricularModule(DistillationModule):
         teacher_variance: float | Sequence[float] | None = None,
         log_var_bounds: tuple[float, float] = functional.LOG_VAR_BOUNDS,
         seed: int = 0,
+        store: TeacherStore | None = None,
         input_shape: Sequence[int] | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -140,7 +147,7 @@ class ExtracurricularModule(DistillationModule):
             lr_scheduler=lr_scheduler,
             metrics=metrics,
         )
-        options = {"task": task, "match": match, "sample_selection": sample_selection}
+        options: dict[str, Any] = {"task": task, "match": match, "sample_selection": sample_selection}
         check_choices(options | {"kl_direction": kl_direction, "bn_mode": bn_mode})
         if (task == "classification") != (num_classes is not None):
             needed = "num_classes" if task == "classification" else "num_targets"
@@ -153,16 +160,8 @@ class ExtracurricularModule(DistillationModule):
         if not 0 < quantile <= 1:
             raise InputError(f"quantile is a share in (0, 1], got {quantile}")
         check_bounds(log_var_bounds)
-        check_unused(
-            ExtracurricularModule,
-            {
-                **options,
-                "temperature": temperature,
-                "point_variance": point_variance,
-                "kl_direction": kl_direction,
-                "teacher_variance": teacher_variance,
-            },
-        )
+        others = {"temperature": temperature, "point_variance": point_variance, "teacher_variance": teacher_variance}
+        check_unused(ExtracurricularModule, options | others | {"kl_direction": kl_direction})
         self.task, self.temperature = task, temperature
         self.kl_weight, self.label_weight = kl_weight, label_weight
         self.match, self.point_variance = match, point_variance
@@ -175,12 +174,12 @@ class ExtracurricularModule(DistillationModule):
         empirical = all(isinstance(sampler, EmpiricalSampler) for sampler in self.samplers)
         self.extra_ratio = 0.0 if empirical else extra_ratio
         self.sampler_shares = functional.member_shares(sampler_weights, len(self.samplers)) if self.samplers else []
-        self.teachers = TeacherEnsemble.of(teachers)
-        if task == "regression" and self.teachers.combine != "probabilities":
+        self.teachers, self.teacher_store = ensemble_if_any(teachers), store
+        if task == "regression" and self.teachers is not None and self.teachers.combine != "probabilities":
             raise InputError("a regression's teachers are collapsed to one Gaussian: combine has no meaning there")
         if input_shape is not None:
             self.check_output("student", student, dry_forward(student, input_shape).shape)
-            for number, network in enumerate(self.teachers):
+            for number, network in enumerate(self.teachers or ()):
                 self._check_teacher(number, network, dry_forward(network, input_shape).shape)
 
     # The distributions
@@ -190,11 +189,14 @@ class ExtracurricularModule(DistillationModule):
         extras = self._extra_inputs(batch)
         every: Any = join([batch.input, *extras.values()]) if extras else batch.input
         output = self._student_output(batch.input, every)
-        teacher = self._teacher_output(every)
+        if self.teacher_store is None:
+            teacher = self._teacher_output(every)
+        else:
+            told = self.told(batch)
+            teacher = torch.cat([told[name] for name in self._answer_names(batch, extras)])
         divergences = self._divergences(output, teacher)
         uncertainty = self._uncertainty(teacher)
-        counts = {name: count_rows(inputs) for name, inputs in extras.items()}
-        self._observe(output.detach(), teacher, divergences.detach(), uncertainty, counts)
+        self._observe(output.detach(), teacher, divergences.detach(), uncertainty, extras)
         terms = {"kl": self._selected(divergences, uncertainty).mean()}
         if self.label_weight:
             terms["label"] = self._label_nll(output[: batch.size], batch.target)
@@ -204,15 +206,33 @@ class ExtracurricularModule(DistillationModule):
         """``kl_weight`` and ``label_weight``."""
         return {"kl": self.kl_weight, **({"label": self.label_weight} if self.label_weight else {})}
 
+    def ask(self, batch: Batch) -> dict[str, Tensor]:
+        """The teachers' distribution for every training input, and for what each sampler makes of it."""
+        extras = self._extra_inputs(batch)
+        names = self._answer_names(batch, extras)
+        answers = self._teacher_output(join([batch.input, *extras.values()]))
+        return dict(zip(names, torch.split(answers, batch.size), strict=True))
+
+    def question(self) -> dict[str, Any]:
+        """What the distributions and the additional inputs depend on."""
+        asked: dict[str, Any] = {"samplers": f"{fingerprint(self.samplers)} {self.samplers} {self.sampler_shares}"}
+        asked |= {"seed": self.seed, "extra_ratio": self.extra_ratio, "temperature": self.temperature}
+        return {**asked, "teacher_variance": self.teacher_variance, "log_var_bounds": self.log_var_bounds}
+
+    def _answer_names(self, batch: Batch, extras: dict[str, Inputs]) -> list[str]:
+        """What the answers about the training inputs, and then about each ``N`` additional ones, are called."""
+        kind = "probabilities" if self.task == "classification" else "gaussian"
+        return [kind, *(f"{kind}_{name}" for name in storable_names(self.samplers, batch, extras))]
+
     def _teacher_output(self, inputs: Any) -> Tensor:
         """Softened probabilities ``(N, K)``, or the collapsed Gaussian's parameters ``(N, 2 d)``; without a graph."""
-        outputs = self._teacher_outputs(inputs)
+        outputs, ensemble = self._teacher_outputs(inputs), cast("TeacherEnsemble", self.teachers)
         if self.task == "classification":
-            return self.teachers.combined(torch.stack(outputs), temperature=self.temperature)
+            return ensemble.combined(torch.stack(outputs), temperature=self.temperature)
         with torch.no_grad():
             means, variances = zip(*(self._teacher_gaussian(output) for output in outputs), strict=True)
             mean, variance = functional.collapse_mixture(
-                torch.stack(means), torch.stack(variances), weights=self.teachers.weights
+                torch.stack(means), torch.stack(variances), weights=ensemble.weights
             )
             return functional.join_gaussian(mean, variance.log())
 
@@ -220,7 +240,7 @@ class ExtracurricularModule(DistillationModule):
     def _teacher_outputs(self, inputs: Any) -> list[Tensor]:
         """What every teacher gives, which of a regression's teachers need not be of one width."""
         outputs = []
-        for number, network in enumerate(self.teachers):
+        for number, network in enumerate(cast("TeacherEnsemble", self.teachers)):
             outputs.append(network(inputs))
             self._check_teacher(number, network, outputs[number].shape)
         return outputs
@@ -276,27 +296,9 @@ class ExtracurricularModule(DistillationModule):
     # The inputs
 
     def _extra_inputs(self, batch: Batch) -> dict[str, Inputs]:
-        """What each sampler made of the batch, by name; every sampler gets its own rows."""
+        """What each sampler made of the batch, by name."""
         total = round(self.extra_ratio * batch.size)
-        bounds = accumulate((share * total for share in self.sampler_shares), initial=0.0)
-        extras: dict[str, Inputs] = {}
-        with torch.no_grad():
-            for number, (start, end) in enumerate(pairwise(round(bound) for bound in bounds)):
-                if end > start:
-                    rows = torch.arange(start, end, device=self.device)
-                    sampled, sampler = rows % batch.size, self.samplers[number]
-                    # What mixes two inputs has its own rows, too, but finds their partners among all.
-                    some = len(rows) % batch.size > 0 and isinstance(sampler, PairSampler)
-                    pool = {"pool": batch.input} if some else {}
-                    extras[self._sampler_name(number)] = sampler(
-                        take(batch.input, sampled), self._draws(batch, sampled, rows // batch.size), **pool
-                    )
-        return extras
-
-    def _sampler_name(self, number: int) -> str:
-        name = type(self.samplers[number]).__name__.removesuffix("Sampler").lower()
-        names = [type(sampler).__name__ for sampler in self.samplers]
-        return name if names.count(names[number]) == 1 else f"{name}_{number}"
+        return extra_inputs(self.samplers, self.sampler_shares, total, batch, partial(self._draws, batch))
 
     def _draws(self, batch: Batch, rows: Tensor, copies: Tensor) -> Draws:
         if batch.index is None:
@@ -322,9 +324,10 @@ class ExtracurricularModule(DistillationModule):
     # What is looked at
 
     def _observe(
-        self, output: Tensor, teacher: Tensor, divergences: Tensor, uncertainty: Tensor, extras: dict[str, int]
+        self, output: Tensor, teacher: Tensor, divergences: Tensor, uncertainty: Tensor, extras: dict[str, Inputs]
     ) -> None:
-        counts = {"real": len(output) - sum(extras.values()), **extras}
+        counts = {name: count_rows(inputs) for name, inputs in extras.items()}
+        counts = {"real": len(output) - sum(counts.values()), **counts}
         sizes = list(counts.values())
         for name, kl, spread in zip(
             counts, torch.split(divergences, sizes), torch.split(uncertainty, sizes), strict=True
@@ -348,16 +351,15 @@ class ExtracurricularModule(DistillationModule):
 
     def teacher_prediction(self, batch: Batch) -> Tensor | None:
         """The ensemble's log-probabilities, or the collapsed Gaussian's parameters."""
-        if self.task == "classification":
+        if self.task == "classification" or self.teachers is None:
             return super().teacher_prediction(batch)
         return self._teacher_output(batch.input)
 
     def teacher_predictions(self, batch: Batch) -> list[Tensor]:
         """Each teacher's logits, or its Gaussian's parameters."""
-        outputs = self._teacher_outputs(batch.input)
-        if self.task == "classification":
-            return outputs
-        gaussians = (self._teacher_gaussian(output) for output in outputs)
+        if self.task == "classification" or self.teachers is None:
+            return super().teacher_predictions(batch)
+        gaussians = (self._teacher_gaussian(output) for output in self._teacher_outputs(batch.input))
         return [functional.join_gaussian(mean, variance.log()) for mean, variance in gaussians]
 
     def check_output(self, who: str, network: nn.Module, shape: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from distill_lightning.stores.shards import Field, ShardedRecords, read_header
 from distill_lightning.stores.top_k import largest, spread
 
 Answers = Mapping[str, Tensor]
-"""What the teachers say about a batch: tensors ``(N, ...)`` by name; ``probabilities`` is the ensemble's prediction."""
+"""What the teachers say about a batch: tensors ``(N, ...)`` by name; ``probabilities...`` are rows of such."""
 
 _CLASSES = "_classes"
 
@@ -190,8 +190,9 @@ class TeacherStore:
         """
         header = read_header(self.path)
         shapes = {field["name"]: tuple(field["shape"]) for field in header["fields"]}
-        if "num_classes" in header["made_by"] and "probabilities" in shapes:
-            shapes["probabilities"] = (header["made_by"]["num_classes"],)
+        for name in shapes:
+            if _are_probabilities(name):
+                shapes[name] = (header["made_by"]["num_classes"],)
         return {name: shape for name, shape in shapes.items() if not name.endswith(_CLASSES)}
 
     # How answers are kept
@@ -234,7 +235,7 @@ class TeacherStore:
         packed = {}
         for name, rows in answers.items():
             kept = rows.detach().float()
-            if name == "probabilities" and self.top_k is not None:
+            if _are_probabilities(name) and self.top_k is not None:
                 if self.top_k > kept.shape[1]:
                     raise InputError(f"TeacherStore: top_k={self.top_k} of {kept.shape[1]} classes: lower it")
                 kept, classes = largest(kept, self.top_k)
@@ -252,7 +253,7 @@ class TeacherStore:
             if name.endswith(_CLASSES):
                 continue
             kept = torch.from_numpy(values).to(device).float()
-            if name == "probabilities":
+            if _are_probabilities(name):
                 if self.top_k is not None:
                     classes = torch.from_numpy(rows[f"{name}{_CLASSES}"]).to(device)
                     kept = spread(kept, classes, self._plan["made_by"]["num_classes"])
@@ -285,3 +286,7 @@ class TeacherStore:
             f"the store {self.path} does not know {where} ({self._records.path_of(int(view[row]), shard).name} is "
             f"{state}): fill it with 'distill-lightning record', or give teachers and fill='online'"
         )
+
+
+def _are_probabilities(name: str) -> bool:
+    return name.startswith("probabilities") and not name.endswith(_CLASSES)

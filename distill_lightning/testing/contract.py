@@ -25,7 +25,8 @@ class Build(Protocol):
     """Makes the module under test; must be a function of a module (not a lambda), because processes are spawned.
 
     A function with an attribute ``num_targets`` makes a regression: its networks give that many means and as many
-    log-variances, and ``num_classes`` says nothing.
+    log-variances, and ``num_classes`` says nothing. One with an attribute ``partners`` gets training views with
+    partners to be mixed with.
     """
 
     def __call__(self, student: nn.Module, teachers: list[nn.Module], num_classes: int) -> DistillationModule:
@@ -72,7 +73,9 @@ def _net(build: Build, num_classes: int = 3, *, norm: Literal["batch", "group"] 
 
 
 def _data(build: Build, **options: Any) -> TinyDataModule:
-    return TinyDataModule(num_targets=getattr(build, "num_targets", None), **options)
+    data = TinyDataModule(num_targets=getattr(build, "num_targets", None), **options)
+    data.partners = getattr(build, "partners", False)
+    return data
 
 
 def _fitted(build: Build, *, seed: int = 0, **options: Any) -> tuple[DistillationModule, pl.Trainer]:

@@ -8,6 +8,7 @@ import torch
 
 from distill_lightning import Batch, InMemoryImageDataModule, InputError
 from distill_lightning.datamodules import Images, ImageTensors, ViewSampler
+from distill_lightning.testing import TinyDataModule
 
 TRAIN, TEST = 120, 30
 
@@ -324,6 +325,59 @@ def test_the_order_seed_changes_the_order_and_nothing_else():
 def test_the_order_follows_the_seed_where_no_order_seed_is_given():
     assert same(epoch_of(data_of(seed=5)), epoch_of(data_of(seed=5, order_seed=5)))
     assert not torch.equal(epoch_of(data_of(seed=5)).index, epoch_of(data_of(seed=5, order_seed=0)).index)
+
+
+def test_partners_are_functions_of_the_view_alone():
+    data = TinyDataModule()
+    data.partners = True
+    dataset = data.dataset("train", augment=True)
+    keys = [(index, view) for index in (3, 0, 17) for view in (0, 5)]
+    whole = dataset.__getitems__(keys)
+    for row, key in enumerate(keys):
+        alone = dataset[key]
+        for part, single in zip(whole.partner[:4], alone.partner[:4], strict=True):
+            assert torch.equal(part[row], single)
+    # A partner is the very view that its own key gives.
+    plain = TinyDataModule().dataset("train", augment=True)
+    pairs = list(zip(whole.partner.index.tolist(), whole.partner.view.tolist(), strict=True))
+    expected = plain.__getitems__(pairs)
+    assert all(torch.equal(part, other) for part, other in zip(whole.partner[:4], expected[:4], strict=True))
+    assert whole.partner.view.tolist() == whole.view.tolist()
+    assert torch.equal(whole.input, plain.__getitems__(keys).input)
+
+
+def test_every_sample_is_about_as_often_a_partner():
+    data = TinyDataModule()
+    data.partners = True
+    dataset = data.dataset("train", augment=True)
+    partners = torch.cat([dataset.__getitems__([(i, view) for i in range(24)]).partner.index for view in range(200)])
+    counts = partners.bincount(minlength=24)
+    # 4800 draws of 24: a standard deviation of 14 around 200.
+    assert ((counts - 200).abs() < 60).all()
+
+
+def test_without_augmentation_and_unless_asked_for_there_are_no_partners():
+    data = TinyDataModule()
+    assert data.dataset("train", augment=True)[0, 0].partner is None
+    data.partners = True
+    assert next(iter(data.val_dataloader())).partner is None
+    assert next(iter(data.train_dataloader())).partner is not None
+
+
+def test_the_fingerprint_tells_samples_their_order_and_the_views_apart():
+    def of(change=None, **options):
+        data = TinyDataModule(**options)
+        if change:
+            setattr(data, *change)
+        return data.fingerprint()
+
+    assert of() == of()
+    assert of(("order_seed", 5)) == of() == of(("batch_size", 3)) == of(views=4)
+    assert of(samples=20)["data"] != of()["data"]
+    for change in (("padding", 2), ("flip", True), ("partners", True), ("mean", 0.3), ("std", 0.5)):
+        assert of(change)["data"] == of()["data"]
+        assert of(change)["transform"] != of()["transform"]
+    assert of(seed=1)["transform"] != of()["transform"]
 
 
 def test_every_epoch_has_its_own_order():

@@ -1459,6 +1459,16 @@ def mixed_and_made(student, teachers, num_classes):
     )  # fmt: skip
 
 
+def mixed_with_partners(student, teachers, num_classes):
+    # Each sampler has as many rows as the batch, so none depends on its place in it.
+    return ExtracurricularModule(
+        student, teachers, num_classes=num_classes, samplers=[MixupSampler(), CutMixSampler()], extra_ratio=2.0
+    )
+
+
+mixed_with_partners.partners = True
+
+
 def made(student, teachers, num_classes):
     return ExtracurricularModule(
         student, teachers, num_classes=num_classes, samplers=[GeneratorSampler(generator_of(), 3)], input_shape=SHAPE
@@ -1482,7 +1492,7 @@ def made_separate(student, teachers, num_classes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [mixed_and_made, made, made_regression, made_separate])
+@pytest.mark.parametrize("build", [mixed_and_made, mixed_with_partners, made, made_regression, made_separate])
 @pytest.mark.parametrize("point", CONTRACT)
 def test_contract(point, build):
     if (point, build) == ("two_processes_equal_one", mixed_and_made):

@@ -1140,7 +1140,14 @@ def mixed(student, teachers, num_classes):
     return SelfKDModule(student, num_classes=num_classes, mixing=MixupSampler(), cutout=2)
 
 
-@pytest.mark.parametrize("build", [stored, stored_small, past_model, ema, mixed])
+def mixed_with_partners(student, teachers, num_classes):
+    return mixed(student, teachers, num_classes)
+
+
+mixed_with_partners.partners = True
+
+
+@pytest.mark.parametrize("build", [stored, stored_small, past_model, ema, mixed, mixed_with_partners])
 @pytest.mark.parametrize("point", CONTRACT)
 def test_contract(point, build):
     if build is mixed and point == "two_processes_equal_one":

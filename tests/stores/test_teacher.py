@@ -8,7 +8,19 @@ import pytorch_lightning as pl
 import torch
 from torch.nn import functional as F
 
-from distill_lightning import Batch, FEEDModule, InputError, KDModule, MEALV2Module, TeacherEnsemble
+from distill_lightning import (
+    Batch,
+    CutMixSampler,
+    EmpiricalSampler,
+    ExtracurricularModule,
+    FEEDModule,
+    GeneratorSampler,
+    InputError,
+    KDModule,
+    MEALV2Module,
+    MixupSampler,
+    TeacherEnsemble,
+)
 from distill_lightning.layers import Paraphraser
 from distill_lightning.stores import TeacherStore
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
@@ -37,11 +49,27 @@ def factor_transfer(teachers, store):
     return feed(teachers, store, paraphrasers=paraphrasers)
 
 
+def xcl(teachers, store, **options):
+    options = {"samplers": [MixupSampler()], "label_weight": 0.1} | options
+    return ExtracurricularModule(TinyNet(), teachers, num_classes=3, store=store, optimizer=sgd, **options)
+
+
+def several(teachers, store):
+    torch.manual_seed(4)
+    decoder = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.Unflatten(1, (1, 8, 8)))
+    torch.manual_seed(0)
+    return xcl(teachers, store, samplers=[MixupSampler(), CutMixSampler(), GeneratorSampler(decoder, 3)], extra_ratio=3)
+
+
 METHODS = [
+    xcl, partial(xcl, extra_ratio=2, temperature=3.0), partial(xcl, samplers=[EmpiricalSampler()]), several,
     kd, meal, partial(meal, discriminator=None), partial(meal, discriminator_input="probabilities"), feed,
     partial(feed, kd_weight=0.5), partial(feed, feature_loss="hint", beta=0.1), factor_transfer,
 ]  # fmt: skip
-METHOD_NAMES = ["kd", "meal", "meal_alone", "meal_probabilities", "feed", "feed_kd", "hint", "factor_transfer"]
+METHOD_NAMES = [
+    "xcl", "xcl_twice", "xcl_empirical", "xcl_several", "kd", "meal", "meal_alone", "meal_probabilities", "feed",
+    "feed_kd", "hint", "factor_transfer",
+]  # fmt: skip
 
 
 def teachers_of(count=2, seed=5):
@@ -66,8 +94,14 @@ class Steps(pl.Callback):
 def fitted(module, *, epochs=4, views=2, data=None, **options):
     steps = Steps()
     trainer = tiny_trainer(max_epochs=epochs, callbacks=[steps, *options.pop("callbacks", [])], **options)
-    trainer.fit(module, datamodule=data or TinyDataModule(views=views))
+    trainer.fit(module, datamodule=data or with_partners(views=views))
     return steps.losses
+
+
+def with_partners(**options):
+    data = TinyDataModule(**options)
+    data.partners = True
+    return data
 
 
 def run(method, teachers, store, **options):
@@ -138,7 +172,7 @@ def test_in_training_only_the_training_images_are_kept_and_validation_asks_the_t
 
 
 def test_answers_are_those_of_the_teachers_about_the_very_view(tmp_path):
-    networks, data = teachers_of(), TinyDataModule(views=3)
+    networks, data = teachers_of(), with_partners(views=3)
     _, module = run(kd, networks, TeacherStore(tmp_path, dtype="float32"), epochs=3, views=3)
     dataset = data.dataset("train", augment=True)
     keys = [(index, view) for index in (0, 7, 23) for view in range(3)]
@@ -152,7 +186,7 @@ def test_answers_are_those_of_the_teachers_about_the_very_view(tmp_path):
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_the_largest_probabilities_are_kept_and_the_rest_spread(tmp_path, top_k):
-    networks, data = teachers_of(), TinyDataModule(views=1)
+    networks, data = teachers_of(), with_partners(views=1)
     _, module = run(kd, networks, TeacherStore(tmp_path, top_k=top_k), epochs=1, views=1)
     batch = data.dataset("train", augment=True).__getitems__([(index, 0) for index in range(24)])
     told = module.teacher_store.told(batch, None, device="cpu")["probabilities"]
@@ -179,6 +213,43 @@ def test_ten_of_a_thousand_classes_take_forty_bytes(tmp_path):
     told = store.told(batch, None, device="cpu")["probabilities"]
     assert torch.equal(told.topk(10).indices, probs.topk(10).indices)
     assert store.is_complete
+
+
+def regression(teachers, store):
+    student = TinyNet(None, num_targets=2)
+    options = {"task": "regression", "num_targets": 2, "optimizer": partial(torch.optim.SGD, lr=0.01)}
+    return ExtracurricularModule(student, teachers, store=store, **options)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 5e-3)])
+def test_a_regressions_distributions_are_kept_too(tmp_path, dtype, tolerance):
+    def data():
+        return with_partners(views=2, num_targets=2)
+
+    torch.manual_seed(5)
+    networks = [TinyNet(None, num_targets=2) for _ in range(2)]
+    online, _ = run(regression, networks, None, data=data())
+    filling, module = run(regression, networks, TeacherStore(tmp_path, dtype=dtype), data=data())
+    assert filling == pytest.approx(online, rel=tolerance)
+    assert module.teacher_store.shapes() == {"gaussian": (4,), "gaussian_mixup_0": (4,)}
+    alone, _ = run(regression, None, TeacherStore(tmp_path, dtype=dtype), data=data())
+    assert alone == pytest.approx(online, rel=tolerance)
+
+
+def test_mixtures_whose_partners_depend_on_the_batch_are_refused(tmp_path):
+    with pytest.raises(InputError, match="MixupSampler finds a row's partner in its batch.* partners=True"):
+        fitted(xcl(teachers_of(), TeacherStore(tmp_path)), data=TinyDataModule(views=2))
+
+
+def test_samplers_with_some_rows_alone_are_refused(tmp_path):
+    with pytest.raises(InputError, match="mixup makes 4 of 8: set extra_ratio to the number of samplers"):
+        fitted(xcl(teachers_of(), TeacherStore(tmp_path), extra_ratio=0.5))
+
+
+def test_other_samplers_are_refused(tmp_path):
+    run(xcl, teachers_of(), TeacherStore(tmp_path), epochs=2)
+    with pytest.raises(InputError, match="samplers is "):
+        fitted(xcl(teachers_of(), TeacherStore(tmp_path), samplers=[MixupSampler(0.5)]))
 
 
 # What a store belongs to
@@ -208,12 +279,12 @@ def test_a_store_of_something_else_is_refused_with_what_differs(tmp_path, teache
     run(kd, teachers_of(), TeacherStore(tmp_path), epochs=2)
     other = kd(teachers(), TeacherStore(tmp_path, **store), **options)
     with pytest.raises(InputError, match=message):
-        fitted(other, data=TinyDataModule(**({"views": 2} | data)))
+        fitted(other, data=with_partners(**({"views": 2} | data)))
 
 
 def test_another_transform_is_refused(tmp_path):
     run(kd, teachers_of(), TeacherStore(tmp_path), epochs=2)
-    data = TinyDataModule(views=2)
+    data = with_partners(views=2)
     data.padding = 2
     with pytest.raises(InputError, match="transform is "):
         fitted(kd(teachers_of(), TeacherStore(tmp_path)), data=data)
@@ -222,7 +293,7 @@ def test_another_transform_is_refused(tmp_path):
 def test_without_teachers_the_data_are_still_held_against_the_store(tmp_path):
     run(kd, teachers_of(), TeacherStore(tmp_path), epochs=2)
     with pytest.raises(InputError, match="data is "):
-        fitted(kd(None, TeacherStore(tmp_path)), data=TinyDataModule(views=2, seed=1))
+        fitted(kd(None, TeacherStore(tmp_path)), data=with_partners(views=2, seed=1))
 
 
 def test_reordered_data_are_refused(tmp_path):
@@ -286,7 +357,7 @@ def test_a_store_that_is_to_be_read_must_be_there(tmp_path):
 
 def test_endless_views_are_refused(tmp_path):
     with pytest.raises(InputError, match="a TeacherStore keeps a number of views"):
-        fitted(kd(teachers_of(), TeacherStore(tmp_path)), views=None)
+        fitted(kd(teachers_of(), TeacherStore(tmp_path)), data=TinyDataModule())
 
 
 # Interruptions
@@ -315,7 +386,7 @@ def test_a_store_whose_filling_was_killed_is_the_undisturbed_one(tmp_path, step)
 def test_the_order_of_the_batches_does_not_matter(tmp_path):
     # In float16 the last bits of a batch's arithmetic are gone.
     for name, seed in (("one", 1), ("two", 2)):
-        data = TinyDataModule(views=2)
+        data = with_partners(views=2)
         data.order_seed = seed
         run(kd, teachers_of(), TeacherStore(tmp_path / name), epochs=2, data=data)
     one, two = (files_of(tmp_path / name) for name in ("one", "two"))

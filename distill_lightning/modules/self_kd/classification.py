@@ -100,7 +100,7 @@ class SelfKDModule(DistillationModule):
         num_samples: size of the training set whose indices the batches carry; ``None``: length of the training
             loader's data set.
         seed: of cutout and mixing; what a sample gets depends on it, the sample's index and its view (else the epoch)
-            alone. Partners are found within a process's batch.
+            alone. Partners are found within a process's batch, unless the data module gives them (`Batch.partner`).
         input_shape: shape of one input, ``(C, H, W)``, to check the network with.
         optimizer: makes the optimiser from the trainable parameters.
         lr_scheduler: makes the schedule from the optimiser.
@@ -197,7 +197,7 @@ class SelfKDModule(DistillationModule):
         hard = functional.hard_targets(batch.target, logits.shape[-1], label_smoothing=self.label_smoothing)
         past, known = self._past(batch, inputs, hard, mixed)
         if mixed is not None:
-            hard = _blend(hard, mixed)
+            hard = _blend(hard, self._partners_hard(batch, hard), mixed)
         # Without a past exactly the label: (1 - alpha) + alpha need not round to 1.
         target = torch.where(known[:, None], functional.progressive_targets(hard, past, alpha), hard)
         if self.store is not None and mixed is None:
@@ -237,9 +237,21 @@ class SelfKDModule(DistillationModule):
         past, known = self.store.read(_index(batch))
         past = functional.soften(past, temperature=self.past_temperature)
         if mixed is not None:
-            past = _blend(torch.where(known[:, None], past, hard), mixed)
-            known = known[mixed.first] | known[mixed.second]
+            own, own_known = torch.where(known[:, None], past, hard), known
+            other, other_known = own, own_known
+            if batch.partner is not None:
+                other, other_known = self.store.read(_index(batch.partner))
+                other = functional.soften(other, temperature=self.past_temperature)
+                other = torch.where(other_known[:, None], other, self._partners_hard(batch, hard))
+            past = _blend(own, other, mixed)
+            known = own_known[mixed.first] | other_known[mixed.second]
         return past, known
+
+    def _partners_hard(self, batch: Batch, hard: Tensor) -> Tensor:
+        """The label targets of what is mixed in: of the batch itself, or of its partners."""
+        if batch.partner is None:
+            return hard
+        return functional.hard_targets(batch.partner.target, hard.shape[-1], label_smoothing=self.label_smoothing)
 
     def _inputs(self, batch: Batch) -> tuple[Any, Mixed | None]:
         """What the student sees, and how it was mixed."""
@@ -253,7 +265,13 @@ class SelfKDModule(DistillationModule):
             inputs = cutout(inputs, self.cutout, draws.uniform(2))
         if mixing is None:
             return inputs, None
-        mixed = mixing.mix(inputs, draws)
+        if batch.partner is None:
+            mixed = mixing.mix(inputs, draws)
+        else:
+            others: Any = batch.partner.input
+            if self.cutout:
+                others = cutout(others, self.cutout, self._draws(batch.partner, epoch, number).uniform(2))
+            mixed = mixing.mix(inputs, draws, pool=others, paired=True)
         return mixed.inputs, mixed
 
     def _draws(self, batch: Batch, epoch: int, number: int) -> Draws:
@@ -388,9 +406,9 @@ class SelfKDModule(DistillationModule):
         )
 
 
-def _blend(rows: Tensor, mixed: Mixed) -> Tensor:
-    """Rows ``(N, K)``, mixed as the inputs were."""
-    return mixup(rows[mixed.first], rows[mixed.second], mixed.share)
+def _blend(rows: Tensor, others: Tensor, mixed: Mixed) -> Tensor:
+    """Rows ``(N, K)`` and those of what is mixed in, mixed as the inputs were."""
+    return mixup(rows[mixed.first], others[mixed.second], mixed.share)
 
 
 def _index(batch: Batch) -> Tensor:
