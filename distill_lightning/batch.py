@@ -13,8 +13,8 @@ Shape legend, used in every docstring of the package:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Self, cast
 
 from torch import Tensor
 
@@ -37,15 +37,17 @@ class Batch(NamedTuple):
         target: class indices ``(N,)``.
         index: which sample of the training set each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
         view: which augmented view of that sample each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
-        partner: another training sample for each row, to be mixed with it, which is a function of the row's own index
-            and view; ``None`` if the data module draws none.
     """
 
     input: Tensor
     target: Tensor
     index: Tensor | None = None  # type: ignore[assignment]  # shadows tuple.index, which no one asks a batch for
     view: Tensor | None = None
-    partner: Batch | None = None
+
+    @property
+    def partner(self) -> Batch | None:
+        """Another training sample for each row, to be mixed with it; only a `PairedBatch` has them."""
+        return None
 
     @property
     def size(self) -> int:
@@ -84,3 +86,46 @@ class Batch(NamedTuple):
             f"a batch must be a Batch, a dict or an (input, target) pair, got {type(batch).__name__}: "
             "let the data module yield distill_lightning.Batch(input=..., target=...)"
         )
+
+
+class PairedBatch(Batch):
+    """A batch whose rows come with partners, a fifth field.
+
+    Row ``i`` of ``partner`` is a training sample to be mixed with row ``i``, a function of that row's index and view.
+    Not a field of every `Batch`, because Lightning takes a ``None`` in a batch for a batch size of its own.
+    """
+
+    _fields = (*Batch._fields, "partner")  # type: ignore[assignment]  # a tuple with one more name
+
+    def __new__(
+        cls,
+        input: Tensor,  # noqa: A002  # the field's name
+        target: Tensor,
+        index: Tensor | None,
+        view: Tensor | None,
+        partner: Batch,
+    ) -> Self:
+        """The five fields."""
+        return tuple.__new__(cls, (input, target, index, view, partner))
+
+    @property
+    def partner(self) -> Batch:
+        """The partners, a batch as large."""
+        return cast("Batch", tuple.__getitem__(self, 4))
+
+    @classmethod
+    def _make(cls, iterable: Iterable[Any]) -> Self:  # type: ignore[override]  # NamedTuple's is typed more widely
+        return cls(*iterable)
+
+    def _asdict(self) -> dict[str, Any]:
+        return dict(zip(self._fields, self, strict=True))
+
+    def _replace(self, **fields: Any) -> Self:
+        return type(self)(**{**self._asdict(), **fields})
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """For copies, and for the pipe from a worker process."""
+        return tuple(self)
+
+    def __repr__(self) -> str:
+        return f"PairedBatch({', '.join(f'{name}={part!r}' for name, part in self._asdict().items())})"

@@ -1,5 +1,7 @@
 """The batch that data modules yield and methods read."""
 
+import copy
+import pickle
 from collections import OrderedDict, UserDict
 from typing import NamedTuple
 
@@ -8,6 +10,7 @@ import torch
 from pytorch_lightning.utilities import move_data_to_device
 
 from distill_lightning import Batch, InputError
+from distill_lightning.batch import PairedBatch
 
 
 def test_a_batch_unpacks_as_input_and_target():
@@ -113,3 +116,23 @@ def test_moving_a_batch_keeps_its_type_and_its_missing_parts():
 
 def test_an_input_error_is_a_value_error():
     assert issubclass(InputError, ValueError)
+
+
+def test_a_paired_batch_is_a_batch_with_a_fifth_field():
+    plain = Batch(torch.zeros(2, 1), torch.tensor([0, 1]), torch.tensor([4, 5]), torch.tensor([0, 0]))
+    other = Batch(torch.ones(2, 1), torch.tensor([1, 1]), torch.tensor([7, 8]), torch.tensor([0, 0]))
+    paired = PairedBatch(*plain, other)
+    assert Batch.of(paired) is paired
+    assert plain.partner is None
+    assert paired.partner is other
+    assert (paired.size, len(paired), paired._fields[4]) == (2, 5, "partner")
+    replaced = paired._replace(input=torch.full((2, 1), 3.0))
+    assert isinstance(replaced, PairedBatch)
+    assert replaced.input.sum() == 6
+    assert replaced.partner is other
+    for again in (copy.deepcopy(paired), pickle.loads(pickle.dumps(paired)), move_data_to_device(paired, "cpu")):
+        assert isinstance(again, PairedBatch)
+        assert torch.equal(again.partner.input, other.input)
+        assert torch.equal(again.index, plain.index)
+    assert move_data_to_device(paired, "meta").partner.target.device.type == "meta"
+    assert repr(paired).startswith("PairedBatch(input=")

@@ -127,6 +127,15 @@ def test_a_round_that_is_not_whole_takes_its_partners_from_the_whole_pool(sample
     assert all(abs(count - 225) < 60 for count in counts.values())
 
 
+def test_paired_rows_are_mixed_with_the_row_beside_them():
+    images, pool = images_of(3), images_of(3, seed=1)
+    mixed = MixupSampler().mix(images, draws_of(7), pool=pool, paired=True)
+    rows = torch.arange(7) % 3
+    assert torch.equal(mixed.first, rows)
+    assert torch.equal(mixed.second, rows)
+    assert torch.equal(mixed.inputs, mixup(images[rows], pool[rows], mixed.share))
+
+
 def test_a_sampler_of_ones_own_need_not_know_of_pools():
     class Plain(MixupSampler):
         def forward(self, inputs, draws):

@@ -25,6 +25,7 @@ class DigitsDataModule(InMemoryImageDataModule):
         batch_size: samples per batch and process.
         padding: pixels of zeros around a training image that its random crop may take in.
         views: number of different views of a training image; ``None``: a new one every epoch.
+        partners: whether each training view comes with another image to be mixed with, see `PairedBatch`.
         seed: of the split and of the views.
         order_seed: of the order of the training images; ``None``: ``seed``.
         num_workers: worker processes of the loaders.
@@ -48,6 +49,7 @@ class DigitsDataModule(InMemoryImageDataModule):
         batch_size: int = 64,
         padding: int = 1,
         views: int | None = None,
+        partners: bool = False,
         seed: int = 0,
         order_seed: int | None = None,
         num_workers: int = 0,
@@ -59,6 +61,7 @@ class DigitsDataModule(InMemoryImageDataModule):
             batch_size=batch_size,
             padding=padding,
             views=views,
+            partners=partners,
             seed=seed,
             order_seed=order_seed,
             num_workers=num_workers,

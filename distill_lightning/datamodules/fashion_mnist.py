@@ -35,6 +35,7 @@ class FashionMNISTDataModule(InMemoryImageDataModule):
         padding: pixels of zeros around a training image that its random crop may take in.
         flip: whether half of the training views are mirrored.
         views: number of different views of a training image; ``None``: a new one every epoch.
+        partners: whether each training view comes with another image to be mixed with, see `PairedBatch`.
         seed: of the split and of the views.
         order_seed: of the order of the training images; ``None``: ``seed``.
         num_workers: worker processes of the loaders.
@@ -62,6 +63,7 @@ class FashionMNISTDataModule(InMemoryImageDataModule):
         padding: int = 2,
         flip: bool = True,
         views: int | None = None,
+        partners: bool = False,
         seed: int = 0,
         order_seed: int | None = None,
         num_workers: int = 0,
@@ -74,6 +76,7 @@ class FashionMNISTDataModule(InMemoryImageDataModule):
             padding=padding,
             flip=flip,
             views=views,
+            partners=partners,
             seed=seed,
             order_seed=order_seed,
             num_workers=num_workers,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from distill_lightning.batch import Batch
+from distill_lightning.batch import Batch, PairedBatch
 from distill_lightning.errors import InputError
 from distill_lightning.views import VIEWS_VERSION, crop_and_flip, uniform_draws
 
@@ -71,7 +71,7 @@ class ImageTensors(Dataset[Batch]):
         """One sample: a batch without its first dimension."""
         batch = self.__getitems__([key])
         single = _first(batch)
-        return single if batch.partner is None else single._replace(partner=_first(batch.partner))
+        return single if batch.partner is None else PairedBatch(*single, _first(batch.partner))
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """The batch of these ``(index, view)`` pairs; PyTorch's loader asks for a whole batch at once.
@@ -84,7 +84,7 @@ class ImageTensors(Dataset[Batch]):
         if not self.partners:
             return batch
         draws = uniform_draws(self.seed + _PARTNER_STREAM, index, view, 1)[:, 0]
-        return batch._replace(partner=self._views((draws * len(self)).long(), view))
+        return PairedBatch(*batch, self._views((draws * len(self)).long(), view))
 
     def _views(self, index: Tensor, view: Tensor) -> Batch:
         images = self.images[index]
@@ -97,7 +97,7 @@ class ImageTensors(Dataset[Batch]):
 
 def _first(batch: Batch) -> Batch:
     """The first sample of a batch without partners, without the first dimension."""
-    return Batch(*(cast("Tensor", part)[0] for part in batch[:4]))  # type: ignore[arg-type]
+    return Batch(*(cast("Tensor", part)[0] for part in batch[:4]))
 
 
 class ViewSampler(DistributedSampler[Any]):
@@ -154,7 +154,9 @@ class InMemoryImageDataModule(pl.LightningDataModule):
         padding: pixels of zeros around a training image that its random crop may take in; 0 crops nothing.
         flip: whether half of the training views are mirrored.
         views: number of different views of a training image; ``None``: a new one every epoch.
-        seed: of the split and of the views.
+        partners: whether each training view comes with another image to be mixed with, a function of its own index and
+            view alone, see `PairedBatch`.
+        seed: of the split, the views and the partners.
         order_seed: of the order of the training images; ``None``: ``seed``.
         num_workers: worker processes of the loaders; a batch is so cheap that 0 is usually fastest.
 
@@ -162,8 +164,6 @@ class InMemoryImageDataModule(pl.LightningDataModule):
         InputError: a size that is not positive, or, from `setup`, one that is larger than the data.
     """
 
-    # Whether each training view comes with another image to be mixed with, see `Batch.partner`.
-    partners: bool = False
     num_classes: int | None
     num_targets: int | None = None
     input_shape: tuple[int, int, int]
@@ -181,6 +181,7 @@ class InMemoryImageDataModule(pl.LightningDataModule):
         padding: int = 2,
         flip: bool = False,
         views: int | None = None,
+        partners: bool = False,
         seed: int = 0,
         order_seed: int | None = None,
         num_workers: int = 0,
@@ -200,6 +201,7 @@ class InMemoryImageDataModule(pl.LightningDataModule):
             raise InputError(f"padding and num_workers cannot be negative, got {padding} and {num_workers}")
         self.subset, self.val_size, self.test_size = subset, val_size, test_size
         self.batch_size, self.padding, self.flip, self.views = batch_size, padding, flip, views
+        self.partners = partners
         self.seed, self.order_seed = seed, order_seed
         self.num_workers = num_workers
         self._splits: dict[str, Images] = {}

@@ -54,6 +54,7 @@ class RotatedFashionMNISTDataModule(_Rotated, FashionMNISTDataModule):
         batch_size: samples per batch and process.
         padding: pixels of zeros around a training image that its random crop may take in.
         views: number of different views of a training image; ``None``: a new one every epoch.
+        partners: whether each training view comes with another image to be mixed with, see `PairedBatch`.
         seed: of the split, the angles and the views.
         order_seed: of the order of the training images; ``None``: ``seed``.
         num_workers: worker processes of the loaders.
@@ -74,6 +75,7 @@ class RotatedFashionMNISTDataModule(_Rotated, FashionMNISTDataModule):
         batch_size: int = 64,
         padding: int = 0,
         views: int | None = None,
+        partners: bool = False,
         seed: int = 0,
         order_seed: int | None = None,
         num_workers: int = 0,
@@ -89,6 +91,7 @@ class RotatedFashionMNISTDataModule(_Rotated, FashionMNISTDataModule):
             # A mirrored image would be turned the other way.
             flip=False,
             views=views,
+            partners=partners,
             seed=seed,
             order_seed=order_seed,
             num_workers=num_workers,
@@ -111,6 +114,7 @@ class RotatedDigitsDataModule(_Rotated, DigitsDataModule):
         batch_size: samples per batch and process.
         padding: pixels of zeros around a training image that its random crop may take in.
         views: number of different views of a training image; ``None``: a new one every epoch.
+        partners: whether each training view comes with another image to be mixed with, see `PairedBatch`.
         seed: of the split, the angles and the views.
         order_seed: of the order of the training images; ``None``: ``seed``.
         num_workers: worker processes of the loaders.
@@ -130,6 +134,7 @@ class RotatedDigitsDataModule(_Rotated, DigitsDataModule):
         batch_size: int = 64,
         padding: int = 0,
         views: int | None = None,
+        partners: bool = False,
         seed: int = 0,
         order_seed: int | None = None,
         num_workers: int = 0,
@@ -142,6 +147,7 @@ class RotatedDigitsDataModule(_Rotated, DigitsDataModule):
             batch_size=batch_size,
             padding=padding,
             views=views,
+            partners=partners,
             seed=seed,
             order_seed=order_seed,
             num_workers=num_workers,

@@ -73,9 +73,8 @@ def _net(build: Build, num_classes: int = 3, *, norm: Literal["batch", "group"] 
 
 
 def _data(build: Build, **options: Any) -> TinyDataModule:
-    data = TinyDataModule(num_targets=getattr(build, "num_targets", None), **options)
-    data.partners = getattr(build, "partners", False)
-    return data
+    partners = getattr(build, "partners", False)
+    return TinyDataModule(num_targets=getattr(build, "num_targets", None), partners=partners, **options)
 
 
 def _fitted(build: Build, *, seed: int = 0, **options: Any) -> tuple[DistillationModule, pl.Trainer]:

@@ -59,6 +59,7 @@ class TinyDataModule(InMemoryImageDataModule):
         val_size: number of validation images; ``None``: as many.
         batch_size: samples per batch and process.
         views: number of different views of a training image; ``None``: a new one every epoch.
+        partners: whether each training view comes with another image to be mixed with.
         seed: of everything.
     """
 
@@ -74,10 +75,17 @@ class TinyDataModule(InMemoryImageDataModule):
         val_size: int | None = None,
         batch_size: int = 8,
         views: int | None = None,
+        partners: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(
-            subset=samples, val_size=val_size or samples, batch_size=batch_size, padding=1, views=views, seed=seed
+            subset=samples,
+            val_size=val_size or samples,
+            batch_size=batch_size,
+            padding=1,
+            views=views,
+            partners=partners,
+            seed=seed,
         )
         self.classes = num_classes
         self.num_classes = None if num_targets else num_classes

@@ -171,6 +171,7 @@ def test_a_data_module_without_read_says_so():
 def test_a_batch_has_the_documented_types_and_shapes():
     batch = next(iter(data_of().train_dataloader()))
     assert isinstance(batch, Batch)
+    assert batch.partner is None
     assert [part.dtype for part in batch] == [torch.float32, torch.int64, torch.int64, torch.int64]
     assert [tuple(part.shape) for part in batch] == [(16, 1, 6, 6), (16,), (16,), (16,)]
 

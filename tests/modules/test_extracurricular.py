@@ -26,6 +26,7 @@ from distill_lightning import (
     TeacherEnsemble,
 )
 from distill_lightning.layers import GaussianHead, without_deviation
+from distill_lightning.mixing import mixup
 from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
 from distill_lightning.views import uniform_draws
 from distill_lightning.weights import read_weights
@@ -663,6 +664,22 @@ def test_among_other_samplers_the_empirical_one_gives_the_batch_once_more():
     assert torch.equal(seen[0][8:12], batch.input[:4])
     assert not torch.equal(seen[0][12:], batch.input[4:])
     assert {"kl_empirical", "kl_mixup"} < logged.keys()
+
+
+def test_data_with_partners_are_mixed_with_these():
+    data = TinyDataModule()
+    data.partners = True
+    batch = next(iter(data.train_dataloader()))
+    module = tiny_module(extra_ratio=2.0, seed=3)
+    seen = seen_by(module.student)
+    observed_of(module, batch)
+    mixed = module.samplers[0].mix(
+        batch.input, module._draws(batch, torch.arange(16) % 8, torch.arange(16) // 8), pool=batch.partner.input,
+        paired=True,
+    )  # fmt: skip
+    rows = torch.arange(16) % 8
+    expected = mixup(batch.input[rows], batch.partner.input[rows], mixed.share)
+    assert torch.equal(seen[0], torch.cat([batch.input, expected]))
 
 
 def test_a_few_rows_are_mixed_with_partners_from_the_whole_batch():

@@ -722,6 +722,38 @@ def test_a_mix_of_the_whole_first_is_the_unmixed_target(targets):
         assert torch.allclose(one, other, atol=1e-7)
 
 
+def test_with_partners_labels_and_past_are_mixed_with_the_partners(targets):
+    class Quarter(MixupSampler):
+        def mix(self, inputs, draws, **pool):
+            return super().mix(inputs, draws, **pool)._replace(share=torch.full((len(inputs),), 0.75))
+
+    class Expected(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            epoch = trainer.current_epoch
+            alpha, rows = 0.8 * (epoch + 1) / 3, []
+            is_mix = is_mixed(2, epoch, batch_idx, probability=0.5)
+            for part in (batch, batch.partner):
+                for index, target in zip(part.index.tolist(), part.target.tolist(), strict=True):
+                    label = [float(k == target) for k in range(3)]
+                    past, known = pl_module.store.read(torch.tensor([index]))
+                    rows.append((label, past[0].tolist() if known[0] else label, bool(known[0])))
+            own, others = rows[: batch.size], rows[batch.size :]
+            for (y, s, known), (other_y, other_s, other_known) in zip(own, others, strict=True):
+                part = 0.25 if is_mix else 0.0
+                label = [(1 - part) * a + part * b for a, b in zip(y, other_y, strict=True)]
+                past = [(1 - part) * a + part * b for a, b in zip(s, other_s, strict=True)]
+                has_past = known or (is_mix and other_known)
+                refined = [(1 - alpha) * a + alpha * b for a, b in zip(label, past, strict=True)]
+                wanted.append(refined if has_past else label)
+
+    wanted, data = [], TinyDataModule()
+    data.partners = True
+    fitted(module_of(mixing=Quarter(), seed=2), data, max_epochs=3, callbacks=[Expected()])
+    kinds = [is_mixed(2, epoch, number, probability=0.5) for epoch in range(3) for number in range(3)]
+    assert 2 < sum(kinds) < 7
+    assert torch.allclose(torch.cat(targets), torch.tensor(wanted), atol=1e-6)
+
+
 def test_mixed_targets_are_hand_values(targets):
     class Pairs(MixupSampler):
         def mix(self, inputs, draws):
@@ -1141,7 +1173,7 @@ def mixed(student, teachers, num_classes):
 
 
 def mixed_with_partners(student, teachers, num_classes):
-    return mixed(student, teachers, num_classes)
+    return SelfKDModule(student, num_classes=num_classes, mixing=MixupSampler(), cutout=2, past="past_model")
 
 
 mixed_with_partners.partners = True
