@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 from torch.optim import SGD, Optimizer
@@ -11,9 +11,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.schedules import OneCycle
-
-if TYPE_CHECKING:
-    from distill_lightning.modules.base import DistillationModule
 
 OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]  # jsonargparse needs the bare Iterable
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -62,8 +59,11 @@ def total_steps(module: pl.LightningModule) -> int:
     return int(steps)
 
 
-def check_optimizer(module: DistillationModule) -> LRScheduler | ReduceLROnPlateau | None:
+def check_optimizer(module: Any) -> LRScheduler | ReduceLROnPlateau | None:
     """Make a module's optimiser and schedule once, to see whether they can be made.
+
+    Args:
+        module: a `DistillationModule`.
 
     Returns:
         The schedule, if there is one.
@@ -77,4 +77,5 @@ def check_optimizer(module: DistillationModule) -> LRScheduler | ReduceLROnPlate
     if module.lr_scheduler is None:
         return None
     with refusing("lr_scheduler", *kinds):
-        return module.lr_scheduler(optimizer)
+        schedule: LRScheduler | ReduceLROnPlateau = module.lr_scheduler(optimizer)
+        return schedule

@@ -1,9 +1,9 @@
-"""What a training tells a `TeacherStore` of itself, and when."""
+"""What a training tells a `TeacherStore` of itself, and when; ``module`` is always a `DistillationModule`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -12,23 +12,21 @@ from distill_lightning.layers import TeacherEnsemble, fingerprint
 from distill_lightning.modules.hparams import plain
 from distill_lightning.stores import TeacherStore
 
-if TYPE_CHECKING:
-    from distill_lightning.modules.base import DistillationModule
-
 
 def ensemble_if_any(teachers: nn.Module | Sequence[nn.Module] | None) -> TeacherEnsemble | None:
     """The teachers of a method, which may be absent where a store speaks for them, or nothing is trained."""
     return None if teachers is None else TeacherEnsemble.of(teachers)
 
 
-def begin_store(module: DistillationModule, store: TeacherStore) -> None:
+def begin_store(module: Any, store: TeacherStore) -> None:
     """Tell a store what its answers are about.
 
     Raises:
         InputError: the data tell neither their number of views nor what they are, or the store is of something else.
     """
     trainer = module.trainer
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it where a data module was given
+    # Lightning sets it where a data module was given.
+    data: Any = trainer.datamodule
     about = describe(module, store, data, trainer.train_dataloader)
     store.begin(**about, rank=trainer.global_rank)
     if trainer.is_global_zero:
@@ -37,7 +35,7 @@ def begin_store(module: DistillationModule, store: TeacherStore) -> None:
     store.refresh()
 
 
-def describe(module: DistillationModule, store: TeacherStore, data: Any, loader: Any) -> dict[str, Any]:
+def describe(module: Any, store: TeacherStore, data: Any, loader: Any) -> dict[str, Any]:
     """What a store's answers are about, and made by.
 
     Raises:
@@ -53,7 +51,7 @@ def describe(module: DistillationModule, store: TeacherStore, data: Any, loader:
     return {"samples": samples, "views": views, "made_by": _made_by(module, store, data)}
 
 
-def finish_epoch(module: DistillationModule, store: TeacherStore) -> None:
+def finish_epoch(module: Any, store: TeacherStore) -> None:
     """Make readable what all processes have kept in an epoch."""
     module.trainer.strategy.barrier("store")
     if module.trainer.is_global_zero:
@@ -62,7 +60,7 @@ def finish_epoch(module: DistillationModule, store: TeacherStore) -> None:
     store.refresh()
 
 
-def _made_by(module: DistillationModule, store: TeacherStore, data: Any) -> dict[str, Any]:
+def _made_by(module: Any, store: TeacherStore, data: Any) -> dict[str, Any]:
     """Everything that the answers depend on."""
     if hasattr(data, "fingerprint"):
         known = dict(data.fingerprint())
