@@ -268,6 +268,7 @@ def changed_weights():
         (lambda: teachers_of(3), {}, {}, {}, "teachers is "),
         (lambda: teachers_of()[::-1], {}, {}, {}, "teachers is "),
         (lambda: TeacherEnsemble(teachers_of(), weights=[1, 2]), {}, {}, {}, "ensemble is "),
+        (lambda: TeacherEnsemble(teachers_of(), combine="logits"), {}, {}, {}, "ensemble is .*probabilities.*logits"),
         (teachers_of, {"temperature": 4.0}, {}, {}, "temperature is 2.0, not 4.0"),
         (teachers_of, {}, {}, {"seed": 1}, "data is .*; transform is "),
         (teachers_of, {}, {}, {"samples": 20}, "samples is 24, not 20; data is "),
