@@ -130,7 +130,8 @@ class TeacherStore:
     def finish(self) -> None:
         """Make what was kept readable; one process calls it while the others wait."""
         if self._records is not None:
-            for view in sorted(self._new):
+            # Another process may have kept something of a view of which this one kept nothing.
+            for view in range(self._records.views):
                 self._records.seal(view)
 
     def refresh(self) -> None:

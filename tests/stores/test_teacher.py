@@ -252,6 +252,25 @@ def test_other_samplers_are_refused(tmp_path):
         fitted(xcl(teachers_of(), TeacherStore(tmp_path), samplers=[MixupSampler(0.5)]))
 
 
+def test_what_another_process_has_kept_is_finished_too(tmp_path):
+    def begun(rank):
+        store = TeacherStore(tmp_path)
+        store.begin(samples=4, views=2, made_by={"num_classes": 3}, rank=rank)
+        return store
+
+    first, second = begun(0), begun(1)
+    probs = torch.softmax(torch.randn(2, 3), dim=1)
+    for store, rows, view in ((first, [0, 1], 0), (second, [2, 3], 1)):
+        batch = Batch(torch.zeros(2, 1), None, torch.tensor(rows), torch.full((2,), view))
+        store.told(batch, lambda: {"probabilities": probs}, device="cpu")
+    first.finish()
+    for store in (first, second):
+        store.refresh()
+        batch = Batch(torch.zeros(2, 1), None, torch.tensor([2, 3]), torch.tensor([1, 1]))
+        told = store.told(batch, None, device="cpu")["probabilities"]
+        assert torch.allclose(told, probs, atol=1e-3)
+
+
 # What a store belongs to
 
 
