@@ -94,7 +94,11 @@ class TeacherStore:
         Raises:
             InputError: the store was made by something else, or it is to be read alone and is not there.
         """
-        self._plan = {"samples": samples, "views": views, "made_by": {**made_by, "top_k": self.top_k}}
+        self._plan = {
+            "samples": samples,
+            "views": views,
+            "made_by": {**made_by, "top_k": self.top_k, "dtype": self.dtype},
+        }
         self._rank, self._records = rank, None
         self._new.clear()
         if self.fill == "never" or (self.path / "header.json").exists():

@@ -293,6 +293,7 @@ def changed_weights():
         (teachers_of, {}, {}, {"samples": 20}, "samples is 24, not 20; data is "),
         (teachers_of, {}, {}, {"views": 3}, "views is 2, not 3"),
         (teachers_of, {}, {"top_k": 2}, {}, "top_k is None, not 2"),
+        (teachers_of, {}, {"dtype": "float32"}, {}, "dtype is float16, not float32"),
     ],
 )
 def test_a_store_of_something_else_is_refused_with_what_differs(tmp_path, teachers, options, store, data, message):
