@@ -254,7 +254,6 @@ class MEALV2Module(DistillationModule):
     def on_train_epoch_end(self) -> None:
         """Warn of what the epoch has shown; a step would have to wait for the device."""
         super().on_train_epoch_end()
-        super().on_train_epoch_end()
         if self._alive is not None:
             # Every process has seen rows of its own.
             gathered = cast("Tensor", self.all_gather(self._alive.float()))
