@@ -180,4 +180,4 @@ def holds_module(values):
 def test_methods_stay_readable():
     for path in (PACKAGE / "modules").glob("*.py"):
         code = [line for line in path.read_text().splitlines() if line.strip()]
-        assert len(code) <= 340, f"{path.name} has {len(code)} lines"
+        assert len(code) <= 360, f"{path.name} has {len(code)} lines"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Literal, Self, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.utils._pytree import tree_map_only
 
 from distill_lightning import functional
 from distill_lightning.errors import InputError
-from distill_lightning.layers.feature_tap import dry_forward
+from distill_lightning.layers.feature_tap import FeatureTap, dry_forward, resolve_layer
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -40,9 +44,14 @@ class TeacherEnsemble(nn.Module):
         networks: one network or several; each maps ``(N, ...)`` to logits ``(N, K)``.
         weights: one non-negative number per teacher, divided by their sum; ``None`` weighs all alike.
         combine: ``"probabilities"``: weighted mean of the softmaxes; ``"logits"``: softmax of the weighted mean.
+        dtype: that the teachers are converted to, ``"float16"`` or ``"bfloat16"``; ``None``: they stay as they are.
+        channels_last: whether their weights are laid out channels last, which most convolutions are faster in.
+        batched: whether teachers of one architecture run as one, by `torch.func.vmap`. That is faster where they are
+            small enough to leave the device idle, and slower where each fills it: measure. They must run without taps.
 
     Raises:
-        InputError: no teacher, the same teacher twice, or weights that do not fit.
+        InputError: no teacher, the same teacher twice, weights or options that do not fit, or, with ``batched``,
+            teachers of several architectures.
     """
 
     def __init__(
@@ -50,6 +59,10 @@ class TeacherEnsemble(nn.Module):
         networks: nn.Module | Sequence[nn.Module],
         weights: Sequence[float] | None = None,
         combine: Literal["probabilities", "logits"] = "probabilities",
+        *,
+        dtype: Literal["float16", "bfloat16"] | None = None,
+        channels_last: bool = False,
+        batched: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(networks, nn.Module) and not isinstance(networks, nn.ModuleList):
@@ -61,10 +74,19 @@ class TeacherEnsemble(nn.Module):
             raise InputError("the same network object stands twice among the teachers: give each its own")
         if combine not in ("probabilities", "logits"):
             raise InputError(f"combine must be 'probabilities' or 'logits', got {combine!r}")
+        if dtype not in (None, "float16", "bfloat16"):
+            raise InputError(f"a teacher's dtype must be 'float16' or 'bfloat16', got {dtype!r}")
+        if batched and channels_last:
+            raise InputError("channels_last means nothing to teachers that run as one (batched=True): leave one out")
         functional.member_shares(weights, len(members))
+        for member in members:
+            member.to(dtype=getattr(torch, dtype) if dtype else None)
+            if channels_last:
+                member.to(memory_format=torch.channels_last)
         self.networks = nn.ModuleList(members)
         self.weights = None if weights is None else [float(weight) for weight in weights]
-        self.combine = combine
+        self.combine, self.dtype, self.channels_last, self.batched = combine, dtype, channels_last, batched
+        self._together: _Together | None = _Together(members) if batched else None
         freeze(self)
 
     @classmethod
@@ -80,17 +102,52 @@ class TeacherEnsemble(nn.Module):
 
     def extra_repr(self) -> str:
         """The rule, for the printed ensemble."""
-        return f"combine={self.combine!r}, weights={self.weights}"
+        return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+
+    def options(self) -> dict[str, Any]:
+        """What it was made with besides the networks."""
+        return {name: getattr(self, name) for name in ("combine", "weights", "dtype", "channels_last", "batched")}
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002  (nn.Module's signature)
         """The ensemble stays in eval mode: a BatchNorm in train mode would change them with every batch."""
         return super().train(mode=False)
 
-    @torch.no_grad()
-    def logits(self, inputs: Tensor) -> Tensor:
+    def each(self, inputs: Any, runs: Sequence[Callable[[Any], Any]] | None = None) -> list[Any]:
+        """What every teacher gives, without a graph.
+
+        Args:
+            inputs: of the networks; floating-point numbers are converted to ``dtype``.
+            runs: what to call in the networks' places, `tapped` ones, say.
+        """
+        inputs = self._converted(inputs)
+        with torch.inference_mode():
+            if runs is None and self._together is not None:
+                outputs = self._together(inputs)
+            else:
+                outputs = [run(inputs) for run in runs or self.networks]
+        # Losses save the answers for backward, which autograd refuses for a tensor that was made in inference mode.
+        return [tree_map_only(Tensor, Tensor.clone, output) for output in outputs]
+
+    def logits(self, inputs: Any) -> Tensor:
         """Every teacher's logits, ``(M, N, K)``, without a graph."""
-        # no_grad and not inference_mode: the losses save these tensors for backward, which inference tensors forbid.
-        return torch.stack([network(inputs) for network in self.networks])
+        return torch.stack(self.each(inputs))
+
+    def tapped(self, layers: Sequence[str]) -> list[FeatureTap]:
+        """A tap of one layer in each network.
+
+        Raises:
+            InputError: a layer that does not exist, or ``batched`` teachers, which run as one.
+        """
+        if self.batched:
+            raise InputError("teachers with batched=True run as one and have no inner features to tap: leave it out")
+        pairs = zip(self.networks, layers, strict=True)
+        return [FeatureTap(network, resolve_layer(network, layer)) for network, layer in pairs]
+
+    def _converted(self, inputs: Any) -> Any:
+        if self.dtype is None:
+            return inputs
+        kind = getattr(torch, self.dtype)
+        return tree_map_only(Tensor, lambda part: part.to(kind) if part.is_floating_point() else part, inputs)
 
     def combined(self, logits: Tensor, *, temperature: float = 1.0) -> Tensor:
         """The ensemble's prediction ``(N, K)`` from its members' logits ``(M, N, K)``."""
@@ -144,3 +201,38 @@ def check_classes(who: str, network: nn.Module, shape: Sequence[int], num_classe
             f"{who} ({type(network).__name__}) has {found} where num_classes={num_classes} is needed: "
             "build it with the data's number of classes"
         )
+
+
+class _Together:
+    """Networks of one architecture as one function of stacked weights.
+
+    No module: the stacked weights are copies that no state dict shall hold.
+
+    Args:
+        networks: that are stacked.
+
+    Raises:
+        InputError: they are of several architectures.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        shapes = [{name: value.shape for name, value in network.state_dict().items()} for network in networks]
+        if len({type(network) for network in networks}) > 1 or any(other != shapes[0] for other in shapes):
+            raise InputError("teachers can only run as one (batched=True) if all have the same architecture")
+        self.networks = list(networks)
+        self.template = copy.deepcopy(networks[0]).eval().to("meta")
+        self.made_of: list[tuple[int, int]] = []
+        self.state: Any = None
+
+    def __call__(self, inputs: Any) -> list[Any]:
+        # The teachers may have been moved, or loaded, since.
+        made_of = [
+            (tensor.data_ptr(), tensor._version)  # noqa: SLF001
+            for network in self.networks
+            for tensor in (*network.parameters(), *network.buffers())
+        ]
+        if made_of != self.made_of:
+            self.state, self.made_of = stack_module_state(self.networks), made_of
+        run = partial(functional_call, self.template)
+        outputs = vmap(lambda state: run(state, (inputs,)))(self.state)
+        return list(outputs.unbind())

@@ -101,6 +101,8 @@ class ExtracurricularModule(DistillationModule):
         optimizer: makes the optimiser from the trainable parameters.
         lr_scheduler: makes the schedule from the optimiser.
         metrics: of the student's output and the target.
+        compile: see `DistillationModule`.
+        channels_last: see `DistillationModule`.
 
     Raises:
         InputError: an option is unknown, out of range or does not go with the others, a network does not fit, or a
@@ -137,6 +139,8 @@ class ExtracurricularModule(DistillationModule):
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         metrics: MetricCollection | None = None,
+        compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__(
             student,
@@ -146,6 +150,8 @@ class ExtracurricularModule(DistillationModule):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             metrics=metrics,
+            compile=compile,
+            channels_last=channels_last,
         )
         options: dict[str, Any] = {"task": task, "match": match, "sample_selection": sample_selection}
         check_choices(options | {"kl_direction": kl_direction, "bn_mode": bn_mode})
@@ -236,13 +242,12 @@ class ExtracurricularModule(DistillationModule):
             )
             return functional.join_gaussian(mean, variance.log())
 
-    @torch.no_grad()
     def _teacher_outputs(self, inputs: Any) -> list[Tensor]:
         """What every teacher gives, which of a regression's teachers need not be of one width."""
-        outputs = []
-        for number, network in enumerate(cast("TeacherEnsemble", self.teachers)):
-            outputs.append(network(inputs))
-            self._check_teacher(number, network, outputs[number].shape)
+        ensemble = cast("TeacherEnsemble", self.teachers)
+        outputs: list[Tensor] = ensemble.each(inputs)
+        for number, (network, output) in enumerate(zip(ensemble, outputs, strict=True)):
+            self._check_teacher(number, network, output.shape)
         return outputs
 
     def _teacher_gaussian(self, output: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -112,6 +113,8 @@ class FEEDModule(DistillationModule):
         optimizer: makes the optimiser from the trainable parameters.
         lr_scheduler: makes the schedule from the optimiser.
         metrics: of the student's output and the target.
+        compile: see `DistillationModule`.
+        channels_last: see `DistillationModule`.
 
     Raises:
         InputError: a layer that does not exist or does not give one feature map, sizes that do not match, a network
@@ -147,6 +150,8 @@ class FEEDModule(DistillationModule):
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         metrics: MetricCollection | None = None,
+        compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__(
             student,
@@ -155,6 +160,8 @@ class FEEDModule(DistillationModule):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             metrics=metrics,
+            compile=compile,
+            channels_last=channels_last,
         )
         self.teachers, self.teacher_store = ensemble_if_any(teachers), store
         # Copies, so that those that were given can be trained on.
@@ -198,10 +205,7 @@ class FEEDModule(DistillationModule):
         self.normalize, self.resize = normalize, resize
 
         self.student_tap = FeatureTap(student, resolve_layer(student, student_layer))
-        self.teacher_taps = [
-            FeatureTap(network, resolve_layer(network, layer))
-            for network, layer in zip(self.teachers or (), layers if self.teachers else (), strict=True)
-        ]
+        self.teacher_taps = [] if self.teachers is None else self.teachers.tapped(layers)
         student_channels, teacher_channels = self._channels(input_shape or likely_input_shape(student), transform)
         if share_transform and len(set(teacher_channels)) > 1:
             raise InputError(f"share_transform needs teachers of equal channel counts, got {teacher_channels}")
@@ -238,12 +242,14 @@ class FEEDModule(DistillationModule):
     @torch.no_grad()
     def ask(self, batch: Batch) -> dict[str, Tensor]:
         """Each teacher's feature map, or its paraphraser's code, and with ``kd_weight`` the ensemble's prediction."""
-        logits, features = zip(*(_run(tap, batch.input) for tap in self.teacher_taps), strict=True)
+        ensemble = cast("TeacherEnsemble", self.teachers)
+        logits, features = zip(
+            *ensemble.each(batch.input, [partial(_run, tap) for tap in self.teacher_taps]), strict=True
+        )
         if self.paraphrasers:
             features = tuple(self._paraphraser(number).encoder(feature) for number, feature in enumerate(features))
         answers = {_feature(number): feature for number, feature in enumerate(features)}
         if self.kd_weight:
-            ensemble = cast("TeacherEnsemble", self.teachers)
             answers["probabilities"] = ensemble.combined(torch.stack(logits), temperature=self.temperature)
         return answers
 

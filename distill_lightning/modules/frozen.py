@@ -59,8 +59,7 @@ class FrozenPartsModule(pl.LightningModule):
         if isinstance(teachers, TeacherEnsemble):
             checkpoint["recipes"]["teachers"] = {
                 "networks": [recipe_of(network) for network in teachers],
-                "weights": teachers.weights,
-                "combine": teachers.combine,
+                **teachers.options(),
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

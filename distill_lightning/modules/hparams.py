@@ -111,7 +111,7 @@ def rebuild(name: str, recipe: dict[str, Any] | None) -> nn.Module:
 
     Args:
         name: of the constructor's argument, for the message.
-        recipe: of a network, or an ensemble's ``networks``, ``weights`` and ``combine``.
+        recipe: of a network, or an ensemble's ``networks`` and other arguments.
 
     Raises:
         InputError: it tells nothing.
@@ -124,4 +124,4 @@ def rebuild(name: str, recipe: dict[str, Any] | None) -> nn.Module:
         networks.append(build_from(part))
     if ensemble is None:
         return networks[0]
-    return TeacherEnsemble(networks, weights=ensemble["weights"], combine=ensemble["combine"])
+    return TeacherEnsemble(networks, **{name: value for name, value in ensemble.items() if name != "networks"})

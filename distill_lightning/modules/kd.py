@@ -41,6 +41,8 @@ class KDModule(DistillationModule):
         optimizer: makes the optimiser from the trainable parameters.
         lr_scheduler: makes the schedule from the optimiser.
         metrics: of the student's output and the target.
+        compile: see `DistillationModule`.
+        channels_last: see `DistillationModule`.
 
     Raises:
         InputError: an option is out of range, or a network does not fit.
@@ -61,6 +63,8 @@ class KDModule(DistillationModule):
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         metrics: MetricCollection | None = None,
+        compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__(
             student,
@@ -69,6 +73,8 @@ class KDModule(DistillationModule):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             metrics=metrics,
+            compile=compile,
+            channels_last=channels_last,
         )
         if not temperature > 0:
             raise InputError(f"temperature must be positive, got {temperature}")

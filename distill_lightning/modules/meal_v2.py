@@ -110,6 +110,8 @@ class MEALV2Module(DistillationModule):
         optimizer: makes the optimiser from the trainable parameters.
         lr_scheduler: makes the schedule from the optimiser.
         metrics: of the student's output and the target.
+        compile: see `DistillationModule`.
+        channels_last: see `DistillationModule`.
 
     Raises:
         InputError: an option is out of range or needs a discriminator, a network does not fit, or schedules cannot be
@@ -137,6 +139,8 @@ class MEALV2Module(DistillationModule):
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         metrics: MetricCollection | None = None,
+        compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__(
             student,
@@ -145,6 +149,8 @@ class MEALV2Module(DistillationModule):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             metrics=metrics,
+            compile=compile,
+            channels_last=channels_last,
         )
         for name, value, known in (
             ("discriminator_input", discriminator_input, ("logits", "probabilities", "log_probabilities")),

@@ -1,4 +1,4 @@
-"""Optimisers and schedules as functions that make them, so that a configuration can hold them."""
+"""Optimisers and schedules as functions that make them, so that a configuration can hold them; compiled networks."""
 
 from __future__ import annotations
 
@@ -45,6 +45,18 @@ def with_schedule(
     if isinstance(scheduler, ReduceLROnPlateau):
         config["monitor"] = monitor
     return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def compile_networks(module: Any) -> None:
+    """Compile a module's student and teachers in place; those that are compiled stay as they are.
+
+    Args:
+        module: a `DistillationModule`.
+    """
+    # Here and not in the constructor, whose dry forwards would be compiled, too.
+    for network in (module.student, *(getattr(module, "teachers", None) or ())):
+        if getattr(network, "_compiled_call_impl", None) is None:
+            network.compile()
 
 
 def total_steps(module: pl.LightningModule) -> int:

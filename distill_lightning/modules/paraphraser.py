@@ -16,7 +16,7 @@ from distill_lightning import functional
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
-from distill_lightning.layers import FeatureTap, Paraphraser, TeacherEnsemble, fingerprint, resolve_layer
+from distill_lightning.layers import FeatureTap, Paraphraser, TeacherEnsemble, fingerprint
 from distill_lightning.modules.hparams import plain, unplain_arguments
 from distill_lightning.modules.optimization import (
     LRSchedulerCallable,
@@ -86,10 +86,7 @@ class ParaphraserModule(pl.LightningModule):
         paths = [layers] * len(self.teachers) if isinstance(layers, str) else list(layers)
         if len(paths) != len(self.teachers):
             raise InputError(f"{len(paths)} layers for {len(self.teachers)} teachers: give one for all, or one each")
-        self.taps = [
-            FeatureTap(network, resolve_layer(network, path))
-            for network, path in zip(self.teachers, paths, strict=True)
-        ]
+        self.taps = self.teachers.tapped(paths)
         self.paraphrasers = nn.ModuleList(
             Paraphraser(_channels(number, tap, input_shape), rate=rate, batch_norm=batch_norm)
             for number, tap in enumerate(self.taps)
@@ -160,8 +157,10 @@ class ParaphraserModule(pl.LightningModule):
 
     def _pairs(self, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Each teacher's reconstructed and real feature map."""
-        with torch.no_grad():
-            features = [tap(inputs)[1][tap.layers[0]] for tap in self.taps]
+        features = [
+            features[tap.layers[0]]
+            for tap, (_, features) in zip(self.taps, self.teachers.each(inputs, self.taps), strict=True)
+        ]
         return [
             (paraphraser(feature), feature) for paraphraser, feature in zip(self.paraphrasers, features, strict=True)
         ]

@@ -36,6 +36,8 @@ class RegressionModule(DistillationModule):
         optimizer: makes the optimiser from the trainable parameters.
         lr_scheduler: makes the schedule from the optimiser.
         metrics: of the student's output and the target.
+        compile: see `DistillationModule`.
+        channels_last: see `DistillationModule`.
 
     Raises:
         InputError: an option is out of range, the data have classes, or the student does not fit.
@@ -53,6 +55,8 @@ class RegressionModule(DistillationModule):
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         metrics: MetricCollection | None = None,
+        compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__(
             student,
@@ -62,6 +66,8 @@ class RegressionModule(DistillationModule):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             metrics=metrics,
+            compile=compile,
+            channels_last=channels_last,
         )
         if burn_in_epochs < 0:
             raise InputError(f"burn_in_epochs cannot be negative, got {burn_in_epochs}")

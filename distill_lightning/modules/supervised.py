@@ -25,6 +25,8 @@ class SupervisedModule(DistillationModule):
         optimizer: makes the optimiser from the trainable parameters.
         lr_scheduler: makes the schedule from the optimiser.
         metrics: of the student's output and the target.
+        compile: see `DistillationModule`.
+        channels_last: see `DistillationModule`.
 
     Raises:
         InputError: ``label_smoothing`` is out of range, or the student does not fit.
@@ -40,6 +42,8 @@ class SupervisedModule(DistillationModule):
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         metrics: MetricCollection | None = None,
+        compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__(
             student,
@@ -48,6 +52,8 @@ class SupervisedModule(DistillationModule):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             metrics=metrics,
+            compile=compile,
+            channels_last=channels_last,
         )
         if not 0 <= label_smoothing < 1:
             raise InputError(f"label_smoothing must be in [0, 1), got {label_smoothing}")

@@ -344,4 +344,6 @@ def an_exported_student_is_a_plain_network(build: Build) -> None:
             plain = _net(build)
             plain.load_state_dict(read_weights(module.export_student(Path(folder) / name)), strict=True)
             with torch.no_grad():
-                _require(torch.equal(plain.eval()(inputs), module(inputs)), f"{name}: the logits differ")
+                # Another memory layout may change the last bits.
+                close = torch.allclose(plain.eval()(inputs), module(inputs), rtol=1e-5, atol=1e-6)
+                _require(close, f"{name}: the logits differ")

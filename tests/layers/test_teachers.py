@@ -1,5 +1,6 @@
 """Frozen teachers and their joint prediction."""
 
+import copy
 import itertools
 import math
 
@@ -328,3 +329,105 @@ def test_the_fingerprint_sees_the_buffers_of_batch_norm():
 def test_the_fingerprint_reads_every_kind_of_tensor(tensor):
     first = fingerprint(module_with(tensor=tensor, buffer=True))
     assert fingerprint(module_with(tensor=tensor.clone().contiguous(), buffer=True)) == first
+
+
+# faster teachers
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_teachers_of_half_precision_answer_as_converted_networks_do(dtype):
+    kind = getattr(torch, dtype)
+    networks = [teacher(0), teacher(1)]
+    copies = [copy.deepcopy(network).to(kind).eval() for network in networks]
+    logits = TeacherEnsemble(networks, dtype=dtype).logits(images())
+    assert logits.dtype == kind
+    with torch.no_grad():
+        assert torch.equal(logits, torch.stack([network(images().to(kind)) for network in copies]))
+    exact = TeacherEnsemble([teacher(0), teacher(1)]).probabilities(images())
+    rough = TeacherEnsemble([teacher(0), teacher(1)], dtype=dtype).probabilities(images())
+    assert rough.dtype == torch.float32
+    assert torch.allclose(exact, rough, atol=0.02)
+    assert not torch.equal(exact, rough)
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(InputError, match="a teacher's dtype must be 'float16' or 'bfloat16', got 'float8'"):
+        TeacherEnsemble(teacher(), dtype="float8")
+
+
+def test_channels_last_is_another_layout_of_the_same_teacher():
+    ensemble, plain = TeacherEnsemble(teacher(), channels_last=True), TeacherEnsemble(teacher())
+    weights = [p for p in ensemble.parameters() if p.dim() == 4]
+    assert weights
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert fingerprint(ensemble) == fingerprint(plain)
+    assert torch.allclose(ensemble.logits(images()), plain.logits(images()), atol=1e-6)
+
+
+def test_teachers_that_run_as_one_say_what_they_say_one_by_one():
+    networks = [teacher(seed) for seed in range(3)]
+    batched, plain = TeacherEnsemble(networks, batched=True), TeacherEnsemble(networks)
+    assert torch.allclose(batched.logits(images()), plain.logits(images()), atol=1e-6)
+    assert torch.allclose(batched(images()), plain(images()), atol=1e-5)
+    assert batched.state_dict().keys() == plain.state_dict().keys()
+    # Weights that are loaded later count, and so does a move.
+    networks[1].load_state_dict(teacher(7).state_dict())
+    assert torch.allclose(batched.logits(images()), plain.logits(images()), atol=1e-6)
+    batched.double()
+    assert torch.allclose(batched.logits(images().double()), plain.logits(images().double()), atol=1e-6)
+
+
+def test_a_copy_of_teachers_that_run_as_one_has_weights_of_its_own():
+    batched = TeacherEnsemble([teacher(0), teacher(1)], batched=True)
+    before = batched.logits(images())
+    other = copy.deepcopy(batched)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    assert torch.equal(batched.logits(images()), before)
+    assert torch.equal(other.logits(images()), torch.zeros_like(before))
+
+
+def test_teachers_of_several_kinds_cannot_run_as_one():
+    wider = SmallResNet(3, in_channels=1, width=4)
+    with pytest.raises(InputError, match=r"batched=True.*same architecture"):
+        TeacherEnsemble([teacher(), wider], batched=True)
+
+
+def test_teachers_that_run_as_one_cannot_be_tapped():
+    with pytest.raises(InputError, match="batched=True run as one and have no inner features"):
+        TeacherEnsemble([teacher(0), teacher(1)], batched=True).tapped(["stage1", "stage1"])
+
+
+def test_taps_read_what_the_networks_compute_and_may_be_saved_for_backward():
+    ensemble = TeacherEnsemble([teacher(0), teacher(1)])
+    answers = ensemble.each(images(), ensemble.tapped(["stage1", "stage2"]))
+    for network, layer, (output, features) in zip(ensemble, ["stage1", "stage2"], answers, strict=True):
+        kept = []
+        with network.get_submodule(layer).register_forward_hook(lambda *args, kept=kept: kept.append(args[2])):
+            assert torch.equal(output, network(images()))
+        assert torch.equal(features[layer], kept[0])
+        student = torch.ones_like(features[layer], requires_grad=True)
+        (student * features[layer]).sum().backward()
+
+
+class TwoInputs(nn.Module):
+    """Reads a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, inputs):
+        return inputs["images"].mean(dim=(1, 2, 3))[:, None] * self.weight + inputs["number"][:, None]
+
+
+def test_inputs_in_parts_are_converted_but_for_integers():
+    seen = {"images": images(), "number": torch.arange(4)}
+    logits = TeacherEnsemble(TwoInputs(), dtype="bfloat16").logits(seen)
+    assert logits.dtype == torch.bfloat16
+    assert logits.shape == (1, 4, 3)
+
+
+def test_layout_and_running_as_one_exclude_each_other():
+    with pytest.raises(InputError, match="channels_last means nothing to teachers that run as one"):
+        TeacherEnsemble([teacher(0), teacher(1)], batched=True, channels_last=True)
