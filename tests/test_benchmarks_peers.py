@@ -134,15 +134,21 @@ def test_steps_change_every_weight_as_our_module_does(peer, kind, count):
 
 @both_peers
 @every_kind
-def test_teachers_stay_as_they_are(peer, kind, count):
+def test_teachers_stay_as_they_are_and_the_student_learns(peer, kind, count):
     given = arguments(kind, count)
-    assert all(teacher.training for teacher in given["teachers"])
+    given["student"].eval()
+    seen = []
+    for teacher in given["teachers"]:
+        assert teacher.training
+        teacher.register_forward_hook(lambda network, *_: seen.append((network.training, torch.is_grad_enabled())))
     before = [fingerprint(teacher) for teacher in given["teachers"]]
     step = step_of(peer, given)
     for images, labels in batches(2):
         step(images, labels)
     assert [fingerprint(teacher) for teacher in given["teachers"]] == before
     assert all(parameter.grad is None for teacher in given["teachers"] for parameter in teacher.parameters())
+    # Each teacher once in each step, in eval mode, without a graph.
+    assert seen == [(False, False)] * (2 * count)
     assert given["student"].training
 
 
