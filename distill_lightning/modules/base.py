@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -26,6 +27,7 @@ from distill_lightning.modules.optimization import (
     with_schedule,
 )
 from distill_lightning.modules.storing import begin_store, finish_epoch
+from distill_lightning.modules.waiting import DataWait
 from distill_lightning.processes import is_alone
 from distill_lightning.stores import TeacherStore
 
@@ -122,6 +124,10 @@ class DistillationModule(FrozenPartsModule):
         self._objects = objects_given(self, objects)
         self._observed: dict[str, Tensor] = {}
         self._answers = TeacherAnswers()
+        self._wait = DataWait()
+        # The batch that is trained on, and the same with index and view as they were before it went to the device.
+        self._batch: Batch | None = None
+        self._host_keys: Batch | None = None
 
     # What a method fills in
 
@@ -188,7 +194,7 @@ class DistillationModule(FrozenPartsModule):
             if ask is None:
                 raise InputError("teachers is null and there is no store: give teachers, or a complete TeacherStore")
             return ask()
-        return self.teacher_store.told(batch, ask, device=self.device)
+        return self.teacher_store.told(self._on_the_host(batch), ask, device=self.device)
 
     def check_output(self, who: str, network: nn.Module, shape: Sequence[int]) -> None:
         """Look at the shape of a network's output.
@@ -219,7 +225,7 @@ class DistillationModule(FrozenPartsModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Weigh, sum and log the terms of a batch."""
-        batch = Batch.of(batch)
+        self._batch = batch = Batch.of(batch)
         self._observed = {}
         terms, weights = self.terms(batch), self.weights()
         if terms.keys() != weights.keys():
@@ -319,10 +325,42 @@ class DistillationModule(FrozenPartsModule):
         self._fingerprints = self._fingerprint()
         self._answers.forget()
 
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        # Lightning's own step around the public hook, which, if it were defined here, would put the data module's out
+        # of action. Without it, a store on a GPU only waits for the device.
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
+        # Which samples a training batch holds, for the store, while they are still on the host.
+        if self.teacher_store is not None and self.trainer.training:
+            # A hook behind the transfer may put other rows in their places.
+            others = (self, self.trainer.datamodule)  # type: ignore[attr-defined]  # set where a data module was given
+            changed = any(is_overridden("on_after_batch_transfer", other) for other in others if other is not None)
+            self._host_keys = None if changed else Batch.of(batch)
+        return batch
+
+    def _on_the_host(self, batch: Batch) -> Batch:
+        """A batch with index and view where a store can read them without waiting for the device."""
+        moved = batch.index is not None and batch.index.device.type != "cpu"
+        return self._host_keys if moved and batch is self._batch and self._host_keys is not None else batch
+
     def on_train_start(self) -> None:
         """Tell the store what it is about, and take up what a killed training has left in it."""
         if self.teacher_store is not None:
             begin_store(self, self.teacher_store)
+
+    def on_train_epoch_start(self) -> None:
+        """The wait for data is measured anew in every epoch."""
+        self._wait.begin()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """The wait is over."""
+        self._wait.arrived()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Show the share of the time that was spent waiting for data, where a progress bar shows anything."""
+        self._wait.done()
+        bar = self.trainer.progress_bar_callback
+        if bar is not None and getattr(bar, "is_enabled", True):
+            self.log("data_wait", self._wait.share, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self) -> None:
         """What the teachers have said in this epoch can be read from now on."""
@@ -337,6 +375,7 @@ class DistillationModule(FrozenPartsModule):
         """Within one ``fit`` the data stay the same; another call may bring others."""
         if self.trainer.state.fn != "fit":
             self._answers.forget()
+        self._wait.pause()
         # `validate` leaves states that were made in inference mode, which `fit` must not change.
         self.val_metrics.reset()
         self.val_teacher_metrics.reset()

@@ -257,10 +257,10 @@ class TeacherStore:
         for name, values in rows.items():
             if name.endswith(_CLASSES):
                 continue
-            kept = torch.from_numpy(values).to(device).float()
+            kept = _moved(values, device).float()
             if _are_probabilities(name):
                 if self.top_k is not None:
-                    classes = torch.from_numpy(rows[f"{name}{_CLASSES}"]).to(device)
+                    classes = _moved(rows[f"{name}{_CLASSES}"], device)
                     kept = spread(kept, classes, self._plan["made_by"]["num_classes"])
                 # What rounding has added or taken away must not become mass of the target.
                 kept = kept / kept.sum(dim=1, keepdim=True)
@@ -291,6 +291,14 @@ class TeacherStore:
             f"the store {self.path} does not know {where} ({self._records.path_of(int(view[row]), shard).name} is "
             f"{state}): fill it with 'distill-lightning record', or give teachers and fill='online'"
         )
+
+
+def _moved(values: NDArray[Any], device: torch.device | str) -> Tensor:
+    tensor = torch.from_numpy(values)
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    # From other memory a copy waits until the device has done all that it was told before.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _are_probabilities(name: str) -> bool:

@@ -191,3 +191,59 @@ def fast_kd(student, teachers, num_classes):
 @pytest.mark.parametrize("point", CONTRACT)
 def test_the_contract_holds(point):
     CONTRACT[point](fast_kd)
+
+
+# A store on a device that is not the host, for which PyTorch's "meta" stands here
+
+
+class NotingStore:
+    """Notes what it is asked about."""
+
+    def __init__(self):
+        self.asked = []
+
+    def told(self, batch, ask, *, device):
+        self.asked.append(batch)
+
+
+class MovedBatches(KDModule):
+    """Whose batches go there, and which asks its store alone."""
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        return super().transfer_batch_to_device(batch, torch.device("meta"), dataloader_idx)
+
+    def terms(self, batch):
+        self.told(batch)
+        return {"ce": self.student.head.weight.sum(), "kd": self.student.head.bias.sum()}
+
+    def on_train_start(self):
+        """The store is none."""
+
+    def on_train_epoch_end(self):
+        """The store is none."""
+
+
+def asked_on_another_device(module):
+    module.teacher_store = NotingStore()
+    data = TinyDataModule()
+    data.setup()
+    tiny_trainer(limit_val_batches=0).fit(module, data.train_dataloader(), data.val_dataloader())
+    return [batch.index for batch in module.teacher_store.asked]
+
+
+def test_a_store_reads_the_index_that_is_still_on_the_host():
+    index = asked_on_another_device(MovedBatches(TinyNet(), None, num_classes=3))
+    assert {part.device.type for part in index} == {"cpu"}
+    assert sorted(torch.cat(index).tolist()) == list(range(24))
+
+
+class Reordered(MovedBatches):
+    """Which reads its batches backwards."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch._replace(input=batch.input.flip(0), target=batch.target.flip(0), index=batch.index.flip(0))
+
+
+def test_where_a_hook_may_have_changed_the_rows_the_moved_index_counts():
+    index = asked_on_another_device(Reordered(TinyNet(), None, num_classes=3))
+    assert {part.device.type for part in index} == {"meta"}

@@ -1,0 +1,1 @@
+"""What things cost, measured; nothing here is part of the package."""

@@ -1,0 +1,455 @@
+"""What a step costs, with the teachers at work and with their answers in a store.
+
+    make bench
+
+runs every section on one machine in one process (memory peaks: a process each), prints tables and writes
+``benchmarks/results/throughput.json``. Every ratio is the median over rounds in which the contestants took turns; the
+plain PyTorch loop, which most ratios refer to, has its batches in memory and logs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from benchmarks import data_path, growth, views
+from benchmarks.contestants import (
+    BATCH_SIZE,
+    CLASSES,
+    LEARNING_RATE,
+    METHODS,
+    RandomImages,
+    Stores,
+    looped,
+    quiet_trainer,
+    sgd,
+    student,
+    teachers,
+    trained,
+)
+from benchmarks.peers import plain_step, torchdistill_step
+from benchmarks.timing import Figure, Turn, machine, peak_memory, ratio, stopwatch, take_turns
+from distill_lightning import SelfKDModule, SupervisedModule, TeacherEnsemble
+from distill_lightning.layers import Discriminator, make_translator
+from distill_lightning.modules.recording import record
+
+RESULT = Path(__file__).parent / "results/throughput.json"
+_FEATURES = 64  # channels of both networks' last feature map
+
+
+class Report:
+    """What was measured; written after each section, so that nothing is lost.
+
+    Args:
+        path: of the JSON file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.console = Console(width=120)
+        self.content: dict[str, Any] = {"machine": machine(), "ratios": {}, "spread": {}, "sections": {}}
+
+    def ratio(self, name: str, figure: Figure) -> None:
+        """Keep a ratio and its quartiles."""
+        self.content["ratios"][name] = round(figure.median, 4)
+        self.content["spread"][name] = [round(figure.low, 4), round(figure.high, 4)]
+
+    def section(self, name: str, rows: Sequence[dict[str, Any]], *, note: str = "") -> None:
+        """Print a table, keep it and write all."""
+        table = Table(title=f"{name}\n{note}" if note else name, title_justify="left")
+        for column in rows[0]:
+            table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+        for row in rows:
+            table.add_row(*[_shown(value) for value in row.values()])
+        self.console.print(table)
+        self.content["sections"][name] = {"note": note, "rows": [_plain(row) for row in rows]}
+        self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Figure):
+        return (
+            f"{value.median:,.3g} ({value.low:,.3g} to {value.high:,.3g})"
+            if value.median < 1000
+            else f"{value.median:,.0f}"
+        )
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, Figure) else value for name, value in row.items()}
+
+
+def _milliseconds(values: Iterable[float]) -> Figure:
+    return Figure.of(1000 * value for value in values)
+
+
+class Throughput:
+    """The sections of the benchmark.
+
+    Args:
+        report: what they add to.
+        rounds: of the cheaper sections; the expensive ones have half as many.
+        images: in an epoch that is a turn.
+        counts: numbers of teachers.
+    """
+
+    def __init__(self, report: Report, *, rounds: int, images: int, counts: Sequence[int] = (1, 3, 5)) -> None:
+        self.report, self.rounds, self.counts = report, rounds, tuple(counts)
+        self.data = RandomImages(images)
+        self.stores = Stores(self.data)
+
+    def supervised(self, **options: Any) -> SupervisedModule:
+        """Plain training through the Trainer."""
+        return SupervisedModule(student(), num_classes=CLASSES, optimizer=sgd, **options)
+
+    def bare(self) -> Turn:
+        """The plain loop."""
+        return looped(plain_step("supervised", student(), [], lr=LEARNING_RATE), self.data)
+
+    def steps(self) -> None:
+        """A plain step, ours, and methods that read what their teachers have said."""
+        fast = trained(self.stores.reading("kd", self.counts[-1], channels_last=True, compile=True), self.data)
+        with stopwatch() as seconds:
+            fast()
+        contestants = {
+            "plain PyTorch loop": self.bare(),
+            "SupervisedModule": trained(self.supervised(), self.data),
+            "SelfKDModule, stored": trained(
+                SelfKDModule(student(), num_classes=CLASSES, optimizer=sgd, total_epochs=1), self.data
+            ),
+        }
+        for method in ("kd", "meal_v2"):
+            for count in self.counts:
+                name = f"{METHODS_NAMES[method]}, store of {count}"
+                contestants[name] = trained(self.stores.reading(method, count), self.data)
+        contestants["SupervisedModule, channels_last"] = trained(self.supervised(channels_last=True), self.data)
+        kd = f"KDModule, store of {self.counts[-1]}, channels_last"
+        contestants[kd] = trained(self.stores.reading("kd", self.counts[-1], channels_last=True), self.data)
+        contestants[f"{kd}, compile"] = fast
+        measured = take_turns(contestants, rounds=self.rounds)
+        bare, supervised = measured["plain PyTorch loop"], measured["SupervisedModule"]
+        rows = [
+            {
+                "contestant": name,
+                "ms a step": _milliseconds(values),
+                "over plain loop": ratio(values, bare),
+                "over SupervisedModule": ratio(values, supervised),
+            }
+            for name, values in measured.items()
+        ]
+        self.report.ratio("trainer_over_bare", ratio(supervised, bare))
+        self.report.ratio("self_kd_stored_over_supervised", ratio(measured["SelfKDModule, stored"], supervised))
+        for method in ("kd", "meal_v2"):
+            for count in self.counts:
+                values = measured[f"{METHODS_NAMES[method]}, store of {count}"]
+                self.report.ratio(f"{method}_store_over_supervised_{count}_teachers", ratio(values, supervised))
+        self.report.ratio("kd_store_channels_last_over_bare", ratio(measured[kd], bare))
+        self.report.ratio("kd_store_fast_over_bare", ratio(measured[f"{kd}, compile"], bare))
+        self.report.content["compile_warm_up_seconds"] = round(seconds(), 1)
+        note = f"ResNet-20, batches of {BATCH_SIZE}; the first fit with compile took {seconds():.0f} s"
+        self.report.section("a, b. a step with full stores", rows, note=note)
+
+    def features(self) -> None:
+        """FEED with a full store, over plain training and what its translators cost alone."""
+        contestants: dict[str, Turn] = {"SupervisedModule": trained(self.supervised(), self.data)}
+        for count in self.counts:
+            contestants[f"translators of {count}"] = self._translators(count)
+            contestants[f"FEEDModule, store of {count}"] = trained(self.stores.reading("feed", count), self.data)
+        measured = take_turns(contestants, rounds=self.rounds)
+        supervised = measured["SupervisedModule"]
+        rows = [{"contestant": "SupervisedModule", "ms a step": _milliseconds(supervised), "over floor": ""}]
+        for count in self.counts:
+            alone, stored = measured[f"translators of {count}"], measured[f"FEEDModule, store of {count}"]
+            floor = [first + second for first, second in zip(supervised, alone, strict=True)]
+            rows.append({"contestant": f"translators of {count}", "ms a step": _milliseconds(alone), "over floor": ""})
+            over = ratio(stored, floor)
+            rows.append(
+                {"contestant": f"FEEDModule, store of {count}", "ms a step": _milliseconds(stored), "over floor": over}
+            )
+            self.report.ratio(f"feed_store_over_floor_{count}_teachers", over)
+        self.report.section(
+            "b. FEED with full stores of feature maps",
+            rows,
+            note="floor: SupervisedModule and the translators' own forward, backward and SGD step",
+        )
+
+    def _translators(self, count: int) -> Turn:
+        """Forward, backward and step of the translators alone, on features in memory."""
+        translators = nn.ModuleList(
+            make_translator("conv3", _FEATURES, _FEATURES, batch_norm=False) for _ in range(count)
+        )
+        optimizer = sgd(translators.parameters())
+        feature = torch.rand(BATCH_SIZE, _FEATURES, 8, 8, requires_grad=True)
+        gradient = torch.full_like(feature, 1e-6)
+
+        def step(_images: torch.Tensor, _labels: torch.Tensor) -> None:
+            optimizer.zero_grad()
+            outputs = [translator(feature) for translator in translators]
+            torch.autograd.backward(outputs, [gradient] * count)
+            optimizer.step()
+
+        return looped(step, self.data)
+
+    def online(self) -> None:
+        """The teachers at work in every step, here and at the peers, and the same work with a store."""
+        data = RandomImages(min(self.data.count, 5 * BATCH_SIZE))
+        stored = Stores(data)
+        contestants: dict[str, Turn] = {"SupervisedModule": trained(self.supervised(), data)}
+        peers = {"plain loop": plain_step, "torchdistill": torchdistill_step}
+        for method, count in [(method, count) for method in METHODS for count in self.counts]:
+            contestants[f"{method}, {count}, ours online"] = trained(METHODS[method](student(), teachers(count)), data)
+            contestants[f"{method}, {count}, ours stored"] = trained(stored.reading(method, count), data)
+            for peer, make in peers.items():
+                step = make(method, student(), teachers(count), lr=LEARNING_RATE, **_companions(method, count))
+                contestants[f"{method}, {count}, {peer}"] = looped(step, data)
+        measured = take_turns(contestants, rounds=max(self.rounds // 3, 1))
+        rows = []
+        for method, count in [(method, count) for method in METHODS for count in self.counts]:
+            times = {who: measured[f"{method}, {count}, {who}"] for who in (*peers, "ours online", "ours stored")}
+            fastest = min(peers, key=lambda peer: Figure.of(times[peer]).median)
+            over = ratio(times[fastest], times["ours stored"])
+            self.report.ratio(f"peer_online_over_{method}_store_{count}_teachers", over)
+            milliseconds = {f"{who}, ms": _milliseconds(values) for who, values in times.items()}
+            rows.append(
+                {"method": METHODS_NAMES[method], "teachers": str(count), **milliseconds, "peer / stored": over}
+            )
+        self.report.section("b, c. teachers at work in every step, and stored", rows, note="the faster peer over ours")
+
+    def data_path(self) -> None:
+        """Images a second, and how many the student takes."""
+        rates = data_path.images_per_second(rounds=max(self.rounds // 2, 1))
+        bare = take_turns({"bare": self.bare()}, rounds=max(self.rounds // 2, 1))["bare"]
+        appetite = Figure.of(BATCH_SIZE / seconds for seconds in bare)
+        over = Figure.of(value / appetite.median for value in rates["ours, 0 workers"])
+        self.report.ratio("data_over_student_appetite", over)
+        rows = [
+            {"who": name, "images a second": rate, "times the student": rate.median / appetite.median}
+            for name, rate in (rates | {"the student, plain loop": appetite}).items()
+        ]
+        self.report.section("d. augmented batches", rows, note="3x32x32, random crop and flip")
+
+    def recording(self) -> None:
+        """Filling a store ahead of time, over a loop of the teachers in inference mode."""
+        count = self.counts[-1]
+        networks = teachers(count)
+        batches = [batch.input for batch in self.data.train_dataloader()]
+
+        def inference() -> float:
+            with stopwatch() as seconds, torch.inference_mode():
+                for images in batches:
+                    for network in networks:
+                        network(images)
+            return seconds() / len(batches)
+
+        def recorded() -> float:
+            module = METHODS["kd"](student(), networks, store=self.stores.fresh())
+            return record(quiet_trainer(), module, self.data).seconds / len(batches)
+
+        measured = take_turns({"teachers alone": inference, "record": recorded}, rounds=max(self.rounds // 3, 1))
+        over = ratio(measured["record"], measured["teachers alone"])
+        self.report.ratio("record_over_inference", over)
+        rows = [
+            {
+                "what": name,
+                "ms a batch": _milliseconds(values),
+                "over teachers alone": ratio(values, measured["teachers alone"]),
+            }
+            for name, values in measured.items()
+        ]
+        self.report.section(f"e. record, {count} teachers, start and writing included", rows)
+
+    def together(self) -> None:
+        """Teachers of one architecture as one, by vmap, and one by one."""
+        cases: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+            "5 small networks, 8x8, batch 16": (lambda: growth.small_network(8, 1), (16, 1, 8, 8)),
+            "5 small networks, 28x28, batch 64": (lambda: growth.small_network(8, 1), (64, 1, 28, 28)),
+            "5 ResNet-56, 32x32, batch 2": (lambda: teachers(1)[0], (2, 3, 32, 32)),
+            "5 ResNet-56, 32x32, batch 64": (lambda: teachers(1)[0], (64, 3, 32, 32)),
+        }
+        rows = []
+        for name, (make, shape) in cases.items():
+            inputs = torch.rand(shape)
+            ensembles = {
+                "one by one": TeacherEnsemble([make() for _ in range(5)]),
+                "as one": TeacherEnsemble([make() for _ in range(5)], batched=True),
+            }
+
+            def asked(ensemble: TeacherEnsemble, inputs: torch.Tensor = inputs) -> float:
+                with stopwatch() as seconds:
+                    ensemble.logits(inputs)
+                return seconds()
+
+            measured = take_turns(
+                {who: lambda ensemble=ensemble: asked(ensemble) for who, ensemble in ensembles.items()},
+                rounds=max(self.rounds // 2, 1),
+            )
+            over = ratio(measured["as one"], measured["one by one"])
+            rows.append(
+                {"teachers": name, **{f"{who}, ms": _milliseconds(v) for who, v in measured.items()}, "ratio": over}
+            )
+        self.report.section("teachers as one, by vmap (TeacherEnsemble's batched)", rows)
+
+    def reads(self, *, samples: int) -> None:
+        """What a top-10 store of 1000 classes costs to read and to keep."""
+        with tempfile.TemporaryDirectory() as folder:
+            found = growth.reads(Path(folder), samples=samples, classes=1000, top_k=10, rounds=3)
+        self.report.ratio("bytes_per_sample_view_top10_of_1000", Figure.of([found["bytes"]]))
+        self.report.section(
+            "f. a store of the 10 largest of 1000 probabilities", [{"what": "on disk and read", **found}]
+        )
+
+    def wall_clock(self, *, epochs: int, seeds: Sequence[int], counts: Sequence[int | None], small: bool) -> None:
+        """Accuracy by number of views, and the time until a student is as good as one alone."""
+        with tempfile.TemporaryDirectory() as folder:
+            found = views.compare(Path(folder), views=counts, seeds=seeds, epochs=epochs, small=small)
+        rows = found.pop("rows")
+        note = ", ".join(f"{name} {_shown(value)}" for name, value in found.items())
+        self.report.section("g. how many views", rows, note=f"KD, stores filled while training; {note}")
+
+    def growth(self, *, counts: tuple[int, ...], numbers: tuple[int, ...]) -> None:
+        """Seconds of an epoch by number of samples and of teachers."""
+        with tempfile.TemporaryDirectory() as folder:
+            rows = growth.epochs(Path(folder), counts=counts, teachers=numbers, rounds=max(self.rounds // 3, 1))
+        self.report.section("h. seconds of an epoch, tiny networks", rows)
+
+    def memory(self) -> None:
+        """The most memory of a process that does one contestant's work."""
+        # The child finds full stores; filling them is no part of what is measured.
+        count = self.counts[-1]
+        for method in METHODS:
+            self.stores.filled(method, count)
+        rows = []
+        for name in MEMORY:
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.throughput",
+                "--peak",
+                name,
+                "--stores",
+                str(self.stores.folder),
+            ]
+            command += ["--images", str(self.data.count), "--teachers", str(count)]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603  (its own name)
+            rows.append({"contestant": name, "peak MiB": int(output.split()[-1]) / 2**20})
+        self.report.section("i. memory, the whole process", rows, note=f"{count} teachers")
+
+    def peak(self, name: str) -> int:
+        """Bytes, in this process, of one of `MEMORY`."""
+        kind, _, method = name.partition(" ")
+        count = self.counts[-1]
+        if kind == "plain":
+            self.bare()()
+        elif kind == "supervised":
+            trained(self.supervised(), self.data)()
+        elif kind == "stored":
+            trained(self.stores.reading(method, count), self.data)()
+        else:
+            trained(METHODS[method](student(), teachers(count)), self.data)()
+        return peak_memory()
+
+
+METHODS_NAMES = {"kd": "KDModule", "meal_v2": "MEALV2Module", "feed": "FEEDModule"}
+MEMORY = ("plain", "supervised", *(f"{how} {method}" for method in METHODS for how in ("stored", "online")))
+
+
+def _companions(method: str, count: int) -> dict[str, Any]:
+    """What learns beside the student."""
+    if method == "meal_v2":
+        return {"discriminator": Discriminator(CLASSES)}
+    if method == "feed":
+        return {
+            "translators": nn.ModuleList(
+                make_translator("conv3", _FEATURES, _FEATURES, batch_norm=False) for _ in range(count)
+            )
+        }
+    return {}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the sections."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="everything once and tiny, to see that it runs")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--only", nargs="*", help="names of sections")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--stores", help=argparse.SUPPRESS)
+    parser.add_argument("--images", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--teachers", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    _quiet_down()
+    small = given.small
+    counts = (given.teachers,) if given.teachers else (1, 2) if small else (1, 3, 5)
+    images = given.images or (3 if small else 8) * BATCH_SIZE
+    report = Report(given.output)
+    benchmark = Throughput(report, rounds=1 if small else 12, images=images, counts=counts)
+    if given.peak:
+        benchmark.stores.folder = Path(given.stores)
+        print(benchmark.peak(given.peak))
+        return
+    begin = time.perf_counter()
+    sections: dict[str, Callable[[], None]] = {
+        "steps": benchmark.steps,
+        "features": benchmark.features,
+        "online": benchmark.online,
+        "data_path": benchmark.data_path,
+        "recording": benchmark.recording,
+        "together": benchmark.together,
+        "reads": lambda: benchmark.reads(samples=2_000 if small else 50_000),
+        "growth": lambda: benchmark.growth(
+            counts=(1_000, 2_000) if small else (1_000, 4_000, 16_000, 60_000),
+            numbers=(1, 2) if small else (1, 2, 4, 8),
+        ),
+        "wall_clock": lambda: benchmark.wall_clock(
+            epochs=2 if small else 16,
+            seeds=(0,) if small else (0, 1, 2),
+            counts=(1, None) if small else (1, 2, 4, 8, 16, None),
+            small=small,
+        ),
+        "memory": benchmark.memory,
+    }
+    for name, section in sections.items():
+        if not given.only or name in given.only:
+            section()
+    report.content["seconds"] = round(time.perf_counter() - begin)
+    report.write()
+    ratios = [
+        {"ratio": name, "median": value, "quartiles": str(report.content["spread"][name])}
+        for name, value in report.content["ratios"].items()
+    ]
+    if ratios:
+        report.section(
+            "ratios", ratios, note=f"{report.content['seconds']} s in all, {torch.get_num_threads()} threads"
+        )
+    print(f"Written: {report.path}")
+
+
+def _quiet_down() -> None:
+    """Lightning's advice is not for a benchmark."""
+    warnings.filterwarnings("ignore")
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()
