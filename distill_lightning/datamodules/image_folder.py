@@ -149,8 +149,8 @@ class ImageFolderDataModule(ImageDataModule):
 
     A view is a function of ``(seed, sample index, view number)`` alone: torchvision's ``RandomResizedCrop`` and a flip,
     with bilinear interpolation and antialiasing. All images become RGB with 8 bits: grey ones, palettes and CMYK JPEGs
-    are converted, transparency is dropped, 16 bits lose the lower 8, of an animation the first frame counts. The EXIF
-    orientation of JPEG and PNG files is followed; that of WebP files is not.
+    are converted, transparency is dropped, 16 bits lose the lower 8, of an animated GIF the first frame counts. The
+    EXIF orientation of JPEG and PNG files is followed; that of WebP files is not.
 
     With ``views_per_load=R`` an image is decoded once for ``R`` of its views, which follow one another in a batch; an
     epoch then reads the views ``e * R`` to ``e * R + R - 1``, modulo ``views``, and is ``R`` times as long. Shen, Xing:
