@@ -5,6 +5,7 @@ from distill_lightning.batch import Batch
 from distill_lightning.datamodules import (
     DigitsDataModule,
     FashionMNISTDataModule,
+    ImageFolderDataModule,
     IndexedDataModule,
     InMemoryImageDataModule,
     RotatedDigitsDataModule,
@@ -59,6 +60,7 @@ __all__ = [
     "GeneratorModule",
     "GeneratorSampler",
     "GroupSchedules",
+    "ImageFolderDataModule",
     "InMemoryImageDataModule",
     "IndexedDataModule",
     "InputError",

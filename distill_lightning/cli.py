@@ -23,7 +23,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 
 from distill_lightning import __version__, callbacks
-from distill_lightning.datamodules import InMemoryImageDataModule
+from distill_lightning.datamodules import ImageDataModule
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules import DistillationModule, check_optimizer
 from distill_lightning.modules.recording import Recorded, record
@@ -127,7 +127,7 @@ class DistillCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Look at the data, the checkpoint and the optimiser before the Trainer writes anything."""
-        if isinstance(self.datamodule, InMemoryImageDataModule) and self.trainer.world_size == 1:
+        if isinstance(self.datamodule, ImageDataModule) and self.trainer.world_size == 1:
             self.datamodule.prepare_data()
             self.datamodule.setup()
         if not isinstance(self.model, DistillationModule):
@@ -207,7 +207,9 @@ def one_line(error: Exception) -> str:
     """
     refusal = _refusal(error)
     if refusal is not None:
-        return " ".join(refusal.split())
+        # A loader's worker process puts its whole traceback before the message.
+        message = refusal.rpartition(f"{InputError.__module__}.InputError: ")[2]
+        return " ".join(message.split())
     last = list(_chain(error))[-1]
     # A KeyError shows its message in quotes.
     reason = " ".join(str(last.args[0] if isinstance(last, KeyError) and last.args else last).split())

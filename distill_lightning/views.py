@@ -7,7 +7,8 @@ order of the batch or the device count. That is what lets a teacher's answer abo
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,3 +131,49 @@ def crop_and_flip(images: Tensor, draws: Tensor, *, padding: int, flip: bool) ->
     padded = F.pad(images, (padding,) * 4)
     sample: tuple[Any, ...] = (torch.arange(count)[:, None, None, None], torch.arange(channels)[None, :, None, None])
     return padded[(*sample, rows[:, None, :, None], columns[:, None, None, :])]
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+_CROP_TRIALS = 10
+CROP_DRAWS = 4 * _CROP_TRIALS
+"""How many draws `random_box` may need."""
+
+
+def random_box(
+    height: int, width: int, draws: Sequence[float], *, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Box:
+    """The part of an image that a random resized crop takes, distributed as torchvision's ``RandomResizedCrop``.
+
+    A part of the area, uniform in ``scale``, and a ratio of width to height, log-uniform in ``ratio``, are drawn until
+    such a box fits, at most ten times; where it lies is uniform. If none fits: the largest central box whose ratio is
+    in ``ratio``.
+
+    In Python's own floats, one image at a time: in a vectorised exponential the last bit could depend on the place in
+    the batch, and rounding make another box of it.
+
+    Args:
+        height: of the image, in pixels.
+        width: likewise.
+        draws: `CROP_DRAWS` numbers, uniform on ``[0, 1)``; each trial has four: area, ratio, top, left.
+        scale: smallest and largest part of the area.
+        ratio: smallest and largest ratio of width to height.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for trial in range(_CROP_TRIALS):
+        part, shape, down, right = draws[4 * trial : 4 * trial + 4]
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * part)
+        drawn = math.exp(low + (high - low) * shape)
+        rows, columns = round(math.sqrt(area / drawn)), round(math.sqrt(area * drawn))
+        if 0 < rows <= height and 0 < columns <= width:
+            return Box(int(down * (height - rows + 1)), int(right * (width - columns + 1)), rows, columns)
+    rows = min(height, max(1, round(width / ratio[0])))
+    columns = min(width, max(1, round(height * ratio[1])))
+    return Box((height - rows) // 2, (width - columns) // 2, rows, columns)

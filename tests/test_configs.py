@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
-from distill_lightning import SmallResNet, layers
+from distill_lightning import layers, networks
 from distill_lightning.cli import main
 from distill_lightning.compare import command
 
@@ -31,6 +32,17 @@ def small_fashion_mnist(folder):
         (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pixels.numpy().tobytes()))
         header = struct.pack(">HBBI", 0, 8, 1, count)
         (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + labels.numpy().tobytes()))
+
+
+def small_image_folder(folder, classes=1000):
+    """As many classes as ImageNet, one small image each for training and one for test."""
+    picture = io.BytesIO()
+    Image.effect_noise((40, 36), 50).convert("RGB").save(picture, format="JPEG")
+    for part in ("train", "val"):
+        for number in range(classes):
+            place = folder / part / f"n{number:08d}"
+            place.mkdir(parents=True)
+            (place / f"{part}_{number}.JPEG").write_bytes(picture.getvalue())
 
 
 def test_every_yaml_is_in_a_tested_folder():
@@ -72,7 +84,7 @@ def test_fit_runs(path, tmp_path, monkeypatch):
     left = collections.defaultdict(dict)
     for pretrained in networks_in(config["model"]):
         name = pretrained["network"]["class_path"].rpartition(".")[2]
-        network = getattr(layers, name, SmallResNet)(**pretrained["network"]["init_args"])
+        network = (getattr(layers, name, None) or getattr(networks, name))(**pretrained["network"]["init_args"])
         part = f"{pretrained['part']}." if "part" in pretrained else ""
         left[pretrained["checkpoint"]] |= {part + key: value for key, value in network.state_dict().items()}
     for file, state in left.items():
@@ -82,6 +94,11 @@ def test_fit_runs(path, tmp_path, monkeypatch):
     if "FashionMNIST" in config["data"]["class_path"]:
         small_fashion_mnist(tmp_path)
         for name, value in {"data_dir": tmp_path, "subset": 64, "val_size": 40}.items():
+            arguments += [f"--data.init_args.{name}", str(value)]
+    if "ImageFolder" in config["data"]["class_path"]:
+        small_image_folder(tmp_path / config["data"]["init_args"]["data_dir"])
+        sizes = {"image_size": 32, "resize_size": 36, "subset": 4, "val_size": 4, "test_size": 4, "batch_size": 8}
+        for name, value in (sizes | {"num_workers": 0}).items():
             arguments += [f"--data.init_args.{name}", str(value)]
     assert main(arguments) == 0
 

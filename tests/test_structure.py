@@ -110,7 +110,7 @@ def test_the_public_names_of_the_design_are_there():
         "DistillationModule", "SupervisedModule", "KDModule", "FEEDModule", "TeacherEnsemble", "Pretrained", "Batch",
         "DigitsDataModule", "FashionMNISTDataModule", "functional", "SelfKDModule", "MEALV2Module",
         "ExtracurricularModule", "IndexedDataModule", "PredictionStore", "MixupSampler", "CutMixSampler",
-        "GeneratorSampler", "EmpiricalSampler", "AURC", "GapReduction", "AngularError",
+        "GeneratorSampler", "EmpiricalSampler", "ImageFolderDataModule", "AURC", "GapReduction", "AngularError",
     }  # fmt: skip
     assert names <= set(distill_lightning.__all__)
     assert all(hasattr(distill_lightning, name) for name in distill_lightning.__all__)

@@ -6,8 +6,10 @@ import statistics
 
 import pytest
 import torch
+from scipy.stats import ks_2samp
+from torchvision.transforms import RandomResizedCrop
 
-from distill_lightning.views import Draws, crop_and_flip, uniform_draws
+from distill_lightning.views import CROP_DRAWS, Draws, crop_and_flip, random_box, uniform_draws
 
 LAST = 1 - 2.0**-53
 MASK = 2**64 - 1
@@ -378,3 +380,87 @@ def test_every_offset_and_both_orientations_are_about_equally_frequent():
     corner[..., 0] = 1
     kept = crop_and_flip(corner, draws, padding=0, flip=True)[..., 0].sum().item()
     assert abs(kept - 2500) < 4 * math.sqrt(5000 / 4)
+
+
+# random_box
+
+USUAL = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}
+
+
+def box_draws(count, seed=0):
+    return uniform_draws(seed, *keys(range(count), [0] * count), CROP_DRAWS).tolist()
+
+
+def naive_box(height, width, draws, scale, ratio):
+    """Rejection, written from the definition: area and ratio first, then the place among all that fit."""
+    draws = iter(draws)
+    for _ in range(10):
+        u_area, u_ratio, u_top, u_left = (next(draws) for _ in range(4))
+        area = (u_area * scale[1] + (1 - u_area) * scale[0]) * width * height
+        shape = ratio[0] * (ratio[1] / ratio[0]) ** u_ratio
+        wide, tall = round((area * shape) ** 0.5), round((area / shape) ** 0.5)
+        if wide in range(1, width + 1) and tall in range(1, height + 1):
+            tops, lefts = list(range(height - tall + 1)), list(range(width - wide + 1))
+            return tops[math.floor(u_top * len(tops))], lefts[math.floor(u_left * len(lefts))], tall, wide
+    tall, wide = height, width
+    if width / height < ratio[0]:
+        tall = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        wide = max(1, round(height * ratio[1]))
+    return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.5, 0.5), (0.9, 1.0)])
+@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (1.0, 1.0), (0.2, 3.0)])
+@pytest.mark.parametrize(("height", "width"), [(40, 60), (375, 500), (224, 224), (7, 90), (90, 7), (1, 1), (1, 300)])
+def test_a_box_is_the_one_that_the_definition_gives(height, width, scale, ratio):
+    for draws in box_draws(200):
+        assert random_box(height, width, draws, scale=scale, ratio=ratio) == naive_box(
+            height, width, draws, scale, ratio
+        )
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 60), (375, 500), (30, 90), (200, 60), (224, 224)])
+def test_boxes_are_distributed_as_torchvisions(height, width):
+    count = 4000
+    boxes = torch.tensor([random_box(height, width, draws, **USUAL) for draws in box_draws(count)]).double()
+    image = torch.empty(3, height, width)
+    theirs = [RandomResizedCrop.get_params(image, list(USUAL["scale"]), list(USUAL["ratio"])) for _ in range(count)]
+    theirs = torch.tensor(theirs).double()
+    whole = torch.tensor([height, width]).double()
+    for tell in (
+        lambda box: box[:, 2] * box[:, 3],
+        lambda box: box[:, 3] / box[:, 2],
+        # Where in what is left over the box lies: 0 is the top, 1 the bottom.
+        lambda box: (box[:, 0] + 0.5) / (whole[0] - box[:, 2] + 1),
+        lambda box: (box[:, 1] + 0.5) / (whole[1] - box[:, 3] + 1),
+    ):
+        assert ks_2samp(tell(boxes), tell(theirs)).pvalue > 0.01
+
+
+def test_boxes_lie_in_the_image_and_reach_every_edge():
+    boxes = [random_box(12, 9, draws, **USUAL) for draws in box_draws(2000)]
+    for box in boxes:
+        assert 0 <= box.top <= box.top + box.height <= 12
+        assert 0 <= box.left <= box.left + box.width <= 9
+        assert min(box.height, box.width) > 0
+    assert min(box.top for box in boxes) == min(box.left for box in boxes) == 0
+    assert max(box.top + box.height for box in boxes) == 12
+    assert max(box.left + box.width for box in boxes) == 9
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "box"),
+    # Whole images of ratio 1 to 1.5 do not fit into these shapes: the central one does.
+    [(100, 20, (40, 0, 20, 20)), (20, 100, (0, 35, 20, 30)), (1, 50, (0, 24, 1, 2))],
+)
+def test_where_no_box_fits_the_central_one_is_taken(height, width, box):
+    for draws in ([LAST] * CROP_DRAWS, [0.0] * CROP_DRAWS, [0.5] * CROP_DRAWS):
+        assert random_box(height, width, draws, scale=(1.0, 1.0), ratio=(1.0, 1.5)) == box
+
+
+def test_the_first_trial_that_fits_is_taken():
+    draws = [0.5] * CROP_DRAWS
+    # The whole area in the ratio 4 : 3 is too wide for a square; the second trial fits.
+    draws[:8] = [LAST, LAST, 0.0, 0.0, 0.0, 0.5, LAST, 0.0]
+    assert random_box(100, 100, draws, **USUAL) == (72, 0, 28, 28)

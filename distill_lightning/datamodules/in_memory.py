@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator
+from typing import NamedTuple
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from distill_lightning.batch import Batch, PairedBatch
+from distill_lightning.batch import Batch
+from distill_lightning.datamodules.base import ImageDataModule, ViewDataset
 from distill_lightning.errors import InputError
-from distill_lightning.views import VIEWS_VERSION, crop_and_flip, uniform_draws
-
-# Order seeds are spread, because the sampler adds the epoch to its seed: neighbours would repeat each other's orders.
-_SEED_STRIDE = 1_000_003
+from distill_lightning.views import crop_and_flip, uniform_draws
 
 
 class Images(NamedTuple):
@@ -30,13 +25,7 @@ class Images(NamedTuple):
         return Images(self.images[index], self.targets[index])
 
 
-Key = int | tuple[int, int]
-
-# Keeps the draws of partners apart from those of the crops.
-_PARTNER_STREAM = 0x50415254
-
-
-class ImageTensors(Dataset[Batch]):
+class ImageTensors(ViewDataset):
     """Images in memory; a batch is one indexing operation, and its views depend on nothing but their keys.
 
     Args:
@@ -49,6 +38,8 @@ class ImageTensors(Dataset[Batch]):
         partners: whether each view comes with another sample in the same view, drawn from the view's own key.
     """
 
+    depends_on = ("mean", "std", "seed", "padding", "flip", "partners")
+
     def __init__(
         self,
         images: Images,
@@ -60,33 +51,16 @@ class ImageTensors(Dataset[Batch]):
         flip: bool = False,
         partners: bool = False,
     ) -> None:
+        super().__init__(seed=seed, partners=partners)
         self.images, self.targets = images
         self.mean, self.std = mean, std
-        self.seed, self.padding, self.flip, self.partners = seed, padding, flip, partners
+        self.padding, self.flip = padding, flip
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, key: Key) -> Batch:
-        """One sample: a batch without its first dimension."""
-        batch = self.__getitems__([key])
-        single = _first(batch)
-        return single if batch.partner is None else PairedBatch(*single, _first(batch.partner))
-
-    def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        """The batch of these ``(index, view)`` pairs; PyTorch's loader asks for a whole batch at once.
-
-        A sampler that knows nothing of views gives plain indices; they mean view 0.
-        """
-        pairs = [(key, 0) if isinstance(key, int) else key for key in keys]
-        index, view = torch.tensor(pairs, dtype=torch.long).view(len(pairs), 2).unbind(dim=1)
-        batch = self._views(index, view)
-        if not self.partners:
-            return batch
-        draws = uniform_draws(self.seed + _PARTNER_STREAM, index, view, 1)[:, 0]
-        return PairedBatch(*batch, self._views((draws * len(self)).long(), view))
-
-    def _views(self, index: Tensor, view: Tensor) -> Batch:
+    def make(self, index: Tensor, view: Tensor) -> Batch:
+        """The batch of these views, both ``(N,)``."""
         images = self.images[index]
         if self.padding or self.flip:
             draws = uniform_draws(self.seed, index, view, 3)
@@ -95,52 +69,7 @@ class ImageTensors(Dataset[Batch]):
         return Batch(inputs, self.targets[index], index, view)
 
 
-def _first(batch: Batch) -> Batch:
-    """The first sample of a batch without partners, without the first dimension."""
-    return Batch(*(cast("Tensor", part)[0] for part in batch[:4]))
-
-
-class ViewSampler(DistributedSampler[Any]):
-    """Yields ``(index, view)`` pairs: epoch ``e`` reads view ``e``, or ``e mod views``.
-
-    The order is a function of the seed and the epoch, so a resumed run goes on as the uninterrupted one would have. As
-    a `DistributedSampler` it gives every process its own share, and Lightning sets its epoch and leaves it in place.
-    Processes need equally many samples, so some samples are read twice; where nothing is drawn (in validation and
-    test) the second reading has view -1, and `distill_lightning.DistillationModule` does not count it.
-
-    Args:
-        dataset: its length counts.
-        views: number of different views; ``None``: a new one every epoch; 1: always view 0.
-        shuffle: whether the order is drawn; otherwise ascending.
-        seed: of the order.
-        num_replicas: processes.
-        rank: this process.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        *,
-        views: int | None,
-        shuffle: bool,
-        seed: int,
-        num_replicas: int = 1,
-        rank: int = 0,
-    ) -> None:
-        super().__init__(
-            dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed * _SEED_STRIDE, drop_last=False
-        )
-        self.views = views
-        self._samples = len(dataset)  # type: ignore[arg-type]  # every data set that is sampled by index has a length
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        view = self.epoch if self.views is None else self.epoch % self.views
-        for place, index in enumerate(super().__iter__()):
-            surplus = self.rank + place * self.num_replicas >= self._samples
-            yield index, -1 if surplus and not self.shuffle else view
-
-
-class InMemoryImageDataModule(pl.LightningDataModule):
+class InMemoryImageDataModule(ImageDataModule):
     """Base of the small image sets: reads once, splits by seed, yields `Batch`.
 
     A subclass sets ``num_classes`` (or, for a regression, ``num_targets``), ``input_shape``, ``class_names``, ``mean``
@@ -164,10 +93,6 @@ class InMemoryImageDataModule(pl.LightningDataModule):
         InputError: a size that is not positive, or, from `setup`, one that is larger than the data.
     """
 
-    num_classes: int | None
-    num_targets: int | None = None
-    input_shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
     mean: float
     std: float
 
@@ -186,24 +111,20 @@ class InMemoryImageDataModule(pl.LightningDataModule):
         order_seed: int | None = None,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        sizes = {
-            "subset": subset,
-            "val_size": val_size,
-            "test_size": test_size,
-            "batch_size": batch_size,
-            "views": views,
-        }
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise InputError(f"{name} must be at least 1, got {size}: the split or batch would be empty")
+        super().__init__(
+            subset=subset,
+            val_size=val_size,
+            test_size=test_size,
+            batch_size=batch_size,
+            views=views,
+            partners=partners,
+            seed=seed,
+            order_seed=order_seed,
+            num_workers=num_workers,
+        )
         if padding < 0 or num_workers < 0:
             raise InputError(f"padding and num_workers cannot be negative, got {padding} and {num_workers}")
-        self.subset, self.val_size, self.test_size = subset, val_size, test_size
-        self.batch_size, self.padding, self.flip, self.views = batch_size, padding, flip, views
-        self.partners = partners
-        self.seed, self.order_seed = seed, order_seed
-        self.num_workers = num_workers
+        self.padding, self.flip = padding, flip
         self._splits: dict[str, Images] = {}
 
     def read(self) -> tuple[Images, Images]:
@@ -215,23 +136,11 @@ class InMemoryImageDataModule(pl.LightningDataModule):
         if self._splits:
             return
         rest, test = self.read()
-        name = type(self).__name__
-        available = len(rest.targets) - self.val_size
-        if available < 1:
-            raise InputError(f"{name}: val_size={self.val_size} leaves none of {len(rest.targets)} images to train on")
-        if self.subset is not None and self.subset > available:
-            raise InputError(
-                f"{name}: subset={self.subset} is larger than the {available} training images that "
-                f"val_size={self.val_size} leaves"
-            )
-        if self.test_size is not None and self.test_size > len(test.targets):
-            raise InputError(f"{name}: test_size={self.test_size} is larger than the {len(test.targets)} test images")
-        order = torch.randperm(len(rest.targets), generator=torch.Generator().manual_seed(self.seed))
-        val, train = order[: self.val_size], order[self.val_size :][: self.subset]
+        chosen = self.split(len(rest.targets), len(test.targets))
         self._splits = {
-            "train": self.samples(rest, train, part=0),
-            "val": self.samples(rest, val, part=0),
-            "test": self.samples(test, torch.arange(self.test_size or len(test.targets)), part=1),
+            "train": self.samples(rest, chosen["train"], part=0),
+            "val": self.samples(rest, chosen["val"], part=0),
+            "test": self.samples(test, chosen["test"], part=1),
         }
 
     def samples(self, images: Images, index: Tensor, *, part: int) -> Images:
@@ -257,50 +166,8 @@ class InMemoryImageDataModule(pl.LightningDataModule):
             partners=self.partners and augment,
         )
 
-    def fingerprint(self) -> dict[str, str]:
-        """What a kept answer about a training view depends on: the samples in their order, and how views are made."""
-        self.setup()
-        digest = hashlib.sha256()
+    def describe_samples(self) -> Iterator[bytes]:
+        """Type, shape and content of the training images and targets."""
         for tensor in self._splits["train"]:
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
-        made = self.dataset("train", augment=True)
-        options = {name: getattr(made, name) for name in ("mean", "std", "seed", "padding", "flip", "partners")}
-        return {"data": digest.hexdigest(), "transform": f"{type(made).__name__} {VIEWS_VERSION} {options}"}
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Augmented, shuffled."""
-        seed = self.seed if self.order_seed is None else self.order_seed
-        return self._loader(self.dataset("train", augment=True), views=self.views, shuffle=True, seed=seed)
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Plain images in order."""
-        return self._loader(self.dataset("val"))
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Plain images in order."""
-        return self._loader(self.dataset("test"))
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """The test images."""
-        return self.test_dataloader()
-
-    def _loader(
-        self, dataset: ImageTensors, *, views: int | None = 1, shuffle: bool = False, seed: int = 0
-    ) -> DataLoader[Batch]:
-        world = (
-            {} if self.trainer is None else {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
-        )
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=ViewSampler(dataset, views=views, shuffle=shuffle, seed=seed, **world),
-            collate_fn=_as_it_is,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
-
-
-def _as_it_is(batch: Any) -> Any:
-    """The data set has made the batch; there is nothing left to collate."""
-    return batch
+            yield f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+            yield tensor.contiguous().numpy().tobytes()

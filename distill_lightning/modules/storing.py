@@ -30,7 +30,10 @@ def begin_store(module: Any, store: TeacherStore) -> None:
     about = describe(module, store, data, trainer.train_dataloader)
     store.begin(**about, rank=trainer.global_rank)
     if trainer.is_global_zero:
-        store.resume(trainer.current_epoch % about["views"])
+        epoch = trainer.current_epoch
+        # A data module that says nothing of it reads one view in an epoch.
+        tell = getattr(data, "views_in_epoch", None)
+        store.resume([epoch % about["views"]] if tell is None else tell(epoch))
     trainer.strategy.barrier("store")
     store.refresh()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +27,9 @@ class TeacherStore:
 
     A view of a sample is a function of the data module's seed, the sample's index and the view's number alone, so what
     the teachers said about it stays true. Give the data module a number of ``views``; epoch ``e`` reads view ``e``
-    modulo that. With ``fill="online"`` the first ``views`` epochs run the teachers and keep what they say, later ones
-    read; ``distill-lightning record`` fills a store ahead of time. Where it is complete, ``teachers: null`` will do.
+    modulo that, or as many views as the data module's ``views_per_load`` says. With ``fill="online"`` the epochs that
+    read a view for the first time run the teachers and keep what they say, later ones read; ``distill-lightning
+    record`` fills a store ahead of time. Where it is complete, ``teachers: null`` will do.
 
     ::
 
@@ -144,12 +145,16 @@ class TeacherStore:
         if self._records is not None:
             self._records.refresh()
 
-    def resume(self, view: int) -> None:
-        """Mend what a killed process left, and take up what it had kept of other views than the one that goes on."""
+    def resume(self, views: Collection[int] = ()) -> None:
+        """Mend what a killed process left, and take up what it had kept of other views than those that go on.
+
+        Args:
+            views: those that go on.
+        """
         if self._records is not None:
             self._records.sweep()
             for other in range(self._records.views):
-                if other != view:
+                if other not in views:
                     self._records.seal(other)
 
     def write(self, view: int, shard: int, answers: Answers) -> None:
