@@ -286,6 +286,8 @@ class ImageDataModule(pl.LightningDataModule):
             collate_fn=_as_it_is,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            # Only from pinned memory does a copy to the GPU not wait.
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 
 
