@@ -79,7 +79,7 @@ class _Recorder(pl.LightningModule):
         about = describe(self.module, self.store, self.data, loader)
         self.store.begin(**about, rank=self.trainer.global_rank)
         if self.trainer.is_global_zero:
-            self.store.resume(view=-1)
+            self.store.resume()
         self.trainer.strategy.barrier("store")
         self.store.refresh()
         places = self.store.unfinished()

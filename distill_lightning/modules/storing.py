@@ -30,7 +30,7 @@ def begin_store(module: Any, store: TeacherStore) -> None:
     about = describe(module, store, data, trainer.train_dataloader)
     store.begin(**about, rank=trainer.global_rank)
     if trainer.is_global_zero:
-        store.resume(trainer.current_epoch % about["views"])
+        store.resume()
     trainer.strategy.barrier("store")
     store.refresh()
 

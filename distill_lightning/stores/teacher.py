@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.stores.shards import Field, ShardedRecords, read_header
+from distill_lightning.stores.shards import Field, Rows, ShardedRecords, read_header, sweep
 from distill_lightning.stores.top_k import largest, spread
 
 Answers = Mapping[str, Tensor]
@@ -114,7 +114,8 @@ class TeacherStore:
             device: where the answers are wanted.
 
         Returns:
-            Tensors ``(N, ...)`` by name; float32 where they are read.
+            Float32 tensors ``(N, ...)`` by name, as they are read: what is asked for is rounded like what is kept, so
+            that a run that was interrupted, and finds answers that it had kept before, is the uninterrupted one.
 
         Raises:
             InputError: an answer is not there, and there is nobody to ask; or the disk is full.
@@ -127,9 +128,9 @@ class TeacherStore:
                 return self._unpacked(rows, device)
         if ask is None or self.fill == "never":
             raise self._unknown(index, view, known)
-        answers = dict(ask())
-        self._keep(index, view, known, answers)
-        return answers
+        packed = self._packed(ask())
+        self._keep(index, view, known, packed)
+        return self._unpacked(packed, device)
 
     def finish(self) -> None:
         """Make what was kept readable; one process calls it while the others wait."""
@@ -144,13 +145,11 @@ class TeacherStore:
         if self._records is not None:
             self._records.refresh()
 
-    def resume(self, view: int) -> None:
-        """Mend what a killed process left, and take up what it had kept of other views than the one that goes on."""
-        if self._records is not None:
-            self._records.sweep()
-            for other in range(self._records.views):
-                if other != view:
-                    self._records.seal(other)
+    def resume(self) -> None:
+        """Take up what a killed process had kept, and remove what it was writing; one calls it, and nobody writes."""
+        # Its first file may have been the one that it did not finish.
+        sweep(self.path)
+        self.finish()
 
     def write(self, view: int, shard: int, answers: Answers) -> None:
         """Keep the answers about all samples of a shard.
@@ -223,9 +222,8 @@ class TeacherStore:
         return self._records
 
     def _keep(
-        self, index: NDArray[np.int64], view: NDArray[np.int64], known: NDArray[np.bool_], answers: Answers
+        self, index: NDArray[np.int64], view: NDArray[np.int64], known: NDArray[np.bool_], packed: Rows
     ) -> None:
-        packed = self._packed(answers)
         records = self._made(packed)
         for number in np.unique(view[~known]):
             chosen = ~known & (view == number)
