@@ -53,7 +53,9 @@ class TeacherStore:
         top_k: how many of a row's largest probabilities are kept, the rest being spread evenly over the other classes;
             ``None``: all.
         shard_size: samples in a file.
-        data: names the data, where their data module has no ``fingerprint()``.
+        data: names the data, where their data module has no ``fingerprint()``; a few samples are then held against the
+            store, besides the name and their number. Their samples must always be the same: what is not augmented, or
+            in numbered views.
 
     Raises:
         InputError: an option is out of range.
@@ -221,9 +223,7 @@ class TeacherStore:
         self._records.create()
         return self._records
 
-    def _keep(
-        self, index: NDArray[np.int64], view: NDArray[np.int64], known: NDArray[np.bool_], packed: Rows
-    ) -> None:
+    def _keep(self, index: NDArray[np.int64], view: NDArray[np.int64], known: NDArray[np.bool_], packed: Rows) -> None:
         records = self._made(packed)
         for number in np.unique(view[~known]):
             chosen = ~known & (view == number)

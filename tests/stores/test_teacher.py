@@ -317,14 +317,26 @@ def test_without_teachers_the_data_are_still_held_against_the_store(tmp_path):
         fitted(kd(None, TeacherStore(tmp_path)), data=with_partners(views=2, seed=1))
 
 
-def test_reordered_data_are_refused(tmp_path):
-    class Reversed(TinyDataModule):
+@pytest.mark.parametrize(
+    ("arranged", "message"),
+    [
+        (lambda index: index.flip(0), "by something else: data is "),
+        (lambda index: index[torch.randperm(len(index))], "by something else: data is "),
+        (lambda index: torch.cat([index[1:2], index[:1], index[2:]]), "by something else: data is "),
+        (lambda index: torch.cat([index[:-1], index[:1]]), "by something else: data is "),
+        (lambda index: index[:-1], "samples is 24, not 23; data is "),
+        (lambda index: index[::2], "samples is 24, not 12; data is "),
+    ],
+    ids=["reversed", "shuffled", "two_swapped", "one_replaced", "all_but_one", "every_other"],
+)
+def test_data_in_another_order_and_parts_of_them_are_refused(tmp_path, arranged, message):
+    class Other(TinyDataModule):
         def samples(self, images, index, *, part):
-            return super().samples(images, index.flip(0), part=part)
+            return super().samples(images, index if part else arranged(index), part=part)
 
     run(kd, teachers_of(), TeacherStore(tmp_path), epochs=2)
-    with pytest.raises(InputError, match="data is "):
-        fitted(kd(teachers_of(), TeacherStore(tmp_path)), data=Reversed(views=2))
+    with pytest.raises(InputError, match=message):
+        fitted(kd(teachers_of(), TeacherStore(tmp_path)), data=Other(views=2))
 
 
 # Gaps
