@@ -66,10 +66,13 @@ METHODS = [
     xcl, partial(xcl, extra_ratio=2, temperature=3.0), partial(xcl, samplers=[EmpiricalSampler()]), several,
     kd, meal, partial(meal, discriminator=None), partial(meal, discriminator_input="probabilities"), feed,
     partial(feed, kd_weight=0.5), partial(feed, feature_loss="hint", beta=0.1), factor_transfer,
+    partial(feed, target_size=2, target_channels=3), partial(feed, target_channels=5, feature_loss="hint", beta=0.1),
+    partial(feed, target_size=2, feature_loss="attention", beta=1.0),
 ]  # fmt: skip
 METHOD_NAMES = [
     "xcl", "xcl_twice", "xcl_empirical", "xcl_several", "kd", "meal", "meal_alone", "meal_probabilities", "feed",
     "feed_kd", "hint", "factor_transfer",
+    "reduced", "reduced_hint", "reduced_attention",
 ]  # fmt: skip
 
 
@@ -144,6 +147,31 @@ def test_a_complete_store_leaves_the_teachers_alone(tmp_path):
     calls = calls_of(networks)
     run(kd, networks, TeacherStore(tmp_path), limit_val_batches=0)
     assert calls == []
+
+
+@pytest.mark.parametrize(("size", "channels", "numbers"), [(None, None, 256), (2, None, 64), (None, 3, 48), (2, 3, 12)])
+def test_reduced_feature_maps_take_fewer_bytes(tmp_path, size, channels, numbers):
+    store = TeacherStore(tmp_path, shard_size=24)
+    run(partial(feed, target_size=size, target_channels=channels), teachers_of(), store, epochs=2)
+    assert store.nbytes == 2 * 2 * numbers
+    # A byte for each sample tells whether it is known; four are the checksum.
+    assert (tmp_path / "view_00000/00000.shard").stat().st_size == 24 * (2 * 2 * numbers + 1) + 4
+
+
+@pytest.mark.parametrize(
+    ("teachers", "options", "message"),
+    [
+        (True, {}, "target_size is 2, not None; target_channels is 3, not None"),
+        (True, {"target_size": 4, "target_channels": 3}, "target_size is 2, not 4"),
+        (False, {"target_size": 4, "target_channels": 3}, r"holds features \(3, 2, 2\): give the target_size and the"),
+        (False, {"target_size": 2, "target_channels": 4}, r"holds features \(3, 2, 2\): give the target_size and the"),
+        (False, {"target_size": 2}, "target_channels is 3, not None"),
+    ],
+)
+def test_a_store_of_otherwise_reduced_maps_is_refused(tmp_path, teachers, options, message):
+    run(partial(feed, target_size=2, target_channels=3), teachers_of(), TeacherStore(tmp_path), epochs=2)
+    with pytest.raises(InputError, match=message):
+        run(partial(feed, **options), teachers_of() if teachers else None, TeacherStore(tmp_path))
 
 
 def test_the_first_views_epochs_ask_and_the_others_read(tmp_path):
