@@ -2,13 +2,7 @@
 
 from distill_lightning.datamodules.digits import DigitsDataModule
 from distill_lightning.datamodules.fashion_mnist import FashionMNISTDataModule
-from distill_lightning.datamodules.in_memory import (
-    Images,
-    ImageTensors,
-    InMemoryImageDataModule,
-    ResumableLoader,
-    ViewSampler,
-)
+from distill_lightning.datamodules.in_memory import Images, ImageTensors, InMemoryImageDataModule, ViewSampler
 from distill_lightning.datamodules.indexed import IndexedDataModule
 from distill_lightning.datamodules.rotated import RotatedDigitsDataModule, RotatedFashionMNISTDataModule, rotate
 
@@ -19,7 +13,6 @@ __all__ = [
     "Images",
     "InMemoryImageDataModule",
     "IndexedDataModule",
-    "ResumableLoader",
     "RotatedDigitsDataModule",
     "RotatedFashionMNISTDataModule",
     "ViewSampler",

@@ -8,7 +8,8 @@ import pytorch_lightning as pl
 import torch
 
 from distill_lightning import Batch, IndexedDataModule, InMemoryImageDataModule, InputError, SupervisedModule
-from distill_lightning.datamodules import Images, ImageTensors, ResumableLoader, ViewSampler
+from distill_lightning.datamodules import Images, ImageTensors, ViewSampler
+from distill_lightning.datamodules.in_memory import ResumableLoader
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 TRAIN, TEST = 120, 30
