@@ -49,8 +49,8 @@ class TeacherStore:
         path: its folder.
         fill: ``"online"``: what is not known is asked for and kept; ``"never"``: what is not known is an error.
         dtype: of what is kept, ``"float16"`` or ``"float32"``. Half precision is off by less than ``2 ** -11`` of each
-            number; probabilities are divided by their sum when read. Training gets answers rounded so from the first epoch
-            on, whether they were asked for or read.
+            number; probabilities are divided by their sum when read. Training gets answers rounded so from the first
+            epoch on, whether they were asked for or read.
         top_k: how many of a row's largest probabilities are kept, the rest being spread evenly over the other classes;
             ``None``: all.
         shard_size: samples in a file.
