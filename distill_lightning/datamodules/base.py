@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from types import MappingProxyType
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -98,6 +100,9 @@ class ViewSampler(DistributedSampler[Any]):
         num_replicas: processes.
         rank: this process.
         views_per_load: how many views of a sample follow one another, in the same process; see `views_in_epoch`.
+
+    Attributes:
+        skip: how many of this process's pairs are left out at the beginning.
     """
 
     def __init__(
@@ -115,9 +120,13 @@ class ViewSampler(DistributedSampler[Any]):
             dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed * _SEED_STRIDE, drop_last=False
         )
         self.views, self.views_per_load = views, views_per_load
+        self.skip = 0
         self._samples = len(dataset)  # type: ignore[arg-type]  # every data set that is sampled by index has a length
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        return islice(self._pairs(), self.skip, None)
+
+    def _pairs(self) -> Iterator[tuple[int, int]]:
         views = views_in_epoch(self.epoch, views=self.views, views_per_load=self.views_per_load)
         for place, index in enumerate(super().__iter__()):
             surplus = self.rank + place * self.num_replicas >= self._samples
@@ -126,6 +135,36 @@ class ViewSampler(DistributedSampler[Any]):
 
     def __len__(self) -> int:
         return super().__len__() * self.views_per_load
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """A `DataLoader` of a `ViewSampler`, which a checkpoint from the middle of an epoch continues there.
+
+    Lightning keeps its state in the checkpoint. With any other sampler it is a `DataLoader` and nothing else.
+    """
+
+    _given = 0
+    _saved: Mapping[str, int] = MappingProxyType({})
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader's is a class of its own
+        # A generator, because Lightning sets the sampler's epoch after it has called iter.
+        saved, self._saved = self._saved, {}
+        self._given = 0
+        if isinstance(self.sampler, ViewSampler):
+            if saved.get("epoch") == self.sampler.epoch:
+                self._given = saved["batches"]
+            self.sampler.skip = self._given * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self._given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches were given."""
+        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": self._given}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Leave out the batches that were given, if the next epoch is the one of the state."""
+        self._saved = state
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -277,7 +316,7 @@ class ImageDataModule(pl.LightningDataModule):
         world = (
             {} if self.trainer is None else {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
         )
-        return DataLoader(
+        return ResumableLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=ViewSampler(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, cast
@@ -16,7 +15,6 @@ from torchmetrics import MetricCollection
 from distill_lightning import functional
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.functional.common import wide
 from distill_lightning.layers import (
     FeatureTap,
     Paraphraser,
@@ -29,14 +27,31 @@ from distill_lightning.layers import (
     resolve_layer,
 )
 from distill_lightning.modules.base import DistillationModule
-from distill_lightning.modules.feed_parts import one_each, refuse_negative, refuse_unused, resized, sites, width
+from distill_lightning.modules.feed_parts import (
+    Reduction,
+    check_paraphrasers,
+    feature_name,
+    one_each,
+    output_and_feature,
+    paraphrased_shape,
+    pooled,
+    reduced_shape,
+    refuse_negative,
+    refuse_unknown,
+    refuse_unused,
+    resized,
+    sites,
+    stored_shapes,
+    warn_of_many_parameters,
+    width,
+    zero_share,
+)
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.storing import ensemble_if_any
 from distill_lightning.networks import likely_input_shape
 from distill_lightning.stores import TeacherStore
 
 _BETA = {"feed": 500.0, "hint": 1.0, "attention": 1000.0}
-_MANY_PARAMETERS = 50_000_000
 # The smallest norm that a feature is divided by.
 _EPS = 1e-6
 
@@ -102,6 +117,11 @@ class FEEDModule(DistillationModule):
         normalize: ``u``, of ``"feed"``: ``"sample"``, or per ``"channel"``, or ``"none"``.
         resize: where spatial sizes differ: ``"none"`` refuses, ``"student"`` brings the translated feature to the
             teacher's size and ``"teacher"`` the teacher's to the student's (average pooling down, bilinear up).
+        target_size: rows and columns that each teacher's feature map, or code, and each translated feature are brought
+            to before ``u`` by adaptive average pooling; ``None``: they stay. A store shrinks with it.
+        target_channels: channels that each teacher's feature map is projected to, by one matrix for every run whose
+            rows are orthonormal; translators then give as many. It keeps distances approximately, times
+            ``sqrt(target_channels / C_m)``, and so the mean squared error (Johnson and Lindenstrauss); ``None``: all.
         paraphrasers: trained `Paraphraser` networks, one per teacher (`ParaphraserModule` trains them): the targets
             become their codes, as in Factor Transfer. Frozen.
         kd_weight: weight of an additional logit term (``train/kd``), `functional.softened_kl` to the ensemble.
@@ -142,6 +162,8 @@ class FEEDModule(DistillationModule):
         share_transform: bool = False,
         normalize: Literal["sample", "channel", "none"] = "sample",
         resize: Literal["none", "student", "teacher"] = "none",
+        target_size: int | None = None,
+        target_channels: int | None = None,
         paraphrasers: Sequence[nn.Module] | nn.ModuleList | None = None,
         kd_weight: float = 0.0,
         temperature: float = 4.0,
@@ -166,33 +188,31 @@ class FEEDModule(DistillationModule):
         self.teachers, self.teacher_store = ensemble_if_any(teachers), store
         # Copies, so that those that were given can be trained on.
         self.paraphrasers = freeze(nn.ModuleList(copy.deepcopy(paraphraser) for paraphraser in paraphrasers or []))
-        count = len(self._stored_shapes()) if self.teachers is None else len(self.teachers)
+        count = len(stored_shapes(store)) if self.teachers is None else len(self.teachers)
         layers = one_each(count, "teacher_layers", student_layer if teacher_layers is None else teacher_layers)
         self.teacher_weights = [float(weight) for weight in one_each(count, "teacher_weights", teacher_weights or 1.0)]
         if paraphrasers is not None:
-            if self.teachers is None:
-                raise InputError("FEED: paraphrasers without teachers have nothing to read: a store holds their codes")
-            one_each(count, "paraphrasers", paraphrasers)
-            if not all(isinstance(paraphraser, Paraphraser) for paraphraser in paraphrasers):
-                raise InputError("FEED: paraphrasers must be layers.Paraphraser networks, trained beforehand")
+            check_paraphrasers(paraphrasers, None if self.teachers is None else count)
         if not norm_p >= 1 or not temperature > 0:
             # Below 1 the gradient is infinite wherever a ReLU leaves both sides at zero.
             raise InputError(f"norm_p must be at least 1 and temperature positive, got {norm_p} and {temperature}")
         refuse_negative(beta=[beta or 0.0], kd_weight=[kd_weight], teacher_weights=self.teacher_weights)
-        for name, value, known in (
-            ("feature_loss", feature_loss, ("feed", "hint", "attention")),
-            ("reduction", reduction, ("mean", "sum")),
-            ("teacher_reduction", teacher_reduction, ("sum", "mean")),
-            ("normalize", normalize, ("sample", "channel", "none")),
-            ("resize", resize, ("none", "student", "teacher")),
-        ):
-            if value not in known:
-                raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        others = feature_loss != "feed"
-        refuse_unused(feature_loss, norm_p=others and norm_p != 1, normalize=others and normalize != "sample")
+        refuse_unknown(
+            feature_loss=(feature_loss, ("feed", "hint", "attention")),
+            reduction=(reduction, ("mean", "sum")),
+            teacher_reduction=(teacher_reduction, ("sum", "mean")),
+            normalize=(normalize, ("sample", "channel", "none")),
+            resize=(resize, ("none", "student", "teacher")),
+        )
+        others, used = feature_loss != "feed", f"feature_loss={feature_loss!r}"
+        refuse_unused(used, norm_p=others and norm_p != 1, normalize=others and normalize != "sample")
+        projects = target_channels is not None
+        refuse_unused("target_size", resize=target_size is not None and resize != "none")
+        refuse_unused("paraphrasers", target_channels=projects and paraphrasers is not None)
         if feature_loss == "attention":
             refuse_unused(
-                feature_loss,
+                used,
+                target_channels=projects,
                 transform=transform not in ("conv3", "none"),
                 transform_batch_norm=transform_batch_norm,
                 share_transform=share_transform,
@@ -203,6 +223,8 @@ class FEEDModule(DistillationModule):
         self.norm_p, self.kd_weight, self.temperature = norm_p, kd_weight, temperature
         self.reduction, self.teacher_reduction = reduction, teacher_reduction
         self.normalize, self.resize = normalize, resize
+        self.target_size, self.target_channels = target_size, target_channels
+        self.reductions = nn.ModuleList()
 
         self.student_tap = FeatureTap(student, resolve_layer(student, student_layer))
         self.teacher_taps = [] if self.teachers is None else self.teachers.tapped(layers)
@@ -213,17 +235,13 @@ class FEEDModule(DistillationModule):
             make_translator(transform, student_channels, channels, batch_norm=transform_batch_norm)
             for channels in ([] if feature_loss == "attention" else teacher_channels[: 1 if share_transform else None])
         )
-        parameters = sum(parameter.numel() for parameter in self.translators.parameters())
-        if parameters > _MANY_PARAMETERS:
-            warnings.warn(
-                f"FEED's translators have {parameters:,} parameters: transform='conv1x1' has far fewer", stacklevel=2
-            )
+        warn_of_many_parameters(self.translators)
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The labels' cross entropy, the feature term, and what each teacher has in it."""
-        logits, student_feature = _run(self.student_tap, batch.input)
+        logits, student_feature = output_and_feature(self.student_tap, batch.input)
         told = self.told(batch)
-        targets = [told[_feature(number)] for number in range(len(self.teacher_weights))]
+        targets = [told[feature_name(number)] for number in range(len(self.teacher_weights))]
         pairs = [self._pair(number, student_feature, target) for number, target in enumerate(targets)]
         distances = [self._distance(translated, target) for translated, target in pairs]
         weighted = torch.stack(
@@ -236,26 +254,26 @@ class FEEDModule(DistillationModule):
             probs = told["probabilities"]
             terms["kd"] = functional.softened_kl(logits, probs, temperature=self.temperature, from_logits=False)
         if name == "feed" and self.normalize == "sample":
-            self.observe("zero_features", torch.stack([_zeros(translated) for translated, _ in pairs]).mean())
+            self.observe("zero_features", torch.stack([zero_share(pair[0], _EPS) for pair in pairs]).mean())
         return terms | {f"{name}_teacher_{number}": distance.detach() for number, distance in enumerate(distances)}
 
     @torch.no_grad()
     def ask(self, batch: Batch) -> dict[str, Tensor]:
-        """Each teacher's feature map, or its paraphraser's code, and with ``kd_weight`` the ensemble's prediction."""
+        """Each teacher's reduced feature map, or its paraphraser's code; with ``kd_weight`` also their prediction."""
         ensemble = cast("TeacherEnsemble", self.teachers)
-        logits, features = zip(
-            *ensemble.each(batch.input, [partial(_run, tap) for tap in self.teacher_taps]), strict=True
-        )
+        runs = [partial(output_and_feature, tap) for tap in self.teacher_taps]
+        logits, features = zip(*ensemble.each(batch.input, runs), strict=True)
         if self.paraphrasers:
             features = tuple(self._paraphraser(number).encoder(feature) for number, feature in enumerate(features))
-        answers = {_feature(number): feature for number, feature in enumerate(features)}
+        answers = {feature_name(m): self.reductions[m](feature) for m, feature in enumerate(features)}
         if self.kd_weight:
             answers["probabilities"] = ensemble.combined(torch.stack(logits), temperature=self.temperature)
         return answers
 
     def question(self) -> dict[str, Any]:
-        """The layers, what the paraphrasers weigh and, with ``kd_weight``, the temperature."""
-        asked: dict[str, Any] = {"temperature": self.temperature} if self.kd_weight else {}
+        """The reduced sizes, the layers, what the paraphrasers weigh and, with ``kd_weight``, the temperature."""
+        asked: dict[str, Any] = {"target_size": self.target_size, "target_channels": self.target_channels}
+        asked |= {"temperature": self.temperature} if self.kd_weight else {}
         if self.teachers is not None:
             asked["layers"] = [tap.layers[0] for tap in self.teacher_taps]
             asked["paraphrasers"] = fingerprint(self.paraphrasers)
@@ -277,6 +295,7 @@ class FEEDModule(DistillationModule):
         translated = student_feature
         if self.translators:
             translated = self.translators[number if len(self.translators) > 1 else 0](student_feature)
+        translated = pooled(translated, self.target_size)
         if sites(translated.shape) != sites(teacher_feature.shape):
             self._refuse_or_resize(number, student_feature.shape, teacher_feature.shape)
             if self.resize == "student":
@@ -300,9 +319,10 @@ class FEEDModule(DistillationModule):
     ) -> tuple[int, list[int]]:
         """One dry forward through every network: the student's channels, and what each translator must give."""
         output, features = self.student_tap.shapes(input_shape)
-        student = features[self.student_tap.layers[0]]
+        student = tuple(features[self.student_tap.layers[0]])
         self.check_output("student", self.student_tap.network, output)
         self._refuse_vectors("student", student, transform)
+        student = reduced_shape("student", student, self.target_size, None)
         channels = []
         for number, target in enumerate(self._target_shapes(input_shape, transform)):
             if sites(student) != sites(target):
@@ -315,7 +335,7 @@ class FEEDModule(DistillationModule):
     ) -> list[tuple[int, ...]]:
         """Of what each translator's output is compared with, for one sample."""
         if self.teachers is None:
-            return self._stored_shapes()
+            return stored_shapes(self.teacher_store, self.target_size, self.target_channels)
         shapes = []
         for number, tap in enumerate(self.teacher_taps):
             output, features = tap.shapes(input_shape)
@@ -323,22 +343,10 @@ class FEEDModule(DistillationModule):
             self.check_output(f"teacher {number}", tap.network, output)
             self._refuse_vectors(f"teacher {number}", shape, transform)
             if self.paraphrasers:
-                paraphraser = self._paraphraser(number)
-                if paraphraser.channels != width(shape):
-                    raise InputError(
-                        f"FEED: paraphraser {number} is for {paraphraser.channels} channels and teacher {number}'s "
-                        f"{tap.layers[0]!r} gives {width(shape)}: give the paraphraser that was trained on that layer"
-                    )
-                shape = (shape[0], paraphraser.factors, *shape[2:])
-            shapes.append(shape)
+                shape = paraphrased_shape(number, self._paraphraser(number), tap.layers[0], shape)
+            shapes.append(reduced_shape(f"teacher {number}", shape, self.target_size, self.target_channels))
+            self.reductions.append(Reduction(width(shape), size=self.target_size, channels=self.target_channels))
         return shapes
-
-    def _stored_shapes(self) -> list[tuple[int, ...]]:
-        """Of the feature maps in the store, for one sample."""
-        if self.teacher_store is None:
-            raise InputError("FEED: teachers is null and there is no store: give teachers, or a complete TeacherStore")
-        shapes = self.teacher_store.shapes()
-        return [(1, *shapes[name]) for name in sorted(shapes, key=len) if name.startswith(_feature(""))]
 
     def _paraphraser(self, number: int) -> Paraphraser:
         return cast("Paraphraser", self.paraphrasers[number])
@@ -362,19 +370,3 @@ class FEEDModule(DistillationModule):
                 f"{layer} gives {tuple(teacher[1:])}: tap layers of the same spatial "
                 "size, or set resize='student' or 'teacher'"
             )
-
-
-def _feature(number: int | str) -> str:
-    """What a teacher's feature is called among the answers."""
-    return f"feature_{number}"
-
-
-def _run(tap: FeatureTap, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    output, features = tap(inputs)
-    return output, features[tap.layers[0]]
-
-
-def _zeros(feature: Tensor) -> Tensor:
-    """The share of samples whose feature is too small to be normalised."""
-    norms: Tensor = torch.linalg.vector_norm(wide(feature.detach()).flatten(1), dim=1)
-    return (norms < _EPS).float().mean()

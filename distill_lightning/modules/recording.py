@@ -15,8 +15,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.modules.base import DistillationModule
-from distill_lightning.modules.storing import describe
+from distill_lightning.modules.storing import describe, fetched
 from distill_lightning.stores import TeacherStore
+
+# Samples that are asked about together where the loader does not tell how many.
+_BATCH = 64
 
 
 class Recorded(NamedTuple):
@@ -42,7 +45,7 @@ def record(trainer: pl.Trainer, module: DistillationModule, datamodule: pl.Light
     Args:
         trainer: of any strategy; its ``predict`` does the work.
         module: with teachers and a ``store``.
-        datamodule: with a number of ``views``.
+        datamodule: with a number of ``views``; or one that has none, whose training samples are always the same.
 
     Returns:
         What was done in this process.
@@ -85,7 +88,8 @@ class _Recorder(pl.LightningModule):
         places = self.store.unfinished()
         # Nobody writes before everybody has looked.
         self.trainer.strategy.barrier("store")
-        return _Gaps(loader, self.store, places[self.trainer.global_rank :: self.trainer.world_size])
+        share = places[self.trainer.global_rank :: self.trainer.world_size]
+        return _Gaps(loader, self.store, share, numbered=hasattr(self.data, "views"))
 
     def predict_step(self, item: tuple[Any, tuple[int, int], bool], batch_idx: int) -> int:
         """Ask about a batch; with a shard's last one, write the shard."""
@@ -106,9 +110,9 @@ class _Gaps:
     Not a `DataLoader`: the order must be this one, and Lightning gives every data loader a sampler of its own.
     """
 
-    def __init__(self, loader: Any, store: TeacherStore, places: list[tuple[int, int]]) -> None:
+    def __init__(self, loader: Any, store: TeacherStore, places: list[tuple[int, int]], *, numbered: bool) -> None:
         self.workers = loader.num_workers
-        self.batches = _Batches(loader, store, places)
+        self.batches = _Batches(loader, store, places, numbered=numbered)
 
     def __len__(self) -> int:
         return len(self.batches.plan)
@@ -118,20 +122,27 @@ class _Gaps:
 
 
 class _Batches(IterableDataset[Any]):
-    """The batches of some shards; each worker makes every so manieth of them, so together they keep the order."""
+    """The batches of some shards; each worker makes every so manieth of them, so together they keep the order.
 
-    def __init__(self, loader: Any, store: TeacherStore, places: list[tuple[int, int]]) -> None:
-        self.dataset, self.collate = loader.dataset, loader.collate_fn
+    Args:
+        loader: makes the training batches.
+        store: whose shards they are.
+        places: views and shards.
+        numbered: whether the data set takes ``(index, view)`` pairs; else indices.
+    """
+
+    def __init__(self, loader: Any, store: TeacherStore, places: list[tuple[int, int]], *, numbered: bool) -> None:
+        self.loader, self.numbered = loader, numbered
+        size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or _BATCH
         self.plan = []
         for place in places:
             samples = store.samples_of(place[1])
-            for begin in range(samples.start, samples.stop, loader.batch_size):
-                some = range(begin, min(begin + loader.batch_size, samples.stop))
+            for begin in range(samples.start, samples.stop, size):
+                some = range(begin, min(begin + size, samples.stop))
                 self.plan.append((some, place, some.stop == samples.stop))
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for samples, place, is_last in self.plan[first::step]:
-            keys = [(sample, place[0]) for sample in samples]
-            yield self.collate(self.dataset.__getitems__(keys)), place, is_last
+            yield fetched(self.loader, samples, view=place[0] if self.numbered else None), place, is_last

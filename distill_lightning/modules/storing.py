@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
+from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.layers import TeacherEnsemble, fingerprint
 from distill_lightning.modules.hparams import plain
 from distill_lightning.stores import TeacherStore
+
+# Samples that are looked at where nothing else tells what the data are.
+_LOOKED_AT = 16
 
 
 def ensemble_if_any(teachers: nn.Module | Sequence[nn.Module] | None) -> TeacherEnsemble | None:
@@ -30,10 +38,7 @@ def begin_store(module: Any, store: TeacherStore) -> None:
     about = describe(module, store, data, trainer.train_dataloader)
     store.begin(**about, rank=trainer.global_rank)
     if trainer.is_global_zero:
-        epoch = trainer.current_epoch
-        # A data module that says nothing of it reads one view in an epoch.
-        tell = getattr(data, "views_in_epoch", None)
-        store.resume([epoch % about["views"]] if tell is None else tell(epoch))
+        store.resume()
     trainer.strategy.barrier("store")
     store.refresh()
 
@@ -48,10 +53,32 @@ def describe(module: Any, store: TeacherStore, data: Any, loader: Any) -> dict[s
         samples = len(loader.dataset)
     except (AttributeError, TypeError, NotImplementedError):
         raise InputError("a TeacherStore needs a training set with a length, and this one has none") from None
+    if isinstance(loader.dataset, IterableDataset):
+        raise InputError(
+            f"a TeacherStore needs to know which sample is which, and {type(loader.dataset).__name__} is an "
+            "IterableDataset: use a data set with __getitem__"
+        )
     views = getattr(data, "views", 1)
     if views is None:
         raise InputError("a TeacherStore keeps a number of views of each sample: give the data module views, 8 say")
-    return {"samples": samples, "views": views, "made_by": _made_by(module, store, data)}
+    return {"samples": samples, "views": views, "made_by": _made_by(module, store, data, loader)}
+
+
+def fetched(loader: Any, samples: Sequence[int], *, view: int | None) -> Any:
+    """A batch of some training samples, made as the loader makes its own.
+
+    Args:
+        loader: a map-style `torch.utils.data.DataLoader`.
+        samples: their indices.
+        view: of all of them; ``None``: the data know of no views, and are asked for their samples by the index alone.
+    """
+    keys: list[Any] = list(samples) if view is None else [(sample, view) for sample in samples]
+    dataset = loader.dataset
+    if loader.batch_sampler is None:
+        # With batch_size=None the data set itself makes batches.
+        return loader.collate_fn(dataset[keys])
+    many = getattr(dataset, "__getitems__", None)
+    return loader.collate_fn([dataset[key] for key in keys] if many is None else many(keys))
 
 
 def finish_epoch(module: Any, store: TeacherStore) -> None:
@@ -63,12 +90,12 @@ def finish_epoch(module: Any, store: TeacherStore) -> None:
     store.refresh()
 
 
-def _made_by(module: Any, store: TeacherStore, data: Any) -> dict[str, Any]:
+def _made_by(module: Any, store: TeacherStore, data: Any, loader: Any) -> dict[str, Any]:
     """Everything that the answers depend on."""
     if hasattr(data, "fingerprint"):
         known = dict(data.fingerprint())
     elif store.data is not None:
-        known = {"data": store.data}
+        known = {"data": store.data, "some_samples": _digest_of_some(data, loader)}
     else:
         raise InputError(
             f"a TeacherStore must know the data again, and {type(data).__name__} has no fingerprint(): name the data "
@@ -79,3 +106,39 @@ def _made_by(module: Any, store: TeacherStore, data: Any) -> dict[str, Any]:
         known["teachers"] = [fingerprint(network) for network in teachers]
         known["ensemble"] = {"weights": teachers.weights, "combine": teachers.combine}
     return dict(plain({**known, "num_classes": module.num_classes, **module.question()}))
+
+
+def _digest_of_some(data: Any, loader: Any) -> str:
+    """SHA-256 of the inputs of a few training samples, of data that cannot tell what they are.
+
+    Raises:
+        InputError: asked twice, they are not the same.
+    """
+    count = len(loader.dataset)
+    chosen = np.unique(np.linspace(0, count - 1, num=min(count, _LOOKED_AT)).round().astype(int)).tolist()
+    view = 0 if hasattr(data, "views") else None
+    # Whatever they draw, the training's own draws stay what they are without a store.
+    with torch.random.fork_rng(devices=[]):
+        first, second = (_digest(Batch.of(fetched(loader, chosen, view=view)).input) for _ in range(2))
+    if first != second:
+        raise InputError(
+            f"a TeacherStore needs samples that stay the same, and those of {type(data).__name__} are augmented at "
+            "random: let its views be functions of index and view, as those of InMemoryImageDataModule"
+        )
+    return first
+
+
+def _digest(value: Any) -> str:
+    digest = hashlib.sha256()
+    for part in _tensors(value):
+        digest.update(f"{part.dtype} {tuple(part.shape)} ".encode())
+        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in a network's input, in their order."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]

@@ -205,11 +205,6 @@ class ShardedRecords:
         places = ((view, shard) for view in range(self.views) for shard in range(self.shards))
         return [place for place in places if self.state_of(*place) != "complete"]
 
-    def sweep(self) -> None:
-        """Remove what killed processes left of files that they were writing; called while none is."""
-        for path in self.folder.rglob("partial.*"):
-            path.unlink(missing_ok=True)
-
     def refresh(self) -> None:
         """Look again at what other processes may have written."""
         self._open.clear()
@@ -227,6 +222,10 @@ class ShardedRecords:
     def record_bytes(self) -> int:
         """Bytes of one record, without the byte that tells whether it is known."""
         return sum(field.nbytes for field in self.fields)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which opens the files itself: a memory map would be sent as a copy of its file."""
+        return {**vars(self), "_open": {}}
 
     def _shard(self, view: int, shard: int) -> _Shard | None:
         place = (view, shard)
@@ -417,6 +416,12 @@ def read_header(folder: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise InputError(f"the store {folder} has format {version}, this version reads {FORMAT}: fill it again")
     return dict(header)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left of files of records that they were writing; called while nobody writes."""
+    for path in folder.rglob("partial.*"):
+        path.unlink(missing_ok=True)
 
 
 def _write_all(file: Any, content: bytes) -> None:

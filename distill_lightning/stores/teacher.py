@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.stores.shards import Field, ShardedRecords, read_header
+from distill_lightning.stores.shards import Field, Rows, ShardedRecords, read_header, sweep
 from distill_lightning.stores.top_k import largest, spread
 
 Answers = Mapping[str, Tensor]
@@ -50,11 +50,14 @@ class TeacherStore:
         path: its folder.
         fill: ``"online"``: what is not known is asked for and kept; ``"never"``: what is not known is an error.
         dtype: of what is kept, ``"float16"`` or ``"float32"``. Half precision is off by less than ``2 ** -11`` of each
-            number; probabilities are divided by their sum when read.
+            number; probabilities are divided by their sum when read. Training gets answers rounded so from the first
+            epoch on, whether they were asked for or read.
         top_k: how many of a row's largest probabilities are kept, the rest being spread evenly over the other classes;
             ``None``: all.
         shard_size: samples in a file.
-        data: names the data, where their data module has no ``fingerprint()``.
+        data: names the data, where their data module has no ``fingerprint()``; a few samples are then held against the
+            store, besides the name and their number. Their samples must always be the same: what is not augmented, or
+            in numbered views.
 
     Raises:
         InputError: an option is out of range.
@@ -115,7 +118,8 @@ class TeacherStore:
             device: where the answers are wanted.
 
         Returns:
-            Tensors ``(N, ...)`` by name; float32 where they are read.
+            Float32 tensors ``(N, ...)`` by name, as they are read: what is asked for is rounded like what is kept, so
+            that a run that was interrupted, and finds answers that it had kept before, is the uninterrupted one.
 
         Raises:
             InputError: an answer is not there, and there is nobody to ask; or the disk is full.
@@ -128,9 +132,9 @@ class TeacherStore:
                 return self._unpacked(rows, device)
         if ask is None or self.fill == "never":
             raise self._unknown(index, view, known)
-        answers = dict(ask())
-        self._keep(index, view, known, answers)
-        return answers
+        packed = self._packed(ask())
+        self._keep(index, view, known, packed)
+        return self._unpacked(packed, device)
 
     def finish(self) -> None:
         """Make what was kept readable; one process calls it while the others wait."""
@@ -145,17 +149,11 @@ class TeacherStore:
         if self._records is not None:
             self._records.refresh()
 
-    def resume(self, views: Collection[int] = ()) -> None:
-        """Mend what a killed process left, and take up what it had kept of other views than those that go on.
-
-        Args:
-            views: those that go on.
-        """
-        if self._records is not None:
-            self._records.sweep()
-            for other in range(self._records.views):
-                if other not in views:
-                    self._records.seal(other)
+    def resume(self) -> None:
+        """Take up what a killed process had kept, and remove what it was writing; one calls it, and nobody writes."""
+        # Its first file may have been the one that it did not finish.
+        sweep(self.path)
+        self.finish()
 
     def write(self, view: int, shard: int, answers: Answers) -> None:
         """Keep the answers about all samples of a shard.
@@ -227,10 +225,7 @@ class TeacherStore:
         self._records.create()
         return self._records
 
-    def _keep(
-        self, index: NDArray[np.int64], view: NDArray[np.int64], known: NDArray[np.bool_], answers: Answers
-    ) -> None:
-        packed = self._packed(answers)
+    def _keep(self, index: NDArray[np.int64], view: NDArray[np.int64], known: NDArray[np.bool_], packed: Rows) -> None:
         records = self._made(packed)
         for number in np.unique(view[~known]):
             chosen = ~known & (view == number)

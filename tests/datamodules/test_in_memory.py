@@ -4,11 +4,13 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
-from distill_lightning import Batch, InMemoryImageDataModule, InputError
+from distill_lightning import Batch, IndexedDataModule, InMemoryImageDataModule, InputError, SupervisedModule
 from distill_lightning.datamodules import Images, ImageTensors, ViewSampler
-from distill_lightning.testing import TinyDataModule
+from distill_lightning.datamodules.base import ResumableLoader
+from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 TRAIN, TEST = 120, 30
 
@@ -438,3 +440,72 @@ def test_a_trainers_processes_get_their_shares():
         shares.append(epoch_of(data))
     assert torch.equal(torch.stack([share.index for share in shares], dim=1).flatten(), whole.index)
     assert same(by_index(Batch(*(torch.cat(parts) for parts in zip(*shares, strict=True)))), by_index(whole))
+
+
+# Going on in the middle of an epoch
+
+
+def resumable(batches=None, *, epoch=1, workers=0, **options):
+    data = TinyDataModule(**options)
+    data.num_workers = workers
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    given = [batch.index.tolist() for batch in itertools.islice(loader, batches)]
+    return loader, given
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2, 3])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_loader_goes_on_behind_the_batches_of_its_state(batches, workers):
+    loader, given = resumable(batches)
+    state = loader.state_dict()
+    assert state == {"epoch": 1, "batches": batches}
+    _, whole = resumable()
+    other, _ = resumable(0, workers=workers)
+    other.load_state_dict(state)
+    # Lightning calls iter before it sets the epoch.
+    other.sampler.set_epoch(0)
+    iterator = iter(other)
+    other.sampler.set_epoch(1)
+    assert given + [batch.index.tolist() for batch in iterator] == whole
+    assert other.state_dict() == {"epoch": 1, "batches": 3}
+    # The next epoch is whole.
+    assert [batch.index.tolist() for batch in other] == whole
+
+
+def test_a_state_of_another_epoch_leaves_nothing_out():
+    loader, _ = resumable(2)
+    other, _ = resumable(0)
+    other.load_state_dict(loader.state_dict())
+    other.sampler.set_epoch(2)
+    assert [batch.index.tolist() for batch in other] == resumable(epoch=2)[1]
+
+
+def test_with_another_sampler_it_is_an_ordinary_loader():
+    loader = resumable(0)[0]
+    plain = ResumableLoader(loader.dataset, batch_size=8, collate_fn=loader.collate_fn)
+    plain.load_state_dict({"epoch": 0, "batches": 2})
+    assert [batch.index.tolist() for batch in plain] == [list(range(k, k + 8)) for k in (0, 8, 16)]
+    assert plain.state_dict() == {"epoch": 0, "batches": 3}
+
+
+@pytest.mark.parametrize("step", range(1, 12))
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_training_goes_on_from_any_step(tmp_path, step, wrapped):
+    class Save(pl.callbacks.Checkpoint):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == step:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    def fit(ckpt_path=None, callbacks=()):
+        torch.manual_seed(0 if ckpt_path is None else 1)
+        module = SupervisedModule(TinyNet(), num_classes=3)
+        data = TinyDataModule(batch_size=6)
+        trainer = tiny_trainer(max_epochs=3, callbacks=list(callbacks), enable_checkpointing=bool(callbacks))
+        trainer.fit(module, datamodule=IndexedDataModule(data) if wrapped else data, ckpt_path=ckpt_path)
+        assert trainer.global_step == 12
+        return module.state_dict()
+
+    whole = fit(callbacks=[Save()])
+    resumed = fit(tmp_path / "middle.ckpt")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole if name.startswith("student."))

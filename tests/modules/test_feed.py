@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill_lightning import Batch, FEEDModule, InputError, SmallResNet, SupervisedModule, TeacherEnsemble
 from distill_lightning.layers import Paraphraser, Translator
+from distill_lightning.modules.feed_parts import orthonormal_rows
 from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
 
 SHAPE = (1, 8, 8)
@@ -635,3 +636,161 @@ def test_tokens_of_equal_length_are_translated_by_a_users_module():
     assert float(module.terms(batch)["feed"]) == pytest.approx(expected, rel=1e-4)
     with pytest.raises(InputError, match=r"gives \(8, 4\) and teacher 0's 'embed' gives \(4, 4\)"):
         FEEDModule(Tokens(8, 4), Tokens(4, 4), **options)
+
+
+# Targets in fewer numbers
+
+
+def wide_module(**options):
+    torch.manual_seed(0)
+    networks = [TinyNet(width=width).eval() for width in (4, 6)]
+    defaults = {"num_classes": 3, "student_layer": "features", "input_shape": SHAPE, "beta": 10.0}
+    return FEEDModule(TinyNet(), networks, **(defaults | options))
+
+
+def naive_pool(feature, size):
+    """Means of equal blocks, which adaptive pooling takes where the size divides."""
+    count, channels, height, width = feature.shape
+    down, across = height // size, width // size
+    pooled = torch.zeros(count, channels, size, size, dtype=torch.float64)
+    for row in range(size):
+        for column in range(size):
+            block = feature[:, :, row * down : (row + 1) * down, column * across : (column + 1) * across]
+            pooled[:, :, row, column] = block.double().sum(dim=(2, 3)) / (down * across)
+    return pooled
+
+
+def naive_project(feature, matrix):
+    projected = torch.zeros(feature.shape[0], len(matrix), *feature.shape[2:], dtype=torch.float64)
+    for new, row in enumerate(matrix.double()):
+        for old, weight in enumerate(row):
+            projected[:, new] += weight * feature[:, old].double()
+    return projected
+
+
+@pytest.mark.parametrize("size", [None, 1, 2, 4])
+@pytest.mark.parametrize("channels", [None, 1, 5, 8])
+@pytest.mark.parametrize("loss", ["feed", "hint"])
+def test_reduced_terms_equal_the_naive_reference(size, channels, loss):
+    module = wide_module(target_size=size, target_channels=channels, feature_loss=loss).eval()
+    batch = batch_of()
+    terms, told = module.terms(batch), module.ask(batch)
+    student_feature = module.student.features(batch.input)
+    for number, teacher in enumerate(module.teachers):
+        target = teacher.features(batch.input).detach()
+        target = target.double() if size is None else naive_pool(target, size)
+        if channels is not None:
+            target = naive_project(target, orthonormal_rows(channels, target.shape[1]))
+        assert torch.allclose(told[f"feature_{number}"].double(), target, atol=1e-6)
+        translated = module.translators[number](student_feature).detach()
+        translated = translated.double() if size is None else naive_pool(translated, size)
+        assert translated.shape == target.shape
+        if loss == "feed":
+            expected = naive_distance(translated, target, 1, "mean")
+        else:
+            pairs = zip(translated.flatten().tolist(), target.flatten().tolist(), strict=True)
+            expected = sum((one - other) ** 2 for one, other in pairs) / target.numel()
+        assert float(terms[f"{loss}_teacher_{number}"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_attention_of_smaller_maps_is_that_of_pooled_features():
+    module = wide_module(target_size=2, feature_loss="attention").eval()
+    batch, own = batch_of(), []
+    for network in (module.student, *module.teachers):
+        energy = (naive_pool(network.features(batch.input).detach(), 2) ** 2).sum(dim=1).flatten(1)
+        own.append(energy / (energy**2).sum(dim=1, keepdim=True).sqrt())
+    for number, teacher in enumerate(own[1:]):
+        expected = float(((own[0] - teacher) ** 2).mean())
+        assert float(module.terms(batch)[f"attention_teacher_{number}"]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 7), (3, 7), (7, 7), (16, 256)])
+def test_the_projection_has_orthonormal_rows_and_is_always_the_same(rows, columns):
+    matrix = orthonormal_rows(rows, columns)
+    assert matrix.shape == (rows, columns)
+    assert torch.allclose(matrix @ matrix.T, torch.eye(rows), atol=1e-5)
+    torch.manual_seed(7)
+    assert torch.equal(orthonormal_rows(rows, columns), matrix)
+
+
+def test_the_projection_is_the_one_that_stores_were_filled_with():
+    expected = [0.8803203, 0.3949304, 0.2628045, -0.0388678, -0.4920853, 0.8696789]
+    assert orthonormal_rows(2, 3).flatten().tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_distances_are_kept_approximately():
+    # Johnson and Lindenstrauss: the mean squared error of 64 projected channels is that of all 512, give or take.
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 50, 512, generator=generator)
+    matrix = orthonormal_rows(64, 512)
+    ratio = ((one - other) @ matrix.T).square().mean(dim=1) / (one - other).square().mean(dim=1)
+    assert float(ratio.mean()) == pytest.approx(1, abs=0.05)
+    assert 0.5 < float(ratio.min()) < float(ratio.max()) < 1.6
+
+
+def test_all_channels_turned_keep_all_distances():
+    full, turned = (wide_module(target_channels=channels, feature_loss="hint") for channels in (None, 8))
+    batches = batch_of(), batch_of(seed=1)
+    whole, rotated = ([module.ask(batch)["feature_0"] for batch in batches] for module in (full, turned))
+    assert not torch.allclose(whole[0], rotated[0], atol=1e-2)
+    assert torch.allclose((whole[0] - whole[1]).norm(), (rotated[0] - rotated[1]).norm())
+
+
+def test_teachers_of_different_widths_can_share_a_translator_for_the_reduced_channels():
+    module = wide_module(target_channels=4, share_transform=True)
+    assert len(module.translators) == 1
+    assert module.translators[0][-2].out_channels == 4
+
+
+def test_a_code_can_be_pooled_but_not_projected():
+    torch.manual_seed(1)
+    paraphrasers = [Paraphraser(8), Paraphraser(12)]
+    module = wide_module(paraphrasers=paraphrasers, target_size=2)
+    told = module.ask(batch_of())
+    assert [told[f"feature_{number}"].shape for number in range(2)] == [(4, 4, 2, 2), (4, 6, 2, 2)]
+    with pytest.raises(InputError, match="paraphrasers does not use target_channels: leave it out"):
+        wide_module(paraphrasers=paraphrasers, target_channels=2)
+
+
+def test_the_reduction_is_in_no_checkpoint_and_in_no_export(tmp_path):
+    module = wide_module(target_size=2, target_channels=4)
+    assert not [name for name in module.state_dict() if "reduction" in name]
+    tiny_trainer().fit(module, datamodule=TinyDataModule())
+
+
+def test_maps_of_other_sizes_meet_at_the_reduced_one():
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    teacher.append(nn.Linear(6, 3))
+    options = {"num_classes": 3, "student_layer": "features", "teacher_layers": "1", "input_shape": SHAPE}
+    with pytest.raises(InputError, match="tap layers of the same spatial size"):
+        FEEDModule(TinyNet(), teacher, **options)
+    module = FEEDModule(TinyNet(), teacher, target_size=4, **options)
+    assert module.ask(batch_of())["feature_0"].shape == (4, 6, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_size": 0}, r"target_size must be from 1 to 4, because the student's feature is \(8, 4, 4\), got 0"),
+        ({"target_size": 5}, "target_size must be from 1 to 4, because the student's feature"),
+        (
+            {"target_channels": 0},
+            r"target_channels must be from 1 to 8, because the teacher 0's feature is \(8, 4, 4\)",
+        ),
+        ({"target_channels": 9}, "target_channels must be from 1 to 8, because the teacher 0's feature"),
+        ({"target_size": 2, "resize": "student"}, "target_size does not use resize: leave it out"),
+        ({"target_channels": 2, "feature_loss": "attention"}, "'attention' does not use target_channels: leave it out"),
+        ({"target_channels": 2, "transform": "none"}, "they have 8 and 2 channels: choose another transform"),
+    ],
+)
+def test_reductions_without_meaning_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        wide_module(**options)
+
+
+@pytest.mark.parametrize("option", ["target_size", "target_channels"])
+def test_vectors_cannot_be_reduced(option):
+    options = {"student_layer": "head", "transform": nn.Linear}
+    with pytest.raises(InputError, match=f"not \\(N, C, H, W\\): leave out {option}"):
+        wide_module(**options, **{option: 1})

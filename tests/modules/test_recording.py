@@ -6,7 +6,7 @@ import torch
 import yaml
 from torch.nn import functional as F
 
-from distill_lightning import FEEDModule, InputError, KDModule, TeacherStore
+from distill_lightning import Batch, FEEDModule, IndexedDataModule, InputError, KDModule, TeacherStore
 from distill_lightning.cli import main
 from distill_lightning.modules.recording import record
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
@@ -181,3 +181,160 @@ def test_a_module_without_teachers_has_nothing_to_record(tmp_path):
 
     with pytest.raises(InputError, match="record needs a method with teachers and a store, got LightningModule"):
         RecordingTrainer(accelerator="cpu", logger=False).record(pl.LightningModule(), TinyDataModule())
+
+
+# Data that know of no views and of no fingerprint
+
+
+class Rows(torch.utils.data.Dataset):
+    """Map-style and nothing more: samples are dicts, asked for one by one."""
+
+    def __init__(self, count=24, *, order=None, noise=0.0):
+        images, targets = TinyDataModule(samples=count).read()[0]
+        self.images = images.float()[order if order is not None else slice(count)] / 255
+        self.targets, self.noise = targets, noise
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image = self.images[index]
+        return {"image": image + self.noise * torch.rand_like(image), "label": self.targets[index]}
+
+
+class PlainDataModule(pl.LightningDataModule):
+    """What a user has: no views, no indices, no fingerprint."""
+
+    def __init__(self, dataset=None, **options):
+        super().__init__()
+        self.dataset = dataset or Rows()
+        self.options = {"batch_size": 8, "shuffle": True} | options
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(self.dataset, **self.options)
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(Rows(), batch_size=8)
+
+
+class WholeBatches(Rows):
+    """Makes batches itself."""
+
+    def __getitem__(self, index):
+        assert isinstance(index, list)
+        return {"image": self.images[index], "label": self.targets[index]}
+
+
+class Batched(Rows):
+    """Is asked for all samples of a batch at once, and collated by a function of its own."""
+
+    def __getitems__(self, indices):
+        return [(self.images[index], self.targets[index]) for index in indices]
+
+
+def stacked(samples):
+    images, targets = zip(*samples, strict=True)
+    return torch.stack(images), torch.stack(targets)
+
+
+def named(folder, teachers=None, **options):
+    return kd(TeacherStore(folder, shard_size=7, data="rows", **options), teachers)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        PlainDataModule,
+        lambda: IndexedDataModule(PlainDataModule()),
+        lambda: PlainDataModule(Batched(), collate_fn=stacked),
+        lambda: IndexedDataModule(PlainDataModule(Batched(), collate_fn=stacked)),
+        lambda: PlainDataModule(
+            WholeBatches(),
+            batch_size=None,
+            shuffle=None,
+            sampler=torch.utils.data.BatchSampler(range(24), 8, drop_last=False),
+        ),
+        lambda: PlainDataModule(
+            batch_size=1,
+            shuffle=False,
+            batch_sampler=torch.utils.data.BatchSampler(range(24), 8, drop_last=False),
+        ),
+    ],
+)
+def test_samples_without_views_are_recorded_however_they_are_fetched(tmp_path, make):
+    networks = teachers_of()
+    module = named(tmp_path, networks)
+    assert record(tiny_trainer(), module, make()).answers == 24
+    images = Rows().images
+    with torch.no_grad():
+        expected = torch.stack([F.softmax(network(images) / 2, dim=1) for network in networks]).mean(0)
+    batch = Batch(images, None, torch.arange(24))
+    assert torch.allclose(module.teacher_store.told(batch, None, device="cpu")["probabilities"], expected, atol=1e-3)
+
+
+def test_any_data_with_indices_and_a_name_are_filled_online_and_read(tmp_path):
+    class Losses(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, *args):
+            losses.append(float(outputs["loss"]))
+
+    def fit(module):
+        losses.clear()
+        torch.manual_seed(3)
+        data = IndexedDataModule(PlainDataModule())
+        tiny_trainer(max_epochs=3, callbacks=[Losses()]).fit(module, datamodule=data)
+        return list(losses)
+
+    losses, networks = [], teachers_of()
+    online = fit(kd(None, networks))
+    filling = fit(named(tmp_path, networks))
+    assert filling == pytest.approx(online, rel=1e-3)
+    torch.manual_seed(0)
+    store = TeacherStore(tmp_path, fill="never", shard_size=7, data="rows")
+    alone = KDModule(TinyNet(), None, num_classes=3, temperature=2.0, store=store)
+    assert fit(alone) == filling
+    assert alone.teacher_store.is_complete
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (Rows(order=list(range(23, -1, -1))), "some_samples is "),
+        (Rows(order=[1, 0, *range(2, 24)]), "some_samples is "),
+        (Rows(order=list(range(1, 25))), "some_samples is "),
+        (Rows(20), "samples is 24, not 20"),
+    ],
+)
+def test_other_data_of_the_same_name_are_refused(tmp_path, dataset, message):
+    record(tiny_trainer(), named(tmp_path), PlainDataModule())
+    with pytest.raises(InputError, match=message):
+        record(tiny_trainer(), named(tmp_path), PlainDataModule(dataset))
+
+
+@pytest.mark.parametrize("run", ["record", "fit"])
+def test_samples_that_are_augmented_at_random_are_refused(tmp_path, run):
+    data = IndexedDataModule(PlainDataModule(Rows(noise=0.1)))
+    with pytest.raises(InputError, match="needs samples that stay the same.*views be functions of index and view"):
+        record(tiny_trainer(), named(tmp_path), data) if run == "record" else tiny_trainer().fit(named(tmp_path), data)
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_data_without_a_name_are_refused(tmp_path):
+    with pytest.raises(InputError, match="PlainDataModule has no fingerprint\\(\\): name the data"):
+        record(tiny_trainer(), kd(TeacherStore(tmp_path)), PlainDataModule())
+
+
+def test_data_without_indices_are_refused_in_training(tmp_path):
+    with pytest.raises(InputError, match="the batches have no index: wrap the data in IndexedDataModule"):
+        tiny_trainer().fit(named(tmp_path), PlainDataModule(Batched(), collate_fn=stacked))
+
+
+def test_a_stream_is_refused(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(Rows())
+
+        def __len__(self):
+            return 24
+
+    with pytest.raises(InputError, match="which sample is which, and Stream is an IterableDataset"):
+        record(tiny_trainer(), named(tmp_path), PlainDataModule(Stream(), shuffle=False))

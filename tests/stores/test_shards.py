@@ -15,7 +15,7 @@ import pytest
 
 from distill_lightning import InputError
 from distill_lightning.stores import shards as shards_file
-from distill_lightning.stores.shards import Field, ShardedRecords, read_header
+from distill_lightning.stores.shards import Field, ShardedRecords, read_header, sweep
 
 FIELDS = (Field("probs", "float16", (3,)), Field("classes", "int16", (2,)), Field("map", "float32", (2, 2)))
 SAMPLES, VIEWS, SIZE = 11, 2, 4
@@ -192,7 +192,7 @@ def test_a_file_that_was_being_written_is_no_shard(tmp_path):
     found._folder_of(0).mkdir()
     (found._folder_of(0) / "partial.123.00000.shard").write_bytes(b"half")
     assert found.state_of(0, 0) == "missing"
-    found.sweep()
+    sweep(tmp_path)
     assert list(files_of(tmp_path)) == ["header.json"]
 
 
@@ -342,7 +342,7 @@ def test_a_store_that_was_filled_through_kills_is_the_undisturbed_one(tmp_path):
         killed += os.WIFSIGNALED(status)
     assert killed
     fill(tmp_path / "killed", lambda: None)
-    records(tmp_path / "killed").sweep()
+    sweep(tmp_path / "killed")
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
