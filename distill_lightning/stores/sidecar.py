@@ -73,7 +73,7 @@ class RowFile:
         count = self.header["rows"]
         self.nbytes = _HEADER_BYTES + count * sum(column.nbytes for column in self.columns) + CHECKSUM_BYTES
         if not path.is_file():
-            raise InputError(f"the past predictions {path} that the checkpoint refers to are gone: {_WAY_OUT}")
+            raise InputError(f"the past predictions {path} are not there: let all processes of a node see one folder")
         if path.stat().st_size < _HEADER_BYTES + CHECKSUM_BYTES:
             raise self._damaged()
         self._bytes: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
@@ -122,11 +122,10 @@ class RowFile:
         Returns:
             Tensors ``(N, width)`` by column, copies.
         """
-        chosen = index.numpy()
-        return {
-            column.name: torch.from_numpy(np.take(self._rows[column.name], chosen, axis=0)).view(column.dtype)
-            for column in self.columns
-        }
+        found = {column.name: torch.empty(len(index), column.width, dtype=column.dtype) for column in self.columns}
+        for name, rows in found.items():
+            np.take(self._rows[name], index.numpy(), axis=0, out=rows.view(torch.uint8).numpy())
+        return found
 
     def _compare(self) -> None:
         try:
@@ -302,8 +301,14 @@ def open_reference(
     Raises:
         InputError: it is in none of them, damaged, or another one.
     """
-    paths = [folder / reference["file"] for folder in folders]
-    path = next((path for path in paths if path.is_file()), paths[0])
+    # Each once, in this order.
+    places = list(dict.fromkeys(folder.absolute() for folder in folders))
+    path = next((place / reference["file"] for place in places if (place / reference["file"]).is_file()), None)
+    if path is None:
+        raise InputError(
+            f"the past predictions {reference['file']} that the checkpoint refers to are not in "
+            f"{' or '.join(map(str, places))}: {_WAY_OUT}"
+        )
     return RowFile(path, {**header, **_format()}, columns).check(reference["crc"], whole=True)
 
 
