@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import tempfile
 import time
@@ -92,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _case(options: argparse.Namespace, *, top_k: int | None, files: bool) -> dict[str, Any]:
     """A store in files, or in the checkpoint."""
+    # How much else the machine had to do.
+    busy = round(os.getloadavg()[0], 2)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         about = {"folder": folder, "samples": options.samples, "classes": options.classes, "top_k": top_k}
         arguments = ({**about, "files": files}, options.batch)
@@ -102,7 +105,8 @@ def _case(options: argparse.Namespace, *, top_k: int | None, files: bool) -> dic
                 measured = {
                     name: value for step in (training, resuming) for name, value in pool.apply(step, arguments).items()
                 }
-    return {"top_k": top_k, "dtype": "float16", "kept": "in files" if files else "in the checkpoint", **measured}
+    kept = "in files" if files else "in the checkpoint"
+    return {"top_k": top_k, "dtype": "float16", "kept": kept, **measured, "load_average_before": busy}
 
 
 def training(about: dict[str, Any], batch: int) -> dict[str, Any]:

@@ -107,8 +107,9 @@ class SelfKDModule(DistillationModule):
             where no step waits for it. ``"cpu"`` saves that memory and costs a copy per step.
         store_in_checkpoint: bytes of the stored rows up to which they stand in checkpoints. More are written to a file
             at the end of every epoch (and of what is not readable yet, with a checkpoint in its middle), which
-            checkpoints refer to; a store on the CPU maps it, so that the processes of a node share it and each holds
-            one buffer. See `Sidecar` for which files are kept.
+            checkpoints refer to. With ``store_device="cpu"`` or a training on the CPU it is mapped: the processes of a
+            node share it, and each holds one buffer. On a GPU both buffers stay there, and the files serve checkpoints
+            alone. See `Sidecar` for which files are kept.
         store_dir: folder of these files, which wins over the one that a checkpoint names: both may be moved. ``None``:
             ``self_kd_store`` in the Trainer's ``default_root_dir``. Two trainings that are resumed at once from one
             checkpoint need two.
