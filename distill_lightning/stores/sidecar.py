@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributed as dist
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, refusing
 from distill_lightning.processes import all_reduce, broadcast, is_alone
 from distill_lightning.stores.files import CHECKSUM_BYTES, checksum_fits, telling, with_checksum, write_whole
 
@@ -65,7 +65,7 @@ class RowFile:
         columns: of the rows.
 
     Raises:
-        InputError: the file is gone, damaged, or of another store.
+        InputError: the file is gone, cannot be read, is damaged, or of another store.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], columns: Iterable[Column]) -> None:
@@ -76,7 +76,8 @@ class RowFile:
             raise InputError(f"the past predictions {path} are not there: let all processes of a node see one folder")
         if path.stat().st_size < _HEADER_BYTES + CHECKSUM_BYTES:
             raise self._damaged()
-        self._bytes: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+        with refusing(f"the past predictions {path} cannot be read", OSError):
+            self._bytes: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
         self._compare()
         if len(self._bytes) != self.nbytes:
             raise self._damaged()

@@ -382,6 +382,16 @@ def test_a_damaged_file_is_named(tmp_path, name, kind):
     store_in(tmp_path, dtype=torch.float16).load_state_dict(state)
 
 
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    def memmap(path, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    state = filled(tmp_path).state_dict()
+    monkeypatch.setattr(np, "memmap", memmap)
+    with pytest.raises(InputError, match=r"the past predictions .*\.rows cannot be read: .*Permission denied"):
+        store_in(tmp_path).load_state_dict(state)
+
+
 def test_another_file_of_the_name_is_told(tmp_path):
     state = filled(tmp_path / "one").state_dict()
     for other, message in (
