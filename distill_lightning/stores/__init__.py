@@ -2,6 +2,7 @@
 
 from distill_lightning.stores.prediction import PredictionStore
 from distill_lightning.stores.shards import ShardedRecords
+from distill_lightning.stores.sidecar import Sidecar
 from distill_lightning.stores.teacher import TeacherStore
 
-__all__ = ["PredictionStore", "ShardedRecords", "TeacherStore"]
+__all__ = ["PredictionStore", "ShardedRecords", "Sidecar", "TeacherStore"]

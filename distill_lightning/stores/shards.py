@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_lightning.errors import InputError
+from distill_lightning.stores import files
+from distill_lightning.stores.files import CHECKSUM_BYTES, checksum_fits, telling, with_checksum, write_whole
 
 FORMAT = 1
 _HEADER = "header.json"
-_CHECKSUM_BYTES = 4
 _BLOCK = b"BLK1"
 
 Rows = Mapping[str, NDArray[Any]]
@@ -133,10 +132,10 @@ class ShardedRecords:
         if (self.folder / _HEADER).exists():
             self.check(read_header(self.folder))
             return
-        with _telling(self.folder):
+        with telling(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             # Several processes may do this at once; all write the same.
-            _write_whole(self.folder / _HEADER, json.dumps(self.header, indent=1, sort_keys=True).encode())
+            write_whole(self.folder / _HEADER, [json.dumps(self.header, indent=1, sort_keys=True).encode()])
 
     def check(self, header: Mapping[str, Any]) -> None:
         """Hold a header against these records.
@@ -244,11 +243,11 @@ class ShardedRecords:
 
     def _mapped(self, path: Path, count: int) -> _Shard | None:
         """A shard's arrays in the file's memory map; ``None`` if the file is damaged."""
-        size = count * (self.record_bytes + 1) + _CHECKSUM_BYTES
+        size = count * (self.record_bytes + 1) + CHECKSUM_BYTES
         if path.stat().st_size != size:
             return None
         mapped = np.memmap(path, dtype=np.uint8, mode="r")
-        if zlib.crc32(mapped[:-_CHECKSUM_BYTES].data) != int.from_bytes(mapped[-_CHECKSUM_BYTES:].tobytes(), "little"):
+        if not checksum_fits(mapped.data):
             return None
         rows, begin = {}, 0
         for field in self.fields:
@@ -280,10 +279,10 @@ class ShardedRecords:
             parts.append(
                 np.where(known.reshape(-1, *[1] * len(field.shape)), values, np.zeros((), field.kind)).tobytes()
             )
-        content = b"".join([*parts, known.astype(np.uint8).tobytes()])
-        with _telling(self.folder):
+        parts.append(known.astype(np.uint8).tobytes())
+        with telling(self.folder):
             self._folder_of(view).mkdir(exist_ok=True)
-            _write_whole(self.path_of(view, shard), content + zlib.crc32(content).to_bytes(_CHECKSUM_BYTES, "little"))
+            write_whole(self.path_of(view, shard), with_checksum(parts))
         self._open.pop((view, shard), None)
         self._damaged.discard((view, shard))
 
@@ -302,12 +301,12 @@ class ShardedRecords:
         parts = [np.ascontiguousarray(samples, dtype="<i8").tobytes()]
         parts += [self._fitting(field, rows, len(samples)).tobytes() for field in self.fields]
         content = len(samples).to_bytes(4, "little") + b"".join(parts)
-        with _telling(self.folder):
+        with telling(self.folder):
             self._folder_of(view).mkdir(exist_ok=True)
             with self._log_of(view, rank).open("ab", buffering=0) as log:
                 before = log.tell()
                 try:
-                    _write_all(log, _BLOCK + content + zlib.crc32(content).to_bytes(_CHECKSUM_BYTES, "little"))
+                    files.write_all(log, _BLOCK + content + zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "little"))
                 except OSError:
                     # Behind half a block nothing could be read.
                     log.truncate(before)
@@ -375,12 +374,9 @@ class ShardedRecords:
         begin, head = 0, len(_BLOCK) + 4
         while begin + head <= len(content) and content[begin : begin + len(_BLOCK)].tobytes() == _BLOCK:
             count = int.from_bytes(content[begin + len(_BLOCK) : begin + head].tobytes(), "little")
-            size = head + count * (8 + self.record_bytes) + _CHECKSUM_BYTES
+            size = head + count * (8 + self.record_bytes) + CHECKSUM_BYTES
             block = content[begin : begin + size]
-            checked = block[len(_BLOCK) : -_CHECKSUM_BYTES]
-            if len(block) < size or zlib.crc32(checked.data) != int.from_bytes(
-                block[-_CHECKSUM_BYTES:].tobytes(), "little"
-            ):
+            if len(block) < size or not checksum_fits(block[len(_BLOCK) :].data):
                 return
             place = head + 8 * count
             samples = np.frombuffer(block[head:place].tobytes(), dtype="<i8")
@@ -422,38 +418,6 @@ def sweep(folder: Path) -> None:
     """Remove what killed processes left of files of records that they were writing; called while nobody writes."""
     for path in folder.rglob("partial.*"):
         path.unlink(missing_ok=True)
-
-
-def _write_all(file: Any, content: bytes) -> None:
-    """Write without a buffer, which would hide how far it came."""
-    left = memoryview(content)
-    while left:
-        left = left[file.write(left) :]
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there when it is on the disk."""
-    partial = path.with_name(f"partial.{os.getpid()}.{path.name}")
-    try:
-        with partial.open("wb", buffering=0) as file:
-            _write_all(file, content)
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _telling(folder: Path) -> Iterator[None]:
-    """Say in one line what the disk refuses."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise InputError(
-                f"the disk of the store {folder} is full: make room and call again, what is written is kept"
-            ) from error
-        raise InputError(f"the store {folder} cannot be written: {error.strerror or error}") from error
 
 
 def _short(value: Any) -> str:

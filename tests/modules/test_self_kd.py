@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import shutil
 import warnings
 from functools import partial
 from pathlib import Path
@@ -846,6 +847,13 @@ def test_mixed_inputs_change_with_the_epoch_and_not_with_the_global_seed(data):
             "store_top_k would do nothing with past='past_mod",
         ),
         ({"past": "ema", "store_dtype": "float16", "num_samples": 9}, "store_dtype and num_samples would do nothing"),
+        ({"past": "ema", "store_dir": "rows", "store_keep": 3}, "store_dir and store_keep would do nothing with past="),
+        (
+            {"past": "ema", "store_in_checkpoint": 0},
+            "store_in_checkpoint would do nothing with past='ema': leave it out",
+        ),
+        ({"store_in_checkpoint": -1}, "store_in_checkpoint cannot be negative, got -1: 0 keeps every store in files"),
+        ({"store_keep": 1}, "store_keep must be at least 2, .* got 1"),
         ({"past": "ema", "store_device": "cpu"}, "store_device would do nothing with past='ema': leave it out"),
         ({"refresh_epochs": 2}, "refresh_epochs would do nothing with past='stored': leave it out"),
         ({"ema_decay": 0.9}, "ema_decay would do nothing with past='stored': leave it out"),
@@ -940,7 +948,7 @@ def saver(kind, where, path):
     return Save()
 
 
-@pytest.mark.parametrize("past", [*PASTS, "every second epoch"])
+@pytest.mark.parametrize("past", [*PASTS, "every second epoch", "in files"])
 @pytest.mark.parametrize(
     ("kind", "where"),
     [
@@ -956,6 +964,8 @@ def test_a_run_goes_on_from_wherever_it_was_saved(past, kind, where, tmp_path):
     options = {"past": past, "norm": "batch"}
     if past == "every second epoch":
         options |= {"past": "past_model", "refresh_epochs": 2}
+    if past == "in files":
+        options |= {"past": "stored", "store_in_checkpoint": 0, "store_dir": str(tmp_path / "rows")}
     trainer = {"max_epochs": 4, "num_sanity_val_steps": 0}
     path, logs = tmp_path / "run.ckpt", [Logged(), Logged()]
     whole, resumed = module_of(**options), module_of(weights=5, **options)
@@ -1092,6 +1102,118 @@ def test_a_checkpoint_that_is_only_passed_on_keeps_its_past(tmp_path):
     assert torch.load(tmp_path / "later.ckpt", weights_only=True)["self_kd"]["length"] == 3
 
 
+# A store in files
+
+
+def in_files(folder, **options):
+    return {"store_in_checkpoint": 0, "store_dir": None if folder is None else str(folder), **options}
+
+
+def files_of(folder):
+    return sorted(path.name.split(".", 1)[1] for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"store_dtype": "float16", "store_top_k": 2}, {"mixing": MixupSampler()}], ids=str
+)
+def test_a_run_with_its_store_in_files_is_the_run_without_bit_for_bit(tmp_path, options, targets):
+    modules = [module_of(**options), module_of(**in_files(tmp_path / "rows", **options))]
+    for module in modules:
+        fitted(module, max_epochs=4)
+    assert same(*map(state_of, modules))
+    assert same(*map(past_of, modules))
+    assert all(torch.equal(a, b) for a, b in zip(targets[:12], targets[12:], strict=True))
+    # A batch that is mixed is not stored: an epoch of such batches leaves the store as it was.
+    last = modules[1].store.sidecar.generation
+    assert last == 4 or "mixing" in options
+    assert files_of(tmp_path / "rows") == [f"{last - 1:06d}.rows", f"{last:06d}.rows"]
+
+
+@pytest.mark.parametrize(("limit", "beside"), [(24 * 3 * 4, False), (24 * 3 * 4 - 1, True), (2**26, False)])
+def test_what_is_larger_than_the_limit_is_in_files_of_the_trainers_folder(tmp_path, limit, beside):
+    module = module_of(store_in_checkpoint=limit)
+    trainer = fitted(module, max_epochs=2, default_root_dir=str(tmp_path))
+    assert (tmp_path / "self_kd_store").exists() == beside
+    assert (module.store.sidecar is not None) == beside
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    kept = torch.load(tmp_path / "run.ckpt", weights_only=True)["self_kd"]["past"]
+    assert ("probabilities" in kept) != beside
+    assert ("sidecar" in kept) == beside
+    assert kept["known"].all()
+
+
+def test_every_training_has_files_of_its_own(tmp_path):
+    module, rows = module_of(**in_files(tmp_path)), []
+    for _ in range(2):
+        fitted(module, max_epochs=1)
+        rows.append(past_of(module)["probs"])
+    assert files_of(tmp_path) == ["000001.rows"] * 2
+    assert not torch.equal(*rows)
+
+
+def test_a_checkpoint_may_be_moved_with_its_files_and_its_store_into_or_out_of_them(tmp_path):
+    whole = module_of()
+    fitted(whole, max_epochs=4)
+    (tmp_path / "old").mkdir()
+    path = saved(tmp_path / "old", **in_files(tmp_path / "old/rows"))
+    before = saved(tmp_path)
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    path = tmp_path / "new" / path.name
+    with pytest.raises(InputError, match="000002.rows that .* are not in .*/else or .*/old/rows: name the fold"):
+        fitted(module_of(**in_files(tmp_path / "else")), ckpt_path=path, max_epochs=4)
+    runs = {
+        "moved": (in_files(tmp_path / "new/rows"), path),
+        "out of files": ({"store_dir": str(tmp_path / "new/rows")}, path),
+        "into files": (in_files(tmp_path / "into"), before),
+    }
+    for name, (options, ckpt_path) in runs.items():
+        resumed = module_of(weights=5, **options)
+        fitted(resumed, ckpt_path=ckpt_path, max_epochs=4)
+        assert same(state_of(whole), state_of(resumed)), name
+        assert same(past_of(whole), past_of(resumed)), name
+
+
+def test_a_file_that_is_not_kept_any_more_is_refused_but_for_the_last_checkpoints(tmp_path):
+    paths = {}
+
+    class Save(pl.callbacks.Checkpoint):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch in (0, 2):
+                paths[trainer.current_epoch] = tmp_path / f"{trainer.current_epoch}.ckpt"
+                trainer.save_checkpoint(paths[trainer.current_epoch])
+
+    options = in_files(tmp_path / "rows")
+    run = {"max_epochs": 6, "num_sanity_val_steps": 0}
+    fitted(module_of(**options), ResumableData(), callbacks=[Save()], enable_checkpointing=True, **run)
+    assert files_of(tmp_path / "rows") == ["000003.rows", "000005.rows", "000006.rows"]
+    with pytest.raises(
+        InputError, match="000001.rows .*are not in .*rows: .* a larger store_keep keeps the files of more checkp"
+    ):
+        fitted(module_of(**options), ResumableData(), ckpt_path=paths[0], **run)
+    whole, resumed = module_of(), module_of(weights=5, **options)
+    fitted(whole, ResumableData(), **run)
+    fitted(resumed, ResumableData(), ckpt_path=paths[2], **run)
+    assert same(state_of(whole), state_of(resumed))
+    # Its weights need no files.
+    shutil.rmtree(tmp_path / "rows")
+    SelfKDModule.load_from_checkpoint(paths[0], student=TinyNet(norm="group"), optimizer=sgd)
+
+
+def test_a_folder_that_cannot_be_mapped_is_refused(tmp_path):
+    trainer = SimpleNamespace(default_root_dir="s3://runs", train_dataloader=SimpleNamespace(dataset=range(5)))
+    module = module_of(store_in_checkpoint=0)
+    module._trainer = trainer
+    with pytest.raises(
+        InputError, match="cannot be mapped in default_root_dir=s3://runs: name a local folder as store_d"
+    ):
+        module._new_store()
+    trainer.local_rank = 1
+    module = module_of(**in_files(tmp_path, store_keep=3))
+    module._trainer = trainer
+    sidecar = module._new_store().sidecar
+    assert (sidecar.folder, sidecar.keep, sidecar.writes) == (tmp_path, 3, False)
+
+
 # Several processes
 
 
@@ -1137,11 +1259,12 @@ def test_two_processes_have_one_past(past, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_in_two(tmp_path):
-    whole = module_of()
+@pytest.mark.parametrize("files", [False, True])
+def test_a_run_of_one_process_goes_on_in_two(tmp_path, files):
+    whole, options = module_of(), in_files(tmp_path / "rows") if files else {}
     fitted(whole, max_epochs=4)
-    path = saved(tmp_path)
-    resumed = module_of(weights=5)
+    path = saved(tmp_path, **options)
+    resumed = module_of(weights=5, **options)
     tell = Tell(str(tmp_path))
     data = TinyDataModule(batch_size=4)
     fitted(resumed, data, ckpt_path=path, max_epochs=4, devices=2, strategy="ddp_spawn", callbacks=[tell])
@@ -1150,6 +1273,12 @@ def test_a_run_of_one_process_goes_on_in_two(tmp_path):
             assert torch.allclose(rank["state"][name], value, rtol=1e-4, atol=1e-5), name
         assert torch.allclose(rank["past"]["probs"], past_of(whole)["probs"], atol=1e-4)
         assert rank["past"]["known"].all()
+    if files:
+        # The first are those of the checkpoint.
+        assert files_of(tmp_path / "rows") == ["000002.rows", "000003.rows", "000004.rows"]
+        number = next((tmp_path / "rows").glob("*.000004.rows"))
+        rows = torch.frombuffer(bytearray(number.read_bytes()[4096:-4]), dtype=torch.float32).reshape(24, 3)
+        assert torch.equal(rows, told(tmp_path)[1]["past"]["probs"])
 
 
 def stored(student, teachers, num_classes):
@@ -1158,6 +1287,10 @@ def stored(student, teachers, num_classes):
 
 def stored_small(student, teachers, num_classes):
     return SelfKDModule(student, num_classes=num_classes, store_dtype="float16", store_top_k=2)
+
+
+def stored_in_files(student, teachers, num_classes):
+    return SelfKDModule(student, num_classes=num_classes, store_dtype="float16", store_in_checkpoint=0)
 
 
 def past_model(student, teachers, num_classes):
@@ -1179,9 +1312,11 @@ def mixed_with_partners(student, teachers, num_classes):
 mixed_with_partners.partners = True
 
 
-@pytest.mark.parametrize("build", [stored, stored_small, past_model, ema, mixed, mixed_with_partners])
+@pytest.mark.parametrize("build", [stored, stored_small, stored_in_files, past_model, ema, mixed, mixed_with_partners])
 @pytest.mark.parametrize("point", CONTRACT)
-def test_contract(point, build):
+def test_contract(point, build, tmp_path, monkeypatch):
+    # Where a Trainer that is told nothing else has its files.
+    monkeypatch.chdir(tmp_path)
     if build is mixed and point == "two_processes_equal_one":
         pytest.skip("the partners of a mix come from a process's own batch")
     CONTRACT[point](build)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from distill_lightning import InputError
-from distill_lightning.stores import shards as shards_file
+from distill_lightning.stores import files
 from distill_lightning.stores.shards import Field, ShardedRecords, read_header, sweep
 
 FIELDS = (Field("probs", "float16", (3,)), Field("classes", "int16", (2,)), Field("map", "float32", (2, 2)))
@@ -267,7 +267,7 @@ def test_a_log_with_a_wrong_bit_is_read_up_to_it(tmp_path):
 def full_disk(monkeypatch, after):
     """From some byte on, files take no more."""
     left = [after]
-    write_all = shards_file._write_all
+    write_all = files.write_all
 
     def write(file, content):
         if len(content) > left[0]:
@@ -276,7 +276,7 @@ def full_disk(monkeypatch, after):
         left[0] -= len(content)
         write_all(file, content)
 
-    monkeypatch.setattr(shards_file, "_write_all", write)
+    monkeypatch.setattr(files, "write_all", write)
 
 
 def test_a_full_disk_is_one_line_and_the_store_can_be_continued(tmp_path, monkeypatch):

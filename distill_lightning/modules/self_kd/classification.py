@@ -19,7 +19,14 @@ from distill_lightning.mixing import cutout, mixup
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.hparams import refuse_unused
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
-from distill_lightning.modules.self_kd.options import DTYPES, check_choices, check_counts, check_device, check_shares
+from distill_lightning.modules.self_kd.options import (
+    DTYPES,
+    check_choices,
+    check_counts,
+    check_device,
+    check_files,
+    check_shares,
+)
 from distill_lightning.modules.self_kd.past import AveragedNetwork, PastNetwork
 from distill_lightning.modules.self_kd.schedule import (
     AlphaSchedule,
@@ -28,6 +35,7 @@ from distill_lightning.modules.self_kd.schedule import (
     training_length,
     training_progress,
 )
+from distill_lightning.modules.self_kd.storing import new_store
 from distill_lightning.samplers import CutMixSampler, Mixed, MixupSampler
 from distill_lightning.stores import PredictionStore
 from distill_lightning.views import Draws
@@ -97,6 +105,16 @@ class SelfKDModule(DistillationModule):
         store_top_k: how many of a sample's largest probabilities are stored; ``None``: all.
         store_device: where the store is kept, see `PredictionStore` for its size; ``None``: on the training's device,
             where no step waits for it. ``"cpu"`` saves that memory and costs a copy per step.
+        store_in_checkpoint: bytes of the stored rows up to which they stand in checkpoints. More are written to a file
+            at the end of every epoch (and of what is not readable yet, with a checkpoint in its middle), which
+            checkpoints refer to. With ``store_device="cpu"`` or a training on the CPU it is mapped: the processes of a
+            node share it, and each holds one buffer. On a GPU both buffers stay there, and the files serve checkpoints
+            alone. See `Sidecar` for which files are kept.
+        store_dir: folder of these files, which wins over the one that a checkpoint names: both may be moved. ``None``:
+            ``self_kd_store`` in the Trainer's ``default_root_dir``. Two trainings that are resumed at once from one
+            checkpoint need two.
+        store_keep: epochs whose files are kept, at least 2; a checkpoint that is older than these, and not the last
+            one, cannot be resumed.
         num_samples: size of the training set whose indices the batches carry; ``None``: length of the training
             loader's data set.
         seed: of cutout and mixing; what a sample gets depends on it, the sample's index and its view (else the epoch)
@@ -111,7 +129,8 @@ class SelfKDModule(DistillationModule):
     Raises:
         InputError: an option is unknown, out of range or does not go with the others, ``mixing`` in every batch
             would leave nothing to store, or, in training, ``T`` is not known, or with ``stored`` the batches have no
-            index, the training set no length or the checkpoint another.
+            index, the training set no length or the checkpoint another, or a file of the store cannot be written, is
+            gone, damaged or another one.
     """
 
     def __init__(
@@ -134,6 +153,9 @@ class SelfKDModule(DistillationModule):
         store_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
         store_top_k: int | None = None,
         store_device: str | None = None,
+        store_in_checkpoint: int = 2**26,
+        store_dir: str | None = None,
+        store_keep: int = 2,
         num_samples: int | None = None,
         seed: int = 0,
         input_shape: Sequence[int] | None = None,
@@ -162,6 +184,7 @@ class SelfKDModule(DistillationModule):
         )
         if store_top_k is not None and store_top_k > num_classes:
             raise InputError(f"store_top_k cannot be larger than num_classes={num_classes}, got {store_top_k}")
+        check_files(store_in_checkpoint, store_keep)
         if cutout < 0 or not past_temperature > 0:
             raise InputError(
                 f"cutout cannot be negative and past_temperature must be positive, got {cutout} and {past_temperature}"
@@ -174,7 +197,8 @@ class SelfKDModule(DistillationModule):
         unused = partial(refuse_unused, SelfKDModule)
         if past != "stored":
             kept = {"store_top_k": store_top_k, "store_device": store_device, "num_samples": num_samples}
-            unused(f"with past={past!r}", store_dtype=store_dtype, **kept)
+            files = {"store_in_checkpoint": store_in_checkpoint, "store_dir": store_dir, "store_keep": store_keep}
+            unused(f"with past={past!r}", store_dtype=store_dtype, **kept, **files)
         if past != "past_model":
             unused(f"with past={past!r}", refresh_epochs=refresh_epochs)
         if past != "ema":
@@ -184,6 +208,7 @@ class SelfKDModule(DistillationModule):
         self.past, self.past_temperature, self.label_smoothing = past, past_temperature, label_smoothing
         self.cutout, self.mixing, self.mixing_probability = cutout, mixing, mixing_probability
         self.store_dtype, self.store_top_k, self.store_device = store_dtype, store_top_k, store_device
+        self.store_in_checkpoint, self.store_dir, self.store_keep = store_in_checkpoint, store_dir, store_keep
         self.num_samples = num_samples
         self.seed = seed
         # Neither is a part of the module: DDP would overwrite the one, the optimiser and the weights hold the other.
@@ -377,7 +402,7 @@ class SelfKDModule(DistillationModule):
                 stacklevel=2,
             )
         if self.store is not None:
-            self.store.load_state_dict(state["past"])
+            self.store.load_state_dict(state["past"], folder=self.store_dir)
         if self.past_network is not None:
             self.past_network.load_state_dict(state["past"], self.student)
         self._epochs = state["epochs"]
@@ -397,18 +422,15 @@ class SelfKDModule(DistillationModule):
         return None if self.alpha_schedule == "constant" else training_length(self.trainer, self.total_epochs)
 
     def _new_store(self) -> PredictionStore:
-        samples = self.num_samples
-        if samples is None:
-            dataset = getattr(self.trainer.train_dataloader, "dataset", None)
-            try:
-                samples = len(dataset)  # type: ignore[arg-type]  # what has no length raises
-            except (TypeError, NotImplementedError):
-                raise InputError(
-                    "past='stored' needs the size of the training set, which the training loader does not tell: give "
-                    "num_samples"
-                ) from None
-        return PredictionStore(
-            samples, cast("int", self.num_classes), dtype=DTYPES[self.store_dtype], top_k=self.store_top_k
+        return new_store(
+            self.trainer,
+            num_samples=self.num_samples,
+            num_classes=cast("int", self.num_classes),
+            dtype=DTYPES[self.store_dtype],
+            top_k=self.store_top_k,
+            in_checkpoint=self.store_in_checkpoint,
+            folder=self.store_dir,
+            keep=self.store_keep,
         )
 
 

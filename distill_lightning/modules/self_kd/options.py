@@ -41,3 +41,15 @@ def check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise InputError(f"{name} must be at least 1, got {count}")
+
+
+def check_files(store_in_checkpoint: int, store_keep: int) -> None:
+    """Refuse a negative size, and to keep less than a training can be resumed from."""
+    if store_in_checkpoint < 0:
+        raise InputError(
+            f"store_in_checkpoint cannot be negative, got {store_in_checkpoint}: 0 keeps every store in files"
+        )
+    if store_keep < 2:
+        raise InputError(
+            f"store_keep must be at least 2, the new rows and those of the last checkpoint, got {store_keep}"
+        )
