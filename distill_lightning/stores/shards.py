@@ -416,7 +416,8 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 def sweep(folder: Path) -> None:
     """Remove what killed processes left of files of records that they were writing; called while nobody writes."""
-    for path in folder.rglob("partial.*"):
+    # By their full names: what else lies in the folder is not the store's.
+    for path in (*folder.glob(f"partial.*.{_HEADER}"), *folder.glob("view_*/partial.*.shard")):
         path.unlink(missing_ok=True)
 
 

@@ -192,8 +192,13 @@ def test_a_file_that_was_being_written_is_no_shard(tmp_path):
     found._folder_of(0).mkdir()
     (found._folder_of(0) / "partial.123.00000.shard").write_bytes(b"half")
     assert found.state_of(0, 0) == "missing"
+    (tmp_path / "partial.123.header.json").write_bytes(b"half")
+    others = {"partial.csv", "notes/partial.1.txt"}
+    for other in others:
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).touch()
     sweep(tmp_path)
-    assert list(files_of(tmp_path)) == ["header.json"]
+    assert files_of(tmp_path).keys() == others | {"header.json"}
 
 
 # Logs: records in the order that they come

@@ -444,6 +444,28 @@ def test_a_store_whose_filling_was_killed_is_the_undisturbed_one(tmp_path, step)
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("method", [kd, feed, partial(xcl, temperature=3.0), meal], ids=["kd", "feed", "xcl", "meal"])
+@pytest.mark.parametrize("step", [1, 2, 4, 5, 7])
+def test_a_checkpoint_that_is_older_than_the_store_is_continued_as_if_nothing_had_been_kept(tmp_path, method, step):
+    class Save(pl.callbacks.Checkpoint):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == step:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    def fit(**options):
+        torch.manual_seed(0)
+        module = method(teachers_of(), TeacherStore(tmp_path / "store"))
+        trainer = tiny_trainer(max_epochs=4, enable_checkpointing=True, callbacks=[Save()])
+        trainer.fit(module, datamodule=with_partners(views=2), **options)
+        return module.state_dict()
+
+    whole = fit()
+    before = files_of(tmp_path / "store")
+    resumed = fit(ckpt_path=tmp_path / "middle.ckpt")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert files_of(tmp_path / "store") == before
+
+
 def test_what_a_process_was_writing_first_is_removed(tmp_path):
     run(kd, teachers_of(), TeacherStore(tmp_path / "whole"), epochs=2)
     (tmp_path / "killed").mkdir()
