@@ -4,7 +4,8 @@
 
 runs every section on one machine in one process (memory peaks: a process each), prints tables and writes
 ``benchmarks/results/throughput.json``. Every ratio is the median over rounds in which the contestants took turns; the
-plain PyTorch loop, which most ratios refer to, has its batches in memory and logs nothing.
+plain PyTorch loop, which most ratios refer to, has its batches in memory and logs nothing. ``--small`` runs everything
+once on next to nothing, ``--only`` some of the sections.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -222,7 +224,7 @@ class Throughput:
             for peer, make in peers.items():
                 step = make(method, student(), teachers(count), lr=LEARNING_RATE, **_companions(method, count))
                 contestants[f"{method}, {count}, {peer}"] = looped(step, data)
-        measured = take_turns(contestants, rounds=max(self.rounds // 3, 1))
+        measured = take_turns(contestants, rounds=max(self.rounds // 2, 1))
         rows = []
         for method, count in [(method, count) for method in METHODS for count in self.counts]:
             times = {who: measured[f"{method}, {count}, {who}"] for who in (*peers, "ours online", "ours stored")}
@@ -265,7 +267,7 @@ class Throughput:
             module = METHODS["kd"](student(), networks, store=self.stores.fresh())
             return record(quiet_trainer(), module, self.data).seconds / len(batches)
 
-        measured = take_turns({"teachers alone": inference, "record": recorded}, rounds=max(self.rounds // 3, 1))
+        measured = take_turns({"teachers alone": inference, "record": recorded}, rounds=max(self.rounds // 2, 1))
         over = ratio(measured["record"], measured["teachers alone"])
         self.report.ratio("record_over_inference", over)
         rows = [
@@ -318,18 +320,19 @@ class Throughput:
             "f. a store of the 10 largest of 1000 probabilities", [{"what": "on disk and read", **found}]
         )
 
-    def wall_clock(self, *, epochs: int, seeds: Sequence[int], counts: Sequence[int | None], small: bool) -> None:
+    def wall_clock(self, *, epochs: int, seeds: Sequence[int], counts: Sequence[int | None]) -> None:
         """Accuracy by number of views, and the time until a student is as good as one alone."""
         with tempfile.TemporaryDirectory() as folder:
-            found = views.compare(Path(folder), views=counts, seeds=seeds, epochs=epochs, small=small)
+            found = views.compare(Path(folder), views=counts, seeds=seeds, epochs=epochs)
         rows = found.pop("rows")
         note = ", ".join(f"{name} {_shown(value)}" for name, value in found.items())
-        self.report.section("g. how many views", rows, note=f"KD, stores filled while training; {note}")
+        note = f"KD, stores filled while training; {note}; more images: python -m benchmarks.views"
+        self.report.section("g. how many views", rows, note=note)
 
     def growth(self, *, counts: tuple[int, ...], numbers: tuple[int, ...]) -> None:
         """Seconds of an epoch by number of samples and of teachers."""
         with tempfile.TemporaryDirectory() as folder:
-            rows = growth.epochs(Path(folder), counts=counts, teachers=numbers, rounds=max(self.rounds // 3, 1))
+            rows = growth.epochs(Path(folder), counts=counts, teachers=numbers, rounds=max(self.rounds // 2, 1))
         self.report.section("h. seconds of an epoch, tiny networks", rows)
 
     def memory(self) -> None:
@@ -398,11 +401,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--teachers", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     _quiet_down()
+    # What was compiled in an earlier run would make the warm-up look shorter than it is.
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     small = given.small
     counts = (given.teachers,) if given.teachers else (1, 2) if small else (1, 3, 5)
-    images = given.images or (3 if small else 8) * BATCH_SIZE
+    images = given.images or (3 if small else 24) * BATCH_SIZE
     report = Report(given.output)
-    benchmark = Throughput(report, rounds=1 if small else 12, images=images, counts=counts)
+    benchmark = Throughput(report, rounds=1 if small else 6, images=images, counts=counts)
     if given.peak:
         benchmark.stores.folder = Path(given.stores)
         print(benchmark.peak(given.peak))
@@ -421,10 +426,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             numbers=(1, 2) if small else (1, 2, 4, 8),
         ),
         "wall_clock": lambda: benchmark.wall_clock(
-            epochs=2 if small else 16,
-            seeds=(0,) if small else (0, 1, 2),
+            epochs=2 if small else 30,
+            seeds=(0,) if small else (0, 1, 2, 3, 4),
             counts=(1, None) if small else (1, 2, 4, 8, 16, None),
-            small=small,
         ),
         "memory": benchmark.memory,
     }

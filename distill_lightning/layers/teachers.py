@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,25 @@ def fingerprint(module: nn.Module) -> str:
         # A view as bytes covers the types numpy lacks (bfloat16).
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+class EnsembleRule(NamedTuple):
+    """How the predictions of several teachers become one.
+
+    Attributes:
+        combine: ``"probabilities"``: weighted mean of the softmaxes; ``"logits"``: softmax of the weighted mean.
+        weights: one number per teacher, divided by their sum; ``None`` weighs all alike.
+    """
+
+    combine: str = "probabilities"
+    weights: list[float] | None = None
+
+    def combined(self, logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """The ensemble's prediction ``(N, K)`` from its members' logits ``(M, N, K)``."""
+        if self.combine == "probabilities":
+            return functional.mean_probabilities(logits, temperature=temperature, weights=self.weights)
+        mean = functional.weighted_mean(logits.float(), self.weights)
+        return functional.mean_probabilities(mean[None], temperature=temperature)
 
 
 class TeacherEnsemble(nn.Module):
@@ -100,6 +119,11 @@ class TeacherEnsemble(nn.Module):
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self.networks)
 
+    @property
+    def rule(self) -> EnsembleRule:
+        """How the members' predictions become one."""
+        return EnsembleRule(self.combine, self.weights)
+
     def extra_repr(self) -> str:
         """The rule, for the printed ensemble."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
@@ -151,10 +175,7 @@ class TeacherEnsemble(nn.Module):
 
     def combined(self, logits: Tensor, *, temperature: float = 1.0) -> Tensor:
         """The ensemble's prediction ``(N, K)`` from its members' logits ``(M, N, K)``."""
-        if self.combine == "probabilities":
-            return functional.mean_probabilities(logits, temperature=temperature, weights=self.weights)
-        mean = functional.weighted_mean(logits.float(), self.weights)
-        return functional.mean_probabilities(mean[None], temperature=temperature)
+        return self.rule.combined(logits, temperature=temperature)
 
     def probabilities(self, inputs: Tensor, *, temperature: float = 1.0) -> Tensor:
         """The ensemble's prediction at a temperature, ``(N, K)``, without a graph."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -26,6 +26,7 @@ from distill_lightning.modules.optimization import (
     default_optimizer,
     with_schedule,
 )
+from distill_lightning.modules.running import RunningMeans
 from distill_lightning.modules.storing import begin_store, finish_epoch
 from distill_lightning.modules.waiting import DataWait
 from distill_lightning.processes import is_alone
@@ -124,7 +125,7 @@ class DistillationModule(FrozenPartsModule):
         self._objects = objects_given(self, objects)
         self._observed: dict[str, Tensor] = {}
         self._answers = TeacherAnswers()
-        self._wait = DataWait()
+        self._running, self._wait = RunningMeans(), DataWait()
         # The batch that is trained on, and the same with index and view as they were before it went to the device.
         self._batch: Batch | None = None
         self._host_keys: Batch | None = None
@@ -172,12 +173,33 @@ class DistillationModule(FrozenPartsModule):
     def ask(self, batch: Batch) -> dict[str, Tensor]:
         """What the teachers say about a training batch, which a `TeacherStore` can keep in their place.
 
-        A method that takes a ``store`` defines this, and reads `told` in its terms.
+        A method that takes a ``store`` defines this, or `answers`, and reads `told` in its terms.
 
         Returns:
-            Tensors ``(N, ...)`` by name, without a graph, functions of each sample's input alone.
+            Tensors ``(N, ...)`` by name, without a graph, functions of each sample's input alone. Here: `answers` to
+            the logits of the `TeacherEnsemble` named ``teachers``.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define ask(batch) to use a store")
+        return self.answers(cast("TeacherEnsemble", self.teachers).logits(batch.input))
+
+    def answers(self, logits: Tensor) -> dict[str, Tensor]:
+        """What `ask` gives, of a method that needs nothing of its teachers but their logits.
+
+        Args:
+            logits: of every teacher, ``(M, N, K)``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define ask(batch) or answers(logits) to use a store")
+
+    def kept(self, batch: Batch) -> dict[str, Tensor]:
+        """What a store keeps about a batch: what the method asks, or the logits alone that it can be answered from.
+
+        Raises:
+            InputError: the store is to keep logits, and the method needs other things.
+        """
+        if self.teacher_store is None or self.teacher_store.keep == "answers":
+            return self.ask(batch)
+        if type(self).answers is DistillationModule.answers:
+            raise InputError(f"{type(self).__name__} needs more than its teachers' logits: leave the store's keep out")
+        return {"logits": cast("TeacherEnsemble", self.teachers).logits(batch.input).transpose(0, 1)}
 
     def question(self) -> dict[str, Any]:
         """Plain values of the method's options that the answers depend on."""
@@ -189,12 +211,13 @@ class DistillationModule(FrozenPartsModule):
         Raises:
             InputError: there are no teachers, and no store that knows their answers.
         """
-        ask = None if getattr(self, "teachers", None) is None else partial(self.ask, batch)
+        ask = None if getattr(self, "teachers", None) is None else partial(self.kept, batch)
         if self.teacher_store is None:
             if ask is None:
                 raise InputError("teachers is null and there is no store: give teachers, or a complete TeacherStore")
             return ask()
-        return self.teacher_store.told(self._on_the_host(batch), ask, device=self.device)
+        told = self.teacher_store.told(self._on_the_host(batch), ask, device=self.device)
+        return told if self.teacher_store.keep == "answers" else self.answers(told["logits"].transpose(0, 1))
 
     def check_output(self, who: str, network: nn.Module, shape: Sequence[int]) -> None:
         """Look at the shape of a network's output.
@@ -237,13 +260,7 @@ class DistillationModule(FrozenPartsModule):
             logs |= {f"{name}_share": weighted[name] / loss for name in terms if weights[name] != 0}
         if self._observed.keys() & logs.keys():
             raise KeyError(f"{sorted(self._observed.keys() & logs.keys())}: observed under the name of a term")
-        self.log_dict(
-            {f"train/{name}": value.detach() for name, value in (logs | self._observed).items()},
-            on_step=False,
-            on_epoch=True,
-            sync_dist=True,
-            batch_size=batch.size,
-        )
+        self._running.add(logs | self._observed, batch.size)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -348,24 +365,36 @@ class DistillationModule(FrozenPartsModule):
             begin_store(self, self.teacher_store)
 
     def on_train_epoch_start(self) -> None:
-        """The wait for data is measured anew in every epoch."""
+        """The wait for data and the means under ``train/`` are measured anew in every epoch."""
         self._wait.begin()
+        self._running.forget()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """The wait is over."""
         self._wait.arrived()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Show the share of the time that was spent waiting for data, where a progress bar shows anything."""
+        """With the last batch, log the means under ``train/``; show how much of the time went by waiting for data."""
         self._wait.done()
+        trainer = self.trainer
+        # Not at the end of the epoch: callbacks read the means there, and come before the module.
+        if trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps:
+            self._log_means()
         bar = self.trainer.progress_bar_callback
         if bar is not None and getattr(bar, "is_enabled", True):
             self.log("data_wait", self._wait.share, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self) -> None:
-        """What the teachers have said in this epoch can be read from now on."""
+        """Log the means under ``train/``; what the teachers have said in this epoch can be read from now on."""
+        # Of an epoch that has ended in another way than with its last batch.
+        self._log_means()
         if self.teacher_store is not None:
             finish_epoch(self, self.teacher_store)
+
+    def _log_means(self) -> None:
+        for name, mean, samples in self._running.means():
+            self.log(f"train/{name}", mean, on_step=False, on_epoch=True, sync_dist=True, batch_size=samples)
+        self._running.forget()
 
     def on_fit_end(self) -> None:
         """What was kept is of no use any more."""

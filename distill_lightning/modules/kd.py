@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,10 +12,9 @@ from torchmetrics import MetricCollection
 from distill_lightning import functional
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.layers import TeacherEnsemble
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
-from distill_lightning.modules.storing import ensemble_if_any
+from distill_lightning.modules.storing import ensemble_if_any, rule_of
 from distill_lightning.stores import TeacherStore
 
 
@@ -95,10 +94,9 @@ class KDModule(DistillationModule):
             "kd": functional.softened_kl(logits, teacher_probs, temperature=self.temperature, from_logits=False),
         }
 
-    def ask(self, batch: Batch) -> dict[str, Tensor]:
+    def answers(self, logits: Tensor) -> dict[str, Tensor]:
         """The ensemble's softened prediction."""
-        teachers = cast("TeacherEnsemble", self.teachers)
-        return {"probabilities": teachers.probabilities(batch.input, temperature=self.temperature)}
+        return {"probabilities": rule_of(self).combined(logits, temperature=self.temperature)}
 
     def question(self) -> dict[str, Any]:
         """The temperature."""

@@ -18,7 +18,7 @@ from distill_lightning import functional
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
-from distill_lightning.layers import Discriminator, DiscriminatorKind, TeacherEnsemble, dry_forward
+from distill_lightning.layers import Discriminator, DiscriminatorKind, dry_forward
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.hparams import refuse_unused
 from distill_lightning.modules.optimization import (
@@ -27,7 +27,7 @@ from distill_lightning.modules.optimization import (
     default_optimizer,
     total_steps,
 )
-from distill_lightning.modules.storing import ensemble_if_any
+from distill_lightning.modules.storing import ensemble_if_any, rule_of
 from distill_lightning.schedules import GroupSchedules, OneCycle
 from distill_lightning.stores import TeacherStore
 
@@ -235,13 +235,12 @@ class MEALV2Module(DistillationModule):
             terms["ce"] = F.cross_entropy(logits, batch.target)
         return terms
 
-    def ask(self, batch: Batch) -> dict[str, Tensor]:
+    def answers(self, logits: Tensor) -> dict[str, Tensor]:
         """The ensemble's prediction and, where the discriminator is shown logits, the teachers' mean ones."""
-        teachers = cast("TeacherEnsemble", self.teachers)
-        logits = teachers.logits(batch.input)
-        answers = {"probabilities": teachers.combined(logits, temperature=self.temperature)}
+        rule = rule_of(self)
+        answers = {"probabilities": rule.combined(logits, temperature=self.temperature)}
         if self.discriminator is not None and self.discriminator_input == "logits":
-            answers["mean_logits"] = functional.weighted_mean(wide(logits), teachers.weights)
+            answers["mean_logits"] = functional.weighted_mean(wide(logits), rule.weights)
         return answers
 
     def question(self) -> dict[str, Any]:

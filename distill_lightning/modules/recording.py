@@ -95,7 +95,7 @@ class _Recorder(pl.LightningModule):
         """Ask about a batch; with a shard's last one, write the shard."""
         batch, (view, shard), is_last = item
         batch = Batch.of(batch)
-        self._parts.append({name: answer.cpu() for name, answer in self.module.ask(batch).items()})
+        self._parts.append({name: answer.cpu() for name, answer in self.module.kept(batch).items()})
         self.answers += batch.size
         if is_last:
             names = self._parts[0]

@@ -13,9 +13,10 @@ from torch.utils.data import IterableDataset
 
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.layers import TeacherEnsemble, fingerprint
+from distill_lightning.layers import EnsembleRule, TeacherEnsemble, fingerprint
 from distill_lightning.modules.hparams import plain
 from distill_lightning.stores import TeacherStore
+from distill_lightning.stores.shards import read_header
 
 # Samples that are looked at where nothing else tells what the data are.
 _LOOKED_AT = 16
@@ -37,7 +38,8 @@ def begin_store(module: Any, store: TeacherStore) -> None:
     data: Any = trainer.datamodule
     about = describe(module, store, data, trainer.train_dataloader)
     store.begin(**about, rank=trainer.global_rank)
-    if trainer.is_global_zero:
+    # Who only reads must not disturb another training that is filling the store.
+    if trainer.is_global_zero and store.fill == "online":
         store.resume()
     trainer.strategy.barrier("store")
     store.refresh()
@@ -81,10 +83,19 @@ def fetched(loader: Any, samples: Sequence[int], *, view: int | None) -> Any:
     return loader.collate_fn([dataset[key] for key in keys] if many is None else many(keys))
 
 
+def rule_of(module: Any) -> EnsembleRule:
+    """How the teachers' logits become one prediction, as they, or in their absence the store, tell."""
+    teachers = getattr(module, "teachers", None)
+    if teachers is not None:
+        rule: EnsembleRule = teachers.rule
+        return rule
+    return EnsembleRule(**read_header(module.teacher_store.path)["made_by"]["ensemble"])
+
+
 def finish_epoch(module: Any, store: TeacherStore) -> None:
     """Make readable what all processes have kept in an epoch."""
     module.trainer.strategy.barrier("store")
-    if module.trainer.is_global_zero:
+    if module.trainer.is_global_zero and store.fill == "online":
         store.finish()
     module.trainer.strategy.barrier("store")
     store.refresh()
@@ -104,8 +115,10 @@ def _made_by(module: Any, store: TeacherStore, data: Any, loader: Any) -> dict[s
     teachers = getattr(module, "teachers", None)
     if teachers is not None:
         known["teachers"] = [fingerprint(network) for network in teachers]
-        known["ensemble"] = {"weights": teachers.weights, "combine": teachers.combine}
-    return dict(plain({**known, "num_classes": module.num_classes, **module.question()}))
+        known["ensemble"] = teachers.rule._asdict()
+    # Logits are the same whatever is then asked.
+    question = {} if store.keep == "logits" else module.question()
+    return dict(plain({**known, "num_classes": module.num_classes, **question}))
 
 
 def _digest_of_some(data: Any, loader: Any) -> str:

@@ -49,6 +49,9 @@ class TeacherStore:
     Args:
         path: its folder.
         fill: ``"online"``: what is not known is asked for and kept; ``"never"``: what is not known is an error.
+        keep: ``"answers"``: what the method asks for, the ensemble's softened prediction say; ``"logits"``: each
+            teacher's logits, ``(M, K)`` for a sample: ``M`` times the bytes, and `KDModule` and `MEALV2Module` can be
+            trained at any temperature with the same store.
         dtype: of what is kept, ``"float16"`` or ``"float32"``. Half precision is off by less than ``2 ** -11`` of each
             number; probabilities are divided by their sum when read. Training gets answers rounded so from the first
             epoch on, whether they were asked for or read.
@@ -68,18 +71,25 @@ class TeacherStore:
         path: str | Path,
         *,
         fill: Literal["online", "never"] = "online",
+        keep: Literal["answers", "logits"] = "answers",
         dtype: Literal["float16", "float32"] = "float16",
         top_k: int | None = None,
         shard_size: int = 4096,
         data: str | None = None,
     ) -> None:
-        for name, value, known in (("fill", fill, ("online", "never")), ("dtype", dtype, ("float16", "float32"))):
+        for name, value, known in (
+            ("fill", fill, ("online", "never")),
+            ("keep", keep, ("answers", "logits")),
+            ("dtype", dtype, ("float16", "float32")),
+        ):
             if value not in known:
                 raise InputError(f"TeacherStore: {name} must be one of {', '.join(known)}, got {value!r}")
         for name, number in (("top_k", top_k), ("shard_size", shard_size)):
             if number is not None and number < 1:
                 raise InputError(f"TeacherStore: {name} must be at least 1, got {number}")
-        self.path, self.fill, self.dtype = Path(path), fill, dtype
+        if keep == "logits" and top_k is not None:
+            raise InputError("TeacherStore: top_k keeps the largest probabilities; with keep='logits' leave it out")
+        self.path, self.fill, self.keep, self.dtype = Path(path), fill, keep, dtype
         self.top_k, self.shard_size, self.data = top_k, shard_size, data
         self._records: ShardedRecords | None = None
         self._plan: dict[str, Any] = {}
@@ -101,7 +111,7 @@ class TeacherStore:
         self._plan = {
             "samples": samples,
             "views": views,
-            "made_by": {**made_by, "top_k": self.top_k, "dtype": self.dtype},
+            "made_by": {**made_by, "keep": self.keep, "top_k": self.top_k, "dtype": self.dtype},
         }
         self._rank, self._records = rank, None
         self._new.clear()

@@ -436,7 +436,9 @@ def test_a_trainers_processes_get_their_shares():
     shares = []
     for rank in (0, 1):
         data = data_of()
-        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        data.trainer = SimpleNamespace(
+            world_size=2, global_rank=rank, strategy=SimpleNamespace(root_device=torch.device("cpu"))
+        )
         shares.append(epoch_of(data))
     assert torch.equal(torch.stack([share.index for share in shares], dim=1).flatten(), whole.index)
     assert same(by_index(Batch(*(torch.cat(parts) for parts in zip(*shares, strict=True)))), by_index(whole))

@@ -200,7 +200,7 @@ class NotingStore:
     """Notes what it is asked about."""
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.keep = [], "answers"
 
     def told(self, batch, ask, *, device):
         self.asked.append(batch)

@@ -1,0 +1,51 @@
+"""Means over an epoch, without what a `log` in every step costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Sums(NamedTuple):
+    values: Tensor
+    samples: int
+
+
+class RunningMeans:
+    """Means of scalars over batches, each batch counted by its samples.
+
+    The sums stay on the device, in one tensor that a step adds to: `LightningModule.log` takes a tenth of a millisecond
+    for each scalar and step, which for a small network is more than the scalar itself.
+    """
+
+    def __init__(self) -> None:
+        # By the names that came together; there is more than one such set only where a term comes or goes.
+        self._sums: dict[tuple[str, ...], _Sums] = {}
+
+    def add(self, values: Mapping[str, Tensor], samples: int) -> None:
+        """Count the scalars of a batch of so many samples; no graph is kept."""
+        names = tuple(values)
+        new = torch.stack([value.detach().float() for value in values.values()])
+        before = self._sums.get(names)
+        if before is None:
+            self._sums[names] = _Sums(new * samples, samples)
+        else:
+            before.values.add_(new, alpha=samples)
+            self._sums[names] = _Sums(before.values, before.samples + samples)
+
+    def means(self) -> Iterator[tuple[str, Tensor, int]]:
+        """Name, mean and number of samples of each scalar, over the batches that had it."""
+        totals: dict[str, tuple[Tensor, int]] = {}
+        for names, (values, samples) in self._sums.items():
+            for name, value in zip(names, values.unbind(), strict=True):
+                total, counted = totals.get(name, (torch.zeros_like(value), 0))
+                totals[name] = (total + value, counted + samples)
+        for name, (total, counted) in totals.items():
+            yield name, total / counted, counted
+
+    def forget(self) -> None:
+        """Begin again."""
+        self._sums = {}
