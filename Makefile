@@ -21,7 +21,7 @@ check: .venv/dev.stamp
 	$(BIN)/mypy
 
 bench: .venv/bench.stamp
-	$(BIN)/python -m benchmarks.throughput
+	MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 $(BIN)/python -m benchmarks.throughput
 
 table: .venv/run.stamp
 	$(BIN)/distill-lightning compare configs/compare/$(TABLE).yaml

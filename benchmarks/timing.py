@@ -80,6 +80,9 @@ def machine() -> dict[str, str | int]:
         "cpu": _cpu(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
+        # By default glibc gives freed memory back to the system, and pays for every page when it asks for it again:
+        # what that costs depends on the order of frees more than on what is measured.
+        "malloc": os.environ.get("MALLOC_TRIM_THRESHOLD_", "gives memory back"),
         "date": time.strftime("%Y-%m-%d"),
     }
 
