@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks.peers import LAYER
 from distill_lightning import (
     DistillationModule,
+    ExtracurricularModule,
     FEEDModule,
     InMemoryImageDataModule,
     KDModule,
@@ -63,6 +64,7 @@ class RandomImages(InMemoryImageDataModule):
         classes: number of them.
         views: number of different views of an image.
         batch_size: images per batch.
+        partners: whether each view comes with another image.
     """
 
     mean, std = 0.5, 0.25
@@ -76,8 +78,9 @@ class RandomImages(InMemoryImageDataModule):
         classes: int = CLASSES,
         views: int = 1,
         batch_size: int = BATCH_SIZE,
+        partners: bool = False,
     ) -> None:
-        super().__init__(val_size=1, batch_size=batch_size, padding=4, flip=True, views=views)
+        super().__init__(val_size=1, batch_size=batch_size, padding=4, flip=True, views=views, partners=partners)
         self.count, self.num_classes = count, classes
         self.input_shape = (channels, size, size)
         self.class_names = tuple(str(number) for number in range(classes))
@@ -164,6 +167,10 @@ METHODS: dict[str, Callable[..., DistillationModule]] = {
     ),
     "feed": lambda network, frozen, **options: FEEDModule(
         network, frozen, num_classes=CLASSES, optimizer=sgd, student_layer=LAYER, input_shape=(3, 32, 32), **options
+    ),
+    # As many mixed inputs as others; its data have partners.
+    "extracurricular": lambda network, frozen, **options: ExtracurricularModule(
+        network, frozen, num_classes=CLASSES, optimizer=sgd, **options
     ),
 }
 

@@ -226,28 +226,33 @@ class Throughput:
 
     def online(self) -> None:
         """The teachers at work in every step, here and at the peers, and the same work with a store."""
-        data = RandomImages(min(self.data.count, 5 * BATCH_SIZE))
-        stored = Stores(data)
-        contestants: dict[str, Turn] = {"SupervisedModule": trained(self.supervised(), data)}
+        count = min(self.data.count, 5 * BATCH_SIZE)
+        stores = {method: Stores(RandomImages(count, partners=method == "extracurricular")) for method in METHODS_NAMES}
         peers = {"plain loop": plain_step, "torchdistill": torchdistill_step}
-        for method, count in [(method, count) for method in METHODS for count in self.counts]:
-            contestants[f"{method}, {count}, ours online"] = trained(METHODS[method](student(), teachers(count)), data)
-            contestants[f"{method}, {count}, ours stored"] = trained(stored.reading(method, count), data)
-            for peer, make in peers.items():
-                step = make(method, student(), teachers(count), lr=LEARNING_RATE, **_companions(method, count))
-                contestants[f"{method}, {count}, {peer}"] = looped(step, data)
+        contestants: dict[str, Turn] = {}
+        cases = [(method, number) for method in METHODS_NAMES for number in self.counts]
+        for method, number in cases:
+            data, case = stores[method].data, f"{method}, {number}"
+            contestants[f"{case}, ours online"] = trained(METHODS[method](student(), teachers(number)), data)
+            contestants[f"{case}, ours stored"] = trained(stores[method].reading(method, number), data)
+            for peer, make in peers.items() if method in WITH_PEERS else ():
+                step = make(method, student(), teachers(number), lr=LEARNING_RATE, **_companions(method, number))
+                contestants[f"{case}, {peer}"] = looped(step, data)
         measured = take_turns(contestants, rounds=max(self.rounds // 2, 1))
         rows = []
-        for method, count in [(method, count) for method in METHODS for count in self.counts]:
-            times = {who: measured[f"{method}, {count}, {who}"] for who in (*peers, "ours online", "ours stored")}
-            fastest = min(peers, key=lambda peer: Figure.of(times[peer]).median)
-            over = ratio(times[fastest], times["ours stored"])
-            self.report.ratio(f"peer_online_over_{method}_store_{count}_teachers", over)
-            milliseconds = {f"{who}, ms": _milliseconds(values) for who, values in times.items()}
-            rows.append(
-                {"method": METHODS_NAMES[method], "teachers": str(count), **milliseconds, "peer / stored": over}
-            )
-        self.report.section("b, c. teachers at work in every step, and stored", rows, note="the faster peer over ours")
+        for method, number in cases:
+            case = f"{method}, {number}"
+            times = {who: measured.get(f"{case}, {who}", []) for who in (*peers, "ours online", "ours stored")}
+            row = {"method": METHODS_NAMES[method], "teachers": str(number)}
+            row |= {f"{who}, ms": _milliseconds(values) if values else "" for who, values in times.items()}
+            others = {who: times[who] for who in (peers if method in WITH_PEERS else ["ours online"])}
+            fastest = min(others, key=lambda who: Figure.of(others[who]).median)
+            over = ratio(others[fastest], times["ours stored"])
+            who = "peer" if method in WITH_PEERS else "ours"
+            self.report.ratio(f"{who}_online_over_{method}_store_{number}_teachers", over)
+            rows.append({**row, "online / stored": over})
+        note = "online / stored: the faster peer over ours, or where there is no peer ours over ours"
+        self.report.section("b, c. teachers at work in every step, and stored", rows, note=note)
 
     def data_path(self) -> None:
         """Images a second, and how many the student takes."""
@@ -351,7 +356,7 @@ class Throughput:
         """The most memory of a process that does one contestant's work."""
         # The child finds full stores; filling them is no part of what is measured.
         count = self.counts[-1]
-        for method in METHODS:
+        for method in WITH_PEERS:
             self.stores.filled(method, count)
         rows = []
         for name in MEMORY:
@@ -384,8 +389,15 @@ class Throughput:
         return peak_memory()
 
 
-METHODS_NAMES = {"kd": "KDModule", "meal_v2": "MEALV2Module", "feed": "FEEDModule"}
-MEMORY = ("plain", "supervised", *(f"{how} {method}" for method in METHODS for how in ("stored", "online")))
+METHODS_NAMES = {
+    "kd": "KDModule",
+    "meal_v2": "MEALV2Module",
+    "feed": "FEEDModule",
+    "extracurricular": "ExtracurricularModule",
+}
+# What the peers can do, too.
+WITH_PEERS = ("kd", "meal_v2", "feed")
+MEMORY = ("plain", "supervised", *(f"{how} {method}" for method in WITH_PEERS for how in ("stored", "online")))
 
 
 def _stored(method: str, count: int) -> str:
