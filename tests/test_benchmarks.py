@@ -108,3 +108,16 @@ def test_the_committed_result_has_every_ratio_with_its_spread():
     assert content["ratios"].keys() == content["spread"].keys()
     assert all(low <= content["ratios"][name] <= high for name, (low, high) in content["spread"].items())
     assert {"python", "torch", "pytorch-lightning", "cpu", "threads"} <= content["machine"].keys()
+
+
+def test_the_readme_quotes_the_committed_result():
+    content = json.loads(RESULT.read_text())
+    readme = (RESULT.parents[2] / "README.md").read_text()
+    for name in RATIOS - {"data_over_student_appetite", "bytes_per_sample_view_top10_of_1000"}:
+        low, high = content["spread"][name]
+        assert f"| {content['ratios'][name]:.2f} ({low:.2f} to {high:.2f}) |" in readme, name
+    for name in ("data_over_student_appetite", "bytes_per_sample_view_top10_of_1000"):
+        assert f"| {content['ratios'][name]:.0f} |" in readme, name
+    (section,) = [rows for name, rows in content["sections"].items() if name.startswith("g.")]
+    for row in section["rows"]:
+        assert f"{row['test_accuracy']:.1f} ± {row['sd']:.1f}" in readme
