@@ -152,12 +152,18 @@ class DistillCLI(LightningCLI):
 
     def after_record(self) -> None:
         """Say what ``record`` has done."""
+        self.trainer.strategy.barrier("recorded")
+        if not self.trainer.is_global_zero:
+            return
         recorded = cast("Recorded", cast("RecordingTrainer", self.trainer).recorded)
         rate = recorded.answers / max(recorded.seconds, 1e-9)
+        here = "" if self.trainer.world_size == 1 else f" in the first of {self.trainer.world_size} processes"
         store = cast("TeacherStore", self.model.teacher_store)
+        # Other processes have written their shares since.
+        store.refresh()
         print(
             f"Recorded {recorded.answers:,} answers of {store.nbytes:,} bytes, {recorded.nbytes / 1e6:,.1f} MB in "
-            f"{recorded.seconds:,.1f} s: {rate:,.0f} a second. {store.path} is "
+            f"{recorded.seconds:,.1f} s{here}: {rate:,.0f} a second. {store.path} is "
             f"{'complete' if store.is_complete else 'not complete'}."
         )
 

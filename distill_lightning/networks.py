@@ -331,6 +331,10 @@ class AdaptedInput(nn.Module):
             arguments |= {name: value.tolist() for name, value in values.items()}
         self.__dict__["_recipe"] = None if inner is None else {"factory": "AdaptedInput", "arguments": arguments}
 
+    def extra_repr(self) -> str:
+        """The size, which no weight tells."""
+        return f"size={self.size}"
+
     def forward(self, images: Tensor) -> Tensor:
         """The network's output for ``images`` as the data module gives them, ``(N, C, H, W)``."""
         channels = max(len(self.scale), len(self.shift))

@@ -26,9 +26,9 @@ def freeze(module: ModuleT) -> ModuleT:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of a module's parameters and buffers: names, types, shapes and every byte."""
+    """SHA-256 of a module's parameters and buffers, in its files or not: names, types, shapes and every byte."""
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
+    for name, tensor in {**module.state_dict(), **dict(module.named_buffers())}.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         # A view as bytes covers the types numpy lacks (bfloat16).
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -252,8 +252,21 @@ class _Together:
             for network in self.networks
             for tensor in (*network.parameters(), *network.buffers())
         ]
-        if made_of != self.made_of:
+        is_new = made_of != self.made_of
+        if is_new:
             self.state, self.made_of = stack_module_state(self.networks), made_of
         run = partial(functional_call, self.template)
         outputs = vmap(lambda state: run(state, (inputs,)))(self.state)
+        if is_new:
+            self._compare(inputs, outputs)
         return list(outputs.unbind())
+
+    def _compare(self, inputs: Any, outputs: Tensor) -> None:
+        """Networks of equal weights may still differ, in a stride or an input size: once they run both ways."""
+        for number, network in enumerate(self.networks):
+            alone = network(inputs)
+            if not torch.allclose(outputs[number], alone, rtol=0.05, atol=0.05 * float(alone.abs().max())):
+                raise InputError(
+                    f"teacher {number} answers otherwise alone than together with the first one (batched=True): they "
+                    "are of several architectures"
+                )

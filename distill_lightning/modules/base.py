@@ -73,8 +73,9 @@ class DistillationModule(FrozenPartsModule):
             batch; `ReduceLROnPlateau` watches ``val/nll``.
         metrics: of the student's output and the target; ``classification_metrics(num_classes)`` or
             ``regression_metrics(num_targets)`` without.
-        compile: whether a ``fit`` compiles the student and the teachers, in place: their names, hooks and state dicts
-            stay. The first steps take a while, and after them a step is faster; a CPU needs a C++ compiler for it.
+        compile: whether a ``fit`` compiles the student and the teachers (``batched`` ones run as they are), in place:
+            their names, hooks and state dicts stay. The first steps take a while, and after them a step is faster; a
+            CPU needs a C++ compiler for it.
         channels_last: whether the student's weights are laid out channels last, which most convolutions are faster in.
 
     Raises:
@@ -341,6 +342,8 @@ class DistillationModule(FrozenPartsModule):
         # Frozen weights keep while fit lasts, and large ones take a while: once is enough.
         self._fingerprints = self._fingerprint()
         self._answers.forget()
+        # An interrupted fit may have left some.
+        self._running.forget()
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
         # Lightning's own step around the public hook, which, if it were defined here, would put the data module's out
@@ -382,7 +385,9 @@ class DistillationModule(FrozenPartsModule):
             self._log_means()
         bar = self.trainer.progress_bar_callback
         if bar is not None and getattr(bar, "is_enabled", True):
-            self.log("data_wait", self._wait.share, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+            # A number would be copied to the device, and read back from it for the bar.
+            share = torch.tensor(self._wait.share)
+            self.log("data_wait", share, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self) -> None:
         """Log the means under ``train/``; what the teachers have said in this epoch can be read from now on."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.samplers import Inputs, PairSampler, count_rows, take
+from distill_lightning.samplers import FunctionSampler, Inputs, PairSampler, count_rows, take
 from distill_lightning.views import Draws
 
 
@@ -69,6 +69,11 @@ def storable_names(samplers: nn.ModuleList, batch: Batch, extras: Mapping[str, I
         raise InputError(
             f"{paired[0]} finds a row's partner in its batch, which no store can know again: give the data module "
             "partners=True"
+        )
+    if any(isinstance(sampler, FunctionSampler) for sampler in samplers):
+        raise InputError(
+            "a store cannot know FunctionSampler's function again: make it a sampler of its own, an nn.Module whose "
+            "extra_repr tells its options"
         )
     names = []
     for name, inputs in extras.items():

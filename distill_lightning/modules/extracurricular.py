@@ -314,7 +314,9 @@ class ExtracurricularModule(DistillationModule):
             index = torch.arange(batch.size, device=self.device) + place * 2**24
         else:
             index = batch.index
-        view = torch.full_like(index, self.current_epoch) if batch.view is None else batch.view
+        # A store of data without views has one of each sample.
+        epoch = self.current_epoch if self.teacher_store is None else 0
+        view = torch.full_like(index, epoch) if batch.view is None else batch.view
         return Draws(self.seed + _STREAM, index[rows], view[rows], copy=copies)
 
     def _student_output(self, real: Inputs, every: Inputs) -> Tensor:

@@ -132,6 +132,8 @@ def stored_shapes(
         raise InputError("FEED: teachers is null and there is no store: give teachers, or a complete TeacherStore")
     shapes = store.shapes()
     found = [(1, *shapes[name]) for name in sorted(shapes, key=len) if name.startswith(feature_name(""))]
+    if not found:
+        raise InputError(f"FEED: the store {store.path} holds no feature maps: give one that FEEDModule has filled")
     for shape in found:
         if (size and tuple(sites(shape)) != (size, size)) or (channels and width(shape) != channels):
             raise InputError(

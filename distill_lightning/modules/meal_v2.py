@@ -180,6 +180,7 @@ class MEALV2Module(DistillationModule):
                 discriminator_lr=discriminator_lr,
                 discriminator_lr_scheduler=discriminator_lr_scheduler,
             )
+        _refuse_top_k(store, asks_for_logits=self._asks_for_logits)
         self.discriminator_lr = discriminator_lr
         own_schedule = discriminator_lr_scheduler is not None
         self._own_group = self.discriminator is not None and (discriminator_lr is not None or own_schedule)
@@ -239,13 +240,17 @@ class MEALV2Module(DistillationModule):
         """The ensemble's prediction and, where the discriminator is shown logits, the teachers' mean ones."""
         rule = rule_of(self)
         answers = {"probabilities": rule.combined(logits, temperature=self.temperature)}
-        if self.discriminator is not None and self.discriminator_input == "logits":
+        if self._asks_for_logits:
             answers["mean_logits"] = functional.weighted_mean(wide(logits), rule.weights)
         return answers
 
     def question(self) -> dict[str, Any]:
-        """The temperature."""
-        return {"temperature": self.temperature}
+        """The temperature, and whether mean logits are asked for, too."""
+        return {"temperature": self.temperature, "mean_logits": self._asks_for_logits}
+
+    @property
+    def _asks_for_logits(self) -> bool:
+        return self.discriminator is not None and self.discriminator_input == "logits"
 
     def weights(self) -> dict[str, float]:
         """One, ``discriminator_weight`` and ``hard_label_weight``."""
@@ -309,6 +314,14 @@ class MEALV2Module(DistillationModule):
         self.observe("agreement", (logits.argmax(dim=-1) == probs.argmax(dim=-1)).float().mean())
         if self._first is None and self.current_epoch == 0:
             self._first = torch.stack([cross_entropy, entropy]) / math.log(logits.shape[-1])
+
+
+def _refuse_top_k(store: TeacherStore | None, *, asks_for_logits: bool) -> None:
+    if asks_for_logits and store is not None and store.top_k is not None:
+        raise InputError(
+            "MEAL V2: a store of the top_k probabilities would keep all mean logits beside them, for the "
+            "discriminator: set discriminator_input='probabilities', or leave top_k out"
+        )
 
 
 def _discriminator(given: DiscriminatorKind | Literal["none"] | nn.Module | None, num_classes: int) -> nn.Module | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -48,7 +48,7 @@ def record(trainer: pl.Trainer, module: DistillationModule, datamodule: pl.Light
         datamodule: with a number of ``views``; or one that has none, whose training samples are always the same.
 
     Returns:
-        What was done in this process.
+        What was done in this process; nothing with a strategy that spawns its processes.
 
     Raises:
         InputError: there are no teachers or no store, the data's views are not numbered, the store was made by
@@ -76,10 +76,13 @@ class _Recorder(pl.LightningModule):
 
     def predict_dataloader(self) -> _Gaps:
         """The training samples of this process's share of the shards."""
-        self.data.prepare_data()
+        # As in a fit, what is downloaded is downloaded once.
+        if self.trainer.is_global_zero:
+            self.data.prepare_data()
+        self.trainer.strategy.barrier("prepare_data")
         self.data.setup("fit")
         loader: Any = self.data.train_dataloader()
-        about = describe(self.module, self.store, self.data, loader)
+        about = describe(self.module, self.store, self.data, loader, str(self.trainer.precision))
         self.store.begin(**about, rank=self.trainer.global_rank)
         if self.trainer.is_global_zero:
             self.store.resume()
@@ -88,13 +91,20 @@ class _Recorder(pl.LightningModule):
         places = self.store.unfinished()
         # Nobody writes before everybody has looked.
         self.trainer.strategy.barrier("store")
-        share = places[self.trainer.global_rank :: self.trainer.world_size]
+        # With fewer shards than processes some do the first one, too, and write the same: Lightning stops where a
+        # process has nothing to do.
+        share = places[self.trainer.global_rank :: self.trainer.world_size] or places[:1]
         return _Gaps(loader, self.store, share, numbered=hasattr(self.data, "views"))
 
-    def predict_step(self, item: tuple[Any, tuple[int, int], bool], batch_idx: int) -> int:
+    def predict_step(self, item: tuple[Any, tuple[int, int], Sequence[int], bool], batch_idx: int) -> int:
         """Ask about a batch; with a shard's last one, write the shard."""
-        batch, (view, shard), is_last = item
+        batch, (view, shard), samples, is_last = item
         batch = Batch.of(batch)
+        if batch.index is not None and batch.index.tolist() != list(samples):
+            raise InputError(
+                f"record asked for the training samples {samples[0]} to {samples[-1]} and got others, by their "
+                "own index: let a sample's index be its place in the data set"
+            )
         self._parts.append({name: answer.cpu() for name, answer in self.module.kept(batch).items()})
         self.answers += batch.size
         if is_last:
@@ -145,4 +155,4 @@ class _Batches(IterableDataset[Any]):
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for samples, place, is_last in self.plan[first::step]:
-            yield fetched(self.loader, samples, view=place[0] if self.numbered else None), place, is_last
+            yield fetched(self.loader, samples, view=place[0] if self.numbered else None), place, samples, is_last

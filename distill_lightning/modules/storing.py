@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -16,7 +17,6 @@ from distill_lightning.errors import InputError
 from distill_lightning.layers import EnsembleRule, TeacherEnsemble, fingerprint
 from distill_lightning.modules.hparams import plain
 from distill_lightning.stores import TeacherStore
-from distill_lightning.stores.shards import read_header
 
 # Samples that are looked at where nothing else tells what the data are.
 _LOOKED_AT = 16
@@ -36,7 +36,7 @@ def begin_store(module: Any, store: TeacherStore) -> None:
     trainer = module.trainer
     # Lightning sets it where a data module was given.
     data: Any = trainer.datamodule
-    about = describe(module, store, data, trainer.train_dataloader)
+    about = describe(module, store, data, trainer.train_dataloader, str(trainer.precision))
     store.begin(**about, rank=trainer.global_rank)
     # Who only reads must not disturb another training that is filling the store.
     if trainer.is_global_zero and store.fill == "online":
@@ -45,8 +45,15 @@ def begin_store(module: Any, store: TeacherStore) -> None:
     store.refresh()
 
 
-def describe(module: Any, store: TeacherStore, data: Any, loader: Any) -> dict[str, Any]:
+def describe(module: Any, store: TeacherStore, data: Any, loader: Any, precision: str) -> dict[str, Any]:
     """What a store's answers are about, and made by.
+
+    Args:
+        module: asks.
+        store: keeps.
+        data: the data module; ``None``: there is none.
+        loader: of the training batches.
+        precision: that the teachers run in, the Trainer's.
 
     Raises:
         InputError: as `begin_store`.
@@ -63,7 +70,8 @@ def describe(module: Any, store: TeacherStore, data: Any, loader: Any) -> dict[s
     views = getattr(data, "views", 1)
     if views is None:
         raise InputError("a TeacherStore keeps a number of views of each sample: give the data module views, 8 say")
-    return {"samples": samples, "views": views, "made_by": _made_by(module, store, data, loader)}
+    _refuse_hooks(module, data)
+    return {"samples": samples, "views": views, "made_by": _made_by(module, store, data, loader, precision)}
 
 
 def fetched(loader: Any, samples: Sequence[int], *, view: int | None) -> Any:
@@ -89,7 +97,7 @@ def rule_of(module: Any) -> EnsembleRule:
     if teachers is not None:
         rule: EnsembleRule = teachers.rule
         return rule
-    return EnsembleRule(**read_header(module.teacher_store.path)["made_by"]["ensemble"])
+    return EnsembleRule(**module.teacher_store.found["made_by"]["ensemble"])
 
 
 def finish_epoch(module: Any, store: TeacherStore) -> None:
@@ -101,7 +109,19 @@ def finish_epoch(module: Any, store: TeacherStore) -> None:
     store.refresh()
 
 
-def _made_by(module: Any, store: TeacherStore, data: Any, loader: Any) -> dict[str, Any]:
+def _refuse_hooks(module: Any, data: Any) -> None:
+    """Hooks between the loader and the step are none of the loader's: nobody can know what they do to a view."""
+    for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
+        for who, base in ((module, pl.LightningModule), (data, pl.LightningDataModule)):
+            own = getattr(getattr(who, hook, None), "__func__", None)
+            if own is not None and own is not getattr(base, hook):
+                raise InputError(
+                    f"a TeacherStore must see the inputs as the loader makes them, and {type(who).__name__} has a hook "
+                    f"{hook}: do in the data set what it does"
+                )
+
+
+def _made_by(module: Any, store: TeacherStore, data: Any, loader: Any, precision: str) -> dict[str, Any]:
     """Everything that the answers depend on."""
     if hasattr(data, "fingerprint"):
         known = dict(data.fingerprint())
@@ -114,7 +134,9 @@ def _made_by(module: Any, store: TeacherStore, data: Any, loader: Any) -> dict[s
         )
     teachers = getattr(module, "teachers", None)
     if teachers is not None:
-        known["teachers"] = [fingerprint(network) for network in teachers]
+        # The weights do not tell a stride, or the size that an AdaptedInput brings its input to.
+        known["teachers"] = [_digest_of(fingerprint(network), repr(network)) for network in teachers]
+        known["precision"] = precision
         known["ensemble"] = teachers.rule._asdict()
     # Logits are the same whatever is then asked.
     question = {} if store.keep == "logits" else module.question()
@@ -139,6 +161,10 @@ def _digest_of_some(data: Any, loader: Any) -> str:
             "random: let its views be functions of index and view, as those of InMemoryImageDataModule"
         )
     return first
+
+
+def _digest_of(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _digest(value: Any) -> str:

@@ -51,6 +51,7 @@ class Field(NamedTuple):
 class _Shard(NamedTuple):
     rows: dict[str, NDArray[Any]]
     known: NDArray[np.bool_]
+    file: tuple[int, ...] | None
 
 
 class ShardedRecords:
@@ -205,9 +206,11 @@ class ShardedRecords:
         return [place for place in places if self.state_of(*place) != "complete"]
 
     def refresh(self) -> None:
-        """Look again at what other processes may have written."""
-        self._open.clear()
+        """Look again at what other processes may have written; what is as it was is not read again to be checked."""
         self._damaged.clear()
+        for place, shard in list(self._open.items()):
+            if shard.file != _identity(self.path_of(*place)):
+                del self._open[place]
 
     def path_of(self, view: int, shard: int) -> Path:
         """A shard's file."""
@@ -244,6 +247,7 @@ class ShardedRecords:
     def _mapped(self, path: Path, count: int) -> _Shard | None:
         """A shard's arrays in the file's memory map; ``None`` if the file is damaged."""
         size = count * (self.record_bytes + 1) + CHECKSUM_BYTES
+        file = _identity(path)
         if path.stat().st_size != size:
             return None
         mapped = np.memmap(path, dtype=np.uint8, mode="r")
@@ -254,7 +258,7 @@ class ShardedRecords:
             end = begin + count * field.nbytes
             rows[field.name] = mapped[begin:end].view(field.kind).reshape(count, *field.shape)
             begin = end
-        return _Shard(rows, mapped[begin : begin + count].view(np.bool_))
+        return _Shard(rows, mapped[begin : begin + count].view(np.bool_), file)
 
     # Writing
 
@@ -343,14 +347,12 @@ class ShardedRecords:
         logs = sorted(self._folder_of(view).glob("rank_*.log"))
         if not logs:
             return
-        where: dict[int, list[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]] = {}
-        for path in logs:
-            for _, samples, rows in self._blocks(path):
-                for shard in np.unique(samples // self.shard_size):
-                    chosen = samples // self.shard_size == shard
-                    own = (samples[chosen] % self.shard_size, {name: values[chosen] for name, values in rows.items()})
-                    where.setdefault(int(shard), []).append(own)
-        for shard, parts in sorted(where.items()):
+        # The rows stay in the logs' memory maps: only one shard of them is in memory at a time.
+        blocks = [(samples, rows) for path in logs for _, samples, rows in self._blocks(path)]
+        touched = np.unique(
+            np.concatenate([samples for samples, _ in blocks] or [np.zeros(0, np.int64)]) // self.shard_size
+        )
+        for shard in touched.tolist():
             count = len(self.samples_of(shard))
             before = self._shard(view, shard)
             known = np.zeros(count, dtype=np.bool_) if before is None else before.known.copy()
@@ -360,16 +362,18 @@ class ShardedRecords:
                 else before.rows[field.name].copy()
                 for field in self.fields
             }
-            for within, rows in parts:
+            for samples, rows in blocks:
+                chosen = np.flatnonzero(samples // self.shard_size == shard)
+                within = samples[chosen] % self.shard_size
                 known[within] = True
                 for name, values in rows.items():
-                    whole[name][within] = values
+                    whole[name][within] = values[chosen]
             self.write_shard(view, shard, whole, known)
         for path in logs:
             path.unlink()
 
     def _blocks(self, path: Path) -> Iterator[tuple[int, NDArray[np.int64], dict[str, NDArray[Any]]]]:
-        """The whole blocks of a log: bytes, samples and rows of each."""
+        """The whole blocks of a log: bytes, samples and, in its memory map, rows of each."""
         content = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
         begin, head = 0, len(_BLOCK) + 4
         while begin + head <= len(content) and content[begin : begin + len(_BLOCK)].tobytes() == _BLOCK:
@@ -383,7 +387,7 @@ class ShardedRecords:
             rows = {}
             for field in self.fields:
                 end = place + count * field.nbytes
-                rows[field.name] = np.frombuffer(block[place:end].tobytes(), field.kind).reshape(count, *field.shape)
+                rows[field.name] = block[place:end].view(field.kind).reshape(count, *field.shape)
                 place = end
             yield size, samples, rows
             begin += size
@@ -393,6 +397,15 @@ class ShardedRecords:
 
     def _log_of(self, view: int, rank: int) -> Path:
         return self._folder_of(view) / f"rank_{rank}.log"
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What a file that was replaced has another of; ``None``: there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def read_header(folder: Path) -> dict[str, Any]:

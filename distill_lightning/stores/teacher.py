@@ -91,6 +91,8 @@ class TeacherStore:
             raise InputError("TeacherStore: top_k keeps the largest probabilities; with keep='logits' leave it out")
         self.path, self.fill, self.keep, self.dtype = Path(path), fill, keep, dtype
         self.top_k, self.shard_size, self.data = top_k, shard_size, data
+        # The header of the store that `begin` has found.
+        self.found: dict[str, Any] = {}
         self._records: ShardedRecords | None = None
         self._plan: dict[str, Any] = {}
         self._rank = 0
@@ -113,10 +115,10 @@ class TeacherStore:
             "views": views,
             "made_by": {**made_by, "keep": self.keep, "top_k": self.top_k, "dtype": self.dtype},
         }
-        self._rank, self._records = rank, None
+        self._rank, self._records, self.found = rank, None, {}
         self._new.clear()
         if self.fill == "never" or (self.path / "header.json").exists():
-            header = read_header(self.path)
+            self.found = header = read_header(self.path)
             self._make([Field(f["name"], f["dtype"], tuple(f["shape"])) for f in header["fields"]])
 
     def told(self, batch: Batch, ask: Callable[[], Answers] | None, *, device: torch.device | str) -> dict[str, Tensor]:

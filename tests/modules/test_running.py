@@ -64,19 +64,20 @@ class Seen(pl.Callback):
     def __init__(self):
         self.values = []
 
-    def on_train_end(self, trainer, pl_module):
+    def on_train_epoch_end(self, trainer, pl_module):
         self.values.append(dict(trainer.callback_metrics))
 
 
 def test_the_module_logs_what_lightning_would_have_logged():
     torch.manual_seed(0)
     module = AlsoLogged(TinyNet(), num_classes=3)
+    seen = Seen()
     # 21 samples in batches of 8: the last one has 5.
-    trainer = tiny_trainer(max_epochs=3)
-    trainer.fit(module, datamodule=TinyDataModule(samples=21))
-    metrics = trainer.callback_metrics
-    assert float(metrics["train/loss"]) == pytest.approx(float(metrics["lightning"]), rel=1e-6)
-    assert float(metrics["train/ce"]) == float(metrics["train/loss"])
+    tiny_trainer(max_epochs=3, callbacks=[seen]).fit(module, datamodule=TinyDataModule(samples=21))
+    assert len(seen.values) == 3
+    for metrics in seen.values:
+        assert float(metrics["train/loss"]) == pytest.approx(float(metrics["lightning"]), rel=1e-6)
+        assert float(metrics["train/ce"]) == float(metrics["train/loss"])
 
 
 def test_a_checkpoint_can_be_chosen_by_a_training_mean(tmp_path):
@@ -85,3 +86,42 @@ def test_a_checkpoint_can_be_chosen_by_a_training_mean(tmp_path):
     trainer = tiny_trainer(max_epochs=3, callbacks=[best], enable_checkpointing=True)
     trainer.fit(SupervisedModule(TinyNet(), num_classes=3), datamodule=TinyDataModule())
     assert float(best.best_model_score) <= float(trainer.callback_metrics["train/loss"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate_grad_batches": 2},
+        {"limit_train_batches": 2},
+        {"limit_train_batches": 0.7},
+        {"max_steps": 5, "max_epochs": -1},
+        {"val_check_interval": 1},
+        {"min_epochs": 2},
+    ],
+    ids=str,
+)
+def test_whatever_the_trainers_options_the_means_are_lightnings(options):
+    torch.manual_seed(0)
+    seen = Seen()
+    trainer = tiny_trainer(**({"max_epochs": 2, "callbacks": [seen]} | options))
+    trainer.fit(AlsoLogged(TinyNet(), num_classes=3), datamodule=TinyDataModule(samples=21))
+    assert seen.values
+    for metrics in seen.values:
+        assert float(metrics["train/loss"]) == pytest.approx(float(metrics["lightning"]), rel=1e-6)
+
+
+class StopInside(pl.Callback):
+    """Ends the training in the middle of its second epoch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1 and batch_idx == 1:
+            trainer.should_stop = True
+
+
+def test_an_epoch_that_is_cut_short_has_the_means_of_its_batches():
+    torch.manual_seed(0)
+    seen = Seen()
+    trainer = tiny_trainer(max_epochs=4, callbacks=[StopInside(), seen])
+    trainer.fit(AlsoLogged(TinyNet(), num_classes=3), datamodule=TinyDataModule(samples=21))
+    (_, last) = seen.values
+    assert float(last["train/loss"]) == pytest.approx(float(last["lightning"]), rel=1e-6)

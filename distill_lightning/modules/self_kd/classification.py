@@ -355,6 +355,7 @@ class SelfKDModule(DistillationModule):
 
     def on_train_epoch_end(self) -> None:
         """What this epoch said is the past of the next."""
+        super().on_train_epoch_end()
         self._finish(self.trainer.current_epoch + 1)
 
     def on_fit_end(self) -> None:
