@@ -44,7 +44,8 @@ class TeacherStore:
           init_args: {views: 8}
 
     The store knows the data, the views, the teachers' weights and the options that its answers depend on; with any of
-    them changed it is refused, and the message says which. See `ShardedRecords` for the files.
+    them changed it is refused, and the message says which. See `ShardedRecords` for the files. Any number of trainings
+    may read a store; one at a time may fill it.
 
     Args:
         path: its folder.
@@ -167,6 +168,13 @@ class TeacherStore:
         sweep(self.path)
         self.finish()
 
+    def narrowed(self, answers: Answers) -> dict[str, Tensor]:
+        """The same answers on the host, in no more memory than they need there until they are written."""
+        return {
+            name: (rows if _are_probabilities(name) else self._rounded(rows)).detach().cpu()
+            for name, rows in answers.items()
+        }
+
     def write(self, view: int, shard: int, answers: Answers) -> None:
         """Keep the answers about all samples of a shard.
 
@@ -257,12 +265,15 @@ class TeacherStore:
                     raise InputError(f"TeacherStore: top_k={self.top_k} of {kept.shape[1]} classes: lower it")
                 kept, classes = largest(kept, self.top_k)
                 packed[f"{name}{_CLASSES}"] = classes.cpu().numpy()
-            if self.dtype == "float16":
-                # Beyond half precision's range there is nothing to tell apart.
-                limit = torch.finfo(torch.float16).max
-                kept = kept.clamp(-limit, limit).half()
-            packed[name] = kept.cpu().numpy()
+            packed[name] = self._rounded(kept).cpu().numpy()
         return packed
+
+    def _rounded(self, rows: Tensor) -> Tensor:
+        if self.dtype == "float32":
+            return rows.float()
+        # Beyond half precision's range there is nothing to tell apart.
+        limit = torch.finfo(torch.float16).max
+        return rows.float().clamp(-limit, limit).half()
 
     def _unpacked(self, rows: Mapping[str, NDArray[Any]], device: torch.device | str) -> dict[str, Tensor]:
         answers = {}
