@@ -279,7 +279,8 @@ def _columnwise(factors: Sequence[Tensor]) -> Tensor:
 
 def _solve(gram: Tensor, rows: Tensor, ridge: float) -> Tensor:
     """``X`` with ``X (gram + ridge) = rows``."""
-    scale = gram.diagonal().mean().clamp_min(1e-300)
+    mean = gram.diagonal().mean()
+    scale = torch.where(mean > 0, mean, 1.0)  # of a kernel of zeros
     solved: Tensor = torch.linalg.solve(gram + ridge * scale * torch.eye(len(gram), dtype=gram.dtype), rows.T)
     return solved.T
 

@@ -225,9 +225,7 @@ class TrainEmbedding(nn.Module):
                 f"the padding row {self.padding_idx} of an embedding to factor as a tensor train is not zero: "
                 "set it to zero, or use method='svd'"
             )
-        padded = table.new_zeros(math.prod(self.row_shape), self.embedding_dim)
-        padded[: len(table)] = table
-        return fill_cores(self.cores, padded, self.row_shape, self.column_shape)
+        return fill_cores(self.cores, table, self.row_shape, self.column_shape)
 
 
 def balanced_factors(number: int, parts: int) -> list[int]:
@@ -270,14 +268,16 @@ def train_matrix(matrix: Tensor, row_shape: Sequence[int], column_shape: Sequenc
     """A matrix as the tensor ``(v_1 d_1, ..., v_n d_n)`` that a train of pairs decomposes.
 
     Args:
-        matrix: ``(v_1 ... v_n, d_1 ... d_n)``.
+        matrix: ``(v_1 ... v_n, d_1 ... d_n)``; rows that it lacks are zeros.
         row_shape: ``(v_1, ..., v_n)``.
         column_shape: ``(d_1, ..., d_n)``.
     """
     parts = len(row_shape)
     order = [at for pair in zip(range(parts), range(parts, 2 * parts), strict=True) for at in pair]
     pairs = [row * column for row, column in zip(row_shape, column_shape, strict=True)]
-    return matrix.reshape(*row_shape, *column_shape).permute(order).reshape(pairs)
+    padded = matrix.new_zeros(math.prod(row_shape), matrix.shape[1])
+    padded[: len(matrix)] = matrix
+    return padded.reshape(*row_shape, *column_shape).permute(order).reshape(pairs)
 
 
 def empty_cores(
@@ -294,7 +294,11 @@ def fill_cores(cores: nn.ParameterList, matrix: Tensor, row_shape: Sequence[int]
     paired = train_matrix(matrix, row_shape, column_shape)
     train = tensor_train(paired, fit_train_ranks(paired.shape, [core.shape[3] for core in list(cores)[:-1]]))
     copy_into({core: found.reshape(core.shape) for core, found in zip(cores, train.cores, strict=True)})
-    return relative_error(train.full(), paired)
+    parts = len(row_shape)
+    digits = [size for pair in zip(row_shape, column_shape, strict=True) for size in pair]
+    rows_first = [*range(0, 2 * parts, 2), *range(1, 2 * parts, 2)]
+    whole = train.full().reshape(digits).permute(rows_first).reshape(-1, matrix.shape[1])
+    return relative_error(whole[: len(matrix)], matrix)
 
 
 def product_of(weight: Tensor, rank: int, *, moment: Tensor | None, damping: float) -> Product:

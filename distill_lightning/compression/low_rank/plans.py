@@ -99,9 +99,7 @@ def _plan_train(layer: nn.Linear | nn.Embedding, parts: int) -> Plan:
     kind = "tt_linear" if linear else "tt_embedding"
 
     def unfoldings() -> list[Tensor]:
-        padded = exact(layer.weight).new_zeros(math.prod(row_shape), columns)
-        padded[:rows] = exact(layer.weight)
-        paired = train_matrix(padded, row_shape, column_shape)
+        paired = train_matrix(exact(layer.weight), row_shape, column_shape)
         return [paired.flatten(0, at).reshape(math.prod(sizes[: at + 1]), -1) for at in range(parts - 1)]
 
     def cost(ranks: list[int]) -> Cost:
