@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from distill_lightning import InputError
 from distill_lightning.compression.low_rank import (
@@ -189,6 +190,18 @@ def test_a_budget_of_multiply_accumulates_is_kept_and_used(method):
     assert 0.2 < used <= 0.4
 
 
+@pytest.mark.parametrize("method", ["svd", "tt"])
+@pytest.mark.parametrize("fraction", [0.15, 0.5])
+def test_a_linear_layer_keeps_a_budget_of_multiply_accumulates(method, fraction):
+    layer, feature = nn.Linear(192, 144, bias=False), torch.randn(1, 192)
+    counts = []
+    for module in (layer, factorize(layer, rank=f"macs:{fraction}", method=method).layer):
+        with FlopCounterMode(display=False) as counter:
+            module(feature)
+        counts.append(counter.get_total_flops())
+    assert fraction / 3 < counts[1] / counts[0] <= fraction
+
+
 @pytest.mark.parametrize("method", ["svd_channel", "svd_spatial", "tucker2", "cp", "tt"])
 @pytest.mark.parametrize("fraction", [0.3, 0.6])
 def test_a_budget_of_parameters_is_kept_and_used(method, fraction):
@@ -244,7 +257,7 @@ def test_taking_a_moment_leaves_the_network_as_it_was():
     before = copy.deepcopy(network.state_dict())
     batch = torch.randn(6, 4) + 2
     moment = input_moment(network, "2", [batch[:2], batch[2:]])
-    assert network.training and network[1].training
+    assert all(module.training for module in network.modules())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     seen = copy.deepcopy(network).eval()[0](batch).double()
     assert torch.allclose(moment, (seen.T @ seen / 6).detach(), atol=1e-6)
@@ -337,6 +350,9 @@ def test_a_factored_recurrent_layer_is_the_dense_one_with_multiplied_weights(mak
     sequence = torch.randn(4, 3, 6, dtype=torch.float64)
     for ours, theirs in zip(flat(found.layer(sequence)), flat(dense(sequence)), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-12)
+    state = dense(sequence)[1]
+    initial = tuple(map(torch.randn_like, state)) if isinstance(state, tuple) else torch.randn_like(state)
+    assert torch.allclose(found.layer(sequence, hx=initial)[0], dense(sequence, hx=initial)[0], atol=1e-12)
     assert isinstance(found.layer, type(layer))
     assert (found.error < 1e-12) == (rank == 100)
     packed = nn.utils.rnn.pack_padded_sequence(sequence, [4, 2, 1], enforce_sorted=False)

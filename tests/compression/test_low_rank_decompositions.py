@@ -227,7 +227,7 @@ def test_the_squared_error_of_a_train_is_the_sum_of_what_each_step_cut_off():
     tensor = double(4, 3, 5)
     rest, cut = tensor.reshape(4, -1), 0.0
     cut += tail(rest, 2)
-    u, s, vt = torch.linalg.svd(rest, full_matrices=False)
+    _, s, vt = torch.linalg.svd(rest, full_matrices=False)
     rest = (s[:2, None] * vt[:2]).reshape(6, 5)
     cut += tail(rest, 3)
     error = (tensor_train(tensor, [2, 3]).full() - tensor).square().sum().item()

@@ -38,12 +38,12 @@ class _FactoredWeights(nn.RNNBase):
         """Sizes and ranks."""
         return f"{super().extra_repr()}, ranks={self.ranks}"
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """As the dense layer: the fused operation, on weights that are multiplied out first."""
         before = self._flat_weights
         self._flat_weights = [self._weight(name) for name in self._flat_weights_names]
         try:
-            return super().forward(*inputs)
+            return super().forward(*inputs, **named)
         finally:
             # Else the layer would hold a graph, and could not be copied.
             self._flat_weights = before
