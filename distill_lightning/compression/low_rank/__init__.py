@@ -1,0 +1,95 @@
+"""Low-rank factors in the place of weights: smaller files, fewer multiply-accumulates.
+
+Start at `factorize`, then `replace_layer`; `describe` and `rebuild` keep the structure without the weights.
+"""
+
+from distill_lightning.compression.low_rank.convolutions import CONV_METHODS, ConvChain, ConvMethod, Cost
+from distill_lightning.compression.low_rank.decompositions import (
+    Canonical,
+    Product,
+    Train,
+    Tucker2,
+    canonical,
+    fit_train_ranks,
+    relative_error,
+    tensor_train,
+    truncated_svd,
+    tucker2,
+    whitened_svd,
+)
+from distill_lightning.compression.low_rank.factoring import (
+    METHODS,
+    Factored,
+    Method,
+    describe,
+    factorize,
+    input_moment,
+    rebuild,
+    replace_layer,
+)
+from distill_lightning.compression.low_rank.layers import (
+    LowRankEmbedding,
+    LowRankLinear,
+    TrainEmbedding,
+    TrainLinear,
+    balanced_factors,
+    covering_factors,
+)
+from distill_lightning.compression.low_rank.ranks import (
+    Rank,
+    RankRule,
+    budget_ranks,
+    energy_rank,
+    evbmf_free_energy,
+    evbmf_rank,
+    evbmf_threshold,
+    fraction_ranks,
+    number_ranks,
+    rank_rule,
+)
+from distill_lightning.compression.low_rank.recurrent import FactoredGRU, FactoredLSTM, FactoredRNN
+
+__all__ = [
+    "CONV_METHODS",
+    "METHODS",
+    "Canonical",
+    "ConvChain",
+    "ConvMethod",
+    "Cost",
+    "Factored",
+    "FactoredGRU",
+    "FactoredLSTM",
+    "FactoredRNN",
+    "LowRankEmbedding",
+    "LowRankLinear",
+    "Method",
+    "Product",
+    "Rank",
+    "RankRule",
+    "Train",
+    "TrainEmbedding",
+    "TrainLinear",
+    "Tucker2",
+    "balanced_factors",
+    "budget_ranks",
+    "canonical",
+    "covering_factors",
+    "describe",
+    "energy_rank",
+    "evbmf_free_energy",
+    "evbmf_rank",
+    "evbmf_threshold",
+    "factorize",
+    "fit_train_ranks",
+    "fraction_ranks",
+    "input_moment",
+    "number_ranks",
+    "rank_rule",
+    "rebuild",
+    "relative_error",
+    "replace_layer",
+    "tensor_train",
+    "truncated_svd",
+    "tucker2",
+    "whitened_svd",
+]

@@ -1,0 +1,116 @@
+"""Recurrent layers whose weights are stored as factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_lightning.compression.low_rank.decompositions import exact, relative_error, truncated_svd
+from distill_lightning.compression.low_rank.layers import copy_into, take_over
+
+
+class _FactoredWeights(nn.RNNBase):
+    """What the three kinds share: weights as ``<name>_left @ <name>_right``, recomposed once in a forward.
+
+    Biases, and weights that ``ranks`` does not name, stay parameters of their own names.
+    """
+
+    def __init__(self, layer: nn.RNNBase, *, ranks: Mapping[str, int], **options: Any) -> None:
+        plain = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional")
+        options |= {name: getattr(layer, name) for name in plain}
+        weight = next(layer.parameters())
+        super().__init__(**options, device="meta", dtype=weight.dtype)
+        self.dropout = layer.dropout  # afterwards: with one layer, the constructor would warn of it a second time
+        self.ranks = dict(ranks)
+        for name, rank in self.ranks.items():
+            rows, columns = getattr(self, name).shape
+            delattr(self, name)
+            for suffix, shape in (("left", (rows, rank)), ("right", (rank, columns))):
+                factor = torch.empty(shape, device="meta", dtype=weight.dtype)
+                self.register_parameter(f"{name}_{suffix}", nn.Parameter(factor))
+        self.description = {"kind": "recurrent", "ranks": self.ranks}
+        take_over(self, layer, weight)
+
+    def extra_repr(self) -> str:
+        """Sizes and ranks."""
+        return f"{super().extra_repr()}, ranks={self.ranks}"
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """As the dense layer: the fused operation, on weights that are multiplied out first."""
+        before = self._flat_weights
+        self._flat_weights = [self._weight(name) for name in self._flat_weights_names]
+        try:
+            return super().forward(*inputs, **named)
+        finally:
+            # Else the layer would hold a graph, and could not be copied.
+            self._flat_weights = before
+
+    def fill(self, layer: nn.RNNBase) -> float:
+        """Copy the factors of a dense layer's weights, and what is not factored.
+
+        Returns:
+            The relative error of the factored weights together.
+        """
+        approximated, originals = [], []
+        for name, rank in self.ranks.items():
+            weight = exact(getattr(layer, name))
+            factors = truncated_svd(weight, rank)
+            copy_into({getattr(self, f"{name}_left"): factors.left, getattr(self, f"{name}_right"): factors.right})
+            approximated.append(factors.full().flatten())
+            originals.append(weight.flatten())
+        copy_into({own: getattr(layer, name) for name, own in self.named_parameters() if hasattr(layer, name)})
+        return relative_error(torch.cat(approximated), torch.cat(originals))
+
+    def _weight(self, name: str) -> Tensor:
+        if name not in self.ranks:
+            weight: Tensor = getattr(self, name)
+            return weight
+        left, right = getattr(self, f"{name}_left"), getattr(self, f"{name}_right")
+        # The fused operation casts all of its weights alike, so these must be of the type of the others.
+        with torch.autocast(left.device.type, enabled=False):
+            return torch.mm(left, right)
+
+    def _update_flat_weights(self) -> None:
+        """Nothing: `forward` has put the weights there, and the base class would look for them by name."""
+
+
+class FactoredLSTM(_FactoredWeights, nn.LSTM):
+    """An LSTM whose weights are stored as factors and recomposed once in a forward, for the fused operation.
+
+    This saves bytes and parameters, and **neither time nor multiply-accumulates**: a step runs as the dense one, plus
+    the products of the factors once for the whole sequence.
+
+    Args:
+        layer: the dense one.
+        ranks: of the weights that are factored, by name: ``{"weight_hh_l0": 8}``.
+    """
+
+    def __init__(self, layer: nn.LSTM, *, ranks: Mapping[str, int]) -> None:
+        super().__init__(layer, ranks=ranks, proj_size=layer.proj_size)
+
+
+class FactoredGRU(_FactoredWeights, nn.GRU):
+    """A GRU whose weights are stored as factors; see `FactoredLSTM` for what that saves and what not.
+
+    Args:
+        layer: the dense one.
+        ranks: of the weights that are factored, by name.
+    """
+
+    def __init__(self, layer: nn.GRU, *, ranks: Mapping[str, int]) -> None:
+        super().__init__(layer, ranks=ranks)
+
+
+class FactoredRNN(_FactoredWeights, nn.RNN):
+    """An RNN whose weights are stored as factors; see `FactoredLSTM` for what that saves and what not.
+
+    Args:
+        layer: the dense one.
+        ranks: of the weights that are factored, by name.
+    """
+
+    def __init__(self, layer: nn.RNN, *, ranks: Mapping[str, int]) -> None:
+        super().__init__(layer, ranks=ranks, nonlinearity=layer.nonlinearity)
