@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -34,6 +35,7 @@ SCHEMES = [
         (2, 4, 8), ("symmetric", "affine", "pow2"), ("tensor", "channel", "group:5"), (0, 1)
     )
 ]
+SCHEMES.append(q.Scheme(3, "affine", "group:100"))
 OTHERS = [
     q.Scheme(3, "dorefa", "tensor"), q.Scheme(1, "binary"), q.Scheme(1, "binary", "tensor"),
     q.Scheme(1, "binary", "group:4"), q.Scheme(1, "binaryconnect", "tensor"), q.Scheme(2, "ternary"),
@@ -472,6 +474,26 @@ def test_trained_ternary_weights_have_the_gradients_of_the_paper():
     assert [start.item() for start in starts] == pytest.approx([1.2, 0.65])
 
 
+@pytest.mark.parametrize("scheme", OTHERS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_codes_of_every_kind_give_back_its_values_in_every_type(scheme, dtype):
+    weight = draw(6, 4, 5, dtype=dtype)
+    weight[0, 0, 0] = 0
+    up, down = (torch.tensor(value, dtype=torch.promote_types(dtype, torch.float32)) for value in (0.3, 0.7))
+    values = {
+        "dorefa": lambda: q.dorefa_weight(weight, bits=scheme.bits),
+        "binary": lambda: q.binary(weight, scheme),
+        "binaryconnect": lambda: q.binary_connect(weight),
+        "ternary": lambda: q.ternary(weight, scheme),
+        "ttq": lambda: q.ttq(weight, up, down),
+    }[scheme.kind]()
+    found = q.ttq_codes(weight, up, down) if scheme.kind == "ttq" else q.codes(weight, scheme)
+    assert values.dtype == dtype
+    assert torch.equal(q.dequantize(found, scheme, dtype=dtype), values)
+    assert scheme.lowest <= found.values.min()
+    assert found.values.max() <= scheme.highest
+
+
 # Parametrizations
 
 
@@ -870,6 +892,47 @@ def test_bias_correction_takes_the_mean_error_away():
         q.correct_biases(network, reference, [])
     with pytest.raises(InputError, match="same linear"):
         q.correct_biases(nn.Sequential(nn.ReLU()), reference, batches)
+
+
+# Usefulness
+
+
+def test_on_digits_eight_bits_cost_nothing_and_training_repairs_two_bits():
+    images, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
+    images = images.float() / 16
+    train, test = (images[:1257], labels[:1257]), (images[1257:], labels[1257:])
+
+    def fit(network, steps):
+        optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(train[0]), train[1]).backward()
+            optimizer.step()
+
+    def right(network):
+        return int((network(test[0]).argmax(dim=1) == test[1]).sum())
+
+    def quantized(scheme, **options):
+        network = copy.deepcopy(dense)
+        for layer in (network[0], network[2]):
+            q.quantize_weights(layer, scheme=scheme, **options)
+        return network
+
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+    fit(dense, 100)
+    eight = quantized(q.Scheme(8))
+    assert right(eight) >= right(dense) - 1
+    assert ((eight(test[0]) - dense(test[0])).norm() / dense(test[0]).norm()).item() < 0.06
+    for options in (
+        {"scheme": q.Scheme(2)}, {"scheme": q.Scheme(2), "estimator": "lsq"},
+        {"scheme": q.Scheme(1, "binary")}, {"scheme": q.Scheme(2, "ttq", "tensor")},
+    ):  # fmt: skip
+        network = quantized(**options)
+        before = right(network)
+        fit(network, 100)
+        assert right(network) >= before + 54, options
+    assert right(quantized(q.Scheme(2))) < right(dense) - 54
 
 
 # Mixed precision

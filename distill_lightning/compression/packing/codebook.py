@@ -89,23 +89,32 @@ def _lloyd(values: Tensor, k: int, init: Init, iterations: int, seed: int) -> tu
     if len(distinct) <= k:
         return distinct, [0.0]
     centroids = _first(ordered, distinct, k, init, seed)
+    # Clusters are stretches of the ordered values, so sums up to each value are all that an iteration needs.
+    sums, squares = (torch.cat([ordered.new_zeros(1), part.cumsum(0)]) for part in (ordered, ordered.square()))
     objectives: list[float] = []
     for _ in range(iterations):
-        members = _nearest(centroids, ordered)
-        sizes = torch.bincount(members, minlength=k)
-        sums = torch.zeros_like(centroids).scatter_add_(0, members, ordered)
-        moved = torch.where(sizes > 0, sums / sizes.clamp_min(1), centroids)
+        ends = _ends(centroids, ordered)
+        sizes = ends.diff()
+        moved = torch.where(sizes > 0, sums[ends].diff() / sizes.clamp_min(1), centroids)
         empty = (sizes == 0).nonzero()[:, 0]
         if len(empty):
             # Values that differ, the farthest first.
             far = (distinct - moved[_nearest(centroids, distinct)]).abs().argsort(descending=True, stable=True)
             moved[empty] = distinct[far[: len(empty)]]
         moved = moved.sort()[0]
-        objectives.append(float((ordered - moved[_nearest(moved, ordered)]).square().sum()))
+        ends = _ends(moved, ordered)
+        losses = squares[ends].diff() - 2 * moved * sums[ends].diff() + moved.square() * ends.diff()
+        objectives.append(float(losses.sum()))
         if torch.equal(moved, centroids):
             break
         centroids = moved
     return centroids, objectives
+
+
+def _ends(centroids: Tensor, ordered: Tensor) -> Tensor:
+    """Where the stretch of each centroid's members ends, after a 0, ``(k + 1,)``; as `_nearest` assigns them."""
+    between = torch.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2, right=True)
+    return torch.cat([between.new_zeros(1), between, between.new_full((1,), len(ordered))])
 
 
 def _first(ordered: Tensor, distinct: Tensor, k: int, init: Init, seed: int) -> Tensor:

@@ -220,9 +220,10 @@ class Observer(nn.Module):
         self.register_buffer("high", torch.zeros(()))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
         if rule in ("percentile", "mse", "kl"):
-            self.register_buffer("counts", torch.zeros(2 * self.SIDE, dtype=torch.long))
+            # Not in checkpoints: what they end in is the range, and they are large.
+            self.register_buffer("counts", torch.zeros(2 * self.SIDE, dtype=torch.long), persistent=False)
             # Below every float32 but the subnormal ones.
-            self.register_buffer("exponent", torch.tensor(-140))
+            self.register_buffer("exponent", torch.tensor(-140), persistent=False)
 
     @torch.no_grad()
     def forward(self, values: Tensor) -> Tensor:
@@ -261,9 +262,10 @@ class Observer(nn.Module):
         Raises:
             InputError: nothing was observed.
         """
-        if not int(self.batches):
-            raise InputError("an observer has seen nothing: run some training batches through the network first")
         rule = self.rule
+        counted = self.counts.any() if rule in ("percentile", "mse", "kl") else self.batches
+        if not bool(counted):
+            raise InputError("an observer has seen nothing: run some training batches through the network first")
         if rule not in ("percentile", "mse", "kl"):
             return self.low, self.high
         used = self.counts.nonzero()[:, 0]

@@ -47,7 +47,8 @@ class WeightQuantizer(nn.Module):
         estimator: of uniform kinds, ``"ste"``: the grid follows from the weight by ``rule``, or ``"lsq"``: scales are
             learned.
         rule: see `find_range`. With ``"minmax"`` the grid follows the weight at every use; the others are too slow for
-            that, and keep the grid that the weight has now.
+            that, and keep the grid that the weight has now. With 2 or 3 bits take ``"mse"`` or LSQ: a range that holds
+            everything leaves most weights at zero.
         stochastic: of ``"binaryconnect"``, whether signs are drawn in train mode.
         calibrate: ``False`` leaves scales at 1, for a state dict that is loaded afterwards.
 
