@@ -254,6 +254,11 @@ def test_shared_layers_train_their_values_and_keep_their_zeros(kind, pruned):
     assert torch.equal(run(rebuilt, given), run(layer, given))
     assert p.describe_shared(fresh) == {}
 
+    output = run(layer, given)
+    assert p.bake_shared(layer) == names
+    fresh.load_state_dict(layer.state_dict(), strict=True)
+    assert torch.equal(run(fresh, given), output)
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_gradient_of_a_value_is_the_sum_over_its_members(dtype):

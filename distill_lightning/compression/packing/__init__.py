@@ -10,6 +10,7 @@ from distill_lightning.compression.packing.bits import (
 from distill_lightning.compression.packing.codebook import (
     Clusters,
     Codebook,
+    bake_shared,
     codebooks,
     describe_shared,
     kmeans,
@@ -32,7 +33,7 @@ from distill_lightning.compression.packing.packed import (
 )
 
 __all__ = [
-    "Clusters", "Codebook", "Packed", "Part", "codebooks", "describe_shared", "encode", "huffman_decode",
+    "Clusters", "Codebook", "Packed", "Part", "bake_shared", "codebooks", "describe_shared", "encode", "huffman_decode",
     "huffman_encode", "huffman_lengths", "kmeans", "pack_bitmask", "pack_bits", "pack_codebook", "pack_codes",
     "pack_csr", "pack_dense", "pack_shared", "read_packed", "read_parts", "rebuild_shared", "share_weights", "unpack",
     "unpack_bits", "unpack_codes", "write_packed",

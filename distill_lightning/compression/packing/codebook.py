@@ -220,7 +220,9 @@ def share_weights(
         raise InputError(f"{type(layer).__name__} has the weights {known}, cannot share values in {chosen}")
     for name in chosen:
         if parametrize.is_parametrized(layer, name):
-            raise InputError(f"{name!r} of {type(layer).__name__} is quantized or shared already: bake it first")
+            raise InputError(
+                f"{name!r} of {type(layer).__name__} is quantized or shared already: bake or bake_shared it first"
+            )
         weight = getattr(layer, name)
         found = kmeans(weight, k, init=init, keep_zero=keep_zero, seed=seed)
         pruned = int((found.centroids == 0).nonzero()[0, 0]) if keep_zero and bool((weight == 0).any()) else None
@@ -261,3 +263,16 @@ def codebooks(layer: nn.Module) -> dict[str, tuple[Codebook, Tensor]]:
         for entry in entries
         if isinstance(entry, Codebook)
     }
+
+
+@torch.no_grad()
+def bake_shared(layer: nn.Module) -> list[str]:
+    """Put the shared values in place of the weights, for good, and remove the codebooks.
+
+    Returns:
+        The names of the weights, which are parameters of the same shapes as before.
+    """
+    names = list(codebooks(layer))
+    for name in names:
+        parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+    return names

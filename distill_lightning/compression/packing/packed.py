@@ -162,7 +162,7 @@ def pack_shared(tensor: Tensor) -> Packed:
 
 
 def pack_bitmask(tensor: Tensor, values: Packed | None = None) -> Packed:
-    """A tensor with zeros: a bit for each entry, and the entries that are not zero.
+    """A tensor with zeros: a bit for each entry, and the entries that are not zero. A negative zero comes back as zero.
 
     Args:
         tensor: any shape.

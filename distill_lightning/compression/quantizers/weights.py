@@ -200,7 +200,9 @@ def quantize_weights(
         raise InputError(f"{type(layer).__name__} has the weights {known}, cannot quantize {chosen}")
     for name in chosen:
         if parametrize.is_parametrized(layer, name):
-            raise InputError(f"{name!r} of {type(layer).__name__} is quantized or parametrized already: bake it first")
+            raise InputError(
+                f"{name!r} of {type(layer).__name__} is quantized or shared already: bake or bake_shared it first"
+            )
     for name in chosen:
         _register(layer, name, WeightQuantizer(
             getattr(layer, name), scheme=scheme, estimator=estimator, rule=rule, stochastic=stochastic
