@@ -690,6 +690,16 @@ def test_quantized_inputs_are_calibrated_described_rebuilt_and_trained(options):
         assert getattr(quantizer, learned).grad.abs().sum() > 0
 
 
+def test_learned_scales_of_affine_grids_keep_negative_activations():
+    scheme, values = q.Scheme(4, "affine", "tensor"), draw(500) - 0.5
+    quantizer = q.ActivationQuantizer(scheme=scheme, estimator="lsq")
+    with q.calibrating(quantizer):
+        quantizer(values)
+    levels = quantizer(values)
+    assert bool(((levels - values).abs() <= quantizer.scale / 2 * (1 + 1e-5)).all())
+    assert torch.equal(q.dequantize(quantizer.codes(values), scheme), levels)
+
+
 def test_the_moving_average_follows_in_train_mode_only():
     quantizer = q.ActivationQuantizer(scheme=q.Scheme(8, "affine", "tensor"), observer="ema", momentum=0.5)
     with q.calibrating(quantizer):
@@ -812,7 +822,7 @@ def chain():
     torch.manual_seed(3)
     network = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), nn.ReLU(),
-        nn.MaxPool2d(2), nn.Conv2d(6, 8, 3, groups=2), nn.LeakyReLU(), nn.Flatten(), nn.Linear(8, 7), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Conv2d(6, 8, 3, groups=2), nn.LeakyReLU(), nn.Flatten(), nn.Linear(32, 7), nn.ReLU(),
         nn.Dropout(0.1), nn.Linear(7, 4), nn.Sigmoid(), nn.Linear(4, 4),
     ).double().eval()  # fmt: skip
     with torch.no_grad():
@@ -824,7 +834,7 @@ def chain():
 
 def test_equalisation_keeps_outputs_and_equalises_ranges():
     network = chain()
-    images = draw(4, 3, 6, 6, dtype=torch.float64)
+    images = draw(4, 3, 8, 8, dtype=torch.float64)
     before = network(images)
     assert q.equalisable_pairs(network) == [("0", "2"), ("2", "5"), ("5", "8"), ("8", "11")]
     q.equalise(network, sweeps=200)
@@ -840,12 +850,27 @@ def test_equalisation_keeps_outputs_and_equalises_ranges():
     grouped = [network[5].weight[4 * (c // 3) : 4 * (c // 3) + 4, c % 3].abs().max().item() for c in range(6)]
     assert torch.allclose(depthwise, torch.tensor(grouped, dtype=torch.float64), rtol=1e-6)
 
-    def loss(one):
-        for layer in [module for module in one if q.weight_names(module)]:
-            q.quantize_weights(layer, scheme=q.Scheme(6, "symmetric", "tensor"))
-        return ((one(images) - before).norm() / before.norm()).item()
 
-    assert loss(network) < 0.5 * loss(chain())
+def test_equalisation_undoes_unequal_channels_before_per_tensor_quantization():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 10))
+    values = draw(50, 20)
+    dense = network(values)
+    spread = torch.logspace(-2, 2, 16)
+    with torch.no_grad():
+        network[0].weight.mul_(spread[:, None])
+        network[0].bias.mul_(spread)
+        network[2].weight.div_(spread)
+
+    def loss(one):
+        one = copy.deepcopy(one)
+        for layer in (one[0], one[2]):
+            q.quantize_weights(layer, scheme=q.Scheme(6, "symmetric", "tensor"))
+        return ((one(values) - dense).norm() / dense.norm()).item()
+
+    unequal = loss(network)
+    q.equalise(network)
+    assert loss(network) < 0.06 < 0.5 < unequal
 
 
 def test_equalisation_stops_leaves_dead_channels_alone_and_refuses_in_one_line():
