@@ -1,0 +1,108 @@
+"""How many bits each weight gets when all of them together have a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from distill_lightning.compression.quantizers.ranges import RangeRule, weight_grid
+from distill_lightning.compression.quantizers.scheme import Kind, Scheme, dequantize, quantize
+from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
+
+
+class _Raise(NamedTuple):
+    """A step to more bits: how much error it takes away per byte, and what it costs."""
+
+    gain: float
+    name: str
+    bits: int
+    cost: int
+
+
+def weight_errors(
+    weights: Mapping[str, Tensor],
+    *,
+    bits: Sequence[int] = (2, 3, 4, 5, 6, 7, 8),
+    kind: Kind = "symmetric",
+    per: str = "channel",
+    rule: RangeRule = "mse",
+) -> dict[str, dict[int, float]]:
+    """The squared error of every weight at every number of bits, for `allocate_bits`.
+
+    Args:
+        weights: by name.
+        bits: the numbers to try.
+        kind: of the grid, see `Scheme`.
+        per: likewise.
+        rule: see `find_range`.
+    """
+    errors: dict[str, dict[int, float]] = {}
+    for name, weight in weights.items():
+        errors[name] = {}
+        for width in bits:
+            scheme = Scheme(width, kind, per if weight.ndim > 1 else "tensor")
+            rounded = dequantize(quantize(weight, *weight_grid(weight, scheme, rule=rule), scheme), scheme)
+            errors[name][width] = float((rounded - wide(weight.detach())).double().square().sum())
+    return errors
+
+
+def code_bytes(count: int, bits: int) -> int:
+    """Bytes of that many packed codes."""
+    return -(-count * bits // 8)
+
+
+def allocate_bits(
+    errors: Mapping[str, Mapping[int, float]],
+    counts: Mapping[str, int],
+    *,
+    budget: int,
+    overhead: Mapping[str, int] | None = None,
+) -> dict[str, int]:
+    """Spend a budget of bytes on the weights where a byte takes away most error.
+
+    Everything begins with the fewest bits. Then, as long as there is room, the weight and number of bits with the
+    largest fall of error per byte are taken; weights that would not get better stay. The first step for which there is
+    no room ends it, although a cheaper one further down might still fit: so a larger budget goes further along the same
+    path and never gives any weight fewer bits.
+
+    Args:
+        errors: by name and number of bits, of anything that may be added up over the weights (`weight_errors`, or the
+            rise of a loss).
+        counts: how many codes each has.
+        budget: bytes of all codes and overheads together.
+        overhead: bytes that each needs beside its codes; ``None``: none.
+
+    Returns:
+        The number of bits by name.
+
+    Raises:
+        InputError: the names differ, a weight has no number of bits, or the fewest bits do not fit.
+    """
+    overhead = overhead or {}
+    if errors.keys() != counts.keys() or overhead.keys() - counts.keys():
+        raise InputError("errors, counts and overhead must be about the same weights")
+    empty = [name for name, widths in errors.items() if not widths]
+    if empty:
+        raise InputError(f"no number of bits was tried for {empty[0]!r}")
+    chosen = {name: min(widths) for name, widths in errors.items()}
+    spent = sum(code_bytes(counts[name], chosen[name]) + overhead.get(name, 0) for name in chosen)
+    if spent > budget:
+        raise InputError(f"budget={budget} bytes is too small: the fewest bits everywhere need {spent}")
+    while True:
+        steps = [
+            _Raise((widths[chosen[name]] - error) / max(cost, 1), name, bits, cost)
+            for name, widths in errors.items()
+            for bits, error in widths.items()
+            if bits > chosen[name] and error < widths[chosen[name]]
+            for cost in [code_bytes(counts[name], bits) - code_bytes(counts[name], chosen[name])]
+        ]
+        if not steps:
+            return chosen
+        best = max(steps)
+        if spent + best.cost > budget:
+            return chosen
+        spent += best.cost
+        chosen[best.name] = best.bits

@@ -1,0 +1,1017 @@
+"""Grids, codes, ranges, quantizers that train, and what helps without training."""
+
+import copy
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from distill_lightning import InputError
+from distill_lightning.compression import quantizers as q
+from distill_lightning.compression.quantizers.ranges import kl_divergence_of_clipping
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def same_bits(one, other):
+    """Equal in every bit: -0.0 is not 0.0."""
+    assert one.dtype == other.dtype
+    assert one.shape == other.shape
+    return one.detach().contiguous().numpy().tobytes() == other.detach().contiguous().numpy().tobytes()
+
+
+SCHEMES = [
+    q.Scheme(bits, kind, per, axis)
+    for bits, kind, per, axis in itertools.product(
+        (2, 4, 8), ("symmetric", "affine", "pow2"), ("tensor", "channel", "group:5"), (0, 1)
+    )
+]
+SCHEMES.append(q.Scheme(3, "affine", "group:100"))
+OTHERS = [
+    q.Scheme(3, "dorefa", "tensor"), q.Scheme(1, "binary"), q.Scheme(1, "binary", "tensor"),
+    q.Scheme(1, "binary", "group:4"), q.Scheme(1, "binaryconnect", "tensor"), q.Scheme(2, "ternary"),
+    q.Scheme(2, "ternary", "tensor"), q.Scheme(2, "ternary", "group:7", 1), q.Scheme(2, "ttq", "tensor"),
+]  # fmt: skip
+
+
+def groups_of(weight, scheme):
+    """The entries of every scale's group, as flat lists of positions, by loops."""
+    positions = np.arange(weight.numel()).reshape(weight.shape)
+    if scheme.per == "tensor":
+        return [positions.ravel().tolist()]
+    rows = [
+        np.take(positions, channel, axis=scheme.axis).ravel().tolist() for channel in range(weight.shape[scheme.axis])
+    ]
+    if scheme.per == "channel":
+        return rows
+    size = int(scheme.per.split(":")[1])
+    return [row[begin : begin + size] for row in rows for begin in range(0, len(row), size)]
+
+
+def naive_fake(weight, scheme):
+    """Min-max fake quantization of one group after the other in Python floats."""
+    flat, result = weight.double().flatten().tolist(), [0.0] * weight.numel()
+    for group in groups_of(weight, scheme):
+        values = [flat[place] for place in group]
+        low, high = min(0.0, *values), max(0.0, *values)
+        if scheme.kind == "affine":
+            levels = 2**scheme.bits - 1
+            step = (high - low) / levels or 1.0
+            zero = min(max(round(-low / step), 0), levels)
+            bounds = (-zero, levels - zero)
+        else:
+            most = 2 ** (scheme.bits - 1) - 1
+            step = max(-low, high) / most or 1.0
+            step = 2.0 ** math.ceil(math.log2(step)) if scheme.kind == "pow2" else step
+            bounds = (-most, most)
+        for place, value in zip(group, values, strict=True):
+            result[place] = min(max(round(value / step), bounds[0]), bounds[1]) * step
+    return torch.tensor(result, dtype=torch.float64).reshape(weight.shape)
+
+
+# Grids and codes
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_fake_quantization_is_the_loop_and_the_codes_give_it_back(scheme):
+    weight = draw(6, 4, 3, dtype=torch.float64)
+    fake = q.fake_quantize(weight, *q.weight_grid(weight, scheme), scheme)
+    assert torch.allclose(fake, naive_fake(weight, scheme), rtol=1e-12, atol=1e-12)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        given = weight.to(dtype)
+        found = q.codes(given, scheme)
+        again = q.dequantize(found, scheme, dtype=dtype)
+        grid = (found.scales, found.zero_points)
+        as_numbers = q.fake_quantize(given, *grid, scheme)
+        assert torch.equal(again.view(torch.uint8), as_numbers.contiguous().view(torch.uint8))
+        assert found.values.min() >= scheme.lowest
+        assert found.values.max() <= scheme.highest
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_errors_are_half_a_step_rounding_twice_is_rounding_once_and_zero_is_zero(scheme):
+    weight = draw(6, 4, 3)
+    weight[0, 0, 0] = weight[2, 1, 1] = 0
+    scale, zero_point = q.weight_grid(weight, scheme)
+    fake = q.fake_quantize(weight, scale, zero_point, scheme)
+    steps = q.dequantize(q.Codes(torch.ones_like(weight, dtype=torch.int8), scale, torch.zeros_like(scale)), scheme)
+    assert bool(((fake - weight).abs() <= steps / 2 * (1 + 1e-5)).all())
+    assert same_bits(q.fake_quantize(fake, scale, zero_point, scheme), fake)
+    assert fake[0, 0, 0] == fake[2, 1, 1] == 0
+    assert torch.equal(zero_point, zero_point.round())
+    if scheme.kind != "affine":
+        assert q.codes(weight, scheme).values.min() > -(2 ** (scheme.bits - 1))
+        assert bool((zero_point == 0).all())
+    if scheme.kind == "pow2":
+        assert torch.equal(scale, 2 ** scale.log2().round())
+
+
+def test_a_power_of_two_is_its_own_scale_and_the_smallest_that_cuts_nothing_off():
+    scheme = q.Scheme(8, "pow2", "tensor")
+    for reach, scale in ((127.0, 1.0), (127.01, 2.0), (126.0, 1.0), (63.5, 0.5), (0.0, 1.0)):
+        assert q.weight_grid(torch.tensor([[reach, -1.0 if reach else 0.0]]), scheme)[0].item() == scale
+
+
+def test_a_weight_of_zeros_stays_and_has_scale_one():
+    for scheme in SCHEMES:
+        scale, _ = q.weight_grid(torch.zeros(6, 4, 3), scheme)
+        assert bool((scale == 1).all())
+        assert not q.dequantize(q.codes(torch.zeros(6, 4, 3), scheme), scheme).any()
+
+
+def test_ranges_of_one_sign_spend_no_code_on_the_other():
+    assert q.weight_grid(draw(1, 500).abs(), q.Scheme(4, "affine", "tensor"))[1].item() == 0
+    assert q.weight_grid(-draw(1, 500).abs(), q.Scheme(4, "affine", "tensor"))[1].item() == 15
+
+
+def test_the_straight_through_gradient_is_one_inside_and_zero_outside():
+    scheme = q.Scheme(4, "symmetric", "tensor")
+    values = torch.tensor([-9.0, -7.6, -7.0, -0.2, 0.0, 3.3, 7.0, 7.4, 7.6, 100.0], requires_grad=True)
+    q.fake_quantize(values, torch.ones(1, 1), torch.zeros(1, 1), scheme).sum().backward()
+    assert values.grad.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
+    weight = draw(5, 7).requires_grad_()
+    for kind in ("symmetric", "affine", "pow2"):
+        own = q.Scheme(3, kind)
+        (gradient,) = torch.autograd.grad(q.fake_quantize(weight, *q.weight_grid(weight, own), own).sum(), weight)
+        assert bool((gradient == 1).all()), "a range that holds everything cuts nothing off"
+
+
+def test_finer_groups_are_never_worse_and_more_bits_are_better():
+    weight = draw(16, 64, seed=3) * torch.linspace(0.1, 3, 16)[:, None]
+
+    def error(scheme, rule="minmax"):
+        return (q.dequantize(q.codes(weight, scheme, rule=rule), scheme) - weight).square().sum().item()
+
+    for kind, rule in itertools.product(("symmetric", "affine"), ("minmax", "mse")):
+        for bits in (2, 4, 8):
+            tensor, channel = (error(q.Scheme(bits, kind, per), rule) for per in ("tensor", "channel"))
+            assert channel < tensor
+        assert error(q.Scheme(8, kind), rule) < error(q.Scheme(4, kind), rule) < error(q.Scheme(2, kind), rule)
+
+
+@pytest.mark.parametrize(("bits", "full", "clipped"), [(8, 39.7, 40.5), (4, 14.5, 18.9), (2, 0.3, 7.2)])
+def test_the_signal_to_noise_ratio_of_a_gaussian_is_that_of_the_books(bits, full, clipped):
+    weight, scheme = draw(1, 100_000, dtype=torch.float64), q.Scheme(bits, "symmetric", "tensor")
+    for rule, expected in (("minmax", full), ("mse", clipped)):
+        noise = q.dequantize(q.codes(weight, scheme, rule=rule), scheme) - weight
+        ratio = 10 * math.log10(weight.square().sum() / noise.square().sum())
+        assert ratio == pytest.approx(expected, abs=1)
+
+
+def test_integer_arithmetic_is_fake_quantization():
+    activations, weight = draw(32, 64).relu(), draw(24, 64, seed=1)
+    of_inputs, of_weights = q.Scheme(8, "symmetric", "tensor"), q.Scheme(8, "symmetric", "channel")
+    left, right = q.codes(activations, of_inputs), q.codes(weight, of_weights)
+    products = torch._int_mm(left.values, right.values.t().contiguous())
+    assert products.dtype == torch.int32
+    exact = products.double() * left.scales.double() * right.scales.double().t()
+    fakes = (q.dequantize(left, of_inputs), q.dequantize(right, of_weights))
+    fake = fakes[0] @ fakes[1].t()
+    assert ((fake - exact).norm() / exact.norm()).item() < 5e-7
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bits": 1}, "2 to 8"), ({"bits": 9}, "2 to 8"), ({"kind": "log"}, "kind must be"),
+        ({"per": "row"}, "per must be"), ({"per": "group:0"}, "per must be"), ({"axis": 2}, "axis"),
+        ({"kind": "binary"}, "bits=1"), ({"kind": "ternary", "bits": 3}, "bits=2"),
+        ({"kind": "dorefa"}, "per='tensor'"),
+    ],
+)  # fmt: skip
+def test_schemes_that_cannot_be_are_one_line(options, words):
+    with pytest.raises(InputError, match=words) as caught:
+        q.Scheme(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_without_a_range_or_channels_are_one_line():
+    scheme = q.Scheme()
+    for weight in (torch.tensor([[1.0, math.nan]]), torch.tensor([[math.inf, 0.0]]), torch.empty(0, 3)):
+        with pytest.raises(InputError, match="no range"):
+            q.codes(weight, scheme)
+    with pytest.raises(InputError, match="per='tensor'"):
+        q.codes(torch.ones(3), scheme)
+    with pytest.raises(InputError, match="rule must be"):
+        q.codes(torch.ones(3, 3), scheme, rule="best")
+    with pytest.raises(InputError, match="ttq_codes"):
+        q.codes(torch.ones(3, 3), q.Scheme(2, "ttq", "tensor"))
+
+
+def test_schemes_are_plain_values():
+    for scheme in (*SCHEMES, *OTHERS):
+        assert q.Scheme(**json.loads(json.dumps(scheme.describe()))) == scheme
+
+
+# Ranges
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "affine", "pow2"])
+def test_the_mse_range_is_the_best_of_the_grid(kind):
+    scheme = q.Scheme(3, kind, "channel")
+    weight = draw(4, 50, seed=5, dtype=torch.float64) + 0.3
+    low, high = q.find_range(weight, scheme, rule="mse", candidates=40)
+    for row in range(4):
+        values = weight[row].tolist()
+        best = math.inf
+        for step in range(1, 41):
+            ends = [step / 40 * min(*values, 0.0), step / 40 * max(*values, 0.0)]
+            if kind == "affine":
+                scale = (ends[1] - ends[0]) / 7
+                zero = min(max(round(-ends[0] / scale), 0), 7)
+                bounds = (-zero, 7 - zero)
+            else:
+                scale = max(-ends[0], ends[1]) / 3
+                scale = 2.0 ** math.ceil(math.log2(scale)) if kind == "pow2" else scale
+                bounds = (-3, 3)
+            best = min(best, sum((min(max(round(v / scale), bounds[0]), bounds[1]) * scale - v) ** 2 for v in values))
+        own = q.Scheme(3, kind, "tensor")
+        grid = q.grid(low[row : row + 1, None], high[row : row + 1, None], own)
+        found = (q.fake_quantize(weight[row], *grid, own) - weight[row]).square().sum().item()
+        assert found == pytest.approx(best, rel=1e-9)
+
+
+def test_percentiles_are_those_of_a_sorted_list_with_and_without_counts():
+    values = draw(3, 1000, seed=2, dtype=torch.float64)
+    symmetric, affine = q.Scheme(8, "symmetric", "channel"), q.Scheme(8, "affine", "channel")
+    _, high = q.find_range(values, symmetric, rule="percentile", percentile=99)
+    assert high.tolist() == [sorted(abs(v) for v in row.tolist())[989] for row in values]
+    low, high = q.find_range(values, affine, rule="percentile", percentile=98)
+    assert high.tolist() == [sorted(row.tolist())[989] for row in values]
+    assert low.tolist() == [sorted(row.tolist())[10] for row in values]
+    counts = torch.randint(0, 4, (1, 30), generator=torch.Generator().manual_seed(1))
+    few = draw(1, 30, seed=3)
+    repeated = few[0].repeat_interleave(counts[0])[None]
+    for rule in ("minmax", "percentile", "mse", "kl"):
+        for scheme in (symmetric, affine):
+            one = q.find_range(few, scheme, rule=rule, counts=counts, percentile=90)
+            other = q.find_range(repeated, scheme, rule=rule, percentile=90)
+            assert torch.allclose(torch.stack(one), torch.stack(other), rtol=1e-6)
+    with pytest.raises(InputError, match="percentile"):
+        q.find_range(values, symmetric, rule="percentile", percentile=40)
+    with pytest.raises(InputError, match="candidates"):
+        q.find_range(values, symmetric, rule="mse", candidates=0)
+
+
+def naive_kl(histogram, kept, levels):
+    reference = [float(count) for count in histogram[:kept]]
+    reference[-1] += sum(histogram[kept:])
+    merged = [0.0] * kept
+    for level in range(levels):
+        bins = [place for place in range(kept) if place * levels // kept == level]
+        occupied = [place for place in bins if reference[place] > 0]
+        for place in occupied:
+            merged[place] = sum(histogram[one] for one in bins) / len(occupied)
+    whole, total = sum(reference), sum(merged)
+    return sum(
+        p / whole * math.log(p / whole / max(m / total, 1e-12))
+        for p, m in zip(reference, merged, strict=True) if p > 0
+    )  # fmt: skip
+
+
+def test_the_kl_divergence_is_the_loop_and_outliers_are_cut_off():
+    histogram = torch.randint(0, 9, (2, 64), generator=torch.Generator().manual_seed(0)).double()
+    for kept, levels in itertools.product((8, 20, 33, 64), (2, 4, 8)):
+        found = kl_divergence_of_clipping(histogram, kept, levels)
+        for row in range(2):
+            expected = naive_kl(histogram[row].int().tolist(), kept, levels)
+            assert found[row].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert kl_divergence_of_clipping(histogram, 4, 8).isinf().all()
+    values = torch.cat([draw(1, 20_000), torch.tensor([[60.0]])], dim=1)
+    for kind in ("symmetric", "affine"):
+        low, high = q.find_range(values, q.Scheme(8, kind, "tensor"), rule="kl")
+        assert 2.5 < high.item() < 30
+        assert -6 < low.item() < -2.5
+
+
+def test_observers_do_not_depend_on_the_order_or_division_of_batches():
+    values = torch.cat([draw(4000), 5 * draw(1000, seed=1), torch.zeros(500)])
+    scheme = q.Scheme(8, "affine", "tensor")
+    for rule in ("minmax", "percentile", "mse", "kl"):
+        ranges = []
+        for pieces in (values.split(5500), values.split(700), values.flip(0).split(91)):
+            observer = q.Observer(rule)
+            for piece in pieces:
+                assert observer(piece) is piece
+            ranges.append(torch.stack(observer.range(scheme)))
+        assert torch.equal(ranges[0], ranges[1])
+        assert torch.equal(ranges[0], ranges[2])
+        exact = torch.stack(q.find_range(values[None], scheme, rule=rule, percentile=99.99))[:, 0]
+        assert torch.allclose(ranges[0], exact, rtol=0.02), rule
+
+
+def test_an_observer_of_zeros_first_still_resolves_small_values():
+    observer = q.Observer("percentile", percentile=99.0)
+    observer(torch.zeros(10))
+    observer(1e-3 * draw(1000))
+    _, high = observer.range(q.Scheme(8, "symmetric", "tensor"))
+    assert 1e-3 < high.item() < 4e-3
+
+
+def test_the_moving_average_is_the_loop():
+    observer = q.Observer("ema", momentum=0.25)
+    low = high = None
+    for seed in range(5):
+        batch = draw(50, seed=seed)
+        smallest, largest = batch.min().item(), batch.max().item()
+        low = smallest if low is None else 0.75 * low + 0.25 * smallest
+        high = largest if high is None else 0.75 * high + 0.25 * largest
+        observer(batch)
+    found = observer.range(q.Scheme(8, "affine", "tensor"))
+    assert [edge.item() for edge in found] == pytest.approx([low, high], rel=1e-6)
+
+
+def test_observers_refuse_in_one_line():
+    with pytest.raises(InputError, match="seen nothing"):
+        q.Observer().range(q.Scheme(8, "affine", "tensor"))
+    with pytest.raises(InputError, match="observer must be"):
+        q.Observer("mean")
+    with pytest.raises(InputError, match="momentum"):
+        q.Observer("ema", momentum=0)
+    with pytest.raises(InputError, match="NaN"):
+        q.Observer("mse")(torch.tensor([1.0, math.nan]))
+
+
+# Estimators
+
+
+def definition_of_lsq(values, scale, low, high):
+    clipped = (values / scale).clamp(low, high)
+    return (clipped + (clipped.round() - clipped).detach()) * scale
+
+
+@pytest.mark.parametrize("per", ["tensor", "channel", "group:4"])
+def test_lsq_has_the_gradient_of_its_definition(per):
+    scheme = q.Scheme(3, "symmetric", per)
+    weight = draw(4, 10, dtype=torch.float64).requires_grad_()
+    scale = (q.lsq_start(weight, scheme) * 0.7).requires_grad_()
+    upstream = draw(4, 10, seed=1, dtype=torch.float64)
+    factor = 1 / math.sqrt(weight.numel() / scale.numel() * 3)
+    found = torch.autograd.grad((q.lsq(weight, scale, scheme) * upstream).sum(), (weight, scale))
+    spread = {"tensor": lambda s: s.expand(4, 10), "channel": lambda s: s.expand(4, 10)}.get(
+        per, lambda s: s.repeat_interleave(4, dim=1)[:, :10]
+    )
+    value = definition_of_lsq(weight, spread(scale), -3, 3)
+    expected = torch.autograd.grad((value * upstream).sum(), (weight, scale))
+    assert torch.allclose(q.lsq(weight, scale, scheme), value, rtol=1e-12)
+    assert torch.allclose(found[0], expected[0], rtol=1e-12)
+    assert torch.allclose(found[1], factor * expected[1], rtol=1e-12)
+
+
+def test_lsq_clips_before_it_rounds_as_the_paper_has_it():
+    scheme = q.Scheme(3, "symmetric", "tensor")
+    for value, slope, passes in ((3.3, 3, 0), (3.0, 3, 0), (2.8, 0.2, 1), (-3.4, -3, 0), (0.4, -0.4, 1), (9.0, 3, 0)):
+        scale, given = torch.ones(1, 1, requires_grad=True), torch.tensor([value], requires_grad=True)
+        q.lsq(given, scale, scheme, factor=1.0).sum().backward()
+        assert scale.grad.item() == pytest.approx(slope, abs=1e-6)
+        assert given.grad.item() == passes
+
+
+def test_lsq_starts_as_the_paper_has_it():
+    weight = draw(5, 6)
+    start = q.lsq_start(weight, q.Scheme(4, "symmetric", "channel"))
+    assert torch.allclose(start[:, 0], 2 * weight.abs().mean(dim=1) / math.sqrt(7))
+    assert bool((q.lsq_start(torch.zeros(5, 6), q.Scheme(4)) == 1).all())
+
+
+def test_pact_is_its_formula_with_its_gradient():
+    values = torch.tensor([-1.0, 0.4, 1.0, 1.9, 2.0, 5.0], requires_grad=True)
+    alpha = torch.tensor(2.0, requires_grad=True)
+    result = q.pact(values, alpha, bits=2)
+    assert result.tolist() == pytest.approx([0, 2 / 3, 4 / 3, 2, 2, 2], abs=1e-6)
+    result.backward(torch.arange(1.0, 7.0))
+    assert values.grad.tolist() == [0, 2, 3, 4, 0, 0]
+    assert alpha.grad.item() == 11
+
+
+def test_dorefa_is_its_formula():
+    values = torch.tensor([-1.0, 0.1, 0.4, 0.9, 3.0], requires_grad=True)
+    result = q.dorefa_activation(values, bits=2)
+    assert result.tolist() == pytest.approx([0, 0, 1 / 3, 1, 1], abs=1e-6)
+    result.sum().backward()
+    assert values.grad.tolist() == [0, 1, 1, 1, 0]
+    weight = draw(4, 5, dtype=torch.float64).requires_grad_()
+    largest = max(abs(math.tanh(w)) for w in weight.flatten().tolist())
+    expected = [
+        2 * round((math.tanh(w) / (2 * largest) + 0.5) * 7) / 7 - 1 for w in weight.flatten().tolist()
+    ]  # fmt: skip
+    levels = q.dorefa_weight(weight, bits=3)
+    assert levels.flatten().tolist() == pytest.approx(expected, abs=1e-12)
+    smooth = weight.tanh() / weight.tanh().abs().max()
+    upstream = draw(4, 5, seed=1, dtype=torch.float64)
+    found, wanted = (torch.autograd.grad((value * upstream).sum(), weight)[0] for value in (levels, smooth))
+    assert torch.allclose(found, wanted, rtol=1e-10)
+
+
+def test_binary_weights_are_two_values_a_filter_and_the_best_of_them():
+    weight = draw(5, 3, 2, 2, dtype=torch.float64)
+    weight[0, 0, 0, 0] = 0
+    levels = q.binary(weight, q.Scheme(1, "binary"))
+    for filters, rounded in zip(weight, levels, strict=True):
+        alpha = sum(abs(w) for w in filters.flatten().tolist()) / filters.numel()
+        assert sorted(set(rounded.flatten().tolist())) == pytest.approx([-alpha, alpha])
+        signs = torch.where(filters >= 0, 1.0, -1.0)
+        errors = {step: (step / 1000 * signs - filters).square().sum().item() for step in range(3000)}
+        assert min(errors, key=errors.get) / 1000 == pytest.approx(alpha, abs=1e-3)
+        assert (rounded - filters).square().sum().item() <= min(errors.values()) + 1e-12
+
+
+def test_binary_weights_have_the_gradient_of_their_scale_and_of_the_sign():
+    weight = torch.tensor([[0.5, -2.0, 0.1]], dtype=torch.float64, requires_grad=True)
+    upstream = torch.tensor([[1.0, 10.0, 100.0]], dtype=torch.float64)
+    (q.binary(weight, q.Scheme(1, "binary")) * upstream).sum().backward()
+    alpha, towards = 2.6 / 3, (1 - 10 + 100) / 3
+    assert weight.grad[0].tolist() == pytest.approx([alpha + towards, -towards, 100 * alpha + towards])
+
+
+def test_binary_connect_draws_signs_with_the_right_expectation():
+    weight = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.25, 1.0, 3.0])
+    assert q.binary_connect(weight).tolist() == [-1, -1, -1, 1, 1, 1, 1]
+    generator = torch.Generator().manual_seed(0)
+    many = weight.repeat(10_000, 1).requires_grad_()
+    drawn = q.binary_connect(many, stochastic=True, generator=generator)
+    assert set(drawn.flatten().tolist()) == {-1.0, 1.0}
+    assert torch.allclose(drawn.mean(dim=0), weight.clamp(-1, 1), atol=0.04)
+    drawn.sum().backward()
+    assert many.grad[0].tolist() == [0, 1, 1, 1, 1, 1, 0]
+
+
+def test_ternary_weights_are_the_best_for_their_threshold():
+    weight = draw(4, 20, dtype=torch.float64).requires_grad_()
+    levels = q.ternary(weight, q.Scheme(2, "ternary"))
+    for values, rounded in zip(weight.tolist(), levels.tolist(), strict=True):
+        limit = 0.7 * sum(abs(v) for v in values) / len(values)
+        beyond = [abs(v) for v in values if abs(v) > limit]
+        alpha = sum(beyond) / len(beyond)
+        assert rounded == pytest.approx([math.copysign(alpha, v) if abs(v) > limit else 0 for v in values])
+        best = min(range(4000), key=lambda step: sum((step / 1000 - v) ** 2 for v in beyond)) / 1000
+        assert best == pytest.approx(alpha, abs=1e-3)
+    upstream = draw(4, 20, seed=1, dtype=torch.float64)
+    (levels * upstream).sum().backward()
+    assert torch.equal(weight.grad, upstream)
+    assert not q.ternary(torch.zeros(2, 3), q.Scheme(2, "ternary")).any()
+
+
+def test_trained_ternary_weights_have_the_gradients_of_the_paper():
+    weight = torch.tensor([2.0, 0.05, -0.3, 0.4, -1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    up, down = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.7, 1.3))
+    result = q.ttq(weight, up, down, threshold=0.05)
+    assert result.tolist() == pytest.approx([0.7, 0, -1.3, 0.7, -1.3, 0])
+    result.backward(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64))
+    assert up.grad.item() == 5
+    assert down.grad.item() == -8
+    assert weight.grad.tolist() == pytest.approx([0.7, 2, 3.9, 2.8, 6.5, 6])
+    starts = q.ttq_start(weight)
+    assert [start.item() for start in starts] == pytest.approx([1.2, 0.65])
+
+
+@pytest.mark.parametrize("scheme", OTHERS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_codes_of_every_kind_give_back_its_values_in_every_type(scheme, dtype):
+    weight = draw(6, 4, 5, dtype=dtype)
+    weight[0, 0, 0] = 0
+    up, down = (torch.tensor(value, dtype=torch.promote_types(dtype, torch.float32)) for value in (0.3, 0.7))
+    values = {
+        "dorefa": lambda: q.dorefa_weight(weight, bits=scheme.bits),
+        "binary": lambda: q.binary(weight, scheme),
+        "binaryconnect": lambda: q.binary_connect(weight),
+        "ternary": lambda: q.ternary(weight, scheme),
+        "ttq": lambda: q.ttq(weight, up, down),
+    }[scheme.kind]()
+    found = q.ttq_codes(weight, up, down) if scheme.kind == "ttq" else q.codes(weight, scheme)
+    assert values.dtype == dtype
+    assert torch.equal(q.dequantize(found, scheme, dtype=dtype), values)
+    assert scheme.lowest <= found.values.min()
+    assert found.values.max() <= scheme.highest
+
+
+# Parametrizations
+
+
+def layers():
+    torch.manual_seed(1)
+    return {
+        "linear": (nn.Linear(7, 5), ["weight"], torch.randn(3, 7)),
+        "conv": (nn.Conv2d(4, 6, 3, groups=2), ["weight"], torch.randn(2, 4, 5, 5)),
+        "transposed": (nn.ConvTranspose2d(4, 6, 3), ["weight"], torch.randn(2, 4, 5, 5)),
+        "embedding": (nn.Embedding(9, 4), ["weight"], torch.tensor([[1, 2, 8]])),
+        "lstm": (
+            nn.LSTM(4, 3, num_layers=2, bidirectional=True),
+            sorted(
+                f"weight_{kind}_l{layer}{side}"
+                for kind, layer, side in itertools.product(("ih", "hh"), (0, 1), ("", "_reverse"))
+            ),
+            torch.randn(5, 2, 4),
+        ),
+        "gru": (nn.GRU(4, 3), ["weight_hh_l0", "weight_ih_l0"], torch.randn(5, 2, 4)),
+        "rnn": (nn.RNN(4, 3), ["weight_hh_l0", "weight_ih_l0"], torch.randn(5, 2, 4)),
+        "attention": (nn.MultiheadAttention(8, 2), ["in_proj_weight"], torch.randn(5, 2, 8)),
+        "attention_of_others": (
+            nn.MultiheadAttention(8, 2, kdim=8, vdim=6),
+            ["q_proj_weight", "k_proj_weight", "v_proj_weight"],
+            (torch.randn(5, 2, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 6)),
+        ),
+    }
+
+
+def run(layer, given):
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer(*(given if isinstance(given, tuple) else (given, given, given)))[0]
+    result = layer(given)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def options_of(scheme, **options):
+    return {"scheme": scheme, **options}
+
+
+QUANTIZERS = [
+    *(options_of(scheme) for scheme in (q.Scheme(4), q.Scheme(3, "affine", "group:3"), q.Scheme(5, "pow2", "tensor"))),
+    options_of(q.Scheme(3), rule="mse"), options_of(q.Scheme(4, "affine"), rule="percentile"),
+    options_of(q.Scheme(4, "symmetric", "tensor"), rule="kl"),
+    options_of(q.Scheme(3), estimator="lsq"), options_of(q.Scheme(3, "symmetric", "group:2"), estimator="lsq"),
+    *(options_of(scheme) for scheme in OTHERS),
+    options_of(q.Scheme(1, "binaryconnect", "tensor"), stochastic=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", QUANTIZERS, ids=str)
+@pytest.mark.parametrize("kind", list(layers()))
+def test_quantized_layers_use_describe_rebuild_and_bake_their_codes(kind, options):
+    layer, names, given = layers()[kind]
+    fresh, dense = copy.deepcopy(layer), run(layer, given)
+    assert q.weight_names(layer) == names
+    assert q.quantize_weights(layer, **options) == names
+    assert q.weight_names(layer) == names
+    layer.eval()
+    output = run(layer, given)
+    assert not torch.equal(output, dense)
+
+    for name, (found, scheme) in q.weight_codes(layer).items():
+        assert same_bits(q.dequantize(found, scheme, dtype=torch.float32), getattr(layer, name))
+    used = copy.deepcopy(fresh)
+    with torch.no_grad():
+        for name in names:
+            getattr(used, name).copy_(getattr(layer, name))
+    assert torch.equal(run(used, given), output), "the layer computes with the quantized values"
+
+    description = json.loads(json.dumps(q.describe(layer)))
+    rebuilt = q.rebuild(copy.deepcopy(fresh), description).eval()
+    rebuilt.load_state_dict(layer.state_dict(), strict=True)
+    assert torch.equal(run(rebuilt, given), output)
+    assert q.describe(rebuilt) == q.describe(layer)
+
+    layer.train()
+    run(layer, given).square().sum().backward()
+    for name in names:
+        gradient = layer.parametrizations[name].original.grad
+        assert gradient.isfinite().all()
+        assert gradient.abs().sum() > 0
+
+    assert q.bake(rebuilt) == names
+    assert rebuilt.state_dict().keys() == fresh.state_dict().keys()
+    assert torch.equal(run(rebuilt, given), output)
+    assert q.describe(rebuilt) == {}
+
+
+def test_learned_scales_are_trained_and_grids_follow_the_weight():
+    layer = nn.Linear(6, 4)
+    q.quantize_weights(layer, scheme=q.Scheme(3), estimator="lsq")
+    names = {name for name, _ in layer.named_parameters()}
+    assert "parametrizations.weight.0.scale" in names
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    before = layer.parametrizations.weight[0].scale.detach().clone()
+    layer(draw(8, 6)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, layer.parametrizations.weight[0].scale)
+
+    following, fixed = nn.Linear(6, 4), nn.Linear(6, 4)
+    q.quantize_weights(following, scheme=q.Scheme(8))
+    q.quantize_weights(fixed, scheme=q.Scheme(8), rule="mse")
+    for layer, factor in ((following, 2.0), (fixed, 1.0)):
+        reach = layer.weight.abs().max().item()
+        with torch.no_grad():
+            layer.parametrizations.weight.original.mul_(2)
+        assert layer.weight.abs().max().item() == pytest.approx(factor * reach, rel=0.01)
+
+
+def test_signs_are_drawn_in_train_mode_only():
+    layer = nn.Linear(20, 20)
+    q.quantize_weights(layer, scheme=q.Scheme(1, "binaryconnect", "tensor"), stochastic=True)
+    assert not torch.equal(layer.weight, layer.weight)
+    assert torch.equal(layer.eval().weight, layer.weight)
+
+
+def test_quantizing_works_in_float64_and_on_transposed_channels():
+    layer = nn.ConvTranspose2d(4, 6, 3).double()
+    q.quantize_weights(layer, scheme=q.Scheme(4, axis=q.channel_axis(layer)), rule="mse")
+    assert layer.weight.dtype == torch.float64
+    assert layer.parametrizations.weight[0].scale.shape == (6, 1)
+    assert q.channel_axis(nn.Conv2d(1, 1, 1)) == 0
+    assert q.weight_names(nn.LSTM(4, 3, proj_size=2)) == ["weight_hh_l0", "weight_hr_l0", "weight_ih_l0"]
+
+
+def test_a_layer_that_cannot_be_quantized_is_one_line():
+    layer = nn.Linear(3, 3)
+    q.quantize_weights(layer, scheme=q.Scheme())
+    with pytest.raises(InputError, match="already"):
+        q.quantize_weights(layer, scheme=q.Scheme())
+    with pytest.raises(InputError, match="has the weights"):
+        q.quantize_weights(nn.ReLU(), scheme=q.Scheme())
+    with pytest.raises(InputError, match="cannot quantize"):
+        q.quantize_weights(nn.Linear(3, 3), scheme=q.Scheme(), names=["bias"])
+    with pytest.raises(InputError, match="symmetric"):
+        q.quantize_weights(nn.Linear(3, 3), scheme=q.Scheme(4, "affine"), estimator="lsq")
+    with pytest.raises(InputError, match="'ste' or 'lsq'"):
+        q.quantize_weights(nn.Linear(3, 3), scheme=q.Scheme(4), estimator="pact")
+    with pytest.raises(InputError, match="stochastic"):
+        q.quantize_weights(nn.Linear(3, 3), scheme=q.Scheme(4), stochastic=True)
+    with pytest.raises(InputError, match="right layer"):
+        q.rebuild(nn.ReLU(), q.describe(layer))
+
+
+# Activations
+
+
+ACTIVATIONS = [
+    {"scheme": q.Scheme(bits, kind, "tensor"), "estimator": estimator, "observer": observer}
+    for bits, kind, estimator, observer in (
+        (8, "affine", "ste", "minmax"), (8, "symmetric", "ste", "ema"), (4, "affine", "ste", "percentile"),
+        (4, "pow2", "ste", "mse"), (8, "affine", "ste", "kl"), (4, "affine", "lsq", "minmax"),
+        (4, "symmetric", "lsq", "mse"), (3, "affine", "pact", "minmax"), (3, "affine", "dorefa", "minmax"),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", ACTIVATIONS, ids=str)
+def test_quantized_inputs_are_calibrated_described_rebuilt_and_trained(options):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    fresh = copy.deepcopy(network)
+    q.quantize_input(network[2], q.ActivationQuantizer(**options))
+    batches = [draw(16, 6, seed=seed) for seed in range(4)]
+    if options["estimator"] != "dorefa":
+        with pytest.raises(InputError, match="calibrating"):
+            network.eval()(batches[0])
+    with q.calibrating(network):
+        for batch in batches:
+            assert torch.equal(network(batch), fresh(batch)), "calibration changes nothing"
+    network.eval()
+    hidden = fresh[:2](batches[0])
+    quantizer = network[2].input_quantizer
+    levels = quantizer(hidden)
+    assert len(levels.unique()) <= 2 ** options["scheme"].bits
+    assert torch.equal(q.dequantize(quantizer.codes(hidden), options["scheme"]), levels)
+    assert torch.equal(network(batches[0]), fresh[2](levels))
+
+    description = json.loads(json.dumps(q.describe_input(network[2])))
+    again = copy.deepcopy(fresh)
+    q.rebuild_input(again[2], description)
+    again.load_state_dict(network.state_dict(), strict=True)
+    assert torch.equal(again.eval()(batches[0]), network(batches[0]))
+    assert torch.equal(copy.deepcopy(network)(batches[0]), network(batches[0]))
+    assert q.describe_input(fresh[2]) is None
+
+    network.train()
+    # Beyond what was seen in calibration, so that something is cut off.
+    network(3 * batches[0]).square().sum().backward()
+    assert network[0].weight.grad.abs().sum() > 0
+    learned = {"lsq": "scale", "pact": "alpha"}.get(options["estimator"])
+    if learned:
+        assert getattr(quantizer, learned).grad.abs().sum() > 0
+
+
+def test_learned_scales_of_affine_grids_keep_negative_activations():
+    scheme, values = q.Scheme(4, "affine", "tensor"), draw(500) - 0.5
+    quantizer = q.ActivationQuantizer(scheme=scheme, estimator="lsq")
+    with q.calibrating(quantizer):
+        quantizer(values)
+    levels = quantizer(values)
+    assert bool(((levels - values).abs() <= quantizer.scale / 2 * (1 + 1e-5)).all())
+    assert torch.equal(q.dequantize(quantizer.codes(values), scheme), levels)
+
+
+def test_the_moving_average_follows_in_train_mode_only():
+    quantizer = q.ActivationQuantizer(scheme=q.Scheme(8, "affine", "tensor"), observer="ema", momentum=0.5)
+    with q.calibrating(quantizer):
+        quantizer(draw(50).clamp(-1, 1))
+    before = quantizer.scale.clone()
+    quantizer.eval()(10 * draw(50))
+    assert torch.equal(quantizer.scale, before)
+    quantizer.train()(10 * draw(50))
+    assert quantizer.scale.item() > 2 * before.item()
+
+
+def test_eight_bits_come_close_on_recurrent_and_attention_layers():
+    for kind in ("lstm", "gru", "attention"):
+        layer, _, given = layers()[kind]
+        layer.eval()
+        dense = run(layer, given).detach()
+        q.quantize_weights(layer, scheme=q.Scheme(8))
+        q.quantize_input(layer, q.ActivationQuantizer(scheme=q.Scheme(8, "affine", "tensor")))
+        with q.calibrating(layer):
+            run(layer, given)
+        relative = ((run(layer, given) - dense).norm() / dense.norm()).item()
+        assert 0 < relative < 0.06, kind
+    packed = pack_padded_sequence(torch.randn(5, 2, 4), torch.tensor([5, 3]))
+    lstm = nn.LSTM(4, 3)
+    q.quantize_input(lstm, q.ActivationQuantizer(scheme=q.Scheme(2, "affine", "tensor")))
+    with q.calibrating(lstm):
+        lstm(packed)
+    rounded = packed._replace(data=lstm.input_quantizer(packed.data))
+    assert torch.equal(lstm(packed)[0].data, nn.LSTM.forward(lstm, rounded)[0].data)
+
+
+def test_activation_quantizers_refuse_in_one_line():
+    affine = q.Scheme(8, "affine", "tensor")
+    for options, words in (
+        ({"scheme": q.Scheme(8, "affine", "channel")}, "per='tensor'"),
+        ({"scheme": q.Scheme(8, "symmetric", "tensor"), "estimator": "pact"}, "kind='affine'"),
+        ({"scheme": q.Scheme(8, "pow2", "tensor"), "estimator": "lsq"}, "any scale"),
+        ({"scheme": affine, "estimator": "twn"}, "estimator must be"),
+    ):
+        with pytest.raises(InputError, match=words):
+            q.ActivationQuantizer(**options)
+    layer = nn.Linear(3, 3)
+    q.quantize_input(layer, q.ActivationQuantizer(scheme=affine, estimator="pact"))
+    with pytest.raises(InputError, match="already"):
+        q.quantize_input(layer, q.ActivationQuantizer(scheme=affine))
+    with pytest.raises(InputError, match="no positive"), q.calibrating(layer):
+        layer(-torch.ones(2, 3))
+    with (
+        pytest.raises(InputError, match="seen nothing"),
+        q.calibrating(nn.Sequential(q.ActivationQuantizer(scheme=affine))),
+    ):
+        pass
+
+
+# Without training
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1, groups=2), nn.BatchNorm2d(6, affine=False)
+        self.up, self.bn3 = nn.ConvTranspose2d(6, 4, 2, groups=2), nn.BatchNorm2d(4)
+        self.head, self.bn4 = nn.Linear(4, 5), nn.BatchNorm1d(5)
+        self.seen, self.bn5 = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+
+    def forward(self, images):
+        first = torch.relu(self.bn1(self.conv1(images)))
+        raw = self.seen(images)
+        hidden = torch.relu(self.bn2(self.conv2(first)) + first + self.bn5(raw) + raw)
+        return self.bn4(self.head(torch.relu(self.bn3(self.up(hidden))).mean(dim=(2, 3))))
+
+
+def moved_statistics(network):
+    network.train()
+    for seed in range(3):
+        network(2 * draw(8, 3, 6, 6, seed=seed, dtype=next(network.parameters()).dtype) + 1)
+    for norm in network.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine:
+            nn.init.uniform_(norm.weight, -1, 2)
+            nn.init.normal_(norm.bias)
+    return network.eval()
+
+
+def test_folding_batch_norms_keeps_the_outputs_and_the_network():
+    torch.manual_seed(0)
+    network = moved_statistics(Residual())
+    before = copy.deepcopy(network.state_dict())
+    pairs = q.foldable_pairs(network)
+    assert pairs == [("conv1", "bn1"), ("conv2", "bn2"), ("up", "bn3"), ("head", "bn4")]
+    folded = q.fold_batch_norm(network)
+    images = draw(4, 3, 6, 6, seed=9)
+    assert ((folded(images) - network(images)).norm() / network(images).norm()).item() < 1e-6
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules()) == 1
+    rebuilt = q.fold_batch_norm(Residual(), pairs=[tuple(pair) for pair in json.loads(json.dumps(pairs))])
+    rebuilt.load_state_dict(folded.state_dict(), strict=True)
+    assert torch.equal(rebuilt.eval()(images), folded(images))
+
+
+def test_what_cannot_be_folded_is_one_line():
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False))
+    for pairs, words in (([("0", "7")], "cannot fold"), ([("1", "1")], "in float"), ([("0", "2")], "statistics")):
+        with pytest.raises(InputError, match=words):
+            q.fold_batch_norm(network, pairs=pairs)
+    q.quantize_weights(network[0], scheme=q.Scheme())
+    with pytest.raises(InputError, match="in float"):
+        q.fold_batch_norm(network, pairs=[("0", "1")])
+
+    class Branching(nn.Module):
+        def forward(self, values):
+            return values if values.sum() > 0 else -values
+
+    with pytest.raises(InputError, match="cannot be traced") as caught:
+        q.foldable_pairs(Branching())
+    assert "\n" not in str(caught.value)
+
+
+def chain():
+    torch.manual_seed(3)
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Conv2d(6, 8, 3, groups=2), nn.LeakyReLU(), nn.Flatten(), nn.Linear(32, 7), nn.ReLU(),
+        nn.Dropout(0.1), nn.Linear(7, 4), nn.Sigmoid(), nn.Linear(4, 4),
+    ).double().eval()  # fmt: skip
+    with torch.no_grad():
+        for layer in (network[0], network[5], network[8]):
+            spread = torch.logspace(-2, 1, len(layer.weight), dtype=torch.float64)
+            layer.weight.mul_(spread.reshape(-1, *[1] * (layer.weight.ndim - 1)))
+    return network
+
+
+def test_equalisation_keeps_outputs_and_equalises_ranges():
+    network = chain()
+    images = draw(4, 3, 8, 8, dtype=torch.float64)
+    before = network(images)
+    assert q.equalisable_pairs(network) == [("0", "2"), ("2", "5"), ("5", "8"), ("8", "11")]
+    q.equalise(network, sweeps=200)
+    assert ((network(images) - before).norm() / before.norm()).item() < 1e-6
+
+    reach = network[8].weight.abs().amax(dim=1)
+    assert torch.allclose(reach, network[11].weight.abs().amax(dim=0), rtol=1e-6)
+    flattened = network[8].weight.reshape(7, 8, -1).abs().amax(dim=(0, 2))
+    assert torch.allclose(network[5].weight.flatten(1).abs().amax(dim=1), flattened, rtol=1e-6)
+    depthwise = network[2].weight.abs().flatten(1).amax(dim=1)
+    assert torch.allclose(network[0].weight.flatten(1).abs().amax(dim=1), depthwise, rtol=1e-6)
+    # A grouped convolution: input channel c meets the outputs of its group only.
+    grouped = [network[5].weight[4 * (c // 3) : 4 * (c // 3) + 4, c % 3].abs().max().item() for c in range(6)]
+    assert torch.allclose(depthwise, torch.tensor(grouped, dtype=torch.float64), rtol=1e-6)
+
+
+def test_equalisation_undoes_unequal_channels_before_per_tensor_quantization():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 10))
+    values = draw(50, 20)
+    dense = network(values)
+    spread = torch.logspace(-2, 2, 16)
+    with torch.no_grad():
+        network[0].weight.mul_(spread[:, None])
+        network[0].bias.mul_(spread)
+        network[2].weight.div_(spread)
+
+    def loss(one):
+        one = copy.deepcopy(one)
+        for layer in (one[0], one[2]):
+            q.quantize_weights(layer, scheme=q.Scheme(6, "symmetric", "tensor"))
+        return ((one(values) - dense).norm() / dense.norm()).item()
+
+    unequal = loss(network)
+    q.equalise(network)
+    assert loss(network) < 0.06 < 0.5 < unequal
+
+
+def test_equalisation_stops_leaves_dead_channels_alone_and_refuses_in_one_line():
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        network[0].weight[1] = 0
+    kept = network[2].weight[:, 1].clone()
+    assert q.equalise(network) <= 3
+    assert torch.equal(network[2].weight[:, 1], kept)
+    assert all(value.isfinite().all() for value in network.state_dict().values())
+    for pairs, words in (([("0", "1")], "in float"), ([("0", "9")], "in float"), ([("2", "2")], None)):
+        if words:
+            with pytest.raises(InputError, match=words):
+                q.equalise(network, pairs=pairs)
+    odd = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Conv2d(4, 2, 1))
+    with pytest.raises(InputError, match="not theirs"):
+        q.equalise(odd, pairs=[("0", "1")])
+    assert q.equalisable_pairs(nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Linear(4, 2))) == []
+    assert q.equalisable_pairs(nn.Sequential(nn.Linear(2, 4), nn.Flatten(), nn.Linear(8, 2))) == []
+
+
+def test_bias_correction_takes_the_mean_error_away():
+    torch.manual_seed(0)
+    reference = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)
+    ).double()  # fmt: skip
+    network = copy.deepcopy(reference)
+    for layer in [network[0], network[2], network[5]]:
+        q.quantize_weights(layer, scheme=q.Scheme(3, "symmetric", "tensor"))
+    batches = [draw(5, 3, 6, 6, seed=seed, dtype=torch.float64) + 0.5 for seed in range(3)]
+
+    def mean_error(layers):
+        total = sum(
+            (network[:layers](batch) - reference[:layers](batch)).transpose(0, 1).flatten(1).sum(1) for batch in batches
+        )
+        return (total / 15).abs().max().item()
+
+    assert min(mean_error(layers) for layers in (1, 3, 6)) > 1e-3
+    network.train()
+    assert q.correct_biases(network, reference, batches) == ["0", "2", "5"]
+    assert network.training
+    assert max(mean_error(layers) for layers in (1, 3, 6)) < 1e-6
+    with pytest.raises(InputError, match="at least one batch"):
+        q.correct_biases(network, reference, [])
+    with pytest.raises(InputError, match="same linear"):
+        q.correct_biases(nn.Sequential(nn.ReLU()), reference, batches)
+
+
+# Usefulness
+
+
+def test_on_digits_eight_bits_cost_nothing_and_training_repairs_two_bits():
+    images, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
+    images = images.float() / 16
+    train, test = (images[:1257], labels[:1257]), (images[1257:], labels[1257:])
+
+    def fit(network, steps):
+        optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(train[0]), train[1]).backward()
+            optimizer.step()
+
+    def right(network):
+        return int((network(test[0]).argmax(dim=1) == test[1]).sum())
+
+    def quantized(scheme, **options):
+        network = copy.deepcopy(dense)
+        for layer in (network[0], network[2]):
+            q.quantize_weights(layer, scheme=scheme, **options)
+        return network
+
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+    fit(dense, 100)
+    eight = quantized(q.Scheme(8))
+    assert right(eight) >= right(dense) - 1
+    assert ((eight(test[0]) - dense(test[0])).norm() / dense(test[0]).norm()).item() < 0.06
+    for options in (
+        {"scheme": q.Scheme(2)}, {"scheme": q.Scheme(2), "estimator": "lsq"},
+        {"scheme": q.Scheme(1, "binary")}, {"scheme": q.Scheme(2, "ttq", "tensor")},
+    ):  # fmt: skip
+        network = quantized(**options)
+        before = right(network)
+        fit(network, 100)
+        assert right(network) >= before + 54, options
+    assert right(quantized(q.Scheme(2))) < right(dense) - 54
+
+
+# Mixed precision
+
+
+def errors_and_counts(seed=0):
+    weights = {f"layer{n}": draw(4, 10 + 7 * n, seed=seed + n) * (1 + n) for n in range(5)}
+    return q.weight_errors(weights, rule="minmax"), {name: weight.numel() for name, weight in weights.items()}
+
+
+def test_mixed_precision_keeps_the_budget_and_more_of_it_never_takes_bits_away():
+    errors, counts = errors_and_counts()
+    overhead = dict.fromkeys(counts, 16)
+    least = sum(-(-count * 2 // 8) + 16 for count in counts.values())
+    before = None
+    for budget in range(least, sum(counts.values()) + 16 * 5 + 40, 3):
+        chosen = q.allocate_bits(errors, counts, budget=budget, overhead=overhead)
+        assert sum(-(-counts[name] * bits // 8) + 16 for name, bits in chosen.items()) <= budget
+        assert before is None or all(bits >= before[name] for name, bits in chosen.items())
+        before = chosen
+    assert set(before.values()) == {8}
+    with pytest.raises(InputError, match=f"need {least}"):
+        q.allocate_bits(errors, counts, budget=least - 1, overhead=overhead)
+
+
+def test_mixed_precision_is_the_best_where_bits_cost_the_same_and_help_less_and_less():
+    errors = {
+        name: {bits: size * 4.0**-bits for bits in range(2, 7)}
+        for name, size in zip("abcd", (1, 7, 30, 400), strict=True)
+    }
+    counts = dict.fromkeys(errors, 64)
+    for budget in range(64, 193, 8):
+        chosen = q.allocate_bits(errors, counts, budget=budget)
+        best = min(
+            sum(errors[name][width] for name, width in zip(errors, widths, strict=True))
+            for widths in itertools.product(range(2, 7), repeat=4)
+            if sum(8 * width for width in widths) <= budget
+        )
+        assert sum(errors[name][width] for name, width in chosen.items()) == pytest.approx(best)
+    assert len(set(q.allocate_bits(errors, counts, budget=128).values())) > 1
+
+
+def test_bits_that_do_not_help_are_not_bought():
+    errors = {"flat": {2: 1.0, 4: 1.0, 8: 1.5}, "steep": {2: 5.0, 3: 5.5, 8: 0.1}}
+    assert q.allocate_bits(errors, {"flat": 10, "steep": 10}, budget=1000) == {"flat": 2, "steep": 8}
+    with pytest.raises(InputError, match="same weights"):
+        q.allocate_bits(errors, {"flat": 10}, budget=1000)
+    with pytest.raises(InputError, match="'none'"):
+        q.allocate_bits({"none": {}}, {"none": 3}, budget=10)
+
+
+def test_parametrized_layers_stay_of_this_package():
+    layer = nn.Linear(3, 3)
+    assert q.describe(layer) == {}
+    q.quantize_weights(layer, scheme=q.Scheme(4))
+    assert parametrize.is_parametrized(layer, "weight")
+    assert "4 bit symmetric" in repr(layer)
