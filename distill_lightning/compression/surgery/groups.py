@@ -79,7 +79,7 @@ class Group:
             for tensor, dim, positions in _slices(network, member) if axes is None or member.axis in axes else ():
                 if tensor not in values:
                     continue
-                value = values[tensor].movedim(dim, 0).flatten(1).sum(1)
+                value = values[tensor].movedim(dim, 0).reshape(len(positions), -1).sum(1)
                 index = torch.where(positions < 0, -1, member.channels[positions.clamp(min=0)]).to(value.device)
                 total = value.new_zeros(self.size) if total is None else total
                 total.index_add_(0, index[index >= 0], value[index >= 0])
@@ -134,7 +134,7 @@ def shrink(network: nn.Module, keep: Mapping[Group, Keep]) -> nn.Module:
     Raises:
         InputError: an index that the group does not have, or has twice; a group or layer of which nothing would stay;
             different numbers of hidden units in the layers of an RNN; a reparametrized layer, or one that shares its
-            weights. Nothing is changed then.
+            weights; or a group of another network, or found before the last call. Nothing is changed then.
     """
     stays: dict[tuple[str, str], Tensor] = {}
     for group, indices in keep.items():
@@ -142,6 +142,12 @@ def shrink(network: nn.Module, keep: Mapping[Group, Keep]) -> nn.Module:
         for member in group.members:
             own = _positions_kept(member, kept)
             place = (member.path, member.axis)
+            here = length(get_layer(network, member.path), member.axis)
+            if len(own) != here:
+                raise InputError(
+                    f"{group.name} was found when {member!r} had {len(own)} positions, and it has {here}: find the groups "
+                    "of this network again"
+                )
             # A layer that reads two groups side by side loses channels of both in one cut.
             stays[place] = stays[place] & own if place in stays else own
     tied = tied_modules(network)
@@ -181,8 +187,20 @@ def whole(network: nn.Module, path: str, *, axis: str, kind: GroupKind) -> Group
         axis: of the layer.
         kind: what is counted.
     """
-    size = length(network.get_submodule(path), axis)
+    size = length(get_layer(network, path), axis)
     return Group(path, kind, size, (Member(path, axis, torch.arange(size)),))
+
+
+def get_layer(network: nn.Module, path: str) -> nn.Module:
+    """The layer at a path.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return network.get_submodule(path)
+    except AttributeError as error:
+        raise InputError(f"{type(network).__name__} has no layer {path!r}: see named_modules()") from error
 
 
 def tied_modules(network: nn.Module) -> set[nn.Module]:
@@ -200,5 +218,5 @@ def _positions_kept(member: Member, kept: Tensor) -> Tensor:
 
 
 def _slices(network: nn.Module, member: Member) -> Iterable[tuple[str, int, Tensor]]:
-    for tensor, dim, positions in slices(network.get_submodule(member.path), member.axis):
+    for tensor, dim, positions in slices(get_layer(network, member.path), member.axis):
         yield f"{member.path}.{tensor}" if member.path else tensor, dim, positions

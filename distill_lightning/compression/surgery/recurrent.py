@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distill_lightning.compression.surgery.axes import blocks, length, slices
 from distill_lightning.compression.surgery.channels import make_group
-from distill_lightning.compression.surgery.groups import Group, Keep, Member, kept_mask
+from distill_lightning.compression.surgery.groups import Group, Keep, Member, get_layer, kept_mask
 from distill_lightning.compression.surgery.tracing import follow
 from distill_lightning.errors import InputError
 
@@ -66,14 +66,14 @@ def unit_group(network: nn.Module, path: str, *, readers: Sequence[str]) -> Grou
     Raises:
         InputError: a path that is not of such a layer, an RNN with ``proj_size``, or a reader of other sizes.
     """
-    rnn = _get(network, path)
+    rnn = get_layer(network, path)
     if not isinstance(rnn, nn.RNNBase):
         raise InputError(f"{path} is {type(rnn).__name__}: name an RNN, GRU or LSTM")
     size = length(rnn, "units")
     last = torch.arange(size)[-rnn.hidden_size * (2 if rnn.bidirectional else 1) :]
     members = [Member(path, "units", torch.arange(size))]
     for reader in readers:
-        found = length(_get(network, reader), "in")
+        found = length(get_layer(network, reader), "in")
         if found != len(last):
             raise InputError(f"{reader} reads {found} features, and {path} gives {len(last)}: name layers that read it")
         members.append(Member(reader, "in", last))
@@ -91,7 +91,7 @@ def in_blocks(network: nn.Module, group: Group, keep: Sequence[Sequence[int]]) -
     Raises:
         InputError: another number of blocks, or a unit that is not there.
     """
-    rnn: Any = _get(network, group.name)
+    rnn: Any = get_layer(network, group.name)
     if len(keep) != blocks(rnn):
         raise InputError(f"{group.name} has {blocks(rnn)} layers times directions, got units for {len(keep)}")
     for units in keep:
@@ -120,16 +120,9 @@ def gate_masks(network: nn.Module, group: Group, keep: Keep) -> dict[str, Tensor
     kept = kept_mask(group, keep)
     parameters = dict(network.named_parameters())
     masks = {}
-    for name, dim, positions in slices(_get(network, group.name), "units"):
+    for name, dim, positions in slices(get_layer(network, group.name), "units"):
         if dim == 0:
             full = f"{group.name}.{name}" if group.name else name
             rows = kept[positions].view(-1, *[1] * (parameters[full].dim() - 1))
             masks[full] = rows.expand(parameters[full].shape).clone().to(parameters[full].device)
     return masks
-
-
-def _get(network: nn.Module, path: str) -> nn.Module:
-    try:
-        return network.get_submodule(path)
-    except AttributeError as error:
-        raise InputError(f"{type(network).__name__} has no layer {path!r}: see named_modules()") from error
