@@ -137,6 +137,7 @@ def encoder(layers=2, *, batch_first=True, norm_first=False, dropout=0.0, heads=
     return network.eval()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")  # PyTorch's own encoder
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("mask", ["none", "causal", "padding", "both"])
@@ -359,7 +360,7 @@ def size(state):
 
 
 @pytest.mark.parametrize(
-    "batch_first, sizes", list(itertools.product([False, True], [{}, {"kdim": 6, "vdim": 10}, {"bias": False}]))
+    ("batch_first", "sizes"), list(itertools.product([False, True], [{}, {"kdim": 6, "vdim": 10}, {"bias": False}]))
 )
 def test_one_layer_is_described_and_rebuilt(batch_first, sizes):
     def make():

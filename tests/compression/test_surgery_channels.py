@@ -198,6 +198,28 @@ def test_half_of_resnet18():
     assert network.fc.out_features == 1000
 
 
+TORCHVISION = {  # and in how many groups their channels are
+    "mobilenet_v2": 25, "mobilenet_v3_small": 27, "shufflenet_v2_x0_5": 18, "squeezenet1_0": 25, "densenet121": 120,
+    "efficientnet_b0": 35, "regnet_y_400mf": 21, "convnext_tiny": 18, "googlenet": 57, "resnext50_32x4d": 5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_networks_of_torchvision(name):
+    options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    network = alive(torchvision.models.get_model(name, num_classes=10, **options))
+    groups = channel_groups(network, torch.randn(1, 3, 64, 64))
+    assert len(groups) == TORCHVISION[name]
+    keep = half(groups)
+    reference = masked(network, keep)
+    shrink(network, keep)
+    images = torch.randn(3, 3, 96, 96)
+    with torch.no_grad():
+        output, wanted = network(images), reference(images)
+    assert (output - wanted).norm() < 1e-4 * wanted.norm()
+    assert wanted.std(0).max() > 0
+
+
 def test_looking_for_groups_leaves_the_network_as_it_was():
     network = SmallResNet(4)
     network.stage1.eval()
@@ -212,6 +234,14 @@ def test_looking_for_groups_leaves_the_network_as_it_was():
 
 
 # What must never be cut.
+
+
+class Centred(nn.Conv2d):
+    """Its weights depend on one another along the input channels."""
+
+    def forward(self, images):
+        return self._conv_forward(images, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
 
 PAIR = {"one": conv(1, 4), "two": conv(4, 3)}
 UNKNOWN = {
@@ -228,8 +258,14 @@ UNKNOWN = {
     "with the input": (lambda n, x: n.two(n.one(x) + x.repeat(1, 4, 1, 1)), {}),
     "with a parameter": (lambda n, x: n.two(n.one(x) * n.mid.weight.view(1, 4, 1, 1)), {"mid": nn.PReLU(4)}),
     "its weight again": (lambda n, x: n.two(n.one(x)) + n.one.weight.sum(), {}),
+    "a layer of its own kind": (lambda n, x: n.two(n.mid(n.one(x))), {"mid": Centred(4, 4, 1)}),
+    "any dimension of one": (
+        lambda n, x: n.head(n.one(x).amax((2, 3), keepdim=True).squeeze()), {"head": nn.Linear(4, 3)}
+    ),
     "returned": (lambda n, x: (n.two(n.one(x)), n.one(x)), {}),
-    "pooled over channels": (lambda n, x: n.two(F.max_pool1d(n.one(x).flatten(2).transpose(1, 2), 3, 1, 1).transpose(1, 2).unflatten(2, (8, 8))), {}),
+    "pooled over channels": (
+        lambda n, x: n.head(F.max_pool1d(n.one(x).mean(3).transpose(1, 2), 3, 1, 1)), {"head": nn.Linear(4, 3)}
+    ),
     "reparametrized": (lambda n, x: n.two(n.one(x)), {"one": parametrizations.weight_norm(conv(1, 4))}),
 }  # fmt: skip
 
@@ -248,9 +284,11 @@ KNOWN = {
     "prelu": (lambda n, x: n.two(n.mid(n.one(x))), {"mid": nn.PReLU(4)}),
     "one prelu for all": (lambda n, x: n.two(n.mid(n.one(x))), {"mid": nn.PReLU()}),
     "a number, and one channel": (lambda n, x: n.two(0.5 * n.one(x) * x + 1), {}),
-    "size from the value": (lambda n, x: n.two(n.one(x).view(x.shape[0], n.one(x).shape[1], -1).unflatten(2, (8, 8))), {}),
+    "size from the value": (lambda n, x: n.two(n.one(x).view(x.shape[0], n.one(x).shape[1], -1, 8)), {}),
     "channels last": (lambda n, x: n.head(n.one(x).permute(0, 2, 3, 1)), {"head": nn.Linear(4, 3)}),
-    "pixels and channels in a row": (lambda n, x: n.head(n.one(x).flatten(2).transpose(1, 2).flatten(1)), {"head": nn.Linear(256, 3)}),
+    "pixels, then channels": (
+        lambda n, x: n.head(n.one(x).permute(0, 2, 3, 1).flatten(1)), {"head": nn.Linear(256, 3)}
+    ),
     "larger": (lambda n, x: n.two(F.interpolate(n.one(x), scale_factor=2)), {}),
     "in place": (lambda n, x: n.two(F.relu_(n.one(x).add_(0.1))), {}),
     "gaussian head": (lambda n, x: n.head(n.one(x).mean((2, 3))), {"head": GaussianHead(4, 2)}),
@@ -270,10 +308,6 @@ class WithMask(Net):
 def test_channels_of_known_use_go(name):
     run, layers = KNOWN[name]
     network = copy.deepcopy((WithMask if run is None else Net)(run, **{**PAIR, **layers})).eval()
-    if name == "size from the value":
-        with pytest.raises(InputError, match="no channels"):  # unflatten is not known, and costs only the saving
-            channel_groups(network, torch.randn(1, 1, 8, 8))
-        return
     (group,) = channel_groups(network, torch.randn(1, 1, 8, 8))
     keep = {group: [3, 1]}
     reference = masked(network, keep)
@@ -418,10 +452,10 @@ def test_what_cannot_be_kept_changes_nothing():
         shrink(network, {groups[0]: [0], Group("x", "channels", 2, (Member("head", "in", torch.arange(2)),)): [0]})
     with pytest.raises(InputError, match="Net has no layer 'body'"):
         shrink(network, {Group("x", "channels", 2, (Member("body", "in", torch.arange(2)),)): [0]})
+    sides = [
+        Group("x", "channels", 4, (Member("one", "in", torch.tensor(c)),)) for c in ([0, 1, -1, -1], [-1, -1, 0, 1])
+    ]
     with pytest.raises(InputError, match="nothing would stay of axis 'in'"):
-        sides = [
-            Group("x", "channels", 4, (Member("one", "in", torch.tensor(c)),)) for c in ([0, 1, -1, -1], [-1, -1, 0, 1])
-        ]
         shrink(network, {sides[0]: [2], sides[1]: [3]})
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 

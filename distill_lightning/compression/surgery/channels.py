@@ -36,9 +36,8 @@ def channel_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -
     makers = [place for place in found.made if place[1] == "out"]
     families = _families(found, makers)
     # Hidden units that are added to channels: only the whole RNN could give way, so neither does.
-    fixed = found.channels.fixed_roots() | {
-        int(root) for place in found.made if place[1] == "units" for root in found.channels.roots(found.bindings[place])
-    }
+    units = {root for place in found.made if place[1] == "units" for root in found.bindings[place]}
+    fixed = found.fixed | units
     groups = [
         make_group(found, roots, name=path, kind="channels")
         for path, roots in families.items()
@@ -63,30 +62,22 @@ def make_group(found: Dependencies, roots: list[int], *, name: str, kind: GroupK
     """
     index = {root: number for number, root in enumerate(roots)}
     members = []
-    for (path, axis), numbers in found.bindings.items():
-        channels = torch.tensor([index.get(root, -1) for root in found.channels.roots(numbers).tolist()])
-        if bool((channels >= 0).any()):
-            members.append(Member(path, axis, channels))
+    for (path, axis), along in found.bindings.items():
+        if not index.keys().isdisjoint(along):
+            members.append(Member(path, axis, torch.tensor([index.get(root, -1) for root in along])))
     return Group(name, kind, len(roots), tuple(members))
 
 
 def _families(found: Dependencies, makers: list[tuple[str, str]]) -> dict[str, list[int]]:
     """Roots by the path of the first layer that makes them; together are those that one layer makes."""
     linked = Channels()
-    number = {root: linked.new(1) for place in makers for root in _roots(found, place)}
+    number = {root: linked.new(1) for place in makers for root in found.bindings[place]}
     for place in makers:
-        own = _roots(found, place)
-        for root in own[1:]:
-            linked.same(number[own[0]], number[root])
-    families: dict[int, tuple[str, list[int]]] = {}
+        first, *others = found.bindings[place]
+        for root in others:
+            linked.same(number[first], number[root])
+    families: dict[int, tuple[str, dict[int, None]]] = {}
     for place in makers:
-        for root in _roots(found, place):
-            _, roots = families.setdefault(linked.root(int(number[root])), (place[0], []))
-            if root not in roots:
-                roots.append(root)
-    return dict(families.values())
-
-
-def _roots(found: Dependencies, place: tuple[str, str]) -> list[int]:
-    roots: list[int] = found.channels.roots(found.bindings[place]).tolist()
-    return roots
+        _, roots = families.setdefault(linked.root(int(number[found.bindings[place][0]])), (place[0], {}))
+        roots.update(dict.fromkeys(found.bindings[place]))
+    return {path: list(roots) for path, roots in families.values()}

@@ -145,8 +145,8 @@ def shrink(network: nn.Module, keep: Mapping[Group, Keep]) -> nn.Module:
             here = length(get_layer(network, member.path), member.axis)
             if len(own) != here:
                 raise InputError(
-                    f"{group.name} was found when {member!r} had {len(own)} positions, and it has {here}: find the groups "
-                    "of this network again"
+                    f"{group.name} was found when {member!r} had {len(own)} positions, and it has {here}: find the "
+                    "groups of this network again"
                 )
             # A layer that reads two groups side by side loses channels of both in one cut.
             stays[place] = stays[place] & own if place in stays else own

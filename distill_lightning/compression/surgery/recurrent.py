@@ -38,13 +38,12 @@ def unit_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> l
         InputError: the network cannot be traced, or no RNN of it can be shrunk.
     """
     found = follow(network, example_inputs)
-    fixed = found.channels.fixed_roots()
-    made = {place: found.channels.roots(found.bindings[place]).tolist() for place in found.made}
+    made = {place: found.bindings[place] for place in found.made}
     groups = []
     for place, roots in made.items():
         others = {root for other, own in made.items() if other != place for root in own}
         alone = len(set(roots)) == len(roots) and not others.intersection(roots)
-        if place[1] == "units" and alone and not fixed.intersection(roots):
+        if place[1] == "units" and alone and not found.fixed.intersection(roots):
             groups.append(make_group(found, roots, name=place[0], kind="units"))
     if not groups:
         raise InputError(

@@ -31,8 +31,8 @@ _ELEMENTWISE = {
     "add", "sub", "mul", "div", "truediv", "neg", "abs", "pow", "sqrt", "exp", "clamp", "contiguous", "clone", "float",
     "relu", "relu6", "leakyrelu", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus", "softsign",
     "sigmoid", "tanh", "logsigmoid", "hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softshrink", "tanhshrink",
-    "threshold", "dropout", "dropout1d", "dropout2d", "dropout3d", "alphadropout", "featurealphadropout", "identity",
-    "double", "half", "to", "type_as", "detach",
+    "threshold", "prelu", "dropout", "dropout1d", "dropout2d", "dropout3d", "alphadropout", "featurealphadropout",
+    "identity", "double", "half", "to", "type_as", "detach",
 }  # fmt: skip
 _MOVING = {
     "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "getitem", "movedim", "swapaxes",
@@ -63,9 +63,9 @@ class Channels:
             number = self._parents[number]
         return number
 
-    def roots(self, numbers: Tensor) -> Tensor:
-        """`root` of each, in the same shape."""
-        return torch.tensor([self.root(number) for number in numbers.flatten().tolist()]).view(numbers.shape)
+    def roots(self, numbers: Tensor) -> list[int]:
+        """`root` of each."""
+        return [self.root(number) for number in numbers.tolist()]
 
     def same(self, first: Tensor, second: Tensor) -> None:
         """The channels at equal places are the same from now on."""
@@ -94,7 +94,8 @@ class _Layout:
 
     def line(self) -> Tensor | None:
         """The numbers along ``dim``; ``None`` if they differ along another dimension, too."""
-        rows = _unrepeated(self.numbers, but=self.dim).movedim(self.dim, 0).flatten(1)
+        rows = _unrepeated(self.numbers, but=self.dim).movedim(self.dim, 0)
+        rows = rows.reshape(len(rows), -1)
         return rows[:, 0] if bool((rows == rows[:, :1]).all()) else None
 
 
@@ -103,14 +104,14 @@ class Dependencies:
     """What following a network found.
 
     Args:
-        channels: all numbers.
-        bindings: by path and axis of a layer the channels along that axis.
+        bindings: by path and axis of a layer the channels along that axis, the same number for the same channel.
         made: the bindings whose layer makes the channels, in the order of the forward pass.
+        fixed: the channels that are never removed.
     """
 
-    channels: Channels
-    bindings: dict[tuple[str, str], Tensor]
+    bindings: dict[tuple[str, str], list[int]]
     made: list[tuple[str, str]]
+    fixed: set[int]
 
 
 def follow(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Dependencies:
@@ -143,7 +144,9 @@ def follow(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Depend
         for module, training in modes:
             module.training = training
     follower.fix_shared()
-    return Dependencies(follower.channels, follower.bindings, follower.made)
+    channels = follower.channels
+    bindings = {place: channels.roots(numbers) for place, numbers in follower.bindings.items()}
+    return Dependencies(bindings, follower.made, channels.fixed_roots())
 
 
 class _Tracer(fx.Tracer):
@@ -199,11 +202,15 @@ class _Follower(fx.Interpreter):
 
     def _module(self, node: fx.Node, module: nn.Module, value: Any) -> Any:
         path = str(node.target)
-        if isinstance(module, Conv):
-            return self._conv(node, path, module, value)
         if isinstance(module, nn.Linear):
             self._bind(path, "in", self._read(node, -1, module.in_features))
-            return _spread(self._make(path, "out", module.out_features), value, value.dim() - 1)
+            # Of a subclass this much is known: what goes in meets its columns of the weight.
+            made = self._make(path, "out", module.out_features) if _is_plain(module) else None
+            return None if made is None else _spread(made, value, value.dim() - 1)
+        if isinstance(module, (*Conv, nn.RNNBase, _NormBase)) and not _is_plain(module):
+            return self._unknown(node)
+        if isinstance(module, Conv):
+            return self._conv(node, path, module, value)
         if isinstance(module, nn.RNNBase):
             return self._recurrent(node, path, module, value)
         if isinstance(module, _NormBase) or (isinstance(module, nn.PReLU) and module.num_parameters > 1):
@@ -211,8 +218,6 @@ class _Follower(fx.Interpreter):
             numbers = self._read(node, 1, size)
             self._bind(path, "channels", numbers)
             return _spread(numbers, value, 1)
-        if isinstance(module, nn.PReLU):
-            return self._elementwise(node, value)
         return self._operation(node, type(module).__name__.lower(), value)
 
     def _operation(self, node: fx.Node, name: str, value: Any) -> Any:
@@ -228,7 +233,7 @@ class _Follower(fx.Interpreter):
         )
         rule = next((rule for names, rule in rules if name in names), None)
         pooling = _POOLING.fullmatch(name)
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or _is_foreign(node.target):
             return self._unknown(node)
         if rule is not None:
             return rule(node, value)
@@ -417,6 +422,24 @@ class _Follower(fx.Interpreter):
         return moved  # type: ignore[no-any-return]
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module computes what PyTorch's class that it is of computes; a subclass may do something else."""
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("torch."):
+            return True
+        if vars(kind).keys() & {"forward", "_conv_forward"}:
+            return False
+    return False
+
+
+def _is_foreign(function: Any) -> bool:
+    """Whether a function that the graph calls is not PyTorch's or Python's, whatever its name."""
+    home = getattr(function, "__module__", None)
+    return (
+        not isinstance(function, str) and home is not None and not home.startswith(("torch", "_operator", "builtins"))
+    )
+
+
 def _plain(name: str) -> str:
     """``add`` of ``add_``, ``iadd``, ``__add__`` and ``radd``."""
     name = name.strip("_")
@@ -473,8 +496,11 @@ def _all_in_order(line: Tensor, count: int) -> bool:
 
 
 def _written_out(node: fx.Node, dim: int) -> bool:
-    """Whether ``view`` or ``reshape`` has the channels' new size as a number in the code, which would not shrink."""
+    """Whether the code counts on the channels' size: ``view`` and ``reshape`` with a number, which would not shrink."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name == "squeeze":
+        # Without a dimension it takes every one of size 1, and of the channels a single one may be left.
+        return len(node.args) + len(node.kwargs) == 1
     if node.op == "call_module" or name not in ("view", "reshape"):
         return False
     sizes = node.args[1:] if len(node.args) > 1 else tuple(node.kwargs.values())
