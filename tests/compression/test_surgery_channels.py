@@ -317,6 +317,12 @@ def test_channels_of_known_use_go(name):
     assert network.one.weight.shape == (2, 1, 3, 3)
 
 
+def test_inputs_survive_a_network_that_writes_into_them():
+    images = torch.zeros(1, 1, 8, 8)
+    channel_groups(Net(lambda n, x: n.two(n.one(x.add_(1))), **PAIR), images)
+    assert not images.any()
+
+
 def test_shared_weights_stay():
     network = Net(lambda n, x: n.two(n.mid(n.one(x))), one=conv(4, 4), mid=conv(4, 4), two=conv(4, 3))
     network.mid.weight = network.one.weight

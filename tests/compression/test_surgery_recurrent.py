@@ -98,9 +98,12 @@ def units_of(reference, steps, group, keep):
 @every_kind
 def test_shrunk_is_masked_in_float64(name):
     kind, options, _ = KINDS[name]
-    network = Sequences(kind, final, num_layers=2, bidirectional=True, **options).double()
+    network = Sequences(kind, final, num_layers=3, bidirectional=True, **options).double()
     (group,) = unit_groups(network, torch.randn(1, 2, 5, dtype=torch.float64))
     keep = choose(network, group)
+    stays = torch.tensor([unit in keep for unit in range(6)])  # of layer 0 forward
+    gates = network.rnn.weight_hh_l0.shape[0] // 6
+    assert torch.equal(group.masks(network, keep)["rnn.weight_hh_l0"], stays.repeat(gates)[:, None] & stays)
     reference = masked(network, gate_masks(network, group, keep))
     shrink(network, {group: keep})
     steps = torch.randn(3, 7, 5, dtype=torch.float64)
@@ -282,6 +285,16 @@ def test_units_of_unknown_use_stay(name):
         unit_groups(network, torch.randn(1, 2, 5))
     if name == "added to channels":
         assert [group.name for group in channel_groups(network, torch.randn(1, 2, 5))] == ["embed"]
+
+
+def test_units_stay_where_the_network_makes_the_initial_state():
+    class Own(Sequences):
+        def forward(self, steps):
+            output, _ = self.rnn(self.embed(steps), torch.zeros(1, 1, 6))
+            return self.head(output)
+
+    with pytest.raises(InputError, match="no RNN, GRU or LSTM that can be shrunk"):
+        unit_groups(Own(nn.GRU, final), torch.randn(1, 2, 5))
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
