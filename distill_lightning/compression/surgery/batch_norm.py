@@ -1,0 +1,64 @@
+"""BatchNorm statistics that fit a network again after its weights have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distill_lightning.errors import InputError, refusing
+
+
+@torch.no_grad()
+def recalibrate(network: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]], *, limit: int | None = None) -> int:
+    """Measure the running statistics of every BatchNorm anew, in place.
+
+    They become the plain mean over the batches of each batch's mean and unbiased variance. Only the BatchNorm layers
+    run in train mode, so dropout does nothing meanwhile and draws no random numbers. Parameters, momentum and every
+    module's mode are afterwards what they were. A network without running statistics is not run at all.
+
+    Args:
+        network: on the device of the batches.
+        batches: the network's inputs, training data and no other; a tuple holds several arguments.
+        limit: at most so many batches; ``None``: all.
+
+    Returns:
+        Number of batches used.
+
+    Raises:
+        InputError: there is no batch, or one with a single value per channel; the statistics are then the old ones.
+    """
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms:
+        return 0
+    modes = [(module, module.training) for module in network.modules()]
+    momenta = [norm.momentum for norm in norms]
+    kept = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    count = 0
+    done = False
+    try:
+        network.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # PyTorch's word for the cumulative average
+            norm.train()
+        for batch in batches:
+            if limit is not None and count >= limit:
+                break
+            with refusing("BatchNorm recalibration", ValueError):
+                network(*batch) if isinstance(batch, (tuple, list)) else network(batch)
+            count += 1
+        if not count:
+            raise InputError("BatchNorm recalibration: no batch came: give at least one batch of training inputs")
+        done = True
+    finally:
+        for module, training in modes:
+            module.training = training
+        for norm, momentum, buffers in zip(norms, momenta, kept, strict=True):
+            norm.momentum = momentum
+            if not done:
+                for name, buffer in buffers.items():
+                    norm.get_buffer(name).copy_(buffer)
+    return count

@@ -1,0 +1,68 @@
+"""Heads, feed-forward neurons and whole layers of Transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from distill_lightning.compression.surgery.attention import Attention
+from distill_lightning.compression.surgery.axes import TransformerLayer
+from distill_lightning.compression.surgery.groups import Group, whole
+from distill_lightning.errors import InputError
+
+
+def head_groups(network: nn.Module) -> list[Group]:
+    """The heads of every `Attention`: removing one takes its rows of three projections and its columns of the output's.
+
+    Raises:
+        InputError: the network still has `nn.MultiheadAttention`, whose heads cannot be removed, or no attention.
+    """
+    for path, module in network.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            raise InputError(f"{path or 'the network'} is nn.MultiheadAttention: call convert_attention(network) first")
+    paths = [path for path, module in network.named_modules() if isinstance(module, Attention)]
+    if not paths:
+        raise InputError(f"{type(network).__name__} has no attention whose heads could be removed")
+    return [whole(network, path, axis="heads", kind="heads") for path in paths]
+
+
+def neuron_groups(network: nn.Module) -> list[Group]:
+    """The feed-forward neurons of PyTorch's Transformer layers: rows of ``linear1``, columns of ``linear2``.
+
+    Raises:
+        InputError: the network has no such layer.
+    """
+    paths = [path for path, module in network.named_modules() if isinstance(module, TransformerLayer)]
+    if not paths:
+        raise InputError(
+            f"{type(network).__name__} has no TransformerEncoderLayer or TransformerDecoderLayer: the neurons of other "
+            "networks are found by channel_groups"
+        )
+    return [whole(network, path, axis="neurons", kind="neurons") for path in paths]
+
+
+def remove_layers(encoder: nn.TransformerEncoder, keep: Sequence[int]) -> nn.TransformerEncoder:
+    """Leave some layers of an encoder out, in place; those that stay are the objects that they were, in their order.
+
+    `rebuild` takes the first layers of the encoder that it is given, so all layers must have been built alike, as
+    `nn.TransformerEncoder` does.
+
+    Args:
+        encoder: which is changed.
+        keep: indices of the layers that stay.
+
+    Returns:
+        The same encoder.
+
+    Raises:
+        InputError: none would stay, or an index that is not there or given twice.
+    """
+    count = len(encoder.layers)
+    if not keep or len(set(keep)) != len(keep) or not all(0 <= index < count for index in keep):
+        raise InputError(
+            f"TransformerEncoder: keep must be different indices below {count}, at least one: {list(keep)}"
+        )
+    encoder.layers = nn.ModuleList(layer for index, layer in enumerate(encoder.layers) if index in set(keep))
+    encoder.num_layers = len(keep)
+    return encoder
