@@ -1,0 +1,1 @@
+"""Making networks smaller, in plain PyTorch, and measuring what that saves."""
