@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.parameters import parameters_of
+from distill_lightning.compression.parameters import cuda_devices, parameters_of
 from distill_lightning.errors import InputError
 
 Batches = Iterable[tuple[Any, Any]]
@@ -45,7 +45,7 @@ def calibrating(network: nn.Module, *, training: bool = False) -> Iterator[None]
     try:
         network.train(training)
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.random.fork_rng(), cudnn:
+        with torch.random.fork_rng(devices=cuda_devices(network)), cudnn:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distill_lightning.compression.masks import Masks
+from distill_lightning.compression.parameters import cuda_devices
 from distill_lightning.errors import InputError
 from distill_lightning.weights import load_strictly
 
@@ -74,7 +75,7 @@ def reinitialize(network: nn.Module, *, seed: int, init: Callable[[nn.Module], N
     Raises:
         InputError: a module with parameters of its own has no ``reset_parameters``.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=cuda_devices(network)), torch.no_grad():
         torch.manual_seed(seed)
         network.apply(init or _reset)
 

@@ -138,10 +138,13 @@ def regrow(masks: Masks, scores: Mapping[str, Tensor], amount: float) -> Masks:
     """
     if not 0 <= amount <= 1:
         raise InputError(f"regrow: amount is a share of the pruned weights, between 0 and 1, got {amount}")
-    flat = torch.cat([wide(_scores_of(scores, path, mask))[~mask] for path, mask in masks.kept.items()])
+    pairs = {path: _paired(scores, path, mask) for path, mask in masks.kept.items()}
+    if not pairs:
+        return Masks()
+    flat = torch.cat([wide(score)[~mask] for mask, score in pairs.values()])
     growing = lowest(-flat, round(amount * len(flat)))
     grown: dict[str, Tensor] = {}
-    for path, mask in masks.kept.items():
+    for path, (mask, _) in pairs.items():
         own, growing = growing.tensor_split([int((~mask).sum())])
         grown[path] = mask.clone()
         grown[path][~mask] = own
@@ -171,8 +174,8 @@ def splice(masks: Masks, scores: Mapping[str, Tensor], *, low: float, high: floa
     if low > high:
         raise InputError(f"splice: low must not exceed high, got {low} and {high}")
     spliced = {}
-    for path, mask in masks.kept.items():
-        score = _scores_of(scores, path, mask)
+    for path, own in masks.kept.items():
+        mask, score = _paired(scores, path, own)
         spliced[path] = (mask & (score >= low)) | (score > high)
     return Masks(spliced)
 
@@ -188,7 +191,8 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     return chosen
 
 
-def _scores_of(scores: Mapping[str, Tensor], path: str, mask: Tensor) -> Tensor:
+def _paired(scores: Mapping[str, Tensor], path: str, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A mask and its parameter's scores, on the scores' device."""
     if path not in scores or scores[path].shape != mask.shape:
         raise InputError(f"the masked parameter {path!r} has no scores of its shape {tuple(mask.shape)}: score it, too")
-    return scores[path]
+    return mask.to(scores[path].device), scores[path]

@@ -45,6 +45,11 @@ def parameters_of(network: nn.Module, paths: Iterable[str]) -> dict[str, nn.Para
     return found
 
 
+def cuda_devices(network: nn.Module) -> list[int]:
+    """The CUDA devices that the parameters are on, whose random states a fork has to include."""
+    return sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})
+
+
 def split_path(path: str) -> tuple[str, str]:
     """Path of the module, and the parameter's own name: ``"a.b.weight"`` gives ``("a.b", "weight")``."""
     module, _, name = path.rpartition(".")

@@ -541,6 +541,7 @@ def test_regrowth_takes_exactly_the_most_promising():
     assert grown.kept["b"].tolist() == [True, True, False, True]
     assert regrow(masks, scores, 0.0).pruned == 6
     assert regrow(masks, scores, 1.0).pruned == 0
+    assert regrow(Masks(), {}, 0.5).total == 0
     assert regrow(masks, {path: torch.zeros_like(score) for path, score in scores.items()}, 0.5).pruned == 3
 
 
