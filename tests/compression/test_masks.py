@@ -334,6 +334,18 @@ def test_one_unit_of_each_layer_stays(scope):
     assert select(scores, 0.5, scope="global", keep_one=False).kept["a"].any().item() is False
 
 
+def test_keeping_one_changes_nothing_where_one_stays_anyway():
+    scores = {"a": torch.ones(4), "b": torch.full((4,), 5.0)}
+    for amount in (0.125, 0.25, 0.375):
+        kept, free = (select(scores, amount, keep_one=keep_one).kept for keep_one in (True, False))
+        assert all(torch.equal(kept[path], free[path]) for path in scores)
+
+
+def test_units_that_are_gone_do_not_return_for_a_smaller_amount():
+    gone = {"a": torch.tensor([True, False, True, False])}
+    assert choose({"a": torch.arange(4.0)}, 0.25, gone=gone)["a"].tolist() == [False, True, False, True]
+
+
 def test_a_layer_that_is_gone_altogether_stays_gone():
     before = Masks({"a": torch.zeros(3, dtype=torch.bool)})
     assert select({"a": torch.ones(3), "b": torch.ones(3)}, 0.5, previous=before).kept["a"].sum() == 0
