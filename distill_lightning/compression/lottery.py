@@ -1,0 +1,90 @@
+"""Lottery tickets: a pruned network goes back to where it began and trains again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distill_lightning.compression.masks import Masks
+from distill_lightning.compression.parameters import cuda_devices
+from distill_lightning.errors import InputError
+from distill_lightning.weights import load_strictly
+
+
+class Snapshot:
+    """A network's parameters and buffers (BatchNorm's statistics, say) at one moment: its beginning, or an early epoch.
+
+    Frankle, Carbin: *The Lottery Ticket Hypothesis*, https://arxiv.org/abs/1803.03635; Frankle, Dziugaite, Roy, Carbin:
+    *Linear Mode Connectivity and the Lottery Ticket Hypothesis*, https://arxiv.org/abs/1912.05671 (rewinding to an
+    early epoch)
+
+    Args:
+        network: copied now; it may change afterwards.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.state = {name: value.detach().clone() for name, value in network.state_dict().items()}
+
+    def rewind(self, network: nn.Module, masks: Masks, *, optimizer: Optimizer | None = None) -> None:
+        """Set surviving weights and all buffers to the snapshot's, bit for bit, and pruned weights to zero.
+
+        Args:
+            network: the pruned network, in place.
+            masks: what survives.
+            optimizer: its momentum, moments and step counts are forgotten; learning rates stay as they are. ``None``:
+                the caller makes a new one.
+
+        Raises:
+            InputError: the network is of another architecture than the snapshot's.
+        """
+        load_strictly(network, self.state, source="the snapshot")
+        masks.project(network)
+        if optimizer is not None:
+            optimizer.state.clear()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The snapshot as plain tensors."""
+        return dict(self.state)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take a snapshot that was saved, in place of this one.
+
+        Raises:
+            InputError: it is of another architecture.
+        """
+        if {name: value.shape for name, value in state_dict.items()} != {
+            name: value.shape for name, value in self.state.items()
+        }:
+            raise InputError("the saved snapshot is of another architecture: build the network that the run began with")
+        self.state = {name: value.detach().clone() for name, value in state_dict.items()}
+
+
+def reinitialize(network: nn.Module, *, seed: int, init: Callable[[nn.Module], None] | None = None) -> None:
+    """Draw new weights: the control of a lottery ticket, which has the ticket's masks but not its beginning.
+
+    Project the masks afterwards, or let ``Snapshot(network).rewind`` do it.
+
+    Args:
+        network: in place; its buffers are reset where the layers do that (BatchNorm).
+        seed: of the draws; the global random state stays as it is.
+        init: called with every module from the innermost outwards; ``None``: each layer's own ``reset_parameters``.
+
+    Raises:
+        InputError: a module with parameters of its own has no ``reset_parameters``.
+    """
+    with torch.random.fork_rng(devices=cuda_devices(network)), torch.no_grad():
+        torch.manual_seed(seed)
+        network.apply(init or _reset)
+
+
+def _reset(module: nn.Module) -> None:
+    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    if reset is not None:
+        reset()
+    elif next(module.parameters(recurse=False), None) is not None:
+        raise InputError(
+            f"{type(module).__name__} has parameters and no reset_parameters(): give init=, a function of every module"
+        )

@@ -1,0 +1,284 @@
+"""Pruning that is learned: parametrizations whose mask is a function of scores that gradient descent moves.
+
+A parametrization multiplies the weight inside the layer, so optimisers, moving averages and checkpoints see the dense
+weight and the scores; `bake` puts the pruned weight in their place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn.utils import parametrize
+
+from distill_lightning.compression.masks import Masks, lowest
+from distill_lightning.compression.parameters import parameters_of, split_path
+from distill_lightning.compression.selection import Scope, choose
+from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
+
+
+class _Masked(torch.autograd.Function):
+    """The weight where the mask is; the scores get their gradient as if they were the mask."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scores: Tensor, kept: Tensor) -> Tensor:  # noqa: ARG004  # for its gradient
+        ctx.save_for_backward(weight, kept)
+        return weight.masked_fill(~kept, 0)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        weight, kept = cast("Any", ctx).saved_tensors
+        return grads[0].masked_fill(~kept, 0), grads[0] * weight, None
+
+
+class TopK(nn.Module):
+    """Movement pruning: the weights with the highest learned scores stay, exactly so many.
+
+    A score falls where the weight moves towards zero. Pruned weights have score gradients, too, so that they can
+    return; they have no gradient of their own.
+
+    Sanh, Wolf, Rush: *Movement Pruning: Adaptive Sparsity by Fine-Tuning*, https://arxiv.org/abs/2005.07683
+
+    Args:
+        weight: what is pruned; the scores begin at zero, in its shape. Of equal scores the first are pruned.
+        amount: share of the weights that are pruned, in ``[0, 1]``; meant to be raised while training.
+
+    Raises:
+        InputError: an amount outside ``[0, 1]``.
+    """
+
+    def __init__(self, weight: Tensor, *, amount: float = 0.0) -> None:
+        super().__init__()
+        _check_amount("TopK", amount)
+        self.scores = nn.Parameter(torch.zeros_like(weight))
+        self.amount = amount
+
+    def kept(self) -> Tensor:
+        """Bool, in the weight's shape."""
+        pruned = lowest(wide(self.scores.detach()).flatten(), round(self.amount * self.scores.numel()))
+        return ~pruned.view_as(self.scores)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight with zeros."""
+        return cast("Tensor", _Masked.apply(weight, self.scores, self.kept()))
+
+
+class SoftThreshold(nn.Module):
+    """Soft movement pruning: a weight stays while the sigmoid of its learned score exceeds a threshold.
+
+    How many that are follows from `penalty`, which pushes scores down.
+
+    Sanh, Wolf, Rush: *Movement Pruning: Adaptive Sparsity by Fine-Tuning*, https://arxiv.org/abs/2005.07683
+
+    Args:
+        weight: what is pruned.
+        amount: the threshold, in ``[0, 1]``.
+        initial: the score that all begin with; its sigmoid should exceed the threshold.
+
+    Raises:
+        InputError: an amount outside ``[0, 1]``.
+    """
+
+    def __init__(self, weight: Tensor, *, amount: float = 0.1, initial: float = 0.0) -> None:
+        super().__init__()
+        _check_amount("SoftThreshold", amount)
+        self.scores = nn.Parameter(torch.full_like(weight, initial))
+        self.amount = amount
+
+    def kept(self) -> Tensor:
+        """Bool, in the weight's shape."""
+        return self.scores.detach().sigmoid() > self.amount
+
+    def penalty(self) -> Tensor:
+        """The mean sigmoid of the scores, a scalar."""
+        return self.scores.sigmoid().mean()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight with zeros."""
+        return cast("Tensor", _Masked.apply(weight, self.scores, self.kept()))
+
+
+class HardConcrete(nn.Module):
+    r"""L0 regularisation: random gates on weights or rows that can be exactly zero and one, and still have gradients.
+
+    While training, a gate is a stretched and clamped sample of the concrete distribution; in eval mode its centre.
+
+    Louizos, Welling, Kingma: *Learning Sparse Neural Networks through L0 Regularization*,
+    https://arxiv.org/abs/1712.01312
+
+    Args:
+        weight: what is gated.
+        per: ``"weight"``, or ``"row"``: one gate for each index of the first dimension.
+        initial: probability that a gate is open in the beginning, in ``(0, 1)``.
+
+    Raises:
+        InputError: an option is unknown, or the probability is not between 0 and 1.
+    """
+
+    TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1  # the paper's beta, gamma and zeta
+
+    def __init__(self, weight: Tensor, *, per: Literal["weight", "row"] = "weight", initial: float = 0.9) -> None:
+        super().__init__()
+        if per not in ("weight", "row"):
+            raise InputError(f"HardConcrete: per must be 'weight' or 'row', got {per!r}")
+        if not 0 < initial < 1:
+            raise InputError(f"HardConcrete: initial is a probability, between 0 and 1, got {initial}")
+        self.per = per
+        shape = weight.shape if per == "weight" else (len(weight), *[1] * (weight.ndim - 1))
+        self.size = weight.numel() // math.prod(shape)
+        location = math.log(initial / (1 - initial)) + self._shift()
+        self.location = nn.Parameter(weight.new_full(shape, location))
+
+    def open_probability(self) -> Tensor:
+        """How probable it is that a gate is not zero, in the gates' shape."""
+        return (self.location - self._shift()).sigmoid()
+
+    def kept(self) -> Tensor:
+        """Where the gates of eval mode are not zero: bool, in the gates' shape."""
+        return self._stretched(self.location.detach().sigmoid()) > 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight times its gates."""
+        if not self.training:
+            return weight * self._stretched(self.location.sigmoid())
+        # A uniform number of exactly 0 would have an infinite logit.
+        uniform = torch.empty_like(self.location).uniform_(1e-6, 1 - 1e-6)
+        sample = ((uniform.logit() + self.location) / self.TEMPERATURE).sigmoid()
+        return weight * self._stretched(sample)
+
+    def _stretched(self, gate: Tensor) -> Tensor:
+        return (gate * (self.HIGH - self.LOW) + self.LOW).clamp(0, 1)
+
+    def _shift(self) -> float:
+        """A gate is zero with probability one half where its location is this."""
+        return self.TEMPERATURE * math.log(-self.LOW / self.HIGH)
+
+
+Learned = TopK | SoftThreshold | HardConcrete
+Kind = Literal["hard", "soft", "l0"]
+_KINDS: dict[str, type[Learned]] = {"hard": TopK, "soft": SoftThreshold, "l0": HardConcrete}
+
+
+def learn(network: nn.Module, paths: Iterable[str], *, kind: Kind, **options: Any) -> dict[str, Learned]:
+    """Put a learned mask on parameters, in place. An optimiser has to be made anew for their scores.
+
+    Args:
+        network: whose layers are parametrized; its parameter ``"a.weight"`` becomes
+            ``"a.parametrizations.weight.original"``.
+        paths: of the parameters.
+        kind: ``"hard"`` (`TopK`), ``"soft"`` (`SoftThreshold`) or ``"l0"`` (`HardConcrete`).
+        options: the class's other arguments.
+
+    Returns:
+        What was put on, by path.
+
+    Raises:
+        InputError: a path names no parameter, or another kind.
+    """
+    if kind not in _KINDS:
+        raise InputError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
+    put = {}
+    for path, weight in parameters_of(network, paths).items():
+        module, name = split_path(path)
+        put[path] = _KINDS[kind](weight.detach(), **options)
+        parametrize.register_parametrization(network.get_submodule(module), name, put[path])
+    return put
+
+
+def learned(network: nn.Module) -> dict[str, Learned]:
+    """The learned masks of a network, by the path that the parameter had without them."""
+    return {
+        f"{prefix}.{name}" if prefix else name: mask
+        for prefix, module in network.named_modules()
+        for name, mask in _of(module)
+    }
+
+
+def set_amount(network: nn.Module, amount: float, *, scope: Scope = "layer") -> None:
+    """Set how much the network's `TopK` prune.
+
+    Args:
+        network: with such masks.
+        amount: share of the weights, in ``[0, 1]``.
+        scope: ``"layer"``: this share of each; ``"global"``: each the share that the lowest scores of all of them have
+            in it now.
+
+    Raises:
+        InputError: there is no `TopK`, or the amount is outside ``[0, 1]``.
+    """
+    masks = {path: mask for path, mask in learned(network).items() if isinstance(mask, TopK)}
+    if not masks:
+        raise InputError(
+            f"{type(network).__name__} has no movement pruning whose amount could be set: learn(...) it first"
+        )
+    scores = {path: mask.scores.detach().flatten() for path, mask in masks.items()}
+    for path, kept in choose(scores, amount, scope=scope).items():
+        masks[path].amount = 1 - int(kept.sum()) / kept.numel()
+
+
+def bake(network: nn.Module) -> Masks:
+    """Take all learned masks off, in place: plain parameters with zeros where they pruned, bit for bit as in eval mode.
+
+    Returns:
+        Masks of the parameters that were pruned.
+    """
+    kept = {}
+    masks = learned(network)
+    for path, mask in masks.items():
+        module, name = split_path(path)
+        layer = network.get_submodule(module)
+        mask.eval()
+        shape = getattr(layer, name).shape
+        kept[path] = mask.kept().expand(shape)
+        parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+    return Masks(kept)
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """The learned masks of one layer in plain values, for `rebuild`: by parameter name their kind and options."""
+    found = {}
+    for name, mask in _of(module):
+        kind = next(kind for kind, known in _KINDS.items() if type(mask) is known)
+        found[name] = {"kind": kind} | (
+            {"per": mask.per} if isinstance(mask, HardConcrete) else {"amount": mask.amount}
+        )
+    return found
+
+
+def rebuild(layer: nn.Module, description: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """Put the described masks on a layer, in place, so that the state dict of the one that was described fits.
+
+    Args:
+        layer: of the same sizes, without masks.
+        description: what `describe` returned.
+
+    Returns:
+        The layer.
+
+    Raises:
+        InputError: the layer has no such parameter, or the description is none.
+    """
+    for name, options in description.items():
+        if options.get("kind") not in _KINDS:
+            raise InputError(f"the description of {name!r} names no kind of learned mask: {dict(options)}")
+        learn(layer, [name], **dict(options))
+    return layer
+
+
+def _check_amount(name: str, amount: float) -> None:
+    if not 0 <= amount <= 1:
+        raise InputError(f"{name}: amount must be between 0 and 1, got {amount}")
+
+
+def _of(module: nn.Module) -> Iterator[tuple[str, Learned]]:
+    if not parametrize.is_parametrized(module):
+        return
+    for name, chain in cast("nn.ModuleDict", module.parametrizations).items():
+        for mask in cast("Iterable[nn.Module]", chain):
+            if isinstance(mask, TopK | SoftThreshold | HardConcrete):
+                yield name, mask

@@ -1,0 +1,375 @@
+"""From scores to masks: exactly so many units of a kind go, those with the lowest scores."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill_lightning.compression.masks import Masks, lowest
+from distill_lightning.compression.parameters import parameter_of
+from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
+
+Amount = float | Mapping[str, float]
+Scope = Literal["global", "layer"]
+Reduce = Literal["mean", "sum"]
+
+
+class Slice(NamedTuple):
+    """A part of a parameter: some indices along one dimension."""
+
+    parameter: str
+    dim: int
+    indices: Sequence[int]
+
+
+Group = Sequence[Slice]
+"""What goes together: of a channel the filter, BatchNorm's weight and bias, the next layer's inputs, say."""
+
+
+class Granularity(NamedTuple):
+    """What is pruned as a whole.
+
+    ``weight``: each entry; ``row``: an index of the first dimension; ``block``: ``first`` rows by ``second`` columns of
+    the matrix ``(shape[0], everything else)``; ``n:m``: ``first`` of ``second`` consecutive inputs (indices of the
+    second dimension) stay.
+    """
+
+    kind: Literal["weight", "row", "block", "n:m"]
+    first: int = 1
+    second: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Granularity:
+        """Of ``"weight"``, ``"row"``, ``"block:4x8"`` or ``"2:4"``.
+
+        Raises:
+            InputError: another text, a block without entries, or not ``0 < n < m``.
+        """
+        if text == "weight":
+            return cls("weight")
+        if text == "row":
+            return cls("row")
+        block = re.fullmatch(r"block:([1-9]\d*)x([1-9]\d*)", text)
+        if block:
+            return cls("block", int(block[1]), int(block[2]))
+        part = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+        if part and int(part[1]) < int(part[2]):
+            return cls("n:m", int(part[1]), int(part[2]))
+        raise InputError(f"granularity must be 'weight', 'row', 'block:4x8' or '2:4' (of each 4, 2 stay), got {text!r}")
+
+
+def select(
+    scores: Mapping[str, Tensor],
+    amount: Amount | None,
+    *,
+    granularity: str = "weight",
+    scope: Scope = "global",
+    reduce: Reduce = "mean",
+    keep_one: bool = True,
+    previous: Masks | None = None,
+) -> Masks:
+    """Prune an exact share of the units, those with the lowest scores.
+
+    Exactly ``round(amount * units)`` of them are pruned, however many scores are equal (of equal ones the first go).
+    There are two exceptions: where ``keep_one`` asks for a unit that would have to go, and where more had been pruned
+    before.
+
+    Args:
+        scores: for each parameter's path a tensor of its shape.
+        amount: share of the units that are pruned in the end, in ``[0, 1]``: one for all, or one for each path, and
+            then always within the layer. ``None`` for ``"n:m"``, which fixes it.
+        granularity: see `Granularity`. A block at the edge of a matrix may be smaller.
+        scope: whether units compete with those of all parameters, or of their own alone.
+        reduce: how the scores of a unit's entries make the unit's. With the mean, units of different size can be
+            compared; the sum belongs to criteria that estimate a change of the loss.
+        keep_one: whether the best unit of each parameter stays in any case.
+        previous: masks that are in force: what they prune stays pruned and counts in the amount. ``None``: every unit
+            has another chance, which is regrowth where the scores are of weights that went on learning.
+
+    Returns:
+        Masks of all the parameters.
+
+    Raises:
+        InputError: an option is unknown, an amount is outside ``[0, 1]`` or missing, a score is NaN, or the second
+            dimension is no multiple of ``m``.
+    """
+    unit = Granularity.parse(granularity)
+    _check(scores, reduce)
+    before = {path: _previous(previous, path, score) for path, score in scores.items()}
+    if unit.kind == "n:m":
+        if amount is not None:
+            raise InputError(f"granularity {granularity!r} fixes the amount: leave amount out")
+        kept = {
+            path: _n_of_m(path, score.masked_fill(~before[path], -torch.inf), unit) for path, score in scores.items()
+        }
+    else:
+        if amount is None:
+            raise InputError(f"granularity {granularity!r} needs an amount between 0 and 1")
+        units = {path: _unit_scores(score, unit, reduce) for path, score in scores.items()}
+        # A unit is gone when nothing of it is left.
+        gone = {path: _unit_scores(mask.float(), unit, "sum") == 0 for path, mask in before.items()}
+        staying = choose(units, amount, scope=scope, keep_one=keep_one, gone=gone)
+        kept = {path: _entries(staying[path], score.shape, unit) for path, score in scores.items()}
+    return Masks({path: mask & before[path] for path, mask in kept.items()})
+
+
+def select_below(
+    scores: Mapping[str, Tensor],
+    threshold: float | Mapping[str, float],
+    *,
+    granularity: str = "weight",
+    reduce: Reduce = "mean",
+    keep_one: bool = True,
+    previous: Masks | None = None,
+) -> Masks:
+    """Prune the units whose scores are below a threshold, however many they are.
+
+    Args:
+        scores: as in `select`.
+        threshold: one for all, or one for each path, such as a multiple of a layer's standard deviation.
+        granularity: ``"weight"``, ``"row"`` or ``"block:4x8"``.
+        reduce: as in `select`.
+        keep_one: as in `select`.
+        previous: as in `select`.
+
+    Returns:
+        Masks of all the parameters.
+
+    Raises:
+        InputError: an option is unknown, a score is NaN, or a threshold is missing.
+    """
+    unit = Granularity.parse(granularity)
+    _check(scores, reduce)
+    if unit.kind == "n:m":
+        raise InputError(f"granularity {granularity!r} fixes the amount: it has no threshold")
+    masks = {}
+    for path, score in scores.items():
+        units = _unit_scores(score, unit, reduce)
+        kept = units >= _own(threshold, path, "threshold")
+        if keep_one and not kept.any():
+            kept[_last_best(units)] = True
+        masks[path] = _entries(kept, score.shape, unit) & _previous(previous, path, score)
+    return Masks(masks)
+
+
+def select_groups(
+    network: nn.Module,
+    scores: Mapping[str, Tensor],
+    groups: Mapping[str, Sequence[Group]],
+    amount: Amount,
+    *,
+    scope: Scope = "global",
+    reduce: Reduce = "sum",
+    keep_one: bool = True,
+    previous: Masks | None = None,
+) -> Masks:
+    """Prune whole groups: channels, hidden units, heads.
+
+    ::
+
+        channel = [Slice("conv.weight", 0, [3]), Slice("norm.weight", 0, [3]), Slice("norm.bias", 0, [3])]
+        select_groups(network, scores, {"conv": [channel, ...]}, 0.5)
+
+    Args:
+        network: whose parameters the groups name.
+        scores: tensors by parameter path; a group's score is that of its slices here, slices of parameters without
+            scores are pruned along.
+        groups: of each layer, the groups that compete.
+        amount: share of the groups that are pruned in the end; see `select`.
+        scope: whether groups compete with those of all layers, or of their own alone.
+        reduce: ``"sum"`` or ``"mean"`` over the scores of a group's slices; an entry in two slices counts in both.
+        keep_one: whether the best group of each layer stays in any case.
+        previous: masks that are in force; see `select`.
+
+    Returns:
+        Masks of all parameters that the groups name.
+
+    Raises:
+        InputError: as `select`; a slice that its parameter does not have, or a group without any score.
+    """
+    _check(scores, reduce)
+    shapes = {part.parameter: parameter_of(network, part.parameter) for part in _slices(groups)}
+    for part in _slices(groups):
+        _check_slice(part, shapes[part.parameter])
+    before = {path: _previous(previous, path, parameter) for path, parameter in shapes.items()}
+    values = {
+        layer: torch.stack([_group_score(layer, group, scores, reduce) for group in members])
+        for layer, members in groups.items()
+    }
+    gone = {
+        layer: torch.tensor([not any(_part(before, part).any() for part in group) for group in members])
+        for layer, members in groups.items()
+    }
+    staying = choose(values, amount, scope=scope, keep_one=keep_one, gone=gone)
+    for layer, members in groups.items():
+        for group, stays in zip(members, staying[layer].tolist(), strict=True):
+            for part in group if not stays else ():
+                mask = before[part.parameter]
+                mask.index_fill_(part.dim, torch.tensor(part.indices, device=mask.device), value=False)
+    return Masks(before)
+
+
+def choose(
+    scores: Mapping[str, Tensor],
+    amount: Amount,
+    *,
+    scope: Scope = "global",
+    keep_one: bool = True,
+    gone: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Which units stay, by their scores alone.
+
+    Args:
+        scores: ``(U,)`` of the units of each layer.
+        amount: share of the units that are pruned; see `select`.
+        scope: see `select`.
+        keep_one: see `select`.
+        gone: bool ``(U,)`` of each layer: units that are pruned already, and stay so.
+
+    Returns:
+        Bool ``(U,)`` of each layer.
+
+    Raises:
+        InputError: an amount is outside ``[0, 1]`` or missing, or the scope is unknown.
+    """
+    if scope not in ("global", "layer"):
+        raise InputError(f"scope must be 'global' or 'layer', got {scope!r}")
+    each = isinstance(amount, Mapping) or scope == "layer"
+    pools = [[layer] for layer in scores] if each else [list(scores)]
+    kept: dict[str, Tensor] = {}
+    for pool in pools:
+        share = _own(amount, pool[0], "amount")
+        if not 0 <= share <= 1:
+            raise InputError(f"amount is a share of all units, between 0 and 1, got {share}")
+        before = [torch.zeros_like(scores[layer], dtype=torch.bool) if gone is None else gone[layer] for layer in pool]
+        kept.update(zip(pool, _stay([scores[layer] for layer in pool], before, share, keep_one=keep_one), strict=True))
+    return kept
+
+
+def _stay(scores: Sequence[Tensor], gone: Sequence[Tensor], amount: float, *, keep_one: bool) -> Sequence[Tensor]:
+    """Which units of layers that compete stay."""
+    ranked = [
+        wide(score).masked_fill(own.to(score.device), -torch.inf) for score, own in zip(scores, gone, strict=True)
+    ]
+    total = sum(map(len, ranked))
+    pruned = sum(int(own.sum()) for own in gone)
+    most = total
+    for score, own in zip(ranked, gone, strict=True):
+        if keep_one and not own.all():
+            score[_last_best(score)] = torch.inf
+            most -= 1
+    count = max(min(round(amount * total), most), pruned)
+    return torch.split(~lowest(torch.cat(ranked), count), [*map(len, ranked)])
+
+
+def _last_best(scores: Tensor) -> Tensor:
+    """The best of ``(U,)``; of equal ones the last, because the first of equal ones are pruned."""
+    return (scores == scores.max()).nonzero()[-1, 0]
+
+
+def _unit_scores(score: Tensor, unit: Granularity, reduce: Reduce) -> Tensor:
+    """Scores ``(U,)`` of the units that a tensor is cut into."""
+    if unit.kind == "weight":
+        return wide(score).flatten()
+    matrix = wide(score).reshape(len(score), -1)
+    if unit.kind == "row":
+        return matrix.mean(1) if reduce == "mean" else matrix.sum(1)
+    sums = _blocks(matrix, unit)
+    return sums / _blocks(torch.ones_like(matrix), unit) if reduce == "mean" else sums
+
+
+def _blocks(matrix: Tensor, unit: Granularity) -> Tensor:
+    """Sums over the blocks of a matrix, row by row."""
+    rows, columns = matrix.shape
+    padded = F.pad(matrix, (0, -columns % unit.second, 0, -rows % unit.first))
+    cut = padded.view(-(-rows // unit.first), unit.first, -(-columns // unit.second), unit.second)
+    return cut.sum((1, 3)).flatten()
+
+
+def _entries(units: Tensor, shape: torch.Size, unit: Granularity) -> Tensor:
+    """The units' mask as one of all entries."""
+    if unit.kind == "weight":
+        return units.reshape(shape)
+    if unit.kind == "row":
+        return units.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+    rows, columns = shape[0], shape[1:].numel()
+    grid = units.reshape(-(-rows // unit.first), -1)
+    spread = grid.repeat_interleave(unit.first, 0).repeat_interleave(unit.second, 1)
+    return spread[:rows, :columns].reshape(shape)
+
+
+def _n_of_m(path: str, score: Tensor, unit: Granularity) -> Tensor:
+    """A mask that keeps the best ``n`` of every ``m`` consecutive inputs."""
+    n, m = unit.first, unit.second
+    if score.ndim < 2 or score.shape[1] % m:
+        raise InputError(
+            f"granularity '{n}:{m}': the inputs of {path!r}, shape {tuple(score.shape)}, are no multiple of {m}"
+        )
+    inputs_last = wide(score).movedim(1, -1)
+    groups = inputs_last.reshape(*inputs_last.shape[:-1], -1, m)
+    best = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
+    kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, value=True)
+    return kept.flatten(-2).movedim(-1, 1)
+
+
+def _slices(groups: Mapping[str, Sequence[Group]]) -> list[Slice]:
+    return [part for members in groups.values() for group in members for part in group]
+
+
+def _check_slice(part: Slice, parameter: Tensor) -> None:
+    fits = 0 <= part.dim < parameter.ndim and len(part.indices) > 0
+    if not fits or not 0 <= min(part.indices) <= max(part.indices) < parameter.shape[part.dim]:
+        raise InputError(
+            f"a group names indices {list(part.indices)[:5]} of dimension {part.dim} of {part.parameter!r}, whose "
+            f"shape is {tuple(parameter.shape)}: name such as it has"
+        )
+
+
+def _part(tensors: Mapping[str, Tensor], part: Slice) -> Tensor:
+    tensor = tensors[part.parameter]
+    return tensor.index_select(part.dim, torch.tensor(part.indices, device=tensor.device))
+
+
+def _group_score(layer: str, group: Group, scores: Mapping[str, Tensor], reduce: Reduce) -> Tensor:
+    parts = [wide(_part(scores, part)) for part in group if part.parameter in scores]
+    if not parts:
+        raise InputError(f"no parameter of a group of {layer!r} has scores: score {group[0].parameter!r}, say")
+    total = torch.stack([part.sum() for part in parts]).sum()
+    return total if reduce == "sum" else total / sum(part.numel() for part in parts)
+
+
+def _previous(previous: Masks | None, path: str, like: Tensor) -> Tensor:
+    """A copy of the mask in force, or one that keeps everything."""
+    mask = previous.kept.get(path) if previous is not None else None
+    if mask is None:
+        return torch.ones_like(like, dtype=torch.bool)
+    if mask.shape != like.shape:
+        raise InputError(
+            f"the previous mask of {path!r} has shape {tuple(mask.shape)}, not {tuple(like.shape)}: drop it"
+        )
+    return mask.to(like.device, copy=True)
+
+
+def _own(value: float | Mapping[str, float], path: str, name: str) -> float:
+    """The value of one path."""
+    if not isinstance(value, Mapping):
+        return value
+    if path not in value:
+        raise InputError(f"{name} has no entry for {path!r}: give one number for all, or one for each")
+    return value[path]
+
+
+def _check(scores: Mapping[str, Tensor], reduce: str) -> None:
+    if reduce not in ("mean", "sum"):
+        raise InputError(f"reduce must be 'mean' or 'sum', got {reduce!r}")
+    if not scores:
+        raise InputError("no scores are given: score at least one parameter")
+    for path, score in scores.items():
+        if score.isnan().any():
+            raise InputError(f"the scores of {path!r} hold NaN: is the network's loss finite on the calibration data?")

@@ -1,0 +1,121 @@
+"""Tickets go back to where they began, and their control elsewhere."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from distill_lightning import InputError
+from distill_lightning.compression.criteria import magnitude
+from distill_lightning.compression.lottery import Snapshot, reinitialize
+from distill_lightning.compression.masks import Masks
+from distill_lightning.compression.selection import select
+from distill_lightning.testing import TinyNet
+
+PATHS = ["features.0.weight", "features.3.weight", "head.weight"]
+
+
+def trained(network, steps=4):
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.05)
+    for number in range(steps):
+        images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(number))
+        optimizer.zero_grad()
+        network.train()(images).square().sum().backward()
+        optimizer.step()
+    return optimizer
+
+
+def test_a_rewound_ticket_is_the_snapshot_where_it_survives_and_zero_elsewhere():
+    network = TinyNet()
+    trained(network, 1)
+    begun = copy.deepcopy(network.state_dict())
+    snapshot = Snapshot(network)
+    optimizer = trained(network)
+    masks = select(magnitude(network, PATHS), 0.8)
+    snapshot.rewind(network, masks, optimizer=optimizer)
+    for name, value in network.state_dict().items():
+        kept = masks.kept.get(name, torch.ones_like(value, dtype=torch.bool))
+        assert torch.equal(value[kept], begun[name][kept]), name
+        assert value[~kept].count_nonzero() == 0
+    assert network.features[1].num_batches_tracked == 1
+    assert masks.sparsity() == pytest.approx(0.8, abs=0.01)
+    assert not optimizer.state
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_a_rewound_ticket_trains_like_a_fresh_one():
+    network = TinyNet()
+    fresh = copy.deepcopy(network)
+    snapshot = Snapshot(network)
+    optimizer = trained(network)
+    snapshot.rewind(network, Masks(), optimizer=optimizer)
+    trained(network)
+    trained(fresh)
+    assert all(
+        torch.equal(a, b) for a, b in zip(network.state_dict().values(), fresh.state_dict().values(), strict=True)
+    )
+
+
+def test_a_snapshot_does_not_change_with_its_network_and_survives_a_file():
+    network = TinyNet()
+    snapshot = Snapshot(network)
+    begun = copy.deepcopy(network.state_dict())
+    trained(network)
+    file = io.BytesIO()
+    torch.save(snapshot.state_dict(), file)
+    file.seek(0)
+    other = Snapshot(network)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    other.rewind(network, Masks())
+    assert all(torch.equal(value, begun[name]) for name, value in network.state_dict().items())
+
+
+def test_the_control_has_new_weights_by_the_seed_alone():
+    network = TinyNet()
+    before = copy.deepcopy(network.state_dict())
+    trained(network)
+    state = torch.random.get_rng_state()
+    reinitialize(network, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    first = copy.deepcopy(network.state_dict())
+    assert all(not torch.equal(first[path], before[path]) for path in PATHS)
+    assert first["features.1.running_mean"].count_nonzero() == 0
+    bound = 1 / network.features[3].weight[0].numel() ** 0.5  # of PyTorch's uniform initialisation
+    assert 0.8 * bound < first["features.3.weight"].abs().max() <= bound
+    torch.rand(7)
+    reinitialize(network, seed=3)
+    assert all(torch.equal(value, first[name]) for name, value in network.state_dict().items())
+    reinitialize(network, seed=4)
+    assert not torch.equal(network.head.weight, first["head.weight"])
+
+
+def test_recurrent_and_attention_layers_are_drawn_anew():
+    network = nn.ModuleList([nn.LSTM(3, 4), nn.TransformerEncoderLayer(8, 2, 16), nn.Embedding(5, 3)])
+    before = copy.deepcopy(network.state_dict())
+    reinitialize(network, seed=9)
+    same = [name for name, value in network.state_dict().items() if torch.equal(value, before[name])]
+    assert same == [name for name in before if "norm" in name or name.endswith(("in_proj_bias", "out_proj.bias"))]
+
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(2))
+
+
+def test_what_cannot_initialise_itself_needs_a_function():
+    with pytest.raises(InputError, match=r"Bare has parameters and no reset_parameters\(\): give init="):
+        reinitialize(Bare(), seed=0)
+    network = Bare()
+    reinitialize(network, seed=0, init=lambda module: nn.init.constant_(module.gain, 5))
+    assert network.gain.tolist() == [5, 5]
+
+
+def test_another_architecture_is_refused():
+    snapshot = Snapshot(TinyNet())
+    with pytest.raises(InputError, match="the snapshot is a checkpoint of another architecture"):
+        snapshot.rewind(TinyNet(width=6), Masks())
+    with pytest.raises(InputError, match="the saved snapshot is of another architecture"):
+        snapshot.load_state_dict(Snapshot(TinyNet(width=6)).state_dict())
