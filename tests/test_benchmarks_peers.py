@@ -1,22 +1,17 @@
 """The throughput benchmark's peers compute what the package's modules compute."""
 
-import importlib.util
 import math
 import types
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks import peers
 from distill_lightning import Batch, FEEDModule, KDModule, MEALV2Module, SupervisedModule, functional
 from distill_lightning.errors import InputError
 from distill_lightning.layers import Discriminator, Translator, fingerprint
 from distill_lightning.testing import TinyNet
-
-SPEC = importlib.util.spec_from_file_location("peers", Path(__file__).parents[1] / "benchmarks" / "peers.py")
-peers = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(peers)
 
 CLASSES = 5
 KINDS = [("supervised", 0), ("kd", 1), ("kd", 3), ("meal_v2", 1), ("meal_v2", 3), ("feed", 1), ("feed", 3)]
