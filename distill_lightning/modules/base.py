@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -350,11 +349,9 @@ class DistillationModule(FrozenPartsModule):
         # of action. Without it, a store on a GPU only waits for the device.
         batch = super()._on_before_batch_transfer(batch, dataloader_idx)
         # Which samples a training batch holds, for the store, while they are still on the host.
+        # No hook behind the transfer can change the rows: with a store they are refused.
         if self.teacher_store is not None and self.trainer.training:
-            # A hook behind the transfer may put other rows in their places.
-            others = (self, self.trainer.datamodule)  # type: ignore[attr-defined]  # set where a data module was given
-            changed = any(is_overridden("on_after_batch_transfer", other) for other in others if other is not None)
-            self._host_keys = None if changed else Batch.of(batch)
+            self._host_keys = Batch.of(batch)
         return batch
 
     def _on_the_host(self, batch: Batch) -> Batch:

@@ -235,15 +235,3 @@ def test_a_store_reads_the_index_that_is_still_on_the_host():
     index = asked_on_another_device(MovedBatches(TinyNet(), None, num_classes=3))
     assert {part.device.type for part in index} == {"cpu"}
     assert sorted(torch.cat(index).tolist()) == list(range(24))
-
-
-class Reordered(MovedBatches):
-    """Which reads its batches backwards."""
-
-    def on_after_batch_transfer(self, batch, dataloader_idx):
-        return batch._replace(input=batch.input.flip(0), target=batch.target.flip(0), index=batch.index.flip(0))
-
-
-def test_where_a_hook_may_have_changed_the_rows_the_moved_index_counts():
-    index = asked_on_another_device(Reordered(TinyNet(), None, num_classes=3))
-    assert {part.device.type for part in index} == {"meta"}
