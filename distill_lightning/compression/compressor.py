@@ -1,0 +1,288 @@
+"""Compression of a network in any training loop: a list of steps, each in its phase of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distill_lightning.compression.calibration import Loss
+from distill_lightning.compression.masks import Masks
+from distill_lightning.compression.parameters import cuda_devices
+from distill_lightning.compression.recipe import copy_network
+from distill_lightning.compression.steps.base import Step
+from distill_lightning.compression.surgery import recalibrate
+from distill_lightning.compression.timeline import Phase, check_order, plan
+from distill_lightning.compression.workpiece import Workpiece, cross_entropy
+from distill_lightning.errors import InputError
+
+Moment = str
+"""``"dense"``: before the first step; ``"before"`` and ``"after"`` the fine-tuning of a phase."""
+
+
+class Compressor:
+    """Compresses a network in place, in plain PyTorch.
+
+    Without training::
+
+        Compressor(network, [Quantize(weight_bits=4), Encode("huffman")], images).apply()
+
+    In a loop of one's own::
+
+        compressor = Compressor(network, steps, images, epochs=30, batches=calibration)
+        for epoch in range(30):
+            if compressor.begin_epoch(epoch, steps_per_epoch=len(loader), optimizer=optimizer):
+                optimizer = SGD(network.parameters(), lr=0.1)      # other parameters than before
+            for inputs, targets in loader:
+                optimizer.zero_grad()
+                F.cross_entropy(network(inputs), targets).backward()
+                compressor.before_optimizer_step()
+                optimizer.step()
+                compressor.after_optimizer_step()
+        compressor.finish()
+
+    Args:
+        network: compressed in place; it stays the same object.
+        steps: what is done, in this order; see `Step`.
+        example_inputs: a tensor ``(N, ...)`` that the network takes, or a tuple of its arguments.
+        batches: calibration data from the training set, pairs of inputs and targets, or a function that draws them;
+            for criteria and ranges that depend on data, and for BatchNorm.
+        loss: of the network's output and the targets, a mean over the samples.
+        epochs: of the training; 0: there is none.
+        dense_epochs: of ordinary training before a first step that does not say when.
+        bn_batches: calibration batches over which BatchNorm's statistics are measured after each step that changed
+            something; 0: they stay.
+        seed: of everything that is drawn.
+        watch: called with a moment (see `Moment`) and the phase, when the network is as it is then.
+
+    Raises:
+        InputError: an order that makes no sense, phases that overlap or do not fit into ``epochs``; see `plan`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        steps: Sequence[Step],
+        example_inputs: Any,
+        *,
+        batches: Iterable[tuple[Any, Any]] | Callable[[], Sequence[tuple[Any, Any]]] | None = None,
+        loss: Loss = cross_entropy,
+        epochs: int = 0,
+        dense_epochs: int = 0,
+        bn_batches: int = 50,
+        seed: int = 0,
+        watch: Callable[[Moment, Phase | None], None] | None = None,
+    ) -> None:
+        if bn_batches < 0:
+            raise InputError(f"bn_batches must not be negative, got {bn_batches}")
+        self.steps = list(steps)
+        self.trains = epochs > 0
+        self.phases = (
+            plan(self.steps, epochs=epochs, dense_epochs=dense_epochs) if self.trains else _at_once(self.steps)
+        )
+        draw = batches if callable(batches) or batches is None else _kept(batches)
+        self.piece = Workpiece(network, example_inputs, seed=seed, draw=draw, loss=loss)
+        self.bn_batches = bn_batches
+        self.watch = watch
+        self.dense = copy_network(network)
+        # Phases that have begun, and of these that are over; optimiser steps of the last one that are done and in all.
+        self._begun = self._finished = 0
+        self._step = self._steps = 0
+
+    @property
+    def network(self) -> nn.Module:
+        """The network."""
+        return self.piece.network
+
+    @property
+    def masks(self) -> Masks:
+        """Of the weights that are pruned."""
+        return self.piece.masks
+
+    @property
+    def phase(self) -> Phase | None:
+        """The phase that is under way, if there is one."""
+        return self.phases[self._begun - 1] if self._begun > self._finished else None
+
+    @property
+    def is_last_phase(self) -> bool:
+        """Whether every step has begun."""
+        return self._begun == len(self.phases)
+
+    def apply(self) -> nn.Module:
+        """Do all steps, one after the other, without training.
+
+        Returns:
+            The network.
+
+        Raises:
+            InputError: this is for training, or a step needs it.
+        """
+        if self.trains:
+            raise InputError("this Compressor was made for a training of some epochs: leave epochs out to apply it")
+        return self.finish()
+
+    def begin_epoch(self, epoch: int, *, steps_per_epoch: int, optimizer: Optimizer | None = None) -> bool:
+        """End the phases that are over, and begin those whose time has come.
+
+        Args:
+            epoch: that now begins, from 0.
+            steps_per_epoch: optimiser steps of one epoch.
+            optimizer: the one in use; what it remembers of weights that are pruned now becomes zero.
+
+        Returns:
+            Whether the network has other parameters now, so that another optimiser is needed.
+        """
+        self.piece.optimizer = optimizer
+        before = _parameters_of(self.network)
+        self._advance(epoch)
+        phase = self.phase
+        if phase is not None:
+            self._steps = (phase.end - phase.begin) * steps_per_epoch
+        return _parameters_of(self.network) != before
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether a phase begins or ends with an epoch that begins now."""
+        over = self.phase is not None and self.phase.end <= epoch
+        return over or (self._begun < len(self.phases) and self.phases[self._begun].begin <= epoch)
+
+    def penalty(self) -> Tensor | None:
+        """What the phase adds to the loss, a scalar with a graph; ``None``: nothing."""
+        phase = self.phase
+        return None if phase is None else phase.step.penalty(self.piece, step=self._step, steps=self._steps)
+
+    def before_optimizer_step(self) -> Tensor | None:
+        """Add the penalty's gradient to the parameters', and take away that of pruned weights.
+
+        Returns:
+            The penalty, if there is one.
+        """
+        penalty = self.penalty()
+        if penalty is not None:
+            parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+            gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self.masks.project_gradients(self.network)
+        return None if penalty is None else penalty.detach()
+
+    def after_optimizer_step(self, optimizer: Optimizer | None = None) -> None:
+        """Let the phase's step go on, and keep pruned weights at zero.
+
+        Args:
+            optimizer: see `begin_epoch`.
+        """
+        self._step += 1
+        phase = self.phase
+        if phase is not None and self._step <= self._steps:
+            self.piece.optimizer = optimizer
+            phase.step.update(self.piece, step=self._step, steps=self._steps)
+            self.piece.forget_batches()
+        self.masks.project(self.network)
+
+    def project(self) -> None:
+        """Set pruned weights to zero, after something else has written to them: averaged weights, say."""
+        self.masks.project(self.network)
+
+    def finish(self) -> nn.Module:
+        """End the last phase, and do what is left.
+
+        Returns:
+            The network.
+        """
+        self.piece.optimizer = None
+        self._advance(None)
+        self.project()
+        return self.network
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training has to know beside the network's structure and weights: tensors and plain values."""
+        phase = self.phase
+        return {
+            "begun": self._begun,
+            "finished": self._finished,
+            "step": self._step,
+            "steps": self._steps,
+            "masks": self.masks.state_dict(),
+            "notes": list(self.piece.notes),
+            "of_step": {} if phase is None else phase.step.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another one was, whose structure and weights the network has been given.
+
+        Raises:
+            InputError: it had other steps.
+        """
+        if not state["finished"] <= state["begun"] <= len(self.phases):
+            raise InputError(
+                f"the checkpoint is {state['begun']} steps of compression on, and there are {len(self.phases)}: give "
+                "the steps that it was made with"
+            )
+        self._begun, self._finished = state["begun"], state["finished"]
+        self._step, self._steps = state["step"], state["steps"]
+        self.masks.load_state_dict(state["masks"])
+        self.piece.notes = list(state["notes"])
+        if self.phase is not None:
+            self.phase.step.load_state_dict(state["of_step"])
+
+    def _advance(self, epoch: int | None) -> None:
+        """End and begin phases until the one that an epoch belongs to; ``None``: all of them."""
+        while True:
+            phase = self.phase
+            following = self.phases[self._begun] if self._begun < len(self.phases) else None
+            if phase is not None:
+                # Training may go on after the last phase, but not in it.
+                if epoch is not None and epoch < phase.end:
+                    return
+                self._change(phase.step.finish, phase.step)
+                self._finished += 1
+                self._tell("after", phase)
+            elif following is not None and (epoch is None or following.begin <= epoch):
+                if self._begun == 0:
+                    self._tell("dense", None)
+                self._step = self._steps = 0
+                self._begun += 1
+                self._change(following.step.begin, following.step)
+                self._tell("before", following)
+            else:
+                return
+
+    def _change(self, act: Callable[[Workpiece], None], step: Step) -> None:
+        piece = self.piece
+        piece.changed = False
+        # What is drawn here must not shift what training draws.
+        with torch.random.fork_rng(devices=cuda_devices(piece.network)):
+            torch.manual_seed(piece.seed + self._begun)
+            act(piece)
+            if piece.changed and step.recalibrates and self.bn_batches and piece.draw is not None:
+                batches = piece.batches("BatchNorm")
+                recalibrate(piece.network, [inputs for inputs, _ in batches], limit=self.bn_batches)
+        piece.forget_batches()
+
+    def _tell(self, moment: Moment, phase: Phase | None) -> None:
+        if self.watch is not None:
+            self.watch(moment, phase)
+
+
+def _at_once(steps: Sequence[Step]) -> list[Phase]:
+    """Phases without training."""
+    for number, step in enumerate(steps, start=1):
+        reason = step.reason_to_train()
+        if reason is not None:
+            raise InputError(f"step {number} ({step!r}): {reason}: give the Compressor epochs, and train")
+    check_order(steps)
+    return [Phase(number, step, 0, 0) for number, step in enumerate(steps, start=1)]
+
+
+def _kept(batches: Iterable[tuple[Any, Any]]) -> Callable[[], Sequence[tuple[Any, Any]]]:
+    known = list(batches)
+    return lambda: known
+
+
+def _parameters_of(network: nn.Module) -> list[int]:
+    return [id(parameter) for parameter in network.parameters()]

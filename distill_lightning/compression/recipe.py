@@ -1,0 +1,165 @@
+"""What was done to a network's structure, in plain values, and the same done to one that was built anew.
+
+Changes that give layers other sizes, or put other layers in their place, are noted on the network as they are made, in
+their order. What is put on weights (learned masks, shared values, quantizers) can be seen on the layers themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from distill_lightning.compression import low_rank, movement, packing, quantizers, surgery
+from distill_lightning.errors import InputError
+
+ChangeKind = Literal["sizes", "low_rank", "tied"]
+Description = dict[str, Any]
+"""``{"changes": [{"kind": ..., "layers": {...}}, ...], "layers": {path: {kind: ...}}}``, of str, int, float, bool,
+lists and dicts, which JSON and ``torch.load(weights_only=True)`` take."""
+
+
+class _Kind(NamedTuple):
+    """How something on a layer's weights or input is told, and made again."""
+
+    describe: Callable[[nn.Module], dict[str, Any] | None]
+    rebuild: Callable[[nn.Module, Mapping[str, Any]], nn.Module]
+
+
+_ON_LAYERS = {
+    "learned": _Kind(movement.describe, movement.rebuild),
+    "shared": _Kind(packing.describe_shared, packing.rebuild_shared),
+    "quantized": _Kind(quantizers.describe, quantizers.rebuild),
+    "input": _Kind(quantizers.describe_input, quantizers.rebuild_input),
+}
+
+
+def note_change(network: nn.Module, kind: ChangeKind, layers: Mapping[str, Any] | None = None) -> None:
+    """Note on a network that its structure has just been changed.
+
+    Args:
+        network: as it is after the change.
+        kind: ``"sizes"``: layers were shrunk, heads, units or layers removed, or attention converted; ``"low_rank"``;
+            ``"tied"``.
+        layers: what `rebuild` needs of this kind: ``low_rank.describe`` of each new layer by path, or
+            ``tying.describe_tied``; nothing for sizes, which the layers tell.
+    """
+    changes = changes_of(network)
+    if kind == "sizes":
+        layers = surgery.describe(network)
+        # The later one tells all sizes again.
+        changes = changes[:-1] if changes and changes[-1]["kind"] == "sizes" else changes
+    network.__dict__["_changes"] = [*changes, {"kind": kind, "layers": dict(layers or {})}]
+
+
+def changes_of(network: nn.Module) -> list[dict[str, Any]]:
+    """The changes that were noted, in their order."""
+    changes: list[dict[str, Any]] = network.__dict__.get("_changes", [])
+    return changes
+
+
+def describe(network: nn.Module) -> Description:
+    """Everything that `rebuild` has to do to a network that is built as this one was at first."""
+    layers: dict[str, dict[str, Any]] = {}
+    for path, module in _layers(network):
+        told = {name: kind.describe(module) for name, kind in _ON_LAYERS.items()}
+        told = {name: value for name, value in told.items() if value}
+        if told:
+            layers[path] = told
+    return {"changes": copy.deepcopy(changes_of(network)), "layers": layers}
+
+
+def rebuild(network: nn.Module, description: Mapping[str, Any]) -> nn.Module:
+    """Give a network the structure of the described one, in place; a state dict of that one then loads strictly.
+
+    Args:
+        network: built as the described one was before anything was done to it.
+        description: from `describe`.
+
+    Returns:
+        The network.
+
+    Raises:
+        InputError: the network is of another structure, or it is changed already.
+    """
+    if changes_of(network):
+        raise InputError(f"{type(network).__name__} is compressed already: build it anew, as it was at first")
+    for change in description["changes"]:
+        _rebuild_change(network, change["kind"], change["layers"])
+    for path, told in description["layers"].items():
+        layer = _layer_at(network, path)
+        for name, value in told.items():
+            _ON_LAYERS[name].rebuild(layer, value)
+    network.__dict__["_changes"] = copy.deepcopy(list(description["changes"]))
+    return network
+
+
+def structure_only(description: Mapping[str, Any]) -> Description:
+    """A description without what is on weights, which a network of plain weights has no more; inputs stay quantized."""
+    layers = {path: {"input": told["input"]} for path, told in description["layers"].items() if "input" in told}
+    return {"changes": list(description["changes"]), "layers": layers}
+
+
+def bake(network: nn.Module) -> nn.Module:
+    """Put the weights' values in the place of what computes them, in place: masks, shared values and quantizers go.
+
+    The outputs in eval mode stay bit for bit. What quantizes a layer's input stays.
+
+    Returns:
+        The network.
+    """
+    movement.bake(network)
+    for _, layer in _layers(network):
+        packing.bake_shared(layer)
+        quantizers.bake(layer)
+    return network
+
+
+def copy_network(network: nn.Module) -> nn.Module:
+    """A deep copy, also of recurrent layers whose weights are computed, which PyTorch refuses to copy."""
+    memo: dict[int, Any] = {}
+    for module in network.modules():
+        for weight in getattr(module, "_flat_weights", []):
+            if weight is not None and not weight.is_leaf:
+                memo[id(weight)] = weight.detach().clone()
+    return copy.deepcopy(network, memo)
+
+
+@torch.no_grad()
+def plain_copy(network: nn.Module) -> nn.Module:
+    """A copy in eval mode whose weights are plain parameters with the values that the network computes with."""
+    return bake(copy_network(network).eval())
+
+
+def _rebuild_change(network: nn.Module, kind: str, layers: Mapping[str, Any]) -> None:
+    if kind == "sizes":
+        if surgery.rebuild(network, layers) is not network:
+            raise InputError(f"{type(network).__name__} is a single layer that was replaced: put it into a network")
+    elif kind == "low_rank":
+        for path, told in layers.items():
+            low_rank.replace_layer(network, path, low_rank.rebuild(_layer_at(network, path), told))
+    else:
+        raise InputError(f"a change of the unknown kind {kind!r}: a newer version of this package makes it")
+
+
+def _layers(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All modules but those inside parametrizations; a list, because parametrizations come and go."""
+    return [(path, module) for path, module in network.named_modules() if "parametrizations" not in path.split(".")]
+
+
+def _layer_at(network: nn.Module, path: str) -> nn.Module:
+    try:
+        return network.get_submodule(path)
+    except AttributeError as error:
+        raise InputError(
+            f"{type(network).__name__} has no layer {path!r} to rebuild: build the network as it was at first"
+        ) from error
+
+
+def is_computed(network: nn.Module) -> bool:
+    """Whether some weights are computed from others: a learned mask, shared values, a quantizer."""
+    return any(parametrize.is_parametrized(module) for module in network.modules())

@@ -1,0 +1,100 @@
+"""When each step's phase begins and ends, and whether the steps' order makes sense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from distill_lightning.compression.steps.base import Order, Step
+from distill_lightning.errors import InputError
+
+_REASONS = {
+    (Order.MASKS, Order.STRUCTURE): (
+        "masks belong to weights, which a step that shrinks, factors or ties layers replaces"
+    ),
+    (Order.VALUES, Order.STRUCTURE): "shared or quantized weights cannot be shrunk, factored or tied",
+    (Order.VALUES, Order.MASKS): "weights that are shared or quantized have no values of their own to prune",
+}
+
+
+class Phase(NamedTuple):
+    """A step and its epochs: training goes on in it from ``begin`` to ``end``, which are equal where there is none."""
+
+    number: int
+    step: Step
+    begin: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        """As in the report: ``"2 Quantize"``."""
+        return f"{self.number} {self.step!r}"
+
+
+def plan(steps: Sequence[Step], *, epochs: int, dense_epochs: int = 0) -> list[Phase]:
+    """The phases of some steps.
+
+    Args:
+        steps: in their order.
+        epochs: of the whole training; 0: there is none, and all steps are done at once.
+        dense_epochs: of ordinary training before a first step that does not say when.
+
+    Raises:
+        InputError: an order that makes no sense, phases that overlap, one that is not over after ``epochs``, or a step
+            that needs training and gets none.
+    """
+    check_order(steps)
+    if not 0 <= dense_epochs <= epochs:
+        raise InputError(f"dense_epochs={dense_epochs} of max_epochs={epochs}: give the Trainer more epochs")
+    phases: list[Phase] = []
+    now = dense_epochs
+    for number, step in enumerate(steps, start=1):
+        begin = _begin(step, now, epochs)
+        if begin < now and phases:
+            raise InputError(
+                f"step {number} ({step!r}) begins at epoch {begin}, and step {number - 1} ({steps[number - 2]!r}) ends "
+                f"at {now}: give it a later at, or leave at out"
+            )
+        end = begin + step.finetune_epochs
+        if end > epochs:
+            raise InputError(
+                f"step {number} ({step!r}) lasts from epoch {begin} to {end}, and the training ends at {epochs}: "
+                f"give the Trainer max_epochs={end}"
+            )
+        reason = step.reason_to_train()
+        if reason is not None and not step.finetune_epochs:
+            raise InputError(f"step {number} ({step!r}): {reason}: give it finetune_epochs")
+        phases.append(Phase(number, step, begin, end))
+        now = end
+    return phases
+
+
+def check_order(steps: Sequence[Step]) -> None:
+    """Refuse an order that makes no sense.
+
+    Raises:
+        InputError: with the reason.
+    """
+    last: tuple[int, Step] | None = None
+    for number, step in enumerate(steps, start=1):
+        if step.order is None:
+            continue
+        if last is not None and last[1].order is not None and step.order < last[1].order:
+            before, after = last[1].order, step.order
+            reason = _REASONS.get((before, after), "what is stored is encoded last, because it changes no weight")
+            raise InputError(
+                f"step {number} ({step!r}) cannot come after step {last[0]} ({last[1]!r}): {reason}; exchange them"
+            )
+        last = number, step
+
+
+def _begin(step: Step, now: int, epochs: int) -> int:
+    if step.at is None:
+        return now
+    if step.at == "start":
+        return 0
+    if step.at == "end":
+        return epochs
+    if isinstance(step.at, float):
+        return round(step.at * epochs)
+    return int(step.at)
