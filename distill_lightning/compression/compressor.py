@@ -208,6 +208,7 @@ class Compressor:
             "step": self._step,
             "steps": self._steps,
             "masks": self.masks.state_dict(),
+            "coding": self.piece.coding,
             "notes": list(self.piece.notes),
             "of_step": {} if phase is None else phase.step.state_dict(),
         }
@@ -226,7 +227,7 @@ class Compressor:
         self._begun, self._finished = state["begun"], state["finished"]
         self._step, self._steps = state["step"], state["steps"]
         self.masks.load_state_dict(state["masks"])
-        self.piece.notes = list(state["notes"])
+        self.piece.coding, self.piece.notes = state["coding"], list(state["notes"])
         if self.phase is not None:
             self.phase.step.load_state_dict(state["of_step"])
 

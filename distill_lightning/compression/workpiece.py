@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from distill_lightning.compression.calibration import Loss
 from distill_lightning.compression.masks import Masks
+from distill_lightning.compression.packing.packed import Coding
 from distill_lightning.errors import InputError
 
 
@@ -33,6 +34,7 @@ class Workpiece:
         draw: gives the calibration batches, pairs of inputs and targets from the training set; ``None``: there are
             none.
         loss: of the network's output and the targets, a mean.
+        coding: of the bytes of a packed file: ``"plain"``, ``"deflate"`` or ``"huffman"``.
         notes: what the report has to say about the steps, in sentences.
         changed: set by a step that has changed weights or structure.
     """
@@ -44,6 +46,7 @@ class Workpiece:
     seed: int = 0
     draw: Callable[[], Sequence[tuple[Any, Any]]] | None = None
     loss: Loss = cross_entropy
+    coding: Coding = "plain"
     notes: list[str] = field(default_factory=list)
     changed: bool = False
     _drawn: Sequence[tuple[Any, Any]] | None = None
