@@ -27,6 +27,7 @@ from distill_lightning.datamodules import ImageDataModule
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules import DistillationModule, check_optimizer
 from distill_lightning.modules.recording import Recorded, record
+from distill_lightning.modules.structure import restore_structure
 from distill_lightning.schedules import OneCycle
 from distill_lightning.stores import TeacherStore
 from distill_lightning.weights import read_checkpoint
@@ -134,7 +135,9 @@ class DistillCLI(LightningCLI):
             return
         path = self._checkpoint_path()
         if path is not None:
-            self.model.check_weights(read_checkpoint(path)["state_dict"], source=str(path))
+            checkpoint = read_checkpoint(path)
+            restore_structure(self.model, checkpoint)
+            self.model.check_weights(checkpoint["state_dict"], source=str(path))
         if self.config.get("subcommand") == "fit":
             endless = self.trainer.max_epochs == self.trainer.max_steps == -1
             if isinstance(check_optimizer(self.model), OneCycle) and endless:
