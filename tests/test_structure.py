@@ -162,7 +162,7 @@ def test_no_tensor_hides_outside_the_buffers(module):
     if module is distill_lightning.RegressionModule:
         options, network = {"num_targets": 3}, lambda: testing.TinyNet(None, num_targets=3)
     accepted = inspect.signature(module).parameters
-    networks_needed = [network() for name in ("student", "teachers") if name in accepted]
+    networks_needed = [network() for name in ("student", "network", "teachers") if name in accepted]
     built = module(*networks_needed, **{name: value for name, value in options.items() if name in accepted})
     for child in built.modules():
         if isinstance(child, torchmetrics.Metric):
