@@ -4,6 +4,7 @@ from distill_lightning import functional, layers, metrics, networks, samplers
 from distill_lightning.batch import Batch
 from distill_lightning.datamodules import (
     DigitsDataModule,
+    DocstringsDataModule,
     FashionMNISTDataModule,
     ImageFolderDataModule,
     IndexedDataModule,
@@ -30,7 +31,10 @@ from distill_lightning.modules import (
 from distill_lightning.networks import (
     AdaptedInput,
     Pretrained,
+    SmallCNN,
+    SmallLSTM,
     SmallResNet,
+    SmallTransformer,
     pytorchcv_network,
     timm_network,
     torchvision_network,
@@ -51,6 +55,7 @@ __all__ = [
     "CutMixSampler",
     "DigitsDataModule",
     "DistillationModule",
+    "DocstringsDataModule",
     "EmpiricalSampler",
     "ExtracurricularModule",
     "FEEDModule",
@@ -75,7 +80,10 @@ __all__ = [
     "RotatedDigitsDataModule",
     "RotatedFashionMNISTDataModule",
     "SelfKDModule",
+    "SmallCNN",
+    "SmallLSTM",
     "SmallResNet",
+    "SmallTransformer",
     "SupervisedModule",
     "TeacherEnsemble",
     "TeacherStore",

@@ -23,7 +23,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 
 from distill_lightning import __version__, callbacks
-from distill_lightning.datamodules import ImageDataModule
+from distill_lightning.datamodules import ViewDataModule
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules import DistillationModule, check_optimizer
 from distill_lightning.modules.recording import Recorded, record
@@ -128,7 +128,7 @@ class DistillCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Look at the data, the checkpoint and the optimiser before the Trainer writes anything."""
-        if isinstance(self.datamodule, ImageDataModule) and self.trainer.world_size == 1:
+        if isinstance(self.datamodule, ViewDataModule) and self.trainer.world_size == 1:
             self.datamodule.prepare_data()
             self.datamodule.setup()
         if not isinstance(self.model, DistillationModule):
