@@ -33,6 +33,7 @@ class _Kind(NamedTuple):
 _ON_LAYERS = {
     "learned": _Kind(movement.describe, movement.rebuild),
     "shared": _Kind(packing.describe_shared, packing.rebuild_shared),
+    "hashed": _Kind(packing.describe_hashed, packing.rebuild_hashed),
     "quantized": _Kind(quantizers.describe, quantizers.rebuild),
     "input": _Kind(quantizers.describe_input, quantizers.rebuild_input),
 }
@@ -115,6 +116,7 @@ def bake(network: nn.Module) -> nn.Module:
     movement.bake(network)
     for _, layer in _layers(network):
         packing.bake_shared(layer)
+        packing.bake_hashed(layer)
         quantizers.bake(layer)
     return network
 
