@@ -32,7 +32,7 @@ PACKAGE = Path(distill_lightning.__file__).parent
 LAYERS = {
     "errors": -1, "batch": 0, "processes": 0,
     "functional": 1, "views": 1, "mixing": 1, "weights": 1, "schedules": 1, "stores": 1, "plots": 1,
-    "layers": 2, "metrics": 2, "networks": 2.5, "samplers": 2.5, "compression": 2,
+    "layers": 2, "metrics": 2, "networks": 2.5, "samplers": 2.5, "compression": 2.7,
     "datamodules": 3, "callbacks": 3,
     "modules": 4,
     "testing": 5, "compare": 5, "cli": 5, "__main__": 5, "__init__": 5,
