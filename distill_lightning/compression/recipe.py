@@ -128,7 +128,13 @@ def copy_network(network: nn.Module) -> nn.Module:
         for weight in getattr(module, "_flat_weights", []):
             if weight is not None and not weight.is_leaf:
                 memo[id(weight)] = weight.detach().clone()
-    return copy.deepcopy(network, memo)
+    copied = copy.deepcopy(network, memo)
+    for module in copied.modules():
+        if parametrize.is_parametrized(module):
+            # A class of its own: the copy has the original's, from which its parametrizations would be removed, too.
+            kind = type(module)
+            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+    return copied
 
 
 @torch.no_grad()

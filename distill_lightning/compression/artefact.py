@@ -1,0 +1,242 @@
+"""One small file of a whole compressed network, and the network back from it without any argument."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_lightning.compression import packing, quantizers, recipe
+from distill_lightning.compression.packing.packed import Coding, Packed
+from distill_lightning.errors import InputError, refusing
+from distill_lightning.networks import Recipe, build_from, recipe_of
+from distill_lightning.weights import load_strictly, read_checkpoint
+
+FORMAT = 1
+_KIND = "network"
+_MAGIC = b"DLPK"
+# What a file is made of may be wrong in any of these ways although its checksum fits: somebody else wrote it.
+_DAMAGES = (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError)
+
+
+@torch.no_grad()
+def write_artefact(network: nn.Module, path: Path | str, *, coding: Coding = "plain") -> int:
+    """Write a network to one packed file, from which `load_compressed` makes it again.
+
+    The weights are stored with the values that the network computes with in eval mode, each tensor in the smallest of
+    the forms that give these back: quantization codes, indices into a codebook, hashed values, a bitmask or compressed
+    rows and what is not zero, or plain. (A negative zero may come back as zero, which equals it.) Equal tensors, and
+    so tied ones, are stored once. How the network was built and how its structure was changed is in the file, too.
+
+    Args:
+        network: compressed or not; it stays as it is.
+        path: of the file; one that is there is replaced.
+        coding: of the bytes on top: ``"plain"``, ``"deflate"`` or ``"huffman"``, for each part only if that makes it
+            smaller.
+
+    Returns:
+        The file's bytes.
+
+    Raises:
+        InputError: the coding is unknown, the network holds numbers of a type that is not stored, or the file cannot be
+            written.
+    """
+    if coding not in ("plain", "deflate", "huffman"):
+        raise InputError(f"coding must be 'plain', 'deflate' or 'huffman', got {coding!r}")
+    network = getattr(network, "_orig_mod", network)
+    computed = _computed(network)
+    names: dict[bytes, list[str]] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, value in recipe.plain_copy(network).state_dict().items():
+        if not isinstance(value, Tensor):
+            raise InputError(f"{name!r} of {type(network).__name__} is a {type(value).__name__}: only tensors are kept")
+        tensors[name] = value
+        names.setdefault(_digest(value), []).append(name)
+    packed = {}
+    for same in names.values():
+        value = tensors[same[0]]
+        known = [form for name in same for form in computed.get(name, ())]
+        packed[same[0]] = _smallest(value, known, coding)
+    header = {
+        "kind": _KIND,
+        "format": FORMAT,
+        "class": type(network).__name__,
+        "recipe": _plain(_without_weights(recipe_of(network))),
+        "structure": _plain(recipe.structure_only(recipe.describe(network))),
+        "same": {name: same[0] for same in names.values() for name in same[1:]},
+    }
+    return packing.write_packed(path, packed, header)
+
+
+def load_compressed(path: Path | str, network: nn.Module | None = None) -> nn.Module:
+    """The network of a packed file (`write_artefact`), or of a checkpoint of a training that compressed it.
+
+    Nothing but tensors and plain values is read, never pickled code.
+
+    Args:
+        path: of the file.
+        network: built as the compressed one was at first, and changed in place; only where no factory of this package
+            built that one.
+
+    Returns:
+        A plain network on the CPU (a given one stays where it is), in eval mode: its weights have the compressed values
+        and are parameters; inputs that were quantized still are. Its outputs in eval mode are bit for bit those of the
+        network that was written.
+
+    Raises:
+        InputError: there is no such file, it is damaged or something else, or ``network`` is needed or of another
+            structure.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}: give the path of a packed network or of a checkpoint")
+    with path.open("rb") as file:
+        is_packed = file.read(len(_MAGIC)) == _MAGIC
+    loaded = _from_packed(path, network) if is_packed else _from_checkpoint(path, network)
+    return loaded.eval()
+
+
+def _from_packed(path: Path, network: nn.Module | None) -> nn.Module:
+    header, tensors = packing.read_packed(path)
+    if header.get("kind") != _KIND:
+        raise InputError(f"{path} holds packed tensors and no network: read it with read_packed")
+    if header.get("format") != FORMAT:
+        raise InputError(
+            f"{path} has format {header.get('format')} of networks, this version reads {FORMAT}: update "
+            "distill_lightning"
+        )
+    with refusing(f"{path} is damaged", *_DAMAGES):
+        tensors |= {name: tensors[first] for name, first in header["same"].items()}
+        network = _built(path, network, header["recipe"], header["class"])
+        recipe.rebuild(network, header["structure"])
+        _load(network, tensors, path)
+    return network
+
+
+def _from_checkpoint(path: Path, network: nn.Module | None) -> nn.Module:
+    checkpoint = read_checkpoint(path)
+    told = checkpoint.get("compression")
+    if not told:
+        raise InputError(
+            f"{path} is the checkpoint of a training that compressed nothing: load it with its module's "
+            "load_from_checkpoint"
+        )
+    with refusing(f"{path} is damaged", *_DAMAGES):
+        attribute = told["attribute"]
+        prefix = f"{attribute}."
+        tensors = {
+            name.removeprefix(prefix): value
+            for name, value in checkpoint["state_dict"].items()
+            if name.startswith(prefix)
+        }
+        known = checkpoint.get("recipes", {}).get(attribute)
+        network = _built(path, network, _without_weights(known), f"{attribute!r}")
+        recipe.rebuild(network, told["description"])
+        _load(network, tensors, path)
+        # Some quantizers draw in train mode.
+        return recipe.bake(network.eval())
+
+
+def _built(path: Path, network: nn.Module | None, known: Recipe | None, what: str) -> nn.Module:
+    if network is not None:
+        return network
+    if known is None:
+        raise InputError(
+            f"{path} cannot tell how its network {what} was built, which no factory of this package did: give "
+            "load_compressed(path, network) one that is built as it was at first"
+        )
+    return build_from(known)
+
+
+def _load(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Load strictly, in the types that the tensors have."""
+    for name, own in network.state_dict(keep_vars=True).items():
+        stored = tensors.get(name)
+        if stored is not None and stored.dtype != own.dtype:
+            own.data = own.data.to(stored.dtype)
+    load_strictly(network, tensors, source=str(path))
+
+
+def _without_weights(known: Recipe | None) -> Recipe | None:
+    """A recipe that reads no file and fetches nothing: the weights come from elsewhere."""
+    if known is None:
+        return None
+    arguments = dict(known["arguments"])
+    if known["factory"] == "Pretrained":
+        return _without_weights(arguments["network"])
+    if isinstance(arguments.get("network"), Mapping):
+        arguments["network"] = _without_weights(arguments["network"])
+    if "pretrained" in arguments:
+        arguments["pretrained"] = False
+    return {"factory": known["factory"], "arguments": arguments}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as the lists that JSON would make of them."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (tuple, list)) else value
+
+
+def _computed(network: nn.Module) -> dict[str, list[Packed]]:
+    """What stands for the weights that are computed from others, by the name that each has when it is baked."""
+    found: dict[str, list[Packed]] = {}
+    for path, layer in network.named_modules(remove_duplicate=False):
+        for name, forms in _forms(layer):
+            found[f"{path}.{name}" if path else name] = forms
+    return found
+
+
+def _forms(layer: nn.Module) -> Iterator[tuple[str, list[Packed]]]:
+    for name, (codes, scheme) in quantizers.weight_codes(layer).items():
+        dtype = getattr(layer, name).dtype
+        yield name, [packing.pack_codes(codes, scheme, dtype=dtype)]
+    for name, (codebook, values) in packing.codebooks(layer).items():
+        yield name, [packing.pack_codebook(codebook.indices, values)]
+    for name, (entry, values) in packing.hashed(layer).items():
+        yield name, [packing.pack_hashed(values, entry.shape, entry.seed)]
+
+
+def _smallest(tensor: Tensor, computed: list[Packed], coding: Coding) -> Packed:
+    """The form of a tensor that takes the fewest bytes."""
+    forms = [packing.pack_dense(tensor), *computed]
+    if tensor.is_floating_point() and tensor.numel() > 1:
+        forms += _found(tensor)
+    # What is far larger than another does not become the smallest by its coding.
+    least = min(form.nbytes for form in forms)
+    forms = [form for form in forms if form.nbytes <= 4 * least]
+    if coding != "plain":
+        forms = [packing.encode(form, coding) for form in forms]
+    for form in sorted(forms, key=lambda form: form.nbytes):
+        if form.codec == "dense" or torch.equal(packing.unpack(form), tensor.cpu()):
+            return form
+    return packing.pack_dense(tensor)
+
+
+def _found(tensor: Tensor) -> Iterator[Packed]:
+    """Forms that only the values tell of: few of them, or many zeros."""
+    if _few(tensor):
+        yield packing.pack_shared(tensor)
+    present = tensor[tensor != 0]
+    if len(present) < tensor.numel():
+        values = packing.pack_shared(present) if len(present) > 1 and _few(present) else None
+        yield packing.pack_bitmask(tensor, values)
+        yield packing.pack_csr(tensor, values)
+
+
+def _few(tensor: Tensor) -> bool:
+    """Whether there are values for a codebook only; most tensors show at once that there are more."""
+    flat = tensor.flatten()
+    return len(torch.unique(flat[:4096])) <= 256 and len(torch.unique(flat)) <= 256
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """The same for equal tensors, and for no others."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    content = flat.view(torch.uint8).numpy() if len(flat) else b""
+    told = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+    return hashlib.sha256(told + bytes(content)).digest()
