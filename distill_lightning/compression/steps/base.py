@@ -69,7 +69,7 @@ class Step(ABC):
 
     @property
     def order(self) -> Order | None:
-        """What it does, which decides where it may stand; ``None``: anywhere. A class attribute where it is always one."""
+        """What it does, which decides where it may stand; ``None``: anywhere. Mostly a class attribute."""
         return None
 
     def watch_epoch(self, piece: Workpiece, epoch: int) -> None:  # noqa: B027  (most have nothing to do)
