@@ -112,6 +112,7 @@ def bake(network: nn.Module) -> nn.Module:
     Returns:
         The network.
     """
+    _separate_classes(network)
     movement.bake(network)
     for _, layer in _layers(network):
         packing.bake_shared(layer)
@@ -126,7 +127,9 @@ def copy_network(network: nn.Module) -> nn.Module:
         for weight in getattr(module, "_flat_weights", []):
             if weight is not None and not weight.is_leaf:
                 memo[id(weight)] = weight.detach().clone()
-    return copy.deepcopy(network, memo)
+    copied = copy.deepcopy(network, memo)
+    _separate_classes(copied)
+    return copied
 
 
 @torch.no_grad()
@@ -158,6 +161,18 @@ def _layer_at(network: nn.Module, path: str) -> nn.Module:
         raise InputError(
             f"{type(network).__name__} has no layer {path!r} to rebuild: build the network as it was at first"
         ) from error
+
+
+def _separate_classes(network: nn.Module) -> None:
+    """Give every layer with computed weights a class of its own, as `parametrize` had done before a deep copy.
+
+    The class has the weights as properties, and removing a parametrization deletes them there: from all of its copies.
+    """
+    for module in network.modules():
+        if parametrize.is_parametrized(module):
+            shared = type(module)
+            body = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+            module.__class__ = type(shared.__name__, shared.__bases__, body)
 
 
 def is_computed(network: nn.Module) -> bool:
