@@ -13,6 +13,7 @@ from distill_lightning.compression.packing.codebook import (
     bake_shared,
     codebooks,
     describe_shared,
+    freeze_shared,
     kmeans,
     rebuild_shared,
     share_weights,
@@ -33,8 +34,8 @@ from distill_lightning.compression.packing.packed import (
 )
 
 __all__ = [
-    "Clusters", "Codebook", "Packed", "Part", "bake_shared", "codebooks", "describe_shared", "encode", "huffman_decode",
-    "huffman_encode", "huffman_lengths", "kmeans", "pack_bitmask", "pack_bits", "pack_codebook", "pack_codes",
-    "pack_csr", "pack_dense", "pack_shared", "read_packed", "read_parts", "rebuild_shared", "share_weights", "unpack",
-    "unpack_bits", "unpack_codes", "write_packed",
+    "Clusters", "Codebook", "Packed", "Part", "bake_shared", "codebooks", "describe_shared", "encode", "freeze_shared",
+    "huffman_decode", "huffman_encode", "huffman_lengths", "kmeans", "pack_bitmask", "pack_bits", "pack_codebook",
+    "pack_codes", "pack_csr", "pack_dense", "pack_shared", "read_packed", "read_parts", "rebuild_shared",
+    "share_weights", "unpack", "unpack_bits", "unpack_codes", "write_packed",
 ]  # fmt: skip

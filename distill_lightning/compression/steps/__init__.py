@@ -1,5 +1,7 @@
 """Compression steps: plain descriptions of what is done when and where, for YAML and for Python."""
 
 from distill_lightning.compression.steps.base import At, Order, Step
+from distill_lightning.compression.steps.low_rank import LowRank
+from distill_lightning.compression.steps.sharing import ShareWeights
 
-__all__ = ["At", "Order", "Step"]
+__all__ = ["At", "LowRank", "Order", "ShareWeights", "Step"]
