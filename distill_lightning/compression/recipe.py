@@ -113,6 +113,7 @@ def bake(network: nn.Module) -> nn.Module:
     Returns:
         The network.
     """
+    _separate_classes(network)
     movement.bake(network)
     for _, layer in _layers(network):
         packing.bake_shared(layer)
@@ -129,11 +130,7 @@ def copy_network(network: nn.Module) -> nn.Module:
             if weight is not None and not weight.is_leaf:
                 memo[id(weight)] = weight.detach().clone()
     copied = copy.deepcopy(network, memo)
-    for module in copied.modules():
-        if parametrize.is_parametrized(module):
-            # A class of its own: the copy has the original's, from which its parametrizations would be removed, too.
-            kind = type(module)
-            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+    _separate_classes(copied)
     return copied
 
 
@@ -166,6 +163,18 @@ def _layer_at(network: nn.Module, path: str) -> nn.Module:
         raise InputError(
             f"{type(network).__name__} has no layer {path!r} to rebuild: build the network as it was at first"
         ) from error
+
+
+def _separate_classes(network: nn.Module) -> None:
+    """Give every layer with computed weights a class of its own, as `parametrize` had done before a deep copy.
+
+    The class has the weights as properties, and removing a parametrization deletes them there: from all of its copies.
+    """
+    for module in network.modules():
+        if parametrize.is_parametrized(module):
+            shared = type(module)
+            body = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+            module.__class__ = type(shared.__name__, shared.__bases__, body)
 
 
 def is_computed(network: nn.Module) -> bool:
