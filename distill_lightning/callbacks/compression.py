@@ -18,9 +18,12 @@ from torch.optim import Optimizer
 
 from distill_lightning.batch import Batch
 from distill_lightning.callbacks.batches import TrainersBatches, undrawn
+from distill_lightning.callbacks.stages import Measurements, check_scored, measure
 from distill_lightning.compression.compressor import Compressor, Moment
 from distill_lightning.compression.measure import count_parameters
 from distill_lightning.compression.recipe import describe
+from distill_lightning.compression.report import Report, machine
+from distill_lightning.compression.stages import DENSE, FINAL, Kind, Stage
 from distill_lightning.compression.steps import Order, Step
 from distill_lightning.compression.timeline import Phase
 from distill_lightning.errors import InputError
@@ -54,6 +57,10 @@ class CompressionCallback(pl.Callback):
         restart: whether every phase begins with a new optimiser and a new schedule, else only those that must, whose
             schedule goes on.
         seed: of everything that is drawn; ``None``: the run's (``seed_everything``).
+        report: what is measured of every stage, for `report` and ``stages``; ``None``: nothing, which takes no time.
+
+    Attributes:
+        stages: the network before, between and after the steps, each a `Stage`.
 
     Raises:
         InputError: an option out of range or an order that makes no sense; when the fit starts: no ``max_epochs``, a
@@ -69,12 +76,15 @@ class CompressionCallback(pl.Callback):
         calibration_batches: int = 50,
         restart: bool = True,
         seed: int | None = None,
+        report: Measurements | None = None,
     ) -> None:
         if calibration_batches < 1:
             raise InputError(f"calibration_batches must be at least 1, got {calibration_batches}")
         self.steps = list(steps)
         self.attribute, self.dense_epochs, self.restart = attribute, dense_epochs, restart
         self.calibration_batches, self.seed = calibration_batches, seed
+        self.measurements = report
+        self.stages: list[Stage] = []
         self.compressor: Compressor | None = None
         self._seen = 0
         # The Trainer and the module of the fit that is under way.
@@ -97,7 +107,9 @@ class CompressionCallback(pl.Callback):
             )
         if trainer.max_epochs is None or trainer.max_epochs < 1:
             raise InputError("compression needs the number of epochs: give the Trainer max_epochs")
-        self._fit = trainer, pl_module
+        self._fit, self.stages = (trainer, pl_module), []
+        if self.measurements is not None:
+            check_scored(trainer, pl_module, self.measurements.split)
         self.compressor = Compressor(
             network,
             self.steps,
@@ -131,8 +143,9 @@ class CompressionCallback(pl.Callback):
         epoch = trainer.current_epoch
         due = compressor.is_due(epoch)
         optimizer = trainer.optimizers[0]
+        before = [id(parameter) for parameter in compressor.network.parameters()]
         changed = compressor.begin_epoch(epoch, steps_per_epoch=self._steps_per_epoch(), optimizer=optimizer)
-        if changed:
+        if [id(parameter) for parameter in compressor.network.parameters()] != before:
             self._check_change(trainer)
         if changed or (due and self.restart):
             _new_optimizer(trainer, optimizer, restart=self.restart)
@@ -179,6 +192,8 @@ class CompressionCallback(pl.Callback):
         if compressor is None:
             return
         compressor.finish()
+        if self.measurements is not None:
+            self._measure(FINAL, "after", final=True)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.dirpath is not None:
                 path = Path(callback.dirpath) / "compressed.ckpt"
@@ -214,12 +229,29 @@ class CompressionCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the compression is."""
-        return {} if self.compressor is None else {"compressor": self.compressor.state_dict()}
+        if self.compressor is None:
+            return {}
+        return {"compressor": self.compressor.state_dict(), "stages": [stage.as_plain() for stage in self.stages]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         if self.compressor is not None and "compressor" in state_dict:
             self.compressor.load_state_dict(state_dict["compressor"])
+            self.stages = [Stage.of_plain(plain) for plain in state_dict["stages"]]
+
+    def report(self, *, metric: str = "accuracy", higher_is_better: bool = True) -> Report:
+        """The stages of the fit as a table, with its files.
+
+        Args:
+            metric: the score that it is about.
+            higher_is_better: whether more of it is better.
+
+        Raises:
+            InputError: nothing was measured.
+        """
+        if not self.stages:
+            raise InputError("nothing was measured: give CompressionCallback report=Measurements(), and fit")
+        return Report({0: self.stages}, metric=metric, higher_is_better=higher_is_better, about=machine())
 
     # What the compressor asks
 
@@ -245,6 +277,28 @@ class CompressionCallback(pl.Callback):
         before = getattr(pl_module, "before_compression", None)
         if moment == "dense" and before is not None:
             before()
+        if self.measurements is None:
+            return
+        if phase is None:
+            self._measure(DENSE, "dense")
+        elif moment == "before" and phase.end > phase.begin:
+            self._measure(f"{phase.name}, before fine-tuning", "before", timed=False)
+        elif moment == "after":
+            # The final row has the last one's time.
+            compressor = cast("Compressor", self.compressor)
+            self._measure(phase.name, "after", timed=phase is not compressor.phases[-1])
+
+    def _measure(self, name: str, kind: Kind, *, final: bool = False, timed: bool = True) -> None:
+        trainer, pl_module = cast("tuple[pl.Trainer, Any]", self._fit)
+        compressor = cast("Compressor", self.compressor)
+        told = {note for stage in self.stages for note in stage.notes}
+        notes = [note for note in compressor.piece.notes if note not in told]
+        self.stages.append(
+            measure(
+                trainer, pl_module, compressor, cast("Measurements", self.measurements),
+                name=name, kind=kind, final=final, timed=timed, notes=notes,
+            )
+        )  # fmt: skip
 
     def _steps_per_epoch(self) -> int:
         trainer, _ = cast("tuple[pl.Trainer, Any]", self._fit)

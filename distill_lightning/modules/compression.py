@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 from distill_lightning import functional
 from distill_lightning.batch import Batch
 from distill_lightning.callbacks.compression import CompressionCallback
+from distill_lightning.callbacks.stages import Measurements
 from distill_lightning.compression.recipe import copy_network
 from distill_lightning.compression.steps import Step
 from distill_lightning.errors import InputError
@@ -55,6 +56,7 @@ class CompressionBaseline(DistillationModule):
         calibration_batches: see `CompressionCallback`.
         restart: see `CompressionCallback`.
         seed: see `CompressionCallback`.
+        report: see `CompressionCallback`.
         input_shape: shape of one input, to check the networks with.
         optimizer: makes the optimiser from the trainable parameters, anew for every phase.
         lr_scheduler: makes the schedule from the optimiser, for the length of a phase.
@@ -66,6 +68,7 @@ class CompressionBaseline(DistillationModule):
     """
 
     frozen = ("teachers",)
+    per_position = True
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class CompressionBaseline(DistillationModule):
         calibration_batches: int = 50,
         restart: bool = True,
         seed: int | None = None,
+        report: Measurements | None = None,
         input_shape: Sequence[int] | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -119,6 +123,7 @@ class CompressionBaseline(DistillationModule):
             calibration_batches=calibration_batches,
             restart=restart,
             seed=seed,
+            report=report,
         )
 
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -132,7 +137,7 @@ class CompressionBaseline(DistillationModule):
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The labels' cross entropy and, under a teacher, the divergence from its prediction."""
         logits = self.student(batch.input)
-        terms = {"ce": F.cross_entropy(logits, batch.target)}
+        terms = {"ce": F.cross_entropy(*functional.by_position(logits, batch.target))}
         if self._is_taught:
             teacher_probs = self.told(batch)["probabilities"]
             terms["kd"] = functional.softened_kl(logits, teacher_probs, temperature=self.temperature, from_logits=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
@@ -86,6 +88,23 @@ class EvaluatedModule(FrozenPartsModule):
             beside.update(*self._positions(output, self._counted(batch, answer)))
             self.log_dict(beside, on_step=False, on_epoch=True, batch_size=batch.size)
         return {"output": counted, "target": target}
+
+    @torch.no_grad()
+    def score(self, batches: Iterable[Any]) -> dict[str, float]:
+        """The student's metrics over some batches, by their bare names, logged nowhere.
+
+        Args:
+            batches: on the module's device, as for `validation_step`.
+        """
+        metrics = self.test_metrics.clone()
+        training = self.training
+        self.eval()
+        for given in batches:
+            batch = self._checked(given)
+            output = self._counted(batch, self.evaluated(self.forward(batch.input)))
+            metrics.update(*self._positions(output, self._counted(batch, batch.target)))
+        self.train(training)
+        return {name.removeprefix("test/"): float(value) for name, value in metrics.compute().items()}
 
     def _checked(self, batch: Any) -> Batch:
         """The batch, if its targets are of a kind that the method takes."""
