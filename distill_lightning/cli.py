@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's verbs for every method, ``record`` and ``compare``.
+"""The command line: LightningCLI's verbs for every method, ``record``, ``compare`` and ``compress``.
 
 Bad input ends in one line on standard error and exit status 2; a traceback is a bug.
 """
@@ -37,7 +37,7 @@ _TOLD_BY_DATA = ("num_classes", "input_shape")
 __all__ = ["DistillCLI", "callbacks", "main", "one_line"]
 _DESCRIPTION = """Train, evaluate and compare the methods of distill_lightning.
 
-Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER]."""
+Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER], distill-lightning compress CONFIG."""
 
 
 class RecordingTrainer(Trainer):
@@ -204,8 +204,20 @@ def _run(arguments: list[str]) -> None:
         from distill_lightning.compare.command import run  # noqa: PLC0415
 
         run(arguments[1:])
+    elif arguments[:1] == ["compress"]:
+        from distill_lightning.compress.command import run as compress  # noqa: PLC0415  (likewise)
+
+        compress(arguments[1:], _parts_of)
     else:
         DistillCLI(arguments)
+
+
+def _parts_of(arguments: Sequence[str]) -> Any:
+    """What a configuration makes, without running anything."""
+    from distill_lightning.compress.runs import Parts  # noqa: PLC0415  (likewise)
+
+    cli = DistillCLI(arguments, run=False)
+    return Parts(cli.model, cli.datamodule, cli.trainer)
 
 
 def one_line(error: Exception) -> str:

@@ -35,10 +35,10 @@ LAYERS = {
     "layers": 2, "metrics": 2, "networks": 2.5, "samplers": 2.5, "compression": 2.7,
     "datamodules": 3, "callbacks": 3,
     "modules": 4,
-    "testing": 5, "compare": 5, "cli": 5, "__main__": 5, "__init__": 5,
+    "testing": 5, "compare": 5, "compress": 5, "cli": 5, "__main__": 5, "__init__": 5,
 }  # fmt: skip
 NEVER = {("modules", "datamodules"), ("modules", "callbacks"), ("modules", "plots"), ("datamodules", "callbacks")}
-LIGHTNING = {"modules", "datamodules", "callbacks", "compare", "cli", "testing"}
+LIGHTNING = {"modules", "datamodules", "callbacks", "compare", "compress", "cli", "testing"}
 
 
 def part_of(path):

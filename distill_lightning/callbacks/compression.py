@@ -61,6 +61,7 @@ class CompressionCallback(pl.Callback):
 
     Attributes:
         stages: the network before, between and after the steps, each a `Stage`.
+        calibration: inputs that int8 versions of the network can be calibrated with, where the report has one.
 
     Raises:
         InputError: an option out of range or an order that makes no sense; when the fit starts: no ``max_epochs``, a
@@ -85,6 +86,7 @@ class CompressionCallback(pl.Callback):
         self.calibration_batches, self.seed = calibration_batches, seed
         self.measurements = report
         self.stages: list[Stage] = []
+        self.calibration: list[Any] = []
         self.compressor: Compressor | None = None
         self._seen = 0
         # The Trainer and the module of the fit that is under way.
@@ -193,6 +195,8 @@ class CompressionCallback(pl.Callback):
             return
         compressor.finish()
         if self.measurements is not None:
+            if self.measurements.onnx == "static":
+                self.calibration = [inputs.cpu() for inputs, _ in self._draw()]
             self._measure(FINAL, "after", final=True)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.dirpath is not None:
