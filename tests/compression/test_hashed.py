@@ -89,6 +89,7 @@ def test_two_seeds_are_independent():
     assert abs(float((one == other).double().mean()) - 1 / 200) < 4 * math.sqrt(1 / 200 / 100_000)
 
 
+@pytest.mark.slow
 def test_another_process_hashes_alike():
     code = (
         "import hashlib; from distill_lightning.compression.packing.hashed import hash_places;"
@@ -331,6 +332,7 @@ def test_packed_weights_come_back_bit_for_bit(tmp_path, shape, dtype):
     assert tensors["weight"].untyped_storage().nbytes() == wanted.numel() * dtype.itemsize
 
 
+@pytest.mark.slow
 def test_the_file_holds_the_values_and_another_process_reads_it(tmp_path):
     layer = nn.Linear(512, 256, bias=False)
     p.hash_weights(layer, ratio=1 / 32, seed=5)
