@@ -35,13 +35,13 @@ class Compressor:
         compressor = Compressor(network, steps, images, epochs=30, batches=calibration)
         for epoch in range(30):
             if compressor.begin_epoch(epoch, steps_per_epoch=len(loader), optimizer=optimizer):
-                optimizer = SGD(network.parameters(), lr=0.1)      # other parameters than before
+                optimizer = SGD(network.parameters(), lr=0.1)      # of other parameters, or from anew
             for inputs, targets in loader:
                 optimizer.zero_grad()
                 F.cross_entropy(network(inputs), targets).backward()
                 compressor.before_optimizer_step()
                 optimizer.step()
-                compressor.after_optimizer_step()
+                compressor.after_optimizer_step(optimizer)
         compressor.finish()
 
     Args:
@@ -134,15 +134,17 @@ class Compressor:
             optimizer: the one in use; what it remembers of weights that are pruned now becomes zero.
 
         Returns:
-            Whether the network has other parameters now, so that another optimiser is needed.
+            Whether another optimiser is needed: the network has other parameters now, or its training begins anew.
         """
-        self.piece.optimizer = optimizer
+        self.piece.optimizer, self.piece.restart = optimizer, False
         before = _parameters_of(self.network)
+        for waiting in self.phases[self._begun :]:
+            waiting.step.watch_epoch(self.piece, epoch)
         self._advance(epoch)
         phase = self.phase
         if phase is not None:
             self._steps = (phase.end - phase.begin) * steps_per_epoch
-        return _parameters_of(self.network) != before
+        return self.piece.restart or _parameters_of(self.network) != before
 
     def is_due(self, epoch: int) -> bool:
         """Whether a phase begins or ends with an epoch that begins now."""
@@ -201,7 +203,6 @@ class Compressor:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training has to know beside the network's structure and weights: tensors and plain values."""
-        phase = self.phase
         return {
             "begun": self._begun,
             "finished": self._finished,
@@ -210,7 +211,7 @@ class Compressor:
             "masks": self.masks.state_dict(),
             "coding": self.piece.coding,
             "notes": list(self.piece.notes),
-            "of_step": {} if phase is None else phase.step.state_dict(),
+            "of_steps": {other.number: other.step.state_dict() for other in self.phases[self._finished :]},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -228,8 +229,8 @@ class Compressor:
         self._step, self._steps = state["step"], state["steps"]
         self.masks.load_state_dict(state["masks"])
         self.piece.coding, self.piece.notes = state["coding"], list(state["notes"])
-        if self.phase is not None:
-            self.phase.step.load_state_dict(state["of_step"])
+        for phase in self.phases[self._finished :]:
+            phase.step.load_state_dict(state["of_steps"][phase.number])
 
     def _advance(self, epoch: int | None) -> None:
         """End and begin phases until the one that an epoch belongs to; ``None``: all of them."""

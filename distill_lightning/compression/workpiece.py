@@ -37,6 +37,7 @@ class Workpiece:
         coding: of the bytes of a packed file: ``"plain"``, ``"deflate"`` or ``"huffman"``.
         notes: what the report has to say about the steps, in sentences.
         changed: set by a step that has changed weights or structure.
+        restart: set by a step after which training begins anew, with an optimiser and a learning rate as at first.
     """
 
     network: nn.Module
@@ -49,6 +50,7 @@ class Workpiece:
     coding: Coding = "plain"
     notes: list[str] = field(default_factory=list)
     changed: bool = False
+    restart: bool = False
     _drawn: Sequence[tuple[Any, Any]] | None = None
 
     def batches(self, what: str) -> Sequence[tuple[Any, Any]]:

@@ -1,5 +1,6 @@
 """Compression steps: plain descriptions of what is done when and where, for YAML and for Python."""
 
 from distill_lightning.compression.steps.base import At, Order, Step
+from distill_lightning.compression.steps.prune import Prune
 
-__all__ = ["At", "Order", "Step"]
+__all__ = ["At", "Order", "Prune", "Step"]

@@ -43,8 +43,6 @@ class Step(ABC):
         InputError: an ``at`` that is none of these, or negative epochs.
     """
 
-    order: ClassVar[Order | None] = None
-    """``None``: it may stand anywhere."""
     recalibrates: ClassVar[bool] = True
     """Whether BatchNorm's statistics are measured anew after it has changed something."""
 
@@ -69,6 +67,14 @@ class Step(ABC):
     def __repr__(self) -> str:
         return type(self).__name__
 
+    @property
+    def order(self) -> Order | None:
+        """What it does, which decides where it may stand; ``None``: anywhere. Mostly a class attribute."""
+        return None
+
+    def watch_epoch(self, piece: Workpiece, epoch: int) -> None:  # noqa: B027  (most have nothing to do)
+        """See the network at the beginning of every epoch until the phase begins, of that one, too. Here: nothing."""
+
     @abstractmethod
     def begin(self, piece: Workpiece) -> None:
         """Do what is to be done before the phase's first training step."""
@@ -88,7 +94,7 @@ class Step(ABC):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know of the phase that is under way: tensors and plain values."""
+        """What a resumed run has to know of a phase that waits or is under way: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  (likewise)

@@ -1,0 +1,54 @@
+"""Masks that are learned in a phase, put on, set and taken off by the steps that prune with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from distill_lightning.compression import movement
+from distill_lightning.compression.parameters import split_path
+from distill_lightning.compression.selection import Scope
+from distill_lightning.compression.workpiece import Workpiece
+
+_PAST = -1e9
+"""The score of what had been pruned before, which no other falls below: it counts in the amount, and stays pruned."""
+
+
+def put_on(piece: Workpiece, paths: Sequence[str], kind: movement.Kind) -> None:
+    """Put learned masks that prune nothing yet on weights; masks in force go on under the new names."""
+    options = {} if kind == "l0" else {"amount": 0.0}
+    for path, mask in movement.learn(piece.network, paths, kind=kind, **options).items():
+        before = piece.masks.kept.get(path)
+        if before is not None and not isinstance(mask, movement.HardConcrete):
+            mask.scores.data.masked_fill_(~before.to(mask.scores.device), _PAST)
+        piece.rename_mask(path, _inner(path))
+
+
+def set_amount(network: nn.Module, paths: Sequence[str], amount: float | Mapping[str, float], *, scope: Scope) -> None:
+    """Set how much movement masks prune, or the threshold of soft ones; see `movement.set_amount`."""
+    masks = {path: mask for path, mask in movement.learned(network).items() if path in paths}
+    hard = any(isinstance(mask, movement.TopK) for mask in masks.values())
+    if hard and not isinstance(amount, Mapping):
+        movement.set_amount(network, amount, scope=scope)
+        return
+    for path, mask in masks.items():
+        if not isinstance(mask, movement.HardConcrete):
+            mask.amount = amount[path] if isinstance(amount, Mapping) else amount
+
+
+def take_off(piece: Workpiece, paths: Sequence[str]) -> None:
+    """Have the weights be plain parameters again, and what is zero in them stay so."""
+    masks = movement.bake(piece.network)
+    for path in paths:
+        piece.rename_mask(_inner(path), path)
+        before = piece.masks.kept.get(path)
+        if before is not None:
+            masks.kept[path] = masks.kept[path] & before.to(masks.kept[path].device)
+    piece.prune(masks)
+
+
+def _inner(path: str) -> str:
+    """Where a parameter is while a parametrization computes the weight from it."""
+    module, name = split_path(path)
+    return f"{module}.parametrizations.{name}.original" if module else f"parametrizations.{name}.original"

@@ -1,0 +1,346 @@
+"""The step that prunes: weights become zeros, or channels, units, heads and layers leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal, cast
+
+from torch import Tensor
+
+from distill_lightning.compression import penalties
+from distill_lightning.compression.lottery import Snapshot, reinitialize
+from distill_lightning.compression.parameters import split_path
+from distill_lightning.compression.recipe import copy_network
+from distill_lightning.compression.schedules import Cubic, OneShot, Schedule, Threshold
+from distill_lightning.compression.selection import Scope
+from distill_lightning.compression.steps import learned_masks, units, weights
+from distill_lightning.compression.steps.base import At, Order, Step
+from distill_lightning.compression.steps.pruning_options import LEARNED, Criterion, check_options
+from distill_lightning.compression.targets import Targets
+from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.errors import InputError
+from distill_lightning.weights import load_strictly
+
+Level = float | dict[str, float]
+"""A share of the units, or shares by path, or a threshold."""
+
+
+class Prune(Step):
+    """Prunes what is worth least.
+
+    Weights, rows, blocks and n of m become zeros that stay zeros, which saves bytes of a packed file. Channels, hidden
+    units, neurons, heads and layers leave the tensors, which saves all else, too: at once when the phase begins, or,
+    where the schedule goes on, as whole groups of zeros that leave when it ends.
+
+    Args:
+        amount: share of the units that are pruned in the end, those that were pruned before included, in ``[0, 1]``; or
+            shares by patterns of layers (see `Targets`), of which the first that matches counts, and layers that none
+            matches are left alone. ``None``: the ``granularity`` (``"2:4"``), the ``budget`` or a `Threshold` says it.
+        criterion: what a unit is worth: ``"magnitude"``, ``"random"`` (the control), ``"gradient"``, ``"taylor"``,
+            ``"obd"``, ``"snip"``, see `criteria`; ``"obs"`` within each linear layer and convolution, ``"obs_update"``
+            the same, and the weights that stay make up for those that go (SparseGPT); ``"bn_scale"`` of channels; for
+            weights also ``"movement"``, learned in the phase, and ``"soft_movement"``, whose `Threshold` is one of the
+            scores' sigmoids. A unit's worth is the mean over the weights that leave with it, of criteria that estimate
+            the loss their sum.
+        granularity: ``"weight"``, ``"row"``, ``"block:4x8"``, ``"2:4"``, or ``"channel"``, ``"hidden_unit"``,
+            ``"neuron"`` (of Transformers' feed-forward layers), ``"head"``, ``"layer"`` (of Transformer encoders).
+        scope: ``"global"``: all layers' units compete; ``"layer"``: those of each layer.
+        schedule: ``None``: `OneShot`; `Cubic` of ``"movement"``, ``Threshold(0.1)`` of ``"soft_movement"``.
+        budget: instead of the amount of channels and the like, ``"macs:0.5"`` or ``"params:0.5"``: the smallest amount
+            after which no more than this share of what the step found is left. (Half of the channels leave about a
+            quarter of both.)
+        round_to: a multiple of it stays of each layer's channels, so that a little less than the amount goes.
+        rewind: for lottery tickets: whenever something has been pruned, what is left goes back to what it was when an
+            epoch began (``"start"``: the first), BatchNorm's statistics, too, and the optimiser forgets. ``"random"``:
+            new weights are drawn, the control.
+        regrow: share of the pruned weights that come back at each update of the schedule, those with the greatest
+            gradients; as many others go.
+        penalty_weight: of the mean sigmoid of soft movement's scores in the loss.
+        backend: what finds the channels that go together: ``"own"``, or ``"torch_pruning"`` if it is installed.
+        at: see `Step`.
+        targets: see `Step`; of channels and the like the layers that groups are named after, the first that makes them.
+        exclude: see `Step`.
+        finetune_epochs: see `Step`.
+
+    Raises:
+        InputError: options that do not go together.
+    """
+
+    def __init__(
+        self,
+        *,
+        amount: float | dict[str, float] | None = None,
+        criterion: Criterion = "magnitude",
+        granularity: str = "weight",
+        scope: Scope = "global",
+        schedule: Schedule | Threshold | None = None,
+        budget: str | None = None,
+        round_to: int = 1,
+        rewind: int | Literal["start", "random"] | None = None,
+        regrow: float = 0.0,
+        penalty_weight: float = 1.0,
+        backend: units.Backend = "own",
+        at: At | None = None,
+        targets: Targets | None = None,
+        exclude: Targets = (),
+        finetune_epochs: int = 0,
+    ) -> None:
+        super().__init__(at=at, targets=targets, exclude=exclude, finetune_epochs=finetune_epochs)
+        if schedule is None:
+            schedule = Cubic() if criterion == "movement" else OneShot()
+            schedule = Threshold(0.1) if criterion == "soft_movement" else schedule
+        check_options(
+            amount=amount,
+            criterion=criterion,
+            granularity=granularity,
+            scope=scope,
+            schedule=schedule,
+            budget=budget,
+            round_to=round_to,
+            rewind=rewind,
+            regrow=regrow,
+        )
+        self.amount, self.criterion, self.granularity, self.scope = amount, criterion, granularity, scope
+        self.schedule, self.budget, self.round_to = schedule, budget, round_to
+        self.rewind, self.regrow, self.penalty_weight, self.backend = rewind, regrow, penalty_weight, backend
+        self.kind = next((kind for kind in units.UNITS if kind == granularity), None)
+        if budget is not None:
+            units.parse_budget(budget)
+        self._paths: list[str] = []
+        self._final: Level | None = amount
+        self._now: Level | None = None
+        self._kept: units.Kept | None = None
+        self._limit: float | None = None
+        self._snapshot: dict[str, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        return f"Prune {self.granularity}"
+
+    @property
+    def order(self) -> Order:
+        """Masks, or structure."""
+        return Order.MASKS if self.kind is None else Order.STRUCTURE
+
+    def reason_to_train(self) -> str | None:
+        """Learned scores, schedules and lottery tickets are of training."""
+        if self.criterion in LEARNED:
+            return f"criterion {self.criterion!r} is learned while the network trains"
+        if self.rewind is not None:
+            return "a network that was rewound has to train again"
+        if isinstance(self.schedule, Threshold):
+            return "its Threshold rises while the network trains" if self.schedule.end > 0 else None
+        return None if isinstance(self.schedule, OneShot) else "its schedule prunes while the network trains"
+
+    def watch_epoch(self, piece: Workpiece, epoch: int) -> None:
+        """Remember the network of the epoch to go back to."""
+        if self.rewind != "random" and epoch == (0 if self.rewind == "start" else self.rewind):
+            self._snapshot = Snapshot(piece.network).state_dict()
+
+    def begin(self, piece: Workpiece) -> None:
+        """Find what can be pruned, and prune what the schedule asks for at first."""
+        self._forget()
+        if self.rewind not in (None, "random") and self._snapshot is None:
+            raise InputError(f"Prune: no epoch {self.rewind!r} began before this phase did: give an earlier rewind")
+        amounts = self.amount.values() if isinstance(self.amount, dict) else [self.amount]
+        if not any(amount != 0 for amount in amounts):
+            return
+        if self.kind is not None:
+            self._begin_units(piece, self.kind)
+            return
+        patterns = list(self.amount) if isinstance(self.amount, dict) else None
+        self._paths = weights.weight_paths(
+            piece.network, self.targets, self.exclude, granularity=self.granularity, criterion=self.criterion
+        )
+        if isinstance(self.amount, dict):
+            layers = {path: split_path(path)[0] for path in self._paths}
+            own = weights.per_layer(piece.network, self.amount, list(layers.values()))
+            self._final = {path: own[layer] for path, layer in layers.items() if layer in own}
+            self._paths = list(self._final)
+        weights.say_covered(
+            piece, self._paths, step=repr(self), targets=self.targets or patterns, refuse=not self.exclude
+        )
+        if self.criterion in LEARNED:
+            learned_masks.put_on(piece, self._paths, "hard" if self.criterion == "movement" else "soft")
+        self._go_on(piece, self._level(step=0, steps=min(self.finetune_epochs, 1)))
+
+    def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
+        """Prune more where the schedule says so."""
+        self._go_on(piece, self._level(step=step, steps=steps))
+
+    def penalty(self, piece: Workpiece, *, step: int, steps: int) -> Tensor | None:
+        """Of soft movement's scores."""
+        if self.criterion != "soft_movement" or not self._paths:
+            return None
+        return self.penalty_weight * penalties.soft_movement(piece.network)
+
+    def finish(self, piece: Workpiece) -> None:
+        """Prune what is left to prune; learned masks become plain ones, and masked units leave."""
+        if self.kind is not None:
+            self._finish_units(piece, self.kind)
+        elif self._paths:
+            self._go_on(piece, self._level(step=1, steps=1))
+            if self.criterion in LEARNED:
+                learned_masks.take_off(piece, self._paths)
+        self._forget()
+        self._snapshot = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is worked on, how much is pruned, and what to go back to."""
+        return {name: getattr(self, f"_{name}") for name in ("paths", "final", "now", "kept", "limit", "snapshot")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        for name, value in state.items():
+            setattr(self, f"_{name}", value)
+
+    def _forget(self) -> None:
+        self._paths, self._final, self._now, self._kept, self._limit = [], self.amount, None, None, None
+
+    def _level(self, *, step: int, steps: int) -> Level | None:
+        """How much is pruned from a step on; ``None``: the granularity says it."""
+        schedule, final = self.schedule, self._final
+        if isinstance(schedule, Threshold):
+            return schedule.threshold(step=step, steps=steps)
+        if isinstance(final, dict):
+            return {path: schedule.amount(own, step=step, steps=steps) for path, own in final.items()}
+        return None if final is None else schedule.amount(final, step=step, steps=steps)
+
+    def _go_on(self, piece: Workpiece, level: Level | None) -> None:
+        """Prune to a level, unless it is the one that there is."""
+        # The shares of layers that compete change with learned scores.
+        moving = self.criterion == "movement" and self.scope == "global"
+        if self._now == (1.0 if level is None else level) and not moving:
+            return
+        grows = self._now is not None
+        self._now = 1.0 if level is None else level
+        if not (any(self._now.values()) if isinstance(self._now, dict) else self._now):
+            return
+        if self.kind is not None:
+            self._mask_units(piece, self.kind)
+        elif self.criterion in LEARNED:
+            learned_masks.set_amount(piece.network, self._paths, self._now, scope=self.scope)
+        elif isinstance(self.schedule, Threshold):
+            threshold = cast("float", level)
+            weights.prune_below(piece, self._paths, threshold, criterion=self.criterion, granularity=self.granularity)
+        else:
+            weights.prune_weights(
+                piece,
+                self._paths,
+                level,
+                criterion=self.criterion,
+                granularity=self.granularity,
+                scope=self.scope,
+                growing=self.regrow if grows else 0.0,
+            )
+        if self.rewind is not None and self.criterion not in LEARNED:
+            self._go_back(piece, self._snapshot)
+
+    def _go_back(self, piece: Workpiece, state: Mapping[str, Tensor] | None) -> None:
+        """Rewind what is left to a state of the structure that there is now."""
+        if self.rewind == "random":
+            reinitialize(piece.network, seed=piece.seed + 1)
+        else:
+            load_strictly(piece.network, dict(state or {}), source="the network that rewind goes back to")
+        piece.masks.project(piece.network)
+        if piece.optimizer is not None:
+            piece.optimizer.state.clear()
+        piece.restart = True
+        # BatchNorm's statistics have gone back, too, and belong to the weights that there are now.
+        piece.changed = False
+
+    # Units that leave.
+
+    def _begin_units(self, piece: Workpiece, kind: units.UnitKind) -> None:
+        shown = units.on_copy(piece, kind)
+        families = self._families(shown, kind)
+        names = units.parameter_names(shown.network, families)
+        weights.say_covered(
+            shown, names, step=repr(self), targets=self.targets, refuse=kind == "channel" and not self.exclude
+        )
+        if self.budget is not None:
+            self._limit = units.limit_of(self.budget, piece.network, piece.example_inputs)
+            self._final = self._smallest(shown, kind, families)
+        if isinstance(self.schedule, OneShot):
+            self._leave(piece, kind, families, self._choose(shown, families, self._level(step=0, steps=0)))
+            return
+        if kind == "head":
+            self._convert(piece)
+        self._go_on(piece, self._level(step=0, steps=1))
+
+    def _finish_units(self, piece: Workpiece, kind: units.UnitKind) -> None:
+        if isinstance(self.schedule, OneShot) or self._now is None:
+            return
+        families = self._families(piece, kind)
+        if self.budget is not None:
+            # Others have gone than those that went when the amount was found.
+            self._final = self._smallest(piece, kind, families)
+        self._go_on(piece, self._level(step=1, steps=1))
+        if self._kept is not None:
+            self._leave(piece, kind, families, self._kept)
+
+    def _families(self, piece: Workpiece, kind: units.UnitKind) -> list[units.Family]:
+        families = units.find_families(
+            piece.network,
+            kind,
+            piece.example_inputs,
+            targets=self.targets,
+            exclude=self.exclude,
+            backend=self.backend,
+        )
+        if isinstance(self.amount, dict):
+            self._final = dict(weights.per_layer(piece.network, self.amount, [family.name for family in families]))
+            families = [family for family in families if family.name in self._final]
+        return families
+
+    def _choose(self, piece: Workpiece, families: list[units.Family], level: Level | None) -> units.Kept:
+        scores = units.score_units(piece, families, self.criterion)
+        return self._chosen(families, scores, level)
+
+    def _chosen(self, families: list[units.Family], scores: Mapping[str, Tensor], level: Level | None) -> units.Kept:
+        return units.choose_units(
+            families,
+            scores,
+            level,
+            scope=self.scope,
+            by_threshold=isinstance(self.schedule, Threshold),
+            round_to=self.round_to,
+            kept=self._kept,
+        )
+
+    def _smallest(self, piece: Workpiece, kind: units.UnitKind, families: list[units.Family]) -> float:
+        scores = units.score_units(piece, families, self.criterion)
+        chosen = partial(self._chosen, families, scores)
+        return units.smallest_amount(piece, kind, families, chosen, budget=self.budget or "", limit=self._limit or 0.0)
+
+    def _mask_units(self, piece: Workpiece, kind: units.UnitKind) -> None:
+        families = self._families(piece, kind)
+        self._kept = self._choose(piece, families, self._now)
+        masks = units.unit_masks(piece.network, families, self._kept)
+        for name, mask in masks.kept.items():
+            before = piece.masks.kept.get(name)
+            masks.kept[name] = mask if before is None else mask & before.to(mask.device)
+        piece.prune(masks)
+
+    def _convert(self, piece: Workpiece) -> None:
+        """Take attention that can lose heads; what rewinding goes back to takes it, too."""
+        act = partial(units.prepare, kind="head")
+        if self._snapshot is not None:
+            shadow = copy_network(piece.network)
+            load_strictly(shadow, self._snapshot, source="the network that rewind goes back to")
+            self._snapshot = Snapshot(act(shadow)).state_dict()
+        units.change(piece, act)
+        piece.changed = False
+
+    def _leave(self, piece: Workpiece, kind: units.UnitKind, families: list[units.Family], kept: units.Kept) -> None:
+        if all(len(kept[family.name]) == family.size for family in families):
+            return
+        act = partial(units.remove, kind=kind, families=families, kept=kept)
+        at_once = isinstance(self.schedule, OneShot)
+        before = copy_network(piece.network) if self._snapshot is not None and at_once else None
+        units.change(piece, act)
+        if self.rewind is not None and at_once:
+            if before is not None and self._snapshot is not None:
+                load_strictly(before, self._snapshot, source="the network that rewind goes back to")
+                act(before)
+            self._go_back(piece, None if before is None else before.state_dict())

@@ -1,0 +1,89 @@
+"""Which options of `Prune` go together."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from distill_lightning.compression.schedules import Cubic, OneShot, Schedule, Threshold
+from distill_lightning.compression.selection import Granularity
+from distill_lightning.compression.steps.units import UNITS
+from distill_lightning.compression.steps.weights import SCORERS, SWEPT
+from distill_lightning.errors import InputError
+
+Criterion = Literal[
+    "magnitude", "random", "gradient", "taylor", "obd", "obs", "obs_update", "snip", "bn_scale", "movement",
+    "soft_movement",
+]  # fmt: skip
+LEARNED = ("movement", "soft_movement")
+
+
+def check_options(
+    *,
+    amount: float | dict[str, float] | None,
+    criterion: str,
+    granularity: str,
+    scope: object,
+    schedule: Schedule | Threshold,
+    budget: str | None,
+    round_to: int,
+    rewind: int | str | None,
+    regrow: float,
+) -> None:
+    """Refuse options of `Prune` that do not go together.
+
+    Raises:
+        InputError: with the reason.
+    """
+    known = [*SCORERS, "bn_scale", *LEARNED]
+    if criterion not in known:
+        raise InputError(f"Prune: criterion must be one of {', '.join(known)}, got {criterion!r}")
+    units = granularity in UNITS
+    if not units and granularity.isalpha() and granularity not in ("weight", "row"):
+        raise InputError(
+            f"Prune: granularity must be 'weight', 'row', 'block:4x8', '2:4' or one of {', '.join(UNITS)}, "
+            f"got {granularity!r}"
+        )
+    fixed = not units and Granularity.parse(granularity).kind == "n:m"
+    threshold, at_once = isinstance(schedule, Threshold), isinstance(schedule, OneShot)
+    learned = criterion in LEARNED
+    amounts = list(amount.values()) if isinstance(amount, dict) else [amount or 0.0]
+    sources = [amount is not None, budget is not None, threshold, fixed]
+    for wrong, reason in (
+        (sum(sources) != 1, "give exactly one of an amount, a budget, a Threshold and a granularity such as '2:4'"),
+        (min(amounts, default=-1) < 0 or max(amounts, default=1) > 1, f"amount is between 0 and 1, got {amount}"),
+        (not units and budget is not None, "a budget is of channels and the like: give an amount"),
+        (not units and criterion == "bn_scale", "criterion 'bn_scale' is of granularity 'channel'"),
+        (
+            units and (learned or criterion in SWEPT),
+            f"criterion {criterion!r} is of weights, not of granularity {granularity!r}: take 'taylor'",
+        ),
+        (learned and granularity != "weight", f"criterion {criterion!r} needs granularity 'weight'"),
+        (criterion == "soft_movement" and not threshold, "criterion 'soft_movement' goes with a Threshold"),
+        (criterion == "movement" and threshold, "criterion 'movement' needs an amount, not a Threshold"),
+        (criterion == "obs_update" and threshold, "criterion 'obs_update' needs an amount, not a Threshold"),
+        (fixed and not at_once, f"granularity {granularity!r} goes with OneShot"),
+        (granularity == "layer" and not at_once, "granularity 'layer' goes with OneShot: no mask skips a layer"),
+        (scope not in ("global", "layer"), f"scope must be 'global' or 'layer', got {scope!r}"),
+        (round_to < 1, f"round_to must be at least 1, got {round_to}"),
+        (round_to > 1 and granularity != "channel", "round_to is of granularity 'channel'"),
+        (not 0 <= regrow < 1, f"regrow is a share of the pruned weights, below 1, got {regrow}"),
+        (
+            regrow > 0 and (granularity != "weight" or learned or threshold or at_once),
+            "regrow needs granularity 'weight' and a schedule of several updates: Iterative or Cubic",
+        ),
+        (
+            rewind is not None and budget is not None and not at_once,
+            "rewind with a budget goes with OneShot",
+        ),
+        (
+            rewind is not None and (learned or isinstance(schedule, Cubic | Threshold)),
+            "rewind goes with OneShot or Iterative, and with a criterion that is not learned",
+        ),
+        (
+            isinstance(rewind, bool) or (isinstance(rewind, str) and rewind not in ("start", "random")),
+            f"rewind is an epoch, 'start' or 'random', got {rewind!r}",
+        ),
+        (isinstance(rewind, int) and rewind < 0, f"rewind is an epoch, at least 0, got {rewind!r}"),
+    ):
+        if wrong:
+            raise InputError(f"Prune: {reason}")

@@ -1,0 +1,357 @@
+"""Channels, hidden units, neurons, heads and layers: finding, choosing and removing them, and what is left then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distill_lightning.compression import surgery
+from distill_lightning.compression.calibration import inputs_of
+from distill_lightning.compression.macs import count_macs
+from distill_lightning.compression.masks import Masks
+from distill_lightning.compression.measure import count_parameters
+from distill_lightning.compression.recipe import copy_network, note_change
+from distill_lightning.compression.selection import Amount, Scope, choose
+from distill_lightning.compression.steps.weights import REDUCE, SCORERS
+from distill_lightning.compression.surgery.axes import blocks
+from distill_lightning.compression.targets import Targets, match_layers
+from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
+
+UnitKind = Literal["channel", "hidden_unit", "neuron", "head", "layer"]
+UNITS: tuple[UnitKind, ...] = ("channel", "hidden_unit", "neuron", "head", "layer")
+Backend = Literal["own", "torch_pruning"]
+Kept = dict[str, list[int]]
+"""Which units stay, by the name of what they are units of."""
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """Units that compete with each other first.
+
+    Args:
+        name: path of a layer.
+        size: number of units.
+        blocks: parts of equal size that keep equally many: an RNN's layers and directions.
+        group: of the units; ``None``: they are the layers of the `nn.TransformerEncoder` at ``name``.
+    """
+
+    name: str
+    size: int
+    blocks: int = 1
+    group: surgery.Group | None = None
+
+
+def prepare(network: nn.Module, kind: UnitKind) -> nn.Module:
+    """Give a network layers that can lose such units, in place."""
+    return surgery.convert_attention(network) if kind == "head" else network
+
+
+def find_families(
+    network: nn.Module,
+    kind: UnitKind,
+    example_inputs: Any,
+    *,
+    targets: Targets | None,
+    exclude: Targets,
+    backend: Backend,
+) -> list[Family]:
+    """The units that can be removed from a network.
+
+    Args:
+        network: after `prepare`.
+        kind: of units.
+        example_inputs: a tensor or a tuple of arguments.
+        targets: paths of the layers that the groups are named after; see `match_layers`.
+        exclude: likewise.
+        backend: what finds channels.
+
+    Raises:
+        InputError: there are none, or none of them is meant.
+    """
+    inputs = inputs_of(example_inputs)
+    if kind == "layer":
+        found = [
+            Family(path, len(module.layers))
+            for path, module in network.named_modules()
+            if isinstance(module, nn.TransformerEncoder)
+        ]
+    else:
+        groups = _groups(network, kind, inputs, backend)
+        found = [
+            Family(group.name, group.size, _blocks(network, group.name) if kind == "hidden_unit" else 1, group)
+            for group in groups
+        ]
+    layers = {network.get_submodule(family.name) for family in found}
+    what = "nn.TransformerEncoder" if kind == "layer" else f"layers that groups of {kind}s are named after"
+    chosen = match_layers(network, targets, exclude, fits=lambda layer: layer in layers, what=what)
+    return [family for family in found if family.name in chosen]
+
+
+def parameter_names(network: nn.Module, families: Sequence[Family]) -> list[str]:
+    """Names of the parameters that lose entries with the units."""
+    names: dict[str, None] = {}
+    for family in families:
+        names.update(dict.fromkeys(_names(network, family)))
+    return list(names)
+
+
+def score_units(piece: Workpiece, families: Sequence[Family], criterion: str) -> dict[str, Tensor]:
+    """What each unit is worth: the sum over what leaves with it, or the mean.
+
+    Args:
+        piece: whose network the families are of.
+        families: of units.
+        criterion: of `SCORERS` but those of single layers, or ``"bn_scale"``.
+
+    Returns:
+        ``(size,)`` by name of the family.
+
+    Raises:
+        InputError: ``"bn_scale"`` where a group has no BatchNorm, or as the criterion.
+    """
+    if criterion == "random":
+        generator = torch.Generator().manual_seed(piece.seed)
+        return {family.name: torch.rand(family.size, generator=generator) for family in families}
+    if criterion == "bn_scale":
+        return {family.name: _bn_scale(piece.network, family) for family in families}
+    names = parameter_names(piece.network, families)
+    mean = REDUCE.get(criterion, "mean") == "mean"
+    if mean:
+        # Norms' scales are of another size than weights, so they have no place in a mean of these.
+        names = [name for name in names if piece.network.get_parameter(name).dim() > 1]
+    values = SCORERS[criterion](piece, names)
+    return {family.name: _sums(piece.network, family, values, mean=mean) for family in families}
+
+
+def choose_units(
+    families: Sequence[Family],
+    scores: Mapping[str, Tensor],
+    amount: Amount | None,
+    *,
+    scope: Scope,
+    by_threshold: bool = False,
+    round_to: int = 1,
+    kept: Mapping[str, Sequence[int]] | None = None,
+) -> Kept:
+    """Which units stay.
+
+    Args:
+        families: of units.
+        scores: ``(size,)`` by name.
+        amount: share of the units that go; see `choose`. One of each family stays in any case.
+        scope: see `choose`.
+        by_threshold: the amount is one of worth instead: units that are worth less go.
+        round_to: of how many a multiple stays: a little less than the amount goes.
+        kept: those that have stayed until now; the others stay away, and count in the amount.
+    """
+    ranked, away = {}, {}
+    for family in families:
+        stays = torch.zeros(family.size, dtype=torch.bool)
+        stays[list(range(family.size) if kept is None else kept[family.name])] = True
+        score = wide(scores[family.name]).cpu().masked_fill(~stays, -torch.inf).view(family.blocks, -1)
+        # Blocks lose equally many, so the worst units of all of them go together.
+        ranked[family.name] = score.sort(dim=1, stable=True)
+        away[family.name] = ranked[family.name].values.isinf().any(0)
+    values = {name: ranking.values.sum(0) for name, ranking in ranked.items()}
+    if by_threshold:
+        worth = {family.name: _share(amount, family.name) * family.blocks for family in families}
+        staying = {name: (values[name] >= worth[name]) & ~away[name] for name in values}
+    else:
+        staying = choose(values, amount or 0.0, scope=scope, gone=away)
+    result = {}
+    for family in families:
+        size = family.size // family.blocks
+        places = ranked[family.name].indices + size * torch.arange(family.blocks)[:, None]
+        count = min(-(-max(int(staying[family.name].sum()), 1) // round_to) * round_to, size)
+        # What has gone does not come back for a round number.
+        count = min(count, int((~away[family.name]).sum()))
+        result[family.name] = sorted(places[:, size - count :].flatten().tolist())
+    return result
+
+
+def remove(
+    network: nn.Module, *, kind: UnitKind, families: Sequence[Family], kept: Mapping[str, Sequence[int]]
+) -> None:
+    """Have the units that are not kept leave a network, in place.
+
+    Args:
+        network: of the architecture that the families were found in, before or after `prepare`.
+        kind: of the units.
+        families: of units.
+        kept: which stay.
+    """
+    prepare(network, kind)
+    for family in families:
+        encoder = network.get_submodule(family.name)
+        if family.group is None and isinstance(encoder, nn.TransformerEncoder):
+            surgery.remove_layers(encoder, kept[family.name])
+    surgery.shrink(network, {family.group: kept[family.name] for family in families if family.group is not None})
+
+
+def change(piece: Workpiece, act: Callable[[nn.Module], object]) -> None:
+    """Change a network's structure, and its masks with it; those that would mask nothing go.
+
+    Args:
+        piece: what is worked on.
+        act: changes a network of its architecture in place, and moves weights without computing anything.
+    """
+    masks: dict[str, Tensor] = {}
+    if piece.masks.kept:
+        # Masks go the way of the weights: in a copy whose weights are they.
+        shadow = copy_network(piece.network)
+        with torch.no_grad():
+            for name, parameter in shadow.named_parameters():
+                mask = piece.masks.kept.get(name)
+                parameter.fill_(1) if mask is None else parameter.copy_(mask)
+        act(shadow)
+        masks = {name: parameter.detach() != 0 for name, parameter in shadow.named_parameters()}
+    act(piece.network)
+    piece.masks.load_state_dict({name: mask for name, mask in masks.items() if not mask.all()})
+    note_change(piece.network, "sizes")
+    piece.changed = True
+
+
+def unit_masks(network: nn.Module, families: Sequence[Family], kept: Mapping[str, Sequence[int]]) -> Masks:
+    """Masks under which a network gives what it gives without the units that are not kept."""
+    masks: dict[str, Tensor] = {}
+    for family in families:
+        if family.group is not None and len(kept[family.name]) < family.size:
+            for name, mask in family.group.masks(network, kept[family.name]).items():
+                masks[name] = masks[name] & mask if name in masks else mask
+    return Masks(masks)
+
+
+def limit_of(budget: str, network: nn.Module, example_inputs: Any) -> float:
+    """How much may be left by ``"macs:0.5"``: a share of what a network costs now.
+
+    Args:
+        budget: see `parse_budget`.
+        network: as it is now.
+        example_inputs: that multiply-accumulates are counted for.
+    """
+    measure, share = parse_budget(budget)
+    return share * _cost(measure, network, example_inputs)
+
+
+def smallest_amount(
+    piece: Workpiece,
+    kind: UnitKind,
+    families: Sequence[Family],
+    chosen: Callable[[float], Kept],
+    *,
+    budget: str,
+    limit: float,
+) -> float:
+    """The smallest share of the units without which a network is within a budget.
+
+    Args:
+        piece: whose network it is; left as it is.
+        kind: of the units.
+        families: of units.
+        chosen: which units stay of an amount.
+        budget: see `parse_budget`.
+        limit: from `limit_of`.
+
+    Raises:
+        InputError: no share is enough.
+    """
+    measure, _ = parse_budget(budget)
+    total = sum(family.size for family in families)
+
+    def fits(count: int) -> bool:
+        small = copy_network(piece.network)
+        remove(small, kind=kind, families=families, kept=chosen(count / total))
+        return _cost(measure, small, piece.example_inputs) <= limit
+
+    low, high = 0, total
+    if not fits(high):
+        raise InputError(
+            f"Prune: budget {budget!r} cannot be met: with one {kind} left in each of {len(families)} layers the "
+            "network is larger; raise it, or prune more layers"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return high / total
+
+
+def parse_budget(text: str) -> tuple[str, float]:
+    """Of ``"macs:0.5"`` or ``"params:0.5"`` what is measured and which share may be left.
+
+    Raises:
+        InputError: another text.
+    """
+    measure, _, share = text.partition(":")
+    try:
+        value = float(share)
+    except ValueError:
+        value = -1.0
+    if measure not in ("macs", "params") or not 0 < value <= 1:
+        raise InputError(f"budget must be such as 'macs:0.5' or 'params:0.5', a share of what there is, got {text!r}")
+    return measure, value
+
+
+def on_copy(piece: Workpiece, kind: UnitKind) -> Workpiece:
+    """The workpiece with a copy of its network that `prepare` has changed; itself where that changes nothing."""
+    return replace(piece, network=prepare(copy_network(piece.network), kind)) if kind == "head" else piece
+
+
+def _share(amount: Amount | None, name: str) -> float:
+    return amount[name] if isinstance(amount, Mapping) else amount or 0.0
+
+
+def _cost(measure: str, network: nn.Module, example_inputs: Any) -> int:
+    return count_macs(network, example_inputs).dense if measure == "macs" else count_parameters(network).stored
+
+
+def _groups(network: nn.Module, kind: UnitKind, inputs: tuple[Any, ...], backend: Backend) -> list[surgery.Group]:
+    if kind == "head":
+        return surgery.head_groups(network)
+    if kind == "neuron":
+        return surgery.neuron_groups(network)
+    if kind == "hidden_unit":
+        return surgery.unit_groups(network, inputs)
+    if backend == "own":
+        return surgery.channel_groups(network, inputs)
+    raise InputError(f"backend must be 'own' or 'torch_pruning', got {backend!r}")
+
+
+def _blocks(network: nn.Module, path: str) -> int:
+    return blocks(cast("nn.RNNBase", network.get_submodule(path)))
+
+
+def _names(network: nn.Module, family: Family) -> list[str]:
+    if family.group is not None:
+        return list(family.group.masks(network, range(family.size)))
+    inside = f"{family.name}.layers." if family.name else "layers."
+    return [name for name, _ in network.named_parameters() if name.startswith(inside)]
+
+
+def _sums(network: nn.Module, family: Family, values: Mapping[str, Tensor], *, mean: bool) -> Tensor:
+    if family.group is not None:
+        total = family.group.scores(network, values)
+        ones = {name: torch.ones_like(value) for name, value in values.items()}
+        return total / family.group.scores(network, ones) if mean else total
+    prefix = f"{family.name}.layers." if family.name else "layers."
+    scores = []
+    for number in range(family.size):
+        own = [wide(value).flatten() for name, value in values.items() if name.startswith(f"{prefix}{number}.")]
+        scores.append(torch.cat(own).mean() if mean else torch.cat(own).sum())
+    return torch.stack(scores)
+
+
+def _bn_scale(network: nn.Module, family: Family) -> Tensor:
+    members = () if family.group is None else family.group.members
+    norms = [member.path for member in members if isinstance(network.get_submodule(member.path), _BatchNorm)]
+    scales = {f"{path}.weight": network.get_submodule(path).weight for path in norms}
+    values = {name: scale.detach().abs() for name, scale in scales.items() if isinstance(scale, Tensor)}
+    if family.group is None or not values:
+        raise InputError(f"criterion 'bn_scale': {family.name!r} has no BatchNorm with a scale: exclude it")
+    return family.group.scores(network, values)

@@ -1,0 +1,264 @@
+"""Pruning single weights, rows, blocks and n of m: which, by what they are worth, and how many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from distill_lightning.compression import criteria, second_order
+from distill_lightning.compression.masks import Masks, regrow
+from distill_lightning.compression.parameters import parameter_of
+from distill_lightning.compression.quantizers import weight_names
+from distill_lightning.compression.selection import Amount, Granularity, Reduce, Scope, select, select_below
+from distill_lightning.compression.targets import Targets, match_layers
+from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.errors import InputError
+
+Scorer = Callable[[Workpiece, Sequence[str]], dict[str, Tensor]]
+"""Scores of the parameters at some paths, in their shapes."""
+
+
+def _magnitude(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
+    return criteria.magnitude(piece.network, paths)
+
+
+def _random(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
+    return criteria.random(piece.network, paths, seed=piece.seed)
+
+
+def _gradient(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
+    return criteria.gradient(piece.network, paths, piece.batches("criterion 'gradient'"), piece.loss)
+
+
+def _taylor(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
+    return criteria.taylor(piece.network, paths, piece.batches("criterion 'taylor'"), piece.loss)
+
+
+def _obd(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
+    return criteria.obd(piece.network, paths, piece.batches("criterion 'obd'"), piece.loss)
+
+
+def _snip(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
+    return criteria.snip(piece.network, paths, piece.batches("criterion 'snip'"), piece.loss)
+
+
+def _obs(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
+    return second_order.obs(piece.network, paths, piece.batches("criterion 'obs'"))
+
+
+SCORERS: dict[str, Scorer] = {
+    "magnitude": _magnitude,
+    "random": _random,
+    "gradient": _gradient,
+    "taylor": _taylor,
+    "obd": _obd,
+    "snip": _snip,
+    "obs": _obs,
+    "obs_update": _obs,
+}
+REDUCE: dict[str, Reduce] = dict.fromkeys(("taylor", "obd", "snip", "obs", "obs_update"), "sum")
+"""Estimates of the loss's change add up; of all others the mean is compared."""
+SWEPT = ("obs", "obs_update")
+"""Of layers whose inputs can be seen."""
+
+
+def weight_paths(
+    network: nn.Module,
+    targets: Targets | None,
+    exclude: Targets,
+    *,
+    granularity: str = "weight",
+    criterion: str = "magnitude",
+) -> list[str]:
+    """The weights that can be pruned: no biases, no norms, nothing that is computed; tied ones once.
+
+    Args:
+        network: any.
+        targets: layers, see `match_layers`.
+        exclude: layers likewise.
+        granularity: of which n:m leaves out layers whose inputs are no multiple of m.
+        criterion: of which those of single layers leave out all but linear and convolutional ones.
+
+    Returns:
+        Paths of parameters.
+
+    Raises:
+        InputError: as `match_layers`.
+    """
+    unit = Granularity.parse(granularity)
+    # PyTorch's attention uses its output projection's weight without calling it.
+    silent = {module.out_proj for module in network.modules() if isinstance(module, nn.MultiheadAttention)}
+
+    def fits(layer: nn.Module) -> bool:
+        names = _prunable(layer)
+        if criterion in SWEPT and (layer in silent or not isinstance(layer, nn.Linear | nn.Conv2d)):
+            return False
+        return bool(names) and (unit.kind != "n:m" or all(_divides(layer, name, unit) for name in names))
+
+    what = "linear, convolutional, recurrent, attention and embedding layers"
+    if criterion in SWEPT:
+        what = "linear and convolutional layers that run as such"
+    if unit.kind == "n:m":
+        what = f"layers whose inputs are a multiple of {unit.second}"
+    paths: dict[int, str] = {}
+    for layer in match_layers(network, targets, exclude, fits=fits, what=what):
+        for name in _prunable(network.get_submodule(layer)):
+            path = f"{layer}.{name}" if layer else name
+            paths.setdefault(id(parameter_of(network, path)), path)
+    return list(paths.values())
+
+
+def per_layer(network: nn.Module, patterns: Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
+    """Amounts by path of the layer from those by pattern, of which the first that matches counts.
+
+    Args:
+        network: any.
+        patterns: amounts by patterns of layers, as in `Targets`.
+        layers: paths of those that can be pruned.
+
+    Returns:
+        Of the layers that a pattern matches.
+
+    Raises:
+        InputError: a pattern that matches none of them.
+    """
+    known = {network.get_submodule(path) for path in layers}
+    amounts: dict[str, float] = {}
+    for pattern, amount in patterns.items():
+        for path in match_layers(network, pattern, fits=lambda layer: layer in known, what="layers to prune"):
+            if path in layers:
+                amounts.setdefault(path, amount)
+    return amounts
+
+
+def say_covered(piece: Workpiece, names: Sequence[str], *, step: str, targets: Targets | None, refuse: bool) -> None:
+    """Note the share of the network's parameters that a step works on, where it chose them itself.
+
+    Args:
+        piece: what is worked on.
+        names: of the parameters that the step works on.
+        step: its name.
+        targets: as they were given.
+        refuse: whether less than half is an error.
+
+    Raises:
+        InputError: it is.
+    """
+    if targets is not None:
+        return
+    total = sum(parameter.numel() for parameter in piece.network.parameters())
+    share = sum(parameter_of(piece.network, name).numel() for name in names) / total
+    if refuse and share < 0.5:
+        raise InputError(
+            f"{step} would work on {share:.1%} of {type(piece.network).__name__}'s parameters only: name the layers "
+            "with targets if that is meant"
+        )
+    piece.note(f"{step} works on {share:.1%} of the parameters")
+
+
+def prune_weights(
+    piece: Workpiece,
+    paths: Sequence[str],
+    amount: Amount | None,
+    *,
+    criterion: str,
+    granularity: str,
+    scope: Scope,
+    growing: float = 0.0,
+) -> None:
+    """Prune to a share of the weights; what was pruned before counts, and stays so but for ``growing``.
+
+    Args:
+        piece: what is worked on.
+        paths: of the weights.
+        amount: share of the units; see `select`.
+        criterion: of `SCORERS`.
+        granularity: see `Granularity`.
+        scope: see `select`.
+        growing: share of the weights pruned before that come back, for which others go.
+
+    Raises:
+        InputError: as the criterion and `select`.
+    """
+    scores = SCORERS[criterion](piece, paths)
+    before = Masks({path: mask for path, mask in piece.masks.kept.items() if path in scores})
+
+    def chosen(shares: Amount | None, some: Mapping[str, Tensor]) -> Masks:
+        reduce = REDUCE.get(criterion, "mean")
+        return select(some, shares, granularity=granularity, scope=scope, reduce=reduce, previous=before)
+
+    if growing and before.pruned and amount is not None:
+        each = isinstance(amount, Mapping) or scope == "layer"
+        masks = _regrown(piece, scores, amount, each=each, growing=growing, before=before, chosen=chosen)
+    else:
+        masks = chosen(amount, scores)
+    if criterion == "obs_update":
+        batches = piece.batches("criterion 'obs_update'")
+        own = amount if isinstance(amount, float | int) and scope == "layer" else None
+        layerwise = own is not None or Granularity.parse(granularity).kind == "n:m"
+        if layerwise and granularity in ("weight", "2:4") and not before.pruned:
+            # Chosen anew in every block of columns, from weights that have followed until then.
+            masks = second_order.prune_layers(piece.network, paths, batches, amount=own, granularity=granularity)
+        else:
+            second_order.prune_layers(piece.network, paths, batches, masks=masks)
+    piece.prune(masks)
+
+
+def prune_below(piece: Workpiece, paths: Sequence[str], threshold: float, *, criterion: str, granularity: str) -> None:
+    """Prune what is worth less than a threshold, whatever share that is; what was pruned before stays so.
+
+    Raises:
+        InputError: as the criterion and `select_below`.
+    """
+    scores = SCORERS[criterion](piece, paths)
+    reduce = REDUCE.get(criterion, "mean")
+    piece.prune(select_below(scores, threshold, granularity=granularity, reduce=reduce, previous=piece.masks))
+
+
+def _regrown(
+    piece: Workpiece,
+    scores: Mapping[str, Tensor],
+    amount: Amount,
+    *,
+    each: bool,
+    growing: float,
+    before: Masks,
+    chosen: Callable[[Amount, Mapping[str, Tensor]], Masks],
+) -> Masks:
+    """Masks of the amount, in which some weights that were pruned before are back in the place of others."""
+    # Of the gradient, because a pruned weight has no magnitude.
+    promise = criteria.gradient(piece.network, list(scores), piece.batches("regrow"), piece.loss)
+    kept: dict[str, Tensor] = {}
+    for pool in [[path] for path in scores] if each else [list(scores)]:
+        own = Masks({path: before.kept[path] for path in pool if path in before.kept})
+        share = amount[pool[0]] if isinstance(amount, Mapping) else amount
+        total = sum(scores[path].numel() for path in pool)
+        # As many more go as come back, so that the amount is exact; each parameter keeps a weight.
+        count = min(round(growing * own.pruned), total - len(pool) - round(share * total))
+        if count <= 0 or not own.pruned:
+            kept |= chosen(dict.fromkeys(pool, share) if each else share, _those(scores, pool)).kept
+            continue
+        back = regrow(own, _those(promise, own.kept), count / own.pruned)
+        more = (round(share * total) + count) / total
+        gone = chosen(dict.fromkeys(pool, more) if each else more, _those(scores, pool))
+        for path, mask in gone.kept.items():
+            here = own.kept.get(path, torch.ones_like(mask)).to(mask.device)
+            kept[path] = mask | (back.kept[path].to(mask.device) & ~here) if path in back.kept else mask
+    return Masks(kept)
+
+
+def _those(tensors: Mapping[str, Tensor], paths: Sequence[str] | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {path: tensors[path] for path in paths}
+
+
+def _prunable(layer: nn.Module) -> list[str]:
+    """Names of a layer's weights that are parameters, not computed."""
+    return [name for name in weight_names(layer) if not parametrize.is_parametrized(layer, name)]
+
+
+def _divides(layer: nn.Module, name: str, unit: Granularity) -> bool:
+    weight = layer.get_parameter(name)
+    return weight.ndim >= 2 and weight.shape[1] % unit.second == 0
