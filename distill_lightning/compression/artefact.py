@@ -154,10 +154,19 @@ def _built(path: Path, network: nn.Module | None, known: Recipe | None, what: st
 
 def _load(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Load strictly, in the types that the tensors have."""
+    first: dict[int, str] = {}
     for name, own in network.state_dict(keep_vars=True).items():
         stored = tensors.get(name)
-        if stored is not None and stored.dtype != own.dtype:
+        if stored is None:
+            continue
+        if stored.dtype != own.dtype:
             own.data = own.data.to(stored.dtype)
+        other = first.setdefault(id(own), name)
+        if not torch.equal(stored, tensors[other]):
+            raise InputError(
+                f"{path} has different values for {other!r} and {name!r}, which are one tied weight in the network as "
+                "it is built: compress both or neither"
+            )
     load_strictly(network, tensors, source=str(path))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from distill_lightning.compression.artefact import write_artefact
 from distill_lightning.compression.calibration import Loss
 from distill_lightning.compression.masks import Masks
 from distill_lightning.compression.parameters import cuda_devices
@@ -200,6 +202,20 @@ class Compressor:
         self._advance(None)
         self.project()
         return self.network
+
+    def write(self, path: Path | str) -> int:
+        """Write the network to one packed file, see `write_artefact`, coded as the steps say.
+
+        Args:
+            path: of the file; one that is there is replaced.
+
+        Returns:
+            The file's bytes.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        return write_artefact(self.network, path, coding=self.piece.coding)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training has to know beside the network's structure and weights: tensors and plain values."""

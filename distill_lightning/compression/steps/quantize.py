@@ -1,0 +1,409 @@
+"""Weights and activations of a few bits each, with or without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from distill_lightning.compression import calibration, quantizers
+from distill_lightning.compression.quantizers.activations import NAME, ActivationEstimator
+from distill_lightning.compression.quantizers.ranges import ObserverRule, RangeRule
+from distill_lightning.compression.quantizers.scheme import Kind, Scheme
+from distill_lightning.compression.quantizers.weights import Estimator, WeightQuantizer
+from distill_lightning.compression.recipe import copy_network
+from distill_lightning.compression.steps.base import At, Order, Step
+from distill_lightning.compression.steps.precision import MixedPrecision
+from distill_lightning.compression.steps.weights import say_covered
+from distill_lightning.compression.targets import Targets, match_layers
+from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.errors import InputError
+
+_UNIFORM = ("symmetric", "affine", "pow2")
+_WITHOUT_ZERO = ("binary", "binaryconnect", "dorefa")
+_WHOLE_TENSOR = ("dorefa", "binaryconnect", "ttq")
+_FIXED_BITS = {"binary": 1, "binaryconnect": 1, "ternary": 2, "ttq": 2}
+_WHAT = "linear, convolutional, recurrent, attention and embedding layers"
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight that is to be quantized: a layer's path, its name there, and its value, which tied ones share."""
+
+    layer: str
+    name: str
+    value: nn.Parameter
+
+    @property
+    def path(self) -> str:
+        return f"{self.layer}.{self.name}" if self.layer else self.name
+
+
+class Quantize(Step):
+    """Weights, and if asked for what flows into their layers, are rounded to a few bits whenever they are used.
+
+    The float weights remain beside their quantizers as long as the network is trained; a packed file holds the codes.
+    In PyTorch nothing becomes faster by this: it computes with the rounded values in float.
+
+    Args:
+        weight_bits: of a weight's code, 2 to 8; the binary kinds have 1 and the ternary ones 2 whatever this default
+            says. ``None``: weights stay as they are.
+        act_bits: of the inputs of the same layers (embeddings have none to quantize), 2 to 8; ``None``: they stay
+            float. Their ranges are measured on calibration data.
+        scheme: of the weights, see `quantizers.Scheme`.
+        act_scheme: of activations, per tensor.
+        per: what has a scale of its own: ``"channel"``, ``"tensor"`` or ``"group:n"``; ``None``: the channel, or the
+            tensor where the scheme has one scale for all.
+        observer: which range is spanned, of weights and of activations; ``"ema"`` is of activations alone, and weights
+            take ``"minmax"`` beside it. At 2 or 3 bits without training take ``"mse"``.
+        mode: ``"ptq"``: as it is; ``"qat"``: of use only where the network is trained with its quantizers. Either way
+            it is trained so if ``finetune_epochs`` says.
+        estimator: ``"ste"``: straight through the rounding; ``"lsq"``: learned scales, of symmetric weights and of
+            activations; ``"pact"``, ``"dorefa"``: of activations, with weights as by ``"ste"``.
+        bits: numbers of bits by pattern of layers (see `targets.Targets`; the last that matches counts) in place of
+            ``weight_bits``, or a budget for all weights together.
+        first_last_bits: of the weights and inputs of the layers that run first and last, in place of all others; where
+            the scheme has its own number of bits, these two are symmetric.
+        bias_correction: whether biases are moved so that the mean outputs of layers on calibration data are those of
+            the float network.
+        equalise: whether channels between layers are first given equal weight ranges; outputs stay the same.
+        at: see `Step`.
+        targets: likewise.
+        exclude: likewise.
+        finetune_epochs: likewise.
+
+    Raises:
+        InputError: a combination that makes no sense, with the reason.
+    """
+
+    order = Order.VALUES
+    # What quantization moves is little, and ranges were measured with these statistics.
+    recalibrates = False
+
+    def __init__(
+        self,
+        *,
+        weight_bits: int | None = 8,
+        act_bits: int | None = None,
+        scheme: Kind = "symmetric",
+        act_scheme: Literal["affine", "symmetric", "pow2"] = "affine",
+        per: str | None = None,
+        observer: ObserverRule = "minmax",
+        mode: Literal["ptq", "qat"] = "ptq",
+        estimator: ActivationEstimator = "ste",
+        bits: dict[str, int] | MixedPrecision | None = None,
+        first_last_bits: int | None = None,
+        bias_correction: bool = False,
+        equalise: bool = False,
+        at: At | None = None,
+        targets: Targets | None = None,
+        exclude: Targets = (),
+        finetune_epochs: int = 0,
+    ) -> None:
+        super().__init__(at=at, targets=targets, exclude=exclude, finetune_epochs=finetune_epochs)
+        self.weight_bits = weight_bits if weight_bits is None else _FIXED_BITS.get(scheme, weight_bits)
+        self.act_bits, self.scheme, self.act_scheme = act_bits, scheme, act_scheme
+        self.per = per or ("tensor" if scheme in _WHOLE_TENSOR else "channel")
+        self.observer, self.mode, self.estimator = observer, mode, estimator
+        self.bits, self.first_last_bits = bits, first_last_bits
+        self.bias_correction, self.equalise = bias_correction, equalise
+        self._check(weight_bits)
+
+    def __repr__(self) -> str:
+        weights = "" if self.weight_bits is None else f" {self.scheme} {self._bits_told()}"
+        inputs = "" if self.act_bits is None else f" inputs {self.act_bits} bit"
+        return f"Quantize{weights}{inputs}"
+
+    def reason_to_train(self) -> str | None:
+        """Training with quantizers, and scales that are learned."""
+        if self.mode == "qat":
+            return "mode='qat' trains the network with its quantizers"
+        return "estimator='lsq' learns its scales" if self.estimator == "lsq" else None
+
+    def begin(self, piece: Workpiece) -> None:
+        """Put the quantizers on, and measure the ranges of activations."""
+        if self.weight_bits is None and self.act_bits is None:
+            piece.note("Quantize has neither weight_bits nor act_bits, and does nothing")
+            return
+        layers = match_layers(
+            piece.network, self.targets, self.exclude, fits=lambda layer: bool(_own_weights(layer)), what=_WHAT
+        )
+        weights = self._weights(piece, layers)
+        order = _running_order(piece)
+        schemes = self._schemes(piece, layers, weights, order)
+        for weight in weights:
+            self._check_weight(piece, weight, schemes[weight.path])
+        self._say_covered(piece, layers)
+        if self.equalise:
+            pairs = quantizers.equalisable_pairs(piece.network)
+            quantizers.equalise(piece.network, pairs=pairs)
+            piece.note(f"Quantize equalised {len(pairs)} pairs of layers")
+        reference = copy_network(piece.network) if self.bias_correction else None
+        for weight in weights:
+            self._quantize_weight(piece, weight, schemes[weight.path])
+        if self.act_bits is not None:
+            self._quantize_inputs(piece, [layer for layer in order if layer in layers], order)
+        if reference is not None:
+            batches = piece.batches("bias correction")
+            quantizers.correct_biases(piece.network, reference, [inputs for inputs, _ in batches])
+        piece.changed = True
+        self._tell(piece, {path: scheme.bits for path, scheme in schemes.items()})
+
+    def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
+        """BinaryConnect: clip the float weights to [-1, 1], beyond which they would get no gradient."""
+        if self.scheme != "binaryconnect":
+            return
+        with torch.no_grad():
+            for module in piece.network.modules():
+                if isinstance(module, parametrize.ParametrizationList) and any(_is_binary_connect(m) for m in module):
+                    module.original.clamp_(-1, 1)
+
+    # What is asked for
+
+    def _check(self, asked_bits: int | None) -> None:
+        """Refuse what makes no sense together."""
+        bits, scheme, estimator = self.bits, self.scheme, self.estimator
+        for wrong, message in (
+            (self.mode not in ("ptq", "qat"), f"mode must be 'ptq' or 'qat', got {self.mode!r}"),
+            (scheme not in get_args(Kind), f"scheme must be one of {', '.join(get_args(Kind))}, got {scheme!r}"),
+            (
+                self.weight_bits is None and (bits is not None or scheme != "symmetric"),
+                "bits and scheme are of weights, which weight_bits=None leaves as they are",
+            ),
+            (
+                self.weight_bits is not None and asked_bits not in (8, self.weight_bits),
+                f"scheme={scheme!r} has codes of {self.weight_bits} bit, not {asked_bits}: leave weight_bits out",
+            ),
+            (
+                self.act_bits is None and estimator in ("pact", "dorefa"),
+                f"estimator={estimator!r} is of activations: give act_bits (of weights there is scheme='dorefa')",
+            ),
+            (
+                estimator == "lsq" and self.weight_bits is not None and scheme != "symmetric",
+                f"estimator='lsq' learns symmetric weights, not {scheme!r}: take estimator='ste'",
+            ),
+            (scheme in _FIXED_BITS and bits is not None, f"scheme={scheme!r} has its own bits: leave bits out"),
+            (
+                isinstance(bits, MixedPrecision) and scheme not in _UNIFORM,
+                f"MixedPrecision is for scheme {', '.join(_UNIFORM)}, not {scheme!r}",
+            ),
+        ):
+            if wrong:
+                raise InputError(f"Quantize: {message}")
+        # These say themselves what is wrong with a number or a name.
+        if self.weight_bits is not None:
+            Scheme(self.weight_bits, scheme, self.per)
+        given = list(bits.values()) if isinstance(bits, Mapping) else []
+        for number in [*given, *([] if self.first_last_bits is None else [self.first_last_bits])]:
+            Scheme(number)
+        self._activation_quantizer(self.act_bits or 8)
+        if self.observer != "minmax" and not self._observer_counts():
+            way_out = "it is of activations, give act_bits" if self.observer == "ema" else "leave it out"
+            raise InputError(f"Quantize: observer={self.observer!r} would do nothing here: {way_out}")
+
+    def _observer_counts(self) -> bool:
+        of_weights = self.weight_bits is not None and self.scheme in _UNIFORM and self.estimator != "lsq"
+        of_inputs = self.act_bits is not None and self.estimator != "dorefa"
+        return of_inputs or (of_weights and self.observer != "ema")
+
+    def _rule(self) -> RangeRule:
+        return "minmax" if self.observer == "ema" else self.observer
+
+    def _activation_quantizer(self, bits: int) -> quantizers.ActivationQuantizer:
+        scheme = Scheme(bits, self.act_scheme, "tensor")
+        return quantizers.ActivationQuantizer(scheme=scheme, estimator=self.estimator, observer=self.observer)
+
+    def _bits_told(self) -> str:
+        return f"{self.weight_bits} bit" if self.bits is None else "mixed"
+
+    # What it is done to
+
+    def _weights(self, piece: Workpiece, layers: list[str]) -> list[_Weight]:
+        """The weights of some layers, without those that are computed already."""
+        if self.weight_bits is None:
+            return []
+        found: list[_Weight] = []
+        for path in layers:
+            layer = piece.network.get_submodule(path)
+            for name in _own_weights(layer):
+                if not parametrize.is_parametrized(layer, name):
+                    found.append(_Weight(path, name, getattr(layer, name)))
+                elif self.targets is None:
+                    piece.note(f"Quantize left {path}.{name} alone, whose values are shared or quantized already")
+                else:
+                    raise InputError(
+                        f"Quantize: {path}.{name} is shared or quantized already: leave {path!r} out of targets, or "
+                        "take other steps"
+                    )
+        if not found:
+            raise InputError("Quantize: all weights are shared or quantized already: leave this step out")
+        self._check_ties(piece.network, found)
+        return found
+
+    def _say_covered(self, piece: Workpiece, layers: list[str]) -> None:
+        """Of weights; those that other steps have shared are meant to be left alone."""
+        names: dict[int, str] = {}
+        others = False
+        for path in layers:
+            layer = piece.network.get_submodule(path)
+            for name in _own_weights(layer):
+                if parametrize.is_parametrized(layer, name):
+                    others = True
+                else:
+                    names[id(getattr(layer, name))] = f"{path}.{name}" if path else name
+        say_covered(piece, list(names.values()), step="Quantize", targets=self.targets, refuse=not others)
+
+    def _check_ties(self, network: nn.Module, weights: list[_Weight]) -> None:
+        chosen = {weight.path: weight for weight in weights}
+        values = {id(weight.value): weight.path for weight in weights}
+        layers = {module for module in network.modules() if _own_weights(module)}
+        places: dict[int, set[tuple[nn.Module, str]]] = {}
+        for layer in layers:
+            for name, parameter in layer.named_parameters(recurse=False):
+                places.setdefault(id(parameter), set()).add((layer, name))
+        mine = {(network.get_submodule(weight.layer), weight.name) for weight in chosen.values()}
+        for value, path in values.items():
+            if places.get(value, set()) - mine:
+                raise InputError(
+                    f"Quantize: {path!r} is tied to a weight that is left out: name both layers or neither"
+                )
+            if len(places.get(value, ())) > 1 and (self.estimator == "lsq" or self.scheme == "ttq"):
+                what = "estimator='lsq'" if self.estimator == "lsq" else "scheme='ttq'"
+                raise InputError(
+                    f"Quantize: {path!r} is a tied weight, of which {what} would learn two scales: exclude it"
+                )
+
+    def _schemes(
+        self, piece: Workpiece, layers: list[str], weights: list[_Weight], order: list[str]
+    ) -> dict[str, Scheme]:
+        """By path of the weight."""
+        ends = self._ends(order)
+        fixed = {weight.path: self.first_last_bits for weight in weights if weight.layer in ends}
+        numbers = {weight.path: self.weight_bits or 8 for weight in weights}
+        if isinstance(self.bits, Mapping):
+            for pattern, number in self.bits.items():
+                for path in _matching(piece.network, pattern, layers):
+                    numbers |= {weight.path: number for weight in weights if weight.layer == path}
+        numbers |= {path: number for path, number in fixed.items() if number is not None}
+        if isinstance(self.bits, MixedPrecision):
+            once = {id(weight.value): weight for weight in reversed(weights)}
+            given = {weight.path: numbers[weight.path] for weight in once.values() if weight.path in fixed}
+            values: dict[str, Tensor] = {weight.path: weight.value for weight in once.values()}
+            numbers |= self.bits.allocate(
+                values, given, kind=self.scheme, per=self.per, rule="mse" if self.estimator == "lsq" else self._rule()
+            )
+            numbers |= {weight.path: numbers[once[id(weight.value)].path] for weight in weights}
+        # Tied weights have one grid, the finer one.
+        finest: dict[int, int] = {}
+        for weight in weights:
+            finest[id(weight.value)] = max(finest.get(id(weight.value), 0), numbers[weight.path])
+        return {
+            weight.path: self._scheme(piece, weight, finest[id(weight.value)], at_end=weight.path in fixed)
+            for weight in weights
+        }
+
+    def _scheme(self, piece: Workpiece, weight: _Weight, number: int, *, at_end: bool) -> Scheme:
+        axis = quantizers.channel_axis(piece.network.get_submodule(weight.layer))
+        if at_end and self.scheme in _FIXED_BITS:
+            return Scheme(number, "symmetric", "channel", axis)
+        return Scheme(number, self.scheme, self.per, axis)
+
+    def _ends(self, order: list[str]) -> set[str]:
+        return set() if self.first_last_bits is None or not order else {order[0], order[-1]}
+
+    def _check_weight(self, piece: Workpiece, weight: _Weight, scheme: Scheme) -> None:
+        mask = piece.masks.kept.get(weight.path)
+        if mask is not None and not bool(mask.all()) and scheme.kind in _WITHOUT_ZERO:
+            raise InputError(
+                f"Quantize: {weight.path!r} is pruned, and scheme={scheme.kind!r} has no zero to keep it so: take "
+                "another scheme, or exclude the layer"
+            )
+
+    # Doing it
+
+    def _quantize_weight(self, piece: Workpiece, weight: _Weight, scheme: Scheme) -> None:
+        layer = piece.network.get_submodule(weight.layer)
+        estimator: Estimator = "lsq" if self.estimator == "lsq" and scheme.kind == "symmetric" else "ste"
+        rule = self._rule() if scheme.kind in _UNIFORM and estimator == "ste" else "minmax"
+        quantizers.quantize_weights(layer, scheme=scheme, estimator=estimator, rule=rule, names=[weight.name])
+        prefix = f"{weight.layer}." if weight.layer else ""
+        piece.rename_mask(weight.path, f"{prefix}parametrizations.{weight.name}.original")
+
+    def _quantize_inputs(self, piece: Workpiece, layers: list[str], order: list[str]) -> None:
+        ends = self._ends(order)
+        chosen = [path for path in layers if not isinstance(piece.network.get_submodule(path), nn.Embedding)]
+        if not chosen:
+            raise InputError("Quantize: act_bits needs a layer that runs and has activations as inputs: name others")
+        for path in chosen:
+            number = self.first_last_bits if path in ends else self.act_bits
+            layer = piece.network.get_submodule(path)
+            if hasattr(layer, NAME):
+                raise InputError(f"Quantize: the input of {path!r} is quantized already: leave it out")
+            quantizers.quantize_input(layer, self._activation_quantizer(number or 8))
+        batches = piece.batches("Quantize with act_bits")
+        with quantizers.calibrating(piece.network), _evaluating(piece.network):
+            for inputs, _ in batches:
+                piece.network(*calibration.inputs_of(inputs))
+
+    def _tell(self, piece: Workpiece, bits: Mapping[str, int]) -> None:
+        numbers = sorted(set(bits.values()))
+        if len(numbers) == 1:
+            piece.note(f"Quantize: {len(bits)} weights have {numbers[0]} bit")
+        elif numbers:
+            piece.note("Quantize: bits of weights: " + ", ".join(f"{path} {number}" for path, number in bits.items()))
+        for number in numbers:
+            if number != 8:
+                piece.note(f"no kernel here computes with {number}-bit weights: storage only")
+        if self.act_bits is not None:
+            piece.note(f"inputs of layers are rounded to {self.act_bits} bit in float: this makes PyTorch no faster")
+
+
+def _own_weights(layer: nn.Module) -> list[str]:
+    return quantizers.weight_names(layer)
+
+
+def _is_binary_connect(module: nn.Module) -> bool:
+    return isinstance(module, WeightQuantizer) and module.scheme.kind == "binaryconnect"
+
+
+def _matching(network: nn.Module, pattern: str, layers: list[str]) -> list[str]:
+    known = {network.get_submodule(path) for path in layers}
+    found = match_layers(network, pattern, fits=lambda layer: layer in known, what="layers to quantize")
+    return [path for path in found if path in layers]
+
+
+def _running_order(piece: Workpiece) -> list[str]:
+    """Paths of the layers with weights in the order of their first calls; those that never run as such are missing."""
+    seen: dict[str, None] = {}
+    handles = []
+    for path, module in piece.network.named_modules():
+        if _own_weights(module) and "parametrizations" not in path.split("."):
+            handles.append(module.register_forward_pre_hook(lambda *_, path=path: seen.setdefault(path)))
+    try:
+        with calibration.calibrating(piece.network), torch.no_grad():
+            piece.network(*calibration.inputs_of(piece.example_inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(seen)
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, and without the Transformer's fast path, which would bypass the layers."""
+    modes = {module: module.training for module in network.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        network.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, mode in modes.items():
+            module.training = mode
