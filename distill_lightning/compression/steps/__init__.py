@@ -2,5 +2,7 @@
 
 from distill_lightning.compression.steps.base import At, Order, Step
 from distill_lightning.compression.steps.prune import Prune
+from distill_lightning.compression.steps.regularise import Regularise
+from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
 
-__all__ = ["At", "Order", "Prune", "Step"]
+__all__ = ["At", "Order", "Prune", "Regularise", "Sensitivity", "Step"]
