@@ -6,6 +6,8 @@ from distill_lightning.compression.steps.low_rank import LowRank
 from distill_lightning.compression.steps.precision import MixedPrecision
 from distill_lightning.compression.steps.prune import Prune
 from distill_lightning.compression.steps.quantize import Quantize
+from distill_lightning.compression.steps.regularise import Regularise
+from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
 from distill_lightning.compression.steps.sharing import ShareWeights
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "Order",
     "Prune",
     "Quantize",
+    "Regularise",
+    "Sensitivity",
     "ShareWeights",
     "Step",
 ]
