@@ -19,6 +19,14 @@ from distill_lightning.compression.packing.codebook import (
     share_weights,
 )
 from distill_lightning.compression.packing.file import read_packed, read_parts, write_packed
+from distill_lightning.compression.packing.hashed import (
+    Hashed,
+    bake_hashed,
+    describe_hashed,
+    hash_weights,
+    hashed,
+    rebuild_hashed,
+)
 from distill_lightning.compression.packing.packed import (
     Packed,
     Part,
@@ -28,14 +36,16 @@ from distill_lightning.compression.packing.packed import (
     pack_codes,
     pack_csr,
     pack_dense,
+    pack_hashed,
     pack_shared,
     unpack,
     unpack_codes,
 )
 
 __all__ = [
-    "Clusters", "Codebook", "Packed", "Part", "bake_shared", "codebooks", "describe_shared", "encode", "freeze_shared",
-    "huffman_decode", "huffman_encode", "huffman_lengths", "kmeans", "pack_bitmask", "pack_bits", "pack_codebook",
-    "pack_codes", "pack_csr", "pack_dense", "pack_shared", "read_packed", "read_parts", "rebuild_shared",
-    "share_weights", "unpack", "unpack_bits", "unpack_codes", "write_packed",
+    "Clusters", "Codebook", "Hashed", "Packed", "Part", "bake_hashed", "bake_shared", "codebooks", "describe_hashed",
+    "describe_shared", "encode", "freeze_shared", "hash_weights", "hashed", "huffman_decode", "huffman_encode",
+    "huffman_lengths", "kmeans", "pack_bitmask", "pack_bits", "pack_codebook", "pack_codes", "pack_csr", "pack_dense",
+    "pack_hashed", "pack_shared", "read_packed", "read_parts", "rebuild_hashed", "rebuild_shared", "share_weights",
+    "unpack", "unpack_bits", "unpack_codes", "write_packed",
 ]  # fmt: skip

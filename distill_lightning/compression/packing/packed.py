@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distill_lightning.compression.packing.bits import Bytes, huffman_decode, huffman_encode, pack_bits, unpack_bits
 from distill_lightning.compression.packing.codebook import distinct_values
+from distill_lightning.compression.packing.hashed import hash_places, hashed_weight
 from distill_lightning.compression.quantizers.scheme import Codes, Scheme, dequantize
 from distill_lightning.errors import InputError
 
@@ -82,7 +83,7 @@ class Packed:
     """A tensor's bytes and what they mean.
 
     Attributes:
-        codec: ``"dense"``, ``"codes"``, ``"codebook"``, ``"bitmask"`` or ``"csr"``.
+        codec: ``"dense"``, ``"codes"``, ``"codebook"``, ``"hashed"``, ``"bitmask"`` or ``"csr"``.
         shape: of the tensor.
         dtype: of the tensor, by PyTorch's name for it.
         options: what else the codec needs, in plain values.
@@ -161,6 +162,23 @@ def pack_shared(tensor: Tensor) -> Packed:
     return pack_codebook(indices, centroids)
 
 
+def pack_hashed(values: Tensor, shape: Sequence[int], seed: int) -> Packed:
+    """A tensor whose entries share values by a hash of their places: the values alone, see `Hashed`.
+
+    Args:
+        values: ``(k,)``.
+        shape: of the tensor.
+        seed: of the hash.
+
+    Raises:
+        InputError: the values are not in one dimension, or none; or the seed is out of range.
+    """
+    if values.ndim != 1:
+        raise InputError(f"the values of a hashed tensor have one dimension, got shape {tuple(values.shape)}")
+    hash_places(0, len(values), seed)
+    return Packed("hashed", tuple(shape), _name_of(values.dtype), {"seed": seed}, {"values": _raw(values)})
+
+
 def pack_bitmask(tensor: Tensor, values: Packed | None = None) -> Packed:
     """A tensor with zeros: a bit for each entry, and the entries that are not zero. A negative zero comes back as zero.
 
@@ -222,6 +240,10 @@ def unpack(packed: Packed) -> Tensor:
         part = packed.parts["centroids"]
         indices = _from_small(packed.parts["indices"], packed.shape)
         return _from_raw(part, (part.number,), dtype)[indices.long()]
+    if packed.codec == "hashed":
+        part = packed.parts["values"]
+        places = hash_places(math.prod(packed.shape), part.number, packed.options["seed"])
+        return hashed_weight(_from_raw(part, (part.number,), dtype), places, packed.shape)
     if packed.codec in ("bitmask", "csr"):
         present = _places(packed)
         tensor = torch.zeros(packed.shape, dtype=dtype)

@@ -16,6 +16,7 @@ from distill_lightning.compression.surgery.channels import channel_groups
 from distill_lightning.compression.surgery.groups import Group, Member, shrink
 from distill_lightning.compression.surgery.rebuilding import describe, describe_layer, rebuild, rebuild_layer
 from distill_lightning.compression.surgery.recurrent import gate_masks, in_blocks, unit_group, unit_groups
+from distill_lightning.compression.surgery.torch_pruning import channel_groups_by_torch_pruning
 from distill_lightning.compression.surgery.transformer import head_groups, neuron_groups, remove_layers
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Group",
     "Member",
     "channel_groups",
+    "channel_groups_by_torch_pruning",
     "convert_attention",
     "describe",
     "describe_layer",

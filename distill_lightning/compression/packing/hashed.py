@@ -1,0 +1,219 @@
+"""Weights that share a few values by a hash of their places: nothing but the values is trained, and stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from distill_lightning.compression.quantizers.weights import weight_names
+from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
+
+_CHUNK = 2**20
+_STEP = 0x9E3779B97F4A7C15
+
+
+def hash_places(count: int, buckets: int, seed: int) -> Tensor:
+    """Which entry of ``cat([values, -values])`` each of ``count`` weights is: its value, and its sign.
+
+    A pure function of its arguments on every machine. Files of hashed weights rely on it, so it must never change.
+
+    Args:
+        count: number of weights.
+        buckets: number of values.
+        seed: 0 to ``2**63 - 1``.
+
+    Returns:
+        int32 ``(count,)``, below ``2 * buckets``.
+
+    Raises:
+        InputError: a seed or a number of values out of range.
+    """
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed of hashed weights must be 0 to 2**63 - 1, got {seed}")
+    if not 0 < buckets < 2**30:
+        raise InputError(f"hashed weights have 1 to 2**30 - 1 values, got {buckets}")
+    places = np.empty(count, np.int32)
+    # Python multiplies without a limit, numpy modulo 2 ** 64.
+    key = _scramble(np.array([(seed + 1) * _STEP % 2**64], np.uint64))
+    for start in range(0, count, _CHUNK):
+        index = np.arange(start, min(start + _CHUNK, count), dtype=np.uint64)
+        hashed = _scramble(_scramble(index * np.uint64(_STEP)) ^ key)
+        bucket = (hashed >> np.uint64(1)) % np.uint64(buckets)
+        negative = hashed & np.uint64(1)
+        places[start : start + len(index)] = bucket + negative * np.uint64(buckets)
+    return torch.from_numpy(places)
+
+
+def _scramble(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Each input bit reaches all output bits: multiplication carries it up, the shifts bring it down again."""
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        numbers = (numbers ^ (numbers >> np.uint64(33))) * np.uint64(factor)
+    return numbers ^ (numbers >> np.uint64(33))
+
+
+def hashed_weight(values: Tensor, places: Tensor, shape: Sequence[int]) -> Tensor:
+    """The weight of some values.
+
+    Args:
+        values: ``(buckets,)``.
+        places: from `hash_places`, on the same device.
+        shape: of the weight.
+    """
+    return torch.cat([values, -values]).index_select(0, places).view(tuple(shape))
+
+
+class Hashed(nn.Module):
+    """A weight ``w[i] = sign(i) * values[bucket(i)]``, for `torch.nn.utils.parametrize`.
+
+    Bucket and sign are a hash of the seed and of ``i``, the weight's place in row-major order. The parametrized layer
+    keeps the values ``(k,)`` in place of its weight, and its state dict holds nothing else. In memory the places take 4
+    bytes per weight, so it is the file that becomes small. The gradient of a value is the sum of those of its members,
+    each times its sign.
+
+    Buckets have about equally many members, as far as chance goes: of ``k`` values for ``n`` weights the share
+    ``exp(-n / k)`` has none, 0.03 % for 8 weights per value and 14 % for 2.
+
+    Args:
+        shape: of the weight.
+        values: their number ``k``.
+        seed: of the hash, 0 to ``2**63 - 1``.
+
+    Raises:
+        InputError: the seed or the number of values is out of range.
+
+    Chen, Wilson, Tyree, Weinberger, Chen: *Compressing Neural Networks with the Hashing Trick*,
+    https://arxiv.org/abs/1504.04788
+    """
+
+    places: Tensor
+
+    def __init__(self, shape: Sequence[int], *, values: int, seed: int = 0) -> None:
+        super().__init__()
+        self.shape, self.values, self.seed = tuple(shape), values, seed
+        # It follows from the rest.
+        self.register_buffer("places", hash_places(math.prod(self.shape), values, seed), persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """The weight, from its values ``(k,)``."""
+        return hashed_weight(values, self.places, self.shape)
+
+    @torch.no_grad()
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The values ``(k,)`` nearest to a weight in squares: of each bucket's members, times their signs, the mean.
+
+        Zero where a bucket has none, and exact where all are equal.
+        """
+        members = self.places.long() % self.values
+        flat = wide(weight).flatten()
+        signed = torch.where(self.places < self.values, flat, -flat)
+        empty = signed.new_zeros(self.values)
+        lowest = empty.scatter_reduce(0, members, signed, "amin", include_self=False)
+        means = empty.scatter_reduce(0, members, signed - lowest[members], "mean", include_self=False)
+        return (lowest + means).to(weight.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, with which and with a weight's shape the same structure is made."""
+        return {"values": self.values, "seed": self.seed}
+
+    def extra_repr(self) -> str:
+        """What the module prints as."""
+        return f"{self.shape}, values={self.values}, seed={self.seed}"
+
+
+def hash_weights(layer: nn.Module, *, ratio: float, seed: int = 0, names: Sequence[str] | None = None) -> list[str]:
+    """Let the weights of a layer share values by a hash of their places, in place; see `Hashed`.
+
+    The values begin as near to the weights as they can be. A weight that was drawn at random and not trained becomes
+    smaller by about ``sqrt(ratio)`` thereby, since means of independent numbers are small.
+
+    The values train as ``parametrizations.<name>.original`` and are new parameters in shape: build the optimiser
+    afterwards.
+
+    Args:
+        layer: one that `weight_names` knows.
+        ratio: values per weight, above 0 and at most 1; each weight has ``round(ratio * n)`` of them, at least one.
+        seed: of the hash, the same for all weights of this layer; give each layer its own.
+        names: which weights; ``None``: all.
+
+    Returns:
+        Their names.
+
+    Raises:
+        InputError: the layer has no such weight, it is parametrized already, or the ratio or seed is out of range.
+    """
+    if not 0 < ratio <= 1:
+        raise InputError(f"ratio must be above 0 and at most 1 value per weight, got {ratio}")
+    known = weight_names(layer)
+    chosen = known if names is None else list(names)
+    if not chosen or set(chosen) - set(known):
+        raise InputError(f"{type(layer).__name__} has the weights {known}, cannot hash {chosen}")
+    for name in chosen:
+        if parametrize.is_parametrized(layer, name):
+            raise InputError(
+                f"{name!r} of {type(layer).__name__} is quantized, shared or hashed already: bake it first (bake, "
+                "bake_shared or bake_hashed)"
+            )
+    made = {}
+    for name in chosen:
+        weight = getattr(layer, name)
+        made[name] = Hashed(weight.shape, values=max(1, round(ratio * weight.numel())), seed=seed)
+    for name, entry in made.items():
+        _register(layer, name, entry)
+    return chosen
+
+
+def describe_hashed(layer: nn.Module) -> dict[str, Any]:
+    """The hashed weights of a layer by name, in plain values; empty where there are none."""
+    return {name: entry.describe() for name, (entry, _) in hashed(layer).items()}
+
+
+def rebuild_hashed(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module:
+    """Make a float layer the structure that `describe_hashed` told of, in place; its state dict then loads strictly.
+
+    Raises:
+        InputError: it has no weight of that name.
+    """
+    for name, told in description.items():
+        if name not in weight_names(layer):
+            raise InputError(f"{type(layer).__name__} has no weight {name!r} to hash: is it the right layer?")
+        _register(layer, name, Hashed(getattr(layer, name).shape, **told))
+    return layer
+
+
+def hashed(layer: nn.Module) -> dict[str, tuple[Hashed, Tensor]]:
+    """The hashed weights of a layer by name, each with its values ``(k,)``."""
+    if not parametrize.is_parametrized(layer):
+        return {}
+    parametrizations: Any = layer.parametrizations
+    return {
+        name: (entry, entries.original.detach())
+        for name, entries in parametrizations.items()
+        for entry in entries
+        if isinstance(entry, Hashed)
+    }
+
+
+@torch.no_grad()
+def bake_hashed(layer: nn.Module) -> list[str]:
+    """Put the hashed weights in place of their values, for good.
+
+    Returns:
+        The names of the weights, which are parameters of the same shapes as before.
+    """
+    names = list(hashed(layer))
+    for name in names:
+        parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+    return names
+
+
+def _register(layer: nn.Module, name: str, entry: Hashed) -> None:
+    entry.to(getattr(layer, name).device).train(layer.training)
+    parametrize.register_parametrization(layer, name, entry)
