@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression import low_rank, movement, packing, quantizers, surgery
+from distill_lightning.compression import low_rank, movement, packing, quantizers, surgery, tying
 from distill_lightning.errors import InputError
 
 ChangeKind = Literal["sizes", "low_rank", "tied"]
@@ -46,14 +46,16 @@ def note_change(network: nn.Module, kind: ChangeKind, layers: Mapping[str, Any] 
         network: as it is after the change.
         kind: ``"sizes"``: layers were shrunk, heads, units or layers removed, or attention converted; ``"low_rank"``;
             ``"tied"``.
-        layers: what `rebuild` needs of this kind: ``low_rank.describe`` of each new layer by path, or
-            ``tying.describe_tied``; nothing for sizes, which the layers tell.
+        layers: what `rebuild` needs of ``"low_rank"``: ``low_rank.describe`` of each new layer by path; sizes and ties
+            are read off the network.
     """
     changes = changes_of(network)
     if kind == "sizes":
         layers = surgery.describe(network)
         # The later one tells all sizes again.
         changes = changes[:-1] if changes and changes[-1]["kind"] == "sizes" else changes
+    elif kind == "tied":
+        layers = {"groups": tying.describe_tied(network)}
     network.__dict__["_changes"] = [*changes, {"kind": kind, "layers": dict(layers or {})}]
 
 
@@ -147,6 +149,8 @@ def _rebuild_change(network: nn.Module, kind: str, layers: Mapping[str, Any]) ->
     elif kind == "low_rank":
         for path, told in layers.items():
             low_rank.replace_layer(network, path, low_rank.rebuild(_layer_at(network, path), told))
+    elif kind == "tied":
+        tying.rebuild_tied(network, layers["groups"])
     else:
         raise InputError(f"a change of the unknown kind {kind!r}: a newer version of this package makes it")
 

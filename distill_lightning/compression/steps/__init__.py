@@ -8,11 +8,13 @@ from distill_lightning.compression.steps.prune import Prune
 from distill_lightning.compression.steps.quantize import Quantize
 from distill_lightning.compression.steps.regularise import Regularise
 from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
-from distill_lightning.compression.steps.sharing import ShareWeights
+from distill_lightning.compression.steps.sharing import HashShare, ShareWeights
+from distill_lightning.compression.steps.tying import TieLayers
 
 __all__ = [
     "At",
     "Encode",
+    "HashShare",
     "LowRank",
     "MixedPrecision",
     "Order",
@@ -22,4 +24,5 @@ __all__ = [
     "Sensitivity",
     "ShareWeights",
     "Step",
+    "TieLayers",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -77,7 +78,7 @@ class ShareWeights(Step):
         for path in paths:
             layer = piece.network.get_submodule(path)
             for name in weight_names(layer):
-                where = f"{path}.{name}" if path else name
+                where = _joined(path, name)
                 weight = getattr(layer, name).detach()
                 masked = piece.masks.kept.pop(where, None) is not None
                 # Zeros throughout are a layer that has yet to learn.
@@ -110,6 +111,58 @@ class ShareWeights(Step):
         return found
 
 
+class HashShare(Step):
+    """Every weight of a layer is one of few values, or its negative, by a hash of its place, see `hash_weights`.
+
+    A file then holds the values alone; time, multiply-accumulates and memory stay. The values begin as near to the
+    weights as they can, which is not near, so there is much to train afterwards. Embeddings with a padding are left
+    out, because its row would not remain zero.
+
+    Args:
+        ratio: weights for each value, at least 1.
+        at: see `Step`.
+        targets: likewise.
+        exclude: likewise.
+        finetune_epochs: likewise.
+
+    Raises:
+        InputError: the ratio is below 1.
+
+    Chen, Wilson, Tyree, Weinberger, Chen: *Compressing Neural Networks with the Hashing Trick*,
+    https://arxiv.org/abs/1504.04788
+    """
+
+    order = Order.VALUES
+
+    def __init__(
+        self,
+        *,
+        ratio: float = 8.0,
+        at: At | None = None,
+        targets: Targets | None = None,
+        exclude: Targets = (),
+        finetune_epochs: int = 0,
+    ) -> None:
+        super().__init__(at=at, targets=targets, exclude=exclude, finetune_epochs=finetune_epochs)
+        if not 1 <= ratio < math.inf:
+            raise InputError(f"HashShare: ratio is weights for each value, at least 1, got {ratio}")
+        self.ratio = ratio
+
+    def begin(self, piece: Workpiece) -> None:
+        """Put the values in the place of the weights."""
+        paths = _free_layers(piece, self, self.targets, reason_of=_no_hash)
+        for path in paths:
+            for name in weight_names(piece.network.get_submodule(path)):
+                where = _joined(path, name)
+                if where in piece.masks.kept and not bool(piece.masks.kept[where].all()):
+                    raise InputError(f"HashShare: {where!r} is pruned, and hashed weights have no zeros: exclude it")
+        for number, path in enumerate(paths):
+            layer = piece.network.get_submodule(path)
+            for name in packing.hash_weights(layer, ratio=1 / self.ratio, seed=piece.seed * 1_000_003 + number):
+                piece.masks.kept.pop(_joined(path, name), None)
+        piece.changed = True
+
+
 _WHAT = "layers with weights"
 
 
@@ -117,7 +170,27 @@ def _has_weights(layer: nn.Module) -> bool:
     return bool(weight_names(layer))
 
 
-def _free_layers(piece: Workpiece, step: Step, targets: Targets | None) -> list[str]:
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _no_hash(layer: nn.Module) -> str | None:
+    if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+        return "it is an embedding with a padding, whose row would not remain zero"
+    return None
+
+
+def _no_reason(_: nn.Module) -> str | None:
+    return None
+
+
+def _free_layers(
+    piece: Workpiece,
+    step: Step,
+    targets: Targets | None,
+    *,
+    reason_of: Callable[[nn.Module], str | None] = _no_reason,
+) -> list[str]:
     """The layers whose weights can be computed from values.
 
     Raises:
@@ -130,10 +203,10 @@ def _free_layers(piece: Workpiece, step: Step, targets: Targets | None) -> list[
     for path in paths:
         layer = network.get_submodule(path)
         names = weight_names(layer)
-        reason = None
-        if any(parametrize.is_parametrized(layer, name) for name in names):
+        reason = reason_of(layer)
+        if reason is None and any(parametrize.is_parametrized(layer, name) for name in names):
             reason = "its weights are computed already, as quantized or shared ones"
-        else:
+        if reason is None:
             others = [tied[id(getattr(layer, name))] for name in names if id(getattr(layer, name)) in tied]
             if others:
                 reason = f"it shares a weight with another layer ({' and '.join(others[0])}), which would be untied"
@@ -143,9 +216,7 @@ def _free_layers(piece: Workpiece, step: Step, targets: Targets | None) -> list[
             raise InputError(f"{step!r}: {path!r}: {reason}: exclude it")
         else:
             piece.note(f"{path}: {reason}: left as it is")
-    weights = [
-        f"{path}.{name}" if path else name for path in free for name in weight_names(network.get_submodule(path))
-    ]
+    weights = [_joined(path, name) for path in free for name in weight_names(network.get_submodule(path))]
     check_coverage(piece, step, weights, targets=targets)
     if not free:
         raise InputError(f"{step!r}: no layer of {type(network).__name__} is left whose weights are its own")
@@ -157,5 +228,5 @@ def _tied(network: nn.Module) -> Mapping[int, list[str]]:
     names: dict[int, list[str]] = {}
     for path, module in network.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            names.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+            names.setdefault(id(parameter), []).append(_joined(path, name))
     return {key: found for key, found in names.items() if len(found) > 1}
