@@ -83,7 +83,9 @@ def claim_of(dense: Stage, stage: Stage) -> str:
     faster = [row for row in measured if row.faster]
     parts = []
     if size is not None:
-        parts.append(f"{_ratio(size)} of the {FILES[key]}" if size < 1 else f"no smaller: {_ratio(size)} of the file")
+        parts.append(
+            f"{_ratio(size)} of the {FILES[key]}" if size < 1 else f"no smaller ({_ratio(size)} of the {FILES[key]})"
+        )
     parts += [_said(row) for row in measured if row.runtime == "torch"]
     if "onnx_int8" in stage.nbytes and "onnx" in dense.nbytes:
         parts.append(f"int8: {_ratio(stage.nbytes['onnx_int8'] / dense.nbytes['onnx'])} of the ONNX file")
@@ -391,7 +393,10 @@ def _said(row: LatencyRow) -> str:
 
 
 def _interval(row: LatencyRow) -> str:
-    return f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]"
+    bounds = [f"{value:.2f}" for value in (row.low, row.high)]
+    # An interval that leaves 1 out has to be seen to.
+    digits = 4 if "1.00" in bounds and (row.faster or row.slower) else 2
+    return f"{row.ratio:.{digits}f} [{row.low:.{digits}f}, {row.high:.{digits}f}]"
 
 
 def _ratio(value: float) -> str:

@@ -54,6 +54,13 @@ def test_an_interval_that_holds_1_is_no_speed_up(low, high):
     assert claim == f"storage only: 0.25 of the artefact; {expected}"
 
 
+def test_an_interval_near_1_shows_on_which_side_it_is():
+    assert claim_of(dense(), stage(latency=[row(1.01, 1.0012, 1.02)])).endswith(
+        "slower at batch 32: 1.0100 [1.0012, 1.0200]"
+    )
+    assert "0.9900 [0.9800, 0.9991] of the time" in claim_of(dense(), stage(latency=[row(0.99, 0.98, 0.9991)]))
+
+
 def test_every_batch_size_is_spoken_of_and_slower_is_called_slower():
     rows = [row(1.3, 1.2, 1.4, batch=1), row(0.5, 0.4, 0.6)]
     claim = claim_of(dense(), stage(latency=rows))
@@ -63,7 +70,7 @@ def test_every_batch_size_is_spoken_of_and_slower_is_called_slower():
     assert claim_of(dense(), stage(latency=rows[:1])).startswith("storage only: 0.25 of the artefact; slower")
     # No saving of any kind: nothing of storage.
     grown = claim_of(dense(), stage(size=1500, latency=rows[:1]))
-    assert grown == "no smaller: 1.50 of the file; slower at batch 1: 1.30 [1.20, 1.40]"
+    assert grown == "no smaller (1.50 of the artefact); slower at batch 1: 1.30 [1.20, 1.40]"
 
 
 def test_few_bits_save_storage_only_even_where_the_network_got_faster():
