@@ -9,6 +9,7 @@ from torch import nn
 
 from distill_lightning import InputError, SmallCNN, SmallLSTM, SmallTransformer, TeacherEnsemble
 from distill_lightning.compression import surgery
+from distill_lightning.compression.macs import count_macs
 from distill_lightning.layers import FeatureTap, dry_forward
 from distill_lightning.networks import build_from, recipe_of
 
@@ -129,7 +130,7 @@ def naive_transformer(network, inputs):
     for steps in steps_of(network, inputs):
         if not causal:
             steps = [network.embed.weight @ step + network.embed.bias for step in steps]  # noqa: PLW2901
-        hidden = [step + network.positions[place] for place, step in enumerate(steps)]
+        hidden = [step + network.positions.weight[place] for place, step in enumerate(steps)]
         for layer in network.encoder.layers:
             seen = attend([norm(step, layer.norm1) for step in hidden], layer.self_attn)
             hidden = [step + more for step, more in zip(hidden, seen, strict=True)]
@@ -331,6 +332,13 @@ def test_networks_without_lstm_run_as_one(build, inputs):
 def test_lstms_that_shall_run_as_one_are_refused():
     with pytest.raises(InputError, match=r"cannot run an LSTM, GRU or RNN: leave .*batched=True out"):
         TeacherEnsemble([lstm_of_rows(), lstm_of_rows()], batched=True)
+
+
+@pytest.mark.parametrize(("build", "inputs"), NETWORKS)
+def test_every_product_is_counted(build, inputs):
+    found = count_macs(made(build), inputs(1))
+    assert found.uncounted == ()
+    assert found.by_module["head"] == made(build).head.weight.numel() * (7 if inputs is tokens else 1)
 
 
 # Surgery

@@ -105,7 +105,9 @@ class SmallTransformer(nn.Module):
             raise InputError(f"SmallTransformer: dropout must be in [0, 1), got {dropout}")
         remember(self, arguments | {"dropout": dropout})
         self.embed = nn.Linear(input_size, width) if input_size else nn.Embedding(vocabulary or 1, width)
-        self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
+        self.positions = nn.Embedding(length, width)
+        nn.init.normal_(self.positions.weight, std=0.02)
+        self.length = length
         layers = [
             nn.TransformerEncoderLayer(width, heads, feedforward, dropout, batch_first=True, norm_first=True)
             for _ in range(depth)
@@ -119,7 +121,7 @@ class SmallTransformer(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits ``(N, K)`` of images ``(N, C, H, W)``, or ``(N, T, K)`` of tokens ``(N, T)``."""
         hidden = self.embed(inputs if self.reads_tokens else _rows(inputs))
-        hidden = _with_positions(hidden, self.positions)
+        hidden = hidden + self.positions(_places(hidden, self.length))
         if not self.reads_tokens:
             logits: Tensor = self.head(self.encoder(hidden).mean(dim=1))
             return logits
@@ -143,12 +145,12 @@ def _rows(images: Tensor) -> Tensor:
 
 # Whole operations for torch.fx, which cannot follow what depends on a length.
 @fx.wrap
-def _with_positions(hidden: Tensor, positions: Tensor) -> Tensor:
-    """Add the first positions ``(T, D)`` to ``(N, T, D)``."""
+def _places(hidden: Tensor, length: int) -> Tensor:
+    """The numbers ``(T,)`` of the steps of ``(N, T, D)``."""
     steps = hidden.shape[1]
-    if steps > len(positions):
-        raise InputError(f"SmallTransformer has positions for {len(positions)} steps, got {steps}: give it length")
-    return hidden + positions[:steps]
+    if steps > length:
+        raise InputError(f"SmallTransformer has positions for {length} steps, got {steps}: give it length")
+    return torch.arange(steps, device=hidden.device)
 
 
 @fx.wrap
