@@ -1,1 +1,1 @@
-"""``distill-lightning compress``: compress a network as a configuration says, with controls, and report what was saved."""
+"""``distill-lightning compress``: compress a network as a configuration says, and report what it saved."""

@@ -131,7 +131,7 @@ def _compress(run: Run, parts: Parts, callback: CompressionCallback, wanted: Mea
     return callback.stages
 
 
-def _compress_at_random(run: Run, parts: Parts, callback: CompressionCallback, wanted: Measurements) -> list[Stage]:
+def _compress_at_random(_: Run, parts: Parts, callback: CompressionCallback, wanted: Measurements) -> list[Stage]:
     callback.steps = random_steps(callback.steps)
     callback.measurements = replace(wanted, onnx="none")
     parts.trainer.fit(parts.model, datamodule=parts.data)
@@ -174,7 +174,7 @@ class _Scoring(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measure against the large one."""
-        batch = next(iter(trainer.val_dataloaders if trainer.val_dataloaders is not None else trainer.train_dataloader))
+        batch = next(iter(cast("Any", trainer.train_dataloader)))
         compressor = Compressor(pl_module.student, [], batch[0][:2])
         compressor.dense = self.dense
         self.stages = [measure(trainer, pl_module, compressor, self.wanted, name=CONTROL_SCRATCH, kind="control")]
