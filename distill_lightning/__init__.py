@@ -1,7 +1,9 @@
 """distill_lightning: knowledge distillation and compression as PyTorch Lightning modules."""
 
-from distill_lightning import functional, layers, metrics, networks, samplers
+from distill_lightning import compression, functional, layers, metrics, networks, samplers
 from distill_lightning.batch import Batch
+from distill_lightning.callbacks import CompressionCallback
+from distill_lightning.compression import Compressor, load_compressed
 from distill_lightning.datamodules import (
     DigitsDataModule,
     DocstringsDataModule,
@@ -16,6 +18,7 @@ from distill_lightning.errors import InputError
 from distill_lightning.layers import TeacherEnsemble
 from distill_lightning.metrics import AURC, Agreement, AngularError, CalibrationError, GapReduction
 from distill_lightning.modules import (
+    CompressionBaseline,
     DistillationModule,
     ExtracurricularModule,
     FEEDModule,
@@ -52,6 +55,9 @@ __all__ = [
     "AngularError",
     "Batch",
     "CalibrationError",
+    "CompressionBaseline",
+    "CompressionCallback",
+    "Compressor",
     "CutMixSampler",
     "DigitsDataModule",
     "DistillationModule",
@@ -87,8 +93,10 @@ __all__ = [
     "SupervisedModule",
     "TeacherEnsemble",
     "TeacherStore",
+    "compression",
     "functional",
     "layers",
+    "load_compressed",
     "metrics",
     "networks",
     "pytorchcv_network",

@@ -176,6 +176,8 @@ class Prune(Step):
 
     def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
         """Prune more where the schedule says so."""
+        if self.kind is not None and isinstance(self.schedule, OneShot):
+            return  # they have left
         self._go_on(piece, self._level(step=step, steps=steps))
 
     def penalty(self, piece: Workpiece, *, step: int, steps: int) -> Tensor | None:
