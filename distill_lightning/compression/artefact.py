@@ -133,7 +133,7 @@ def _from_checkpoint(path: Path, network: nn.Module | None) -> nn.Module:
             for name, value in checkpoint["state_dict"].items()
             if name.startswith(prefix)
         }
-        known = checkpoint.get("recipes", {}).get(attribute)
+        known = told.get("recipe") or checkpoint.get("recipes", {}).get(attribute)
         network = _built(path, network, _without_weights(known), f"{attribute!r}")
         recipe.rebuild(network, told["description"])
         _load(network, tensors, path)
