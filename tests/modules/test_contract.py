@@ -91,3 +91,7 @@ def test_a_network_that_changes_is_refused_in_two_processes(name):
     # As each of the processes does at the beginning of the fit.
     with pytest.raises(InputError, match=r"several processes cannot agree on: train it in one .devices=1."):
         module.callback.setup(trainer, module, "fit")
+    module.callback.steps[0].at, module.callback.steps[0].finetune_epochs = "end", 0
+    if module.callback.steps[0].reason_to_train() is None:
+        with pytest.raises(InputError, match="do not come back from spawned processes: give the Trainer strategy='ddp'"):
+            module.callback.setup(trainer, module, "fit")
