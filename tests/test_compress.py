@@ -58,7 +58,9 @@ def finished(tmp_path_factory):
 
 
 def stages_of(folder, name):
-    return [Stage.of_plain(plain) for plain in json.loads((folder / "runs" / name / "stages.json").read_text())["stages"]]
+    return [
+        Stage.of_plain(plain) for plain in json.loads((folder / "runs" / name / "stages.json").read_text())["stages"]
+    ]
 
 
 def test_its_files_are_there_and_can_be_read(finished):
@@ -83,9 +85,7 @@ def test_the_report_says_what_the_runs_measured(finished):
     text = (out / "report.md").read_text()
     kinds = ("compressed", "same_size", "random")
     assert {path.name for path in (out / "runs").iterdir()} == {f"{kind}_{seed}" for kind in kinds for seed in (0, 1)}
-    by_seed = {
-        seed: [stage for kind in kinds for stage in stages_of(out, f"{kind}_{seed}")] for seed in (0, 1)
-    }
+    by_seed = {seed: [stage for kind in kinds for stage in stages_of(out, f"{kind}_{seed}")] for seed in (0, 1)}
     names = [stage.name for stage in by_seed[0]]
     assert names[0] == "dense"
     assert names[-3:] == ["final", "control: same size from scratch", "control: random criterion"]
@@ -157,7 +157,10 @@ def prune(**options):
         (changed_steps(), "there is nothing to compress with: give model.steps"),
         (changed_steps({"class_path": "Quantize"}, prune(amount=0.5)), "cannot come after step 1"),
         (changed_steps(prune(amount=0.5, targets="nowhere")), "targets 'nowhere' matches none of SmallCNN's"),
-        (changed_steps(prune(amount=0.5, at=1, finetune_epochs=5)), "the training ends at 2: give the Trainer max_epochs=6"),
+        (
+            changed_steps(prune(amount=0.5, at=1, finetune_epochs=5)),
+            "the training ends at 2: give the Trainer max_epochs=6",
+        ),
         (changed_steps(prune(amount=0.5, at="end", finetune_epochs=1)), "nothing is trained after at='end'"),
         (changed_steps(prune(amount=2.0)), "amount"),
         (lambda config: config["model"]["init_args"].update(dense_epochs=7), "dense_epochs=7 of max_epochs=2"),

@@ -68,7 +68,9 @@ STORAGE = [Encode()]
 
 def test_every_order_is_allowed_or_refused_by_what_it_does():
     ranked = list(enumerate([STRUCTURE, MASKS, VALUES, STORAGE]))
-    pairs = [((a, first), (b, second)) for a, ones in ranked for first in ones for b, others in ranked for second in others]
+    pairs = [
+        ((a, first), (b, second)) for a, ones in ranked for first in ones for b, others in ranked for second in others
+    ]
     for (a, first), (b, second) in pairs:
         if a <= b:
             assert len(plan([first, second], epochs=1)) == 2

@@ -1,11 +1,13 @@
 """The base: subclassing, checkpoints that rebuild themselves, schedules, and clear refusals."""
 
+import warnings
 from functools import partial
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -449,3 +451,23 @@ def test_numpys_numbers_are_kept_as_pythons(tmp_path):
     trainer.fit(module, datamodule=TinyDataModule())
     trainer.save_checkpoint(tmp_path / "smooth.ckpt")
     assert SupervisedModule.load_from_checkpoint(tmp_path / "smooth.ckpt").label_smoothing == 0.25
+
+
+def test_one_cycle_goes_on_in_the_middle_of_an_epoch(tmp_path):
+    """To know its length it has the data set up, before Lightning knows where in them the checkpoint was made."""
+
+    def fit(seed, **options):
+        torch.manual_seed(seed)
+        module = SupervisedModule(
+            TinyNet(), num_classes=3, optimizer=partial(torch.optim.SGD, lr=0.05), lr_scheduler=OneCycle
+        )
+        tiny_trainer(max_epochs=3, **options.pop("trainer", {})).fit(module, datamodule=TinyDataModule(), **options)
+        return module
+
+    kept = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    whole = fit(0, trainer={"callbacks": [kept], "enable_checkpointing": True}).state_dict()
+    for step in (2, 4, 6, 8):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Be aware that when using .ckpt_path.")
+            resumed = fit(9, ckpt_path=str(tmp_path / f"step={step}.ckpt")).state_dict()
+        assert all(torch.equal(value, resumed[name]) for name, value in whole.items()), step

@@ -98,7 +98,7 @@ def test_every_phase_has_a_cycle_of_its_own_length():
 def test_without_restart_one_cycle_goes_on(step):
     rates = Rates()
     fit(baseline([step], dense_epochs=1, lr_scheduler=OneCycle, restart=False), callbacks=[rates])
-    assert sum(rates.rates.values(), []) == pytest.approx(one_cycle(12))
+    assert [rate for epoch in rates.rates.values() for rate in epoch] == pytest.approx(one_cycle(12))
 
 
 def test_accumulated_batches_count_as_one_step_of_the_cycle():
@@ -292,9 +292,7 @@ def test_a_checkpoint_opens_without_any_argument(tmp_path):
     ]
     kept = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     # Another interval, so that Lightning can tell the two apart.
-    light = ModelCheckpoint(
-        tmp_path, filename="light-{epoch}", every_n_epochs=2, save_top_k=-1, save_weights_only=True
-    )
+    light = ModelCheckpoint(tmp_path, filename="light-{epoch}", every_n_epochs=2, save_top_k=-1, save_weights_only=True)
     module = baseline(steps, dense_epochs=1, teacher="dense")
     fit(module, callbacks=[kept, light], enable_checkpointing=True)
     inputs = torch.rand(4, 1, 8, 8)
@@ -311,7 +309,9 @@ def test_a_checkpoint_opens_without_any_argument(tmp_path):
     assert torch.equal(outputs["module"], expected)
     assert torch.equal(outputs["dense"], module.teachers.logits(inputs)[0])
     # The first epoch was that of the dense network, which fits what is compressed by now, too.
-    tiny_trainer().validate(module, datamodule=TinyDataModule(), ckpt_path=str(tmp_path / "epoch=0.ckpt"), verbose=False)
+    tiny_trainer().validate(
+        module, datamodule=TinyDataModule(), ckpt_path=str(tmp_path / "epoch=0.ckpt"), verbose=False
+    )
     assert module.student.features[0].weight.shape == (2, 1, 3, 3)
 
 
@@ -517,7 +517,10 @@ def test_a_report_without_measurements_is_refused():
         ({"steps": [Encode(), Prune(amount=0.5)]}, "what is stored is encoded last"),
         ({"steps": [Prune(amount=0.5, at=3, finetune_epochs=2)]}, "lasts from epoch 3 to 5.* max_epochs=5"),
         ({"steps": [Prune(amount=0.5, at=9)]}, "lasts from epoch 9 to 9, and the training ends at 4"),
-        ({"steps": [Prune(amount=0.5, finetune_epochs=2), Quantize(at=1)]}, "begins at epoch 1, and step 1 .* ends at 2"),
+        (
+            {"steps": [Prune(amount=0.5, finetune_epochs=2), Quantize(at=1)]},
+            "begins at epoch 1, and step 1 .* ends at 2",
+        ),
         ({"steps": [Prune(amount=0.5, schedule=Cubic())]}, "prunes while the network trains: give it finetune_epochs"),
         ({"steps": [Quantize(mode="qat")]}, "trains the network with its quantizers: give it finetune_epochs"),
         ({"steps": [Prune(amount=0.5)], "dense_epochs": 5}, "dense_epochs=5 of max_epochs=4: give the Trainer more"),

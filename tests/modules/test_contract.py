@@ -63,7 +63,10 @@ EXCLUDED = {
     ("movement", "the_optimizer_holds_exactly_what_learns"): TAKEN_OFF,
     ("gates", "the_optimizer_holds_exactly_what_learns"): TAKEN_OFF,
     ("gates", "a_resumed_run_equals_the_uninterrupted_one"): LOGGED,
-    ("movement", "a_training_step_does_not_wait_for_the_device"): "exactly so many scores are chosen, which counts them",
+    (
+        "movement",
+        "a_training_step_does_not_wait_for_the_device",
+    ): "exactly so many scores are chosen, which counts them",
 }
 
 
@@ -93,5 +96,7 @@ def test_a_network_that_changes_is_refused_in_two_processes(name):
         module.callback.setup(trainer, module, "fit")
     module.callback.steps[0].at, module.callback.steps[0].finetune_epochs = "end", 0
     if module.callback.steps[0].reason_to_train() is None:
-        with pytest.raises(InputError, match="do not come back from spawned processes: give the Trainer strategy='ddp'"):
+        with pytest.raises(
+            InputError, match="do not come back from spawned processes: give the Trainer strategy='ddp'"
+        ):
             module.callback.setup(trainer, module, "fit")
