@@ -164,6 +164,16 @@ def test_averaged_weights_are_pruned_too(tmp_path, averaging):
 
 
 @pytest.mark.parametrize("averaging", [EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.01)])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_order_of_the_callbacks_does_not_matter(averaging, first):
+    module, callback = supervised(), CompressionCallback([Prune(amount=0.6, finetune_epochs=2)], dense_epochs=2)
+    callbacks = [callback, averaging()]
+    fit(module, callbacks=callbacks if first else callbacks[::-1])
+    assert callback.compressor.masks.pruned == round(0.6 * callback.compressor.masks.total)
+    assert not under_masks(callback.compressor, weights_of(module.student)).any()
+
+
+@pytest.mark.parametrize("averaging", [EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.01)])
 @pytest.mark.parametrize(
     "steps",
     [

@@ -283,6 +283,7 @@ def test_early_stopping_does_not_compare_with_the_dense_network(monitor, mode):
 # Reloading
 
 
+@pytest.mark.slow
 def test_a_checkpoint_opens_without_any_argument(tmp_path):
     steps = [
         Prune(amount=0.5, granularity="channel", finetune_epochs=1),
