@@ -59,6 +59,7 @@ def plot_pareto(
                 axes.axhline(shown.mean(), color="0.7", linestyle="--", linewidth=1, zorder=0)
                 axes.axvline(values[name], color="0.7", linestyle="--", linewidth=1, zorder=0)
         axes.set_xlabel(title)
+        axes.margins(0.1)
         _cost_axis(axes, logarithmic=title in logarithmic)
         plain(axes)
     panels[0].set_ylabel(label)
@@ -249,7 +250,7 @@ def plot_latency(times: Mapping[str, tuple[ArrayLike, ArrayLike]], *, label: str
             median = float(np.median(shown))
             axes.hlines(median, at - 0.12, at + 0.12, color=color, linewidth=2, label=f"_{name}" if place else name)
             axes.annotate(
-                f"{median:.3g}", (at + 0.13, median), xytext=(2, 0), textcoords="offset points", va="center", fontsize=8
+                f"{median:.3g}", (at, shown.max()), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8
             )
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -123,6 +123,19 @@ def test_plain_values_come_back_from_a_checkpoint_that_runs_no_code(tmp_path):
         Stage.of_plain(plain | {"colour": "red"})
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "begins"), [(0.9, 0.97, "faster"), (0.9, 0.99, "no measured"), (1.01, 1.1, "no measured"),
+                                (1.03, 1.1, "slower")]
+)  # fmt: skip
+def test_a_difference_as_small_as_between_equal_networks_is_none(low, high, begins):
+    ratio = Ratio((low + high) / 2, low, high)
+    row = LatencyRow.of(
+        Latency((1.0,), (1.0,), (1.0,), (1.0,), ratio, ratio, "thread"), batch=1, runtime="torch", baseline="torch"
+    )
+    assert row.claim.startswith(begins)
+    assert f"{low:.2f} to {high:.2f}" in row.claim
+
+
 def test_real_times_are_of_both_networks_with_one_thread():
     threads = torch.get_num_threads()
     stage = measure_stage("copy", build(), build(), IMAGES, kind="after", scores={}, batch_sizes=(2,))
