@@ -137,12 +137,14 @@ class Compressor:
             Whether the network has other parameters now, so that another optimiser is needed.
         """
         self.piece.optimizer = optimizer
-        before = _parameters_of(self.network)
+        # The parameters themselves: the id of one that is gone may be that of a new one.
+        before = list(self.network.parameters())
         self._advance(epoch)
         phase = self.phase
         if phase is not None:
             self._steps = (phase.end - phase.begin) * steps_per_epoch
-        return _parameters_of(self.network) != before
+        after = list(self.network.parameters())
+        return len(before) != len(after) or any(old is not new for old, new in zip(before, after, strict=True))
 
     def is_due(self, epoch: int) -> bool:
         """Whether a phase begins or ends with an epoch that begins now."""
@@ -283,7 +285,3 @@ def _at_once(steps: Sequence[Step]) -> list[Phase]:
 def _kept(batches: Iterable[tuple[Any, Any]]) -> Callable[[], Sequence[tuple[Any, Any]]]:
     known = list(batches)
     return lambda: known
-
-
-def _parameters_of(network: nn.Module) -> list[int]:
-    return [id(parameter) for parameter in network.parameters()]

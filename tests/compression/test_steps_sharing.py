@@ -305,3 +305,17 @@ def test_a_run_goes_on_in_a_fresh_network_bit_for_bit():
         go(other, resumed, 1)
         for one, two in zip(network.state_dict().values(), fresh.state_dict().values(), strict=True):
             assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("step", [ShareWeights, HashShare])
+def test_values_are_new_parameters_for_the_optimiser(step):
+    """Also where nothing but the shapes would tell: without biases, the order of the parameters stays."""
+    torch.manual_seed(0)
+    network, inputs = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 5, bias=False)), torch.randn(4, 8)
+    compressor = Compressor(network, [step(finetune_epochs=1)], inputs, epochs=2, dense_epochs=1)
+    before = list(network.parameters())
+    network(inputs).sum().backward()
+    assert not compressor.begin_epoch(0, steps_per_epoch=1)
+    assert compressor.begin_epoch(1, steps_per_epoch=1)
+    assert not {id(parameter) for parameter in before} & {id(parameter) for parameter in network.parameters()}
+    assert all(parameter.grad is None for parameter in network.parameters())

@@ -229,7 +229,7 @@ def share_weights(
         codebook = Codebook(found.indices, k=len(found.centroids), pruned=pruned)
         with torch.no_grad():
             weight.copy_(found.centroids[found.indices])
-        parametrize.register_parametrization(layer, name, codebook)
+        _register(layer, name, codebook)
     return chosen
 
 
@@ -249,7 +249,7 @@ def rebuild_shared(layer: nn.Module, description: Mapping[str, Any]) -> nn.Modul
             raise InputError(f"{type(layer).__name__} has no weight {name!r} to share: is it the right layer?")
         indices = torch.zeros_like(getattr(layer, name), dtype=torch.uint8)
         codebook = Codebook(indices, k=told["k"], pruned=told["pruned"])
-        parametrize.register_parametrization(layer, name, codebook)
+        _register(layer, name, codebook)
         if told["frozen"]:
             freeze_shared(layer, name)
     return layer
@@ -288,6 +288,13 @@ def bake_shared(layer: nn.Module) -> list[str]:
         if codebook.frozen:
             getattr(layer, name).requires_grad = True
     return list(shared)
+
+
+def _register(layer: nn.Module, name: str, codebook: Codebook) -> None:
+    weight = getattr(layer, name)
+    # What is registered takes the values' shape: neither an optimiser nor a gradient from before may go on with it.
+    setattr(layer, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
+    parametrize.register_parametrization(layer, name, codebook)
 
 
 def _original(layer: nn.Module, name: str) -> nn.Parameter:
