@@ -43,7 +43,8 @@ class Prune(Step):
             the same, and the weights that stay make up for those that go (SparseGPT); ``"bn_scale"`` of channels; for
             weights also ``"movement"``, learned in the phase, and ``"soft_movement"``, whose `Threshold` is one of the
             scores' sigmoids. A unit's worth is the mean over the weights that leave with it, of criteria that estimate
-            the loss their sum.
+            the loss their sum; by magnitude channels and the like compete by what they are worth among those of their
+            layer, because weights of larger layers are smaller.
         granularity: ``"weight"``, ``"row"``, ``"block:4x8"``, ``"2:4"``, or ``"channel"``, ``"hidden_unit"``,
             ``"neuron"`` (of Transformers' feed-forward layers), ``"head"``, ``"layer"`` (of Transformer encoders).
         scope: ``"global"``: all layers' units compete; ``"layer"``: those of each layer; or a `Sensitivity`, which says
@@ -287,7 +288,8 @@ class Prune(Step):
         if self.sensitivity is not None:
             self._final = unit_amounts.bearable(shown, kind, families, self.sensitivity, criterion=self.criterion)
         if isinstance(self.schedule, OneShot):
-            self._leave(piece, kind, families, self._choose(shown, families, self._level(step=0, steps=0)))
+            self._now = self._level(step=0, steps=0)
+            self._leave(piece, kind, families, self._choose(shown, families, self._now))
             return
         if kind == "head":
             self._convert(piece)
@@ -332,6 +334,7 @@ class Prune(Step):
             level,
             scope=self.scope,
             by_threshold=isinstance(self.schedule, Threshold),
+            relative=self.criterion == "magnitude",
             round_to=self.round_to,
             kept=self._kept,
         )
