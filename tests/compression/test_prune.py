@@ -314,6 +314,24 @@ def test_optimal_brain_surgeon_loses_less_and_less(scope):
     assert errors["obs_update"] < 0.5 * errors["magnitude"]
 
 
+@pytest.mark.parametrize(("granularity", "zeros_of_four"), [("2:4", 2), ("1:4", 3)])
+def test_optimal_brain_surgeon_of_n_of_m(granularity, zeros_of_four):
+    network, compressor = applied(Prune(criterion="obs_update", granularity=granularity, targets="hidden"))
+    assert ((network.hidden.weight.view(8, 32, 4) == 0).sum(2) == zeros_of_four).all()
+    assert compressor.masks.pruned == zeros(network, ["hidden.weight"])
+    plain, _ = applied(Prune(granularity=granularity, targets="hidden"))
+    assert layer_error(network) < 0.5 * layer_error(plain)
+
+
+def test_optimal_brain_surgeon_moves_what_is_left_at_every_update():
+    network = build()
+    step = Prune(amount=0.6, criterion="obs_update", schedule=Iterative(3), targets="hidden", finetune_epochs=3)
+    compressor = compressor_of(network, step, epochs=3)
+    found = []
+    train(compressor, OPTIMIZERS["sgd"], epochs=3, watch=lambda *_: found.append(zeros(network, ["hidden.weight"])))
+    assert [found[0], found[2], found[-1]] == [round(amount * 1024) for amount in (0.2, 0.4, 0.6)]
+
+
 def test_optimal_brain_surgeon_leaves_out_what_does_not_run_as_a_layer():
     _, compressor = applied(Prune(amount=0.5, criterion="obs_update", targets="Linear"), kind="transformer")
     assert set(compressor.masks.kept) == {path for path in WEIGHTS["transformer"] if "self_attn" not in path}
@@ -717,8 +735,9 @@ def test_masks_come_after_structure():
         applied(Prune(amount=0.5), Prune(amount=0.5, granularity="channel"))
 
 
-def test_a_step_can_be_used_again():
-    step = Prune(amount=0.6, schedule=Iterative(2), rewind="start", at=1, finetune_epochs=2)
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_step_can_be_used_again(name):
+    step = Prune(**RESUMED[name], at=1, finetune_epochs=2)
     found = []
     for _ in range(2):
         network = build()

@@ -171,6 +171,16 @@ def test_half_of_the_channels_is_a_quarter_of_the_parameters():
     assert 0.2 < sizes(network) / sizes(build("cnn")) < 0.3
 
 
+def test_a_resnet18_with_half_of_its_channels_has_the_published_size():
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18()
+    Compressor(network, [Prune(amount=0.5, granularity="channel", scope="layer")], drawn(1, 3, 64, 64)).apply()
+    assert sizes(network) == 3_055_880  # torch-pruning's README
+    with torch.inference_mode():
+        assert network.eval()(drawn(3, 3, 64, 64)).shape == network(drawn(3, 3, 96, 80)).shape == (3, 1000)
+
+
 def test_one_unit_stays_in_every_layer():
     network, _ = applied("cnn", Prune(amount=1.0, granularity="channel"))
     assert all(module.out_channels == 1 for module in network.modules() if isinstance(module, nn.Conv2d))
