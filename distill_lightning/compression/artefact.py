@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from distill_lightning.compression import packing, quantizers, recipe
 from distill_lightning.compression.packing.packed import Coding, Packed
@@ -42,12 +43,13 @@ def write_artefact(network: nn.Module, path: Path | str, *, coding: Coding = "pl
         The file's bytes.
 
     Raises:
-        InputError: the coding is unknown, the network holds numbers of a type that is not stored, or the file cannot be
-            written.
+        InputError: the coding is unknown, the network holds numbers of a type that is not stored, a weight is computed
+            from one that another layer uses as it is, or the file cannot be written.
     """
     if coding not in ("plain", "deflate", "huffman"):
         raise InputError(f"coding must be 'plain', 'deflate' or 'huffman', got {coding!r}")
     network = getattr(network, "_orig_mod", network)
+    _check_ties(network)
     computed = _computed(network)
     names: dict[bytes, list[str]] = {}
     tensors: dict[str, Tensor] = {}
@@ -189,6 +191,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, (tuple, list)) else value
+
+
+def _check_ties(network: nn.Module) -> None:
+    """Refuse what no plain network can be equal to."""
+    plain: dict[int, str] = {}
+    for path, module in network.named_modules():
+        if not isinstance(module, parametrize.ParametrizationList):
+            plain |= {id(value): f"{path}.{name}" for name, value in module.named_parameters(recurse=False)}
+    for path, module in network.named_modules():
+        if isinstance(module, parametrize.ParametrizationList) and id(module.original) in plain:
+            raise InputError(
+                f"{plain[id(module.original)]!r} is tied to {path.replace('parametrizations.', '')!r}, which alone is "
+                "quantized or shared: compress both or neither"
+            )
 
 
 def _computed(network: nn.Module) -> dict[str, list[Packed]]:
