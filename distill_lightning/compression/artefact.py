@@ -29,9 +29,10 @@ def write_artefact(network: nn.Module, path: Path | str, *, coding: Coding = "pl
     """Write a network to one packed file, from which `load_compressed` makes it again.
 
     The weights are stored with the values that the network computes with in eval mode, each tensor in the smallest of
-    the forms that give these back: quantization codes, indices into a codebook, hashed values, a bitmask or compressed
-    rows and what is not zero, or plain. (A negative zero may come back as zero, which equals it.) Equal tensors, and
-    so tied ones, are stored once. How the network was built and how its structure was changed is in the file, too.
+    the forms that give these back: quantization codes (those of zeros left out), indices into a codebook, hashed
+    values, a bitmask or compressed rows and what is not zero, or plain. (A negative zero may come back as zero, which
+    equals it.) Equal tensors, and so tied ones, are stored once. How the network was built and how its structure was
+    changed is in the file, too.
 
     Args:
         network: compressed or not; it stays as it is.
@@ -219,7 +220,8 @@ def _computed(network: nn.Module) -> dict[str, list[Packed]]:
 def _forms(layer: nn.Module) -> Iterator[tuple[str, list[Packed]]]:
     for name, (codes, scheme) in quantizers.weight_codes(layer).items():
         dtype = getattr(layer, name).dtype
-        yield name, [packing.pack_codes(codes, scheme, dtype=dtype)]
+        ways = (False, True) if packing.has_one_zero(codes) else (False,)
+        yield name, [packing.pack_codes(codes, scheme, dtype=dtype, sparse=sparse) for sparse in ways]
     for name, (codebook, values) in packing.codebooks(layer).items():
         yield name, [packing.pack_codebook(codebook.indices, values)]
     for name, (entry, values) in packing.hashed(layer).items():

@@ -216,9 +216,10 @@ def test_every_tensor_takes_its_smallest_form(tmp_path):
 
 @pytest.mark.parametrize("coding", ["deflate", "huffman"])
 def test_coding_makes_pruned_and_quantized_files_smaller(coding, tmp_path):
-    network = build("resnet")
+    torch.manual_seed(0)
+    network = SmallResNet(5, width=16)
     paths = [name for name, value in network.named_parameters() if value.ndim > 1]
-    masks = Masks({path: torch.rand(network.get_parameter(path).shape) > 0.9 for path in paths})
+    masks = Masks({path: torch.rand(network.get_parameter(path).shape) > 0.97 for path in paths})
     inputs = inputs_for("resnet")
     compressor = Compressor(network, [Quantize(weight_bits=8), Encode(coding)], inputs)
     compressor.piece.prune(masks)
@@ -229,6 +230,37 @@ def test_coding_makes_pruned_and_quantized_files_smaller(coding, tmp_path):
     assert torch.equal(outputs(loaded, "resnet"), outputs(network, "resnet"))
     for path, kept in masks.kept.items():
         assert not loaded.get_parameter(path)[~kept].any()
+
+
+@pytest.mark.parametrize(
+    "scheme", [q.Scheme(3), q.Scheme(8, "pow2", "group:7"), q.Scheme(2, "ternary"), q.Scheme(5, "affine", "tensor")]
+)
+def test_codes_of_pruned_weights_are_left_out(scheme, tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(53, 31, bias=False))
+    with torch.no_grad():
+        network[0].weight[torch.rand(31, 53) < 0.85] = 0
+    q.quantize_weights(network[0], scheme=scheme)
+    codes, _ = q.weight_codes(network[0])["weight"]
+    packed = packing.pack_codes(codes, scheme, sparse=True)
+    assert torch.equal(packing.unpack(packed), network[0].weight)
+    assert torch.equal(packing.unpack_codes(packed)[0].values, codes.values)
+    number = int((network[0].weight != 0).sum())
+    assert 0 < number < 0.2 * 31 * 53
+    assert packed.nbytes == -(-31 * 53 // 8) + -(-number * scheme.bits // 8) + 4 * codes.scales.numel()
+    if scheme.kind != "ternary":
+        write_artefact(network, tmp_path / "a.dlpk")
+        assert "mask" in packing.read_parts(tmp_path / "a.dlpk")[1]["0.weight"].parts
+    loaded = nn.Sequential(nn.Linear(53, 31, bias=False))
+    write_artefact(network, tmp_path / "a.dlpk", coding="deflate")
+    assert torch.equal(load_compressed(tmp_path / "a.dlpk", loaded)[0].weight, network[0].weight)
+
+
+def test_codes_without_one_zero_are_not_sparse():
+    weight = torch.randn(4, 9) + torch.arange(4)[:, None]
+    for scheme in (q.Scheme(4, "affine"), q.Scheme(1, "binary")):
+        with pytest.raises(InputError, match="same code of zero"):
+            packing.pack_codes(q.codes(weight, scheme), scheme, sparse=True)
 
 
 def test_pruned_shared_and_coded(tmp_path):
