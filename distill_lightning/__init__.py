@@ -1,9 +1,12 @@
 """distill_lightning: knowledge distillation and compression as PyTorch Lightning modules."""
 
-from distill_lightning import functional, layers, metrics, networks, samplers
+from distill_lightning import compression, functional, layers, metrics, networks, samplers
 from distill_lightning.batch import Batch
+from distill_lightning.callbacks import CompressionCallback
+from distill_lightning.compression import Compressor, load_compressed
 from distill_lightning.datamodules import (
     DigitsDataModule,
+    DocstringsDataModule,
     FashionMNISTDataModule,
     ImageFolderDataModule,
     IndexedDataModule,
@@ -15,6 +18,7 @@ from distill_lightning.errors import InputError
 from distill_lightning.layers import TeacherEnsemble
 from distill_lightning.metrics import AURC, Agreement, AngularError, CalibrationError, GapReduction
 from distill_lightning.modules import (
+    CompressionBaseline,
     DistillationModule,
     ExtracurricularModule,
     FEEDModule,
@@ -30,7 +34,10 @@ from distill_lightning.modules import (
 from distill_lightning.networks import (
     AdaptedInput,
     Pretrained,
+    SmallCNN,
+    SmallLSTM,
     SmallResNet,
+    SmallTransformer,
     pytorchcv_network,
     timm_network,
     torchvision_network,
@@ -48,9 +55,13 @@ __all__ = [
     "AngularError",
     "Batch",
     "CalibrationError",
+    "CompressionBaseline",
+    "CompressionCallback",
+    "Compressor",
     "CutMixSampler",
     "DigitsDataModule",
     "DistillationModule",
+    "DocstringsDataModule",
     "EmpiricalSampler",
     "ExtracurricularModule",
     "FEEDModule",
@@ -75,12 +86,17 @@ __all__ = [
     "RotatedDigitsDataModule",
     "RotatedFashionMNISTDataModule",
     "SelfKDModule",
+    "SmallCNN",
+    "SmallLSTM",
     "SmallResNet",
+    "SmallTransformer",
     "SupervisedModule",
     "TeacherEnsemble",
     "TeacherStore",
+    "compression",
     "functional",
     "layers",
+    "load_compressed",
     "metrics",
     "networks",
     "pytorchcv_network",

@@ -8,6 +8,7 @@ Shape legend, used in every docstring of the package:
 ``M``  teachers
 ``C``  channels, ``H`` rows, ``W`` columns of an image or feature map
 ``D``  entries of one sample's feature map, ``C * H * W``
+``T``  steps of a sequence, tokens of a text
 ===  ==========================================================
 """
 
@@ -33,8 +34,8 @@ class Batch(NamedTuple):
     """One batch; a tuple with names, so ``x, y, *_ = batch`` works too.
 
     Attributes:
-        input: what the networks read, ``(N, C, H, W)`` for images.
-        target: class indices ``(N,)``.
+        input: what the networks read, ``(N, C, H, W)`` for images, int64 ``(N, T)`` for tokens.
+        target: class indices ``(N,)``, or ``(N, T)`` where each position has one.
         index: which sample of the training set each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
         view: which augmented view of that sample each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
     """

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's verbs for every method, ``record`` and ``compare``.
+"""The command line: LightningCLI's verbs for every method, ``record``, ``compare`` and ``compress``.
 
 Bad input ends in one line on standard error and exit status 2; a traceback is a bug.
 """
@@ -23,10 +23,11 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 
 from distill_lightning import __version__, callbacks
-from distill_lightning.datamodules import ImageDataModule
+from distill_lightning.datamodules import ViewDataModule
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules import DistillationModule, check_optimizer
 from distill_lightning.modules.recording import Recorded, record
+from distill_lightning.modules.structure import restore_structure
 from distill_lightning.schedules import OneCycle
 from distill_lightning.stores import TeacherStore
 from distill_lightning.weights import read_checkpoint
@@ -36,7 +37,7 @@ _TOLD_BY_DATA = ("num_classes", "input_shape")
 __all__ = ["DistillCLI", "callbacks", "main", "one_line"]
 _DESCRIPTION = """Train, evaluate and compare the methods of distill_lightning.
 
-Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER]."""
+Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER], distill-lightning compress CONFIG."""
 
 
 class RecordingTrainer(Trainer):
@@ -127,14 +128,16 @@ class DistillCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Look at the data, the checkpoint and the optimiser before the Trainer writes anything."""
-        if isinstance(self.datamodule, ImageDataModule) and self.trainer.world_size == 1:
+        if isinstance(self.datamodule, ViewDataModule) and self.trainer.world_size == 1:
             self.datamodule.prepare_data()
             self.datamodule.setup()
         if not isinstance(self.model, DistillationModule):
             return
         path = self._checkpoint_path()
         if path is not None:
-            self.model.check_weights(read_checkpoint(path)["state_dict"], source=str(path))
+            checkpoint = read_checkpoint(path)
+            restore_structure(self.model, checkpoint)
+            self.model.check_weights(checkpoint["state_dict"], source=str(path))
         if self.config.get("subcommand") == "fit":
             endless = self.trainer.max_epochs == self.trainer.max_steps == -1
             if isinstance(check_optimizer(self.model), OneCycle) and endless:
@@ -201,8 +204,20 @@ def _run(arguments: list[str]) -> None:
         from distill_lightning.compare.command import run  # noqa: PLC0415
 
         run(arguments[1:])
+    elif arguments[:1] == ["compress"]:
+        from distill_lightning.compress.command import run as compress  # noqa: PLC0415  (likewise)
+
+        compress(arguments[1:], _parts_of)
     else:
         DistillCLI(arguments)
+
+
+def _parts_of(arguments: Sequence[str]) -> Any:
+    """What a configuration makes, without running anything."""
+    from distill_lightning.compress.runs import Parts  # noqa: PLC0415  (likewise)
+
+    cli = DistillCLI(arguments, run=False)
+    return Parts(cli.model, cli.datamodule, cli.trainer)
 
 
 def one_line(error: Exception) -> str:

@@ -271,7 +271,7 @@ def test_a_recipe_does_not_appear_in_the_state_dict():
 
 @pytest.mark.parametrize("factory", ["os.system", "nn.Linear", "build_from", "_FACTORIES", "", None])
 def test_a_recipe_of_an_unknown_factory_is_refused(factory):
-    with pytest.raises(InputError, match=r"no network factory .*: known are SmallResNet, torchvision_network"):
+    with pytest.raises(InputError, match=r"no network factory .*: known are .*SmallResNet, torchvision_network"):
         build_from({"factory": factory, "arguments": {}})
 
 

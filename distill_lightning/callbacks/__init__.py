@@ -1,12 +1,16 @@
 """What watches a training and keeps or shows what it sees; no callback knows a concrete module."""
 
+from distill_lightning.callbacks.compression import CompressionCallback
 from distill_lightning.callbacks.figures import ConfidenceFigure, ReliabilityDiagram, RiskCoverage, log_figure
 from distill_lightning.callbacks.reconstruction import ReconstructionErrorProbe
 from distill_lightning.callbacks.run_keeper import RunKeeper
+from distill_lightning.callbacks.stages import Measurements
 from distill_lightning.callbacks.teacher_report import TeacherReport
 
 __all__ = [
+    "CompressionCallback",
     "ConfidenceFigure",
+    "Measurements",
     "ReconstructionErrorProbe",
     "ReliabilityDiagram",
     "RiskCoverage",

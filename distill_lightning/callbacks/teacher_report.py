@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from distill_lightning import functional
 from distill_lightning.batch import Batch
 from distill_lightning.callbacks.batches import TrainersBatches, undrawn
 from distill_lightning.callbacks.figures import log_figure
@@ -96,7 +97,8 @@ def _classifiers(trainer: pl.Trainer, pl_module: Any) -> dict[str, MetricCollect
             # A probability that underflowed to zero would be an infinite logit.
             ensemble = teachers.combined(logits).float().clamp_min(torch.finfo(torch.float32).tiny).log()
             for metrics, output in zip(measured.values(), [*logits, ensemble], strict=False):
-                metrics.update(_counted(batch, output), _counted(batch, batch.target))
+                counted, target = _counted(batch, output), _counted(batch, batch.target)
+                metrics.update(*functional.by_position(counted, target))
     return measured
 
 

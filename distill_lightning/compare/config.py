@@ -17,7 +17,7 @@ from torch import nn
 
 import distill_lightning
 from distill_lightning.compare.tasks import Classification, Regression, Task
-from distill_lightning.datamodules import ImageDataModule
+from distill_lightning.datamodules import ViewDataModule
 from distill_lightning.errors import InputError
 from distill_lightning.layers import dry_forward
 from distill_lightning.modules import DistillationModule, ParaphraserModule, check_optimizer
@@ -262,9 +262,9 @@ class Experiment:
         }
         self._try()
 
-    def data(self, *, order_seed: int) -> ImageDataModule:
+    def data(self, *, order_seed: int) -> ViewDataModule:
         """The data module, its training order drawn by ``order_seed``."""
-        data: ImageDataModule = self._data()
+        data: ViewDataModule = self._data()
         data.order_seed = order_seed
         return data
 

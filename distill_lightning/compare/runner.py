@@ -208,8 +208,9 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def load_test_targets(experiment: Experiment) -> Tensor:
-    """The test images' classes ``(N,)``, or the targets of a regression ``(N, d)``."""
-    return torch.cat([Batch.of(batch).target for batch in experiment.sample.test_dataloader()])
+    """The test samples' classes ``(N,)``, of sequences those of all positions, or a regression's targets ``(N, d)``."""
+    targets = torch.cat([Batch.of(batch).target for batch in experiment.sample.test_dataloader()])
+    return targets if experiment.sample.num_classes is None else targets.flatten()
 
 
 def provenance() -> str:
@@ -223,7 +224,9 @@ def provenance() -> str:
 
 def _test_outputs(experiment: Experiment, module: DistillationModule) -> Tensor:
     outputs = make_trainer(experiment.config).predict(module, dataloaders=experiment.sample.test_dataloader())
-    return module.evaluated(torch.cat(cast("list[Tensor]", outputs)).float().cpu())
+    output = module.evaluated(torch.cat(cast("list[Tensor]", outputs)).float().cpu())
+    # Every position of a sequence counts, as in load_test_targets.
+    return output if module.num_classes is None else output.flatten(0, -2)
 
 
 def make_trainer(config: CompareConfig, **options: Any) -> pl.Trainer:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression import low_rank, movement, packing, quantizers, surgery
+from distill_lightning.compression import low_rank, movement, packing, quantizers, surgery, tying
 from distill_lightning.errors import InputError
 
 ChangeKind = Literal["sizes", "low_rank", "tied"]
@@ -46,14 +46,16 @@ def note_change(network: nn.Module, kind: ChangeKind, layers: Mapping[str, Any] 
         network: as it is after the change.
         kind: ``"sizes"``: layers were shrunk, heads, units or layers removed, or attention converted; ``"low_rank"``;
             ``"tied"``.
-        layers: what `rebuild` needs of this kind: ``low_rank.describe`` of each new layer by path, or
-            ``tying.describe_tied``; nothing for sizes, which the layers tell.
+        layers: what `rebuild` needs of ``"low_rank"``: ``low_rank.describe`` of each new layer by path; sizes and ties
+            are read off the network.
     """
     changes = changes_of(network)
     if kind == "sizes":
         layers = surgery.describe(network)
         # The later one tells all sizes again.
         changes = changes[:-1] if changes and changes[-1]["kind"] == "sizes" else changes
+    elif kind == "tied":
+        layers = {"groups": tying.describe_tied(network)}
     network.__dict__["_changes"] = [*changes, {"kind": kind, "layers": dict(layers or {})}]
 
 
@@ -113,6 +115,7 @@ def bake(network: nn.Module) -> nn.Module:
     Returns:
         The network.
     """
+    _separate_classes(network)
     movement.bake(network)
     for _, layer in _layers(network):
         packing.bake_shared(layer)
@@ -129,11 +132,7 @@ def copy_network(network: nn.Module) -> nn.Module:
             if weight is not None and not weight.is_leaf:
                 memo[id(weight)] = weight.detach().clone()
     copied = copy.deepcopy(network, memo)
-    for module in copied.modules():
-        if parametrize.is_parametrized(module):
-            # A class of its own: the copy has the original's, from which its parametrizations would be removed, too.
-            kind = type(module)
-            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+    _separate_classes(copied)
     return copied
 
 
@@ -150,6 +149,8 @@ def _rebuild_change(network: nn.Module, kind: str, layers: Mapping[str, Any]) ->
     elif kind == "low_rank":
         for path, told in layers.items():
             low_rank.replace_layer(network, path, low_rank.rebuild(_layer_at(network, path), told))
+    elif kind == "tied":
+        tying.rebuild_tied(network, layers["groups"])
     else:
         raise InputError(f"a change of the unknown kind {kind!r}: a newer version of this package makes it")
 
@@ -166,6 +167,18 @@ def _layer_at(network: nn.Module, path: str) -> nn.Module:
         raise InputError(
             f"{type(network).__name__} has no layer {path!r} to rebuild: build the network as it was at first"
         ) from error
+
+
+def _separate_classes(network: nn.Module) -> None:
+    """Give every layer with computed weights a class of its own, as `parametrize` had done before a deep copy.
+
+    The class has the weights as properties, and removing a parametrization deletes them there: from all of its copies.
+    """
+    for module in network.modules():
+        if parametrize.is_parametrized(module):
+            shared = type(module)
+            body = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+            module.__class__ = type(shared.__name__, shared.__bases__, body)
 
 
 def is_computed(network: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """One file per kind of data; each yields `distill_lightning.Batch`."""
 
-from distill_lightning.datamodules.base import ImageDataModule, ViewDataset, ViewSampler
+from distill_lightning.datamodules.base import ImageDataModule, ViewDataModule, ViewDataset, ViewSampler
 from distill_lightning.datamodules.digits import DigitsDataModule
+from distill_lightning.datamodules.docstrings import ByteWindows, DocstringsDataModule
 from distill_lightning.datamodules.fashion_mnist import FashionMNISTDataModule
 from distill_lightning.datamodules.image_folder import Files, ImageFiles, ImageFolderDataModule
 from distill_lightning.datamodules.in_memory import Images, ImageTensors, InMemoryImageDataModule
@@ -9,7 +10,9 @@ from distill_lightning.datamodules.indexed import IndexedDataModule
 from distill_lightning.datamodules.rotated import RotatedDigitsDataModule, RotatedFashionMNISTDataModule, rotate
 
 __all__ = [
+    "ByteWindows",
     "DigitsDataModule",
+    "DocstringsDataModule",
     "FashionMNISTDataModule",
     "Files",
     "ImageDataModule",
@@ -21,6 +24,7 @@ __all__ = [
     "IndexedDataModule",
     "RotatedDigitsDataModule",
     "RotatedFashionMNISTDataModule",
+    "ViewDataModule",
     "ViewDataset",
     "ViewSampler",
     "rotate",

@@ -1,4 +1,4 @@
-"""What the image sets share: views by key, an order by epoch, a split by seed, and loaders of whole batches."""
+"""What the data sets share: views by key, an order by epoch, a split by seed, and loaders of whole batches."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ViewDataset(Dataset[Batch]):
         partners: whether each view comes with another sample in the same view, drawn from the view's own key.
     """
 
-    # What a view depends on besides the samples and the seed: names of attributes, for `ImageDataModule.fingerprint`.
+    # What a view depends on besides the samples and the seed: names of attributes, for `ViewDataModule.fingerprint`.
     depends_on: tuple[str, ...] = ("seed", "partners")
 
     def __init__(self, *, seed: int, partners: bool) -> None:
@@ -167,23 +167,23 @@ class ResumableLoader(DataLoader[Batch]):
         self._saved = state
 
 
-class ImageDataModule(pl.LightningDataModule):
-    """Base of the image sets: splits by seed, yields `Batch`, and knows what its training views depend on.
+class ViewDataModule(pl.LightningDataModule):
+    """Base of the data sets whose samples have an index: yields `Batch`, and knows what its training views depend on.
 
-    A subclass sets ``num_classes`` (or, for a regression, ``num_targets``), ``input_shape`` and ``class_names``, and
-    defines `setup`, `dataset` and `describe_samples`. The test images are never part of training or validation.
+    A subclass sets ``num_classes`` (or, for a regression, ``num_targets``) and ``input_shape``, and defines `setup`,
+    `dataset` and `describe_samples`.
 
     Args:
-        subset: number of training images, drawn by ``seed``; smaller subsets are part of larger ones; ``None``: all.
-        val_size: number of validation images, drawn by ``seed`` from the training files.
-        test_size: number of test images, the first ones; ``None``: all.
+        subset: number of training samples, drawn by ``seed``; smaller subsets are part of larger ones; ``None``: all.
+        val_size: number of validation samples.
+        test_size: number of test samples; ``None``: all.
         batch_size: samples per batch and process.
-        views: number of different views of a training image; ``None``: a new one every epoch.
-        views_per_load: how many views of a training image an epoch reads, one after another.
-        partners: whether each training view comes with another image to be mixed with, a function of its own index and
+        views: number of different views of a training sample; ``None``: a new one every epoch.
+        views_per_load: how many views of a training sample an epoch reads, one after another.
+        partners: whether each training view comes with another sample to be mixed with, a function of its own index and
             view alone, see `PairedBatch`.
         seed: of the split, the views and the partners.
-        order_seed: of the order of the training images; ``None``: ``seed``.
+        order_seed: of the order of the training samples; ``None``: ``seed``.
         num_workers: worker processes of the loaders.
 
     Raises:
@@ -192,8 +192,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     num_classes: int | None
     num_targets: int | None = None
-    input_shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
+    input_shape: tuple[int, ...]
 
     def __init__(
         self,
@@ -232,12 +231,100 @@ class ImageDataModule(pl.LightningDataModule):
         raise NotImplementedError(f"{type(self).__name__} must define setup()")
 
     def dataset(self, split: str, *, augment: bool = False) -> ViewDataset:
-        """One split, ``"train"``, ``"val"`` or ``"test"``; without ``augment`` every view is the plain image."""
+        """One split, ``"train"``, ``"val"`` or ``"test"``; without ``augment`` every view is the plain sample."""
         raise NotImplementedError(f"{type(self).__name__} must define dataset(split)")
 
     def describe_samples(self) -> Iterable[bytes]:
         """What makes the training samples and their order these and no others, for `fingerprint`."""
         raise NotImplementedError(f"{type(self).__name__} must define describe_samples()")
+
+    def views_in_epoch(self, epoch: int) -> list[int]:
+        """Which views of the training samples an epoch reads."""
+        return views_in_epoch(epoch, views=self.views, views_per_load=self.views_per_load)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What a kept answer about a training view depends on: the samples in their order, and how views are made."""
+        self.setup()
+        digest = hashlib.sha256()
+        for part in self.describe_samples():
+            digest.update(part)
+        made = self.dataset("train", augment=True)
+        options = {name: getattr(made, name) for name in made.depends_on}
+        return {"data": digest.hexdigest(), "transform": f"{type(made).__name__} {VIEWS_VERSION} {options}"}
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Augmented, shuffled."""
+        seed = self.seed if self.order_seed is None else self.order_seed
+        return self._loader(
+            self.dataset("train", augment=True),
+            views=self.views,
+            views_per_load=self.views_per_load,
+            shuffle=True,
+            seed=seed,
+        )
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Plain samples in order."""
+        return self._loader(self.dataset("val"))
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Plain samples in order."""
+        return self._loader(self.dataset("test"))
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """The test samples."""
+        return self.test_dataloader()
+
+    def _loader(
+        self,
+        dataset: ViewDataset,
+        *,
+        views: int | None = 1,
+        views_per_load: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+    ) -> DataLoader[Batch]:
+        world = (
+            {} if self.trainer is None else {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+        )
+        return ResumableLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=ViewSampler(
+                dataset, views=views, views_per_load=views_per_load, shuffle=shuffle, seed=seed, **world
+            ),
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            # Only from pinned memory does a copy to the GPU not wait.
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+
+class ImageDataModule(ViewDataModule):
+    """Base of the image sets, which are split by number; the test images are never part of training or validation.
+
+    A subclass sets ``class_names`` besides what a `ViewDataModule` needs. Validation images are drawn by ``seed`` from
+    the training files, test images are the first ones.
+
+    Args:
+        subset: see `ViewDataModule`, as all of them.
+        val_size: likewise.
+        test_size: likewise.
+        batch_size: likewise.
+        views: likewise.
+        partners: likewise.
+        seed: likewise.
+        order_seed: likewise.
+        num_workers: likewise.
+        views_per_load: likewise.
+
+    Raises:
+        InputError: a size that is not positive.
+    """
+
+    input_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
 
     def split(self, rest: int, test: int) -> dict[str, Tensor]:
         """Which samples belong to ``"train"``, ``"val"`` and ``"test"``, as their places in what was read.
@@ -266,68 +353,6 @@ class ImageDataModule(pl.LightningDataModule):
             "val": order[: self.val_size],
             "test": torch.arange(self.test_size or test),
         }
-
-    def views_in_epoch(self, epoch: int) -> list[int]:
-        """Which views of the training samples an epoch reads."""
-        return views_in_epoch(epoch, views=self.views, views_per_load=self.views_per_load)
-
-    def fingerprint(self) -> dict[str, str]:
-        """What a kept answer about a training view depends on: the samples in their order, and how views are made."""
-        self.setup()
-        digest = hashlib.sha256()
-        for part in self.describe_samples():
-            digest.update(part)
-        made = self.dataset("train", augment=True)
-        options = {name: getattr(made, name) for name in made.depends_on}
-        return {"data": digest.hexdigest(), "transform": f"{type(made).__name__} {VIEWS_VERSION} {options}"}
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Augmented, shuffled."""
-        seed = self.seed if self.order_seed is None else self.order_seed
-        return self._loader(
-            self.dataset("train", augment=True),
-            views=self.views,
-            views_per_load=self.views_per_load,
-            shuffle=True,
-            seed=seed,
-        )
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Plain images in order."""
-        return self._loader(self.dataset("val"))
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Plain images in order."""
-        return self._loader(self.dataset("test"))
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """The test images."""
-        return self.test_dataloader()
-
-    def _loader(
-        self,
-        dataset: ViewDataset,
-        *,
-        views: int | None = 1,
-        views_per_load: int = 1,
-        shuffle: bool = False,
-        seed: int = 0,
-    ) -> DataLoader[Batch]:
-        world = (
-            {} if self.trainer is None else {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
-        )
-        return ResumableLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=ViewSampler(
-                dataset, views=views, views_per_load=views_per_load, shuffle=shuffle, seed=seed, **world
-            ),
-            collate_fn=_as_it_is,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            # Only from pinned memory does a copy to the GPU not wait.
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-        )
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -35,6 +35,7 @@ from distill_lightning.functional.gaussian import (
 )
 from distill_lightning.functional.predictions import (
     Direction,
+    by_position,
     mean_probabilities,
     member_shares,
     soft_cross_entropy,
@@ -53,6 +54,7 @@ __all__ = [
     "area_under_risk_coverage",
     "attention_distance",
     "brier_score",
+    "by_position",
     "calibration_bins",
     "collapse_mixture",
     "discriminator_loss",

@@ -113,6 +113,28 @@ def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
     return -(wide(probs) * F.log_softmax(wide(logits), dim=-1)).sum(dim=-1).mean()
 
 
+def by_position(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Every position of every sample as a sample of its own; logits ``(N, K)`` and their targets stay as they are.
+
+    Args:
+        logits: ``(N, T, K)``, with any number of dimensions in the place of ``T``.
+        target: of the positions: classes ``(N, T)``, or a distribution ``(N, T, K)``.
+
+    Returns:
+        ``(N * T, K)``, and ``(N * T,)`` or ``(N * T, K)``.
+
+    Raises:
+        InputError: the target does not begin with ``(N, T)``.
+    """
+    places = logits.ndim - 1
+    if places < 1 or logits.shape[:places] != target.shape[:places]:
+        raise InputError(
+            f"logits of shape {tuple(logits.shape)} need a target for each position, {tuple(logits.shape[:-1])}, and "
+            f"not {tuple(target.shape)}: let network and data agree on what they predict"
+        )
+    return logits.flatten(0, places - 1), target.flatten(0, places - 1)
+
+
 def mean_probabilities(
     logits: Sequence[Tensor] | Tensor,
     *,
@@ -124,12 +146,12 @@ def mean_probabilities(
     .. math:: q = \sum_m w_m \, \mathrm{softmax}(z_m / T), \qquad \sum_m w_m = 1
 
     Args:
-        logits: ``(M, N, K)``, or a sequence of ``M`` tensors ``(N, K)``.
+        logits: ``(M, N, K)`` or ``(M, ..., K)``, or a sequence of ``M`` tensors ``(N, K)``.
         temperature: :math:`T > 0`.
         weights: one non-negative number per member, divided by their sum; ``None`` weighs all alike.
 
     Returns:
-        Probabilities ``(N, K)``.
+        Probabilities ``(N, K)`` or ``(..., K)``.
 
     Raises:
         InputError: no member, a wrong number of weights, a negative weight, or a temperature that is not positive.

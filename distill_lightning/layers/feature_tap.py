@@ -142,7 +142,7 @@ def dry_forward(network: nn.Module, input_shape: Sequence[int], *, run: Callable
 
     Args:
         network: run in eval mode; its modules' modes and buffers do not change.
-        input_shape: for example ``(C, H, W)``.
+        input_shape: for example ``(C, H, W)``. A network with an embedding reads an input ``(T,)`` as tokens, int64.
         run: what to call instead of the network itself.
 
     Raises:
@@ -151,16 +151,20 @@ def dry_forward(network: nn.Module, input_shape: Sequence[int], *, run: Callable
     modes = {module: module.training for module in network.modules()}
     network.eval()
     example = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(1))
-    inputs = torch.zeros((1, *input_shape), dtype=example.dtype, device=example.device)
+    # Images have more dimensions; a network may look up their positions, say, in an embedding, too.
+    reads_tokens = len(input_shape) == 1 and any(isinstance(module, nn.Embedding) for module in network.modules())
+    dtype = torch.int64 if reads_tokens else example.dtype
+    inputs = torch.zeros((1, *input_shape), dtype=dtype, device=example.device)
     try:
         output = (run or network)(inputs)
     except InputError:
         raise
     except Exception as error:  # networks refuse an input in whatever way they like: assertions, index errors
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        way_out = "(C, H, W) of your images, or a network with matching in_channels"
         raise InputError(
             f"{type(network).__name__} does not take an input of shape {tuple(input_shape)} ({reason}); "
-            "give input_shape=(C, H, W) of your images, or a network with matching in_channels"
+            f"give input_shape={'(T,) of your tokens, or another network' if reads_tokens else way_out}"
         ) from error
     finally:
         for module, training in modes.items():

@@ -57,7 +57,8 @@ class EnsembleRule(NamedTuple):
 class TeacherEnsemble(nn.Module):
     """Some frozen teachers and the rule that makes one prediction of theirs.
 
-    Frozen means: eval mode whatever mode the ensemble is put in, no gradient, no graph.
+    Frozen means: eval mode whatever mode the ensemble is put in, no gradient, no graph. Where teachers predict a class
+    for each of ``T`` positions, ``(N, T, K)`` stands for ``(N, K)`` everywhere.
 
     Args:
         networks: one network or several; each maps ``(N, ...)`` to logits ``(N, K)``.
@@ -70,7 +71,7 @@ class TeacherEnsemble(nn.Module):
 
     Raises:
         InputError: no teacher, the same teacher twice, weights or options that do not fit, or, with ``batched``,
-            teachers of several architectures.
+            teachers of several architectures, or with an RNN.
     """
 
     def __init__(
@@ -187,14 +188,20 @@ class TeacherEnsemble(nn.Module):
         # A probability that underflowed to zero would be an infinite logit.
         return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
 
-    def check(self, input_shape: Sequence[int], num_classes: int) -> None:
+    def check(self, input_shape: Sequence[int], num_classes: int, *, per_position: bool = False) -> None:
         """Run every teacher once on zeros and look at what comes out.
+
+        Args:
+            input_shape: of one input.
+            num_classes: ``K``.
+            per_position: whether a prediction for each position will do, too, see `check_classes`.
 
         Raises:
             InputError: a teacher does not take such an input, or has another number of classes.
         """
         for number, network in enumerate(self.networks):
-            check_classes(f"teacher {number}", network, dry_forward(network, input_shape).shape, num_classes)
+            shape = dry_forward(network, input_shape).shape
+            check_classes(f"teacher {number}", network, shape, num_classes, per_position=per_position)
 
 
 def check_gaussian(who: str, network: nn.Module, shape: Sequence[int], num_targets: int) -> None:
@@ -210,13 +217,28 @@ def check_gaussian(who: str, network: nn.Module, shape: Sequence[int], num_targe
         )
 
 
-def check_classes(who: str, network: nn.Module, shape: Sequence[int], num_classes: int) -> None:
+def check_classes(
+    who: str, network: nn.Module, shape: Sequence[int], num_classes: int, *, per_position: bool = False
+) -> None:
     """Look at the shape of a network's output.
+
+    Args:
+        who: what the message begins with.
+        network: that gave it.
+        shape: of the output.
+        num_classes: ``K``.
+        per_position: whether ``(N, T, K)``, with any number of dimensions in the place of ``T``, will do, too.
 
     Raises:
         InputError: it is not ``(N, num_classes)``.
     """
-    if len(shape) != 2 or shape[1] != num_classes:
+    if len(shape) > 2 and shape[-1] == num_classes:
+        if not per_position:
+            raise InputError(
+                f"{who} ({type(network).__name__}) predicts a class for each position, {tuple(shape)}: "
+                "SupervisedModule and KDModule take such networks, this method does not"
+            )
+    elif len(shape) != 2 or shape[1] != num_classes:
         found = f"{shape[1]} classes" if len(shape) == 2 else f"an output of shape {tuple(shape)}"
         raise InputError(
             f"{who} ({type(network).__name__}) has {found} where num_classes={num_classes} is needed: "
@@ -233,13 +255,15 @@ class _Together:
         networks: that are stacked.
 
     Raises:
-        InputError: they are of several architectures.
+        InputError: they are of several architectures, or of one that cannot run so.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         shapes = [{name: value.shape for name, value in network.state_dict().items()} for network in networks]
         if len({type(network) for network in networks}) > 1 or any(other != shapes[0] for other in shapes):
             raise InputError("teachers can only run as one (batched=True) if all have the same architecture")
+        if any(isinstance(module, nn.RNNBase) for module in networks[0].modules()):
+            raise InputError("torch.func.vmap cannot run an LSTM, GRU or RNN: leave the teachers' batched=True out")
         self.networks = list(networks)
         self.template = copy.deepcopy(networks[0]).eval().to("meta")
         self.made_of: list[tuple[int, int]] = []

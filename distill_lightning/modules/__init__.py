@@ -1,6 +1,7 @@
 """One LightningModule per method."""
 
 from distill_lightning.modules.base import DistillationModule
+from distill_lightning.modules.compression import CompressionBaseline
 from distill_lightning.modules.extracurricular import ExtracurricularModule
 from distill_lightning.modules.feed import FEEDModule
 from distill_lightning.modules.generator import GeneratorModule
@@ -14,6 +15,7 @@ from distill_lightning.modules.sequential_feed import Stage, sequential_feed
 from distill_lightning.modules.supervised import SupervisedModule
 
 __all__ = [
+    "CompressionBaseline",
     "DistillationModule",
     "ExtracurricularModule",
     "FEEDModule",

@@ -14,9 +14,7 @@ from torchmetrics import MetricCollection
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.layers import TeacherEnsemble, check_classes, check_gaussian, dry_forward
-from distill_lightning.metrics import default_metrics, teacher_metrics
-from distill_lightning.modules.answers import TeacherAnswers
-from distill_lightning.modules.frozen import FrozenPartsModule
+from distill_lightning.modules.evaluating import EvaluatedModule
 from distill_lightning.modules.hparams import objects_given, unplain_arguments
 from distill_lightning.modules.optimization import (
     LRSchedulerCallable,
@@ -28,11 +26,10 @@ from distill_lightning.modules.optimization import (
 from distill_lightning.modules.running import RunningMeans
 from distill_lightning.modules.storing import begin_store, finish_epoch
 from distill_lightning.modules.waiting import DataWait
-from distill_lightning.processes import is_alone
 from distill_lightning.stores import TeacherStore
 
 
-class DistillationModule(FrozenPartsModule):
+class DistillationModule(EvaluatedModule):
     r"""A student and a loss that is a weighted sum of named terms, :math:`L = \sum_t w_t L_t`.
 
     A method overrides `terms` and `weights`, and nothing else::
@@ -55,18 +52,21 @@ class DistillationModule(FrozenPartsModule):
             def weights(self) -> dict[str, float]:
                 return {"ce": 1.0, "mse": self.beta}
 
-    The annotations are what the command line reads the arguments by. This class does the rest. In training it logs
-    ``train/loss``, ``train/<term>`` (unweighted) and, where there are several, ``train/<term>_share`` (weighted, as a
-    part of the loss). In validation and test it logs the student's metrics under ``val/`` and ``test/``. The submodules
-    named in ``frozen`` stay in eval mode, out of the optimiser and out of the checkpoint, which holds how they were
-    built and a fingerprint of their weights instead.
+    The annotations are what the command line reads the arguments by. A method whose terms can do with logits for each
+    position, ``(N, T, K)``, and targets ``(N, T)`` says ``per_position = True``.
+
+    This class does the rest. In training it logs ``train/loss``, ``train/<term>`` (unweighted) and, where there are
+    several, ``train/<term>_share`` (weighted, as a part of the loss). In validation and test it logs the student's
+    metrics under ``val/`` and ``test/``. The submodules named in ``frozen`` stay in eval mode, out of the optimiser and
+    out of the checkpoint, which holds how they were built and a fingerprint of their weights instead.
 
     Args:
         student: the network that learns; maps ``(N, ...)`` to logits ``(N, K)``.
         num_classes: ``K`` of a classifier.
         num_targets: ``d`` of a regression, instead of ``num_classes``; the student then gives the parameters of a
             Gaussian, ``(N, 2 d)``: means, then log-variances.
-        input_shape: shape of one input, ``(C, H, W)``; with it, networks are checked here and not at the first batch.
+        input_shape: shape of one input, ``(C, H, W)`` or, of tokens, ``(T,)``; with it, networks are checked here and
+            not at the first batch.
         optimizer: makes the optimiser from the trainable parameters; `default_optimizer` without.
         lr_scheduler: makes the schedule from the optimiser. It is stepped after every epoch, `OneCycle` after every
             batch; `ReduceLROnPlateau` watches ``val/nll``.
@@ -115,16 +115,10 @@ class DistillationModule(FrozenPartsModule):
         self.input_shape = None if input_shape is None else tuple(input_shape)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        metrics = metrics or default_metrics(num_classes, num_targets)
-        beside = teacher_metrics(num_classes)
-        self.val_metrics = metrics.clone(prefix="val/")
-        self.test_metrics = metrics.clone(prefix="test/")
-        self.val_teacher_metrics = beside.clone(prefix="val/")
-        self.test_teacher_metrics = beside.clone(prefix="test/")
+        self.make_metrics(metrics)
         self.teacher_store: TeacherStore | None = None
         self._objects = objects_given(self, objects)
         self._observed: dict[str, Tensor] = {}
-        self._answers = TeacherAnswers()
         self._running, self._wait = RunningMeans(), DataWait()
         # The batch that is trained on, and the same with index and view as they were before it went to the device.
         self._batch: Batch | None = None
@@ -226,11 +220,11 @@ class DistillationModule(FrozenPartsModule):
             InputError: it does not fit ``num_classes`` or ``num_targets``; the message begins with ``who``.
         """
         if self.num_classes is not None:
-            check_classes(who, network, shape, self.num_classes)
+            check_classes(who, network, shape, self.num_classes, per_position=self.per_position)
         elif self.num_targets is not None:
             check_gaussian(who, network, shape, self.num_targets)
 
-    # Training and evaluation
+    # Training
 
     def observe(self, name: str, value: Tensor) -> None:
         """Have a scalar of this batch logged as ``train/<name>``, beside the terms that `terms` returns.
@@ -241,14 +235,9 @@ class DistillationModule(FrozenPartsModule):
         """
         self._observed[name] = value.detach()
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """The student's output for ``inputs``."""
-        output: Tensor = self.student(inputs)
-        return output
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Weigh, sum and log the terms of a batch."""
-        self._batch = batch = Batch.of(batch)
+        self._batch = batch = self._checked(batch)
         self._observed = {}
         terms, weights = self.terms(batch), self.weights()
         if terms.keys() != weights.keys():
@@ -262,53 +251,6 @@ class DistillationModule(FrozenPartsModule):
             raise KeyError(f"{sorted(self._observed.keys() & logs.keys())}: observed under the name of a term")
         self._running.add(logs | self._observed, batch.size)
         return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Add a batch to the metrics under ``val/``; callbacks get the student's ``output`` and the ``target``."""
-        return self._evaluate(Batch.of(batch), batch_idx, self.val_metrics, self.val_teacher_metrics)
-
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Add a batch to the metrics under ``test/``; callbacks get the student's ``output`` and the ``target``."""
-        return self._evaluate(Batch.of(batch), batch_idx, self.test_metrics, self.test_teacher_metrics)
-
-    def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
-        """The student's output for a batch, or for a tensor of inputs."""
-        if isinstance(batch, Tensor):
-            return self.forward(batch)
-        batch = Batch.of(batch)
-        return self._counted(batch, self.forward(batch.input))
-
-    def evaluated(self, output: Tensor) -> Tensor:
-        """What the metrics read of the student's output: here, the output itself."""
-        return output
-
-    def _evaluate(
-        self, batch: Batch, batch_idx: int, metrics: MetricCollection, beside: MetricCollection
-    ) -> dict[str, Tensor]:
-        output = self.evaluated(self.forward(batch.input))
-        counted, target = self._counted(batch, output), self._counted(batch, batch.target)
-        metrics.update(counted, target)
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=batch.size)
-        answer = self._answers.recall(beside, batch_idx, batch)
-        if answer is None:
-            answer = self.teacher_prediction(batch)
-        if answer is not None:
-            if self._teachers_stand_still():
-                self._answers.keep(beside, batch_idx, batch, answer)
-            beside.update(counted, self._counted(batch, answer))
-            self.log_dict(beside, on_step=False, on_epoch=True, batch_size=batch.size)
-        return {"output": counted, "target": target}
-
-    def _teachers_stand_still(self) -> bool:
-        """Whether what the teachers said holds for the whole ``fit``, about samples that their index tells apart."""
-        # Two loaders may have other samples under the same indices.
-        return "teachers" in self.frozen and len(self.trainer.num_val_batches) == 1
-
-    @staticmethod
-    def _counted(batch: Batch, values: Tensor) -> Tensor:
-        """The rows of a batch, without the samples that are counted in another process."""
-        # View -1 marks a sample that only fills up a process's share.
-        return values if is_alone() or batch.view is None else values[batch.view >= 0]
 
     def configure_optimizers(self) -> Any:
         """The optimiser over `parameter_groups` and, if there is one, its schedule.
@@ -328,6 +270,7 @@ class DistillationModule(FrozenPartsModule):
 
     def on_fit_start(self) -> None:
         """A module that enters ``fit`` in eval mode would train in it; the student must not."""
+        super().on_fit_start()
         self.train()
         if self.compiles:
             compile_networks(self)
@@ -340,7 +283,6 @@ class DistillationModule(FrozenPartsModule):
             )
         # Frozen weights keep while fit lasts, and large ones take a while: once is enough.
         self._fingerprints = self._fingerprint()
-        self._answers.forget()
         # An interrupted fit may have left some.
         self._running.forget()
 
@@ -398,21 +340,7 @@ class DistillationModule(FrozenPartsModule):
             self.log(f"train/{name}", mean, on_step=False, on_epoch=True, sync_dist=True, batch_size=samples)
         self._running.forget()
 
-    def on_fit_end(self) -> None:
-        """What was kept is of no use any more."""
-        self._answers.forget()
-
     def on_validation_start(self) -> None:
-        """Within one ``fit`` the data stay the same; another call may bring others."""
-        if self.trainer.state.fn != "fit":
-            self._answers.forget()
+        """Waiting for the data of validation does not count."""
+        super().on_validation_start()
         self._wait.pause()
-        # `validate` leaves states that were made in inference mode, which `fit` must not change.
-        self.val_metrics.reset()
-        self.val_teacher_metrics.reset()
-
-    def on_test_start(self) -> None:
-        """Another call may bring other data."""
-        self._answers.forget()
-        self.test_metrics.reset()
-        self.test_teacher_metrics.reset()

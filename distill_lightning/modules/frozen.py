@@ -11,9 +11,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from distill_lightning.compression.recipe import is_computed, plain_copy
 from distill_lightning.errors import InputError
 from distill_lightning.layers import TeacherEnsemble, fingerprint
 from distill_lightning.modules.hparams import plain, rebuild, takes
+from distill_lightning.modules.structure import restore_structure
 from distill_lightning.networks import recipe_of
 from distill_lightning.weights import check_architecture, read_checkpoint, write_weights
 
@@ -68,6 +70,7 @@ class FrozenPartsModule(pl.LightningModule):
         Raises:
             InputError: the checkpoint is of another architecture.
         """
+        restore_structure(self, checkpoint)
         checkpoint["state_dict"] = self.check_weights(checkpoint["state_dict"])
         fingerprints = self._fingerprint()
         for name, known in checkpoint.get("fingerprints", {}).items():
@@ -134,6 +137,9 @@ class FrozenPartsModule(pl.LightningModule):
     def export_student(self, path: str | Path) -> Path:
         """Write the plain student's state dict; a freshly built network of its kind loads it with ``strict=True``.
 
+        Weights that are computed (quantized, shared) are written as the values that they have. A network that was
+        shrunk fits one of its own sizes: `compression.recipe.rebuild`.
+
         Args:
             path: ``.safetensors``, or ``.pt`` / ``.pth`` for `torch.save`.
 
@@ -143,7 +149,8 @@ class FrozenPartsModule(pl.LightningModule):
         Raises:
             InputError: another suffix.
         """
-        return write_weights(self.student, Path(path))
+        student = plain_copy(self.student) if is_computed(self.student) else self.student
+        return write_weights(student, Path(path))
 
     def _is_frozen(self, name: str) -> bool:
         return name.startswith(tuple(f"{frozen}." for frozen in self.frozen))

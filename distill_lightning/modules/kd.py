@@ -25,7 +25,8 @@ class KDModule(DistillationModule):
         \mathrm{KL}\!\left(\frac{1}{M} \sum_m \mathrm{softmax}(z_m / T) \,\Big\|\, \mathrm{softmax}(s / T)\right)
 
     with student logits ``s`` and teachers' logits ``z_m``, both ``(N, K)``; the KL is summed over the classes and
-    averaged over the batch. Logged as ``train/ce`` and ``train/kd``. The teachers are frozen.
+    averaged over the batch. With logits for each position, ``(N, T, K)``, and labels ``(N, T)``, both terms are means
+    over all positions. Logged as ``train/ce`` and ``train/kd``. The teachers are frozen.
 
     Hinton, Vinyals, Dean: *Distilling the Knowledge in a Neural Network*, https://arxiv.org/abs/1503.02531
 
@@ -36,7 +37,7 @@ class KDModule(DistillationModule):
         temperature: ``T``.
         hard_label_weight: the labels' share :math:`\lambda` in ``[0, 1]``; 0 never looks at the labels.
         store: keeps what the teachers say, see `TeacherStore`; with a complete one ``teachers`` may be ``None``.
-        input_shape: shape of one input, ``(C, H, W)``, to check the networks with.
+        input_shape: shape of one input, ``(C, H, W)`` or, of tokens, ``(T,)``, to check the networks with.
         optimizer: makes the optimiser from the trainable parameters.
         lr_scheduler: makes the schedule from the optimiser.
         metrics: of the student's output and the target.
@@ -48,6 +49,7 @@ class KDModule(DistillationModule):
     """
 
     frozen = ("teachers",)
+    per_position = True
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class KDModule(DistillationModule):
             raise InputError(f"hard_label_weight must be in [0, 1], got {hard_label_weight}")
         self.teachers, self.teacher_store = ensemble_if_any(teachers), store
         if input_shape is not None and self.teachers is not None:
-            self.teachers.check(input_shape, num_classes)
+            self.teachers.check(input_shape, num_classes, per_position=True)
         self.temperature = temperature
         self.hard_label_weight = hard_label_weight
 
@@ -90,7 +92,7 @@ class KDModule(DistillationModule):
         logits = self.student(batch.input)
         teacher_probs = self.told(batch)["probabilities"]
         return {
-            "ce": F.cross_entropy(logits, batch.target),
+            "ce": F.cross_entropy(*functional.by_position(logits, batch.target)),
             "kd": functional.softened_kl(logits, teacher_probs, temperature=self.temperature, from_logits=False),
         }
 

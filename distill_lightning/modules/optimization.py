@@ -60,11 +60,14 @@ def compile_networks(module: Any) -> None:
 
 
 def total_steps(module: pl.LightningModule) -> int:
-    """Number of optimiser steps of the whole training.
+    """Number of optimiser steps of the whole training, or of the phase of it that a schedule is made for.
 
     Raises:
         InputError: it has no end.
     """
+    phase: Callable[[], int] | None = module.__dict__.get("_phase_length")
+    if phase is not None:
+        return phase()
     steps = module.trainer.estimated_stepping_batches
     if steps == float("inf"):
         raise InputError("OneCycle needs the length of the training: give the Trainer max_epochs or max_steps")

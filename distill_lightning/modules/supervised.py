@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
+from distill_lightning import functional
 from distill_lightning.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.modules.base import DistillationModule
@@ -17,11 +18,13 @@ from distill_lightning.modules.optimization import LRSchedulerCallable, Optimize
 class SupervisedModule(DistillationModule):
     r"""Cross entropy to the labels, :math:`L = \mathrm{CE}(s, y)`, logged as ``train/ce``.
 
+    With logits for each position, ``(N, T, K)``, and targets ``(N, T)`` it is the mean over all positions.
+
     Args:
-        student: the network that learns; maps ``(N, ...)`` to logits ``(N, K)``.
+        student: the network that learns; maps ``(N, ...)`` to logits ``(N, K)`` or ``(N, T, K)``.
         num_classes: ``K``.
         label_smoothing: mass that the target gives to all classes evenly, in ``[0, 1)``.
-        input_shape: shape of one input, ``(C, H, W)``, to check the network with.
+        input_shape: shape of one input, ``(C, H, W)`` or, of tokens, ``(T,)``, to check the network with.
         optimizer: makes the optimiser from the trainable parameters.
         lr_scheduler: makes the schedule from the optimiser.
         metrics: of the student's output and the target.
@@ -31,6 +34,8 @@ class SupervisedModule(DistillationModule):
     Raises:
         InputError: ``label_smoothing`` is out of range, or the student does not fit.
     """
+
+    per_position = True
 
     def __init__(
         self,
@@ -61,8 +66,8 @@ class SupervisedModule(DistillationModule):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The cross entropy, mean over the batch."""
-        logits = self.student(batch.input)
-        return {"ce": F.cross_entropy(logits, batch.target, label_smoothing=self.label_smoothing)}
+        logits, target = functional.by_position(self.student(batch.input), batch.target)
+        return {"ce": F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)}
 
     def weights(self) -> dict[str, float]:
         """One."""

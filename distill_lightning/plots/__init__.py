@@ -1,12 +1,28 @@
 """Arrays in, matplotlib figures out."""
 
 from distill_lightning.plots.comparison import learning_curves, score_bars
+from distill_lightning.plots.compression import (
+    plot_bits,
+    plot_codebook,
+    plot_latency,
+    plot_pareto,
+    plot_sensitivity,
+    plot_sparsity,
+    plot_spectra,
+)
 from distill_lightning.plots.confidence import reliability_diagram, risk_coverage_curve
 from distill_lightning.plots.reconstruction import reconstruction_errors
 from distill_lightning.plots.teachers import teacher_bars
 
 __all__ = [
     "learning_curves",
+    "plot_bits",
+    "plot_codebook",
+    "plot_latency",
+    "plot_pareto",
+    "plot_sensitivity",
+    "plot_sparsity",
+    "plot_spectra",
     "reconstruction_errors",
     "reliability_diagram",
     "risk_coverage_curve",

@@ -220,7 +220,7 @@ class TeacherStore:
         shapes = {field["name"]: tuple(field["shape"]) for field in header["fields"]}
         for name in shapes:
             if _are_probabilities(name):
-                shapes[name] = (header["made_by"]["num_classes"],)
+                shapes[name] = (*shapes[name][:-1], header["made_by"]["num_classes"])
         return {name: shape for name, shape in shapes.items() if not name.endswith(_CLASSES)}
 
     # How answers are kept
@@ -261,8 +261,8 @@ class TeacherStore:
         for name, rows in answers.items():
             kept = rows.detach().float()
             if _are_probabilities(name) and self.top_k is not None:
-                if self.top_k > kept.shape[1]:
-                    raise InputError(f"TeacherStore: top_k={self.top_k} of {kept.shape[1]} classes: lower it")
+                if self.top_k > kept.shape[-1]:
+                    raise InputError(f"TeacherStore: top_k={self.top_k} of {kept.shape[-1]} classes: lower it")
                 kept, classes = largest(kept, self.top_k)
                 packed[f"{name}{_CLASSES}"] = classes.cpu().numpy()
             packed[name] = self._rounded(kept).cpu().numpy()
@@ -286,7 +286,7 @@ class TeacherStore:
                     classes = _moved(rows[f"{name}{_CLASSES}"], device)
                     kept = spread(kept, classes, self._plan["made_by"]["num_classes"])
                 # What rounding has added or taken away must not become mass of the target.
-                kept = kept / kept.sum(dim=1, keepdim=True)
+                kept = kept / kept.sum(dim=-1, keepdim=True)
             answers[name] = kept
         return answers
 

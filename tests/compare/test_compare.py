@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from distill_lightning import (
     DigitsDataModule,
+    DocstringsDataModule,
     FEEDModule,
     KDModule,
     OneCycle,
@@ -679,6 +680,33 @@ def test_a_regression_is_compared_by_its_errors(regression):
         assert (folder / "out" / path).stat().st_size > 0
     assert "validation error" in shown
     assert "mean absolute error on the test images" in (folder / "out/results.md").read_text()
+
+
+def test_language_models_are_compared_at_every_position(tmp_path):
+    (tmp_path / "library").mkdir()
+    for number in range(20):
+        (tmp_path / f"library/module_{number}.py").write_text(f'"""Text {number}, {"and so on, " * 5}."""\n')
+    options = {"data_dir": str(tmp_path / "library"), "length": 8, "val_size": 20, "test_size": 22}
+
+    def texts(config):
+        reads = {"vocabulary": 256, "width": 8}
+        config.update(data={"class_path": "DocstringsDataModule", "init_args": options}, epochs=2, seeds=[0])
+        config["teachers"] = {"network": {"class_path": "SmallTransformer", "init_args": {**reads, "length": 8}}}
+        config["teachers"].update(number=2, epochs=1)
+        config["student"] = {"class_path": "SmallLSTM", "init_args": reads}
+        config["methods"] = {"kd": {"class_path": "KDModule"}}
+
+    compare(written(tmp_path, texts), tmp_path / "out")
+    targets = torch.cat([batch.target for batch in DocstringsDataModule(**options).test_dataloader()])
+    for row in lines_of(tmp_path / "out/results.csv"):
+        logits = load_file(tmp_path / "out/runs" / row["method"] / "seed_0/test_logits.safetensors")["last"]
+        assert logits.shape == (22 * 8, 256)
+        probs = logits.double().softmax(-1).view(22, 8, 256)
+        hits = [probs[n, t].argmax() == targets[n, t] for n in range(22) for t in range(8)]
+        nll = [-probs[n, t, targets[n, t]].log() for n in range(22) for t in range(8)]
+        assert float(row["test_accuracy"]) == pytest.approx(np.mean(hits), abs=1e-6)
+        assert float(row["nll"]) == pytest.approx(np.mean(nll), rel=1e-4)
+    assert (tmp_path / "out/figures/reliability.png").stat().st_size > 0
 
 
 def test_the_epoch_of_the_smallest_error_is_selected(regression):

@@ -89,6 +89,7 @@ def test_two_seeds_are_independent():
     assert abs(float((one == other).double().mean()) - 1 / 200) < 4 * math.sqrt(1 / 200 / 100_000)
 
 
+@pytest.mark.slow
 def test_another_process_hashes_alike():
     code = (
         "import hashlib; from distill_lightning.compression.packing.hashed import hash_places;"
@@ -248,6 +249,29 @@ def test_buckets_without_members_are_zero_and_one_value_is_enough():
     assert len(tiny.weight.abs().unique()) == 1
 
 
+def test_gradients_of_another_shape_do_not_stay():
+    layer, given = nn.Linear(6, 5), torch.randn(3, 6)
+    for change in (lambda: None, lambda: p.hash_weights(layer, ratio=0.2), lambda: p.bake_hashed(layer)):
+        change()
+        assert layer.bias.grad is None or layer.bias.grad.shape == (5,)
+        for _ in range(2):
+            layer(given).sum().backward()
+    assert layer.weight.grad.shape == (5, 6)
+    assert isinstance(layer.weight, nn.Parameter)
+
+
+def test_a_layer_with_the_same_weight_keeps_it():
+    embedding, head = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
+    head.weight = embedding.weight
+    weight = head.weight.detach().clone()
+    p.hash_weights(embedding, ratio=0.1)
+    assert torch.equal(head.weight, weight)
+    assert embedding.parametrizations.weight.original is not head.weight
+    frozen = nn.Linear(4, 4).requires_grad_(False)
+    p.hash_weights(frozen, ratio=0.5)
+    assert not frozen.parametrizations.weight.original.requires_grad
+
+
 def test_types_and_devices_are_kept():
     layer = nn.Linear(8, 4)
     p.hash_weights(layer, ratio=0.5)
@@ -308,6 +332,7 @@ def test_packed_weights_come_back_bit_for_bit(tmp_path, shape, dtype):
     assert tensors["weight"].untyped_storage().nbytes() == wanted.numel() * dtype.itemsize
 
 
+@pytest.mark.slow
 def test_the_file_holds_the_values_and_another_process_reads_it(tmp_path):
     layer = nn.Linear(512, 256, bias=False)
     p.hash_weights(layer, ratio=1 / 32, seed=5)

@@ -540,10 +540,18 @@ def test_a_tied_weight_is_refused():
     network[1].weight = network[0].weight
     with pytest.raises(InputError, match="'1' shares a weight with '0.weight', and would no longer"):
         replace_layer(network, "1", nn.Identity())
-    used_twice = nn.Sequential(nn.Linear(3, 3))
-    used_twice.append(used_twice[0])
-    with pytest.raises(InputError, match="'0' shares a weight with '1.weight'"):
-        replace_layer(used_twice, "0", nn.Identity())
+
+
+def test_a_layer_at_several_places_is_replaced_at_all_of_them():
+    layer = nn.Linear(3, 3)
+    network = nn.ModuleDict({"a": layer, "b": nn.Sequential(nn.ReLU(), layer)})
+    new = nn.Identity()
+    assert replace_layer(network, "b.1", new) is layer
+    assert network["a"] is network["b"][1] is new
+    attention = nn.MultiheadAttention(4, 2)
+    network = nn.ModuleDict({"a": attention, "b": attention.out_proj})
+    with pytest.raises(InputError, match="inside a MultiheadAttention"):
+        replace_layer(network, "b", new)
 
 
 # what cannot be

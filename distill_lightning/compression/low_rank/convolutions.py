@@ -19,6 +19,7 @@ from distill_lightning.compression.low_rank.decompositions import (
     unfold,
 )
 from distill_lightning.compression.low_rank.layers import copy_into, product_of, take_over
+from distill_lightning.compression.low_rank.ranks import UnfactorableError
 from distill_lightning.errors import InputError
 
 ConvMethod = Literal["svd_channel", "svd_spatial", "tucker2", "cp", "tt"]
@@ -104,7 +105,9 @@ def chain_stages(layer: nn.Conv2d, method: ConvMethod, ranks: Sequence[int]) -> 
         InputError: the convolution is grouped, the method unknown, or the ranks are not as many as the method's.
     """
     if layer.groups != 1:
-        raise InputError(f"a convolution with groups={layer.groups} cannot be factored: exclude it from the targets")
+        raise UnfactorableError(
+            f"a convolution with groups={layer.groups} cannot be factored: exclude it from the targets"
+        )
     if method not in CONV_METHODS:
         raise InputError(f"method {method!r} is none for a Conv2d: take one of {', '.join(CONV_METHODS)}")
     widths = {"svd_channel": 1, "svd_spatial": 1, "tucker2": 2, "cp": 1, "tt": 3}[method]

@@ -9,10 +9,11 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from distill_lightning.compression.calibration import calibrating, inputs_of
 from distill_lightning.compression.low_rank.convolutions import ConvChain, patches
 from distill_lightning.compression.low_rank.layers import LowRankEmbedding, LowRankLinear, TrainEmbedding, TrainLinear
 from distill_lightning.compression.low_rank.plans import chosen_ranks, kind_of, plan_matrix, plan_of, without_macs
-from distill_lightning.compression.low_rank.ranks import Rank, RankRule, rank_rule
+from distill_lightning.compression.low_rank.ranks import Rank, RankRule, UnfactorableError, rank_rule
 from distill_lightning.compression.low_rank.recurrent import FactoredGRU, FactoredLSTM, FactoredRNN
 from distill_lightning.errors import InputError
 
@@ -81,6 +82,7 @@ def factorize(
 
     Raises:
         InputError: a layer, method or rank that cannot be used together; the message says which can.
+        UnfactorableError: the one of these errors where no factors can stand for the layer, or none in the budget.
     """
     rule = rank_rule(rank)
     if parts < 2:
@@ -93,7 +95,7 @@ def factorize(
             f"a moment is used by method 'svd' of Linear and Conv2d, not by {method!r} of {kind_of(layer)}"
         )
     if rule.kind == "macs" and not plan.dense.macs:
-        raise InputError(f"rank='macs:{rule.value:g}' of {kind_of(layer)}: " + without_macs(layer))
+        raise UnfactorableError(f"rank='macs:{rule.value:g}' of {kind_of(layer)}: " + without_macs(layer))
     ranks = plan.fit(chosen_ranks(rule, plan))
     cost = plan.cost(ranks)
     name = f"{kind_of(layer)} as {method} of rank {'x'.join(map(str, ranks))}"
@@ -145,7 +147,7 @@ def rebuild(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module:
 
 
 def replace_layer(network: nn.Module, path: str, layer: nn.Module) -> nn.Module:
-    """Put a layer in the place of another one, and keep the modules around it from going past it.
+    """Put a layer in the place of another one, wherever that stands, and keep the modules around from going past it.
 
     ``nn.TransformerEncoderLayer`` reads its linear layers' weights in eval mode without calling them; where one is
     replaced, that shortcut is switched off.
@@ -162,24 +164,37 @@ def replace_layer(network: nn.Module, path: str, layer: nn.Module) -> nn.Module:
         InputError: there is no such layer; it is inside an ``nn.MultiheadAttention``, which never calls it; or it
             shares a weight with another layer.
     """
+    check_replaceable(network, path)
+    modules: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
+    replaced = modules[path]
+    for place in _places(modules, replaced):
+        above = _above(modules, place)
+        for module in above:
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0
+            elif isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+        setattr(above[-1], place.rpartition(".")[2], layer)
+    return replaced
+
+
+def check_replaceable(network: nn.Module, path: str) -> None:
+    """Refuse what `replace_layer` cannot replace.
+
+    Raises:
+        InputError: there is no such layer; it is inside an ``nn.MultiheadAttention``, which never calls it; or it
+            shares a weight with another layer. The same layer at several paths is one layer.
+    """
     modules: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
     if not path or path not in modules:
         raise InputError(f"{kind_of(network)} has no layer {path!r}: give a path of network.named_modules()")
-    above = [modules[".".join(path.split(".")[:depth])] for depth in range(path.count(".") + 1)]
-    if isinstance(above[-1], nn.MultiheadAttention):
+    places = _places(modules, modules[path])
+    if any(isinstance(_above(modules, place)[-1], nn.MultiheadAttention) for place in places):
         raise InputError(
             f"{path!r} is inside a MultiheadAttention, which uses its weight without calling it: "
             "exclude it, or convert the attention into separate layers first"
         )
-    _refuse_shared(network, path, modules[path])
-    for module in above:
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-    name = path.rpartition(".")[2]
-    setattr(above[-1], name, layer)
-    return modules[path]
+    _refuse_shared(network, path, modules[path], places)
 
 
 @torch.no_grad()
@@ -189,7 +204,7 @@ def input_moment(network: nn.Module, path: str, batches: Iterable[Any]) -> Tenso
     The network is run in eval mode and left as it was.
 
     Args:
-        network: called with each batch.
+        network: called with each batch, which may be a tuple of its arguments.
         path: of a `Linear` or an ungrouped `Conv2d`, dotted; ``""`` where the network is that layer.
         batches: inputs of the network, from the training data.
 
@@ -211,16 +226,13 @@ def input_moment(network: nn.Module, path: str, batches: Iterable[Any]) -> Tenso
         rows = patches(module, given) if isinstance(module, nn.Conv2d) else given.reshape(-1, given.shape[-1])
         total, count = total + (rows.T @ rows).cpu(), count + len(rows)
 
-    modes = {module: module.training for module in network.modules()}
     handle = layer.register_forward_pre_hook(add)
-    network.eval()
     try:
-        for batch in batches:
-            network(batch)
+        with calibrating(network):
+            for batch in batches:
+                network(*inputs_of(batch))
     finally:
         handle.remove()
-        for module, training in modes.items():
-            module.training = training
     if not count:
         raise InputError(f"no calibration input reached {path!r}: give at least one batch that the layer runs on")
     return total / count
@@ -233,7 +245,7 @@ def _factorize_recurrent(
     if method != "svd" or moment is not None:
         raise InputError(f"the weights of {name} are factored by method 'svd' without a moment: exclude it from others")
     if rule.kind == "macs":
-        raise InputError(f"rank='macs:{rule.value:g}' of {name}: " + without_macs(layer))
+        raise UnfactorableError(f"rank='macs:{rule.value:g}' of {name}: " + without_macs(layer))
     ranks, before, after = {}, 0, 0
     for weight_name, weight in layer.named_parameters():
         if not weight_name.startswith("weight_"):
@@ -253,10 +265,20 @@ def _factorize_recurrent(
     return Factored(factored, description, note, error)
 
 
-def _refuse_shared(network: nn.Module, path: str, layer: nn.Module) -> None:
+def _places(modules: Mapping[str, nn.Module], layer: nn.Module) -> list[str]:
+    """All paths of a layer."""
+    return [path for path, module in modules.items() if module is layer]
+
+
+def _above(modules: Mapping[str, nn.Module], path: str) -> list[nn.Module]:
+    """The modules that a path leads through, from the network to the one that has the layer."""
+    return [modules[".".join(path.split(".")[:depth])] for depth in range(path.count(".") + 1)]
+
+
+def _refuse_shared(network: nn.Module, path: str, layer: nn.Module, places: Sequence[str]) -> None:
     own = {id(parameter) for parameter in layer.parameters()}
     for name, parameter in network.named_parameters(remove_duplicate=False):
-        if id(parameter) in own and not name.startswith(f"{path}."):
+        if id(parameter) in own and not any(name.startswith(f"{place}.") for place in places):
             raise InputError(
                 f"{path!r} shares a weight with {name!r}, and would no longer once it is factored: "
                 "exclude both, or untie them first"

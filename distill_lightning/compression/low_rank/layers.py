@@ -22,7 +22,7 @@ from distill_lightning.compression.low_rank.decompositions import (
     whitened_svd,
 )
 from distill_lightning.compression.low_rank.decompositions import exact as exactly
-from distill_lightning.errors import InputError
+from distill_lightning.compression.low_rank.ranks import UnfactorableError
 
 
 class LowRankLinear(nn.Sequential):
@@ -63,7 +63,7 @@ class LowRankEmbedding(nn.Sequential):
         rank: ``R``.
 
     Raises:
-        InputError: the layer renormalises its rows.
+        UnfactorableError: the layer renormalises its rows.
     """
 
     def __init__(self, layer: nn.Embedding, *, rank: int) -> None:
@@ -172,7 +172,7 @@ class TrainEmbedding(nn.Module):
         ranks: the ``d - 1`` inner ranks.
 
     Raises:
-        InputError: the layer renormalises its rows, or its padding row is not zero.
+        UnfactorableError: the layer renormalises its rows, or its padding row is not zero.
     """
 
     def __init__(
@@ -217,11 +217,11 @@ class TrainEmbedding(nn.Module):
             The relative error of the table.
 
         Raises:
-            InputError: its padding row is not zero.
+            UnfactorableError: its padding row is not zero.
         """
         table = exactly(layer.weight)
         if self.padding_idx is not None and table[self.padding_idx].any():
-            raise InputError(
+            raise UnfactorableError(
                 f"the padding row {self.padding_idx} of an embedding to factor as a tensor train is not zero: "
                 "set it to zero, or use method='svd'"
             )
@@ -329,4 +329,6 @@ def take_over(module: nn.Module, layer: nn.Module, weight: Tensor) -> None:
 def refuse_max_norm(layer: nn.Embedding) -> None:
     """Refuse an embedding that renormalises its rows, which factors cannot."""
     if layer.max_norm is not None:
-        raise InputError("an embedding with max_norm cannot be factored: leave it out, or build it without max_norm")
+        raise UnfactorableError(
+            "an embedding with max_norm cannot be factored: leave it out, or build it without max_norm"
+        )

@@ -18,6 +18,10 @@ Rank = int | float | str
 _FORMS = "a number (8), a fraction of full rank (0.5), 'energy:0.95', 'params:0.5', 'macs:0.5' or 'evbmf'"
 
 
+class UnfactorableError(InputError):
+    """A layer that no factors can stand for, or none within the budget, whatever its weights are."""
+
+
 class RankRule(NamedTuple):
     """A rule and its number; the number of ``"evbmf"`` means nothing."""
 
@@ -96,7 +100,7 @@ def budget_ranks(full: Sequence[int], budget: float, *, cost: Callable[[list[int
         cost: of ranks; it must not fall when a rank grows.
 
     Raises:
-        InputError: rank 1 is above the budget.
+        UnfactorableError: rank 1 is above the budget.
     """
 
     def at(step: int) -> list[int]:
@@ -107,7 +111,9 @@ def budget_ranks(full: Sequence[int], budget: float, *, cost: Callable[[list[int
         middle = (low + high + 1) // 2
         low, high = (middle, high) if cost(at(middle)) <= budget else (low, middle - 1)
     if cost(at(low)) > budget:
-        raise InputError(f"a budget of {budget:g} is below the {cost(at(low))} of rank 1: allow more, or leave it out")
+        raise UnfactorableError(
+            f"a budget of {budget:g} is below the {cost(at(low))} of rank 1: allow more, or leave it out"
+        )
     return at(low)
 
 

@@ -235,7 +235,11 @@ def share_weights(
 
 def describe_shared(layer: nn.Module) -> dict[str, Any]:
     """The shared weights of a layer by name, in plain values; empty where there are none."""
-    return {name: codebook.describe() for name, (codebook, _) in codebooks(layer).items()}
+    # Values may be frozen where the weights of the layer are not.
+    return {
+        name: codebook.describe() | {"trains": _original(layer, name).requires_grad}
+        for name, (codebook, _) in codebooks(layer).items()
+    }
 
 
 def rebuild_shared(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module:
@@ -248,7 +252,9 @@ def rebuild_shared(layer: nn.Module, description: Mapping[str, Any]) -> nn.Modul
         if name not in weight_names(layer):
             raise InputError(f"{type(layer).__name__} has no weight {name!r} to share: is it the right layer?")
         indices = torch.zeros_like(getattr(layer, name), dtype=torch.uint8)
-        parametrize.register_parametrization(layer, name, Codebook(indices, **told))
+        codebook = Codebook(indices, k=told["k"], pruned=told["pruned"])
+        parametrize.register_parametrization(layer, name, codebook)
+        _original(layer, name).requires_grad = told["trains"]
     return layer
 
 
@@ -265,6 +271,12 @@ def codebooks(layer: nn.Module) -> dict[str, tuple[Codebook, Tensor]]:
     }
 
 
+def freeze_shared(layer: nn.Module) -> None:
+    """Have the shared values of a layer learn no more."""
+    for name in codebooks(layer):
+        _original(layer, name).requires_grad = False
+
+
 @torch.no_grad()
 def bake_shared(layer: nn.Module) -> list[str]:
     """Put the shared values in place of the weights, for good, and remove the codebooks.
@@ -276,3 +288,9 @@ def bake_shared(layer: nn.Module) -> list[str]:
     for name in names:
         parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
     return names
+
+
+def _original(layer: nn.Module, name: str) -> nn.Parameter:
+    parametrizations: Any = layer.parametrizations
+    original: nn.Parameter = parametrizations[name].original
+    return original

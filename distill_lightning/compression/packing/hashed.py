@@ -135,7 +135,7 @@ def hash_weights(layer: nn.Module, *, ratio: float, seed: int = 0, names: Sequen
     smaller by about ``sqrt(ratio)`` thereby, since means of independent numbers are small.
 
     The values train as ``parametrizations.<name>.original`` and are new parameters in shape: build the optimiser
-    afterwards.
+    afterwards. A weight that another layer has, too (`parameter_ties`), is untied thereby: that layer keeps it.
 
     Args:
         layer: one that `weight_names` knows.
@@ -194,7 +194,7 @@ def hashed(layer: nn.Module) -> dict[str, tuple[Hashed, Tensor]]:
         return {}
     parametrizations: Any = layer.parametrizations
     return {
-        name: (entry, entries.original.detach())
+        name: (entry, _values(layer, name).detach())
         for name, entries in parametrizations.items()
         for entry in entries
         if isinstance(entry, Hashed)
@@ -210,10 +210,21 @@ def bake_hashed(layer: nn.Module) -> list[str]:
     """
     names = list(hashed(layer))
     for name in names:
+        _values(layer, name).grad = None  # it has the values' shape
         parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
     return names
 
 
 def _register(layer: nn.Module, name: str, entry: Hashed) -> None:
-    entry.to(getattr(layer, name).device).train(layer.training)
+    weight = getattr(layer, name)
+    entry.to(weight.device).train(layer.training)
+    # What is registered takes the values' shape: neither another layer that has the parameter nor a gradient from
+    # before may follow it.
+    setattr(layer, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
     parametrize.register_parametrization(layer, name, entry)
+
+
+def _values(layer: nn.Module, name: str) -> Tensor:
+    parametrizations: Any = layer.parametrizations
+    values: Tensor = parametrizations[name].original
+    return values

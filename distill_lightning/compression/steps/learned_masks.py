@@ -15,9 +15,8 @@ _PAST = -1e9
 """The score of what had been pruned before, which no other falls below: it counts in the amount, and stays pruned."""
 
 
-def put_on(piece: Workpiece, paths: Sequence[str], kind: movement.Kind) -> None:
-    """Put learned masks that prune nothing yet on weights; masks in force go on under the new names."""
-    options = {} if kind == "l0" else {"amount": 0.0}
+def put_on(piece: Workpiece, paths: Sequence[str], kind: movement.Kind, **options: str | float) -> None:
+    """Put learned masks on weights, see `movement.learn`; masks in force go on under the new names."""
     for path, mask in movement.learn(piece.network, paths, kind=kind, **options).items():
         before = piece.masks.kept.get(path)
         if before is not None and not isinstance(mask, movement.HardConcrete):

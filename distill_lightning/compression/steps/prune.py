@@ -8,15 +8,16 @@ from typing import Any, Literal, cast
 
 from torch import Tensor
 
-from distill_lightning.compression import penalties
+from distill_lightning.compression import movement, penalties
 from distill_lightning.compression.lottery import Snapshot, reinitialize
 from distill_lightning.compression.parameters import split_path
 from distill_lightning.compression.recipe import copy_network
 from distill_lightning.compression.schedules import Cubic, OneShot, Schedule, Threshold
 from distill_lightning.compression.selection import Scope
-from distill_lightning.compression.steps import learned_masks, units, weights
+from distill_lightning.compression.steps import learned_masks, unit_amounts, units, weights
 from distill_lightning.compression.steps.base import At, Order, Step
 from distill_lightning.compression.steps.pruning_options import LEARNED, Criterion, check_options
+from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
 from distill_lightning.compression.targets import Targets
 from distill_lightning.compression.workpiece import Workpiece
 from distill_lightning.errors import InputError
@@ -45,7 +46,8 @@ class Prune(Step):
             the loss their sum.
         granularity: ``"weight"``, ``"row"``, ``"block:4x8"``, ``"2:4"``, or ``"channel"``, ``"hidden_unit"``,
             ``"neuron"`` (of Transformers' feed-forward layers), ``"head"``, ``"layer"`` (of Transformer encoders).
-        scope: ``"global"``: all layers' units compete; ``"layer"``: those of each layer.
+        scope: ``"global"``: all layers' units compete; ``"layer"``: those of each layer; or a `Sensitivity`, which says
+            each layer's amount.
         schedule: ``None``: `OneShot`; `Cubic` of ``"movement"``, ``Threshold(0.1)`` of ``"soft_movement"``.
         budget: instead of the amount of channels and the like, ``"macs:0.5"`` or ``"params:0.5"``: the smallest amount
             after which no more than this share of what the step found is left. (Half of the channels leave about a
@@ -73,7 +75,7 @@ class Prune(Step):
         amount: float | dict[str, float] | None = None,
         criterion: Criterion = "magnitude",
         granularity: str = "weight",
-        scope: Scope = "global",
+        scope: Scope | Sensitivity = "global",
         schedule: Schedule | Threshold | None = None,
         budget: str | None = None,
         round_to: int = 1,
@@ -101,12 +103,15 @@ class Prune(Step):
             rewind=rewind,
             regrow=regrow,
         )
-        self.amount, self.criterion, self.granularity, self.scope = amount, criterion, granularity, scope
+        self.amount, self.criterion, self.granularity = amount, criterion, granularity
+        # With amounts of their own layers do not compete, whatever the scope.
+        self.scope: Scope = "layer" if isinstance(scope, Sensitivity) else scope
+        self.sensitivity = scope if isinstance(scope, Sensitivity) else None
         self.schedule, self.budget, self.round_to = schedule, budget, round_to
         self.rewind, self.regrow, self.penalty_weight, self.backend = rewind, regrow, penalty_weight, backend
         self.kind = next((kind for kind in units.UNITS if kind == granularity), None)
         if budget is not None:
-            units.parse_budget(budget)
+            unit_amounts.parse_budget(budget)
         self._paths: list[str] = []
         self._final: Level | None = amount
         self._now: Level | None = None
@@ -160,12 +165,19 @@ class Prune(Step):
         weights.say_covered(
             piece, self._paths, step=repr(self), targets=self.targets or patterns, refuse=not self.exclude
         )
+        if self.sensitivity is not None:
+            self._final = weights.bearable(
+                piece, self._paths, self.sensitivity, criterion=self.criterion, granularity=self.granularity
+            )
         if self.criterion in LEARNED:
-            learned_masks.put_on(piece, self._paths, "hard" if self.criterion == "movement" else "soft")
+            kind: movement.Kind = "hard" if self.criterion == "movement" else "soft"
+            learned_masks.put_on(piece, self._paths, kind, amount=0.0)
         self._go_on(piece, self._level(step=0, steps=min(self.finetune_epochs, 1)))
 
     def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
         """Prune more where the schedule says so."""
+        if self.kind is not None and isinstance(self.schedule, OneShot):
+            return  # they have left
         self._go_on(piece, self._level(step=step, steps=steps))
 
     def penalty(self, piece: Workpiece, *, step: int, steps: int) -> Tensor | None:
@@ -259,8 +271,10 @@ class Prune(Step):
             shown, names, step=repr(self), targets=self.targets, refuse=kind == "channel" and not self.exclude
         )
         if self.budget is not None:
-            self._limit = units.limit_of(self.budget, piece.network, piece.example_inputs)
+            self._limit = unit_amounts.limit_of(self.budget, piece.network, piece.example_inputs)
             self._final = self._smallest(shown, kind, families)
+        if self.sensitivity is not None:
+            self._final = unit_amounts.bearable(shown, kind, families, self.sensitivity, criterion=self.criterion)
         if isinstance(self.schedule, OneShot):
             self._leave(piece, kind, families, self._choose(shown, families, self._level(step=0, steps=0)))
             return
@@ -311,7 +325,9 @@ class Prune(Step):
     def _smallest(self, piece: Workpiece, kind: units.UnitKind, families: list[units.Family]) -> float:
         scores = units.score_units(piece, families, self.criterion)
         chosen = partial(self._chosen, families, scores)
-        return units.smallest_amount(piece, kind, families, chosen, budget=self.budget or "", limit=self._limit or 0.0)
+        return unit_amounts.smallest_amount(
+            piece, kind, families, chosen, budget=self.budget or "", limit=self._limit or 0.0
+        )
 
     def _mask_units(self, piece: Workpiece, kind: units.UnitKind) -> None:
         families = self._families(piece, kind)

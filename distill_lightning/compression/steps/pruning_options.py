@@ -6,6 +6,7 @@ from typing import Literal
 
 from distill_lightning.compression.schedules import Cubic, OneShot, Schedule, Threshold
 from distill_lightning.compression.selection import Granularity
+from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
 from distill_lightning.compression.steps.units import UNITS
 from distill_lightning.compression.steps.weights import SCORERS, SWEPT
 from distill_lightning.errors import InputError
@@ -22,7 +23,7 @@ def check_options(
     amount: float | dict[str, float] | None,
     criterion: str,
     granularity: str,
-    scope: object,
+    scope: str | Sensitivity,
     schedule: Schedule | Threshold,
     budget: str | None,
     round_to: int,
@@ -47,9 +48,13 @@ def check_options(
     threshold, at_once = isinstance(schedule, Threshold), isinstance(schedule, OneShot)
     learned = criterion in LEARNED
     amounts = list(amount.values()) if isinstance(amount, dict) else [amount or 0.0]
-    sources = [amount is not None, budget is not None, threshold, fixed]
+    by_scan = isinstance(scope, Sensitivity)
+    sources = [amount is not None, budget is not None, threshold, fixed, by_scan]
     for wrong, reason in (
-        (sum(sources) != 1, "give exactly one of an amount, a budget, a Threshold and a granularity such as '2:4'"),
+        (
+            sum(sources) != 1,
+            "give exactly one of an amount, a budget, a Threshold, a Sensitivity and a granularity such as '2:4'",
+        ),
         (min(amounts, default=-1) < 0 or max(amounts, default=1) > 1, f"amount is between 0 and 1, got {amount}"),
         (not units and budget is not None, "a budget is of channels and the like: give an amount"),
         (not units and criterion == "bn_scale", "criterion 'bn_scale' is of granularity 'channel'"),
@@ -63,7 +68,8 @@ def check_options(
         (criterion == "obs_update" and threshold, "criterion 'obs_update' needs an amount, not a Threshold"),
         (fixed and not at_once, f"granularity {granularity!r} goes with OneShot"),
         (granularity == "layer" and not at_once, "granularity 'layer' goes with OneShot: no mask skips a layer"),
-        (scope not in ("global", "layer"), f"scope must be 'global' or 'layer', got {scope!r}"),
+        (not by_scan and scope not in ("global", "layer"), f"scope must be 'global' or 'layer', got {scope!r}"),
+        (by_scan and learned, f"criterion {criterion!r} is learned, and a Sensitivity scan comes before"),
         (round_to < 1, f"round_to must be at least 1, got {round_to}"),
         (round_to > 1 and granularity != "channel", "round_to is of granularity 'channel'"),
         (not 0 <= regrow < 1, f"regrow is a share of the pruned weights, below 1, got {regrow}"),

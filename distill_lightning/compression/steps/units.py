@@ -12,13 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill_lightning.compression import surgery
 from distill_lightning.compression.calibration import inputs_of
-from distill_lightning.compression.macs import count_macs
 from distill_lightning.compression.masks import Masks
-from distill_lightning.compression.measure import count_parameters
 from distill_lightning.compression.recipe import copy_network, note_change
 from distill_lightning.compression.selection import Amount, Scope, choose
 from distill_lightning.compression.steps.weights import REDUCE, SCORERS
 from distill_lightning.compression.surgery.axes import blocks
+from distill_lightning.compression.surgery.torch_pruning import channel_groups_by_torch_pruning
 from distill_lightning.compression.targets import Targets, match_layers
 from distill_lightning.compression.workpiece import Workpiece
 from distill_lightning.errors import InputError
@@ -228,74 +227,23 @@ def unit_masks(network: nn.Module, families: Sequence[Family], kept: Mapping[str
     return Masks(masks)
 
 
-def limit_of(budget: str, network: nn.Module, example_inputs: Any) -> float:
-    """How much may be left by ``"macs:0.5"``: a share of what a network costs now.
+def group_norms(network: nn.Module, families: Sequence[Family]) -> Tensor:
+    r"""The sum over units of the root of their size times their norm, with a graph: `penalties.group_lasso_of` of all.
 
     Args:
-        budget: see `parse_budget`.
-        network: as it is now.
-        example_inputs: that multiply-accumulates are counted for.
+        network: that the families are of.
+        families: of units but layers.
     """
-    measure, share = parse_budget(budget)
-    return share * _cost(measure, network, example_inputs)
-
-
-def smallest_amount(
-    piece: Workpiece,
-    kind: UnitKind,
-    families: Sequence[Family],
-    chosen: Callable[[float], Kept],
-    *,
-    budget: str,
-    limit: float,
-) -> float:
-    """The smallest share of the units without which a network is within a budget.
-
-    Args:
-        piece: whose network it is; left as it is.
-        kind: of the units.
-        families: of units.
-        chosen: which units stay of an amount.
-        budget: see `parse_budget`.
-        limit: from `limit_of`.
-
-    Raises:
-        InputError: no share is enough.
-    """
-    measure, _ = parse_budget(budget)
-    total = sum(family.size for family in families)
-
-    def fits(count: int) -> bool:
-        small = copy_network(piece.network)
-        remove(small, kind=kind, families=families, kept=chosen(count / total))
-        return _cost(measure, small, piece.example_inputs) <= limit
-
-    low, high = 0, total
-    if not fits(high):
-        raise InputError(
-            f"Prune: budget {budget!r} cannot be met: with one {kind} left in each of {len(families)} layers the "
-            "network is larger; raise it, or prune more layers"
-        )
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return high / total
-
-
-def parse_budget(text: str) -> tuple[str, float]:
-    """Of ``"macs:0.5"`` or ``"params:0.5"`` what is measured and which share may be left.
-
-    Raises:
-        InputError: another text.
-    """
-    measure, _, share = text.partition(":")
-    try:
-        value = float(share)
-    except ValueError:
-        value = -1.0
-    if measure not in ("macs", "params") or not 0 < value <= 1:
-        raise InputError(f"budget must be such as 'macs:0.5' or 'params:0.5', a share of what there is, got {text!r}")
-    return measure, value
+    squares = {name: wide(network.get_parameter(name)).square() for name in parameter_names(network, families)}
+    ones = {name: torch.ones_like(square) for name, square in squares.items()}
+    total = []
+    for family in families:
+        if family.group is not None:
+            norm = family.group.scores(network, squares)
+            # A unit of zeros has no direction in which to shrink; without the bound its gradient would be NaN.
+            norm = norm.clamp(min=torch.finfo(norm.dtype).tiny).sqrt()
+            total.append((family.group.scores(network, ones).sqrt() * norm).sum())
+    return torch.stack(total).sum()
 
 
 def on_copy(piece: Workpiece, kind: UnitKind) -> Workpiece:
@@ -307,10 +255,6 @@ def _share(amount: Amount | None, name: str) -> float:
     return amount[name] if isinstance(amount, Mapping) else amount or 0.0
 
 
-def _cost(measure: str, network: nn.Module, example_inputs: Any) -> int:
-    return count_macs(network, example_inputs).dense if measure == "macs" else count_parameters(network).stored
-
-
 def _groups(network: nn.Module, kind: UnitKind, inputs: tuple[Any, ...], backend: Backend) -> list[surgery.Group]:
     if kind == "head":
         return surgery.head_groups(network)
@@ -320,6 +264,8 @@ def _groups(network: nn.Module, kind: UnitKind, inputs: tuple[Any, ...], backend
         return surgery.unit_groups(network, inputs)
     if backend == "own":
         return surgery.channel_groups(network, inputs)
+    if backend == "torch_pruning":
+        return channel_groups_by_torch_pruning(network, inputs)
     raise InputError(f"backend must be 'own' or 'torch_pruning', got {backend!r}")
 
 

@@ -13,6 +13,7 @@ from distill_lightning.compression.masks import Masks, regrow
 from distill_lightning.compression.parameters import parameter_of
 from distill_lightning.compression.quantizers import weight_names
 from distill_lightning.compression.selection import Amount, Granularity, Reduce, Scope, select, select_below
+from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
 from distill_lightning.compression.targets import Targets, match_layers
 from distill_lightning.compression.workpiece import Workpiece
 from distill_lightning.errors import InputError
@@ -216,6 +217,23 @@ def prune_below(piece: Workpiece, paths: Sequence[str], threshold: float, *, cri
     scores = SCORERS[criterion](piece, paths)
     reduce = REDUCE.get(criterion, "mean")
     piece.prune(select_below(scores, threshold, granularity=granularity, reduce=reduce, previous=piece.masks))
+
+
+def bearable(
+    piece: Workpiece, paths: Sequence[str], sensitivity: Sensitivity, *, criterion: str, granularity: str
+) -> dict[str, float]:
+    """Amounts by path that a `Sensitivity` finds.
+
+    Raises:
+        InputError: as the criterion and `Sensitivity.amounts`.
+    """
+    scores = SCORERS[criterion](piece, paths)
+    reduce = REDUCE.get(criterion, "mean")
+
+    def change(network: nn.Module, path: str, amount: float) -> None:
+        select({path: scores[path]}, amount, granularity=granularity, reduce=reduce).project(network)
+
+    return sensitivity.amounts(piece, {path: score.numel() for path, score in scores.items()}, change)
 
 
 def _regrown(

@@ -132,7 +132,7 @@ class Attention(nn.Module):
 
     def _mask(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
         """Both masks as one to add, broadcast to ``(N, h, L, S)``."""
-        shape = (len(q), self.num_heads, q.shape[2], k.shape[2])
+        shape = (q.shape[0], self.num_heads, q.shape[2], k.shape[2])
         mask = None
         if attn_mask is not None:
             if attn_mask.shape not in (shape[2:], (shape[0] * shape[1], *shape[2:])):

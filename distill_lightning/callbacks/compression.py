@@ -1,0 +1,385 @@
+"""Compressing a module's network while its own training runs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import nn
+from torch.optim import Optimizer
+
+from distill_lightning.batch import Batch
+from distill_lightning.callbacks.batches import TrainersBatches, undrawn
+from distill_lightning.callbacks.stages import Measurements, check_scored, measure
+from distill_lightning.compression.compressor import Compressor, Moment
+from distill_lightning.compression.measure import count_parameters
+from distill_lightning.compression.recipe import describe
+from distill_lightning.compression.report import Report, machine
+from distill_lightning.compression.stages import DENSE, FINAL, Kind, Stage
+from distill_lightning.compression.steps import Order, Step
+from distill_lightning.compression.timeline import Phase
+from distill_lightning.errors import InputError
+from distill_lightning.networks import recipe_of
+
+
+class CompressionCallback(pl.Callback):
+    """Compresses a network of any module, step by step, while the module trains it as it always does.
+
+    ::
+
+        steps = [Prune(amount=0.9, finetune_epochs=10), ShareWeights(k=16, finetune_epochs=5), Encode("huffman")]
+        Trainer(max_epochs=35, callbacks=[CompressionCallback(steps, dense_epochs=20)]).fit(KDModule(...), data)
+
+    Each phase of a step begins with an epoch. Where the network has other parameters then, and by default with every
+    phase, the module makes its optimiser and its schedule anew, for the length of the phase. Checkpoints hold what was
+    done, so that a module made with the uncompressed network loads and resumes them. A `ModelCheckpoint` or
+    `EarlyStopping` forgets with every phase what it took for the best, because that was another network; at the end
+    ``compressed.ckpt`` is written beside its files, which `load_compressed` opens.
+
+    Penalties are added to the gradients before each optimiser step, and logged as ``train/penalty``; the module's own
+    ``train/loss`` is without them. After each epoch ``compress/parameters``, ``compress/nonzero`` and
+    ``compress/sparsity`` are logged.
+
+    Args:
+        steps: what is done, in this order.
+        attribute: the module's network that is compressed.
+        dense_epochs: of ordinary training before a first step that does not say when.
+        calibration_batches: of training data, for criteria, ranges and BatchNorm's statistics; each step that needs
+            them has so many in memory.
+        restart: whether every phase begins with a new optimiser and a new schedule, else only those that must, whose
+            schedule goes on.
+        seed: of everything that is drawn; ``None``: the run's (``seed_everything``).
+        report: what is measured of every stage, for `report` and ``stages``; ``None``: nothing, which takes no time.
+
+    Attributes:
+        stages: the network before, between and after the steps, each a `Stage`.
+        calibration: inputs that int8 versions of the network can be calibrated with, where the report has one.
+
+    Raises:
+        InputError: an option out of range or an order that makes no sense; when the fit starts: no ``max_epochs``, a
+            network or a Trainer that cannot be used.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        *,
+        attribute: str = "student",
+        dense_epochs: int = 0,
+        calibration_batches: int = 50,
+        restart: bool = True,
+        seed: int | None = None,
+        report: Measurements | None = None,
+    ) -> None:
+        if calibration_batches < 1:
+            raise InputError(f"calibration_batches must be at least 1, got {calibration_batches}")
+        self.steps = list(steps)
+        self.attribute, self.dense_epochs, self.restart = attribute, dense_epochs, restart
+        self.calibration_batches, self.seed = calibration_batches, seed
+        self.measurements = report
+        self.stages: list[Stage] = []
+        self.calibration: list[Any] = []
+        self.compressor: Compressor | None = None
+        self._seen = 0
+        # The Trainer and the module of the fit that is under way.
+        self._fit: tuple[pl.Trainer, Any] | None = None
+
+    # Before the training
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make the plan.
+
+        Raises:
+            InputError: it cannot be followed.
+        """
+        if stage != "fit" or not self.steps:
+            return
+        network = getattr(pl_module, self.attribute, None)
+        if not isinstance(network, nn.Module):
+            raise InputError(
+                f"{type(pl_module).__name__} has no network {self.attribute!r} to compress: give attribute="
+            )
+        if trainer.max_epochs is None or trainer.max_epochs < 1:
+            raise InputError("compression needs the number of epochs: give the Trainer max_epochs")
+        self._fit, self.stages = (trainer, pl_module), []
+        if self.measurements is not None:
+            check_scored(trainer, pl_module, self.measurements.split)
+        self.compressor = Compressor(
+            network,
+            self.steps,
+            None,
+            batches=self._draw,
+            epochs=trainer.max_epochs,
+            dense_epochs=self.dense_epochs,
+            bn_batches=self.calibration_batches,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed,
+            watch=self._watch,
+        )
+        self._check(trainer, pl_module, self.compressor)
+        # Checkpoints of other phases are loaded into what it was at first.
+        pl_module.__dict__.setdefault("_uncompressed", {})[self.attribute] = self.compressor.dense
+        pl_module.__dict__["_phase_length"] = self._phase_length
+        _stand_last(trainer, self)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See what the network is given."""
+        if self.compressor is not None:
+            self.compressor.piece.example_inputs = self._draw(1)[0][0][:2]
+            self._seen = trainer.global_step
+
+    # In the training
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End and begin phases."""
+        compressor = self.compressor
+        if compressor is None:
+            return
+        epoch = trainer.current_epoch
+        due = compressor.is_due(epoch)
+        optimizer = trainer.optimizers[0]
+        before = [id(parameter) for parameter in compressor.network.parameters()]
+        changed = compressor.begin_epoch(epoch, steps_per_epoch=self._steps_per_epoch(), optimizer=optimizer)
+        if [id(parameter) for parameter in compressor.network.parameters()] != before:
+            self._check_change(trainer)
+        if changed or (due and self.restart):
+            _new_optimizer(trainer, optimizer, restart=self.restart)
+        if due:
+            _forget_best(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Add the penalty's gradient, and keep pruned weights out of it."""
+        if self.compressor is None:
+            return
+        penalty = self.compressor.before_optimizer_step()
+        if penalty is not None:
+            pl_module.log("train/penalty", penalty, on_step=False, on_epoch=True, batch_size=1)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Go on after an optimiser step."""
+        if self.compressor is not None and trainer.global_step != self._seen:
+            self._seen = trainer.global_step
+            self.compressor.after_optimizer_step(trainer.optimizers[0])
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What is validated may be an average of weights, in which pruned ones are not quite zero."""
+        if self.compressor is not None and trainer.state.fn == "fit":
+            self.compressor.project()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log how large the network is."""
+        compressor = self.compressor
+        if compressor is None:
+            return
+        parameters = count_parameters(compressor.network)
+        logs = {
+            "compress/parameters": float(parameters.stored),
+            "compress/nonzero": float(parameters.nonzero),
+            "compress/sparsity": compressor.masks.sparsity(),
+        }
+        pl_module.log_dict(logs, on_step=False, on_epoch=True, rank_zero_only=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do what is left, and write the compressed network."""
+        compressor = self.compressor
+        if compressor is None:
+            return
+        compressor.finish()
+        if self.measurements is not None:
+            if self.measurements.onnx == "static":
+                self.calibration = [inputs.cpu() for inputs, _ in self._draw()]
+            self._measure(FINAL, "after", final=True)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.dirpath is not None:
+                path = Path(callback.dirpath) / "compressed.ckpt"
+                trainer.save_checkpoint(path, weights_only=True)
+                if callback.best_model_score is None or math.isinf(float(callback.best_model_score)):
+                    # Nothing was validated since the last phase began: this is the compressed network.
+                    callback.best_model_path = str(path)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The fit is over."""
+        self._fit = None
+        pl_module.__dict__.pop("_phase_length", None)
+
+    # In checkpoints
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note what was done to the network, from which `rebuild` makes its structure."""
+        network = getattr(pl_module, self.attribute)
+        checkpoint["compression"] = {
+            "attribute": self.attribute,
+            "recipe": recipe_of(network),
+            "description": describe(network),
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """The module may have another network since it was loaded."""
+        if self.compressor is not None:
+            self.compressor.piece.network = getattr(pl_module, self.attribute)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the compression is."""
+        if self.compressor is None:
+            return {}
+        return {"compressor": self.compressor.state_dict(), "stages": [stage.as_plain() for stage in self.stages]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        if self.compressor is not None and "compressor" in state_dict:
+            self.compressor.load_state_dict(state_dict["compressor"])
+            self.stages = [Stage.of_plain(plain) for plain in state_dict["stages"]]
+
+    def report(self, *, metric: str = "accuracy", higher_is_better: bool = True) -> Report:
+        """The stages of the fit as a table, with its files.
+
+        Args:
+            metric: the score that it is about.
+            higher_is_better: whether more of it is better.
+
+        Raises:
+            InputError: nothing was measured.
+        """
+        if not self.stages:
+            raise InputError("nothing was measured: give CompressionCallback report=Measurements(), and fit")
+        return Report({0: self.stages}, metric=metric, higher_is_better=higher_is_better, about=machine())
+
+    # What the compressor asks
+
+    def _draw(self, number: int | None = None) -> Sequence[tuple[Any, Any]]:
+        """The first batches of the training data as the next epoch gives them, the same in every process."""
+        trainer, pl_module = cast("tuple[pl.Trainer, Any]", self._fit)
+        loader = trainer.train_dataloader
+        loader = loader[0] if isinstance(loader, (list, tuple)) and len(loader) == 1 else loader
+        if loader is None or isinstance(loader, (list, tuple, dict)):
+            raise InputError("compression reads calibration data from one train_dataloader: give one, not several")
+        # The epoch's own loader counts what it has given.
+        loader = copy.copy(loader)
+        own = TrainersBatches(trainer, pl_module, loader, number=0, training=True)
+        with isolate_rng(), undrawn(loader):
+            batches = [Batch.of(batch) for batch in islice(own, number or self.calibration_batches)]
+        pairs = [(batch.input, batch.target) for batch in batches]
+        if trainer.world_size > 1:
+            pairs = trainer.strategy.broadcast(pairs)
+        return pairs
+
+    def _watch(self, moment: Moment, phase: Phase | None) -> None:
+        _, pl_module = cast("tuple[pl.Trainer, Any]", self._fit)
+        before = getattr(pl_module, "before_compression", None)
+        if moment == "dense" and before is not None:
+            before()
+        if self.measurements is None:
+            return
+        if phase is None:
+            self._measure(DENSE, "dense")
+        elif moment == "before" and phase.end > phase.begin:
+            self._measure(f"{phase.name}, before fine-tuning", "before", timed=False)
+        elif moment == "after":
+            # The final row has the last one's time.
+            compressor = cast("Compressor", self.compressor)
+            self._measure(phase.name, "after", timed=phase is not compressor.phases[-1])
+
+    def _measure(self, name: str, kind: Kind, *, final: bool = False, timed: bool = True) -> None:
+        trainer, pl_module = cast("tuple[pl.Trainer, Any]", self._fit)
+        compressor = cast("Compressor", self.compressor)
+        told = {note for stage in self.stages for note in stage.notes}
+        notes = [note for note in compressor.piece.notes if note not in told]
+        self.stages.append(
+            measure(
+                trainer, pl_module, compressor, cast("Measurements", self.measurements),
+                name=name, kind=kind, final=final, timed=timed, notes=notes,
+            )
+        )  # fmt: skip
+
+    def _steps_per_epoch(self) -> int:
+        trainer, _ = cast("tuple[pl.Trainer, Any]", self._fit)
+        return math.ceil(trainer.estimated_stepping_batches / max(trainer.max_epochs or 1, 1))
+
+    def _phase_length(self) -> int:
+        """Optimiser steps from the epoch that now begins to the next phase, or to the end."""
+        trainer, _ = cast("tuple[pl.Trainer, Any]", self._fit)
+        compressor = cast("Compressor", self.compressor)
+        epochs = cast("int", trainer.max_epochs)
+        begins = [phase.begin for phase in compressor.phases if trainer.current_epoch < phase.begin < epochs]
+        if not self.restart:
+            return self._steps_per_epoch() * epochs
+        return (min(begins, default=epochs) - trainer.current_epoch) * self._steps_per_epoch()
+
+    def _check(self, trainer: pl.Trainer, pl_module: Any, compressor: Compressor) -> None:
+        """Refuse now what could only be refused in the middle of the training otherwise."""
+        if getattr(pl_module, "compiles", False):
+            raise InputError("compile: a network cannot be compressed while it is compiled: leave compile out")
+        epochs = cast("int", trainer.max_epochs)
+        inside = [phase for phase in compressor.phases if phase.begin < epochs]
+        reshaping = [phase for phase in inside if phase.step.order in (Order.STRUCTURE, Order.VALUES)]
+        if reshaping:
+            self._refuse(trainer, reshaping[0].name)
+
+    def _check_change(self, trainer: pl.Trainer) -> None:
+        phase = cast("Compressor", self.compressor).phase
+        self._refuse(trainer, "this step" if phase is None else phase.name)
+
+    @staticmethod
+    def _refuse(trainer: Any, name: str) -> None:
+        """What holds on to parameters cannot be told that there are others."""
+        if trainer.world_size > 1:
+            raise InputError(
+                f"step {name} gives the network other parameters, which several processes cannot agree on: train it in "
+                "one (devices=1), or give it at='end'"
+            )
+        averaging = (pl.callbacks.StochasticWeightAveraging, getattr(pl.callbacks, "WeightAveraging", ()))
+        for callback in trainer.callbacks:
+            if isinstance(callback, averaging):
+                raise InputError(
+                    f"step {name} gives the network other parameters, of which {type(callback).__name__} keeps no "
+                    "average: leave one of them out, or give the step at='end'"
+                )
+
+
+def _stand_last(trainer: Any, callback: pl.Callback) -> None:
+    """Come after the callbacks that write weights, and before those that save them."""
+    others = [other for other in trainer.callbacks if other is not callback]
+    place = next((n for n, other in enumerate(others) if isinstance(other, pl.callbacks.Checkpoint)), len(others))
+    # A new list, because Lightning is walking through the old one.
+    trainer.callbacks = [*others[:place], callback, *others[place:]]
+
+
+def _new_optimizer(trainer: pl.Trainer, old: Optimizer, *, restart: bool) -> None:
+    """Have the module make its optimiser and schedule for the parameters that there are now.
+
+    The one place that knows how Lightning is told.
+    """
+    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+    trainer.strategy.setup_optimizers(trainer)
+    if restart:
+        return
+    for group, before in zip(trainer.optimizers[0].param_groups, old.param_groups, strict=True):
+        group.update({name: value for name, value in before.items() if name != "params"})
+    for config, schedule in zip(trainer.lr_scheduler_configs, schedules, strict=True):
+        config.scheduler.load_state_dict(schedule.state_dict())
+
+
+def _forget_best(trainer: Any) -> None:
+    """What was the best so far was another network: whatever comes now is better."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.monitor is not None:
+            worst = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
+            callback.best_k_models = {path: worst.to(score.device) for path, score in callback.best_k_models.items()}
+            callback.kth_value = worst
+            callback.best_model_score = worst if callback.best_k_models else None
+        elif isinstance(callback, pl.callbacks.EarlyStopping):
+            callback.wait_count = 0
+            callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf)

@@ -1,0 +1,128 @@
+"""Measuring a network before, between and after the steps of its compression."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities.seed import isolate_rng
+
+from distill_lightning.callbacks.batches import TrainersBatches, undrawn
+from distill_lightning.compression.artefact import load_compressed, write_artefact
+from distill_lightning.compression.compressor import Compressor
+from distill_lightning.compression.recipe import copy_network, describe
+from distill_lightning.compression.stages import Kind, Onnx, Stage, measure_stage
+from distill_lightning.errors import InputError
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What is measured of each stage of a compression.
+
+    Args:
+        split: the samples that are scored: ``"test"`` ones, which need a data module, or ``"val"``.
+        batch_sizes: at which time is measured, dense and compressed in turns; none: it is not.
+        rounds: turns of both.
+        onnx: ``"float"`` or, with int8 versions, ``"static"`` (convolutions) or ``"dynamic"`` (recurrent networks and
+            Transformers): of the dense and of the final network, with their time in ONNX Runtime.
+    """
+
+    split: Literal["test", "val"] = "test"
+    batch_sizes: Sequence[int] = (1, 32)
+    rounds: int = 50
+    onnx: Onnx = "none"
+
+
+def measure(
+    trainer: pl.Trainer,
+    pl_module: Any,
+    compressor: Compressor,
+    wanted: Measurements,
+    *,
+    name: str,
+    kind: Kind,
+    final: bool = False,
+    timed: bool = True,
+    notes: Sequence[str] = (),
+) -> Stage:
+    """Score and measure a network as it is now; random states and the Trainer's data are left as they were.
+
+    Args:
+        trainer: whose training is under way.
+        pl_module: whose student is scored; a `DistillationModule`.
+        compressor: of the network.
+        wanted: what is measured.
+        name: of the row.
+        kind: of the row.
+        final: whether it is the last one, for which ONNX files are made, as for the dense one.
+        timed: whether its time is measured.
+        notes: of the row.
+    """
+    with isolate_rng():
+        scores = pl_module.score(_scored_batches(trainer, pl_module, wanted.split))
+        network, dense = (copy_network(one).cpu() for one in (compressor.network, compressor.dense))
+        onnx = wanted.onnx if final or kind == "dense" else "none"
+        inputs = _on_cpu(compressor.piece.example_inputs)
+        batches = compressor.piece.batches("ONNX") if onnx == "static" else ()
+        compressor.piece.forget_batches()
+        return measure_stage(
+            name,
+            network,
+            dense,
+            inputs,
+            kind=kind,
+            scores=scores,
+            write=lambda network, path: write_artefact(network, path, coding=compressor.piece.coding),
+            read=lambda path: load_compressed(path, copy_network(dense)),
+            batch_sizes=wanted.batch_sizes if timed else (),
+            rounds=wanted.rounds,
+            onnx=onnx,
+            calibration=[_on_cpu(given) for given, _ in batches],
+            weight_bits=fewest_bits(describe(network)),
+            notes=notes,
+        )
+
+
+def check_scored(trainer: Any, pl_module: Any, split: str) -> None:
+    """Refuse now what could not be scored when the time comes.
+
+    Raises:
+        InputError: the module cannot score, or the data have no such samples.
+    """
+    if not hasattr(pl_module, "score"):
+        raise InputError(f"{type(pl_module).__name__} cannot score itself for a report: leave report out")
+    if split == "test" and trainer.datamodule is None:
+        raise InputError("a report on test samples needs a data module: give one, or split='val'")
+
+
+def fewest_bits(description: Mapping[str, Any]) -> int | None:
+    """Bits of the smallest codes that a described network's weights are stored in; ``None``: they are floats."""
+    bits = [
+        told["scheme"]["bits"]
+        for layer in description["layers"].values()
+        for told in layer.get("quantized", {}).values()
+    ]
+    bits += [
+        max(int(told["k"]) - 1, 1).bit_length()
+        for layer in description["layers"].values()
+        for told in layer.get("shared", {}).values()
+    ]
+    return min(bits, default=None)
+
+
+def _scored_batches(trainer: Any, pl_module: Any, split: str) -> Iterable[Any]:
+    if split == "test":
+        trainer.datamodule.setup("test")
+        loaders = trainer.datamodule.test_dataloader()
+    else:
+        loaders = trainer.val_dataloaders
+    for number, loader in enumerate(loaders if isinstance(loaders, (list, tuple)) else [loaders]):
+        own = TrainersBatches(trainer, pl_module, loader, number=number, training=False)
+        with undrawn(loader):
+            yield from own
+
+
+def _on_cpu(values: Any) -> Any:
+    return tuple(part.cpu() for part in values) if isinstance(values, (tuple, list)) else values.cpu()

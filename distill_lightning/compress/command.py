@@ -1,0 +1,187 @@
+"""The verb: compress, train the controls, write and print the report."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from distill_lightning.callbacks import Measurements
+from distill_lightning.compress.runs import (
+    CHECKPOINT,
+    ONNX,
+    ONNX_INT8,
+    PACKED,
+    Parts,
+    Run,
+    execute,
+    plan,
+    title,
+)
+from distill_lightning.compression.report import Report, machine
+from distill_lightning.errors import InputError, refusing
+from distill_lightning.stores.files import write_whole
+
+_KNOWN = "compress.yaml"
+_CONTROLS = ("same_size", "random")
+
+Make = Callable[[Sequence[str]], Parts]
+"""Makes a module, its data and a Trainer from arguments of the command line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"compress: {message}")
+
+
+def run(arguments: Sequence[str], make: Make, *, console: Console | None = None) -> Report:
+    """Run ``distill-lightning compress CONFIG [--output FOLDER] [--seeds 0 1 2] [--controls ...] [--key value ...]``.
+
+    Args:
+        arguments: what follows the verb.
+        make: what builds a configuration's parts.
+        console: where the progress and the table are shown.
+
+    Returns:
+        The report that was written.
+
+    Raises:
+        ArgumentError: the configuration cannot be parsed.
+        InputError: it cannot be used, or the output folder belongs to another one.
+    """
+    console = console or Console()
+    if not console.is_terminal:
+        # A log file has no edge to wrap at.
+        console.width = max(console.width, 132)
+    options, overrides = _parse(arguments)
+    folder = Path(options.output or Path("results") / "compress" / Path(options.config).stem)
+    _claim(folder, options.config, overrides)
+
+    def parts_of(seed: int, root: Path) -> Parts:
+        own = ["--seed_everything", str(seed), "--trainer.default_root_dir", str(root)]
+        quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+        return make(["--config", options.config, *overrides, *own, *quiet])
+
+    first = parts_of(options.seeds[0], folder)
+    wanted = first.callback.measurements or Measurements(onnx="float" if find_spec("onnxruntime") else "none")
+    runs = plan(folder, options.seeds, options.controls)
+    _execute(runs, parts_of, wanted, first.trainer.max_epochs or 0, console)
+    report = _report(runs, arguments, options.metric)
+    paths = _write(report, runs[0], folder)
+    console.print(_table(report.rows()))
+    for line in report.notes():
+        console.print(line, style="dim", highlight=False)
+    console.print("Written:")
+    for path in paths:
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+    return report
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = _Parser(prog="distill-lightning compress", description=__doc__)
+    parser.add_argument("config", help="a configuration of a module that compresses, as for fit")
+    parser.add_argument("--output", help="folder of the results; results/compress/<name of the configuration>")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of each; the table has mean and sd")
+    parser.add_argument(
+        "--controls", nargs="*", choices=_CONTROLS, default=_CONTROLS,
+        help="a dense network of the same size from scratch, and the same steps with a random criterion",
+    )  # fmt: skip
+    parser.add_argument("--metric", default="accuracy", help="the score that the table is about")
+    options, overrides = parser.parse_known_args(list(arguments))
+    if not Path(options.config).is_file():
+        raise InputError(f"there is no configuration {options.config}: give the path of a YAML file")
+    return options, overrides
+
+
+def _claim(folder: Path, config: str, overrides: Sequence[str]) -> None:
+    """An output folder goes on with its own configuration alone; only seeds and controls may be added."""
+    known = folder / _KNOWN
+    content = yaml.safe_dump({"config": Path(config).read_text(), "overrides": list(overrides)}, sort_keys=False)
+    if known.is_file():
+        if known.read_text() != content:
+            raise InputError(
+                f"output folder {folder} belongs to another configuration: give another folder with --output, or "
+                "remove this one"
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"output folder {folder} holds something else: give an empty or new one with --output")
+    with refusing(f"output {folder}", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(known, [content.encode()])
+
+
+def _execute(
+    runs: Sequence[Run], make: Callable[[int, Path], Parts], wanted: Measurements, epochs: int, console: Console
+) -> None:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
+        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        done = sum(epochs for run in runs if run.stages_file.exists())
+        bar = progress.add_task("compress", total=epochs * len(runs), completed=done)
+        for run in runs:
+            if run.stages_file.exists():
+                continue
+            progress.update(bar, description=title(run))
+            start = done
+
+            def advance(epoch: int, start: int = start) -> None:
+                progress.update(bar, completed=start + epoch)
+
+            # What an interrupted run has left is not gone on with.
+            shutil.rmtree(run.folder, ignore_errors=True)
+            run.folder.mkdir(parents=True)
+            execute(run, make, wanted, advance)
+            done += epochs
+            progress.update(bar, completed=done)
+
+
+def _report(runs: Sequence[Run], arguments: Sequence[str], metric: str) -> Report:
+    by_seed: dict[int, list[Any]] = {}
+    reasons = {}
+    for run in runs:
+        by_seed.setdefault(run.seed, []).extend(run.stages())
+        reason = run.reason()
+        if reason is not None:
+            reasons[f"no control of the {run.kind.replace('_', ' ')}"] = reason
+    about = {
+        "command": f"distill-lightning compress {shlex.join(arguments)}",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **machine(),
+        **reasons,
+    }
+    higher = metric not in ("nll", "ece", "brier", "aurc", "eaurc", "mae", "rmse")
+    return Report(by_seed, metric=metric, higher_is_better=higher, about=about)
+
+
+def _write(report: Report, first: Run, folder: Path) -> list[Path]:
+    """The report's files, its figures, and the first seed's network."""
+    paths = report.write(folder)
+    for name in (PACKED, CHECKPOINT, ONNX, ONNX_INT8):
+        if (first.folder / name).exists():
+            shutil.copyfile(first.folder / name, folder / name)
+            paths.append(folder / name)
+    return paths
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Table:
+    header, *body = rows
+    # The claims are sentences, for the files; the terminal has the numbers.
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for number, name in enumerate(header[:-1]):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in body:
+        table.add_row(*row[:-1])
+    return table

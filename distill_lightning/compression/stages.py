@@ -1,0 +1,406 @@
+"""What one stage of a compression run costs and saves, measured and in plain values."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from distill_lightning.compression.calibration import calibrating, inputs_of
+from distill_lightning.compression.macs import Macs, count_macs
+from distill_lightning.compression.measure import NO_SPEED_UP, Latency, compare_latency, count_parameters, measure_file
+from distill_lightning.compression.onnx_export import (
+    TOLERANCE,
+    at_batch,
+    export_onnx,
+    onnx_latency,
+    onnx_session,
+    quantize_onnx,
+    tensors_of,
+)
+from distill_lightning.errors import InputError, refusing
+from distill_lightning.weights import load_strictly, read_weights, write_weights
+
+DENSE = "dense"
+FINAL = "final"
+CONTROL_SCRATCH = "control: same size from scratch"
+CONTROL_RANDOM = "control: random criterion"
+
+MARGIN = 0.02
+"""Of a ratio of times: two equal networks that take turns differ by up to a hundredth, because one is always second."""
+
+Kind = Literal["dense", "before", "after", "control"]
+Onnx = Literal["none", "float", "static", "dynamic"]
+Runtime = Literal["torch", "onnxruntime"]
+Write = Callable[[nn.Module, Path], object]
+"""Writes a network's artefact to a path."""
+Read = Callable[[Path], nn.Module]
+"""Makes a plain network of an artefact, which shares nothing with the one that was written."""
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """A compressed network and the dense one that took turns; times in milliseconds, a forward each.
+
+    Args:
+        batch: samples in a forward.
+        runtime: that runs the compressed network.
+        baseline: that runs the dense one; another one than ``runtime`` saves or costs time of its own.
+        dense_ms: median processor time of the dense network.
+        compressed_ms: of the compressed one.
+        ratio: of these medians.
+        low: where the ratio's interval of 95 % begins.
+        high: where it ends.
+        wall_ratio: the ratio by the clock on the wall.
+        wall_low: where its interval begins.
+        wall_high: where it ends.
+        claim: what may be said of it.
+        dense_rounds: processor time of each turn.
+        compressed_rounds: likewise.
+    """
+
+    batch: int
+    runtime: Runtime
+    baseline: Runtime
+    dense_ms: float
+    compressed_ms: float
+    ratio: float
+    low: float
+    high: float
+    wall_ratio: float
+    wall_low: float
+    wall_high: float
+    claim: str
+    dense_rounds: list[float] = field(default_factory=list)
+    compressed_rounds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, latency: Latency, *, batch: int, runtime: Runtime, baseline: Runtime) -> LatencyRow:
+        """Of a measurement by thread time.
+
+        Args:
+            latency: what was measured.
+            batch: samples in a forward.
+            runtime: of the compressed network.
+            baseline: of the dense one.
+        """
+        dense, compressed = ([1000 * value for value in times] for times in (latency.dense, latency.compressed))
+        row = cls(
+            batch, runtime, baseline, statistics.median(dense), statistics.median(compressed),
+            *latency.ratio, *latency.wall_ratio, latency.claim, dense, compressed,
+        )  # fmt: skip
+        if row.faster or row.slower:
+            return row
+        return replace(row, claim=f"{NO_SPEED_UP} ({row.ratio:.2f}, 95 % interval {row.low:.2f} to {row.high:.2f})")
+
+    @property
+    def faster(self) -> bool:
+        """Whether the whole interval is below 1, by more than `MARGIN`."""
+        return self.high < 1 - MARGIN
+
+    @property
+    def slower(self) -> bool:
+        """Whether the whole interval is above 1, by more than `MARGIN`."""
+        return self.low > 1 + MARGIN
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of a compression run: the network at a moment, scored and measured.
+
+    Args:
+        name: of the row: "dense", "1 Prune", "final", "control: random criterion" and so on.
+        kind: "dense", "before" fine-tuning, "after" it, or "control".
+        scores: by metric.
+        parameters: stored ones; tied ones count once.
+        nonzero: those that are not zero.
+        macs: multiply-accumulates of one sample, as `distill_lightning.compression.macs.DEFINITION` counts them.
+        effective_macs: those whose weight is not zero; theoretical.
+        uncounted: layers whose multiply-accumulates could not be counted.
+        nbytes: by kind of file, each written and read again with equal outputs: "state_dict", "artefact",
+            "artefact_deflated", "onnx", "onnx_int8".
+        differences: the largest absolute difference of an output after reading each file again.
+        latency: against the dense network.
+        notes: what a reader has to know of this row.
+        missing: for what could not be measured ("artefact", "latency" and so on) the reason.
+        weight_bits: of the fewest-bit weights that are stored; ``None``: floats.
+    """
+
+    name: str
+    kind: Kind
+    scores: dict[str, float]
+    parameters: int
+    nonzero: int
+    macs: int
+    effective_macs: int
+    uncounted: list[str] = field(default_factory=list)
+    nbytes: dict[str, int] = field(default_factory=dict)
+    differences: dict[str, float] = field(default_factory=dict)
+    latency: list[LatencyRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    weight_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise InputError(f"stage {self.name!r}: kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+
+    def as_plain(self) -> dict[str, Any]:
+        """Of str, int, float, list and dict (and ``None``), which ``torch.load(weights_only=True)`` reads."""
+        return asdict(self)
+
+    @classmethod
+    def of_plain(cls, plain: Mapping[str, Any]) -> Stage:
+        """The stage that `as_plain` told of.
+
+        Raises:
+            InputError: it told of something else.
+        """
+        with refusing(f"stage {plain.get('name')!r} was not written by this version", TypeError):
+            stage = cls(**plain)
+            return replace(stage, latency=[LatencyRow(**row) for row in plain.get("latency", [])])
+
+
+def measure_stage(
+    name: str,
+    network: nn.Module,
+    dense: nn.Module,
+    example_inputs: Any,
+    *,
+    kind: Kind,
+    scores: Mapping[str, float],
+    write: Write | None = None,
+    read: Read | None = None,
+    tolerance: float = 0.0,
+    batch_sizes: Sequence[int] = (1, 32),
+    rounds: int = 50,
+    onnx: Onnx = "none",
+    calibration: Iterable[Any] | None = None,
+    weight_bits: int | None = None,
+    notes: Sequence[str] = (),
+    seed: int = 0,
+) -> Stage:
+    """Measure one stage: parameters, multiply-accumulates, files that are read again, and time.
+
+    All is measured on the network that ``read`` gives back, which is what a user would run: quantizers that train are
+    not in it. Both networks are left as they were. What cannot be measured is in the stage's ``missing``, with the
+    reason; it stops nothing.
+
+    Args:
+        name: of the row.
+        network: at this stage, on the CPU.
+        dense: the network before compression, on the CPU.
+        example_inputs: a tensor, or a tuple of arguments, the batch being the first dimension of each; its samples are
+            repeated to the batch sizes.
+        kind: of the row.
+        scores: by metric, of this network on the test data.
+        write: writes the network's artefact to a path; ``None``: there is none.
+        read: makes a plain network of the artefact that shares nothing with the one that was written.
+        tolerance: the largest difference of an output after reading the artefact; 0: bit-equal.
+        batch_sizes: at which time is measured; none for a stage that has the structure of another.
+        rounds: turns that the two take, at least 50.
+        onnx: ``"float"``: an ONNX file, too; ``"static"`` or ``"dynamic"``: also its int8 version, by that mode of
+            `distill_lightning.compression.onnx_export.quantize_onnx`, and the time of both in ONNX Runtime.
+        calibration: inputs from the training set for ``onnx="static"``.
+        weight_bits: of the fewest-bit weights that the artefact holds; ``None``: floats.
+        notes: for the row.
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: a network is not on the CPU, or an argument that no stage could be measured with.
+    """
+    for given in (network, dense):
+        if any(parameter.device.type != "cpu" for parameter in given.parameters()):
+            raise InputError(f"stage {name!r}: time and files are measured on the CPU: move the networks with .cpu()")
+    if (write is None) != (read is None):
+        raise InputError(f"stage {name!r}: give write and read, or neither")
+    if onnx not in get_args(Onnx):
+        raise InputError(f"stage {name!r}: onnx must be one of {', '.join(get_args(Onnx))}, got {onnx!r}")
+    measuring = _Measuring(network, dense, example_inputs, rounds=rounds, seed=seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        measuring.files(folder, write, read, tolerance)
+        with measuring.reporting("macs"):
+            measuring.macs = count_macs(measuring.plain, at_batch(example_inputs, 1))
+        if onnx != "none":
+            with measuring.reporting("onnx"):
+                measuring.onnx(folder, onnx, calibration)
+        if kind != "dense":
+            if not batch_sizes:
+                measuring.missing["latency"] = "not asked for"
+            for size in batch_sizes:
+                with measuring.reporting("latency"):
+                    measuring.torch_latency(size)
+                if "onnx" in measuring.nbytes:
+                    with measuring.reporting("onnx latency"):
+                        measuring.onnx_latency(folder, size)
+    parameters, macs = count_parameters(measuring.plain), measuring.macs
+    return Stage(
+        name=name,
+        kind=kind,
+        scores=dict(scores),
+        parameters=parameters.stored,
+        nonzero=parameters.nonzero,
+        macs=macs.dense if macs else 0,
+        effective_macs=macs.effective if macs else 0,
+        uncounted=list(macs.uncounted) if macs else [],
+        nbytes=measuring.nbytes,
+        differences=measuring.differences,
+        latency=measuring.latency,
+        notes=list(notes),
+        missing=measuring.missing,
+        weight_bits=weight_bits,
+    )
+
+
+class _Measuring:
+    """What has been measured of a stage so far."""
+
+    def __init__(self, network: nn.Module, dense: nn.Module, example_inputs: Any, *, rounds: int, seed: int) -> None:
+        self.network, self.dense, self.example_inputs = network, dense, example_inputs
+        self.rounds, self.seed = rounds, seed
+        # What the artefact holds, or the network itself where there is none.
+        self.plain = network
+        self.macs: Macs | None = None
+        self.nbytes: dict[str, int] = {}
+        self.differences: dict[str, float] = {}
+        self.latency: list[LatencyRow] = []
+        self.missing: dict[str, str] = {}
+
+    @contextmanager
+    def reporting(self, what: str) -> Iterator[None]:
+        """Keep the reason why something cannot be measured, in place of the measurement."""
+        try:
+            yield
+        except InputError as error:
+            self.missing[what] = str(error)
+
+    def _measure(self, what: str, path: Path, **options: Any) -> None:
+        size = measure_file(path, **options)
+        self.nbytes[what], self.differences[what] = size.size, size.difference
+        if what == "artefact":
+            self.nbytes["artefact_deflated"] = size.deflated
+
+    def _expected(self, network: nn.Module) -> Any:
+        with torch.inference_mode():
+            return network(*inputs_of(self.example_inputs))
+
+    def files(self, folder: Path, write: Write | None, read: Read | None, tolerance: float) -> None:
+        """Artefact and state dict."""
+        # One way of computing for both sides: without the Transformer's fast path, which rounds differently.
+        with calibrating(self.network):
+            if write is None or read is None:
+                self.missing["artefact"] = "not asked for"
+            else:
+                with self.reporting("artefact"):
+                    self.plain = self._artefact(folder / "artefact", write, read, tolerance)
+            if any(parametrize.is_parametrized(module) for module in self.plain.modules()):
+                self.missing["state_dict"] = "the network is parametrized, and no artefact gives a plain one"
+                return
+            with self.reporting("state_dict"):
+                self._measure(
+                    "state_dict",
+                    folder / "state_dict.pt",
+                    write=lambda path: write_weights(self.plain, path),
+                    read=lambda path: _loaded(self.plain, path),
+                    expected=self._expected(self.plain),
+                    example_inputs=self.example_inputs,
+                )
+
+    def _artefact(self, path: Path, write: Write, read: Read, tolerance: float) -> nn.Module:
+        kept: list[nn.Module] = []
+
+        def reading(path: Path) -> nn.Module:
+            # It is needed afterwards, as an ordinary network.
+            with torch.inference_mode(mode=False):
+                kept.append(read(path).eval())
+            return kept[-1]
+
+        self._measure(
+            "artefact",
+            path,
+            write=lambda path: write(self.network, path),
+            read=reading,
+            expected=self._expected(self.network),
+            example_inputs=self.example_inputs,
+            tolerance=tolerance,
+        )
+        return kept[-1]
+
+    def onnx(self, folder: Path, onnx: Onnx, calibration: Iterable[Any] | None) -> None:
+        """The ONNX file in float32 and, if asked for, in int8."""
+        with calibrating(self.plain):
+            expected = self._expected(self.plain)
+        options = {"expected": expected, "example_inputs": tensors_of(self.example_inputs), "read": onnx_session}
+        largest = max(float(output.abs().max()) for output in inputs_of(expected))
+        exact = folder / "float.onnx"
+        self._measure(
+            "onnx",
+            exact,
+            write=lambda path: export_onnx(self.plain, path, self.example_inputs),
+            tolerance=TOLERANCE * max(1.0, largest),
+            **options,
+        )
+        if onnx == "float":
+            return
+        mode: Literal["static", "dynamic"] = "static" if onnx == "static" else "dynamic"
+        with self.reporting("onnx_int8"):
+            self._measure(
+                "onnx_int8",
+                folder / "int8.onnx",
+                write=lambda path: quantize_onnx(exact, path, mode=mode, batches=calibration),
+                # Rounding is its purpose; the difference tells how much.
+                tolerance=math.inf,
+                **options,
+            )
+
+    def torch_latency(self, size: int) -> None:
+        """Both networks in PyTorch, with whatever fast path a user would get."""
+        arguments = inputs_of(at_batch(self.example_inputs, size))
+        with _eval(self.dense), _eval(self.plain):
+            latency = compare_latency(
+                lambda: self.dense(*arguments), lambda: self.plain(*arguments), rounds=self.rounds, seed=self.seed
+            )
+        self.latency.append(LatencyRow.of(latency, batch=size, runtime="torch", baseline="torch"))
+
+    def onnx_latency(self, folder: Path, size: int) -> None:
+        """The smallest ONNX file against the dense network there and in PyTorch."""
+        file = folder / ("int8.onnx" if "onnx_int8" in self.nbytes else "float.onnx")
+        baseline = folder / "dense.onnx"
+        if not baseline.exists():
+            export_onnx(self.dense, baseline, self.example_inputs)
+        inputs = at_batch(self.example_inputs, size)
+        found = onnx_latency(file, baseline, self.dense, inputs, rounds=self.rounds, seed=self.seed)
+        for other, latency in found.items():
+            self.latency.append(LatencyRow.of(latency, batch=size, runtime="onnxruntime", baseline=other))
+
+
+def _loaded(like: nn.Module, path: Path) -> nn.Module:
+    network = copy.deepcopy(like)
+    with torch.no_grad():
+        # What the file leaves out is not to come from the copy.
+        for tensor in network.state_dict().values():
+            tensor.zero_()
+    load_strictly(network, read_weights(path), source=str(path))
+    return network.eval()
+
+
+@contextmanager
+def _eval(network: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,228 @@
+"""The step that puts factors in the place of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from distill_lightning.compression import low_rank, recipe
+from distill_lightning.compression.calibration import calibrating, inputs_of
+from distill_lightning.compression.low_rank import Method, UnfactorableError
+from distill_lightning.compression.steps.base import At, Order, Step
+from distill_lightning.compression.steps.coverage import check_coverage
+from distill_lightning.compression.surgery import convert_attention
+from distill_lightning.compression.targets import Targets, match_layers
+from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.errors import InputError
+
+_METHODS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: get_args(Method),
+    nn.Linear: ("svd", "tt"),
+    nn.Embedding: ("svd", "tt"),
+    nn.LSTM: ("svd",),
+    nn.GRU: ("svd",),
+    nn.RNN: ("svd",),
+}
+_NAMES = {kind.__name__: kind for kind in _METHODS}
+_FACTORS = (
+    low_rank.ConvChain, low_rank.LowRankLinear, low_rank.LowRankEmbedding, low_rank.TrainLinear, low_rank.TrainEmbedding
+)  # fmt: skip
+
+
+class LowRank(Step):
+    """Factors in the place of weights: linear layers, convolutions, embeddings and recurrent layers, see `factorize`.
+
+    With ``targets`` a layer that cannot be factored is an error; without, it is left out, and the report says why:
+    grouped convolutions, layers that share a weight with another one, budgets that not even rank 1 keeps. A layer that
+    stands at several places is factored as the one that it is. Factors of recurrent layers save bytes, and neither time
+    nor multiply-accumulates.
+
+    ::
+
+        {class_path: LowRank, init_args: {method: {Conv2d: tucker2, Linear: svd}, rank: "params:0.5"}}
+
+    Args:
+        rank: how many components are kept: a number, a fraction of full rank, ``"energy:0.9"``, ``"params:0.5"``,
+            ``"macs:0.5"`` or ``"evbmf"``; see `rank_rule`. Budgets are each layer's own.
+        method: ``"svd"`` (of a convolution by channel), ``"svd_spatial"``, ``"tucker2"``, ``"cp"`` or ``"tt"``, for the
+            layers that have it; or one for each class of layers by name, and the other classes are left alone.
+        data_aware: linear layers and convolutions with ``"svd"`` approximate their outputs on the calibration data
+            instead of their weights; other layers their weights.
+        damping: of the inputs' second moment then, see `whitened_svd`.
+        only_if_smaller: leave a layer as it is where factors would have no fewer weights.
+        parts: cores of a tensor train of a linear layer or an embedding.
+        convert_attention: first replace every `nn.MultiheadAttention` by an `Attention` of linear layers, which can be
+            factored; inside PyTorch's own they cannot.
+        at: see `Step`.
+        targets: likewise.
+        exclude: likewise.
+        finetune_epochs: likewise.
+
+    Raises:
+        InputError: an unknown method or class, a rank that is none, or a method that nothing is data-aware with.
+    """
+
+    order = Order.STRUCTURE
+
+    def __init__(
+        self,
+        *,
+        rank: int | float | str,
+        method: Method | dict[str, Method] = "svd",
+        data_aware: bool = False,
+        damping: float = 0.01,
+        only_if_smaller: bool = True,
+        parts: int = 3,
+        convert_attention: bool = False,
+        at: At | None = None,
+        targets: Targets | None = None,
+        exclude: Targets = (),
+        finetune_epochs: int = 0,
+    ) -> None:
+        super().__init__(at=at, targets=targets, exclude=exclude, finetune_epochs=finetune_epochs)
+        low_rank.rank_rule(rank)
+        if parts < 2:
+            raise InputError(f"LowRank: parts must be at least 2, got {parts}")
+        self.rank, self.method, self.data_aware, self.damping = rank, method, data_aware, damping
+        self.only_if_smaller, self.parts, self.convert_attention = only_if_smaller, parts, convert_attention
+        self._methods = _methods_of(method)
+        if data_aware and not any(_is_data_aware(kind, name) for kind, name in self._methods.items()):
+            raise InputError(f"LowRank: data_aware=True is for method 'svd' of Linear and Conv2d, not for {method!r}")
+
+    def begin(self, piece: Workpiece) -> None:
+        """Factor the layers, all of them as the network is now."""
+        network = piece.network
+        if self.convert_attention and any(isinstance(module, nn.MultiheadAttention) for module in network.modules()):
+            if isinstance(network, nn.MultiheadAttention):
+                raise InputError("LowRank: the network itself is a MultiheadAttention: put it into another module")
+            convert_attention(network)
+            recipe.note_change(network, "sizes")
+            piece.changed = True
+        paths = self._paths(piece)
+        sizes = self._input_sizes(piece, paths)
+        factored = {}
+        for path in paths:
+            found = self._factored(piece, path, sizes.get(path))
+            if found is not None:
+                factored[path] = found
+        made = {path: one.layer for path, one in factored.items() if one.description is not None}
+        for path, one in factored.items():
+            piece.note(f"{path}: {one.note}")
+        if not made:
+            piece.note(f"{self!r} has factored no layer: no factors were smaller, or within the budget")
+            return
+        for path, layer in made.items():
+            low_rank.replace_layer(network, path, layer)
+        recipe.note_change(network, "low_rank", {path: low_rank.describe(layer) for path, layer in made.items()})
+        piece.changed = True
+
+    def _paths(self, piece: Workpiece) -> list[str]:
+        network = piece.network
+        inside = {part for module in network.modules() if isinstance(module, _FACTORS) for part in module.modules()}
+        paths = match_layers(
+            network,
+            self.targets,
+            self.exclude,
+            fits=lambda module: type(module) in self._methods and module not in inside,
+            what=f"layers of a class with method {self.method!r} ({', '.join(k.__name__ for k in self._methods)})",
+        )
+        if self.targets is not None:
+            for path in paths:
+                low_rank.check_replaceable(network, path)
+            return paths
+        free = []
+        for path in paths:
+            shared = _sharing(network, path)
+            if shared:
+                piece.note(f"{path}: shares a weight with {shared}: left as it is")
+            else:
+                free.append(path)
+        weights = [f"{path}.{name}" for path in free for name, _ in network.get_submodule(path).named_parameters()]
+        check_coverage(piece, self, weights, targets=None)
+        return free
+
+    def _factored(self, piece: Workpiece, path: str, input_size: Sequence[int] | None) -> low_rank.Factored | None:
+        """A layer's factors; ``None``: it has none."""
+        layer = piece.network.get_submodule(path)
+        method = self._methods[type(layer)]
+        moment: Tensor | None = None
+        try:
+            if self.data_aware and _is_data_aware(type(layer), method):
+                if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+                    raise UnfactorableError(f"a convolution with groups={layer.groups} cannot be factored")
+                batches = piece.batches("LowRank(data_aware=True)")
+                moment = low_rank.input_moment(piece.network, path, [inputs for inputs, _ in batches])
+            return low_rank.factorize(
+                layer,
+                rank=self.rank,
+                method=cast("Method", method),
+                only_if_smaller=self.only_if_smaller,
+                moment=moment,
+                damping=self.damping,
+                input_size=input_size,
+                parts=self.parts,
+            )
+        except InputError as error:
+            if self.targets is None and isinstance(error, UnfactorableError):
+                piece.note(f"{path}: {error}: left as it is")
+                return None
+            raise type(error)(f"{path}: {error}") from error
+
+    def _input_sizes(self, piece: Workpiece, paths: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Height and width of what each convolution is given, the largest where it runs several times."""
+        if low_rank.rank_rule(self.rank).kind != "macs":
+            return {}
+        sizes: dict[str, tuple[int, int]] = {}
+        handles = []
+        for path in paths:
+            layer = piece.network.get_submodule(path)
+            if isinstance(layer, nn.Conv2d):
+
+                def look(_: nn.Module, inputs: tuple[Any, ...], path: str = path) -> None:
+                    high, wide = inputs[0].shape[-2:]
+                    sizes[path] = max(
+                        sizes.get(path, (0, 0)), (int(high), int(wide)), key=lambda size: size[0] * size[1]
+                    )
+
+                handles.append(layer.register_forward_pre_hook(look))
+        try:
+            with calibrating(piece.network), torch.no_grad():
+                piece.network(*inputs_of(piece.example_inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return sizes
+
+
+def _methods_of(method: Method | Mapping[str, Method]) -> dict[type[nn.Module], str]:
+    """The classes that are factored, and how."""
+    if isinstance(method, str):
+        if method not in low_rank.METHODS:
+            raise InputError(f"LowRank: method must be one of {', '.join(low_rank.METHODS)}, got {method!r}")
+        return {kind: method for kind, known in _METHODS.items() if method in known}
+    if not method:
+        raise InputError("LowRank: method is empty: give one, or one for each class of layers")
+    for name, own in method.items():
+        if name not in _NAMES:
+            raise InputError(f"LowRank: method has the unknown class {name!r}: it is one of {', '.join(_NAMES)}")
+        if own not in _METHODS[_NAMES[name]]:
+            raise InputError(f"LowRank: method of {name} must be one of {', '.join(_METHODS[_NAMES[name]])}: {own!r}")
+    return {_NAMES[name]: own for name, own in method.items()}
+
+
+def _is_data_aware(kind: type[nn.Module], method: str) -> bool:
+    return kind in (nn.Linear, nn.Conv2d) and method in ("svd", "svd_channel")
+
+
+def _sharing(network: nn.Module, path: str) -> str | None:
+    """The name of another layer's parameter that is one of this layer's, if there is one."""
+    layer = network.get_submodule(path)
+    own = {id(parameter) for parameter in layer.parameters()}
+    places = [place for place, module in network.named_modules(remove_duplicate=False) if module is layer]
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        if id(parameter) in own and not any(name.startswith(f"{place}.") for place in places):
+            return name
+    return None

@@ -1,0 +1,67 @@
+"""Amounts of each layer by how much the network suffers when that layer alone is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from distill_lightning.compression.calibration import calibrating, inputs_of
+from distill_lightning.compression.sensitivity import amounts_within, scan
+from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.errors import InputError
+
+
+class Sensitivity:
+    """A scope of `Prune`: each layer loses as much as it can bear alone, by the loss on the calibration data.
+
+    Args:
+        max_drop: how much the loss may rise with each layer alone.
+        target: instead of it, the share of all units that goes; the rise is the smallest with which the levels reach
+            it, so that a little more may go.
+        levels: the amounts that are tried, rising, in ``[0, 1]``.
+
+    Raises:
+        InputError: not exactly one of ``max_drop`` and ``target``, or levels that do not rise.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_drop: float | None = None,
+        target: float | None = None,
+        levels: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    ) -> None:
+        if (max_drop is None) == (target is None):
+            raise InputError("Sensitivity: give max_drop or target, and not both")
+        rising = all(low < high for low, high in pairwise(levels))
+        if not levels or not rising or levels[0] < 0 or levels[-1] > 1:
+            raise InputError(f"Sensitivity: levels are amounts between 0 and 1 that rise, got {list(levels)}")
+        self.max_drop, self.target, self.levels = max_drop, target, list(levels)
+
+    def amounts(
+        self, piece: Workpiece, counts: Mapping[str, int], change: Callable[[nn.Module, str, float], object]
+    ) -> dict[str, float]:
+        """The amount of each layer.
+
+        Args:
+            piece: whose network it is; left as it is.
+            counts: units by name of the layer.
+            change: prunes one layer of a copy to an amount, in place.
+
+        Raises:
+            InputError: there is no calibration data, or the target is out of reach.
+        """
+        batches = piece.batches("scope Sensitivity")
+
+        def evaluate(network: nn.Module) -> float:
+            with calibrating(network), torch.no_grad():
+                losses = [float(piece.loss(network(*inputs_of(inputs)), targets)) for inputs, targets in batches]
+            return -sum(losses) / len(losses)
+
+        curves = scan(piece.network, list(counts), self.levels, change=change, evaluate=evaluate)
+        return amounts_within(
+            curves, dense=evaluate(piece.network), max_drop=self.max_drop, target=self.target, counts=counts
+        )

@@ -1,0 +1,232 @@
+"""Steps that let weights share values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from distill_lightning.compression import packing
+from distill_lightning.compression.packing.codebook import Init
+from distill_lightning.compression.quantizers.weights import weight_names
+from distill_lightning.compression.steps.base import At, Order, Step
+from distill_lightning.compression.steps.coverage import check_coverage
+from distill_lightning.compression.targets import Targets, match_layers
+from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.errors import InputError
+
+
+class ShareWeights(Step):
+    """Every weight of a layer is one of ``k`` values, found by k-means, see `share_weights`.
+
+    A file then holds the values and a few bits for each weight; time and multiply-accumulates stay. A recurrent layer
+    has ``k`` values for each of its weights, biases are left alone. Weights that are zero remain zero, be it that they
+    are pruned or that they belong to a padding: zero is one of the ``k`` values then. The step takes over from the
+    masks, which are gone afterwards.
+
+    ::
+
+        {class_path: ShareWeights, init_args: {k: {"Conv2d": 256, "Linear": 32}, finetune_epochs: 3}}
+
+    Args:
+        k: how many values, 1 to 256; or by pattern, see `Targets`, where the first one that matches a layer counts.
+            Without ``targets`` the patterns are these.
+        init: first values, see `kmeans`: ``"linear"``, ``"density"`` or ``"random"``.
+        finetune: whether the values train on; which weight has which never changes.
+        at: see `Step`.
+        targets: likewise.
+        exclude: likewise.
+        finetune_epochs: likewise.
+
+    Raises:
+        InputError: ``k`` or the initialisation is none.
+
+    Han, Mao, Dally: *Deep Compression*, https://arxiv.org/abs/1510.00149
+    """
+
+    order = Order.VALUES
+
+    def __init__(
+        self,
+        *,
+        k: int | dict[str, int] = 16,
+        init: Init = "linear",
+        finetune: bool = True,
+        at: At | None = None,
+        targets: Targets | None = None,
+        exclude: Targets = (),
+        finetune_epochs: int = 0,
+    ) -> None:
+        super().__init__(at=at, targets=targets, exclude=exclude, finetune_epochs=finetune_epochs)
+        for number in k.values() if isinstance(k, dict) else [k]:
+            if isinstance(number, bool) or number not in range(1, 257):
+                raise InputError(f"ShareWeights: k must be 1 to 256 values, got {number!r}")
+        if k == {}:
+            raise InputError("ShareWeights: k is empty: give a number, or one for each pattern")
+        if init not in ("linear", "density", "random"):
+            raise InputError(f"ShareWeights: init must be 'linear', 'density' or 'random', got {init!r}")
+        self.k, self.init, self.finetune = k, init, finetune
+
+    def begin(self, piece: Workpiece) -> None:
+        """Cluster the weights."""
+        targets = list(self.k) if isinstance(self.k, dict) and self.targets is None else self.targets
+        paths = _free_layers(piece, self, targets)
+        values = self._values_of(piece, paths)
+        kept_zero = []
+        for path in paths:
+            layer = piece.network.get_submodule(path)
+            for name in weight_names(layer):
+                where = _joined(path, name)
+                weight = getattr(layer, name).detach()
+                masked = piece.masks.kept.pop(where, None) is not None
+                # Zeros throughout are a layer that has yet to learn.
+                keep_zero = bool((weight == 0).any()) and (masked or bool(weight.any()))
+                try:
+                    packing.share_weights(
+                        layer, k=values[path], init=self.init, keep_zero=keep_zero, names=[name], seed=piece.seed
+                    )
+                except InputError as error:
+                    raise InputError(f"{where}: {error}") from error
+                kept_zero += [where] if masked else []
+                if not self.finetune:
+                    packing.freeze_shared(layer)
+        if kept_zero:
+            piece.note(f"{self!r} keeps the zeros of {len(kept_zero)} pruned weights as shared values, without masks")
+        piece.changed = True
+
+    def _values_of(self, piece: Workpiece, paths: list[str]) -> dict[str, int]:
+        """How many values each layer has."""
+        if isinstance(self.k, int):
+            return dict.fromkeys(paths, self.k)
+        found: dict[str, int] = {}
+        for pattern, number in self.k.items():
+            matched = match_layers(piece.network, pattern, fits=_has_weights, what=_WHAT)
+            for path in matched:
+                found.setdefault(path, number)
+        for path in paths:
+            if path not in found:
+                raise InputError(f"ShareWeights: no pattern of k matches {path!r}: add one, or exclude the layer")
+        return found
+
+
+class HashShare(Step):
+    """Every weight of a layer is one of few values, or its negative, by a hash of its place, see `hash_weights`.
+
+    A file then holds the values alone; time, multiply-accumulates and memory stay. The values begin as near to the
+    weights as they can, which is not near, so there is much to train afterwards. Embeddings with a padding are left
+    out, because its row would not remain zero.
+
+    Args:
+        ratio: weights for each value, at least 1.
+        at: see `Step`.
+        targets: likewise.
+        exclude: likewise.
+        finetune_epochs: likewise.
+
+    Raises:
+        InputError: the ratio is below 1.
+
+    Chen, Wilson, Tyree, Weinberger, Chen: *Compressing Neural Networks with the Hashing Trick*,
+    https://arxiv.org/abs/1504.04788
+    """
+
+    order = Order.VALUES
+
+    def __init__(
+        self,
+        *,
+        ratio: float = 8.0,
+        at: At | None = None,
+        targets: Targets | None = None,
+        exclude: Targets = (),
+        finetune_epochs: int = 0,
+    ) -> None:
+        super().__init__(at=at, targets=targets, exclude=exclude, finetune_epochs=finetune_epochs)
+        if not 1 <= ratio < math.inf:
+            raise InputError(f"HashShare: ratio is weights for each value, at least 1, got {ratio}")
+        self.ratio = ratio
+
+    def begin(self, piece: Workpiece) -> None:
+        """Put the values in the place of the weights."""
+        paths = _free_layers(piece, self, self.targets, reason_of=_no_hash)
+        for path in paths:
+            for name in weight_names(piece.network.get_submodule(path)):
+                where = _joined(path, name)
+                if where in piece.masks.kept and not bool(piece.masks.kept[where].all()):
+                    raise InputError(f"HashShare: {where!r} is pruned, and hashed weights have no zeros: exclude it")
+        for number, path in enumerate(paths):
+            layer = piece.network.get_submodule(path)
+            for name in packing.hash_weights(layer, ratio=1 / self.ratio, seed=piece.seed * 1_000_003 + number):
+                piece.masks.kept.pop(_joined(path, name), None)
+        piece.changed = True
+
+
+_WHAT = "layers with weights"
+
+
+def _has_weights(layer: nn.Module) -> bool:
+    return bool(weight_names(layer))
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _no_hash(layer: nn.Module) -> str | None:
+    if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+        return "it is an embedding with a padding, whose row would not remain zero"
+    return None
+
+
+def _no_reason(_: nn.Module) -> str | None:
+    return None
+
+
+def _free_layers(
+    piece: Workpiece,
+    step: Step,
+    targets: Targets | None,
+    *,
+    reason_of: Callable[[nn.Module], str | None] = _no_reason,
+) -> list[str]:
+    """The layers whose weights can be computed from values.
+
+    Raises:
+        InputError: a named layer shares a weight with another one, or its weights are computed already.
+    """
+    network = piece.network
+    paths = match_layers(network, targets, step.exclude, fits=_has_weights, what=_WHAT)
+    tied = _tied(network)
+    free: list[str] = []
+    for path in paths:
+        layer = network.get_submodule(path)
+        names = weight_names(layer)
+        reason = reason_of(layer)
+        if reason is None and any(parametrize.is_parametrized(layer, name) for name in names):
+            reason = "its weights are computed already, as quantized or shared ones"
+        if reason is None:
+            others = [tied[id(getattr(layer, name))] for name in names if id(getattr(layer, name)) in tied]
+            if others:
+                reason = f"it shares a weight with another layer ({' and '.join(others[0])}), which would be untied"
+        if reason is None:
+            free.append(path)
+        elif targets is not None:
+            raise InputError(f"{step!r}: {path!r}: {reason}: exclude it")
+        else:
+            piece.note(f"{path}: {reason}: left as it is")
+    weights = [_joined(path, name) for path in free for name in weight_names(network.get_submodule(path))]
+    check_coverage(piece, step, weights, targets=targets)
+    if not free:
+        raise InputError(f"{step!r}: no layer of {type(network).__name__} is left whose weights are its own")
+    return free
+
+
+def _tied(network: nn.Module) -> Mapping[int, list[str]]:
+    """Names, in different modules, of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for path, module in network.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            names.setdefault(id(parameter), []).append(_joined(path, name))
+    return {key: found for key, found in names.items() if len(found) > 1}

@@ -1,0 +1,180 @@
+"""The overview's whole toolbox as one method: a network, a list of steps, and whoever helps it to recover."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MetricCollection
+
+from distill_lightning import functional
+from distill_lightning.batch import Batch
+from distill_lightning.callbacks.compression import CompressionCallback
+from distill_lightning.callbacks.stages import Measurements
+from distill_lightning.compression.recipe import copy_network
+from distill_lightning.compression.steps import Step
+from distill_lightning.errors import InputError
+from distill_lightning.layers import TeacherEnsemble
+from distill_lightning.modules.base import DistillationModule
+from distill_lightning.modules.hparams import refuse_unused
+from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
+from distill_lightning.modules.storing import ensemble_if_any, rule_of
+from distill_lightning.networks import recipe_of
+from distill_lightning.stores import TeacherStore
+
+
+class CompressionBaseline(DistillationModule):
+    r"""Compresses a network by a list of steps, between which it is trained, if asked for under a teacher.
+
+    .. math:: L = \lambda \, \mathrm{CE}(s, y) + (1 - \lambda) \, T^2 \,
+        \mathrm{KL}(\mathrm{softmax}(t / T) \,\|\, \mathrm{softmax}(s / T))
+
+    with the network's logits ``s`` and the teacher's ``t``, ``(N, K)`` or ``(N, T, K)``; without a teacher
+    :math:`\lambda = 1`. Logged as ``train/ce`` and ``train/kd``, beside what `CompressionCallback` logs, which this
+    module brings along and which does the steps::
+
+        CompressionBaseline(
+            SmallCNN(10), num_classes=10, dense_epochs=20, teacher="dense",
+            steps=[Prune(amount=0.9, finetune_epochs=10), ShareWeights(k=16, finetune_epochs=5), Encode("huffman")],
+        )
+
+    O'Neill: *An Overview of Neural Network Compression*, https://arxiv.org/abs/2006.03669
+
+    Args:
+        network: compressed in place; ``student`` is another name for it.
+        num_classes: ``K``.
+        steps: what is done, in this order; without any, this is ordinary training, bit for bit.
+        dense_epochs: of ordinary training before a first step that does not say when.
+        teacher: ``"none"``; ``"dense"``: the network as it is when the first step begins, frozen; or a network,
+            several, or a `TeacherEnsemble`, which teach from the first epoch on.
+        temperature: ``T``.
+        hard_label_weight: the labels' share :math:`\lambda` in ``[0, 1]`` under a teacher.
+        store: keeps what given teachers say, see `TeacherStore`; ``teacher`` may then be ``"none"`` if it is complete.
+        calibration_batches: see `CompressionCallback`.
+        restart: see `CompressionCallback`.
+        seed: see `CompressionCallback`.
+        report: see `CompressionCallback`.
+        input_shape: shape of one input, to check the networks with.
+        optimizer: makes the optimiser from the trainable parameters, anew for every phase.
+        lr_scheduler: makes the schedule from the optimiser, for the length of a phase.
+        metrics: of the network's output and the target.
+        channels_last: see `DistillationModule`.
+
+    Raises:
+        InputError: an option is out of range or would do nothing, or a network does not fit.
+    """
+
+    frozen = ("teachers",)
+    per_position = True
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        num_classes: int,
+        steps: Sequence[Step] = (),
+        dense_epochs: int = 0,
+        teacher: Literal["none", "dense"] | nn.Module | Sequence[nn.Module] = "none",
+        temperature: float = 4.0,
+        hard_label_weight: float = 0.5,
+        store: TeacherStore | None = None,
+        calibration_batches: int = 50,
+        restart: bool = True,
+        seed: int | None = None,
+        report: Measurements | None = None,
+        input_shape: Sequence[int] | None = None,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        metrics: MetricCollection | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__(
+            network,
+            num_classes=num_classes,
+            input_shape=input_shape,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            metrics=metrics,
+            channels_last=channels_last,
+        )
+        if not temperature > 0:
+            raise InputError(f"temperature must be positive, got {temperature}")
+        if not 0 <= hard_label_weight <= 1:
+            raise InputError(f"hard_label_weight must be in [0, 1], got {hard_label_weight}")
+        if isinstance(teacher, str) and teacher not in ("none", "dense"):
+            raise InputError(f"teacher must be 'none', 'dense' or networks, got {teacher!r}")
+        if teacher == "dense" and store is not None:
+            raise InputError("teacher='dense' changes with every run: leave the store out")
+        if teacher == "none" and store is None:
+            refuse_unused(
+                CompressionBaseline, "without a teacher", temperature=temperature, hard_label_weight=hard_label_weight
+            )
+        self.teachers = ensemble_if_any(None if isinstance(teacher, str) else teacher)
+        self.teacher_store, self.teacher = store, teacher if isinstance(teacher, str) else "given"
+        if input_shape is not None and self.teachers is not None:
+            self.teachers.check(input_shape, num_classes)
+        self.temperature, self.hard_label_weight = temperature, hard_label_weight
+        self.callback = CompressionCallback(
+            steps,
+            dense_epochs=dense_epochs,
+            calibration_batches=calibration_batches,
+            restart=restart,
+            seed=seed,
+            report=report,
+        )
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """What does the steps."""
+        return [self.callback]
+
+    @property
+    def _is_taught(self) -> bool:
+        return self.teachers is not None or self.teacher_store is not None
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        """The labels' cross entropy and, under a teacher, the divergence from its prediction."""
+        logits = self.student(batch.input)
+        terms = {"ce": F.cross_entropy(*functional.by_position(logits, batch.target))}
+        if self._is_taught:
+            teacher_probs = self.told(batch)["probabilities"]
+            terms["kd"] = functional.softened_kl(logits, teacher_probs, temperature=self.temperature, from_logits=False)
+        return terms
+
+    def answers(self, logits: Tensor) -> dict[str, Tensor]:
+        """The teachers' softened prediction."""
+        return {"probabilities": rule_of(self).combined(logits, temperature=self.temperature)}
+
+    def question(self) -> dict[str, Any]:
+        """The temperature."""
+        return {"temperature": self.temperature}
+
+    def weights(self) -> dict[str, float]:
+        """The labels' share and, under a teacher, the rest."""
+        if not self._is_taught:
+            return {"ce": 1.0}
+        return {"ce": self.hard_label_weight, "kd": 1 - self.hard_label_weight}
+
+    def before_compression(self) -> None:
+        """Keep the dense network as the teacher, if it is to be one; `CompressionCallback` calls this."""
+        if self.teacher == "dense":
+            self.teachers = TeacherEnsemble.of([copy_network(self.student)])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As for every module; the dense teacher comes from this very run, so its weights are kept, too."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["recipes"] = {"network": recipe_of(self.student)}
+        if self.teacher == "dense":
+            checkpoint["fingerprints"] = {}
+            if self.teachers is not None:
+                checkpoint["dense_teacher"] = dict(self.teachers.state_dict())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Likewise."""
+        if "dense_teacher" in checkpoint:
+            dense = self.__dict__.get("_uncompressed", {}).get("student", self.student)
+            self.teachers = TeacherEnsemble.of([copy_network(dense)])
+            self.teachers.load_state_dict(checkpoint["dense_teacher"])
+        super().on_load_checkpoint(checkpoint)

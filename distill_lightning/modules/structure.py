@@ -1,0 +1,43 @@
+"""Networks that were compressed since they were built, in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from distill_lightning.compression.recipe import copy_network, describe, rebuild
+from distill_lightning.errors import InputError
+
+_NOTHING: dict[str, Any] = {"changes": [], "layers": {}}
+
+
+def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Give a module's network the structure that it had when a checkpoint was made, so that its weights fit.
+
+    Args:
+        module: made with the uncompressed network, or compressed in a fit of this process.
+        checkpoint: with or without ``"compression"``, see `CompressionCallback`.
+
+    Raises:
+        InputError: the network is compressed, and nobody kept what it was before.
+    """
+    kept: dict[str, nn.Module] = module.__dict__.get("_uncompressed", {})
+    told = checkpoint.get("compression")
+    wanted = dict.fromkeys(kept, _NOTHING) if told is None else {told["attribute"]: told["description"]}
+    for name, description in wanted.items():
+        network = getattr(module, name)
+        now = describe(network)
+        if now == description:
+            continue
+        if now != _NOTHING:
+            if name not in kept:
+                raise InputError(
+                    f"{type(module).__name__}.{name} is compressed otherwise than in the checkpoint: make the module "
+                    "anew, with the network as it was at first"
+                )
+            device = next(iter(network.parameters())).device
+            network = copy_network(kept[name]).to(device).train(network.training)
+            setattr(module, name, network)
+        rebuild(network, description)

@@ -1,0 +1,23 @@
+"""Students and teachers by name, typed so that they can be written in YAML, and networks with weights from a file."""
+
+from distill_lightning.networks.adapted import AdaptedInput, Pretrained, likely_input_shape
+from distill_lightning.networks.images import SmallCNN, SmallResNet
+from distill_lightning.networks.libraries import pytorchcv_network, timm_network, torchvision_network
+from distill_lightning.networks.recipes import Recipe, build_from, recipe_of
+from distill_lightning.networks.sequences import SmallLSTM, SmallTransformer
+
+__all__ = [
+    "AdaptedInput",
+    "Pretrained",
+    "Recipe",
+    "SmallCNN",
+    "SmallLSTM",
+    "SmallResNet",
+    "SmallTransformer",
+    "build_from",
+    "likely_input_shape",
+    "pytorchcv_network",
+    "recipe_of",
+    "timm_network",
+    "torchvision_network",
+]

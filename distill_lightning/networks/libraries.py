@@ -1,0 +1,109 @@
+"""Networks of torchvision, timm and pytorchcv by name."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import nn
+
+from distill_lightning.errors import InputError
+from distill_lightning.networks.recipes import recorded
+
+
+@recorded
+def torchvision_network(name: str, *, num_classes: int, in_channels: int = 3) -> nn.Module:
+    """A classification network of torchvision, randomly initialised.
+
+    Args:
+        name: as in ``torchvision.models.list_models()``, for example ``"resnet18"``.
+        num_classes: ``K``.
+        in_channels: channels of the images; other than 3 replaces the first convolution by a new one.
+
+    Raises:
+        InputError: torchvision has no such network.
+    """
+    models = _package("torchvision.models", extra="")
+    if name not in models.list_models(module=models):
+        raise InputError(f"torchvision has no network {name!r}: see torchvision.models.list_models()")
+    network: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
+    return network if in_channels == 3 else _with_input_channels(network, in_channels)
+
+
+@recorded
+def timm_network(name: str, *, num_classes: int, in_channels: int = 3, pretrained: bool = False) -> nn.Module:
+    """A network of timm.
+
+    Args:
+        name: as in ``timm.list_models()``, for example ``"resnet18"``.
+        num_classes: ``K``.
+        in_channels: channels of the images.
+        pretrained: load timm's weights, which fetches them unless they are cached.
+
+    Raises:
+        InputError: timm is not installed, or has no such network.
+    """
+    timm = _package("timm", extra="timm")
+    if not timm.is_model(name.split(".", maxsplit=1)[0]):
+        raise InputError(f"timm has no network {name!r}: see timm.list_models()")
+    network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels)
+    return network
+
+
+@recorded
+def pytorchcv_network(
+    name: str, *, num_classes: int, in_channels: int = 3, image_size: int | None = None, pretrained: bool = False
+) -> nn.Module:
+    """A network of pytorchcv, which has the CIFAR networks of the papers (``"resnet20_cifar100"`` and so on).
+
+    Args:
+        name: as in pytorchcv's model provider.
+        num_classes: ``K``.
+        in_channels: channels of the images.
+        image_size: rows and columns of the images; ``None`` leaves the network's own (32 for CIFAR, 224 for ImageNet).
+        pretrained: load pytorchcv's weights, which fetches them unless they are cached.
+
+    Raises:
+        InputError: pytorchcv is not installed, or has no such network.
+    """
+    provider = _package("pytorchcv.model_provider", extra="pytorchcv")
+    options: dict[str, Any] = {"pretrained": pretrained, "in_channels": in_channels}
+    if image_size is not None:
+        options["in_size"] = (image_size, image_size)
+    try:
+        network: nn.Module = provider.get_model(name, **options)
+    except ValueError as error:
+        raise InputError(f"pytorchcv has no network {name!r}: see pytorchcv's list of models") from error
+    features = network.get_submodule("features")
+    if image_size is not None and isinstance(getattr(features, "final_pool", None), nn.AvgPool2d):
+        # The CIFAR networks pool a fixed 8x8, whatever in_size says; this pools any size, and 8x8 to the same.
+        features.add_module("final_pool", nn.AdaptiveAvgPool2d(1))
+    # The CIFAR networks accept 10 or 100 classes alone; another number gets a new last layer, as for fine-tuning.
+    if network.num_classes != num_classes:
+        if not isinstance(network.output, nn.Linear):
+            raise InputError(f"pytorchcv's {name!r} has {network.num_classes} classes and no last layer to replace")
+        network.output = nn.Linear(network.output.in_features, num_classes)
+        network.num_classes = num_classes  # type: ignore[assignment]  # a plain number, not a parameter
+    return network
+
+
+def _with_input_channels(network: nn.Module, in_channels: int) -> nn.Module:
+    """Replace the first convolution by a new one of the same kind for another number of channels."""
+    name, conv = next((name, child) for name, child in network.named_modules() if isinstance(child, nn.Conv2d))
+    options = ("out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
+    replacement = nn.Conv2d(
+        in_channels, **{option: getattr(conv, option) for option in options}, bias=conv.bias is not None
+    )
+    parent, _, child_name = name.rpartition(".")
+    setattr(network.get_submodule(parent), child_name, replacement)
+    return network
+
+
+def _package(name: str, *, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.split(".", maxsplit=1)[0]:
+            raise
+        package = f"'distill-lightning[{extra}]'" if extra else error.name
+        raise InputError(f"{error.name} is not installed: pip install {package}") from error

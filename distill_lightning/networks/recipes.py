@@ -1,0 +1,89 @@
+"""How a network was built, in plain types, so that a checkpoint can build it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from torch import nn
+
+from distill_lightning.errors import InputError
+
+P = ParamSpec("P")
+NetworkClass = TypeVar("NetworkClass", bound=type[nn.Module])
+Recipe = dict[str, Any]
+"""How a network was built, in plain types: ``{"factory": name, "arguments": {...}}``."""
+
+_FACTORIES: dict[str, Callable[..., nn.Module]] = {}
+
+
+def recipe_of(network: nn.Module) -> Recipe | None:
+    """How one of this package's factories built ``network``; ``None`` for a network built elsewhere."""
+    recipe: Recipe | None = network.__dict__.get("_recipe")
+    return recipe
+
+
+def build_from(recipe: Recipe) -> nn.Module:
+    """Build a network again from its recipe, with fresh weights (or the file's, if it was `Pretrained`).
+
+    Only this package's own factories are ever called, whatever the recipe names.
+
+    Raises:
+        InputError: the recipe names no factory of this package.
+    """
+    if recipe.get("factory") not in _FACTORIES:
+        raise InputError(f"no network factory {recipe.get('factory')!r}: known are {', '.join(_FACTORIES)}")
+    arguments = dict(recipe["arguments"])
+    if isinstance(arguments.get("network"), Mapping):
+        arguments["network"] = build_from(arguments["network"])
+    return _FACTORIES[recipe["factory"]](**arguments)
+
+
+def recorded(factory: Callable[P, nn.Module]) -> Callable[P, nn.Module]:
+    """Have a factory note its recipe on the networks it returns."""
+    name = factory.__name__
+    names = factory.__code__.co_varnames
+
+    @wraps(factory)
+    def recording(*args: P.args, **kwargs: P.kwargs) -> nn.Module:
+        given: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
+        arguments = {key: _plain(value) for key, value in given.items()}
+        network = factory(*args, **kwargs)
+        # A network from elsewhere inside leaves nothing to rebuild from.
+        unknown = any(isinstance(given[key], nn.Module) and value is None for key, value in arguments.items())
+        network.__dict__["_recipe"] = None if unknown else {"factory": name, "arguments": arguments}
+        return network
+
+    _FACTORIES[name] = recording
+    return recording
+
+
+def remembered(network_class: NetworkClass) -> NetworkClass:
+    """Have a class known to `build_from`; its constructor calls `remember`."""
+    _FACTORIES[network_class.__name__] = network_class
+    return network_class
+
+
+def remember(network: nn.Module, arguments: Mapping[str, Any] | None) -> None:
+    """Note on a network what its constructor was called with, in plain types; ``None``: it cannot be built again."""
+    recipe = None if arguments is None else {"factory": type(network).__name__, "arguments": dict(arguments)}
+    network.__dict__["_recipe"] = recipe
+
+
+def check_sizes(who: str, sizes: Mapping[str, int | None]) -> None:
+    """Refuse sizes that are not positive.
+
+    Raises:
+        InputError: one is not; the message begins with ``who``.
+    """
+    for name, value in sizes.items():
+        if value is None or value < 1:
+            raise InputError(f"{who}: {name} must be at least 1, got {value}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, nn.Module):
+        return recipe_of(value)
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,280 @@
+"""Figures of a compression run: arrays in, matplotlib figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike
+
+from distill_lightning.plots.style import ShownFigure, plain
+
+
+def plot_pareto(
+    scores: Mapping[str, Sequence[float]],
+    costs: Mapping[str, Mapping[str, float]],
+    *,
+    dense: str = "dense",
+    controls: Set[str] = frozenset(),
+    label: str = "test accuracy (%)",
+    scale: float = 100,
+    logarithmic: Set[str] = frozenset({"bytes"}),
+) -> Figure:
+    """A score against what it costs, a panel for each cost; up and to the left is better (down, if less is better).
+
+    Args:
+        scores: of each stage, one for each seed; accuracies in ``[0, 1]``, for example.
+        costs: by the panel's title, with its unit, each stage's cost. A stage without a cost is left out of that panel.
+        dense: the stage that is marked by a star and dashed lines.
+        controls: stages that are drawn hollow.
+        label: of the score's axis.
+        scale: what the scores are multiplied with.
+        logarithmic: panels whose axis is logarithmic.
+    """
+    figure = ShownFigure(figsize=(4.2 * len(costs), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    for axes, (title, values) in zip(panels, costs.items(), strict=True):
+        for place, (name, seeds) in enumerate(scores.items()):
+            if name not in values:
+                continue
+            shown = scale * np.asarray(seeds, dtype=float)
+            spread = shown.std(ddof=1) if len(shown) > 1 else 0.0
+            color = f"C{place % 10}"
+            axes.errorbar(
+                values[name],
+                shown.mean(),
+                spread,
+                fmt="*" if name == dense else "o",
+                color=color,
+                markerfacecolor="none" if name in controls else color,
+                markersize=13 if name == dense else 7,
+                capsize=3,
+                label=name,
+            )
+            if name == dense:
+                axes.axhline(shown.mean(), color="0.7", linestyle="--", linewidth=1, zorder=0)
+                axes.axvline(values[name], color="0.7", linestyle="--", linewidth=1, zorder=0)
+        axes.set_xlabel(title)
+        axes.margins(0.1)
+        _cost_axis(axes, logarithmic=title in logarithmic)
+        plain(axes)
+    panels[0].set_ylabel(label)
+    entries = {name: handle for axes in panels for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _cost_axis(axes: Axes, *, logarithmic: bool) -> None:
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    axes.tick_params(axis="x", labelsize=8)
+
+
+def _short(value: float, _place: int | None = None) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g} {letter}"
+    return f"{value:g}"
+
+
+def plot_sparsity(
+    sparsity: Mapping[str, ArrayLike], *, times: ArrayLike | None = None, label: str = "epoch", overall: str = "overall"
+) -> Figure:
+    """The share of zeros in each layer over time.
+
+    Args:
+        sparsity: of each layer, parts of 1, one for each time.
+        times: at which; ``None``: 1, 2, 3 and so on.
+        label: of the time axis.
+        overall: the entry that is drawn thick and black, if it is there.
+    """
+    figure = ShownFigure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (name, values) in enumerate(sparsity.items()):
+        shown = 100 * np.asarray(values, dtype=float)
+        at = np.arange(1, len(shown) + 1) if times is None else np.asarray(times, dtype=float)
+        look = {"color": "black", "linewidth": 2.5} if name == overall else {"color": _color(place, len(sparsity))}
+        axes.plot(at, shown, label=name, drawstyle="steps-post", **look)
+    axes.set_ylim(0, 102)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(label)
+    axes.set_ylabel("weights that are zero (%)")
+    _legend(axes, len(sparsity))
+    plain(axes)
+    return figure
+
+
+def plot_sensitivity(
+    curves: Mapping[str, ArrayLike],
+    amounts: ArrayLike,
+    *,
+    reference: float | None = None,
+    label: str = "validation accuracy (%)",
+    scale: float = 100,
+    amount: str = "part of the layer that is removed",
+) -> Figure:
+    """A score with one layer compressed and the others left alone: a curve for each layer.
+
+    Args:
+        curves: scores of each layer, one for each amount.
+        amounts: how much the layer is compressed.
+        reference: the score with none compressed, dashed.
+        label: of the score's axis.
+        scale: what the scores are multiplied with.
+        amount: label of the other axis.
+    """
+    figure = ShownFigure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    at = np.asarray(amounts, dtype=float)
+    for place, (name, values) in enumerate(curves.items()):
+        shown = scale * np.asarray(values, dtype=float)
+        axes.plot(at, shown, marker="o", markersize=3, color=_color(place, len(curves)), label=name)
+    if reference is not None:
+        axes.axhline(scale * reference, color="0.4", linestyle="--", linewidth=1)
+    axes.set_xlabel(amount)
+    axes.set_ylabel(label)
+    _legend(axes, len(curves))
+    plain(axes)
+    return figure
+
+
+def plot_spectra(singular_values: Mapping[str, ArrayLike], ranks: Mapping[str, int]) -> Figure:
+    """The singular values of layers, as parts of the largest, with the ranks that were chosen.
+
+    Args:
+        singular_values: of each layer, in descending order.
+        ranks: chosen for layers; a dot at the last singular value that is kept. Layers without one are left as they
+            were.
+    """
+    figure = ShownFigure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (name, values) in enumerate(singular_values.items()):
+        shown = np.asarray(values, dtype=float)
+        shown = shown / shown[0]
+        color = _color(place, len(singular_values))
+        rank = ranks.get(name)
+        chosen = "not factored" if rank is None else f"rank {rank} of {len(shown)}"
+        axes.plot(np.arange(1, len(shown) + 1), shown, color=color, label=f"{name}: {chosen}")
+        if rank is not None:
+            axes.plot(rank, shown[rank - 1], "o", color=color)
+    axes.set_yscale("log")
+    # What rounding leaves of a zero is no singular value.
+    axes.set_ylim(bottom=max(1e-4, axes.get_ylim()[0]))
+    axes.set_xlabel("number")
+    axes.set_ylabel("singular value, part of the largest")
+    _legend(axes, len(singular_values))
+    plain(axes)
+    return figure
+
+
+def plot_codebook(weights: Mapping[str, ArrayLike], levels: Mapping[str, ArrayLike], *, bins: int = 80) -> Figure:
+    """How the weights of layers are distributed, with the values that stand for them.
+
+    Args:
+        weights: of each layer before they were shared or quantized, any shape.
+        levels: of each layer the values that they have become.
+        bins: of the histograms.
+    """
+    columns = min(3, len(weights))
+    lines = -(-len(weights) // columns)
+    figure = ShownFigure(figsize=(4.2 * columns, 2.6 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes, (name, values) in zip(panels, weights.items(), strict=False):
+        shown = np.asarray(values, dtype=float).ravel()
+        found = np.unique(np.asarray(levels[name], dtype=float))
+        axes.hist(shown, bins=bins, color="0.75")
+        for level in found:
+            axes.axvline(level, color="C3", linewidth=1, ymax=0.92)
+        axes.set_title(f"{name}: {len(found)} values", fontsize=10)
+        axes.set_yticks([])
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    for axes in panels[len(weights) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def plot_bits(bits: Mapping[str, float], *, sizes: Mapping[str, int] | None = None) -> Figure:
+    """The bits of each layer's weights as bars.
+
+    Args:
+        bits: of each layer.
+        sizes: number of each layer's weights, shown beside its bar, and for the mean that a dashed line shows.
+    """
+    figure = ShownFigure(figsize=(7, 1.1 + 0.3 * len(bits)), layout="constrained")
+    axes = figure.add_subplot()
+    values = np.array(list(bits.values()), dtype=float)
+    axes.barh(range(len(bits)), values, color="C0", height=0.7)
+    for place, (name, value) in enumerate(bits.items()):
+        text = f"{value:g}" + (f"  ({sizes[name]:,} weights)" if sizes else "")
+        axes.annotate(text, (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    if sizes:
+        mean = float(np.average(values, weights=[sizes[name] for name in bits]))
+        axes.axvline(mean, color="0.3", linestyle="--", linewidth=1, zorder=0)
+        axes.set_title(f"{mean:.2f} bits for a weight on average", fontsize=10, loc="left")
+    axes.set_yticks(range(len(bits)), list(bits))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.45 * values.max() if sizes else 1.1 * values.max())
+    axes.set_xlabel("bits")
+    plain(axes)
+    axes.grid(visible=False, axis="y")
+    return figure
+
+
+def plot_latency(times: Mapping[str, tuple[ArrayLike, ArrayLike]], *, label: str = "processor time (ms)") -> Figure:
+    """The times of dense and compressed networks that took turns, with their medians.
+
+    Args:
+        times: by name ("batch 32", for example) those of the dense and of the compressed network, a number each turn.
+        label: of the axis, with its unit.
+    """
+    figure = ShownFigure(figsize=(1.6 + 1.8 * len(times), 4), layout="constrained")
+    axes = figure.add_subplot()
+    # A batch of 1 and one of 32 fit on a logarithmic axis alone.
+    for place, pair in enumerate(times.values()):
+        for side, (values, name) in enumerate(zip(pair, ("dense", "compressed"), strict=True)):
+            shown = np.asarray(values, dtype=float)
+            at, color = place + 0.4 * side - 0.2, f"C{side}"
+            bodies: Any = axes.violinplot(shown, [at], widths=0.34, showextrema=False)["bodies"]
+            for part in bodies:
+                part.set_facecolor(color)
+                part.set_alpha(0.4)
+            median = float(np.median(shown))
+            axes.hlines(median, at - 0.12, at + 0.12, color=color, linewidth=2, label=f"_{name}" if place else name)
+            axes.annotate(
+                f"{median:.3g}", (at, shown.max()), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8
+            )
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(_short))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(range(len(times)), list(times))
+    axes.set_xlim(-0.5, len(times) - 0.3)
+    axes.set_ylabel(label)
+    axes.legend(frameon=False)
+    plain(axes)
+    return figure
+
+
+def _color(place: int, number: int) -> str | tuple[float, ...]:
+    """Different colours as far as there are any, then shades in the order of the layers."""
+    if number <= 10:
+        return f"C{place}"
+    share = place / (number - 1)
+    return (0.15 + 0.75 * share, 0.35 + 0.25 * share, 0.75 - 0.6 * share)
+
+
+def _legend(axes: Axes, entries: int) -> None:
+    # Many layers would cover the curves.
+    if entries <= 6:
+        axes.legend(frameon=False, fontsize=9)
+    else:
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + entries // 25)

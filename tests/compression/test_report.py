@@ -1,0 +1,275 @@
+"""The report's numbers and claims follow from its stages; the tests recompute them by hand."""
+
+import csv
+import json
+import math
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+
+from distill_lightning import InputError
+from distill_lightning.compression.macs import DEFINITION
+from distill_lightning.compression.report import (
+    CONTROL_RANDOM,
+    CONTROL_SCRATCH,
+    LatencyRow,
+    Report,
+    Stage,
+    claim_of,
+    machine,
+)
+
+
+def row(ratio, low, high, *, batch=32, runtime="torch", baseline=None):
+    times = [2.0] * 5 + [2.1], [2 * ratio] * 5 + [2.1 * ratio]
+    return LatencyRow(
+        batch, runtime, baseline or runtime, 2.0, 2 * ratio, ratio, low, high, ratio, low, high, "-", *times
+    )
+
+
+def stage(name="final", kind="after", *, accuracy=0.9, size=250, **options):
+    given = {
+        "parameters": 1000, "nonzero": 900, "macs": 5000, "effective_macs": 4500,
+        "nbytes": {"artefact": size, "state_dict": size + 10}, **options,
+    }  # fmt: skip
+    return Stage(name, kind, {"accuracy": accuracy, "nll": 1 - accuracy}, **given)
+
+
+def dense(accuracy=0.95, **options):
+    return stage("dense", "dense", accuracy=accuracy, size=1000, nonzero=1000, effective_macs=5000, **options)
+
+
+# claims
+
+
+def test_a_saving_of_bytes_and_time_is_claimed_with_its_interval():
+    fast = stage(latency=[row(0.48, 0.46, 0.50)])
+    assert claim_of(dense(), fast) == "0.25 of the artefact; 0.48 [0.46, 0.50] of the time at batch 32"
+    assert claim_of(dense(), dense()) == "the baseline"
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.9, 1.1), (0.9, 1.0), (1.0, 1.1), (0.97, 0.985), (1.015, 1.03)])
+def test_an_interval_that_holds_1_or_comes_as_near_as_equal_networks_is_no_speed_up(low, high):
+    claim = claim_of(dense(), stage(latency=[row(0.97, low, high)]))
+    expected = f"no measured speed-up at batch 32 (0.97 [{low:.2f}, {high:.2f}])"
+    assert claim == f"storage only: 0.25 of the artefact; {expected}"
+
+
+def test_every_batch_size_is_spoken_of_and_slower_is_called_slower():
+    rows = [row(1.3, 1.2, 1.4, batch=1), row(0.5, 0.4, 0.6)]
+    claim = claim_of(dense(), stage(latency=rows))
+    assert claim == (
+        "0.25 of the artefact; slower at batch 1: 1.30 [1.20, 1.40]; 0.50 [0.40, 0.60] of the time at batch 32"
+    )
+    assert claim_of(dense(), stage(latency=rows[:1])).startswith("storage only: 0.25 of the artefact; slower")
+    # No saving of any kind: nothing of storage.
+    grown = claim_of(dense(), stage(size=1500, latency=rows[:1]))
+    assert grown == "no smaller (1.50 of the artefact); slower at batch 1: 1.30 [1.20, 1.40]"
+
+
+def test_few_bits_save_storage_only_even_where_the_network_got_faster():
+    slow = claim_of(dense(), stage(size=63, weight_bits=2, latency=[row(1.0, 0.9, 1.1)]))
+    assert slow.startswith("0.063 of the artefact; no measured speed-up")
+    assert slow.endswith("; no kernel here uses 2-bit weights: storage only")
+    fast = claim_of(dense(), stage(size=63, weight_bits=2, latency=[row(0.5, 0.4, 0.6)]))
+    assert fast.endswith("0.50 [0.40, 0.60] of the time at batch 32; no kernel here uses 2-bit weights: they save "
+                         "storage only")  # fmt: skip
+    assert "kernel" not in claim_of(dense(), stage(weight_bits=8, latency=[row(0.5, 0.4, 0.6)]))
+
+
+def test_a_runtime_is_compared_with_itself_and_named():
+    before = dense()
+    before.nbytes["onnx"] = 2000
+    rows = [
+        row(1.0, 0.9, 1.1), row(0.3, 0.2, 0.4, runtime="onnxruntime"),
+        row(0.1, 0.1, 0.1, runtime="onnxruntime", baseline="torch"),
+    ]  # fmt: skip
+    after = stage(latency=rows, nbytes={"artefact": 250, "onnx": 2000, "onnx_int8": 600})
+    claim = claim_of(before, after)
+    assert claim == (
+        "0.25 of the artefact; no measured speed-up at batch 32 (1.00 [0.90, 1.10]); int8: 0.30 of the ONNX file; "
+        "0.30 [0.20, 0.40] of the time at batch 32 in ONNX Runtime"
+    )
+
+
+def test_what_was_not_measured_is_said_with_its_reason():
+    missing = {"artefact": "no codec\nfor it", "latency": "not asked for"}
+    bare = stage(nbytes={}, missing=missing)
+    assert claim_of(dense(), bare) == "file not measured: no codec for it; time not measured: not asked for"
+    by_state_dict = stage(nbytes={"state_dict": 505}, missing=missing)
+    assert claim_of(dense(), by_state_dict).startswith("0.50 of the state dict; time not measured")
+
+
+# the table
+
+
+def three_seeds():
+    accuracies = {0: (0.90, 0.80), 1: (0.94, 0.90), 2: (0.98, 0.88)}
+    return {
+        seed: [
+            stage(CONTROL_SCRATCH, "control", accuracy=after - 0.1),
+            dense(before),
+            stage("1 Prune, before fine-tuning", "before", accuracy=after - 0.2, missing={"latency": "as 1 Prune"}),
+            stage("1 Prune", accuracy=after, size=250 + 5 * seed, latency=[row(0.5, 0.4, 0.6)]),
+            stage(accuracy=after, latency=[row(1.0, 0.9, 1.1), row(0.5, 0.4, 0.6, batch=1)]),
+        ]
+        for seed, (before, after) in accuracies.items()
+    }
+
+
+def column(report, title):
+    header, *body = report.rows()
+    return {line[0]: line[header.index(title)] for line in body}
+
+
+def test_rows_are_dense_steps_final_and_controls_and_those_not_run_say_so():
+    report = Report(three_seeds())
+    names = [line[0] for line in report.rows()[1:]]
+    assert names == ["dense", "1 Prune, before fine-tuning", "1 Prune", "final", CONTROL_SCRATCH, CONTROL_RANDOM]
+    assert report.rows()[-1][1] == report.rows()[-1][-1] == "not run"
+    assert report.claim(CONTROL_RANDOM) == "not run"
+    assert all(len(line) == len(report.header()) for line in report.rows())
+
+
+def test_scores_are_means_over_seeds_and_differences_are_paired():
+    report = Report(three_seeds())
+    scores = column(report, "accuracy % (higher is better)")
+    assert scores["dense"] == "94.00 ± 4.00 (n=3)"
+    assert scores["1 Prune"] == f"86.00 ± {100 * statistics.stdev([0.8, 0.9, 0.88]):.2f} (n=3)"
+    gaps = [0.8 - 0.9, 0.9 - 0.94, 0.88 - 0.98]
+    expected = f"{100 * statistics.fmean(gaps):+.2f} ± {100 * statistics.stdev(gaps):.2f} (n=3)"
+    assert column(report, "to dense")["1 Prune"] == expected
+    assert column(report, "to dense")["dense"] == ""
+    assert report.differences("1 Prune") == pytest.approx(gaps)
+    assert report.scores("final", "nll") == pytest.approx([0.2, 0.1, 0.12])
+
+
+def test_sizes_are_the_first_seeds_and_a_note_tells_where_others_differ():
+    report = Report(three_seeds())
+    assert column(report, "bytes")["1 Prune"] == "250 (0.25)"
+    assert column(report, "parameters")["dense"] == "1,000 (1.00)"
+    assert column(report, "not zero")["final"] == "900 (0.90)"
+    assert "1 Prune: artefact bytes from 250 to 260 over the seeds" in report.notes()
+    assert not [note for note in report.notes() if note.startswith("final")]
+
+
+def test_times_stand_in_a_column_for_each_batch_size_with_a_reason_where_there_is_none():
+    report = Report(three_seeds())
+    assert report.batch_sizes() == [1, 32]
+    times = column(report, "time, batch 32")
+    assert times["1 Prune"] == "0.50 [0.40, 0.60]"
+    assert times["dense"] == "1"
+    assert times["1 Prune, before fine-tuning"] == "as 1 Prune"
+    assert column(report, "time, batch 1")["1 Prune"] == "not measured"
+    assert column(report, "claim")["final"].startswith("0.25 of the artefact; no measured speed-up at batch 32")
+
+
+def test_a_seed_that_lacks_a_row_or_has_no_finite_score_does_not_hide():
+    stages = three_seeds()
+    stages[1] = stages[1][:-1]
+    stages[2][3].scores["accuracy"] = math.nan
+    report = Report(stages)
+    scores = column(report, "accuracy % (higher is better)")
+    assert scores["final"].endswith("(n=2)")
+    assert scores["1 Prune"] == "not finite in 1 of 3"
+    assert "final: 2 of 3 seeds" in report.notes()
+    assert report.differences("final") == pytest.approx([-0.1, -0.1])
+
+
+def test_one_seed_has_no_deviation_and_another_metric_no_percent():
+    report = Report(
+        {7: [dense(), stage(missing={"artefact": "a | b"}, nbytes={})]}, metric="nll", higher_is_better=False
+    )
+    scores = column(report, "nll (lower is better)")
+    assert scores["dense"] == "0.050"
+    assert column(report, "to dense")["final"] == "+0.050"
+    assert column(report, "bytes")["final"] == "a | b"
+    # A bar in a reason makes no further column.
+    lines = [line for line in report.markdown().splitlines() if line.startswith("| final |")]
+    assert "a &#124; b" in lines[0]
+    assert lines[0].count("|") == len(report.header()) + 1
+
+
+# the files
+
+
+def test_markdown_csv_and_json_hold_all_of_it(tmp_path):
+    stages = three_seeds()
+    stages[0][3] = replace(
+        stages[0][3], uncounted=["odd.layer"], notes=["two of three layers"], differences={"onnx": 2e-6},
+        missing={"onnx_int8": "no kernel"}, nbytes={**stages[0][3].nbytes, "onnx": 800},
+    )  # fmt: skip
+    stages[0][4].nbytes["onnx_int8"] = 210
+    for stage_ in stages[0][1], stages[0][4]:
+        stage_.nbytes["onnx"] = 840
+    stages[2][3].scores["nll"] = math.inf
+    report = Report(stages, about={"command": "compress x.yaml", "date": "2026-11-23", "threads": 1})
+    paths = report.write(tmp_path / "new")
+    names = ["report.md", "report.csv", "report.json", "figures/pareto.png", "figures/latency.png"]
+    assert [str(path.relative_to(tmp_path / "new")) for path in paths] == names
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths[3:])
+    text = paths[0].read_text()
+    for part in (
+        "- command: compress x.yaml", "- date: 2026-11-23", DEFINITION, "1 Prune: two of three layers",
+        "1 Prune: MACs leave out odd.layer", "1 Prune: onnx_int8 not measured: no kernel", "ONNX 2.0e-06",
+        "seeds 0, 1, 2", "| 840 (1.00) | 210 (0.25) |", "## Files", "## Times", "## Scores", "800",
+    ):  # fmt: skip
+        assert part in text
+    with paths[1].open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 15
+    first = lines[3]
+    assert (first["seed"], first["stage"], first["score accuracy"]) == ("0", "1 Prune", "0.8")
+    assert (first["bytes artefact"], first["bytes onnx"], lines[8]["bytes onnx"]) == ("250", "800", "")
+    assert first["torch to torch, batch 32: ratio"] == "0.5"
+    assert first["claim"] == claim_of(stages[0][1], stages[0][3])
+    assert list(first)[-2:] == ["claim", "missing"]
+    content = json.loads(paths[2].read_text())
+    assert content["macs"] == DEFINITION
+    assert content["claims"]["1 Prune"] == report.claim("1 Prune")
+    found = {seed: [Stage.of_plain(entry) for entry in entries] for seed, entries in content["stages"].items()}
+    assert found["0"] == stages[0]
+    # JSON has no infinity.
+    assert found["2"][3].scores["nll"] == "inf"
+
+
+def test_the_figure_shows_scores_against_bytes_macs_and_milliseconds():
+    stages = three_seeds()
+    # The machine was three times as slow in this stage, for both.
+    stages[0][3] = replace(stages[0][3], latency=[replace(row(0.5, 0.4, 0.6), dense_ms=6.0, compressed_ms=3.0)])
+    figures = Report(stages).figures()
+    panels = {
+        axes.get_xlabel(): {bar.get_label(): bar.lines[0].get_xdata()[0] for bar in axes.containers}
+        for axes in figures["pareto.png"].axes
+    }
+    assert list(panels) == ["bytes of the artefact", "MACs of a sample", "ms, batch of 32"]
+    assert panels["bytes of the artefact"]["1 Prune"] == 250
+    assert panels["MACs of a sample"]["dense"] == 5000
+    # Median of 2 and 6 ms.
+    assert panels["ms, batch of 32"] == pytest.approx({"dense": 4, "1 Prune": 2, "final": 4})
+    assert len(figures["latency.png"].axes[0].get_xticklabels()) == 2
+    untimed = Report({0: [dense(), stage(nbytes={"state_dict": 5})]}).figures()
+    assert list(untimed) == ["pareto.png"]
+    assert untimed["pareto.png"].axes[0].get_xlabel() == "bytes of the state dict"
+
+
+def test_the_machine_is_described_without_a_date():
+    about = machine()
+    assert about["torch"] == torch.__version__
+    assert about["threads"] == torch.get_num_threads()
+    assert about["quantized engine"] == torch.backends.quantized.engine
+    assert about["cpu"]
+    assert "date" not in about
+
+
+def test_stages_that_make_no_report_are_refused():
+    with pytest.raises(InputError, match="at least one seed"):
+        Report({})
+    with pytest.raises(InputError, match="seed 3 has no stage 'dense'"):
+        Report({3: [stage()]})
+    with pytest.raises(InputError, match="seed 3 has two stages 'final'"):
+        Report({3: [dense(), stage(), stage()]})
+    with pytest.raises(InputError, match="stage 'dense' of seed 3 has no score 'perplexity'"):
+        Report({3: [dense()]}, metric="perplexity")
