@@ -23,6 +23,7 @@ from distill_lightning.compression import (
 )
 from distill_lightning.compression import quantizers as q
 from distill_lightning.compression.masks import Masks
+from distill_lightning.compression.steps import HashShare, LowRank, Prune, ShareWeights
 from distill_lightning.networks import recipe_of
 
 
@@ -330,6 +331,33 @@ def test_files_of_networks_with_another_structure_load(tmp_path):
     assert sum(value.numel() for value in after.parameters()) < 0.4 * sum(
         value.numel() for value in build("resnet").parameters()
     )
+
+
+PIPELINES = {
+    "shrunk, factored, quantized": ("resnet", lambda: [
+        Prune(amount=0.5, granularity="channel"), LowRank(rank=4, targets="stage3"), Quantize(weight_bits=4),
+        Encode("huffman"),
+    ]),
+    "pruned, shared": ("resnet", lambda: [Prune(amount=0.8), ShareWeights(), Encode("huffman")]),
+    "pruned, quantized": ("resnet", lambda: [Prune(amount=0.8), Quantize(weight_bits=4), Encode()]),
+    "hashed": ("resnet", lambda: [HashShare(ratio=8), Encode()]),
+    "units": ("lstm", lambda: [Prune(amount=0.5, granularity="hidden_unit"), Quantize()]),
+    "heads": ("transformer", lambda: [
+        Prune(amount=0.5, granularity="head"), Prune(amount=0.5, granularity="neuron"), Quantize(act_bits=8),
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_what_several_steps_made_loads(pipeline, tmp_path):
+    kind, steps = PIPELINES[pipeline]
+    network, inputs = build(kind), inputs_for(kind)
+    dense = write_artefact(network, tmp_path / "dense.dlpk")
+    compressor = Compressor(network, steps(), inputs, batches=[(inputs, torch.zeros(6, dtype=torch.long))])
+    compressor.apply()
+    assert compressor.write(tmp_path / "a.dlpk") < 0.6 * dense
+    loaded = load_compressed(tmp_path / "a.dlpk", None if kind == "resnet" else BUILDERS[kind]())
+    assert torch.equal(outputs(loaded, kind), outputs(network, kind))
 
 
 def test_numbers_keep_their_types(tmp_path):

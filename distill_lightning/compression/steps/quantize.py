@@ -353,7 +353,7 @@ class Quantize(Step):
     def _tell(self, piece: Workpiece, bits: Mapping[str, int]) -> None:
         numbers = sorted(set(bits.values()))
         if len(numbers) == 1:
-            piece.note(f"Quantize: {len(bits)} weights have {numbers[0]} bit")
+            piece.note(f"Quantize: bits of weights: {numbers[0]} everywhere")
         elif numbers:
             piece.note("Quantize: bits of weights: " + ", ".join(f"{path} {number}" for path, number in bits.items()))
         for number in numbers:
