@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from distill_lightning.batch import Batch
 from distill_lightning.callbacks.batches import TrainersBatches, undrawn
 from distill_lightning.callbacks.stages import Measurements, check_scored, measure
-from distill_lightning.compression.compressor import Compressor, Moment
+from distill_lightning.compression.compressor import Compressor, Moment, has_parameters
 from distill_lightning.compression.measure import count_parameters
 from distill_lightning.compression.recipe import describe
 from distill_lightning.compression.report import Report, machine
@@ -145,9 +145,9 @@ class CompressionCallback(pl.Callback):
         epoch = trainer.current_epoch
         due = compressor.is_due(epoch)
         optimizer = trainer.optimizers[0]
-        before = [id(parameter) for parameter in compressor.network.parameters()]
+        before = list(compressor.network.parameters())
         changed = compressor.begin_epoch(epoch, steps_per_epoch=self._steps_per_epoch(), optimizer=optimizer)
-        if [id(parameter) for parameter in compressor.network.parameters()] != before:
+        if not has_parameters(compressor.network, before):
             self._check_change(trainer)
         if changed or (due and self.restart):
             _new_optimizer(trainer, optimizer, restart=self.restart)

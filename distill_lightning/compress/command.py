@@ -30,7 +30,6 @@ from distill_lightning.compress.runs import (
 )
 from distill_lightning.compression.report import Report, machine
 from distill_lightning.errors import InputError, refusing
-from distill_lightning.plots.compression import plot_latency, plot_pareto
 from distill_lightning.stores.files import write_whole
 
 _KNOWN = "compress.yaml"
@@ -170,35 +169,6 @@ def _report(runs: Sequence[Run], arguments: Sequence[str], metric: str) -> Repor
 def _write(report: Report, first: Run, folder: Path) -> list[Path]:
     """The report's files, its figures, and the first seed's network."""
     paths = report.write(folder)
-    stages = {name: report.first(name) for name in report.names}
-    measured = {name: stage for name, stage in stages.items() if stage is not None}
-    costs: dict[str, dict[str, float]] = {
-        "bytes": {name: stage.nbytes["artefact"] for name, stage in measured.items() if "artefact" in stage.nbytes},
-        "multiply-accumulates": {name: stage.macs for name, stage in measured.items()},
-    }
-    times = {name: row for name, stage in measured.items() for row in stage.latency[:1]}
-    if times:
-        dense_ms = next(iter(times.values())).dense_ms
-        ratios = {name: row.ratio * dense_ms for name, row in times.items()}
-        costs[f"milliseconds, batch {next(iter(times.values())).batch}"] = {report.names[0]: dense_ms, **ratios}
-    percent = report.metric in ("accuracy", "agreement")
-    figures = {
-        "pareto": plot_pareto(
-            {name: report.scores(name) for name in measured},
-            costs,
-            controls={name for name, stage in measured.items() if stage.kind == "control"},
-            label=f"{report.metric} (%)" if percent else report.metric,
-            scale=100 if percent else 1,
-        )
-    }
-    if times:
-        figures["latency"] = plot_latency(
-            {name: (row.dense_rounds, row.compressed_rounds) for name, row in times.items() if row.dense_rounds}
-        )
-    for name, figure in figures.items():
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=150)
-        paths.append(path)
     for name in (PACKED, CHECKPOINT, ONNX, ONNX_INT8):
         if (first.folder / name).exists():
             shutil.copyfile(first.folder / name, folder / name)

@@ -272,10 +272,10 @@ class Quantize(Step):
                 raise InputError(
                     f"Quantize: {path!r} is tied to a weight that is left out: name both layers or neither"
                 )
-            if len(places.get(value, ())) > 1 and (self.estimator == "lsq" or self.scheme == "ttq"):
-                what = "estimator='lsq'" if self.estimator == "lsq" else "scheme='ttq'"
+            if len(places.get(value, ())) > 1 and (self.estimator == "lsq" or self.scheme not in _UNIFORM):
+                what = "estimator='lsq'" if self.estimator == "lsq" else f"scheme={self.scheme!r}"
                 raise InputError(
-                    f"Quantize: {path!r} is a tied weight, of which {what} would learn two scales: exclude it"
+                    f"Quantize: {path!r} is a tied weight, which does not go with {what}: exclude its layers"
                 )
 
     def _schemes(
@@ -353,7 +353,7 @@ class Quantize(Step):
     def _tell(self, piece: Workpiece, bits: Mapping[str, int]) -> None:
         numbers = sorted(set(bits.values()))
         if len(numbers) == 1:
-            piece.note(f"Quantize: {len(bits)} weights have {numbers[0]} bit")
+            piece.note(f"Quantize: bits of weights: {numbers[0]} everywhere")
         elif numbers:
             piece.note("Quantize: bits of weights: " + ", ".join(f"{path} {number}" for path, number in bits.items()))
         for number in numbers:

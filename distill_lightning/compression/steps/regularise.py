@@ -79,6 +79,7 @@ class Regularise(Step):
         # With it, so that wrong ones are refused now.
         self._prune = None if threshold is None else self._pruning(threshold)
         self._paths: list[str] = []
+        self._places: learned_masks.Places = {}
         self._families: list[units.Family] | None = None
 
     def __repr__(self) -> str:
@@ -111,7 +112,7 @@ class Regularise(Step):
             self._paths = weights.weight_paths(piece.network, self.targets, self.exclude)
             weights.say_covered(piece, self._paths, step=repr(self), targets=self.targets, refuse=not self.exclude)
         if self.kind == "l0":
-            learned_masks.put_on(piece, self._paths, "l0", per=self.granularity)
+            self._places = learned_masks.put_on(piece, self._paths, "l0", per=self.granularity)
 
     def penalty(self, piece: Workpiece, *, step: int, steps: int) -> Tensor | None:
         """The weighted penalty."""
@@ -132,7 +133,9 @@ class Regularise(Step):
     def finish(self, piece: Workpiece) -> None:
         """Take gates off; prune what is below the threshold."""
         if self.weight and self.kind == "l0":
-            learned_masks.take_off(piece, self._paths)
+            learned_masks.take_off(piece, self._paths, self._places)
+            # While training its gates were drawn.
+            piece.changed = True
         if self._prune is not None:
             self._prune.begin(piece)
             self._prune.finish(piece)
@@ -140,11 +143,11 @@ class Regularise(Step):
 
     def state_dict(self) -> dict[str, Any]:
         """What the penalty is of."""
-        return {"paths": self._paths}
+        return {"paths": self._paths, "places": self._places}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` gave."""
-        self._paths, self._families = list(state["paths"]), None
+        self._paths, self._places, self._families = list(state["paths"]), dict(state["places"]), None
 
     def _pruning(self, threshold: float) -> Prune:
         return Prune(

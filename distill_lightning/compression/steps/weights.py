@@ -199,8 +199,8 @@ def prune_weights(
     if criterion == "obs_update":
         batches = piece.batches("criterion 'obs_update'")
         own = amount if isinstance(amount, float | int) and scope == "layer" else None
-        layerwise = own is not None or Granularity.parse(granularity).kind == "n:m"
-        if layerwise and granularity in ("weight", "2:4") and not before.pruned:
+        kind = Granularity.parse(granularity).kind
+        if (kind == "n:m" or (kind == "weight" and own is not None)) and not before.pruned:
             # Chosen anew in every block of columns, from weights that have followed until then.
             masks = second_order.prune_layers(piece.network, paths, batches, amount=own, granularity=granularity)
         else:
