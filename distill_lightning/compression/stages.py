@@ -358,7 +358,9 @@ class _Measuring:
             self._measure(
                 "onnx_int8",
                 folder / "int8.onnx",
-                write=lambda path: quantize_onnx(exact, path, mode=mode, batches=calibration),
+                write=lambda path: quantize_onnx(
+                    exact, path, mode=mode, batches=calibration if mode == "static" else None
+                ),
                 # Rounding is its purpose; the difference tells how much.
                 tolerance=math.inf,
                 **options,
@@ -386,7 +388,9 @@ class _Measuring:
 
 
 def _loaded(like: nn.Module, path: Path) -> nn.Module:
-    network = copy.deepcopy(like)
+    # Attention of inference tensors is computed, and rounded, in another way than that of parameters.
+    with torch.inference_mode(mode=False):
+        network = copy.deepcopy(like)
     with torch.no_grad():
         # What the file leaves out is not to come from the copy.
         for tensor in network.state_dict().values():
