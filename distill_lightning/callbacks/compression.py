@@ -21,13 +21,12 @@ from distill_lightning.callbacks.batches import TrainersBatches, undrawn
 from distill_lightning.callbacks.stages import Measurements, check_scored, measure
 from distill_lightning.compression.compressor import Compressor, Moment, has_parameters
 from distill_lightning.compression.measure import count_parameters
-from distill_lightning.compression.recipe import describe
+from distill_lightning.compression.recipe import checkpoint_entry
 from distill_lightning.compression.report import Report, machine
 from distill_lightning.compression.stages import DENSE, FINAL, Kind, Stage
 from distill_lightning.compression.steps import Order, Step
 from distill_lightning.compression.timeline import Phase
 from distill_lightning.errors import InputError
-from distill_lightning.networks import recipe_of
 
 
 class CompressionCallback(pl.Callback):
@@ -89,6 +88,8 @@ class CompressionCallback(pl.Callback):
         self.calibration: list[Any] = []
         self.compressor: Compressor | None = None
         self._seen = 0
+        # The last epoch that has begun, and how many weights were pruned when the network was validated.
+        self._epoch, self._pruned = -1, 0
         # The Trainer and the module of the fit that is under way.
         self._fit: tuple[pl.Trainer, Any] | None = None
 
@@ -109,7 +110,7 @@ class CompressionCallback(pl.Callback):
             )
         if trainer.max_epochs is None or trainer.max_epochs < 1:
             raise InputError("compression needs the number of epochs: give the Trainer max_epochs")
-        self._fit, self.stages = (trainer, pl_module), []
+        self._fit, self.stages, self._epoch, self._pruned = (trainer, pl_module), [], -1, 0
         if self.measurements is not None:
             check_scored(trainer, pl_module, self.measurements.split)
         self.compressor = Compressor(
@@ -125,7 +126,8 @@ class CompressionCallback(pl.Callback):
         )
         self._check(trainer, pl_module, self.compressor)
         # Checkpoints of other phases are loaded into what it was at first.
-        pl_module.__dict__.setdefault("_uncompressed", {})[self.attribute] = self.compressor.dense
+        kept = pl_module.__dict__.setdefault("_uncompressed", {})
+        self.compressor.dense = kept.setdefault(self.attribute, self.compressor.dense)
         pl_module.__dict__["_phase_length"] = self._phase_length
         _stand_last(trainer, self)
 
@@ -139,10 +141,20 @@ class CompressionCallback(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End and begin phases."""
+        self._begin_epoch(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Likewise, of an epoch that Lightning begins silently: after a checkpoint of the last batch before it."""
+        if trainer.current_epoch != self._epoch:
+            self._begin_epoch(trainer, pl_module)
+
+    def _begin_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         compressor = self.compressor
         if compressor is None:
             return
-        epoch = trainer.current_epoch
+        self._epoch = epoch = trainer.current_epoch
+        # Weights that were averaged may have been put into the network.
+        compressor.project()
         due = compressor.is_due(epoch)
         optimizer = trainer.optimizers[0]
         before = list(compressor.network.parameters())
@@ -153,6 +165,7 @@ class CompressionCallback(pl.Callback):
             _new_optimizer(trainer, optimizer, restart=self.restart)
         if due:
             _forget_best(trainer)
+            self._pruned = compressor.pruned
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -174,6 +187,7 @@ class CompressionCallback(pl.Callback):
         """What is validated may be an average of weights, in which pruned ones are not quite zero."""
         if self.compressor is not None and trainer.state.fn == "fit":
             self.compressor.project()
+            self._forget_if_pruned(trainer, self.compressor)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log how large the network is."""
@@ -187,13 +201,18 @@ class CompressionCallback(pl.Callback):
             "compress/sparsity": compressor.masks.sparsity(),
         }
         pl_module.log_dict(logs, on_step=False, on_epoch=True, rank_zero_only=True)
+        self._forget_if_pruned(trainer, compressor)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do what is left, and write the compressed network."""
         compressor = self.compressor
         if compressor is None:
             return
+        waiting = [phase.step for phase in compressor.waiting]
         compressor.finish()
+        self._forget_if_pruned(trainer, compressor)
+        if any(step.order is not Order.STORAGE for step in waiting):
+            _forget_best(trainer)
         if self.measurements is not None:
             if self.measurements.onnx == "static":
                 self.calibration = [inputs.cpu() for inputs, _ in self._draw()]
@@ -216,32 +235,31 @@ class CompressionCallback(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note what was done to the network, from which `rebuild` makes its structure."""
-        network = getattr(pl_module, self.attribute)
-        checkpoint["compression"] = {
-            "attribute": self.attribute,
-            "recipe": recipe_of(network),
-            "description": describe(network),
-        }
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """The module may have another network since it was loaded."""
+        """Note what was done to the network; what another callback saves in its place is pruned, too."""
+        checkpoint["compression"] = checkpoint_entry(getattr(pl_module, self.attribute), self.attribute)
         if self.compressor is not None:
-            self.compressor.piece.network = getattr(pl_module, self.attribute)
+            state = checkpoint["state_dict"]
+            for path, kept in self.compressor.masks.kept.items():
+                name = f"{self.attribute}.{path}"
+                state[name] = state[name].masked_fill(~kept.to(state[name].device), 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the compression is."""
         if self.compressor is None:
             return {}
-        return {"compressor": self.compressor.state_dict(), "stages": [stage.as_plain() for stage in self.stages]}
+        return {
+            "compressor": self.compressor.state_dict(),
+            "stages": [stage.as_plain() for stage in self.stages],
+            "epoch": self._epoch,
+            "pruned": self._pruned,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         if self.compressor is not None and "compressor" in state_dict:
             self.compressor.load_state_dict(state_dict["compressor"])
             self.stages = [Stage.of_plain(plain) for plain in state_dict["stages"]]
+            self._epoch, self._pruned = state_dict["epoch"], state_dict["pruned"]
 
     def report(self, *, metric: str = "accuracy", higher_is_better: bool = True) -> Report:
         """The stages of the fit as a table, with its files.
@@ -305,6 +323,13 @@ class CompressionCallback(pl.Callback):
                 name=name, kind=kind, final=final, timed_as=timed_as, notes=notes,
             )
         )  # fmt: skip
+
+    def _forget_if_pruned(self, trainer: pl.Trainer, compressor: Compressor) -> None:
+        """Schedules prune more and more in their phase: what was good with fewer zeros is not what is asked for."""
+        pruned = compressor.pruned
+        if pruned > self._pruned:
+            _forget_best(trainer)
+        self._pruned = pruned
 
     def _steps_per_epoch(self) -> int:
         trainer, _ = cast("tuple[pl.Trainer, Any]", self._fit)

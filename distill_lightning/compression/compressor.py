@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from distill_lightning.compression import movement
 from distill_lightning.compression.artefact import write_artefact
 from distill_lightning.compression.calibration import Loss
 from distill_lightning.compression.masks import Masks
-from distill_lightning.compression.parameters import cuda_devices
+from distill_lightning.compression.parameters import cuda_devices, restore_order
 from distill_lightning.compression.recipe import copy_network
 from distill_lightning.compression.steps.base import Step
 from distill_lightning.compression.surgery import recalibrate
@@ -105,14 +106,20 @@ class Compressor:
         return self.piece.masks
 
     @property
+    def pruned(self) -> int:
+        """Number of weights that are zero by a mask, or by one that is being learned."""
+        gates = movement.learned(self.network).values()
+        return self.masks.pruned + sum(int((~gate.kept()).sum()) for gate in gates)
+
+    @property
     def phase(self) -> Phase | None:
         """The phase that is under way, if there is one."""
         return self.phases[self._begun - 1] if self._begun > self._finished else None
 
     @property
-    def is_last_phase(self) -> bool:
-        """Whether every step has begun."""
-        return self._begun == len(self.phases)
+    def waiting(self) -> list[Phase]:
+        """The phases that have not begun."""
+        return self.phases[self._begun :]
 
     def apply(self) -> nn.Module:
         """Do all steps, one after the other, without training.
@@ -140,7 +147,7 @@ class Compressor:
         """
         self.piece.optimizer, self.piece.restart = optimizer, False
         before = list(self.network.parameters())
-        for waiting in self.phases[self._begun :]:
+        for waiting in self.waiting:
             waiting.step.watch_epoch(self.piece, epoch)
         self._advance(epoch)
         phase = self.phase
@@ -277,6 +284,7 @@ class Compressor:
         with torch.random.fork_rng(devices=cuda_devices(piece.network)):
             torch.manual_seed(piece.seed + self._begun)
             act(piece)
+            restore_order(piece.network, self.dense)
             if piece.changed and step.recalibrates and self.bn_batches and piece.draw is not None:
                 batches = piece.batches("BatchNorm")
                 recalibrate(piece.network, [inputs for inputs, _ in batches], limit=self.bn_batches)

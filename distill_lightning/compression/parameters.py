@@ -45,6 +45,25 @@ def parameters_of(network: nn.Module, paths: Iterable[str]) -> dict[str, nn.Para
     return found
 
 
+def restore_order(network: nn.Module, built: nn.Module) -> None:
+    """Have every layer list its parameters in the order in which it was built with them, in place.
+
+    What was computed for a while comes last when it is a parameter again, and an optimiser's saved state goes by the
+    order.
+
+    Args:
+        network: whose layers may have the same parameters as those of ``built``, or others.
+        built: as the network was at first.
+    """
+    first = dict(built.named_modules())
+    for path, module in network.named_modules():
+        own = module._parameters  # noqa: SLF001
+        order = list(first[path]._parameters) if path in first else []  # noqa: SLF001
+        if own.keys() == set(order):
+            for name in order:
+                own[name] = own.pop(name)
+
+
 def cuda_devices(network: nn.Module) -> list[int]:
     """The CUDA devices that the parameters are on, whose random states a fork has to include."""
     return sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})

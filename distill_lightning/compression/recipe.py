@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from distill_lightning.compression import low_rank, movement, packing, quantizers, surgery, tying
 from distill_lightning.errors import InputError
+from distill_lightning.networks import recipe_of
 
 ChangeKind = Literal["sizes", "low_rank", "tied"]
 Description = dict[str, Any]
@@ -74,6 +75,16 @@ def describe(network: nn.Module) -> Description:
         if told:
             layers[path] = told
     return {"changes": copy.deepcopy(changes_of(network)), "layers": layers}
+
+
+def checkpoint_entry(network: nn.Module, attribute: str) -> dict[str, Any]:
+    """What a checkpoint holds under ``"compression"``, for `load_compressed` and for resuming.
+
+    Args:
+        network: compressed or not.
+        attribute: the module's name of it.
+    """
+    return {"attribute": attribute, "recipe": recipe_of(network), "description": describe(network)}
 
 
 def rebuild(network: nn.Module, description: Mapping[str, Any]) -> nn.Module:

@@ -15,7 +15,7 @@ from distill_lightning.compression.recipe import is_computed, plain_copy
 from distill_lightning.errors import InputError
 from distill_lightning.layers import TeacherEnsemble, fingerprint
 from distill_lightning.modules.hparams import plain, rebuild, takes
-from distill_lightning.modules.structure import restore_structure
+from distill_lightning.modules.structure import note_structure, restore_structure
 from distill_lightning.networks import recipe_of
 from distill_lightning.weights import check_architecture, read_checkpoint, write_weights
 
@@ -57,6 +57,7 @@ class FrozenPartsModule(pl.LightningModule):
         checkpoint["fingerprints"] = self._fingerprints or self._fingerprint()
         checkpoint["recipes"] = {"student": recipe_of(self.student)}
         checkpoint["objects"] = self._objects
+        note_structure(self, checkpoint)
         teachers = getattr(self, "teachers", None)
         if isinstance(teachers, TeacherEnsemble):
             checkpoint["recipes"]["teachers"] = {

@@ -66,9 +66,11 @@ def total_steps(module: pl.LightningModule) -> int:
         InputError: it has no end.
     """
     phase: Callable[[], int] | None = module.__dict__.get("_phase_length")
-    if phase is not None:
-        return phase()
-    steps = module.trainer.estimated_stepping_batches
+    steps = module.trainer.estimated_stepping_batches if phase is None else phase()
+    if module.trainer._checkpoint_connector._loaded_checkpoint:  # noqa: SLF001
+        # To count the batches, Lightning has begun to read them, before it knows where in its epoch the checkpoint was
+        # made: it has to begin once more.
+        module.trainer.fit_loop._combined_loader = None  # noqa: SLF001
     if steps == float("inf"):
         raise InputError("OneCycle needs the length of the training: give the Trainer max_epochs or max_steps")
     return int(steps)

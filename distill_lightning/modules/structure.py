@@ -7,10 +7,24 @@ from typing import Any
 
 from torch import nn
 
-from distill_lightning.compression.recipe import copy_network, describe, rebuild
+from distill_lightning.compression.recipe import checkpoint_entry, copy_network, describe, rebuild
 from distill_lightning.errors import InputError
 
 _NOTHING: dict[str, Any] = {"changes": [], "layers": {}}
+
+
+def note_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Note in a checkpoint what was done to a module's network, from which `rebuild` makes its structure.
+
+    Args:
+        module: whose network `CompressionCallback` compresses, or that was loaded from such a checkpoint.
+        checkpoint: gets ``"compression"``, if anything does or did.
+    """
+    kept: dict[str, nn.Module] = module.__dict__.get("_uncompressed", {})
+    for name in kept or ("student",):
+        network = getattr(module, name)
+        if kept or describe(network) != _NOTHING:
+            checkpoint["compression"] = checkpoint_entry(network, name)
 
 
 def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
@@ -38,6 +52,7 @@ def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
                     "anew, with the network as it was at first"
                 )
             device = next(iter(network.parameters())).device
-            network = copy_network(kept[name]).to(device).train(network.training)
-            setattr(module, name, network)
+            fresh = copy_network(kept[name]).to(device).train(network.training)
+            # It stays the same object, which others have, too.
+            network.__class__, network.__dict__ = fresh.__class__, fresh.__dict__
         rebuild(network, description)

@@ -16,6 +16,7 @@ from distill_lightning.compression.schedules import Cubic, OneShot, Schedule, Th
 from distill_lightning.compression.selection import Scope
 from distill_lightning.compression.steps import learned_masks, unit_amounts, units, weights
 from distill_lightning.compression.steps.base import At, Order, Step
+from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.pruning_options import LEARNED, Criterion, check_options
 from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
 from distill_lightning.compression.targets import Targets
@@ -164,7 +165,7 @@ class Prune(Step):
             own = weights.per_layer(piece.network, self.amount, list(layers.values()))
             self._final = {path: own[layer] for path, layer in layers.items() if layer in own}
             self._paths = list(self._final)
-        weights.say_covered(piece, self._paths, step=repr(self), targets=self._asked(), refuse=not self.exclude)
+        check_coverage(piece, self, self._paths, targets=self._asked(), refuse=not self.exclude)
         if self.sensitivity is not None:
             self._final = weights.bearable(
                 piece, self._paths, self.sensitivity, criterion=self.criterion, granularity=self.granularity
@@ -281,9 +282,7 @@ class Prune(Step):
         shown = units.on_copy(piece, kind)
         families = self._families(shown, kind)
         names = units.parameter_names(shown.network, families)
-        weights.say_covered(
-            shown, names, step=repr(self), targets=self._asked(), refuse=kind == "channel" and not self.exclude
-        )
+        check_coverage(shown, self, names, targets=self._asked(), refuse=kind == "channel" and not self.exclude)
         if self.budget is not None:
             self._limit = unit_amounts.limit_of(self.budget, piece.network, piece.example_inputs)
             self._final = self._smallest(shown, kind, families)

@@ -18,8 +18,8 @@ from distill_lightning.compression.quantizers.scheme import Kind, Scheme
 from distill_lightning.compression.quantizers.weights import Estimator, WeightQuantizer
 from distill_lightning.compression.recipe import copy_network
 from distill_lightning.compression.steps.base import At, Order, Step
+from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.precision import MixedPrecision
-from distill_lightning.compression.steps.weights import say_covered
 from distill_lightning.compression.targets import Targets, match_layers
 from distill_lightning.compression.workpiece import Workpiece
 from distill_lightning.errors import InputError
@@ -256,7 +256,7 @@ class Quantize(Step):
                     others = True
                 else:
                     names[id(getattr(layer, name))] = f"{path}.{name}" if path else name
-        say_covered(piece, list(names.values()), step="Quantize", targets=self.targets, refuse=not others)
+        check_coverage(piece, self, names.values(), targets=self.targets, refuse=not others)
 
     def _check_ties(self, network: nn.Module, weights: list[_Weight]) -> None:
         chosen = {weight.path: weight for weight in weights}

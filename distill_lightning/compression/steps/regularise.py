@@ -12,6 +12,7 @@ from distill_lightning.compression import penalties
 from distill_lightning.compression.schedules import Threshold
 from distill_lightning.compression.steps import learned_masks, units, weights
 from distill_lightning.compression.steps.base import At, Order, Step
+from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.prune import Prune
 from distill_lightning.compression.targets import Targets
 from distill_lightning.compression.workpiece import Workpiece
@@ -110,7 +111,7 @@ class Regularise(Step):
             self._found(piece)
         else:
             self._paths = weights.weight_paths(piece.network, self.targets, self.exclude)
-            weights.say_covered(piece, self._paths, step=repr(self), targets=self.targets, refuse=not self.exclude)
+            check_coverage(piece, self, self._paths, targets=self.targets, refuse=not self.exclude)
         if self.kind == "l0":
             self._places = learned_masks.put_on(piece, self._paths, "l0", per=self.granularity)
 

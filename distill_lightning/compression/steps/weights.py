@@ -16,7 +16,6 @@ from distill_lightning.compression.selection import Amount, Granularity, Reduce,
 from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
 from distill_lightning.compression.targets import Targets, match_layers
 from distill_lightning.compression.workpiece import Workpiece
-from distill_lightning.errors import InputError
 
 Scorer = Callable[[Workpiece, Sequence[str]], dict[str, Tensor]]
 """Scores of the parameters at some paths, in their shapes."""
@@ -133,31 +132,6 @@ def per_layer(network: nn.Module, patterns: Mapping[str, float], layers: Sequenc
             if path in layers:
                 amounts.setdefault(path, amount)
     return amounts
-
-
-def say_covered(piece: Workpiece, names: Sequence[str], *, step: str, targets: Targets | None, refuse: bool) -> None:
-    """Note the share of the network's parameters that a step works on, where it chose them itself.
-
-    Args:
-        piece: what is worked on.
-        names: of the parameters that the step works on.
-        step: its name.
-        targets: as they were given.
-        refuse: whether less than half is an error.
-
-    Raises:
-        InputError: it is.
-    """
-    if targets is not None:
-        return
-    total = sum(parameter.numel() for parameter in piece.network.parameters())
-    share = sum(parameter_of(piece.network, name).numel() for name in names) / total
-    if refuse and share < 0.5:
-        raise InputError(
-            f"{step} would work on {share:.1%} of {type(piece.network).__name__}'s parameters only: name the layers "
-            "with targets if that is meant"
-        )
-    piece.note(f"{step} works on {share:.1%} of the parameters")
 
 
 def prune_weights(
