@@ -6,6 +6,7 @@ import argparse
 import datetime
 import shlex
 import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,8 @@ from distill_lightning.errors import InputError, refusing
 from distill_lightning.stores.files import write_whole
 
 _KNOWN = "compress.yaml"
+# Columns of a terminal; intervals of times need more.
+_NARROW = 110
 _CONTROLS = ("same_size", "random")
 
 Make = Callable[[Sequence[str]], Parts]
@@ -78,7 +81,8 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
     _execute(runs, parts_of, wanted, first.trainer.max_epochs or 0, console)
     report = _report(runs, arguments, options.metric)
     paths = _write(report, runs[0], folder)
-    console.print(_table(report.brief_rows()))
+    console.print(_table(report, console.width))
+    console.print(report.caption(), style="dim", highlight=False)
     for line in report.notes():
         console.print(line, style="dim", highlight=False)
     console.print("Written:")
@@ -176,11 +180,17 @@ def _write(report: Report, first: Run, folder: Path) -> list[Path]:
     return paths
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Table:
-    header, *body = rows
+def _table(report: Report, width: int) -> Table:
+    narrow = width < _NARROW
+    header, *body = report.brief_rows(narrow=narrow)
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
-    for row in body:
-        table.add_row(*row)
+        table.add_column(_broken(name) if narrow else name, justify="right" if number else "left", overflow="fold")
+    for name, *cells in body:
+        # Left to itself the table would break words.
+        table.add_row(*([textwrap.fill(name, 18), *map(_broken, cells)] if narrow else [name, *cells]))
     return table
+
+
+def _broken(cell: str) -> str:
+    return cell.replace(" ±", "\n±").replace(" (", "\n(").replace("not ", "not\n").replace(", batch", ",\nbatch")

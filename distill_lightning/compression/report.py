@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ LEGEND = (
 """What the table's titles mean."""
 
 _NOT_RUN = "not run"
+_RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}
 _PACKAGES = ("distill-lightning", "torchvision", "pytorch-lightning", "onnxruntime", "numpy")
 
 
@@ -204,21 +206,33 @@ class Report:
         """The table: a header, then a row for each stage. In brackets: the ratio to dense; a time is such a ratio."""
         return [self.header(), *(self._row(name) for name in self.names)]
 
-    def brief_rows(self) -> list[list[str]]:
-        """The table for a terminal: numbers of dense, and of the others ratios, but bytes are both; without claims."""
+    def brief_rows(self, *, narrow: bool = False) -> list[list[str]]:
+        """The table for a terminal: numbers of dense, and ratios of the others, but bytes are both; without claims.
+
+        Args:
+            narrow: leave out differences to dense and the intervals of times, for 80 columns.
+        """
         header, *body = self.rows()
         # Up to the bytes a cell is a number and its ratio; the times have one line for each runtime.
         last = header.index("bytes")
-        brief = []
+        brief = [["stage", header[1].partition(" (")[0], *header[2:-1]]]
         for line in body:
             is_dense = line[0] == DENSE
             cells = [cell.removesuffix(f" (n={len(self.seeds)})") for cell in line[:3]]
             cells += [_number(cell) if is_dense else _ratio_of(cell) for cell in line[3:last]]
             cells += [_number(line[last]) if is_dense else line[last]]
-            brief.append(cells + [cell.replace(", ONNX Runtime ", "\nONNX ") for cell in line[last + 1 : -1]])
-        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}, "
-        header[1] = header[1].replace("(", f"({seeds}")
-        return [header[:-1], *brief]
+            for cell in line[last + 1 : -1]:
+                shown = "" if cell.startswith(SEE) else cell.replace(", ONNX Runtime ", "\nONNX ")
+                cells.append(re.sub(r" \[.*?\]", "", shown).replace("ONNX ", "ONNX\n") if narrow else shown)
+            brief.append(cells)
+        return [line[:2] + line[3:] for line in brief] if narrow else brief
+
+    def caption(self) -> str:
+        """What the scores of `brief_rows` are."""
+        number = len(self.seeds)
+        better = "higher" if self.higher_is_better else "lower"
+        scores = f"mean ± standard deviation of {number} seeds" if number > 1 else "one seed"
+        return f"{self.metric}: {scores}, {better} is better; the rest: of the first seed, as ratios to dense"
 
     def _row(self, name: str) -> list[str]:
         stage = self.first(name)
@@ -419,7 +433,10 @@ class Report:
         rows = [row for row in shown[FINAL].latency if row.runtime == row.baseline] if FINAL in shown else []
         if rows:
             figures["latency.png"] = plot_latency(
-                {f"{row.runtime},\nbatch of {row.batch}": (row.dense_rounds, row.compressed_rounds) for row in rows}
+                {
+                    f"{_RUNTIMES[row.runtime]},\nbatch of {row.batch}": (row.dense_rounds, row.compressed_rounds)
+                    for row in rows
+                }
             )
         return figures
 

@@ -74,7 +74,8 @@ def _cost_axis(axes: Axes, *, logarithmic: bool) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.set_xlim(left=0)
+        # The margin is a share of the points' own range, which may be narrow and far from 0.
+        axes.set_xlim(0, 1.05 * axes.get_xlim()[1])
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
     axes.tick_params(axis="x", labelsize=8)
 

@@ -172,7 +172,8 @@ def test_the_terminals_table_has_ratios_and_the_number_of_seeds():
     onnx = replace(row(0.3, 0.2, 0.4), runtime="onnxruntime", baseline="onnxruntime")
     stages[0][final] = replace(stages[0][final], latency=[*stages[0][final].latency, onnx])
     header, *body = Report(stages).brief_rows()
-    assert header[1] == "accuracy % (3 seeds, higher is better)"
+    assert header[1] == "accuracy %"
+    assert Report(stages).caption().startswith("accuracy: mean ± standard deviation of 3 seeds, higher is better")
     assert header[-1] == "time, batch 32"
     told = {line[0]: dict(zip(header, line, strict=True)) for line in body}
     assert "(n=3)" in Report(stages).rows()[1][1]
@@ -181,7 +182,11 @@ def test_the_terminals_table_has_ratios_and_the_number_of_seeds():
     assert told["1 Prune"]["bytes"] == "250 (0.25)"
     assert told["final"]["not zero"] == "0.90"
     assert told["final"]["time, batch 32"].endswith("\nONNX 0.30 [0.20, 0.40]")
+    assert told["1 Prune, before fine-tuning"]["time, batch 32"] == ""
     assert told["control: random criterion"]["MACs"] == ""
+    narrow, *lines = Report(stages).brief_rows(narrow=True)
+    assert narrow == [name for name in header if name != "to dense"]
+    assert [line[-1] for line in lines if line[0] == "final"] == ["1.00\nONNX\n0.30"]
 
 
 def test_a_seed_that_lacks_a_row_or_has_no_finite_score_does_not_hide():
