@@ -34,6 +34,7 @@ from distill_lightning.errors import InputError, refusing
 from distill_lightning.stores.files import write_whole
 
 _KNOWN = "compress.yaml"
+_ABSENT = {"same_size": "control of the same size", "random": "control with a random criterion"}
 # Columns of a terminal; intervals of times need more.
 _NARROW = 110
 _CONTROLS = ("same_size", "random")
@@ -83,7 +84,8 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
     paths = _write(report, runs[0], folder)
     console.print(_table(report, console.width))
     console.print(report.caption(), style="dim", highlight=False)
-    for line in report.notes():
+    absent = [f"{said}: {reason}" for said, reason in report.about.items() if said.removeprefix("no ") in _ABSENT.values()]
+    for line in [*absent, *report.notes()]:
         console.print(line, style="dim", highlight=False)
     console.print("Written:")
     for path in paths:
@@ -159,7 +161,7 @@ def _report(runs: Sequence[Run], arguments: Sequence[str], metric: str) -> Repor
         by_seed.setdefault(run.seed, []).extend(run.stages())
         reason = run.reason()
         if reason is not None:
-            reasons[f"no control of the {run.kind.replace('_', ' ')}"] = reason
+            reasons[f"no {_ABSENT[run.kind]}"] = reason
     about = {
         "command": f"distill-lightning compress {shlex.join(arguments)}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

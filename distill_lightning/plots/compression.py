@@ -36,7 +36,7 @@ def plot_pareto(
         logarithmic: panels whose axis is logarithmic.
     """
     figure = ShownFigure(figsize=(4.2 * len(costs), 4.4), layout="constrained")
-    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.05})[0]
     for axes, (title, values) in zip(panels, costs.items(), strict=True):
         for place, (name, seeds) in enumerate(scores.items()):
             if name not in values:
