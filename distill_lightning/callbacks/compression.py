@@ -312,13 +312,15 @@ class CompressionCallback(pl.Callback):
         if phase is None:
             self._measure(DENSE, "dense")
         elif moment == "before" and phase.end > phase.begin:
-            self._measure(f"{phase.name}, before fine-tuning", "before", timed=False)
+            self._measure(f"{phase.name}, before fine-tuning", "before", timed_as=self._timed_as(phase) or phase.name)
         elif moment == "after":
-            # The final row has the last one's time.
-            compressor = cast("Compressor", self.compressor)
-            self._measure(phase.name, "after", timed=phase is not compressor.phases[-1])
+            self._measure(phase.name, "after", timed_as=self._timed_as(phase))
 
-    def _measure(self, name: str, kind: Kind, *, final: bool = False, timed: bool = True) -> None:
+    def _timed_as(self, phase: Phase) -> str | None:
+        """The final row has the last phase's time."""
+        return FINAL if phase is cast("Compressor", self.compressor).phases[-1] else None
+
+    def _measure(self, name: str, kind: Kind, *, final: bool = False, timed_as: str | None = None) -> None:
         trainer, pl_module = cast("tuple[pl.Trainer, Any]", self._fit)
         compressor = cast("Compressor", self.compressor)
         told = {note for stage in self.stages for note in stage.notes}
@@ -326,7 +328,7 @@ class CompressionCallback(pl.Callback):
         self.stages.append(
             measure(
                 trainer, pl_module, compressor, cast("Measurements", self.measurements),
-                name=name, kind=kind, final=final, timed=timed, notes=notes,
+                name=name, kind=kind, final=final, timed_as=timed_as, notes=notes,
             )
         )  # fmt: skip
 

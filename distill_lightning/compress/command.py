@@ -78,7 +78,7 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
     _execute(runs, parts_of, wanted, first.trainer.max_epochs or 0, console)
     report = _report(runs, arguments, options.metric)
     paths = _write(report, runs[0], folder)
-    console.print(_table(report.rows()))
+    console.print(_table(report.brief_rows()))
     for line in report.notes():
         console.print(line, style="dim", highlight=False)
     console.print("Written:")
@@ -167,7 +167,7 @@ def _report(runs: Sequence[Run], arguments: Sequence[str], metric: str) -> Repor
 
 
 def _write(report: Report, first: Run, folder: Path) -> list[Path]:
-    """The report's files, its figures, and the first seed's network."""
+    """The report's files and figures, and the first seed's network."""
     paths = report.write(folder)
     for name in (PACKED, CHECKPOINT, ONNX, ONNX_INT8):
         if (first.folder / name).exists():
@@ -178,10 +178,9 @@ def _write(report: Report, first: Run, folder: Path) -> list[Path]:
 
 def _table(rows: Sequence[Sequence[str]]) -> Table:
     header, *body = rows
-    # The claims are sentences, for the files; the terminal has the numbers.
     table = Table(box=None, pad_edge=False, collapse_padding=True)
-    for number, name in enumerate(header[:-1]):
+    for number, name in enumerate(header):
         table.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in body:
-        table.add_row(*row[:-1])
+        table.add_row(*row)
     return table

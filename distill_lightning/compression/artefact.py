@@ -136,7 +136,8 @@ def _from_checkpoint(path: Path, network: nn.Module | None) -> nn.Module:
             for name, value in checkpoint["state_dict"].items()
             if name.startswith(prefix)
         }
-        known = checkpoint.get("recipes", {}).get(attribute)
+        # A module may call its network otherwise in its constructor, under which name "recipes" has it.
+        known = told.get("recipe") or checkpoint.get("recipes", {}).get(attribute)
         network = _built(path, network, _without_weights(known), f"{attribute!r}")
         recipe.rebuild(network, told["description"])
         _load(network, tensors, path)

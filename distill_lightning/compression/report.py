@@ -25,6 +25,7 @@ from distill_lightning.compression.stages import (
     DENSE,
     FINAL,
     MARGIN,
+    SEE,
     LatencyRow,
     Stage,
     measure_stage,
@@ -203,6 +204,22 @@ class Report:
         """The table: a header, then a row for each stage. In brackets: the ratio to dense; a time is such a ratio."""
         return [self.header(), *(self._row(name) for name in self.names)]
 
+    def brief_rows(self) -> list[list[str]]:
+        """The table for a terminal: numbers of dense, and of the others ratios, but bytes are both; without claims."""
+        header, *body = self.rows()
+        # Up to the bytes a cell is a number and its ratio; the times have one line for each runtime.
+        last = header.index("bytes")
+        brief = []
+        for line in body:
+            is_dense = line[0] == DENSE
+            cells = [cell.removesuffix(f" (n={len(self.seeds)})") for cell in line[:3]]
+            cells += [_number(cell) if is_dense else _ratio_of(cell) for cell in line[3:last]]
+            cells += [_number(line[last]) if is_dense else line[last]]
+            brief.append(cells + [cell.replace(", ONNX Runtime ", "\nONNX ") for cell in line[last + 1 : -1]])
+        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}, "
+        header[1] = header[1].replace("(", f"({seeds}")
+        return [header[:-1], *brief]
+
     def _row(self, name: str) -> list[str]:
         stage = self.first(name)
         if stage is None:
@@ -233,7 +250,7 @@ class Report:
         for size in sizes or [0]:
             rows = [row for row in stage.latency if row.batch == size and row.runtime == row.baseline]
             # ONNX Runtime's ratio is another one than PyTorch's.
-            shown = [_interval(row) + (" ONNX Runtime" if row.runtime == "onnxruntime" else "") for row in rows]
+            shown = [("ONNX Runtime " if row.runtime == "onnxruntime" else "") + _interval(row) for row in rows]
             cells.append(", ".join(shown) or _one_line(stage.missing.get("latency", "not measured")))
         return cells
 
@@ -245,7 +262,11 @@ class Report:
             if stage is None:
                 continue
             lines += [f"{name}: {note}" for note in stage.notes]
-            lines += [f"{name}: {what} not measured: {_one_line(reason)}" for what, reason in stage.missing.items()]
+            lines += [
+                f"{name}: {what} not measured: {_one_line(reason)}"
+                for what, reason in stage.missing.items()
+                if not reason.startswith(SEE)
+            ]
             if stage.uncounted:
                 lines.append(f"{name}: MACs leave out {', '.join(stage.uncounted)}")
             lines += self._differing(name)
@@ -367,7 +388,14 @@ class Report:
 
     def figures(self) -> dict[str, Figure]:
         """By file name: the score against its costs, and the times of the last network if they were measured."""
-        shown = {name: stage for name in self.names if (stage := self.first(name)) is not None}
+        # What awaits its fine-tuning is far below, and nobody's network; the last step's network is the final one.
+        shown = {
+            name: stage
+            for name in self.names
+            if (stage := self.first(name)) is not None
+            and stage.kind != "before"
+            and stage.missing.get("latency") != f"{SEE}{FINAL}"
+        }
         percent = _is_percent(self.metric)
         key = "artefact" if all("artefact" in stage.nbytes for stage in shown.values()) else "state_dict"
         costs: dict[str, dict[str, float]] = {
@@ -458,6 +486,16 @@ def _counted(value: int | None, dense: int | None, otherwise: str = "") -> str:
     if value is None:
         return _one_line(otherwise)
     return f"{value:,} ({_ratio(value / dense)})" if dense else f"{value:,}"
+
+
+def _number(cell: str) -> str:
+    return cell.partition(" (")[0]
+
+
+def _ratio_of(cell: str) -> str:
+    """What `_counted` has in brackets, or all of it where there is no ratio."""
+    before, bracket, ratio = cell.rpartition("(")
+    return ratio.removesuffix(")") if bracket and before else cell
 
 
 def _spread(values: Sequence[float], scale: float, *, seeds: int, sign: str = "") -> str:

@@ -36,6 +36,9 @@ FINAL = "final"
 CONTROL_SCRATCH = "control: same size from scratch"
 CONTROL_RANDOM = "control: random criterion"
 
+SEE = "see "
+"""What a reason begins with that names another row, which has the measurement."""
+
 MARGIN = 0.02
 """Of a ratio of times: two equal networks that take turns differ by up to a hundredth, because one is always second."""
 

@@ -111,7 +111,7 @@ def three_seeds():
         seed: [
             stage(CONTROL_SCRATCH, "control", accuracy=after - 0.1),
             dense(before),
-            stage("1 Prune, before fine-tuning", "before", accuracy=after - 0.2, missing={"latency": "as 1 Prune"}),
+            stage("1 Prune, before fine-tuning", "before", accuracy=after - 0.2, missing={"latency": "see 1 Prune"}),
             stage("1 Prune", accuracy=after, size=250 + 5 * seed, latency=[row(0.5, 0.4, 0.6)]),
             stage(accuracy=after, latency=[row(1.0, 0.9, 1.1), row(0.5, 0.4, 0.6, batch=1)]),
         ]
@@ -161,9 +161,27 @@ def test_times_stand_in_a_column_for_each_batch_size_with_a_reason_where_there_i
     times = column(report, "time, batch 32")
     assert times["1 Prune"] == "0.50 [0.40, 0.60]"
     assert times["dense"] == "1"
-    assert times["1 Prune, before fine-tuning"] == "as 1 Prune"
+    assert times["1 Prune, before fine-tuning"] == "see 1 Prune"
     assert column(report, "time, batch 1")["1 Prune"] == "not measured"
     assert column(report, "claim")["final"].startswith("0.25 of the artefact; no measured speed-up at batch 32")
+
+
+def test_the_terminals_table_has_ratios_and_the_number_of_seeds():
+    stages = three_seeds()
+    final = next(place for place, stage in enumerate(stages[0]) if stage.name == "final")
+    onnx = replace(row(0.3, 0.2, 0.4), runtime="onnxruntime", baseline="onnxruntime")
+    stages[0][final] = replace(stages[0][final], latency=[*stages[0][final].latency, onnx])
+    header, *body = Report(stages).brief_rows()
+    assert header[1] == "accuracy % (3 seeds, higher is better)"
+    assert header[-1] == "time, batch 32"
+    told = {line[0]: dict(zip(header, line, strict=True)) for line in body}
+    assert "(n=3)" in Report(stages).rows()[1][1]
+    assert not [line for line in body if "(n=" in line[1] + line[2]]
+    assert [told["dense"][name] for name in ("parameters", "MACs", "bytes")] == ["1,000", "5,000", "1,000"]
+    assert told["1 Prune"]["bytes"] == "250 (0.25)"
+    assert told["final"]["not zero"] == "0.90"
+    assert told["final"]["time, batch 32"].endswith("\nONNX 0.30 [0.20, 0.40]")
+    assert told["control: random criterion"]["MACs"] == ""
 
 
 def test_a_seed_that_lacks_a_row_or_has_no_finite_score_does_not_hide():
