@@ -28,7 +28,6 @@ from distill_lightning.compression.steps import Order, Step
 from distill_lightning.compression.timeline import Phase
 from distill_lightning.errors import InputError
 
-
 AVERAGING: tuple[Any, ...] = (
     pl.callbacks.StochasticWeightAveraging,
     # Since Lightning 2.6.

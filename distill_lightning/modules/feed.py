@@ -29,8 +29,8 @@ from distill_lightning.layers import (
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.feed_parts import (
     Reduction,
-    check_paraphrasers,
     check_channels,
+    check_paraphrasers,
     feature_name,
     one_each,
     output_and_feature,

@@ -1,7 +1,5 @@
 """Compression inside a Lightning training: masks, checkpoints, resuming, optimisers, the best checkpoint, the report."""
 
-import copy
-import math
 import multiprocessing
 from functools import partial
 
@@ -9,13 +7,11 @@ import pytest
 import torch
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import (
-    EarlyStopping,
     EMAWeightAveraging,
     ModelCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW
 
 from distill_lightning import (
@@ -27,10 +23,9 @@ from distill_lightning import (
     MixupSampler,
     OneCycle,
     SelfKDModule,
-    SmallCNN,
     SupervisedModule,
 )
-from distill_lightning.callbacks import CompressionCallback, Measurements
+from distill_lightning.callbacks import CompressionCallback
 from distill_lightning.compression import (
     Cubic,
     Encode,

@@ -304,7 +304,9 @@ def test_a_checkpoint_opens_without_any_argument(tmp_path):
     assert torch.equal(torch.tensor(outputs["module"]), expected)
     assert torch.equal(torch.tensor(outputs["dense"]), module.teachers.logits(inputs)[0])
     # The first epoch was that of the dense network, which fits what is compressed by now, too.
-    tiny_trainer().validate(module, datamodule=TinyDataModule(), ckpt_path=str(tmp_path / "epoch=0.ckpt"), verbose=False)
+    tiny_trainer().validate(
+        module, datamodule=TinyDataModule(), ckpt_path=str(tmp_path / "epoch=0.ckpt"), verbose=False
+    )
     assert module.student.features[0].weight.shape == (2, 1, 3, 3)
     torch.save({}, tmp_path / "nothing.pt")
 
@@ -493,7 +495,10 @@ def test_a_report_without_measurements_is_refused():
         ({"steps": [Encode(), Prune(amount=0.5)]}, "what is stored is encoded last"),
         ({"steps": [Prune(amount=0.5, at=3, finetune_epochs=2)]}, "lasts from epoch 3 to 5.* max_epochs=5"),
         ({"steps": [Prune(amount=0.5, at=9)]}, "lasts from epoch 9 to 9, and the training ends at 4"),
-        ({"steps": [Prune(amount=0.5, finetune_epochs=2), Quantize(at=1)]}, "begins at epoch 1, and step 1 .* ends at 2"),
+        (
+            {"steps": [Prune(amount=0.5, finetune_epochs=2), Quantize(at=1)]},
+            "begins at epoch 1, and step 1 .* ends at 2",
+        ),
         ({"steps": [Prune(amount=0.5, schedule=Cubic())]}, "prunes while the network trains: give it finetune_epochs"),
         ({"steps": [Quantize(mode="qat")]}, "trains the network with its quantizers: give it finetune_epochs"),
         ({"steps": [Prune(amount=0.5)], "dense_epochs": 5}, "dense_epochs=5 of max_epochs=4: give the Trainer more"),
