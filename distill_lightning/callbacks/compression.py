@@ -28,6 +28,13 @@ from distill_lightning.compression.steps import Order, Step
 from distill_lightning.compression.timeline import Phase
 from distill_lightning.errors import InputError
 
+AVERAGING: tuple[Any, ...] = (
+    pl.callbacks.StochasticWeightAveraging,
+    # Since Lightning 2.6.
+    *([pl.callbacks.WeightAveraging] if hasattr(pl.callbacks, "WeightAveraging") else []),
+)
+"""Callbacks that keep an average of the parameters that there were at first."""
+
 
 class CompressionCallback(pl.Callback):
     """Compresses a network of any module, step by step, while the module trains it as it always does.
@@ -160,7 +167,7 @@ class CompressionCallback(pl.Callback):
         before = list(compressor.network.parameters())
         changed = compressor.begin_epoch(epoch, steps_per_epoch=self._steps_per_epoch(), optimizer=optimizer)
         if not has_parameters(compressor.network, before):
-            self._check_change(trainer)
+            self._check_change(trainer, pl_module)
         if changed or (due and self.restart):
             _new_optimizer(trainer, optimizer, restart=self.restart)
         if due:
@@ -351,13 +358,16 @@ class CompressionCallback(pl.Callback):
             raise InputError("compile: a network cannot be compressed while it is compiled: leave compile out")
         epochs = cast("int", trainer.max_epochs)
         inside = [phase for phase in compressor.phases if phase.begin < epochs]
-        reshaping = [phase for phase in inside if phase.step.order in (Order.STRUCTURE, Order.VALUES)]
+        reshaping = [phase for phase in inside if phase.step.gives_other_parameters]
         if reshaping:
             self._refuse(trainer, reshaping[0].name)
 
-    def _check_change(self, trainer: pl.Trainer) -> None:
+    def _check_change(self, trainer: pl.Trainer, pl_module: Any) -> None:
         phase = cast("Compressor", self.compressor).phase
         self._refuse(trainer, "this step" if phase is None else phase.name)
+        after = getattr(pl_module, "after_compression", None)
+        if after is not None:
+            after()
 
     @staticmethod
     def _refuse(trainer: Any, name: str) -> None:
@@ -367,9 +377,8 @@ class CompressionCallback(pl.Callback):
                 f"step {name} gives the network other parameters, which several processes cannot agree on: train it in "
                 "one (devices=1), or give it at='end'"
             )
-        averaging = (pl.callbacks.StochasticWeightAveraging, getattr(pl.callbacks, "WeightAveraging", ()))
         for callback in trainer.callbacks:
-            if isinstance(callback, averaging):
+            if isinstance(callback, AVERAGING):
                 raise InputError(
                     f"step {name} gives the network other parameters, of which {type(callback).__name__} keeps no "
                     "average: leave one of them out, or give the step at='end'"

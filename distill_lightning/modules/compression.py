@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytorch_lightning as pl
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 
 from distill_lightning import functional
 from distill_lightning.batch import Batch
-from distill_lightning.callbacks.compression import CompressionCallback
+from distill_lightning.callbacks.compression import AVERAGING, CompressionCallback
 from distill_lightning.callbacks.stages import Measurements
 from distill_lightning.compression.recipe import copy_network
 from distill_lightning.compression.steps import Step
@@ -125,6 +125,19 @@ class CompressionBaseline(DistillationModule):
             seed=seed,
             report=report,
         )
+
+    def setup(self, stage: str) -> None:
+        """Look at the other callbacks.
+
+        Raises:
+            InputError: one of them averages parameters, among which the dense teacher's will be later.
+        """
+        for callback in cast("Any", self.trainer).callbacks:
+            if stage == "fit" and self.teacher == "dense" and isinstance(callback, AVERAGING):
+                raise InputError(
+                    f"teacher='dense' gives the module parameters of which {type(callback).__name__} keeps no average: "
+                    "leave one of them out"
+                )
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """What does the steps."""

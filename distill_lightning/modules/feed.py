@@ -29,6 +29,7 @@ from distill_lightning.layers import (
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.feed_parts import (
     Reduction,
+    check_channels,
     check_paraphrasers,
     feature_name,
     one_each,
@@ -228,7 +229,9 @@ class FEEDModule(DistillationModule):
 
         self.student_tap = FeatureTap(student, resolve_layer(student, student_layer))
         self.teacher_taps = [] if self.teachers is None else self.teachers.tapped(layers)
-        student_channels, teacher_channels = self._channels(input_shape or likely_input_shape(student), transform)
+        self._shape = input_shape or likely_input_shape(student)
+        student_channels, teacher_channels = self._channels(self._shape, transform)
+        self._student_channels = student_channels
         if share_transform and len(set(teacher_channels)) > 1:
             raise InputError(f"share_transform needs teachers of equal channel counts, got {teacher_channels}")
         self.translators = nn.ModuleList(
@@ -289,6 +292,14 @@ class FEEDModule(DistillationModule):
             **kd,
             **{f"{name}_teacher_{m}": 0.0 for m in range(len(self.teacher_weights))},
         }
+
+    def after_compression(self) -> None:
+        """See whether the translators can read the student's feature as it is now; `CompressionCallback` calls this.
+
+        Raises:
+            InputError: its channels have left.
+        """
+        check_channels(self.student_tap, self._shape, self._student_channels if len(self.translators) else None)
 
     def _pair(self, number: int, student_feature: Tensor, teacher_feature: Tensor) -> tuple[Tensor, Tensor]:
         """What is compared for teacher ``number``: the translated feature and its target, in one size."""

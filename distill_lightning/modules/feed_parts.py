@@ -104,6 +104,26 @@ def output_and_feature(tap: FeatureTap, inputs: Tensor) -> tuple[Tensor, Tensor]
     return output, features[tap.layers[0]]
 
 
+def check_channels(tap: FeatureTap, input_shape: Sequence[int], channels: int | None) -> None:
+    """Look at a tapped feature of a student that was compressed.
+
+    Args:
+        tap: of the student.
+        input_shape: of one input.
+        channels: that the translators read; ``None``: there are none.
+
+    Raises:
+        InputError: the feature has others.
+    """
+    layer = tap.layers[0]
+    now = width(tap.shapes(input_shape)[1][layer])
+    if channels is not None and now != channels:
+        raise InputError(
+            f"FEED: the student's {layer!r} gives {now} channels, and the translators read {channels}: give the step "
+            f"that prunes them exclude=..., naming the layer that {layer!r} ends with"
+        )
+
+
 def zero_share(feature: Tensor, eps: float) -> Tensor:
     """The share of samples whose feature has a norm below ``eps``, and so cannot be normalised."""
     norms: Tensor = torch.linalg.vector_norm(wide(feature.detach()).flatten(1), dim=1)

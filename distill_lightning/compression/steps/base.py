@@ -72,6 +72,11 @@ class Step(ABC):
         """What it does, which decides where it may stand; ``None``: anywhere. Mostly a class attribute."""
         return None
 
+    @property
+    def gives_other_parameters(self) -> bool:
+        """Whether the network has other parameters from then on, or for a while."""
+        return self.order in (Order.STRUCTURE, Order.VALUES)
+
     def watch_epoch(self, piece: Workpiece, epoch: int) -> None:  # noqa: B027  (most have nothing to do)
         """See the network at the beginning of every epoch until the phase begins, of that one, too. Here: nothing."""
 

@@ -132,6 +132,11 @@ class Prune(Step):
         """Masks, or structure."""
         return Order.MASKS if self.kind is None else Order.STRUCTURE
 
+    @property
+    def gives_other_parameters(self) -> bool:
+        """Units that leave, and scores that are learned."""
+        return super().gives_other_parameters or self.criterion in LEARNED
+
     def reason_to_train(self) -> str | None:
         """Learned scores, schedules and lottery tickets are of training."""
         if self.criterion in LEARNED:

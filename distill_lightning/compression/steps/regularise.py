@@ -93,6 +93,11 @@ class Regularise(Step):
             return Order.MASKS
         return None if self._prune is None else self._prune.order
 
+    @property
+    def gives_other_parameters(self) -> bool:
+        """Units that leave in the end, gates, and attention that can lose heads."""
+        return super().gives_other_parameters or self.kind == "l0" or self.unit == "head"
+
     def reason_to_train(self) -> str | None:
         """A penalty is of training."""
         return "a penalty works while the network trains"

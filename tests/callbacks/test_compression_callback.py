@@ -1,0 +1,407 @@
+"""Compression inside a Lightning training: masks, checkpoints, resuming, optimisers, the best checkpoint, the report."""
+
+import multiprocessing
+from functools import partial
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from torch.optim import SGD, Adam, AdamW
+
+from distill_lightning import (
+    CompressionBaseline,
+    ExtracurricularModule,
+    FEEDModule,
+    KDModule,
+    MEALV2Module,
+    MixupSampler,
+    OneCycle,
+    SelfKDModule,
+    SupervisedModule,
+)
+from distill_lightning.callbacks import CompressionCallback
+from distill_lightning.compression import (
+    Cubic,
+    Encode,
+    HashShare,
+    Iterative,
+    LowRank,
+    Prune,
+    Quantize,
+    Regularise,
+    ShareWeights,
+    load_compressed,
+)
+from distill_lightning.errors import InputError
+from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
+
+# A run can be resumed without the callbacks that have written its checkpoints.
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+
+sgd = partial(SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def supervised(seed=0, **options):
+    torch.manual_seed(seed)
+    return SupervisedModule(TinyNet(3), num_classes=3, **{"optimizer": sgd, **options})
+
+
+def baseline(steps, seed=0, network=TinyNet, **options):
+    torch.manual_seed(seed)
+    return CompressionBaseline(network(3), num_classes=3, steps=steps, **{"optimizer": sgd, "seed": 5, **options})
+
+
+def fit(module, *, epochs=4, data=None, ckpt_path=None, **options):
+    trainer = tiny_trainer(max_epochs=epochs, **options)
+    trainer.fit(module, datamodule=data or TinyDataModule(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def weights_of(network):
+    return {name: value.detach().clone() for name, value in network.state_dict().items()}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    different = [name for name, value in first.items() if not torch.equal(value, second[name])]
+    assert not different
+
+
+def under_masks(compressor, values):
+    """All entries of tensors by path that the masks prune, in one vector."""
+    return torch.cat([values[path][~kept] for path, kept in compressor.masks.kept.items()])
+
+
+class Seen(Callback):
+    """Calls a function before every batch, which is after everything that belongs to the one before."""
+
+    def __init__(self, look):
+        self.look = look
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.look(trainer, pl_module)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("optimizer", [sgd, partial(Adam, lr=0.01, weight_decay=1e-2), partial(AdamW, lr=0.01)])
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}]
+)
+@pytest.mark.parametrize("schedule", [None, Cubic(end=0.5)])
+def test_pruned_weights_stay_zero_and_so_does_what_the_optimiser_remembers(optimizer, options, schedule):
+    step = Prune(amount=0.6, schedule=schedule, finetune_epochs=3)
+    # The momentum of the dense epoch must not come back, either.
+    module = baseline([step], dense_epochs=1, optimizer=optimizer, restart=False)
+    looked = []
+
+    def look(trainer, pl_module):
+        compressor = module.callback.compressor
+        if not compressor.masks.kept:
+            return
+        parameters = dict(compressor.network.named_parameters())
+        looked.append(int((under_masks(compressor, parameters) != 0).sum()))
+        for path, kept in compressor.masks.kept.items():
+            state = trainer.optimizers[0].state[parameters[path]]
+            moments = [value for value in state.values() if value.shape == kept.shape]
+            assert moments or not state
+            looked.extend(int((moment[~kept] != 0).sum()) for moment in moments)
+
+    kept = {}
+    hold = Seen(lambda trainer, pl_module: kept.update(weights_of(module.student)) if trainer.current_epoch == 3 else 0)
+    fit(module, callbacks=[Seen(look), hold], **options)
+    assert len(looked) > 10
+    assert not any(looked)
+    masks = module.callback.compressor.masks
+    assert masks.pruned == round(0.6 * masks.total)
+    final = weights_of(module.student)
+    assert not under_masks(module.callback.compressor, final).any()
+    if "accumulate_grad_batches" not in options:
+        for path, mask in masks.kept.items():
+            # The weights that stay have moved in the last epoch, and none of them is zero.
+            assert final[path][mask].all()
+            assert (final[path] != kept[path])[mask].float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "averaging",
+    [
+        partial(EMAWeightAveraging, decay=0.9),
+        WeightAveraging,
+        partial(StochasticWeightAveraging, swa_lrs=0.01, swa_epoch_start=1),
+    ],
+)
+def test_averaged_weights_are_pruned_too(tmp_path, averaging):
+    validated = []
+
+    class Look(Callback):
+        def on_validation_batch_start(self, trainer, pl_module, *args):
+            compressor = module.callback.compressor
+            if compressor.masks.kept:
+                validated.append(int(under_masks(compressor, weights_of(module.student)).count_nonzero()))
+
+    # The average begins among dense weights.
+    module = baseline([Prune(amount=0.6, finetune_epochs=2)], dense_epochs=2)
+    callbacks = [averaging(), Look(), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)]
+    plain = supervised()
+    fit(module, callbacks=callbacks, enable_checkpointing=True)
+    compressor = module.callback.compressor
+    assert validated
+    assert not any(validated)
+    assert not under_masks(compressor, weights_of(module.student)).any()
+    fit(plain, callbacks=[averaging()])
+    assert not torch.equal(plain.student.head.weight, module.student.head.weight)
+    state = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)["state_dict"]
+    assert not under_masks(compressor, {name.removeprefix("student."): value for name, value in state.items()}).any()
+
+
+@pytest.mark.parametrize("averaging", [EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.01)])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [Prune(amount=0.5, granularity="channel", finetune_epochs=1)],
+        [LowRank(rank=2, finetune_epochs=1)],
+        [ShareWeights(k=4, finetune_epochs=1)],
+        [Quantize(weight_bits=4, finetune_epochs=1)],
+        [Prune(amount=0.5, criterion="movement", finetune_epochs=1)],
+        [Regularise(penalty="l0", weight=1e-3, finetune_epochs=1)],
+    ],
+    ids=lambda steps: repr(steps[0]),
+)
+def test_averages_of_other_parameters_are_refused_before_the_training(averaging, steps):
+    module, began = baseline(steps, dense_epochs=1), []
+    with pytest.raises(InputError, match="keeps no average: leave one of them out"):
+        fit(module, callbacks=[averaging(), Seen(lambda *_: began.append(1))])
+    assert not began
+
+
+@pytest.mark.parametrize("averaging", [EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.01)])
+def test_a_teacher_that_comes_later_is_refused_beside_averages(averaging):
+    module = baseline([Prune(amount=0.5, finetune_epochs=1)], dense_epochs=1, teacher="dense")
+    with pytest.raises(InputError, match="teacher='dense'.*leave one of them out"):
+        fit(module, callbacks=[averaging()])
+
+
+# Resuming
+
+STEPS = {
+    "masks": lambda: [Prune(amount=0.6, schedule=Cubic(), finetune_epochs=3)],
+    "lottery": lambda: [Prune(amount=0.6, schedule=Iterative(2), rewind="start", finetune_epochs=3)],
+    "channels": lambda: [Prune(amount=0.5, granularity="channel", finetune_epochs=3)],
+    "masked channels": lambda: [Prune(amount=0.5, granularity="channel", schedule=Cubic(), finetune_epochs=3)],
+    "low rank": lambda: [LowRank(rank=2, finetune_epochs=3)],
+    "shared": lambda: [ShareWeights(k=4, finetune_epochs=3)],
+    "hashed": lambda: [HashShare(ratio=4, finetune_epochs=3)],
+    "qat": lambda: [Quantize(weight_bits=4, act_bits=4, mode="qat", estimator="lsq", finetune_epochs=3)],
+    "movement": lambda: [Prune(amount=0.6, criterion="movement", finetune_epochs=3)],
+    "soft movement": lambda: [Prune(criterion="soft_movement", finetune_epochs=3)],
+    "lasso": lambda: [
+        Regularise(penalty="group_lasso", granularity="channel", weight=1e-2, threshold=0.05, finetune_epochs=3)
+    ],
+    "chain": lambda: [
+        Prune(amount=0.5, granularity="channel", finetune_epochs=1),
+        Prune(amount=0.5, finetune_epochs=1),
+        ShareWeights(k=4, finetune_epochs=1),
+        Encode("huffman"),
+    ],
+}
+"""Kinds of phases. Not among them: L0's random gates, which like dropout draw from random states that Lightning does
+not put into checkpoints."""
+
+
+def resumable(kind, seed=0):
+    # One more epoch than the phases have: training without a phase can be interrupted, too.
+    return baseline(STEPS[kind](), seed=seed, dense_epochs=1, lr_scheduler=OneCycle)
+
+
+def uninterrupted(kind, folder):
+    module = resumable(kind)
+    middles = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    ends = ModelCheckpoint(folder, filename="end-{epoch}", save_top_k=-1)
+    fit(module, epochs=5, callbacks=[middles, ends], enable_checkpointing=True)
+    return module
+
+
+def resumed(kind, path):
+    # Other weights: everything that matters must come from the checkpoint.
+    module = resumable(kind, seed=9)
+    fit(module, epochs=5, ckpt_path=str(path))
+    return weights_of(module.student)
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_resumed_run_ends_bit_for_bit_like_the_uninterrupted_one(tmp_path, kind):
+    whole = uninterrupted(kind, tmp_path)
+    # Steps 6 and 12 are the last ones of their epochs, of which Lightning begins the next ones silently.
+    names = ["step=2", "end-epoch=0", "step=4", "step=6", "end-epoch=2", "step=10", "step=12", "end-epoch=3", "step=14"]
+    for name in names if kind in ("masks", "chain", "qat") else ["end-epoch=0", "step=8", "step=12", "step=14"]:
+        assert_same(weights_of(whole.student), resumed(kind, tmp_path / f"{name}.ckpt"))
+
+
+def resume_all(folder):
+    torch.set_num_threads(1)
+    ends = {}
+    for kind in STEPS:
+        for name in ("end-epoch=1", "step=8"):
+            ends[f"{kind}, {name}"] = resumed(kind, folder / kind / f"{name}.ckpt")
+        own = load_compressed(folder / kind / "compressed.ckpt", TinyNet(3))
+        ends[f"{kind}, output"] = {"output": own(torch.ones(2, 1, 8, 8)).detach()}
+    torch.save(ends, folder / "ends.pt")
+
+
+@pytest.mark.slow
+def test_a_fresh_process_resumes_and_reloads_bit_for_bit(tmp_path):
+    whole = {kind: uninterrupted(kind, tmp_path / kind) for kind in STEPS}
+    process = multiprocessing.get_context("spawn").Process(target=resume_all, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    ends = torch.load(tmp_path / "ends.pt", weights_only=True)
+    for kind, module in whole.items():
+        assert_same(weights_of(module.student), ends[f"{kind}, end-epoch=1"])
+        assert_same(weights_of(module.student), ends[f"{kind}, step=8"])
+        with torch.no_grad():
+            output = module.student.eval()(torch.ones(2, 1, 8, 8))
+        assert torch.equal(output, ends[f"{kind}, output"]["output"])
+
+
+def test_a_fit_in_the_same_process_goes_on_from_an_earlier_checkpoint(tmp_path):
+    """Also into a network that was compressed since; it stays the same object."""
+    module = uninterrupted("channels", tmp_path)
+    network, whole = module.student, weights_of(module.student)
+    for name in ("end-epoch=0", "step=8"):
+        fit(module, epochs=5, ckpt_path=str(tmp_path / f"{name}.ckpt"))
+        assert module.student is network
+        assert_same(whole, weights_of(network))
+
+
+def test_other_steps_than_the_checkpoints_are_refused(tmp_path):
+    uninterrupted("chain", tmp_path)
+    with pytest.raises(InputError, match="steps of compression on, and there are 1: give the steps"):
+        fit(resumable("masks"), epochs=5, ckpt_path=str(tmp_path / "end-epoch=3.ckpt"))
+
+
+# Nothing to do
+
+
+@pytest.mark.parametrize("schedule", [None, OneCycle])
+def test_without_steps_it_is_ordinary_training(schedule):
+    plain, empty = supervised(lr_scheduler=schedule), baseline([], lr_scheduler=schedule)
+    with_callback = supervised(lr_scheduler=schedule)
+    fit(plain)
+    fit(empty)
+    fit(with_callback, callbacks=[CompressionCallback([])])
+    assert_same(weights_of(plain.student), weights_of(empty.student))
+    assert_same(weights_of(plain.student), weights_of(with_callback.student))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Prune(amount=0.0, finetune_epochs=2),
+        Prune(amount=0.0, schedule=Cubic(), finetune_epochs=2),
+        Prune(amount=0.0, granularity="channel", finetune_epochs=2),
+        Regularise(penalty="l1", weight=0.0, finetune_epochs=2),
+        Regularise(penalty="l0", weight=0.0, finetune_epochs=2),
+        LowRank(rank=10_000, finetune_epochs=2),
+        Quantize(weight_bits=None, finetune_epochs=2),
+        Encode("huffman"),
+    ],
+    ids=repr,
+)
+def test_a_step_that_does_nothing_changes_nothing(step):
+    plain, compressed = supervised(lr_scheduler=OneCycle), baseline([step], lr_scheduler=OneCycle, restart=False)
+    step.at = 1 if step.finetune_epochs else None
+    fit(plain)
+    fit(compressed)
+    assert_same(weights_of(plain.student), weights_of(compressed.student))
+
+
+# Other modules
+
+
+def networks(count, seed=1):
+    torch.manual_seed(seed)
+    return [TinyNet(3) for _ in range(count)]
+
+
+def compressed_by(make, steps, **options):
+    torch.manual_seed(0)
+    module = make(TinyNet(3))
+    callback = CompressionCallback(steps, dense_epochs=1, seed=5, **options)
+    fit(module, callbacks=[callback])
+    return module, callback
+
+
+@pytest.mark.parametrize("kind", ["masks", "channels", "low rank", "qat", "chain"])
+def test_the_callback_on_ordinary_training_is_the_baseline(kind):
+    module, _ = compressed_by(
+        lambda student: SupervisedModule(student, num_classes=3, optimizer=sgd, lr_scheduler=OneCycle), STEPS[kind]()
+    )
+    own = baseline(STEPS[kind](), dense_epochs=1, lr_scheduler=OneCycle)
+    fit(own)
+    assert_same(weights_of(module.student), weights_of(own.student))
+
+
+@pytest.mark.parametrize("kind", ["masks", "channels"])
+def test_the_callback_on_distillation_is_the_baseline_under_teachers(kind):
+    module, _ = compressed_by(
+        lambda student: KDModule(
+            student, networks(2), num_classes=3, temperature=2.0, hard_label_weight=0.3, optimizer=sgd
+        ),
+        STEPS[kind](),
+    )
+    own = baseline(STEPS[kind](), dense_epochs=1, teacher=networks(2), temperature=2.0, hard_label_weight=0.3)
+    fit(own)
+    assert_same(weights_of(module.student), weights_of(own.student))
+
+
+OTHERS = {
+    "self_kd": lambda student: SelfKDModule(student, num_classes=3, optimizer=sgd),
+    "meal": lambda student: MEALV2Module(student, networks(2), num_classes=3, discriminator="fixed", optimizer=sgd),
+    "extra": lambda student: ExtracurricularModule(
+        student, networks(2), task="classification", num_classes=3, samplers=[MixupSampler()], optimizer=sgd
+    ),
+    "feed": lambda student: FEEDModule(
+        student, networks(2), num_classes=3, student_layer="features", beta=10.0, input_shape=(1, 8, 8), optimizer=sgd
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("kind", ["masks", "channels", "low rank", "shared"])
+def test_other_methods_train_what_is_compressed(tmp_path, name, kind):
+    steps = STEPS[kind]()
+    if name == "feed" and kind == "channels":
+        steps[0].exclude = "features.3"
+    moved = []
+
+    def look(trainer, pl_module):
+        moved.append(torch.cat([p.detach().flatten() for p in pl_module.student.parameters()]))
+
+    torch.manual_seed(0)
+    module = OTHERS[name](TinyNet(3))
+    callbacks = [CompressionCallback(steps, dense_epochs=1), Seen(look), ModelCheckpoint(tmp_path)]
+    fit(module, callbacks=callbacks, enable_checkpointing=True)
+    # In each step of the phase nearly everything that is not pruned moves.
+    in_phase = [values for values in moved if len(values) == len(moved[-1])][1:]
+    share = 0.3 if kind == "masks" else 0.8
+    assert all((now != next_).float().mean() > share for now, next_ in zip(in_phase, in_phase[1:], strict=False))
+    inputs = torch.rand(3, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(load_compressed(tmp_path / "compressed.ckpt", TinyNet(3))(inputs), module.eval()(inputs))
+
+
+def test_a_tap_whose_channels_leave_is_named():
+    torch.manual_seed(0)
+    steps = [Prune(amount=0.5, granularity="channel", finetune_epochs=1)]
+    message = r"'features' gives 5 channels, and the translators read 8: .*exclude"
+    with pytest.raises(InputError, match=message):
+        fit(OTHERS["feed"](TinyNet(3)), callbacks=[CompressionCallback(steps, dense_epochs=1)])
