@@ -163,19 +163,26 @@ def _of_values() -> list[Condition]:
 
 
 def _of_rank() -> list[Condition]:
-    def factored(share: float) -> StepMaker:
-        return lambda network, when: _low_rank(_energy(network, share), **when)
+    def factored(share: float, *, inner: bool) -> StepMaker:
+        def make(network: nn.Module, when: dict[str, Any]) -> Step:
+            exclude = _ENDS[type(network)] if inner else []
+            return _low_rank(_energy(network, share, exclude), exclude, **when)
 
+        return make
+
+    # The first and the last layer have few rows or columns, and next to nothing to spare.
     return [
-        Condition(f"SVD to {share:.0%} of parameters, not tuned", factored(share), None) for share in (0.5, 0.25, 0.1)
+        Condition(f"{what} to {share:.0%} of parameters, not tuned", factored(share, inner=inner), None)
+        for what, inner in (("SVD", False), ("SVD of inner layers", True))
+        for share in (0.5, 0.25, 0.1)
     ]
 
 
-def _low_rank(energy: float, **when: Any) -> LowRank:
-    return LowRank(rank=f"energy:{energy}", convert_attention=True, **when)
+def _low_rank(energy: float, exclude: list[str], **when: Any) -> LowRank:
+    return LowRank(rank=f"energy:{energy}", convert_attention=True, exclude=exclude, **when)
 
 
-def _energy(network: nn.Module, share: float) -> float:
+def _energy(network: nn.Module, share: float, exclude: list[str]) -> float:
     """The most energy for all layers with which at most a share of the network's parameters is left.
 
     A budget of parameters is each layer's own, and takes too much from those with few rows or columns.
@@ -184,7 +191,7 @@ def _energy(network: nn.Module, share: float) -> float:
     low, high = 0.01, 1.0
     for _ in range(12):
         middle = (low + high) / 2
-        tried = Compressor(copy_network(network), [_low_rank(middle)], torch.zeros(2, 1, 8, 8)).apply()
+        tried = Compressor(copy_network(network), [_low_rank(middle, exclude)], torch.zeros(2, 1, 8, 8)).apply()
         low, high = (middle, high) if count_parameters(tried).stored <= limit else (low, middle)
     return low
 
