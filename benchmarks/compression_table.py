@@ -5,8 +5,9 @@
 writes ``benchmarks/results/compression/table.json`` and ``table.md``. A CNN of 53,000 parameters, an LSTM of 42,000 and
 a Transformer of 69,000, which read rows, learn scikit-learn's digits (8x8, 70/30, 540 test images: one is 0.19 points).
 One dense network for each seed goes through all conditions. All weights but biases and norms are worked on, first and
-last layer included. Every training has the same optimiser, batches and schedule, chosen once by dense networks and a
-few conditions of seeds that are not in the table. Finished runs are kept in ``--runs``, and a run that is there with
+last layer included. Every training has the same optimiser, batches and schedule, chosen once with seeds that are not in
+the table: the dense rate for accurate networks; the tuning rate is gentle, so that criteria can be told apart, and
+higher ones have rows of their own, at which everything recovers further and random pruning most. Finished runs are kept in ``--runs``, and a run that is there with
 the same settings is not done again. ``--only`` takes a few conditions, ``--small`` sees that everything runs.
 """
 
