@@ -1,4 +1,5 @@
-# demo: the main job on real images. test: everything that must hold. check: the quick part of it. bench: what a step
+# demo: the main job on real images. compress: a network's file at a twentieth of its size, with the report that shows
+# it, 2 minutes on 2 cores. test: everything that must hold. check: the quick part of it. bench: what a step
 # costs, here and elsewhere, under 20 minutes on 2 cores. table: a table of accuracies under benchmarks/results. Each
 # installs what it needs into .venv first.
 
@@ -7,10 +8,13 @@ BIN := .venv/bin
 # Of make table. fashion_mnist: 15 minutes on 2 cores. fashion_mnist_methods, fashion_mnist_rotation: two hours and one.
 TABLE ?= fashion_mnist
 
-.PHONY: demo test check bench table
+.PHONY: demo compress test check bench table
 
 demo: .venv/run.stamp
 	$(BIN)/distill-lightning compare configs/compare/digits.yaml
+
+compress: .venv/run.stamp
+	$(BIN)/distill-lightning compress configs/start/deep_compression_cnn.yaml --seeds 0 1 2
 
 test: .venv/dev.stamp check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile

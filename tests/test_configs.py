@@ -3,7 +3,9 @@
 import collections
 import gzip
 import io
+import json
 import struct
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,12 @@ from safetensors.torch import save_file
 from distill_lightning import layers, networks
 from distill_lightning.cli import main
 from distill_lightning.compare import command
+from distill_lightning.compression import load_compressed
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 COMPARE = sorted((CONFIGS / "compare").glob("*.yaml"))
 START = sorted((CONFIGS / "start").glob("*.yaml"))
+COMPRESSION = [path for path in START if "class_path: CompressionBaseline" in path.read_text()]
 
 
 def small_fashion_mnist(folder):
@@ -76,7 +80,52 @@ def networks_in(value):
     return [pair for part in value.values() for pair in networks_in(part)]
 
 
-@pytest.mark.parametrize("path", START, ids=lambda path: path.stem)
+def shortened(config, name):
+    """A compression in one epoch for each of its phases, timed at one batch size."""
+    model = config["model"]["init_args"]
+    model["dense_epochs"] = 1
+    for step in model["steps"]:
+        if step["init_args"].get("finetune_epochs"):
+            step["init_args"]["finetune_epochs"] = 1
+    model["report"]["batch_sizes"] = [2]
+    # An export takes seconds: one static and one dynamic int8 version are enough, where they can be made at all.
+    if name not in ("structured_kd_cnn", "transformer_heads_ffn_int8") or not find_spec("onnxruntime"):
+        model["report"]["onnx"] = "none"
+    config["trainer"]["max_epochs"] = 1 + sum(step["init_args"].get("finetune_epochs", 0) for step in model["steps"])
+    config["data"].setdefault("init_args", {}).update(subset=64, val_size=20, test_size=20)
+    return config
+
+
+@pytest.mark.parametrize("path", COMPRESSION, ids=lambda path: path.stem)
+def test_compression_fits(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = shortened(yaml.safe_load(path.read_text()), path.stem)
+    if "Docstrings" in config["data"]["class_path"]:
+        # Reading Python's own takes seconds.
+        for number in range(9):
+            (tmp_path / f"text_{number}.py").write_text(f'"""{f"What file {number} does. " * 60}"""\n')
+        config["data"]["init_args"] |= {"data_dir": str(tmp_path), "subset": 32}
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "short.yaml")]) == 0
+    (compressed,) = tmp_path.rglob("compressed.ckpt")
+    assert type(load_compressed(compressed)).__name__ == config["model"]["init_args"]["network"]["class_path"]
+    done = torch.load(compressed, weights_only=True)["compression"]["description"]
+    assert done["changes"] or done["layers"]
+
+
+@pytest.mark.slow
+def test_deep_compression_holds_its_promise(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = str(CONFIGS / "start/deep_compression_cnn.yaml")
+    assert main(["compress", path, "--controls", "--output", "out"]) == 0
+    stages = {stage["name"]: stage for stage in json.loads(Path("out/report.json").read_text())["stages"]["0"]}
+    dense, final = stages["dense"], stages["final"]
+    assert final["scores"]["accuracy"] >= dense["scores"]["accuracy"] - 0.01
+    for key in ("artefact", "state_dict"):
+        assert 20 * final["nbytes"]["artefact"] <= dense["nbytes"][key]
+
+
+@pytest.mark.parametrize("path", [path for path in START if path not in COMPRESSION], ids=lambda path: path.stem)
 def test_fit_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = yaml.safe_load(path.read_text())
@@ -101,6 +150,14 @@ def test_fit_runs(path, tmp_path, monkeypatch):
         for name, value in (sizes | {"num_workers": 0}).items():
             arguments += [f"--data.init_args.{name}", str(value)]
     assert main(arguments) == 0
+
+
+def test_the_compressions_are_there():
+    names = {
+        "deep_compression_cnn", "structured_kd_cnn", "lowrank_cnn", "lstm_hidden_units_int8",
+        "transformer_heads_ffn_int8", "binary_ternary_qat",
+    }  # fmt: skip
+    assert {path.stem for path in COMPRESSION} == names
 
 
 def test_every_method_has_a_start_for_both_data_sets():

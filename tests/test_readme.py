@@ -103,7 +103,7 @@ def test_links_lead_somewhere():
 
 def test_make_knows_the_commands():
     makefile = (ROOT / "Makefile").read_text()
-    for verb in ("demo", "test", "check", "bench", "table"):
+    for verb in ("demo", "compress", "test", "check", "bench", "table"):
         assert re.search(rf"^{verb}:", makefile, flags=re.MULTILINE)
     assert "make test" in (ROOT / ".ci/run").read_text()
 

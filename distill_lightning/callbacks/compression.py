@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from distill_lightning.batch import Batch
 from distill_lightning.callbacks.batches import TrainersBatches, undrawn
 from distill_lightning.callbacks.stages import Measurements, check_scored, measure
-from distill_lightning.compression.compressor import Compressor, Moment
+from distill_lightning.compression.compressor import Compressor, Moment, has_parameters
 from distill_lightning.compression.measure import count_parameters
 from distill_lightning.compression.recipe import checkpoint_entry
 from distill_lightning.compression.report import Report, machine
@@ -164,9 +164,9 @@ class CompressionCallback(pl.Callback):
         compressor.project()
         due = compressor.is_due(epoch)
         optimizer = trainer.optimizers[0]
-        before = [id(parameter) for parameter in compressor.network.parameters()]
+        before = list(compressor.network.parameters())
         changed = compressor.begin_epoch(epoch, steps_per_epoch=self._steps_per_epoch(), optimizer=optimizer)
-        if [id(parameter) for parameter in compressor.network.parameters()] != before:
+        if not has_parameters(compressor.network, before):
             self._check_change(trainer, pl_module)
         if changed or (due and self.restart):
             _new_optimizer(trainer, optimizer, restart=self.restart)
@@ -311,13 +311,15 @@ class CompressionCallback(pl.Callback):
         if phase is None:
             self._measure(DENSE, "dense")
         elif moment == "before" and phase.end > phase.begin:
-            self._measure(f"{phase.name}, before fine-tuning", "before", timed=False)
+            self._measure(f"{phase.name}, before fine-tuning", "before", timed_as=self._timed_as(phase) or phase.name)
         elif moment == "after":
-            # The final row has the last one's time.
-            compressor = cast("Compressor", self.compressor)
-            self._measure(phase.name, "after", timed=phase is not compressor.phases[-1])
+            self._measure(phase.name, "after", timed_as=self._timed_as(phase))
 
-    def _measure(self, name: str, kind: Kind, *, final: bool = False, timed: bool = True) -> None:
+    def _timed_as(self, phase: Phase) -> str | None:
+        """The final row has the last phase's time."""
+        return FINAL if phase is cast("Compressor", self.compressor).phases[-1] else None
+
+    def _measure(self, name: str, kind: Kind, *, final: bool = False, timed_as: str | None = None) -> None:
         trainer, pl_module = cast("tuple[pl.Trainer, Any]", self._fit)
         compressor = cast("Compressor", self.compressor)
         told = {note for stage in self.stages for note in stage.notes}
@@ -325,7 +327,7 @@ class CompressionCallback(pl.Callback):
         self.stages.append(
             measure(
                 trainer, pl_module, compressor, cast("Measurements", self.measurements),
-                name=name, kind=kind, final=final, timed=timed, notes=notes,
+                name=name, kind=kind, final=final, timed_as=timed_as, notes=notes,
             )
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from distill_lightning.callbacks.batches import TrainersBatches, undrawn
 from distill_lightning.compression.artefact import load_compressed, write_artefact
 from distill_lightning.compression.compressor import Compressor
 from distill_lightning.compression.recipe import copy_network, describe
-from distill_lightning.compression.stages import Kind, Onnx, Stage, measure_stage
+from distill_lightning.compression.stages import SEE, Kind, Onnx, Stage, measure_stage
 from distill_lightning.errors import InputError
 
 
@@ -44,7 +44,7 @@ def measure(
     name: str,
     kind: Kind,
     final: bool = False,
-    timed: bool = True,
+    timed_as: str | None = None,
     notes: Sequence[str] = (),
 ) -> Stage:
     """Score and measure a network as it is now; random states and the Trainer's data are left as they were.
@@ -57,7 +57,7 @@ def measure(
         name: of the row.
         kind: of the row.
         final: whether it is the last one, for which ONNX files are made, as for the dense one.
-        timed: whether its time is measured.
+        timed_as: the row whose time is measured instead, for one that has another row's structure.
         notes: of the row.
     """
     with isolate_rng():
@@ -67,7 +67,7 @@ def measure(
         inputs = _on_cpu(compressor.piece.example_inputs)
         batches = compressor.piece.batches("ONNX") if onnx == "static" else ()
         compressor.piece.forget_batches()
-        return measure_stage(
+        stage = measure_stage(
             name,
             network,
             dense,
@@ -76,13 +76,16 @@ def measure(
             scores=scores,
             write=lambda network, path: write_artefact(network, path, coding=compressor.piece.coding),
             read=lambda path: load_compressed(path, copy_network(dense)),
-            batch_sizes=wanted.batch_sizes if timed else (),
+            batch_sizes=wanted.batch_sizes if timed_as is None else (),
             rounds=wanted.rounds,
             onnx=onnx,
             calibration=[_on_cpu(given) for given, _ in batches],
             weight_bits=fewest_bits(describe(network)),
             notes=notes,
         )
+    if timed_as is not None:
+        stage.missing["latency"] = f"{SEE}{timed_as}"
+    return stage
 
 
 def check_scored(trainer: Any, pl_module: Any, split: str) -> None:

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import shlex
 import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,10 +31,12 @@ from distill_lightning.compress.runs import (
 )
 from distill_lightning.compression.report import Report, machine
 from distill_lightning.errors import InputError, refusing
-from distill_lightning.plots.compression import plot_latency, plot_pareto
 from distill_lightning.stores.files import write_whole
 
 _KNOWN = "compress.yaml"
+_ABSENT = {"same_size": "control of the same size", "random": "control with a random criterion"}
+# Columns of a terminal; intervals of times need more.
+_NARROW = 110
 _CONTROLS = ("same_size", "random")
 
 Make = Callable[[Sequence[str]], Parts]
@@ -79,8 +82,12 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
     _execute(runs, parts_of, wanted, first.trainer.max_epochs or 0, console)
     report = _report(runs, arguments, options.metric)
     paths = _write(report, runs[0], folder)
-    console.print(_table(report.rows()))
-    for line in report.notes():
+    console.print(_table(report, console.width))
+    console.print(report.caption(), style="dim", highlight=False)
+    absent = [
+        f"{said}: {reason}" for said, reason in report.about.items() if said.removeprefix("no ") in _ABSENT.values()
+    ]
+    for line in [*absent, *report.notes()]:
         console.print(line, style="dim", highlight=False)
     console.print("Written:")
     for path in paths:
@@ -156,7 +163,7 @@ def _report(runs: Sequence[Run], arguments: Sequence[str], metric: str) -> Repor
         by_seed.setdefault(run.seed, []).extend(run.stages())
         reason = run.reason()
         if reason is not None:
-            reasons[f"no control of the {run.kind.replace('_', ' ')}"] = reason
+            reasons[f"no {_ABSENT[run.kind]}"] = reason
     about = {
         "command": f"distill-lightning compress {shlex.join(arguments)}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -168,37 +175,8 @@ def _report(runs: Sequence[Run], arguments: Sequence[str], metric: str) -> Repor
 
 
 def _write(report: Report, first: Run, folder: Path) -> list[Path]:
-    """The report's files, its figures, and the first seed's network."""
+    """The report's files and figures, and the first seed's network."""
     paths = report.write(folder)
-    stages = {name: report.first(name) for name in report.names}
-    measured = {name: stage for name, stage in stages.items() if stage is not None}
-    costs: dict[str, dict[str, float]] = {
-        "bytes": {name: stage.nbytes["artefact"] for name, stage in measured.items() if "artefact" in stage.nbytes},
-        "multiply-accumulates": {name: stage.macs for name, stage in measured.items()},
-    }
-    times = {name: row for name, stage in measured.items() for row in stage.latency[:1]}
-    if times:
-        dense_ms = next(iter(times.values())).dense_ms
-        ratios = {name: row.ratio * dense_ms for name, row in times.items()}
-        costs[f"milliseconds, batch {next(iter(times.values())).batch}"] = {report.names[0]: dense_ms, **ratios}
-    percent = report.metric in ("accuracy", "agreement")
-    figures = {
-        "pareto": plot_pareto(
-            {name: report.scores(name) for name in measured},
-            costs,
-            controls={name for name, stage in measured.items() if stage.kind == "control"},
-            label=f"{report.metric} (%)" if percent else report.metric,
-            scale=100 if percent else 1,
-        )
-    }
-    if times:
-        figures["latency"] = plot_latency(
-            {name: (row.dense_rounds, row.compressed_rounds) for name, row in times.items() if row.dense_rounds}
-        )
-    for name, figure in figures.items():
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=150)
-        paths.append(path)
     for name in (PACKED, CHECKPOINT, ONNX, ONNX_INT8):
         if (first.folder / name).exists():
             shutil.copyfile(first.folder / name, folder / name)
@@ -206,12 +184,17 @@ def _write(report: Report, first: Run, folder: Path) -> list[Path]:
     return paths
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Table:
-    header, *body = rows
-    # The claims are sentences, for the files; the terminal has the numbers.
+def _table(report: Report, width: int) -> Table:
+    narrow = width < _NARROW
+    header, *body = report.brief_rows(narrow=narrow)
     table = Table(box=None, pad_edge=False, collapse_padding=True)
-    for number, name in enumerate(header[:-1]):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
-    for row in body:
-        table.add_row(*row[:-1])
+    for number, name in enumerate(header):
+        table.add_column(_broken(name) if narrow else name, justify="right" if number else "left", overflow="fold")
+    for name, *cells in body:
+        # Left to itself the table would break words.
+        table.add_row(*([textwrap.fill(name, 18), *map(_broken, cells)] if narrow else [name, *cells]))
     return table
+
+
+def _broken(cell: str) -> str:
+    return cell.replace(" ±", "\n±").replace(" (", "\n(").replace("not ", "not\n").replace(", batch", ",\nbatch")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from distill_lightning.compression import packing, quantizers, recipe
 from distill_lightning.compression.packing.packed import Coding, Packed
@@ -28,9 +29,10 @@ def write_artefact(network: nn.Module, path: Path | str, *, coding: Coding = "pl
     """Write a network to one packed file, from which `load_compressed` makes it again.
 
     The weights are stored with the values that the network computes with in eval mode, each tensor in the smallest of
-    the forms that give these back: quantization codes, indices into a codebook, hashed values, a bitmask or compressed
-    rows and what is not zero, or plain. (A negative zero may come back as zero, which equals it.) Equal tensors, and
-    so tied ones, are stored once. How the network was built and how its structure was changed is in the file, too.
+    the forms that give these back: quantization codes (those of zeros left out), indices into a codebook, hashed
+    values, a bitmask or compressed rows and what is not zero, or plain. (A negative zero may come back as zero, which
+    equals it.) Equal tensors, and so tied ones, are stored once. How the network was built and how its structure was
+    changed is in the file, too.
 
     Args:
         network: compressed or not; it stays as it is.
@@ -42,12 +44,13 @@ def write_artefact(network: nn.Module, path: Path | str, *, coding: Coding = "pl
         The file's bytes.
 
     Raises:
-        InputError: the coding is unknown, the network holds numbers of a type that is not stored, or the file cannot be
-            written.
+        InputError: the coding is unknown, the network holds numbers of a type that is not stored, a weight is computed
+            from one that another layer uses as it is, or the file cannot be written.
     """
     if coding not in ("plain", "deflate", "huffman"):
         raise InputError(f"coding must be 'plain', 'deflate' or 'huffman', got {coding!r}")
     network = getattr(network, "_orig_mod", network)
+    _check_ties(network)
     computed = _computed(network)
     names: dict[bytes, list[str]] = {}
     tensors: dict[str, Tensor] = {}
@@ -133,6 +136,7 @@ def _from_checkpoint(path: Path, network: nn.Module | None) -> nn.Module:
             for name, value in checkpoint["state_dict"].items()
             if name.startswith(prefix)
         }
+        # A module may call its network otherwise in its constructor, under which name "recipes" has it.
         known = told.get("recipe") or checkpoint.get("recipes", {}).get(attribute)
         network = _built(path, network, _without_weights(known), f"{attribute!r}")
         recipe.rebuild(network, told["description"])
@@ -191,6 +195,20 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, (tuple, list)) else value
 
 
+def _check_ties(network: nn.Module) -> None:
+    """Refuse what no plain network can be equal to."""
+    plain: dict[int, str] = {}
+    for path, module in network.named_modules():
+        if not isinstance(module, parametrize.ParametrizationList):
+            plain |= {id(value): f"{path}.{name}" for name, value in module.named_parameters(recurse=False)}
+    for path, module in network.named_modules():
+        if isinstance(module, parametrize.ParametrizationList) and id(module.original) in plain:
+            raise InputError(
+                f"{plain[id(module.original)]!r} is tied to {path.replace('parametrizations.', '')!r}, which alone is "
+                "quantized or shared: compress both or neither"
+            )
+
+
 def _computed(network: nn.Module) -> dict[str, list[Packed]]:
     """What stands for the weights that are computed from others, by the name that each has when it is baked."""
     found: dict[str, list[Packed]] = {}
@@ -203,7 +221,8 @@ def _computed(network: nn.Module) -> dict[str, list[Packed]]:
 def _forms(layer: nn.Module) -> Iterator[tuple[str, list[Packed]]]:
     for name, (codes, scheme) in quantizers.weight_codes(layer).items():
         dtype = getattr(layer, name).dtype
-        yield name, [packing.pack_codes(codes, scheme, dtype=dtype)]
+        ways = (False, True) if packing.has_one_zero(codes) else (False,)
+        yield name, [packing.pack_codes(codes, scheme, dtype=dtype, sparse=sparse) for sparse in ways]
     for name, (codebook, values) in packing.codebooks(layer).items():
         yield name, [packing.pack_codebook(codebook.indices, values)]
     for name, (entry, values) in packing.hashed(layer).items():

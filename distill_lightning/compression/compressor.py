@@ -146,14 +146,14 @@ class Compressor:
             Whether another optimiser is needed: the network has other parameters now, or its training begins anew.
         """
         self.piece.optimizer, self.piece.restart = optimizer, False
-        before = _parameters_of(self.network)
+        before = list(self.network.parameters())
         for waiting in self.waiting:
             waiting.step.watch_epoch(self.piece, epoch)
         self._advance(epoch)
         phase = self.phase
         if phase is not None:
             self._steps = (phase.end - phase.begin) * steps_per_epoch
-        return self.piece.restart or _parameters_of(self.network) != before
+        return self.piece.restart or not has_parameters(self.network, before)
 
     def is_due(self, epoch: int) -> bool:
         """Whether a phase begins or ends with an epoch that begins now."""
@@ -310,5 +310,8 @@ def _kept(batches: Iterable[tuple[Any, Any]]) -> Callable[[], Sequence[tuple[Any
     return lambda: known
 
 
-def _parameters_of(network: nn.Module) -> list[int]:
-    return [id(parameter) for parameter in network.parameters()]
+def has_parameters(network: nn.Module, parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether a network has these parameters, in this order, and no others."""
+    # The parameters themselves: the id of one that is gone may be that of a new one.
+    own = list(network.parameters())
+    return len(own) == len(parameters) and all(one is other for one, other in zip(own, parameters, strict=True))

@@ -9,12 +9,14 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from distill_lightning.compression.macs import DEFINITION
 from distill_lightning.compression.measure import NO_SPEED_UP
@@ -23,11 +25,14 @@ from distill_lightning.compression.stages import (
     CONTROL_SCRATCH,
     DENSE,
     FINAL,
+    MARGIN,
+    SEE,
     LatencyRow,
     Stage,
     measure_stage,
 )
 from distill_lightning.errors import InputError
+from distill_lightning.plots import plot_latency, plot_pareto
 from distill_lightning.stores.files import write_whole
 
 __all__ = [
@@ -46,13 +51,14 @@ FILES = {
 
 LEGEND = (
     "In brackets: ratio to dense. Time: ratio of medians to dense in the same runtime, taken in turns, one thread, "
-    f"with its 95 % interval; {NO_SPEED_UP} where that holds 1. Bytes: of a file that was written and read again. "
-    f"MACs, of one sample: {DEFINITION}. Effective MACs leave out weights that are zero: what an ideal kernel would be "
-    "left with."
+    f"with its 95 % interval; {NO_SPEED_UP} where that holds 1 or comes nearer to it than {MARGIN}. Bytes: of a file "
+    f"that was written and read again. MACs, of one sample: {DEFINITION}. Effective MACs leave out weights that are "
+    "zero: what an ideal kernel would be left with."
 )
 """What the table's titles mean."""
 
 _NOT_RUN = "not run"
+_RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}
 _PACKAGES = ("distill-lightning", "torchvision", "pytorch-lightning", "onnxruntime", "numpy")
 
 
@@ -200,6 +206,34 @@ class Report:
         """The table: a header, then a row for each stage. In brackets: the ratio to dense; a time is such a ratio."""
         return [self.header(), *(self._row(name) for name in self.names)]
 
+    def brief_rows(self, *, narrow: bool = False) -> list[list[str]]:
+        """The table for a terminal: numbers of dense, and ratios of the others, but bytes are both; without claims.
+
+        Args:
+            narrow: leave out differences to dense and the intervals of times, for 80 columns.
+        """
+        header, *body = self.rows()
+        # Up to the bytes a cell is a number and its ratio; the times have one line for each runtime.
+        last = header.index("bytes")
+        brief = [["stage", header[1].partition(" (")[0], *header[2:-1]]]
+        for line in body:
+            is_dense = line[0] == DENSE
+            cells = [cell.removesuffix(f" (n={len(self.seeds)})") for cell in line[:3]]
+            cells += [_number(cell) if is_dense else _ratio_of(cell) for cell in line[3:last]]
+            cells += [_number(line[last]) if is_dense else line[last]]
+            for cell in line[last + 1 : -1]:
+                shown = "" if cell.startswith(SEE) else cell.replace(", ONNX Runtime ", "\nONNX ")
+                cells.append(re.sub(r" \[.*?\]", "", shown).replace("ONNX ", "ONNX\n") if narrow else shown)
+            brief.append(cells)
+        return [line[:2] + line[3:] for line in brief] if narrow else brief
+
+    def caption(self) -> str:
+        """What the scores of `brief_rows` are."""
+        number = len(self.seeds)
+        better = "higher" if self.higher_is_better else "lower"
+        scores = f"mean ± standard deviation of {number} seeds" if number > 1 else "one seed"
+        return f"{self.metric}: {scores}, {better} is better; the rest: of the first seed, as ratios to dense"
+
     def _row(self, name: str) -> list[str]:
         stage = self.first(name)
         if stage is None:
@@ -230,19 +264,23 @@ class Report:
         for size in sizes or [0]:
             rows = [row for row in stage.latency if row.batch == size and row.runtime == row.baseline]
             # ONNX Runtime's ratio is another one than PyTorch's.
-            shown = [_interval(row) + (" ONNX Runtime" if row.runtime == "onnxruntime" else "") for row in rows]
+            shown = [("ONNX Runtime " if row.runtime == "onnxruntime" else "") + _interval(row) for row in rows]
             cells.append(", ".join(shown) or _one_line(stage.missing.get("latency", "not measured")))
         return cells
 
     def notes(self) -> list[str]:
-        """What has to be said of rows: their own notes, what is missing and why, and where seeds differ in size."""
+        """What has to be said of rows: their own notes, what is missing and why, sizes that differ over the seeds."""
         lines = []
         for name in self.names:
             stage = self.first(name)
             if stage is None:
                 continue
             lines += [f"{name}: {note}" for note in stage.notes]
-            lines += [f"{name}: {what} not measured: {_one_line(reason)}" for what, reason in stage.missing.items()]
+            lines += [
+                f"{name}: {what} not measured: {_one_line(reason)}"
+                for what, reason in stage.missing.items()
+                if not reason.startswith(SEE)
+            ]
             if stage.uncounted:
                 lines.append(f"{name}: MACs leave out {', '.join(stage.uncounted)}")
             lines += self._differing(name)
@@ -263,7 +301,8 @@ class Report:
             },
         }
         for what, values in counts.items():
-            if len(set(values)) > 1:
+            # Deflated and Huffman-coded weights always differ by some bytes; the CSV has every size.
+            if values and max(values) > 1.01 * min(values):
                 lines.append(f"{name}: {what} from {min(values):,} to {max(values):,} over the seeds")
         return lines
 
@@ -277,8 +316,10 @@ class Report:
             if stage is None:
                 continue
             dense = self._baseline(name)
+            # Dense has a float file alone.
+            before = {**dense.nbytes, "onnx_int8": dense.nbytes.get("onnx")}
             cells = [
-                _counted(stage.nbytes.get(key), dense.nbytes.get(key), stage.missing.get(key, "not asked for"))
+                _counted(stage.nbytes.get(key), before.get(key), stage.missing.get(key, "not asked for"))
                 for key in keys
             ]
             gaps = ", ".join(f"{FILES[key]} {gap:.1e}" for key, gap in stage.differences.items() if gap) or "0"
@@ -359,8 +400,62 @@ class Report:
             },
         }
 
+    def figures(self) -> dict[str, Figure]:
+        """By file name: the score against its costs, and the times of the last network if they were measured."""
+        # What awaits its fine-tuning is far below, and nobody's network; the last step's network is the final one.
+        shown = {
+            name: stage
+            for name in self.names
+            if (stage := self.first(name)) is not None
+            and stage.kind != "before"
+            and stage.missing.get("latency") != f"{SEE}{FINAL}"
+        }
+        percent = _is_percent(self.metric)
+        key = "artefact" if all("artefact" in stage.nbytes for stage in shown.values()) else "state_dict"
+        costs: dict[str, dict[str, float]] = {
+            f"bytes of the {FILES[key]}": {name: s.nbytes[key] for name, s in shown.items() if key in s.nbytes},
+            "MACs of a sample": {name: s.macs for name, s in shown.items() if s.macs},
+        }
+        if self.batch_sizes():
+            size = self.batch_sizes()[-1]
+            costs[f"ms, batch of {size}"] = self._milliseconds(size)
+        figures = {
+            "pareto.png": plot_pareto(
+                {name: self.scores(name) for name in shown},
+                {title: found for title, found in costs.items() if found},
+                dense=DENSE,
+                controls={name for name, stage in shown.items() if stage.kind == "control"},
+                label=f"{self.metric} (%)" if percent else self.metric,
+                scale=100 if percent else 1,
+                logarithmic={title for title in costs if title.startswith("bytes")},
+            )
+        }
+        rows = [row for row in shown[FINAL].latency if row.runtime == row.baseline] if FINAL in shown else []
+        if rows:
+            figures["latency.png"] = plot_latency(
+                {
+                    f"{_RUNTIMES[row.runtime]},\nbatch of {row.batch}": (row.dense_rounds, row.compressed_rounds)
+                    for row in rows
+                }
+            )
+        return figures
+
+    def _milliseconds(self, size: int) -> dict[str, float]:
+        """Each stage's time in PyTorch: its ratio to dense, times one time of dense, whatever slowed the machine."""
+        rows = {
+            name: row
+            for name in self.names
+            if (stage := self.first(name)) is not None
+            for row in stage.latency
+            if row.batch == size and row.runtime == row.baseline == "torch"
+        }
+        if not rows:
+            return {}
+        dense = statistics.median(row.dense_ms for row in rows.values())
+        return {DENSE: dense, **{name: row.ratio * dense for name, row in rows.items()}}
+
     def write(self, folder: Path) -> list[Path]:
-        """Write ``report.md``, ``report.csv`` and ``report.json``.
+        """Write ``report.md``, ``report.csv``, ``report.json`` and the figures.
 
         Args:
             folder: where; it is made if it is not there.
@@ -374,9 +469,12 @@ class Report:
             "report.csv": _as_csv(self.lines()),
             "report.json": json.dumps(_finite(self.as_plain()), indent=1, allow_nan=False, default=str) + "\n",
         }
-        for name, text in pages.items():
-            write_whole(folder / name, [text.encode()])
-        return [folder / name for name in pages]
+        content = {name: text.encode() for name, text in pages.items()}
+        content |= {f"figures/{name}": _as_png(figure) for name, figure in self.figures().items()}
+        (folder / "figures").mkdir(exist_ok=True)
+        for name, part in content.items():
+            write_whole(folder / name, [part])
+        return [folder / name for name in content]
 
 
 def _size(dense: Stage, stage: Stage) -> tuple[str, float | None]:
@@ -393,10 +491,7 @@ def _said(row: LatencyRow) -> str:
 
 
 def _interval(row: LatencyRow) -> str:
-    bounds = [f"{value:.2f}" for value in (row.low, row.high)]
-    # An interval that leaves 1 out has to be seen to.
-    digits = 4 if "1.00" in bounds and (row.faster or row.slower) else 2
-    return f"{row.ratio:.{digits}f} [{row.low:.{digits}f}, {row.high:.{digits}f}]"
+    return f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]"
 
 
 def _ratio(value: float) -> str:
@@ -408,6 +503,16 @@ def _counted(value: int | None, dense: int | None, otherwise: str = "") -> str:
     if value is None:
         return _one_line(otherwise)
     return f"{value:,} ({_ratio(value / dense)})" if dense else f"{value:,}"
+
+
+def _number(cell: str) -> str:
+    return cell.partition(" (")[0]
+
+
+def _ratio_of(cell: str) -> str:
+    """What `_counted` has in brackets, or all of it where there is no ratio."""
+    before, bracket, ratio = cell.rpartition("(")
+    return ratio.removesuffix(")") if bracket and before else cell
 
 
 def _spread(values: Sequence[float], scale: float, *, seeds: int, sign: str = "") -> str:
@@ -430,6 +535,12 @@ def _is_percent(metric: str) -> bool:
 
 def _one_line(reason: str) -> str:
     return " ".join(reason.split())
+
+
+def _as_png(figure: Figure) -> bytes:
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    return png.getvalue()
 
 
 def _as_csv(lines: Sequence[dict[str, Any]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from bisect import bisect_left
@@ -15,6 +14,7 @@ from torch import nn
 
 from distill_lightning.compression.masks import lowest
 from distill_lightning.compression.parameters import cuda_devices, parameter_of
+from distill_lightning.compression.recipe import copy_network
 from distill_lightning.errors import InputError
 
 Curves = Mapping[str, Mapping[float, float]]
@@ -59,7 +59,7 @@ def scan(
         curves[layer] = {}
         for level in levels:
             with _same_random_state(network):
-                changed = copy.deepcopy(network)
+                changed = copy_network(network)
                 change(changed, layer, level)
                 curves[layer][level] = float(evaluate(changed))
     return curves

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from distill_lightning.compression.calibration import calibrating, inputs_of
 from distill_lightning.compression.macs import Macs, count_macs
-from distill_lightning.compression.measure import Latency, compare_latency, count_parameters, measure_file
+from distill_lightning.compression.measure import NO_SPEED_UP, Latency, compare_latency, count_parameters, measure_file
 from distill_lightning.compression.onnx_export import (
     TOLERANCE,
     at_batch,
@@ -35,6 +35,12 @@ DENSE = "dense"
 FINAL = "final"
 CONTROL_SCRATCH = "control: same size from scratch"
 CONTROL_RANDOM = "control: random criterion"
+
+SEE = "see "
+"""What a reason begins with that names another row, which has the measurement."""
+
+MARGIN = 0.02
+"""Of a ratio of times: two equal networks that take turns differ by up to a hundredth, because one is always second."""
 
 Kind = Literal["dense", "before", "after", "control"]
 Onnx = Literal["none", "float", "static", "dynamic"]
@@ -92,20 +98,23 @@ class LatencyRow:
             baseline: of the dense one.
         """
         dense, compressed = ([1000 * value for value in times] for times in (latency.dense, latency.compressed))
-        return cls(
+        row = cls(
             batch, runtime, baseline, statistics.median(dense), statistics.median(compressed),
             *latency.ratio, *latency.wall_ratio, latency.claim, dense, compressed,
         )  # fmt: skip
+        if row.faster or row.slower:
+            return row
+        return replace(row, claim=f"{NO_SPEED_UP} ({row.ratio:.2f}, 95 % interval {row.low:.2f} to {row.high:.2f})")
 
     @property
     def faster(self) -> bool:
-        """Whether the whole interval is below 1."""
-        return self.high < 1
+        """Whether the whole interval is below 1, by more than `MARGIN`."""
+        return self.high < 1 - MARGIN
 
     @property
     def slower(self) -> bool:
-        """Whether the whole interval is above 1."""
-        return self.low > 1
+        """Whether the whole interval is above 1, by more than `MARGIN`."""
+        return self.low > 1 + MARGIN
 
 
 @dataclass(frozen=True)
@@ -352,7 +361,9 @@ class _Measuring:
             self._measure(
                 "onnx_int8",
                 folder / "int8.onnx",
-                write=lambda path: quantize_onnx(exact, path, mode=mode, batches=calibration),
+                write=lambda path: quantize_onnx(
+                    exact, path, mode=mode, batches=calibration if mode == "static" else None
+                ),
                 # Rounding is its purpose; the difference tells how much.
                 tolerance=math.inf,
                 **options,
@@ -380,7 +391,9 @@ class _Measuring:
 
 
 def _loaded(like: nn.Module, path: Path) -> nn.Module:
-    network = copy.deepcopy(like)
+    # Attention of inference tensors is computed, and rounded, in another way than that of parameters.
+    with torch.inference_mode(mode=False):
+        network = copy.deepcopy(like)
     with torch.no_grad():
         # What the file leaves out is not to come from the copy.
         for tensor in network.state_dict().values():

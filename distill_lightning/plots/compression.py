@@ -36,7 +36,7 @@ def plot_pareto(
         logarithmic: panels whose axis is logarithmic.
     """
     figure = ShownFigure(figsize=(4.2 * len(costs), 4.4), layout="constrained")
-    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.05})[0]
     for axes, (title, values) in zip(panels, costs.items(), strict=True):
         for place, (name, seeds) in enumerate(scores.items()):
             if name not in values:
@@ -59,6 +59,7 @@ def plot_pareto(
                 axes.axhline(shown.mean(), color="0.7", linestyle="--", linewidth=1, zorder=0)
                 axes.axvline(values[name], color="0.7", linestyle="--", linewidth=1, zorder=0)
         axes.set_xlabel(title)
+        axes.margins(0.1)
         _cost_axis(axes, logarithmic=title in logarithmic)
         plain(axes)
     panels[0].set_ylabel(label)
@@ -73,7 +74,8 @@ def _cost_axis(axes: Axes, *, logarithmic: bool) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.set_xlim(left=0)
+        # The margin is a share of the points' own range, which may be narrow and far from 0.
+        axes.set_xlim(0, 1.05 * axes.get_xlim()[1])
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
     axes.tick_params(axis="x", labelsize=8)
 
@@ -249,7 +251,7 @@ def plot_latency(times: Mapping[str, tuple[ArrayLike, ArrayLike]], *, label: str
             median = float(np.median(shown))
             axes.hlines(median, at - 0.12, at + 0.12, color=color, linewidth=2, label=f"_{name}" if place else name)
             axes.annotate(
-                f"{median:.3g}", (at + 0.13, median), xytext=(2, 0), textcoords="offset points", va="center", fontsize=8
+                f"{median:.3g}", (at, shown.max()), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8
             )
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -14,6 +14,7 @@ from distill_lightning.compression.measure import Latency, Ratio
 from distill_lightning.compression.packing import pack_codes, pack_dense, read_packed, write_packed
 from distill_lightning.compression.quantizers import Scheme, quantize_weights, weight_codes
 from distill_lightning.compression.stages import LatencyRow, Stage, measure_stage
+from distill_lightning.networks import SmallLSTM, SmallTransformer
 from distill_lightning.weights import load_strictly, write_weights
 
 
@@ -123,6 +124,19 @@ def test_plain_values_come_back_from_a_checkpoint_that_runs_no_code(tmp_path):
         Stage.of_plain(plain | {"colour": "red"})
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "begins"), [(0.9, 0.97, "faster"), (0.9, 0.99, "no measured"), (1.01, 1.1, "no measured"),
+                                (1.03, 1.1, "slower")]
+)  # fmt: skip
+def test_a_difference_as_small_as_between_equal_networks_is_none(low, high, begins):
+    ratio = Ratio((low + high) / 2, low, high)
+    row = LatencyRow.of(
+        Latency((1.0,), (1.0,), (1.0,), (1.0,), ratio, ratio, "thread"), batch=1, runtime="torch", baseline="torch"
+    )
+    assert row.claim.startswith(begins)
+    assert f"{low:.2f} to {high:.2f}" in row.claim
+
+
 def test_real_times_are_of_both_networks_with_one_thread():
     threads = torch.get_num_threads()
     stage = measure_stage("copy", build(), build(), IMAGES, kind="after", scores={}, batch_sizes=(2,))
@@ -206,3 +220,20 @@ def test_onnx_files_are_written_and_timed_against_both_baselines(monkeypatch):
     assert "use mode='static'" in refused.missing["onnx_int8"]
     assert "onnx" in refused.nbytes
     assert [row.runtime for row in refused.latency] == ["torch", "onnxruntime", "onnxruntime"]
+
+
+def test_a_transformer_reproduces_to_the_bit():
+    torch.manual_seed(0)
+    network = SmallTransformer(32, vocabulary=32, length=16)
+    stage = measure_stage("x", network, network, torch.arange(32).reshape(2, 16), kind="dense", scores={})
+    assert stage.nbytes["state_dict"] > 0
+    assert stage.differences["state_dict"] == 0
+
+
+def test_calibration_data_are_of_no_concern_to_a_dynamic_int8_version():
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    network, images = SmallLSTM(10, input_size=8, width=32), torch.randn(2, 1, 8, 8)
+    stage = measure_stage("x", network, network, images, kind="dense", scores={}, onnx="dynamic", calibration=[])
+    assert "onnx_int8" not in stage.missing
+    assert stage.nbytes["onnx_int8"] < stage.nbytes["onnx"]

@@ -31,6 +31,7 @@ from distill_lightning.compression.packing.packed import (
     Packed,
     Part,
     encode,
+    has_one_zero,
     pack_bitmask,
     pack_codebook,
     pack_codes,
@@ -44,9 +45,8 @@ from distill_lightning.compression.packing.packed import (
 
 __all__ = [
     "Clusters", "Codebook", "Hashed", "Packed", "Part", "bake_hashed", "bake_shared", "codebooks", "describe_hashed",
-    "describe_shared", "encode", "freeze_shared",
-    "hash_weights", "hashed", "huffman_decode", "huffman_encode", "huffman_lengths",
-    "kmeans", "pack_bitmask", "pack_bits", "pack_codebook", "pack_codes", "pack_csr", "pack_dense", "pack_hashed",
-    "pack_shared", "read_packed", "read_parts", "rebuild_hashed", "rebuild_shared", "share_weights", "unpack",
-    "unpack_bits", "unpack_codes", "write_packed",
+    "describe_shared", "encode", "freeze_shared", "has_one_zero", "hash_weights", "hashed", "huffman_decode",
+    "huffman_encode", "huffman_lengths", "kmeans", "pack_bitmask", "pack_bits", "pack_codebook", "pack_codes",
+    "pack_csr", "pack_dense", "pack_hashed", "pack_shared", "read_packed", "read_parts", "rebuild_hashed",
+    "rebuild_shared", "share_weights", "unpack", "unpack_bits", "unpack_codes", "write_packed",
 ]  # fmt: skip

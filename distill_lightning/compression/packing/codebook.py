@@ -156,7 +156,7 @@ class Codebook(nn.Module):
         super().__init__()
         if k not in range(1, 257):
             raise InputError(f"a codebook has 1 to 256 values, got k={k}")
-        self.k, self.pruned = k, pruned
+        self.k, self.pruned, self.frozen = k, pruned, False
         self.register_buffer("indices", indices.to(torch.uint8))
 
     def forward(self, centroids: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class Codebook(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Plain values, with which and with a weight's shape the same structure is made."""
-        return {"k": self.k, "pruned": self.pruned}
+        return {"k": self.k, "pruned": self.pruned, "frozen": self.frozen}
 
     def extra_repr(self) -> str:
         """What the module prints as."""
@@ -229,17 +229,13 @@ def share_weights(
         codebook = Codebook(found.indices, k=len(found.centroids), pruned=pruned)
         with torch.no_grad():
             weight.copy_(found.centroids[found.indices])
-        parametrize.register_parametrization(layer, name, codebook)
+        _register(layer, name, codebook)
     return chosen
 
 
 def describe_shared(layer: nn.Module) -> dict[str, Any]:
     """The shared weights of a layer by name, in plain values; empty where there are none."""
-    # Values may be frozen where the weights of the layer are not.
-    return {
-        name: codebook.describe() | {"trains": _original(layer, name).requires_grad}
-        for name, (codebook, _) in codebooks(layer).items()
-    }
+    return {name: codebook.describe() for name, (codebook, _) in codebooks(layer).items()}
 
 
 def rebuild_shared(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module:
@@ -253,8 +249,9 @@ def rebuild_shared(layer: nn.Module, description: Mapping[str, Any]) -> nn.Modul
             raise InputError(f"{type(layer).__name__} has no weight {name!r} to share: is it the right layer?")
         indices = torch.zeros_like(getattr(layer, name), dtype=torch.uint8)
         codebook = Codebook(indices, k=told["k"], pruned=told["pruned"])
-        parametrize.register_parametrization(layer, name, codebook)
-        _original(layer, name).requires_grad = told["trains"]
+        _register(layer, name, codebook)
+        if told["frozen"]:
+            freeze_shared(layer, name)
     return layer
 
 
@@ -271,10 +268,11 @@ def codebooks(layer: nn.Module) -> dict[str, tuple[Codebook, Tensor]]:
     }
 
 
-def freeze_shared(layer: nn.Module) -> None:
-    """Have the shared values of a layer learn no more."""
-    for name in codebooks(layer):
-        _original(layer, name).requires_grad = False
+def freeze_shared(layer: nn.Module, name: str) -> None:
+    """Have the shared values of a weight learn no more; once they are baked, the weight does again."""
+    original = _original(layer, name)
+    codebooks(layer)[name][0].frozen = original.requires_grad
+    original.requires_grad = False
 
 
 @torch.no_grad()
@@ -284,10 +282,19 @@ def bake_shared(layer: nn.Module) -> list[str]:
     Returns:
         The names of the weights, which are parameters of the same shapes as before.
     """
-    names = list(codebooks(layer))
-    for name in names:
+    shared = codebooks(layer)
+    for name, (codebook, _) in shared.items():
         parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
-    return names
+        if codebook.frozen:
+            getattr(layer, name).requires_grad = True
+    return list(shared)
+
+
+def _register(layer: nn.Module, name: str, codebook: Codebook) -> None:
+    weight = getattr(layer, name)
+    # What is registered takes the values' shape: neither an optimiser nor a gradient from before may go on with it.
+    setattr(layer, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
+    parametrize.register_parametrization(layer, name, codebook)
 
 
 def _original(layer: nn.Module, name: str) -> nn.Parameter:

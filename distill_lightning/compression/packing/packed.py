@@ -111,19 +111,28 @@ def pack_dense(tensor: Tensor) -> Packed:
     return Packed("dense", tuple(tensor.shape), _name_of(tensor.dtype), {}, {"values": _raw(tensor)})
 
 
-def pack_codes(codes: Codes, scheme: Scheme, *, dtype: torch.dtype | None = None) -> Packed:
+def pack_codes(codes: Codes, scheme: Scheme, *, dtype: torch.dtype | None = None, sparse: bool = False) -> Packed:
     """A quantized tensor: its codes with as many bits as they have, and the scales in their own type.
 
     Args:
         codes: of the scheme.
         scheme: what they were made by.
         dtype: of the tensor that is unpacked; ``None``: that of the scales.
+        sparse: leave out the codes of zeros, and store a bit for each entry instead.
+
+    Raises:
+        InputError: ``sparse``, and there is no one code of zero for all rows.
     """
-    parts = {
-        "codes": _small(codes.values.short() - scheme.lowest, scheme.bits),
-        "scales": _raw(codes.scales),
-    }
     first = float(codes.zero_points.flatten()[0])
+    values = codes.values.short() - scheme.lowest
+    parts = {"scales": _raw(codes.scales)}
+    if sparse:
+        if not has_one_zero(codes):
+            raise InputError("codes are stored as sparse where all rows have the same code of zero")
+        present = codes.values != first
+        parts["mask"] = _small(present, 1)
+        values = values[present]
+    parts["codes"] = _small(values, scheme.bits)
     options: dict[str, Any] = {
         "scheme": scheme.describe(),
         "scales": [_name_of(codes.scales.dtype), *codes.scales.shape],
@@ -133,6 +142,12 @@ def pack_codes(codes: Codes, scheme: Scheme, *, dtype: torch.dtype | None = None
     else:
         parts["zero_points"] = _small(codes.zero_points, scheme.bits)
     return Packed("codes", tuple(codes.values.shape), _name_of(dtype or codes.scales.dtype), options, parts)
+
+
+def has_one_zero(codes: Codes) -> bool:
+    """Whether one code stands for zero in all rows."""
+    first = codes.zero_points.flatten()[0]
+    return bool((codes.zero_points == first).all()) and float(first).is_integer()
 
 
 def pack_codebook(indices: Tensor, centroids: Tensor) -> Packed:
@@ -270,7 +285,13 @@ def unpack_codes(packed: Packed) -> tuple[Codes, Scheme]:
         zero_points = torch.full_like(scales, packed.options["zero_point"])
     else:
         zero_points = _from_small(packed.parts["zero_points"], tuple(shape)).to(scales.dtype)
-    values = _from_small(packed.parts["codes"], packed.shape).short() + scheme.lowest
+    part = packed.parts["codes"]
+    if "mask" in packed.parts:
+        present = _from_small(packed.parts["mask"], packed.shape).bool()
+        values = torch.full(packed.shape, int(packed.options["zero_point"]), dtype=torch.int16)
+        values[present] = _from_small(part, (int(present.sum()),)).short() + scheme.lowest
+    else:
+        values = _from_small(part, packed.shape).short() + scheme.lowest
     return Codes(values.to(torch.int8 if scheme.lowest < 0 else torch.uint8), scales, zero_points), scheme
 
 

@@ -11,17 +11,26 @@ from distill_lightning.compression.parameters import split_path
 from distill_lightning.compression.selection import Scope
 from distill_lightning.compression.workpiece import Workpiece
 
+Places = dict[str, list[str]]
+"""The order of the parameters of layers, by path."""
 _PAST = -1e9
 """The score of what had been pruned before, which no other falls below: it counts in the amount, and stays pruned."""
 
 
-def put_on(piece: Workpiece, paths: Sequence[str], kind: movement.Kind, **options: str | float) -> None:
-    """Put learned masks on weights, see `movement.learn`; masks in force go on under the new names."""
+def put_on(piece: Workpiece, paths: Sequence[str], kind: movement.Kind, **options: str | float) -> Places:
+    """Put learned masks on weights, see `movement.learn`; masks in force go on under the new names.
+
+    Returns:
+        What `take_off` has to know.
+    """
+    layers = dict.fromkeys(split_path(path)[0] for path in paths)
+    places = {layer: list(_parameters(piece.network, layer)) for layer in layers}
     for path, mask in movement.learn(piece.network, paths, kind=kind, **options).items():
         before = piece.masks.kept.get(path)
         if before is not None and not isinstance(mask, movement.HardConcrete):
             mask.scores.data.masked_fill_(~before.to(mask.scores.device), _PAST)
         piece.rename_mask(path, _inner(path))
+    return places
 
 
 def set_amount(network: nn.Module, paths: Sequence[str], amount: float | Mapping[str, float], *, scope: Scope) -> None:
@@ -36,15 +45,24 @@ def set_amount(network: nn.Module, paths: Sequence[str], amount: float | Mapping
             mask.amount = amount[path] if isinstance(amount, Mapping) else amount
 
 
-def take_off(piece: Workpiece, paths: Sequence[str]) -> None:
-    """Have the weights be plain parameters again, and what is zero in them stay so."""
+def take_off(piece: Workpiece, paths: Sequence[str], places: Places) -> None:
+    """Have the weights be plain parameters again, in their old places, and what is zero in them stay so."""
     masks = movement.bake(piece.network)
+    # An optimiser's state dict knows parameters by their order alone.
+    for layer, names in places.items():
+        parameters = _parameters(piece.network, layer)
+        for name in names:
+            parameters[name] = parameters.pop(name)
     for path in paths:
         piece.rename_mask(_inner(path), path)
         before = piece.masks.kept.get(path)
         if before is not None:
             masks.kept[path] = masks.kept[path] & before.to(masks.kept[path].device)
     piece.prune(masks)
+
+
+def _parameters(network: nn.Module, layer: str) -> dict[str, nn.Parameter | None]:
+    return network.get_submodule(layer)._parameters  # noqa: SLF001  # the only way to their order
 
 
 def _inner(path: str) -> str:

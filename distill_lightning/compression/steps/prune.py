@@ -16,6 +16,7 @@ from distill_lightning.compression.schedules import Cubic, OneShot, Schedule, Th
 from distill_lightning.compression.selection import Scope
 from distill_lightning.compression.steps import learned_masks, unit_amounts, units, weights
 from distill_lightning.compression.steps.base import At, Order, Step
+from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.pruning_options import LEARNED, Criterion, check_options
 from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
 from distill_lightning.compression.targets import Targets
@@ -43,7 +44,8 @@ class Prune(Step):
             the same, and the weights that stay make up for those that go (SparseGPT); ``"bn_scale"`` of channels; for
             weights also ``"movement"``, learned in the phase, and ``"soft_movement"``, whose `Threshold` is one of the
             scores' sigmoids. A unit's worth is the mean over the weights that leave with it, of criteria that estimate
-            the loss their sum.
+            the loss their sum; by magnitude channels and the like compete by what they are worth among those of their
+            layer, because weights of larger layers are smaller.
         granularity: ``"weight"``, ``"row"``, ``"block:4x8"``, ``"2:4"``, or ``"channel"``, ``"hidden_unit"``,
             ``"neuron"`` (of Transformers' feed-forward layers), ``"head"``, ``"layer"`` (of Transformer encoders).
         scope: ``"global"``: all layers' units compete; ``"layer"``: those of each layer; or a `Sensitivity`, which says
@@ -113,11 +115,14 @@ class Prune(Step):
         if budget is not None:
             unit_amounts.parse_budget(budget)
         self._paths: list[str] = []
+        self._places: learned_masks.Places = {}
         self._final: Level | None = amount
         self._now: Level | None = None
         self._kept: units.Kept | None = None
         self._limit: float | None = None
         self._snapshot: dict[str, Tensor] | None = None
+        # No state: a resumed run finds the same ones.
+        self._found: list[units.Family] | None = None
 
     def __repr__(self) -> str:
         return f"Prune {self.granularity}"
@@ -152,13 +157,11 @@ class Prune(Step):
         self._forget()
         if self.rewind not in (None, "random") and self._snapshot is None:
             raise InputError(f"Prune: no epoch {self.rewind!r} began before this phase did: give an earlier rewind")
-        amounts = self.amount.values() if isinstance(self.amount, dict) else [self.amount]
-        if not any(amount != 0 for amount in amounts):
+        if self._is_off():
             return
         if self.kind is not None:
             self._begin_units(piece, self.kind)
             return
-        patterns = list(self.amount) if isinstance(self.amount, dict) else None
         self._paths = weights.weight_paths(
             piece.network, self.targets, self.exclude, granularity=self.granularity, criterion=self.criterion
         )
@@ -167,23 +170,22 @@ class Prune(Step):
             own = weights.per_layer(piece.network, self.amount, list(layers.values()))
             self._final = {path: own[layer] for path, layer in layers.items() if layer in own}
             self._paths = list(self._final)
-        weights.say_covered(
-            piece, self._paths, step=repr(self), targets=self.targets or patterns, refuse=not self.exclude
-        )
+        check_coverage(piece, self, self._paths, targets=self._asked(), refuse=not self.exclude)
         if self.sensitivity is not None:
             self._final = weights.bearable(
                 piece, self._paths, self.sensitivity, criterion=self.criterion, granularity=self.granularity
             )
         if self.criterion in LEARNED:
             kind: movement.Kind = "hard" if self.criterion == "movement" else "soft"
-            learned_masks.put_on(piece, self._paths, kind, amount=0.0)
+            self._places = learned_masks.put_on(piece, self._paths, kind, amount=0.0)
         self._go_on(piece, self._level(step=0, steps=min(self.finetune_epochs, 1)))
 
     def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
         """Prune more where the schedule says so."""
         if self.kind is not None and isinstance(self.schedule, OneShot):
             return  # they have left
-        self._go_on(piece, self._level(step=step, steps=steps))
+        if not self._is_off():
+            self._go_on(piece, self._level(step=step, steps=steps))
 
     def penalty(self, piece: Workpiece, *, step: int, steps: int) -> Tensor | None:
         """Of soft movement's scores."""
@@ -198,21 +200,34 @@ class Prune(Step):
         elif self._paths:
             self._go_on(piece, self._level(step=1, steps=1))
             if self.criterion in LEARNED:
-                learned_masks.take_off(piece, self._paths)
+                learned_masks.take_off(piece, self._paths, self._places)
         self._forget()
         self._snapshot = None
 
     def state_dict(self) -> dict[str, Any]:
         """What is worked on, how much is pruned, and what to go back to."""
-        return {name: getattr(self, f"_{name}") for name in ("paths", "final", "now", "kept", "limit", "snapshot")}
+        names = ("paths", "places", "final", "now", "kept", "limit", "snapshot")
+        return {name: getattr(self, f"_{name}") for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` gave."""
+        self._found = None
         for name, value in state.items():
             setattr(self, f"_{name}", value)
 
     def _forget(self) -> None:
         self._paths, self._final, self._now, self._kept, self._limit = [], self.amount, None, None, None
+        self._places, self._found = {}, None
+
+    def _is_off(self) -> bool:
+        """Whether nothing is pruned at all."""
+        if isinstance(self.schedule, Threshold):
+            return self.schedule.value == 0
+        return not any(self.amount.values()) if isinstance(self.amount, dict) else self.amount == 0
+
+    def _asked(self) -> Targets | None:
+        """The layers that were named."""
+        return list(self.amount) if isinstance(self.amount, dict) else self.targets
 
     def _level(self, *, step: int, steps: int) -> Level | None:
         """How much is pruned from a step on; ``None``: the granularity says it."""
@@ -272,23 +287,22 @@ class Prune(Step):
         shown = units.on_copy(piece, kind)
         families = self._families(shown, kind)
         names = units.parameter_names(shown.network, families)
-        weights.say_covered(
-            shown, names, step=repr(self), targets=self.targets, refuse=kind == "channel" and not self.exclude
-        )
+        check_coverage(shown, self, names, targets=self._asked(), refuse=kind == "channel" and not self.exclude)
         if self.budget is not None:
             self._limit = unit_amounts.limit_of(self.budget, piece.network, piece.example_inputs)
             self._final = self._smallest(shown, kind, families)
         if self.sensitivity is not None:
             self._final = unit_amounts.bearable(shown, kind, families, self.sensitivity, criterion=self.criterion)
         if isinstance(self.schedule, OneShot):
-            self._leave(piece, kind, families, self._choose(shown, families, self._level(step=0, steps=0)))
+            self._now = self._level(step=0, steps=0)
+            self._leave(piece, kind, families, self._choose(shown, families, self._now))
             return
         if kind == "head":
             self._convert(piece)
         self._go_on(piece, self._level(step=0, steps=1))
 
     def _finish_units(self, piece: Workpiece, kind: units.UnitKind) -> None:
-        if isinstance(self.schedule, OneShot) or self._now is None:
+        if isinstance(self.schedule, OneShot) or self._is_off():
             return
         families = self._families(piece, kind)
         if self.budget is not None:
@@ -299,6 +313,8 @@ class Prune(Step):
             self._leave(piece, kind, families, self._kept)
 
     def _families(self, piece: Workpiece, kind: units.UnitKind) -> list[units.Family]:
+        if self._found is not None:
+            return self._found
         families = units.find_families(
             piece.network,
             kind,
@@ -310,6 +326,7 @@ class Prune(Step):
         if isinstance(self.amount, dict):
             self._final = dict(weights.per_layer(piece.network, self.amount, [family.name for family in families]))
             families = [family for family in families if family.name in self._final]
+        self._found = families
         return families
 
     def _choose(self, piece: Workpiece, families: list[units.Family], level: Level | None) -> units.Kept:
@@ -323,6 +340,7 @@ class Prune(Step):
             level,
             scope=self.scope,
             by_threshold=isinstance(self.schedule, Threshold),
+            relative=self.criterion == "magnitude",
             round_to=self.round_to,
             kept=self._kept,
         )
@@ -330,9 +348,8 @@ class Prune(Step):
     def _smallest(self, piece: Workpiece, kind: units.UnitKind, families: list[units.Family]) -> float:
         scores = units.score_units(piece, families, self.criterion)
         chosen = partial(self._chosen, families, scores)
-        return unit_amounts.smallest_amount(
-            piece, kind, families, chosen, budget=self.budget or "", limit=self._limit or 0.0
-        )
+        limit = self._limit or 0.0
+        return unit_amounts.smallest_amount(piece, kind, families, chosen, budget=self.budget or "", limit=limit)
 
     def _mask_units(self, piece: Workpiece, kind: units.UnitKind) -> None:
         families = self._families(piece, kind)

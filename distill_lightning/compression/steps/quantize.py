@@ -18,8 +18,8 @@ from distill_lightning.compression.quantizers.scheme import Kind, Scheme
 from distill_lightning.compression.quantizers.weights import Estimator, WeightQuantizer
 from distill_lightning.compression.recipe import copy_network
 from distill_lightning.compression.steps.base import At, Order, Step
+from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.precision import MixedPrecision
-from distill_lightning.compression.steps.weights import say_covered
 from distill_lightning.compression.targets import Targets, match_layers
 from distill_lightning.compression.workpiece import Workpiece
 from distill_lightning.errors import InputError
@@ -256,7 +256,7 @@ class Quantize(Step):
                     others = True
                 else:
                     names[id(getattr(layer, name))] = f"{path}.{name}" if path else name
-        say_covered(piece, list(names.values()), step="Quantize", targets=self.targets, refuse=not others)
+        check_coverage(piece, self, names.values(), targets=self.targets, refuse=not others)
 
     def _check_ties(self, network: nn.Module, weights: list[_Weight]) -> None:
         chosen = {weight.path: weight for weight in weights}
@@ -272,10 +272,10 @@ class Quantize(Step):
                 raise InputError(
                     f"Quantize: {path!r} is tied to a weight that is left out: name both layers or neither"
                 )
-            if len(places.get(value, ())) > 1 and (self.estimator == "lsq" or self.scheme == "ttq"):
-                what = "estimator='lsq'" if self.estimator == "lsq" else "scheme='ttq'"
+            if len(places.get(value, ())) > 1 and (self.estimator == "lsq" or self.scheme not in _UNIFORM):
+                what = "estimator='lsq'" if self.estimator == "lsq" else f"scheme={self.scheme!r}"
                 raise InputError(
-                    f"Quantize: {path!r} is a tied weight, of which {what} would learn two scales: exclude it"
+                    f"Quantize: {path!r} is a tied weight, which does not go with {what}: exclude its layers"
                 )
 
     def _schemes(
@@ -353,7 +353,7 @@ class Quantize(Step):
     def _tell(self, piece: Workpiece, bits: Mapping[str, int]) -> None:
         numbers = sorted(set(bits.values()))
         if len(numbers) == 1:
-            piece.note(f"Quantize: {len(bits)} weights have {numbers[0]} bit")
+            piece.note(f"Quantize: bits of weights: {numbers[0]} everywhere")
         elif numbers:
             piece.note("Quantize: bits of weights: " + ", ".join(f"{path} {number}" for path, number in bits.items()))
         for number in numbers:

@@ -12,6 +12,7 @@ from distill_lightning.compression import penalties
 from distill_lightning.compression.schedules import Threshold
 from distill_lightning.compression.steps import learned_masks, units, weights
 from distill_lightning.compression.steps.base import At, Order, Step
+from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.prune import Prune
 from distill_lightning.compression.targets import Targets
 from distill_lightning.compression.workpiece import Workpiece
@@ -79,6 +80,7 @@ class Regularise(Step):
         # With it, so that wrong ones are refused now.
         self._prune = None if threshold is None else self._pruning(threshold)
         self._paths: list[str] = []
+        self._places: learned_masks.Places = {}
         self._families: list[units.Family] | None = None
 
     def __repr__(self) -> str:
@@ -114,9 +116,9 @@ class Regularise(Step):
             self._found(piece)
         else:
             self._paths = weights.weight_paths(piece.network, self.targets, self.exclude)
-            weights.say_covered(piece, self._paths, step=repr(self), targets=self.targets, refuse=not self.exclude)
+            check_coverage(piece, self, self._paths, targets=self.targets, refuse=not self.exclude)
         if self.kind == "l0":
-            learned_masks.put_on(piece, self._paths, "l0", per=self.granularity)
+            self._places = learned_masks.put_on(piece, self._paths, "l0", per=self.granularity)
 
     def penalty(self, piece: Workpiece, *, step: int, steps: int) -> Tensor | None:
         """The weighted penalty."""
@@ -137,7 +139,9 @@ class Regularise(Step):
     def finish(self, piece: Workpiece) -> None:
         """Take gates off; prune what is below the threshold."""
         if self.weight and self.kind == "l0":
-            learned_masks.take_off(piece, self._paths)
+            learned_masks.take_off(piece, self._paths, self._places)
+            # While training its gates were drawn.
+            piece.changed = True
         if self._prune is not None:
             self._prune.begin(piece)
             self._prune.finish(piece)
@@ -145,11 +149,11 @@ class Regularise(Step):
 
     def state_dict(self) -> dict[str, Any]:
         """What the penalty is of."""
-        return {"paths": self._paths}
+        return {"paths": self._paths, "places": self._places}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` gave."""
-        self._paths, self._families = list(state["paths"]), None
+        self._paths, self._places, self._families = list(state["paths"]), dict(state["places"]), None
 
     def _pruning(self, threshold: float) -> Prune:
         return Prune(

@@ -26,6 +26,9 @@ class ShareWeights(Step):
     are pruned or that they belong to a padding: zero is one of the ``k`` values then. The step takes over from the
     masks, which are gone afterwards.
 
+    The gradient of a value is the sum of those of its weights, often hundreds: SGD needs a smaller learning rate than
+    before, or it diverges; Adam does not.
+
     ::
 
         {class_path: ShareWeights, init_args: {k: {"Conv2d": 256, "Linear": 32}, finetune_epochs: 3}}
@@ -91,7 +94,7 @@ class ShareWeights(Step):
                     raise InputError(f"{where}: {error}") from error
                 kept_zero += [where] if masked else []
                 if not self.finetune:
-                    packing.freeze_shared(layer)
+                    packing.freeze_shared(layer, name)
         if kept_zero:
             piece.note(f"{self!r} keeps the zeros of {len(kept_zero)} pruned weights as shared values, without masks")
         piece.changed = True

@@ -136,6 +136,7 @@ def choose_units(
     *,
     scope: Scope,
     by_threshold: bool = False,
+    relative: bool = False,
     round_to: int = 1,
     kept: Mapping[str, Sequence[int]] | None = None,
 ) -> Kept:
@@ -146,6 +147,7 @@ def choose_units(
         scores: ``(size,)`` by name.
         amount: share of the units that go; see `choose`. One of each family stays in any case.
         scope: see `choose`.
+        relative: units compete by their worth over the mean of those in their family; not by a threshold.
         by_threshold: the amount is one of worth instead: units that are worth less go.
         round_to: of how many a multiple stays: a little less than the amount goes.
         kept: those that have stayed until now; the others stay away, and count in the amount.
@@ -159,6 +161,10 @@ def choose_units(
         ranked[family.name] = score.sort(dim=1, stable=True)
         away[family.name] = ranked[family.name].values.isinf().any(0)
     values = {name: ranking.values.sum(0) for name, ranking in ranked.items()}
+    if relative and not by_threshold:
+        for family in families:
+            left = values[family.name][~away[family.name]]
+            values[family.name] = values[family.name] / left.mean().clamp(min=torch.finfo(left.dtype).tiny)
     if by_threshold:
         worth = {family.name: _share(amount, family.name) * family.blocks for family in families}
         staying = {name: (values[name] >= worth[name]) & ~away[name] for name in values}

@@ -16,7 +16,6 @@ from distill_lightning.compression.selection import Amount, Granularity, Reduce,
 from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
 from distill_lightning.compression.targets import Targets, match_layers
 from distill_lightning.compression.workpiece import Workpiece
-from distill_lightning.errors import InputError
 
 Scorer = Callable[[Workpiece, Sequence[str]], dict[str, Tensor]]
 """Scores of the parameters at some paths, in their shapes."""
@@ -135,31 +134,6 @@ def per_layer(network: nn.Module, patterns: Mapping[str, float], layers: Sequenc
     return amounts
 
 
-def say_covered(piece: Workpiece, names: Sequence[str], *, step: str, targets: Targets | None, refuse: bool) -> None:
-    """Note the share of the network's parameters that a step works on, where it chose them itself.
-
-    Args:
-        piece: what is worked on.
-        names: of the parameters that the step works on.
-        step: its name.
-        targets: as they were given.
-        refuse: whether less than half is an error.
-
-    Raises:
-        InputError: it is.
-    """
-    if targets is not None:
-        return
-    total = sum(parameter.numel() for parameter in piece.network.parameters())
-    share = sum(parameter_of(piece.network, name).numel() for name in names) / total
-    if refuse and share < 0.5:
-        raise InputError(
-            f"{step} would work on {share:.1%} of {type(piece.network).__name__}'s parameters only: name the layers "
-            "with targets if that is meant"
-        )
-    piece.note(f"{step} works on {share:.1%} of the parameters")
-
-
 def prune_weights(
     piece: Workpiece,
     paths: Sequence[str],
@@ -199,8 +173,8 @@ def prune_weights(
     if criterion == "obs_update":
         batches = piece.batches("criterion 'obs_update'")
         own = amount if isinstance(amount, float | int) and scope == "layer" else None
-        layerwise = own is not None or Granularity.parse(granularity).kind == "n:m"
-        if layerwise and granularity in ("weight", "2:4") and not before.pruned:
+        kind = Granularity.parse(granularity).kind
+        if (kind == "n:m" or (kind == "weight" and own is not None)) and not before.pruned:
             # Chosen anew in every block of columns, from weights that have followed until then.
             masks = second_order.prune_layers(piece.network, paths, batches, amount=own, granularity=granularity)
         else:

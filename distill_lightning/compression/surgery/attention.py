@@ -66,6 +66,8 @@ class Attention(nn.Module):
         self.vdim = embed_dim if vdim is None else vdim
         self.dropout = dropout
         self.batch_first = batch_first
+        # The projections may be replaced by layers that have none to look at.
+        self.bias = bias
         inner = num_heads * head_dim
         self.q_proj = nn.Linear(embed_dim, inner, bias, device, dtype)
         self.k_proj = nn.Linear(self.kdim, inner, bias, device, dtype)
@@ -215,7 +217,8 @@ def from_multihead(attention: nn.MultiheadAttention) -> Attention:
 def describe_attention(attention: nn.MultiheadAttention | Attention) -> dict[str, Any]:
     """The arguments of the `Attention` that computes the same, plain values."""
     names = ("embed_dim", "num_heads", "head_dim", "kdim", "vdim", "dropout", "batch_first")
-    return {**{name: getattr(attention, name) for name in names}, "bias": attention.out_proj.bias is not None}
+    bias = attention.bias if isinstance(attention, Attention) else attention.out_proj.bias is not None
+    return {**{name: getattr(attention, name) for name in names}, "bias": bias}
 
 
 def rebuild_attention(original: nn.MultiheadAttention | Attention, description: dict[str, Any]) -> Attention:

@@ -18,7 +18,7 @@ Transformer layer      ``"neurons"``   neurons of its feed-forward network
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -213,13 +213,25 @@ def _units(layer: Any) -> list[Slice]:
     return found
 
 
+def _refuse_factored(layer: Any, names: Sequence[str]) -> None:
+    for name in names:
+        part = getattr(layer, name)
+        if not isinstance(part, nn.Linear):
+            raise InputError(
+                f"{name} of {type(layer).__name__} is {type(part).__name__}, which cannot lose rows or columns: shrink "
+                "it before it is factored"
+            )
+
+
 def _heads(layer: Any) -> list[Slice]:
+    _refuse_factored(layer, ["q_proj", "k_proj", "v_proj", "out_proj"])
     positions = torch.arange(layer.num_heads).repeat_interleave(layer.head_dim)
     projections = [Slice(f"{name}_proj.{kind}", 0, positions) for name in "qkv" for kind in ("weight", "bias")]
     return [*projections, Slice("out_proj.weight", 1, positions)]
 
 
 def _neurons(layer: Any) -> list[Slice]:
+    _refuse_factored(layer, ["linear1", "linear2"])
     positions = torch.arange(layer.linear1.out_features)
     return [
         Slice("linear1.weight", 0, positions),
