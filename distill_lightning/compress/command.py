@@ -84,7 +84,9 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
     paths = _write(report, runs[0], folder)
     console.print(_table(report, console.width))
     console.print(report.caption(), style="dim", highlight=False)
-    absent = [f"{said}: {reason}" for said, reason in report.about.items() if said.removeprefix("no ") in _ABSENT.values()]
+    absent = [
+        f"{said}: {reason}" for said, reason in report.about.items() if said.removeprefix("no ") in _ABSENT.values()
+    ]
     for line in [*absent, *report.notes()]:
         console.print(line, style="dim", highlight=False)
     console.print("Written:")
