@@ -12,6 +12,7 @@ from torch import nn
 import distill_lightning
 from distill_lightning import (
     callbacks,
+    compression,
     datamodules,
     functional,
     layers,
@@ -92,7 +93,7 @@ def test_plots_know_only_arrays():
 
 def public_callables():
     for module in (
-        distill_lightning, callbacks, datamodules, functional, layers, metrics, mixing, modules, networks, plots,
+        distill_lightning, callbacks, compression, datamodules, functional, layers, metrics, mixing, modules, networks, plots,
         samplers, schedules, stores, testing, views,
     ):  # fmt: skip
         names = getattr(module, "__all__", None) or [

@@ -361,6 +361,12 @@ class CompressionCallback(pl.Callback):
         reshaping = [phase for phase in inside if phase.step.gives_other_parameters]
         if reshaping:
             self._refuse(trainer, reshaping[0].name)
+        at_end = [phase for phase in compressor.phases if phase.step.gives_other_parameters]
+        if at_end and trainer.world_size > 1 and getattr(trainer.strategy, "_start_method", "popen") != "popen":
+            raise InputError(
+                f"step {at_end[0].name} gives the network other parameters, which do not come back from spawned "
+                "processes: give the Trainer strategy='ddp', or devices=1"
+            )
 
     def _check_change(self, trainer: pl.Trainer, pl_module: Any) -> None:
         phase = cast("Compressor", self.compressor).phase

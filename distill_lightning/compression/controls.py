@@ -12,6 +12,7 @@ from torch import nn
 from distill_lightning.compression.measure import count_parameters
 from distill_lightning.compression.parameters import cuda_devices
 from distill_lightning.compression.recipe import changes_of, copy_network, note_change, plain_copy, rebuild
+from distill_lightning.compression.schedules import Threshold
 from distill_lightning.compression.steps import Prune, Step
 from distill_lightning.compression.surgery import (
     Group,
@@ -31,13 +32,17 @@ def random_steps(steps: Sequence[Step]) -> list[Step]:
     """The same steps, but what is pruned is drawn.
 
     Raises:
-        InputError: none of them prunes.
+        InputError: none of them prunes, or one does by a threshold.
     """
     others = [copy.deepcopy(step) for step in steps]
     pruning = [step for step in others if isinstance(step, Prune)]
     if not pruning:
         raise InputError("no step prunes: there is no criterion to compare with a random one")
     for step in pruning:
+        if isinstance(step.schedule, Threshold):
+            raise InputError(
+                f"the threshold is one of the criterion's scores, and {step!r} would prune another amount by random ones"
+            )
         step.criterion = "random"
     return others
 

@@ -22,7 +22,6 @@ from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.hparams import refuse_unused
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.storing import ensemble_if_any, rule_of
-from distill_lightning.networks import recipe_of
 from distill_lightning.stores import TeacherStore
 
 
@@ -178,9 +177,12 @@ class CompressionBaseline(DistillationModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As for every module; the dense teacher comes from this very run, so its weights are kept, too."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["recipes"] = {"network": recipe_of(self.student)}
+        # By the names that the constructor knows them by.
+        names = {"student": "network", "teachers": "teacher"}
+        checkpoint["recipes"] = {names[name]: recipe for name, recipe in checkpoint["recipes"].items()}
         if self.teacher == "dense":
             checkpoint["fingerprints"] = {}
+            checkpoint["recipes"].pop("teacher", None)
             if self.teachers is not None:
                 checkpoint["dense_teacher"] = dict(self.teachers.state_dict())
 

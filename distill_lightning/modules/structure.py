@@ -31,7 +31,7 @@ def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Give a module's network the structure that it had when a checkpoint was made, so that its weights fit.
 
     Args:
-        module: made with the uncompressed network, or compressed in a fit of this process.
+        module: made with the uncompressed network, of which it then keeps a copy, or compressed in this process.
         checkpoint: with or without ``"compression"``, see `CompressionCallback`.
 
     Raises:
@@ -55,4 +55,6 @@ def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             fresh = copy_network(kept[name]).to(device).train(network.training)
             # It stays the same object, which others have, too.
             network.__class__, network.__dict__ = fresh.__class__, fresh.__dict__
+        elif name not in kept:
+            module.__dict__.setdefault("_uncompressed", {})[name] = copy_network(network)
         rebuild(network, description)

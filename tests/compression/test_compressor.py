@@ -1,0 +1,228 @@
+"""The Compressor in a loop of one's own, and at once; descriptions from which a network is made again."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import SGD
+
+from distill_lightning import SmallCNN, SmallLSTM, SmallTransformer
+from distill_lightning.compression import (
+    Compressor,
+    Cubic,
+    Encode,
+    HashShare,
+    LowRank,
+    Prune,
+    Quantize,
+    Regularise,
+    ShareWeights,
+    TieLayers,
+    load_compressed,
+)
+from distill_lightning.compression.measure import count_parameters
+from distill_lightning.compression.recipe import copy_network, describe, plain_copy, rebuild
+from distill_lightning.errors import InputError
+from distill_lightning.testing import TinyNet
+
+
+def batches(count=3, size=8):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.rand(size, 1, 8, 8, generator=generator), torch.randint(3, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def train(network, steps, *, epochs=4, stop=None, go_on=None, watch=None, **options):
+    """The loop of the docstring; may be stopped before an epoch, and gone on with there."""
+    data = batches()
+    compressor = Compressor(network, steps, data[0][0], epochs=epochs, batches=data, watch=watch, **options)
+    optimizer = SGD(network.parameters(), lr=0.05, momentum=0.9)
+    if go_on is not None:
+        rebuild(network, go_on["description"])
+        network.load_state_dict(go_on["network"])
+        compressor.load_state_dict(go_on["compressor"])
+        optimizer = SGD(network.parameters(), lr=0.05, momentum=0.9)
+        optimizer.load_state_dict(go_on["optimizer"])
+    for epoch in range(0 if go_on is None else go_on["epoch"], epochs):
+        if epoch == stop:
+            state = {"network": network.state_dict(), "compressor": compressor.state_dict(), "epoch": epoch}
+            return state | {"optimizer": optimizer.state_dict(), "description": describe(network)}
+        if compressor.begin_epoch(epoch, steps_per_epoch=len(data), optimizer=optimizer):
+            optimizer = SGD(network.parameters(), lr=0.05, momentum=0.9)
+        for inputs, targets in data:
+            optimizer.zero_grad()
+            F.cross_entropy(network(inputs), targets).backward()
+            compressor.before_optimizer_step()
+            optimizer.step()
+            compressor.after_optimizer_step(optimizer)
+    compressor.finish()
+    return compressor
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return TinyNet(3)
+
+
+STEPS = {
+    "masks": lambda: [Prune(amount=0.6, schedule=Cubic(), finetune_epochs=3)],
+    "channels": lambda: [Prune(amount=0.5, granularity="channel", schedule=Cubic(), finetune_epochs=3)],
+    "low rank": lambda: [LowRank(rank=2, finetune_epochs=3)],
+    "values": lambda: [Prune(amount=0.5, finetune_epochs=1), Quantize(weight_bits=4, finetune_epochs=2), Encode()],
+    "movement": lambda: [Prune(amount=0.5, criterion="movement", finetune_epochs=2), ShareWeights(finetune_epochs=1)],
+}
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_loop_that_is_gone_on_with_ends_like_the_whole_one(tmp_path, kind, stop):
+    whole = net()
+    train(whole, STEPS[kind](), dense_epochs=1)
+    state = train(net(), STEPS[kind](), dense_epochs=1, stop=stop)
+    # As a file, which holds nothing but tensors and plain values.
+    torch.save(state, tmp_path / "state.pt")
+    resumed = net(seed=5)
+    train(resumed, STEPS[kind](), dense_epochs=1, go_on=torch.load(tmp_path / "state.pt", weights_only=True))
+    first, second = whole.state_dict(), resumed.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_parameters_keep_their_order_when_they_were_computed_for_a_while():
+    """An optimiser's saved state goes by it."""
+    network = net()
+    names = [name for name, _ in network.named_parameters()]
+    train(network, [Prune(amount=0.5, criterion="movement", finetune_epochs=1)], epochs=1)
+    assert [name for name, _ in network.named_parameters()] == names
+
+
+def test_moments_are_told_in_their_order():
+    told = []
+    steps = [Prune(amount=0.5, finetune_epochs=1), Quantize(weight_bits=4, finetune_epochs=1), Encode()]
+    compressor = train(
+        net(), steps, dense_epochs=1, watch=lambda moment, phase: told.append((moment, phase and phase.number))
+    )
+    assert told == [
+        ("dense", None), ("before", 1), ("after", 1), ("before", 2), ("after", 2), ("before", 3), ("after", 3),
+    ]  # fmt: skip
+    assert not compressor.waiting
+    assert compressor.phase is None
+
+
+def test_the_network_stays_the_same_object_and_random_states_stay():
+    network = net()
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    steps = [Prune(amount=0.5, criterion="random", granularity="channel"), HashShare(ratio=4)]
+    compressed = Compressor(network, steps, torch.rand(2, 1, 8, 8, generator=torch.Generator()), bn_batches=0).apply()
+    assert compressed is network
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_another_seed_draws_others():
+    kept = []
+    for seed in (0, 0, 1):
+        network = net()
+        Compressor(network, [Prune(amount=0.5, criterion="random")], torch.rand(2, 1, 8, 8), seed=seed).apply()
+        kept.append(torch.cat([p.flatten() != 0 for p in network.parameters() if p.dim() > 1]))
+    assert torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[0], kept[2])
+
+
+def test_batch_norm_is_measured_again_on_the_calibration_data():
+    network, data = net(), batches()
+    for inputs, _ in data:
+        network(inputs)
+    steps = [Prune(amount=0.5, targets="features.0")]
+    Compressor(network, steps, data[0][0], batches=data).apply()
+    convolution, norm = network.features[0], network.features[1]
+    with torch.no_grad():
+        outputs = [convolution(inputs) for inputs, _ in data]
+    assert torch.allclose(norm.running_mean, torch.stack([o.mean((0, 2, 3)) for o in outputs]).mean(0), atol=1e-6)
+    assert torch.allclose(norm.running_var, torch.stack([o.var((0, 2, 3)) for o in outputs]).mean(0), rtol=1e-5)
+
+
+def test_a_penalty_adds_its_gradient():
+    network, data = net(), batches(1)
+    steps = [Regularise(penalty="l1", weight=0.1, finetune_epochs=1)]
+    compressor = Compressor(network, steps, data[0][0], epochs=1, batches=data)
+    compressor.begin_epoch(0, steps_per_epoch=1)
+    F.cross_entropy(network(data[0][0]), data[0][1]).backward()
+    before = {name: p.grad.clone() for name, p in network.named_parameters()}
+    penalty = compressor.before_optimizer_step()
+    matrices = {name: p for name, p in network.named_parameters() if p.dim() > 1}
+    assert float(penalty) == pytest.approx(0.1 * sum(float(p.abs().sum()) for p in matrices.values()), rel=1e-5)
+    for name, parameter in network.named_parameters():
+        added = 0.1 * parameter.sign() if name in matrices else torch.zeros_like(parameter)
+        assert torch.allclose(parameter.grad, before[name] + added)
+
+
+def test_what_cannot_be_is_refused():
+    inputs = torch.rand(2, 1, 8, 8)
+    with pytest.raises(InputError, match="leave epochs out to apply it"):
+        Compressor(net(), [Prune(amount=0.5)], inputs, epochs=3).apply()
+    with pytest.raises(InputError, match=r"step 1 \(Prune weight\): .* give the Compressor epochs, and train"):
+        Compressor(net(), [Prune(amount=0.5, schedule=Cubic())], inputs)
+    with pytest.raises(InputError, match="bn_batches must not be negative"):
+        Compressor(net(), [], inputs, bn_batches=-1)
+    with pytest.raises(InputError, match="criterion.*needs calibration data|needs calibration data: give batches"):
+        Compressor(net(), [Prune(amount=0.5, criterion="taylor")], inputs).apply()
+
+
+# Descriptions
+
+LSTM = lambda: SmallLSTM(3, input_size=8, width=12)  # noqa: E731
+TRANSFORMER = lambda: SmallTransformer(3, length=8, input_size=8, width=16, feedforward=24)  # noqa: E731
+CNN = lambda: SmallCNN(3, width=4)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("make", "steps"),
+    [
+        (CNN, [Prune(amount=0.5, granularity="channel"), LowRank(rank=2), Prune(amount=0.5), Quantize(weight_bits=3)]),
+        (CNN, [LowRank(rank=2), Prune(amount=0.3, granularity="channel"), ShareWeights(k=4), Encode()]),
+        (CNN, [HashShare(ratio=4)]),
+        (CNN, [Quantize(weight_bits=4, act_bits=8)]),
+        (LSTM, [Prune(amount=0.5, granularity="hidden_unit"), LowRank(rank=3), ShareWeights(k=8)]),
+        (LSTM, [Prune(amount=0.5), Quantize(weight_bits=4)]),
+        (
+            TRANSFORMER,
+            [Prune(amount=0.5, granularity="head"), Prune(amount=0.5, granularity="neuron"), Quantize(weight_bits=8)],
+        ),
+        (TRANSFORMER, [TieLayers(groups=[["encoder.layers.0", "encoder.layers.1"]]), ShareWeights(k=8)]),
+    ],
+)
+def test_a_description_makes_the_structure_again(tmp_path, make, steps):
+    torch.manual_seed(0)
+    network, data = make(), batches()
+    compressor = Compressor(network, steps, data[0][0], batches=data)
+    compressor.apply()
+    # In plain values only.
+    description = json.loads(json.dumps(describe(network)))
+    torch.manual_seed(9)
+    again = rebuild(make(), description)
+    again.load_state_dict(network.state_dict(), strict=True)
+    inputs = data[1][0]
+    with torch.no_grad():
+        output = network.eval()(inputs)
+        assert torch.equal(again.eval()(inputs), output)
+        assert torch.equal(copy_network(network)(inputs), output)
+        assert torch.equal(plain_copy(network)(inputs), output)
+        compressor.write(tmp_path / "network.dlpk")
+        assert torch.equal(load_compressed(tmp_path / "network.dlpk")(inputs), output)
+    assert describe(again) == describe(network)
+    assert [name for name, _ in again.named_parameters()] == [name for name, _ in network.named_parameters()]
+    assert count_parameters(plain_copy(again)) == count_parameters(plain_copy(network))
+
+
+def test_a_network_is_rebuilt_once():
+    network = SmallCNN(3, width=4)
+    Compressor(network, [LowRank(rank=2)], torch.rand(2, 1, 8, 8), bn_batches=0).apply()
+    with pytest.raises(InputError, match="SmallCNN is compressed already: build it anew"):
+        rebuild(network, describe(network))
+    with pytest.raises(InputError, match="has no layer"):
+        rebuild(nn.Sequential(nn.Linear(2, 2)), describe(network))
