@@ -66,14 +66,14 @@ def stages_of(folder, name):
 def test_its_files_are_there_and_can_be_read(finished):
     out = finished / "out"
     names = {path.name for path in out.iterdir()}
-    assert {"compress.yaml", "report.md", "report.csv", "report.json", "pareto.png", "latency.png"} <= names
+    assert {"compress.yaml", "report.md", "report.csv", "report.json", "figures"} <= names
     assert {"network.dlpk", "compressed.ckpt"} <= names
     inputs = torch.rand(3, 1, 8, 8)
     packed, checkpoint = load_compressed(out / "network.dlpk"), load_compressed(out / "compressed.ckpt")
     with torch.no_grad():
         assert torch.equal(packed(inputs), checkpoint(inputs))
     assert sum(layer.out_channels for layer in packed.features if hasattr(layer, "out_channels")) == 14
-    assert (out / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+    assert (out / "figures/pareto.png").read_bytes()[:4] == b"\x89PNG"
     # They are the first seed's.
     assert (out / "network.dlpk").read_bytes() == (out / "runs/compressed_0/network.dlpk").read_bytes()
     assert (out / "network.dlpk").stat().st_size == stages_of(out, "compressed_0")[-1].nbytes["artefact"]

@@ -300,10 +300,14 @@ class Report:
                 for key, title in FILES.items()
             },
         }
-        for what, values in counts.items():
-            # Deflated and Huffman-coded weights always differ by some bytes; the CSV has every size.
-            if values and max(values) > 1.01 * min(values):
-                lines.append(f"{name}: {what} from {min(values):,} to {max(values):,} over the seeds")
+        # Deflated and Huffman-coded weights always differ by some bytes; the CSV has every size.
+        differing = [
+            f"{what} from {min(values):,} to {max(values):,}"
+            for what, values in counts.items()
+            if values and max(values) > 1.01 * min(values)
+        ]
+        if differing:
+            lines.append(f"{name}: {', '.join(differing)} over the seeds")
         return lines
 
     def file_rows(self) -> list[list[str]]:
