@@ -93,8 +93,8 @@ def test_plots_know_only_arrays():
 
 def public_callables():
     for module in (
-        distill_lightning, callbacks, compression, datamodules, functional, layers, metrics, mixing, modules, networks, plots,
-        samplers, schedules, stores, testing, views,
+        distill_lightning, callbacks, compression, datamodules, functional, layers, metrics, mixing, modules, networks,
+        plots, samplers, schedules, stores, testing, views,
     ):  # fmt: skip
         names = getattr(module, "__all__", None) or [
             name

@@ -41,7 +41,8 @@ def random_steps(steps: Sequence[Step]) -> list[Step]:
     for step in pruning:
         if isinstance(step.schedule, Threshold):
             raise InputError(
-                f"the threshold is one of the criterion's scores, and {step!r} would prune another amount by random ones"
+                f"the threshold is one of the criterion's scores, and {step!r} would prune another amount by random "
+                "ones"
             )
         step.criterion = "random"
     return others

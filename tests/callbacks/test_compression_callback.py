@@ -1,7 +1,8 @@
-"""Compression inside a Lightning training: masks, checkpoints, resuming, optimisers, the best checkpoint, the report."""
+"""Compression inside a Lightning training: masks, checkpoints, resuming, optimisers, the best checkpoint, reports."""
 
 import multiprocessing
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -393,7 +394,7 @@ def test_other_methods_train_what_is_compressed(tmp_path, name, kind):
     # In each step of the phase nearly everything that is not pruned moves.
     in_phase = [values for values in moved if len(values) == len(moved[-1])][1:]
     share = 0.3 if kind == "masks" else 0.8
-    assert all((now != next_).float().mean() > share for now, next_ in zip(in_phase, in_phase[1:], strict=False))
+    assert all((now != next_).float().mean() > share for now, next_ in pairwise(in_phase))
     inputs = torch.rand(3, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(load_compressed(tmp_path / "compressed.ckpt", TinyNet(3))(inputs), module.eval()(inputs))

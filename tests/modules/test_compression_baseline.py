@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 from functools import partial
+from itertools import chain
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_every_phase_has_a_cycle_of_its_own_length():
 def test_without_restart_one_cycle_goes_on(step):
     rates = Rates()
     fit(baseline([step], dense_epochs=1, lr_scheduler=OneCycle, restart=False), callbacks=[rates])
-    assert sum(rates.rates.values(), []) == pytest.approx(one_cycle(12))
+    assert list(chain.from_iterable(rates.rates.values())) == pytest.approx(one_cycle(12))
 
 
 def test_accumulated_batches_count_as_one_step_of_the_cycle():
