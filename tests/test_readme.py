@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from distill_lightning import SmallResNet
 from distill_lightning.cli import main
+from distill_lightning.compress.command import parse as parse_compress
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,7 +22,7 @@ def blocks(language):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", blocks("python"), ids=["subclass", "notebook"])
+@pytest.mark.parametrize("code", blocks("python"), ids=["subclass", "notebook", "compression"])
 def test_python_runs(code, tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
 
@@ -94,6 +95,14 @@ def test_the_compare_command_is_understood():
     assert command[:2] == ["distill-lightning", "compare"]
     config = parse_config([str(ROOT / command[2]), *command[3:]])
     assert config.seeds == [0, 1, 2, 3, 4]
+
+
+def test_the_compress_command_is_understood():
+    command = blocks("bash")[4].split("#")[0].split()
+    assert command[:2] == ["distill-lightning", "compress"]
+    options, overrides = parse_compress([str(ROOT / command[2]), *command[3:]])
+    assert options.seeds == [0, 1, 2]
+    assert not overrides
 
 
 def test_links_lead_somewhere():

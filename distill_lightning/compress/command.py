@@ -8,6 +8,7 @@ import shlex
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +31,7 @@ from distill_lightning.compress.runs import (
     title,
 )
 from distill_lightning.compression.report import Report, machine
+from distill_lightning.compression.stages import FINAL
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.stores.files import write_whole
 
@@ -67,7 +69,7 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
     if not console.is_terminal:
         # A log file has no edge to wrap at.
         console.width = max(console.width, 132)
-    options, overrides = _parse(arguments)
+    options, overrides = parse(arguments)
     folder = Path(options.output or Path("results") / "compress" / Path(options.config).stem)
     _claim(folder, options.config, overrides)
 
@@ -77,7 +79,9 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
         return make(["--config", options.config, *overrides, *own, *quiet])
 
     first = parts_of(options.seeds[0], folder)
-    wanted = first.callback.measurements or Measurements(onnx="float" if find_spec("onnxruntime") else "none")
+    wanted = first.callback.measurements or Measurements()
+    if wanted.onnx == "none" and find_spec("onnxruntime"):
+        wanted = replace(wanted, onnx="float")
     runs = plan(folder, options.seeds, options.controls)
     _execute(runs, parts_of, wanted, first.trainer.max_epochs or 0, console)
     report = _report(runs, arguments, options.metric)
@@ -89,14 +93,26 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
     ]
     for line in [*absent, *report.notes()]:
         console.print(line, style="dim", highlight=False)
+    for name in report.names:
+        stage = report.first(name)
+        if stage is not None and (name == FINAL or stage.kind == "control"):
+            console.print(f"{name}: {report.claim(name)}", highlight=False)
+    if not find_spec("onnxruntime"):
+        console.print("no ONNX file: pip install 'distill-lightning[onnx]'", highlight=False)
     console.print("Written:")
     for path in paths:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
     return report
 
 
-def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(prog="distill-lightning compress", description=__doc__)
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The verb's own options, and what is for the configuration.
+
+    Raises:
+        InputError: they cannot be read, or there is no such configuration.
+    """
+    # An abbreviation could be meant for the configuration.
+    parser = _Parser(prog="distill-lightning compress", description=__doc__, allow_abbrev=False)
     parser.add_argument("config", help="a configuration of a module that compresses, as for fit")
     parser.add_argument("--output", help="folder of the results; results/compress/<name of the configuration>")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of each; the table has mean and sd")
