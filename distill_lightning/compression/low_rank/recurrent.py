@@ -65,7 +65,7 @@ class _FactoredWeights(nn.RNNBase):
         copy_into({own: getattr(layer, name) for name, own in self.named_parameters() if hasattr(layer, name)})
         return relative_error(torch.cat(approximated), torch.cat(originals))
 
-    def count_macs(self, inputs: tuple[Any, ...], output: Any) -> Cost:  # noqa: ARG002  # see `CountsMacs`
+    def count_macs(self, inputs: tuple[Any, ...], output: Any) -> Cost:
         """Those of the dense layer at every step of every sample, and the products of the factors once."""
         given = inputs[0].data if isinstance(inputs[0], nn.utils.rnn.PackedSequence) else inputs[0]
         steps = given.shape[:-1].numel()
