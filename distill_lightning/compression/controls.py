@@ -88,19 +88,24 @@ def same_size_network(fresh: nn.Module, compressed: nn.Module, example_inputs: A
 def _unpruned(network: nn.Module) -> int:
     """Parameters without the weights that masks have set to zero; quantized ones as they are before rounding."""
     copied = copy_network(network).eval()
-    for module in list(copied.modules()):
-        for name in list(getattr(module, "parametrizations", ())) if parametrize.is_parametrized(module) else ():
-            if any(isinstance(entry, WeightQuantizer) for entry in module.parametrizations[name]):
-                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    computed = [module for module in copied.modules() if parametrize.is_parametrized(module)]
+    for layer in computed:
+        weights: Any = layer.parametrizations
+        for name in [name for name, entries in weights.items() if _is_quantized(entries)]:
+            parametrize.remove_parametrizations(layer, name, leave_parametrized=False)
     plain = plain_copy(copied)
-    weights = [weight for weight in plain.parameters() if weight.dim() > 1]
+    matrices = [parameter for parameter in plain.parameters() if parameter.dim() > 1]
     # Zero from the beginning, and tied to an output layer only once.
     padding = {
         id(layer.weight): layer.weight[layer.padding_idx]
         for layer in plain.modules()
         if isinstance(layer, nn.Embedding) and layer.padding_idx is not None
     }
-    return count_parameters(plain).stored - _zeros(weights) + _zeros(padding.values())
+    return count_parameters(plain).stored - _zeros(matrices) + _zeros(padding.values())
+
+
+def _is_quantized(entries: Iterable[nn.Module]) -> bool:
+    return any(isinstance(entry, WeightQuantizer) for entry in entries)
 
 
 def _zeros(tensors: Iterable[Tensor]) -> int:
