@@ -142,14 +142,16 @@ def _compress_at_random(_: Run, parts: Parts, callback: CompressionCallback, wan
 def _train_same_size(run: Run, parts: Parts, callback: CompressionCallback, wanted: Measurements) -> list[Stage]:
     network = cast("nn.Module", getattr(parts.model, callback.attribute))
     dense = copy_network(network)
-    packed = run.folder.parent / f"compressed_{run.seed}" / PACKED
+    checkpoint = run.folder.parent / f"compressed_{run.seed}" / CHECKPOINT
     callback.steps = []
-    scoring = _Scoring(dense, packed, wanted, seed=run.seed)
+    scoring = _Scoring(dense, wanted)
     cast("Any", parts.trainer).callbacks.append(scoring)
     parts.data.prepare_data()
     parts.data.setup("fit")
     inputs = next(iter(parts.data.train_dataloader()))[0][:2]
-    same_size_network(network, load_compressed(packed, copy_network(dense)), inputs, seed=run.seed)
+    # Not the packed file: what quantization has rounded to zero there was not pruned.
+    compressed = load_compressed(checkpoint, copy_network(dense), bake=False)
+    same_size_network(network, compressed, inputs, seed=run.seed)
     parts.trainer.fit(parts.model, datamodule=parts.data)
     return scoring.stages
 
@@ -168,8 +170,8 @@ class _Epochs(pl.Callback):
 class _Scoring(pl.Callback):
     """Measures a network that was trained and not compressed."""
 
-    def __init__(self, dense: nn.Module, packed: Path, wanted: Measurements, *, seed: int) -> None:
-        self.dense, self.packed, self.wanted, self.seed = dense, packed, wanted, seed
+    def __init__(self, dense: nn.Module, wanted: Measurements) -> None:
+        self.dense, self.wanted = dense, wanted
         self.stages: list[Stage] = []
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -75,7 +75,7 @@ def write_artefact(network: nn.Module, path: Path | str, *, coding: Coding = "pl
     return packing.write_packed(path, packed, header)
 
 
-def load_compressed(path: Path | str, network: nn.Module | None = None) -> nn.Module:
+def load_compressed(path: Path | str, network: nn.Module | None = None, *, bake: bool = True) -> nn.Module:
     """The network of a packed file (`write_artefact`), or of a checkpoint of a training that compressed it.
 
     Nothing but tensors and plain values is read, never pickled code.
@@ -84,6 +84,8 @@ def load_compressed(path: Path | str, network: nn.Module | None = None) -> nn.Mo
         path: of the file.
         network: built as the compressed one was at first, and changed in place; only where no factory of this package
             built that one.
+        bake: of a checkpoint: whether the weights that quantizers and the like compute become parameters; ``False``:
+            they stay computed, from the weights that were trained. A packed file has only the computed ones.
 
     Returns:
         A plain network on the CPU (a given one stays where it is), in eval mode: its weights have the compressed values
@@ -91,15 +93,17 @@ def load_compressed(path: Path | str, network: nn.Module | None = None) -> nn.Mo
         network that was written.
 
     Raises:
-        InputError: there is no such file, it is damaged or something else, or ``network`` is needed or of another
-            structure.
+        InputError: there is no such file, it is damaged or something else, ``network`` is needed or of another
+            structure, or a packed file is to be read without baking.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no file {path}: give the path of a packed network or of a checkpoint")
     with path.open("rb") as file:
         is_packed = file.read(len(_MAGIC)) == _MAGIC
-    loaded = _from_packed(path, network) if is_packed else _from_checkpoint(path, network)
+    if is_packed and not bake:
+        raise InputError(f"{path} is a packed network, whose weights are baked: give a checkpoint with bake=False")
+    loaded = _from_packed(path, network) if is_packed else _from_checkpoint(path, network, bake=bake)
     return loaded.eval()
 
 
@@ -120,7 +124,7 @@ def _from_packed(path: Path, network: nn.Module | None) -> nn.Module:
     return network
 
 
-def _from_checkpoint(path: Path, network: nn.Module | None) -> nn.Module:
+def _from_checkpoint(path: Path, network: nn.Module | None, *, bake: bool) -> nn.Module:
     checkpoint = read_checkpoint(path)
     told = checkpoint.get("compression")
     if not told:
@@ -142,7 +146,8 @@ def _from_checkpoint(path: Path, network: nn.Module | None) -> nn.Module:
         recipe.rebuild(network, told["description"])
         _load(network, tensors, path)
         # Some quantizers draw in train mode.
-        return recipe.bake(network.eval())
+        network.eval()
+        return recipe.bake(network) if bake else network
 
 
 def _built(path: Path, network: nn.Module | None, known: Recipe | None, what: str) -> nn.Module:

@@ -13,8 +13,8 @@ from distill_lightning.compression.parameters import cuda_devices, parameters_of
 from distill_lightning.errors import InputError
 
 Batches = Iterable[tuple[Any, Any]]
-"""Pairs of inputs (a tensor ``(N, ...)``, or a tuple of such for a network with several) and targets ``(N, ...)``, on
-the network's device, from the training set."""
+"""Pairs of inputs (a tensor ``(N, ...)``, or a tuple of arguments for a network with several) and targets ``(N, ...)``,
+on the network's device, from the training set."""
 
 Loss = Callable[[Any, Any], Tensor]
 """Of the network's output and the targets a scalar: a mean over the samples."""
@@ -23,6 +23,18 @@ Loss = Callable[[Any, Any], Tensor]
 def inputs_of(inputs: Any) -> tuple[Any, ...]:
     """A network's arguments: those of a tuple, or the one input."""
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """In eval mode; every module is afterwards in the mode that it was in."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager
@@ -104,5 +116,5 @@ def _split(batches: Batches) -> Iterator[tuple[Any, Any]]:
     """Batches of one sample."""
     for inputs, targets in batches:
         for number in range(len(targets)):
-            one = tuple(part[number : number + 1] for part in inputs_of(inputs))
+            one = tuple(part[number : number + 1] if isinstance(part, Tensor) else part for part in inputs_of(inputs))
             yield one, targets[number : number + 1]

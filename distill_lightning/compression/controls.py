@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from distill_lightning.compression.lottery import reinitialize
 from distill_lightning.compression.measure import count_parameters
-from distill_lightning.compression.parameters import cuda_devices
+from distill_lightning.compression.quantizers import WeightQuantizer
 from distill_lightning.compression.recipe import changes_of, copy_network, note_change, plain_copy, rebuild
 from distill_lightning.compression.schedules import Threshold
-from distill_lightning.compression.steps import Prune, Step
+from distill_lightning.compression.steps import Prune, Regularise, Step
 from distill_lightning.compression.surgery import (
     Group,
     channel_groups,
     convert_attention,
     head_groups,
+    in_blocks,
     neuron_groups,
     shrink,
     unit_groups,
@@ -32,9 +34,15 @@ def random_steps(steps: Sequence[Step]) -> list[Step]:
     """The same steps, but what is pruned is drawn.
 
     Raises:
-        InputError: none of them prunes, or one does by a threshold.
+        InputError: none of them prunes, or one does by a threshold or by gates that it learns, which fix no amount.
     """
     others = [copy.deepcopy(step) for step in steps]
+    for step in others:
+        if isinstance(step, Regularise) and step.order is not None:
+            raise InputError(
+                f"{step!r} prunes by its own penalty, for which there is no amount to draw: give it no threshold and a "
+                "Prune after it"
+            )
     pruning = [step for step in others if isinstance(step, Prune)]
     if not pruning:
         raise InputError("no step prunes: there is no criterion to compare with a random one")
@@ -48,15 +56,17 @@ def random_steps(steps: Sequence[Step]) -> list[Step]:
 
 
 def same_size_network(fresh: nn.Module, compressed: nn.Module, example_inputs: Any, *, seed: int) -> nn.Module:
-    """A dense network with at most as many parameters as a compressed one has that are not zero.
+    """A dense network with at most as many parameters as a compressed one has that were not pruned.
 
     It gets the compressed network's structure; if that has more parameters than this (weights were pruned one by one),
-    all its channels, hidden units, heads and neurons are thinned out alike until it has not. Layers whose sizes differ
-    from the fresh network's are initialised anew.
+    all its channels, hidden units, heads and neurons are thinned out alike until it has not. Every layer is initialised
+    anew, by its own ``reset_parameters``, also where the fresh network has trained weights.
 
     Args:
-        fresh: built as the compressed network was at first, with other random weights; changed in place.
-        compressed: whose size counts.
+        fresh: built as the compressed network was at first; changed in place.
+        compressed: whose size counts, without the weights that are zero (biases count, and rows of paddings). Of
+            quantized weights those count that are not zero before they are rounded, so give it with its quantizers:
+            once they are baked, it cannot be told which zeros were pruned.
         example_inputs: see `Compressor`.
         seed: of the initialisation.
 
@@ -64,29 +74,50 @@ def same_size_network(fresh: nn.Module, compressed: nn.Module, example_inputs: A
         The fresh network.
 
     Raises:
-        InputError: it has nothing that can be thinned out, or even one of each is more.
+        InputError: it has nothing that can be thinned out, even one of each is more, or a module with parameters of its
+            own cannot initialise them.
     """
-    target = count_parameters(plain_copy(compressed)).nonzero
-    shapes = {name: parameter.shape for name, parameter in fresh.named_parameters()}
+    target = _unpruned(compressed)
     rebuild(fresh, {"changes": changes_of(compressed), "layers": {}})
     if count_parameters(fresh).stored > target:
         _thin(fresh, target, example_inputs)
-    with torch.random.fork_rng(devices=cuda_devices(fresh)):
-        torch.manual_seed(seed)
-        for path, module in fresh.named_modules():
-            own = {f"{path}.{name}" if path else name: p for name, p in module.named_parameters(recurse=False)}
-            reset = getattr(module, "reset_parameters", None)
-            if reset is not None and any(shapes.get(name) != parameter.shape for name, parameter in own.items()):
-                reset()
+    reinitialize(fresh, seed=seed)
     return fresh
+
+
+def _unpruned(network: nn.Module) -> int:
+    """Parameters without the weights that masks have set to zero; quantized ones as they are before rounding."""
+    copied = copy_network(network).eval()
+    computed = [module for module in copied.modules() if parametrize.is_parametrized(module)]
+    for layer in computed:
+        weights: Any = layer.parametrizations
+        for name in [name for name, entries in weights.items() if _is_quantized(entries)]:
+            parametrize.remove_parametrizations(layer, name, leave_parametrized=False)
+    plain = plain_copy(copied)
+    matrices = [parameter for parameter in plain.parameters() if parameter.dim() > 1]
+    # Zero from the beginning, and tied to an output layer only once.
+    padding = {
+        id(layer.weight): layer.weight[layer.padding_idx]
+        for layer in plain.modules()
+        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None
+    }
+    return count_parameters(plain).stored - _zeros(matrices) + _zeros(padding.values())
+
+
+def _is_quantized(entries: Iterable[nn.Module]) -> bool:
+    return any(isinstance(entry, WeightQuantizer) for entry in entries)
+
+
+def _zeros(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() - int(tensor.count_nonzero()) for tensor in tensors)
 
 
 def _thin(network: nn.Module, target: int, example_inputs: Any) -> None:
     low, high = 0.0, 1.0
     if _thinned(network, low, example_inputs) > target:
         raise InputError(
-            f"{type(network).__name__}: {target} parameters are fewer than it has with one channel or unit everywhere: "
-            "there is no dense network of this size"
+            f"{type(network).__name__}: {target} parameters are fewer than it has with one of everything that can be "
+            f"thinned out ({_kinds(network, example_inputs)}): there is no dense network of this size"
         )
     for _ in range(_TRIES):
         middle = (low + high) / 2
@@ -104,7 +135,21 @@ def _thinned(network: nn.Module, share: float, example_inputs: Any) -> int:
 
 def _shrink_to(network: nn.Module, share: float, example_inputs: Any) -> None:
     groups = _groups(network, example_inputs)
-    shrink(network, {group: list(range(max(round(share * group.size), 1))) for group in groups})
+    shrink(network, {group: _first(network, group, share) for group in groups})
+
+
+def _first(network: nn.Module, group: Group, share: float) -> list[int]:
+    """The first ones of a group; of hidden units those of every layer and direction, which keep equally many."""
+    if group.kind != "units":
+        return list(range(max(round(share * group.size), 1)))
+    rnn = cast("nn.RNNBase", network.get_submodule(group.name))
+    kept = range(max(round(share * rnn.hidden_size), 1))
+    return in_blocks(network, group, [kept] * (group.size // rnn.hidden_size))
+
+
+def _kinds(network: nn.Module, example_inputs: Any) -> str:
+    """What can be thinned out, in words."""
+    return ", ".join(dict.fromkeys(group.kind for group in _groups(network, example_inputs)))
 
 
 def _groups(network: nn.Module, example_inputs: Any) -> list[Group]:

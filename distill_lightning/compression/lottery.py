@@ -13,6 +13,8 @@ from distill_lightning.compression.parameters import cuda_devices
 from distill_lightning.errors import InputError
 from distill_lightning.weights import load_strictly
 
+_LISTS = (nn.ParameterList, nn.ParameterDict)
+
 
 class Snapshot:
     """A network's parameters and buffers (BatchNorm's statistics, say) at one moment: its beginning, or an early epoch.
@@ -84,7 +86,14 @@ def _reset(module: nn.Module) -> None:
     reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
     if reset is not None:
         reset()
-    elif next(module.parameters(recurse=False), None) is not None:
+    elif not isinstance(module, _LISTS) and _has_own(module):
         raise InputError(
-            f"{type(module).__name__} has parameters and no reset_parameters(): give init=, a function of every module"
+            f"{type(module).__name__} has parameters and no reset_parameters(): give it one, or init=, a function of "
+            "every module"
         )
+
+
+def _has_own(module: nn.Module) -> bool:
+    """Whether a module has parameters of its own, or in a list, which its ``reset_parameters`` has to draw then."""
+    holders = [module, *(child for child in module.children() if isinstance(child, _LISTS))]
+    return any(next(holder.parameters(recurse=False), None) is not None for holder in holders)

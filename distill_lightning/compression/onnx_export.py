@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.calibration import calibrating, inputs_of
+from distill_lightning.compression.calibration import calibrating, evaluating, inputs_of
 from distill_lightning.compression.measure import Latency, compare_latency
 from distill_lightning.errors import InputError
 
@@ -61,7 +61,7 @@ class OnnxNetwork:
         self.inputs = [entry.name for entry in self.session.get_inputs()]
 
     def __call__(self, *inputs: Tensor | Array) -> Any:
-        """The outputs, as a network returns them: one tensor, or a tuple of tensors.
+        """The outputs: one tensor, or a tuple of all tensors (`outputs_of`).
 
         Args:
             inputs: as many as the network has, tensors or arrays.
@@ -114,7 +114,8 @@ def export_onnx(network: nn.Module, path: Path, example_inputs: Any, *, dynamic_
 
     Raises:
         InputError: the extra ``onnx`` is not installed, the network is parametrized or cannot be exported, or the
-            outputs differ at batch sizes 1 and 3 (at that of ``example_inputs``); no file is left then.
+            outputs differ at batch sizes 1 and 3 (at that of ``example_inputs``) or are no tensors; no file is left
+            then.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _package(package)
@@ -133,14 +134,14 @@ def export_onnx(network: nn.Module, path: Path, example_inputs: Any, *, dynamic_
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise InputError(f"{type(network).__name__} cannot be exported to ONNX: {_in_a_line(error)}") from error
-    _strip(path)
-    session = onnx_session(path)
     checked = [at_batch(inputs, size) for size in _BATCHES] if dynamic_batch else [inputs]
     try:
+        _strip(path)
+        session = onnx_session(path)
         for given in checked:
             _check_equal(network, session, inputs_of(given))
-    except InputError:
-        path.unlink()
+    except BaseException:
+        path.unlink(missing_ok=True)
         raise
     return path
 
@@ -258,15 +259,11 @@ def onnx_latency(
     arguments = inputs_of(example_inputs)
     ours, theirs = onnx_session(compressed), onnx_session(dense)
     arrays = [_array(value) for value in tensors_of(arguments)]
-    training = network.training
-    network.eval()
-    try:
+    with evaluating(network):
         return {
             "onnxruntime": compare_latency(lambda: theirs(*arrays), lambda: ours(*arrays), rounds=rounds, seed=seed),
             "torch": compare_latency(lambda: network(*arguments), lambda: ours(*arrays), rounds=rounds, seed=seed),
         }
-    finally:
-        network.train(training)
 
 
 def at_batch(example_inputs: Any, size: int) -> Any:
@@ -297,6 +294,26 @@ def tensors_of(example_inputs: Any) -> tuple[Tensor, ...]:
         example_inputs: a tensor, or a tuple of arguments.
     """
     return tuple(value for value in inputs_of(example_inputs) if isinstance(value, Tensor))
+
+
+def outputs_of(output: Any) -> tuple[Tensor, ...]:
+    """The tensors of a network's output, in the order in which an ONNX file has them; what is ``None`` is left out.
+
+    Args:
+        output: a tensor, or tuples, lists and dicts of such, in one another.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if isinstance(output, Tensor):
+        return (output,)
+    if output is None:
+        return ()
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if not isinstance(output, (tuple, list)):
+        raise InputError(f"outputs must be tensors, or tuples, lists and dicts of such, got {type(output).__name__}")
+    return tuple(tensor for part in output for tensor in outputs_of(part))
 
 
 def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -356,14 +373,17 @@ def _strip(path: Path) -> None:
 
 def _check_equal(network: nn.Module, session: OnnxNetwork, arguments: tuple[Any, ...]) -> None:
     with calibrating(network), torch.inference_mode():
-        expected = network(*arguments)
-    wanted = list(expected) if isinstance(expected, (tuple, list)) else [expected]
-    given = session(*tensors_of(arguments))
-    found = list(given) if isinstance(given, tuple) else [given]
+        wanted = outputs_of(network(*arguments))
+    found = outputs_of(session(*tensors_of(arguments)))
+    if len(found) != len(wanted):
+        raise InputError(
+            f"{session.path} has {len(found)} outputs, and {type(network).__name__} gives {len(wanted)}: return each "
+            "tensor once"
+        )
     for ours, theirs in zip(wanted, found, strict=True):
         gap = float((ours.double() - theirs.double()).abs().max()) if ours.shape == theirs.shape else float("nan")
         # A NaN is within no tolerance.
-        if not gap <= TOLERANCE * max(1.0, float(ours.abs().max())):
+        if not gap <= TOLERANCE * max(1.0, float(ours.double().abs().max())):
             raise InputError(
                 f"{session.path} does not compute what {type(network).__name__} does: with a batch of "
                 f"{len(arguments[0])} outputs differ by {gap:.3g}; does its forward depend on values of its input?"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.calibration import calibrating, inputs_of
+from distill_lightning.compression.calibration import calibrating, evaluating, inputs_of
 from distill_lightning.compression.macs import Macs, count_macs
 from distill_lightning.compression.measure import NO_SPEED_UP, Latency, compare_latency, count_parameters, measure_file
 from distill_lightning.compression.onnx_export import (
@@ -25,6 +25,7 @@ from distill_lightning.compression.onnx_export import (
     export_onnx,
     onnx_latency,
     onnx_session,
+    outputs_of,
     quantize_onnx,
     tensors_of,
 )
@@ -343,9 +344,11 @@ class _Measuring:
     def onnx(self, folder: Path, onnx: Onnx, calibration: Iterable[Any] | None) -> None:
         """The ONNX file in float32 and, if asked for, in int8."""
         with calibrating(self.plain):
-            expected = self._expected(self.plain)
+            outputs = outputs_of(self._expected(self.plain))
+        # As ONNX Runtime gives them, without the structure.
+        expected = outputs[0] if len(outputs) == 1 else outputs
         options = {"expected": expected, "example_inputs": tensors_of(self.example_inputs), "read": onnx_session}
-        largest = max(float(output.abs().max()) for output in inputs_of(expected))
+        largest = max((float(output.double().abs().max()) for output in outputs), default=0.0)
         exact = folder / "float.onnx"
         self._measure(
             "onnx",
@@ -372,7 +375,7 @@ class _Measuring:
     def torch_latency(self, size: int) -> None:
         """Both networks in PyTorch, with whatever fast path a user would get."""
         arguments = inputs_of(at_batch(self.example_inputs, size))
-        with _eval(self.dense), _eval(self.plain):
+        with evaluating(self.dense), evaluating(self.plain):
             latency = compare_latency(
                 lambda: self.dense(*arguments), lambda: self.plain(*arguments), rounds=self.rounds, seed=self.seed
             )
@@ -400,14 +403,3 @@ def _loaded(like: nn.Module, path: Path) -> nn.Module:
             tensor.zero_()
     load_strictly(network, read_weights(path), source=str(path))
     return network.eval()
-
-
-@contextmanager
-def _eval(network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -204,7 +204,7 @@ class Two(nn.Module):
         self.head = nn.Linear(4, 3)
 
     def forward(self, one, other):
-        return self.head(one + other)
+        return self.head(one if other is None else one + other)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA, ids=lambda criterion: criterion.__name__)
@@ -213,6 +213,9 @@ def test_networks_with_several_inputs_are_given_tuples(criterion):
     pair = criterion(network, ["head.weight"], [((inputs, inputs), targets)], F.cross_entropy)
     single = criterion(network.head, ["weight"], [(2 * inputs, targets)], F.cross_entropy)
     assert torch.allclose(pair["head.weight"], single["weight"], rtol=1e-10)
+    without = criterion(network, ["head.weight"], [((inputs, None), targets)], F.cross_entropy)
+    alone = criterion(network.head, ["weight"], [(inputs, targets)], F.cross_entropy)
+    assert torch.allclose(without["head.weight"], alone["weight"], rtol=1e-10)
 
 
 @pytest.mark.parametrize(

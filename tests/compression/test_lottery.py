@@ -105,8 +105,27 @@ class Bare(nn.Module):
         self.gain = nn.Parameter(torch.ones(2))
 
 
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gains = nn.ParameterList([torch.ones(2)])
+
+
+class Drawn(Listed):
+    def reset_parameters(self):
+        nn.init.constant_(self.gains[0], 7)
+
+
+def test_parameters_in_a_list_are_drawn_by_the_layer_that_has_it():
+    with pytest.raises(InputError, match="Listed has parameters and no reset_parameters"):
+        reinitialize(nn.Sequential(Listed()), seed=0)
+    network = nn.Sequential(Drawn())
+    reinitialize(network, seed=0)
+    assert network[0].gains[0].tolist() == [7, 7]
+
+
 def test_what_cannot_initialise_itself_needs_a_function():
-    with pytest.raises(InputError, match=r"Bare has parameters and no reset_parameters\(\): give init="):
+    with pytest.raises(InputError, match=r"Bare has parameters and no reset_parameters\(\): give it one, or init="):
         reinitialize(Bare(), seed=0)
     network = Bare()
     reinitialize(network, seed=0, init=lambda module: nn.init.constant_(module.gain, 5))

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill_lightning import InputError, SmallResNet
 from distill_lightning.compression.criteria import magnitude
+from distill_lightning.compression.low_rank import rebuild
 from distill_lightning.compression.macs import Cost, count_macs
 from distill_lightning.compression.movement import learn
 from distill_lightning.compression.selection import select
@@ -209,6 +210,26 @@ def test_zeros_of_learned_masks_count_and_their_computation_does_not():
     counted = count_macs(network, torch.zeros(3, 5))
     assert (counted.dense, counted.effective) == (3 * 40, 3 * 35)
     assert count_macs(lstm, torch.zeros(7, 5)).dense == 7 * 24 * 11
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}])
+def test_a_factored_recurrent_layer_counts_as_the_dense_one_and_the_products_of_its_factors(kind, options):
+    torch.manual_seed(0)
+    layer, inputs = kind(5, 6, **options), torch.zeros(7, 3, 5)
+    recurrent = {name: weight for name, weight in layer.named_parameters() if name.startswith("weight_hh")}
+    products = {name: weight.shape[0] * 2 * weight.shape[1] for name, weight in recurrent.items()}
+    factored = rebuild(layer, {"kind": "recurrent", "ranks": dict.fromkeys(products, 2)})
+    factored.fill(layer)
+    counted = count_macs(factored, inputs)
+    assert counted.dense == counted.effective == count_macs(layer, inputs).dense + sum(products.values())
+    with torch.no_grad():
+        factored.weight_hh_l0_left[:, 0] = 0
+        factored.weight_ih_l0[0] = 0
+    half = count_macs(factored, inputs)
+    # A row of five weights at 21 steps, and one of two columns of factors.
+    assert half.dense == counted.dense
+    assert half.effective == counted.effective - 5 * 21 - products["weight_hh_l0"] // 2
 
 
 # what is left as it was, and what is not known

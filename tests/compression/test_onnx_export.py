@@ -18,6 +18,7 @@ from distill_lightning.compression.onnx_export import (
     int8_share,
     onnx_latency,
     onnx_session,
+    outputs_of,
     quantize_onnx,
 )
 from distill_lightning.compression.quantizers import Scheme, bake, quantize_weights
@@ -255,6 +256,56 @@ def test_a_fixed_batch_and_several_inputs_and_outputs(tmp_path):
         fixed(*wide)
 
 
+class Nested(nn.Module):
+    """An LSTM with outputs in whatever structure a function makes of them."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.rnn = nn.LSTM(4, 3, batch_first=True)
+        self.made = made
+
+    def forward(self, inputs):
+        return self.made(*self.rnn(inputs))
+
+
+@pytest.mark.parametrize(
+    ("made", "count"),
+    [
+        (lambda out, state: (out, state), 3),
+        (lambda out, state: {"out": out, "hidden": state[0]}, 2),
+        (lambda out, state: {"later": [state[1], (state[0],)], "first": out}, 3),
+        (lambda out, _: {"out": out, "aux": None}, 1),
+        (lambda out, _: [out], 1),
+    ],
+)
+def test_outputs_in_one_another_come_in_their_order(made, count, tmp_path):
+    torch.manual_seed(0)
+    network, inputs = Nested(made), torch.randn(2, 5, 4)
+    found = outputs_of(onnx_session(export_onnx(network, tmp_path / "net.onnx", inputs))(inputs))
+    expected = outputs_of(network(inputs))
+    assert len(found) == len(expected) == count
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other.detach(), atol=1e-5, rtol=0)
+
+
+def test_outputs_are_flattened_and_nothing_else_is_taken():
+    a, b, c = (torch.full((1,), float(number)) for number in range(3))
+    assert outputs_of({"x": (b, [a, None]), "y": {"z": c}}) == (b, a, c)
+    with pytest.raises(InputError, match="outputs must be tensors, or tuples, lists and dicts of such, got str"):
+        outputs_of((a, "b"))
+
+
+@pytest.mark.parametrize("error", [InputError("differs"), KeyError("unforeseen"), KeyboardInterrupt()])
+def test_no_file_is_left_that_was_not_checked(error, tmp_path, monkeypatch):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(onnx_export, "_check_equal", failing)
+    with pytest.raises(type(error)):
+        export_onnx(nn.Linear(4, 3), tmp_path / "net.onnx", torch.randn(2, 4))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_forward_that_the_file_cannot_follow_is_refused(tmp_path):
     class Fickle(nn.Module):
         def __init__(self):
@@ -321,6 +372,9 @@ def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch, package):
 
 def test_latency_has_two_baselines_that_compute_the_same(tmp_path, monkeypatch):
     network = plain_cnn().train()
+    # As a frozen BatchNorm would be.
+    network[1].eval()
+    modes = [module.training for module in network.modules()]
     images = torch.randn(2, 1, 8, 8)
     dense = export_onnx(network, tmp_path / "net.onnx", images)
     out = quantize_onnx(dense, tmp_path / "int8.onnx", batches=[images])
@@ -334,7 +388,8 @@ def test_latency_has_two_baselines_that_compute_the_same(tmp_path, monkeypatch):
     found = onnx_latency(out, dense, network, images)
     assert set(found) == {"onnxruntime", "torch"}
     assert all(isinstance(value, Latency) and len(value.dense) == 50 for value in found.values())
-    assert network.training
+    assert [module.training for module in network.modules()] == modes
+    assert len(set(modes)) == 2
     (by_runtime, int8, _), (by_torch, again, mode) = seen
     assert mode is False
     torch.testing.assert_close(by_runtime, by_torch, atol=1e-5, rtol=0)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression import stages
+from distill_lightning.compression import low_rank, stages
 from distill_lightning.compression.measure import Latency, Ratio
 from distill_lightning.compression.packing import pack_codes, pack_dense, read_packed, write_packed
 from distill_lightning.compression.quantizers import Scheme, quantize_weights, weight_codes
@@ -220,6 +220,46 @@ def test_onnx_files_are_written_and_timed_against_both_baselines(monkeypatch):
     assert "use mode='static'" in refused.missing["onnx_int8"]
     assert "onnx" in refused.nbytes
     assert [row.runtime for row in refused.latency] == ["torch", "onnxruntime", "onnxruntime"]
+
+
+class Structured(nn.Module):
+    """A recurrent layer that returns its output in a structure."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.rnn = nn.LSTM(4, 3, batch_first=True)
+        self.made = made
+
+    def forward(self, inputs):
+        return self.made(*self.rnn(inputs))
+
+
+@pytest.mark.parametrize(
+    "made", [lambda out, state: (out, state), lambda out, _: {"logits": out}, lambda out, _: {"a": out, "b": None}]
+)
+def test_outputs_in_a_structure_have_an_onnx_file(made, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    from distill_lightning.compression import onnx_export
+
+    for module in (stages, onnx_export):
+        monkeypatch.setattr(module, "compare_latency", fake_latency)
+    network, inputs = Structured(made), torch.randn(2, 5, 4)
+    stage = measure_stage("x", network, network, inputs, kind="after", batch_sizes=(2,), scores={}, onnx="float")
+    assert stage.nbytes["onnx"] > 0
+    assert stage.differences["onnx"] < 1e-5
+    assert [row.runtime for row in stage.latency] == ["torch", "onnxruntime", "onnxruntime"]
+
+
+def test_factored_recurrent_layers_are_measured_like_others():
+    network = nn.Sequential(nn.LSTM(8, 16, batch_first=True))
+    piece = copy.deepcopy(network)
+    layer = low_rank.rebuild(piece[0], {"kind": "recurrent", "ranks": {"weight_hh_l0": 2}})
+    layer.fill(piece[0])
+    low_rank.replace_layer(piece, "0", layer)
+    stage = measure_stage("x", piece, network, torch.randn(2, 5, 8), kind="after", batch_sizes=(), scores={})
+    assert stage.macs == 5 * 64 * (8 + 16) + 64 * 2 * 16
+    assert "macs" not in stage.missing
 
 
 def test_a_transformer_reproduces_to_the_bit():

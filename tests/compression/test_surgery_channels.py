@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from distill_lightning.compression.macs import count_macs
 from distill_lightning.compression.surgery.channels import channel_groups
 from distill_lightning.compression.surgery.groups import Group, Member, shrink
 from distill_lightning.compression.surgery.rebuilding import describe, rebuild, rebuild_layer
@@ -196,6 +197,14 @@ def test_half_of_resnet18():
     shrink(network, {group: range(group.size // 2) for group in groups})
     assert sum(parameter.numel() for parameter in network.parameters()) == 3_055_880
     assert network.fc.out_features == 1000
+    # Half as wide, each layer written out: kernel, channels in, channels out, side of the output, how many of it.
+    layers = [(7, 3, 32, 112, 1), (3, 32, 32, 56, 4)]
+    for channels, side in ((64, 28), (128, 14), (256, 7)):
+        half = channels // 2
+        layers += [(3, half, channels, side, 1), (3, channels, channels, side, 3), (1, half, channels, side, 1)]
+    macs = sum(kernel**2 * before * after * side**2 * times for kernel, before, after, side, times in layers)
+    counted = count_macs(network, torch.zeros(1, 3, 224, 224))
+    assert counted.dense == counted.effective == macs + 256 * 1000 == 483_149_824
 
 
 TORCHVISION = {  # and in how many groups their channels are

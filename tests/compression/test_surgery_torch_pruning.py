@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from distill_lightning import InputError
+from distill_lightning.compression.macs import count_macs
 from distill_lightning.compression.surgery import (
     channel_groups,
     channel_groups_by_torch_pruning,
@@ -22,7 +23,7 @@ from distill_lightning.compression.surgery import (
 )
 from distill_lightning.networks import SmallResNet
 
-pytest.importorskip("torch_pruning")
+torch_pruning = pytest.importorskip("torch_pruning")
 
 
 def sequential():
@@ -107,6 +108,11 @@ def test_half_of_resnet18():
     shrink(network, {group: range(group.size // 2) for group in groups})
     assert sum(parameter.numel() for parameter in network.parameters()) == 3_055_880
     assert network.fc.out_features == 1000
+    # What the library's README has for it, and ours, without its norms, activations, pooling and biases.
+    image = torch.zeros(1, 3, 224, 224)
+    macs, parameters = torch_pruning.utils.count_ops_and_params(network.eval(), image)
+    assert (macs, parameters) == (487_202_536, 3_055_880)
+    assert count_macs(network, image).dense == 483_149_824
 
 
 def test_scores_and_the_next_round():

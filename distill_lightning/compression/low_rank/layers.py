@@ -148,6 +148,14 @@ class TrainLinear(nn.Module):
         output = state.reshape(*feature.shape[:-1], self.out_features)
         return output if self.bias is None else output + self.bias
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw cores whose weight has the variance that PyTorch gives a dense layer's, and its bias."""
+        bound = 1 / math.sqrt(self.in_features)
+        draw_cores(self.cores, bound**2 / 3)
+        if self.bias is not None:
+            self.bias.uniform_(-bound, bound)
+
     def fill(self, layer: nn.Linear) -> float:
         """Copy the train of a dense layer's weight.
 
@@ -209,6 +217,10 @@ class TrainEmbedding(nn.Module):
         if self.padding_idx is None:
             return found
         return found.masked_fill((index == self.padding_idx)[..., None], 0)
+
+    def reset_parameters(self) -> None:
+        """Draw cores whose table has the variance 1 of a dense layer's."""
+        draw_cores(self.cores, 1.0)
 
     def fill(self, layer: nn.Embedding) -> float:
         """Copy the train of a dense layer's table.
@@ -287,6 +299,15 @@ def empty_cores(
     edges = [1, *ranks, 1]
     sizes = zip(edges, row_shape, column_shape, edges[1:], strict=False)
     return nn.ParameterList([nn.Parameter(torch.empty(size, dtype=like.dtype, device="meta")) for size in sizes])
+
+
+@torch.no_grad()
+def draw_cores(cores: nn.ParameterList, variance: float) -> None:
+    """Normal cores, alike in spread, of which the train's entries have this variance."""
+    # An entry is a sum over all inner ranks of products with one factor of each core.
+    terms = math.prod(core.shape[3] for core in list(cores)[:-1])
+    for core in cores:
+        core.normal_(std=(variance / terms) ** (0.5 / len(cores)))
 
 
 def fill_cores(cores: nn.ParameterList, matrix: Tensor, row_shape: Sequence[int], column_shape: Sequence[int]) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distill_lightning.compression.low_rank.decompositions import exact, relative_error, truncated_svd
 from distill_lightning.compression.low_rank.layers import copy_into, take_over
+from distill_lightning.compression.macs import Cost
 
 
 class _FactoredWeights(nn.RNNBase):
@@ -63,6 +64,20 @@ class _FactoredWeights(nn.RNNBase):
             originals.append(weight.flatten())
         copy_into({own: getattr(layer, name) for name, own in self.named_parameters() if hasattr(layer, name)})
         return relative_error(torch.cat(approximated), torch.cat(originals))
+
+    def count_macs(self, inputs: tuple[Any, ...], output: Any) -> Cost:
+        """Those of the dense layer at every step of every sample, and the products of the factors once."""
+        given = inputs[0].data if isinstance(inputs[0], nn.utils.rnn.PackedSequence) else inputs[0]
+        steps = given.shape[:-1].numel()
+        weights = [self._weight(name) for name in self._flat_weights_names if name.startswith("weight")]
+        dense = steps * sum(weight.numel() for weight in weights)
+        effective = steps * sum(int(weight.count_nonzero()) for weight in weights)
+        for name in self.ranks:
+            left, right = getattr(self, f"{name}_left"), getattr(self, f"{name}_right")
+            dense += left.numel() * right.shape[1]
+            # Column k of the one meets row k of the other.
+            effective += int((left.count_nonzero(dim=0) * right.count_nonzero(dim=1)).sum())
+        return Cost(dense, effective)
 
     def _weight(self, name: str) -> Tensor:
         if name not in self.ranks:
