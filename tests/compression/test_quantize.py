@@ -11,7 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression import Compressor, Encode, MixedPrecision, Quantize, Step, packing, recipe
+from distill_lightning.compression import (
+    Compressor,
+    Encode,
+    MixedPrecision,
+    Quantize,
+    Step,
+    load_compressed,
+    packing,
+    recipe,
+)
 from distill_lightning.compression import quantizers as q
 from distill_lightning.compression.masks import Masks
 
@@ -397,6 +406,25 @@ def test_ties():
     network = Tied()
     compress(network, tokens, Quantize(bits=MixedPrecision(ratio=0.3)))
     assert torch.equal(network.out.weight, network.embed.weight)
+
+
+@pytest.mark.parametrize("bits", [8, 5, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_tied_affine_weights_are_rounded_once_in_the_file(bits, seed, tmp_path):
+    """Affine min-max is not idempotent: what was rounded once more has other values."""
+    torch.manual_seed(seed)
+    network = Tied()
+    compressor = compress(network, inputs_for("tied"), Quantize(weight_bits=bits, scheme="affine"))
+    expected, weight = outputs(network, "tied"), network.embed.weight.detach().clone()
+    network.train()
+    baked = recipe.bake(recipe.copy_network(network))
+    assert all(module.training for module in baked.modules())
+    assert torch.equal(baked.embed.weight, weight)
+    assert baked.out.weight is baked.embed.weight
+    size = compressor.write(tmp_path / "tied.dlpk")
+    assert torch.equal(outputs(load_compressed(tmp_path / "tied.dlpk", Tied()), "tied"), expected)
+    # Codes, not floats: far from the 4 bytes of each of the float weights.
+    assert size < 4 * sum(parameter.numel() for parameter in Tied().parameters())
 
 
 @pytest.mark.parametrize(
