@@ -85,9 +85,7 @@ class MixedPrecision:
             errors,
             {name: weight.numel() for name, weight in weights.items()},
             budget=budget,
-            overhead={
-                name: scale_bytes(weight, Scheme(8, kind, per, axes[name])) for name, weight in weights.items()
-            },
+            overhead={name: scale_bytes(weight, Scheme(8, kind, per, axes[name])) for name, weight in weights.items()},
         )
 
 

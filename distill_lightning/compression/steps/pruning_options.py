@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from distill_lightning.compression.schedules import Cubic, OneShot, Schedule, Threshold
+from distill_lightning.compression.schedules import Cubic, Iterative, OneShot, Schedule, Threshold
 from distill_lightning.compression.selection import Granularity
 from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
 from distill_lightning.compression.steps.units import UNITS
@@ -65,6 +65,11 @@ def check_options(
         (learned and granularity != "weight", f"criterion {criterion!r} needs granularity 'weight'"),
         (criterion == "soft_movement" and not threshold, "criterion 'soft_movement' goes with a Threshold"),
         (criterion == "movement" and threshold, "criterion 'movement' needs an amount, not a Threshold"),
+        (
+            criterion == "movement" and (isinstance(schedule, OneShot | Iterative) or _initial(schedule) > 0),
+            "criterion 'movement' needs a schedule that begins at 0, Cubic(initial=0): before training all scores are "
+            "equal",
+        ),
         (criterion == "obs_update" and threshold, "criterion 'obs_update' needs an amount, not a Threshold"),
         (fixed and not at_once, f"granularity {granularity!r} goes with OneShot"),
         (granularity == "layer" and not at_once, "granularity 'layer' goes with OneShot: no mask skips a layer"),
@@ -93,3 +98,7 @@ def check_options(
     ):
         if wrong:
             raise InputError(f"Prune: {reason}")
+
+
+def _initial(schedule: Schedule | Threshold) -> float:
+    return schedule.initial if isinstance(schedule, Cubic) else 0.0
