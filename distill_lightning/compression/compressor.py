@@ -145,7 +145,7 @@ class Compressor:
         Returns:
             Whether another optimiser is needed: the network has other parameters now, or its training begins anew.
         """
-        self.piece.optimizer, self.piece.restart = optimizer, False
+        self.piece.optimizer = optimizer
         before = list(self.network.parameters())
         for waiting in self.waiting:
             waiting.step.watch_epoch(self.piece, epoch)
@@ -153,7 +153,9 @@ class Compressor:
         phase = self.phase
         if phase is not None:
             self._steps = (phase.end - phase.begin) * steps_per_epoch
-        return self.piece.restart or not has_parameters(self.network, before)
+        # Of a step that began or ended now, or went on in the epoch before.
+        restart, self.piece.restart = self.piece.restart, False
+        return restart or not has_parameters(self.network, before)
 
     def is_due(self, epoch: int) -> bool:
         """Whether a phase begins or ends with an epoch that begins now."""
@@ -234,6 +236,7 @@ class Compressor:
             "masks": self.masks.state_dict(),
             "coding": self.piece.coding,
             "notes": list(self.piece.notes),
+            "restart": self.piece.restart,
             "of_steps": {other.number: other.step.state_dict() for other in self.phases[self._finished :]},
         }
 
@@ -252,6 +255,7 @@ class Compressor:
         self._step, self._steps = state["step"], state["steps"]
         self.masks.load_state_dict(state["masks"])
         self.piece.coding, self.piece.notes = state["coding"], list(state["notes"])
+        self.piece.restart = state.get("restart", False)
         for phase in self.phases[self._finished :]:
             phase.step.load_state_dict(state["of_steps"][phase.number])
 

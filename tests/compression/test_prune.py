@@ -602,6 +602,32 @@ def test_iterative_tickets_go_back_at_every_round():
         assert torch.equal(state[name], value.masked_fill(~kept, 0)), name
 
 
+def test_every_round_of_iterative_tickets_begins_with_an_optimiser_of_its_own():
+    """Rounds 2 and 3 are drawn in `update`, after the last step of the epoch before them."""
+
+    def compressor_with(network):
+        step = Prune(amount=0.75, schedule=Iterative(3), rewind="start", at=1, finetune_epochs=6)
+        return compressor_of(network, step, epochs=7)
+
+    network = build()
+    compressor, asked = compressor_with(network), []
+    optimizer = OPTIMIZERS["adam"](network.parameters())
+    for epoch in range(7):
+        if epoch == 5:
+            # What a run knows that is killed between the epochs.
+            other = compressor_with(copy.deepcopy(network))
+            other.load_state_dict(compressor.state_dict())
+            assert other.begin_epoch(epoch, steps_per_epoch=3, optimizer=optimizer)
+        asked.append(compressor.begin_epoch(epoch, steps_per_epoch=3, optimizer=optimizer))
+        for inputs, targets in images():
+            F.cross_entropy(network(inputs), targets).backward()
+            compressor.before_optimizer_step()
+            optimizer.step()
+            compressor.after_optimizer_step(optimizer)
+            optimizer.zero_grad()
+    assert asked == [False, True, False, True, False, True, False]
+
+
 def test_the_random_control_has_the_ticket_and_other_weights():
     networks = {}
     for rewind in ("start", "random"):
