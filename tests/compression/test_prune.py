@@ -732,6 +732,12 @@ def test_tied_weights_are_pruned_once():
         ({"amount": 0.5, "rewind": "begin"}, "rewind is an epoch"),
         ({"amount": 0.5, "rewind": -1}, "rewind is an epoch"),
         ({"scope": Sensitivity(max_drop=0.1), "amount": 0.5}, "exactly one of"),
+        ({"scope": "layer", "schedule": Threshold(0.1)}, "does nothing beside a Threshold"),
+        ({"amount": 0.5, "penalty_weight": 0.1}, "penalty_weight is of criterion 'soft_movement'"),
+        ({"criterion": "soft_movement", "penalty_weight": -0.1}, "must not be negative"),
+        ({"amount": 0.5, "backend": "nope"}, "backend must be own or torch_pruning, got 'nope'"),
+        ({"amount": 0.5, "backend": "torch_pruning"}, "backend 'torch_pruning' is of granularity 'channel'"),
+        ({"amount": 0.5, "backend": "torch_pruning", "granularity": "head"}, "is of granularity 'channel'"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_in_one_line(options, message):
