@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from distill_lightning.compression import movement
@@ -18,6 +19,7 @@ from distill_lightning.compression.parameters import cuda_devices, restore_order
 from distill_lightning.compression.recipe import copy_network
 from distill_lightning.compression.steps.base import Step
 from distill_lightning.compression.surgery import recalibrate
+from distill_lightning.compression.targets import check_patterns
 from distill_lightning.compression.timeline import Phase, check_order, plan
 from distill_lightning.compression.workpiece import Workpiece, cross_entropy
 from distill_lightning.errors import InputError
@@ -62,7 +64,8 @@ class Compressor:
         watch: called with a moment (see `Moment`) and the phase, when the network is as it is then.
 
     Raises:
-        InputError: an order that makes no sense, phases that overlap or do not fit into ``epochs``; see `plan`.
+        InputError: an order that makes no sense, phases that overlap or do not fit into ``epochs``, see `plan`; or
+            ``targets`` that match no layer, of the steps before which none can give the network other layers.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Compressor:
         self.phases = (
             plan(self.steps, epochs=epochs, dense_epochs=dense_epochs) if self.trains else _at_once(self.steps)
         )
+        _check_targets(network, self.steps)
         draw = batches if callable(batches) or batches is None else _kept(batches)
         self.piece = Workpiece(network, example_inputs, seed=seed, draw=draw, loss=loss)
         self.bn_batches = bn_batches
@@ -145,7 +149,7 @@ class Compressor:
         Returns:
             Whether another optimiser is needed: the network has other parameters now, or its training begins anew.
         """
-        self.piece.optimizer, self.piece.restart = optimizer, False
+        self.piece.optimizer = optimizer
         before = list(self.network.parameters())
         for waiting in self.waiting:
             waiting.step.watch_epoch(self.piece, epoch)
@@ -153,7 +157,9 @@ class Compressor:
         phase = self.phase
         if phase is not None:
             self._steps = (phase.end - phase.begin) * steps_per_epoch
-        return self.piece.restart or not has_parameters(self.network, before)
+        # Of a step that began or ended now, or went on in the epoch before.
+        restart, self.piece.restart = self.piece.restart, False
+        return restart or not has_parameters(self.network, before)
 
     def is_due(self, epoch: int) -> bool:
         """Whether a phase begins or ends with an epoch that begins now."""
@@ -234,6 +240,7 @@ class Compressor:
             "masks": self.masks.state_dict(),
             "coding": self.piece.coding,
             "notes": list(self.piece.notes),
+            "restart": self.piece.restart,
             "of_steps": {other.number: other.step.state_dict() for other in self.phases[self._finished :]},
         }
 
@@ -252,6 +259,7 @@ class Compressor:
         self._step, self._steps = state["step"], state["steps"]
         self.masks.load_state_dict(state["masks"])
         self.piece.coding, self.piece.notes = state["coding"], list(state["notes"])
+        self.piece.restart = state.get("restart", False)
         for phase in self.phases[self._finished :]:
             phase.step.load_state_dict(state["of_steps"][phase.number])
 
@@ -285,10 +293,16 @@ class Compressor:
             torch.manual_seed(piece.seed + self._begun)
             act(piece)
             restore_order(piece.network, self.dense)
-            if piece.changed and step.recalibrates and self.bn_batches and piece.draw is not None:
-                batches = piece.batches("BatchNorm")
-                recalibrate(piece.network, [inputs for inputs, _ in batches], limit=self.bn_batches)
+            if piece.changed and step.recalibrates and self.bn_batches:
+                self._recalibrate(piece)
         piece.forget_batches()
+
+    def _recalibrate(self, piece: Workpiece) -> None:
+        if piece.draw is not None:
+            batches = piece.batches("BatchNorm")
+            recalibrate(piece.network, [inputs for inputs, _ in batches], limit=self.bn_batches)
+        elif any(isinstance(module, _BatchNorm) and module.track_running_stats for module in piece.network.modules()):
+            piece.note("BatchNorm's statistics are those of before: give batches of training inputs to measure them")
 
     def _tell(self, moment: Moment, phase: Phase | None) -> None:
         if self.watch is not None:
@@ -303,6 +317,18 @@ def _at_once(steps: Sequence[Step]) -> list[Phase]:
             raise InputError(f"step {number} ({step!r}): {reason}: give the Compressor epochs, and train")
     check_order(steps)
     return [Phase(number, step, 0, 0) for number, step in enumerate(steps, start=1)]
+
+
+def _check_targets(network: nn.Module, steps: Sequence[Step]) -> None:
+    """Refuse now what matches nothing, not when its phase begins: as far as the layers are known now."""
+    for number, step in enumerate(steps, start=1):
+        try:
+            check_patterns(network, step.targets or (), "targets")
+            check_patterns(network, step.exclude, "exclude")
+        except InputError as error:
+            raise InputError(f"step {number} ({step!r}): {error}") from error
+        if step.gives_other_parameters:
+            return
 
 
 def _kept(batches: Iterable[tuple[Any, Any]]) -> Callable[[], Sequence[tuple[Any, Any]]]:

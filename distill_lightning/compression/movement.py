@@ -7,6 +7,7 @@ weight and the scores; `bake` puts the pruned weight in their place.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, cast
 
@@ -178,12 +179,19 @@ def learn(network: nn.Module, paths: Iterable[str], *, kind: Kind, **options: An
         What was put on, by path.
 
     Raises:
-        InputError: a path names no parameter, or another kind.
+        InputError: a path names no parameter or a tied one, or another kind.
     """
     if kind not in _KINDS:
         raise InputError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
+    weights = parameters_of(network, paths)
+    places = Counter(id(own) for module in network.modules() for own in module.parameters(recurse=False))
+    for path, weight in weights.items():
+        if places[id(weight)] > 1:
+            raise InputError(
+                f"{path!r} is a tied weight, of which a learned mask sees one use alone: exclude its layers"
+            )
     put = {}
-    for path, weight in parameters_of(network, paths).items():
+    for path, weight in weights.items():
         module, name = split_path(path)
         put[path] = _KINDS[kind](weight.detach(), **options)
         parametrize.register_parametrization(network.get_submodule(module), name, put[path])

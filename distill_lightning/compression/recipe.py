@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -127,11 +127,22 @@ def bake(network: nn.Module) -> nn.Module:
         The network.
     """
     _separate_classes(network)
-    movement.bake(network)
-    for _, layer in _layers(network):
-        packing.bake_shared(layer)
-        packing.bake_hashed(layer)
-        quantizers.bake(layer)
+    modes = {module: module.training for module in network.modules()}
+    # Some parametrizations draw in train mode.
+    network.eval()
+    # All values first: tied layers compute theirs from one weight, which the first of them is about to overwrite.
+    with parametrize.cached(), torch.no_grad():
+        for _, layer in _layers(network):
+            if parametrize.is_parametrized(layer):
+                for name in cast("nn.ModuleDict", layer.parametrizations):
+                    getattr(layer, name)
+        movement.bake(network)
+        for _, layer in _layers(network):
+            packing.bake_shared(layer)
+            packing.bake_hashed(layer)
+            quantizers.bake(layer)
+    for module in network.modules():
+        module.training = modes[module]
     return network
 
 

@@ -50,6 +50,20 @@ def match_layers(
     return left
 
 
+def check_patterns(network: nn.Module, patterns: Targets, argument: str) -> None:
+    """Refuse patterns that match no part of a network at all, whatever a step can work on.
+
+    Args:
+        network: whose layers they are.
+        patterns: see `Targets`.
+        argument: what they were given as, for the message.
+
+    Raises:
+        InputError: one matches nothing.
+    """
+    _matching(network, dict(network.named_modules()), patterns, argument, "layers")
+
+
 def _matching(
     network: nn.Module, fitting: dict[str, nn.Module], patterns: Targets, argument: str, what: str
 ) -> list[str]:
@@ -57,7 +71,9 @@ def _matching(
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matched = [path for path, module in fitting.items() if _matches(pattern, path, module)]
         if not matched:
-            near = difflib.get_close_matches(pattern, fitting, n=5, cutoff=0.3) or list(fitting)[:5]
+            near = (
+                difflib.get_close_matches(pattern, fitting, n=5, cutoff=0.3) or [path for path in fitting if path][:5]
+            )
             raise InputError(
                 f"{argument} {pattern!r} matches none of {type(network).__name__}'s {what}: "
                 f"near are {', '.join(near) or 'none at all'}"

@@ -13,7 +13,9 @@ _REASONS = {
         "masks belong to weights, which a step that shrinks, factors or ties layers replaces"
     ),
     (Order.VALUES, Order.STRUCTURE): "shared or quantized weights cannot be shrunk, factored or tied",
-    (Order.VALUES, Order.MASKS): "weights that are shared or quantized have no values of their own to prune",
+    (Order.VALUES, Order.MASKS): (
+        "weights that are shared or quantized have no values of their own to prune or to regularise"
+    ),
 }
 
 
@@ -65,8 +67,29 @@ def plan(steps: Sequence[Step], *, epochs: int, dense_epochs: int = 0) -> list[P
         if reason is not None and not step.finetune_epochs:
             raise InputError(f"step {number} ({step!r}): {reason}: give it finetune_epochs")
         phases.append(Phase(number, step, begin, end))
+        _check_rewind(phases)
         now = end
     return phases
+
+
+def _check_rewind(phases: Sequence[Phase]) -> None:
+    """Refuse that the last one goes back to a network with other parameters than it will find."""
+    last = phases[-1]
+    epoch = last.step.rewinds_to
+    if epoch is None:
+        return
+    for phase in phases[:-1]:
+        if not phase.step.gives_other_parameters:
+            continue
+        until = phase.end if phase.step.changes_at_end else phase.begin
+        # Scores of masks are there in their phase alone; structure remains.
+        since = phase.begin + 1 if phase.step.order is Order.MASKS else 0
+        if since <= epoch <= until:
+            raise InputError(
+                f"step {last.number} ({last.step!r}) goes back to the network of epoch {epoch}, which has other "
+                f"parameters than it will find, by step {phase.number} ({phase.step!r}): give it rewind={until + 1} or "
+                "later, or 'random'"
+            )
 
 
 def check_order(steps: Sequence[Step]) -> None:
@@ -77,15 +100,14 @@ def check_order(steps: Sequence[Step]) -> None:
     """
     last: tuple[int, Step] | None = None
     for number, step in enumerate(steps, start=1):
-        if step.order is None:
-            continue
-        if last is not None and last[1].order is not None and step.order < last[1].order:
-            before, after = last[1].order, step.order
+        before, after = None if last is None else last[1].order, step.latest_after
+        if last is not None and before is not None and after is not None and after < before:
             reason = _REASONS.get((before, after), "what is stored is encoded last, because it changes no weight")
             raise InputError(
                 f"step {number} ({step!r}) cannot come after step {last[0]} ({last[1]!r}): {reason}; exchange them"
             )
-        last = number, step
+        if step.order is not None:
+            last = number, step
 
 
 def _begin(step: Step, now: int, epochs: int) -> int:

@@ -146,6 +146,33 @@ def test_batch_norm_is_measured_again_on_the_calibration_data():
     assert torch.allclose(norm.running_var, torch.stack([o.var((0, 2, 3)) for o in outputs]).mean(0), rtol=1e-5)
 
 
+def test_statistics_that_could_not_be_measured_are_told():
+    inputs = torch.rand(2, 1, 8, 8)
+    told = "BatchNorm's statistics are those of before"
+
+    def notes(network, steps, **options):
+        compressor = Compressor(network, steps, inputs, **options)
+        compressor.apply()
+        return " ".join(compressor.piece.notes)
+
+    assert told in notes(net(), [Prune(amount=0.5)])
+    assert told not in notes(net(), [Prune(amount=0.5)], bn_batches=0)
+    assert told not in notes(net(), [Prune(amount=0.5)], batches=batches())
+    assert told not in notes(net(), [Prune(amount=0.0)])
+    assert told not in notes(net(), [Quantize(weight_bits=4)])
+    assert told not in notes(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), [Prune(amount=0.5)])
+
+
+def test_targets_that_match_nothing_are_refused_before_the_training():
+    inputs = torch.rand(2, 1, 8, 8)
+    for options in ({"targets": "zz*"}, {"exclude": ["head", "zz*"]}):
+        late = Prune(amount=0.5, at=3, **options)
+        with pytest.raises(InputError, match=r"step 2 \(Prune weight\): (targets|exclude) 'zz\*' matches none of"):
+            Compressor(net(), [Prune(amount=0.1), late], inputs, epochs=5)
+    # These layers are there when their turn comes.
+    Compressor(net(), [LowRank(rank=2), Prune(amount=0.5, targets="features.0.0")], inputs).apply()
+
+
 def test_a_penalty_adds_its_gradient():
     network, data = net(), batches(1)
     steps = [Regularise(penalty="l1", weight=0.1, finetune_epochs=1)]

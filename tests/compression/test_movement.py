@@ -200,6 +200,21 @@ def test_row_gates_go_together_and_carry_gradients():
     assert bake(layer).kept["weight"].flatten(1).float().mean(1).tolist() == [0, 0, 1, 1, 1]
 
 
+@pytest.mark.parametrize("kind", ["hard", "soft", "l0"])
+def test_tied_weights_are_refused_and_a_layer_in_two_places_is_not(kind):
+    network = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 7))
+    network[3].weight = network[0].weight
+    with pytest.raises(InputError, match=r"'0.weight' is a tied weight.*exclude its layers"):
+        learn(network, ["1.weight", "0.weight"], kind=kind)
+    assert learned(network) == {}
+    twice = nn.Linear(5, 5)
+    network = nn.Sequential(twice, nn.ReLU(), twice)
+    mask = learn(network, ["0.weight"], kind="hard")["0.weight"]
+    mask.amount = 1.0
+    inputs = torch.randn(3, 5)
+    assert torch.equal(network(inputs), twice.bias.expand(3, 5))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

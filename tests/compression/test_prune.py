@@ -602,6 +602,32 @@ def test_iterative_tickets_go_back_at_every_round():
         assert torch.equal(state[name], value.masked_fill(~kept, 0)), name
 
 
+def test_every_round_of_iterative_tickets_begins_with_an_optimiser_of_its_own():
+    """Rounds 2 and 3 are drawn in `update`, after the last step of the epoch before them."""
+
+    def compressor_with(network):
+        step = Prune(amount=0.75, schedule=Iterative(3), rewind="start", at=1, finetune_epochs=6)
+        return compressor_of(network, step, epochs=7)
+
+    network = build()
+    compressor, asked = compressor_with(network), []
+    optimizer = OPTIMIZERS["adam"](network.parameters())
+    for epoch in range(7):
+        if epoch == 5:
+            # What a run knows that is killed between the epochs.
+            other = compressor_with(copy.deepcopy(network))
+            other.load_state_dict(compressor.state_dict())
+            assert other.begin_epoch(epoch, steps_per_epoch=3, optimizer=optimizer)
+        asked.append(compressor.begin_epoch(epoch, steps_per_epoch=3, optimizer=optimizer))
+        for inputs, targets in images():
+            F.cross_entropy(network(inputs), targets).backward()
+            compressor.before_optimizer_step()
+            optimizer.step()
+            compressor.after_optimizer_step(optimizer)
+            optimizer.zero_grad()
+    assert asked == [False, True, False, True, False, True, False]
+
+
 def test_the_random_control_has_the_ticket_and_other_weights():
     networks = {}
     for rewind in ("start", "random"):
@@ -693,6 +719,9 @@ def test_tied_weights_are_pruned_once():
         ({"amount": 0.5, "criterion": "movement", "granularity": "row"}, "needs granularity 'weight'"),
         ({"amount": 0.5, "criterion": "soft_movement", "schedule": OneShot()}, "goes with a Threshold"),
         ({"criterion": "movement", "schedule": Threshold(0.1)}, "needs an amount"),
+        ({"amount": 0.5, "criterion": "movement", "schedule": OneShot()}, "a schedule that begins at 0"),
+        ({"amount": 0.5, "criterion": "movement", "schedule": Iterative(3)}, "a schedule that begins at 0"),
+        ({"amount": 0.5, "criterion": "movement", "schedule": Cubic(initial=0.1)}, "a schedule that begins at 0"),
         ({"granularity": "2:4", "schedule": Cubic()}, "goes with OneShot"),
         ({"amount": 0.5, "granularity": "layer", "schedule": Cubic()}, "no mask skips a layer"),
         ({"amount": 0.5, "round_to": 4}, "round_to is of granularity"),
@@ -703,6 +732,12 @@ def test_tied_weights_are_pruned_once():
         ({"amount": 0.5, "rewind": "begin"}, "rewind is an epoch"),
         ({"amount": 0.5, "rewind": -1}, "rewind is an epoch"),
         ({"scope": Sensitivity(max_drop=0.1), "amount": 0.5}, "exactly one of"),
+        ({"scope": "layer", "schedule": Threshold(0.1)}, "does nothing beside a Threshold"),
+        ({"amount": 0.5, "penalty_weight": 0.1}, "penalty_weight is of criterion 'soft_movement'"),
+        ({"criterion": "soft_movement", "penalty_weight": -0.1}, "must not be negative"),
+        ({"amount": 0.5, "backend": "nope"}, "backend must be own or torch_pruning, got 'nope'"),
+        ({"amount": 0.5, "backend": "torch_pruning"}, "backend 'torch_pruning' is of granularity 'channel'"),
+        ({"amount": 0.5, "backend": "torch_pruning", "granularity": "head"}, "is of granularity 'channel'"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_in_one_line(options, message):

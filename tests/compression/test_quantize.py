@@ -11,7 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression import Compressor, Encode, MixedPrecision, Quantize, Step, packing, recipe
+from distill_lightning.compression import (
+    Compressor,
+    Encode,
+    MixedPrecision,
+    Quantize,
+    Step,
+    load_compressed,
+    packing,
+    recipe,
+)
 from distill_lightning.compression import quantizers as q
 from distill_lightning.compression.masks import Masks
 
@@ -182,6 +191,31 @@ def test_mixed_precision_keeps_to_its_budget_and_grows_with_it(options):
     assert set(last) == {8}
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[2] < sizes[4] < sizes[-1]
+
+
+def test_mixed_precision_counts_the_scales_of_transposed_convolutions():
+    """Their channels are the weight's second dimension: 256 scales here, not 4."""
+    inputs = torch.randn(2, 4, 5, 5)
+    for options in ({}, {"scheme": "affine"}):
+        made = {"bits": MixedPrecision(budget_bytes=2604), **options}
+        with pytest.raises(InputError, match=f"need {2304 + 256 * (5 if options else 4)}"):
+            compress(nn.Sequential(nn.ConvTranspose2d(4, 256, 3)), inputs, Quantize(**made))
+        for budget in (4000, 5500):
+            network = nn.Sequential(nn.ConvTranspose2d(4, 256, 3))
+            compress(network, inputs, Quantize(**{**made, "bits": MixedPrecision(budget_bytes=budget)}))
+            assert bytes_of_codes(network) <= budget
+            assert network[0].parametrizations.weight[0].scheme.axis == 1
+
+
+def test_errors_of_weights_are_those_of_their_axis():
+    torch.manual_seed(0)
+    weight = torch.randn(4, 6, 3, 3) * torch.tensor([1, 2, 4, 8, 16, 32.0]).view(1, 6, 1, 1)
+    found = q.weight_errors({"a": weight, "b": weight}, bits=[3], axes={"a": 1}, rule="minmax")
+    rounded = torch.stack([
+        (part / (part.abs().max() / 3)).round() * (part.abs().max() / 3) for part in weight.unbind(1)
+    ], dim=1)  # fmt: skip
+    assert found["a"][3] == pytest.approx(float((rounded - weight).square().sum()), rel=1e-5)
+    assert found["b"][3] > 1.5 * found["a"][3]
 
 
 def test_mixed_precision_by_ratio_and_its_choices():
@@ -397,6 +431,25 @@ def test_ties():
     network = Tied()
     compress(network, tokens, Quantize(bits=MixedPrecision(ratio=0.3)))
     assert torch.equal(network.out.weight, network.embed.weight)
+
+
+@pytest.mark.parametrize("bits", [8, 5, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_tied_affine_weights_are_rounded_once_in_the_file(bits, seed, tmp_path):
+    """Affine min-max is not idempotent: what was rounded once more has other values."""
+    torch.manual_seed(seed)
+    network = Tied()
+    compressor = compress(network, inputs_for("tied"), Quantize(weight_bits=bits, scheme="affine"))
+    expected, weight = outputs(network, "tied"), network.embed.weight.detach().clone()
+    network.train()
+    baked = recipe.bake(recipe.copy_network(network))
+    assert all(module.training for module in baked.modules())
+    assert torch.equal(baked.embed.weight, weight)
+    assert baked.out.weight is baked.embed.weight
+    size = compressor.write(tmp_path / "tied.dlpk")
+    assert torch.equal(outputs(load_compressed(tmp_path / "tied.dlpk", Tied()), "tied"), expected)
+    # Codes, not floats: far from the 4 bytes of each of the float weights.
+    assert size < 4 * sum(parameter.numel() for parameter in Tied().parameters())
 
 
 @pytest.mark.parametrize(

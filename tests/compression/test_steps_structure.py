@@ -151,7 +151,7 @@ def test_on_the_calibration_data_a_data_aware_layer_is_no_worse():
         errors = []
         for aware in (False, True):
             other = recipe.copy_network(network)
-            step = LowRank(rank=3, targets=path, data_aware=aware, damping=0.0 if aware else 0.01)
+            step = LowRank(rank=3, targets=path, data_aware=aware, damping=0.0 if aware else None)
             compress(other, inputs, step, batches=[(inputs, None)], bn_batches=0)
             errors.append(float((other.get_submodule(path)(given[0]) - outputs).detach().norm()))
         assert errors[1] <= errors[0] * (1 + 1e-5), path
@@ -227,6 +227,13 @@ def test_a_step_that_covers_little_refuses():
     assert type(network[1]) is LowRankLinear
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LSTM])
+def test_a_network_that_is_one_layer_cannot_be_factored(kind):
+    for targets in (None, kind.__name__):
+        with pytest.raises(InputError, match=f"the network itself is a {kind.__name__}: put it into another module"):
+            compress(kind(8, 8), torch.ones(2, 3, 8), LowRank(rank=1, targets=targets))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -236,6 +243,10 @@ def test_a_step_that_covers_little_refuses():
         ({"rank": 2, "method": {"Conv9d": "svd"}}, "unknown class 'Conv9d'"),
         ({"rank": 2, "method": {"LSTM": "cp"}}, "method of LSTM must be one of svd"),
         ({"rank": 2, "parts": 1}, "parts must be at least 2"),
+        ({"rank": 2, "parts": 4}, "parts is of method 'tt'"),
+        ({"rank": 2, "parts": 4, "method": {"Conv2d": "tt", "Linear": "svd"}}, "parts is of method 'tt'"),
+        ({"rank": 2, "damping": 0.1}, "damping is of data_aware=True"),
+        ({"rank": 2, "damping": -5, "data_aware": True}, "damping must not be negative, got -5"),
         ({"rank": 2, "method": "cp", "data_aware": True}, "data_aware=True is for method 'svd'"),
     ],
 )

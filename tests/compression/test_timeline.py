@@ -1,13 +1,16 @@
 """When phases begin and end, and which orders are refused."""
 
+import copy
 import itertools
 
 import pytest
 
 from distill_lightning.compression import (
+    Cubic,
     Encode,
     HashShare,
     LowRank,
+    OneShot,
     Prune,
     Quantize,
     Regularise,
@@ -79,9 +82,69 @@ def test_every_order_is_allowed_or_refused_by_what_it_does():
                 plan([first, second], epochs=1)
 
 
-def test_a_step_without_an_order_stands_anywhere():
+@pytest.mark.parametrize("penalty", ["l1", "group_lasso", "bn_gamma"])
+def test_a_penalty_comes_before_its_weights_are_computed_or_stored(penalty):
+    free = Regularise(penalty=penalty, weight=1.0, finetune_epochs=1)
+    assert len(plan([Prune(amount=0.5), free, Quantize(), Encode()], epochs=1)) == 4
+    with pytest.raises(InputError, match=r"step 2 \(Regularise.* cannot come after step 1 \(Encode.*exchange them"):
+        plan([Encode(), free], epochs=1)
+    if penalty == "bn_gamma":  # scales of BatchNorm stay float
+        assert len(plan([Quantize(), free], epochs=1)) == 2
+        return
+    for first in (Quantize(), ShareWeights()):
+        with pytest.raises(InputError, match="no values of their own to prune or to regularise; exchange them"):
+            plan([first, free], epochs=1)
+
+
+def test_heads_are_regularised_before_masks_because_attention_is_converted():
+    heads = Regularise(penalty="group_lasso", granularity="head", weight=1.0, finetune_epochs=1)
+    assert len(plan([Prune(amount=0.5, granularity="head"), heads], epochs=1)) == 2
+    with pytest.raises(InputError, match="masks belong to weights"):
+        plan([Prune(amount=0.5), heads], epochs=1)
+
+
+@pytest.mark.parametrize("first", STRUCTURE)
+def test_a_ticket_of_before_the_structure_changed_is_refused(first):
+    def ticket(rewind):
+        return Prune(amount=0.5, rewind=rewind, at=4, finetune_epochs=1)
+
+    first = copy.copy(first)
+    first.at = 2
+    for rewind in ("start", 1, 2):
+        with pytest.raises(InputError, match=r"step 2 \(Prune weight\) goes back to .* step 1 .* rewind=3 or later"):
+            plan([first, ticket(rewind)], epochs=5)
+    for rewind in (3, "random"):
+        assert len(plan([first, ticket(rewind)], epochs=5)) == 2
+
+
+def test_units_that_leave_at_the_end_make_a_ticket_of_before_useless():
+    def steps(rewind, schedule):
+        shrink = Prune(amount=0.5, granularity="channel", schedule=schedule, at=1, finetune_epochs=2)
+        return [shrink, Prune(amount=0.5, rewind=rewind, at=4, finetune_epochs=1)]
+
+    assert len(plan(steps(2, OneShot()), epochs=5)) == len(plan(steps(4, Cubic()), epochs=5)) == 2
+    for rewind, schedule in ((1, OneShot()), (2, Cubic()), (3, Cubic())):
+        with pytest.raises(InputError, match="has other parameters than it will find"):
+            plan(steps(rewind, schedule), epochs=5)
+
+
+def test_a_ticket_is_not_of_a_phase_with_learned_masks():
+    def steps(rewind):
+        movement = Prune(amount=0.3, criterion="movement", at=1, finetune_epochs=2)
+        return [movement, Prune(amount=0.5, rewind=rewind, at=4, finetune_epochs=1)]
+
+    for rewind in (2, 3):
+        with pytest.raises(InputError, match="rewind=4 or later"):
+            plan(steps(rewind), epochs=5)
+    for rewind in ("start", 1, 4):
+        assert len(plan(steps(rewind), epochs=5)) == 2
+
+
+def test_a_penalty_may_stand_before_and_after_masks():
     free = Regularise(penalty="l1", weight=1.0, finetune_epochs=1)
     for steps in itertools.permutations([free, Prune(amount=0.5), Quantize()]):
+        if steps.index(free) > next(place for place, step in enumerate(steps) if isinstance(step, Quantize)):
+            continue
         if steps.index(next(s for s in steps if isinstance(s, Prune))) < steps.index(
             next(s for s in steps if isinstance(s, Quantize))
         ):

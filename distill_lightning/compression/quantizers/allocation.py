@@ -28,6 +28,7 @@ def weight_errors(
     bits: Sequence[int] = (2, 3, 4, 5, 6, 7, 8),
     kind: Kind = "symmetric",
     per: str = "channel",
+    axes: Mapping[str, int] | None = None,
     rule: RangeRule = "mse",
 ) -> dict[str, dict[int, float]]:
     """The squared error of every weight at every number of bits, for `allocate_bits`.
@@ -37,13 +38,14 @@ def weight_errors(
         bits: the numbers to try.
         kind: of the grid, see `Scheme`.
         per: likewise.
+        axes: of the channels by name, 1 for transposed convolutions (`channel_axis`); those that are missing have 0.
         rule: see `find_range`.
     """
     errors: dict[str, dict[int, float]] = {}
     for name, weight in weights.items():
         errors[name] = {}
         for width in bits:
-            scheme = Scheme(width, kind, per if weight.ndim > 1 else "tensor")
+            scheme = Scheme(width, kind, per if weight.ndim > 1 else "tensor", (axes or {}).get(name, 0))
             rounded = dequantize(quantize(weight, *weight_grid(weight, scheme, rule=rule), scheme), scheme)
             errors[name][width] = float((rounded - wide(weight.detach())).double().square().sum())
     return errors

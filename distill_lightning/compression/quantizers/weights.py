@@ -248,6 +248,8 @@ def weight_codes(layer: nn.Module) -> dict[str, tuple[Codes, Scheme]]:
 def bake(layer: nn.Module) -> list[str]:
     """Put the quantized values in place of the float weights, for good, and remove the quantizers.
 
+    Of layers that share a weight the next one would round what this one has rounded: `recipe.bake` takes a network.
+
     Returns:
         The names of the weights, which are parameters of the same shapes as before quantization.
     """

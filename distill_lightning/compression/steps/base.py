@@ -73,9 +73,24 @@ class Step(ABC):
         return None
 
     @property
+    def latest_after(self) -> Order | None:
+        """The last of what it can come after; ``None``: anything."""
+        return self.order
+
+    @property
+    def rewinds_to(self) -> int | None:
+        """The epoch whose network it goes back to; ``None``: to none."""
+        return None
+
+    @property
     def gives_other_parameters(self) -> bool:
         """Whether the network has other parameters from then on, or for a while."""
         return self.order in (Order.STRUCTURE, Order.VALUES)
+
+    @property
+    def changes_at_end(self) -> bool:
+        """Whether it gives the network other parameters when its phase ends, not only when it begins."""
+        return False
 
     def watch_epoch(self, piece: Workpiece, epoch: int) -> None:  # noqa: B027  (most have nothing to do)
         """See the network at the beginning of every epoch until the phase begins, of that one, too. Here: nothing."""

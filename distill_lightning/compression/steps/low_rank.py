@@ -33,12 +33,12 @@ _FACTORS = (
 
 
 class LowRank(Step):
-    """Factors in the place of weights: linear layers, convolutions, embeddings and recurrent layers, see `factorize`.
+    """Factors in the place of weights: of `Linear`, `Conv2d`, `Embedding`, `LSTM`, `GRU` and `RNN`, see `factorize`.
 
     With ``targets`` a layer that cannot be factored is an error; without, it is left out, and the report says why:
     grouped convolutions, layers that share a weight with another one, budgets that not even rank 1 keeps. A layer that
     stands at several places is factored as the one that it is. Factors of recurrent layers save bytes, and neither time
-    nor multiply-accumulates.
+    nor multiply-accumulates. Convolutions over one or three dimensions and transposed ones are left alone.
 
     ::
 
@@ -51,9 +51,9 @@ class LowRank(Step):
             layers that have it; or one for each class of layers by name, and the other classes are left alone.
         data_aware: linear layers and convolutions with ``"svd"`` approximate their outputs on the calibration data
             instead of their weights; other layers their weights.
-        damping: of the inputs' second moment then, see `whitened_svd`.
+        damping: of the inputs' second moment then, see `whitened_svd`, not negative; ``None``: 0.01.
         only_if_smaller: leave a layer as it is where factors would have no fewer weights.
-        parts: cores of a tensor train of a linear layer or an embedding.
+        parts: cores of a tensor train of a linear layer or an embedding; ``None``: 3.
         convert_attention: first replace every `nn.MultiheadAttention` by an `Attention` of linear layers, which can be
             factored; inside PyTorch's own they cannot.
         at: see `Step`.
@@ -62,7 +62,8 @@ class LowRank(Step):
         finetune_epochs: likewise.
 
     Raises:
-        InputError: an unknown method or class, a rank that is none, or a method that nothing is data-aware with.
+        InputError: an unknown method or class, a rank that is none, a method that nothing is data-aware with, or
+            ``damping`` or ``parts`` that would do nothing.
     """
 
     order = Order.STRUCTURE
@@ -73,9 +74,9 @@ class LowRank(Step):
         rank: int | float | str,
         method: Method | dict[str, Method] = "svd",
         data_aware: bool = False,
-        damping: float = 0.01,
+        damping: float | None = None,
         only_if_smaller: bool = True,
-        parts: int = 3,
+        parts: int | None = None,
         convert_attention: bool = False,
         at: At | None = None,
         targets: Targets | None = None,
@@ -84,11 +85,19 @@ class LowRank(Step):
     ) -> None:
         super().__init__(at=at, targets=targets, exclude=exclude, finetune_epochs=finetune_epochs)
         low_rank.rank_rule(rank)
-        if parts < 2:
-            raise InputError(f"LowRank: parts must be at least 2, got {parts}")
-        self.rank, self.method, self.data_aware, self.damping = rank, method, data_aware, damping
-        self.only_if_smaller, self.parts, self.convert_attention = only_if_smaller, parts, convert_attention
         self._methods = _methods_of(method)
+        trains = any(name == "tt" and kind is not nn.Conv2d for kind, name in self._methods.items())
+        for wrong, message in (
+            (parts is not None and parts < 2, f"parts must be at least 2, got {parts}"),
+            (parts is not None and not trains, f"parts is of method 'tt' of Linear and Embedding, not of {method!r}"),
+            (damping is not None and damping < 0, f"damping must not be negative, got {damping}"),
+            (damping is not None and not data_aware, "damping is of data_aware=True: give it, or leave damping out"),
+        ):
+            if wrong:
+                raise InputError(f"LowRank: {message}")
+        self.rank, self.method, self.data_aware = rank, method, data_aware
+        self.damping, self.parts = 0.01 if damping is None else damping, 3 if parts is None else parts
+        self.only_if_smaller, self.convert_attention = only_if_smaller, convert_attention
         if data_aware and not any(_is_data_aware(kind, name) for kind, name in self._methods.items()):
             raise InputError(f"LowRank: data_aware=True is for method 'svd' of Linear and Conv2d, not for {method!r}")
 
@@ -121,6 +130,8 @@ class LowRank(Step):
 
     def _paths(self, piece: Workpiece) -> list[str]:
         network = piece.network
+        if type(network) in self._methods:
+            raise InputError(f"LowRank: the network itself is a {type(network).__name__}: put it into another module")
         inside = {part for module in network.modules() if isinstance(module, _FACTORS) for part in module.modules()}
         paths = match_layers(
             network,

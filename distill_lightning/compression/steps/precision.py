@@ -50,6 +50,7 @@ class MixedPrecision:
         *,
         kind: Kind,
         per: str,
+        axes: Mapping[str, int],
         rule: RangeRule,
     ) -> dict[str, int]:
         """The number of bits of every weight.
@@ -59,6 +60,7 @@ class MixedPrecision:
             fixed: of those whose bits are given; they count in the budget.
             kind: of the grid.
             per: see `Scheme`.
+            axes: of the weights' channels, likewise, by name.
             rule: of the ranges, see `find_range`.
 
         Raises:
@@ -66,7 +68,12 @@ class MixedPrecision:
         """
         errors = {
             name: quantizers.weight_errors(
-                {name: weight}, bits=[fixed[name]] if name in fixed else self.choices, kind=kind, per=per, rule=rule
+                {name: weight},
+                bits=[fixed[name]] if name in fixed else self.choices,
+                kind=kind,
+                per=per,
+                axes=axes,
+                rule=rule,
             )[name]
             for name, weight in weights.items()
         }
@@ -78,12 +85,11 @@ class MixedPrecision:
             errors,
             {name: weight.numel() for name, weight in weights.items()},
             budget=budget,
-            overhead={name: scale_bytes(weight, kind=kind, per=per) for name, weight in weights.items()},
+            overhead={name: scale_bytes(weight, Scheme(8, kind, per, axes[name])) for name, weight in weights.items()},
         )
 
 
-def scale_bytes(weight: Tensor, *, kind: Kind, per: str) -> int:
+def scale_bytes(weight: Tensor, scheme: Scheme) -> int:
     """Bytes that a quantized weight has beside its codes: scales in float32, zero points of up to one byte each."""
-    scheme = Scheme(8, kind, per)
     scale, _ = quantizers.weight_grid(weight, scheme)
-    return scale.numel() * (scale.element_size() + (kind == "affine"))
+    return scale.numel() * (scale.element_size() + (scheme.kind == "affine"))

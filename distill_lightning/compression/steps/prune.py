@@ -40,7 +40,7 @@ class Prune(Step):
             shares by patterns of layers (see `Targets`), of which the first that matches counts, and layers that none
             matches are left alone. ``None``: the ``granularity`` (``"2:4"``), the ``budget`` or a `Threshold` says it.
         criterion: what a unit is worth: ``"magnitude"``, ``"random"`` (the control), ``"gradient"``, ``"taylor"``,
-            ``"obd"``, ``"snip"``, see `criteria`; ``"obs"`` within each linear layer and convolution, ``"obs_update"``
+            ``"obd"``, ``"snip"``, see `criteria`; ``"obs"`` within each `Linear` and `Conv2d`, ``"obs_update"``
             the same, and the weights that stay make up for those that go (SparseGPT); ``"bn_scale"`` of channels; for
             weights also ``"movement"``, learned in the phase, and ``"soft_movement"``, whose `Threshold` is one of the
             scores' sigmoids. A unit's worth is the mean over the weights that leave with it, of criteria that estimate
@@ -49,7 +49,7 @@ class Prune(Step):
         granularity: ``"weight"``, ``"row"``, ``"block:4x8"``, ``"2:4"``, or ``"channel"``, ``"hidden_unit"``,
             ``"neuron"`` (of Transformers' feed-forward layers), ``"head"``, ``"layer"`` (of Transformer encoders).
         scope: ``"global"``: all layers' units compete; ``"layer"``: those of each layer; or a `Sensitivity`, which says
-            each layer's amount.
+            each layer's amount. By a Threshold none compete.
         schedule: ``None``: `OneShot`; `Cubic` of ``"movement"``, ``Threshold(0.1)`` of ``"soft_movement"``.
         budget: instead of the amount of channels and the like, ``"macs:0.5"`` or ``"params:0.5"``: the smallest amount
             after which no more than this share of what the step found is left. (Half of the channels leave about a
@@ -60,8 +60,9 @@ class Prune(Step):
             new weights are drawn, the control.
         regrow: share of the pruned weights that come back at each update of the schedule, those with the greatest
             gradients; as many others go.
-        penalty_weight: of the mean sigmoid of soft movement's scores in the loss.
-        backend: what finds the channels that go together: ``"own"``, or ``"torch_pruning"`` if it is installed.
+        penalty_weight: of the mean sigmoid of soft movement's scores in the loss; ``None``: 1.
+        backend: what finds the channels that go together: ``"own"``, or ``"torch_pruning"`` if it is installed; of
+            granularity ``"channel"``.
         at: see `Step`.
         targets: see `Step`; of channels and the like the layers that groups are named after, the first that makes them.
         exclude: see `Step`.
@@ -83,7 +84,7 @@ class Prune(Step):
         round_to: int = 1,
         rewind: int | Literal["start", "random"] | None = None,
         regrow: float = 0.0,
-        penalty_weight: float = 1.0,
+        penalty_weight: float | None = None,
         backend: units.Backend = "own",
         at: At | None = None,
         targets: Targets | None = None,
@@ -104,13 +105,16 @@ class Prune(Step):
             round_to=round_to,
             rewind=rewind,
             regrow=regrow,
+            penalty_weight=penalty_weight,
+            backend=backend,
         )
         self.amount, self.criterion, self.granularity = amount, criterion, granularity
         # With amounts of their own layers do not compete, whatever the scope.
         self.scope: Scope = "layer" if isinstance(scope, Sensitivity) else scope
         self.sensitivity = scope if isinstance(scope, Sensitivity) else None
         self.schedule, self.budget, self.round_to = schedule, budget, round_to
-        self.rewind, self.regrow, self.penalty_weight, self.backend = rewind, regrow, penalty_weight, backend
+        self.rewind, self.regrow, self.backend = rewind, regrow, backend
+        self.penalty_weight = 1.0 if penalty_weight is None else penalty_weight
         self.kind = next((kind for kind in units.UNITS if kind == granularity), None)
         if budget is not None:
             unit_amounts.parse_budget(budget)
@@ -133,9 +137,21 @@ class Prune(Step):
         return Order.MASKS if self.kind is None else Order.STRUCTURE
 
     @property
+    def rewinds_to(self) -> int | None:
+        """The epoch of the lottery ticket."""
+        if isinstance(self.rewind, int):
+            return self.rewind
+        return 0 if self.rewind == "start" else None
+
+    @property
     def gives_other_parameters(self) -> bool:
         """Units that leave, and scores that are learned."""
         return super().gives_other_parameters or self.criterion in LEARNED
+
+    @property
+    def changes_at_end(self) -> bool:
+        """Units leave then where a schedule goes on until then, and so do learned scores."""
+        return self.criterion in LEARNED or (self.kind is not None and not isinstance(self.schedule, OneShot))
 
     def reason_to_train(self) -> str | None:
         """Learned scores, schedules and lottery tickets are of training."""
@@ -149,7 +165,7 @@ class Prune(Step):
 
     def watch_epoch(self, piece: Workpiece, epoch: int) -> None:
         """Remember the network of the epoch to go back to."""
-        if self.rewind != "random" and epoch == (0 if self.rewind == "start" else self.rewind):
+        if epoch == self.rewinds_to:
             self._snapshot = Snapshot(piece.network).state_dict()
 
     def begin(self, piece: Workpiece) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
-from distill_lightning.compression.schedules import Cubic, OneShot, Schedule, Threshold
+from distill_lightning.compression.schedules import Cubic, Iterative, OneShot, Schedule, Threshold
 from distill_lightning.compression.selection import Granularity
 from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
-from distill_lightning.compression.steps.units import UNITS
+from distill_lightning.compression.steps.units import UNITS, Backend
 from distill_lightning.compression.steps.weights import SCORERS, SWEPT
 from distill_lightning.errors import InputError
 
@@ -29,6 +29,8 @@ def check_options(
     round_to: int,
     rewind: int | str | None,
     regrow: float,
+    penalty_weight: float | None,
+    backend: str,
 ) -> None:
     """Refuse options of `Prune` that do not go together.
 
@@ -65,10 +67,29 @@ def check_options(
         (learned and granularity != "weight", f"criterion {criterion!r} needs granularity 'weight'"),
         (criterion == "soft_movement" and not threshold, "criterion 'soft_movement' goes with a Threshold"),
         (criterion == "movement" and threshold, "criterion 'movement' needs an amount, not a Threshold"),
+        (
+            criterion == "movement" and (isinstance(schedule, OneShot | Iterative) or _initial(schedule) > 0),
+            "criterion 'movement' needs a schedule that begins at 0, Cubic(initial=0): before training all scores are "
+            "equal",
+        ),
         (criterion == "obs_update" and threshold, "criterion 'obs_update' needs an amount, not a Threshold"),
         (fixed and not at_once, f"granularity {granularity!r} goes with OneShot"),
         (granularity == "layer" and not at_once, "granularity 'layer' goes with OneShot: no mask skips a layer"),
         (not by_scan and scope not in ("global", "layer"), f"scope must be 'global' or 'layer', got {scope!r}"),
+        (
+            threshold and scope == "layer",
+            "scope='layer' does nothing beside a Threshold, by which no unit competes with others: leave it out",
+        ),
+        (
+            penalty_weight is not None and criterion != "soft_movement",
+            "penalty_weight is of criterion 'soft_movement': leave it out",
+        ),
+        (
+            penalty_weight is not None and penalty_weight < 0,
+            f"penalty_weight must not be negative, got {penalty_weight}",
+        ),
+        (backend not in get_args(Backend), f"backend must be {' or '.join(get_args(Backend))}, got {backend!r}"),
+        (backend != "own" and granularity != "channel", f"backend {backend!r} is of granularity 'channel'"),
         (by_scan and learned, f"criterion {criterion!r} is learned, and a Sensitivity scan comes before"),
         (round_to < 1, f"round_to must be at least 1, got {round_to}"),
         (round_to > 1 and granularity != "channel", "round_to is of granularity 'channel'"),
@@ -93,3 +114,7 @@ def check_options(
     ):
         if wrong:
             raise InputError(f"Prune: {reason}")
+
+
+def _initial(schedule: Schedule | Threshold) -> float:
+    return schedule.initial if isinstance(schedule, Cubic) else 0.0

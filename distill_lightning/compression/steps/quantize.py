@@ -295,7 +295,12 @@ class Quantize(Step):
             given = {weight.path: numbers[weight.path] for weight in once.values() if weight.path in fixed}
             values: dict[str, Tensor] = {weight.path: weight.value for weight in once.values()}
             numbers |= self.bits.allocate(
-                values, given, kind=self.scheme, per=self.per, rule="mse" if self.estimator == "lsq" else self._rule()
+                values,
+                given,
+                kind=self.scheme,
+                per=self.per,
+                axes={weight.path: _channel_axis(piece.network, weight) for weight in once.values()},
+                rule="mse" if self.estimator == "lsq" else self._rule(),
             )
             numbers |= {weight.path: numbers[once[id(weight.value)].path] for weight in weights}
         # Tied weights have one grid, the finer one.
@@ -308,7 +313,7 @@ class Quantize(Step):
         }
 
     def _scheme(self, piece: Workpiece, weight: _Weight, number: int, *, at_end: bool) -> Scheme:
-        axis = quantizers.channel_axis(piece.network.get_submodule(weight.layer))
+        axis = _channel_axis(piece.network, weight)
         if at_end and self.scheme in _FIXED_BITS:
             return Scheme(number, "symmetric", "channel", axis)
         return Scheme(number, self.scheme, self.per, axis)
@@ -361,6 +366,10 @@ class Quantize(Step):
                 piece.note(f"no kernel here computes with {number}-bit weights: storage only")
         if self.act_bits is not None:
             piece.note(f"inputs of layers are rounded to {self.act_bits} bit in float: this makes PyTorch no faster")
+
+
+def _channel_axis(network: nn.Module, weight: _Weight) -> int:
+    return quantizers.channel_axis(network.get_submodule(weight.layer))
 
 
 def _own_weights(layer: nn.Module) -> list[str]:

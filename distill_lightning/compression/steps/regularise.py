@@ -94,9 +94,21 @@ class Regularise(Step):
         return None if self._prune is None else self._prune.order
 
     @property
+    def latest_after(self) -> Order:
+        """A penalty is of weights that train as they are, or of BatchNorm's scales, which are never shared."""
+        if self.unit == "head":
+            return Order.STRUCTURE  # attention is converted
+        return self.order or (Order.VALUES if self.kind == "bn_gamma" else Order.MASKS)
+
+    @property
     def gives_other_parameters(self) -> bool:
         """Units that leave in the end, gates, and attention that can lose heads."""
         return super().gives_other_parameters or self.kind == "l0" or self.unit == "head"
+
+    @property
+    def changes_at_end(self) -> bool:
+        """Units and gates leave then."""
+        return self.kind == "l0" or self._prune is not None
 
     def reason_to_train(self) -> str | None:
         """A penalty is of training."""

@@ -80,7 +80,7 @@ def weight_paths(
         targets: layers, see `match_layers`.
         exclude: layers likewise.
         granularity: of which n:m leaves out layers whose inputs are no multiple of m.
-        criterion: of which those of single layers leave out all but linear and convolutional ones.
+        criterion: of which those of single layers leave out all but `Linear` and `Conv2d`.
 
     Returns:
         Paths of parameters.
@@ -100,7 +100,7 @@ def weight_paths(
 
     what = "linear, convolutional, recurrent, attention and embedding layers"
     if criterion in SWEPT:
-        what = "linear and convolutional layers that run as such"
+        what = "Linear and Conv2d layers that run as such"
     if unit.kind == "n:m":
         what = f"layers whose inputs are a multiple of {unit.second}"
     paths: dict[int, str] = {}
