@@ -143,6 +143,27 @@ def test_another_configuration_in_the_same_folder_is_refused(finished, tmp_path,
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
 
+def test_a_configuration_that_cannot_be_used_claims_no_folder(tmp_path, capsys, monkeypatch):
+    """Neither one that cannot be parsed, nor one that is refused when the training starts."""
+    for change in (
+        lambda config: config["model"]["init_args"].update(dense_epoch=1),
+        changed_steps(prune(amount=0.5, targets="nowhere")),
+    ):
+        (tmp_path / "tiny.yaml").write_text(configuration(change))
+        assert main(["compress", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "out"), "--controls"]) == 2
+    (tmp_path / "tiny.yaml").write_text(configuration())
+    capsys.readouterr()
+
+    def begin(*_):
+        raise InputError("it begins")
+
+    monkeypatch.setattr("distill_lightning.compress.command.execute", begin)
+    assert main(["compress", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "out"), "--controls"]) == 2
+    assert "it begins" in capsys.readouterr().err
+    claimed = yaml.safe_load((tmp_path / "out/compress.yaml").read_text())
+    assert claimed["config"] == (tmp_path / "tiny.yaml").read_text()
+
+
 def changed_steps(*steps):
     return lambda config: config["model"]["init_args"].update(steps=list(steps))
 

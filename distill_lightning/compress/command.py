@@ -71,7 +71,6 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
         console.width = max(console.width, 132)
     options, overrides = parse(arguments)
     folder = Path(options.output or Path("results") / "compress" / Path(options.config).stem)
-    _claim(folder, options.config, overrides)
 
     def parts_of(seed: int, root: Path) -> Parts:
         own = ["--seed_everything", str(seed), "--trainer.default_root_dir", str(root)]
@@ -79,6 +78,8 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
         return make(["--config", options.config, *overrides, *own, *quiet])
 
     first = parts_of(options.seeds[0], folder)
+    # A configuration that cannot be used claims no folder.
+    _claim(folder, options.config, overrides)
     wanted = first.callback.measurements or Measurements()
     if wanted.onnx == "none" and find_spec("onnxruntime"):
         wanted = replace(wanted, onnx="float")
@@ -128,17 +129,18 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _claim(folder: Path, config: str, overrides: Sequence[str]) -> None:
-    """An output folder goes on with its own configuration alone; only seeds and controls may be added."""
+    """An output folder with finished runs is for their configuration alone; only seeds and controls may be added."""
     known = folder / _KNOWN
     content = yaml.safe_dump({"config": Path(config).read_text(), "overrides": list(overrides)}, sort_keys=False)
     if known.is_file():
-        if known.read_text() != content:
+        if known.read_text() == content:
+            return
+        if any(folder.glob("runs/*/stages.json")):
             raise InputError(
                 f"output folder {folder} belongs to another configuration: give another folder with --output, or "
                 "remove this one"
             )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"output folder {folder} holds something else: give an empty or new one with --output")
     with refusing(f"output {folder}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
