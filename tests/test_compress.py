@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from distill_lightning import SmallCNN, SmallLSTM, SmallTransformer
+from distill_lightning.callbacks import Measurements
 from distill_lightning.cli import main
 from distill_lightning.compress import runs
 from distill_lightning.compression import (
@@ -162,6 +163,39 @@ def test_a_configuration_that_cannot_be_used_claims_no_folder(tmp_path, capsys, 
     assert "it begins" in capsys.readouterr().err
     claimed = yaml.safe_load((tmp_path / "out/compress.yaml").read_text())
     assert claimed["config"] == (tmp_path / "tiny.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "report", "message"),
+    [
+        (["--metric", "acc"], {}, "--metric acc: CompressionBaseline has no such score, but accuracy, aurc"),
+        (["--seeds", "0", "1", "0"], {}, "--seeds has 0 twice"),
+        ([], {"rounds": 3}, "rounds must be at least 50, got 3"),
+        ([], {"batch_sizes": [1, 0]}, "batch_sizes must be integers of at least 1, got [1, 0]"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused_before_the_training(tmp_path, capsys, options, report, message):
+    (tmp_path / "tiny.yaml").write_text(
+        configuration(lambda config: config["model"]["init_args"]["report"]["init_args"].update(report))
+    )
+    assert main(["compress", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "out"), *options]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "bogus"}, "split must be one of test, val, got 'bogus'"),
+        ({"onnx": "int8"}, "onnx must be one of none, float, static, dynamic, got 'int8'"),
+        ({"rounds": 49}, "rounds must be at least 50, got 49"),
+        ({"batch_sizes": (True,)}, r"batch_sizes must be integers of at least 1, got \[True\]"),
+    ],
+)
+def test_measurements_that_cannot_be_made_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        Measurements(**options)
 
 
 def changed_steps(*steps):

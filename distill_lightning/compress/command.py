@@ -78,6 +78,7 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
         return make(["--config", options.config, *overrides, *own, *quiet])
 
     first = parts_of(options.seeds[0], folder)
+    _check_metric(first.model, options.metric)
     # A configuration that cannot be used claims no folder.
     _claim(folder, options.config, overrides)
     wanted = first.callback.measurements or Measurements()
@@ -125,7 +126,20 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options, overrides = parser.parse_known_args(list(arguments))
     if not Path(options.config).is_file():
         raise InputError(f"there is no configuration {options.config}: give the path of a YAML file")
+    twice = next((seed for seed in options.seeds if options.seeds.count(seed) > 1), None)
+    if twice is not None:
+        raise InputError(f"--seeds has {twice} twice: give each seed once")
     return options, overrides
+
+
+def _check_metric(model: Any, metric: str) -> None:
+    """Refuse before the training what the report could not be about after it."""
+    metrics = getattr(model, "test_metrics", None)
+    if metrics is None:
+        return
+    names = [name.removeprefix("test/") for name in metrics]
+    if metric not in names:
+        raise InputError(f"--metric {metric}: {type(model).__name__} has no such score, but {', '.join(names)}")
 
 
 def _claim(folder: Path, config: str, overrides: Sequence[str]) -> None:
