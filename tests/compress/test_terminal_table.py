@@ -10,7 +10,9 @@ from distill_lightning.compression.report import LatencyRow, Report, Stage
 
 
 def row(batch, runtime):
-    return LatencyRow(batch, runtime, runtime, 2.0, 1.0, 0.5, 0.45, 0.55, 0.5, 0.45, 0.55, "-", [2.0], [1.0])
+    return LatencyRow(
+        batch, runtime, runtime.removesuffix(" int8"), 2.0, 1.0, 0.5, 0.45, 0.55, 0.5, 0.45, 0.55, "-", [2.0], [1.0]
+    )
 
 
 def stage(name, kind, accuracy, **options):
@@ -20,7 +22,7 @@ def stage(name, kind, accuracy, **options):
 
 def report():
     small = {"parameters": 25_000, "nonzero": 25_000, "macs": 200_000}
-    times = [row(batch, runtime) for batch in (1, 32) for runtime in ("torch", "onnxruntime")]
+    times = [row(batch, runtime) for batch in (1, 32) for runtime in ("torch", "onnxruntime", "onnxruntime int8")]
     return Report(
         {
             seed: [
@@ -42,7 +44,7 @@ def test_it_fits_and_breaks_no_word(width):
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= width
     words = text.split()
-    for whole in ("hidden_unit,", "fine-tuning", "parameters", "100,000", "(0.25)", "98.50", "ONNX", "32"):
+    for whole in ("hidden_unit,", "fine-tuning", "parameters", "100,000", "(0.25)", "98.50", "ONNX", "int8", "32"):
         assert whole in words, whole
     # Where a time is not measured there is nothing, in the place of a reason that the report's files give.
     assert "see" not in words
