@@ -95,10 +95,8 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
     ]
     for line in [*absent, *report.notes()]:
         console.print(line, style="dim", highlight=False)
-    for name in report.names:
-        stage = report.first(name)
-        if stage is not None and (name == FINAL or stage.kind == "control"):
-            console.print(f"{name}: {report.claim(name)}", highlight=False)
+    for line in _claims(report):
+        console.print(line, highlight=False)
     if not find_spec("onnxruntime"):
         console.print("no ONNX file: pip install 'distill-lightning[onnx]'", highlight=False)
     console.print("Written:")
@@ -214,6 +212,16 @@ def _write(report: Report, first: Run, folder: Path) -> list[Path]:
             shutil.copyfile(first.folder / name, folder / name)
             paths.append(folder / name)
     return paths
+
+
+def _claims(report: Report) -> list[str]:
+    """What may be said of every row that shows a time, and of the last network and the controls in any case."""
+    lines = []
+    for name in report.names:
+        stage = report.first(name)
+        if stage is not None and (stage.latency or name == FINAL or stage.kind == "control"):
+            lines.append(f"{name}: {report.claim(name)}")
+    return lines
 
 
 def _table(report: Report, width: int) -> Table:
