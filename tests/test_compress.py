@@ -218,6 +218,20 @@ def prune(**options):
         ),
         (changed_steps(prune(amount=0.5, at="end", finetune_epochs=1)), "nothing is trained after at='end'"),
         (changed_steps(prune(amount=2.0)), "amount"),
+        (
+            changed_steps({"class_path": "Quantize", "init_args": {"weight_bits": 9}}),
+            "weight_bits must be 2 to 8, got 9",
+        ),
+        (
+            changed_steps(prune(amount=0.5, at="middle")),
+            "model.steps.at of Prune: Expected int, float, 'start', 'end'. Got value: middle",
+        ),
+        (
+            changed_steps({"class_path": "Prun"}),
+            "there is no step Prun: known are Encode, HashShare, LowRank, Prune, Quantize, Regularise, ShareWeights, "
+            "TieLayers",
+        ),
+        (lambda config: config["model"]["init_args"].update(network={"class_path": "SmalCNN"}), "near names: SmallCNN"),
         (lambda config: config["model"]["init_args"].update(dense_epochs=7), "dense_epochs=7 of max_epochs=2"),
         (lambda config: config["model"]["init_args"].update(teacher="nobody"), "teacher"),
     ],
