@@ -302,9 +302,9 @@ def measure(subject: Subject, *, rounds: int) -> Iterator[tuple[Stage, nn.Module
 
 def ratio_of(what: str, stage: Stage, dense: Stage) -> float:
     """A limited quantity of a stage as a part of dense's; a time at the batch size where it is worst."""
-    runtime = {"time": "torch", "time in ONNX Runtime": "onnxruntime"}.get(what)
+    runtime = {"time": "torch", "time in ONNX Runtime": "onnxruntime int8"}.get(what)
     if runtime is not None:
-        return max(row.ratio for row in stage.latency if row.runtime == row.baseline == runtime)
+        return max(row.ratio for row in stage.latency if row.is_alike and row.runtime == runtime)
     return {
         "parameters": lambda: stage.parameters / dense.parameters,
         "MACs": lambda: stage.macs / dense.macs,

@@ -5,6 +5,8 @@ Bad input ends in one line on standard error and exit status 2; a traceback is a
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import logging
 import os
 import re
@@ -16,13 +18,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from jsonargparse import Namespace
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 
-from distill_lightning import __version__, callbacks
+import distill_lightning
+from distill_lightning import __version__, callbacks, compression, datamodules
+from distill_lightning.compression import Step, steps
 from distill_lightning.datamodules import ViewDataModule
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules import DistillationModule, check_optimizer
@@ -97,6 +102,7 @@ class DistillCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and look at the checkpoint: what is wrong with it is told before anything is built or written."""
+        _check_files(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
         path = self._checkpoint_path()
         if path is not None:
@@ -235,10 +241,52 @@ def one_line(error: Exception) -> str:
     # A KeyError shows its message in quotes.
     reason = " ".join(str(last.args[0] if isinstance(last, KeyError) and last.args else last).split())
     keys = dict.fromkeys(re.findall(r'Parser key "([^"]+)"', str(error)))
+    reason = _none_of_union(error, reason) or _unknown_class(reason, [*keys, ""][len(keys) - 1]) or reason
     classes = re.findall(r"class_path '([^']+)'", str(error))
     inside = f" of {classes[-1].rpartition('.')[2]}" if classes else ""
     where = ".".join(keys) + inside
     return f"{where}: {reason}" if where else reason
+
+
+def _none_of_union(error: Exception, reason: str) -> str | None:
+    """All that would have been accepted, where the innermost reason names one kind only; ``None``: it is no such."""
+    got = re.fullmatch(r"Expected a (?:<class '\w+'>|typing\.Literal\[.*\])\. Got value: (.*)", reason)
+    union = next((text for text in map(str, [*_chain(error)][-2:-1]) if text.startswith("Does not validate")), "")
+    kinds = re.findall(r"- Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*)\])", union)
+    names = [name or literal for name, literal in kinds if name != "NoneType"]
+    return f"Expected {', '.join(names)}. Got value: {got[1]}" if got and names else None
+
+
+def _unknown_class(reason: str, key: str) -> str | None:
+    """What a class's name could be meant for; ``None``: the reason is another one."""
+    prefix = "Expected a dot import path string: "
+    if not reason.startswith(prefix):
+        return None
+    name = reason.removeprefix(prefix)
+    if key == "steps":
+        known = (one for one in map(vars(steps).get, steps.__all__) if isinstance(one, type) and issubclass(one, Step))
+        return f"there is no step {name}: known are {', '.join(one.__name__ for one in known if one is not Step)}"
+    modules = (distill_lightning, callbacks, datamodules, compression)
+    near = difflib.get_close_matches(name, sorted({one for module in modules for one in module.__all__}), cutoff=0.5)
+    way_out = f"near names: {', '.join(near)}" if near else "give package.module.Class for one of another package"
+    return f"there is no class {name}; {way_out}"
+
+
+def _check_files(arguments: Sequence[str]) -> None:
+    """Name the configuration that cannot be read, which jsonargparse does not.
+
+    Raises:
+        InputError: it is no YAML, or holds no keys.
+    """
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    for flag, path in itertools.pairwise(words):
+        if flag not in ("-c", "--config") or not Path(path).is_file():
+            continue
+        with refusing(f"{path} is no YAML", yaml.YAMLError, UnicodeDecodeError, OSError):
+            content = yaml.safe_load(Path(path).read_text())
+        if not isinstance(content, dict):
+            what = "is empty" if content is None else "holds no keys"
+            raise InputError(f"{path} {what}: give a configuration with trainer, model and data")
 
 
 def _refusal(error: Exception) -> str | None:

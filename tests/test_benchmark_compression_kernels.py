@@ -51,7 +51,8 @@ def test_a_time_is_the_worst_of_the_batch_sizes_in_one_runtime():
     dense = Stage("dense", "dense", {}, 100, 100, 1000, 1000, nbytes={"artefact": 400, "onnx": 500})
     stage = Stage(
         "x", "after", {}, 50, 50, 300, 300, nbytes={"artefact": 100, "onnx_int8": 125},
-        latency=[row(1, 0.5), row(32, 0.7), row(1, 0.2, "onnxruntime"), row(1, 0.4, "onnxruntime", "onnxruntime")],
+        latency=[row(1, 0.5), row(32, 0.7), row(1, 0.2, "onnxruntime int8"),
+                 row(1, 0.4, "onnxruntime int8", "onnxruntime"), row(1, 0.9, "onnxruntime", "onnxruntime")],
     )  # fmt: skip
     found = {what: kernels.ratio_of(what, stage, dense) for what in (
         "time", "time in ONNX Runtime", "parameters", "MACs", "bytes", "int8 ONNX bytes",

@@ -179,6 +179,20 @@ def test_a_corrupt_data_file_gets_one_line(write, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("", "config.yaml is empty: give a configuration"),
+        ("- 1", "config.yaml holds no keys: give a configuration"),
+        ("a: [1,\nb: }", "config.yaml is no YAML: while parsing a flow node"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_named(write, tmp_path, capsys, content, message):
+    (tmp_path / write()).write_text(content)
+    for arguments in (["--config", "config.yaml"], ["--config=config.yaml"], ["-c", "config.yaml"]):
+        assert message in refused(capsys, tmp_path, "fit", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
         (None, "no checkpoint at some.ckpt"),
         (b"no checkpoint", "some.ckpt"),
         (b"", "some.ckpt cannot be read as weights"),

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from distill_lightning import SmallCNN, SmallLSTM, SmallTransformer
+from distill_lightning.callbacks import Measurements
 from distill_lightning.cli import main
 from distill_lightning.compress import runs
 from distill_lightning.compression import (
@@ -143,6 +144,60 @@ def test_another_configuration_in_the_same_folder_is_refused(finished, tmp_path,
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
 
+def test_a_configuration_that_cannot_be_used_claims_no_folder(tmp_path, capsys, monkeypatch):
+    """Neither one that cannot be parsed, nor one that is refused when the training starts."""
+    for change in (
+        lambda config: config["model"]["init_args"].update(dense_epoch=1),
+        changed_steps(prune(amount=0.5, targets="nowhere")),
+    ):
+        (tmp_path / "tiny.yaml").write_text(configuration(change))
+        assert main(["compress", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "out"), "--controls"]) == 2
+    (tmp_path / "tiny.yaml").write_text(configuration())
+    capsys.readouterr()
+
+    def begin(*_):
+        raise InputError("it begins")
+
+    monkeypatch.setattr("distill_lightning.compress.command.execute", begin)
+    assert main(["compress", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "out"), "--controls"]) == 2
+    assert "it begins" in capsys.readouterr().err
+    claimed = yaml.safe_load((tmp_path / "out/compress.yaml").read_text())
+    assert claimed["config"] == (tmp_path / "tiny.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "report", "message"),
+    [
+        (["--metric", "acc"], {}, "--metric acc: CompressionBaseline has no such score, but accuracy, aurc"),
+        (["--seeds", "0", "1", "0"], {}, "--seeds has 0 twice"),
+        ([], {"rounds": 3}, "rounds must be at least 50, got 3"),
+        ([], {"batch_sizes": [1, 0]}, "batch_sizes must be integers of at least 1, got [1, 0]"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused_before_the_training(tmp_path, capsys, options, report, message):
+    (tmp_path / "tiny.yaml").write_text(
+        configuration(lambda config: config["model"]["init_args"]["report"]["init_args"].update(report))
+    )
+    assert main(["compress", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "out"), *options]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "bogus"}, "split must be one of test, val, got 'bogus'"),
+        ({"onnx": "int8"}, "onnx must be one of none, float, static, dynamic, got 'int8'"),
+        ({"rounds": 49}, "rounds must be at least 50, got 49"),
+        ({"batch_sizes": (True,)}, r"batch_sizes must be integers of at least 1, got \[True\]"),
+    ],
+)
+def test_measurements_that_cannot_be_made_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        Measurements(**options)
+
+
 def changed_steps(*steps):
     return lambda config: config["model"]["init_args"].update(steps=list(steps))
 
@@ -163,6 +218,20 @@ def prune(**options):
         ),
         (changed_steps(prune(amount=0.5, at="end", finetune_epochs=1)), "nothing is trained after at='end'"),
         (changed_steps(prune(amount=2.0)), "amount"),
+        (
+            changed_steps({"class_path": "Quantize", "init_args": {"weight_bits": 9}}),
+            "weight_bits must be 2 to 8, got 9",
+        ),
+        (
+            changed_steps(prune(amount=0.5, at="middle")),
+            "model.steps.at of Prune: Expected int, float, 'start', 'end'. Got value: middle",
+        ),
+        (
+            changed_steps({"class_path": "Prun"}),
+            "there is no step Prun: known are Encode, HashShare, LowRank, Prune, Quantize, Regularise, ShareWeights, "
+            "TieLayers",
+        ),
+        (lambda config: config["model"]["init_args"].update(network={"class_path": "SmalCNN"}), "near names: SmallCNN"),
         (lambda config: config["model"]["init_args"].update(dense_epochs=7), "dense_epochs=7 of max_epochs=2"),
         (lambda config: config["model"]["init_args"].update(teacher="nobody"), "teacher"),
     ],

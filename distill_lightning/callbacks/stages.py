@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.seed import isolate_rng
@@ -12,6 +12,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from distill_lightning.callbacks.batches import TrainersBatches, undrawn
 from distill_lightning.compression.artefact import load_compressed, write_artefact
 from distill_lightning.compression.compressor import Compressor
+from distill_lightning.compression.measure import MIN_ROUNDS
 from distill_lightning.compression.recipe import copy_network, describe
 from distill_lightning.compression.stages import SEE, Kind, Onnx, Stage, measure_stage
 from distill_lightning.errors import InputError
@@ -24,15 +25,30 @@ class Measurements:
     Args:
         split: the samples that are scored: ``"test"`` ones, which need a data module, or ``"val"``.
         batch_sizes: at which time is measured, dense and compressed in turns; none: it is not.
-        rounds: turns of both.
+        rounds: turns of both, at least 50.
         onnx: ``"float"`` or, with int8 versions, ``"static"`` (convolutions) or ``"dynamic"`` (recurrent networks and
             Transformers): of the dense and of the final network, with their time in ONNX Runtime.
+
+    Raises:
+        InputError: a value that is none of these.
     """
 
     split: Literal["test", "val"] = "test"
     batch_sizes: Sequence[int] = (1, 32)
     rounds: int = 50
     onnx: Onnx = "none"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("split", self.split, ("test", "val")), ("onnx", self.onnx, get_args(Onnx))):
+            if value not in known:
+                raise InputError(f"Measurements: {name} must be one of {', '.join(known)}, got {value!r}")
+        if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in self.batch_sizes):
+            raise InputError(
+                f"Measurements: batch_sizes must be integers of at least 1, got {list(self.batch_sizes)}: give [] to "
+                "measure no time"
+            )
+        if self.rounds < MIN_ROUNDS:
+            raise InputError(f"Measurements: rounds must be at least {MIN_ROUNDS}, got {self.rounds}")
 
 
 def measure(

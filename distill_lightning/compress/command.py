@@ -71,7 +71,6 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
         console.width = max(console.width, 132)
     options, overrides = parse(arguments)
     folder = Path(options.output or Path("results") / "compress" / Path(options.config).stem)
-    _claim(folder, options.config, overrides)
 
     def parts_of(seed: int, root: Path) -> Parts:
         own = ["--seed_everything", str(seed), "--trainer.default_root_dir", str(root)]
@@ -79,6 +78,9 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
         return make(["--config", options.config, *overrides, *own, *quiet])
 
     first = parts_of(options.seeds[0], folder)
+    _check_metric(first.model, options.metric)
+    # A configuration that cannot be used claims no folder.
+    _claim(folder, options.config, overrides)
     wanted = first.callback.measurements or Measurements()
     if wanted.onnx == "none" and find_spec("onnxruntime"):
         wanted = replace(wanted, onnx="float")
@@ -93,10 +95,8 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
     ]
     for line in [*absent, *report.notes()]:
         console.print(line, style="dim", highlight=False)
-    for name in report.names:
-        stage = report.first(name)
-        if stage is not None and (name == FINAL or stage.kind == "control"):
-            console.print(f"{name}: {report.claim(name)}", highlight=False)
+    for line in _claims(report):
+        console.print(line, highlight=False)
     if not find_spec("onnxruntime"):
         console.print("no ONNX file: pip install 'distill-lightning[onnx]'", highlight=False)
     console.print("Written:")
@@ -124,21 +124,35 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options, overrides = parser.parse_known_args(list(arguments))
     if not Path(options.config).is_file():
         raise InputError(f"there is no configuration {options.config}: give the path of a YAML file")
+    twice = next((seed for seed in options.seeds if options.seeds.count(seed) > 1), None)
+    if twice is not None:
+        raise InputError(f"--seeds has {twice} twice: give each seed once")
     return options, overrides
 
 
+def _check_metric(model: Any, metric: str) -> None:
+    """Refuse before the training what the report could not be about after it."""
+    metrics = getattr(model, "test_metrics", None)
+    if metrics is None:
+        return
+    names = [name.removeprefix("test/") for name in metrics]
+    if metric not in names:
+        raise InputError(f"--metric {metric}: {type(model).__name__} has no such score, but {', '.join(names)}")
+
+
 def _claim(folder: Path, config: str, overrides: Sequence[str]) -> None:
-    """An output folder goes on with its own configuration alone; only seeds and controls may be added."""
+    """An output folder with finished runs is for their configuration alone; only seeds and controls may be added."""
     known = folder / _KNOWN
     content = yaml.safe_dump({"config": Path(config).read_text(), "overrides": list(overrides)}, sort_keys=False)
     if known.is_file():
-        if known.read_text() != content:
+        if known.read_text() == content:
+            return
+        if any(folder.glob("runs/*/stages.json")):
             raise InputError(
                 f"output folder {folder} belongs to another configuration: give another folder with --output, or "
                 "remove this one"
             )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"output folder {folder} holds something else: give an empty or new one with --output")
     with refusing(f"output {folder}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,6 +212,16 @@ def _write(report: Report, first: Run, folder: Path) -> list[Path]:
             shutil.copyfile(first.folder / name, folder / name)
             paths.append(folder / name)
     return paths
+
+
+def _claims(report: Report) -> list[str]:
+    """What may be said of every row that shows a time, and of the last network and the controls in any case."""
+    lines = []
+    for name in report.names:
+        stage = report.first(name)
+        if stage is not None and (stage.latency or name == FINAL or stage.kind == "control"):
+            lines.append(f"{name}: {report.claim(name)}")
+    return lines
 
 
 def _table(report: Report, width: int) -> Table:

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from distill_lightning.compression.calibration import inputs_of
 from distill_lightning.errors import InputError
 
+MIN_ROUNDS = 50
+"""Turns that an interval of a ratio of times needs at least."""
+
 NO_SPEED_UP = "no measured speed-up"
 
 
@@ -170,9 +173,9 @@ def compare_latency(
     Raises:
         InputError: fewer than 50 rounds, or a median of no time at all.
     """
-    if rounds < 50 or warm_up < 0 or resamples < 1:
+    if rounds < MIN_ROUNDS or warm_up < 0 or resamples < 1:
         raise InputError(
-            "compare_latency needs rounds >= 50, warm_up >= 0 and resamples >= 1, "
+            f"compare_latency needs rounds >= {MIN_ROUNDS}, warm_up >= 0 and resamples >= 1, "
             f"got {rounds}, {warm_up} and {resamples}"
         )
     if by not in ("thread", "wall"):

@@ -50,15 +50,15 @@ FILES = {
 """Kinds of files and their titles."""
 
 LEGEND = (
-    "In brackets: ratio to dense. Time: ratio of medians to dense in the same runtime, taken in turns, one thread, "
-    f"with its 95 % interval; {NO_SPEED_UP} where that holds 1 or comes nearer to it than {MARGIN}. Bytes: of a file "
-    f"that was written and read again. MACs, of one sample: {DEFINITION}. Effective MACs leave out weights that are "
-    "zero: what an ideal kernel would be left with."
+    "In brackets: ratio to dense. Time: ratio of medians to dense in the same runtime (dense always in float), taken "
+    f"in turns, one thread, with its 95 % interval; {NO_SPEED_UP} where that holds 1 or comes nearer to it than "
+    f"{MARGIN}. Bytes: of a file that was written and read again. MACs, of one sample: {DEFINITION}. Effective MACs "
+    "leave out weights that are zero: what an ideal kernel would be left with."
 )
 """What the table's titles mean."""
 
 _NOT_RUN = "not run"
-_RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}
+_RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "onnxruntime int8": "ONNX Runtime int8"}
 _PACKAGES = ("distill-lightning", "torchvision", "pytorch-lightning", "onnxruntime", "numpy")
 
 
@@ -85,17 +85,17 @@ def claim_of(dense: Stage, stage: Stage) -> str:
     if stage.kind == "dense":
         return "the baseline"
     key, size = _size(dense, stage)
-    measured = [row for row in stage.latency if row.runtime == row.baseline]
+    measured = [row for row in stage.latency if row.is_alike]
     faster = [row for row in measured if row.faster]
     parts = []
     if size is not None:
         parts.append(
             f"{_ratio(size)} of the {FILES[key]}" if size < 1 else f"no smaller ({_ratio(size)} of the {FILES[key]})"
         )
-    parts += [_said(row) for row in measured if row.runtime == "torch"]
+    parts += [_said(row) for row in measured if row.runtime in ("torch", "onnxruntime")]
     if "onnx_int8" in stage.nbytes and "onnx" in dense.nbytes:
         parts.append(f"int8: {_ratio(stage.nbytes['onnx_int8'] / dense.nbytes['onnx'])} of the ONNX file")
-    parts += [_said(row) for row in measured if row.runtime == "onnxruntime"]
+    parts += [_said(row) for row in measured if row.runtime == "onnxruntime int8"]
     if size is None:
         parts.insert(0, f"file not measured: {_one_line(stage.missing.get('artefact', 'not asked for'))}")
     if not measured:
@@ -223,7 +223,8 @@ class Report:
             cells += [_number(line[last]) if is_dense else line[last]]
             for cell in line[last + 1 : -1]:
                 shown = "" if cell.startswith(SEE) else cell.replace(", ONNX Runtime ", "\nONNX ")
-                cells.append(re.sub(r" \[.*?\]", "", shown).replace("ONNX ", "ONNX\n") if narrow else shown)
+                bare = re.sub(r"(ONNX|int8) ", r"\1\n", re.sub(r" \[.*?\]", "", shown))
+                cells.append(bare if narrow else shown)
             brief.append(cells)
         return [line[:2] + line[3:] for line in brief] if narrow else brief
 
@@ -262,9 +263,9 @@ class Report:
             return ["1" for _ in sizes] or ["1"]
         cells = []
         for size in sizes or [0]:
-            rows = [row for row in stage.latency if row.batch == size and row.runtime == row.baseline]
-            # ONNX Runtime's ratio is another one than PyTorch's.
-            shown = [("ONNX Runtime " if row.runtime == "onnxruntime" else "") + _interval(row) for row in rows]
+            rows = [row for row in stage.latency if row.batch == size and row.is_alike]
+            # ONNX Runtime's ratio is another one than PyTorch's, and that of int8 another one than that of float.
+            shown = [("" if row.runtime == "torch" else f"{_RUNTIMES[row.runtime]} ") + _interval(row) for row in rows]
             cells.append(", ".join(shown) or _one_line(stage.missing.get("latency", "not measured")))
         return cells
 
@@ -434,7 +435,7 @@ class Report:
                 logarithmic={title for title in costs if title.startswith("bytes")},
             )
         }
-        rows = [row for row in shown[FINAL].latency if row.runtime == row.baseline] if FINAL in shown else []
+        rows = [row for row in shown[FINAL].latency if row.is_alike] if FINAL in shown else []
         if rows:
             figures["latency.png"] = plot_latency(
                 {
@@ -488,7 +489,7 @@ def _size(dense: Stage, stage: Stage) -> tuple[str, float | None]:
 
 
 def _said(row: LatencyRow) -> str:
-    place = f"at batch {row.batch}" + (" in ONNX Runtime" if row.runtime == "onnxruntime" else "")
+    place = f"at batch {row.batch}" + ("" if row.runtime == "torch" else f" in {_RUNTIMES[row.runtime]}")
     if row.faster:
         return f"{_interval(row)} of the time {place}"
     return f"slower {place}: {_interval(row)}" if row.slower else f"{NO_SPEED_UP} {place} ({_interval(row)})"

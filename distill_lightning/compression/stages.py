@@ -45,11 +45,17 @@ MARGIN = 0.02
 
 Kind = Literal["dense", "before", "after", "control"]
 Onnx = Literal["none", "float", "static", "dynamic"]
-Runtime = Literal["torch", "onnxruntime"]
+Runtime = Literal["torch", "onnxruntime", "onnxruntime int8"]
+Baseline = Literal["torch", "onnxruntime"]
 Write = Callable[[nn.Module, Path], object]
 """Writes a network's artefact to a path."""
 Read = Callable[[Path], nn.Module]
 """Makes a plain network of an artefact, which shares nothing with the one that was written."""
+
+_ONNX_FILES: dict[str, tuple[str, Runtime]] = {
+    "onnx": ("float.onnx", "onnxruntime"),
+    "onnx_int8": ("int8.onnx", "onnxruntime int8"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class LatencyRow:
 
     Args:
         batch: samples in a forward.
-        runtime: that runs the compressed network.
+        runtime: that runs the compressed network; ``"onnxruntime int8"``: its int8 version.
         baseline: that runs the dense one; another one than ``runtime`` saves or costs time of its own.
         dense_ms: median processor time of the dense network.
         compressed_ms: of the compressed one.
@@ -75,7 +81,7 @@ class LatencyRow:
 
     batch: int
     runtime: Runtime
-    baseline: Runtime
+    baseline: Baseline
     dense_ms: float
     compressed_ms: float
     ratio: float
@@ -89,7 +95,7 @@ class LatencyRow:
     compressed_rounds: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, latency: Latency, *, batch: int, runtime: Runtime, baseline: Runtime) -> LatencyRow:
+    def of(cls, latency: Latency, *, batch: int, runtime: Runtime, baseline: Baseline) -> LatencyRow:
         """Of a measurement by thread time.
 
         Args:
@@ -106,6 +112,11 @@ class LatencyRow:
         if row.faster or row.slower:
             return row
         return replace(row, claim=f"{NO_SPEED_UP} ({row.ratio:.2f}, 95 % interval {row.low:.2f} to {row.high:.2f})")
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether one runtime ran both networks, so that no saving is that of another runtime."""
+        return self.runtime.removesuffix(" int8") == self.baseline
 
     @property
     def faster(self) -> bool:
@@ -214,7 +225,8 @@ def measure_stage(
         batch_sizes: at which time is measured; none for a stage that has the structure of another.
         rounds: turns that the two take, at least 50.
         onnx: ``"float"``: an ONNX file, too; ``"static"`` or ``"dynamic"``: also its int8 version, by that mode of
-            `distill_lightning.compression.onnx_export.quantize_onnx`, and the time of both in ONNX Runtime.
+            `distill_lightning.compression.onnx_export.quantize_onnx`, and the time of both in ONNX Runtime, each
+            against the dense network in float32.
         calibration: inputs from the training set for ``onnx="static"``.
         weight_bits: of the fewest-bit weights that the artefact holds; ``None``: floats.
         notes: for the row.
@@ -245,9 +257,9 @@ def measure_stage(
             for size in batch_sizes:
                 with measuring.reporting("latency"):
                     measuring.torch_latency(size)
-                if "onnx" in measuring.nbytes:
-                    with measuring.reporting("onnx latency"):
-                        measuring.onnx_latency(folder, size)
+                for what in [what for what in _ONNX_FILES if what in measuring.nbytes]:
+                    with measuring.reporting(f"{what} latency"):
+                        measuring.onnx_latency(folder, size, what)
     parameters, macs = count_parameters(measuring.plain), measuring.macs
     return Stage(
         name=name,
@@ -349,7 +361,7 @@ class _Measuring:
         expected = outputs[0] if len(outputs) == 1 else outputs
         options = {"expected": expected, "example_inputs": tensors_of(self.example_inputs), "read": onnx_session}
         largest = max((float(output.double().abs().max()) for output in outputs), default=0.0)
-        exact = folder / "float.onnx"
+        exact = folder / _ONNX_FILES["onnx"][0]
         self._measure(
             "onnx",
             exact,
@@ -363,7 +375,7 @@ class _Measuring:
         with self.reporting("onnx_int8"):
             self._measure(
                 "onnx_int8",
-                folder / "int8.onnx",
+                folder / _ONNX_FILES["onnx_int8"][0],
                 write=lambda path: quantize_onnx(
                     exact, path, mode=mode, batches=calibration if mode == "static" else None
                 ),
@@ -381,16 +393,16 @@ class _Measuring:
             )
         self.latency.append(LatencyRow.of(latency, batch=size, runtime="torch", baseline="torch"))
 
-    def onnx_latency(self, folder: Path, size: int) -> None:
-        """The smallest ONNX file against the dense network there and in PyTorch."""
-        file = folder / ("int8.onnx" if "onnx_int8" in self.nbytes else "float.onnx")
+    def onnx_latency(self, folder: Path, size: int, what: str) -> None:
+        """An ONNX file against the dense network in float32, there and in PyTorch."""
+        file, runtime = _ONNX_FILES[what]
         baseline = folder / "dense.onnx"
         if not baseline.exists():
             export_onnx(self.dense, baseline, self.example_inputs)
         inputs = at_batch(self.example_inputs, size)
-        found = onnx_latency(file, baseline, self.dense, inputs, rounds=self.rounds, seed=self.seed)
+        found = onnx_latency(folder / file, baseline, self.dense, inputs, rounds=self.rounds, seed=self.seed)
         for other, latency in found.items():
-            self.latency.append(LatencyRow.of(latency, batch=size, runtime="onnxruntime", baseline=other))
+            self.latency.append(LatencyRow.of(latency, batch=size, runtime=runtime, baseline=other))
 
 
 def _loaded(like: nn.Module, path: Path) -> nn.Module:

@@ -83,15 +83,31 @@ def test_a_runtime_is_compared_with_itself_and_named():
     before = dense()
     before.nbytes["onnx"] = 2000
     rows = [
-        row(1.0, 0.9, 1.1), row(0.3, 0.2, 0.4, runtime="onnxruntime"),
+        row(1.0, 0.9, 1.1), row(0.8, 0.7, 0.9, runtime="onnxruntime"),
         row(0.1, 0.1, 0.1, runtime="onnxruntime", baseline="torch"),
+        row(0.3, 0.2, 0.4, runtime="onnxruntime int8", baseline="onnxruntime"),
+        row(0.1, 0.1, 0.1, runtime="onnxruntime int8", baseline="torch"),
     ]  # fmt: skip
     after = stage(latency=rows, nbytes={"artefact": 250, "onnx": 2000, "onnx_int8": 600})
     claim = claim_of(before, after)
     assert claim == (
-        "0.25 of the artefact; no measured speed-up at batch 32 (1.00 [0.90, 1.10]); int8: 0.30 of the ONNX file; "
-        "0.30 [0.20, 0.40] of the time at batch 32 in ONNX Runtime"
+        "0.25 of the artefact; no measured speed-up at batch 32 (1.00 [0.90, 1.10]); 0.80 [0.70, 0.90] of the "
+        "time at batch 32 in ONNX Runtime; int8: 0.30 of the ONNX file; 0.30 [0.20, 0.40] of the time at batch 32 in "
+        "ONNX Runtime int8"
     )
+    report = Report({0: [before, after]})
+    assert column(report, "time, batch 32")["final"] == (
+        "1.00 [0.90, 1.10], ONNX Runtime 0.80 [0.70, 0.90], ONNX Runtime int8 0.30 [0.20, 0.40]"
+    )
+    assert [line[2:4] for line in report.latency_rows()[1:]] == [
+        ["torch", "torch"], ["onnxruntime", "onnxruntime"], ["onnxruntime", "torch"],
+        ["onnxruntime int8", "onnxruntime"], ["onnxruntime int8", "torch"],
+    ]  # fmt: skip
+    (line,) = (line for line in report.lines() if line["stage"] == "final")
+    assert line["onnxruntime to onnxruntime, batch 32: ratio"] == 0.8
+    assert line["onnxruntime int8 to onnxruntime, batch 32: ratio"] == 0.3
+    labels = report.figures()["latency.png"].axes[0].get_xticklabels()
+    assert [label.get_text().split(",")[0] for label in labels] == ["PyTorch", "ONNX Runtime", "ONNX Runtime int8"]
 
 
 def test_what_was_not_measured_is_said_with_its_reason():
@@ -171,7 +187,8 @@ def test_the_terminals_table_has_ratios_and_the_number_of_seeds():
     stages = three_seeds()
     final = next(place for place, stage in enumerate(stages[0]) if stage.name == "final")
     onnx = replace(row(0.3, 0.2, 0.4), runtime="onnxruntime", baseline="onnxruntime")
-    stages[0][final] = replace(stages[0][final], latency=[*stages[0][final].latency, onnx])
+    int8 = replace(row(0.2, 0.1, 0.3), runtime="onnxruntime int8", baseline="onnxruntime")
+    stages[0][final] = replace(stages[0][final], latency=[*stages[0][final].latency, onnx, int8])
     header, *body = Report(stages).brief_rows()
     assert header[1] == "accuracy %"
     assert Report(stages).caption().startswith("accuracy: mean ± standard deviation of 3 seeds, higher is better")
@@ -182,12 +199,12 @@ def test_the_terminals_table_has_ratios_and_the_number_of_seeds():
     assert [told["dense"][name] for name in ("parameters", "MACs", "bytes")] == ["1,000", "5,000", "1,000"]
     assert told["1 Prune"]["bytes"] == "250 (0.25)"
     assert told["final"]["not zero"] == "0.90"
-    assert told["final"]["time, batch 32"].endswith("\nONNX 0.30 [0.20, 0.40]")
+    assert told["final"]["time, batch 32"].endswith("\nONNX 0.30 [0.20, 0.40]\nONNX int8 0.20 [0.10, 0.30]")
     assert told["1 Prune, before fine-tuning"]["time, batch 32"] == ""
     assert told["control: random criterion"]["MACs"] == ""
     narrow, *lines = Report(stages).brief_rows(narrow=True)
     assert narrow == [name for name in header if name != "to dense"]
-    assert [line[-1] for line in lines if line[0] == "final"] == ["1.00\nONNX\n0.30"]
+    assert [line[-1] for line in lines if line[0] == "final"] == ["1.00\nONNX\n0.30\nONNX\nint8\n0.20"]
 
 
 def test_a_seed_that_lacks_a_row_or_has_no_finite_score_does_not_hide():

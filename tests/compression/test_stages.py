@@ -203,6 +203,10 @@ def test_onnx_files_are_written_and_timed_against_both_baselines(monkeypatch):
 
     monkeypatch.setattr(stages, "compare_latency", fake_latency)
     monkeypatch.setattr(onnx_export, "compare_latency", fake_latency)
+    timed, latency = [], stages.onnx_latency
+    monkeypatch.setattr(
+        stages, "onnx_latency", lambda file, *args, **kw: (timed.append(file), latency(file, *args, **kw))[1]
+    )
     options = {"scores": {}, "onnx": "static", "calibration": [IMAGES]}
     stage = measure_stage("x", build(), build(), IMAGES, kind="after", batch_sizes=(2,), **options)
     weights = 4 * stage.parameters
@@ -211,7 +215,10 @@ def test_onnx_files_are_written_and_timed_against_both_baselines(monkeypatch):
     assert 0 < stage.differences["onnx"] < 1e-5 < stage.differences["onnx_int8"] < 0.1
     assert [(row.runtime, row.baseline, row.batch) for row in stage.latency] == [
         ("torch", "torch", 2), ("onnxruntime", "onnxruntime", 2), ("onnxruntime", "torch", 2),
+        ("onnxruntime int8", "onnxruntime", 2), ("onnxruntime int8", "torch", 2),
     ]  # fmt: skip
+    # Each time is that of the file that its label tells of.
+    assert [path.name for path in timed] == ["float.onnx", "int8.onnx"]
     dense = measure_stage("dense", build(), build(), IMAGES, kind="dense", batch_sizes=(2,), **options)
     assert dense.latency == []
     assert "onnx" in dense.nbytes

@@ -187,6 +187,22 @@ class Quantize(Step):
                 estimator == "lsq" and self.weight_bits is not None and scheme != "symmetric",
                 f"estimator='lsq' learns symmetric weights, not {scheme!r}: take estimator='ste'",
             ),
+            (
+                self.act_scheme not in _UNIFORM,
+                f"act_scheme must be one of {', '.join(_UNIFORM)}, got {self.act_scheme!r}",
+            ),
+            (
+                self.act_bits is not None and estimator in ("pact", "dorefa") and self.act_scheme != "affine",
+                f"estimator={estimator!r} has codes from 0: give act_scheme='affine', not {self.act_scheme!r}",
+            ),
+            (
+                estimator == "lsq" and self.act_scheme == "pow2",
+                "estimator='lsq' learns any scale: give act_scheme='symmetric' or 'affine'",
+            ),
+            (
+                scheme in _WHOLE_TENSOR and self.per != "tensor",
+                f"scheme={scheme!r} has one scale for a whole tensor: leave per out",
+            ),
             (scheme in _FIXED_BITS and bits is not None, f"scheme={scheme!r} has its own bits: leave bits out"),
             (
                 isinstance(bits, MixedPrecision) and scheme not in _UNIFORM,
@@ -195,12 +211,10 @@ class Quantize(Step):
         ):
             if wrong:
                 raise InputError(f"Quantize: {message}")
-        # These say themselves what is wrong with a number or a name.
+        self._check_numbers()
         if self.weight_bits is not None:
+            # It says itself what is wrong with per.
             Scheme(self.weight_bits, scheme, self.per)
-        given = list(bits.values()) if isinstance(bits, Mapping) else []
-        for number in [*given, *([] if self.first_last_bits is None else [self.first_last_bits])]:
-            Scheme(number)
         self._activation_quantizer(self.act_bits or 8)
         if self.observer != "minmax" and not self._observer_counts():
             way_out = "it is of activations, give act_bits" if self.observer == "ema" else "leave it out"
@@ -213,6 +227,18 @@ class Quantize(Step):
 
     def _rule(self) -> RangeRule:
         return "minmax" if self.observer == "ema" else self.observer
+
+    def _check_numbers(self) -> None:
+        """Refuse numbers of bits that no code has."""
+        given = {"act_bits": self.act_bits, "first_last_bits": self.first_last_bits}
+        if self.scheme not in _FIXED_BITS:
+            given["weight_bits"] = self.weight_bits
+        if isinstance(self.bits, Mapping):
+            given |= {f"bits of {pattern!r}": number for pattern, number in self.bits.items()}
+        for key, number in given.items():
+            if number is not None and number not in range(2, 9):
+                way_out = ": for 1 bit take scheme='binary'" if key == "weight_bits" else ""
+                raise InputError(f"Quantize: {key} must be 2 to 8, got {number}{way_out}")
 
     def _activation_quantizer(self, bits: int) -> quantizers.ActivationQuantizer:
         scheme = Scheme(bits, self.act_scheme, "tensor")
