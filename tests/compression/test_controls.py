@@ -10,7 +10,7 @@ from distill_lightning import InputError, SmallCNN, SmallLSTM, SmallTransformer
 from distill_lightning.compression.artefact import load_compressed, write_artefact
 from distill_lightning.compression.compressor import Compressor
 from distill_lightning.compression.controls import random_steps, same_size_network
-from distill_lightning.compression.low_rank import TrainEmbedding, TrainLinear
+from distill_lightning.compression.low_rank import TrainEmbedding, TrainLinear, rebuild
 from distill_lightning.compression.recipe import plain_copy
 from distill_lightning.compression.schedules import Threshold
 from distill_lightning.compression.steps import LowRank, Prune, Quantize, Regularise
@@ -192,14 +192,7 @@ def test_a_width_that_cannot_shrink_is_named():
         same_size_network(make(), compressed, inputs, seed=0)
 
 
-# Tensor trains
-
-
-def spread(layer, inputs):
-    """Standard deviation of a layer's outputs, without its bias."""
-    outputs = layer(inputs).detach()
-    bias = getattr(layer, "bias", None)
-    return float((outputs if bias is None else outputs - bias).std())
+# Layers made of factors
 
 
 def test_a_linear_train_begins_with_the_spread_of_a_dense_layer():
@@ -226,6 +219,20 @@ def test_an_embedding_train_begins_with_the_spread_of_a_dense_table():
     rows = [row for row in range(60) if row != 3]
     assert torch.stack(tables)[:, rows].std() == pytest.approx(1, rel=0.1)
     assert not any(bool(table[3].any()) for table in tables)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_factored_recurrent_weights_begin_with_the_spread_of_dense_ones(kind):
+    torch.manual_seed(0)
+    dense = kind(8, 64)
+    factored = rebuild(dense, {"kind": "recurrent", "ranks": {"weight_hh_l0": 4}})
+    products = []
+    for _ in range(20):
+        factored.reset_parameters()
+        products.append((factored.weight_hh_l0_left @ factored.weight_hh_l0_right).detach())
+    assert torch.stack(products).std() == pytest.approx(float(dense.weight_hh_l0.std()), rel=0.05)
+    assert 0.9 / 8 < factored.weight_ih_l0.abs().max() <= 1 / 8
+    assert all(parameter.requires_grad for parameter in factored.parameters())
 
 
 def test_the_control_of_tensor_trains_can_learn():
