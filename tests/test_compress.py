@@ -305,6 +305,22 @@ def test_a_control_that_cannot_be_made_is_explained(tmp_path):
         assert "there is no dense network of this size" in (tmp_path / "out" / name).read_text()
 
 
+def test_quantization_alone_is_compared_with_a_network_of_the_dense_size(tmp_path):
+    """Two bits round most weights to zero, and none of them was pruned."""
+
+    def change(config):
+        steps = [{"class_path": "Quantize", "init_args": {"weight_bits": 2, "finetune_epochs": 1}}]
+        config["model"]["init_args"]["steps"] = steps
+
+    (tmp_path / "tiny.yaml").write_text(configuration(change))
+    arguments = ["--output", str(tmp_path / "out"), "--controls", "same_size"]
+    assert main(["compress", str(tmp_path / "tiny.yaml"), *arguments]) == 0
+    stages = stages_of(tmp_path / "out", "compressed_0")
+    (control,) = stages_of(tmp_path / "out", "same_size_0")
+    assert stages[-1].nonzero < 0.7 * stages[-1].parameters
+    assert control.parameters == stages[0].parameters
+
+
 # The controls themselves
 
 

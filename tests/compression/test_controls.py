@@ -10,7 +10,7 @@ from distill_lightning import InputError, SmallCNN, SmallLSTM, SmallTransformer
 from distill_lightning.compression.artefact import load_compressed, write_artefact
 from distill_lightning.compression.compressor import Compressor
 from distill_lightning.compression.controls import random_steps, same_size_network
-from distill_lightning.compression.low_rank import TrainEmbedding, TrainLinear
+from distill_lightning.compression.low_rank import TrainEmbedding, TrainLinear, rebuild
 from distill_lightning.compression.recipe import plain_copy
 from distill_lightning.compression.schedules import Threshold
 from distill_lightning.compression.steps import LowRank, Prune, Quantize, Regularise
@@ -100,7 +100,9 @@ def test_every_layer_and_direction_is_thinned_alike(options):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(
-    "steps", [[Prune(amount=0.5)], [Quantize(bits=4)], [LowRank(rank=4)]], ids=["pruned", "quantized", "factored"]
+    "steps",
+    [[Prune(amount=0.5)], [Quantize(weight_bits=4)], [LowRank(rank=4)]],
+    ids=["pruned", "quantized", "factored"],
 )
 def test_nothing_of_what_was_trained_is_left(name, steps):
     """Trained weights are stood for by a value that no initialisation draws."""
@@ -139,10 +141,10 @@ def test_what_quantization_rounds_to_zero_was_not_pruned(bits):
         torch.manual_seed(1)
         return SmallCNN(10)
 
-    compressed = compressed_by(make, [Quantize(bits=bits)], IMAGES)
+    compressed = compressed_by(make, [Quantize(weight_bits=bits)], IMAGES)
     assert nonzero(compressed) < stored(make())
     assert stored(same_size_network(make(), compressed, IMAGES, seed=0)) == stored(make())
-    both = compressed_by(make, [Prune(amount=0.5), Quantize(bits=bits)], IMAGES)
+    both = compressed_by(make, [Prune(amount=0.5), Quantize(weight_bits=bits)], IMAGES)
     pruned = compressed_by(make, [Prune(amount=0.5)], IMAGES)
     sizes = [stored(same_size_network(make(), network, IMAGES, seed=0)) for network in (both, pruned)]
     assert sizes[0] == sizes[1] < stored(make())
@@ -155,7 +157,7 @@ def test_grouped_convolutions_in_few_bits_have_a_control(groups):
             nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=groups), nn.Flatten(), nn.Linear(128, 3)
         )
 
-    compressed = compressed_by(make, [Quantize(bits=4)], IMAGES)
+    compressed = compressed_by(make, [Quantize(weight_bits=4)], IMAGES)
     assert stored(same_size_network(make(), compressed, IMAGES, seed=0)) == stored(make())
 
 
@@ -166,7 +168,7 @@ def test_weights_that_are_tied_and_quantized_count_once():
         return network
 
     tokens = torch.randint(50, (2, 5))
-    compressed = compressed_by(make, [Quantize(bits=8)], tokens)
+    compressed = compressed_by(make, [Quantize(weight_bits=8)], tokens)
     fresh = same_size_network(make(), compressed, tokens, seed=0)
     assert stored(fresh) == 50 * 8 + 50
     assert fresh[0].weight is fresh[1].weight
@@ -177,7 +179,7 @@ def test_the_row_of_a_padding_was_not_pruned():
         return nn.Sequential(nn.Embedding(50, 8, padding_idx=0), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
 
     tokens = torch.randint(50, (2, 5))
-    for steps in ([LowRank(rank=3)], [Quantize(bits=4)]):
+    for steps in ([LowRank(rank=3)], [Quantize(weight_bits=4)]):
         compressed = compressed_by(make, steps, tokens)
         assert stored(same_size_network(make(), compressed, tokens, seed=0)) == stored(plain_copy(compressed))
 
@@ -190,14 +192,7 @@ def test_a_width_that_cannot_shrink_is_named():
         same_size_network(make(), compressed, inputs, seed=0)
 
 
-# Tensor trains
-
-
-def spread(layer, inputs):
-    """Standard deviation of a layer's outputs, without its bias."""
-    outputs = layer(inputs).detach()
-    bias = getattr(layer, "bias", None)
-    return float((outputs if bias is None else outputs - bias).std())
+# Layers made of factors
 
 
 def test_a_linear_train_begins_with_the_spread_of_a_dense_layer():
@@ -224,6 +219,20 @@ def test_an_embedding_train_begins_with_the_spread_of_a_dense_table():
     rows = [row for row in range(60) if row != 3]
     assert torch.stack(tables)[:, rows].std() == pytest.approx(1, rel=0.1)
     assert not any(bool(table[3].any()) for table in tables)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_factored_recurrent_weights_begin_with_the_spread_of_dense_ones(kind):
+    torch.manual_seed(0)
+    dense = kind(8, 64)
+    factored = rebuild(dense, {"kind": "recurrent", "ranks": {"weight_hh_l0": 4}})
+    products = []
+    for _ in range(20):
+        factored.reset_parameters()
+        products.append((factored.weight_hh_l0_left @ factored.weight_hh_l0_right).detach())
+    assert torch.stack(products).std() == pytest.approx(float(dense.weight_hh_l0.std()), rel=0.05)
+    assert 0.9 / 8 < factored.weight_ih_l0.abs().max() <= 1 / 8
+    assert all(parameter.requires_grad for parameter in factored.parameters())
 
 
 def test_the_control_of_tensor_trains_can_learn():
@@ -281,7 +290,7 @@ def test_as_many_channels_leave_at_random():
 
 
 def test_other_steps_are_not_touched():
-    steps = [Regularise(penalty="l1", weight=0.1, finetune_epochs=1), Prune(amount=0.5), Quantize(bits=4)]
+    steps = [Regularise(penalty="l1", weight=0.1, finetune_epochs=1), Prune(amount=0.5), Quantize(weight_bits=4)]
     before = [dict(vars(step)) for step in steps]
     drawn = random_steps(steps)
     assert [vars(step) for step in steps] == before
@@ -309,7 +318,7 @@ def test_what_prunes_as_much_as_its_scores_say_has_no_random_control(step, reaso
 
 
 def test_a_packed_network_cannot_tell_what_was_pruned(tmp_path):
-    network = compressed_by(lambda: SmallCNN(10), [Quantize(bits=4)], IMAGES)
+    network = compressed_by(lambda: SmallCNN(10), [Quantize(weight_bits=4)], IMAGES)
     write_artefact(network, tmp_path / "network.dlpk")
     with pytest.raises(
         InputError, match="network.dlpk is a packed network, whose weights are baked: give a checkpoint"

@@ -49,6 +49,15 @@ class _FactoredWeights(nn.RNNBase):
             # Else the layer would hold a graph, and could not be copied.
             self._flat_weights = before
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw as the dense layer does; of factors, so that their product has that variance."""
+        super().reset_parameters()
+        # The base class draws once before there are factors.
+        for name, rank in getattr(self, "ranks", {}).items():
+            for suffix in ("left", "right"):
+                getattr(self, f"{name}_{suffix}").normal_(std=(3 * self.hidden_size * rank) ** -0.25)
+
     def fill(self, layer: nn.RNNBase) -> float:
         """Copy the factors of a dense layer's weights, and what is not factored.
 
