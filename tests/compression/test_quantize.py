@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 from test_artefact import Tied, build, inputs_for, layers_of, outputs
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from distill_lightning import InputError
 from distill_lightning.compression import (
@@ -416,6 +417,53 @@ def test_weights_that_are_shared_already_are_left_alone_or_refused():
         compress(network, inputs_for("lstm"), Quantize(targets="lstm"))
 
 
+class Padded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(12, 6, padding_idx=0)
+        self.hidden = nn.Linear(6, 32)
+        self.out = nn.Linear(32, 4)
+
+    def forward(self, tokens):
+        return self.out(self.hidden(self.embed(tokens)).relu())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"scheme": scheme} for scheme in ("symmetric", "affine", "pow2", "binary", "ternary", "ttq")),
+        {"scheme": "binary", "per": "tensor"},
+        {"scheme": "binaryconnect"},
+        {"scheme": "binaryconnect", "first_last_bits": 8},
+        {"scheme": "dorefa", "weight_bits": 4},
+        {"scheme": "dorefa", "weight_bits": 4, "first_last_bits": 8},
+    ],
+)
+def test_the_padding_of_an_embedding_stays_zero(options):
+    torch.manual_seed(0)
+    network, tokens = Padded(), torch.randint(0, 12, (3, 5))
+    piece = compress(network, tokens, Quantize(**options)).piece
+    assert not network.eval().embed.weight[0].any()
+    scheme, at_ends = options["scheme"], "first_last_bits" in options
+    without = scheme == "dorefa" or (scheme == "binaryconnect" and not at_ends) or options.get("per") == "tensor"
+    assert parametrize.is_parametrized(network.embed) != without
+    assert any("has no zero for the row of its padding: left as it is" in note for note in piece.notes) == without
+    if without:
+        with pytest.raises(InputError, match="'embed': scheme=.* has no zero for the row of its padding: exclude it"):
+            compress(Padded(), tokens, Quantize(targets="*", **options))
+
+
+def test_the_report_says_what_was_not_equalised_or_rounded():
+    network = build("resnet")
+    piece = compress(network, inputs_for("resnet"), Quantize(equalise=True)).piece
+    assert any("equalised 0 pairs" in note and "BatchNorm is in the way" in note for note in piece.notes)
+    told = "inputs of attention's output projections are not rounded"
+    for kind in ("transformer", "resnet"):
+        inputs = inputs_for(kind)
+        piece = compress(build(kind), inputs, Quantize(act_bits=8), batches=[(inputs, None)]).piece
+        assert any(told in note for note in piece.notes) == (kind == "transformer")
+
+
 def test_ties():
     tokens = inputs_for("tied")
     network = Tied()
@@ -456,6 +504,8 @@ def test_tied_affine_weights_are_rounded_once_in_the_file(bits, seed, tmp_path):
     ("options", "message"),
     [
         ({"weight_bits": 1}, "^Quantize: weight_bits must be 2 to 8, got 1: for 1 bit take scheme='binary'$"),
+        ({"act_scheme": "symmetric"}, "act_scheme='symmetric' would do nothing here: give act_bits"),
+        ({"act_scheme": "affine"}, "would do nothing here"),
         ({"scheme": "binary", "weight_bits": 4}, "has codes of 1 bit, not 4"),
         (
             {"scheme": "ttq", "per": "channel"},
@@ -478,7 +528,7 @@ def test_tied_affine_weights_are_rounded_once_in_the_file(bits, seed, tmp_path):
         ({"scheme": "dorefa", "bits": MixedPrecision(ratio=0.2)}, "MixedPrecision is for scheme"),
         ({"bits": {"head": 12}}, "^Quantize: bits of 'head' must be 2 to 8, got 12$"),
         ({"first_last_bits": 16}, "^Quantize: first_last_bits must be 2 to 8, got 16$"),
-        ({"act_scheme": "binary"}, "^Quantize: act_scheme must be one of symmetric, affine, pow2, got 'binary'$"),
+        ({"act_scheme": "binary", "act_bits": 8}, "^Quantize: act_scheme must be one of symmetric, affine, pow2, got 'binary'$"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(options, message):

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from distill_lightning import InputError
 from distill_lightning.compression import quantizers as q
+from distill_lightning.compression.quantizers import ranges
 from distill_lightning.compression.quantizers.ranges import kl_divergence_of_clipping
 
 
@@ -291,6 +292,40 @@ def test_the_kl_divergence_is_the_loop_and_outliers_are_cut_off():
         low, high = q.find_range(values, q.Scheme(8, kind, "tensor"), rule="kl")
         assert 2.5 < high.item() < 30
         assert -6 < low.item() < -2.5
+
+
+def naive_kl_threshold(values, levels):
+    """The best of the candidates, the first of equals, of one list of values."""
+    largest = max(abs(value) for value in values)
+    histogram = [0] * ranges._KL_BINS
+    for value in values:
+        histogram[min(int(abs(value) / (largest / len(histogram))), len(histogram) - 1)] += 1
+    step = len(histogram) // ranges._KL_CANDIDATES
+    losses = {
+        kept: naive_kl(histogram, kept, levels) for kept in range(step, len(histogram) + 1, step) if kept >= levels
+    }
+    return min(losses, key=losses.get) * largest / len(histogram)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize(
+    ("kind", "signs", "levels"),
+    [
+        ("symmetric", "both", lambda bits: 2 ** (bits - 1)),
+        # An affine grid of both signs has half its codes for the magnitudes of each, of one sign all of them.
+        ("affine", "both", lambda bits: 2 ** (bits - 1)),
+        ("affine", "one", lambda bits: 2**bits),
+    ],
+)
+def test_the_kl_threshold_is_the_best_for_the_levels_that_a_sign_has(kind, signs, levels, bits):
+    values = draw(1, 600, seed=4).double() ** 3
+    values = values.abs() if signs == "one" else values
+    expected = naive_kl_threshold(values[0].tolist(), levels(bits))
+    low, high = q.find_range(values, q.Scheme(bits, kind, "tensor"), rule="kl")
+    reached = max(high.item(), -low.item())
+    assert reached == pytest.approx(expected, rel=1e-6)
+    # With other numbers of levels the best one is another.
+    assert naive_kl_threshold(values[0].tolist(), 2 * levels(bits)) != pytest.approx(expected, rel=1e-3)
 
 
 def test_observers_do_not_depend_on_the_order_or_division_of_batches():

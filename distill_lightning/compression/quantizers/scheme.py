@@ -19,8 +19,14 @@ from distill_lightning.functional.common import wide
 
 Kind = Literal["symmetric", "affine", "pow2", "dorefa", "binary", "binaryconnect", "ternary", "ttq"]
 
-_FIXED_BITS = {"binary": 1, "binaryconnect": 1, "ternary": 2, "ttq": 2}
-_WHOLE_TENSOR = ("dorefa", "binaryconnect", "ttq")
+UNIFORM: tuple[Kind, ...] = ("symmetric", "affine", "pow2")
+"""Kinds with equally wide levels, of any number of bits."""
+FIXED_BITS = {"binary": 1, "binaryconnect": 1, "ternary": 2, "ttq": 2}
+"""Bits of the kinds that have no others."""
+WHOLE_TENSOR = ("dorefa", "binaryconnect", "ttq")
+"""Kinds with one scale for all."""
+WITHOUT_ZERO = ("binary", "binaryconnect", "dorefa")
+"""Kinds none of whose levels is zero."""
 _GROUP = re.compile(r"group:([1-9]\d*)")
 
 
@@ -48,14 +54,14 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise InputError(f"kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
-        fixed = _FIXED_BITS.get(self.kind)
+        fixed = FIXED_BITS.get(self.kind)
         if fixed is not None and self.bits != fixed:
             raise InputError(f"kind={self.kind!r} has codes of {fixed} bit: give bits={fixed}, not {self.bits}")
         if fixed is None and self.bits not in range(2, 9):
             raise InputError(f"bits must be 2 to 8, got {self.bits}: for 1 bit take kind='binary'")
         if self.per not in ("tensor", "channel") and not _GROUP.fullmatch(self.per):
             raise InputError(f"per must be 'tensor', 'channel' or 'group:n' such as 'group:32', got {self.per!r}")
-        if self.kind in _WHOLE_TENSOR and self.per != "tensor":
+        if self.kind in WHOLE_TENSOR and self.per != "tensor":
             raise InputError(f"kind={self.kind!r} has one scale for a whole tensor: give per='tensor'")
         if self.axis not in (0, 1):
             raise InputError(f"axis must be 0 or 1, got {self.axis}")

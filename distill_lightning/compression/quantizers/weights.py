@@ -27,13 +27,12 @@ from distill_lightning.compression.quantizers.estimators import (
     ttq_start,
 )
 from distill_lightning.compression.quantizers.ranges import RangeRule, weight_grid
-from distill_lightning.compression.quantizers.scheme import Codes, Scheme, fake_quantize, quantize
+from distill_lightning.compression.quantizers.scheme import UNIFORM, Codes, Scheme, fake_quantize, quantize
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 
 Estimator = Literal["ste", "lsq"]
 
-_UNIFORM = ("symmetric", "affine", "pow2")
 _RECURRENT = ("weight_ih", "weight_hh", "weight_hr")
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -83,7 +82,7 @@ class WeightQuantizer(nn.Module):
             self.positive, self.negative = (nn.Parameter(wide(start).clone()) for start in starts)
         elif estimator == "lsq":
             self.scale = nn.Parameter(lsq_start(weight, scheme))
-        elif scheme.kind in _UNIFORM and rule != "minmax":
+        elif scheme.kind in UNIFORM and rule != "minmax":
             # Min-max alone tells the shapes; the other rules may take long.
             scale, zero_point = weight_grid(weight, scheme, rule=rule if calibrate else "minmax")
             self.register_buffer("scale", scale)
@@ -116,7 +115,7 @@ class WeightQuantizer(nn.Module):
         """
         if self.scheme.kind == "ttq":
             return ttq_codes(weight, self.positive, self.negative)
-        if self.scheme.kind not in _UNIFORM:
+        if self.scheme.kind not in UNIFORM:
             return codes(weight, self.scheme)
         if self.estimator == "lsq":
             scale = self._learned_scale().detach()

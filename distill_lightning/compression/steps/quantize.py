@@ -14,7 +14,14 @@ from torch.nn.utils import parametrize
 from distill_lightning.compression import calibration, quantizers
 from distill_lightning.compression.quantizers.activations import NAME, ActivationEstimator
 from distill_lightning.compression.quantizers.ranges import ObserverRule, RangeRule
-from distill_lightning.compression.quantizers.scheme import Kind, Scheme
+from distill_lightning.compression.quantizers.scheme import (
+    FIXED_BITS,
+    UNIFORM,
+    WHOLE_TENSOR,
+    WITHOUT_ZERO,
+    Kind,
+    Scheme,
+)
 from distill_lightning.compression.quantizers.weights import Estimator, WeightQuantizer
 from distill_lightning.compression.recipe import copy_network
 from distill_lightning.compression.steps.base import At, Order, Step
@@ -24,10 +31,7 @@ from distill_lightning.compression.targets import Targets, match_layers
 from distill_lightning.compression.workpiece import Workpiece
 from distill_lightning.errors import InputError
 
-_UNIFORM = ("symmetric", "affine", "pow2")
-_WITHOUT_ZERO = ("binary", "binaryconnect", "dorefa")
-_WHOLE_TENSOR = ("dorefa", "binaryconnect", "ttq")
-_FIXED_BITS = {"binary": 1, "binaryconnect": 1, "ternary": 2, "ttq": 2}
+_UNEQUALISED = ": nowhere is there but ReLU, pooling or the like between two (BatchNorm is in the way)"
 _WHAT = "linear, convolutional, recurrent, attention and embedding layers"
 
 
@@ -53,10 +57,11 @@ class Quantize(Step):
     Args:
         weight_bits: of a weight's code, 2 to 8; the binary kinds have 1 and the ternary ones 2 whatever this default
             says. ``None``: weights stay as they are.
-        act_bits: of the inputs of the same layers (embeddings have none to quantize), 2 to 8; ``None``: they stay
-            float. Their ranges are measured on calibration data.
+        act_bits: of the inputs of the same layers (embeddings have none to quantize, and what PyTorch's attention gives
+            its output projection stays float), 2 to 8; ``None``: they stay float. Their ranges are measured on
+            calibration data.
         scheme: of the weights, see `quantizers.Scheme`.
-        act_scheme: of activations, per tensor.
+        act_scheme: of activations, per tensor: ``"affine"``, ``"symmetric"`` or ``"pow2"``; ``None``: the first.
         per: what has a scale of its own: ``"channel"``, ``"tensor"`` or ``"group:n"``; ``None``: the channel, or the
             tensor where the scheme has one scale for all.
         observer: which range is spanned, of weights and of activations; ``"ema"`` is of activations alone, and weights
@@ -71,7 +76,8 @@ class Quantize(Step):
             the scheme has its own number of bits, these two are symmetric.
         bias_correction: whether biases are moved so that the mean outputs of layers on calibration data are those of
             the float network.
-        equalise: whether channels between layers are first given equal weight ranges; outputs stay the same.
+        equalise: whether channels between layers are first given equal weight ranges; outputs stay the same. Only of
+            layers with nothing but ReLU, pooling and the like between them: what has BatchNorm there stays as it is.
         at: see `Step`.
         targets: likewise.
         exclude: likewise.
@@ -91,7 +97,7 @@ class Quantize(Step):
         weight_bits: int | None = 8,
         act_bits: int | None = None,
         scheme: Kind = "symmetric",
-        act_scheme: Literal["affine", "symmetric", "pow2"] = "affine",
+        act_scheme: Literal["affine", "symmetric", "pow2"] | None = None,
         per: str | None = None,
         observer: ObserverRule = "minmax",
         mode: Literal["ptq", "qat"] = "ptq",
@@ -106,12 +112,14 @@ class Quantize(Step):
         finetune_epochs: int = 0,
     ) -> None:
         super().__init__(at=at, targets=targets, exclude=exclude, finetune_epochs=finetune_epochs)
-        self.weight_bits = weight_bits if weight_bits is None else _FIXED_BITS.get(scheme, weight_bits)
-        self.act_bits, self.scheme, self.act_scheme = act_bits, scheme, act_scheme
-        self.per = per or ("tensor" if scheme in _WHOLE_TENSOR else "channel")
+        self.weight_bits = weight_bits if weight_bits is None else FIXED_BITS.get(scheme, weight_bits)
+        self.act_bits, self.scheme, self.act_scheme = act_bits, scheme, act_scheme or "affine"
+        self.per = per or ("tensor" if scheme in WHOLE_TENSOR else "channel")
         self.observer, self.mode, self.estimator = observer, mode, estimator
         self.bits, self.first_last_bits = bits, first_last_bits
         self.bias_correction, self.equalise = bias_correction, equalise
+        if act_bits is None and act_scheme is not None:
+            raise InputError(f"Quantize: act_scheme={act_scheme!r} would do nothing here: give act_bits")
         self._check(weight_bits)
 
     def __repr__(self) -> str:
@@ -133,8 +141,9 @@ class Quantize(Step):
         layers = match_layers(
             piece.network, self.targets, self.exclude, fits=lambda layer: bool(_own_weights(layer)), what=_WHAT
         )
-        weights = self._weights(piece, layers)
         order = _running_order(piece)
+        layers = self._without_paddings(piece, layers, self._ends(order))
+        weights = self._weights(piece, layers)
         schemes = self._schemes(piece, layers, weights, order)
         for weight in weights:
             self._check_weight(piece, weight, schemes[weight.path])
@@ -142,7 +151,7 @@ class Quantize(Step):
         if self.equalise:
             pairs = quantizers.equalisable_pairs(piece.network)
             quantizers.equalise(piece.network, pairs=pairs)
-            piece.note(f"Quantize equalised {len(pairs)} pairs of layers")
+            piece.note(f"Quantize equalised {len(pairs)} pairs of layers{_UNEQUALISED if not pairs else ''}")
         reference = copy_network(piece.network) if self.bias_correction else None
         for weight in weights:
             self._quantize_weight(piece, weight, schemes[weight.path])
@@ -188,8 +197,8 @@ class Quantize(Step):
                 f"estimator='lsq' learns symmetric weights, not {scheme!r}: take estimator='ste'",
             ),
             (
-                self.act_scheme not in _UNIFORM,
-                f"act_scheme must be one of {', '.join(_UNIFORM)}, got {self.act_scheme!r}",
+                self.act_scheme not in UNIFORM,
+                f"act_scheme must be one of {', '.join(UNIFORM)}, got {self.act_scheme!r}",
             ),
             (
                 self.act_bits is not None and estimator in ("pact", "dorefa") and self.act_scheme != "affine",
@@ -200,13 +209,13 @@ class Quantize(Step):
                 "estimator='lsq' learns any scale: give act_scheme='symmetric' or 'affine'",
             ),
             (
-                scheme in _WHOLE_TENSOR and self.per != "tensor",
+                scheme in WHOLE_TENSOR and self.per != "tensor",
                 f"scheme={scheme!r} has one scale for a whole tensor: leave per out",
             ),
-            (scheme in _FIXED_BITS and bits is not None, f"scheme={scheme!r} has its own bits: leave bits out"),
+            (scheme in FIXED_BITS and bits is not None, f"scheme={scheme!r} has its own bits: leave bits out"),
             (
-                isinstance(bits, MixedPrecision) and scheme not in _UNIFORM,
-                f"MixedPrecision is for scheme {', '.join(_UNIFORM)}, not {scheme!r}",
+                isinstance(bits, MixedPrecision) and scheme not in UNIFORM,
+                f"MixedPrecision is for scheme {', '.join(UNIFORM)}, not {scheme!r}",
             ),
         ):
             if wrong:
@@ -221,7 +230,7 @@ class Quantize(Step):
             raise InputError(f"Quantize: observer={self.observer!r} would do nothing here: {way_out}")
 
     def _observer_counts(self) -> bool:
-        of_weights = self.weight_bits is not None and self.scheme in _UNIFORM and self.estimator != "lsq"
+        of_weights = self.weight_bits is not None and self.scheme in UNIFORM and self.estimator != "lsq"
         of_inputs = self.act_bits is not None and self.estimator != "dorefa"
         return of_inputs or (of_weights and self.observer != "ema")
 
@@ -231,7 +240,7 @@ class Quantize(Step):
     def _check_numbers(self) -> None:
         """Refuse numbers of bits that no code has."""
         given = {"act_bits": self.act_bits, "first_last_bits": self.first_last_bits}
-        if self.scheme not in _FIXED_BITS:
+        if self.scheme not in FIXED_BITS:
             given["weight_bits"] = self.weight_bits
         if isinstance(self.bits, Mapping):
             given |= {f"bits of {pattern!r}": number for pattern, number in self.bits.items()}
@@ -248,6 +257,24 @@ class Quantize(Step):
         return f"{self.weight_bits} bit" if self.bits is None else "mixed"
 
     # What it is done to
+
+    def _without_paddings(self, piece: Workpiece, layers: list[str], ends: set[str]) -> list[str]:
+        """Some layers without the embeddings whose padding would no longer be zero."""
+        # The row's own scale is zero, too.
+        if self.scheme not in WITHOUT_ZERO or (self.scheme == "binary" and self.per == "channel"):
+            return layers
+        left = []
+        for path in layers:
+            layer = piece.network.get_submodule(path)
+            symmetric = path in ends and self.scheme in FIXED_BITS
+            if symmetric or not isinstance(layer, nn.Embedding) or layer.padding_idx is None:
+                left.append(path)
+                continue
+            reason = f"scheme={self.scheme!r} has no zero for the row of its padding"
+            if self.targets is not None:
+                raise InputError(f"Quantize: {path!r}: {reason}: exclude it")
+            piece.note(f"{path}: {reason}: left as it is")
+        return left
 
     def _weights(self, piece: Workpiece, layers: list[str]) -> list[_Weight]:
         """The weights of some layers, without those that are computed already."""
@@ -267,7 +294,7 @@ class Quantize(Step):
                         "take other steps"
                     )
         if not found:
-            raise InputError("Quantize: all weights are shared or quantized already: leave this step out")
+            raise InputError("Quantize: no weight is left that is not shared or quantized already: leave this step out")
         self._check_ties(piece.network, found)
         return found
 
@@ -298,7 +325,7 @@ class Quantize(Step):
                 raise InputError(
                     f"Quantize: {path!r} is tied to a weight that is left out: name both layers or neither"
                 )
-            if len(places.get(value, ())) > 1 and (self.estimator == "lsq" or self.scheme not in _UNIFORM):
+            if len(places.get(value, ())) > 1 and (self.estimator == "lsq" or self.scheme not in UNIFORM):
                 what = "estimator='lsq'" if self.estimator == "lsq" else f"scheme={self.scheme!r}"
                 raise InputError(
                     f"Quantize: {path!r} is a tied weight, which does not go with {what}: exclude its layers"
@@ -340,7 +367,7 @@ class Quantize(Step):
 
     def _scheme(self, piece: Workpiece, weight: _Weight, number: int, *, at_end: bool) -> Scheme:
         axis = _channel_axis(piece.network, weight)
-        if at_end and self.scheme in _FIXED_BITS:
+        if at_end and self.scheme in FIXED_BITS:
             return Scheme(number, "symmetric", "channel", axis)
         return Scheme(number, self.scheme, self.per, axis)
 
@@ -349,7 +376,7 @@ class Quantize(Step):
 
     def _check_weight(self, piece: Workpiece, weight: _Weight, scheme: Scheme) -> None:
         mask = piece.masks.kept.get(weight.path)
-        if mask is not None and not bool(mask.all()) and scheme.kind in _WITHOUT_ZERO:
+        if mask is not None and not bool(mask.all()) and scheme.kind in WITHOUT_ZERO:
             raise InputError(
                 f"Quantize: {weight.path!r} is pruned, and scheme={scheme.kind!r} has no zero to keep it so: take "
                 "another scheme, or exclude the layer"
@@ -360,7 +387,7 @@ class Quantize(Step):
     def _quantize_weight(self, piece: Workpiece, weight: _Weight, scheme: Scheme) -> None:
         layer = piece.network.get_submodule(weight.layer)
         estimator: Estimator = "lsq" if self.estimator == "lsq" and scheme.kind == "symmetric" else "ste"
-        rule = self._rule() if scheme.kind in _UNIFORM and estimator == "ste" else "minmax"
+        rule = self._rule() if scheme.kind in UNIFORM and estimator == "ste" else "minmax"
         quantizers.quantize_weights(layer, scheme=scheme, estimator=estimator, rule=rule, names=[weight.name])
         prefix = f"{weight.layer}." if weight.layer else ""
         piece.rename_mask(weight.path, f"{prefix}parametrizations.{weight.name}.original")
@@ -392,6 +419,8 @@ class Quantize(Step):
                 piece.note(f"no kernel here computes with {number}-bit weights: storage only")
         if self.act_bits is not None:
             piece.note(f"inputs of layers are rounded to {self.act_bits} bit in float: this makes PyTorch no faster")
+            if any(isinstance(module, nn.MultiheadAttention) for module in piece.network.modules()):
+                piece.note("inputs of attention's output projections are not rounded: nn.MultiheadAttention calls none")
 
 
 def _channel_axis(network: nn.Module, weight: _Weight) -> int:
