@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 
@@ -196,6 +198,46 @@ def test_what_cannot_be_reported_is_refused_before_the_training(tmp_path, capsys
 def test_measurements_that_cannot_be_made_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         Measurements(**options)
+
+
+class Interrupting(pl.Callback):
+    """Presses Ctrl-C in the second epoch."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["training", "between"])
+def test_an_interrupt_tells_what_is_kept(finished, tmp_path, capsys, monkeypatch, where):
+    """In a training Lightning catches it and leaves the process; elsewhere nobody does."""
+    shutil.copytree(finished, tmp_path / "copy")
+    out = tmp_path / "copy/out"
+    shutil.rmtree(out / "runs/random_1")
+    execute = runs.execute
+
+    def interrupted(run, make, *args):
+        def making(seed, root):
+            if where == "between":
+                raise KeyboardInterrupt
+            parts = make(seed, root)
+            parts.trainer.callbacks.append(Interrupting())
+            return parts
+
+        execute(run, making, *args)
+
+    monkeypatch.setattr("distill_lightning.compress.command.execute", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(["compress", str(tmp_path / "copy/tiny.yaml"), "--output", str(out), "--seeds", "0", "1"])
+    finally:
+        # Lightning has it ignored from then on.
+        signal.signal(signal.SIGINT, handler)
+    assert stop.value.code == 130
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Interrupted: 5 of 6 runs are finished and kept in {out}; the same command goes on" in said
+    assert not (out / "runs/random_1/stages.json").exists()
 
 
 def changed_steps(*steps):
