@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from torch import nn
 
 from distill_lightning import SmallCNN, SmallLSTM, SmallTransformer
 from distill_lightning.callbacks import Measurements
@@ -238,6 +239,28 @@ def test_an_interrupt_tells_what_is_kept(finished, tmp_path, capsys, monkeypatch
     said = " ".join(capsys.readouterr().out.split())
     assert f"Interrupted: 5 of 6 runs are finished and kept in {out}; the same command goes on" in said
     assert not (out / "runs/random_1/stages.json").exists()
+
+
+def test_a_network_from_elsewhere_is_told_of_at_the_start(tmp_path, capsys, monkeypatch):
+    def change(config):
+        config["model"]["init_args"]["network"] = {"class_path": f"{__name__}.from_elsewhere"}
+
+    def begin(*_):
+        raise InputError("it begins")
+
+    monkeypatch.setattr("distill_lightning.compress.command.execute", begin)
+    for number, (changed, expected) in enumerate(((change, True), (lambda config: None, False))):
+        (tmp_path / "tiny.yaml").write_text(configuration(changed))
+        assert main(["compress", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / f"out{number}")]) == 2
+        caught = capsys.readouterr()
+        assert "it begins" in caught.err
+        told = "Sequential was built by no factory of this package: network.dlpk and compressed.ckpt will be loaded"
+        assert (told in " ".join(caught.out.split())) == expected
+
+
+def from_elsewhere() -> nn.Module:
+    """A network that no factory of the package made."""
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
 
 
 def changed_steps(*steps):

@@ -34,6 +34,7 @@ from distill_lightning.compress.runs import (
 from distill_lightning.compression.report import Report, machine
 from distill_lightning.compression.stages import FINAL
 from distill_lightning.errors import InputError, refusing
+from distill_lightning.networks import recipe_of
 from distill_lightning.stores.files import write_whole
 
 _KNOWN = "compress.yaml"
@@ -88,6 +89,8 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
     if wanted.onnx == "none" and find_spec("onnxruntime"):
         wanted = replace(wanted, onnx="float")
     runs = plan(folder, options.seeds, options.controls)
+    for line in _warnings(first):
+        console.print(line, highlight=False)
     with _telling_of_a_stop(runs, folder, console):
         _execute(runs, parts_of, wanted, first.trainer.max_epochs or 0, console)
     report = _report(runs, arguments, options.metric)
@@ -161,6 +164,17 @@ def _claim(folder: Path, config: str, overrides: Sequence[str]) -> None:
     with refusing(f"output {folder}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(known, [content.encode()])
+
+
+def _warnings(parts: Parts) -> list[str]:
+    """What the user had better know before the training."""
+    network = getattr(parts.model, parts.callback.attribute, None)
+    if network is None or recipe_of(network) is not None:
+        return []
+    return [
+        f"{type(network).__name__} was built by no factory of this package: {PACKED} and {CHECKPOINT} will be loaded "
+        "with load_compressed(path, network), given one that is built as this one is"
+    ]
 
 
 @contextmanager
