@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import signal
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
+from torch import nn
 
 from distill_lightning import SmallCNN, SmallLSTM, SmallTransformer
 from distill_lightning.callbacks import Measurements
@@ -196,6 +199,68 @@ def test_what_cannot_be_reported_is_refused_before_the_training(tmp_path, capsys
 def test_measurements_that_cannot_be_made_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         Measurements(**options)
+
+
+class Interrupting(pl.Callback):
+    """Presses Ctrl-C in the second epoch."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["training", "between"])
+def test_an_interrupt_tells_what_is_kept(finished, tmp_path, capsys, monkeypatch, where):
+    """In a training Lightning catches it and leaves the process; elsewhere nobody does."""
+    shutil.copytree(finished, tmp_path / "copy")
+    out = tmp_path / "copy/out"
+    shutil.rmtree(out / "runs/random_1")
+    execute = runs.execute
+
+    def interrupted(run, make, *args):
+        def making(seed, root):
+            if where == "between":
+                raise KeyboardInterrupt
+            parts = make(seed, root)
+            parts.trainer.callbacks.append(Interrupting())
+            return parts
+
+        execute(run, making, *args)
+
+    monkeypatch.setattr("distill_lightning.compress.command.execute", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(["compress", str(tmp_path / "copy/tiny.yaml"), "--output", str(out), "--seeds", "0", "1"])
+    finally:
+        # Lightning has it ignored from then on.
+        signal.signal(signal.SIGINT, handler)
+    assert stop.value.code == 130
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Interrupted: 5 of 6 runs are finished and kept in {out}; the same command goes on" in said
+    assert not (out / "runs/random_1/stages.json").exists()
+
+
+def test_a_network_from_elsewhere_is_told_of_at_the_start(tmp_path, capsys, monkeypatch):
+    def change(config):
+        config["model"]["init_args"]["network"] = {"class_path": f"{__name__}.from_elsewhere"}
+
+    def begin(*_):
+        raise InputError("it begins")
+
+    monkeypatch.setattr("distill_lightning.compress.command.execute", begin)
+    for number, (changed, expected) in enumerate(((change, True), (lambda config: None, False))):
+        (tmp_path / "tiny.yaml").write_text(configuration(changed))
+        assert main(["compress", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / f"out{number}")]) == 2
+        caught = capsys.readouterr()
+        assert "it begins" in caught.err
+        told = "Sequential was built by no factory of this package: network.dlpk and compressed.ckpt will be loaded"
+        assert (told in " ".join(caught.out.split())) == expected
+
+
+def from_elsewhere() -> nn.Module:
+    """A network that no factory of the package made."""
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
 
 
 def changed_steps(*steps):

@@ -7,7 +7,8 @@ import datetime
 import shlex
 import shutil
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ from distill_lightning.compress.runs import (
 from distill_lightning.compression.report import Report, machine
 from distill_lightning.compression.stages import FINAL
 from distill_lightning.errors import InputError, refusing
+from distill_lightning.networks import recipe_of
 from distill_lightning.stores.files import write_whole
 
 _KNOWN = "compress.yaml"
@@ -40,6 +42,7 @@ _ABSENT = {"same_size": "control of the same size", "random": "control with a ra
 # Columns of a terminal; intervals of times need more.
 _NARROW = 110
 _CONTROLS = ("same_size", "random")
+_INTERRUPTED = 130
 
 Make = Callable[[Sequence[str]], Parts]
 """Makes a module, its data and a Trainer from arguments of the command line."""
@@ -64,6 +67,7 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
     Raises:
         ArgumentError: the configuration cannot be parsed.
         InputError: it cannot be used, or the output folder belongs to another one.
+        SystemExit: with status 130, after Ctrl-C.
     """
     console = console or Console()
     if not console.is_terminal:
@@ -85,7 +89,10 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
     if wanted.onnx == "none" and find_spec("onnxruntime"):
         wanted = replace(wanted, onnx="float")
     runs = plan(folder, options.seeds, options.controls)
-    _execute(runs, parts_of, wanted, first.trainer.max_epochs or 0, console)
+    for line in _warnings(first):
+        console.print(line, highlight=False)
+    with _telling_of_a_stop(runs, folder, console):
+        _execute(runs, parts_of, wanted, first.trainer.max_epochs or 0, console)
     report = _report(runs, arguments, options.metric)
     paths = _write(report, runs[0], folder)
     console.print(_table(report, console.width))
@@ -157,6 +164,36 @@ def _claim(folder: Path, config: str, overrides: Sequence[str]) -> None:
     with refusing(f"output {folder}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(known, [content.encode()])
+
+
+def _warnings(parts: Parts) -> list[str]:
+    """What the user had better know before the training."""
+    network = getattr(parts.model, parts.callback.attribute, None)
+    if network is None or recipe_of(network) is not None:
+        return []
+    return [
+        f"{type(network).__name__} was built by no factory of this package: {PACKED} and {CHECKPOINT} will be loaded "
+        "with load_compressed(path, network), given one that is built as this one is"
+    ]
+
+
+@contextmanager
+def _telling_of_a_stop(runs: Sequence[Run], folder: Path, console: Console) -> Iterator[None]:
+    """After Ctrl-C say what is kept; the exit status is the one that shells give to it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning leaves the process once it has seen the interrupt.
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        done = sum(run.stages_file.exists() for run in runs)
+        console.print(
+            f"Interrupted: {done} of {len(runs)} runs are finished and kept in {folder}; the same command goes on "
+            "with the others.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise SystemExit(_INTERRUPTED) from None
 
 
 def _execute(
