@@ -528,7 +528,10 @@ def test_tied_affine_weights_are_rounded_once_in_the_file(bits, seed, tmp_path):
         ({"scheme": "dorefa", "bits": MixedPrecision(ratio=0.2)}, "MixedPrecision is for scheme"),
         ({"bits": {"head": 12}}, "^Quantize: bits of 'head' must be 2 to 8, got 12$"),
         ({"first_last_bits": 16}, "^Quantize: first_last_bits must be 2 to 8, got 16$"),
-        ({"act_scheme": "binary", "act_bits": 8}, "^Quantize: act_scheme must be one of symmetric, affine, pow2, got 'binary'$"),
+        (
+            {"act_scheme": "binary", "act_bits": 8},
+            "^Quantize: act_scheme must be one of symmetric, affine, pow2, got 'binary'$",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(options, message):

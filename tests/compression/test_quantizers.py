@@ -1050,3 +1050,14 @@ def test_parametrized_layers_stay_of_this_package():
     q.quantize_weights(layer, scheme=q.Scheme(4))
     assert parametrize.is_parametrized(layer, "weight")
     assert "4 bit symmetric" in repr(layer)
+
+
+def test_weights_that_several_layers_share_are_not_equalised():
+    network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3), nn.ReLU())
+    network[2].weight = network[0].weight
+    inputs = torch.randn(5, 6)
+    before = network(inputs)
+    q.equalise(network)
+    torch.testing.assert_close(network(inputs), before)
+    with pytest.raises(InputError, match="one has a weight that other layers use"):
+        q.equalise(network, pairs=[("0", "2")])

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
+from distill_lightning.compression.surgery.groups import tied_modules
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 
@@ -145,16 +146,18 @@ def _fold(layer: Any, norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
 def equalisable_pairs(network: nn.Module) -> Pairs:
     """Layers whose outputs reach one other layer only, through nothing but ReLU, pooling and the like.
 
-    BatchNorms are in the way: fold them first.
+    BatchNorms are in the way (`fold_batch_norm` makes a copy without), and so are weights that several layers share.
 
     Raises:
         InputError: the network's forward depends on data, so that it cannot be traced.
     """
     modules = dict(network.named_modules())
+    # A weight that stands at several places cannot be scaled for one of them.
+    tied = tied_modules(network)
     return [
         (first, second)
         for first, second, between in _layers_in_order(network)
-        if _plain(modules[first]) and _plain(modules[second])
+        if _plain(modules[first]) and _plain(modules[second]) and not {modules[first], modules[second]} & tied
         if _keeps_channels_apart(modules[first], modules[second], [_operation(node, modules) for node in between])
     ]
 
@@ -207,10 +210,12 @@ def equalise(network: nn.Module, *, pairs: Pairs | None = None, sweeps: int = 40
     https://arxiv.org/abs/1906.04721
     """
     pairs = equalisable_pairs(network) if pairs is None else pairs
-    modules = dict(network.named_modules())
+    modules, tied = dict(network.named_modules()), tied_modules(network)
     for first, second in pairs:
         if first not in modules or second not in modules or not (_plain(modules[first]) and _plain(modules[second])):
             raise InputError(f"cannot equalise {first!r} and {second!r}: it takes two linear or conv layers in float")
+        if {modules[first], modules[second]} & tied:
+            raise InputError(f"cannot equalise {first!r} and {second!r}: one has a weight that other layers use, too")
     for sweep in range(1, sweeps + 1):
         change = max((_equalise(modules[first], modules[second], first, second) for first, second in pairs), default=0)
         if change < 1e-7:
