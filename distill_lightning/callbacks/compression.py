@@ -97,6 +97,8 @@ class CompressionCallback(pl.Callback):
         self._seen = 0
         # The last epoch that has begun, and how many weights were pruned when the network was validated.
         self._epoch, self._pruned = -1, 0
+        # Whether the training has come to its end, with the last steps.
+        self._is_over = False
         # The Trainer and the module of the fit that is under way.
         self._fit: tuple[pl.Trainer, Any] | None = None
 
@@ -118,6 +120,7 @@ class CompressionCallback(pl.Callback):
         if trainer.max_epochs is None or trainer.max_epochs < 1:
             raise InputError("compression needs the number of epochs: give the Trainer max_epochs")
         self._fit, self.stages, self._epoch, self._pruned = (trainer, pl_module), [], -1, 0
+        self._is_over = False
         if self.measurements is not None:
             check_scored(trainer, pl_module, self.measurements.split)
         self.compressor = Compressor(
@@ -215,6 +218,7 @@ class CompressionCallback(pl.Callback):
         compressor = self.compressor
         if compressor is None:
             return
+        self._is_over = True
         waiting = [phase.step for phase in compressor.waiting]
         compressor.finish()
         self._forget_if_pruned(trainer, compressor)
@@ -233,7 +237,13 @@ class CompressionCallback(pl.Callback):
                     callback.best_model_path = str(path)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The fit is over."""
+        """The fit is over; one that was resumed after its last epoch has not trained, and still has to be ended."""
+        if self.compressor is not None and not self._is_over and trainer.limit_train_batches:
+            # Lightning has moved it away already.
+            pl_module.to(trainer.strategy.root_device)
+            self.on_train_start(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
+            pl_module.cpu()
         self._fit = None
         pl_module.__dict__.pop("_phase_length", None)
 
