@@ -21,11 +21,12 @@ from distill_lightning.callbacks.batches import TrainersBatches, undrawn
 from distill_lightning.callbacks.stages import Measurements, check_scored, measure
 from distill_lightning.compression.compressor import Compressor, Moment, has_parameters
 from distill_lightning.compression.measure import count_parameters
-from distill_lightning.compression.recipe import checkpoint_entry
+from distill_lightning.compression.recipe import checkpoint_entry, describe
 from distill_lightning.compression.report import Report, machine
 from distill_lightning.compression.stages import DENSE, FINAL, Kind, Stage
 from distill_lightning.compression.steps import Order, Step
-from distill_lightning.compression.timeline import Phase
+from distill_lightning.compression.structure import NOTHING, restore_structure
+from distill_lightning.compression.timeline import Phase, check_order
 from distill_lightning.errors import InputError
 
 AVERAGING: tuple[Any, ...] = (
@@ -87,6 +88,9 @@ class CompressionCallback(pl.Callback):
     ) -> None:
         if calibration_batches < 1:
             raise InputError(f"calibration_batches must be at least 1, got {calibration_batches}")
+        if dense_epochs < 0:
+            raise InputError(f"dense_epochs must not be negative, got {dense_epochs}")
+        check_order(steps)
         self.steps = list(steps)
         self.attribute, self.dense_epochs, self.restart = attribute, dense_epochs, restart
         self.calibration_batches, self.seed = calibration_batches, seed
@@ -97,8 +101,8 @@ class CompressionCallback(pl.Callback):
         self._seen = 0
         # The last epoch that has begun, and how many weights were pruned when the network was validated.
         self._epoch, self._pruned = -1, 0
-        # Whether the training has come to its end, with the last steps.
-        self._is_over = False
+        # Whether the training has come to its end, with the last steps, and whether it began with a compressed network.
+        self._is_over = self._is_begun = False
         # The Trainer and the module of the fit that is under way.
         self._fit: tuple[pl.Trainer, Any] | None = None
 
@@ -110,17 +114,20 @@ class CompressionCallback(pl.Callback):
         Raises:
             InputError: it cannot be followed.
         """
-        if stage != "fit" or not self.steps:
+        if not self.steps:
+            return
+        pl_module.__dict__["on_load_checkpoint"] = _Restoring(pl_module)
+        if stage != "fit":
             return
         network = getattr(pl_module, self.attribute, None)
         if not isinstance(network, nn.Module):
             raise InputError(
                 f"{type(pl_module).__name__} has no network {self.attribute!r} to compress: give attribute="
             )
-        if trainer.max_epochs is None or trainer.max_epochs < 1:
-            raise InputError("compression needs the number of epochs: give the Trainer max_epochs")
-        self._fit, self.stages, self._epoch, self._pruned = (trainer, pl_module), [], -1, 0
-        self._is_over = False
+        _check_plan(trainer, self, pl_module)
+        # A checkpoint that is loaded later says how far the compression is.
+        self._is_begun = describe(network) != NOTHING or self._has_begun(network)
+        self._fit, self._epoch, self._pruned, self._is_over = (trainer, pl_module), -1, 0, False
         if self.measurements is not None:
             check_scored(trainer, pl_module, self.measurements.split)
         self.compressor = Compressor(
@@ -137,9 +144,25 @@ class CompressionCallback(pl.Callback):
         self._check(trainer, pl_module, self.compressor)
         # Checkpoints of other phases are loaded into what it was at first.
         kept = pl_module.__dict__.setdefault("_uncompressed", {})
-        self.compressor.dense = kept.setdefault(self.attribute, self.compressor.dense)
-        pl_module.__dict__["_phase_length"] = self._phase_length
+        if describe(network) == NOTHING:
+            kept.setdefault(self.attribute, self.compressor.dense)
+        self.compressor.dense = kept.get(self.attribute, self.compressor.dense)
         _stand_last(trainer, self)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """By now a checkpoint is loaded, if there is one.
+
+        Raises:
+            InputError: there is none, and the network is compressed already.
+        """
+        if self.compressor is None or trainer.ckpt_path is not None:
+            return
+        if self._is_begun:
+            raise InputError(
+                f"{type(pl_module).__name__}.{self.attribute} is compressed already: make the module anew, or go on "
+                "from a checkpoint with fit(ckpt_path=...)"
+            )
+        self.stages = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See what the network is given."""
@@ -244,8 +267,19 @@ class CompressionCallback(pl.Callback):
             self.on_train_start(trainer, pl_module)
             self.on_train_end(trainer, pl_module)
             pl_module.cpu()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was found."""
+        self.teardown(trainer, pl_module, "")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Likewise."""
         self._fit = None
-        pl_module.__dict__.pop("_phase_length", None)
+        pl_module.__dict__.pop("on_load_checkpoint", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the Trainer: a module can be copied while it is trained."""
+        return {**self.__dict__, "_fit": None}
 
     # In checkpoints
 
@@ -259,6 +293,11 @@ class CompressionCallback(pl.Callback):
             for path, kept in self.compressor.masks.kept.items():
                 name = f"{self.attribute}.{path}"
                 state[name] = state[name].masked_fill(~kept.to(state[name].device), 0)
+
+    @property
+    def state_key(self) -> str:
+        """In checkpoints: its own for each network."""
+        return self._generate_state_key(attribute=self.attribute)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the compression is."""
@@ -341,6 +380,11 @@ class CompressionCallback(pl.Callback):
             )
         )  # fmt: skip
 
+    def _has_begun(self, network: nn.Module) -> bool:
+        """Whether an earlier fit has begun with the steps; masks alone leave no trace in the network."""
+        before = self.compressor
+        return before is not None and before.network is network and len(before.waiting) < len(before.phases)
+
     def _forget_if_pruned(self, trainer: pl.Trainer, compressor: Compressor) -> None:
         """Schedules prune more and more in their phase: what was good with fewer zeros is not what is asked for."""
         pruned = compressor.pruned
@@ -352,15 +396,20 @@ class CompressionCallback(pl.Callback):
         trainer, _ = cast("tuple[pl.Trainer, Any]", self._fit)
         return math.ceil(trainer.estimated_stepping_batches / max(trainer.max_epochs or 1, 1))
 
-    def _phase_length(self) -> int:
-        """Optimiser steps from the epoch that now begins to the next phase, or to the end."""
-        trainer, _ = cast("tuple[pl.Trainer, Any]", self._fit)
-        compressor = cast("Compressor", self.compressor)
+    def phase_length(self) -> int | None:
+        """Optimiser steps from the epoch that now begins to the end of its phase; ``None``: there are no phases.
+
+        For the module's schedule. What follows the last phase is one more.
+        """
+        if self._fit is None or self.compressor is None:
+            return None
+        trainer, _ = self._fit
         epochs = cast("int", trainer.max_epochs)
-        begins = [phase.begin for phase in compressor.phases if trainer.current_epoch < phase.begin < epochs]
         if not self.restart:
             return self._steps_per_epoch() * epochs
-        return (min(begins, default=epochs) - trainer.current_epoch) * self._steps_per_epoch()
+        bounds = [bound for phase in self.compressor.phases for bound in (phase.begin, phase.end)]
+        ahead = [bound for bound in bounds if trainer.current_epoch < bound < epochs]
+        return (min(ahead, default=epochs) - trainer.current_epoch) * self._steps_per_epoch()
 
     def _check(self, trainer: pl.Trainer, pl_module: Any, compressor: Compressor) -> None:
         """Refuse now what could only be refused in the middle of the training otherwise."""
@@ -399,6 +448,43 @@ class CompressionCallback(pl.Callback):
                     f"step {name} gives the network other parameters, of which {type(callback).__name__} keeps no "
                     "average: leave one of them out, or give the step at='end'"
                 )
+
+
+class _Restoring:
+    """A module's ``on_load_checkpoint`` that first gives its network the structure it had: of any module.
+
+    Args:
+        module: that is loaded.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self.module = module
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        restore_structure(self.module, checkpoint)
+        type(self.module).on_load_checkpoint(self.module, checkpoint)
+
+
+def _check_plan(trainer: Any, callback: CompressionCallback, pl_module: pl.LightningModule) -> None:
+    """Refuse a training that is not as many epochs as were asked for, or that two compressions share."""
+    if trainer.fast_dev_run:
+        raise InputError(
+            "fast_dev_run ends before the steps of a compression: leave it out, and give the Trainer a small "
+            "limit_train_batches instead"
+        )
+    if trainer.max_epochs is None or trainer.max_epochs < 1:
+        raise InputError("compression needs the number of epochs: give the Trainer max_epochs")
+    if trainer.max_steps != -1:
+        raise InputError(
+            f"the phases of a compression are counted in epochs, and max_steps={trainer.max_steps} may end the "
+            "training before the steps: leave max_steps out"
+        )
+    others = [other for other in trainer.callbacks if isinstance(other, CompressionCallback) and other is not callback]
+    if any(other.steps for other in others):
+        raise InputError(
+            f"two CompressionCallbacks at once, of {callback.attribute!r} and {others[0].attribute!r}: compress one "
+            f"network of {type(pl_module).__name__} after the other"
+        )
 
 
 def _stand_last(trainer: Any, callback: pl.Callback) -> None:

@@ -139,7 +139,21 @@ class CompressionBaseline(DistillationModule):
                 )
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """What does the steps."""
+        """What does the steps.
+
+        Raises:
+            InputError: the Trainer has another one.
+        """
+        trainer = cast("Any", self.trainer)
+        if not self.callback.steps:
+            # Lightning would put it in the place of one that has steps.
+            return []
+        others = [other for other in trainer.callbacks if isinstance(other, CompressionCallback)]
+        if trainer.state.fn == "fit" and any(other.steps and other is not self.callback for other in others):
+            raise InputError(
+                "CompressionBaseline does its own steps: leave the Trainer's CompressionCallback out, or give "
+                "CompressionBaseline no steps"
+            )
         return [self.callback]
 
     @property
