@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from collections.abc import Sequence
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from distill_lightning.compression.recipe import checkpoint_entry, describe
 from distill_lightning.compression.report import Report, machine
 from distill_lightning.compression.stages import DENSE, FINAL, Kind, Stage
 from distill_lightning.compression.steps import Order, Step
-from distill_lightning.compression.structure import NOTHING, restore_structure
+from distill_lightning.compression.structure import NOTHING, note_structure, restore_structure
 from distill_lightning.compression.timeline import Phase, check_order
 from distill_lightning.errors import InputError
 
@@ -35,6 +36,8 @@ AVERAGING: tuple[Any, ...] = (
     *([pl.callbacks.WeightAveraging] if hasattr(pl.callbacks, "WeightAveraging") else []),
 )
 """Callbacks that keep an average of the parameters that there were at first."""
+
+_EVER = 10**9
 
 
 class CompressionCallback(pl.Callback):
@@ -49,7 +52,14 @@ class CompressionCallback(pl.Callback):
     phase, the module makes its optimiser and its schedule anew, for the length of the phase. Checkpoints hold what was
     done, so that a module made with the uncompressed network loads and resumes them. A `ModelCheckpoint` or
     `EarlyStopping` forgets with every phase what it took for the best, because that was another network; at the end
-    ``compressed.ckpt`` is written beside its files, which `load_compressed` opens.
+    ``compressed.ckpt`` is written beside its files, which `load_compressed` opens; where one is there already, it is
+    ``compressed-v1.ckpt``. While steps wait, no `EarlyStopping` ends the training by its patience. Epochs after the
+    last step are a phase of their own.
+
+    Weights that are quantized, shared or learned masks are parametrizations, which PyTorch does not pickle whole:
+    `write_artefact` writes the network, `compression.recipe.plain_copy` makes one of plain weights.
+    A module from elsewhere is resumed and tested from its checkpoints with this callback in the Trainer;
+    its own ``load_from_checkpoint`` knows nothing of compression.
 
     Penalties are added to the gradients before each optimiser step, and logged as ``train/penalty``; the module's own
     ``train/loss`` is without them. After each epoch ``compress/parameters``, ``compress/nonzero`` and
@@ -72,7 +82,7 @@ class CompressionCallback(pl.Callback):
 
     Raises:
         InputError: an option out of range or an order that makes no sense; when the fit starts: no ``max_epochs``, a
-            network or a Trainer that cannot be used.
+            network or a Trainer that cannot be used, or a network that is compressed already.
     """
 
     def __init__(
@@ -117,6 +127,7 @@ class CompressionCallback(pl.Callback):
         if not self.steps:
             return
         pl_module.__dict__["on_load_checkpoint"] = _Restoring(pl_module)
+        pl_module.__dict__["on_save_checkpoint"] = _Noting(pl_module)
         if stage != "fit":
             return
         network = getattr(pl_module, self.attribute, None)
@@ -135,13 +146,21 @@ class CompressionCallback(pl.Callback):
             self.steps,
             None,
             batches=self._draw,
-            epochs=trainer.max_epochs,
+            epochs=cast("int", trainer.max_epochs),
             dense_epochs=self.dense_epochs,
             bn_batches=self.calibration_batches,
             seed=int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed,
             watch=self._watch,
         )
         self._check(trainer, pl_module, self.compressor)
+        end = self.compressor.phases[-1].end
+        if cast("int", trainer.max_epochs) > end:
+            warnings.warn(
+                f"the last step of the compression is over after {end} epochs, and the training goes on to "
+                f"max_epochs={trainer.max_epochs} (1000 if it is not given), with an optimiser and a schedule of its "
+                "own: the final row is that of the network then",
+                stacklevel=2,
+            )
         # Checkpoints of other phases are loaded into what it was at first.
         kept = pl_module.__dict__.setdefault("_uncompressed", {})
         if describe(network) == NOTHING:
@@ -221,6 +240,7 @@ class CompressionCallback(pl.Callback):
         if self.compressor is not None and trainer.state.fn == "fit":
             self.compressor.project()
             self._forget_if_pruned(trainer, self.compressor)
+            _keep_patience(trainer, self.compressor)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log how large the network is."""
@@ -235,6 +255,7 @@ class CompressionCallback(pl.Callback):
         }
         pl_module.log_dict(logs, on_step=False, on_epoch=True, rank_zero_only=True)
         self._forget_if_pruned(trainer, compressor)
+        _keep_patience(trainer, compressor)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do what is left, and write the compressed network."""
@@ -243,6 +264,7 @@ class CompressionCallback(pl.Callback):
             return
         self._is_over = True
         waiting = [phase.step for phase in compressor.waiting]
+        self._note_epochs(trainer.current_epoch, compressor)
         compressor.finish()
         self._forget_if_pruned(trainer, compressor)
         if any(step.order is not Order.STORAGE for step in waiting):
@@ -251,10 +273,14 @@ class CompressionCallback(pl.Callback):
             if self.measurements.onnx == "static":
                 self.calibration = [inputs.cpu() for inputs, _ in self._draw()]
             self._measure(FINAL, "after", final=True)
+        written: dict[Path, Path] = {}
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.dirpath is not None:
-                path = Path(callback.dirpath) / "compressed.ckpt"
-                trainer.save_checkpoint(path, weights_only=True)
+                folder = Path(callback.dirpath)
+                if folder not in written:
+                    written[folder] = trainer.strategy.broadcast(_free(folder))
+                    trainer.save_checkpoint(written[folder], weights_only=True)
+                path = written[folder]
                 if callback.best_model_score is None or math.isinf(float(callback.best_model_score)):
                     # Nothing was validated since the last phase began: this is the compressed network.
                     callback.best_model_path = str(path)
@@ -276,6 +302,7 @@ class CompressionCallback(pl.Callback):
         """Likewise."""
         self._fit = None
         pl_module.__dict__.pop("on_load_checkpoint", None)
+        pl_module.__dict__.pop("on_save_checkpoint", None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the Trainer: a module can be copied while it is trained."""
@@ -380,10 +407,23 @@ class CompressionCallback(pl.Callback):
             )
         )  # fmt: skip
 
+    def _note_epochs(self, epochs: int, compressor: Compressor) -> None:
+        """Say in the final row, and if it is a loss as a warning, that the training was not as long as the steps."""
+        untrained = _untrained(compressor)
+        end = compressor.phases[-1].end
+        if untrained:
+            note = f"the training ended after {epochs} epochs: not fine-tuned were {', '.join(untrained)}"
+            warnings.warn(note, stacklevel=2)
+            compressor.piece.notes.append(note)
+        elif epochs > end:
+            compressor.piece.notes.append(f"trained for {epochs - end} epochs after the last step")
+
     def _has_begun(self, network: nn.Module) -> bool:
         """Whether an earlier fit has begun with the steps; masks alone leave no trace in the network."""
         before = self.compressor
-        return before is not None and before.network is network and len(before.waiting) < len(before.phases)
+        if before is None or before.network is not network:
+            return False
+        return self._is_begun or len(before.waiting) < len(before.phases)
 
     def _forget_if_pruned(self, trainer: pl.Trainer, compressor: Compressor) -> None:
         """Schedules prune more and more in their phase: what was good with fewer zeros is not what is asked for."""
@@ -465,6 +505,27 @@ class _Restoring:
         type(self.module).on_load_checkpoint(self.module, checkpoint)
 
 
+class _Noting(_Restoring):
+    """Its ``on_save_checkpoint``: Lightning does not ask callbacks about checkpoints of weights alone."""
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        type(self.module).on_save_checkpoint(self.module, checkpoint)
+        note_structure(self.module, checkpoint)
+
+
+def _untrained(compressor: Compressor) -> list[str]:
+    """The phases that have not begun and need training."""
+    return [phase.name for phase in compressor.waiting if phase.end > phase.begin]
+
+
+def _keep_patience(trainer: Any, compressor: Compressor) -> None:
+    """Have no `EarlyStopping` lose its patience as long as there are phases to come; each of them begins at zero."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, pl.callbacks.EarlyStopping) and _untrained(compressor):
+            # Lightning asks it after all other callbacks: what it counts then must be too little.
+            callback.wait_count = -_EVER
+
+
 def _check_plan(trainer: Any, callback: CompressionCallback, pl_module: pl.LightningModule) -> None:
     """Refuse a training that is not as many epochs as were asked for, or that two compressions share."""
     if trainer.fast_dev_run:
@@ -485,6 +546,12 @@ def _check_plan(trainer: Any, callback: CompressionCallback, pl_module: pl.Light
             f"two CompressionCallbacks at once, of {callback.attribute!r} and {others[0].attribute!r}: compress one "
             f"network of {type(pl_module).__name__} after the other"
         )
+
+
+def _free(folder: Path) -> Path:
+    """Where the compressed network is written: what another run has left there stays, as with `ModelCheckpoint`."""
+    names = (f"compressed{f'-v{version}' if version else ''}.ckpt" for version in count())
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def _stand_last(trainer: Any, callback: pl.Callback) -> None:

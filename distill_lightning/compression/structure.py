@@ -23,7 +23,9 @@ def note_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """
     kept: dict[str, nn.Module] = module.__dict__.get("_uncompressed", {})
     for name in kept or ("student",):
-        network = getattr(module, name)
+        network = getattr(module, name, None)
+        if network is None:
+            continue
         if kept or describe(network) != NOTHING:
             checkpoint["compression"] = checkpoint_entry(network, name)
 

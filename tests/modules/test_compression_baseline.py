@@ -31,7 +31,12 @@ from distill_lightning.errors import InputError
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 # A run can be resumed and evaluated without the callbacks that have written its checkpoints.
-pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path."),
+    # Some train on after the last step.
+    pytest.mark.filterwarnings("ignore:the last step of the compression is over"),
+    pytest.mark.filterwarnings("ignore:teacher='dense'. the network has not been trained"),
+]
 
 sgd = partial(SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
 tiny_cnn = partial(SmallCNN, 3, width=2)
