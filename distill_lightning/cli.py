@@ -28,11 +28,11 @@ from safetensors.torch import save_file
 import distill_lightning
 from distill_lightning import __version__, callbacks, compression, datamodules
 from distill_lightning.compression import Step, steps
+from distill_lightning.compression.structure import restore_structure
 from distill_lightning.datamodules import ViewDataModule
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules import DistillationModule, check_optimizer
 from distill_lightning.modules.recording import Recorded, record
-from distill_lightning.modules.structure import restore_structure
 from distill_lightning.schedules import OneCycle
 from distill_lightning.stores import TeacherStore
 from distill_lightning.weights import read_checkpoint

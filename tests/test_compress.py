@@ -271,6 +271,7 @@ def prune(**options):
     return {"class_path": "Prune", "init_args": options}
 
 
+@pytest.mark.filterwarnings("ignore:the last step of the compression is over")
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from collections.abc import Sequence
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +22,12 @@ from distill_lightning.callbacks.batches import TrainersBatches, undrawn
 from distill_lightning.callbacks.stages import Measurements, check_scored, measure
 from distill_lightning.compression.compressor import Compressor, Moment, has_parameters
 from distill_lightning.compression.measure import count_parameters
-from distill_lightning.compression.recipe import checkpoint_entry
+from distill_lightning.compression.recipe import checkpoint_entry, describe
 from distill_lightning.compression.report import Report, machine
 from distill_lightning.compression.stages import DENSE, FINAL, Kind, Stage
 from distill_lightning.compression.steps import Order, Step
-from distill_lightning.compression.timeline import Phase
+from distill_lightning.compression.structure import NOTHING, note_structure, restore_structure
+from distill_lightning.compression.timeline import Phase, check_order
 from distill_lightning.errors import InputError
 
 AVERAGING: tuple[Any, ...] = (
@@ -34,6 +36,8 @@ AVERAGING: tuple[Any, ...] = (
     *([pl.callbacks.WeightAveraging] if hasattr(pl.callbacks, "WeightAveraging") else []),
 )
 """Callbacks that keep an average of the parameters that there were at first."""
+
+_EVER = 10**9
 
 
 class CompressionCallback(pl.Callback):
@@ -48,7 +52,14 @@ class CompressionCallback(pl.Callback):
     phase, the module makes its optimiser and its schedule anew, for the length of the phase. Checkpoints hold what was
     done, so that a module made with the uncompressed network loads and resumes them. A `ModelCheckpoint` or
     `EarlyStopping` forgets with every phase what it took for the best, because that was another network; at the end
-    ``compressed.ckpt`` is written beside its files, which `load_compressed` opens.
+    ``compressed.ckpt`` is written beside its files, which `load_compressed` opens; where one is there already, it is
+    ``compressed-v1.ckpt``. While steps wait, no `EarlyStopping` ends the training by its patience. Epochs after the
+    last step are a phase of their own.
+
+    Weights that are quantized, shared or learned masks are parametrizations, which PyTorch does not pickle whole:
+    `write_artefact` writes the network, `compression.recipe.plain_copy` makes one of plain weights.
+    A module from elsewhere is resumed and tested from its checkpoints with this callback in the Trainer;
+    its own ``load_from_checkpoint`` knows nothing of compression.
 
     Penalties are added to the gradients before each optimiser step, and logged as ``train/penalty``; the module's own
     ``train/loss`` is without them. After each epoch ``compress/parameters``, ``compress/nonzero`` and
@@ -71,7 +82,7 @@ class CompressionCallback(pl.Callback):
 
     Raises:
         InputError: an option out of range or an order that makes no sense; when the fit starts: no ``max_epochs``, a
-            network or a Trainer that cannot be used.
+            network or a Trainer that cannot be used, or a network that is compressed already.
     """
 
     def __init__(
@@ -87,6 +98,9 @@ class CompressionCallback(pl.Callback):
     ) -> None:
         if calibration_batches < 1:
             raise InputError(f"calibration_batches must be at least 1, got {calibration_batches}")
+        if dense_epochs < 0:
+            raise InputError(f"dense_epochs must not be negative, got {dense_epochs}")
+        check_order(steps)
         self.steps = list(steps)
         self.attribute, self.dense_epochs, self.restart = attribute, dense_epochs, restart
         self.calibration_batches, self.seed = calibration_batches, seed
@@ -97,6 +111,8 @@ class CompressionCallback(pl.Callback):
         self._seen = 0
         # The last epoch that has begun, and how many weights were pruned when the network was validated.
         self._epoch, self._pruned = -1, 0
+        # Whether the training has come to its end, with the last steps, and whether it began with a compressed network.
+        self._is_over = self._is_begun = False
         # The Trainer and the module of the fit that is under way.
         self._fit: tuple[pl.Trainer, Any] | None = None
 
@@ -108,16 +124,21 @@ class CompressionCallback(pl.Callback):
         Raises:
             InputError: it cannot be followed.
         """
-        if stage != "fit" or not self.steps:
+        if not self.steps:
+            return
+        pl_module.__dict__["on_load_checkpoint"] = _Restoring(pl_module)
+        pl_module.__dict__["on_save_checkpoint"] = _Noting(pl_module)
+        if stage != "fit":
             return
         network = getattr(pl_module, self.attribute, None)
         if not isinstance(network, nn.Module):
             raise InputError(
                 f"{type(pl_module).__name__} has no network {self.attribute!r} to compress: give attribute="
             )
-        if trainer.max_epochs is None or trainer.max_epochs < 1:
-            raise InputError("compression needs the number of epochs: give the Trainer max_epochs")
-        self._fit, self.stages, self._epoch, self._pruned = (trainer, pl_module), [], -1, 0
+        _check_plan(trainer, self, pl_module)
+        # A checkpoint that is loaded later says how far the compression is.
+        self._is_begun = describe(network) != NOTHING or self._has_begun(network)
+        self._fit, self._epoch, self._pruned, self._is_over = (trainer, pl_module), -1, 0, False
         if self.measurements is not None:
             check_scored(trainer, pl_module, self.measurements.split)
         self.compressor = Compressor(
@@ -125,18 +146,42 @@ class CompressionCallback(pl.Callback):
             self.steps,
             None,
             batches=self._draw,
-            epochs=trainer.max_epochs,
+            epochs=cast("int", trainer.max_epochs),
             dense_epochs=self.dense_epochs,
             bn_batches=self.calibration_batches,
             seed=int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed,
             watch=self._watch,
         )
         self._check(trainer, pl_module, self.compressor)
+        end = self.compressor.phases[-1].end
+        if cast("int", trainer.max_epochs) > end:
+            warnings.warn(
+                f"the last step of the compression is over after {end} epochs, and the training goes on to "
+                f"max_epochs={trainer.max_epochs} (1000 if it is not given), with an optimiser and a schedule of its "
+                "own: the final row is that of the network then",
+                stacklevel=2,
+            )
         # Checkpoints of other phases are loaded into what it was at first.
         kept = pl_module.__dict__.setdefault("_uncompressed", {})
-        self.compressor.dense = kept.setdefault(self.attribute, self.compressor.dense)
-        pl_module.__dict__["_phase_length"] = self._phase_length
+        if describe(network) == NOTHING:
+            kept.setdefault(self.attribute, self.compressor.dense)
+        self.compressor.dense = kept.get(self.attribute, self.compressor.dense)
         _stand_last(trainer, self)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """By now a checkpoint is loaded, if there is one.
+
+        Raises:
+            InputError: there is none, and the network is compressed already.
+        """
+        if self.compressor is None or trainer.ckpt_path is not None:
+            return
+        if self._is_begun:
+            raise InputError(
+                f"{type(pl_module).__name__}.{self.attribute} is compressed already: make the module anew, or go on "
+                "from a checkpoint with fit(ckpt_path=...)"
+            )
+        self.stages = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See what the network is given."""
@@ -195,6 +240,7 @@ class CompressionCallback(pl.Callback):
         if self.compressor is not None and trainer.state.fn == "fit":
             self.compressor.project()
             self._forget_if_pruned(trainer, self.compressor)
+            _keep_patience(trainer, self.compressor)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log how large the network is."""
@@ -209,13 +255,16 @@ class CompressionCallback(pl.Callback):
         }
         pl_module.log_dict(logs, on_step=False, on_epoch=True, rank_zero_only=True)
         self._forget_if_pruned(trainer, compressor)
+        _keep_patience(trainer, compressor)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do what is left, and write the compressed network."""
         compressor = self.compressor
         if compressor is None:
             return
+        self._is_over = True
         waiting = [phase.step for phase in compressor.waiting]
+        self._note_epochs(trainer.current_epoch, compressor)
         compressor.finish()
         self._forget_if_pruned(trainer, compressor)
         if any(step.order is not Order.STORAGE for step in waiting):
@@ -224,18 +273,40 @@ class CompressionCallback(pl.Callback):
             if self.measurements.onnx == "static":
                 self.calibration = [inputs.cpu() for inputs, _ in self._draw()]
             self._measure(FINAL, "after", final=True)
+        written: dict[Path, Path] = {}
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.dirpath is not None:
-                path = Path(callback.dirpath) / "compressed.ckpt"
-                trainer.save_checkpoint(path, weights_only=True)
+                folder = Path(callback.dirpath)
+                if folder not in written:
+                    written[folder] = trainer.strategy.broadcast(_free(folder))
+                    trainer.save_checkpoint(written[folder], weights_only=True)
+                path = written[folder]
                 if callback.best_model_score is None or math.isinf(float(callback.best_model_score)):
                     # Nothing was validated since the last phase began: this is the compressed network.
                     callback.best_model_path = str(path)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The fit is over."""
+        """The fit is over; one that was resumed after its last epoch has not trained, and still has to be ended."""
+        if self.compressor is not None and not self._is_over and trainer.limit_train_batches:
+            # Lightning has moved it away already.
+            pl_module.to(trainer.strategy.root_device)
+            self.on_train_start(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
+            pl_module.cpu()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was found."""
+        self.teardown(trainer, pl_module, "")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Likewise."""
         self._fit = None
-        pl_module.__dict__.pop("_phase_length", None)
+        pl_module.__dict__.pop("on_load_checkpoint", None)
+        pl_module.__dict__.pop("on_save_checkpoint", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the Trainer: a module can be copied while it is trained."""
+        return {**self.__dict__, "_fit": None}
 
     # In checkpoints
 
@@ -249,6 +320,11 @@ class CompressionCallback(pl.Callback):
             for path, kept in self.compressor.masks.kept.items():
                 name = f"{self.attribute}.{path}"
                 state[name] = state[name].masked_fill(~kept.to(state[name].device), 0)
+
+    @property
+    def state_key(self) -> str:
+        """In checkpoints: its own for each network."""
+        return self._generate_state_key(attribute=self.attribute)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the compression is."""
@@ -331,6 +407,24 @@ class CompressionCallback(pl.Callback):
             )
         )  # fmt: skip
 
+    def _note_epochs(self, epochs: int, compressor: Compressor) -> None:
+        """Say in the final row, and if it is a loss as a warning, that the training was not as long as the steps."""
+        untrained = _untrained(compressor)
+        end = compressor.phases[-1].end
+        if untrained:
+            note = f"the training ended after {epochs} epochs: not fine-tuned were {', '.join(untrained)}"
+            warnings.warn(note, stacklevel=2)
+            compressor.piece.notes.append(note)
+        elif epochs > end:
+            compressor.piece.notes.append(f"trained for {epochs - end} epochs after the last step")
+
+    def _has_begun(self, network: nn.Module) -> bool:
+        """Whether an earlier fit has begun with the steps; masks alone leave no trace in the network."""
+        before = self.compressor
+        if before is None or before.network is not network:
+            return False
+        return self._is_begun or len(before.waiting) < len(before.phases)
+
     def _forget_if_pruned(self, trainer: pl.Trainer, compressor: Compressor) -> None:
         """Schedules prune more and more in their phase: what was good with fewer zeros is not what is asked for."""
         pruned = compressor.pruned
@@ -342,15 +436,20 @@ class CompressionCallback(pl.Callback):
         trainer, _ = cast("tuple[pl.Trainer, Any]", self._fit)
         return math.ceil(trainer.estimated_stepping_batches / max(trainer.max_epochs or 1, 1))
 
-    def _phase_length(self) -> int:
-        """Optimiser steps from the epoch that now begins to the next phase, or to the end."""
-        trainer, _ = cast("tuple[pl.Trainer, Any]", self._fit)
-        compressor = cast("Compressor", self.compressor)
+    def phase_length(self) -> int | None:
+        """Optimiser steps from the epoch that now begins to the end of its phase; ``None``: there are no phases.
+
+        For the module's schedule. What follows the last phase is one more.
+        """
+        if self._fit is None or self.compressor is None:
+            return None
+        trainer, _ = self._fit
         epochs = cast("int", trainer.max_epochs)
-        begins = [phase.begin for phase in compressor.phases if trainer.current_epoch < phase.begin < epochs]
         if not self.restart:
             return self._steps_per_epoch() * epochs
-        return (min(begins, default=epochs) - trainer.current_epoch) * self._steps_per_epoch()
+        bounds = [bound for phase in self.compressor.phases for bound in (phase.begin, phase.end)]
+        ahead = [bound for bound in bounds if trainer.current_epoch < bound < epochs]
+        return (min(ahead, default=epochs) - trainer.current_epoch) * self._steps_per_epoch()
 
     def _check(self, trainer: pl.Trainer, pl_module: Any, compressor: Compressor) -> None:
         """Refuse now what could only be refused in the middle of the training otherwise."""
@@ -389,6 +488,70 @@ class CompressionCallback(pl.Callback):
                     f"step {name} gives the network other parameters, of which {type(callback).__name__} keeps no "
                     "average: leave one of them out, or give the step at='end'"
                 )
+
+
+class _Restoring:
+    """A module's ``on_load_checkpoint`` that first gives its network the structure it had: of any module.
+
+    Args:
+        module: that is loaded.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self.module = module
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        restore_structure(self.module, checkpoint)
+        type(self.module).on_load_checkpoint(self.module, checkpoint)
+
+
+class _Noting(_Restoring):
+    """Its ``on_save_checkpoint``: Lightning does not ask callbacks about checkpoints of weights alone."""
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        type(self.module).on_save_checkpoint(self.module, checkpoint)
+        note_structure(self.module, checkpoint)
+
+
+def _untrained(compressor: Compressor) -> list[str]:
+    """The phases that have not begun and need training."""
+    return [phase.name for phase in compressor.waiting if phase.end > phase.begin]
+
+
+def _keep_patience(trainer: Any, compressor: Compressor) -> None:
+    """Have no `EarlyStopping` lose its patience as long as there are phases to come; each of them begins at zero."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, pl.callbacks.EarlyStopping) and _untrained(compressor):
+            # Lightning asks it after all other callbacks: what it counts then must be too little.
+            callback.wait_count = -_EVER
+
+
+def _check_plan(trainer: Any, callback: CompressionCallback, pl_module: pl.LightningModule) -> None:
+    """Refuse a training that is not as many epochs as were asked for, or that two compressions share."""
+    if trainer.fast_dev_run:
+        raise InputError(
+            "fast_dev_run ends before the steps of a compression: leave it out, and give the Trainer a small "
+            "limit_train_batches instead"
+        )
+    if trainer.max_epochs is None or trainer.max_epochs < 1:
+        raise InputError("compression needs the number of epochs: give the Trainer max_epochs")
+    if trainer.max_steps != -1:
+        raise InputError(
+            f"the phases of a compression are counted in epochs, and max_steps={trainer.max_steps} may end the "
+            "training before the steps: leave max_steps out"
+        )
+    others = [other for other in trainer.callbacks if isinstance(other, CompressionCallback) and other is not callback]
+    if any(other.steps for other in others):
+        raise InputError(
+            f"two CompressionCallbacks at once, of {callback.attribute!r} and {others[0].attribute!r}: compress one "
+            f"network of {type(pl_module).__name__} after the other"
+        )
+
+
+def _free(folder: Path) -> Path:
+    """Where the compressed network is written: what another run has left there stays, as with `ModelCheckpoint`."""
+    names = (f"compressed{f'-v{version}' if version else ''}.ckpt" for version in count())
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def _stand_last(trainer: Any, callback: pl.Callback) -> None:

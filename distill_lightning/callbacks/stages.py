@@ -114,6 +114,8 @@ def check_scored(trainer: Any, pl_module: Any, split: str) -> None:
         raise InputError(f"{type(pl_module).__name__} cannot score itself for a report: leave report out")
     if split == "test" and trainer.datamodule is None:
         raise InputError("a report on test samples needs a data module: give one, or split='val'")
+    if split == "val" and not trainer.enable_validation:
+        raise InputError("a report with split='val' needs validation batches: give them (limit_val_batches), or 'test'")
 
 
 def fewest_bits(description: Mapping[str, Any]) -> int | None:
@@ -136,6 +138,9 @@ def _scored_batches(trainer: Any, pl_module: Any, split: str) -> Iterable[Any]:
         trainer.datamodule.setup("test")
         loaders = trainer.datamodule.test_dataloader()
     else:
+        if trainer.val_dataloaders is None:
+            # Nothing has been validated so far.
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loaders = trainer.val_dataloaders
     for number, loader in enumerate(loaders if isinstance(loaders, (list, tuple)) else [loaders]):
         own = TrainersBatches(trainer, pl_module, loader, number=number, training=False)

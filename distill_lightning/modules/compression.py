@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -47,8 +48,9 @@ class CompressionBaseline(DistillationModule):
         num_classes: ``K``.
         steps: what is done, in this order; without any, this is ordinary training, bit for bit.
         dense_epochs: of ordinary training before a first step that does not say when.
-        teacher: ``"none"``; ``"dense"``: the network as it is when the first step begins, frozen; or a network,
-            several, or a `TeacherEnsemble`, which teach from the first epoch on.
+        teacher: ``"none"``; ``"dense"``: the network as it is when the first step begins, frozen, which should
+            have been trained by then; or a network, several, or a `TeacherEnsemble`, which teach from the first epoch
+            on.
         temperature: ``T``.
         hard_label_weight: the labels' share :math:`\lambda` in ``[0, 1]`` under a teacher.
         store: keeps what given teachers say, see `TeacherStore`; ``teacher`` may then be ``"none"`` if it is complete.
@@ -139,7 +141,21 @@ class CompressionBaseline(DistillationModule):
                 )
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """What does the steps."""
+        """What does the steps.
+
+        Raises:
+            InputError: the Trainer has another one.
+        """
+        trainer = cast("Any", self.trainer)
+        if not self.callback.steps:
+            # Lightning would put it in the place of one that has steps.
+            return []
+        others = [other for other in trainer.callbacks if isinstance(other, CompressionCallback)]
+        if trainer.state.fn == "fit" and any(other.steps and other is not self.callback for other in others):
+            raise InputError(
+                "CompressionBaseline does its own steps: leave the Trainer's CompressionCallback out, or give "
+                "CompressionBaseline no steps"
+            )
         return [self.callback]
 
     @property
@@ -172,6 +188,12 @@ class CompressionBaseline(DistillationModule):
     def before_compression(self) -> None:
         """Keep the dense network as the teacher, if it is to be one; `CompressionCallback` calls this."""
         if self.teacher == "dense":
+            if _is_untrained(self.student):
+                warnings.warn(
+                    "teacher='dense': the network has not been trained when the first step begins, and teaches "
+                    "nothing: give dense_epochs, or a trained network",
+                    stacklevel=2,
+                )
             self.teachers = TeacherEnsemble.of([copy_network(self.student)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -193,3 +215,9 @@ class CompressionBaseline(DistillationModule):
             self.teachers = TeacherEnsemble.of([copy_network(dense)])
             self.teachers.load_state_dict(checkpoint["dense_teacher"])
         super().on_load_checkpoint(checkpoint)
+
+
+def _is_untrained(network: nn.Module) -> bool:
+    """Whether a network has BatchNorms, and none has ever seen a batch; of others it cannot be known."""
+    seen = [value for name, value in network.named_buffers() if name.endswith("num_batches_tracked")]
+    return bool(seen) and not any(bool(value) for value in seen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 from torch.optim import SGD, Optimizer
@@ -65,8 +65,10 @@ def total_steps(module: pl.LightningModule) -> int:
     Raises:
         InputError: it has no end.
     """
-    phase: Callable[[], int] | None = module.__dict__.get("_phase_length")
-    steps = module.trainer.estimated_stepping_batches if phase is None else phase()
+    # Not an attribute of the module, which would take the Trainer along wherever it is copied to.
+    asked = [getattr(callback, "phase_length", None) for callback in cast("Any", module.trainer).callbacks]
+    lengths = [length for ask in asked if ask is not None and (length := ask()) is not None]
+    steps = lengths[0] if lengths else module.trainer.estimated_stepping_batches
     if module.trainer._checkpoint_connector._loaded_checkpoint:  # noqa: SLF001
         # To count the batches, Lightning has begun to read them, before it knows where in its epoch the checkpoint was
         # made: it has to begin once more.

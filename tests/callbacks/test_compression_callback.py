@@ -1,18 +1,23 @@
 """Compression inside a Lightning training: masks, averages, resuming, and every method that can be compressed."""
 
+import copy
 import itertools
 import multiprocessing
+import pickle
+import warnings
 from functools import partial
 
 import pytest
 import torch
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.callbacks import (
+    EarlyStopping,
     EMAWeightAveraging,
     ModelCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW
 
 from distill_lightning import (
@@ -26,7 +31,7 @@ from distill_lightning import (
     SelfKDModule,
     SupervisedModule,
 )
-from distill_lightning.callbacks import CompressionCallback
+from distill_lightning.callbacks import CompressionCallback, Measurements
 from distill_lightning.compression import (
     Cubic,
     Encode,
@@ -43,7 +48,11 @@ from distill_lightning.errors import InputError
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 # A run can be resumed without the callbacks that have written its checkpoints.
-pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path."),
+    # Some train on after the last step.
+    pytest.mark.filterwarnings("ignore:the last step of the compression is over"),
+]
 
 sgd = partial(SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
 
@@ -416,3 +425,189 @@ def test_a_tap_whose_channels_leave_is_named():
     message = r"'features' gives 5 channels, and the translators read 8: .*exclude"
     with pytest.raises(InputError, match=message):
         fit(OTHERS["feed"](TinyNet(3)), callbacks=[CompressionCallback(steps, dense_epochs=1)])
+
+
+# What goes otherwise than planned
+
+
+class Elsewhere(LightningModule):
+    """A module that knows nothing of this package."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = TinyNet(3)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch.input), batch.target)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", F.cross_entropy(self.net(batch.input), batch.target))
+
+    def configure_optimizers(self):
+        return sgd(self.net.parameters())
+
+
+@pytest.mark.parametrize("kind", ["channels", "chain"])
+def test_a_module_from_elsewhere_is_resumed_and_validated(tmp_path, kind):
+    def callbacks(*others):
+        return [CompressionCallback(STEPS[kind](), attribute="net", dense_epochs=1, seed=5), *others]
+
+    whole, resumed, fresh = Elsewhere(), Elsewhere(9), Elsewhere(9)
+    kept = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(whole, callbacks=callbacks(kept), enable_checkpointing=True)
+    fit(resumed, callbacks=callbacks(), ckpt_path=str(tmp_path / "epoch=1.ckpt"))
+    assert_same(weights_of(whole.net), weights_of(resumed.net))
+    trainer = tiny_trainer(callbacks=callbacks())
+    trainer.validate(fresh, datamodule=TinyDataModule(), ckpt_path=str(tmp_path / "compressed.ckpt"), verbose=False)
+    assert_same(weights_of(whole.net), weights_of(fresh.net))
+    assert "on_load_checkpoint" not in vars(fresh)
+
+
+@pytest.mark.parametrize("report", [None, Measurements(batch_sizes=())])
+def test_a_resume_after_the_last_epoch_does_the_steps_that_are_left(tmp_path, report):
+    def make(seed):
+        steps = [Prune(amount=0.5, finetune_epochs=2), Quantize(weight_bits=4)]
+        return baseline(steps, seed=seed, report=report)
+
+    whole, resumed = make(0), make(9)
+    kept = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(whole, epochs=2, callbacks=[kept], enable_checkpointing=True)
+    fit(resumed, epochs=2, ckpt_path=str(tmp_path / "epoch=1.ckpt"))
+    assert not resumed.callback.compressor.waiting
+    assert_same(weights_of(whole.student), weights_of(resumed.student))
+    stages = [[stage.as_plain() for stage in module.callback.stages] for module in (whole, resumed)]
+    assert stages[0] == stages[1]
+    assert len(stages[0]) == (0 if report is None else 5)
+
+
+@pytest.mark.parametrize("kind", ["masks", "channels"])
+def test_a_second_fit_of_what_is_compressed_is_refused(kind):
+    module = baseline(STEPS[kind](), dense_epochs=1, report=Measurements(batch_sizes=()))
+    trainer = fit(module)
+    expected, stages = weights_of(module.student), list(module.callback.stages)
+    with pytest.raises(InputError, match="student is compressed already: make the module anew, or .*ckpt_path"):
+        fit(module)
+    with pytest.raises(InputError, match="is compressed already"):
+        trainer.fit(module, datamodule=TinyDataModule())
+    assert_same(expected, weights_of(module.student))
+    assert module.callback.stages == stages
+    assert module.callback.report()
+
+
+def test_a_fit_that_broke_before_the_first_step_can_begin_again():
+    def explode(trainer, pl_module):
+        raise RuntimeError("broken")
+
+    module = baseline(STEPS["channels"](), dense_epochs=1)
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(module, callbacks=[Seen(explode)])
+    assert "on_load_checkpoint" not in vars(module)
+    assert module.callback._fit is None
+    fit(module)
+    assert module.student.features[0].out_channels < 4
+
+
+def test_a_module_is_copied_and_pickled_while_it_is_trained():
+    copies = []
+
+    def look(trainer, pl_module):
+        if trainer.current_epoch == 2 and not copies:
+            copies.extend([copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module))])
+            assert_same(weights_of(pl_module), weights_of(copies[0]))
+            assert_same(weights_of(pl_module), weights_of(copies[1]))
+
+    fit(baseline(STEPS["channels"](), dense_epochs=1, lr_scheduler=OneCycle), callbacks=[Seen(look)])
+    assert len(copies) == 2
+
+
+def test_a_training_that_ends_before_its_steps_says_so():
+    def stop(trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch == 1
+
+    steps = [Prune(amount=0.5, finetune_epochs=2), ShareWeights(k=4, finetune_epochs=2)]
+    module = baseline(steps, report=Measurements(batch_sizes=()))
+    with pytest.warns(UserWarning, match="ended after 2 epochs: not fine-tuned were 2 ShareWeights"):
+        fit(module, callbacks=[Seen(stop)])
+    notes = [note for stage in module.callback.stages for note in stage.notes]
+    assert sum("not fine-tuned were 2 ShareWeights" in note for note in notes) == 1
+    assert not module.callback.compressor.waiting
+
+
+def test_early_stopping_waits_for_the_last_step():
+    # A metric that never gets better.
+    stop = EarlyStopping("val/loss", patience=1, min_delta=1e9)
+    epochs = []
+    steps = [Prune(amount=0.5, finetune_epochs=3), Prune(amount=0.7, finetune_epochs=4)]
+    callbacks = [stop, CompressionCallback(steps, attribute="net", dense_epochs=3)]
+    callbacks.append(Seen(lambda trainer, _: epochs.append(trainer.current_epoch)))
+    fit(Elsewhere(), epochs=10, callbacks=callbacks)
+    assert callbacks[1].compressor.masks.pruned == round(0.7 * callbacks[1].compressor.masks.total)
+    # Its patience counts again in the last phase.
+    assert max(epochs) == 7
+
+
+def test_epochs_after_the_last_step_are_told():
+    module = baseline([Prune(amount=0.5, finetune_epochs=1)], report=Measurements(batch_sizes=()))
+    with pytest.warns(UserWarning, match="over after 1 epochs, and the training goes on to max_epochs=3"):
+        fit(module, epochs=3)
+    assert module.callback.stages[-1].name == "final"
+    assert "trained for 2 epochs after the last step" in module.callback.stages[-1].notes
+
+
+def test_a_second_run_leaves_the_first_ones_network(tmp_path):
+    for name, others in (("compressed.ckpt", 0), ("compressed-v1.ckpt", 1)):
+        # Two that save into one folder write one.
+        callbacks = [ModelCheckpoint(tmp_path, filename="{epoch}"), ModelCheckpoint(tmp_path, every_n_train_steps=5)]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            fit(
+                baseline([Prune(amount=0.5, finetune_epochs=1)]),
+                epochs=1,
+                callbacks=callbacks,
+                enable_checkpointing=True,
+            )
+        assert len(list(tmp_path.glob("compressed*.ckpt"))) == others + 1
+        assert callbacks[0].best_model_path
+        assert (tmp_path / name).exists()
+
+
+def test_what_would_end_too_early_or_twice_is_refused():
+    steps = STEPS["masks"]()
+    with pytest.raises(InputError, match="fast_dev_run ends before the steps .*limit_train_batches"):
+        fit(baseline(steps, dense_epochs=1), fast_dev_run=True)
+    with pytest.raises(InputError, match="max_steps=5 may end the training before the steps"):
+        fit(baseline(steps, dense_epochs=1), max_steps=5)
+    two = [CompressionCallback(STEPS["masks"](), attribute=name, dense_epochs=1) for name in ("net", "other")]
+    with pytest.raises(InputError, match="two CompressionCallbacks at once, of 'net' and 'other'"):
+        fit(Elsewhere(), callbacks=two)
+    with pytest.raises(InputError, match="CompressionBaseline does its own steps"):
+        fit(baseline(steps, dense_epochs=1), callbacks=[CompressionCallback(steps)])
+    with pytest.raises(InputError, match="cannot come after step 1"):
+        CompressionCallback([Quantize(), Prune(amount=0.5)])
+    with pytest.raises(InputError, match="dense_epochs must not be negative, got -1"):
+        CompressionCallback(steps, dense_epochs=-1)
+
+
+def test_a_callback_beside_a_baseline_without_steps_compresses():
+    module, callback = baseline([]), CompressionCallback(STEPS["channels"](), dense_epochs=1)
+    fit(module, callbacks=[callback])
+    assert module.student.features[0].out_channels < 4
+
+
+def test_a_report_on_validation_samples_needs_some():
+    module = baseline([Prune(amount=0.5, finetune_epochs=1)], report=Measurements(split="val", batch_sizes=()))
+    with pytest.raises(InputError, match="split='val' needs validation batches"):
+        fit(module, epochs=1, limit_val_batches=0)
+    # Before the first of them was read.
+    fit(module, epochs=1, num_sanity_val_steps=0)
+    assert module.callback.stages[0].scores.keys() >= {"accuracy"}
+
+
+def test_an_untrained_network_that_would_teach_is_told():
+    steps = [Prune(amount=0.5, finetune_epochs=1)]
+    with pytest.warns(UserWarning, match="has not been trained when the first step begins"):
+        fit(baseline(steps, teacher="dense"), epochs=1)
+    trained = baseline([])
+    fit(trained, epochs=1)
+    fit(CompressionBaseline(trained.student, num_classes=3, steps=steps, teacher="dense", optimizer=sgd), epochs=1)

@@ -27,11 +27,17 @@ from distill_lightning.compression import (
     load_compressed,
 )
 from distill_lightning.compression.penalties import l1
+from distill_lightning.compression.recipe import plain_copy
 from distill_lightning.errors import InputError
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 # A run can be resumed and evaluated without the callbacks that have written its checkpoints.
-pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path."),
+    # Some train on after the last step.
+    pytest.mark.filterwarnings("ignore:the last step of the compression is over"),
+    pytest.mark.filterwarnings("ignore:teacher='dense'. the network has not been trained"),
+]
 
 sgd = partial(SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
 tiny_cnn = partial(SmallCNN, 3, width=2)
@@ -579,3 +585,24 @@ def test_channels_that_leave_at_once_are_chosen_once():
     module = baseline([Prune(amount=0.5, granularity="channel", scope="layer", finetune_epochs=2)], network=tiny_cnn)
     fit(module, epochs=2)
     assert [layer.out_channels for layer in module.student.features if isinstance(layer, nn.Conv2d)] == [1, 2, 4]
+
+
+def test_the_networks_docs_name_what_writes_a_quantized_one(tmp_path):
+    """PyTorch pickles no parametrized layer; a copy of plain weights can be."""
+    module = baseline([Quantize(weight_bits=4)], dense_epochs=1)
+    fit(module, epochs=1)
+    plain = plain_copy(module.student)
+    torch.save(plain, tmp_path / "plain.pt")
+    inputs = torch.rand(2, 1, 8, 8)
+    with torch.no_grad():
+        again = torch.load(tmp_path / "plain.pt", weights_only=False)
+        assert torch.equal(again(inputs), module.student.eval()(inputs))
+
+
+def test_a_schedule_after_the_last_step_begins_anew():
+    """Its length is not that of the last phase and of what follows."""
+    rates = Rates()
+    module = baseline([Prune(amount=0.5, finetune_epochs=2)], dense_epochs=1, lr_scheduler=OneCycle)
+    fit(module, epochs=5, callbacks=[rates])
+    assert rates.rates[1] + rates.rates[2] == pytest.approx(one_cycle(6))
+    assert rates.rates[3] + rates.rates[4] == pytest.approx(one_cycle(6))

@@ -10,7 +10,8 @@ from torch import nn
 from distill_lightning.compression.recipe import checkpoint_entry, copy_network, describe, rebuild
 from distill_lightning.errors import InputError
 
-_NOTHING: dict[str, Any] = {"changes": [], "layers": {}}
+NOTHING: dict[str, Any] = {"changes": [], "layers": {}}
+"""The description of a network to which nothing was done that can be seen on it: weights may be zero by masks."""
 
 
 def note_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -22,8 +23,10 @@ def note_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """
     kept: dict[str, nn.Module] = module.__dict__.get("_uncompressed", {})
     for name in kept or ("student",):
-        network = getattr(module, name)
-        if kept or describe(network) != _NOTHING:
+        network = getattr(module, name, None)
+        if network is None:
+            continue
+        if kept or describe(network) != NOTHING:
             checkpoint["compression"] = checkpoint_entry(network, name)
 
 
@@ -39,13 +42,13 @@ def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """
     kept: dict[str, nn.Module] = module.__dict__.get("_uncompressed", {})
     told = checkpoint.get("compression")
-    wanted = dict.fromkeys(kept, _NOTHING) if told is None else {told["attribute"]: told["description"]}
+    wanted = dict.fromkeys(kept, NOTHING) if told is None else {told["attribute"]: told["description"]}
     for name, description in wanted.items():
         network = getattr(module, name)
         now = describe(network)
         if now == description:
             continue
-        if now != _NOTHING:
+        if now != NOTHING:
             if name not in kept:
                 raise InputError(
                     f"{type(module).__name__}.{name} is compressed otherwise than in the checkpoint: make the module "
