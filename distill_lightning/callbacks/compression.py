@@ -7,18 +7,27 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
 from distill_lightning.batch import Batch
 from distill_lightning.callbacks.batches import TrainersBatches, undrawn
+from distill_lightning.callbacks.reshaping import (
+    Noting,
+    Restoring,
+    forget_best,
+    free_path,
+    keep_patience,
+    new_optimizer,
+    refuse_reshaping,
+    stand_last,
+)
 from distill_lightning.callbacks.stages import Measurements, check_scored, measure
 from distill_lightning.compression.compressor import Compressor, Moment, has_parameters
 from distill_lightning.compression.measure import count_parameters
@@ -26,18 +35,9 @@ from distill_lightning.compression.recipe import checkpoint_entry, describe
 from distill_lightning.compression.report import Report, machine
 from distill_lightning.compression.stages import DENSE, FINAL, Kind, Stage
 from distill_lightning.compression.steps import Order, Step
-from distill_lightning.compression.structure import NOTHING, note_structure, restore_structure
+from distill_lightning.compression.structure import NOTHING
 from distill_lightning.compression.timeline import Phase, check_order
 from distill_lightning.errors import InputError
-
-AVERAGING: tuple[Any, ...] = (
-    pl.callbacks.StochasticWeightAveraging,
-    # Since Lightning 2.6.
-    *([pl.callbacks.WeightAveraging] if hasattr(pl.callbacks, "WeightAveraging") else []),
-)
-"""Callbacks that keep an average of the parameters that there were at first."""
-
-_EVER = 10**9
 
 
 class CompressionCallback(pl.Callback):
@@ -126,8 +126,8 @@ class CompressionCallback(pl.Callback):
         """
         if not self.steps:
             return
-        pl_module.__dict__["on_load_checkpoint"] = _Restoring(pl_module)
-        pl_module.__dict__["on_save_checkpoint"] = _Noting(pl_module)
+        pl_module.__dict__["on_load_checkpoint"] = Restoring(pl_module)
+        pl_module.__dict__["on_save_checkpoint"] = Noting(pl_module)
         if stage != "fit":
             return
         network = getattr(pl_module, self.attribute, None)
@@ -166,7 +166,7 @@ class CompressionCallback(pl.Callback):
         if describe(network) == NOTHING:
             kept.setdefault(self.attribute, self.compressor.dense)
         self.compressor.dense = kept.get(self.attribute, self.compressor.dense)
-        _stand_last(trainer, self)
+        stand_last(trainer, self)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """By now a checkpoint is loaded, if there is one.
@@ -214,9 +214,9 @@ class CompressionCallback(pl.Callback):
         if not has_parameters(compressor.network, before):
             self._check_change(trainer, pl_module)
         if changed or (due and self.restart):
-            _new_optimizer(trainer, optimizer, restart=self.restart)
+            new_optimizer(trainer, optimizer, restart=self.restart)
         if due:
-            _forget_best(trainer)
+            forget_best(trainer)
             self._pruned = compressor.pruned
 
     def on_before_optimizer_step(
@@ -240,7 +240,8 @@ class CompressionCallback(pl.Callback):
         if self.compressor is not None and trainer.state.fn == "fit":
             self.compressor.project()
             self._forget_if_pruned(trainer, self.compressor)
-            _keep_patience(trainer, self.compressor)
+            if _untrained(self.compressor):
+                keep_patience(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log how large the network is."""
@@ -255,7 +256,8 @@ class CompressionCallback(pl.Callback):
         }
         pl_module.log_dict(logs, on_step=False, on_epoch=True, rank_zero_only=True)
         self._forget_if_pruned(trainer, compressor)
-        _keep_patience(trainer, compressor)
+        if _untrained(compressor):
+            keep_patience(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do what is left, and write the compressed network."""
@@ -268,7 +270,7 @@ class CompressionCallback(pl.Callback):
         compressor.finish()
         self._forget_if_pruned(trainer, compressor)
         if any(step.order is not Order.STORAGE for step in waiting):
-            _forget_best(trainer)
+            forget_best(trainer)
         if self.measurements is not None:
             if self.measurements.onnx == "static":
                 self.calibration = [inputs.cpu() for inputs, _ in self._draw()]
@@ -278,7 +280,7 @@ class CompressionCallback(pl.Callback):
             if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.dirpath is not None:
                 folder = Path(callback.dirpath)
                 if folder not in written:
-                    written[folder] = trainer.strategy.broadcast(_free(folder))
+                    written[folder] = trainer.strategy.broadcast(free_path(folder))
                     trainer.save_checkpoint(written[folder], weights_only=True)
                 path = written[folder]
                 if callback.best_model_score is None or math.isinf(float(callback.best_model_score)):
@@ -429,7 +431,7 @@ class CompressionCallback(pl.Callback):
         """Schedules prune more and more in their phase: what was good with fewer zeros is not what is asked for."""
         pruned = compressor.pruned
         if pruned > self._pruned:
-            _forget_best(trainer)
+            forget_best(trainer)
         self._pruned = pruned
 
     def _steps_per_epoch(self) -> int:
@@ -459,7 +461,7 @@ class CompressionCallback(pl.Callback):
         inside = [phase for phase in compressor.phases if phase.begin < epochs]
         reshaping = [phase for phase in inside if phase.step.gives_other_parameters]
         if reshaping:
-            self._refuse(trainer, reshaping[0].name)
+            refuse_reshaping(trainer, reshaping[0].name)
         at_end = [phase for phase in compressor.phases if phase.step.gives_other_parameters]
         if at_end and trainer.world_size > 1 and getattr(trainer.strategy, "_start_method", "popen") != "popen":
             raise InputError(
@@ -469,61 +471,15 @@ class CompressionCallback(pl.Callback):
 
     def _check_change(self, trainer: pl.Trainer, pl_module: Any) -> None:
         phase = cast("Compressor", self.compressor).phase
-        self._refuse(trainer, "this step" if phase is None else phase.name)
+        refuse_reshaping(trainer, "this step" if phase is None else phase.name)
         after = getattr(pl_module, "after_compression", None)
         if after is not None:
             after()
-
-    @staticmethod
-    def _refuse(trainer: Any, name: str) -> None:
-        """What holds on to parameters cannot be told that there are others."""
-        if trainer.world_size > 1:
-            raise InputError(
-                f"step {name} gives the network other parameters, which several processes cannot agree on: train it in "
-                "one (devices=1), or give it at='end'"
-            )
-        for callback in trainer.callbacks:
-            if isinstance(callback, AVERAGING):
-                raise InputError(
-                    f"step {name} gives the network other parameters, of which {type(callback).__name__} keeps no "
-                    "average: leave one of them out, or give the step at='end'"
-                )
-
-
-class _Restoring:
-    """A module's ``on_load_checkpoint`` that first gives its network the structure it had: of any module.
-
-    Args:
-        module: that is loaded.
-    """
-
-    def __init__(self, module: pl.LightningModule) -> None:
-        self.module = module
-
-    def __call__(self, checkpoint: dict[str, Any]) -> None:
-        restore_structure(self.module, checkpoint)
-        type(self.module).on_load_checkpoint(self.module, checkpoint)
-
-
-class _Noting(_Restoring):
-    """Its ``on_save_checkpoint``: Lightning does not ask callbacks about checkpoints of weights alone."""
-
-    def __call__(self, checkpoint: dict[str, Any]) -> None:
-        type(self.module).on_save_checkpoint(self.module, checkpoint)
-        note_structure(self.module, checkpoint)
 
 
 def _untrained(compressor: Compressor) -> list[str]:
     """The phases that have not begun and need training."""
     return [phase.name for phase in compressor.waiting if phase.end > phase.begin]
-
-
-def _keep_patience(trainer: Any, compressor: Compressor) -> None:
-    """Have no `EarlyStopping` lose its patience as long as there are phases to come; each of them begins at zero."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, pl.callbacks.EarlyStopping) and _untrained(compressor):
-            # Lightning asks it after all other callbacks: what it counts then must be too little.
-            callback.wait_count = -_EVER
 
 
 def _check_plan(trainer: Any, callback: CompressionCallback, pl_module: pl.LightningModule) -> None:
@@ -546,45 +502,3 @@ def _check_plan(trainer: Any, callback: CompressionCallback, pl_module: pl.Light
             f"two CompressionCallbacks at once, of {callback.attribute!r} and {others[0].attribute!r}: compress one "
             f"network of {type(pl_module).__name__} after the other"
         )
-
-
-def _free(folder: Path) -> Path:
-    """Where the compressed network is written: what another run has left there stays, as with `ModelCheckpoint`."""
-    names = (f"compressed{f'-v{version}' if version else ''}.ckpt" for version in count())
-    return next(folder / name for name in names if not (folder / name).exists())
-
-
-def _stand_last(trainer: Any, callback: pl.Callback) -> None:
-    """Come after the callbacks that write weights, and before those that save them."""
-    others = [other for other in trainer.callbacks if other is not callback]
-    place = next((n for n, other in enumerate(others) if isinstance(other, pl.callbacks.Checkpoint)), len(others))
-    # A new list, because Lightning is walking through the old one.
-    trainer.callbacks = [*others[:place], callback, *others[place:]]
-
-
-def _new_optimizer(trainer: pl.Trainer, old: Optimizer, *, restart: bool) -> None:
-    """Have the module make its optimiser and schedule for the parameters that there are now.
-
-    The one place that knows how Lightning is told.
-    """
-    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
-    trainer.strategy.setup_optimizers(trainer)
-    if restart:
-        return
-    for group, before in zip(trainer.optimizers[0].param_groups, old.param_groups, strict=True):
-        group.update({name: value for name, value in before.items() if name != "params"})
-    for config, schedule in zip(trainer.lr_scheduler_configs, schedules, strict=True):
-        config.scheduler.load_state_dict(schedule.state_dict())
-
-
-def _forget_best(trainer: Any) -> None:
-    """What was the best so far was another network: whatever comes now is better."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.monitor is not None:
-            worst = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
-            callback.best_k_models = {path: worst.to(score.device) for path, score in callback.best_k_models.items()}
-            callback.kth_value = worst
-            callback.best_model_score = worst if callback.best_k_models else None
-        elif isinstance(callback, pl.callbacks.EarlyStopping):
-            callback.wait_count = 0
-            callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf)

@@ -13,7 +13,8 @@ from torchmetrics import MetricCollection
 
 from distill_lightning import functional
 from distill_lightning.batch import Batch
-from distill_lightning.callbacks.compression import AVERAGING, CompressionCallback
+from distill_lightning.callbacks.compression import CompressionCallback
+from distill_lightning.callbacks.reshaping import AVERAGING
 from distill_lightning.callbacks.stages import Measurements
 from distill_lightning.compression.recipe import copy_network
 from distill_lightning.compression.steps import Step
