@@ -68,7 +68,7 @@ def write_artefact(network: nn.Module, path: Path | str, *, coding: Coding = "pl
         "kind": _KIND,
         "format": FORMAT,
         "class": type(network).__name__,
-        "recipe": _plain(_without_weights(recipe_of(network))),
+        "recipe": _plain(without_weights(recipe_of(network))),
         "structure": _plain(recipe.structure_only(recipe.describe(network))),
         "same": {name: same[0] for same in names.values() for name in same[1:]},
     }
@@ -142,7 +142,7 @@ def _from_checkpoint(path: Path, network: nn.Module | None, *, bake: bool) -> nn
         }
         # A module may call its network otherwise in its constructor, under which name "recipes" has it.
         known = told.get("recipe") or checkpoint.get("recipes", {}).get(attribute)
-        network = _built(path, network, _without_weights(known), f"{attribute!r}")
+        network = _built(path, network, without_weights(known), f"{attribute!r}")
         recipe.rebuild(network, told["description"])
         _load(network, tensors, path)
         # Some quantizers draw in train mode.
@@ -179,15 +179,15 @@ def _load(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None
     load_strictly(network, tensors, source=str(path))
 
 
-def _without_weights(known: Recipe | None) -> Recipe | None:
+def without_weights(known: Recipe | None) -> Recipe | None:
     """A recipe that reads no file and fetches nothing: the weights come from elsewhere."""
     if known is None:
         return None
     arguments = dict(known["arguments"])
     if known["factory"] == "Pretrained":
-        return _without_weights(arguments["network"])
+        return without_weights(arguments["network"])
     if isinstance(arguments.get("network"), Mapping):
-        arguments["network"] = _without_weights(arguments["network"])
+        arguments["network"] = without_weights(arguments["network"])
     if "pretrained" in arguments:
         arguments["pretrained"] = False
     return {"factory": known["factory"], "arguments": arguments}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.lottery import reinitialize
+from distill_lightning.compression.artefact import without_weights
+from distill_lightning.compression.lottery import LISTS, reinitialize, reset_layer
 from distill_lightning.compression.measure import count_parameters
+from distill_lightning.compression.parameters import cuda_devices
 from distill_lightning.compression.quantizers import WeightQuantizer
 from distill_lightning.compression.recipe import changes_of, copy_network, note_change, plain_copy, rebuild
 from distill_lightning.compression.schedules import Threshold
@@ -26,6 +29,8 @@ from distill_lightning.compression.surgery import (
     unit_groups,
 )
 from distill_lightning.errors import InputError
+from distill_lightning.networks import build_from, recipe_of
+from distill_lightning.weights import load_strictly
 
 _TRIES = 14
 
@@ -59,8 +64,9 @@ def same_size_network(fresh: nn.Module, compressed: nn.Module, example_inputs: A
     """A dense network with at most as many parameters as a compressed one has that were not pruned.
 
     It gets the compressed network's structure; if that has more parameters than this (weights were pruned one by one),
-    all its channels, hidden units, heads and neurons are thinned out alike until it has not. Every layer is initialised
-    anew, by its own ``reset_parameters``, also where the fresh network has trained weights.
+    all its channels, hidden units, heads and neurons are thinned out alike until it has not. All weights are drawn
+    anew, also where the fresh network has trained ones: by the network's own initialisation, if a factory of this
+    package made it, and by ``reset_parameters`` of each layer whose size has changed; else of all layers.
 
     Args:
         fresh: built as the compressed network was at first; changed in place.
@@ -78,11 +84,39 @@ def same_size_network(fresh: nn.Module, compressed: nn.Module, example_inputs: A
             own cannot initialise them.
     """
     target = _unpruned(compressed)
+    is_drawn = _draw(fresh, seed=seed)
+    shapes = {name: parameter.shape for name, parameter in fresh.named_parameters()}
     rebuild(fresh, {"changes": changes_of(compressed), "layers": {}})
     if count_parameters(fresh).stored > target:
         _thin(fresh, target, example_inputs)
-    reinitialize(fresh, seed=seed)
+    changed = _layers_of(fresh, {name for name, p in fresh.named_parameters() if shapes.get(name) != p.shape})
+    reinitialize(fresh, seed=seed, init=(lambda layer: _reset(layer, changed)) if is_drawn else None)
     return fresh
+
+
+def _draw(network: nn.Module, *, seed: int) -> bool:
+    """Give a network the weights that its factory draws; whether it has one."""
+    known = without_weights(recipe_of(network))
+    if known is None:
+        return False
+    with torch.random.fork_rng(devices=cuda_devices(network)):
+        torch.manual_seed(seed)
+        load_strictly(network, build_from(known).state_dict(), source="its own factory")
+    return True
+
+
+def _layers_of(network: nn.Module, names: Set[str]) -> set[nn.Module]:
+    """The layers that some parameters belong to; those in a list belong to the layer that holds it."""
+    found = set()
+    for path in {name.rpartition(".")[0] for name in names}:
+        layer = network.get_submodule(path)
+        found.add(network.get_submodule(path.rpartition(".")[0]) if isinstance(layer, LISTS) else layer)
+    return found
+
+
+def _reset(layer: nn.Module, changed: Set[nn.Module]) -> None:
+    if layer in changed:
+        reset_layer(layer)
 
 
 def _unpruned(network: nn.Module) -> int:

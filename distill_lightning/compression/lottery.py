@@ -13,7 +13,7 @@ from distill_lightning.compression.parameters import cuda_devices
 from distill_lightning.errors import InputError
 from distill_lightning.weights import load_strictly
 
-_LISTS = (nn.ParameterList, nn.ParameterDict)
+LISTS = (nn.ParameterList, nn.ParameterDict)
 
 
 class Snapshot:
@@ -79,14 +79,19 @@ def reinitialize(network: nn.Module, *, seed: int, init: Callable[[nn.Module], N
     """
     with torch.random.fork_rng(devices=cuda_devices(network)), torch.no_grad():
         torch.manual_seed(seed)
-        network.apply(init or _reset)
+        network.apply(init or reset_layer)
 
 
-def _reset(module: nn.Module) -> None:
+def reset_layer(module: nn.Module) -> None:
+    """Draw a layer's own parameters anew, without those of its children.
+
+    Raises:
+        InputError: it has some, and no ``reset_parameters``.
+    """
     reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
     if reset is not None:
         reset()
-    elif not isinstance(module, _LISTS) and _has_own(module):
+    elif not isinstance(module, LISTS) and _has_own(module):
         raise InputError(
             f"{type(module).__name__} has parameters and no reset_parameters(): give it one, or init=, a function of "
             "every module"
@@ -95,5 +100,5 @@ def _reset(module: nn.Module) -> None:
 
 def _has_own(module: nn.Module) -> bool:
     """Whether a module has parameters of its own, or in a list, which its ``reset_parameters`` has to draw then."""
-    holders = [module, *(child for child in module.children() if isinstance(child, _LISTS))]
+    holders = [module, *(child for child in module.children() if isinstance(child, LISTS))]
     return any(next(holder.parameters(recurse=False), None) is not None for holder in holders)

@@ -324,3 +324,18 @@ def test_a_packed_network_cannot_tell_what_was_pruned(tmp_path):
         InputError, match="network.dlpk is a packed network, whose weights are baked: give a checkpoint"
     ):
         load_compressed(tmp_path / "network.dlpk", bake=False)
+
+
+def test_a_factorys_own_initialisation_is_kept_where_sizes_are():
+    torch.manual_seed(0)
+    network = SmallTransformer(10, input_size=8, length=8)
+    images = torch.rand(2, 1, 8, 8)
+    compressed = copy.deepcopy(network)
+    Compressor(compressed, [Prune(amount=0.5, granularity="neuron")], images).apply()
+    fresh = same_size_network(network, compressed, images, seed=5)
+    torch.manual_seed(5)
+    own = SmallTransformer(10, input_size=8, length=8)
+    drawn, kept = dict(own.named_parameters()), dict(fresh.named_parameters())
+    same = {name for name in drawn if torch.equal(drawn[name], kept[name])}
+    assert same == {name for name in drawn if drawn[name].shape == kept[name].shape and "linear2" not in name}
+    assert any("linear2.weight" in name for name in drawn.keys() - same)
