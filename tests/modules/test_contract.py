@@ -7,6 +7,12 @@ from distill_lightning.compression import Cubic, HashShare, LowRank, Prune, Quan
 from distill_lightning.errors import InputError
 from distill_lightning.testing import CONTRACT, TinyNet, tiny_trainer
 
+# The contract's trainings are longer than the steps, and its networks are not trained before.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the last step of the compression is over"),
+    pytest.mark.filterwarnings("ignore:teacher='dense'. the network has not been trained"),
+]
+
 
 def supervised(student, teachers, num_classes):
     return SupervisedModule(student, num_classes=num_classes)
