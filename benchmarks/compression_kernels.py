@@ -57,7 +57,7 @@ from distill_lightning.compression.surgery import (
     unit_groups,
 )
 from distill_lightning.networks import SmallResNet
-from distill_lightning.weights import load_strictly
+from distill_lightning.networks.weights import load_strictly
 
 RESULTS = Path(__file__).parent / "results/compression"
 VOCABULARY, LENGTH, CLASSES = 200, 64, 10

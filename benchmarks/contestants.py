@@ -24,8 +24,8 @@ from distill_lightning import (
     TeacherStore,
     pytorchcv_network,
 )
-from distill_lightning.datamodules import Images
-from distill_lightning.modules.recording import record
+from distill_lightning.data.datamodules import Images
+from distill_lightning.teachers.recorder import record
 
 CLASSES, BATCH_SIZE = 100, 64
 # Small, so that random labels leave the weights in the range where arithmetic has its usual speed.

@@ -10,7 +10,7 @@ import torch
 from benchmarks.contestants import RandomImages, quiet_trainer, sgd, trained
 from benchmarks.timing import Figure, stopwatch, take_turns
 from distill_lightning import Batch, KDModule, SmallResNet, SupervisedModule, TeacherStore
-from distill_lightning.modules.recording import record
+from distill_lightning.teachers.recorder import record
 
 _CLASSES, _BATCH_SIZE = 10, 256
 

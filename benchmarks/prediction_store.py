@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import distill_lightning
-from distill_lightning.stores import PredictionStore, Sidecar
+from distill_lightning.storage import PredictionStore, Sidecar
 
 RESULTS = Path(__file__).parent / "results" / "prediction_store.json"
 COLUMNS = {

@@ -46,7 +46,7 @@ from benchmarks.peers import plain_step, torchdistill_step
 from benchmarks.timing import Figure, Turn, machine, peak_memory, ratio, stopwatch, take_turns
 from distill_lightning import SelfKDModule, SupervisedModule, TeacherEnsemble
 from distill_lightning.layers import Discriminator, make_translator
-from distill_lightning.modules.recording import record
+from distill_lightning.teachers.recorder import record
 
 RESULT = Path(__file__).parent / "results/throughput.json"
 _FEATURES = 64  # channels of both networks' last feature map

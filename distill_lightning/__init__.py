@@ -1,10 +1,11 @@
 """distill_lightning: knowledge distillation and compression as PyTorch Lightning modules."""
 
-from distill_lightning import compression, functional, layers, metrics, networks, samplers
-from distill_lightning.batch import Batch
+from distill_lightning import compression, functional, layers, networks
 from distill_lightning.callbacks import CompressionCallback
 from distill_lightning.compression import Compressor, load_compressed
-from distill_lightning.datamodules import (
+from distill_lightning.data import samplers
+from distill_lightning.data.batch import Batch
+from distill_lightning.data.datamodules import (
     DigitsDataModule,
     DocstringsDataModule,
     FashionMNISTDataModule,
@@ -14,9 +15,14 @@ from distill_lightning.datamodules import (
     RotatedDigitsDataModule,
     RotatedFashionMNISTDataModule,
 )
+from distill_lightning.data.samplers import (
+    CutMixSampler,
+    EmpiricalSampler,
+    FunctionSampler,
+    GeneratorSampler,
+    MixupSampler,
+)
 from distill_lightning.errors import InputError
-from distill_lightning.layers import TeacherEnsemble
-from distill_lightning.metrics import AURC, Agreement, AngularError, CalibrationError, GapReduction
 from distill_lightning.modules import (
     CompressionBaseline,
     DistillationModule,
@@ -42,9 +48,11 @@ from distill_lightning.networks import (
     timm_network,
     torchvision_network,
 )
-from distill_lightning.samplers import CutMixSampler, EmpiricalSampler, FunctionSampler, GeneratorSampler, MixupSampler
+from distill_lightning.outputs import metrics
+from distill_lightning.outputs.metrics import AURC, Agreement, AngularError, CalibrationError, GapReduction
 from distill_lightning.schedules import GroupSchedules, OneCycle
-from distill_lightning.stores import PredictionStore, TeacherStore
+from distill_lightning.storage import PredictionStore
+from distill_lightning.teachers import TeacherEnsemble, TeacherStore
 
 __version__ = "0.1.0"
 

@@ -26,16 +26,17 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 
 import distill_lightning
-from distill_lightning import __version__, callbacks, compression, datamodules
+from distill_lightning import __version__, callbacks, compression
 from distill_lightning.compression import Step, steps
 from distill_lightning.compression.structure import restore_structure
-from distill_lightning.datamodules import ViewDataModule
+from distill_lightning.data import datamodules
+from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules import DistillationModule, check_optimizer
-from distill_lightning.modules.recording import Recorded, record
+from distill_lightning.networks.weights import read_checkpoint
 from distill_lightning.schedules import OneCycle
-from distill_lightning.stores import TeacherStore
-from distill_lightning.weights import read_checkpoint
+from distill_lightning.teachers import TeacherStore
+from distill_lightning.teachers.recorder import Recorded, record
 
 _TOLD_BY_DATA = ("num_classes", "input_shape")
 # Classes are found by their short names once they are imported.
@@ -207,11 +208,11 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> None:
     if arguments[:1] == ["compare"]:
         # Imported here, so that the other verbs need not wait for what only this one uses.
-        from distill_lightning.compare.command import run  # noqa: PLC0415
+        from distill_lightning.studies.compare.command import run  # noqa: PLC0415
 
         run(arguments[1:])
     elif arguments[:1] == ["compress"]:
-        from distill_lightning.compress.command import run as compress  # noqa: PLC0415  (likewise)
+        from distill_lightning.studies.compress.command import run as compress  # noqa: PLC0415  (likewise)
 
         compress(arguments[1:], _parts_of)
     else:
@@ -220,7 +221,7 @@ def _run(arguments: list[str]) -> None:
 
 def _parts_of(arguments: Sequence[str]) -> Any:
     """What a configuration makes, without running anything."""
-    from distill_lightning.compress.runs import Parts  # noqa: PLC0415  (likewise)
+    from distill_lightning.studies.compress.runs import Parts  # noqa: PLC0415  (likewise)
 
     cli = DistillCLI(arguments, run=False)
     return Parts(cli.model, cli.datamodule, cli.trainer)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from distill_lightning import FEEDModule, SmallResNet, SupervisedModule
 from distill_lightning.cli import main
+from distill_lightning.networks.weights import read_weights
 from distill_lightning.testing import TinyDataModule, tiny_trainer
-from distill_lightning.weights import read_weights
 
 
 def small(width=2, num_classes=10):

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from distill_lightning import layers, networks
 from distill_lightning.cli import main
-from distill_lightning.compare import command
 from distill_lightning.compression import load_compressed
+from distill_lightning.studies.compare import command
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 COMPARE = sorted((CONFIGS / "compare").glob("*.yaml"))

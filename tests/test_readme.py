@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from distill_lightning import SmallResNet
 from distill_lightning.cli import main
-from distill_lightning.compress.command import parse as parse_compress
+from distill_lightning.studies.compress.command import parse as parse_compress
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -89,7 +89,7 @@ def test_the_record_command_leaves_a_store_that_stands_for_the_teachers(capsys):
 
 
 def test_the_compare_command_is_understood():
-    from distill_lightning.compare.config import parse_config
+    from distill_lightning.studies.compare.config import parse_config
 
     command = blocks("bash")[1].split()
     assert command[:2] == ["distill-lightning", "compare"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from distill_lightning.batch import Batch
+from distill_lightning.data.batch import Batch
 
 
 class TrainersBatches:

@@ -16,7 +16,6 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
-from distill_lightning.batch import Batch
 from distill_lightning.callbacks.batches import TrainersBatches, undrawn
 from distill_lightning.callbacks.reshaping import (
     Noting,
@@ -37,6 +36,7 @@ from distill_lightning.compression.stages import DENSE, FINAL, Kind, Stage
 from distill_lightning.compression.steps import Order, Step
 from distill_lightning.compression.structure import NOTHING
 from distill_lightning.compression.timeline import Phase, check_order
+from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill_lightning import functional
 from distill_lightning.errors import InputError
-from distill_lightning.metrics import Confidences
+from distill_lightning.outputs.metrics import Confidences
 from distill_lightning.plots import reliability_diagram, risk_coverage_curve
 
 # By the logger's class name, because none of their packages is needed to use this one.

@@ -19,9 +19,9 @@ from torchmetrics import MeanAbsoluteError, MetricCollection
 from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 
 from distill_lightning import functional
-from distill_lightning.batch import Batch
 from distill_lightning.callbacks.batches import TrainersBatches, drawing_parts, undrawn
 from distill_lightning.callbacks.figures import log_figure
+from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.layers import FeatureTap, Paraphraser, Translator, freeze, resolve_layer
 from distill_lightning.plots import reconstruction_errors

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from distill_lightning import functional
-from distill_lightning.batch import Batch
 from distill_lightning.callbacks.batches import TrainersBatches, undrawn
 from distill_lightning.callbacks.figures import log_figure
+from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.metrics import classification_metrics, regression_metrics
+from distill_lightning.outputs.metrics import classification_metrics, regression_metrics
 from distill_lightning.plots import teacher_bars
 
 
@@ -32,8 +32,8 @@ class TeacherReport(pl.Callback):
     classes are in another order, or its weights were not loaded. Random numbers, modes and samplers are left as they
     were, so the training is the same with and without this callback.
 
-    The metrics are `distill_lightning.metrics.classification_metrics` over the same batches as validation's
-    (``limit_val_batches`` holds), in regression `distill_lightning.metrics.regression_metrics`; they are logged as
+    The metrics are `distill_lightning.outputs.metrics.classification_metrics` over the same batches as validation's
+    (``limit_val_batches`` holds), in regression `distill_lightning.outputs.metrics.regression_metrics`; they are logged as
     ``teacher/<name>/<metric>``, the figure as ``teachers``. A single teacher has no ensemble.
 
     Attributes:

@@ -15,7 +15,7 @@ from distill_lightning.compression import packing, quantizers, recipe
 from distill_lightning.compression.packing.packed import Coding, Packed
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.networks import Recipe, build_from, recipe_of
-from distill_lightning.weights import load_strictly, read_checkpoint
+from distill_lightning.networks.weights import load_strictly, read_checkpoint
 
 FORMAT = 1
 _KIND = "network"

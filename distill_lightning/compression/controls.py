@@ -30,7 +30,7 @@ from distill_lightning.compression.surgery import (
 )
 from distill_lightning.errors import InputError
 from distill_lightning.networks import build_from, recipe_of
-from distill_lightning.weights import load_strictly
+from distill_lightning.networks.weights import load_strictly
 
 _TRIES = 14
 

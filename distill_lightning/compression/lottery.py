@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from distill_lightning.compression.masks import Masks
 from distill_lightning.compression.parameters import cuda_devices
 from distill_lightning.errors import InputError
-from distill_lightning.weights import load_strictly
+from distill_lightning.networks.weights import load_strictly
 
 LISTS = (nn.ParameterList, nn.ParameterDict)
 

@@ -33,7 +33,7 @@ from distill_lightning.compression.stages import (
 )
 from distill_lightning.errors import InputError
 from distill_lightning.plots import plot_latency, plot_pareto
-from distill_lightning.stores.files import write_whole
+from distill_lightning.storage.files import write_whole
 
 __all__ = [
     "CONTROL_RANDOM", "CONTROL_SCRATCH", "DENSE", "FINAL", "LEGEND", "LatencyRow", "Report", "Stage", "claim_of",

@@ -30,7 +30,7 @@ from distill_lightning.compression.onnx_export import (
     tensors_of,
 )
 from distill_lightning.errors import InputError, refusing
-from distill_lightning.weights import load_strictly, read_weights, write_weights
+from distill_lightning.networks.weights import load_strictly, read_weights, write_weights
 
 DENSE = "dense"
 FINAL = "final"

@@ -1,6 +1,6 @@
 """Every formula of the package, as a pure function of tensors.
 
-Shapes use the letters of `distill_lightning.batch`. Every function says how it reduces; none keeps state. Probabilities
+Shapes use the letters of `distill_lightning.data.batch`. Every function says how it reduces; none keeps state. Probabilities
 and norms are computed in float32 (or wider), whatever autocast or the inputs say.
 """
 

@@ -3,15 +3,8 @@
 from distill_lightning.layers.autoencoder import ImageDecoder, ImageEncoder
 from distill_lightning.layers.discriminator import Discriminator, DiscriminatorKind
 from distill_lightning.layers.feature_tap import FeatureTap, dry_forward, resolve_layer, resolve_layers
+from distill_lightning.layers.frozen import fingerprint, freeze
 from distill_lightning.layers.gaussian_head import GaussianHead, without_deviation
-from distill_lightning.layers.teachers import (
-    EnsembleRule,
-    TeacherEnsemble,
-    check_classes,
-    check_gaussian,
-    fingerprint,
-    freeze,
-)
 from distill_lightning.layers.translator import (
     Paraphraser,
     TransformFactory,
@@ -23,18 +16,14 @@ from distill_lightning.layers.translator import (
 __all__ = [
     "Discriminator",
     "DiscriminatorKind",
-    "EnsembleRule",
     "FeatureTap",
     "GaussianHead",
     "ImageDecoder",
     "ImageEncoder",
     "Paraphraser",
-    "TeacherEnsemble",
     "TransformFactory",
     "TransformName",
     "Translator",
-    "check_classes",
-    "check_gaussian",
     "dry_forward",
     "fingerprint",
     "freeze",

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from distill_lightning.batch import Batch
+from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.layers import TeacherEnsemble, check_classes, check_gaussian, dry_forward
+from distill_lightning.layers import dry_forward
 from distill_lightning.modules.evaluating import EvaluatedModule
 from distill_lightning.modules.hparams import objects_given, unplain_arguments
 from distill_lightning.modules.optimization import (
@@ -23,10 +23,10 @@ from distill_lightning.modules.optimization import (
     default_optimizer,
     with_schedule,
 )
-from distill_lightning.modules.running import RunningMeans
-from distill_lightning.modules.storing import begin_store, finish_epoch
-from distill_lightning.modules.waiting import DataWait
-from distill_lightning.stores import TeacherStore
+from distill_lightning.modules.parts.data_wait import DataWait
+from distill_lightning.modules.parts.means import RunningMeans
+from distill_lightning.teachers import TeacherEnsemble, TeacherStore
+from distill_lightning.teachers.origin import begin_store, finish_epoch
 
 
 class DistillationModule(EvaluatedModule):

@@ -12,19 +12,18 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from distill_lightning import functional
-from distill_lightning.batch import Batch
 from distill_lightning.callbacks.compression import CompressionCallback
 from distill_lightning.callbacks.reshaping import AVERAGING
 from distill_lightning.callbacks.stages import Measurements
 from distill_lightning.compression.recipe import copy_network
 from distill_lightning.compression.steps import Step
+from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.layers import TeacherEnsemble
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.hparams import refuse_unused
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
-from distill_lightning.modules.storing import ensemble_if_any, rule_of
-from distill_lightning.stores import TeacherStore
+from distill_lightning.teachers import TeacherEnsemble, TeacherStore
+from distill_lightning.teachers.origin import ensemble_if_any, rule_of
 
 
 class CompressionBaseline(DistillationModule):

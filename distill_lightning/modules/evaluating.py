@@ -10,12 +10,12 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from distill_lightning import functional
-from distill_lightning.batch import Batch
+from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.metrics import default_metrics, teacher_metrics
-from distill_lightning.modules.answers import TeacherAnswers
 from distill_lightning.modules.frozen import FrozenPartsModule
+from distill_lightning.outputs.metrics import default_metrics, teacher_metrics
 from distill_lightning.processes import is_alone
+from distill_lightning.teachers.cache import TeacherAnswers
 
 
 class EvaluatedModule(FrozenPartsModule):

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.batch import Batch
+from distill_lightning.data.batch import Batch
+from distill_lightning.data.samplers import FunctionSampler, Inputs, PairSampler, count_rows, take
+from distill_lightning.data.views import Draws
 from distill_lightning.errors import InputError
-from distill_lightning.samplers import FunctionSampler, Inputs, PairSampler, count_rows, take
-from distill_lightning.views import Draws
 
 
 @torch.no_grad()

@@ -13,20 +13,20 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from distill_lightning import functional
-from distill_lightning.batch import Batch
+from distill_lightning.data.batch import Batch
+from distill_lightning.data.samplers import EmpiricalSampler, Inputs, MixupSampler, count_rows, join, take
+from distill_lightning.data.views import Draws
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
-from distill_lightning.layers import TeacherEnsemble, dry_forward, fingerprint
+from distill_lightning.layers import dry_forward, fingerprint
 from distill_lightning.layers.batch_norm import kept_statistics
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.extra_inputs import extra_inputs, storable_names
 from distill_lightning.modules.extracurricular_options import check_choices, check_unused, frozen_samplers, per_target
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.regression import check_bounds
-from distill_lightning.modules.storing import ensemble_if_any
-from distill_lightning.samplers import EmpiricalSampler, Inputs, MixupSampler, count_rows, join, take
-from distill_lightning.stores import TeacherStore
-from distill_lightning.views import Draws
+from distill_lightning.teachers import TeacherEnsemble, TeacherStore
+from distill_lightning.teachers.origin import ensemble_if_any
 
 # Keeps the samplers' random numbers apart from those that crop and flip the images of the same views.
 _STREAM = 0x45435543
@@ -73,7 +73,7 @@ class ExtracurricularModule(DistillationModule):
             ``(N, 2 d)``.
         num_classes: ``K`` of a classification.
         num_targets: ``d`` of a regression.
-        samplers: what makes the additional inputs, see `distill_lightning.samplers`; ``None``: `MixupSampler`. With
+        samplers: what makes the additional inputs, see `distill_lightning.data.samplers`; ``None``: `MixupSampler`. With
             nothing but `EmpiricalSampler` there are none, and this is standard knowledge distillation.
         sampler_weights: shares of the samplers in the additional inputs, divided by their sum; ``None``: equal.
         extra_ratio: ``M / N``.

@@ -13,12 +13,11 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from distill_lightning import functional
-from distill_lightning.batch import Batch
+from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.layers import (
     FeatureTap,
     Paraphraser,
-    TeacherEnsemble,
     TransformFactory,
     TransformName,
     fingerprint,
@@ -48,9 +47,9 @@ from distill_lightning.modules.feed_parts import (
     zero_share,
 )
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
-from distill_lightning.modules.storing import ensemble_if_any
 from distill_lightning.networks import likely_input_shape
-from distill_lightning.stores import TeacherStore
+from distill_lightning.teachers import TeacherEnsemble, TeacherStore
+from distill_lightning.teachers.origin import ensemble_if_any
 
 _BETA = {"feed": 500.0, "hint": 1.0, "attention": 1000.0}
 # The smallest norm that a feature is divided by.

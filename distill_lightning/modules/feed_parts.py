@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill_lightning.data.views import Draws
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import FeatureTap, Paraphraser
-from distill_lightning.stores import TeacherStore
-from distill_lightning.views import Draws
+from distill_lightning.teachers import TeacherStore
 
 _MANY_PARAMETERS = 50_000_000
 # Of the matrix that reduces channels; with another one, stores would hold something else.

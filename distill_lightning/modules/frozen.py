@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from distill_lightning.compression.recipe import is_computed, plain_copy
 from distill_lightning.compression.structure import note_structure, restore_structure
 from distill_lightning.errors import InputError
-from distill_lightning.layers import TeacherEnsemble, fingerprint
+from distill_lightning.layers import fingerprint
 from distill_lightning.modules.hparams import plain, rebuild, takes
 from distill_lightning.networks import recipe_of
-from distill_lightning.weights import check_architecture, read_checkpoint, write_weights
+from distill_lightning.networks.weights import check_architecture, read_checkpoint, write_weights
+from distill_lightning.teachers import TeacherEnsemble
 
 
 class FrozenPartsModule(pl.LightningModule):

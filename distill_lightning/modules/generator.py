@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from distill_lightning import functional
-from distill_lightning.batch import Batch
+from distill_lightning.data.batch import Batch
+from distill_lightning.data.views import Draws
 from distill_lightning.errors import InputError
 from distill_lightning.layers import ImageDecoder, ImageEncoder
 from distill_lightning.modules.hparams import unplain_arguments
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, with_schedule
-from distill_lightning.views import Draws
-from distill_lightning.weights import write_weights
+from distill_lightning.networks.weights import write_weights
 
 # Keeps the codes' random numbers apart from those that crop and flip the images of the same views.
 _STREAM = 0x47454E

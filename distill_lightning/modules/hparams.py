@@ -10,8 +10,8 @@ import numpy as np
 from torch import nn
 
 from distill_lightning.errors import InputError
-from distill_lightning.layers import TeacherEnsemble
 from distill_lightning.networks import build_from
+from distill_lightning.teachers import TeacherEnsemble
 
 
 def unplain_arguments(module: nn.Module) -> dict[str, Any]:

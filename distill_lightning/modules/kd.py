@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from distill_lightning import functional
-from distill_lightning.batch import Batch
+from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
-from distill_lightning.modules.storing import ensemble_if_any, rule_of
-from distill_lightning.stores import TeacherStore
+from distill_lightning.teachers import TeacherStore
+from distill_lightning.teachers.origin import ensemble_if_any, rule_of
 
 
 class KDModule(DistillationModule):

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
 from distill_lightning import functional
-from distill_lightning.batch import Batch
+from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import Discriminator, DiscriminatorKind, dry_forward
@@ -27,9 +27,9 @@ from distill_lightning.modules.optimization import (
     default_optimizer,
     total_steps,
 )
-from distill_lightning.modules.storing import ensemble_if_any, rule_of
 from distill_lightning.schedules import GroupSchedules, OneCycle
-from distill_lightning.stores import TeacherStore
+from distill_lightning.teachers import TeacherStore
+from distill_lightning.teachers.origin import ensemble_if_any, rule_of
 
 DiscriminatorInput = Literal["logits", "probabilities", "log_probabilities"]
 DiscriminatorMode = Literal["cooperative", "adversarial", "detached"]

@@ -13,10 +13,10 @@ from torchmetrics import MeanAbsoluteError, MetricCollection
 from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 
 from distill_lightning import functional
-from distill_lightning.batch import Batch
+from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
-from distill_lightning.layers import FeatureTap, Paraphraser, TeacherEnsemble, fingerprint
+from distill_lightning.layers import FeatureTap, Paraphraser, fingerprint
 from distill_lightning.modules.hparams import plain, unplain_arguments
 from distill_lightning.modules.optimization import (
     LRSchedulerCallable,
@@ -25,6 +25,7 @@ from distill_lightning.modules.optimization import (
     with_schedule,
 )
 from distill_lightning.networks import likely_input_shape
+from distill_lightning.teachers import TeacherEnsemble
 
 _FROZEN = "teachers."
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from distill_lightning import functional
-from distill_lightning.batch import Batch
+from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer

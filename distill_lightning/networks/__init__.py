@@ -3,7 +3,7 @@
 from distill_lightning.networks.adapted import AdaptedInput, Pretrained, likely_input_shape
 from distill_lightning.networks.images import SmallCNN, SmallResNet
 from distill_lightning.networks.libraries import pytorchcv_network, timm_network, torchvision_network
-from distill_lightning.networks.recipes import Recipe, build_from, recipe_of
+from distill_lightning.networks.provenance import Recipe, build_from, recipe_of
 from distill_lightning.networks.sequences import SmallLSTM, SmallTransformer
 
 __all__ = [

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
-from distill_lightning.networks.recipes import recipe_of, recorded, remember, remembered
-from distill_lightning.weights import load_strictly, read_weights
+from distill_lightning.networks.provenance import recipe_of, recorded, remember, remembered
+from distill_lightning.networks.weights import load_strictly, read_weights
 
 
 @recorded

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from distill_lightning.errors import InputError
-from distill_lightning.networks.recipes import recorded
+from distill_lightning.networks.provenance import recorded
 
 
 @recorded

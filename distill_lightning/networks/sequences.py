@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from distill_lightning.errors import InputError
-from distill_lightning.networks.recipes import check_sizes, remember, remembered
+from distill_lightning.networks.provenance import check_sizes, remember, remembered
 
 
 @remembered

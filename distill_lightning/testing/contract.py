@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_lightning.modules import DistillationModule
+from distill_lightning.networks.weights import read_weights
 from distill_lightning.testing.tiny import TinyDataModule, TinyNet, tiny_trainer
-from distill_lightning.weights import read_weights
 
 
 class Build(Protocol):

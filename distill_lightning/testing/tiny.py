@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.datamodules import Images, InMemoryImageDataModule
+from distill_lightning.data.datamodules import Images, InMemoryImageDataModule
 from distill_lightning.layers import GaussianHead
 
 

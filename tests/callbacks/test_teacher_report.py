@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distill_lightning import Batch, InputError, KDModule, SupervisedModule, TeacherEnsemble
 from distill_lightning.callbacks import TeacherReport
-from distill_lightning.metrics import classification_metrics, regression_metrics
+from distill_lightning.outputs.metrics import classification_metrics, regression_metrics
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 # Untrained teachers are near chance, which most of these tests are not about.

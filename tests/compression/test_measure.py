@@ -20,8 +20,8 @@ from distill_lightning.compression.measure import (
     count_parameters,
     measure_file,
 )
+from distill_lightning.networks.weights import load_strictly, read_weights, write_weights
 from distill_lightning.testing import TinyNet
-from distill_lightning.weights import load_strictly, read_weights, write_weights
 
 
 def test_parameters_are_counted_stored_and_nonzero_and_tied_ones_once():

@@ -15,7 +15,7 @@ from distill_lightning.compression.packing import pack_codes, pack_dense, read_p
 from distill_lightning.compression.quantizers import Scheme, quantize_weights, weight_codes
 from distill_lightning.compression.stages import LatencyRow, Stage, measure_stage
 from distill_lightning.networks import SmallLSTM, SmallTransformer
-from distill_lightning.weights import load_strictly, write_weights
+from distill_lightning.networks.weights import load_strictly, write_weights
 
 
 def build():

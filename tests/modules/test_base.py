@@ -25,7 +25,7 @@ from distill_lightning import (
     SupervisedModule,
     TeacherEnsemble,
 )
-from distill_lightning.metrics import classification_metrics
+from distill_lightning.outputs.metrics import classification_metrics
 from distill_lightning.testing import TinyDataModule, TinyNet, assert_module_contract, tiny_trainer
 
 

@@ -25,11 +25,11 @@ from distill_lightning import (
     SupervisedModule,
     TeacherEnsemble,
 )
+from distill_lightning.data.mixing import mixup
+from distill_lightning.data.views import uniform_draws
 from distill_lightning.layers import GaussianHead, without_deviation
-from distill_lightning.mixing import mixup
+from distill_lightning.networks.weights import read_weights
 from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
-from distill_lightning.views import uniform_draws
-from distill_lightning.weights import read_weights
 
 SHAPE = (1, 8, 8)
 

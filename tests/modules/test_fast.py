@@ -19,8 +19,8 @@ from distill_lightning import (
     SupervisedModule,
     TeacherEnsemble,
 )
+from distill_lightning.networks.weights import read_weights
 from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
-from distill_lightning.weights import read_weights
 
 FEED = {"student_layer": "features", "input_shape": (1, 8, 8)}
 METHODS = {

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from distill_lightning import Batch, DigitsDataModule, GeneratorModule, GeneratorSampler, InputError, OneCycle
+from distill_lightning.data.views import Draws
 from distill_lightning.layers import ImageDecoder, ImageEncoder
 from distill_lightning.testing import TinyDataModule, tiny_trainer
-from distill_lightning.views import Draws
 
 RANGE = ((0 - 0.4) / 0.25, (1 - 0.4) / 0.25)
 

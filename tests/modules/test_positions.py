@@ -22,8 +22,8 @@ from distill_lightning import (
 from distill_lightning.callbacks import ReliabilityDiagram, TeacherReport
 from distill_lightning.cli import main
 from distill_lightning.modules import evaluating
-from distill_lightning.modules.recording import record
-from distill_lightning.stores import TeacherStore
+from distill_lightning.teachers import TeacherStore
+from distill_lightning.teachers.recorder import record
 from distill_lightning.testing import TinyDataModule, tiny_trainer
 
 LENGTH, CLASSES = 6, 256

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from distill_lightning import Batch, InputError, RegressionModule, SmallResNet
 from distill_lightning.layers import GaussianHead, without_deviation
+from distill_lightning.networks.weights import read_weights
 from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
-from distill_lightning.weights import read_weights
 
 SHAPE = (1, 8, 8)
 

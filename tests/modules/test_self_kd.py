@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from distill_lightning import Batch, IndexedDataModule, InputError, SelfKDModule, SupervisedModule, functional
-from distill_lightning.mixing import cutout
-from distill_lightning.modules.self_kd.past import PastNetwork
-from distill_lightning.modules.self_kd.schedule import is_mixed
-from distill_lightning.samplers import CutMixSampler, MixupSampler
-from distill_lightning.stores import PredictionStore
+from distill_lightning.data.mixing import cutout
+from distill_lightning.data.samplers import CutMixSampler, MixupSampler
+from distill_lightning.data.views import Draws
+from distill_lightning.modules.parts.past_network import PastNetwork
+from distill_lightning.modules.parts.progress import is_mixed
+from distill_lightning.storage import PredictionStore
 from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
-from distill_lightning.views import Draws
 
 SHAPE = (1, 8, 8)
 PASTS = ["stored", "past_model", "ema"]

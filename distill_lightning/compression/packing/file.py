@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distill_lightning.compression.packing.packed import Packed, Part, unpack
 from distill_lightning.errors import InputError
-from distill_lightning.stores.files import CHECKSUM_BYTES, checksum_fits, with_checksum, write_whole
+from distill_lightning.storage.files import CHECKSUM_BYTES, checksum_fits, with_checksum, write_whole
 
 FORMAT = 1
 _MAGIC = b"DLPK"

@@ -22,7 +22,7 @@ from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
 from distill_lightning.compression.targets import Targets
 from distill_lightning.compression.workpiece import Workpiece
 from distill_lightning.errors import InputError
-from distill_lightning.weights import load_strictly
+from distill_lightning.networks.weights import load_strictly
 
 Level = float | dict[str, float]
 """A share of the units, or shares by path, or a threshold."""

@@ -12,13 +12,23 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from distill_lightning import functional
-from distill_lightning.batch import Batch
+from distill_lightning.data.batch import Batch
+from distill_lightning.data.mixing import cutout, mixup
+from distill_lightning.data.samplers import CutMixSampler, Mixed, MixupSampler
+from distill_lightning.data.views import Draws
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
-from distill_lightning.mixing import cutout, mixup
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.hparams import refuse_unused
 from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
+from distill_lightning.modules.parts.past_network import AveragedNetwork, PastNetwork
+from distill_lightning.modules.parts.progress import (
+    AlphaSchedule,
+    early_ends,
+    is_mixed,
+    training_length,
+    training_progress,
+)
 from distill_lightning.modules.self_kd.options import (
     DTYPES,
     check_choices,
@@ -27,18 +37,8 @@ from distill_lightning.modules.self_kd.options import (
     check_files,
     check_shares,
 )
-from distill_lightning.modules.self_kd.past import AveragedNetwork, PastNetwork
-from distill_lightning.modules.self_kd.schedule import (
-    AlphaSchedule,
-    early_ends,
-    is_mixed,
-    training_length,
-    training_progress,
-)
 from distill_lightning.modules.self_kd.storing import new_store
-from distill_lightning.samplers import CutMixSampler, Mixed, MixupSampler
-from distill_lightning.stores import PredictionStore
-from distill_lightning.views import Draws
+from distill_lightning.storage import PredictionStore
 
 # Keeps the draws of cutout and mixing apart from those that crop and flip the images of the same views.
 _STREAM = 0x53454C46

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from distill_lightning.errors import InputError, refusing
-from distill_lightning.modules.self_kd.schedule import AlphaSchedule
+from distill_lightning.modules.parts.progress import AlphaSchedule
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

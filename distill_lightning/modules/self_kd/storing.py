@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 
 from distill_lightning.errors import InputError
-from distill_lightning.stores import PredictionStore, Sidecar
+from distill_lightning.storage import PredictionStore, Sidecar
 
 FOLDER = "self_kd_store"
 

@@ -1,0 +1,1 @@
+"""Batches, augmented views, mixtures, samplers, and the data modules that make them."""

@@ -1,0 +1,139 @@
+"""Fashion-MNIST from Debian's package, a folder, or torchvision's download."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import datasets
+
+from distill_lightning.data.datamodules.in_memory import Images, InMemoryImageDataModule
+from distill_lightning.errors import InputError, refusing
+
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+
+class FashionMNISTDataModule(InMemoryImageDataModule):
+    """Zalando's articles: 60,000 training and 10,000 test images, grey, 28x28 pixels, 10 classes.
+
+    The validation images are drawn by ``seed`` from the training files; the test files are for test alone. Xiao, Rasul,
+    Vollgraf: *Fashion-MNIST*, https://arxiv.org/abs/1708.07747
+
+    Args:
+        data_dir: folder with the four IDX files, packed (``.gz``) or not, or torchvision's root folder; ``None``: where
+            the Debian package ``dataset-fashion-mnist`` puts them.
+        download: fetch the files with torchvision into ``data_dir`` where they are missing.
+        subset: number of training images, drawn by ``seed``; ``None``: all that ``val_size`` leaves.
+        val_size: number of validation images.
+        test_size: number of test images, the first ones; ``None``: all 10,000.
+        batch_size: samples per batch and process.
+        padding: pixels of zeros around a training image that its random crop may take in.
+        flip: whether half of the training views are mirrored.
+        views: number of different views of a training image; ``None``: a new one every epoch.
+        partners: whether each training view comes with another image to be mixed with, see `PairedBatch`.
+        seed: of the split and of the views.
+        order_seed: of the order of the training images; ``None``: ``seed``.
+        num_workers: worker processes of the loaders.
+
+    Raises:
+        InputError: a size that is not positive; from ``setup``: a missing or damaged file, or a size that is larger
+            than the data.
+    """
+
+    num_classes = 10
+    input_shape = (1, 28, 28)
+    class_names = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+    mean = 0.286
+    std = 0.353
+
+    def __init__(
+        self,
+        *,
+        data_dir: str | Path | None = None,
+        download: bool = False,
+        subset: int | None = None,
+        val_size: int = 5000,
+        test_size: int | None = None,
+        batch_size: int = 64,
+        padding: int = 2,
+        flip: bool = True,
+        views: int | None = None,
+        partners: bool = False,
+        seed: int = 0,
+        order_seed: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(
+            subset=subset,
+            val_size=val_size,
+            test_size=test_size,
+            batch_size=batch_size,
+            padding=padding,
+            flip=flip,
+            views=views,
+            partners=partners,
+            seed=seed,
+            order_seed=order_seed,
+            num_workers=num_workers,
+        )
+        if download and data_dir is None:
+            raise InputError("download=True needs data_dir, the folder to download into")
+        self.data_dir = DEBIAN_FOLDER if data_dir is None else Path(data_dir)
+        self.download = download
+
+    def prepare_data(self) -> None:
+        """Download the files, where that was asked for."""
+        if self.download:
+            with refusing(f"{self.data_dir}: the download failed", OSError, RuntimeError):
+                datasets.FashionMNIST(str(self.data_dir), download=True)
+
+    def read(self) -> tuple[Images, Images]:
+        """The training files' images and the test files'."""
+        return self._pair("train"), self._pair("t10k")
+
+    def _pair(self, part: str) -> Images:
+        images = read_idx(self._find(f"{part}-images-idx3-ubyte"))
+        targets = read_idx(self._find(f"{part}-labels-idx1-ubyte")).long()
+        if images.shape[1:] != self.input_shape[1:] or targets.shape != images.shape[:1]:
+            raise InputError(
+                f"{self.data_dir}: the {part} files hold images {tuple(images.shape)} and labels "
+                f"{tuple(targets.shape)}, not (N, 28, 28) and (N,): these are not Fashion-MNIST's files"
+            )
+        if len(targets) and int(targets.max()) >= len(self.class_names):
+            raise InputError(f"{self.data_dir}: the {part} labels go up to {int(targets.max())}, not 9")
+        return Images(images[:, None], targets)
+
+    def _find(self, name: str) -> Path:
+        folders = (self.data_dir, self.data_dir / "FashionMNIST" / "raw")
+        for path in (folder / f"{name}{packed}" for folder in folders for packed in (".gz", "")):
+            if path.is_file():
+                return path
+        raise InputError(
+            f"no {name}.gz in {self.data_dir}: apt-get install dataset-fashion-mnist, or give data_dir, "
+            "or data_dir with download=True"
+        )
+
+
+def read_idx(path: Path) -> Tensor:
+    """Read an IDX file of bytes, packed with gzip or not: two zero bytes, type 8, rank, sizes (big-endian), data.
+
+    Raises:
+        InputError: the file is damaged or holds something else.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} is damaged ({error}): fetch it again") from error
+    rank = content[3] if len(content) > 3 else 0
+    start = 4 + 4 * rank
+    if content[:3] != b"\x00\x00\x08" or len(content) < start:
+        raise InputError(f"{path} is no IDX file of bytes: fetch it again")
+    shape = np.frombuffer(content, dtype=">u4", count=rank, offset=4).tolist()
+    if len(content) - start != math.prod(shape):
+        raise InputError(f"{path} is damaged: {len(content) - start} bytes of data for shape {tuple(shape)}")
+    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())

@@ -1,0 +1,173 @@
+"""Small image sets: held in memory as bytes, indexed and augmented a whole batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distill_lightning.data.batch import Batch
+from distill_lightning.data.datamodules.base import ImageDataModule, ViewDataset
+from distill_lightning.data.views import crop_and_flip, uniform_draws
+from distill_lightning.errors import InputError
+
+
+class Images(NamedTuple):
+    """Images ``(N, C, H, W)`` as uint8, and their classes ``(N,)`` as int64 or a regression's targets ``(N, d)``."""
+
+    images: Tensor
+    targets: Tensor
+
+    def take(self, index: Tensor) -> Images:
+        """The samples at ``index``."""
+        return Images(self.images[index], self.targets[index])
+
+
+class ImageTensors(ViewDataset):
+    """Images in memory; a batch is one indexing operation, and its views depend on nothing but their keys.
+
+    Args:
+        images: the samples.
+        mean: of the pixels, in ``[0, 1]``; views are ``(pixel / 255 - mean) / std`` in float32.
+        std: likewise.
+        seed: of the views.
+        padding: pixels of zeros around the image that a random crop may take in; 0 crops nothing.
+        flip: whether half of the views are mirrored.
+        partners: whether each view comes with another sample in the same view, drawn from the view's own key.
+    """
+
+    depends_on = ("mean", "std", "seed", "padding", "flip", "partners")
+
+    def __init__(
+        self,
+        images: Images,
+        *,
+        mean: float,
+        std: float,
+        seed: int = 0,
+        padding: int = 0,
+        flip: bool = False,
+        partners: bool = False,
+    ) -> None:
+        super().__init__(seed=seed, partners=partners)
+        self.images, self.targets = images
+        self.mean, self.std = mean, std
+        self.padding, self.flip = padding, flip
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def make(self, index: Tensor, view: Tensor) -> Batch:
+        """The batch of these views, both ``(N,)``."""
+        images = self.images[index]
+        if self.padding or self.flip:
+            draws = uniform_draws(self.seed, index, view, 3)
+            images = crop_and_flip(images, draws, padding=self.padding, flip=self.flip)
+        inputs = images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        return Batch(inputs, self.targets[index], index, view)
+
+
+class InMemoryImageDataModule(ImageDataModule):
+    """Base of the small image sets: reads once, splits by seed, yields `Batch`.
+
+    A subclass sets ``num_classes`` (or, for a regression, ``num_targets``), ``input_shape``, ``class_names``, ``mean``
+    and ``std``, and defines `read`. The test images are never part of training or validation.
+
+    Args:
+        subset: number of training images, drawn by ``seed``; smaller subsets are part of larger ones; ``None``: all.
+        val_size: number of validation images, drawn by ``seed`` from the training files.
+        test_size: number of test images, the first ones; ``None``: all.
+        batch_size: samples per batch and process.
+        padding: pixels of zeros around a training image that its random crop may take in; 0 crops nothing.
+        flip: whether half of the training views are mirrored.
+        views: number of different views of a training image; ``None``: a new one every epoch.
+        partners: whether each training view comes with another image to be mixed with, a function of its own index and
+            view alone, see `PairedBatch`.
+        seed: of the split, the views and the partners.
+        order_seed: of the order of the training images; ``None``: ``seed``.
+        num_workers: worker processes of the loaders; a batch is so cheap that 0 is usually fastest.
+
+    Raises:
+        InputError: a size that is not positive, or, from `setup`, one that is larger than the data.
+    """
+
+    mean: float
+    std: float
+
+    def __init__(
+        self,
+        *,
+        subset: int | None = None,
+        val_size: int,
+        test_size: int | None = None,
+        batch_size: int = 64,
+        padding: int = 2,
+        flip: bool = False,
+        views: int | None = None,
+        partners: bool = False,
+        seed: int = 0,
+        order_seed: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(
+            subset=subset,
+            val_size=val_size,
+            test_size=test_size,
+            batch_size=batch_size,
+            views=views,
+            partners=partners,
+            seed=seed,
+            order_seed=order_seed,
+            num_workers=num_workers,
+        )
+        if padding < 0 or num_workers < 0:
+            raise InputError(f"padding and num_workers cannot be negative, got {padding} and {num_workers}")
+        self.padding, self.flip = padding, flip
+        self._splits: dict[str, Images] = {}
+
+    def read(self) -> tuple[Images, Images]:
+        """The images for training and validation, and those for test."""
+        raise NotImplementedError(f"{type(self).__name__} must define read()")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the files and split them; a second call does nothing."""
+        if self._splits:
+            return
+        rest, test = self.read()
+        chosen = self.split(len(rest.targets), len(test.targets))
+        self._splits = {
+            "train": self.samples(rest, chosen["train"], part=0),
+            "val": self.samples(rest, chosen["val"], part=0),
+            "test": self.samples(test, chosen["test"], part=1),
+        }
+
+    def samples(self, images: Images, index: Tensor, *, part: int) -> Images:
+        """The samples of a split; a data module that makes another task of them does so here.
+
+        Args:
+            images: what was read.
+            index: which of them, their places in what was read.
+            part: 0 for training and validation, 1 for test.
+        """
+        return images.take(index)
+
+    def dataset(self, split: str, *, augment: bool = False) -> ImageTensors:
+        """One split, ``"train"``, ``"val"`` or ``"test"``; without ``augment`` every view is the plain image."""
+        self.setup()
+        return ImageTensors(
+            self._splits[split],
+            mean=self.mean,
+            std=self.std,
+            seed=self.seed,
+            padding=self.padding if augment else 0,
+            flip=self.flip and augment,
+            partners=self.partners and augment,
+        )
+
+    def describe_samples(self) -> Iterator[bytes]:
+        """Type, shape and content of the training images and targets."""
+        for tensor in self._splits["train"]:
+            yield f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+            yield tensor.contiguous().numpy().tobytes()

@@ -1,0 +1,297 @@
+"""Where inputs beyond the training set come from: approximations of the data's distribution.
+
+A sampler makes new inputs from those of a batch, without labels. Whatever it draws comes from the rows' own
+`distill_lightning.data.views.Draws`, so a run can be resumed, repeated and spread over processes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, cast
+
+import torch
+from scipy.special import betaincinv
+from torch import Tensor, nn
+
+from distill_lightning.data.mixing import cutmix, mixup
+from distill_lightning.data.views import Draws
+from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
+from distill_lightning.layers import freeze
+
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""What a network reads: a tensor, or several with one row per sample each (an image and a head pose, say)."""
+
+InputsT = TypeVar("InputsT", bound=Inputs)
+
+_QUANTILES = 4096
+
+
+class Sampler(Protocol):
+    """Makes inputs from a batch's inputs; any function with this signature can stand for one.
+
+    It runs without a graph.
+    """
+
+    def __call__(self, inputs: Inputs, draws: Draws) -> Inputs:
+        """New inputs, as many rows as ``draws`` has, of the batch's shapes and dtypes; the batch's are not changed."""
+
+
+class Mixed(NamedTuple):
+    """Inputs that were mixed from two rows of a batch.
+
+    Attributes:
+        inputs: the mixed inputs, ``(S, ...)``.
+        first: which row of the batch each began as, int64 ``(S,)``.
+        second: which row of the batch, or of the ``pool``, was mixed in, int64 ``(S,)``.
+        share: the part of the first in it, ``(S,)``.
+    """
+
+    inputs: Inputs
+    first: Tensor
+    second: Tensor
+    share: Tensor
+
+
+class EmpiricalSampler(nn.Module):
+    """The batch itself: the training set is the approximation, as in standard knowledge distillation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, inputs: Inputs, draws: Draws) -> Inputs:
+        """The batch's rows, repeated or cut to the number of ``draws``."""
+        rows = torch.arange(len(draws), device=draws.index.device) % count_rows(inputs)
+        return take(inputs, rows)
+
+
+class PairSampler(nn.Module):
+    """Mixes each row with another of the batch; the share is drawn from Beta(alpha, alpha), one for each row.
+
+    A subclass defines `blend`.
+
+    Args:
+        alpha: of the Beta distribution that the share is drawn from; 1 is uniform.
+
+    Raises:
+        InputError: ``alpha`` is not positive and finite.
+    """
+
+    quantiles: Tensor
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        super().__init__()
+        if not 0 < alpha < math.inf:
+            raise InputError(f"{type(self).__name__}: alpha must be positive and finite, got {alpha}")
+        self.alpha = alpha
+        # The inverse of Beta's distribution function as a table: no device has it as an operation.
+        levels = torch.linspace(0, 1, _QUANTILES + 1, dtype=torch.float64)
+        table = torch.from_numpy(betaincinv(alpha, alpha, levels.numpy())).float()
+        self.register_buffer("quantiles", table, persistent=False)
+
+    def extra_repr(self) -> str:
+        """For the printed module."""
+        return f"alpha={self.alpha}"
+
+    def mix(self, inputs: Inputs, draws: Draws, *, pool: Inputs | None = None, paired: bool = False) -> Mixed:
+        """Mixed inputs, with what they were mixed from.
+
+        Args:
+            inputs: of the batch, ``(N, ...)`` each; several are mixed with the same rows and shares.
+            draws: of the ``S`` rows that are wanted; row ``i`` begins as the batch's row ``i mod N``.
+            pool: where the rows that are mixed in are taken from; ``None``: the batch.
+            paired: whether the pool's row ``i mod N`` is what is mixed into row ``i``.
+        """
+        pool = inputs if pool is None else pool
+        count = count_rows(inputs)
+        first = torch.arange(len(draws), device=draws.index.device) % count
+        second = first if paired else _partners(draws, count_rows(pool))
+        place = draws.uniform(1)[:, 0] * _QUANTILES
+        below = place.long()
+        quantiles = wide(self.quantiles)
+        share = torch.lerp(quantiles[below], quantiles[below + 1], (place - below).to(quantiles.dtype))
+        mixed, share = self.blend(take(inputs, first), take(pool, second), share, draws)
+        return Mixed(mixed, first, second, share)
+
+    def blend(self, first: Inputs, second: Inputs, share: Tensor, draws: Draws) -> tuple[Inputs, Tensor]:
+        """Mixed inputs, and the share of ``first`` that is really in them."""
+        raise NotImplementedError(f"{type(self).__name__} must define blend(first, second, share, draws)")
+
+    def forward(self, inputs: Inputs, draws: Draws, **pool: Any) -> Inputs:
+        """The mixed inputs alone; arguments as `mix`'s."""
+        return self.mix(inputs, draws, **pool).inputs
+
+
+class MixupSampler(PairSampler):
+    """Mixup of two rows, see `distill_lightning.data.mixing.mixup`; every tensor of the inputs is mixed alike.
+
+    Args:
+        alpha: of the Beta distribution that the share is drawn from; 1 is uniform.
+
+    Raises:
+        InputError: ``alpha`` is not positive and finite, or, when called, an input holds whole numbers.
+    """
+
+    def blend(self, first: Inputs, second: Inputs, share: Tensor, draws: Draws) -> tuple[Inputs, Tensor]:
+        """Linear interpolation."""
+        return _pairwise(lambda a, b: mixup(a, b, share), first, second), share
+
+
+class CutMixSampler(PairSampler):
+    """CutMix of two rows, see `distill_lightning.data.mixing.cutmix`; inputs that are no images are mixed linearly.
+
+    Args:
+        alpha: of the Beta distribution that the share is drawn from; 1 is uniform.
+
+    Raises:
+        InputError: ``alpha`` is not positive and finite, or, when called, there is no image among the inputs.
+    """
+
+    def blend(self, first: Inputs, second: Inputs, share: Tensor, draws: Draws) -> tuple[Inputs, Tensor]:
+        """One rectangle of the second image in the first."""
+        centre = draws.uniform(2).float()
+        shares: list[Tensor] = []
+
+        def put(a: Tensor, b: Tensor) -> Tensor:
+            if a.ndim != 4:
+                return a
+            image, left = cutmix(a, b, share, centre)
+            shares.append(left)
+            return image
+
+        images = _pairwise(put, first, second)
+        if not shares:
+            raise InputError("CutMixSampler needs images (N, C, H, W) among the inputs: use MixupSampler for others")
+        share = shares[0]
+        return _pairwise(lambda a, b: a if a.ndim == 4 else mixup(a, b, share), images, second), share
+
+
+class GeneratorSampler(nn.Module):
+    """Inputs from a trained generator, ``G(z)`` with ``z`` from a standard normal distribution.
+
+    The generator must give what the student reads: the range and normalisation of the training inputs. A frozen copy of
+    it is used, so the generator itself can be trained on.
+
+    Args:
+        generator: maps ``(N, latent_dim)`` to inputs ``(N, ...)``.
+        latent_dim: length of ``z``.
+
+    Raises:
+        InputError: ``latent_dim`` is not positive, or, when called, the generator's outputs are not shaped like the
+            batch's inputs.
+    """
+
+    def __init__(self, generator: nn.Module, latent_dim: int) -> None:
+        super().__init__()
+        if latent_dim < 1:
+            raise InputError(f"GeneratorSampler: latent_dim must be at least 1, got {latent_dim}")
+        self.generator = freeze(copy.deepcopy(generator))
+        self.latent_dim = latent_dim
+
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002  (nn.Module's signature)
+        """The generator stays in eval mode."""
+        super().train(mode)
+        self.generator.eval()
+        return self
+
+    def forward(self, inputs: Inputs, draws: Draws) -> Inputs:
+        """As many samples as ``draws`` has rows."""
+        if not isinstance(inputs, Tensor):
+            raise InputError("GeneratorSampler makes one tensor, but the batch's inputs are several: use a function")
+        sample: Tensor = self.generator(draws.normal(self.latent_dim).to(inputs.dtype))
+        if sample.shape[1:] != inputs.shape[1:]:
+            raise InputError(
+                f"the generator makes inputs of shape {tuple(sample.shape[1:])}, the data's have "
+                f"{tuple(inputs.shape[1:])}: train one on the same data"
+            )
+        return sample.to(inputs.dtype)
+
+
+class FunctionSampler(nn.Module):
+    """Any function ``(inputs, draws) -> inputs`` as a sampler.
+
+    Args:
+        function: as `Sampler`.
+    """
+
+    def __init__(self, function: Callable[[Inputs, Draws], Inputs]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, inputs: Inputs, draws: Draws) -> Inputs:
+        """What the function makes."""
+        return self.function(inputs, draws)
+
+
+def _partners(draws: Draws, count: int) -> Tensor:
+    """Which of a pool's ``count`` rows is mixed into each, int64 ``(S,)``.
+
+    Every round through the pool is a permutation, so that each row is mixed in equally often. A last round that is not
+    whole takes its rows, without repetition, from the whole pool.
+    """
+    partners = draws.order(count)
+    short = len(draws) % count
+    if short:
+        # Rows as far apart as they can be, from one that is drawn for all.
+        begin = (draws.uniform(1)[-short, 0] * count).long()
+        partners[-short:] = (partners[-short:] * count // short + begin) % count
+    return partners
+
+
+def count_rows(inputs: Inputs) -> int:
+    """Number of samples in a batch's inputs."""
+    return len(_tensors(inputs)[0])
+
+
+def take(inputs: InputsT, rows: Tensor) -> InputsT:
+    """The samples at ``rows``."""
+    return map_inputs(lambda values: values[rows], inputs)
+
+
+def join(parts: Sequence[InputsT]) -> InputsT:
+    """The samples of several inputs, one after the other.
+
+    Raises:
+        InputError: they have another structure than the first.
+    """
+    columns = [torch.cat(tensors) for tensors in zip(*(_tensors_like(parts[0], part) for part in parts), strict=True)]
+    return _shaped_like(parts[0], columns)
+
+
+def map_inputs(function: Callable[[Tensor], Tensor], inputs: InputsT) -> InputsT:
+    """Apply a function to every tensor of the inputs and keep their structure."""
+    return _shaped_like(inputs, [function(values) for values in _tensors(inputs)])
+
+
+def _pairwise(function: Callable[[Tensor, Tensor], Tensor], first: InputsT, second: InputsT) -> InputsT:
+    pairs = zip(_tensors(first), _tensors(second), strict=True)
+    return _shaped_like(first, [function(a, b) for a, b in pairs])
+
+
+def _tensors(inputs: Inputs) -> list[Tensor]:
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    return list(inputs.values() if isinstance(inputs, Mapping) else inputs)
+
+
+def _tensors_like(inputs: Inputs, others: Inputs) -> list[Tensor]:
+    """The tensors of ``others`` in the order of ``inputs``."""
+    if isinstance(inputs, Mapping) and isinstance(others, Mapping) and inputs.keys() == others.keys():
+        return [others[name] for name in inputs]
+    mapped = isinstance(inputs, Mapping) or isinstance(others, Mapping)
+    if mapped or len(_tensors(inputs)) != len(_tensors(others)):
+        names = ", ".join(inputs) if isinstance(inputs, Mapping) else f"{len(_tensors(inputs))} tensors"
+        raise InputError(f"a sampler gave other inputs than the batch's ({names}): let it keep their structure")
+    return _tensors(others)
+
+
+def _shaped_like(inputs: InputsT, tensors: Sequence[Tensor]) -> InputsT:
+    if isinstance(inputs, Tensor):
+        return cast("InputsT", tensors[0])
+    if isinstance(inputs, Mapping):
+        return cast("InputsT", dict(zip(inputs, tensors, strict=True)))
+    structure: Any = type(inputs)
+    # A NamedTuple takes its fields one by one.
+    return cast("InputsT", structure(*tensors) if hasattr(structure, "_fields") else structure(tensors))

@@ -1,0 +1,26 @@
+"""What freezing a network means, and how to tell whether it has stayed the same."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def freeze(module: ModuleT) -> ModuleT:
+    """Put a network in eval mode and stop its gradients; the same network is returned."""
+    return module.eval().requires_grad_(requires_grad=False)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of a module's parameters and buffers, in its files or not: names, types, shapes and every byte."""
+    digest = hashlib.sha256()
+    for name, tensor in {**module.state_dict(), **dict(module.named_buffers())}.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        # A view as bytes covers the types numpy lacks (bfloat16).
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What an output of a network means, and the metrics that judge it."""

@@ -1,0 +1,46 @@
+"""Metrics that torchmetrics lacks, or counts otherwise."""
+
+from distill_lightning.outputs.metrics.classification import (
+    AURC,
+    Accuracy,
+    Agreement,
+    BrierScore,
+    CalibrationError,
+    Confidences,
+    MeanDivergence,
+    NegativeLogLikelihood,
+    classification_metrics,
+)
+from distill_lightning.outputs.metrics.collections import default_metrics, teacher_metrics
+from distill_lightning.outputs.metrics.gap import GapReduction
+from distill_lightning.outputs.metrics.regression import (
+    AngularError,
+    GaussianDivergence,
+    GaussianMeanAbsoluteError,
+    GaussianNegativeLogLikelihood,
+    GaussianRootMeanSquaredError,
+    IntervalCalibration,
+    regression_metrics,
+)
+
+__all__ = [
+    "AURC",
+    "Accuracy",
+    "Agreement",
+    "AngularError",
+    "BrierScore",
+    "CalibrationError",
+    "Confidences",
+    "GapReduction",
+    "GaussianDivergence",
+    "GaussianMeanAbsoluteError",
+    "GaussianNegativeLogLikelihood",
+    "GaussianRootMeanSquaredError",
+    "IntervalCalibration",
+    "MeanDivergence",
+    "NegativeLogLikelihood",
+    "classification_metrics",
+    "default_metrics",
+    "regression_metrics",
+    "teacher_metrics",
+]

@@ -1,0 +1,210 @@
+"""What torchmetrics lacks, or counts otherwise, for classification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric, MetricCollection
+
+from distill_lightning import functional
+from distill_lightning.errors import InputError
+from distill_lightning.outputs.metrics.mean import SampleMean
+
+
+class Accuracy(SampleMean):
+    """Share of samples whose class is among the ``top`` largest of the logits ``(N, K)``.
+
+    torchmetrics' accuracy fails on a batch without samples, which a process may have as its last.
+
+    Args:
+        top: how many classes a sample may name.
+
+    Raises:
+        InputError: ``top`` is not positive.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, *, top: int = 1) -> None:
+        super().__init__()
+        if top < 1:
+            raise InputError(f"top must be at least 1, got {top}")
+        self.top = top
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Add a batch of logits ``(N, K)`` and classes ``(N,)``."""
+        # argmax and not topk for one: of equal logits the first counts, as everywhere else.
+        named = logits.argmax(dim=-1, keepdim=True) if self.top == 1 else logits.topk(self.top, dim=-1).indices
+        hits = (named == target.unsqueeze(-1)).any(dim=-1)
+        self.total += hits.sum()
+        self.count += len(target)
+
+
+class NegativeLogLikelihood(SampleMean):
+    """Mean of ``-log p(target)`` in nats, from logits ``(N, K)`` and classes ``(N,)``."""
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Add a batch."""
+        self.total += F.cross_entropy(logits.float(), target, reduction="sum")
+        self.count += len(target)
+
+
+class BrierScore(SampleMean):
+    """`distill_lightning.functional.brier_score` over all batches, in ``[0, 2]``.
+
+    From logits ``(N, K)`` and classes ``(N,)``.
+    """
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Add a batch."""
+        self.add(functional.brier_score(logits, target), len(target))
+
+
+class MeanDivergence(SampleMean):
+    r"""Mean over the samples of :math:`\mathrm{KL}(\text{teacher} \,\|\, \text{student})` at temperature 1, in nats.
+
+    From the student's logits ``(N, K)`` and the teacher's log-probabilities ``(N, K)``, minus infinity allowed.
+    """
+
+    def update(self, student_logits: Tensor, teacher_log_probs: Tensor) -> None:
+        """Add a batch."""
+        # As probabilities, because 0 * log 0 must be 0 where the teacher gives a class no mass.
+        probs = teacher_log_probs.float().exp()
+        self.total += functional.softened_kl_rows(student_logits, probs, from_logits=False).sum()
+        self.count += len(probs)
+
+
+class CalibrationError(Metric):
+    """Expected calibration error of `distill_lightning.functional.expected_calibration_error`, over all batches.
+
+    torchmetrics puts a confidence of exactly 1 into a bin of its own; here it counts in the last one.
+
+    Args:
+        bins: number of equally wide bins.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    binned: Tensor
+
+    def __init__(self, *, bins: int = 15) -> None:
+        super().__init__()
+        self.bins = bins
+        self.add_state("binned", torch.zeros(3, bins), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Add a batch of logits ``(N, K)`` and classes ``(N,)``."""
+        confidence, predicted = F.softmax(logits.float(), dim=-1).max(dim=-1)
+        bins = functional.calibration_bins(confidence, predicted == target, bins=self.bins)
+        self.binned += torch.stack(bins).to(self.binned)
+
+    def compute(self) -> Tensor:
+        """The error over everything added."""
+        counts, confidences, hits = self.binned.unbind()
+        return (hits - confidences).abs().sum() / counts.sum()
+
+
+class Confidences(Metric):
+    """How sure a network is of each sample, and whether it is right: 8 bytes a sample, from all processes."""
+
+    is_differentiable = False
+    full_state_update = False
+    confidence: list[Tensor]
+    correct: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("confidence", [], dist_reduce_fx="cat")
+        # Numbers and not booleans: a process without samples joins in with an empty float32 tensor.
+        self.add_state("correct", [], dist_reduce_fx="cat")
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Add a batch of logits ``(N, K)`` and classes ``(N,)``."""
+        confidence, predicted = F.softmax(logits.float(), dim=-1).max(dim=-1)
+        self.confidence.append(confidence)
+        self.correct.append((predicted == target).float())
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """Confidence and correctness of everything added, two float32 tensors ``(N,)``."""
+        return _joined(self.confidence), _joined(self.correct)
+
+    def compute(self) -> Tensor | tuple[Tensor, Tensor]:
+        """As `joined`, over all processes."""
+        return self.joined()
+
+
+class AURC(Confidences):
+    """Area under the risk-coverage curve, **times 1000** as in Self-KD's tables; smaller is better.
+
+    `distill_lightning.functional.area_under_risk_coverage` over all batches, from logits ``(N, K)`` and classes
+    ``(N,)``: 0 where every answer is right, 1000 where every answer is wrong. It keeps two numbers a sample. Equal
+    confidences keep the order of the batches.
+
+    Args:
+        excess: E-AURC instead, `distill_lightning.functional.excess_area_under_risk_coverage`: only what a better order
+            of the same answers would avoid.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, *, excess: bool = False) -> None:
+        super().__init__()
+        self.excess = excess
+
+    def compute(self) -> Tensor:
+        """The area over everything added; NaN if that is nothing."""
+        area = functional.excess_area_under_risk_coverage if self.excess else functional.area_under_risk_coverage
+        return 1000 * area(*self.joined())
+
+
+class Agreement(Metric):
+    """Share of samples on which two networks name the same class, from their outputs ``(N, K)``."""
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    same: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("same", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, first: Tensor, second: Tensor) -> None:
+        """Add a batch."""
+        self.same += (first.argmax(dim=-1) == second.argmax(dim=-1)).sum()
+        self.count += len(first)
+
+    def compute(self) -> Tensor:
+        """The share over everything added."""
+        share: Tensor = self.same / self.count
+        return share
+
+
+def classification_metrics(num_classes: int) -> MetricCollection:
+    """What every classifier is judged by.
+
+    ``accuracy`` (the plain share of samples that are right), ``nll`` (nats), ``ece`` (15 bins), ``brier``, ``aurc`` and
+    ``eaurc`` (both times 1000), and ``top5`` beyond five classes.
+    """
+    metrics: dict[str, Metric | MetricCollection] = {
+        "accuracy": Accuracy(),
+        "nll": NegativeLogLikelihood(),
+        "ece": CalibrationError(),
+        "brier": BrierScore(),
+        "aurc": AURC(),
+        "eaurc": AURC(excess=True),
+    }
+    if num_classes > 5:
+        metrics["top5"] = Accuracy(top=5)
+    return MetricCollection(metrics, compute_groups=False)
+
+
+def _joined(state: list[Tensor] | Tensor) -> Tensor:
+    # Between processes torchmetrics has joined the list itself.
+    if isinstance(state, Tensor):
+        return state
+    return torch.cat(state) if state else torch.zeros(0)

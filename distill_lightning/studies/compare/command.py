@@ -1,0 +1,171 @@
+"""The verb: check everything, train what is missing, write and print the results."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from distill_lightning.errors import InputError, refusing
+from distill_lightning.studies.compare.config import CompareConfig, Experiment, parse_config
+from distill_lightning.studies.compare.report import Report
+from distill_lightning.studies.compare.runner import (
+    Run,
+    execute,
+    load_test_targets,
+    make_trainer,
+    plan,
+    write_atomically,
+)
+
+_CONFIG_FILE = "compare.yaml"
+
+
+def run(arguments: Sequence[str], *, console: Console | None = None) -> Report:
+    """Run ``distill-lightning compare CONFIG [--key value ...]``.
+
+    Args:
+        arguments: what follows the verb.
+        console: where the progress and the table are shown.
+
+    Returns:
+        The scores that were written.
+
+    Raises:
+        ArgumentError: the configuration cannot be parsed.
+        InputError: it cannot be used, or the output folder belongs to another one.
+    """
+    console = console or Console()
+    if not console.is_terminal:
+        # A log file has no edge to wrap at.
+        console.width = max(console.width, 132)
+    config = parse_config(arguments)
+    folder = Path(config.output)
+    _check_folder(folder, config)
+    experiment = Experiment(config)
+    make_trainer(config)
+    with refusing(f"output {folder}", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        folder / _CONFIG_FILE, lambda path: path.write_text(yaml.safe_dump(config.as_plain(), sort_keys=False))
+    )
+    runs = plan(experiment, folder)
+    _train(experiment, runs, console)
+    report = Report(runs, load_test_targets(experiment), experiment.task)
+    paths = report.write(folder, heading=_heading(experiment, arguments, runs))
+    console.print(_table(report.rows()))
+    console.print(experiment.task.legend, style="dim", highlight=False)
+    console.print("Written:")
+    for path in paths:
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+    return report
+
+
+def _check_folder(folder: Path, config: CompareConfig) -> None:
+    """An output folder goes on with its own configuration alone; only methods and seeds may be added."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output {folder} is a file: give the path of a folder with --output")
+    known = folder / _CONFIG_FILE
+    if not known.exists():
+        # A call killed at its very start leaves a partial file.
+        if folder.exists() and any(not path.name.startswith("partial.") for path in folder.iterdir()):
+            raise InputError(f"output folder {folder} holds something else: give an empty or new one with --output")
+        return
+    with refusing(f"{known} is damaged, remove the folder or give another with --output", yaml.YAMLError, UnicodeError):
+        stored = yaml.safe_load(known.read_text())
+    if not isinstance(stored, dict):
+        raise InputError(f"{known} is damaged: remove the folder or give another with --output")
+    given = yaml.safe_load(yaml.safe_dump(config.as_plain()))
+    for key in sorted(stored.keys() | given.keys()):
+        before, now = stored.get(key), given.get(key)
+        if key == "seeds":
+            same = set(before or []) <= set(now)
+        elif key == "methods":
+            same = all(now.get(name) == spec for name, spec in (before or {}).items())
+        else:
+            same = before == now
+        if not same:
+            raise InputError(
+                f"output folder {folder} belongs to another configuration ({key} was {before}): "
+                "give another folder with --output, or remove this one"
+            )
+
+
+def _train(experiment: Experiment, runs: Sequence[Run], console: Console) -> None:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs"),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console) as progress:
+        done = sum(run.epochs for run in runs if run.result_file.exists())
+        bar = progress.add_task("compare", total=sum(run.epochs for run in runs), completed=done)
+        for run in runs:
+            if run.result_file.exists():
+                continue
+            progress.update(bar, description=run.title)
+            start = done
+
+            def advance(epoch: int, start: int = start) -> None:
+                progress.update(bar, completed=start + epoch)
+
+            execute(experiment, run, advance)
+            done += run.epochs
+            progress.update(bar, completed=done)
+            score = _score(experiment, run.result().history[-1])
+            progress.console.print(f"{run.title}: {score}", highlight=False)
+
+
+def _score(experiment: Experiment, metrics: dict[str, float]) -> str:
+    value = metrics[experiment.task.monitor]
+    if experiment.sample.num_classes is None:
+        return f"validation error {value:.3f}"
+    return f"validation accuracy {100 * value:.1f} %"
+
+
+def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Run]) -> str:
+    config = experiment.config
+    epochs = config.teachers.epochs or config.epochs
+    lines = [
+        "# Comparison",
+        "",
+        f"`distill-lightning compare {shlex.join(arguments)}`",
+        "",
+        *(f"{made}." for made in dict.fromkeys(run.result().made for run in runs)),
+        "",
+        f"Data: {_called(config.data)}. Student: {_called(config.student)}. {config.teachers.number} teachers: "
+        f"{_called(config.teachers.network)}, {epochs} epochs. Every student: {config.epochs} epochs.",
+        "",
+        f"Mean ± standard deviation over {len(config.seeds)} seeds ({', '.join(map(str, config.seeds))}), test images, "
+        "no epoch chosen on them.",
+        "",
+        *(f"- {line}" for line in experiment.task.legend.splitlines()),
+    ]
+    return "\n".join(lines)
+
+
+def _called(spec: dict[str, Any]) -> str:
+    arguments = ", ".join(f"{name}={value}" for name, value in (spec.get("init_args") or {}).items())
+    return f"{spec['class_path'].rpartition('.')[2]}({arguments})"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Table:
+    header, *body = rows
+    # Narrow enough for a terminal of 80 columns, where only "± sd" moves to a second line.
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for number, title in enumerate(header):
+        table.add_column(title, justify="right" if number else "left", no_wrap=number == 0, overflow="fold")
+    for row in body:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,207 @@
+"""From finished runs to the table, the files and the figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill_lightning import functional
+from distill_lightning.plots import learning_curves, reliability_diagram, score_bars
+from distill_lightning.studies.compare.runner import Run, write_atomically
+from distill_lightning.studies.compare.tasks import Classification, Column, Task
+
+ECE_BINS = 15
+
+_GAP = Column("gap_closed", "gap %", 100, 0)
+_SECONDS = Column("seconds_per_epoch", "s/epoch", 1, 2)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One run's line of ``results.csv``.
+
+    Attributes:
+        method: the row.
+        seed: its seed.
+        values: by column: the task's (shares are parts of 1, NLL is in nats) and ``gap_closed``, a part of 1.
+        parameters: of the network that is used at test time.
+        seconds_per_epoch: median over the epochs, training only.
+    """
+
+    method: str
+    seed: int
+    values: dict[str, float]
+    parameters: int
+    seconds_per_epoch: float
+
+    def line(self) -> dict[str, object]:
+        """By the CSV's columns."""
+        rest = {"parameters": self.parameters, "seconds_per_epoch": self.seconds_per_epoch}
+        return {"method": self.method, "seed": self.seed, **self.values, **rest}
+
+
+class Report:
+    """Scores of a finished comparison.
+
+    The gap that a run closes is its distance from the mean score of the student alone, as a part of the distance from
+    there to the ensemble; 0 for the student alone on average, 1 at the ensemble's score.
+
+    Args:
+        runs: the finished runs, teachers first.
+        targets: the test images' targets.
+        task: how they are measured.
+    """
+
+    def __init__(self, runs: Sequence[Run], targets: Tensor, task: Task) -> None:
+        self.runs = list(runs)
+        self.targets = targets
+        self.task = task
+        self._outputs = {run.folder: run.outputs() for run in runs}
+        teachers = [run for run in self.runs if run.is_teacher]
+        self.ensemble = task.combine([self._outputs[run.folder]["last"] for run in teachers])
+        self.ensemble_score = task.score(self.ensemble, targets)
+        alone = [task.score(self._outputs[run.folder]["last"], targets) for run in self.runs if run.name == "alone"]
+        self._alone = statistics.fmean(alone)
+        self.teachers = [self._score(run) for run in teachers]
+        self.students = [self._score(run) for run in self.runs if not run.is_teacher]
+        self.methods = list(dict.fromkeys(score.method for score in self.students))
+
+    def _score(self, run: Run) -> Score:
+        result, outputs = run.result(), self._outputs[run.folder]
+        headline = self.task.headline.name
+        quality = self._quality(outputs["last"])
+        selected = self.task.score(outputs["selected"], self.targets)
+        values = {headline: quality.pop(headline), f"{headline}_selected": selected}
+        seconds = statistics.median(line["seconds"] for line in result.history)
+        return Score(run.name, run.seed, {**values, **quality}, result.parameters, seconds)
+
+    def _quality(self, output: Tensor) -> dict[str, float]:
+        values = self.task.measure(output, self.targets, self.ensemble)
+        gap = self.task.gap_closed(values[self.task.headline.name], self._alone, self.ensemble_score)
+        return {**values, _GAP.name: gap}
+
+    def header(self) -> list[str]:
+        """The table's titles."""
+        shown = [column.title for column in self._columns()]
+        selected = "sel. %" if self.task.headline.scale == 100 else "sel."
+        return ["row", shown[0], selected, *shown[1:], "params", _SECONDS.title]
+
+    def _columns(self) -> list[Column]:
+        return [column for column in (self.task.headline, *self.task.columns, _GAP) if column.title]
+
+    def rows(self) -> list[list[str]]:
+        """The table: a header, then teachers, ensemble, student alone and methods, ``mean ± sd`` over the seeds."""
+        rows = [self.header(), *(self._row(score.method, [score]) for score in self.teachers)]
+        quality = self._quality(self.ensemble)
+        first, *others = (_cell(column, [quality[column.name]]) for column in self._columns())
+        # The ensemble runs every teacher: it has all their parameters, and no training or selection of its own.
+        parameters = f"{sum(score.parameters for score in self.teachers):,}"
+        rows.append(["ensemble", first, "", *others, parameters, ""])
+        return rows + [self._row(name, [s for s in self.students if s.method == name]) for name in self.methods]
+
+    def _row(self, name: str, scores: Sequence[Score]) -> list[str]:
+        first, *others = (_cell(column, [score.values[column.name] for score in scores]) for column in self._columns())
+        headline = self.task.headline
+        selected = _cell(headline, [score.values[f"{headline.name}_selected"] for score in scores])
+        seconds = _cell(_SECONDS, [score.seconds_per_epoch for score in scores])
+        return [name, first, selected, *others, f"{scores[0].parameters:,}", seconds]
+
+    def figures(self) -> dict[str, Figure]:
+        """The figures by file name."""
+        headline, scale = self.task.headline.name, self.task.headline.scale
+        kind = headline.removeprefix("test_")
+        unit = "accuracy" if kind == "accuracy" else "mean absolute error"
+        suffix = " (%)" if scale == 100 else ""
+        figures = {
+            f"{kind}.png": score_bars(
+                {name: [s.values[headline] for s in self.students if s.method == name] for name in self.methods},
+                {
+                    "ensemble": self.ensemble_score,
+                    "teachers' mean": statistics.fmean(score.values[headline] for score in self.teachers),
+                },
+                label=f"test {unit}, last epoch{suffix}",
+                scale=scale,
+            ),
+            "learning_curves.png": learning_curves(
+                {name: np.array([self._curve(run) for run in self._of(name)]) for name in self.methods},
+                label=f"validation {unit}{suffix}",
+                scale=scale,
+            ),
+        }
+        if isinstance(self.task, Classification):
+            figures["reliability.png"] = reliability_diagram(
+                {
+                    name: self._bins([self._outputs[run.folder]["last"] for run in self._of(name)])
+                    for name in self.methods
+                },
+                {"ensemble": self._bins([self.ensemble])},
+            )
+        return figures
+
+    def _of(self, name: str) -> list[Run]:
+        """A row's runs, one per seed."""
+        return [run for run in self.runs if run.name == name]
+
+    def _curve(self, run: Run) -> list[float]:
+        return [line[self.task.monitor] for line in run.result().history]
+
+    def _bins(self, logits: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        confidence, predicted = F.softmax(torch.cat(list(logits)), dim=-1).max(dim=-1)
+        correct = predicted == self.targets.repeat(len(logits))
+        counts, confidences, hits = functional.calibration_bins(confidence, correct, bins=ECE_BINS)
+        return counts.numpy(), confidences.numpy(), hits.numpy()
+
+    def write(self, folder: Path, *, heading: str) -> list[Path]:
+        """Write ``results.csv``, ``teachers.csv``, ``results.md`` and the figures.
+
+        Args:
+            folder: where.
+            heading: what stands above the table in ``results.md``.
+
+        Returns:
+            The paths.
+        """
+        pages: dict[str, Callable[[Path], object]] = {
+            "results.csv": lambda path: path.write_text(_as_csv(self.students)),
+            "teachers.csv": lambda path: path.write_text(_as_csv(self.teachers)),
+            "results.md": lambda path: path.write_text(f"{heading}\n\n{_as_markdown(self.rows())}"),
+        }
+        for name, figure in self.figures().items():
+            pages[f"figures/{name}"] = partial(figure.savefig, dpi=150)
+        (folder / "figures").mkdir(exist_ok=True)
+        for name, write in pages.items():
+            write_atomically(folder / name, write)
+        return [folder / name for name in pages]
+
+
+def _cell(column: Column, values: Sequence[float]) -> str:
+    if not np.isfinite(values).all():
+        return "-"
+    mean = column.text(statistics.fmean(values))
+    return mean if len(values) < 2 else f"{mean} ± {column.scale * statistics.stdev(values):.{column.digits}f}"
+
+
+def _as_csv(scores: Sequence[Score]) -> str:
+    text = io.StringIO()
+    lines = [score.line() for score in scores]
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _as_markdown(rows: Sequence[Sequence[str]]) -> str:
+    header, *body = rows
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

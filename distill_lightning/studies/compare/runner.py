@@ -1,0 +1,258 @@
+"""Training the runs of a comparison, each at most once."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import distill_lightning
+from distill_lightning.callbacks import RunKeeper
+from distill_lightning.data.batch import Batch
+from distill_lightning.errors import refusing
+from distill_lightning.modules import DistillationModule
+from distill_lightning.networks import Pretrained
+from distill_lightning.networks.weights import read_checkpoint
+from distill_lightning.studies.compare.config import CompareConfig, Experiment, Row
+
+# Teachers' seeds begin far from the students', so that no teacher shares its initial weights with a student.
+_TEACHER_SEED = 1000
+# An odd number near the golden ratio of 2 ** 32: no stage meets its teacher's seed again.
+_STAGE_STRIDE = 0x9E3779B1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        row: of the table; ``None``: a teacher.
+        name: the row's, or the teacher's.
+        seed: of the order of the data.
+        initial_seed: of the initial weights.
+        epochs: its length.
+        folder: where its files are.
+        teachers: the runs whose networks teach it.
+        initial: the run whose student's weights it begins with.
+    """
+
+    row: Row | None
+    name: str
+    seed: int
+    initial_seed: int
+    epochs: int
+    folder: Path
+    teachers: tuple[Run, ...] = ()
+    initial: Run | None = None
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether it makes one of the teachers, not a student."""
+        return self.row is None
+
+    @property
+    def title(self) -> str:
+        """For the progress bar."""
+        return self.name if self.is_teacher else f"{self.name}, seed {self.seed}"
+
+    @property
+    def result_file(self) -> Path:
+        """Written last: a run with this file is finished."""
+        return self.folder / "result.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Of the last complete epoch, while the run is not finished."""
+        return self.folder / "last.ckpt"
+
+    @property
+    def student_file(self) -> Path:
+        """The trained network's weights after the last epoch."""
+        return self.folder / "student.safetensors"
+
+    def result(self) -> RunResult:
+        """What the finished run left.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        with refusing(f"{self.result_file} is damaged, remove it to make the run again", ValueError, TypeError):
+            return RunResult(**json.loads(self.result_file.read_text()))
+
+    def outputs(self) -> dict[str, Tensor]:
+        """The outputs on the test images with the weights after the ``"last"`` and at the ``"selected"`` epoch."""
+        return load_file(self.folder / "test_logits.safetensors")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run is remembered by, besides its weights and test logits."""
+
+    parameters: int
+    selected_epoch: int
+    history: list[dict[str, float]]
+    made: str
+
+
+def plan(experiment: Experiment, folder: Path) -> list[Run]:
+    """All runs in the order they are made: the teachers, then seed by seed every row of the table."""
+    config = experiment.config
+    epochs = config.teachers.epochs or config.epochs
+    teachers = []
+    for number in range(1, config.teachers.number + 1):
+        name, seed = f"teacher_{number}", _TEACHER_SEED + number
+        teachers.append(Run(None, name, seed, seed, epochs, folder / "runs" / name))
+    runs = list(teachers)
+    for seed in config.seeds:
+        students: dict[str, Run] = {}
+        for row in experiment.rows:
+            own = [students[row.teachers]] if isinstance(row.teachers, str) else teachers[: row.teachers]
+            # A student that is taught by one of its kind must not begin with its teacher's initial weights.
+            # PyTorch reads the lower 32 bits of a seed.
+            initial_seed = (seed + row.stage * _STAGE_STRIDE) % 2**32
+            place = folder / "runs" / row.name / f"seed_{seed}"
+            initial = None if row.initial is None else students[row.initial]
+            students[row.name] = Run(row, row.name, seed, initial_seed, config.epochs, place, tuple(own), initial)
+        runs += students.values()
+    return runs
+
+
+def execute(experiment: Experiment, run: Run, on_epoch: Callable[[int], None]) -> None:
+    """Train a run, from its last checkpoint if it has one, and evaluate it on the test images.
+
+    Args:
+        experiment: builds the networks, the data and the method.
+        run: which; its teachers' runs are finished.
+        on_epoch: called with the number of finished epochs, after each.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    networks = [
+        Pretrained(experiment.teacher() if teacher.is_teacher else experiment.student(), teacher.student_file)
+        for teacher in run.teachers
+    ]
+    paraphrasers = None if run.row is None else _paraphrasers(experiment, run, networks)
+    torch.manual_seed(run.initial_seed)
+    if run.row is None:
+        module = experiment.supervised(experiment.teacher())
+    else:
+        student = experiment.student()
+        if run.initial is not None:
+            student = Pretrained(student, run.initial.student_file)
+        module = experiment.method(run.row, student, networks, paraphrasers)
+    task = experiment.task
+    keeper = RunKeeper(run.folder, seed=run.seed, monitor=task.monitor, mode=task.mode)
+    trainer = make_trainer(experiment.config, max_epochs=run.epochs, callbacks=[keeper, _Ticker(on_epoch)])
+    checkpoint = str(run.checkpoint) if run.checkpoint.exists() else None
+    if checkpoint is not None:
+        read_checkpoint(run.checkpoint)
+    with warnings.catch_warnings():
+        # A run killed between its last checkpoint and its result resumes with nothing left to train.
+        warnings.filterwarnings("ignore", message=".*has already.*max_epochs.*")
+        trainer.fit(module, datamodule=experiment.data(order_seed=run.seed), ckpt_path=checkpoint)
+    if len(keeper.history) < run.epochs:
+        # Lightning may return from an interrupted fit as if it had ended.
+        raise KeyboardInterrupt(f"{run.title} was interrupted")
+    write_atomically(run.student_file, module.export_student)
+    outputs = {"last": _test_outputs(experiment, module)}
+    module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
+    outputs["selected"] = _test_outputs(experiment, module)
+    write_atomically(run.folder / "test_logits.safetensors", lambda path: save_file(outputs, path))
+    result = RunResult(count_parameters(module.student), keeper.selected_epoch, keeper.history, made=provenance())
+    write_atomically(run.result_file, lambda path: path.write_text(json.dumps(asdict(result), indent=1)))
+    run.checkpoint.unlink(missing_ok=True)
+
+
+def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module]) -> list[nn.Module] | None:
+    """A row's paraphrasers, trained when its first seed needs them."""
+    row = cast("Row", run.row)
+    torch.manual_seed(_TEACHER_SEED)
+    module = experiment.paraphrasers(row, teachers)
+    if module is None:
+        return None
+    # One training for all seeds of the row.
+    file = run.folder.parent / "paraphrasers.safetensors"
+    if file.exists():
+        module.paraphrasers.load_state_dict(load_file(file))
+    else:
+        epochs = experiment.config.methods[cast("str", row.method)]["paraphrasers"]["epochs"]
+        trainer = make_trainer(experiment.config, max_epochs=epochs, enable_checkpointing=False)
+        trainer.fit(module, datamodule=experiment.data(order_seed=_TEACHER_SEED))
+        if trainer.current_epoch < epochs:
+            raise KeyboardInterrupt(f"the paraphrasers of {run.name} were interrupted")
+        write_atomically(file, lambda path: save_file(module.paraphrasers.state_dict(), path))
+    return list(module.paraphrasers)
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have a file written beside its place and moved there when it is complete."""
+    partial = path.with_name(f"partial{path.suffix}")
+    write(partial)
+    partial.replace(path)
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Numbers that learn, as the network is used at test time."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def load_test_targets(experiment: Experiment) -> Tensor:
+    """The test samples' classes ``(N,)``, of sequences those of all positions, or a regression's targets ``(N, d)``."""
+    targets = torch.cat([Batch.of(batch).target for batch in experiment.sample.test_dataloader()])
+    return targets if experiment.sample.num_classes is None else targets.flatten()
+
+
+def provenance() -> str:
+    """The day, and what numbers are made with."""
+    return (
+        f"{datetime.datetime.now(tz=datetime.UTC).date()}, distill_lightning {distill_lightning.__version__}, "
+        f"torch {torch.__version__}, pytorch-lightning {version('pytorch-lightning')}, "
+        f"Python {platform.python_version()}, {torch.get_num_threads()} threads, {platform.machine()}"
+    )
+
+
+def _test_outputs(experiment: Experiment, module: DistillationModule) -> Tensor:
+    outputs = make_trainer(experiment.config).predict(module, dataloaders=experiment.sample.test_dataloader())
+    output = module.evaluated(torch.cat(cast("list[Tensor]", outputs)).float().cpu())
+    # Every position of a sequence counts, as in load_test_targets.
+    return output if module.num_classes is None else output.flatten(0, -2)
+
+
+def make_trainer(config: CompareConfig, **options: Any) -> pl.Trainer:
+    """A quiet Trainer on one device.
+
+    Raises:
+        InputError: there is no such accelerator or precision.
+    """
+    with refusing("accelerator or precision", MisconfigurationException, ValueError):
+        return pl.Trainer(
+            accelerator=config.accelerator,
+            precision=config.precision,  # type: ignore[arg-type]  # the Trainer itself checks it
+            devices=1,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            **options,
+        )
+
+
+class _Ticker(pl.Callback):
+    """Tells the progress bar about every finished epoch."""
+
+    def __init__(self, on_epoch: Callable[[int], None]) -> None:
+        self.on_epoch = on_epoch
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.on_epoch(trainer.current_epoch + 1)

@@ -1,0 +1,158 @@
+"""What a comparison of classifiers, or of regressions, measures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from distill_lightning import functional
+from distill_lightning.modules import DistillationModule, RegressionModule, SupervisedModule
+from distill_lightning.outputs.metrics import classification_metrics, regression_metrics, teacher_metrics
+
+_TIMES = """\
+params: parameters of the network that is used at test time; s/epoch: median over the epochs, training only"""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A measured value: its name in the CSV, its title in the table and how it is written there.
+
+    A column without a title stands in the CSV alone.
+    """
+
+    name: str
+    title: str = ""
+    scale: float = 1
+    digits: int = 3
+
+    def text(self, mean: float) -> str:
+        """The mean as the table shows it."""
+        # Adding zero turns a rounded -0 into 0.
+        return f"{round(self.scale * mean, self.digits) + 0.0:.{self.digits}f}"
+
+
+class Task(ABC):
+    """Measures predictions on the test images.
+
+    Attributes:
+        headline: the first column, which the gap and the figures are about.
+        columns: the others.
+        monitor: the validation metric that an epoch is selected by.
+        mode: whether more of it, and of the headline, is better.
+        module: what trains teachers and the student alone.
+        legend: what the table's titles mean.
+    """
+
+    headline: Column
+    columns: tuple[Column, ...]
+    monitor: str
+    mode: Literal["max", "min"]
+    module: type[DistillationModule]
+    legend: str
+
+    @abstractmethod
+    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The ensemble's prediction from its members', in the form that `measure` reads."""
+
+    @abstractmethod
+    def _metrics(self, output: Tensor) -> MetricCollection:
+        """Of predictions like these and their targets."""
+
+    @abstractmethod
+    def _beside(self) -> MetricCollection:
+        """Of predictions and the ensemble's."""
+
+    def measure(self, output: Tensor, targets: Tensor, ensemble: Tensor) -> dict[str, float]:
+        """The values of all columns, by name."""
+        values = {**self._metrics(output)(output, targets), **self._beside()(output, ensemble)}
+        values[self.headline.name] = values[self.monitor.removeprefix("val/")]
+        names = [column.name for column in (self.headline, *self.columns)]
+        # No fifth place among five classes or fewer.
+        return {name: float(values[name]) if name in values else float("nan") for name in names}
+
+    def score(self, output: Tensor, targets: Tensor) -> float:
+        """The headline's value alone."""
+        return float(self._metrics(output)(output, targets)[self.monitor.removeprefix("val/")])
+
+    def gap_closed(self, value: float, alone: float, ensemble: float) -> float:
+        """How much of the way from the student alone to the ensemble; NaN where the ensemble is no better."""
+        better = ensemble > alone if self.mode == "max" else ensemble < alone
+        return (value - alone) / (ensemble - alone) if better else float("nan")
+
+
+class Classification(Task):
+    """Logits ``(N, K)`` and classes ``(N,)``."""
+
+    headline = Column("test_accuracy", "test %", 100, 2)
+    columns = (
+        Column("nll", "NLL"),
+        Column("ece", "ECE %", 100, 2),
+        Column("brier"),
+        Column("aurc"),
+        Column("eaurc"),
+        Column("top5"),
+        Column("agreement", "agree %", 100, 1),
+        Column("teacher_kl"),
+    )
+    monitor = "val/accuracy"
+    mode = "max"
+    module = SupervisedModule
+    legend = f"""\
+test: accuracy on the test images with the weights after the last epoch, which all columns but the next describe
+sel.: test accuracy with the weights of the epoch that was best on the validation images
+NLL: mean negative log-likelihood (nats); ECE: expected calibration error (15 bins)
+agree: test images on which the ensemble names the same class
+gap: how much of the way from the student alone (mean over its seeds) to the ensemble is closed
+{_TIMES}"""
+
+    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The logarithm of the mean of the softmaxes."""
+        probs = functional.mean_probabilities(list(outputs))
+        return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
+
+    def _metrics(self, output: Tensor) -> MetricCollection:
+        return classification_metrics(output.shape[1])
+
+    def _beside(self) -> MetricCollection:
+        return teacher_metrics(2)
+
+
+class Regression(Task):
+    """A Gaussian's parameters ``(N, 2 d)`` and targets ``(N, d)``."""
+
+    headline = Column("test_mae", "MAE")
+    columns = (
+        Column("rmse", "RMSE"),
+        Column("nll", "NLL"),
+        Column("calibration_error", "calib. %", 100, 1),
+        Column("teacher_kl", "KL ens."),
+    )
+    monitor = "val/mae"
+    mode = "min"
+    module = RegressionModule
+    legend = f"""\
+MAE: mean absolute error on the test images, in the targets' unit, with the weights after the last epoch, which all
+columns but the next describe; sel.: with the weights of the epoch that was best on the validation images
+RMSE: root of the mean square error; NLL: mean negative log-likelihood (nats)
+calib.: mean distance between level and coverage of nine central predicted intervals
+KL ens.: mean divergence from the ensemble (nats)
+gap: how much of the way from the student alone (mean over its seeds) to the ensemble is closed
+{_TIMES}"""
+
+    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The mixture's mean and variance."""
+        means, log_vars = torch.stack(list(outputs)).chunk(2, dim=-1)
+        mean, variance = functional.collapse_mixture(means, log_vars.exp())
+        return functional.join_gaussian(mean, variance.log())
+
+    def _metrics(self, output: Tensor) -> MetricCollection:
+        return regression_metrics(output.shape[1] // 2)
+
+    def _beside(self) -> MetricCollection:
+        return teacher_metrics(None)

@@ -1,0 +1,277 @@
+"""The verb: compress, train the controls, write and print the report."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from distill_lightning.callbacks import Measurements
+from distill_lightning.compression.report import Report, machine
+from distill_lightning.compression.stages import FINAL
+from distill_lightning.errors import InputError, refusing
+from distill_lightning.networks import recipe_of
+from distill_lightning.storage.files import write_whole
+from distill_lightning.studies.compress.runs import (
+    CHECKPOINT,
+    ONNX,
+    ONNX_INT8,
+    PACKED,
+    Parts,
+    Run,
+    execute,
+    plan,
+    title,
+)
+
+_KNOWN = "compress.yaml"
+_ABSENT = {"same_size": "control of the same size", "random": "control with a random criterion"}
+# Columns of a terminal; intervals of times need more.
+_NARROW = 110
+_CONTROLS = ("same_size", "random")
+_INTERRUPTED = 130
+
+Make = Callable[[Sequence[str]], Parts]
+"""Makes a module, its data and a Trainer from arguments of the command line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"compress: {message}")
+
+
+def run(arguments: Sequence[str], make: Make, *, console: Console | None = None) -> Report:
+    """Run ``distill-lightning compress CONFIG [--output FOLDER] [--seeds 0 1 2] [--controls ...] [--key value ...]``.
+
+    Args:
+        arguments: what follows the verb.
+        make: what builds a configuration's parts.
+        console: where the progress and the table are shown.
+
+    Returns:
+        The report that was written.
+
+    Raises:
+        ArgumentError: the configuration cannot be parsed.
+        InputError: it cannot be used, or the output folder belongs to another one.
+        SystemExit: with status 130, after Ctrl-C.
+    """
+    console = console or Console()
+    if not console.is_terminal:
+        # A log file has no edge to wrap at.
+        console.width = max(console.width, 132)
+    options, overrides = parse(arguments)
+    folder = Path(options.output or Path("results") / "compress" / Path(options.config).stem)
+
+    def parts_of(seed: int, root: Path) -> Parts:
+        own = ["--seed_everything", str(seed), "--trainer.default_root_dir", str(root)]
+        quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+        return make(["--config", options.config, *overrides, *own, *quiet])
+
+    first = parts_of(options.seeds[0], folder)
+    _check_metric(first.model, options.metric)
+    # A configuration that cannot be used claims no folder.
+    _claim(folder, options.config, overrides)
+    wanted = first.callback.measurements or Measurements()
+    if wanted.onnx == "none" and find_spec("onnxruntime"):
+        wanted = replace(wanted, onnx="float")
+    runs = plan(folder, options.seeds, options.controls)
+    for line in _warnings(first):
+        console.print(line, highlight=False)
+    with _telling_of_a_stop(runs, folder, console):
+        _execute(runs, parts_of, wanted, first.trainer.max_epochs or 0, console)
+    report = _report(runs, arguments, options.metric)
+    paths = _write(report, runs[0], folder)
+    console.print(_table(report, console.width))
+    console.print(report.caption(), style="dim", highlight=False)
+    absent = [
+        f"{said}: {reason}" for said, reason in report.about.items() if said.removeprefix("no ") in _ABSENT.values()
+    ]
+    for line in [*absent, *report.notes()]:
+        console.print(line, style="dim", highlight=False)
+    for line in _claims(report):
+        console.print(line, highlight=False)
+    if not find_spec("onnxruntime"):
+        console.print("no ONNX file: pip install 'distill-lightning[onnx]'", highlight=False)
+    console.print("Written:")
+    for path in paths:
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+    return report
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The verb's own options, and what is for the configuration.
+
+    Raises:
+        InputError: they cannot be read, or there is no such configuration.
+    """
+    # An abbreviation could be meant for the configuration.
+    parser = _Parser(prog="distill-lightning compress", description=__doc__, allow_abbrev=False)
+    parser.add_argument("config", help="a configuration of a module that compresses, as for fit")
+    parser.add_argument("--output", help="folder of the results; results/compress/<name of the configuration>")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of each; the table has mean and sd")
+    parser.add_argument(
+        "--controls", nargs="*", choices=_CONTROLS, default=_CONTROLS,
+        help="a dense network of the same size from scratch, and the same steps with a random criterion",
+    )  # fmt: skip
+    parser.add_argument("--metric", default="accuracy", help="the score that the table is about")
+    options, overrides = parser.parse_known_args(list(arguments))
+    if not Path(options.config).is_file():
+        raise InputError(f"there is no configuration {options.config}: give the path of a YAML file")
+    twice = next((seed for seed in options.seeds if options.seeds.count(seed) > 1), None)
+    if twice is not None:
+        raise InputError(f"--seeds has {twice} twice: give each seed once")
+    return options, overrides
+
+
+def _check_metric(model: Any, metric: str) -> None:
+    """Refuse before the training what the report could not be about after it."""
+    metrics = getattr(model, "test_metrics", None)
+    if metrics is None:
+        return
+    names = [name.removeprefix("test/") for name in metrics]
+    if metric not in names:
+        raise InputError(f"--metric {metric}: {type(model).__name__} has no such score, but {', '.join(names)}")
+
+
+def _claim(folder: Path, config: str, overrides: Sequence[str]) -> None:
+    """An output folder with finished runs is for their configuration alone; only seeds and controls may be added."""
+    known = folder / _KNOWN
+    content = yaml.safe_dump({"config": Path(config).read_text(), "overrides": list(overrides)}, sort_keys=False)
+    if known.is_file():
+        if known.read_text() == content:
+            return
+        if any(folder.glob("runs/*/stages.json")):
+            raise InputError(
+                f"output folder {folder} belongs to another configuration: give another folder with --output, or "
+                "remove this one"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"output folder {folder} holds something else: give an empty or new one with --output")
+    with refusing(f"output {folder}", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(known, [content.encode()])
+
+
+def _warnings(parts: Parts) -> list[str]:
+    """What the user had better know before the training."""
+    network = getattr(parts.model, parts.callback.attribute, None)
+    if network is None or recipe_of(network) is not None:
+        return []
+    return [
+        f"{type(network).__name__} was built by no factory of this package: {PACKED} and {CHECKPOINT} will be loaded "
+        "with load_compressed(path, network), given one that is built as this one is"
+    ]
+
+
+@contextmanager
+def _telling_of_a_stop(runs: Sequence[Run], folder: Path, console: Console) -> Iterator[None]:
+    """After Ctrl-C say what is kept; the exit status is the one that shells give to it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning leaves the process once it has seen the interrupt.
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        done = sum(run.stages_file.exists() for run in runs)
+        console.print(
+            f"Interrupted: {done} of {len(runs)} runs are finished and kept in {folder}; the same command goes on "
+            "with the others.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise SystemExit(_INTERRUPTED) from None
+
+
+def _execute(
+    runs: Sequence[Run], make: Callable[[int, Path], Parts], wanted: Measurements, epochs: int, console: Console
+) -> None:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
+        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        done = sum(epochs for run in runs if run.stages_file.exists())
+        bar = progress.add_task("compress", total=epochs * len(runs), completed=done)
+        for run in runs:
+            if run.stages_file.exists():
+                continue
+            progress.update(bar, description=title(run))
+            start = done
+
+            def advance(epoch: int, start: int = start) -> None:
+                progress.update(bar, completed=start + epoch)
+
+            # What an interrupted run has left is not gone on with.
+            shutil.rmtree(run.folder, ignore_errors=True)
+            run.folder.mkdir(parents=True)
+            execute(run, make, wanted, advance)
+            done += epochs
+            progress.update(bar, completed=done)
+
+
+def _report(runs: Sequence[Run], arguments: Sequence[str], metric: str) -> Report:
+    by_seed: dict[int, list[Any]] = {}
+    reasons = {}
+    for run in runs:
+        by_seed.setdefault(run.seed, []).extend(run.stages())
+        reason = run.reason()
+        if reason is not None:
+            reasons[f"no {_ABSENT[run.kind]}"] = reason
+    about = {
+        "command": f"distill-lightning compress {shlex.join(arguments)}",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **machine(),
+        **reasons,
+    }
+    higher = metric not in ("nll", "ece", "brier", "aurc", "eaurc", "mae", "rmse")
+    return Report(by_seed, metric=metric, higher_is_better=higher, about=about)
+
+
+def _write(report: Report, first: Run, folder: Path) -> list[Path]:
+    """The report's files and figures, and the first seed's network."""
+    paths = report.write(folder)
+    for name in (PACKED, CHECKPOINT, ONNX, ONNX_INT8):
+        if (first.folder / name).exists():
+            shutil.copyfile(first.folder / name, folder / name)
+            paths.append(folder / name)
+    return paths
+
+
+def _claims(report: Report) -> list[str]:
+    """What may be said of every row that shows a time, and of the last network and the controls in any case."""
+    lines = []
+    for name in report.names:
+        stage = report.first(name)
+        if stage is not None and (stage.latency or name == FINAL or stage.kind == "control"):
+            lines.append(f"{name}: {report.claim(name)}")
+    return lines
+
+
+def _table(report: Report, width: int) -> Table:
+    narrow = width < _NARROW
+    header, *body = report.brief_rows(narrow=narrow)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for number, name in enumerate(header):
+        table.add_column(_broken(name) if narrow else name, justify="right" if number else "left", overflow="fold")
+    for name, *cells in body:
+        # Left to itself the table would break words.
+        table.add_row(*([textwrap.fill(name, 18), *map(_broken, cells)] if narrow else [name, *cells]))
+    return table
+
+
+def _broken(cell: str) -> str:
+    return cell.replace(" ±", "\n±").replace(" (", "\n(").replace("not ", "not\n").replace(", batch", ",\nbatch")

@@ -1,0 +1,192 @@
+"""The trainings behind a report: the compression itself and its controls, seed by seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pytorch_lightning as pl
+from torch import nn
+
+from distill_lightning.callbacks import CompressionCallback, Measurements
+from distill_lightning.callbacks.stages import measure
+from distill_lightning.compression.artefact import load_compressed, write_artefact
+from distill_lightning.compression.compressor import Compressor
+from distill_lightning.compression.controls import random_steps, same_size_network
+from distill_lightning.compression.onnx_export import export_onnx, quantize_onnx
+from distill_lightning.compression.recipe import copy_network
+from distill_lightning.compression.stages import CONTROL_RANDOM, CONTROL_SCRATCH, FINAL, Stage
+from distill_lightning.errors import InputError, refusing
+from distill_lightning.storage.files import write_whole
+
+Kind = Literal["compressed", "same_size", "random"]
+PACKED, CHECKPOINT, ONNX, ONNX_INT8 = "network.dlpk", "compressed.ckpt", "network.onnx", "network_int8.onnx"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a configuration makes of it: a module, its data and a Trainer, all new."""
+
+    model: Any
+    data: pl.LightningDataModule
+    trainer: pl.Trainer
+
+    @property
+    def callback(self) -> CompressionCallback:
+        """What compresses: the module's own, or one of the Trainer's.
+
+        Raises:
+            InputError: there is none.
+        """
+        callbacks = [*cast("Any", self.trainer).callbacks, getattr(self.model, "callback", None)]
+        found = [callback for callback in callbacks if isinstance(callback, CompressionCallback)]
+        if not found or not found[0].steps:
+            raise InputError(
+                "there is nothing to compress with: give model.steps to a CompressionBaseline, or a "
+                "CompressionCallback with steps to trainer.callbacks"
+            )
+        return found[0]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        kind: the compression, or one of its controls.
+        seed: of the initial weights and the order of the data.
+        folder: where its files are.
+    """
+
+    kind: Kind
+    seed: int
+    folder: Path
+
+    @property
+    def stages_file(self) -> Path:
+        """Written last: a run with this file is finished."""
+        return self.folder / "stages.json"
+
+    def stages(self) -> list[Stage]:
+        """What a finished run measured.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        with refusing(f"{self.stages_file} is damaged: remove it to make the run again", ValueError, TypeError):
+            return [Stage.of_plain(plain) for plain in json.loads(self.stages_file.read_text())["stages"]]
+
+    def reason(self) -> str | None:
+        """Why a finished control could not be made; ``None``: it could."""
+        reason: str | None = json.loads(self.stages_file.read_text())["reason"]
+        return reason
+
+
+def execute(
+    run: Run, make: Callable[[int, Path], Parts], wanted: Measurements, on_epoch: Callable[[int], None]
+) -> None:
+    """Make a run and keep what it measured.
+
+    Args:
+        run: which; the compression of its seed is finished before its controls begin.
+        make: makes the parts for a seed and a folder.
+        wanted: what is measured of every stage.
+        on_epoch: called with the number of epochs that are done, after each.
+    """
+    parts = make(run.seed, run.folder)
+    callback = parts.callback
+    cast("Any", parts.trainer).callbacks.append(_Epochs(on_epoch))
+    if getattr(parts.data, "order_seed", run.seed) is None:
+        parts.data.order_seed = run.seed  # type: ignore[attr-defined]
+    reason = None
+    try:
+        stages = {"compressed": _compress, "same_size": _train_same_size, "random": _compress_at_random}[run.kind](
+            run, parts, callback, wanted
+        )
+    except InputError as error:
+        if run.kind == "compressed":
+            raise
+        # A control that this network or these steps do not allow; the report gives the reason.
+        stages, reason = [], str(error)
+    content = json.dumps({"reason": reason, "stages": [stage.as_plain() for stage in stages]})
+    write_whole(run.stages_file, [content.encode()])
+
+
+def _compress(run: Run, parts: Parts, callback: CompressionCallback, wanted: Measurements) -> list[Stage]:
+    callback.measurements = wanted
+    parts.trainer.fit(parts.model, datamodule=parts.data)
+    compressor = cast("Compressor", callback.compressor)
+    parts.trainer.save_checkpoint(run.folder / CHECKPOINT, weights_only=True)
+    write_artefact(compressor.network, run.folder / PACKED, coding=compressor.piece.coding)
+    if "onnx" in callback.stages[-1].nbytes:
+        network = load_compressed(run.folder / PACKED, copy_network(compressor.dense))
+        export_onnx(network, run.folder / ONNX, compressor.piece.example_inputs)
+    if "onnx_int8" in callback.stages[-1].nbytes:
+        mode = cast("Literal['static', 'dynamic']", wanted.onnx)
+        batches = callback.calibration if mode == "static" else None
+        quantize_onnx(run.folder / ONNX, run.folder / ONNX_INT8, mode=mode, batches=batches)
+    return callback.stages
+
+
+def _compress_at_random(_: Run, parts: Parts, callback: CompressionCallback, wanted: Measurements) -> list[Stage]:
+    callback.steps = random_steps(callback.steps)
+    callback.measurements = replace(wanted, onnx="none")
+    parts.trainer.fit(parts.model, datamodule=parts.data)
+    final = next(stage for stage in callback.stages if stage.name == FINAL)
+    return [replace(final, name=CONTROL_RANDOM, kind="control")]
+
+
+def _train_same_size(run: Run, parts: Parts, callback: CompressionCallback, wanted: Measurements) -> list[Stage]:
+    network = cast("nn.Module", getattr(parts.model, callback.attribute))
+    dense = copy_network(network)
+    checkpoint = run.folder.parent / f"compressed_{run.seed}" / CHECKPOINT
+    callback.steps = []
+    scoring = _Scoring(dense, wanted)
+    cast("Any", parts.trainer).callbacks.append(scoring)
+    parts.data.prepare_data()
+    parts.data.setup("fit")
+    inputs = next(iter(parts.data.train_dataloader()))[0][:2]
+    # Not the packed file: what quantization has rounded to zero there was not pruned.
+    compressed = load_compressed(checkpoint, copy_network(dense), bake=False)
+    same_size_network(network, compressed, inputs, seed=run.seed)
+    parts.trainer.fit(parts.model, datamodule=parts.data)
+    return scoring.stages
+
+
+class _Epochs(pl.Callback):
+    """Tells how many epochs are done."""
+
+    def __init__(self, on_epoch: Callable[[int], None]) -> None:
+        self.on_epoch = on_epoch
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """One more."""
+        self.on_epoch(trainer.current_epoch + 1)
+
+
+class _Scoring(pl.Callback):
+    """Measures a network that was trained and not compressed."""
+
+    def __init__(self, dense: nn.Module, wanted: Measurements) -> None:
+        self.dense, self.wanted = dense, wanted
+        self.stages: list[Stage] = []
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Measure against the large one."""
+        batch = next(iter(cast("Any", trainer.train_dataloader)))
+        compressor = Compressor(pl_module.student, [], batch[0][:2])
+        compressor.dense = self.dense
+        self.stages = [measure(trainer, pl_module, compressor, self.wanted, name=CONTROL_SCRATCH, kind="control")]
+
+
+def title(run: Run) -> str:
+    """For the progress bar."""
+    return f"{run.kind.replace('_', ' ')}, seed {run.seed}"
+
+
+def plan(folder: Path, seeds: Sequence[int], controls: Sequence[Kind]) -> list[Run]:
+    """All runs in the order they are made."""
+    return [Run(kind, seed, folder / "runs" / f"{kind}_{seed}") for seed in seeds for kind in ("compressed", *controls)]

@@ -1,0 +1,183 @@
+"""What a training tells a `TeacherStore` of itself, and when; ``module`` is always a `DistillationModule`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from distill_lightning.data.batch import Batch
+from distill_lightning.errors import InputError
+from distill_lightning.layers import fingerprint
+from distill_lightning.modules.hparams import plain
+from distill_lightning.teachers import EnsembleRule, TeacherEnsemble, TeacherStore
+
+# Samples that are looked at where nothing else tells what the data are.
+_LOOKED_AT = 16
+
+
+def ensemble_if_any(teachers: nn.Module | Sequence[nn.Module] | None) -> TeacherEnsemble | None:
+    """The teachers of a method, which may be absent where a store speaks for them, or nothing is trained."""
+    return None if teachers is None else TeacherEnsemble.of(teachers)
+
+
+def begin_store(module: Any, store: TeacherStore) -> None:
+    """Tell a store what its answers are about.
+
+    Raises:
+        InputError: the data tell neither their number of views nor what they are, or the store is of something else.
+    """
+    trainer = module.trainer
+    # Lightning sets it where a data module was given.
+    data: Any = trainer.datamodule
+    about = describe(module, store, data, trainer.train_dataloader, str(trainer.precision))
+    store.begin(**about, rank=trainer.global_rank)
+    # Who only reads must not disturb another training that is filling the store.
+    if trainer.is_global_zero and store.fill == "online":
+        store.resume()
+    trainer.strategy.barrier("store")
+    store.refresh()
+
+
+def describe(module: Any, store: TeacherStore, data: Any, loader: Any, precision: str) -> dict[str, Any]:
+    """What a store's answers are about, and made by.
+
+    Args:
+        module: asks.
+        store: keeps.
+        data: the data module; ``None``: there is none.
+        loader: of the training batches.
+        precision: that the teachers run in, the Trainer's.
+
+    Raises:
+        InputError: as `begin_store`.
+    """
+    try:
+        samples = len(loader.dataset)
+    except (AttributeError, TypeError, NotImplementedError):
+        raise InputError("a TeacherStore needs a training set with a length, and this one has none") from None
+    if isinstance(loader.dataset, IterableDataset):
+        raise InputError(
+            f"a TeacherStore needs to know which sample is which, and {type(loader.dataset).__name__} is an "
+            "IterableDataset: use a data set with __getitem__"
+        )
+    views = getattr(data, "views", 1)
+    if views is None:
+        raise InputError("a TeacherStore keeps a number of views of each sample: give the data module views, 8 say")
+    _refuse_hooks(module, data)
+    return {"samples": samples, "views": views, "made_by": _made_by(module, store, data, loader, precision)}
+
+
+def fetched(loader: Any, samples: Sequence[int], *, view: int | None) -> Any:
+    """A batch of some training samples, made as the loader makes its own.
+
+    Args:
+        loader: a map-style `torch.utils.data.DataLoader`.
+        samples: their indices.
+        view: of all of them; ``None``: the data know of no views, and are asked for their samples by the index alone.
+    """
+    keys: list[Any] = list(samples) if view is None else [(sample, view) for sample in samples]
+    dataset = loader.dataset
+    if loader.batch_sampler is None:
+        # With batch_size=None the data set itself makes batches.
+        return loader.collate_fn(dataset[keys])
+    many = getattr(dataset, "__getitems__", None)
+    return loader.collate_fn([dataset[key] for key in keys] if many is None else many(keys))
+
+
+def rule_of(module: Any) -> EnsembleRule:
+    """How the teachers' logits become one prediction, as they, or in their absence the store, tell."""
+    teachers = getattr(module, "teachers", None)
+    if teachers is not None:
+        rule: EnsembleRule = teachers.rule
+        return rule
+    return EnsembleRule(**module.teacher_store.found["made_by"]["ensemble"])
+
+
+def finish_epoch(module: Any, store: TeacherStore) -> None:
+    """Make readable what all processes have kept in an epoch."""
+    module.trainer.strategy.barrier("store")
+    if module.trainer.is_global_zero and store.fill == "online":
+        store.finish()
+    module.trainer.strategy.barrier("store")
+    store.refresh()
+
+
+def _refuse_hooks(module: Any, data: Any) -> None:
+    """Hooks between the loader and the step are none of the loader's: nobody can know what they do to a view."""
+    for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
+        for who, base in ((module, pl.LightningModule), (data, pl.LightningDataModule)):
+            own = getattr(getattr(who, hook, None), "__func__", None)
+            if own is not None and own is not getattr(base, hook):
+                raise InputError(
+                    f"a TeacherStore must see the inputs as the loader makes them, and {type(who).__name__} has a hook "
+                    f"{hook}: do in the data set what it does"
+                )
+
+
+def _made_by(module: Any, store: TeacherStore, data: Any, loader: Any, precision: str) -> dict[str, Any]:
+    """Everything that the answers depend on."""
+    if hasattr(data, "fingerprint"):
+        known = dict(data.fingerprint())
+    elif store.data is not None:
+        known = {"data": store.data, "some_samples": _digest_of_some(data, loader)}
+    else:
+        raise InputError(
+            f"a TeacherStore must know the data again, and {type(data).__name__} has no fingerprint(): name the data "
+            "with the store's data"
+        )
+    teachers = getattr(module, "teachers", None)
+    if teachers is not None:
+        # The weights do not tell a stride, or the size that an AdaptedInput brings its input to.
+        known["teachers"] = [_digest_of(fingerprint(network), repr(network)) for network in teachers]
+        known["precision"] = precision
+        known["ensemble"] = teachers.rule._asdict()
+    # Logits are the same whatever is then asked.
+    question = {} if store.keep == "logits" else module.question()
+    return dict(plain({**known, "num_classes": module.num_classes, **question}))
+
+
+def _digest_of_some(data: Any, loader: Any) -> str:
+    """SHA-256 of the inputs of a few training samples, of data that cannot tell what they are.
+
+    Raises:
+        InputError: asked twice, they are not the same.
+    """
+    count = len(loader.dataset)
+    chosen = np.unique(np.linspace(0, count - 1, num=min(count, _LOOKED_AT)).round().astype(int)).tolist()
+    view = 0 if hasattr(data, "views") else None
+    # Whatever they draw, the training's own draws stay what they are without a store.
+    with torch.random.fork_rng(devices=[]):
+        first, second = (_digest(Batch.of(fetched(loader, chosen, view=view)).input) for _ in range(2))
+    if first != second:
+        raise InputError(
+            f"a TeacherStore needs samples that stay the same, and those of {type(data).__name__} are augmented at "
+            "random: let its views be functions of index and view, as those of InMemoryImageDataModule"
+        )
+    return first
+
+
+def _digest_of(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _digest(value: Any) -> str:
+    digest = hashlib.sha256()
+    for part in _tensors(value):
+        digest.update(f"{part.dtype} {tuple(part.shape)} ".encode())
+        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in a network's input, in their order."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]

@@ -1,0 +1,158 @@
+"""Filling a `TeacherStore` ahead of time, on whatever devices the Trainer has."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from distill_lightning.data.batch import Batch
+from distill_lightning.errors import InputError
+from distill_lightning.modules.base import DistillationModule
+from distill_lightning.teachers import TeacherStore
+from distill_lightning.teachers.origin import describe, fetched
+
+# Samples that are asked about together where the loader does not tell how many.
+_BATCH = 64
+
+
+class Recorded(NamedTuple):
+    """What a recording has done in this process.
+
+    Attributes:
+        answers: samples and views that were asked about.
+        nbytes: bytes that were written.
+        seconds: that it took, data included.
+    """
+
+    answers: int
+    nbytes: int
+    seconds: float
+
+
+def record(trainer: pl.Trainer, module: DistillationModule, datamodule: pl.LightningDataModule) -> Recorded:
+    """Ask a module's teachers about every view of every training sample, and keep their answers in its store.
+
+    Only what the store does not know is asked for, shard by shard; a call that was killed is continued by the next one.
+    Several processes share the shards, and write what one would have written.
+
+    Args:
+        trainer: of any strategy; its ``predict`` does the work.
+        module: with teachers and a ``store``.
+        datamodule: with a number of ``views``; or one that has none, whose training samples are always the same.
+
+    Returns:
+        What was done in this process; nothing with a strategy that spawns its processes.
+
+    Raises:
+        InputError: there are no teachers or no store, the data's views are not numbered, the store was made by
+            something else, or the disk is full.
+    """
+    recorder = _Recorder(module, datamodule)
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        # Where the store is complete, there is nothing to do.
+        warnings.filterwarnings("ignore", message="Total length of `_Gaps` across ranks is zero")
+        trainer.predict(recorder, return_predictions=False)
+    return Recorded(recorder.answers, recorder.answers * recorder.store.nbytes, time.perf_counter() - start)
+
+
+class _Recorder(pl.LightningModule):
+    """Gives `pytorch_lightning.Trainer.predict` the store's gaps as its data, and keeps what the teachers say."""
+
+    def __init__(self, module: DistillationModule, datamodule: pl.LightningDataModule) -> None:
+        super().__init__()
+        if module.teacher_store is None or getattr(module, "teachers", None) is None:
+            raise InputError(f"record needs teachers and a store: give both to {type(module).__name__}")
+        self.module, self.data, self.store = module, datamodule, module.teacher_store
+        self.answers = 0
+        self._parts: list[dict[str, Tensor]] = []
+
+    def predict_dataloader(self) -> _Gaps:
+        """The training samples of this process's share of the shards."""
+        # As in a fit, what is downloaded is downloaded once.
+        if self.trainer.is_global_zero:
+            self.data.prepare_data()
+        self.trainer.strategy.barrier("prepare_data")
+        self.data.setup("fit")
+        loader: Any = self.data.train_dataloader()
+        about = describe(self.module, self.store, self.data, loader, str(self.trainer.precision))
+        self.store.begin(**about, rank=self.trainer.global_rank)
+        if self.trainer.is_global_zero:
+            self.store.resume()
+        self.trainer.strategy.barrier("store")
+        self.store.refresh()
+        places = self.store.unfinished()
+        # Nobody writes before everybody has looked.
+        self.trainer.strategy.barrier("store")
+        # With fewer shards than processes some do the first one, too, and write the same: Lightning stops where a
+        # process has nothing to do.
+        share = places[self.trainer.global_rank :: self.trainer.world_size] or places[:1]
+        return _Gaps(loader, self.store, share, numbered=hasattr(self.data, "views"))
+
+    def predict_step(self, item: tuple[Any, tuple[int, int], Sequence[int], bool], batch_idx: int) -> int:
+        """Ask about a batch; with a shard's last one, write the shard."""
+        batch, (view, shard), samples, is_last = item
+        batch = Batch.of(batch)
+        if batch.index is not None and batch.index.tolist() != list(samples):
+            raise InputError(
+                f"record asked for the training samples {samples[0]} to {samples[-1]} and got others, by their "
+                "own index: let a sample's index be its place in the data set"
+            )
+        self._parts.append(self.store.narrowed(self.module.kept(batch)))
+        self.answers += batch.size
+        if is_last:
+            names = self._parts[0]
+            self.store.write(view, shard, {name: torch.cat([part[name] for part in self._parts]) for name in names})
+            self._parts = []
+        return batch.size
+
+
+class _Gaps:
+    """Batches of what a store does not know, shard by shard, each with its place and whether it is the shard's last.
+
+    Not a `DataLoader`: the order must be this one, and Lightning gives every data loader a sampler of its own.
+    """
+
+    def __init__(self, loader: Any, store: TeacherStore, places: list[tuple[int, int]], *, numbered: bool) -> None:
+        self.workers = loader.num_workers
+        self.batches = _Batches(loader, store, places, numbered=numbered)
+
+    def __len__(self) -> int:
+        return len(self.batches.plan)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(DataLoader(self.batches, batch_size=None, num_workers=self.workers))
+
+
+class _Batches(IterableDataset[Any]):
+    """The batches of some shards; each worker makes every so manieth of them, so together they keep the order.
+
+    Args:
+        loader: makes the training batches.
+        store: whose shards they are.
+        places: views and shards.
+        numbered: whether the data set takes ``(index, view)`` pairs; else indices.
+    """
+
+    def __init__(self, loader: Any, store: TeacherStore, places: list[tuple[int, int]], *, numbered: bool) -> None:
+        self.loader, self.numbered = loader, numbered
+        size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or _BATCH
+        self.plan = []
+        for place in places:
+            samples = store.samples_of(place[1])
+            for begin in range(samples.start, samples.stop, size):
+                some = range(begin, min(begin + size, samples.stop))
+                self.plan.append((some, place, some.stop == samples.stop))
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for samples, place, is_last in self.plan[first::step]:
+            yield fetched(self.loader, samples, view=place[0] if self.numbered else None), place, samples, is_last

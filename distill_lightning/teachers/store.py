@@ -1,0 +1,328 @@
+"""What frozen teachers say about the augmented training samples, kept so that they need not say it twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill_lightning.data.batch import Batch
+from distill_lightning.errors import InputError
+from distill_lightning.storage.shards import Field, Rows, ShardedRecords, read_header, sweep
+from distill_lightning.storage.top_k import largest, spread
+
+Answers = Mapping[str, Tensor]
+"""What the teachers say about a batch: tensors ``(N, ...)`` by name; ``probabilities...`` are rows of such."""
+
+_CLASSES = "_classes"
+
+
+class TeacherStore:
+    """The teachers' answers about every view of every training sample, in a directory.
+
+    A view of a sample is a function of the data module's seed, the sample's index and the view's number alone, so what
+    the teachers said about it stays true. Give the data module a number of ``views``; epoch ``e`` reads view ``e``
+    modulo that, or as many views as the data module's ``views_per_load`` says. With ``fill="online"`` the epochs that
+    read a view for the first time run the teachers and keep what they say, later ones read; ``distill-lightning
+    record`` fills a store ahead of time. Where it is complete, ``teachers: null`` will do.
+
+    ::
+
+        model:
+          class_path: KDModule
+          init_args:
+            student: {class_path: SmallResNet, init_args: {width: 8}}
+            teachers: null
+            store: {class_path: TeacherStore, init_args: {path: results/store}}
+        data:
+          class_path: FashionMNISTDataModule
+          init_args: {views: 8}
+
+    The store knows the data, the views, the teachers' weights and the options that its answers depend on; with any of
+    them changed it is refused, and the message says which. See `ShardedRecords` for the files. Any number of trainings
+    may read a store; one at a time may fill it.
+
+    Args:
+        path: its folder.
+        fill: ``"online"``: what is not known is asked for and kept; ``"never"``: what is not known is an error.
+        keep: ``"answers"``: what the method asks for, the ensemble's softened prediction say; ``"logits"``: each
+            teacher's logits, ``(M, K)`` for a sample: ``M`` times the bytes, and `KDModule` and `MEALV2Module` can be
+            trained at any temperature with the same store.
+        dtype: of what is kept, ``"float16"`` or ``"float32"``. Half precision is off by less than ``2 ** -11`` of each
+            number; probabilities are divided by their sum when read. Training gets answers rounded so from the first
+            epoch on, whether they were asked for or read.
+        top_k: how many of a row's largest probabilities are kept, the rest being spread evenly over the other classes;
+            ``None``: all.
+        shard_size: samples in a file.
+        data: names the data, where their data module has no ``fingerprint()``; a few samples are then held against the
+            store, besides the name and their number. Their samples must always be the same: what is not augmented, or
+            in numbered views.
+
+    Raises:
+        InputError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        fill: Literal["online", "never"] = "online",
+        keep: Literal["answers", "logits"] = "answers",
+        dtype: Literal["float16", "float32"] = "float16",
+        top_k: int | None = None,
+        shard_size: int = 4096,
+        data: str | None = None,
+    ) -> None:
+        for name, value, known in (
+            ("fill", fill, ("online", "never")),
+            ("keep", keep, ("answers", "logits")),
+            ("dtype", dtype, ("float16", "float32")),
+        ):
+            if value not in known:
+                raise InputError(f"TeacherStore: {name} must be one of {', '.join(known)}, got {value!r}")
+        for name, number in (("top_k", top_k), ("shard_size", shard_size)):
+            if number is not None and number < 1:
+                raise InputError(f"TeacherStore: {name} must be at least 1, got {number}")
+        if keep == "logits" and top_k is not None:
+            raise InputError("TeacherStore: top_k keeps the largest probabilities; with keep='logits' leave it out")
+        self.path, self.fill, self.keep, self.dtype = Path(path), fill, keep, dtype
+        self.top_k, self.shard_size, self.data = top_k, shard_size, data
+        # The header of the store that `begin` has found.
+        self.found: dict[str, Any] = {}
+        self._records: ShardedRecords | None = None
+        self._plan: dict[str, Any] = {}
+        self._rank = 0
+        self._new: set[int] = set()
+
+    def begin(self, *, samples: int, views: int, made_by: Mapping[str, Any], rank: int = 0) -> None:
+        """Say what the answers are about; a store that is there is held against it.
+
+        Args:
+            samples: size of the training set.
+            views: of each sample.
+            made_by: plain values, by name, of everything that the answers depend on.
+            rank: of this process.
+
+        Raises:
+            InputError: the store was made by something else, or it is to be read alone and is not there.
+        """
+        self._plan = {
+            "samples": samples,
+            "views": views,
+            "made_by": {**made_by, "keep": self.keep, "top_k": self.top_k, "dtype": self.dtype},
+        }
+        self._rank, self._records, self.found = rank, None, {}
+        self._new.clear()
+        if self.fill == "never" or (self.path / "header.json").exists():
+            self.found = header = read_header(self.path)
+            self._make([Field(f["name"], f["dtype"], tuple(f["shape"])) for f in header["fields"]])
+
+    def told(self, batch: Batch, ask: Callable[[], Answers] | None, *, device: torch.device | str) -> dict[str, Tensor]:
+        """The teachers' answers about a batch: from the store if all of it is known, else from themselves.
+
+        Args:
+            batch: with the samples' indices and, unless there is one view alone, views.
+            ask: asks the teachers; ``None``: there are none.
+            device: where the answers are wanted.
+
+        Returns:
+            Float32 tensors ``(N, ...)`` by name, as they are read: what is asked for is rounded like what is kept, so
+            that a run that was interrupted, and finds answers that it had kept before, is the uninterrupted one.
+
+        Raises:
+            InputError: an answer is not there, and there is nobody to ask; or the disk is full.
+        """
+        index, view = self._keys(batch)
+        known = np.zeros(len(index), dtype=np.bool_)
+        if self._records is not None:
+            rows, known = self._records.read(index, view)
+            if known.all():
+                return self._unpacked(rows, device)
+        if ask is None or self.fill == "never":
+            raise self._unknown(index, view, known)
+        packed = self._packed(ask())
+        self._keep(index, view, known, packed)
+        return self._unpacked(packed, device)
+
+    def finish(self) -> None:
+        """Make what was kept readable; one process calls it while the others wait."""
+        if self._records is not None:
+            # Another process may have kept something of a view of which this one kept nothing.
+            for view in range(self._records.views):
+                self._records.seal(view)
+
+    def refresh(self) -> None:
+        """Look at what `finish` has made."""
+        self._new.clear()
+        if self._records is not None:
+            self._records.refresh()
+
+    def resume(self) -> None:
+        """Take up what a killed process had kept, and remove what it was writing; one calls it, and nobody writes."""
+        # Its first file may have been the one that it did not finish.
+        sweep(self.path)
+        self.finish()
+
+    def narrowed(self, answers: Answers) -> dict[str, Tensor]:
+        """The same answers on the host, in no more memory than they need there until they are written."""
+        return {
+            name: (rows if _are_probabilities(name) else self._rounded(rows)).detach().cpu()
+            for name, rows in answers.items()
+        }
+
+    def write(self, view: int, shard: int, answers: Answers) -> None:
+        """Keep the answers about all samples of a shard.
+
+        Args:
+            view: of all of them.
+            shard: which.
+            answers: about `samples_of` it, in order.
+
+        Raises:
+            InputError: the disk is full, or the answers are of other shapes than those before.
+        """
+        packed = self._packed(answers)
+        self._made(packed).write_shard(view, shard, packed)
+
+    def unfinished(self) -> list[tuple[int, int]]:
+        """The views and shards that are not complete."""
+        if self._records is not None:
+            return self._records.unfinished()
+        shards = -(-self._plan["samples"] // self.shard_size)
+        return [(view, shard) for view in range(self._plan["views"]) for shard in range(shards)]
+
+    def samples_of(self, shard: int) -> range:
+        """The samples in a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self._plan["samples"]))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every view of every sample is known."""
+        return self._records is not None and not self._records.unfinished()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one sample and view."""
+        return 0 if self._records is None else self._records.record_bytes
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one sample's answers, by name, as a store that is there tells them.
+
+        Raises:
+            InputError: there is none.
+        """
+        header = read_header(self.path)
+        shapes = {field["name"]: tuple(field["shape"]) for field in header["fields"]}
+        for name in shapes:
+            if _are_probabilities(name):
+                shapes[name] = (*shapes[name][:-1], header["made_by"]["num_classes"])
+        return {name: shape for name, shape in shapes.items() if not name.endswith(_CLASSES)}
+
+    # How answers are kept
+
+    def _made(self, packed: Mapping[str, NDArray[Any]]) -> ShardedRecords:
+        """The records, of what is first kept in them."""
+        if not self._plan:
+            raise RuntimeError("TeacherStore.begin was not called")
+        if self._records is None:
+            return self._make([Field(name, str(rows.dtype), rows.shape[1:]) for name, rows in packed.items()])
+        return self._records
+
+    def _make(self, fields: list[Field]) -> ShardedRecords:
+        self._records = ShardedRecords(
+            self.path,
+            samples=self._plan["samples"],
+            views=self._plan["views"],
+            fields=fields,
+            shard_size=self.shard_size,
+            made_by=self._plan["made_by"],
+        )
+        self._records.create()
+        return self._records
+
+    def _keep(self, index: NDArray[np.int64], view: NDArray[np.int64], known: NDArray[np.bool_], packed: Rows) -> None:
+        records = self._made(packed)
+        for number in np.unique(view[~known]):
+            chosen = ~known & (view == number)
+            if int(number) not in self._new:
+                records.mend_log(int(number), self._rank)
+                self._new.add(int(number))
+            records.append(
+                int(number), self._rank, index[chosen], {name: rows[chosen] for name, rows in packed.items()}
+            )
+
+    def _packed(self, answers: Answers) -> dict[str, NDArray[Any]]:
+        packed = {}
+        for name, rows in answers.items():
+            kept = rows.detach().float()
+            if _are_probabilities(name) and self.top_k is not None:
+                if self.top_k > kept.shape[-1]:
+                    raise InputError(f"TeacherStore: top_k={self.top_k} of {kept.shape[-1]} classes: lower it")
+                kept, classes = largest(kept, self.top_k)
+                packed[f"{name}{_CLASSES}"] = classes.cpu().numpy()
+            packed[name] = self._rounded(kept).cpu().numpy()
+        return packed
+
+    def _rounded(self, rows: Tensor) -> Tensor:
+        if self.dtype == "float32":
+            return rows.float()
+        # Beyond half precision's range there is nothing to tell apart.
+        limit = torch.finfo(torch.float16).max
+        return rows.float().clamp(-limit, limit).half()
+
+    def _unpacked(self, rows: Mapping[str, NDArray[Any]], device: torch.device | str) -> dict[str, Tensor]:
+        answers = {}
+        for name, values in rows.items():
+            if name.endswith(_CLASSES):
+                continue
+            kept = _moved(values, device).float()
+            if _are_probabilities(name):
+                if self.top_k is not None:
+                    classes = _moved(rows[f"{name}{_CLASSES}"], device)
+                    kept = spread(kept, classes, self._plan["made_by"]["num_classes"])
+                # What rounding has added or taken away must not become mass of the target.
+                kept = kept / kept.sum(dim=-1, keepdim=True)
+            answers[name] = kept
+        return answers
+
+    def _keys(self, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        if batch.index is None:
+            raise InputError(
+                "a TeacherStore needs to know which sample is which, and the batches have no index: wrap the data in "
+                "IndexedDataModule(datamodule)"
+            )
+        index = batch.index.cpu().numpy().astype(np.int64, copy=False)
+        if batch.view is not None:
+            return index, batch.view.cpu().numpy().astype(np.int64, copy=False)
+        if self._plan.get("views") != 1:
+            raise InputError("a TeacherStore of several views needs batches that tell the view of each sample")
+        return index, np.zeros_like(index)
+
+    def _unknown(self, index: NDArray[np.int64], view: NDArray[np.int64], known: NDArray[np.bool_]) -> InputError:
+        row = int(np.flatnonzero(~known)[0])
+        where = f"view {view[row]} of sample {index[row]}"
+        if self._records is None:
+            return InputError(f"there is no store in {self.path} and there are no teachers to fill it")
+        shard = int(index[row]) // self.shard_size
+        state = self._records.state_of(int(view[row]), shard)
+        return InputError(
+            f"the store {self.path} does not know {where} ({self._records.path_of(int(view[row]), shard).name} is "
+            f"{state}): fill it with 'distill-lightning record', or give teachers and fill='online'"
+        )
+
+
+def _moved(values: NDArray[Any], device: torch.device | str) -> Tensor:
+    tensor = torch.from_numpy(values)
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    # From other memory a copy waits until the device has done all that it was told before.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _are_probabilities(name: str) -> bool:
+    return name.startswith("probabilities") and not name.endswith(_CLASSES)

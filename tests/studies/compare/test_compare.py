@@ -1,0 +1,781 @@
+"""compare: what it writes, that it resumes, and what it refuses."""
+
+import copy
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from distill_lightning import (
+    DigitsDataModule,
+    DocstringsDataModule,
+    FEEDModule,
+    KDModule,
+    OneCycle,
+    ParaphraserModule,
+    SmallResNet,
+    SupervisedModule,
+)
+from distill_lightning.cli import main
+from distill_lightning.studies.compare import command, runner
+from distill_lightning.studies.compare.config import Experiment, parse_config
+from distill_lightning.testing import tiny_trainer
+
+CONFIG = {
+    "data": {
+        "class_path": "DigitsDataModule",
+        "init_args": {"subset": 128, "val_size": 100, "test_size": 200, "image_size": 8},
+    },
+    "teachers": {"network": {"class_path": "SmallResNet", "init_args": {"width": 4}}, "number": 2, "epochs": 12},
+    "student": {"class_path": "SmallResNet", "init_args": {"width": 2}},
+    "methods": {
+        "kd_one": {"class_path": "KDModule", "teachers": 1},
+        "feed": {"class_path": "FEEDModule", "init_args": {"student_layer": "stage3", "beta": 20.0}},
+    },
+    "epochs": 3,
+    "seeds": [0, 1],
+    "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}},
+    "lr_scheduler": {"class_path": "OneCycle"},
+    "accelerator": "cpu",
+}  # fmt: skip
+
+
+def written(folder, change=lambda config: None):
+    config = copy.deepcopy(CONFIG)
+    change(config)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return str(path)
+
+
+def compare(config, output, *arguments):
+    shown = io.StringIO()
+    command.run([config, "--output", str(output), *arguments], console=Console(file=shown, width=160))
+    return shown.getvalue()
+
+
+def lines_of(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished comparison: its folder, and what it printed."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("compare")
+    return folder, compare(written(folder), folder / "out")
+
+
+def test_results_have_a_row_per_method_and_seed(finished):
+    folder, _ = finished
+    text = (folder / "out/results.csv").read_text()
+    assert text.splitlines()[0] == (
+        "method,seed,test_accuracy,test_accuracy_selected,nll,ece,brier,aurc,eaurc,top5,agreement,teacher_kl,"
+        "gap_closed,parameters,seconds_per_epoch"
+    )
+    rows = lines_of(folder / "out/results.csv")
+    expected = [(name, str(seed)) for seed in (0, 1) for name in ("alone", "kd_one", "feed")]
+    assert [(row["method"], row["seed"]) for row in rows] == expected
+    parameters = sum(p.numel() for p in SmallResNet(10, width=2).parameters())
+    assert {row["parameters"] for row in rows} == {str(parameters)}
+    assert [row["method"] for row in lines_of(folder / "out/teachers.csv")] == ["teacher_1", "teacher_2"]
+
+
+def test_the_scores_equal_naive_ones(finished):
+    folder, _ = finished
+    experiment = Experiment(parse_config([written(folder), "--output", str(folder / "out")]))
+    targets = runner.load_test_targets(experiment).tolist()
+
+    def outputs(name, which="last"):
+        return load_file(folder / "out/runs" / name / "test_logits.safetensors")[which].double().numpy()
+
+    def softmax(logits):
+        exps = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return exps / exps.sum(axis=1, keepdims=True)
+
+    def accuracy(probs):
+        return sum(int(row.argmax() == target) for row, target in zip(probs, targets, strict=True)) / len(targets)
+
+    ensemble = (softmax(outputs("teacher_1")) + softmax(outputs("teacher_2"))) / 2
+    alone = [accuracy(outputs(f"alone/seed_{seed}")) for seed in (0, 1)]
+    for row in lines_of(folder / "out/results.csv"):
+        name = f"{row['method']}/seed_{row['seed']}"
+        probs = softmax(outputs(name))
+        assert float(row["test_accuracy"]) == pytest.approx(accuracy(probs))
+        assert float(row["test_accuracy_selected"]) == pytest.approx(accuracy(outputs(name, "selected")))
+        nll = -sum(np.log(probs[i, target]) for i, target in enumerate(targets)) / len(targets)
+        assert float(row["nll"]) == pytest.approx(nll, rel=1e-4)
+        agreement = np.mean([a.argmax() == b.argmax() for a, b in zip(probs, ensemble, strict=True)])
+        assert float(row["agreement"]) == pytest.approx(agreement)
+        assert accuracy(ensemble) > np.mean(alone), "this test needs a gap"
+        gap = (accuracy(probs) - np.mean(alone)) / (accuracy(ensemble) - np.mean(alone))
+        assert float(row["gap_closed"]) == pytest.approx(gap)
+        ece = 0.0
+        for low in range(15):
+            inside = [i for i, p in enumerate(probs.max(axis=1)) if low / 15 < p <= (low + 1) / 15]
+            hits = sum(probs[i].argmax() == targets[i] for i in inside)
+            ece += abs(hits - sum(probs[i].max() for i in inside)) / len(targets)
+        assert float(row["ece"]) == pytest.approx(ece, rel=1e-3)
+
+
+def test_the_table_is_printed_and_written(finished):
+    folder, shown = finished
+    rows = ["teacher_1", "teacher_2", "ensemble", "alone", "kd_one", "feed"]
+    table = (folder / "out/results.md").read_text()
+    for text in (table, shown):
+        places = [re.search(rf"^\|? ?{row} ", text, flags=re.MULTILINE).start() for row in rows]
+        assert places == sorted(places)
+    mean = np.mean(
+        [float(row["test_accuracy"]) for row in lines_of(folder / "out/results.csv") if row["method"] == "feed"]
+    )
+    assert f"| feed | {100 * mean:.2f} ± " in table
+    assert "distill-lightning compare" in table
+    assert "42/42 epochs" in shown
+    for path in ("results.csv", "figures/accuracy.png", "figures/learning_curves.png", "figures/reliability.png"):
+        assert path in shown
+        assert (folder / "out" / path).stat().st_size > 0
+    assert (folder / "out/figures/accuracy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_trained_student_loads_into_a_plain_network(finished):
+    folder, _ = finished
+    plain = SmallResNet(10, width=2)
+    plain.load_state_dict(load_file(folder / "out/runs/feed/seed_1/student.safetensors"), strict=True)
+    experiment = Experiment(parse_config([written(folder)]))
+    with torch.no_grad():
+        logits = torch.cat([plain.eval()(batch.input) for batch in experiment.sample.test_dataloader()])
+    stored = load_file(folder / "out/runs/feed/seed_1/test_logits.safetensors")["last"]
+    assert torch.allclose(logits, stored, atol=1e-5)
+
+
+def test_students_of_one_seed_start_alike_and_see_the_same_order(finished):
+    folder, _ = finished
+    experiment = Experiment(parse_config([written(folder)]))
+    firsts = [next(iter(experiment.data(order_seed=seed).train_dataloader())).index.tolist() for seed in (0, 0, 1)]
+    assert firsts[0] == firsts[1] != firsts[2]
+
+
+def test_a_finished_comparison_trains_nothing_again(finished, monkeypatch):
+    folder, _ = finished
+    before = (folder / "out/results.csv").read_text()
+    monkeypatch.setattr(command, "execute", lambda *_: pytest.fail("trained again"))
+    compare(written(folder), folder / "out")
+    assert (folder / "out/results.csv").read_text() == before
+
+
+def test_a_seed_and_a_method_can_be_added(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    output = tmp_path / "out"
+    subprocess.run(["cp", "-r", folder / "out", output], check=True)
+    executed = []
+    execute = command.execute
+    monkeypatch.setattr(command, "execute", lambda *given: (executed.append(given[1].title), execute(*given)))
+
+    def more(config):
+        config["seeds"] = [0, 1, 2]
+        config["methods"]["kd"] = {"class_path": "KDModule", "init_args": {"temperature": 2.0}}
+
+    compare(written(tmp_path, more), output)
+    added = {"alone, seed 2", "kd_one, seed 2", "feed, seed 2", "kd, seed 0", "kd, seed 1", "kd, seed 2"}
+    assert set(executed) == added
+    old = [row for row in lines_of(output / "results.csv") if row["seed"] != "2" and row["method"] == "feed"]
+    assert [row["nll"] for row in old] == [
+        row["nll"] for row in lines_of(folder / "out/results.csv") if row["method"] == "feed"
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.update(epochs=4),
+        lambda config: config.update(seeds=[1]),
+        lambda config: config["methods"].pop("feed"),
+        lambda config: config["methods"]["feed"]["init_args"].update(beta=21.0),
+        lambda config: config["data"]["init_args"].update(subset=64),
+        lambda config: config["optimizer"]["init_args"].update(lr=0.2),
+        lambda config: config["teachers"].update(number=3),
+    ],
+)
+def test_the_folder_of_another_configuration_is_refused(finished, tmp_path, capsys, change):
+    folder, _ = finished
+    before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
+    assert main(["compare", written(tmp_path, change), "--output", str(folder / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "belongs to another configuration" in error
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(epoch=4), "'epoch'"),
+        (lambda c: c.pop("student"), "student"),
+        (lambda c: c["teachers"].update(numbr=4), "numbr"),
+        (lambda c: c["methods"]["feed"]["init_args"].update(betta=4), "methods.feed: Option 'betta'"),
+        (lambda c: c["methods"]["feed"]["init_args"].update(student_layer="stage4"), "no layer 'stage4'; near names"),
+        (lambda c: c["methods"]["feed"].update(class_path="FEDModule"), "methods.feed.*FEDModule"),
+        (lambda c: c["methods"]["feed"].update(teachers=3), r"methods.feed.teachers must be between 1 and 2, .* got 3"),
+        (lambda c: c["methods"]["feed"].update(beta=3), "methods.feed: unknown key 'beta'"),
+        (lambda c: c["methods"].update(alone=c["methods"]["feed"]), "'alone' cannot be a method's name"),
+        (lambda c: c["teachers"]["network"]["init_args"].update(num_classes=7), "teachers.network .* has 7 classes"),
+        (lambda c: c["student"]["init_args"].update(num_classes=7), "student .* has 7 classes"),
+        (lambda c: c["student"]["init_args"].update(widht=7), "widht"),
+        (lambda c: c["optimizer"]["init_args"].update(lrr=7), "lrr"),
+        (lambda c: c["data"]["init_args"].update(subset=5000), "subset=5000 is larger than the 1497"),
+        (lambda c: c["data"]["init_args"].update(test_size=0), "split or batch would be empty"),
+        (lambda c: c.update(data={"class_path": "FashionMNISTDataModule", "init_args": {"data_dir": "no"}}), "no tra"),
+        (lambda c: c.update(seeds=[]), "seeds must be different numbers, at least one"),
+        (lambda c: c.update(epochs=0), "epochs must be at least 1"),
+        (lambda c: c.update(seeds=[2**70]), "seeds must lie between 0 and"),
+        (lambda c: c.update(accelerator="gpuu"), "accelerator or precision: .*gpuu"),
+        (lambda c: c.update(precision="17"), "accelerator or precision: .*17"),
+        (lambda c: c["optimizer"]["init_args"].update(lr=-1.0), "optimizer: Invalid learning rate"),
+        (lambda c: c["lr_scheduler"].update(init_args={"warmup": 30}), "warmup is a share of the training"),
+        (lambda c: c["student"].update(init_args=[1]), "expected a class_path and init_args with its arguments"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_line_and_writes_nothing(tmp_path, capsys, change, message):
+    config = written(tmp_path, change)
+    assert main(["compare", config, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_file_and_a_foreign_folder_are_refused(tmp_path, capsys):
+    assert main(["compare", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("precious")
+    assert main(["compare", written(tmp_path), "--output", str(tmp_path / "mine")]) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_help_explains(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--help"])
+    assert stop.value.code == 0
+    assert "goes on where it stopped" in capsys.readouterr().out.replace("\n", " ")
+
+
+def history_of(checkpoint):
+    """The epochs in a checkpoint; the killed process may have finished the run just before it died."""
+    if not checkpoint.exists():
+        return json.loads(checkpoint.with_name("result.json").read_text())["history"]
+    return torch.load(checkpoint, weights_only=True)["callbacks"]["RunKeeper"]["history"]
+
+
+def test_a_run_killed_between_its_last_epoch_and_its_result_is_finished_without_training(
+    finished, tmp_path, monkeypatch
+):
+    folder, _ = finished
+    output = tmp_path / "out"
+    original = runner._test_outputs
+
+    def killed(experiment, module):
+        if (output / "runs/alone/seed_0").exists():
+            raise KeyboardInterrupt
+        return original(experiment, module)
+
+    monkeypatch.setattr(runner, "_test_outputs", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compare(written(tmp_path), output)
+    kept = history_of(output / "runs/alone/seed_0/last.ckpt")
+    assert len(kept) == CONFIG["epochs"]
+    monkeypatch.setattr(runner, "_test_outputs", original)
+    compare(written(tmp_path), output)
+    assert json.loads((output / "runs/alone/seed_0/result.json").read_text())["history"] == kept
+    first, second = ((path / "results.csv").read_text().splitlines()[1] for path in (folder / "out", output))
+    assert first.rpartition(",")[0] == second.rpartition(",")[0]
+
+
+def test_a_diverged_run_and_a_missing_gap_do_not_stop_the_table(tmp_path):
+    def diverging(config):
+        config["optimizer"]["init_args"]["lr"] = 1e9
+        config["data"]["init_args"]["test_size"] = 1
+        config.update(epochs=1, methods={})
+
+    compare(written(tmp_path, diverging), tmp_path / "out")
+    row = next(line for line in (tmp_path / "out/results.md").read_text().splitlines() if line.startswith("| alone"))
+    assert row.split("|")[4].strip() == "-", "the diverged runs' NLL"
+    assert row.split("|")[7].strip() == "-", "the gap, where the ensemble is no better"
+    assert {line["gap_closed"] for line in lines_of(tmp_path / "out/results.csv")} == {"nan"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("compare.yaml", "seeds: [", "compare.yaml is damaged"),
+        ("compare.yaml", "", "compare.yaml is damaged"),
+        ("runs/feed/seed_1/result.json", "{", "result.json is damaged, remove it"),
+        ("runs/feed/seed_1/last.ckpt", "{", "last.ckpt"),
+    ],
+)
+def test_a_damaged_folder_is_named(finished, tmp_path, capsys, name, content, message):
+    folder, _ = finished
+    output = tmp_path / "out"
+    subprocess.run(["cp", "-r", folder / "out", output], check=True)
+    (output / name).write_text(content)
+    if name.endswith("last.ckpt"):
+        (output / name).with_name("result.json").unlink()
+    assert main(["compare", written(tmp_path), "--output", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_call_killed_at_its_very_start_can_be_made_again(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/partial.yaml").write_text("half")
+
+    def short(config):
+        config.update(epochs=1, seeds=[0], methods={})
+
+    compare(written(tmp_path, short), tmp_path / "out")
+    assert (tmp_path / "out/results.csv").exists()
+    assert not list((tmp_path / "out").glob("partial*"))
+
+
+OWN_DATA = """
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Pairs(pl.LightningDataModule):
+    num_classes = 10
+    input_shape = (1, 8, 8)
+
+    def setup(self, stage):
+        self.pairs = TensorDataset(torch.rand(32, 1, 8, 8), torch.arange(32) % 10)
+
+    def train_dataloader(self):
+        return DataLoader(self.pairs, batch_size=16)
+
+    val_dataloader = test_dataloader = train_dataloader
+"""
+
+
+def test_any_data_module_that_tells_its_classes_and_shape_will_do(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(OWN_DATA)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def own(config):
+        config.update(data={"class_path": "mine.Pairs"}, epochs=1, seeds=[0])
+
+    compare(written(tmp_path, own), tmp_path / "out")
+    assert len(lines_of(tmp_path / "out/results.csv")) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "after", ["runs/teacher_2/last.ckpt", "runs/kd_one/seed_0/last.ckpt", "runs/feed/seed_1/last.ckpt"]
+)
+def test_a_killed_comparison_ends_like_an_undisturbed_one(finished, tmp_path, after):
+    folder, _ = finished
+    config = written(tmp_path)
+    arguments = [sys.executable, "-m", "distill_lightning", "compare", config, "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out" / after).exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline, f"{after} did not appear"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out/results.csv").exists()
+    kept = history_of(tmp_path / "out" / after)
+    subprocess.run(arguments, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+    def table(output):
+        return [
+            {name: value for name, value in row.items() if name != "seconds_per_epoch"}
+            for name in ("results.csv", "teachers.csv")
+            for row in lines_of(output / name)
+        ]
+
+    # The epochs before the kill were not made again: they took just as long.
+    history = json.loads((tmp_path / "out" / after).with_name("result.json").read_text())["history"]
+    assert history[: len(kept)] == kept
+    assert table(tmp_path / "out") == table(folder / "out")
+    assert not list((tmp_path / "out").rglob("partial*"))
+
+
+def test_the_table_fits_a_narrow_terminal():
+    header = ["row", "test %", "sel. %", "NLL", "ECE %", "agree %", "gap %", "params", "s/epoch"]
+    row = ["kd_one_teacher", "85.49 ± 0.07", "85.56 ± 0.16", "0.402 ± 0.003", "10.84 ± 0.10", "94.0 ± 0.2", "146 ± 14"]
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(command._table([header, [*row, "233,262", "11.75 ± 0.05"]]))
+    assert "…" not in shown.getvalue()
+    assert "kd_one_teacher" in shown.getvalue()
+    assert "233,262" in shown.getvalue()
+
+
+def remade(folder, name, seed):
+    """The weights of a run, made once more without compare: the same seeds, data, teachers, optimiser and schedule."""
+    teachers = []
+    for number in (1, 2):
+        teachers.append(SmallResNet(10, width=4))
+        weights = folder / f"out/runs/teacher_{number}/student.safetensors"
+        if not name.startswith("teacher"):
+            teachers[-1].load_state_dict(load_file(weights))
+    torch.manual_seed(seed)
+    network = SmallResNet(10, width=4 if name.startswith("teacher") else 2)
+    options = {
+        "num_classes": 10,
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+        "lr_scheduler": OneCycle,
+    }
+    if name == "kd_one":
+        module = KDModule(network, teachers[0], **options)
+    elif name == "feed":
+        module = FEEDModule(network, teachers, student_layer="stage3", beta=20.0, **options)
+    else:
+        module = SupervisedModule(network, **options)
+    data = DigitsDataModule(**CONFIG["data"]["init_args"], order_seed=seed)
+    tiny_trainer(max_epochs=12 if name.startswith("teacher") else 3).fit(module, datamodule=data)
+    return network.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "seed"),
+    [
+        ("teacher_1", "teacher_1", 1001),
+        ("teacher_2", "teacher_2", 1002),
+        ("alone", "alone/seed_1", 1),
+        ("kd_one", "kd_one/seed_1", 1),
+        ("feed", "feed/seed_0", 0),
+        ("feed", "feed/seed_1", 1),
+    ],
+)
+def test_a_run_is_what_the_configuration_says(finished, name, place, seed):
+    folder, _ = finished
+    stored = load_file(folder / "out/runs" / place / "student.safetensors")
+    for key, value in remade(folder, name, seed).items():
+        assert torch.allclose(value.double(), stored[key].double(), rtol=1e-4, atol=1e-6), key
+
+
+def test_last_and_selected_logits_belong_to_their_weights(finished):
+    folder, _ = finished
+    images = torch.cat([b.input for b in Experiment(parse_config([written(folder)])).sample.test_dataloader()])
+    for run in (path.parent for path in (folder / "out/runs").rglob("result.json")):
+        logits = load_file(run / "test_logits.safetensors")
+        for which, weights in (("last", "student"), ("selected", "selected")):
+            network = SmallResNet(10, width=4 if "teacher" in run.name else 2).eval()
+            network.load_state_dict(load_file(run / f"{weights}.safetensors"))
+            with torch.no_grad():
+                assert torch.allclose(network(images), logits[which], atol=1e-5), (run, which)
+        result = json.loads((run / "result.json").read_text())
+        accuracies = [line["val/accuracy"] for line in result["history"]]
+        assert result["selected_epoch"] == 1 + int(np.argmax(accuracies))
+        assert not (run / "last.ckpt").exists()
+
+
+def test_the_cells_are_means_and_sample_deviations(finished):
+    folder, _ = finished
+    table = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in (folder / "out/results.md").read_text().splitlines()
+        if line.startswith("| ")
+    }
+    rows = [row for row in lines_of(folder / "out/results.csv") if row["method"] == "feed"]
+
+    def cell(column, scale, digits):
+        values = scale * np.array([float(row[column]) for row in rows])
+        return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+
+    assert table["feed"] == [
+        cell("test_accuracy", 100, 2), cell("test_accuracy_selected", 100, 2), cell("nll", 1, 3), cell("ece", 100, 2),
+        cell("agreement", 100, 1), cell("gap_closed", 100, 0),
+        f"{int(rows[0]['parameters']):,}", cell("seconds_per_epoch", 1, 2),
+    ]  # fmt: skip
+    logits = [load_file(folder / f"out/runs/teacher_{n}/test_logits.safetensors")["last"].double() for n in (1, 2)]
+    probs = sum(torch.softmax(value, dim=1) for value in logits) / 2
+    targets = runner.load_test_targets(Experiment(parse_config([written(folder)])))
+    nll = -probs[torch.arange(len(targets)), targets].log().mean()
+    parameters = 2 * sum(p.numel() for p in SmallResNet(10, width=4).parameters())
+    accuracy = 100 * (probs.argmax(dim=1) == targets).double().mean()
+    assert table["ensemble"][:3] == [f"{accuracy:.2f}", "", f"{nll:.3f}"]
+    assert table["ensemble"][4:] == ["100.0", "100", f"{parameters:,}", ""]
+    history = json.loads((folder / "out/runs/feed/seed_0/result.json").read_text())["history"]
+    assert float(rows[0]["seconds_per_epoch"]) == pytest.approx(np.median([line["seconds"] for line in history]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(seeds=[1, 1]), "seeds must be different numbers"),
+        (lambda c: c["teachers"].update(number=0), "teachers.number must be at least 1"),
+        (lambda c: c["teachers"].update(epochs=0), "epochs must be at least 1"),
+        (lambda c: c["methods"].update(teacher_3=c["methods"]["feed"]), "'teacher_3' cannot be a method's name"),
+        (lambda c: c["methods"].update({"a/b": c["methods"]["feed"]}), "'a/b' cannot be a method's name"),
+    ],
+)
+def test_numbers_and_names_that_cannot_be_used_are_named(tmp_path, capsys, change, message):
+    assert main(["compare", written(tmp_path, change), "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "out").write_text("precious")
+    assert main(["compare", written(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_students_teach_students_in_stages(tmp_path):
+    def sequential(config):
+        config.update(epochs=1, seeds=[3])
+        config["teachers"].update(number=1, epochs=1)
+        feed = config["methods"]["feed"]
+        config["methods"] = {
+            "again": {"class_path": "KDModule", "teachers": "alone"},
+            "feed": {**feed, "stages": 2},
+            "after": {"class_path": "KDModule", "teachers": "feed_2"},
+        }
+
+    experiment = Experiment(parse_config([written(tmp_path, sequential)]))
+    runs = {run.name: run for run in runner.plan(experiment, tmp_path / "plan")}
+    taught = {name: [teacher.name for teacher in run.teachers] for name, run in runs.items()}
+    assert taught == {
+        "teacher_1": [], "alone": [], "again": ["alone"], "feed_1": ["alone"], "feed_2": ["feed_1"], "after": ["feed_2"]
+    }  # fmt: skip
+    assert {run.seed for run in runs.values() if run.name != "teacher_1"} == {3}
+    first = {}
+    for name in ("alone", "again", "feed_1", "feed_2", "after"):
+        torch.manual_seed(runs[name].initial_seed)
+        first[name] = experiment.student().stem[0].weight
+    # A student never begins with its teacher's initial weights.
+    assert torch.equal(first["again"], first["feed_1"])
+    for pupil, teacher in (("feed_1", "alone"), ("feed_2", "feed_1"), ("after", "feed_2")):
+        assert not torch.equal(first[pupil], first[teacher])
+
+    compare(written(tmp_path, sequential), tmp_path / "out")
+    rows = [row["method"] for row in lines_of(tmp_path / "out/results.csv")]
+    assert rows == ["alone", "again", "feed_1", "feed_2", "after"]
+    # Stage 2 is FEED under the student of stage 1.
+    teacher = SmallResNet(10, width=2)
+    teacher.load_state_dict(load_file(tmp_path / "out/runs/feed_1/seed_3/student.safetensors"))
+    torch.manual_seed(runs["feed_2"].initial_seed)
+    module = FEEDModule(
+        SmallResNet(10, width=2), teacher, num_classes=10, student_layer="stage3", beta=20.0, lr_scheduler=OneCycle,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    )  # fmt: skip
+    tiny_trainer(max_epochs=1).fit(module, datamodule=DigitsDataModule(**CONFIG["data"]["init_args"], order_seed=3))
+    stored = load_file(tmp_path / "out/runs/feed_2/seed_3/student.safetensors")
+    for key, value in module.student.state_dict().items():
+        assert torch.allclose(value.double(), stored[key].double(), rtol=1e-4, atol=1e-6), key
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["feed"].update(stages=0), "methods.feed.stages is a number, at least 1"),
+        (lambda m: m["feed"].update(stages=2, teachers=1), "leaves no choice of teachers"),
+        (lambda m: m["feed"].update(teachers="later"), "methods.feed.teachers: 'later' is no earlier row; .*alone"),
+        (lambda m: m["feed"].update(initial="later"), "methods.feed.initial: 'later' is no earlier row; .*alone"),
+        (lambda m: m["feed"].update(initial=["alone"]), "methods.feed.initial is an earlier row's name"),
+        (lambda m: m["feed"].update(initial="alone", stages=2), "methods.feed.initial .* stages begin afresh"),
+        (lambda m: m["feed"].update(teachers=True), "methods.feed.teachers must be between 1 and 2"),
+        (lambda m: m.update(kd_one_1=m["feed"], kd_one={"class_path": "KDModule", "stages": 1}), "two rows are called"),
+        (lambda m: m.update(ls={"class_path": "SupervisedModule", "teachers": 1}), "SupervisedModule has no teachers"),
+        (lambda m: m.update(ls={"class_path": "SupervisedModule", "stages": 1}), "SupervisedModule has no teachers"),
+    ],
+)
+def test_rows_that_cannot_be_are_named(tmp_path, capsys, change, message):
+    config = written(tmp_path, lambda config: change(config["methods"]))
+    assert main(["compare", config, "--output", str(tmp_path / "out")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_without_teachers_and_another_plain_training(tmp_path):
+    def plain(config):
+        config.update(epochs=1, seeds=[0])
+        config["teachers"].update(number=1, epochs=1)
+        config["supervised"] = {"class_path": "SupervisedModule", "init_args": {"label_smoothing": 0.3}}
+        config["methods"] = {
+            "smooth": {"class_path": "SupervisedModule", "init_args": {"label_smoothing": 0.3}},
+            "hard": {"class_path": "SupervisedModule"},
+        }
+
+    compare(written(tmp_path, plain), tmp_path / "out")
+    nll = {row["method"]: row["nll"] for row in lines_of(tmp_path / "out/results.csv")}
+    assert nll["alone"] == nll["smooth"] != nll["hard"]
+
+
+@pytest.fixture(scope="module")
+def regression(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("regression")
+
+    def rotated(config):
+        config["data"]["class_path"] = "RotatedDigitsDataModule"
+        config["supervised"] = {"class_path": "RegressionModule", "init_args": {"burn_in_epochs": 1}}
+        config["teachers"].update(epochs=4)
+        config["methods"] = {
+            "point": {
+                "class_path": "ExtracurricularModule",
+                "init_args": {"task": "regression", "match": "point", "point_variance": 0.2, "extra_ratio": 0},
+            },
+            "xcl": {"class_path": "ExtracurricularModule", "init_args": {"task": "regression"}},
+        }
+
+    config = written(folder, rotated)
+    return folder, config, compare(config, folder / "out")
+
+
+def test_a_regression_is_compared_by_its_errors(regression):
+    folder, config, shown = regression
+    experiment = Experiment(parse_config([config]))
+    targets = runner.load_test_targets(experiment).double().numpy()[:, 0]
+
+    def gaussian(name, which="last"):
+        output = load_file(folder / "out/runs" / name / "test_logits.safetensors")[which].double().numpy()
+        return output[:, 0], np.exp(output[:, 1])
+
+    means, variances = zip(gaussian("teacher_1"), gaussian("teacher_2"), strict=True)
+    mean = (means[0] + means[1]) / 2
+    variance = (variances[0] + variances[1]) / 2 + (means[0] ** 2 + means[1] ** 2) / 2 - mean**2
+    ensemble = np.abs(mean - targets).mean()
+    alone = np.mean([np.abs(gaussian(f"alone/seed_{seed}")[0] - targets).mean() for seed in (0, 1)])
+    rows = lines_of(folder / "out/results.csv")
+    assert [row["method"] for row in rows] == ["alone", "point", "xcl"] * 2
+    for row in rows:
+        m, v = gaussian(f"{row['method']}/seed_{row['seed']}")
+        assert float(row["test_mae"]) == pytest.approx(np.abs(m - targets).mean(), rel=1e-4)
+        selected = gaussian(f"{row['method']}/seed_{row['seed']}", "selected")[0]
+        assert float(row["test_mae_selected"]) == pytest.approx(np.abs(selected - targets).mean(), rel=1e-4)
+        assert float(row["rmse"]) == pytest.approx(np.sqrt(((m - targets) ** 2).mean()), rel=1e-4)
+        nll = (np.log(2 * np.pi * v) + (m - targets) ** 2 / v).mean() / 2
+        assert float(row["nll"]) == pytest.approx(nll, rel=1e-3)
+        kl = (np.log(v / variance) + (variance + (m - mean) ** 2) / v - 1).mean() / 2
+        assert float(row["teacher_kl"]) == pytest.approx(kl, rel=1e-3)
+        if ensemble < alone:
+            gap = (alone - np.abs(m - targets).mean()) / (alone - ensemble)
+            assert float(row["gap_closed"]) == pytest.approx(gap, rel=1e-3)
+        else:
+            assert row["gap_closed"] == "nan"
+    assert ensemble < alone, "this test needs a gap"
+    assert np.allclose(gaussian("point/seed_0")[1], 0.2)
+    for path in ("figures/mae.png", "figures/learning_curves.png", "results.md"):
+        assert path in shown
+        assert (folder / "out" / path).stat().st_size > 0
+    assert "validation error" in shown
+    assert "mean absolute error on the test images" in (folder / "out/results.md").read_text()
+
+
+def test_language_models_are_compared_at_every_position(tmp_path):
+    (tmp_path / "library").mkdir()
+    for number in range(20):
+        (tmp_path / f"library/module_{number}.py").write_text(f'"""Text {number}, {"and so on, " * 5}."""\n')
+    options = {"data_dir": str(tmp_path / "library"), "length": 8, "val_size": 20, "test_size": 22}
+
+    def texts(config):
+        reads = {"vocabulary": 256, "width": 8}
+        config.update(data={"class_path": "DocstringsDataModule", "init_args": options}, epochs=2, seeds=[0])
+        config["teachers"] = {"network": {"class_path": "SmallTransformer", "init_args": {**reads, "length": 8}}}
+        config["teachers"].update(number=2, epochs=1)
+        config["student"] = {"class_path": "SmallLSTM", "init_args": reads}
+        config["methods"] = {"kd": {"class_path": "KDModule"}}
+
+    compare(written(tmp_path, texts), tmp_path / "out")
+    targets = torch.cat([batch.target for batch in DocstringsDataModule(**options).test_dataloader()])
+    for row in lines_of(tmp_path / "out/results.csv"):
+        logits = load_file(tmp_path / "out/runs" / row["method"] / "seed_0/test_logits.safetensors")["last"]
+        assert logits.shape == (22 * 8, 256)
+        probs = logits.double().softmax(-1).view(22, 8, 256)
+        hits = [probs[n, t].argmax() == targets[n, t] for n in range(22) for t in range(8)]
+        nll = [-probs[n, t, targets[n, t]].log() for n in range(22) for t in range(8)]
+        assert float(row["test_accuracy"]) == pytest.approx(np.mean(hits), abs=1e-6)
+        assert float(row["nll"]) == pytest.approx(np.mean(nll), rel=1e-4)
+    assert (tmp_path / "out/figures/reliability.png").stat().st_size > 0
+
+
+def test_the_epoch_of_the_smallest_error_is_selected(regression):
+    folder, _, _ = regression
+    for path in (folder / "out/runs").rglob("result.json"):
+        result = json.loads(path.read_text())
+        errors = [line["val/mae"] for line in result["history"]]
+        assert result["selected_epoch"] == 1 + int(np.argmin(errors))
+
+
+def test_factor_transfer_trains_its_paraphrasers_once(tmp_path, monkeypatch):
+    def transfer(config):
+        config.update(epochs=1, seeds=[0, 1])
+        config["teachers"].update(epochs=1)
+        config["methods"] = {
+            "ft": {
+                "class_path": "FEEDModule",
+                "init_args": {"student_layer": "stage3", "beta": 20.0},
+                "paraphrasers": {"epochs": 2, "init_args": {"rate": 0.25}},
+            }
+        }
+
+    fits = []
+    fit = ParaphraserModule.on_fit_start
+    monkeypatch.setattr(ParaphraserModule, "on_fit_start", lambda self: (fits.append(self), fit(self)))
+    compare(written(tmp_path, transfer), tmp_path / "out")
+    assert len(fits) == 1
+    assert fits[0].trainer.max_epochs == 2
+    stored = load_file(tmp_path / "out/runs/ft/paraphrasers.safetensors")
+    for key, value in fits[0].paraphrasers.state_dict().items():
+        assert torch.equal(value, stored[key])
+    # The same weights as without compare, and the student learnt the codes.
+    networks = []
+    for number in (1, 2):
+        networks.append(SmallResNet(10, width=4))
+        networks[-1].load_state_dict(load_file(tmp_path / f"out/runs/teacher_{number}/student.safetensors"))
+    torch.manual_seed(1)
+    module = FEEDModule(
+        SmallResNet(10, width=2), networks, num_classes=10, student_layer="stage3", beta=20.0, lr_scheduler=OneCycle,
+        paraphrasers=list(fits[0].paraphrasers),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    )  # fmt: skip
+    tiny_trainer(max_epochs=1).fit(module, datamodule=DigitsDataModule(**CONFIG["data"]["init_args"], order_seed=1))
+    student = load_file(tmp_path / "out/runs/ft/seed_1/student.safetensors")
+    for key, value in module.student.state_dict().items():
+        assert torch.allclose(value.double(), student[key].double(), rtol=1e-4, atol=1e-6), key
+
+
+@pytest.mark.parametrize("given", [5, {"epochs": 0}, {"epochs": 1, "rate": 0.5}])
+def test_paraphrasers_that_cannot_be_are_named(tmp_path, capsys, given):
+    config = written(tmp_path, lambda config: config["methods"]["feed"].update(paraphrasers=given))
+    assert main(["compare", config, "--output", str(tmp_path / "out")]) == 2
+    assert "methods.feed.paraphrasers: expected epochs, at least 1, and init_args" in capsys.readouterr().err
+
+
+def test_a_row_can_begin_with_another_rows_student(tmp_path):
+    def still(config):
+        config.update(epochs=1, seeds=[0, 1])
+        config["teachers"].update(number=1, epochs=1)
+        optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}
+        meal = {"class_path": "MEALV2Module", "init_args": {"discriminator": "none", "optimizer": optimizer}}
+        config["methods"] = {"meal": {**meal, "initial": "alone"}, "scratch": meal}
+
+    compare(written(tmp_path, still), tmp_path / "out")
+    # With a rate of zero the parameters stay where they began.
+    for seed in (0, 1):
+        weights = {
+            name: load_file(tmp_path / f"out/runs/{name}/seed_{seed}/student.safetensors")["head.weight"]
+            for name in ("alone", "meal", "scratch")
+        }
+        assert torch.equal(weights["meal"], weights["alone"])
+        assert not torch.equal(weights["scratch"], weights["alone"])

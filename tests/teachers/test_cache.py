@@ -1,0 +1,510 @@
+"""What teachers say about validation samples: the metrics against loops, kept answers, and `observe`."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from distill_lightning import Batch, DistillationModule, KDModule, SupervisedModule, TeacherEnsemble
+from distill_lightning.functional import gaussian_nll, join_gaussian, split_gaussian
+from distill_lightning.teachers.cache import TeacherAnswers
+from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
+
+SHAPE = (1, 8, 8)
+
+
+def batch_of(index, view=None, seed=0):
+    count = len(index)
+    inputs = torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+    views = torch.zeros(count, dtype=torch.long) if view is None else torch.tensor(view)
+    return Batch(inputs, torch.arange(count) % 3, torch.tensor(index), views)
+
+
+def kd(seed=0, **ensemble):
+    torch.manual_seed(seed)
+    teachers = [TinyNet() for _ in range(2)]
+    for teacher in teachers:
+        # Sure of themselves, so that averaging probabilities and averaging logits differ.
+        nn.init.normal_(teacher.head.weight, std=20.0)
+    return KDModule(TinyNet(), TeacherEnsemble(teachers, **ensemble), num_classes=3, input_shape=SHAPE)
+
+
+def naive_softmax(row):
+    top = max(row)
+    exponentials = [math.exp(value - top) for value in row]
+    return [value / sum(exponentials) for value in exponentials]
+
+
+def columns(rows):
+    return zip(*rows, strict=True)
+
+
+def naive_prediction(logits, combine, weights):
+    """One sample's prediction from its teachers' logits."""
+    shares = [weight / sum(weights) for weight in weights]
+    if combine == "logits":
+        return naive_softmax([sum(w * z for w, z in zip(shares, column, strict=True)) for column in columns(logits)])
+    rows = [naive_softmax(row) for row in logits]
+    return [sum(w * p for w, p in zip(shares, column, strict=True)) for column in columns(rows)]
+
+
+@torch.no_grad()
+def naive_metrics(module, dataset, combine="probabilities", weights=(1, 1)):
+    """Sample after sample."""
+    module.eval()
+    same, divergence = 0, 0.0
+    for number in range(len(dataset)):
+        inputs = dataset[number].input[None]
+        p = naive_softmax(module.student(inputs)[0].double().tolist())
+        logits = [teacher(inputs)[0].double().tolist() for teacher in module.teachers]
+        q = naive_prediction(logits, combine, weights)
+        same += p.index(max(p)) == q.index(max(q))
+        divergence += sum(b * (math.log(b) - math.log(a)) for a, b in zip(p, q, strict=True))
+    return {"agreement": same / len(dataset), "teacher_kl": divergence / len(dataset)}
+
+
+def check(found, prefix, expected):
+    for name, value in expected.items():
+        assert float(found[f"{prefix}/{name}"]) == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def watch(module):
+    """A list that grows by the samples which the teachers are asked about outside of training."""
+    asked = []
+
+    def note(network, inputs, output):
+        if not module.trainer.training:
+            asked.append(len(inputs[0]))
+
+    module.teachers.networks[0].register_forward_hook(note)
+    return asked
+
+
+# the answers
+
+
+def kept_about(batch, asker, number=0):
+    answers = TeacherAnswers()
+    prediction = torch.rand(batch.size, 3)
+    answers.keep(asker, number, batch, prediction)
+    return answers, prediction
+
+
+def test_an_answer_is_recalled_for_the_same_views_of_the_same_samples():
+    asker = object()
+    answers, prediction = kept_about(batch_of([4, 2, 7]), asker)
+    # Equal numbers, not the same tensors; the inputs are not looked at.
+    assert answers.recall(asker, 0, batch_of([4, 2, 7], seed=1)) is prediction
+
+
+@pytest.mark.parametrize(
+    ("index", "view"),
+    [([4, 7, 2], None), ([4, 2], None), ([4, 2, 7, 7], None), ([4, 2, 8], None), ([4, 2, 7], [0, 0, 1]), ([], [])],
+)
+def test_nothing_is_recalled_for_other_samples_or_views(index, view):
+    asker = object()
+    answers, _ = kept_about(batch_of([4, 2, 7]), asker)
+    assert answers.recall(asker, 0, batch_of(index, view)) is None
+
+
+def test_nothing_is_recalled_for_another_asker_or_batch_number():
+    asker = object()
+    answers, prediction = kept_about(batch_of([4, 2]), asker, number=3)
+    assert answers.recall(object(), 3, batch_of([4, 2])) is None
+    assert answers.recall(asker, 2, batch_of([4, 2])) is None
+    assert answers.recall(asker, 3, batch_of([4, 2])) is prediction
+
+
+def test_a_later_answer_replaces_the_earlier_one_of_its_place_alone():
+    asker, other = object(), object()
+    answers, _ = kept_about(batch_of([4, 2]), asker)
+    first, second = torch.rand(1, 3), torch.rand(2, 3)
+    answers.keep(other, 0, batch_of([5]), first)
+    answers.keep(asker, 0, batch_of([1, 3]), second)
+    assert answers.recall(asker, 0, batch_of([4, 2])) is None
+    assert answers.recall(asker, 0, batch_of([1, 3])) is second
+    assert answers.recall(other, 0, batch_of([5])) is first
+
+
+def test_forgetting_leaves_nothing():
+    asker = object()
+    answers, _ = kept_about(batch_of([4, 2]), asker)
+    answers.forget()
+    assert answers.recall(asker, 0, batch_of([4, 2])) is None
+
+
+@pytest.mark.parametrize("missing", [{"index": None}, {"view": None}, {"index": None, "view": None}])
+def test_a_batch_that_cannot_be_told_is_neither_kept_nor_recalled(missing):
+    asker, batch = object(), batch_of([4, 2])
+    answers, _ = kept_about(batch._replace(**missing), asker)
+    assert answers.recall(asker, 0, batch) is None
+    answers, _ = kept_about(batch, asker)
+    assert answers.recall(asker, 0, batch._replace(**missing)) is None
+
+
+# the metrics
+
+
+@pytest.mark.parametrize("combine", ["probabilities", "logits"])
+@pytest.mark.parametrize("weights", [None, [1, 3]])
+def test_agreement_and_divergence_are_those_of_the_loop(combine, weights):
+    module = kd(combine=combine, weights=weights)
+    # Batches of 8, 8 and 5 samples.
+    data = TinyDataModule(val_size=21)
+    trainer = tiny_trainer(max_epochs=2)
+    trainer.fit(module, datamodule=data)
+    weights = weights or [1, 1]
+    expected = naive_metrics(module, data.dataset("val"), combine, weights)
+    flipped = "logits" if combine == "probabilities" else "probabilities"
+    other = naive_metrics(module, data.dataset("val"), flipped, weights)
+    assert abs(expected["teacher_kl"] - other["teacher_kl"]) > 0.01
+    check(trainer.callback_metrics, "val", expected)
+    tested = trainer.test(module, datamodule=data, verbose=False)[0]
+    check(tested, "test", naive_metrics(module, data.dataset("test"), combine, weights))
+
+
+def test_a_student_that_is_its_teacher_agrees_everywhere():
+    module = kd()
+    for network in module.teachers:
+        network.load_state_dict(module.student.state_dict())
+    found = tiny_trainer().validate(module, datamodule=TinyDataModule(), verbose=False)[0]
+    assert found["val/agreement"] == 1
+    assert abs(found["val/teacher_kl"]) < 1e-6
+
+
+def test_without_teachers_there_is_nothing_to_agree_with():
+    trainer = tiny_trainer()
+    trainer.fit(SupervisedModule(TinyNet(), num_classes=3), datamodule=TinyDataModule())
+    assert "val/nll" in trainer.callback_metrics
+    assert not [name for name in trainer.callback_metrics if "agreement" in name or "teacher" in name]
+
+
+class GaussianFollower(DistillationModule):
+    """A regression with a teacher, as a user would write it."""
+
+    frozen = ("teacher",)
+
+    def __init__(self, student, teacher):
+        super().__init__(student, num_targets=2)
+        self.teacher = teacher.eval().requires_grad_(False)
+
+    def terms(self, batch):
+        return {"nll": gaussian_nll(*split_gaussian(self.student(batch.input)), batch.target)}
+
+    def weights(self):
+        return {"nll": 1.0}
+
+    def teacher_prediction(self, batch):
+        return join_gaussian(*split_gaussian(self.teacher(batch.input)))
+
+
+def test_a_regressions_divergence_is_that_of_the_loop():
+    torch.manual_seed(0)
+    teacher = TinyNet(None, num_targets=2)
+    nn.init.normal_(teacher.head.weight)
+    module, data = GaussianFollower(TinyNet(None, num_targets=2), teacher), TinyDataModule(num_targets=2, val_size=21)
+    trainer = tiny_trainer(max_epochs=2)
+    trainer.fit(module, datamodule=data)
+    module.eval()
+    total, dataset = 0.0, data.dataset("val")
+    for number in range(21):
+        with torch.no_grad():
+            q, p = (net(dataset[number].input[None])[0].double().tolist() for net in (teacher, module.student))
+        for m_t, s_t, m_s, s_s in zip(q[:2], q[2:], p[:2], p[2:], strict=True):
+            total += 0.5 * (s_s - s_t + math.exp(s_t - s_s) + (m_t - m_s) ** 2 / math.exp(s_s) - 1)
+    check(trainer.callback_metrics, "val", {"teacher_kl": total / 21})
+    assert total / 21 > 0.01
+    assert "val/agreement" not in trainer.callback_metrics
+    assert "val/mae" in trainer.callback_metrics
+
+
+# how often the teachers are asked
+
+
+def test_in_a_fit_the_teachers_are_asked_once_about_each_validation_sample():
+    # The check before training asks about the first two batches.
+    module = kd()
+    asked = watch(module)
+    trainer = tiny_trainer(max_epochs=4, num_sanity_val_steps=2)
+    trainer.fit(module, datamodule=TinyDataModule(val_size=21))
+    assert asked == [8, 8, 5]
+
+
+def test_validating_within_an_epoch_asks_no_more():
+    module = kd()
+    asked = watch(module)
+    tiny_trainer(max_epochs=2, val_check_interval=1).fit(module, datamodule=TinyDataModule(val_size=21))
+    assert asked == [8, 8, 5]
+
+
+def test_two_validation_loaders_are_asked_about_every_time():
+    class Two(TinyDataModule):
+        def val_dataloader(self):
+            return [super().val_dataloader(), super().test_dataloader()]
+
+    class Both(KDModule):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            # Lightning logs what two loaders have in common under names of their own, which metrics do not take.
+            predicted.append(self.teacher_prediction(batch))
+            return self._evaluate(batch, batch_idx, self.val_metrics, self.val_teacher_metrics)
+
+        def log_dict(self, *args, **options):
+            if self.trainer.training:
+                super().log_dict(*args, **options)
+
+    predicted = []
+    torch.manual_seed(0)
+    module = Both(TinyNet(), TinyNet(), num_classes=3)
+    asked = watch(module)
+    tiny_trainer(max_epochs=2).fit(module, datamodule=Two(val_size=8))
+    batches = len(predicted)
+    assert batches > 4
+    # Once by hand, and once for the metrics, in both epochs.
+    assert len(asked) == 2 * batches
+
+
+def test_a_prediction_that_is_the_modules_own_is_kept_where_its_teachers_are_frozen_alone():
+    class Moving(KDModule):
+        frozen = ()
+
+        def teacher_prediction(self, batch):
+            asked.append(len(batch.input))
+            return super().teacher_prediction(batch)
+
+    class Still(Moving):
+        frozen = ("teachers",)
+
+    for kind, times in ((Moving, 3), (Still, 1)):
+        asked = []
+        torch.manual_seed(0)
+        module = kind(TinyNet(), TinyNet(), num_classes=3)
+        tiny_trainer(max_epochs=3, num_sanity_val_steps=0).fit(module, datamodule=TinyDataModule(val_size=8))
+        assert asked == times * [8]
+
+
+def test_kept_answers_give_the_metrics_that_fresh_ones_give(monkeypatch):
+    found = []
+    for kept in (True, False):
+        if not kept:
+            monkeypatch.setattr(TeacherAnswers, "recall", lambda *_: None)
+        module = kd()
+        asked = watch(module)
+        trainer = tiny_trainer(max_epochs=3)
+        trainer.fit(module, datamodule=TinyDataModule(val_size=21))
+        found.append({name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")})
+    assert asked == [8, 8] + 3 * [8, 8, 5]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_validation_and_test_do_not_take_each_others_answers():
+    # Both number their samples from 0.
+    module, data = kd(), TinyDataModule()
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=data)
+    check(trainer.test(module, datamodule=data, verbose=False)[0], "test", naive_metrics(module, data.dataset("test")))
+    check(
+        trainer.validate(module, datamodule=data, verbose=False)[0], "val", naive_metrics(module, data.dataset("val"))
+    )
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+@pytest.mark.parametrize("before", ["fit", "validate", "test"])
+def test_another_call_may_bring_other_data(verb, before):
+    module, data, other = kd(), TinyDataModule(), TinyDataModule(seed=5)
+    asked = watch(module)
+    trainer = tiny_trainer(num_sanity_val_steps=0)
+    if before == "fit":
+        trainer.fit(module, datamodule=data)
+    else:
+        getattr(trainer, before)(module, datamodule=data, verbose=False)
+    found = getattr(trainer, verb)(module, datamodule=other, verbose=False)[0]
+    assert asked == 2 * [8, 8, 8]
+    prefix = {"validate": "val", "test": "test"}[verb]
+    expected = naive_metrics(module, other.dataset(prefix))
+    assert abs(expected["teacher_kl"] - naive_metrics(module, data.dataset(prefix))["teacher_kl"]) > 1e-3
+    check(found, prefix, expected)
+
+
+def test_another_fit_may_bring_other_data():
+    module, other = kd(), TinyDataModule(seed=5)
+    tiny_trainer().fit(module, datamodule=TinyDataModule())
+    asked = watch(module)
+    trainer = tiny_trainer(num_sanity_val_steps=0)
+    trainer.fit(module, datamodule=other)
+    assert asked == [8, 8, 8]
+    check(trainer.callback_metrics, "val", naive_metrics(module, other.dataset("val")))
+
+
+def test_another_teacher_may_come_between_two_calls():
+    module, data = kd(), TinyDataModule()
+    trainer = tiny_trainer()
+    trainer.validate(module, datamodule=data, verbose=False)
+    module.teachers = kd(seed=3).teachers
+    found = trainer.validate(module, datamodule=data, verbose=False)[0]
+    check(found, "val", naive_metrics(module, data.dataset("val")))
+
+
+class Changing(TinyDataModule):
+    """Validates on other samples, or on the same in another order, in every epoch."""
+
+    def __init__(self, batch):
+        super().__init__()
+        self.batch, self.epochs = batch, 0
+
+    def val_dataloader(self):
+        self.epochs += 1
+        dataset = self.dataset("val")
+        order = torch.randperm(24, generator=torch.Generator().manual_seed(self.epochs))
+        self.shown = order[:20]
+        parts = [dataset.__getitems__(part.tolist()) for part in torch.split(self.shown, 8)]
+        return DataLoader([self.batch(part) for part in parts], batch_size=None)
+
+
+BATCHES = {
+    "named": lambda batch: batch,
+    "pair": lambda batch: (batch.input, batch.target),
+    "no view": lambda batch: {"input": batch.input, "target": batch.target, "index": batch.index},
+    "no index": lambda batch: batch._replace(index=None),
+    # Every batch says that it holds the same samples; only the views tell that they are others.
+    "only views": lambda batch: batch._replace(index=torch.zeros_like(batch.index), view=batch.index),
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_data_in_another_order_are_asked_about_again(kind):
+    module, data = kd(), Changing(BATCHES[kind])
+    asked = watch(module)
+    trainer = tiny_trainer(max_epochs=3, num_sanity_val_steps=0, reload_dataloaders_every_n_epochs=1)
+    trainer.fit(module, datamodule=data)
+    assert data.epochs == 3
+    assert asked == 3 * [8, 8, 4]
+    module.eval()
+    dataset = data.dataset("val")
+    check(trainer.callback_metrics, "val", naive_metrics(module, [dataset[int(row)] for row in data.shown]))
+
+
+def test_plain_pairs_of_a_tensor_data_set_are_asked_about_in_every_epoch():
+    module = kd()
+    asked = watch(module)
+    rows = TensorDataset(torch.rand(20, *SHAPE), torch.arange(20) % 3)
+    loaders = [DataLoader(rows, batch_size=8) for _ in range(2)]
+    trainer = tiny_trainer(max_epochs=2, num_sanity_val_steps=0)
+    trainer.fit(module, *loaders)
+    assert asked == 2 * [8, 8, 4]
+    expected = naive_metrics(module, [Batch(*rows[number]) for number in range(20)])
+    check(trainer.callback_metrics, "val", expected)
+
+
+def test_answers_stay_out_of_the_state_dict_and_a_module_that_has_some_is_copied_and_pickled():
+    module, data = kd(), TinyDataModule()
+    names = list(module.state_dict())
+    tiny_trainer().fit(module, datamodule=data)
+    assert list(module.state_dict()) == names
+    file = io.BytesIO()
+    torch.save(copy.deepcopy(module), file)
+    file.seek(0)
+    copied = torch.load(file, weights_only=False)
+    found = tiny_trainer().validate(copied, datamodule=data, verbose=False)[0]
+    check(found, "val", naive_metrics(module, data.dataset("val")))
+
+
+# observe
+
+
+class Watching(SupervisedModule):
+    """Looks at something in every batch."""
+
+    def terms(self, batch):
+        terms = super().terms(batch)
+        self.look(batch, terms)
+        return terms
+
+    def look(self, batch, terms):
+        self.observe("brightness", batch.input.mean())
+
+
+def fitted(build=Watching, **options):
+    torch.manual_seed(0)
+    module = build(TinyNet(), num_classes=3)
+    trainer = tiny_trainer(**options)
+    # Batches of 7, 7, 7 and 3.
+    data = TinyDataModule(batch_size=7)
+    trainer.fit(module, datamodule=data)
+    return module, trainer.callback_metrics, data
+
+
+def test_an_observed_value_is_logged_as_its_mean_over_the_epochs_samples():
+    _, metrics, data = fitted(max_epochs=2)
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(1)
+    batches = list(loader)
+    assert sorted(batch.size for batch in batches) == [3, 7, 7, 7]
+    total = sum(float(batch.input.sum()) for batch in batches)
+    assert metrics["train/brightness"].item() == pytest.approx(total / (24 * 64), rel=1e-5)
+
+
+def test_an_observed_value_is_no_term_and_changes_nothing_else():
+    module, metrics, _ = fitted(max_epochs=2)
+    plain, plain_metrics, _ = fitted(SupervisedModule, max_epochs=2)
+    assert metrics.keys() - plain_metrics.keys() == {"train/brightness"}
+    assert all(torch.equal(value, metrics[name]) for name, value in plain_metrics.items())
+    states = module.state_dict(), plain.state_dict()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_an_observed_value_keeps_no_graph():
+    class Graph(Watching):
+        def look(self, batch, terms):
+            self.observe("doubled", 2 * terms["ce"])
+
+    module, metrics, _ = fitted(Graph)
+    assert metrics["train/doubled"].item() == pytest.approx(2 * metrics["train/ce"].item(), rel=1e-5)
+    module.terms(Batch(torch.rand(4, *SHAPE), torch.arange(4) % 3))
+    assert not module._observed["doubled"].requires_grad
+
+
+def test_what_was_observed_in_one_batch_is_not_logged_for_the_next():
+    class Even(Watching):
+        def look(self, batch, terms):
+            if self.trainer.fit_loop.batch_idx in (0, 2):
+                self.observe("even", batch.input.mean())
+
+    _, metrics, data = fitted(Even)
+    means = [batch.input.mean().item() for batch in data.train_dataloader()]
+    # Both have 7 samples.
+    assert metrics["train/even"].item() == pytest.approx((means[0] + means[2]) / 2, rel=1e-5)
+    assert abs(means[0] - means[2]) > 1e-3
+
+
+def test_the_last_of_two_values_of_one_name_counts():
+    class Twice(Watching):
+        def look(self, batch, terms):
+            self.observe("value", torch.ones(()))
+            self.observe("value", torch.full((), 3.0))
+
+    assert fitted(Twice)[1]["train/value"].item() == 3
+
+
+def test_observing_beside_several_terms_leaves_their_shares():
+    class Both(Watching):
+        def terms(self, batch):
+            logits = self.student(batch.input)
+            self.observe("size", logits.abs().mean())
+            return {"ce": F.cross_entropy(logits, batch.target), "square": logits.square().mean()}
+
+        def weights(self):
+            return {"ce": 1.0, "square": 0.5}
+
+    _, metrics, _ = fitted(Both)
+    assert {name for name in metrics if name.startswith("train/")} == {
+        "train/loss", "train/ce", "train/square", "train/ce_share", "train/square_share", "train/size",
+    }  # fmt: skip
+    total = metrics["train/ce"].item() + 0.5 * metrics["train/square"].item()
+    assert metrics["train/loss"].item() == pytest.approx(total, rel=1e-5)
+    assert metrics["train/ce_share"].item() + metrics["train/square_share"].item() == pytest.approx(1, rel=1e-5)

@@ -1,0 +1,230 @@
+"""A store is refused for whatever would have been answered otherwise."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from distill_lightning import (
+    AdaptedInput,
+    Batch,
+    ExtracurricularModule,
+    FEEDModule,
+    FunctionSampler,
+    GeneratorSampler,
+    IndexedDataModule,
+    InputError,
+    KDModule,
+    MEALV2Module,
+    TeacherStore,
+)
+from distill_lightning.layers import ImageDecoder, fingerprint
+from distill_lightning.storage import files
+from distill_lightning.teachers import TeacherEnsemble
+from distill_lightning.teachers.recorder import record
+from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
+
+
+def net(seed=0, **options):
+    torch.manual_seed(seed)
+    return TinyNet(**options)
+
+
+def kd(folder, teacher, **options):
+    return KDModule(net(), [teacher], num_classes=3, store=TeacherStore(folder, **options))
+
+
+def fitted(module, data=None, **options):
+    tiny_trainer(**({"max_epochs": 2} | options)).fit(module, datamodule=data or TinyDataModule(views=2))
+
+
+# The teachers
+
+
+def test_what_no_state_dict_tells_is_a_part_of_a_teacher(tmp_path):
+    plain = {"size": (8, 8), "mean": 0.4, "std": 0.25, "source_mean": 0.4, "source_std": 0.25}
+    fitted(kd(tmp_path, AdaptedInput(net(1), **plain)))
+    fitted(kd(tmp_path, AdaptedInput(net(1), **plain)))
+    for other in ({"size": (6, 6)}, {"mean": 0.5}, {"std": 0.3}):
+        with pytest.raises(InputError, match="was made by something else: teachers is"):
+            fitted(kd(tmp_path, AdaptedInput(net(1), **(plain | other))))
+
+
+def test_a_fingerprint_counts_buffers_that_are_in_no_file():
+    first, second = (AdaptedInput(net(1), mean=mean, std=1.0) for mean in (0.1, 0.2))
+    assert first.state_dict().keys() == second.state_dict().keys()
+    assert fingerprint(first) != fingerprint(second)
+
+
+def test_the_precision_that_teachers_ran_in_is_a_part_of_their_answers(tmp_path):
+    fitted(kd(tmp_path, net(1)), precision="bf16-mixed")
+    with pytest.raises(InputError, match="precision is bf16-mixed, not 32-true"):
+        fitted(kd(tmp_path, net(1)))
+    # Who has no teachers takes what is there.
+    fitted(KDModule(net(), None, num_classes=3, store=TeacherStore(tmp_path, fill="never")))
+
+
+class Scaled(nn.Module):
+    """A number that is no weight."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.network, self.factor = net(1), factor
+
+    def forward(self, images):
+        return self.network(images) * self.factor
+
+
+def test_teachers_of_equal_weights_that_are_not_one_architecture_cannot_run_as_one():
+    ensemble = TeacherEnsemble([Scaled(1.0), Scaled(3.0)], batched=True)
+    with pytest.raises(InputError, match="teacher 1 answers otherwise alone than together with the first one"):
+        ensemble.logits(torch.rand(4, 1, 8, 8))
+
+
+# What is between the loader and the step
+
+
+class Normalising(TinyDataModule):
+    """Changes its batches where no store sees it."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch._replace(input=batch.input * 2)
+
+
+class NormalisingKD(KDModule):
+    """Changes its batches where no store sees it."""
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch._replace(input=batch.input * 2)
+
+
+@pytest.mark.parametrize("act", [fitted, lambda module, data=None: record(tiny_trainer(), module, data)])
+def test_hooks_that_change_batches_are_refused(tmp_path, act):
+    with pytest.raises(InputError, match="Normalising has a hook on_after_batch_transfer: do in the data set"):
+        act(kd(tmp_path, net(1)), Normalising(views=2))
+    module = NormalisingKD(net(), [net(1)], num_classes=3, store=TeacherStore(tmp_path))
+    with pytest.raises(InputError, match="NormalisingKD has a hook on_before_batch_transfer"):
+        record(tiny_trainer(), module, TinyDataModule(views=2))
+
+
+def test_hooks_of_a_wrapped_data_module_are_seen(tmp_path):
+    with pytest.raises(InputError, match="has a hook on_after_batch_transfer"):
+        fitted(kd(tmp_path, net(1)), IndexedDataModule(Normalising(views=2)))
+
+
+# What is asked
+
+
+def test_a_store_without_mean_logits_is_none_of_meal_v2s(tmp_path):
+    teachers = [net(1)]
+    fitted(KDModule(net(), teachers, num_classes=3, temperature=1.0, store=TeacherStore(tmp_path)))
+    module = MEALV2Module(net(), None, num_classes=3, discriminator="fixed", store=TeacherStore(tmp_path, fill="never"))
+    with pytest.raises(InputError, match="mean_logits is None, not True"):
+        fitted(module)
+
+
+def test_the_largest_probabilities_beside_all_logits_are_refused(tmp_path):
+    store = TeacherStore(tmp_path, top_k=2)
+    with pytest.raises(InputError, match="set discriminator_input='probabilities', or leave top_k out"):
+        MEALV2Module(net(), [net(1)], num_classes=3, discriminator="fixed", store=store)
+    MEALV2Module(
+        net(), [net(1)], num_classes=3, discriminator="fixed", discriminator_input="probabilities", store=store
+    )
+
+
+def test_a_store_of_predictions_holds_no_feature_maps(tmp_path):
+    fitted(kd(tmp_path, net(1)))
+    with pytest.raises(InputError, match="holds no feature maps"):
+        FEEDModule(net(), None, num_classes=3, student_layer="features", store=TeacherStore(tmp_path, fill="never"))
+
+
+def test_a_function_cannot_be_known_again(tmp_path):
+    sampler = FunctionSampler(lambda inputs, draws: inputs)
+    module = ExtracurricularModule(net(), [net(1)], num_classes=3, samplers=[sampler], store=TeacherStore(tmp_path))
+    with pytest.raises(InputError, match="a store cannot know FunctionSampler's function again"):
+        fitted(module)
+
+
+class Unnumbered(pl.LightningDataModule):
+    """Tensors without views, as anybody's data module."""
+
+    num_classes = 3
+
+    def setup(self, stage=None):
+        samples = TinyDataModule().dataset("train")
+        self.data = [(samples[index].input, samples[index].target) for index in range(24)]
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(self.data, batch_size=8, shuffle=True)
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(self.data, batch_size=8)
+
+
+def generated(store):
+    torch.manual_seed(2)
+    decoder = ImageDecoder((1, 8, 8), 4, output_range=(-2.0, 2.0), width=4)
+    return ExtracurricularModule(
+        net(), [net(1)], num_classes=3, samplers=[GeneratorSampler(decoder, latent_dim=4)], store=store
+    )
+
+
+def test_without_views_the_stored_answers_are_about_the_inputs_of_every_epoch(tmp_path):
+    store = TeacherStore(tmp_path, data="tiny", dtype="float32")
+    module = generated(store)
+    told = []
+
+    class Watched(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch:
+                batch = Batch.of(batch)
+                told.append((pl_module.told(batch), pl_module.ask(batch)))
+
+    fitted(module, IndexedDataModule(Unnumbered()), max_epochs=3, callbacks=[Watched()])
+    assert len(told) == 6
+    for stored, asked in told:
+        for name, answer in asked.items():
+            assert torch.allclose(stored[name], answer, atol=1e-5)
+
+
+# Recording
+
+
+class Renumbered(TinyDataModule):
+    """Whose samples have indices of their own."""
+
+    def train_dataloader(self):
+        loader = super().train_dataloader()
+        loader.collate_fn = renumbered
+        return loader
+
+
+def renumbered(batch):
+    return batch._replace(index=23 - batch.index)
+
+
+def test_samples_that_go_by_other_numbers_are_not_recorded(tmp_path):
+    with pytest.raises(InputError, match="record asked for the training samples 0 to 7 and got others"):
+        record(tiny_trainer(), kd(tmp_path, net(1)), Renumbered(views=2))
+
+
+@pytest.mark.slow
+def test_two_processes_mend_one_shard(tmp_path):
+    record(tiny_trainer(), kd(tmp_path, net(1), shard_size=8), TinyDataModule(views=2))
+    path = tmp_path / "view_00001/00001.shard"
+    before = path.read_bytes()
+    path.write_bytes(b"\0" + before[1:])
+    record(tiny_trainer(devices=2, strategy="ddp_spawn"), kd(tmp_path, net(1), shard_size=8), TinyDataModule(views=2))
+    assert path.read_bytes() == before
+
+
+def test_a_shard_that_stays_is_checked_once(tmp_path, monkeypatch):
+    fitted(kd(tmp_path, net(1), shard_size=8))
+    checked = []
+    check = files.checksum_fits
+    monkeypatch.setattr(
+        "distill_lightning.storage.shards.checksum_fits", lambda data: (checked.append(1), check(data))[1]
+    )
+    fitted(kd(tmp_path, net(1), shard_size=8, fill="never"), max_epochs=8)
+    # 3 shards of 2 views, in 4 epochs each.
+    assert len(checked) == 6
