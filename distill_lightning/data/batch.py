@@ -14,11 +14,15 @@ Shape legend, used in every docstring of the package:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Self, cast
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
+from distill_lightning.data.views import Draws
 from distill_lightning.errors import InputError
 
 # By which names a field is found in a batch that is a dict or a NamedTuple; the first that is there counts.
@@ -29,34 +33,133 @@ _KEYS = {
     "view": ("view",),
 }
 
+# Samples without an index get one from their place in the epoch; no batch has as many samples as this.
+_PLACES = 2**24
 
-class Batch(NamedTuple):
-    """One batch; a tuple with names, so ``x, y, *_ = batch`` works too.
+
+class Key(NamedTuple):
+    """Which samples a batch holds, on the host.
 
     Attributes:
-        input: what the networks read, ``(N, C, H, W)`` for images, int64 ``(N, T)`` for tokens.
-        target: class indices ``(N,)``, or ``(N, T)`` where each position has one.
-        index: which sample of the training set each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
+        index: which sample of the training set each row is, int64 ``(N,)``.
         view: which augmented view of that sample each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
     """
 
-    input: Tensor
-    target: Tensor
-    index: Tensor | None = None  # type: ignore[assignment]  # shadows tuple.index, which no one asks a batch for
-    view: Tensor | None = None
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index
+    view: Tensor | None
 
-    @property
-    def partner(self) -> Batch | None:
-        """Another training sample for each row, to be mixed with it; only a `PairedBatch` has them."""
-        return None
+
+class Mixture(NamedTuple):
+    """How the rows of a batch were mixed, row ``i`` of one sample with another.
+
+    Attributes:
+        share: the part of the first sample in each row, ``(N,)``; 1 where a row is not mixed.
+        first: target distribution of the first sample, ``(N, K)``.
+        second: target distribution of the second sample, ``(N, K)``.
+        index: index of the second sample, int64 ``(N,)``; ``None`` if the data module cannot tell.
+    """
+
+    share: Tensor
+    first: Tensor
+    second: Tensor
+    index: Tensor | None  # type: ignore[assignment]  # shadows tuple.index
+
+
+@dataclass
+class Batch:
+    """One batch; ``x, y, *_ = batch`` works, too.
+
+    ``to`` and ``pin_memory`` are what Lightning and PyTorch's loaders move a batch by. ``key`` stays on the host, where
+    stores can read it without waiting for the device.
+
+    Attributes:
+        input: what the networks read: ``(N, C, H, W)`` for images, int64 ``(N, T)`` for tokens; a tuple of such tensors
+            for a network of several arguments, a dict for keyword arguments.
+        target: class indices ``(N,)``, or ``(N, T)`` where each position has one; distributions ``(N, K)`` where labels
+            were mixed or smoothed; real numbers ``(N, d)`` of a regression; ``None`` where nobody looks at labels.
+        index: which sample of the training set each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
+        view: which augmented view of that sample each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
+        counted: which samples ``(N,)`` or positions ``(N, T)`` count in losses and metrics, bool; ``None``: all. A
+            sample that only fills up a process's share does not, nor does padding. Targets of -100 never count.
+        partner: another training sample for each row, to be mixed with it, a function of the row's index and view.
+        mixture: how the rows were mixed; ``None``: they were not.
+        key: ``index`` and ``view`` on the host.
+    """
+
+    input: Any
+    target: Any = None
+    index: Tensor | None = None
+    view: Tensor | None = None
+    counted: Tensor | None = None
+    partner: Batch | None = None
+    mixture: Mixture | None = None
+    key: Key | None = dataclasses.field(default=None, repr=False, compare=False)
+    # Epoch and place in it, of samples that have no index or view to draw random numbers by.
+    when: tuple[int, int] = dataclasses.field(default=(0, 0), repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Keep the index and the view where they are now."""
+        if self.key is None and self.index is not None:
+            self.key = Key(self.index, self.view)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Input, target, and as far as they are known index and view."""
+        yield from (self.input, self.target)
+        if self.index is not None:
+            yield self.index
+            if self.view is not None:
+                yield self.view
 
     @property
     def size(self) -> int:
         """``N``."""
-        first: Any = self.input
-        while not isinstance(first, Tensor):
-            first = next(iter(first.values() if isinstance(first, Mapping) else first))
-        return len(first)
+        return len(first_tensor(self.input))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are."""
+        return first_tensor(self.input).device
+
+    def replace(self, **changes: Any) -> Self:
+        """A batch with other fields; one with another index or view has another key."""
+        if changes.keys() & {"index", "view"}:
+            changes.setdefault("key", None)
+        return dataclasses.replace(self, **changes)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The batch with its tensors on a device; the key stays on the host."""
+        device = torch.device(device)
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+
+    def pin_memory(self) -> Self:
+        """The batch in memory from which a copy to the device does not wait."""
+        pinned = self._mapped(Tensor.pin_memory)
+        pinned.key = None if pinned.index is None else Key(pinned.index, pinned.view)
+        return pinned
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Self:
+        moved = {
+            name: map_tensors(function, getattr(self, name))
+            for name in ("input", "target", "index", "view", "counted", "mixture")
+        }
+        partner = None if self.partner is None else self.partner._mapped(function)
+        return dataclasses.replace(self, **moved, partner=partner)
+
+    def draws(self, seed: int, *, rows: Tensor | None = None, copies: Tensor | None = None) -> Draws:
+        """The random numbers that belong to the rows, functions of ``seed``, index and view alone.
+
+        Args:
+            seed: any integer.
+            rows: which rows get some, int64 ``(S,)``; ``None``: each one.
+            copies: number of each among the copies of its row, int64 ``(S,)``; ``None``: there is one each.
+        """
+        epoch, place = self.when
+        index, view = self.index, self.view
+        if index is None:
+            index = torch.arange(self.size, device=self.device) + place * _PLACES
+        view = torch.full_like(index, epoch) if view is None else view
+        index, view = index.long(), view.long()
+        return Draws(seed, *((index, view) if rows is None else (index[rows], view[rows])), copy=copies)
 
     @classmethod
     def of(cls, batch: Any) -> Batch:
@@ -89,44 +192,22 @@ class Batch(NamedTuple):
         )
 
 
-class PairedBatch(Batch):
-    """A batch whose rows come with partners, a fifth field.
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to every tensor in a nest of dicts, tuples and lists, and keep the nest's structure."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {name: map_tensors(function, part) for name, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        parts = [map_tensors(function, part) for part in value]
+        structure: Any = type(value)
+        # A NamedTuple takes its fields one by one.
+        return structure(*parts) if hasattr(value, "_fields") else structure(parts)
+    return value
 
-    Row ``i`` of ``partner`` is a training sample to be mixed with row ``i``, a function of that row's index and view.
-    Not a field of every `Batch`, because Lightning takes a ``None`` in a batch for a batch size of its own.
-    """
 
-    _fields = (*Batch._fields, "partner")  # type: ignore[assignment]  # a tuple with one more name
-
-    def __new__(
-        cls,
-        input: Tensor,  # noqa: A002  # the field's name
-        target: Tensor,
-        index: Tensor | None,
-        view: Tensor | None,
-        partner: Batch,
-    ) -> Self:
-        """The five fields."""
-        return tuple.__new__(cls, (input, target, index, view, partner))
-
-    @property
-    def partner(self) -> Batch:
-        """The partners, a batch as large."""
-        return cast("Batch", tuple.__getitem__(self, 4))
-
-    @classmethod
-    def _make(cls, iterable: Iterable[Any]) -> Self:  # type: ignore[override]  # NamedTuple's is typed more widely
-        return cls(*iterable)
-
-    def _asdict(self) -> dict[str, Any]:
-        return dict(zip(self._fields, self, strict=True))
-
-    def _replace(self, **fields: Any) -> Self:
-        return type(self)(**{**self._asdict(), **fields})
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        """For copies, and for the pipe from a worker process."""
-        return tuple(self)
-
-    def __repr__(self) -> str:
-        return f"PairedBatch({', '.join(f'{name}={part!r}' for name, part in self._asdict().items())})"
+def first_tensor(value: Any) -> Tensor:
+    """The first tensor in a nest of dicts, tuples and lists."""
+    while not isinstance(value, Tensor):
+        value = next(iter(value.values() if isinstance(value, Mapping) else value))
+    return value

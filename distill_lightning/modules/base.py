@@ -25,7 +25,7 @@ from distill_lightning.modules.optimization import (
 )
 from distill_lightning.modules.parts.data_wait import DataWait
 from distill_lightning.modules.parts.means import RunningMeans
-from distill_lightning.teachers import TeacherEnsemble, TeacherStore
+from distill_lightning.teachers import TeacherEnsemble, TeacherStore, check_classes, check_gaussian
 from distill_lightning.teachers.origin import begin_store, finish_epoch
 
 
