@@ -206,6 +206,14 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in a nest of dicts, tuples and lists, in their order."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
 def first_tensor(value: Any) -> Tensor:
     """The first tensor in a nest of dicts, tuples and lists."""
     while not isinstance(value, Tensor):

@@ -16,6 +16,7 @@ from distill_lightning.functional.calibration import (
     interval_hits,
     risk_coverage,
 )
+from distill_lightning.functional.counting import counted_mean
 from distill_lightning.functional.features import (
     Normalize,
     Reduction,
@@ -30,6 +31,7 @@ from distill_lightning.functional.gaussian import (
     gaussian_kl,
     gaussian_kl_rows,
     gaussian_nll,
+    gaussian_nll_rows,
     join_gaussian,
     split_gaussian,
 )
@@ -57,6 +59,7 @@ __all__ = [
     "by_position",
     "calibration_bins",
     "collapse_mixture",
+    "counted_mean",
     "discriminator_loss",
     "excess_area_under_risk_coverage",
     "expected_calibration_error",
@@ -65,6 +68,7 @@ __all__ = [
     "gaussian_kl",
     "gaussian_kl_rows",
     "gaussian_nll",
+    "gaussian_nll_rows",
     "gaze_angle",
     "hard_targets",
     "hint_distance",

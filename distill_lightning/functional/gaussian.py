@@ -54,10 +54,19 @@ def gaussian_nll(mean: Tensor, log_var: Tensor, target: Tensor) -> Tensor:
 
     Nix, Weigend: *Estimating the Mean and Variance of the Target Probability Distribution*, ICNN 1994.
     """
+    return gaussian_nll_rows(mean, log_var, target).mean()
+
+
+def gaussian_nll_rows(mean: Tensor, log_var: Tensor, target: Tensor) -> Tensor:
+    """`gaussian_nll` of every sample by itself, ``(N,)``: sum over the targets.
+
+    Raises:
+        InputError: the shapes differ.
+    """
     _same_shapes("gaussian_nll", mean, log_var, target)
     mean, log_var, target = wide(mean), wide(log_var), wide(target)
     nll = (log_var + (target - mean) ** 2 * torch.exp(-log_var) + math.log(2 * math.pi)) / 2
-    return nll.sum(dim=1).mean()
+    return nll.sum(dim=1)
 
 
 def gaussian_kl(teacher_mean: Tensor, teacher_log_var: Tensor, student_mean: Tensor, student_log_var: Tensor) -> Tensor:

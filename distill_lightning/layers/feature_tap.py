@@ -46,14 +46,14 @@ class FeatureTap:
     def __repr__(self) -> str:
         return f"FeatureTap({type(self.network).__name__}, {self.layers})"
 
-    def __call__(self, *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    def __call__(self, *inputs: Tensor, **named: Tensor) -> tuple[Any, dict[str, Tensor]]:
         """Run the network once: its output, and the tapped features by path."""
         if self.network is not _plain(self.network) or getattr(self.network, "_compiled_call_impl", None) is not None:
             _guard_hooks()
         self._features = {name: [] for name in self.layers}
         self._recording = True
         try:
-            output = self.network(*inputs)
+            output = self.network(*inputs, **named)
             return output, {name: self._only(name) for name in self.layers}
         finally:
             self._recording = False

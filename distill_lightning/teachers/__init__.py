@@ -1,6 +1,23 @@
 """What frozen networks say: asked, remembered, kept on disk."""
 
-from distill_lightning.teachers.ensemble import EnsembleRule, TeacherEnsemble, check_classes, check_gaussian
+from distill_lightning.teachers.ensemble import EnsembleRule, TeacherEnsemble
+from distill_lightning.teachers.frozen import Frozen
+from distill_lightning.teachers.questions import Features, Logits, MeanLogits, Question, Said, Softened
 from distill_lightning.teachers.store import TeacherStore
+from distill_lightning.teachers.teachers import About, Given, Teachers
 
-__all__ = ["EnsembleRule", "TeacherEnsemble", "TeacherStore", "check_classes", "check_gaussian"]
+__all__ = [
+    "About",
+    "EnsembleRule",
+    "Features",
+    "Frozen",
+    "Given",
+    "Logits",
+    "MeanLogits",
+    "Question",
+    "Said",
+    "Softened",
+    "TeacherEnsemble",
+    "TeacherStore",
+    "Teachers",
+]

@@ -1,34 +1,36 @@
-"""What a training tells a `TeacherStore` of itself, and when; ``module`` is always a `DistillationModule`."""
+"""What the answers in a `TeacherStore` are about, and everything that they depend on."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from distill_lightning.data.batch import Batch
+from distill_lightning.choices import plain
+from distill_lightning.data.batch import Batch, tensors_of
 from distill_lightning.errors import InputError
 from distill_lightning.layers import fingerprint
-from distill_lightning.modules.hparams import plain
-from distill_lightning.teachers import EnsembleRule, TeacherEnsemble, TeacherStore
+
+if TYPE_CHECKING:
+    from distill_lightning.teachers.store import TeacherStore
+    from distill_lightning.teachers.teachers import Teachers
 
 # Samples that are looked at where nothing else tells what the data are.
 _LOOKED_AT = 16
 
 
-def ensemble_if_any(teachers: nn.Module | Sequence[nn.Module] | None) -> TeacherEnsemble | None:
-    """The teachers of a method, which may be absent where a store speaks for them, or nothing is trained."""
-    return None if teachers is None else TeacherEnsemble.of(teachers)
+def begin_store(module: Any, teachers: Teachers, store: TeacherStore) -> None:
+    """Tell a store what its answers are about, when a training starts.
 
-
-def begin_store(module: Any, store: TeacherStore) -> None:
-    """Tell a store what its answers are about.
+    Args:
+        module: the `DistillationModule` that asks.
+        teachers: the module's.
+        store: keeps the answers.
 
     Raises:
         InputError: the data tell neither their number of views nor what they are, or the store is of something else.
@@ -36,7 +38,7 @@ def begin_store(module: Any, store: TeacherStore) -> None:
     trainer = module.trainer
     # Lightning sets it where a data module was given.
     data: Any = trainer.datamodule
-    about = describe(module, store, data, trainer.train_dataloader, str(trainer.precision))
+    about = describe(module, teachers, store, data, trainer.train_dataloader, str(trainer.precision))
     store.begin(**about, rank=trainer.global_rank)
     # Who only reads must not disturb another training that is filling the store.
     if trainer.is_global_zero and store.fill == "online":
@@ -45,12 +47,15 @@ def begin_store(module: Any, store: TeacherStore) -> None:
     store.refresh()
 
 
-def describe(module: Any, store: TeacherStore, data: Any, loader: Any, precision: str) -> dict[str, Any]:
-    """What a store's answers are about, and made by.
+def describe(
+    module: Any, teachers: Teachers, store: TeacherStore, data: Any, loader: Any, precision: str
+) -> dict[str, Any]:
+    """What a store's answers are about, and what they were made by.
 
     Args:
-        module: asks.
-        store: keeps.
+        module: the `DistillationModule` that asks.
+        teachers: the module's.
+        store: keeps the answers.
         data: the data module; ``None``: there is none.
         loader: of the training batches.
         precision: that the teachers run in, the Trainer's.
@@ -71,7 +76,7 @@ def describe(module: Any, store: TeacherStore, data: Any, loader: Any, precision
     if views is None:
         raise InputError("a TeacherStore keeps a number of views of each sample: give the data module views, 8 say")
     _refuse_hooks(module, data)
-    return {"samples": samples, "views": views, "made_by": _made_by(module, store, data, loader, precision)}
+    return {"samples": samples, "views": views, "made_by": _made_by(module, teachers, store, data, loader, precision)}
 
 
 def fetched(loader: Any, samples: Sequence[int], *, view: int | None) -> Any:
@@ -91,21 +96,12 @@ def fetched(loader: Any, samples: Sequence[int], *, view: int | None) -> Any:
     return loader.collate_fn([dataset[key] for key in keys] if many is None else many(keys))
 
 
-def rule_of(module: Any) -> EnsembleRule:
-    """How the teachers' logits become one prediction, as they, or in their absence the store, tell."""
-    teachers = getattr(module, "teachers", None)
-    if teachers is not None:
-        rule: EnsembleRule = teachers.rule
-        return rule
-    return EnsembleRule(**module.teacher_store.found["made_by"]["ensemble"])
-
-
-def finish_epoch(module: Any, store: TeacherStore) -> None:
+def finish_epoch(trainer: Any, store: TeacherStore) -> None:
     """Make readable what all processes have kept in an epoch."""
-    module.trainer.strategy.barrier("store")
-    if module.trainer.is_global_zero and store.fill == "online":
+    trainer.strategy.barrier("store")
+    if trainer.is_global_zero and store.fill == "online":
         store.finish()
-    module.trainer.strategy.barrier("store")
+    trainer.strategy.barrier("store")
     store.refresh()
 
 
@@ -121,7 +117,9 @@ def _refuse_hooks(module: Any, data: Any) -> None:
                 )
 
 
-def _made_by(module: Any, store: TeacherStore, data: Any, loader: Any, precision: str) -> dict[str, Any]:
+def _made_by(
+    module: Any, teachers: Teachers, store: TeacherStore, data: Any, loader: Any, precision: str
+) -> dict[str, Any]:
     """Everything that the answers depend on."""
     if hasattr(data, "fingerprint"):
         known = dict(data.fingerprint())
@@ -132,15 +130,14 @@ def _made_by(module: Any, store: TeacherStore, data: Any, loader: Any, precision
             f"a TeacherStore must know the data again, and {type(data).__name__} has no fingerprint(): name the data "
             "with the store's data"
         )
-    teachers = getattr(module, "teachers", None)
-    if teachers is not None:
+    if teachers.ensemble is not None:
         # The weights do not tell a stride, or the size that an AdaptedInput brings its input to.
         known["teachers"] = [_digest_of(fingerprint(network), repr(network)) for network in teachers]
         known["precision"] = precision
         known["ensemble"] = teachers.rule._asdict()
-    # Logits are the same whatever is then asked.
-    question = {} if store.keep == "logits" else module.question()
-    return dict(plain({**known, "num_classes": module.num_classes, **question}))
+    transforms = plain(list(module.transforms))
+    known |= {"transforms": transforms} if transforms else {}
+    return dict(plain({**known, "num_classes": module.num_classes, **teachers.describe()}))
 
 
 def _digest_of_some(data: Any, loader: Any) -> str:
@@ -169,15 +166,7 @@ def _digest_of(*parts: str) -> str:
 
 def _digest(value: Any) -> str:
     digest = hashlib.sha256()
-    for part in _tensors(value):
+    for part in tensors_of(value):
         digest.update(f"{part.dtype} {tuple(part.shape)} ".encode())
         digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in a network's input, in their order."""
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]

@@ -44,7 +44,7 @@ def record(trainer: pl.Trainer, module: DistillationModule, datamodule: pl.Light
 
     Args:
         trainer: of any strategy; its ``predict`` does the work.
-        module: with teachers and a ``store``.
+        module: whose ``teachers`` are a `TeacherStore` with networks.
         datamodule: with a number of ``views``; or one that has none, whose training samples are always the same.
 
     Returns:
@@ -68,9 +68,11 @@ class _Recorder(pl.LightningModule):
 
     def __init__(self, module: DistillationModule, datamodule: pl.LightningDataModule) -> None:
         super().__init__()
-        if module.teacher_store is None or getattr(module, "teachers", None) is None:
-            raise InputError(f"record needs teachers and a store: give both to {type(module).__name__}")
-        self.module, self.data, self.store = module, datamodule, module.teacher_store
+        teachers = getattr(module, "teachers", None)
+        if not isinstance(teachers, Teachers) or teachers.store is None or teachers.ensemble is None:
+            raise InputError(f"record needs a TeacherStore with the networks that fill it: give {type(module).__name__} one as teachers")
+        self.module, self.data = module, datamodule
+        self.teachers, self.store = teachers, teachers.store
         self.answers = 0
         self._parts: list[dict[str, Tensor]] = []
 
@@ -82,7 +84,7 @@ class _Recorder(pl.LightningModule):
         self.trainer.strategy.barrier("prepare_data")
         self.data.setup("fit")
         loader: Any = self.data.train_dataloader()
-        about = describe(self.module, self.store, self.data, loader, str(self.trainer.precision))
+        about = describe(self.module, self.teachers, self.store, self.data, loader, str(self.trainer.precision))
         self.store.begin(**about, rank=self.trainer.global_rank)
         if self.trainer.is_global_zero:
             self.store.resume()
@@ -99,13 +101,13 @@ class _Recorder(pl.LightningModule):
     def predict_step(self, item: tuple[Any, tuple[int, int], Sequence[int], bool], batch_idx: int) -> int:
         """Ask about a batch; with a shard's last one, write the shard."""
         batch, (view, shard), samples, is_last = item
-        batch = Batch.of(batch)
-        if batch.index is not None and batch.index.tolist() != list(samples):
+        batch = self.module.prepared(batch)
+        if batch.key is not None and batch.key.index.tolist() != list(samples):
             raise InputError(
                 f"record asked for the training samples {samples[0]} to {samples[-1]} and got others, by their "
                 "own index: let a sample's index be its place in the data set"
             )
-        self._parts.append(self.store.narrowed(self.module.kept(batch)))
+        self._parts.append(self.store.narrowed(self.teachers.kept(batch)))
         self.answers += batch.size
         if is_last:
             names = self._parts[0]
@@ -132,7 +134,7 @@ class _Gaps:
 
 
 class _Batches(IterableDataset[Any]):
-    """The batches of some shards; each worker makes every so manieth of them, so together they keep the order.
+    """The batches of some shards, dealt to the workers in turn, so that together they keep the order.
 
     Args:
         loader: makes the training batches.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
@@ -29,7 +29,7 @@ class TeacherStore:
     the teachers said about it stays true. Give the data module a number of ``views``; epoch ``e`` reads view ``e``
     modulo that, or as many views as the data module's ``views_per_load`` says. With ``fill="online"`` the epochs that
     read a view for the first time run the teachers and keep what they say, later ones read; ``distill-lightning
-    record`` fills a store ahead of time. Where it is complete, ``teachers: null`` will do.
+    record`` fills a store ahead of time. Where it is complete, it needs no ``networks``.
 
     ::
 
@@ -37,8 +37,7 @@ class TeacherStore:
           class_path: KDModule
           init_args:
             student: {class_path: SmallResNet, init_args: {width: 8}}
-            teachers: null
-            store: {class_path: TeacherStore, init_args: {path: results/store}}
+            teachers: {class_path: TeacherStore, init_args: {path: results/store}}
         data:
           class_path: FashionMNISTDataModule
           init_args: {views: 8}
@@ -49,6 +48,7 @@ class TeacherStore:
 
     Args:
         path: its folder.
+        networks: the teachers that fill it: a network, several, or a `TeacherEnsemble`; ``None``: it is complete.
         fill: ``"online"``: what is not known is asked for and kept; ``"never"``: what is not known is an error.
         keep: ``"answers"``: what the method asks for, the ensemble's softened prediction say; ``"logits"``: each
             teacher's logits, ``(M, K)`` for a sample: ``M`` times the bytes, and `KDModule` and `MEALV2Module` can be
@@ -70,6 +70,7 @@ class TeacherStore:
     def __init__(
         self,
         path: str | Path,
+        networks: nn.Module | Sequence[nn.Module] | None = None,
         *,
         fill: Literal["online", "never"] = "online",
         keep: Literal["answers", "logits"] = "answers",
@@ -90,6 +91,7 @@ class TeacherStore:
                 raise InputError(f"TeacherStore: {name} must be at least 1, got {number}")
         if keep == "logits" and top_k is not None:
             raise InputError("TeacherStore: top_k keeps the largest probabilities; with keep='logits' leave it out")
+        self.networks = networks
         self.path, self.fill, self.keep, self.dtype = Path(path), fill, keep, dtype
         self.top_k, self.shard_size, self.data = top_k, shard_size, data
         # The header of the store that `begin` has found.
@@ -291,14 +293,14 @@ class TeacherStore:
         return answers
 
     def _keys(self, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        if batch.index is None:
+        if batch.key is None:
             raise InputError(
                 "a TeacherStore needs to know which sample is which, and the batches have no index: wrap the data in "
                 "IndexedDataModule(datamodule)"
             )
-        index = batch.index.cpu().numpy().astype(np.int64, copy=False)
-        if batch.view is not None:
-            return index, batch.view.cpu().numpy().astype(np.int64, copy=False)
+        index = batch.key.index.cpu().numpy().astype(np.int64, copy=False)
+        if batch.key.view is not None:
+            return index, batch.key.view.cpu().numpy().astype(np.int64, copy=False)
         if self._plan.get("views") != 1:
             raise InputError("a TeacherStore of several views needs batches that tell the view of each sample")
         return index, np.zeros_like(index)

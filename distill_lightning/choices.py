@@ -1,0 +1,89 @@
+"""Options that are objects with options of their own, and what a checkpoint holds of any option."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from abc import ABC
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distill_lightning.errors import InputError
+
+_PACKAGE = __name__.partition(".")[0]
+_KEYS = {"class_path", "init_args"}
+
+
+class Choice(ABC):
+    """A description of what a module is to do, with the options that belong to it; immutable, so it can be shared.
+
+    A kind of choice is an abstract class below this one, its alternatives are frozen dataclasses below that. In YAML
+    and on the command line an alternative is named like any class (``distance: HintDistance``, ``--model.distance.p
+    2``). A checkpoint holds a choice of this package as plain values, from which it is made again.
+    """
+
+
+def plain(value: Any) -> Any:
+    """A value as a checkpoint can hold it and ``weights_only=True`` reads it: numbers, text, lists and dicts of them.
+
+    A `Choice` of this package becomes ``{"class_path": ..., "init_args": {...}}``, as it stands in a YAML file.
+
+    Raises:
+        TypeError: the value, or a part of it, is something else.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        return {plain(name): plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Choice) and dataclasses.is_dataclass(value) and _is_own(type(value)):
+        fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": fields}
+    if type(value).__module__ == "numpy" and hasattr(value, "item"):
+        return plain(value.item())
+    raise TypeError(f"{type(value).__name__} is no plain value")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether `plain` takes the value."""
+    try:
+        plain(value)
+    except TypeError:
+        return False
+    return True
+
+
+def from_plain(value: Any) -> Any:
+    """A value as it was before `plain`, choices included; only classes of this package are ever made.
+
+    Raises:
+        InputError: a choice of another package, or of a name that this version does not know.
+    """
+    if isinstance(value, (list, tuple)):
+        return [from_plain(part) for part in value]
+    if not isinstance(value, Mapping):
+        return value
+    if value.keys() == _KEYS:
+        return _choice(value["class_path"])(**{name: from_plain(part) for name, part in value["init_args"].items()})
+    return {name: from_plain(part) for name, part in value.items()}
+
+
+def _is_own(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == _PACKAGE
+
+
+def _choice(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    kind = None
+    if module.partition(".")[0] == _PACKAGE:
+        try:
+            kind = getattr(importlib.import_module(module), name, None)
+        except ImportError:
+            kind = None
+    if not (isinstance(kind, type) and issubclass(kind, Choice)):
+        raise InputError(f"the checkpoint names {path!r}, which is no option of this version: give it anew")
+    return kind

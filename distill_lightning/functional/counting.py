@@ -1,0 +1,25 @@
+"""Means over what counts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def counted_mean(rows: Tensor, counted: Tensor | None = None) -> Tensor:
+    r"""Mean over the samples, or positions, that count: :math:`\sum_i c_i \ell_i / \sum_i c_i`.
+
+    Args:
+        rows: one number for each, ``(N,)`` or ``(N, T)``.
+        counted: :math:`c`, bool, the same shape; ``None``: all count.
+
+    Returns:
+        A scalar, 0 where nothing counts.
+
+    >>> import torch
+    >>> counted_mean(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([True, True, False]))
+    tensor(1.5000)
+    """
+    if counted is None:
+        return rows.mean()
+    # What does not count may be infinite or NaN, which a product with 0 would keep.
+    return rows.masked_fill(~counted, 0).sum() / counted.sum().clamp_min(1)

@@ -1,0 +1,152 @@
+"""Outputs that are logits of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MetricCollection
+
+from distill_lightning import functional
+from distill_lightning.data.batch import Batch
+from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
+from distill_lightning.outputs.metrics import Agreement, MeanDivergence, classification_metrics
+from distill_lightning.outputs.output import Output
+
+IGNORED = -100
+"""The class of samples and positions that never count, PyTorch's own."""
+
+
+@dataclass(frozen=True)
+class Categorical(Output):
+    """Logits ``(N, K)`` of ``K`` classes, or ``(N, T, K)`` where each position has one; distributions are probabilities.
+
+    Args:
+        num_classes: ``K``.
+
+    Raises:
+        InputError: fewer than two classes.
+    """
+
+    num_classes: int
+
+    name = "probabilities"
+    label_term = "ce"
+
+    def __post_init__(self) -> None:
+        """Check the number of classes."""
+        if self.num_classes < 2:
+            raise InputError(f"num_classes must be at least 2, got {self.num_classes}")
+
+    def check(self, who: str, network: nn.Module, shape: Sequence[int], *, per_position: bool = False) -> None:
+        """The last dimension must be ``K``, and the only one unless ``per_position``."""
+        if len(shape) > 2 and shape[-1] == self.num_classes:
+            if not per_position:
+                raise InputError(
+                    f"{who} ({type(network).__name__}) predicts a class for each position, {tuple(shape)}: "
+                    "SupervisedModule and KDModule take such networks, this method does not"
+                )
+        elif len(shape) != 2 or shape[1] != self.num_classes:
+            found = f"{shape[1]} classes" if len(shape) == 2 else f"an output of shape {tuple(shape)}"
+            raise InputError(
+                f"{who} ({type(network).__name__}) has {found} where num_classes={self.num_classes} is needed: "
+                "build it with the data's number of classes"
+            )
+
+    def check_target(self, who: str, target: Tensor | None, *, per_position: bool = False) -> None:
+        """One class for each sample, unless ``per_position``."""
+        of_positions = isinstance(target, Tensor) and target.ndim > 1 and not target.is_floating_point()
+        if of_positions and not per_position:
+            raise InputError(
+                f"{who} takes one class for each sample, and the targets have shape {tuple(target.shape)}: "  # type: ignore[union-attr]
+                "SupervisedModule and KDModule take one for each position"
+            )
+
+    def select(self, output: Tensor, target: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rows ``(R, K)``, and ``(R,)`` classes or ``(R, K)``."""
+        if counted is not None and counted.ndim == 1:
+            output, target = output[counted], target[counted]
+        rows, targets = functional.by_position(output, target)
+        if counted is not None and counted.ndim > 1:
+            counted = counted.flatten()
+            rows, targets = rows[counted], targets[counted]
+        return rows, targets
+
+    def counted(self, output: Tensor, batch: Batch) -> Tensor | None:
+        """Bool ``(N,)``, or ``(N, T)`` of outputs for positions, among which targets of -100 do not count."""
+        counted = batch.counted
+        if output.ndim < 3 or batch.target is None or batch.target.is_floating_point():
+            return counted
+        known: Tensor = batch.target != IGNORED
+        if counted is None:
+            return known
+        return known & counted.reshape(*counted.shape, *[1] * (known.ndim - counted.ndim))
+
+    def label_loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Cross entropy to classes ``(N,)``, ``(N, T)``, or to distributions ``(N, K)``."""
+        logits, target = functional.by_position(output, batch.target)
+        if batch.counted is None:
+            return F.cross_entropy(logits, target)
+        counted = self.counted(output, batch)
+        return functional.counted_mean(F.cross_entropy(logits, target, reduction="none"), _flat(counted))
+
+    def divergence_rows(self, output: Tensor, distribution: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """Sum over the classes, times ``temperature ** 2``, see `functional.softened_kl_rows`."""
+        return functional.softened_kl_rows(output, distribution, temperature=temperature, from_logits=False)
+
+    def divergence(self, output: Tensor, distribution: Tensor, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """Mean over the samples or positions that count."""
+        rows = self.divergence_rows(output, distribution, temperature=temperature)
+        return functional.counted_mean(rows, self.counted(output, batch))
+
+    def point_divergence_rows(self, output: Tensor, distribution: Tensor) -> Tensor:
+        """Cross entropy to the distribution's most probable class, ``(N,)``."""
+        return F.cross_entropy(wide(output), distribution.argmax(dim=1), reduction="none")
+
+    def collapse(
+        self,
+        outputs: Sequence[Tensor],
+        *,
+        weights: Sequence[float] | None = None,
+        combine: str = "probabilities",
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Mean of the softmaxes or, with ``combine="logits"``, softmax of the mean."""
+        logits = torch.stack(list(outputs))
+        if combine == "probabilities":
+            return functional.mean_probabilities(logits, temperature=temperature, weights=weights)
+        mean = functional.weighted_mean(logits.float(), weights)
+        return functional.mean_probabilities(mean[None], temperature=temperature)
+
+    def uncertainty(self, distribution: Tensor) -> Tensor:
+        """Entropy in nats."""
+        entropy: Tensor = torch.special.entr(distribution).sum(dim=-1)
+        return entropy
+
+    def prediction(self, output: Tensor) -> Tensor:
+        """The logits."""
+        return output
+
+    def as_prediction(self, distribution: Tensor) -> Tensor:
+        """Log-probabilities; a probability that underflowed to zero is the smallest one."""
+        return distribution.clamp_min(torch.finfo(distribution.dtype).tiny).log()
+
+    def comparison(self, output: Tensor, distribution: Tensor) -> dict[str, Tensor]:
+        """``agreement``: share of samples on which both name the same class."""
+        return {"agreement": (output.argmax(dim=-1) == distribution.argmax(dim=-1)).float().mean()}
+
+    def metrics(self) -> MetricCollection:
+        """`classification_metrics`."""
+        return classification_metrics(self.num_classes)
+
+    def teacher_metrics(self) -> MetricCollection:
+        """``agreement``, and ``teacher_kl`` in nats."""
+        return MetricCollection({"agreement": Agreement(), "teacher_kl": MeanDivergence()}, compute_groups=False)
+
+
+def _flat(counted: Tensor | None) -> Tensor | None:
+    return None if counted is None else counted.flatten()

@@ -1,0 +1,175 @@
+"""Outputs that are the parameters of a diagonal Gaussian."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from distill_lightning import functional
+from distill_lightning.data.batch import Batch
+from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
+from distill_lightning.outputs.metrics import GaussianDivergence, regression_metrics
+from distill_lightning.outputs.output import Output
+
+
+@dataclass(frozen=True)
+class Gaussian(Output):
+    """Means, then log-variances of ``d`` real targets, ``(N, 2 d)``; distributions are these within their bounds.
+
+    Args:
+        num_targets: ``d``.
+        log_var_bounds: that log-variances are clamped to.
+        teacher_variance: of teachers that give means only, ``(N, d)``; one number or one per target. Those that give
+            log-variances, too, are taken at their word.
+        fixed_variance: of the student, whose means alone count then, so that it may give ``(N, d)``; ``None``: it
+            predicts its own.
+
+    Raises:
+        InputError: a size, a variance or bounds that cannot be used.
+    """
+
+    num_targets: int
+    log_var_bounds: tuple[float, float] = functional.LOG_VAR_BOUNDS
+    teacher_variance: float | list[float] | None = None
+    fixed_variance: float | None = None
+
+    name = "gaussian"
+    label_term = "nll"
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.num_targets < 1:
+            raise InputError(f"num_targets must be at least 1, got {self.num_targets}")
+        if not self.log_var_bounds[0] < self.log_var_bounds[1]:
+            raise InputError(f"log_var_bounds must be (smallest, largest), got {self.log_var_bounds}")
+        variances = self._teacher_variances()
+        if variances is not None and (len(variances) != self.num_targets or not all(v > 0 for v in variances)):
+            raise InputError(
+                f"teacher_variance must be positive, one number or one for each of {self.num_targets}: "
+                f"{self.teacher_variance}"
+            )
+        if self.fixed_variance is not None and not self.fixed_variance > 0:
+            raise InputError(f"fixed_variance must be positive, got {self.fixed_variance}")
+
+    def check(self, who: str, network: nn.Module, shape: Sequence[int], *, per_position: bool = False) -> None:
+        """``(N, 2 d)`` is needed; with a ``fixed_variance`` ``(N, d)`` will do."""
+        if self.fixed_variance is not None and self._are_means(shape):
+            return
+        if len(shape) != 2 or shape[1] != 2 * self.num_targets:
+            raise InputError(
+                f"{who} ({type(network).__name__}) has an output of shape {tuple(shape)} where "
+                f"num_targets={self.num_targets} needs (N, {2 * self.num_targets}), means and log-variances: end it in "
+                "a GaussianHead"
+            )
+
+    def check_teacher(self, who: str, network: nn.Module, shape: Sequence[int], *, per_position: bool = False) -> None:
+        """``(N, 2 d)``, or with a ``teacher_variance`` ``(N, d)``, is needed."""
+        if not self._are_means(shape):
+            self.check(who, network, shape)
+        elif self.teacher_variance is None:
+            found = f"{who} ({type(network).__name__}) has an output of shape {tuple(shape)}, means alone"
+            raise InputError(f"{found}: give their teacher_variance, or end it in a GaussianHead")
+
+    def select(self, output: Tensor, target: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The samples that count."""
+        return (output, target) if counted is None else (output[counted], target[counted])
+
+    def counted(self, output: Tensor, batch: Batch) -> Tensor | None:
+        """Bool ``(N,)``."""
+        return batch.counted
+
+    def label_loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """See `functional.gaussian_nll`."""
+        mean, log_var = self.prediction(output).chunk(2, dim=1)
+        if batch.counted is None:
+            return functional.gaussian_nll(mean, log_var, batch.target)
+        return functional.counted_mean(functional.gaussian_nll_rows(mean, log_var, batch.target), batch.counted)
+
+    def divergence_rows(self, output: Tensor, distribution: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """Sum over the targets, see `functional.gaussian_kl_rows`; a temperature means nothing here."""
+        return functional.gaussian_kl_rows(*distribution.chunk(2, dim=1), *self.prediction(output).chunk(2, dim=1))
+
+    def divergence(self, output: Tensor, distribution: Tensor, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """Mean over the samples that count."""
+        return functional.counted_mean(self.divergence_rows(output, distribution), batch.counted)
+
+    def point_divergence_rows(self, output: Tensor, distribution: Tensor) -> Tensor:
+        """Squared error to the distribution's mean over twice ``fixed_variance`` (1 without), ``(N,)``."""
+        mean = wide(output[:, : self.num_targets])
+        variance = 1.0 if self.fixed_variance is None else self.fixed_variance
+        return (mean - distribution[:, : self.num_targets]).square().sum(dim=1) / (2 * variance)
+
+    def collapse(
+        self,
+        outputs: Sequence[Tensor],
+        *,
+        weights: Sequence[float] | None = None,
+        combine: str = "probabilities",
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """The Gaussian with the mixture's mean and variance, see `functional.collapse_mixture`."""
+        if combine != "probabilities":
+            raise InputError("a regression's teachers are collapsed to one Gaussian: combine has no meaning there")
+        means, variances = zip(*(self._teacher_gaussian(output) for output in outputs), strict=True)
+        mean, variance = functional.collapse_mixture(torch.stack(means), torch.stack(variances), weights=weights)
+        return functional.join_gaussian(mean, variance.log())
+
+    def uncertainty(self, distribution: Tensor) -> Tensor:
+        """Total variance."""
+        return distribution.chunk(2, dim=1)[1].exp().sum(dim=1)
+
+    def prediction(self, output: Tensor) -> Tensor:
+        """Means and log-variances within their bounds, ``(N, 2 d)``."""
+        if self.fixed_variance is not None:
+            mean = wide(output[:, : self.num_targets])
+            return functional.join_gaussian(mean, torch.full_like(mean, math.log(self.fixed_variance)))
+        return functional.join_gaussian(*functional.split_gaussian(output, bounds=self.log_var_bounds))
+
+    def teacher_prediction(self, output: Tensor) -> Tensor:
+        """Means and log-variances, ``teacher_variance`` where a teacher gives none."""
+        mean, variance = self._teacher_gaussian(output)
+        return functional.join_gaussian(mean, variance.log())
+
+    def as_prediction(self, distribution: Tensor) -> Tensor:
+        """The distribution as it is."""
+        return distribution
+
+    def comparison(self, output: Tensor, distribution: Tensor) -> dict[str, Tensor]:
+        """``student_deviation`` and ``teacher_deviation``: mean standard deviations."""
+        both = {"student": self.prediction(output), "teacher": distribution}
+        return {
+            f"{who}_deviation": gaussian.chunk(2, dim=1)[1].div(2).exp().mean() for who, gaussian in both.items()
+        }
+
+    def metrics(self) -> MetricCollection:
+        """`regression_metrics`."""
+        return regression_metrics(self.num_targets)
+
+    def teacher_metrics(self) -> MetricCollection:
+        """``teacher_kl`` in nats."""
+        return MetricCollection({"teacher_kl": GaussianDivergence()}, compute_groups=False)
+
+    def _are_means(self, shape: Sequence[int]) -> bool:
+        return tuple(shape[1:]) == (self.num_targets,)
+
+    def _teacher_variances(self) -> list[float] | None:
+        given = self.teacher_variance
+        if given is None:
+            return None
+        return [float(given)] * self.num_targets if isinstance(given, (int, float)) else [float(v) for v in given]
+
+    def _teacher_gaussian(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """One teacher's means and variances."""
+        variances = self._teacher_variances()
+        if not self._are_means(output.shape) or variances is None:
+            mean, log_var = functional.split_gaussian(output, bounds=self.log_var_bounds)
+            return mean, log_var.exp()
+        # Python numbers written into a tensor of the right device: nothing has to be copied to it.
+        columns = [torch.full_like(output[:, 0], value, dtype=torch.float32) for value in variances]
+        return wide(output), torch.stack(columns, dim=1)

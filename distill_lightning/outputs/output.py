@@ -1,0 +1,117 @@
+"""What an output of a network means."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from distill_lightning.choices import Choice
+from distill_lightning.data.batch import Batch
+
+
+class Output(Choice):
+    """The distribution of the target that a network's output stands for; modules, stores and metrics ask it.
+
+    An *output* is what a network gives; a *distribution* is what it means, in the numbers that a store can keep:
+    `Categorical`: logits and probabilities ``(N, K)``; `Gaussian`: means and log-variances ``(N, 2 d)``, and the same
+    within their bounds.
+
+    Attributes:
+        name: of distributions, among a store's answers.
+        label_term: what the labels' likelihood is called in logs.
+    """
+
+    name: ClassVar[str]
+    label_term: ClassVar[str]
+
+    @abstractmethod
+    def check(self, who: str, network: nn.Module, shape: Sequence[int], *, per_position: bool = False) -> None:
+        """Look at the shape of a student's output.
+
+        Args:
+            who: what the message begins with.
+            network: that gave it.
+            shape: of the output.
+            per_position: whether an output for each position, ``(N, T, ...)``, will do, too.
+
+        Raises:
+            InputError: it does not fit.
+        """
+
+    def check_teacher(self, who: str, network: nn.Module, shape: Sequence[int], *, per_position: bool = False) -> None:
+        """Look at the shape of a teacher's output; arguments and errors as `check`."""
+        self.check(who, network, shape, per_position=per_position)
+
+    def check_target(self, who: str, target: Tensor | None, *, per_position: bool = False) -> None:
+        """Look at a batch's targets; arguments as `check`.
+
+        Raises:
+            InputError: they are of a kind that the method does not take.
+        """
+
+    @abstractmethod
+    def select(self, output: Tensor, target: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The rows of output and target, or of two outputs, that count, positions as samples of their own."""
+
+    @abstractmethod
+    def counted(self, output: Tensor, batch: Batch) -> Tensor | None:
+        """What counts of an output, bool, of the shape that its losses have; ``None``: everything."""
+
+    @abstractmethod
+    def label_loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Negative log-likelihood of the labels in nats, mean over what counts."""
+
+    @abstractmethod
+    def divergence_rows(self, output: Tensor, distribution: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """:math:`KL(q || p)` of each sample or position, ``q`` a distribution at ``temperature``, ``p`` the output."""
+
+    @abstractmethod
+    def divergence(self, output: Tensor, distribution: Tensor, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """The mean of `divergence_rows` over what counts."""
+
+    @abstractmethod
+    def point_divergence_rows(self, output: Tensor, distribution: Tensor) -> Tensor:
+        """As `divergence_rows`, to what is most probable in the distribution alone."""
+
+    @abstractmethod
+    def collapse(
+        self,
+        outputs: Sequence[Tensor],
+        *,
+        weights: Sequence[float] | None = None,
+        combine: str = "probabilities",
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """One distribution of several outputs, see `TeacherEnsemble`; without a graph if they have none."""
+
+    @abstractmethod
+    def uncertainty(self, distribution: Tensor) -> Tensor:
+        """Entropy in nats, or total variance, of each sample ``(N,)``."""
+
+    @abstractmethod
+    def prediction(self, output: Tensor) -> Tensor:
+        """An output in the form that metrics read."""
+
+    def teacher_prediction(self, output: Tensor) -> Tensor:
+        """A teacher's output in the form that metrics read."""
+        return self.prediction(output)
+
+    @abstractmethod
+    def as_prediction(self, distribution: Tensor) -> Tensor:
+        """A distribution in the form that metrics read."""
+
+    @abstractmethod
+    def comparison(self, output: Tensor, distribution: Tensor) -> dict[str, Tensor]:
+        """Scalars by name that tell how a student's output and its teachers' distribution compare in training."""
+
+    @abstractmethod
+    def metrics(self) -> MetricCollection:
+        """What a student is judged by."""
+
+    @abstractmethod
+    def teacher_metrics(self) -> MetricCollection:
+        """How close a student is to its teachers."""

@@ -1,0 +1,148 @@
+"""What a method asks its teachers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distill_lightning import functional
+from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
+from distill_lightning.layers import Paraphraser, fingerprint
+from distill_lightning.outputs import Output
+from distill_lightning.teachers.ensemble import EnsembleRule
+
+
+class Said(NamedTuple):
+    """What the teachers gave for a batch, each of them run once.
+
+    Attributes:
+        outputs: of each teacher, ``(N, ...)``.
+        features: the tapped feature of each teacher, where features are asked for.
+        rule: how predictions become one.
+        output: what an output means.
+    """
+
+    outputs: Sequence[Tensor]
+    features: Sequence[Tensor]
+    rule: EnsembleRule
+    output: Output
+
+
+class Question(ABC):
+    """One thing that is asked about every training batch; declared when a `Teachers` is made.
+
+    A question is answered in tensors ``(N, ...)`` that are functions of each sample's input alone, so that a
+    `TeacherStore` can keep them.
+    """
+
+    needs_features = False
+
+    @abstractmethod
+    def answers(self, said: Said) -> dict[str, Tensor]:
+        """The answers, ``(N, ...)`` each, by name."""
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values of everything that the answers depend on beside the teachers."""
+        return {}
+
+    def networks(self) -> list[nn.Module]:
+        """Frozen networks of the question's own."""
+        return []
+
+
+class Softened(Question):
+    """The ensemble's one distribution at a temperature: `Teachers.distribution`, `Teachers.probabilities`.
+
+    Args:
+        temperature: ``T``, which a regression has none of.
+
+    Raises:
+        InputError: ``temperature`` is not positive.
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        if not temperature > 0:
+            raise InputError(f"temperature must be positive, got {temperature}")
+        self.temperature = temperature
+
+    def answers(self, said: Said) -> dict[str, Tensor]:
+        """The collapsed ensemble."""
+        distribution = said.output.collapse(
+            said.outputs, weights=said.rule.weights, combine=said.rule.combine, temperature=self.temperature
+        )
+        return {said.output.name: distribution}
+
+    def describe(self) -> dict[str, Any]:
+        """The temperature."""
+        return {"temperature": self.temperature}
+
+
+class Logits(Question):
+    """Every teacher's output: `Teachers.logits`."""
+
+    def answers(self, said: Said) -> dict[str, Tensor]:
+        """``(N, M, ...)``."""
+        return {"logits": torch.stack(list(said.outputs), dim=1)}
+
+
+class MeanLogits(Question):
+    """The weighted mean of the teachers' outputs, whatever the rule: `Teachers.mean_logits`."""
+
+    def answers(self, said: Said) -> dict[str, Tensor]:
+        """``(N, K)``."""
+        return {"mean_logits": functional.weighted_mean(wide(torch.stack(list(said.outputs))), said.rule.weights)}
+
+    def describe(self) -> dict[str, Any]:
+        """That they are asked for."""
+        return {"mean_logits": True}
+
+
+class Features(Question):
+    """An inner feature of every teacher: `Teachers.features`.
+
+    Args:
+        layers: dotted path (or glob) of the tapped layer: one for all teachers, or one each.
+        paraphrasers: trained `Paraphraser` networks, one per teacher, whose codes are then the features.
+        size: rows and columns that each feature map is brought to by adaptive average pooling; ``None``: it stays.
+    """
+
+    needs_features = True
+
+    def __init__(
+        self, layers: str | Sequence[str], *, paraphrasers: Sequence[Paraphraser] = (), size: int | None = None
+    ) -> None:
+        self.layers: list[str] | str = layers if isinstance(layers, str) else list(layers)
+        self.paraphrasers, self.size = list(paraphrasers), size
+
+    def answers(self, said: Said) -> dict[str, Tensor]:
+        """``feature_<m>``, ``(N, C_m, H, W)`` each."""
+        features = list(said.features)
+        if self.paraphrasers:
+            features = [one.encoder(feature) for one, feature in zip(self.paraphrasers, features, strict=True)]
+        return {self.name_of(number): self.reduced(feature) for number, feature in enumerate(features)}
+
+    def reduced(self, feature: Tensor) -> Tensor:
+        """A feature map at the wanted size."""
+        return feature if self.size is None else nn.functional.adaptive_avg_pool2d(feature, (self.size, self.size))
+
+    def describe(self) -> dict[str, Any]:
+        """Size, layers and paraphrasers."""
+        return {
+            "target_size": self.size,
+            "layers": self.layers,
+            "paraphrasers": fingerprint(nn.ModuleList(self.paraphrasers)),
+        }
+
+    def networks(self) -> list[nn.Module]:
+        """The paraphrasers."""
+        return list(self.paraphrasers)
+
+    @staticmethod
+    def name_of(number: int | str) -> str:
+        """What a teacher's feature is called among the answers."""
+        return f"feature_{number}"

@@ -1,0 +1,344 @@
+"""The one way from a method to its teachers, whoever answers for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_lightning.data.batch import Batch
+from distill_lightning.data.samplers import count_rows, join
+from distill_lightning.errors import InputError
+from distill_lightning.layers import FeatureTap, dry_forward, fingerprint
+from distill_lightning.layers.calling import call
+from distill_lightning.networks.provenance import recipe_of
+from distill_lightning.outputs import Output
+from distill_lightning.teachers import origin
+from distill_lightning.teachers.ensemble import EnsembleRule, TeacherEnsemble
+from distill_lightning.teachers.frozen import Frozen
+from distill_lightning.teachers.questions import Features, Logits, Question, Said
+from distill_lightning.teachers.store import TeacherStore
+
+Given = nn.Module | Sequence[nn.Module] | TeacherStore | None
+"""What a method takes as ``teachers``."""
+
+
+class About:
+    """Which inputs the teachers are asked about; here, a batch's own."""
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Inputs by name, the batch's own first, under the empty name."""
+        return {"": batch.input}
+
+    def check_storable(self, batch: Batch, inputs: Mapping[str, Any]) -> None:
+        """Refuse inputs that are not functions of the rows' indices and views.
+
+        Raises:
+            InputError: some are not.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values of everything that the other inputs depend on."""
+        return {}
+
+
+class Teachers(Frozen):
+    """Frozen teachers and what a method asks them; an attribute of a `DistillationModule`.
+
+    ::
+
+        self.teachers = Teachers(teachers, ask=[Softened(temperature)])   # in the constructor
+        probs = self.teachers.probabilities(batch)                        # in terms
+
+    Every network runs once per batch, however many questions there are. Where a `TeacherStore` was given, its answers
+    take the networks' place as soon as it knows them, and the method does not notice.
+
+    Args:
+        given: a network, several, a `TeacherEnsemble`, a `TeacherStore`, which may hold the networks that fill it, or
+            ``None``: there are no teachers, and nothing may be asked.
+        ask: the questions, each of a kind of its own.
+        about: which inputs they are about; ``None``: each batch's own.
+    """
+
+    def __init__(self, given: Given, ask: Sequence[Question], *, about: About | None = None) -> None:
+        self.store = given if isinstance(given, TeacherStore) else None
+        networks = self.store.networks if self.store is not None else given
+        self.ensemble = None if networks is None else TeacherEnsemble.of(networks)  # type: ignore[arg-type]
+        self.questions = list(ask)
+        self.about = about or About()
+        self.taps: list[FeatureTap] = []
+        self.output: Output | None = None
+        self._who, self._per_position = "", False
+        self._last: tuple[Batch, dict[str, Any], dict[str, Tensor] | None] | None = None
+        own = [] if self.ensemble is None else [self.ensemble]
+        super().__init__([*own, *(network for question in ask for network in question.networks())])
+        for question in self.questions:
+            if isinstance(question, Features) and self.ensemble is not None:
+                self.taps = self.ensemble.tapped(_one_each(len(self), "layers", question.layers))
+
+    def __len__(self) -> int:
+        return 0 if self.ensemble is None else len(self.ensemble)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(() if self.ensemble is None else self.ensemble)
+
+    def __getitem__(self, number: int) -> nn.Module:
+        return list(self)[number]
+
+    def __bool__(self) -> bool:
+        return self.ensemble is not None or self.store is not None
+
+    def __repr__(self) -> str:
+        return f"Teachers({', '.join(type(network).__name__ for network in self) or self.store})"
+
+    def joined(self, module: Any) -> None:
+        """Look at the networks' outputs, where the module knows the shape of an input."""
+        self.output, self._who, self._per_position = module.output, type(module).__name__, module.per_position
+        if module.input_shape is not None and not self.taps:
+            for number, network in enumerate(self):
+                shape = dry_forward(network, module.input_shape).shape
+                self.check(number, network, shape)
+
+    def check(self, number: int, network: nn.Module, shape: Sequence[int]) -> None:
+        """Look at the shape of a teacher's output.
+
+        Raises:
+            InputError: it does not fit the module's.
+        """
+        self._means.check_teacher(f"teacher {number}", network, shape, per_position=self._per_position)
+
+    def shapes(self, input_shape: Sequence[int]) -> list[tuple[int, ...]]:
+        """Shapes ``(1, C, H, W)`` of the teachers' tapped features, from one dry forward or as a store tells them."""
+        if self.ensemble is None:
+            return self._stored_shapes()
+        found = []
+        for number, tap in enumerate(self.taps):
+            output, features = tap.shapes(input_shape)
+            self.check(number, tap.network, output)
+            found.append(tuple(features[tap.layers[0]]))
+        return found
+
+    def _stored_shapes(self) -> list[tuple[int, ...]]:
+        if self.store is None:
+            raise self._nobody()
+        shapes, prefix = self.store.shapes(), Features.name_of("")
+        found = [(1, *shapes[name]) for name in sorted(shapes, key=len) if name.startswith(prefix)]
+        if not found:
+            raise InputError(f"the store {self.store.path} holds no feature maps: give one that this method has filled")
+        return found
+
+    # What a method reads
+
+    def distribution(self, batch: Batch) -> Tensor:
+        """`Softened`: the ensemble's distribution, ``(N, K)`` or ``(N, 2 d)``, of every input that it is asked about."""
+        return self._answer(batch, self._means.name)
+
+    def probabilities(self, batch: Batch) -> Tensor:
+        """`Softened`, of a classification: ``(N, K)`` or ``(N, T, K)``."""
+        return self._answer(batch, "probabilities")
+
+    def logits(self, batch: Batch) -> Tensor:
+        """`Logits`: every teacher's, ``(M, N, ...)``."""
+        return self._answer(batch, "logits").transpose(0, 1)
+
+    def mean_logits(self, batch: Batch) -> Tensor:
+        """`MeanLogits`, ``(N, K)``."""
+        return self._answer(batch, "mean_logits")
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        """`Features`: one for each teacher, ``(N, C_m, H, W)``."""
+        answers, prefix = self.answers(batch), Features.name_of("")
+        names = sorted((name for name in answers if name.startswith(prefix)), key=lambda name: (len(name), name))
+        if not names:
+            raise self._undeclared("features")
+        return [answers[name] for name in names]
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """The inputs that the teachers are asked about, made once per batch."""
+        if self._last is None or self._last[0] is not batch:
+            self._last = (batch, self.about.inputs(batch), None)
+        return self._last[1]
+
+    def answers(self, batch: Batch) -> dict[str, Tensor]:
+        """All answers about a training batch, by name: from the store as far as it knows them, else asked.
+
+        Raises:
+            InputError: there are no teachers, and no store that knows their answers.
+        """
+        inputs = self.inputs(batch)
+        known = self._last[2] if self._last is not None else None
+        if known is None:
+            known = self.ask(batch) if self.store is None else self._told(batch, self.store)
+            self._last = (batch, inputs, known)
+        return known
+
+    def _answer(self, batch: Batch, name: str) -> Tensor:
+        answers = self.answers(batch)
+        if name not in answers:
+            raise self._undeclared(name)
+        return answers[name]
+
+    # Who answers
+
+    def ask(self, batch: Batch) -> dict[str, Tensor]:
+        """Run the networks and answer every question."""
+        said = self._said(batch)
+        with torch.no_grad():
+            return {name: rows for question in self.questions for name, rows in question.answers(said).items()}
+
+    def kept(self, batch: Batch) -> dict[str, Tensor]:
+        """What the store keeps about a batch: an answer ``(N, ...)`` for each question and input, or the logits alone.
+
+        Raises:
+            InputError: the inputs are none that a store can know again.
+        """
+        if self.store is not None and self.store.keep == "logits":
+            self._refuse_more_than_logits()
+            with torch.no_grad():
+                answers = Logits().answers(self._said(batch))
+        else:
+            answers = self.ask(batch)
+        chunks = self._chunks(batch)
+        return {
+            f"{name}{chunk}": rows
+            for name, whole in answers.items()
+            for chunk, rows in zip(chunks, torch.split(whole, batch.size), strict=True)
+        }
+
+    def _told(self, batch: Batch, store: TeacherStore) -> dict[str, Tensor]:
+        chunks = self._chunks(batch)
+        ask: Callable[[], dict[str, Tensor]] | None = None if self.ensemble is None else lambda: self.kept(batch)
+        told = store.told(batch, ask, device=batch.device)
+        if store.keep == "logits":
+            self._refuse_more_than_logits()
+            said = Said(told["logits"].transpose(0, 1).unbind(), (), self.rule, self._means)
+            return {name: rows for question in self.questions for name, rows in question.answers(said).items()}
+        if len(chunks) == 1:
+            return told
+        names = [name for name in told if not any(name.endswith(chunk) for chunk in chunks[1:])]
+        return {name: torch.cat([told[f"{name}{chunk}"] for chunk in chunks]) for name in names}
+
+    def _said(self, batch: Batch) -> Said:
+        if self.ensemble is None:
+            raise self._nobody()
+        every = list(self.inputs(batch).values())
+        inputs = every[0] if len(every) == 1 else join(every)
+        if not self.taps:
+            outputs = self.ensemble.each(inputs)
+            for number, (network, output) in enumerate(zip(self, outputs, strict=True)):
+                self.check(number, network, output.shape)
+            return Said(outputs, (), self.rule, self._means)
+        pairs = self.ensemble.each(inputs, self.taps)
+        features = [features[tap.layers[0]] for tap, (_, features) in zip(self.taps, pairs, strict=True)]
+        return Said([output for output, _ in pairs], features, self.rule, self._means)
+
+    def _chunks(self, batch: Batch) -> list[str]:
+        """What stands behind an answer's name for each ``N`` of its rows; of a batch's own input, nothing."""
+        inputs = self.inputs(batch)
+        if len(inputs) == 1:
+            return [""]
+        self.about.check_storable(batch, inputs)
+        chunks = [""]
+        for name, values in inputs.items():
+            if name:
+                chunks += [f"_{name}_{copy}" for copy in range(count_rows(values) // batch.size)]
+        return chunks
+
+    @property
+    def rule(self) -> EnsembleRule:
+        """How the teachers' predictions become one, as they, or in their absence the store, tell."""
+        if self.ensemble is not None:
+            return self.ensemble.rule
+        if self.store is None:
+            raise self._nobody()
+        return EnsembleRule(**self.store.found["made_by"]["ensemble"])
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values of the questions and inputs that a store's answers depend on."""
+        about = self.about.describe()
+        if self.store is not None and self.store.keep == "logits":
+            return about
+        asked = {name: value for question in self.questions for name, value in question.describe().items()}
+        if self.ensemble is None:
+            # The store itself tells of the teachers that filled it.
+            asked = {name: value for name, value in asked.items() if name not in ("layers", "paraphrasers")}
+        return {**asked, **about}
+
+    @property
+    def _means(self) -> Output:
+        if self.output is None:
+            raise RuntimeError("Teachers is asked before it became an attribute of a DistillationModule")
+        return self.output
+
+    def _refuse_more_than_logits(self) -> None:
+        if any(question.needs_features for question in self.questions) or type(self.about) is not About:
+            raise InputError(f"{self._who} needs more than its teachers' logits: leave the store's keep out")
+
+    def _undeclared(self, name: str) -> InputError:
+        asked = ", ".join(type(question).__name__ for question in self.questions) or "nothing"
+        return InputError(f"{self._who} reads the teachers' {name} and has declared {asked}: add it to Teachers(ask=...)")
+
+    @staticmethod
+    def _nobody() -> InputError:
+        return InputError("teachers is null and there is no store: give teachers, or a complete TeacherStore")
+
+    # Predictions for validation and test
+
+    def prediction(self, inputs: Any) -> Tensor | None:
+        """The ensemble's prediction in the form that metrics read; ``None``: there are no networks to ask."""
+        if self.ensemble is None:
+            return None
+        rule, means = self.rule, self._means
+        with torch.no_grad():
+            distribution = means.collapse(self._outputs(inputs), weights=rule.weights, combine=rule.combine)
+            return means.as_prediction(distribution)
+
+    def predictions(self, inputs: Any) -> list[Tensor]:
+        """Each teacher's prediction in the form that metrics read."""
+        means = self._means
+        with torch.no_grad():
+            return [means.teacher_prediction(output) for output in self._outputs(inputs)]
+
+    def _outputs(self, inputs: Any) -> list[Tensor]:
+        return [] if self.ensemble is None else self.ensemble.each(inputs)
+
+    # What happens when
+
+    def training_starts(self, module: Any) -> None:
+        """Tell the store what it is about, and take up what a killed training has left in it."""
+        if self.store is not None:
+            origin.begin_store(module, self, self.store)
+
+    def batch_ends(self, module: Any) -> None:
+        """Let go of the answers, which may be large."""
+        self._last = None
+
+    def epoch_ends(self, module: Any) -> None:
+        """What the teachers have said in this epoch can be read from now on."""
+        if self.store is not None:
+            origin.finish_epoch(module.trainer, self.store)
+
+    # In checkpoints
+
+    def fingerprints(self, name: str) -> dict[str, str]:
+        """Of the teachers, and of the questions' own networks."""
+        found = {} if self.ensemble is None else {name: fingerprint(self.ensemble)}
+        extra = [network for question in self.questions for network in question.networks()]
+        return found | ({"paraphrasers": fingerprint(nn.ModuleList(extra))} if extra else {})
+
+    def recipe(self) -> Any:
+        """How the networks were built; ``None`` with a store, whose folder no checkpoint names."""
+        if self.ensemble is None or self.store is not None:
+            return None
+        return {"networks": [recipe_of(network) for network in self.ensemble], **self.ensemble.options()}
+
+
+def _one_each(count: int, name: str, values: Any) -> list[Any]:
+    """One value for all teachers, or a sequence with one value each."""
+    each = [values] * count if isinstance(values, str) else list(values)
+    if len(each) != count:
+        raise InputError(f"{len(each)} {name} for {count} teachers: give one for all, or one each")
+    return each
+
