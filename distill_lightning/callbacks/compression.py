@@ -16,17 +16,16 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
-from distill_lightning.callbacks.batches import TrainersBatches, undrawn
-from distill_lightning.callbacks.reshaping import (
-    Noting,
-    Restoring,
+from distill_lightning.lightning_internals import (
+    TrainersBatches,
     forget_best,
-    free_path,
     keep_patience,
     new_optimizer,
     refuse_reshaping,
     stand_last,
+    undrawn,
 )
+from distill_lightning.callbacks.reshaping import Noting, Restoring, free_path
 from distill_lightning.callbacks.stages import Measurements, check_scored, measure
 from distill_lightning.compression.compressor import Compressor, Moment, has_parameters
 from distill_lightning.compression.measure import count_parameters

@@ -19,7 +19,7 @@ from torchmetrics import MeanAbsoluteError, MetricCollection
 from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 
 from distill_lightning import functional
-from distill_lightning.callbacks.batches import TrainersBatches, drawing_parts, undrawn
+from distill_lightning.lightning_internals import TrainersBatches, drawing_parts, undrawn
 from distill_lightning.callbacks.figures import log_figure
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError

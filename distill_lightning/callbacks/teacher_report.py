@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from distill_lightning import functional
-from distill_lightning.callbacks.batches import TrainersBatches, undrawn
+from distill_lightning.lightning_internals import TrainersBatches, undrawn
 from distill_lightning.callbacks.figures import log_figure
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError

@@ -1,5 +1,6 @@
 """Making a network small, in plain torch: steps that prune, factor, share and quantize its layers."""
 
+from distill_lightning.compression import structure as _structure  # noqa: F401  (checkpoints ask it)
 from distill_lightning.compression.artefact import load_compressed, write_artefact
 from distill_lightning.compression.compressor import Compressor
 from distill_lightning.compression.masks import Masks

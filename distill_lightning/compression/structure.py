@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from distill_lightning.compression.recipe import checkpoint_entry, copy_network, describe, rebuild
+from distill_lightning.compression.recipe import (
+    checkpoint_entry,
+    copy_network,
+    describe,
+    is_computed,
+    plain_copy,
+    rebuild,
+)
 from distill_lightning.errors import InputError
+from distill_lightning.networks import provenance
 
 NOTHING: dict[str, Any] = {"changes": [], "layers": {}}
 """The description of a network to which nothing was done that can be seen on it: weights may be zero by masks."""
@@ -61,3 +70,11 @@ def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         elif name not in kept:
             module.__dict__.setdefault("_uncompressed", {})[name] = copy_network(network)
         rebuild(network, description)
+
+
+def plain_network(network: nn.Module) -> nn.Module:
+    """The network, or a copy whose weights are plain values, where some are computed from others."""
+    return plain_copy(network) if is_computed(network) else network
+
+
+provenance.add_structure(sys.modules[__name__])

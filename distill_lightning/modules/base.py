@@ -3,50 +3,57 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from functools import partial
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from distill_lightning.arguments import bound_arguments
 from distill_lightning.data.batch import Batch
+from distill_lightning.data.transforms import BatchTransform
 from distill_lightning.errors import InputError
 from distill_lightning.layers import dry_forward
-from distill_lightning.modules.evaluating import EvaluatedModule
-from distill_lightning.modules.hparams import objects_given, unplain_arguments
-from distill_lightning.modules.optimization import (
-    LRSchedulerCallable,
-    OptimizerCallable,
-    compile_networks,
-    default_optimizer,
-    with_schedule,
-)
+from distill_lightning.layers.calling import call
+from distill_lightning.lightning_internals import place_of, summarise_frozen
+from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
+from distill_lightning.modules.parts import checkpoints
 from distill_lightning.modules.parts.data_wait import DataWait
+from distill_lightning.modules.parts.evaluation import Evaluation
 from distill_lightning.modules.parts.means import RunningMeans
-from distill_lightning.teachers import TeacherEnsemble, TeacherStore, check_classes, check_gaussian
-from distill_lightning.teachers.origin import begin_store, finish_epoch
+from distill_lightning.modules.parts.optimization import compile_networks, with_schedule
+from distill_lightning.networks.provenance import plain_network
+from distill_lightning.networks.weights import write_weights
+from distill_lightning.outputs import Output, output_of
+from distill_lightning.part import Part
+from distill_lightning.teachers import Frozen, Teachers
 
 
-class DistillationModule(EvaluatedModule):
+class DistillationModule(pl.LightningModule):
     r"""A student and a loss that is a weighted sum of named terms, :math:`L = \sum_t w_t L_t`.
 
     A method overrides `terms` and `weights`, and nothing else::
 
         class LogitRegression(DistillationModule):
-            frozen = ("teachers",)
-
             def __init__(
-                self, student: nn.Module, teachers: list[nn.Module], *, num_classes: int, beta: float = 1.0
+                self,
+                student: nn.Module,
+                teachers: list[nn.Module],
+                *,
+                num_classes: int,
+                beta: float = 1.0,
+                **options: Unpack[TrainingOptions],
             ) -> None:
-                super().__init__(student, num_classes=num_classes)
-                self.teachers = TeacherEnsemble.of(teachers)
+                super().__init__(student, num_classes=num_classes, **options)
+                self.teachers = Teachers(teachers, ask=[Logits()])
                 self.beta = beta
 
             def terms(self, batch: Batch) -> dict[str, Tensor]:
-                logits = self.student(batch.input)
-                teacher = self.teachers.logits(batch.input).mean(dim=0)
+                logits = call(self.student, batch.input)
+                teacher = self.teachers.logits(batch).mean(dim=0)
                 return {"ce": F.cross_entropy(logits, batch.target), "mse": F.mse_loss(logits, teacher)}
 
             def weights(self) -> dict[str, float]:
@@ -57,30 +64,39 @@ class DistillationModule(EvaluatedModule):
 
     This class does the rest. In training it logs ``train/loss``, ``train/<term>`` (unweighted) and, where there are
     several, ``train/<term>_share`` (weighted, as a part of the loss). In validation and test it logs the student's
-    metrics under ``val/`` and ``test/``. The submodules named in ``frozen`` stay in eval mode, out of the optimiser and
-    out of the checkpoint, which holds how they were built and a fingerprint of their weights instead.
+    metrics under ``val/`` and ``test/``. Attributes that are `Part` objects are called at the moments of a training;
+    those that are `Frozen`, `Teachers` for example, stay in eval mode, out of the optimiser and out of the checkpoint,
+    which holds how they were built and a fingerprint of their weights instead.
 
     Args:
         student: the network that learns; maps ``(N, ...)`` to logits ``(N, K)``.
         num_classes: ``K`` of a classifier.
         num_targets: ``d`` of a regression, instead of ``num_classes``; the student then gives the parameters of a
             Gaussian, ``(N, 2 d)``: means, then log-variances.
-        input_shape: shape of one input, ``(C, H, W)`` or, of tokens, ``(T,)``; with it, networks are checked here and
-            not at the first batch.
-        optimizer: makes the optimiser from the trainable parameters; `default_optimizer` without.
-        lr_scheduler: makes the schedule from the optimiser. It is stepped after every epoch, `OneCycle` after every
-            batch; `ReduceLROnPlateau` watches ``val/nll``.
-        metrics: of the student's output and the target; ``classification_metrics(num_classes)`` or
-            ``regression_metrics(num_targets)`` without.
-        compile: whether a ``fit`` compiles the student and the teachers (``batched`` ones run as they are), in place:
-            their names, hooks and state dicts stay. The first steps take a while, and after them a step is faster; a
-            CPU needs a C++ compiler for it.
-        channels_last: whether the student's weights are laid out channels last, which most convolutions are faster in.
+        output: see `TrainingOptions`, as all that follow.
+        input_shape: see `TrainingOptions`.
+        optimizer: see `TrainingOptions`.
+        lr_scheduler: see `TrainingOptions`.
+        transforms: see `TrainingOptions`.
+        metrics: see `TrainingOptions`.
+        compile: see `TrainingOptions`.
+        channels_last: see `TrainingOptions`.
+
+    Attributes:
+        output: what an output of the student means.
 
     Raises:
-        InputError: not one of ``num_classes`` and ``num_targets`` is given, or the student does not give as many
-            outputs for an input of ``input_shape``.
+        InputError: not one of ``num_classes`` and ``num_targets`` is given, ``output`` does not go with it, or the
+            student does not give as many outputs for an input of ``input_shape``.
     """
+
+    per_position: ClassVar[bool] = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remember the arguments, which the constructors of base classes do not see."""
+        module = super().__new__(cls)
+        module.__dict__["_given"] = bound_arguments(cls, args, kwargs)
+        return module
 
     def __init__(
         self,
@@ -88,41 +104,38 @@ class DistillationModule(EvaluatedModule):
         *,
         num_classes: int | None = None,
         num_targets: int | None = None,
+        output: Output | None = None,
         input_shape: Sequence[int] | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
+        transforms: Sequence[BatchTransform] = (),
         metrics: MetricCollection | None = None,
         compile: bool = False,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        objects = unplain_arguments(self)
-        self.save_hyperparameters(ignore=list(objects))
-        if (num_classes is None) == (num_targets is None):
-            raise InputError(
-                f"{type(self).__name__} needs num_classes (a classifier) or num_targets (a regression), and not both"
-            )
-        if num_classes is not None and num_classes < 2:
-            raise InputError(f"num_classes must be at least 2, got {num_classes}")
-        if num_targets is not None and num_targets < 1:
-            raise InputError(f"num_targets must be at least 1, got {num_targets}")
+        given = self.__dict__.pop("_given")
+        self.save_hyperparameters(checkpoints.hyperparameters(type(self), given))
+        self.objects = checkpoints.objects(type(self), given)
+        # Arguments that are the defaults since this module was loaded from a checkpoint.
+        self.missing: list[str] = []
+        self.output = self._checked_output(output, num_classes, num_targets)
+        self.num_classes: int | None = getattr(self.output, "num_classes", None)
+        self.num_targets: int | None = getattr(self.output, "num_targets", None)
+        if transforms and self.num_classes is None:
+            raise InputError(f"{type(self).__name__}: transforms are of classifiers' batches: leave them out")
         self.student = student.to(memory_format=torch.channels_last) if channels_last else student
-        self.compiles = compile
-        self.num_classes = num_classes
-        self.num_targets = num_targets
-        if input_shape is not None:
-            self.check_output("student", student, dry_forward(student, input_shape).shape)
         self.input_shape = None if input_shape is None else tuple(input_shape)
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.make_metrics(metrics)
-        self.teacher_store: TeacherStore | None = None
-        self._objects = objects_given(self, objects)
+        if self.input_shape is not None:
+            self.check_output("student", student, dry_forward(student, self.input_shape).shape)
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.transforms, self.compiles = tuple(transforms), compile
+        metrics, beside = metrics or self.output.metrics(), self.output.teacher_metrics()
+        self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
+        self.val_teacher_metrics, self.test_teacher_metrics = beside.clone(prefix="val/"), beside.clone(prefix="test/")
+        self.means, self.data_wait, self.evaluation = RunningMeans(), DataWait(), Evaluation()
         self._observed: dict[str, Tensor] = {}
-        self._running, self._wait = RunningMeans(), DataWait()
-        # The batch that is trained on, and the same with index and view as they were before it went to the device.
-        self._batch: Batch | None = None
-        self._host_keys: Batch | None = None
+        self._fingerprints: dict[str, str] | None = None
 
     # What a method fills in
 
@@ -143,88 +156,40 @@ class DistillationModule(EvaluatedModule):
 
         Returns:
             Log-probabilities ``(N, K)``, or a Gaussian's parameters ``(N, 2 d)``; ``None`` where there is no teacher.
-            Here: that of the `TeacherEnsemble` named ``teachers``, if the method has one and classifies. Where
-            ``teachers`` are `frozen`, they are asked once in a ``fit`` about each validation sample.
+            Here: that of the `Teachers` named ``teachers``, who are asked once in a ``fit`` about each validation
+            sample.
         """
         teachers = getattr(self, "teachers", None)
-        if self.num_classes is None or not isinstance(teachers, TeacherEnsemble):
-            return None
-        log_probs: Tensor = teachers(batch.input)
-        return log_probs
+        return teachers.prediction(batch.input) if isinstance(teachers, Teachers) else None
 
     def teacher_predictions(self, batch: Batch) -> list[Tensor]:
-        """Each teacher's own prediction for a batch.
-
-        Returns:
-            For each teacher logits ``(N, K)``, or a Gaussian's parameters ``(N, 2 d)``. Here: those of a classifier's
-            `TeacherEnsemble` named ``teachers``, and nothing where there is none.
-        """
+        """Each teacher's own prediction for a batch: logits ``(N, K)``, or a Gaussian's parameters ``(N, 2 d)``."""
         teachers = getattr(self, "teachers", None)
-        if self.num_classes is None or not isinstance(teachers, TeacherEnsemble):
-            return []
-        return list(teachers.logits(batch.input))
-
-    def ask(self, batch: Batch) -> dict[str, Tensor]:
-        """What the teachers say about a training batch, which a `TeacherStore` can keep in their place.
-
-        A method that takes a ``store`` defines this, or `answers`, and reads `told` in its terms.
-
-        Returns:
-            Tensors ``(N, ...)`` by name, without a graph, functions of each sample's input alone. Here: `answers` to
-            the logits of the `TeacherEnsemble` named ``teachers``.
-        """
-        return self.answers(cast("TeacherEnsemble", self.teachers).logits(batch.input))
-
-    def answers(self, logits: Tensor) -> dict[str, Tensor]:
-        """What `ask` gives, of a method that needs nothing of its teachers but their logits.
-
-        Args:
-            logits: of every teacher, ``(M, N, K)``.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define ask(batch) or answers(logits) to use a store")
-
-    def kept(self, batch: Batch) -> dict[str, Tensor]:
-        """What a store keeps about a batch: what the method asks, or the logits alone that it can be answered from.
-
-        Raises:
-            InputError: the store is to keep logits, and the method needs other things.
-        """
-        if self.teacher_store is None or self.teacher_store.keep == "answers":
-            return self.ask(batch)
-        if type(self).answers is DistillationModule.answers:
-            raise InputError(f"{type(self).__name__} needs more than its teachers' logits: leave the store's keep out")
-        return {"logits": cast("TeacherEnsemble", self.teachers).logits(batch.input).transpose(0, 1)}
-
-    def question(self) -> dict[str, Any]:
-        """Plain values of the method's options that the answers depend on."""
-        return {}
-
-    def told(self, batch: Batch) -> dict[str, Tensor]:
-        """The teachers' answers about a training batch: `ask`'s, or those that the store has kept.
-
-        Raises:
-            InputError: there are no teachers, and no store that knows their answers.
-        """
-        ask = None if getattr(self, "teachers", None) is None else partial(self.kept, batch)
-        if self.teacher_store is None:
-            if ask is None:
-                raise InputError("teachers is null and there is no store: give teachers, or a complete TeacherStore")
-            return ask()
-        told = self.teacher_store.told(self._on_the_host(batch), ask, device=self.device)
-        return told if self.teacher_store.keep == "answers" else self.answers(told["logits"].transpose(0, 1))
+        return teachers.predictions(batch.input) if isinstance(teachers, Teachers) else []
 
     def check_output(self, who: str, network: nn.Module, shape: Sequence[int]) -> None:
         """Look at the shape of a network's output.
 
         Raises:
-            InputError: it does not fit ``num_classes`` or ``num_targets``; the message begins with ``who``.
+            InputError: it does not fit `output`; the message begins with ``who``.
         """
-        if self.num_classes is not None:
-            check_classes(who, network, shape, self.num_classes, per_position=self.per_position)
-        elif self.num_targets is not None:
-            check_gaussian(who, network, shape, self.num_targets)
+        self.output.check(who, network, shape, per_position=self.per_position)
 
-    # Training
+    # Steps
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """The student's output."""
+        output: Tensor = self.student(*inputs, **named)
+        return output
+
+    def prepared(self, batch: Any, batch_idx: int = 0) -> Batch:
+        """The training batch of any data module as `terms` gets it, transformed."""
+        ready = Batch.of(batch)
+        self.output.check_target(type(self).__name__, ready.target, per_position=self.per_position)
+        ready.when = place_of(self, batch_idx)
+        for transform in self.transforms:
+            ready = transform(ready, num_classes=self.num_classes or 0)
+        return ready
 
     def observe(self, name: str, value: Tensor) -> None:
         """Have a scalar of this batch logged as ``train/<name>``, beside the terms that `terms` returns.
@@ -237,7 +202,7 @@ class DistillationModule(EvaluatedModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Weigh, sum and log the terms of a batch."""
-        self._batch = batch = self._checked(batch)
+        batch = self.prepared(batch, batch_idx)
         self._observed = {}
         terms, weights = self.terms(batch), self.weights()
         if terms.keys() != weights.keys():
@@ -249,8 +214,37 @@ class DistillationModule(EvaluatedModule):
             logs |= {f"{name}_share": weighted[name] / loss for name in terms if weights[name] != 0}
         if self._observed.keys() & logs.keys():
             raise KeyError(f"{sorted(self._observed.keys() & logs.keys())}: observed under the name of a term")
-        self._running.add(logs | self._observed, batch.size)
+        self.means.add(logs | self._observed, batch.size)
         return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the metrics under ``val/``; callbacks get the student's ``output`` and the ``target``."""
+        return self.evaluation.update(self, self._evaluated(batch), batch_idx, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the metrics under ``test/``; callbacks get the student's ``output`` and the ``target``."""
+        return self.evaluation.update(self, self._evaluated(batch), batch_idx, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        """The student's output for the samples of a batch that count, or for a tensor of inputs."""
+        if isinstance(batch, Tensor):
+            return self.forward(batch)
+        batch = Batch.of(batch)
+        output: Tensor = call(self, batch.input)
+        return output[batch.counted] if batch.counted is not None and batch.counted.ndim == 1 else output
+
+    def score(self, batches: Iterable[Any]) -> dict[str, float]:
+        """The student's metrics over some batches, by their bare names, logged nowhere.
+
+        Args:
+            batches: on the module's device, as for `validation_step`.
+        """
+        return self.evaluation.score(self, map(self._evaluated, batches))
+
+    def _evaluated(self, batch: Any) -> Batch:
+        ready = Batch.of(batch)
+        self.output.check_target(type(self).__name__, ready.target, per_position=self.per_position)
+        return ready
 
     def configure_optimizers(self) -> Any:
         """The optimiser over `parameter_groups` and, if there is one, its schedule.
@@ -266,81 +260,162 @@ class DistillationModule(EvaluatedModule):
         optimizer = self.optimizer(self.parameter_groups())
         return with_schedule(self, optimizer, self.lr_scheduler, monitor="val/nll")
 
-    # What happens when
+    # Parts, and networks that stand outside of the registry
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, Part):
+            value.joined(self)
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The attributes that are called at the moments of a training, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Part)}
+
+    @property
+    def frozen(self) -> dict[str, Frozen]:
+        """The attributes that hold frozen networks, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Frozen) and len(value)}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002  (nn.Module's signature)
+        super()._apply(fn, recurse)
+        for frozen in self.frozen.values():
+            frozen.apply(fn)
+        return self
+
+    def extra_repr(self) -> str:
+        """The frozen networks, which the printed module would not show."""
+        return "\n".join(f"({name}, frozen): {frozen!r}" for name, frozen in self.frozen.items())
+
+    def fingerprints(self) -> dict[str, str]:
+        """What tells the frozen networks from others; computed once in a ``fit``, because large ones take a while."""
+        if self._fingerprints is not None:
+            return self._fingerprints
+        found: dict[str, str] = {}
+        for name, frozen in self.frozen.items():
+            found |= frozen.fingerprints(name)
+        return found
+
+    # Moments
+
+    def _tell(self, moment: str) -> None:
+        for part in self.parts.values():
+            getattr(part, moment)(self)
 
     def on_fit_start(self) -> None:
         """A module that enters ``fit`` in eval mode would train in it; the student must not."""
-        super().on_fit_start()
+        self._fingerprints = None
+        self._tell("fit_starts")
         self.train()
         if self.compiles:
             compile_networks(self)
-        if self._missing:
+        if self.missing:
             warnings.warn(
                 f"this {type(self).__name__} was loaded from a checkpoint, which cannot hold every argument: "
-                f"{', '.join(self._missing)} are the defaults now, not those of the training before; give them to "
+                f"{', '.join(self.missing)} are the defaults now, not those of the training before; give them to "
                 "load_from_checkpoint",
                 stacklevel=2,
             )
-        # Frozen weights keep while fit lasts, and large ones take a while: once is enough.
-        self._fingerprints = self._fingerprint()
-        # An interrupted fit may have left some.
-        self._running.forget()
-
-    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        # Lightning's own step around the public hook, which, if it were defined here, would put the data module's out
-        # of action. Without it, a store on a GPU only waits for the device.
-        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
-        # Which samples a training batch holds, for the store, while they are still on the host.
-        # No hook behind the transfer can change the rows: with a store they are refused.
-        if self.teacher_store is not None and self.trainer.training:
-            self._host_keys = Batch.of(batch)
-        return batch
-
-    def _on_the_host(self, batch: Batch) -> Batch:
-        """A batch with index and view where a store can read them without waiting for the device."""
-        moved = batch.index is not None and batch.index.device.type != "cpu"
-        return self._host_keys if moved and batch is self._batch and self._host_keys is not None else batch
+        summarise_frozen(self, self.extra_repr().splitlines())
+        self._fingerprints = self.fingerprints()
 
     def on_train_start(self) -> None:
-        """Tell the store what it is about, and take up what a killed training has left in it."""
-        if self.teacher_store is not None:
-            begin_store(self, self.teacher_store)
+        """Tell the parts."""
+        self._tell("training_starts")
 
     def on_train_epoch_start(self) -> None:
-        """The wait for data and the means under ``train/`` are measured anew in every epoch."""
-        self._wait.begin()
-        self._running.forget()
+        """Tell the parts."""
+        self._tell("epoch_starts")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """The wait is over."""
-        self._wait.arrived()
+        """Tell the parts."""
+        self._tell("batch_starts")
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and tell the parts here: a checkpoint that is made after the batch is written before its end."""
+        super().optimizer_step(*args, **kwargs)
+        self._tell("step_ends")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """With the last batch, log the means under ``train/``; show how much of the time went by waiting for data."""
-        self._wait.done()
-        trainer = self.trainer
-        # Not at the end of the epoch: callbacks read the means there, and come before the module.
-        if trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps:
-            self._log_means()
-        bar = self.trainer.progress_bar_callback
-        if bar is not None and getattr(bar, "is_enabled", True):
-            # A number would be copied to the device, and read back from it for the bar.
-            share = torch.tensor(self._wait.share)
-            self.log("data_wait", share, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+        """Tell the parts."""
+        self._tell("batch_ends")
 
     def on_train_epoch_end(self) -> None:
-        """Log the means under ``train/``; what the teachers have said in this epoch can be read from now on."""
-        # Of an epoch that has ended in another way than with its last batch.
-        self._log_means()
-        if self.teacher_store is not None:
-            finish_epoch(self, self.teacher_store)
-
-    def _log_means(self) -> None:
-        for name, mean, samples in self._running.means():
-            self.log(f"train/{name}", mean, on_step=False, on_epoch=True, sync_dist=True, batch_size=samples)
-        self._running.forget()
+        """Tell the parts."""
+        self._tell("epoch_ends")
 
     def on_validation_start(self) -> None:
-        """Waiting for the data of validation does not count."""
-        super().on_validation_start()
-        self._wait.pause()
+        """Tell the parts."""
+        self._tell("validation_starts")
+
+    def on_test_start(self) -> None:
+        """Tell the parts."""
+        self._tell("test_starts")
+
+    def on_fit_end(self) -> None:
+        """Tell the parts."""
+        self._tell("fit_ends")
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note how module and networks were made, what the frozen ones weigh, and what the parts keep."""
+        checkpoints.note(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take what the parts had kept.
+
+        Raises:
+            InputError: the checkpoint is of another architecture, or of another version of this package.
+        """
+        checkpoints.take(self, checkpoint)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's is a restricted classmethod with more arguments
+        cls, checkpoint_path: str | Path, map_location: str | torch.device = "cpu", **overrides: Any
+    ) -> Self:
+        """Build the module of a checkpoint, its networks included where this package's factories made them.
+
+        Only tensors and plain values are read, never pickled code.
+
+        Args:
+            checkpoint_path: a checkpoint of this class.
+            map_location: the device that the module is put on.
+            overrides: constructor arguments that replace what the checkpoint holds. A network that was built elsewhere
+                must be given (``student=...``, ``teachers=...``); if the training is to go on, the optimiser and
+                whatever else was no plain value, too: `fit` warns of those that are missing.
+
+        Raises:
+            InputError: there is no such checkpoint, it is of another module, architecture or version, or it cannot tell
+                how a network was built.
+        """
+        module: Self = checkpoints.rebuilt(cls, Path(checkpoint_path), overrides)
+        return module.to(map_location)
+
+    def export_student(self, path: str | Path) -> Path:
+        """Write the plain student's state dict; a freshly built network of its kind loads it with ``strict=True``.
+
+        Weights that are computed (quantized, shared) are written as the values that they have. A network that was
+        shrunk fits one of its own sizes: `compression.recipe.rebuild`.
+
+        Args:
+            path: ``.safetensors``, or ``.pt`` / ``.pth`` for `torch.save`.
+
+        Returns:
+            The path.
+
+        Raises:
+            InputError: another suffix.
+        """
+        return write_weights(plain_network(self.student), Path(path))
+
+    def _checked_output(self, output: Output | None, num_classes: int | None, num_targets: int | None) -> Output:
+        name = type(self).__name__
+        if output is None:
+            if (num_classes is None) == (num_targets is None):
+                raise InputError(f"{name} needs num_classes (a classifier) or num_targets (a regression), and not both")
+            return output_of(num_classes, num_targets)
+        for key, value in (("num_classes", num_classes), ("num_targets", num_targets)):
+            if value is not None and getattr(output, key, None) != value:
+                raise InputError(f"{name}: output={output} does not go with {key}={value}: let them agree")
+        return output

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from torch import nn
 
@@ -87,3 +88,53 @@ def _plain(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return recipe_of(value)
     return str(value) if isinstance(value, Path) else value
+
+
+# What became of a network after it was built
+
+
+class Structure(Protocol):
+    """Tells and restores what was done to networks since they were built; `distill_lightning.compression` is one."""
+
+    def note_structure(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Note in a checkpoint what was done to a module's network."""
+
+    def restore_structure(self, module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+        """Give a module's network the structure that a checkpoint tells."""
+
+    def plain_network(self, network: nn.Module) -> nn.Module:
+        """The network, or a copy whose weights are no longer computed from others."""
+
+
+_STRUCTURES: list[Structure] = []
+
+
+def add_structure(structure: Structure) -> None:
+    """Have networks told and restored by what changes them; `distill_lightning.compression` calls this as it loads."""
+    _STRUCTURES.append(structure)
+
+
+def note_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Note in a checkpoint what was done to a module's network since it was built, if anything was."""
+    # What was never loaded has changed no network.
+    for structure in _STRUCTURES:
+        structure.note_structure(module, checkpoint)
+
+
+def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Give a module's network the structure that it had when a checkpoint was made, so that its weights fit.
+
+    Raises:
+        InputError: it is changed in another way already.
+    """
+    if checkpoint.get("compression") is not None and not _STRUCTURES:
+        importlib.import_module("distill_lightning.compression.structure")
+    for structure in _STRUCTURES:
+        structure.restore_structure(module, checkpoint)
+
+
+def plain_network(network: nn.Module) -> nn.Module:
+    """The network, or a copy of it whose weights have the values that it computes them to be."""
+    for structure in _STRUCTURES:
+        network = structure.plain_network(network)
+    return network

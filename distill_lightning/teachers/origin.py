@@ -38,7 +38,7 @@ def begin_store(module: Any, teachers: Teachers, store: TeacherStore) -> None:
     trainer = module.trainer
     # Lightning sets it where a data module was given.
     data: Any = trainer.datamodule
-    about = describe(module, teachers, store, data, trainer.train_dataloader, str(trainer.precision))
+    about = describe(module, teachers, data, trainer.train_dataloader, str(trainer.precision))
     store.begin(**about, rank=trainer.global_rank)
     # Who only reads must not disturb another training that is filling the store.
     if trainer.is_global_zero and store.fill == "online":
@@ -47,15 +47,12 @@ def begin_store(module: Any, teachers: Teachers, store: TeacherStore) -> None:
     store.refresh()
 
 
-def describe(
-    module: Any, teachers: Teachers, store: TeacherStore, data: Any, loader: Any, precision: str
-) -> dict[str, Any]:
+def describe(module: Any, teachers: Teachers, data: Any, loader: Any, precision: str) -> dict[str, Any]:
     """What a store's answers are about, and what they were made by.
 
     Args:
         module: the `DistillationModule` that asks.
-        teachers: the module's.
-        store: keeps the answers.
+        teachers: the module's, with a store.
         data: the data module; ``None``: there is none.
         loader: of the training batches.
         precision: that the teachers run in, the Trainer's.
@@ -76,7 +73,7 @@ def describe(
     if views is None:
         raise InputError("a TeacherStore keeps a number of views of each sample: give the data module views, 8 say")
     _refuse_hooks(module, data)
-    return {"samples": samples, "views": views, "made_by": _made_by(module, teachers, store, data, loader, precision)}
+    return {"samples": samples, "views": views, "made_by": _made_by(module, teachers, data, loader, precision)}
 
 
 def fetched(loader: Any, samples: Sequence[int], *, view: int | None) -> Any:
@@ -117,14 +114,12 @@ def _refuse_hooks(module: Any, data: Any) -> None:
                 )
 
 
-def _made_by(
-    module: Any, teachers: Teachers, store: TeacherStore, data: Any, loader: Any, precision: str
-) -> dict[str, Any]:
+def _made_by(module: Any, teachers: Teachers, data: Any, loader: Any, precision: str) -> dict[str, Any]:
     """Everything that the answers depend on."""
     if hasattr(data, "fingerprint"):
         known = dict(data.fingerprint())
-    elif store.data is not None:
-        known = {"data": store.data, "some_samples": _digest_of_some(data, loader)}
+    elif teachers.store is not None and teachers.store.data is not None:
+        known = {"data": teachers.store.data, "some_samples": _digest_of_some(data, loader)}
     else:
         raise InputError(
             f"a TeacherStore must know the data again, and {type(data).__name__} has no fingerprint(): name the data "

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.modules.base import DistillationModule
-from distill_lightning.teachers import TeacherStore
 from distill_lightning.teachers.origin import describe, fetched
+from distill_lightning.teachers.store import TeacherStore
+from distill_lightning.teachers.teachers import Teachers
 
 # Samples that are asked about together where the loader does not tell how many.
 _BATCH = 64
@@ -36,7 +35,7 @@ class Recorded(NamedTuple):
     seconds: float
 
 
-def record(trainer: pl.Trainer, module: DistillationModule, datamodule: pl.LightningDataModule) -> Recorded:
+def record(trainer: pl.Trainer, module: Any, datamodule: pl.LightningDataModule) -> Recorded:
     """Ask a module's teachers about every view of every training sample, and keep their answers in its store.
 
     Only what the store does not know is asked for, shard by shard; a call that was killed is continued by the next one.
@@ -66,11 +65,13 @@ def record(trainer: pl.Trainer, module: DistillationModule, datamodule: pl.Light
 class _Recorder(pl.LightningModule):
     """Gives `pytorch_lightning.Trainer.predict` the store's gaps as its data, and keeps what the teachers say."""
 
-    def __init__(self, module: DistillationModule, datamodule: pl.LightningDataModule) -> None:
+    def __init__(self, module: Any, datamodule: pl.LightningDataModule) -> None:
         super().__init__()
         teachers = getattr(module, "teachers", None)
         if not isinstance(teachers, Teachers) or teachers.store is None or teachers.ensemble is None:
-            raise InputError(f"record needs a TeacherStore with the networks that fill it: give {type(module).__name__} one as teachers")
+            raise InputError(
+                f"record needs a TeacherStore with the networks that fill it: give {type(module).__name__} one as teachers"
+            )
         self.module, self.data = module, datamodule
         self.teachers, self.store = teachers, teachers.store
         self.answers = 0
@@ -84,7 +85,7 @@ class _Recorder(pl.LightningModule):
         self.trainer.strategy.barrier("prepare_data")
         self.data.setup("fit")
         loader: Any = self.data.train_dataloader()
-        about = describe(self.module, self.teachers, self.store, self.data, loader, str(self.trainer.precision))
+        about = describe(self.module, self.teachers, self.data, loader, str(self.trainer.precision))
         self.store.begin(**about, rank=self.trainer.global_rank)
         if self.trainer.is_global_zero:
             self.store.resume()

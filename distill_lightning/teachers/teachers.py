@@ -132,7 +132,7 @@ class Teachers(Frozen):
     # What a method reads
 
     def distribution(self, batch: Batch) -> Tensor:
-        """`Softened`: the ensemble's distribution, ``(N, K)`` or ``(N, 2 d)``, of every input that it is asked about."""
+        """`Softened`: the ensemble's distribution ``(N, K)`` or ``(N, 2 d)``, of every input it is asked about."""
         return self._answer(batch, self._means.name)
 
     def probabilities(self, batch: Batch) -> Tensor:
@@ -278,7 +278,7 @@ class Teachers(Frozen):
 
     def _undeclared(self, name: str) -> InputError:
         asked = ", ".join(type(question).__name__ for question in self.questions) or "nothing"
-        return InputError(f"{self._who} reads the teachers' {name} and has declared {asked}: add it to Teachers(ask=...)")
+        return InputError(f"{self._who} reads the teachers' {name} but asks for {asked}: add it to Teachers(ask=...)")
 
     @staticmethod
     def _nobody() -> InputError:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import Any
+
+import torch
+
+from distill_lightning.part import Part
 
 
-class DataWait:
-    """The share of an epoch's time that passes between a step and the arrival of the next batch.
+class DataWait(Part):
+    """The share of an epoch's time that passes between a step and the arrival of the next batch; in the progress bar.
 
     Measured on the host, without waiting for the device: where a device is busy with steps that were queued, some of
     its time passes here, too, and the share says less than it seems.
@@ -17,27 +22,32 @@ class DataWait:
         self._since: float | None = None
         self._arrived: float | None = None
 
-    def begin(self) -> None:
-        """An epoch begins, and waits for its first batch."""
+    def epoch_starts(self, module: Any) -> None:
+        """Wait for the epoch's first batch."""
         self._waited = self._worked = 0.0
         self._arrived = None
         self._since = time.perf_counter()
 
-    def arrived(self) -> None:
-        """A batch is there."""
+    def batch_starts(self, module: Any) -> None:
+        """The wait is over."""
         self._arrived = time.perf_counter()
         if self._since is not None:
             self._waited += self._arrived - self._since
         self._since = None
 
-    def done(self) -> None:
-        """The step is done; from now on the next batch is waited for."""
+    def batch_ends(self, module: Any) -> None:
+        """Wait for the next batch, and show the share so far."""
         self._since = time.perf_counter()
         if self._arrived is not None:
             self._worked += self._since - self._arrived
+        bar = module.trainer.progress_bar_callback
+        if bar is not None and getattr(bar, "is_enabled", True):
+            # A number would be copied to the device, and read back from it for the bar.
+            share = torch.tensor(self.share)
+            module.log("data_wait", share, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
-    def pause(self) -> None:
-        """Something else goes on until the next batch, a validation say."""
+    def validation_starts(self, module: Any) -> None:
+        """Waiting for the data of a validation does not count."""
         self._since = None
 
     @property

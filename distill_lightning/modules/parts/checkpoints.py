@@ -1,0 +1,135 @@
+"""What a module's checkpoint holds besides weights, and how a module is made from one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from distill_lightning.arguments import arguments_of, takes
+from distill_lightning.choices import from_plain, is_plain, plain
+from distill_lightning.errors import InputError
+from distill_lightning.networks.provenance import build_from, note_structure, recipe_of, restore_structure
+from distill_lightning.networks.weights import check_architecture, read_checkpoint
+from distill_lightning.teachers import TeacherEnsemble
+
+FORMAT = 2
+"""Raised whenever modules of an older version could not take up what a checkpoint holds."""
+
+_FORMAT_KEY = "distill_lightning"
+
+
+def hyperparameters(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a class's arguments, given or default, that a checkpoint can hold, as plain values."""
+    values = {name: given.get(name, parameter.default) for name, parameter in arguments_of(kind).items()}
+    return {name: plain(value) for name, value in values.items() if is_plain(value)}
+
+
+def objects(kind: type, given: Mapping[str, Any]) -> list[str]:
+    """The names of given arguments that no checkpoint can hold, networks, functions and the like."""
+    defaults = {name: parameter.default for name, parameter in arguments_of(kind).items()}
+    return [name for name, value in given.items() if not is_plain(value) and value is not defaults.get(name)]
+
+
+def note(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Note in a checkpoint how a module and its networks were made, and what its frozen networks weigh."""
+    # LightningCLI notes the class itself; here it is noted for a module that was made in Python, too. A plain dict,
+    # because older Lightning versions save a class of their own, which weights_only=True refuses.
+    made_by = f"{type(module).__module__}.{type(module).__qualname__}"
+    checkpoint[_FORMAT_KEY] = FORMAT
+    checkpoint["hyper_parameters"] = {"_class_path": made_by, **dict(checkpoint.get("hyper_parameters", {}))}
+    checkpoint["fingerprints"] = module.fingerprints()
+    recipes = {name: frozen.recipe() for name, frozen in module.frozen.items() if takes(type(module), name)}
+    checkpoint["recipes"] = {"student": recipe_of(module.student)} | {k: v for k, v in recipes.items() if v is not None}
+    checkpoint["objects"] = module.objects
+    note_structure(module, checkpoint)
+    if "optimizer_states" in checkpoint:
+        # A checkpoint of weights alone, which no training can go on from, needs no more.
+        states = {name: part.state_dict() for name, part in module.parts.items()}
+        checkpoint["parts"] = {name: state for name, state in states.items() if state is not None}
+
+
+def take(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Make a module ready for a checkpoint's weights, and give its parts what they had kept.
+
+    Raises:
+        InputError: the checkpoint is of another architecture, or of another version of this package.
+    """
+    check_format(checkpoint, "the checkpoint")
+    restore_structure(module, checkpoint)
+    check_architecture(module, checkpoint["state_dict"], source="what is being loaded")
+    fingerprints = module.fingerprints()
+    for name, known in checkpoint.get("fingerprints", {}).items():
+        if fingerprints.get(name) != known:
+            warnings.warn(
+                f"{name}: the weights are not those that this checkpoint was trained with; predictions are not "
+                f"touched, but training on would follow other {name}",
+                stacklevel=2,
+            )
+    for name, state in checkpoint.get("parts", {}).items():
+        if name in module.parts:
+            module.parts[name].load_state_dict(state)
+
+
+def check_format(checkpoint: Mapping[str, Any], source: str) -> None:
+    """Refuse a checkpoint of another version.
+
+    Raises:
+        InputError: it is one; the message begins with ``source``.
+    """
+    version = checkpoint.get(_FORMAT_KEY, 1)
+    if version != FORMAT:
+        raise InputError(
+            f"{source} has format {version} of distill_lightning's checkpoints, this version reads {FORMAT}: train anew; "
+            "Pretrained(network, checkpoint) takes the student's weights from it"
+        )
+
+
+def rebuilt(kind: type, path: Path, overrides: Mapping[str, Any]) -> Any:
+    """The module of a checkpoint, see `DistillationModule.load_from_checkpoint`."""
+    checkpoint = read_checkpoint(path)
+    if "recipes" not in checkpoint:
+        raise InputError(
+            f"{path} is the checkpoint of another kind of module: distill_lightning.Pretrained(network, checkpoint, "
+            "part=...) takes a network's weights from it"
+        )
+    check_format(checkpoint, str(path))
+    recipes = {
+        name: recipe for name, recipe in checkpoint["recipes"].items() if name not in overrides and takes(kind, name)
+    }
+    known = {
+        name: from_plain(value)
+        for name, value in checkpoint["hyper_parameters"].items()
+        if takes(kind, name) and name not in overrides
+    }
+    module: Any = kind(**{**known, **{name: _network(name, recipe) for name, recipe in recipes.items()}, **overrides})
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    kept = {*overrides, *recipes}
+    module.missing = [name for name in checkpoint.get("objects", []) if name not in kept]
+    return module
+
+
+def check_weights(module: Any, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Look whether a checkpoint's weights fit a module.
+
+    Raises:
+        InputError: they are of another architecture; the message begins with ``source``.
+    """
+    check_architecture(module, state, source=source)
+
+
+def _network(name: str, recipe: dict[str, Any] | None) -> nn.Module:
+    """A network, or an ensemble of them, built from what a checkpoint tells of it."""
+    ensemble = recipe if recipe is not None and "networks" in recipe else None
+    networks = []
+    for part in [recipe] if ensemble is None else ensemble["networks"]:
+        if part is None:
+            raise InputError(f"the checkpoint cannot tell how {name} was built: load_from_checkpoint(path, {name}=...)")
+        networks.append(build_from(part))
+    if ensemble is None:
+        return networks[0]
+    return TeacherEnsemble(networks, **{name: value for name, value in ensemble.items() if name != "networks"})

@@ -1,0 +1,103 @@
+"""How a student is evaluated, and compared with its teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from distill_lightning.data.batch import Batch
+from distill_lightning.layers.calling import call
+from distill_lightning.part import Part
+from distill_lightning.teachers import Frozen
+
+
+class _Answer(NamedTuple):
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index
+    view: Tensor
+    prediction: Tensor
+
+
+class Evaluation(Part):
+    """Adds batches to a module's metrics and logs them under ``val/`` and ``test/``.
+
+    The metrics are the module's own submodules, ``val_metrics`` and so on, so that they move with it. What the teachers
+    predict for a validation batch is kept for the rest of the ``fit`` where its samples can be recognised by index and
+    view: frozen teachers say the same again.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], _Answer] = {}
+
+    def update(self, module: Any, batch: Batch, batch_idx: int, stage: str) -> dict[str, Tensor]:
+        """Add a batch to the metrics of a stage, ``"val"`` or ``"test"``.
+
+        Returns:
+            The student's ``output`` and the ``target`` as the metrics got them, for callbacks.
+        """
+        metrics: MetricCollection = getattr(module, f"{stage}_metrics")
+        beside: MetricCollection = getattr(module, f"{stage}_teacher_metrics")
+        output = module.output.prediction(call(module, batch.input))
+        counted = module.output.counted(output, batch)
+        counted, target = module.output.select(output, batch.target, counted)
+        metrics.update(counted, target)
+        module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=batch.size)
+        answer = self._recalled(stage, batch_idx, batch)
+        if answer is None:
+            answer = module.teacher_prediction(batch)
+            # Two loaders may have other samples under the same indices.
+            frozen = isinstance(getattr(module, "teachers", None), Frozen)
+            if answer is not None and frozen and len(module.trainer.num_val_batches) == 1:
+                self._keep(stage, batch_idx, batch, answer)
+        if answer is not None:
+            beside.update(*module.output.select(output, answer, module.output.counted(output, batch)))
+            module.log_dict(beside, on_step=False, on_epoch=True, batch_size=batch.size)
+        return {"output": counted, "target": target}
+
+    @torch.no_grad()
+    def score(self, module: Any, batches: Iterable[Batch]) -> dict[str, float]:
+        """The student's metrics over some batches, by their bare names, logged nowhere."""
+        metrics = module.test_metrics.clone()
+        training = module.training
+        module.eval()
+        for batch in batches:
+            output = module.output.prediction(call(module, batch.input))
+            metrics.update(*module.output.select(output, batch.target, module.output.counted(output, batch)))
+        module.train(training)
+        return {name.removeprefix("test/"): float(value) for name, value in metrics.compute().items()}
+
+    def fit_starts(self, module: Any) -> None:
+        """What the teachers said before may have been about other data."""
+        self._known.clear()
+
+    def fit_ends(self, module: Any) -> None:
+        """What was kept is of no use any more."""
+        self._known.clear()
+
+    def validation_starts(self, module: Any) -> None:
+        """Within one ``fit`` the data stay the same; another call may bring others."""
+        if module.trainer.state.fn != "fit":
+            self._known.clear()
+        # `validate` leaves states that were made in inference mode, which `fit` must not change.
+        module.val_metrics.reset()
+        module.val_teacher_metrics.reset()
+
+    def test_starts(self, module: Any) -> None:
+        """Another call may bring other data."""
+        self._known.clear()
+        module.test_metrics.reset()
+        module.test_teacher_metrics.reset()
+
+    def _keep(self, stage: str, number: int, batch: Batch, prediction: Tensor) -> None:
+        if batch.key is not None and batch.key.view is not None:
+            self._known[stage, number] = _Answer(batch.key.index, batch.key.view, prediction)
+
+    def _recalled(self, stage: str, number: int, batch: Batch) -> Tensor | None:
+        answer = self._known.get((stage, number))
+        if answer is None or batch.key is None or batch.key.view is None:
+            return None
+        same = torch.equal(answer.index, batch.key.index) and torch.equal(answer.view, batch.key.view)
+        return answer.prediction if same else None
