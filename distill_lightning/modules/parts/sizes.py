@@ -1,0 +1,128 @@
+"""Features of different shapes: what is a site, what is a channel, and how sizes are brought together."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill_lightning.choices import Choice
+from distill_lightning.errors import InputError
+
+
+def sites(shape: Sequence[int]) -> tuple[int, ...]:
+    """Where a feature has values: rows and columns of ``(N, C, H, W)``, the length of ``(N, L, C)``, nothing else."""
+    return tuple(shape[2:] if len(shape) == 4 else shape[1:-1])
+
+
+def width(shape: Sequence[int]) -> int:
+    """Channels of a feature: the second dimension of ``(N, C, H, W)``, the last of ``(N, C)`` or ``(N, L, C)``."""
+    return shape[1] if len(shape) == 4 else shape[-1]
+
+
+def resized(feature: Tensor, size: Sequence[int]) -> Tensor:
+    """A feature map at another size: averages where it is smaller, else bilinear."""
+    height, width = size
+    if height <= feature.shape[2] and width <= feature.shape[3]:
+        return F.adaptive_avg_pool2d(feature, (height, width))
+    return F.interpolate(feature, size=(height, width), mode="bilinear", align_corners=False)
+
+
+class Sizes(Choice):
+    """At which rows and columns a translated student feature and a teacher's are compared."""
+
+    pooled: int | None = None
+    """Rows and columns that every teacher's feature is pooled to before it is kept or compared."""
+
+    @abstractmethod
+    def __call__(self, translated: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at one size."""
+
+    def check(self, student: Sequence[int], teacher: Sequence[int], where: str) -> None:
+        """Look whether two features, of these shapes, can be brought to one size.
+
+        Args:
+            student: of the student's feature, ``(N, C, H, W)``.
+            teacher: of the teacher's.
+            where: whose they are, for the message.
+
+        Raises:
+            InputError: they cannot.
+        """
+        if sites(student) != sites(teacher) and (len(student) != 4 or len(teacher) != 4):
+            raise _mismatch(where)
+
+
+@dataclass(frozen=True)
+class EqualSizes(Sizes):
+    """The sizes must be equal."""
+
+    def __call__(self, translated: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they are."""
+        return translated, target
+
+    def check(self, student: Sequence[int], teacher: Sequence[int], where: str) -> None:
+        """Refuse different sizes."""
+        if sites(student) != sites(teacher):
+            raise _mismatch(where)
+
+
+@dataclass(frozen=True)
+class TeacherSize(Sizes):
+    """The teacher's: the translated feature is averaged down to it, or interpolated up."""
+
+    def __call__(self, translated: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The translated feature at the target's size."""
+        if sites(translated.shape) == sites(target.shape):
+            return translated, target
+        return resized(translated, target.shape[2:]), target
+
+
+@dataclass(frozen=True)
+class StudentSize(Sizes):
+    """The student's: the teacher's feature is averaged down to it, or interpolated up."""
+
+    def __call__(self, translated: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The target at the translated feature's size."""
+        if sites(translated.shape) == sites(target.shape):
+            return translated, target
+        return translated, resized(target, translated.shape[2:])
+
+
+@dataclass(frozen=True)
+class PooledSize(Sizes):
+    """A smaller one, to which both are brought by adaptive average pooling; a store shrinks with it.
+
+    Args:
+        pooled: rows and columns.
+
+    Raises:
+        InputError: the size is not positive; from `check`: it is larger than a feature map.
+    """
+
+    pooled: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the size."""
+        if self.pooled < 1:
+            raise InputError(f"PooledSize: pooled must be at least 1, got {self.pooled}")
+
+    def __call__(self, translated: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Both pooled; the target has been before."""
+        return F.adaptive_avg_pool2d(translated, (self.pooled, self.pooled)), target
+
+    def check(self, student: Sequence[int], teacher: Sequence[int], where: str) -> None:
+        """Refuse features that are no maps, or smaller than the size."""
+        for who, shape in (("student's", student), ("teacher's", teacher)):
+            if len(shape) != 4 or min(shape[2:]) < self.pooled:
+                raise InputError(
+                    f"{where}: PooledSize({self.pooled}) needs feature maps at least as large, and the {who} is "
+                    f"{tuple(shape[1:])}: lower it, or tap another layer"
+                )
+
+
+def _mismatch(where: str) -> InputError:
+    return InputError(f"{where}: tap layers of the same spatial size, or set sizes: TeacherSize or StudentSize")
