@@ -222,14 +222,6 @@ def map_tensors(function: Callable[..., Tensor], value: Any, *others: Any) -> An
     return value
 
 
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in a nest of dicts, tuples and lists, in their order."""
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in tensors_of(part)]
-
-
 def _differ(value: Any, others: Sequence[Any]) -> InputError:
     kinds = ", ".join(type(other).__name__ for other in others)
     return InputError(
@@ -243,15 +235,16 @@ def first_tensor(value: Any) -> Tensor:
     Raises:
         InputError: there is none.
     """
-    found = next(_tensors(value), None)
+    found = next(tensors_of(value), None)
     if found is None:
         raise InputError(f"a batch needs at least one tensor as its input, got {type(value).__name__}: convert it")
     return found
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors in a nest of dicts, tuples and lists, in their order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (Mapping, tuple, list)):
         for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
+            yield from tensors_of(part)

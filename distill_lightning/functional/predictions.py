@@ -109,8 +109,17 @@ def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
     Raises:
         InputError: the shapes differ.
     """
+    return soft_cross_entropy_rows(logits, probs).mean()
+
+
+def soft_cross_entropy_rows(logits: Tensor, probs: Tensor) -> Tensor:
+    """`soft_cross_entropy` of every sample by itself, ``(...)``: sum over the classes.
+
+    Raises:
+        InputError: the shapes differ.
+    """
     same_shape("soft_cross_entropy", logits, probs)
-    return -(wide(probs) * F.log_softmax(wide(logits), dim=-1)).sum(dim=-1).mean()
+    return -(wide(probs) * F.log_softmax(wide(logits), dim=-1)).sum(dim=-1)
 
 
 def by_position(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -186,7 +186,9 @@ class DistillationModule(pl.LightningModule):
         """The training batch of any data module as `terms` gets it, transformed."""
         ready = Batch.of(batch)
         self.output.check_target(type(self).__name__, ready.target, per_position=self.per_position)
-        ready.when = place_of(self, batch_idx)
+        epoch, place = place_of(self, batch_idx)
+        # A store of data without views has one of each sample.
+        ready.when = (0 if getattr(getattr(self, "teachers", None), "store", None) else epoch, place)
         for transform in self.transforms:
             ready = transform(ready, num_classes=self.num_classes or 0)
         return ready

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, Unpack, cast
 
 import pytorch_lightning as pl
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torchmetrics import MetricCollection
 
-from distill_lightning import functional
 from distill_lightning.callbacks.compression import CompressionCallback
-from distill_lightning.callbacks.reshaping import AVERAGING
 from distill_lightning.callbacks.stages import Measurements
 from distill_lightning.compression.recipe import copy_network
 from distill_lightning.compression.steps import Step
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
+from distill_lightning.layers.calling import call
 from distill_lightning.modules.base import DistillationModule
-from distill_lightning.modules.hparams import refuse_unused
-from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, default_optimizer
-from distill_lightning.teachers import TeacherEnsemble, TeacherStore
-from distill_lightning.teachers.origin import ensemble_if_any, rule_of
+from distill_lightning.modules.options import TrainingOptions
+from distill_lightning.teachers import Softened, Teachers, TeacherStore
 
 
 class CompressionBaseline(DistillationModule):
@@ -49,26 +44,21 @@ class CompressionBaseline(DistillationModule):
         steps: what is done, in this order; without any, this is ordinary training, bit for bit.
         dense_epochs: of ordinary training before a first step that does not say when.
         teacher: ``"none"``; ``"dense"``: the network as it is when the first step begins, frozen, which should
-            have been trained by then; or a network, several, or a `TeacherEnsemble`, which teach from the first epoch
-            on.
+            have been trained by then; or a network, several, a `TeacherEnsemble` or a `TeacherStore`, which teach from
+            the first epoch on.
         temperature: ``T``.
         hard_label_weight: the labels' share :math:`\lambda` in ``[0, 1]`` under a teacher.
-        store: keeps what given teachers say, see `TeacherStore`; ``teacher`` may then be ``"none"`` if it is complete.
         calibration_batches: see `CompressionCallback`.
         restart: see `CompressionCallback`.
         seed: see `CompressionCallback`.
         report: see `CompressionCallback`.
-        input_shape: shape of one input, to check the networks with.
-        optimizer: makes the optimiser from the trainable parameters, anew for every phase.
-        lr_scheduler: makes the schedule from the optimiser, for the length of a phase.
-        metrics: of the network's output and the target.
-        channels_last: see `DistillationModule`.
+        options: see `TrainingOptions`; optimiser and schedule are made anew for every phase. ``compile`` goes
+            with no steps.
 
     Raises:
         InputError: an option is out of range or would do nothing, or a network does not fit.
     """
 
-    frozen = ("teachers",)
     per_position = True
 
     def __init__(
@@ -78,46 +68,25 @@ class CompressionBaseline(DistillationModule):
         num_classes: int,
         steps: Sequence[Step] = (),
         dense_epochs: int = 0,
-        teacher: Literal["none", "dense"] | nn.Module | Sequence[nn.Module] = "none",
+        teacher: Literal["none", "dense"] | nn.Module | Sequence[nn.Module] | TeacherStore = "none",
         temperature: float = 4.0,
         hard_label_weight: float = 0.5,
-        store: TeacherStore | None = None,
         calibration_batches: int = 50,
         restart: bool = True,
         seed: int | None = None,
         report: Measurements | None = None,
-        input_shape: Sequence[int] | None = None,
-        optimizer: OptimizerCallable = default_optimizer,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        metrics: MetricCollection | None = None,
-        channels_last: bool = False,
+        **options: Unpack[TrainingOptions],
     ) -> None:
-        super().__init__(
-            network,
-            num_classes=num_classes,
-            input_shape=input_shape,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            metrics=metrics,
-            channels_last=channels_last,
-        )
-        if not temperature > 0:
-            raise InputError(f"temperature must be positive, got {temperature}")
+        super().__init__(network, num_classes=num_classes, **options)
         if not 0 <= hard_label_weight <= 1:
             raise InputError(f"hard_label_weight must be in [0, 1], got {hard_label_weight}")
         if isinstance(teacher, str) and teacher not in ("none", "dense"):
             raise InputError(f"teacher must be 'none', 'dense' or networks, got {teacher!r}")
-        if teacher == "dense" and store is not None:
-            raise InputError("teacher='dense' changes with every run: leave the store out")
-        if teacher == "none" and store is None:
-            refuse_unused(
-                CompressionBaseline, "without a teacher", temperature=temperature, hard_label_weight=hard_label_weight
-            )
-        self.teachers = ensemble_if_any(None if isinstance(teacher, str) else teacher)
-        self.teacher_store, self.teacher = store, teacher if isinstance(teacher, str) else "given"
-        if input_shape is not None and self.teachers is not None:
-            self.teachers.check(input_shape, num_classes)
         self.temperature, self.hard_label_weight = temperature, hard_label_weight
+        self.teacher = teacher if isinstance(teacher, str) else "given"
+        self.teachers = self._taught_by(None if isinstance(teacher, str) else teacher)
+        if teacher == "none":
+            _refuse_unused(temperature=(temperature, 4.0), hard_label_weight=(hard_label_weight, 0.5))
         self.callback = CompressionCallback(
             steps,
             dense_epochs=dense_epochs,
@@ -127,18 +96,8 @@ class CompressionBaseline(DistillationModule):
             report=report,
         )
 
-    def setup(self, stage: str) -> None:
-        """Look at the other callbacks.
-
-        Raises:
-            InputError: one of them averages parameters, among which the dense teacher's will be later.
-        """
-        for callback in cast("Any", self.trainer).callbacks:
-            if stage == "fit" and self.teacher == "dense" and isinstance(callback, AVERAGING):
-                raise InputError(
-                    f"teacher='dense' gives the module parameters of which {type(callback).__name__} keeps no average: "
-                    "leave one of them out"
-                )
+    def _taught_by(self, given: nn.Module | Sequence[nn.Module] | TeacherStore | None) -> Teachers:
+        return Teachers(given, ask=[Softened(self.temperature)])
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """What does the steps.
@@ -158,30 +117,18 @@ class CompressionBaseline(DistillationModule):
             )
         return [self.callback]
 
-    @property
-    def _is_taught(self) -> bool:
-        return self.teachers is not None or self.teacher_store is not None
-
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The labels' cross entropy and, under a teacher, the divergence from its prediction."""
-        logits = self.student(batch.input)
-        terms = {"ce": F.cross_entropy(*functional.by_position(logits, batch.target))}
-        if self._is_taught:
-            teacher_probs = self.told(batch)["probabilities"]
-            terms["kd"] = functional.softened_kl(logits, teacher_probs, temperature=self.temperature, from_logits=False)
+        logits = call(self.student, batch.input)
+        terms = {"ce": self.output.label_loss(logits, batch)}
+        if self.teachers:
+            teacher = self.teachers.probabilities(batch)
+            terms["kd"] = self.output.divergence(logits, teacher, batch, temperature=self.temperature)
         return terms
-
-    def answers(self, logits: Tensor) -> dict[str, Tensor]:
-        """The teachers' softened prediction."""
-        return {"probabilities": rule_of(self).combined(logits, temperature=self.temperature)}
-
-    def question(self) -> dict[str, Any]:
-        """The temperature."""
-        return {"temperature": self.temperature}
 
     def weights(self) -> dict[str, float]:
         """The labels' share and, under a teacher, the rest."""
-        if not self._is_taught:
+        if not self.teachers:
             return {"ce": 1.0}
         return {"ce": self.hard_label_weight, "kd": 1 - self.hard_label_weight}
 
@@ -194,7 +141,7 @@ class CompressionBaseline(DistillationModule):
                     "nothing: give dense_epochs, or a trained network",
                     stacklevel=2,
                 )
-            self.teachers = TeacherEnsemble.of([copy_network(self.student)])
+            self.teachers = self._taught_by(copy_network(self.student))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As for every module; the dense teacher comes from this very run, so its weights are kept, too."""
@@ -205,15 +152,16 @@ class CompressionBaseline(DistillationModule):
         if self.teacher == "dense":
             checkpoint["fingerprints"] = {}
             checkpoint["recipes"].pop("teacher", None)
-            if self.teachers is not None:
-                checkpoint["dense_teacher"] = dict(self.teachers.state_dict())
+            if self.teachers:
+                checkpoint["dense_teacher"] = dict(self.teachers[0].state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Likewise."""
+        """Take the dense teacher, then what every module takes."""
         if "dense_teacher" in checkpoint:
             dense = self.__dict__.get("_uncompressed", {}).get("student", self.student)
-            self.teachers = TeacherEnsemble.of([copy_network(dense)])
-            self.teachers.load_state_dict(checkpoint["dense_teacher"])
+            teacher = copy_network(dense)
+            teacher.load_state_dict(checkpoint["dense_teacher"])
+            self.teachers = self._taught_by(teacher)
         super().on_load_checkpoint(checkpoint)
 
 
@@ -221,3 +169,11 @@ def _is_untrained(network: nn.Module) -> bool:
     """Whether a network has BatchNorms, and none has ever seen a batch; of others it cannot be known."""
     seen = [value for name, value in network.named_buffers() if name.endswith("num_batches_tracked")]
     return bool(seen) and not any(bool(value) for value in seen)
+
+
+def _refuse_unused(**options: tuple[float, float]) -> None:
+    """Refuse options, each with its default, that would do nothing without a teacher."""
+    unused = [name for name, (value, default) in options.items() if value != default]
+    if unused:
+        them = "it" if len(unused) == 1 else "them"
+        raise InputError(f"{' and '.join(unused)} would do nothing without a teacher: leave {them} out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
@@ -16,8 +16,11 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.data.views import Draws
 from distill_lightning.errors import InputError
 from distill_lightning.layers import ImageDecoder, ImageEncoder
-from distill_lightning.modules.hparams import unplain_arguments
-from distill_lightning.modules.optimization import LRSchedulerCallable, OptimizerCallable, with_schedule
+from distill_lightning.lightning_internals import place_of
+from distill_lightning.arguments import bound_arguments
+from distill_lightning.modules.parts.checkpoints import hyperparameters
+from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable
+from distill_lightning.modules.parts.optimization import with_schedule
 from distill_lightning.networks.weights import write_weights
 
 # Keeps the codes' random numbers apart from those that crop and flip the images of the same views.
@@ -59,6 +62,12 @@ class GeneratorModule(pl.LightningModule):
         InputError: a size or range that cannot be used; in training: images that do not lie in the range.
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remember the arguments, for checkpoints."""
+        module = super().__new__(cls)
+        module.__dict__["_given"] = bound_arguments(cls, args, kwargs)
+        return module
+
     def __init__(
         self,
         *,
@@ -71,7 +80,7 @@ class GeneratorModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=list(unplain_arguments(self)))
+        self.save_hyperparameters(hyperparameters(type(self), self.__dict__.pop("_given")))
         self.generator = ImageDecoder(input_shape, latent_dim, output_range=output_range, width=width)
         self.encoder = ImageEncoder(input_shape, latent_dim, width=width)
         self.pixel_log_var = nn.Parameter(torch.zeros(()))
@@ -122,10 +131,8 @@ class GeneratorModule(pl.LightningModule):
             )
 
     def _draws(self, batch: Batch, batch_idx: int) -> Draws:
-        place = batch_idx * self.trainer.world_size + self.trainer.global_rank
-        index = torch.arange(batch.size, device=self.device) + place * 2**24 if batch.index is None else batch.index
-        view = torch.full_like(index, self.current_epoch) if batch.view is None else batch.view
-        return Draws(self.seed + _STREAM, index, view)
+        batch.when = place_of(self, batch_idx)
+        return batch.draws(self.seed + _STREAM)
 
     def configure_optimizers(self) -> Any:
         """The optimiser and, if there is one, its schedule."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
@@ -16,18 +16,13 @@ from distill_lightning import functional
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
-from distill_lightning.layers import FeatureTap, Paraphraser, fingerprint
-from distill_lightning.modules.hparams import plain, unplain_arguments
-from distill_lightning.modules.optimization import (
-    LRSchedulerCallable,
-    OptimizerCallable,
-    default_optimizer,
-    with_schedule,
-)
+from distill_lightning.layers import FeatureTap, Paraphraser
+from distill_lightning.arguments import bound_arguments
+from distill_lightning.modules.parts.checkpoints import hyperparameters
+from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
+from distill_lightning.modules.parts.optimization import with_schedule
 from distill_lightning.networks import likely_input_shape
-from distill_lightning.teachers import TeacherEnsemble
-
-_FROZEN = "teachers."
+from distill_lightning.teachers import Frozen, TeacherEnsemble
 
 
 class ParaphraserModule(pl.LightningModule):
@@ -70,6 +65,12 @@ class ParaphraserModule(pl.LightningModule):
             or a ``rate`` that leaves no channel.
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remember the arguments, for checkpoints."""
+        module = super().__new__(cls)
+        module.__dict__["_given"] = bound_arguments(cls, args, kwargs)
+        return module
+
     def __init__(
         self,
         teachers: nn.Module | Sequence[nn.Module],
@@ -82,12 +83,13 @@ class ParaphraserModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=list(unplain_arguments(self)))
-        self.teachers = TeacherEnsemble.of(teachers)
-        paths = [layers] * len(self.teachers) if isinstance(layers, str) else list(layers)
-        if len(paths) != len(self.teachers):
-            raise InputError(f"{len(paths)} layers for {len(self.teachers)} teachers: give one for all, or one each")
-        self.taps = self.teachers.tapped(paths)
+        self.save_hyperparameters(hyperparameters(type(self), self.__dict__.pop("_given")))
+        self.teachers = Frozen([TeacherEnsemble.of(teachers)])
+        ensemble: TeacherEnsemble = self.teachers[0]
+        paths = [layers] * len(ensemble) if isinstance(layers, str) else list(layers)
+        if len(paths) != len(ensemble):
+            raise InputError(f"{len(paths)} layers for {len(ensemble)} teachers: give one for all, or one each")
+        self.taps = ensemble.tapped(paths)
         self.paraphrasers = nn.ModuleList(
             Paraphraser(_channels(number, tap, input_shape), rate=rate, batch_norm=batch_norm)
             for number, tap in enumerate(self.taps)
@@ -135,22 +137,24 @@ class ParaphraserModule(pl.LightningModule):
         optimizer = self.optimizer(self.paraphrasers.parameters())
         return with_schedule(self, optimizer, self.lr_scheduler, monitor="val/loss")
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002  (nn.Module's signature)
+        super()._apply(fn, recurse)
+        self.teachers.apply(fn)
+        return self
+
     def on_fit_start(self) -> None:
         """A module that enters ``fit`` in eval mode would train in it."""
+        self.teachers.fit_starts(self)
         self.train()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the teachers out, and note whose features these are."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith(_FROZEN)}
-        checkpoint["hyper_parameters"] = plain(checkpoint.get("hyper_parameters", {}))
-        checkpoint["fingerprints"] = {"teachers": fingerprint(self.teachers)}
+        """Note whose features these are."""
+        checkpoint["hyper_parameters"] = dict(checkpoint.get("hyper_parameters", {}))
+        checkpoint["fingerprints"] = self.teachers.fingerprints("teachers")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the live teachers back, so that loading stays strict."""
-        live = {name: value for name, value in self.state_dict().items() if name.startswith(_FROZEN)}
-        checkpoint["state_dict"] = {**checkpoint["state_dict"], **live}
-        if checkpoint["fingerprints"]["teachers"] != fingerprint(self.teachers):
+        """Warn of other teachers."""
+        if checkpoint["fingerprints"] != self.teachers.fingerprints("teachers"):
             warnings.warn(
                 "teachers: the weights are not those that these paraphrasers were trained with: train them anew",
                 stacklevel=2,
@@ -160,7 +164,7 @@ class ParaphraserModule(pl.LightningModule):
         """Each teacher's reconstructed and real feature map."""
         features = [
             features[tap.layers[0]]
-            for tap, (_, features) in zip(self.taps, self.teachers.each(inputs, self.taps), strict=True)
+            for tap, (_, features) in zip(self.taps, self.teachers[0].each(inputs, self.taps), strict=True)
         ]
         return [
             (paraphraser(feature), feature) for paraphraser, feature in zip(self.paraphrasers, features, strict=True)

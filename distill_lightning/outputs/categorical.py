@@ -23,7 +23,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Categorical(Output):
-    """Logits ``(N, K)`` of ``K`` classes, or ``(N, T, K)`` where each position has one; distributions are probabilities.
+    """Logits ``(N, K)`` of classes, or ``(N, T, K)`` where each position has one; distributions are probabilities.
 
     Args:
         num_classes: ``K``.
@@ -88,7 +88,7 @@ class Categorical(Output):
 
     def label_loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Cross entropy to classes ``(N,)``, ``(N, T)``, or to distributions ``(N, K)``."""
-        logits, target = functional.by_position(output, batch.target)
+        logits, target = functional.by_position(wide(output), batch.target)
         if batch.counted is None:
             return F.cross_entropy(logits, target)
         counted = self.counted(output, batch)

@@ -130,6 +130,21 @@ class Features(Question):
         """A feature map at the wanted size."""
         return feature if self.size is None else nn.functional.adaptive_avg_pool2d(feature, (self.size, self.size))
 
+    def shape_of(self, number: int, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the answer about a teacher whose tapped feature map has the given one.
+
+        Raises:
+            InputError: the teacher's paraphraser reads another number of channels, or there is none for it.
+        """
+        if self.paraphrasers:
+            if number >= len(self.paraphrasers) or self.paraphrasers[number].channels != shape[1]:
+                raise InputError(
+                    f"paraphraser {number} does not read the {shape[1]} channels of teacher {number}'s feature: give "
+                    "one paraphraser for each teacher, which was trained on that layer"
+                )
+            shape = (shape[0], self.paraphrasers[number].factors, *shape[2:])
+        return tuple(shape) if self.size is None else (*shape[:2], self.size, self.size)
+
     def describe(self) -> dict[str, Any]:
         """Size, layers and paraphrasers."""
         return {

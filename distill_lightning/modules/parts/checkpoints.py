@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from distill_lightning.arguments import arguments_of, takes
 from distill_lightning.choices import from_plain, is_plain, plain
@@ -42,7 +42,7 @@ def note(module: Any, checkpoint: dict[str, Any]) -> None:
     checkpoint[_FORMAT_KEY] = FORMAT
     checkpoint["hyper_parameters"] = {"_class_path": made_by, **dict(checkpoint.get("hyper_parameters", {}))}
     checkpoint["fingerprints"] = module.fingerprints()
-    recipes = {name: frozen.recipe() for name, frozen in module.frozen.items() if takes(type(module), name)}
+    recipes = {name: frozen.recipe() for name, frozen in module.frozen.items()}
     checkpoint["recipes"] = {"student": recipe_of(module.student)} | {k: v for k, v in recipes.items() if v is not None}
     checkpoint["objects"] = module.objects
     note_structure(module, checkpoint)
@@ -111,15 +111,6 @@ def rebuilt(kind: type, path: Path, overrides: Mapping[str, Any]) -> Any:
     kept = {*overrides, *recipes}
     module.missing = [name for name in checkpoint.get("objects", []) if name not in kept]
     return module
-
-
-def check_weights(module: Any, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Look whether a checkpoint's weights fit a module.
-
-    Raises:
-        InputError: they are of another architecture; the message begins with ``source``.
-    """
-    check_architecture(module, state, source=source)
 
 
 def _network(name: str, recipe: dict[str, Any] | None) -> nn.Module:

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import freeze
+from distill_lightning.layers.calling import call
 from distill_lightning.processes import broadcast, is_alone
 
 
@@ -36,7 +37,7 @@ class PastNetwork:
         """Probabilities ``(N, K)``, from the network in eval mode."""
         if self.network is None:
             raise RuntimeError("there is no past network before the end of the first epoch")
-        return wide(self.network(inputs)).softmax(dim=-1)
+        return wide(call(self.network, inputs)).softmax(dim=-1)
 
     def after_step(self, student: nn.Module) -> None:
         """Called after every optimiser step."""

@@ -61,7 +61,12 @@ class EqualSizes(Sizes):
     """The sizes must be equal."""
 
     def __call__(self, translated: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Both as they are."""
+        """Both as they are.
+
+        Raises:
+            InputError: the sizes differ.
+        """
+        self.check(translated.shape, target.shape, f"features {tuple(translated.shape)} and {tuple(target.shape)}")
         return translated, target
 
     def check(self, student: Sequence[int], teacher: Sequence[int], where: str) -> None:

@@ -1,0 +1,145 @@
+"""Self-KD's share of the past, which grows with the training."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+
+from distill_lightning.errors import InputError
+from distill_lightning.part import Part
+
+AlphaSchedule = Literal["linear", "constant"] | Callable[[float], float]
+
+
+class Alpha(Part):
+    r""":math:`\alpha_t`, the past's share in a target, as a function of the progress of a training.
+
+    Args:
+        final: :math:`\alpha_T` in ``[0, 1]``.
+        schedule: ``"linear"``, ``"constant"``, or a function of the progress in ``(0, 1]`` that gives the factor of
+            ``final``.
+        unit: whether it changes with every ``"epoch"`` or every optimiser ``"step"``.
+        total_epochs: ``T``; ``None``: the Trainer's ``max_epochs``.
+
+    Raises:
+        InputError: an option is out of range; in training: its length is not known.
+    """
+
+    def __init__(
+        self, final: float, schedule: AlphaSchedule, unit: Literal["epoch", "step"], total_epochs: int | None
+    ) -> None:
+        if not 0 <= final <= 1:
+            raise InputError(f"alpha_T must be in [0, 1], got {final}")
+        if not callable(schedule) and schedule not in ("linear", "constant"):
+            raise InputError(f"alpha_schedule must be linear, constant or a function of progress, got {schedule!r}")
+        if unit not in ("epoch", "step"):
+            raise InputError(f"alpha_unit must be one of epoch, step, got {unit!r}")
+        if total_epochs is not None and total_epochs < 1:
+            raise InputError(f"total_epochs must be at least 1, got {total_epochs}")
+        self.final, self.schedule, self.unit, self.total_epochs = final, schedule, unit, total_epochs
+        self._loaded = self._length = 0
+
+    def at(self, trainer: pl.Trainer) -> float:
+        r""":math:`\alpha_t` in the current epoch or step of a training.
+
+        Raises:
+            InputError: the length of the training is not known, or the schedule gives what is no share.
+        """
+        if self.schedule == "constant":
+            return self.final
+        progress = self._progress(trainer, training_length(trainer, self.total_epochs))
+        if not callable(self.schedule):
+            return self.final * progress
+        alpha = self.final * self.schedule(progress)
+        if not 0 <= alpha <= 1:
+            raise InputError(f"alpha_schedule({progress}) times alpha_T is {alpha}: let it stay in [0, 1]")
+        return alpha
+
+    def _progress(self, trainer: pl.Trainer, epochs: int) -> float:
+        """How much of the training is done when the current epoch or optimiser step is, in ``(0, 1]``; then always 1.
+
+        Raises:
+            InputError: steps are counted, and the training data have no length.
+        """
+        if self.unit == "epoch":
+            return min((trainer.current_epoch + 1) / epochs, 1.0)
+        steps = steps_of_epoch(trainer)
+        if math.isinf(steps):
+            raise InputError(
+                "alpha_unit='step' needs training data with a length: use 'epoch', or set limit_train_batches"
+            )
+        return min((trainer.global_step + 1) / (epochs * steps), 1.0)
+
+    def fit_starts(self, module: Any) -> None:
+        """Refuse a training of unknown length before anything is done."""
+        if self.schedule != "constant":
+            training_length(module.trainer, self.total_epochs)
+
+    def training_starts(self, module: Any) -> None:
+        """Warn of what will keep alpha from its end, and of a resumed training that has another one."""
+        loaded, self._loaded = self._loaded, 0
+        if self.schedule == "constant":
+            return
+        length = self._length = training_length(module.trainer, self.total_epochs)
+        if loaded and loaded != length:
+            warnings.warn(
+                f"the checkpoint was trained towards {loaded} epochs, now they are {length}: alpha does not go on where "
+                "it was; set total_epochs to keep it",
+                stacklevel=2,
+            )
+        ends = early_ends(module.trainer, length)
+        if ends:
+            warnings.warn(
+                f"alpha reaches alpha_T={self.final} in epoch {length}, but training may end earlier because of "
+                f"{' and '.join(ends)}: set total_epochs to the epochs that will be trained",
+                stacklevel=2,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epochs of the whole training."""
+        return {"length": self._loaded or self._length}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep them until training starts."""
+        self._loaded = state["length"]
+
+
+def training_length(trainer: pl.Trainer, total_epochs: int | None) -> int:
+    """``T``, the epochs of the whole training.
+
+    Raises:
+        InputError: neither ``total_epochs`` nor the trainer tells it.
+    """
+    length = total_epochs or trainer.max_epochs
+    if length is None or length < 1:
+        raise InputError(
+            "alpha grows with the training, whose length is not known: give total_epochs or Trainer(max_epochs)"
+        )
+    return length
+
+
+def steps_of_epoch(trainer: pl.Trainer) -> float:
+    """Optimiser steps of an epoch; infinite where the training data have no length."""
+    batches = trainer.num_training_batches
+    return batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def early_ends(trainer: pl.Trainer, epochs: int) -> list[str]:
+    """What will or may end the training before so many epochs."""
+    ends = []
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs < epochs:
+        ends.append(f"max_epochs={trainer.max_epochs}")
+    if 0 <= trainer.max_steps < epochs * steps_of_epoch(trainer):
+        ends.append(f"max_steps={trainer.max_steps}")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # not declared by Lightning
+        if isinstance(callback, pl.callbacks.EarlyStopping):
+            ends.append("EarlyStopping")
+        if isinstance(callback, pl.callbacks.Timer) and callback.time_remaining() is not None:
+            ends.append("a time limit")
+    return ends
+
+
