@@ -22,6 +22,7 @@ from distill_lightning.data.samplers import (
     GeneratorSampler,
     MixupSampler,
 )
+from distill_lightning.data.transforms import CutMix, Cutout, LabelSmoothing, Mixup
 from distill_lightning.errors import InputError
 from distill_lightning.modules import (
     CompressionBaseline,
@@ -30,13 +31,34 @@ from distill_lightning.modules import (
     FEEDModule,
     GeneratorModule,
     KDModule,
+    LogitTerm,
     MEALV2Module,
     ParaphraserModule,
     RegressionModule,
     SelfKDModule,
     SupervisedModule,
+    TrainingOptions,
     sequential_feed,
 )
+from distill_lightning.modules.extracurricular import MatchDistribution, MatchPoint
+from distill_lightning.modules.parts.adversary import (
+    FixedDiscriminator,
+    NoDiscriminator,
+    OfficialDiscriminator,
+    OwnDiscriminator,
+)
+from distill_lightning.modules.parts.distances import (
+    AttentionDistance,
+    Conv1x1Translator,
+    Conv3Translator,
+    FactorDistance,
+    FunctionTranslator,
+    HintDistance,
+    LinearTranslator,
+    NoTranslator,
+)
+from distill_lightning.modules.parts.past import MovingAverage, PastModel, StoredPast
+from distill_lightning.modules.parts.sizes import EqualSizes, PooledSize, StudentSize, TeacherSize
 from distill_lightning.networks import (
     AdaptedInput,
     Pretrained,
@@ -48,11 +70,11 @@ from distill_lightning.networks import (
     timm_network,
     torchvision_network,
 )
-from distill_lightning.outputs import metrics
+from distill_lightning.outputs import Categorical, Gaussian, metrics
 from distill_lightning.outputs.metrics import AURC, Agreement, AngularError, CalibrationError, GapReduction
 from distill_lightning.schedules import GroupSchedules, OneCycle
 from distill_lightning.storage import PredictionStore
-from distill_lightning.teachers import TeacherEnsemble, TeacherStore
+from distill_lightning.teachers import Features, Logits, MeanLogits, Softened, TeacherEnsemble, Teachers, TeacherStore
 
 __version__ = "0.1.0"
 
@@ -61,33 +83,61 @@ __all__ = [
     "AdaptedInput",
     "Agreement",
     "AngularError",
+    "AttentionDistance",
     "Batch",
     "CalibrationError",
+    "Categorical",
     "CompressionBaseline",
     "CompressionCallback",
     "Compressor",
+    "Conv1x1Translator",
+    "Conv3Translator",
+    "CutMix",
     "CutMixSampler",
+    "Cutout",
     "DigitsDataModule",
     "DistillationModule",
     "DocstringsDataModule",
     "EmpiricalSampler",
+    "EqualSizes",
     "ExtracurricularModule",
     "FEEDModule",
+    "FactorDistance",
     "FashionMNISTDataModule",
+    "Features",
+    "FixedDiscriminator",
     "FunctionSampler",
+    "FunctionTranslator",
     "GapReduction",
+    "Gaussian",
     "GeneratorModule",
     "GeneratorSampler",
     "GroupSchedules",
+    "HintDistance",
     "ImageFolderDataModule",
     "InMemoryImageDataModule",
     "IndexedDataModule",
     "InputError",
     "KDModule",
+    "LabelSmoothing",
+    "LinearTranslator",
+    "LogitTerm",
+    "Logits",
     "MEALV2Module",
+    "MatchDistribution",
+    "MatchPoint",
+    "MeanLogits",
+    "Mixup",
     "MixupSampler",
+    "MovingAverage",
+    "NoDiscriminator",
+    "NoTranslator",
+    "OfficialDiscriminator",
     "OneCycle",
+    "OwnDiscriminator",
     "ParaphraserModule",
+    "PastModel",
+    "PooledSize",
     "PredictionStore",
     "Pretrained",
     "RegressionModule",
@@ -98,9 +148,15 @@ __all__ = [
     "SmallLSTM",
     "SmallResNet",
     "SmallTransformer",
+    "Softened",
+    "StoredPast",
+    "StudentSize",
     "SupervisedModule",
     "TeacherEnsemble",
+    "TeacherSize",
     "TeacherStore",
+    "Teachers",
+    "TrainingOptions",
     "compression",
     "functional",
     "layers",

@@ -15,7 +15,7 @@ _PACKAGE = __name__.partition(".")[0]
 _KEYS = {"class_path", "init_args"}
 
 
-class Choice(ABC):
+class Choice(ABC):  # noqa: B024  (kinds of choices say what their alternatives must define)
     """A description of what a module is to do, with the options that belong to it; immutable, so it can be shared.
 
     A kind of choice is an abstract class below this one, its alternatives are frozen dataclasses below that. In YAML

@@ -16,15 +16,6 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
-from distill_lightning.lightning_internals import (
-    TrainersBatches,
-    forget_best,
-    keep_patience,
-    new_optimizer,
-    refuse_reshaping,
-    stand_last,
-    undrawn,
-)
 from distill_lightning.callbacks.reshaping import Noting, Restoring, free_path
 from distill_lightning.callbacks.stages import Measurements, check_scored, measure
 from distill_lightning.compression.compressor import Compressor, Moment, has_parameters
@@ -37,6 +28,15 @@ from distill_lightning.compression.structure import NOTHING
 from distill_lightning.compression.timeline import Phase, check_order
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
+from distill_lightning.lightning_internals import (
+    TrainersBatches,
+    forget_best,
+    keep_patience,
+    new_optimizer,
+    refuse_reshaping,
+    stand_last,
+    undrawn,
+)
 
 
 class CompressionCallback(pl.Callback):

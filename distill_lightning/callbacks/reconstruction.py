@@ -19,11 +19,11 @@ from torchmetrics import MeanAbsoluteError, MetricCollection
 from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 
 from distill_lightning import functional
-from distill_lightning.lightning_internals import TrainersBatches, drawing_parts, undrawn
 from distill_lightning.callbacks.figures import log_figure
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.layers import FeatureTap, Paraphraser, Translator, freeze, resolve_layer
+from distill_lightning.lightning_internals import TrainersBatches, drawing_parts, undrawn
 from distill_lightning.plots import reconstruction_errors
 
 OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]  # jsonargparse needs the bare Iterable

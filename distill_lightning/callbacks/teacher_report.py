@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
 from typing import Any
@@ -13,15 +13,14 @@ import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MetricCollection
 
-from distill_lightning import functional
-from distill_lightning.lightning_internals import TrainersBatches, undrawn
 from distill_lightning.callbacks.figures import log_figure
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.outputs.metrics import classification_metrics, regression_metrics
+from distill_lightning.lightning_internals import TrainersBatches, undrawn
+from distill_lightning.outputs import Output
 from distill_lightning.plots import teacher_bars
 
 
@@ -32,8 +31,8 @@ class TeacherReport(pl.Callback):
     classes are in another order, or its weights were not loaded. Random numbers, modes and samplers are left as they
     were, so the training is the same with and without this callback.
 
-    The metrics are `distill_lightning.outputs.metrics.classification_metrics` over the same batches as validation's
-    (``limit_val_batches`` holds), in regression `distill_lightning.outputs.metrics.regression_metrics`; they are logged as
+    The metrics are those of the module's output over the same batches as validation's (``limit_val_batches`` holds),
+    `outputs.metrics.classification_metrics` or `outputs.metrics.regression_metrics`; they are logged as
     ``teacher/<name>/<metric>``, the figure as ``teachers``. A single teacher has no ensemble.
 
     Attributes:
@@ -56,7 +55,7 @@ class TeacherReport(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report; the data are set up by now."""
         classes = getattr(pl_module, "num_classes", None)
-        measured = _classifiers(trainer, pl_module) if classes is not None else _regression(trainer, pl_module)
+        measured = _measured(trainer, pl_module)
         # Every process takes part here.
         self.rows = [
             {"name": name, **{metric: float(value) for metric, value in metrics.compute().items()}}
@@ -84,37 +83,24 @@ class TeacherReport(pl.Callback):
         log_figure(trainer, "teachers", self.figure, trainer.global_step)
 
 
-def _classifiers(trainer: pl.Trainer, pl_module: Any) -> dict[str, MetricCollection]:
-    teachers = getattr(pl_module, "teachers", None)
-    if not isinstance(teachers, Iterable) or not hasattr(teachers, "combined"):
+def _measured(trainer: pl.Trainer, pl_module: Any) -> dict[str, MetricCollection]:
+    """The metrics of each teacher and, if there are several, of the ensemble, by name."""
+    if not hasattr(pl_module, "teacher_predictions") or not isinstance(getattr(pl_module, "output", None), Output):
         raise _without_teachers(pl_module)
-    networks: list[nn.Module] = list(teachers)
-    names = [f"teacher_{number}" for number in range(len(networks))] + ["ensemble"] * (len(networks) > 1)
-    measured = {name: classification_metrics(pl_module.num_classes).to(pl_module.device) for name in names}
-    with _validating(trainer, pl_module) as batches:
-        for batch in batches:
-            logits = torch.stack([network(batch.input) for network in networks])
-            # A probability that underflowed to zero would be an infinite logit.
-            ensemble = teachers.combined(logits).float().clamp_min(torch.finfo(torch.float32).tiny).log()
-            for metrics, output in zip(measured.values(), [*logits, ensemble], strict=False):
-                counted, target = _counted(batch, output), _counted(batch, batch.target)
-                metrics.update(*functional.by_position(counted, target))
-    return measured
-
-
-def _regression(trainer: pl.Trainer, pl_module: Any) -> dict[str, MetricCollection]:
+    means: Output = pl_module.output
     measured: dict[str, MetricCollection] = {}
-    if getattr(pl_module, "num_targets", None) is None or not hasattr(pl_module, "teacher_predictions"):
-        raise _without_teachers(pl_module)
     with _validating(trainer, pl_module) as batches:
         for batch in batches:
-            each = {f"teacher_{number}": one for number, one in enumerate(pl_module.teacher_predictions(batch))}
-            predictions = each if len(each) == 1 else each | {"ensemble": pl_module.teacher_prediction(batch)}
+            predictions: dict[str, Tensor | None] = {
+                f"teacher_{number}": one for number, one in enumerate(pl_module.teacher_predictions(batch))
+            }
+            if len(predictions) != 1:
+                predictions["ensemble"] = pl_module.teacher_prediction(batch)
             for name, prediction in predictions.items():
                 if prediction is None:
                     raise _without_teachers(pl_module)
-                metrics = measured.setdefault(name, regression_metrics(pl_module.num_targets).to(pl_module.device))
-                metrics.update(_counted(batch, prediction), _counted(batch, batch.target))
+                metrics = measured.setdefault(name, means.metrics().to(pl_module.device))
+                metrics.update(*means.select(prediction, batch.target, means.counted(prediction, batch)))
     return measured
 
 
@@ -168,8 +154,3 @@ def _flat(loaders: Any) -> list[Any]:
     if isinstance(loaders, (list, tuple)):
         return [loader for part in loaders for loader in _flat(part)]
     return [loaders]
-
-
-def _counted(batch: Batch, values: Tensor) -> Tensor:
-    # View -1 marks a sample that only fills up a process's share.
-    return values if batch.view is None else values[batch.view >= 0]

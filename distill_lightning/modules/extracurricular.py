@@ -204,5 +204,3 @@ class ExtracurricularModule(DistillationModule):
             self.observe(f"uncertainty_{name}", spread.mean())
         for name, value in self.output.comparison(output, teacher).items():
             self.observe(name, value)
-
-

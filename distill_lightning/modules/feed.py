@@ -210,8 +210,8 @@ class FEEDModule(DistillationModule):
         maps_only = self.distance.translator is None or self.distance.translator.maps_only or asked.paraphrasers
         if asked.paraphrasers and len(asked.paraphrasers) != len(self.teachers):
             raise InputError(
-                f"FEED: {len(asked.paraphrasers)} paraphrasers for {len(self.teachers)} teachers: give one each; a store "
-                "alone holds their codes"
+                f"FEED: {len(asked.paraphrasers)} paraphrasers for {len(self.teachers)} teachers: give one each; a "
+                "store alone holds their codes"
             )
         targets = []
         for number, shape in enumerate(self.teachers.shapes(self.probed_shape)):
@@ -257,5 +257,3 @@ def _translators(distance: Distance, source: int, targets: Sequence[int]) -> nn.
             stacklevel=3,
         )
     return translators
-
-

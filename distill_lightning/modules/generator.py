@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from distill_lightning import functional
+from distill_lightning.arguments import bound_arguments
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.views import Draws
 from distill_lightning.errors import InputError
 from distill_lightning.layers import ImageDecoder, ImageEncoder
 from distill_lightning.lightning_internals import place_of
-from distill_lightning.arguments import bound_arguments
-from distill_lightning.modules.parts.checkpoints import hyperparameters
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable
+from distill_lightning.modules.parts.checkpoints import hyperparameters
 from distill_lightning.modules.parts.optimization import with_schedule
 from distill_lightning.networks.weights import write_weights
 

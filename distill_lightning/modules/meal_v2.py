@@ -137,9 +137,7 @@ class MEALV2Module(DistillationModule):
         terms = {"similarity": cross_entropy * self.temperature**2}
         if self.discriminator is not None:
             student, teacher = self._shown(batch, logits, softened, probs)
-            terms["discriminator"] = discriminated(
-                self, self.discriminator, student, teacher, self.adversary.mode, self.liveness
-            )
+            terms["discriminator"] = discriminated(self, student, teacher)
         if self.hard_label_weight:
             terms["ce"] = self.output.label_loss(logits, batch)
         return terms

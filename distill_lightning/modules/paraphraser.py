@@ -13,13 +13,13 @@ from torchmetrics import MeanAbsoluteError, MetricCollection
 from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 
 from distill_lightning import functional
+from distill_lightning.arguments import bound_arguments
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import FeatureTap, Paraphraser
-from distill_lightning.arguments import bound_arguments
-from distill_lightning.modules.parts.checkpoints import hyperparameters
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
+from distill_lightning.modules.parts.checkpoints import hyperparameters
 from distill_lightning.modules.parts.optimization import with_schedule
 from distill_lightning.networks import likely_input_shape
 from distill_lightning.teachers import Frozen, TeacherEnsemble

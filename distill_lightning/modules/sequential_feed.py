@@ -76,7 +76,7 @@ def sequential_feed(
         student_layer: dotted path of the student's and so of the teacher's last feature map, for `FEEDModule`.
         beta: weight of the feature term, for `FEEDModule`; ``None``: its default.
         make_module: makes a later stage's module from its student and its teacher, in place of ``student_layer`` and
-            ``beta``: ``functools.partial(FEEDModule, num_classes=10, student_layer="stage3", distance=FactorDistance(translator=Conv1x1Translator()))``.
+            ``beta``: ``functools.partial(FEEDModule, num_classes=10, student_layer="stage3", beta=100)``.
         input_shape: shape of one input, ``(C, H, W)``, for stage 0 and `FEEDModule`.
         optimizer: makes the optimiser of stage 0 and of `FEEDModule`; what ``make_module`` makes has its own.
         lr_scheduler: makes the schedule of stage 0 and of `FEEDModule`; as ``optimizer``.

@@ -143,9 +143,7 @@ class Gaussian(Output):
     def comparison(self, output: Tensor, distribution: Tensor) -> dict[str, Tensor]:
         """``student_deviation`` and ``teacher_deviation``: mean standard deviations."""
         both = {"student": self.prediction(output), "teacher": distribution}
-        return {
-            f"{who}_deviation": gaussian.chunk(2, dim=1)[1].div(2).exp().mean() for who, gaussian in both.items()
-        }
+        return {f"{who}_deviation": gaussian.chunk(2, dim=1)[1].div(2).exp().mean() for who, gaussian in both.items()}
 
     def metrics(self) -> MetricCollection:
         """`regression_metrics`."""

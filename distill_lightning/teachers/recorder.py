@@ -70,7 +70,7 @@ class _Recorder(pl.LightningModule):
         teachers = getattr(module, "teachers", None)
         if not isinstance(teachers, Teachers) or teachers.store is None or teachers.ensemble is None:
             raise InputError(
-                f"record needs a TeacherStore with the networks that fill it: give {type(module).__name__} one as teachers"
+                f"record needs a TeacherStore with networks that fill it: give {type(module).__name__} one as teachers"
             )
         self.module, self.data = module, datamodule
         self.teachers, self.store = teachers, teachers.store

@@ -12,7 +12,6 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.data.samplers import count_rows, join
 from distill_lightning.errors import InputError
 from distill_lightning.layers import FeatureTap, dry_forward, fingerprint
-from distill_lightning.layers.calling import call
 from distill_lightning.networks.provenance import recipe_of
 from distill_lightning.outputs import Output
 from distill_lightning.teachers import origin
@@ -341,4 +340,3 @@ def _one_each(count: int, name: str, values: Any) -> list[Any]:
     if len(each) != count:
         raise InputError(f"{len(each)} {name} for {count} teachers: give one for all, or one each")
     return each
-

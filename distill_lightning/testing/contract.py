@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_lightning.modules import DistillationModule
 from distill_lightning.networks.weights import read_weights
+from distill_lightning.teachers import Frozen
 from distill_lightning.testing.tiny import TinyDataModule, TinyNet, tiny_trainer
 
 
@@ -88,6 +89,15 @@ def _snapshot(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
+def _networks(frozen: Frozen) -> nn.ModuleList:
+    """Frozen networks as a module."""
+    return nn.ModuleList(frozen.networks)
+
+
+def _is_awake(frozen: Frozen) -> bool:
+    return any(child.training for network in frozen.networks for child in network.modules())
+
+
 def _require_same(first: dict[str, Tensor], second: dict[str, Tensor], message: str) -> None:
     _require(first.keys() == second.keys(), f"{message}: other tensors {sorted(first.keys() ^ second.keys())}")
     different = [name for name, value in first.items() if not torch.equal(value, second[name])]
@@ -99,13 +109,34 @@ def frozen_networks_do_not_change(build: Build) -> None:
     """Parameters and buffers are bitwise what they were, also after the user called ``module.train()``."""
     module, teachers = _make(build)
     before = [_snapshot(network) for network in teachers]
-    frozen = {name: _snapshot(getattr(module, name)) for name in module.frozen if getattr(module, name) is not None}
+    frozen = {name: _snapshot(_networks(one)) for name, one in module.frozen.items()}
     module.train()
     tiny_trainer(max_epochs=2).fit(module, datamodule=_data(build))
     for number, (network, state) in enumerate(zip(teachers, before, strict=True)):
         _require_same(state, _snapshot(network), f"teacher {number} changed in fit")
     for name, state in frozen.items():
-        _require_same(state, _snapshot(getattr(module, name)), f"{name} changed in fit")
+        _require_same(state, _snapshot(_networks(module.frozen[name])), f"{name} changed in fit")
+
+
+@point
+def averages_of_weights_leave_frozen_networks_alone(build: Build) -> None:
+    """Stochastic and exponential averages are of what learns: frozen networks stay, and stand in no checkpoint."""
+    callbacks: list[Any] = [pl.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)]
+    if hasattr(pl.callbacks, "EMAWeightAveraging"):  # since Lightning 2.6
+        callbacks.append(pl.callbacks.EMAWeightAveraging())
+    for callback in callbacks:
+        module, teachers = _make(build)
+        before = [_snapshot(network) for network in teachers]
+        trainer = tiny_trainer(max_epochs=3, callbacks=[callback])
+        trainer.fit(module, datamodule=_data(build))
+        kind = type(callback).__name__
+        for number, (network, state) in enumerate(zip(teachers, before, strict=True)):
+            _require_same(state, _snapshot(network), f"{kind} changed teacher {number}")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "module.ckpt"
+            trainer.save_checkpoint(path)
+            state_dict = torch.load(path, weights_only=True)["state_dict"]
+        _require(state_dict.keys() == module.state_dict().keys(), f"{kind} changes what a checkpoint holds")
 
 
 @point
@@ -124,29 +155,29 @@ def the_optimizer_holds_exactly_what_learns(build: Build) -> None:
     missing = [name for key, name in learning.items() if key not in held]
     _require(not missing, f"not in the optimiser: {missing[:3]}")
     _require(set(held) <= set(learning), "the optimiser holds parameters that do not learn")
-    frozen = [name for name in learning.values() if name.split(".")[0] in module.frozen]
-    _require(not frozen, f"frozen, but requires_grad: {frozen[:3]}")
+    for name, frozen in module.frozen.items():
+        awake = [path for path, parameter in _networks(frozen).named_parameters() if parameter.requires_grad]
+        _require(not awake, f"{name} is frozen, but {awake[:3]} require gradients")
 
 
 @point
 def modes_are_kept(build: Build) -> None:
     """The student trains in train mode whatever its mode before, frozen networks stay in eval mode."""
     module, teachers = _make(build)
-    held = [network for network in teachers if any(network is child for child in module.modules())]
     seen: list[bool] = []
 
     class Modes(pl.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             seen.append(all(child.training for child in pl_module.student.modules()))
-            awake = [network for network in held if any(child.training for child in network.modules())]
-            _require(not awake, "a teacher is in train mode while the student trains")
+            for name, frozen in pl_module.frozen.items():
+                _require(not _is_awake(frozen), f"{name} is in train mode while the student trains")
 
     module.eval()
     tiny_trainer(callbacks=[Modes()]).fit(module, datamodule=_data(build))
     _require(bool(seen) and all(seen), "after module.eval(), fit trained the student in eval mode")
     module.train()
-    for name in [name for name in module.frozen if getattr(module, name) is not None]:
-        _require(not any(child.training for child in getattr(module, name).modules()), f"train() woke {name}")
+    for name, frozen in module.frozen.items():
+        _require(not _is_awake(frozen), f"train() woke {name}")
 
 
 @point
@@ -336,8 +367,6 @@ def two_processes_equal_one(build: Build) -> None:
         close = torch.allclose(value, other, rtol=1e-3, atol=1e-4)
         _require(close, f"two processes log another {name} than one: {other} and {value}")
     for name, value in alone.state_dict().items():
-        if name.split(".")[0] in alone.frozen:
-            continue  # it may have been made in the processes, of which only what was trained comes back
         other = together.state_dict()[name]
         close = torch.allclose(value.double(), other.double(), rtol=1e-4, atol=1e-5)
         _require(close, f"two processes end elsewhere than one: {name} by {(value - other).abs().max()}")

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from distill_lightning.modules.feed_parts import orthonormal_rows
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -13,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill_lightning import Batch, FEEDModule, InputError, SmallResNet, SupervisedModule, TeacherEnsemble
 from distill_lightning.layers import Paraphraser, Translator
-from distill_lightning.modules.feed_parts import orthonormal_rows
 from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
 
 SHAPE = (1, 8, 8)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
+from distill_lightning.modules.parts.progress import is_mixed
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -21,7 +22,6 @@ from distill_lightning.data.mixing import cutout
 from distill_lightning.data.samplers import CutMixSampler, MixupSampler
 from distill_lightning.data.views import Draws
 from distill_lightning.modules.parts.past_network import PastNetwork
-from distill_lightning.modules.parts.progress import is_mixed
 from distill_lightning.storage import PredictionStore
 from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
 

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from distill_lightning.teachers.cache import TeacherAnswers
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from distill_lightning import Batch, DistillationModule, KDModule, SupervisedModule, TeacherEnsemble
 from distill_lightning.functional import gaussian_nll, join_gaussian, split_gaussian
-from distill_lightning.teachers.cache import TeacherAnswers
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 SHAPE = (1, 8, 8)

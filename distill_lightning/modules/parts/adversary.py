@@ -82,14 +82,14 @@ class NoDiscriminator(Adversary):
 
 @dataclass(frozen=True)
 class OfficialDiscriminator(Adversary):
-    """The released network, see `layers.Discriminator`; with few classes its outputs are often dead.
+    r"""The released network, see `layers.Discriminator`; with few classes its outputs are often dead.
 
     Args:
         shown: what it is shown: ``"logits"``, the student's and the teachers' mean ones, or ``"probabilities"`` or
             ``"log_probabilities"`` at the temperature, the student's and the ensemble's.
         mode: ``"cooperative"``, as released; ``"adversarial"``, as the paper says; or ``"detached"``: it watches, and
             the student does not feel it.
-        weight: :math:`\\gamma`, positive.
+        weight: :math:`\gamma`, positive.
         lr: its own learning rate, which the module's ``lr_scheduler`` leaves alone; ``None``: it has the student's
             rate, and, without a schedule of its own, the student's schedule.
         lr_scheduler: makes a schedule for its rate alone; ``None`` with an ``lr``: constant. `OneCycle` here needs
@@ -191,22 +191,19 @@ def _drawn(num_classes: int, kind: Literal["official", "fixed"]) -> Discriminato
         return Discriminator(num_classes, kind=kind)
 
 
-def discriminated(
-    module: Any, discriminator: nn.Module, student: Tensor, teacher: Tensor, mode: Mode, watch: Liveness
-) -> Tensor:
+def discriminated(module: Any, student: Tensor, teacher: Tensor) -> Tensor:
     """The discriminator's loss for the student's and the teachers' predictions ``(N, K)``, one batch of both.
 
     Args:
-        module: observes ``discriminator_accuracy`` and, of a network that can die, ``discriminator_dead``.
-        discriminator: the network.
+        module: a `MEALV2Module` with a discriminator; it observes ``discriminator_accuracy`` and, of a network that can
+            die, ``discriminator_dead``.
         student: the student's predictions.
         teacher: the teachers'.
-        mode: see `Adversary`.
-        watch: looks for outputs that are always zero.
     """
-    if mode == "adversarial":
+    discriminator: nn.Module = module.discriminator
+    if module.adversary.mode == "adversarial":
         student = functional.reverse_gradient(student)
-    elif mode == "detached":
+    elif module.adversary.mode == "detached":
         student = student.detach()
     # Networks give half precision or float32, whatever the discriminator's weights are.
     dtype = next(discriminator.parameters(), student).dtype
@@ -218,7 +215,7 @@ def discriminated(
         module.observe("discriminator_accuracy", (1 + margin.sign()).mean() / 2)
         if not (isinstance(discriminator, Discriminator) and discriminator.kind == "fixed"):
             module.observe("discriminator_dead", (scores == 0).float().mean())
-            watch.see((scores != 0).any(dim=0))
+            module.liveness.see((scores != 0).any(dim=0))
     return functional.discriminator_loss(of_student, of_teacher)
 
 

@@ -87,8 +87,8 @@ class Alpha(Part):
         length = self._length = training_length(module.trainer, self.total_epochs)
         if loaded and loaded != length:
             warnings.warn(
-                f"the checkpoint was trained towards {loaded} epochs, now they are {length}: alpha does not go on where "
-                "it was; set total_epochs to keep it",
+                f"the checkpoint was trained towards {loaded} epochs, now they are {length}: alpha does not go on "
+                "where it was; set total_epochs to keep it",
                 stacklevel=2,
             )
         ends = early_ends(module.trainer, length)
@@ -141,5 +141,3 @@ def early_ends(trainer: pl.Trainer, epochs: int) -> list[str]:
         if isinstance(callback, pl.callbacks.Timer) and callback.time_remaining() is not None:
             ends.append("a time limit")
     return ends
-
-

@@ -96,8 +96,8 @@ class ExtraInputs(Frozen, About):
             )
         if any(isinstance(sampler, FunctionSampler) for sampler in self.networks):
             raise InputError(
-                "a store cannot know FunctionSampler's function again: make it a sampler of its own, an nn.Module whose "
-                "extra_repr tells its options"
+                "a store cannot know FunctionSampler's function again: make it a sampler of its own, an nn.Module "
+                "whose extra_repr tells its options"
             )
         for name, values in inputs.items():
             if count_rows(values) % batch.size:
@@ -120,5 +120,3 @@ class ExtraInputs(Frozen, About):
     def counts(self, inputs: Mapping[str, Any]) -> dict[str, int]:
         """Rows of each of `inputs`, the batch's own as ``real``."""
         return {name or "real": count_rows(values) for name, values in inputs.items()}
-
-

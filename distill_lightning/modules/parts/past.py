@@ -183,7 +183,7 @@ class StoredPast(Past):
 
 @dataclass(frozen=True)
 class PastModel(Past):
-    """A copy of the student, which predicts in eval mode for the very input that the student sees: the paper's equation.
+    """The paper's equation: a copy of the student predicts, in eval mode, for the very input that the student sees.
 
     One more forward per step.
 
