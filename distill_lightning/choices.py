@@ -40,12 +40,13 @@ def plain(value: Any) -> Any:
         return [plain(part) for part in value]
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, Choice) and dataclasses.is_dataclass(value) and _is_own(type(value)):
+    kind: type[Any] = type(value)
+    if issubclass(kind, Choice) and dataclasses.is_dataclass(kind) and _is_own(kind):
         fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": fields}
-    if type(value).__module__ == "numpy" and hasattr(value, "item"):
+        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": fields}
+    if kind.__module__ == "numpy" and hasattr(value, "item"):
         return plain(value.item())
-    raise TypeError(f"{type(value).__name__} is no plain value")
+    raise TypeError(f"{kind.__name__} is no plain value")
 
 
 def is_plain(value: Any) -> bool:

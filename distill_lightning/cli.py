@@ -32,7 +32,8 @@ from distill_lightning.compression.structure import restore_structure
 from distill_lightning.data import datamodules
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError, refusing
-from distill_lightning.modules import DistillationModule, check_optimizer
+from distill_lightning.modules import DistillationModule
+from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.networks.weights import read_checkpoint
 from distill_lightning.schedules import OneCycle
 from distill_lightning.teachers import TeacherStore

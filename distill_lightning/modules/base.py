@@ -280,7 +280,7 @@ class DistillationModule(pl.LightningModule):
         return {name: value for name, value in vars(self).items() if isinstance(value, Frozen) and len(value)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002  (nn.Module's signature)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for frozen in self.frozen.values():
             frozen.apply(fn)
         return self

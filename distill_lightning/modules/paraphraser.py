@@ -138,7 +138,7 @@ class ParaphraserModule(pl.LightningModule):
         return with_schedule(self, optimizer, self.lr_scheduler, monitor="val/loss")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002  (nn.Module's signature)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.teachers.apply(fn)
         return self
 

@@ -40,7 +40,7 @@ class Frozen(Part):
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply a function to every parameter and buffer in place, as ``nn.Module._apply`` does."""
         for network in self.networks:
-            network._apply(function)  # noqa: SLF001
+            network._apply(function)  # type: ignore[no-untyped-call]  # noqa: SLF001
 
     def fit_starts(self, module: Any) -> None:
         """Move to the module's device, for strategies which move parameters one by one."""

@@ -114,7 +114,7 @@ class _Recorder(pl.LightningModule):
             names = self._parts[0]
             self.store.write(view, shard, {name: torch.cat([part[name] for part in self._parts]) for name in names})
             self._parts = []
-        return batch.size
+        return int(batch.size)
 
 
 class _Gaps:

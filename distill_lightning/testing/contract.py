@@ -163,7 +163,7 @@ def the_optimizer_holds_exactly_what_learns(build: Build) -> None:
 @point
 def modes_are_kept(build: Build) -> None:
     """The student trains in train mode whatever its mode before, frozen networks stay in eval mode."""
-    module, teachers = _make(build)
+    module, _ = _make(build)
     seen: list[bool] = []
 
     class Modes(pl.Callback):

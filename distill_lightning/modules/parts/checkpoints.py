@@ -83,8 +83,8 @@ def check_format(checkpoint: Mapping[str, Any], source: str) -> None:
     version = checkpoint.get(_FORMAT_KEY, 1)
     if version != FORMAT:
         raise InputError(
-            f"{source} has format {version} of distill_lightning's checkpoints, this version reads {FORMAT}: train anew, "
-            "or take the student alone: Pretrained(network, checkpoint)"
+            f"{source} has format {version} of distill_lightning's checkpoints, this version reads {FORMAT}: train "
+            "anew, or take the student alone: Pretrained(network, checkpoint)"
         )
 
 

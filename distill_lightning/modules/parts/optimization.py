@@ -33,7 +33,8 @@ def with_schedule(
     scheduler = lr_scheduler(optimizer)
     config: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
     grouped = isinstance(scheduler, GroupSchedules)
-    for schedule in scheduler.schedules if grouped else [scheduler]:
+    schedules = scheduler.schedules if isinstance(scheduler, GroupSchedules) else [scheduler]
+    for schedule in schedules:
         if isinstance(schedule, OneCycle):
             config["interval"] = "step"
             schedule.total_steps = schedule.total_steps or total_steps(module)

@@ -19,7 +19,8 @@ import distill_lightning
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError
 from distill_lightning.layers import dry_forward
-from distill_lightning.modules import DistillationModule, ParaphraserModule, check_optimizer
+from distill_lightning.modules import DistillationModule, ParaphraserModule
+from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.studies.compare.tasks import Classification, Regression, Task
 
 # A bare dict: where its values may be of any type, jsonargparse makes objects of what has a class_path inside.
