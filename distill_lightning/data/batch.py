@@ -129,20 +129,21 @@ class Batch:
     def to(self, device: torch.device | str) -> Self:
         """The batch with its tensors on a device; the key stays on the host."""
         device = torch.device(device)
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def pin_memory(self) -> Self:
         """The batch in memory from which a copy to the device does not wait."""
-        pinned = self._mapped(Tensor.pin_memory)
+        pinned = self.map(Tensor.pin_memory)
         pinned.key = None if pinned.index is None else Key(pinned.index, pinned.view)
         return pinned
 
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The batch with a function applied to each of its tensors; the key stays as it is."""
         moved = {
             name: map_tensors(function, getattr(self, name))
             for name in ("input", "target", "index", "view", "counted", "mixture")
         }
-        partner = None if self.partner is None else self.partner._mapped(function)
+        partner = None if self.partner is None else self.partner.map(function)
         return dataclasses.replace(self, **moved, partner=partner)
 
     def draws(self, seed: int, *, rows: Tensor | None = None, copies: Tensor | None = None) -> Draws:
@@ -192,22 +193,57 @@ class Batch:
         )
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to every tensor in a nest of dicts, tuples and lists, and keep the nest's structure."""
+def map_tensors(function: Callable[..., Tensor], value: Any, *others: Any) -> Any:
+    """Apply a function to every tensor in a nest of dicts, tuples and lists, and keep the nest's structure.
+
+    Args:
+        function: of one tensor of each nest.
+        value: a nest; what is neither a tensor nor a nest in it stays as it is.
+        others: nests of the same structure, whose tensors become the function's further arguments.
+
+    Raises:
+        InputError: the nests differ in structure.
+    """
     if isinstance(value, Tensor):
-        return function(value)
+        if not all(isinstance(other, Tensor) for other in others):
+            raise _differ(value, others)
+        return function(value, *others)
     if isinstance(value, Mapping):
-        return {name: map_tensors(function, part) for name, part in value.items()}
+        if not all(isinstance(other, Mapping) and other.keys() == value.keys() for other in others):
+            raise _differ(value, others)
+        return {name: map_tensors(function, part, *(other[name] for other in others)) for name, part in value.items()}
     if isinstance(value, (tuple, list)):
-        parts = [map_tensors(function, part) for part in value]
+        if not all(isinstance(other, (tuple, list)) and len(other) == len(value) for other in others):
+            raise _differ(value, others)
+        parts = [map_tensors(function, *together) for together in zip(value, *others, strict=True)]
         structure: Any = type(value)
         # A NamedTuple takes its fields one by one.
         return structure(*parts) if hasattr(value, "_fields") else structure(parts)
     return value
 
 
+def _differ(value: Any, others: Sequence[Any]) -> InputError:
+    kinds = ", ".join(type(other).__name__ for other in others)
+    return InputError(
+        f"inputs of another structure than {type(value).__name__} ({kinds}): let each sample have the same"
+    )
+
+
 def first_tensor(value: Any) -> Tensor:
-    """The first tensor in a nest of dicts, tuples and lists."""
-    while not isinstance(value, Tensor):
-        value = next(iter(value.values() if isinstance(value, Mapping) else value))
-    return value
+    """The first tensor in a nest of dicts, tuples and lists.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = next(_tensors(value), None)
+    if found is None:
+        raise InputError(f"a batch needs at least one tensor as its input, got {type(value).__name__}: convert it")
+    return found
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)

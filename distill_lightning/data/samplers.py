@@ -15,6 +15,7 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor, nn
 
+from distill_lightning.data.batch import first_tensor, map_tensors
 from distill_lightning.data.mixing import cutmix, mixup
 from distill_lightning.data.views import Draws
 from distill_lightning.errors import InputError
@@ -136,7 +137,7 @@ class MixupSampler(PairSampler):
 
     def blend(self, first: Inputs, second: Inputs, share: Tensor, draws: Draws) -> tuple[Inputs, Tensor]:
         """Linear interpolation."""
-        return _pairwise(lambda a, b: mixup(a, b, share), first, second), share
+        return map_tensors(lambda a, b: mixup(a, b, share), first, second), share
 
 
 class CutMixSampler(PairSampler):
@@ -161,11 +162,11 @@ class CutMixSampler(PairSampler):
             shares.append(left)
             return image
 
-        images = _pairwise(put, first, second)
+        images = map_tensors(put, first, second)
         if not shares:
             raise InputError("CutMixSampler needs images (N, C, H, W) among the inputs: use MixupSampler for others")
         share = shares[0]
-        return _pairwise(lambda a, b: a if a.ndim == 4 else mixup(a, b, share), images, second), share
+        return map_tensors(lambda a, b: a if a.ndim == 4 else mixup(a, b, share), images, second), share
 
 
 class GeneratorSampler(nn.Module):
@@ -242,12 +243,12 @@ def _partners(draws: Draws, count: int) -> Tensor:
 
 def count_rows(inputs: Inputs) -> int:
     """Number of samples in a batch's inputs."""
-    return len(_tensors(inputs)[0])
+    return len(first_tensor(inputs))
 
 
 def take(inputs: InputsT, rows: Tensor) -> InputsT:
     """The samples at ``rows``."""
-    return map_inputs(lambda values: values[rows], inputs)
+    return cast("InputsT", map_tensors(lambda values: values[rows], inputs))
 
 
 def join(parts: Sequence[InputsT]) -> InputsT:
@@ -256,42 +257,15 @@ def join(parts: Sequence[InputsT]) -> InputsT:
     Raises:
         InputError: they have another structure than the first.
     """
-    columns = [torch.cat(tensors) for tensors in zip(*(_tensors_like(parts[0], part) for part in parts), strict=True)]
-    return _shaped_like(parts[0], columns)
-
-
-def map_inputs(function: Callable[[Tensor], Tensor], inputs: InputsT) -> InputsT:
-    """Apply a function to every tensor of the inputs and keep their structure."""
-    return _shaped_like(inputs, [function(values) for values in _tensors(inputs)])
-
-
-def _pairwise(function: Callable[[Tensor, Tensor], Tensor], first: InputsT, second: InputsT) -> InputsT:
-    pairs = zip(_tensors(first), _tensors(second), strict=True)
-    return _shaped_like(first, [function(a, b) for a, b in pairs])
-
-
-def _tensors(inputs: Inputs) -> list[Tensor]:
-    if isinstance(inputs, Tensor):
-        return [inputs]
-    return list(inputs.values() if isinstance(inputs, Mapping) else inputs)
-
-
-def _tensors_like(inputs: Inputs, others: Inputs) -> list[Tensor]:
-    """The tensors of ``others`` in the order of ``inputs``."""
-    if isinstance(inputs, Mapping) and isinstance(others, Mapping) and inputs.keys() == others.keys():
-        return [others[name] for name in inputs]
-    mapped = isinstance(inputs, Mapping) or isinstance(others, Mapping)
-    if mapped or len(_tensors(inputs)) != len(_tensors(others)):
-        names = ", ".join(inputs) if isinstance(inputs, Mapping) else f"{len(_tensors(inputs))} tensors"
-        raise InputError(f"a sampler gave other inputs than the batch's ({names}): let it keep their structure")
-    return _tensors(others)
-
-
-def _shaped_like(inputs: InputsT, tensors: Sequence[Tensor]) -> InputsT:
-    if isinstance(inputs, Tensor):
-        return cast("InputsT", tensors[0])
-    if isinstance(inputs, Mapping):
-        return cast("InputsT", dict(zip(inputs, tensors, strict=True)))
-    structure: Any = type(inputs)
-    # A NamedTuple takes its fields one by one.
-    return cast("InputsT", structure(*tensors) if hasattr(structure, "_fields") else structure(tensors))
+    try:
+        return cast("InputsT", map_tensors(lambda *tensors: torch.cat(tensors), *parts))
+    except InputError as error:
+        first = parts[0]
+        names = (
+            ", ".join(first)
+            if isinstance(first, Mapping)
+            else f"{1 if isinstance(first, Tensor) else len(first)} tensors"
+        )
+        raise InputError(
+            f"a sampler gave other inputs than the batch's ({names}): let it keep their structure"
+        ) from error

@@ -1,24 +1,29 @@
 """The batch that data modules yield and methods read."""
 
 import copy
+import itertools
 import pickle
 from collections import OrderedDict, UserDict
 from typing import NamedTuple
 
 import pytest
 import torch
+from pytorch_lightning.plugins import DoublePrecision
 from pytorch_lightning.utilities import move_data_to_device
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from distill_lightning import Batch, InputError
-from distill_lightning.data.batch import PairedBatch
+from distill_lightning.data.batch import Key, Mixture, first_tensor, map_tensors
+from distill_lightning.data.views import Draws
 
 
-def test_a_batch_unpacks_as_input_and_target():
+@pytest.mark.parametrize("known", [{}, {"index": torch.arange(2)}, {"index": torch.arange(2), "view": torch.ones(2)}])
+def test_a_batch_unpacks_as_input_and_target_and_what_is_known_of_its_key(known):
     inputs, target = torch.zeros(2, 1), torch.ones(2)
-    x, y, *rest = Batch(inputs, target)
+    x, y, *rest = Batch(inputs, target, **known)
     assert x is inputs
     assert y is target
-    assert rest == [None, None]
+    assert all(one is other for one, other in zip(rest, known.values(), strict=True))
 
 
 def test_of_returns_a_batch_as_it_is():
@@ -107,32 +112,234 @@ def test_of_refuses_what_is_no_pair(batch, name):
         Batch.of(batch)
 
 
-def test_moving_a_batch_keeps_its_type_and_its_missing_parts():
-    moved = move_data_to_device(Batch(torch.zeros(2), torch.ones(2), torch.arange(2)), torch.device("meta"))
-    assert isinstance(moved, Batch)
-    assert [part.device.type for part in moved[:3]] == ["meta"] * 3
-    assert moved.view is None
-
-
 def test_an_input_error_is_a_value_error():
     assert issubclass(InputError, ValueError)
 
 
-def test_a_paired_batch_is_a_batch_with_a_fifth_field():
+# tensors of a batch of any structure
+
+
+class ImageAndPose(NamedTuple):
+    image: torch.Tensor
+    pose: torch.Tensor
+
+
+def inputs_of(structure, value=0.0):
+    image, pose = torch.full((2, 1, 3, 3), value), torch.full((2, 2), value, dtype=torch.float16)
+    if structure is torch.Tensor:
+        return image
+    if structure is dict:
+        return {"image": image, "pose": pose}
+    return ImageAndPose(image, pose) if structure is ImageAndPose else structure([image, pose])
+
+
+STRUCTURES = [torch.Tensor, tuple, list, dict, ImageAndPose]
+
+
+def full_batch(structure=torch.Tensor):
+    one, two = torch.eye(3)[:2], torch.eye(3)[1:]
+    index, view = torch.tensor([4, 5]), torch.tensor([0, 7])
+    partner = Batch(inputs_of(structure, 1.0), torch.tensor([1, 2]), torch.tensor([9, 8]), view)
+    return Batch(
+        inputs_of(structure),
+        (one + two) / 2,
+        index,
+        view,
+        counted=torch.tensor([True, False]),
+        partner=partner,
+        mixture=Mixture(torch.tensor([0.5, 0.5]), one, two, partner.index),
+        when=(2, 3),
+    )
+
+
+def tensors_of(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value
+    return list(itertools.chain.from_iterable(tensors_of(part) for part in values))
+
+
+def parts_of(batch):
+    """The tensors of a batch, without its key."""
+    own = [batch.input, batch.target, batch.index, batch.view, batch.counted, batch.mixture]
+    parts = tensors_of([part for part in own if part is not None])
+    return parts if batch.partner is None else parts + parts_of(batch.partner)
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(parts_of(one), parts_of(other), strict=True))
+
+
+@pytest.mark.parametrize("move", [Batch.to, move_data_to_device])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_batch_moves_with_all_but_its_key(structure, move):
+    batch = full_batch(structure)
+    moved = move(batch, torch.device("meta"))
+    assert type(moved) is Batch
+    assert type(moved.input) is structure
+    assert type(moved.partner.input) is structure
+    assert type(moved.mixture) is Mixture
+    assert len(parts_of(moved)) == len(parts_of(batch))
+    assert {part.device.type for part in parts_of(moved)} == {"meta"}
+    assert [part.shape for part in parts_of(moved)] == [part.shape for part in parts_of(batch)]
+    # Stores read the key without waiting for the device.
+    assert (moved.key.index.tolist(), moved.key.view.tolist()) == ([4, 5], [0, 7])
+    assert (moved.partner.key.index.tolist(), moved.partner.key.view.tolist()) == ([9, 8], [0, 7])
+    assert (moved.size, moved.device.type, moved.when) == (2, "meta", (2, 3))
+    assert {part.device.type for part in parts_of(batch)} == {"cpu"}
+
+
+def test_moving_a_batch_keeps_its_type_and_its_missing_parts():
+    moved = move_data_to_device(Batch(torch.zeros(2), torch.ones(2), torch.arange(2)), torch.device("meta"))
+    assert isinstance(moved, Batch)
+    assert [part.device.type for part in moved] == ["meta"] * 3
+    assert (moved.view, moved.counted, moved.partner, moved.mixture) == (None, None, None, None)
+    bare = move_data_to_device(Batch(torch.zeros(2)), "meta")
+    assert (bare.target, bare.index, bare.key) == (None, None, None)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_lightnings_double_precision_converts_a_batch(structure):
+    batch = full_batch(structure)
+    wide = DoublePrecision().convert_input(batch)
+    assert type(wide) is Batch
+    assert type(wide.input) is structure
+    for part, other in zip(parts_of(wide), parts_of(batch), strict=True):
+        assert part.dtype == (torch.float64 if other.is_floating_point() else other.dtype)
+        assert torch.equal(part.to(other.dtype), other)
+    assert wide.when == (2, 3)
+    assert torch.equal(wide.key.index, batch.index)
+    assert torch.equal(wide.draws(1).uniform(2), batch.draws(1).uniform(2))
+    assert batch.input is not wide.input
+    assert DoublePrecision().convert_input(Batch(torch.zeros(2))).target is None
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, copy.copy, lambda batch: pickle.loads(pickle.dumps(batch))])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_copied_batch_is_the_same(structure, again):
+    batch = full_batch(structure)
+    copied = again(batch)
+    assert type(copied) is Batch
+    assert type(copied.input) is structure
+    assert equal(copied, batch)
+    assert copied.when == batch.when
+    assert isinstance(copied.key, Key)
+    assert torch.equal(copied.key.index, batch.index)
+    assert torch.equal(copied.partner.key.view, batch.view)
+
+
+def test_a_loader_pins_a_batch(monkeypatch):
+    # Only a machine with an accelerator can pin; what is asked for shows on any.
+    pinned = []
+
+    def pin(tensor, device=None):
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batch = full_batch(dict)
+    moved = pin_memory(batch)
+    assert type(moved) is Batch
+    assert equal(moved, batch)
+    assert all(any(part is one for one in pinned) for part in parts_of(moved))
+    # The key is read on the host; what is copied from there keeps it.
+    assert moved.key.index is moved.index
+    assert torch.equal(moved.partner.key.index, batch.partner.index)
+    assert pin_memory(Batch(torch.zeros(2))).key is None
+
+
+def test_replacing_the_index_makes_a_new_key_and_replacing_others_keeps_it():
+    batch = full_batch()
+    assert batch.replace(input=torch.ones(2)).key is batch.key
+    assert batch.replace(target=None).partner is batch.partner
+    other = batch.replace(index=torch.tensor([1, 2]))
+    assert other.key.index.tolist() == [1, 2]
+    assert other.key.view is batch.view
+    assert batch.replace(view=None).key == Key(batch.index, None)
+    assert batch.replace(index=None).key is None
+    assert batch.replace(index=other.index, key=batch.key).key is batch.key
+    assert batch.key.index.tolist() == [4, 5]
+
+
+def test_a_partner_is_a_field_like_others():
     plain = Batch(torch.zeros(2, 1), torch.tensor([0, 1]), torch.tensor([4, 5]), torch.tensor([0, 0]))
     other = Batch(torch.ones(2, 1), torch.tensor([1, 1]), torch.tensor([7, 8]), torch.tensor([0, 0]))
-    paired = PairedBatch(*plain, other)
+    paired = plain.replace(partner=other)
     assert Batch.of(paired) is paired
     assert plain.partner is None
     assert paired.partner is other
-    assert (paired.size, len(paired), paired._fields[4]) == (2, 5, "partner")
-    replaced = paired._replace(input=torch.full((2, 1), 3.0))
-    assert isinstance(replaced, PairedBatch)
+    assert (paired.size, len(list(paired))) == (2, 4)
+    replaced = paired.replace(input=torch.full((2, 1), 3.0))
+    assert isinstance(replaced, Batch)
     assert replaced.input.sum() == 6
     assert replaced.partner is other
-    for again in (copy.deepcopy(paired), pickle.loads(pickle.dumps(paired)), move_data_to_device(paired, "cpu")):
-        assert isinstance(again, PairedBatch)
-        assert torch.equal(again.partner.input, other.input)
-        assert torch.equal(again.index, plain.index)
-    assert move_data_to_device(paired, "meta").partner.target.device.type == "meta"
-    assert repr(paired).startswith("PairedBatch(input=")
+
+
+# random numbers
+
+
+def test_the_draws_are_functions_of_seed_index_and_view():
+    batch = full_batch()
+    expected = Draws(3, batch.index, batch.view).uniform(2)
+    assert torch.equal(batch.draws(3).uniform(2), expected)
+    # What a row gets depends on no other row, nor on when it is drawn.
+    alone = Batch(torch.zeros(1), None, batch.index[1:], batch.view[1:], when=(8, 9))
+    assert torch.equal(alone.draws(3).uniform(2), expected[1:])
+    for change in ({"index": batch.index + 1}, {"view": batch.view + 1}):
+        assert not (batch.replace(**change).draws(3).uniform(2) == expected).any()
+    assert not (batch.draws(4).uniform(2) == expected).any()
+    assert torch.equal(batch.replace(index=batch.index.int(), view=batch.view.int()).draws(3).uniform(2), expected)
+
+
+def test_the_draws_of_some_rows_and_of_copies():
+    batch, rows = full_batch(), torch.tensor([1, 0, 1])
+    drawn = batch.draws(3, rows=rows).uniform(2)
+    assert torch.equal(drawn, batch.draws(3).uniform(2)[rows])
+    copies = batch.draws(3, rows=rows, copies=torch.tensor([0, 0, 1])).uniform(2)
+    assert torch.equal(copies[:2], drawn[:2])
+    assert not (copies[2] == drawn[2]).any()
+
+
+def test_without_an_index_the_draws_are_functions_of_when():
+    bare = Batch(torch.zeros(3, 1))
+    drawn = {when: bare.replace(when=when).draws(0).uniform(1) for when in itertools.product(range(3), range(3))}
+    assert len(torch.cat(list(drawn.values())).unique()) == 27
+    assert torch.equal(bare.replace(when=(2, 1)).draws(0).uniform(1), drawn[2, 1])
+    assert torch.equal(bare.draws(0).uniform(1), drawn[0, 0])
+    # With an index alone, the epoch stands for the view.
+    indexed = bare.replace(index=torch.arange(3), when=(2, 1))
+    assert torch.equal(indexed.draws(0).uniform(1), bare.replace(when=(2, 0)).draws(0).uniform(1))
+
+
+# nests
+
+
+def test_several_nests_are_mapped_together_by_name_and_place():
+    first, second = inputs_of(dict, 1.0), dict(reversed(inputs_of(dict, 2.0).items()))
+    added = map_tensors(torch.add, {"pair": first, "name": "a"}, {"name": "b", "pair": second})
+    assert list(added) == ["pair", "name"]
+    assert added["name"] == "a"
+    assert {name: values.unique().tolist() for name, values in added["pair"].items()} == {"image": [3.0], "pose": [3.0]}
+    assert type(map_tensors(torch.add, inputs_of(ImageAndPose), inputs_of(tuple))) is ImageAndPose
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("other", [{"image": 1}, (torch.zeros(2),), torch.zeros(2), None])
+def test_nests_that_differ_are_refused(structure, other):
+    if structure is torch.Tensor and isinstance(other, torch.Tensor):
+        assert torch.equal(map_tensors(lambda a, b: b, inputs_of(structure), other), other)
+        return
+    with pytest.raises(InputError, match="another structure"):
+        map_tensors(torch.add, inputs_of(structure), other)
+
+
+def test_the_first_tensor_is_found_however_deep_it_lies():
+    wanted = torch.zeros(3)
+    assert first_tensor({"names": ["a", "b", "c"], "rest": [(), {"x": (wanted, torch.zeros(2))}]}) is wanted
+    assert Batch([["left", "right"], wanted]).size == 3
+
+
+@pytest.mark.parametrize("value", ["text", ["a", "b"], {}, (), None])
+def test_an_input_without_a_tensor_is_refused(value):
+    with pytest.raises(InputError, match="needs at least one tensor as its input"):
+        Batch(value).size  # noqa: B018  (a property)

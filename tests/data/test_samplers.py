@@ -16,8 +16,9 @@ from distill_lightning import (
     InputError,
     MixupSampler,
 )
+from distill_lightning.data.batch import map_tensors
 from distill_lightning.data.mixing import mixup
-from distill_lightning.data.samplers import count_rows, join, map_inputs, take
+from distill_lightning.data.samplers import count_rows, join, take
 from distill_lightning.data.views import Draws, uniform_draws
 
 PAIRS = [MixupSampler, CutMixSampler]
@@ -409,7 +410,7 @@ def test_rows_are_counted_taken_and_joined_whatever_the_structure(inputs):
     assert count_rows(inputs) == 3
     taken = take(inputs, torch.tensor([2, 0]))
     joined = join([inputs, taken, taken])
-    doubled = map_inputs(lambda values: values * 2, inputs)
+    doubled = map_tensors(lambda values: values * 2, inputs)
     assert type(taken) is type(joined) is type(doubled) is type(inputs)
     for value, some, whole, double in zip(parts(inputs), parts(taken), parts(joined), parts(doubled), strict=True):
         assert some.tolist() == [value.tolist()[2], value.tolist()[0]]

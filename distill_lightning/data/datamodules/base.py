@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from distill_lightning.data.batch import Batch, PairedBatch
+from distill_lightning.data.batch import Batch, map_tensors
 from distill_lightning.data.views import VIEWS_VERSION, uniform_draws
 from distill_lightning.errors import InputError
 
@@ -49,27 +50,41 @@ class ViewDataset(Dataset[Batch]):
 
     def __getitem__(self, key: Key) -> Batch:
         """One sample: a batch without its first dimension."""
-        batch = self.__getitems__([key])
-        single = _first(batch)
-        return single if batch.partner is None else PairedBatch(*single, _first(batch.partner))
+        return _first(self.__getitems__([key]))
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """The batch of these ``(index, view)`` pairs; PyTorch's loader asks for a whole batch at once.
 
-        A sampler that knows nothing of views gives plain indices; they mean view 0.
+        A sampler that knows nothing of views gives plain indices; they mean view 0. Samples in view -1 only fill up a
+        process's share (see `ViewSampler`) and do not count.
         """
         pairs = [(key, 0) if isinstance(key, int) else key for key in keys]
         index, view = torch.tensor(pairs, dtype=torch.long).view(len(pairs), 2).unbind(dim=1)
         batch = self.make(index, view)
+        if any(view < 0 for _, view in pairs):
+            batch = batch.replace(counted=_and(batch.counted, view >= 0))
         if not self.partners:
             return batch
         draws = uniform_draws(self.seed + _PARTNER_STREAM, index, view, 1)[:, 0]
-        return PairedBatch(*batch, self.make((draws * len(self)).long(), view))
+        return batch.replace(partner=self.make((draws * len(self)).long(), view))
+
+
+def _and(counted: Tensor | None, rows: Tensor) -> Tensor:
+    """What counts of the samples or positions ``counted`` in the ``rows`` that do."""
+    return rows if counted is None else counted & rows.view(-1, *[1] * (counted.ndim - 1))
 
 
 def _first(batch: Batch) -> Batch:
-    """The first sample of a batch without partners, without the first dimension."""
-    return Batch(*(cast("Tensor", part)[0] for part in batch[:4]))
+    """The first sample of a batch, without the first dimension."""
+    first = partial(map_tensors, lambda tensor: tensor[0])
+    return Batch(
+        first(batch.input),
+        first(batch.target),
+        first(batch.index),
+        first(batch.view),
+        first(batch.counted),
+        partner=None if batch.partner is None else _first(batch.partner),
+    )
 
 
 def views_in_epoch(epoch: int, *, views: int | None, views_per_load: int = 1) -> list[int]:
@@ -90,7 +105,7 @@ class ViewSampler(DistributedSampler[Any]):
     The order is a function of the seed and the epoch, so a resumed run goes on as the uninterrupted one would have. As
     a `DistributedSampler` it gives every process its own share, and Lightning sets its epoch and leaves it in place.
     Processes need equally many samples, so some samples are read twice; where nothing is drawn (in validation and
-    test) the second reading has view -1, and `distill_lightning.DistillationModule` does not count it.
+    test) the second reading has view -1, by which `ViewDataset` knows that it does not count.
 
     Args:
         dataset: its length counts.
@@ -181,7 +196,7 @@ class ViewDataModule(pl.LightningDataModule):
         views: number of different views of a training sample; ``None``: a new one every epoch.
         views_per_load: how many views of a training sample an epoch reads, one after another.
         partners: whether each training view comes with another sample to be mixed with, a function of its own index and
-            view alone, see `PairedBatch`.
+            view alone, see `Batch`.
         seed: of the split, the views and the partners.
         order_seed: of the order of the training samples; ``None``: ``seed``.
         num_workers: worker processes of the loaders.

@@ -35,7 +35,7 @@ class FashionMNISTDataModule(InMemoryImageDataModule):
         padding: pixels of zeros around a training image that its random crop may take in.
         flip: whether half of the training views are mirrored.
         views: number of different views of a training image; ``None``: a new one every epoch.
-        partners: whether each training view comes with another image to be mixed with, see `PairedBatch`.
+        partners: whether each training view comes with another image to be mixed with, see `Batch`.
         seed: of the split and of the views.
         order_seed: of the order of the training images; ``None``: ``seed``.
         num_workers: worker processes of the loaders.

@@ -170,7 +170,7 @@ class ImageFolderDataModule(ImageDataModule):
         batch_size: samples per batch and process, each of the ``R`` views of an image counted.
         views: number of different views of a training image; ``None``: there is no end of them.
         views_per_load: ``R``, by which ``batch_size`` and ``views`` can be divided.
-        partners: whether each training view comes with another image to be mixed with, see `PairedBatch`.
+        partners: whether each training view comes with another image to be mixed with, see `Batch`.
         mean: of red, green and blue in ``[0, 1]``; the networks read ``(pixel / 255 - mean) / std``.
         std: likewise.
         seed: of the split, the views and the partners.

@@ -84,7 +84,7 @@ class InMemoryImageDataModule(ImageDataModule):
         flip: whether half of the training views are mirrored.
         views: number of different views of a training image; ``None``: a new one every epoch.
         partners: whether each training view comes with another image to be mixed with, a function of its own index and
-            view alone, see `PairedBatch`.
+            view alone, see `Batch`.
         seed: of the split, the views and the partners.
         order_seed: of the order of the training images; ``None``: ``seed``.
         num_workers: worker processes of the loaders; a batch is so cheap that 0 is usually fastest.

@@ -132,7 +132,7 @@ class _Collate:
             return {**batch, "index": index}
         if isinstance(batch, tuple) and "index" in getattr(batch, "_fields", ()):
             return batch._replace(index=index)  # type: ignore[attr-defined]  # a NamedTuple's
-        return Batch.of(batch)._replace(index=index)
+        return Batch.of(batch).replace(index=index)
 
 
 def _index_of(keys: Any) -> Tensor:
@@ -152,6 +152,8 @@ def _index_of(keys: Any) -> Tensor:
 
 def _rows(batch: Any) -> int | None:
     """Length of the first tensor in a batch."""
+    if isinstance(batch, Batch):
+        return batch.size
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
     for part in parts:
         if isinstance(part, Tensor):

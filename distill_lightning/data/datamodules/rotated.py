@@ -54,7 +54,7 @@ class RotatedFashionMNISTDataModule(_Rotated, FashionMNISTDataModule):
         batch_size: samples per batch and process.
         padding: pixels of zeros around a training image that its random crop may take in.
         views: number of different views of a training image; ``None``: a new one every epoch.
-        partners: whether each training view comes with another image to be mixed with, see `PairedBatch`.
+        partners: whether each training view comes with another image to be mixed with, see `Batch`.
         seed: of the split, the angles and the views.
         order_seed: of the order of the training images; ``None``: ``seed``.
         num_workers: worker processes of the loaders.
@@ -114,7 +114,7 @@ class RotatedDigitsDataModule(_Rotated, DigitsDataModule):
         batch_size: samples per batch and process.
         padding: pixels of zeros around a training image that its random crop may take in.
         views: number of different views of a training image; ``None``: a new one every epoch.
-        partners: whether each training view comes with another image to be mixed with, see `PairedBatch`.
+        partners: whether each training view comes with another image to be mixed with, see `Batch`.
         seed: of the split, the angles and the views.
         order_seed: of the order of the training images; ``None``: ``seed``.
         num_workers: worker processes of the loaders.

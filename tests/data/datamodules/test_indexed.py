@@ -157,7 +157,7 @@ def test_every_kind_of_batch_gets_its_index(make, shuffle):
     assert [type(batch) for batch in found] == [{keyed: dict, named: Sample}.get(make, Batch)] * 4
     for batch in found:
         x, _ = inputs_and_index(batch)
-        y = batch["label"] if make is keyed else batch[1]
+        y = batch["label"] if make is keyed else Batch.of(batch).target
         assert torch.equal(y, x[:, 0].long() % 3)
         if make is named:
             assert set(batch.weather.tolist()) == {7}
@@ -212,7 +212,7 @@ def test_the_order_is_that_of_the_loader_alone():
             if "generator" in options:
                 options["generator"].manual_seed(3)
             loader = wrap(Data(**options)).train_dataloader()
-            orders.append([[batch[0].tolist() for batch in loader] for _ in range(2)])
+            orders.append([[Batch.of(batch).input.tolist() for batch in loader] for _ in range(2)])
         assert orders[0] == orders[1]
 
 
@@ -307,6 +307,10 @@ def shortened(samples):
     return default_collate(samples[1:])
 
 
+def shortened_batch(samples):
+    return Batch(*shortened(samples))
+
+
 @pytest.mark.parametrize(
     ("loader", "message"),
     [
@@ -317,6 +321,7 @@ def shortened(samples):
         (DataLoader(ByName(), sampler=["a", "b"]), "not indexed by integers, but by str"),
         (DataLoader(Numbers(pair), batch_size=None), "a data set that yields whole batches cannot tell their samples"),
         (DataLoader(Numbers(pair), batch_size=4, collate_fn=shortened), "4 samples became a batch of 3"),
+        (DataLoader(Numbers(pair), batch_size=4, collate_fn=shortened_batch), "4 samples became a batch of 3"),
         (DataLoader(Numbers(lambda x: x), batch_size=4), "a batch must be a Batch, a dict or an"),
     ],
 )
