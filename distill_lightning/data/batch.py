@@ -33,6 +33,9 @@ _KEYS = {
     "view": ("view",),
 }
 
+IGNORED = -100
+"""The class of a sample or position that does not count, as in `torch.nn.functional.cross_entropy`."""
+
 # Samples without an index get one from their place in the epoch; no batch has as many samples as this.
 _PLACES = 2**24
 
@@ -80,7 +83,8 @@ class Batch:
         index: which sample of the training set each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
         view: which augmented view of that sample each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
         counted: which samples ``(N,)`` or positions ``(N, T)`` count in losses and metrics, bool; ``None``: all. A
-            sample that only fills up a process's share does not, nor does padding. Targets of -100 never count.
+            sample that only fills up a process's share does not, nor does padding, nor a target of -100, which is noted
+            where the targets are still on the host.
         partner: another training sample for each row, to be mixed with it, a function of the row's index and view.
         mixture: how the rows were mixed; ``None``: they were not.
         key: ``index`` and ``view`` on the host.
@@ -98,9 +102,14 @@ class Batch:
     when: tuple[int, int] = dataclasses.field(default=(0, 0), repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Keep the index and the view where they are now."""
+        """Keep the index and the view where they are now, and see which targets count while they are on the host."""
         if self.key is None and self.index is not None:
             self.key = Key(self.index, self.view)
+        target = self.target
+        if _holds_classes(target) and target.device.type == "cpu":
+            known = target != IGNORED
+            if not known.all():
+                self.counted = known if self.counted is None else known & spread(self.counted, known)
 
     def __iter__(self) -> Iterator[Any]:
         """Input, target, and as far as they are known index and view."""
@@ -191,6 +200,16 @@ class Batch:
             f"a batch must be a Batch, a dict or an (input, target) pair, got {type(batch).__name__}: "
             "let the data module yield distill_lightning.Batch(input=..., target=...)"
         )
+
+
+def _holds_classes(target: Any) -> bool:
+    """Whether a target can hold the class -100; bytes cannot."""
+    return isinstance(target, Tensor) and target.dtype.is_signed and not target.is_floating_point()
+
+
+def spread(rows: Tensor, like: Tensor) -> Tensor:
+    """One value per row in a shape that broadcasts with a tensor of more dimensions: ``(N,)`` to ``(N, 1, ..., 1)``."""
+    return rows.view(*rows.shape, *[1] * (like.ndim - rows.ndim))
 
 
 def map_tensors(function: Callable[..., Tensor], value: Any, *others: Any) -> Any:

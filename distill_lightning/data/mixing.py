@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 
+from distill_lightning.data.batch import map_tensors, spread
 from distill_lightning.errors import InputError
+from distill_lightning.functional.common import wide
+
+_QUANTILES = 4096
+
+
+def beta_quantiles(alpha: float) -> Tensor:
+    """Quantiles of Beta(alpha, alpha) at equally spaced levels from 0 to 1, a table for `beta_shares`.
+
+    A table, because no device has the inverse of the distribution function as an operation.
+
+    Args:
+        alpha: positive and finite.
+
+    Returns:
+        float32 ``(4097,)``, on the host.
+    """
+    levels = torch.linspace(0, 1, _QUANTILES + 1, dtype=torch.float64)
+    return torch.from_numpy(betaincinv(alpha, alpha, levels.numpy())).float()
+
+
+def beta_shares(quantiles: Tensor, levels: Tensor) -> Tensor:
+    """Numbers of the distribution that a table of `beta_quantiles` describes.
+
+    Args:
+        quantiles: ``(4097,)``.
+        levels: uniform on ``[0, 1)``, ``(N,)``.
+
+    Returns:
+        ``(N,)``, interpolated between the quantiles, in float32 or wider.
+    """
+    place = levels * _QUANTILES
+    below = place.long()
+    quantiles = wide(quantiles)
+    return torch.lerp(quantiles[below], quantiles[below + 1], (place - below).to(quantiles.dtype))
 
 
 def mixup(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
@@ -26,7 +64,7 @@ def mixup(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
     """
     if not first.is_floating_point():
         raise InputError(f"Mixup needs inputs of a floating type, got {first.dtype}: convert them first")
-    share = share.to(first.dtype).view(-1, *[1] * (first.ndim - 1))
+    share = spread(share.to(first.dtype), first)
     return share * first + (1 - share) * second
 
 
@@ -56,6 +94,55 @@ def cutmix(first: Tensor, second: Tensor, share: Tensor, centre: Tensor) -> tupl
     return torch.where(inside, second, first), 1 - inside.to(share.dtype).mean(dim=(1, 2, 3))
 
 
+def mixup_inputs(first: Any, second: Any, share: Tensor) -> Any:
+    """`mixup` of inputs of several tensors, all by the same shares.
+
+    Args:
+        first: a tensor ``(N, ...)``, or a dict, tuple or list of such.
+        second: of the same structure.
+        share: the part of the first in each row, ``(N,)``.
+
+    Returns:
+        Inputs of the same structure.
+
+    Raises:
+        InputError: a tensor holds whole numbers, or the structures differ.
+    """
+    return map_tensors(lambda one, other: mixup(one, other, share), first, second)
+
+
+def cutmix_inputs(first: Any, second: Any, share: Tensor, centre: Tensor) -> tuple[Any, Tensor]:
+    """`cutmix` of inputs of several tensors: images get the same rectangle, what is no image is mixed linearly.
+
+    Args:
+        first: a tensor ``(N, ...)``, or a dict, tuple or list of such.
+        second: of the same structure.
+        share: the part of the first that is wanted in each row, ``(N,)``.
+        centre: of the rectangles, in parts of height and width, ``(N, 2)``.
+
+    Returns:
+        Inputs of the same structure, and the share ``(N,)`` of the first that is in them: that of the first image's
+        pixels.
+
+    Raises:
+        InputError: there is no image ``(N, C, H, W)``, another tensor holds whole numbers, or the structures differ.
+    """
+    shares: list[Tensor] = []
+
+    def put(one: Tensor, other: Tensor) -> Tensor:
+        if one.ndim != 4:
+            return one
+        image, left = cutmix(one, other, share, centre)
+        shares.append(left)
+        return image
+
+    images = map_tensors(put, first, second)
+    if not shares:
+        raise InputError("CutMix needs images (N, C, H, W) among the inputs: use Mixup for others")
+    left = shares[0]
+    return map_tensors(lambda one, other: one if one.ndim == 4 else mixup(one, other, left), images, second), left
+
+
 def cutout(images: Tensor, size: int, centre: Tensor) -> Tensor:
     """Cutout: a square of each image is set to zero, the mean of normalised pixels.
 
@@ -77,6 +164,34 @@ def cutout(images: Tensor, size: int, centre: Tensor) -> Tensor:
         raise InputError(f"Cutout needs images (N, C, H, W), got inputs of shape {tuple(images.shape)}")
     side = torch.stack([torch.full_like(centre[:, 0], size / length) for length in images.shape[2:]], dim=1)
     return images.masked_fill(_rectangle("Cutout", images, side, centre), 0)
+
+
+def cutout_inputs(inputs: Any, size: int, centre: Tensor) -> Any:
+    """`cutout` of inputs of several tensors: images get the same square, what is no image stays as it is.
+
+    Args:
+        inputs: a tensor ``(N, ...)``, or a dict, tuple or list of such.
+        size: pixels of the square's side.
+        centre: of the squares, in parts of height and width, ``(N, 2)``.
+
+    Returns:
+        Inputs of the same structure.
+
+    Raises:
+        InputError: there is no image ``(N, C, H, W)``.
+    """
+    images: list[Tensor] = []
+
+    def cut(values: Tensor) -> Tensor:
+        if values.ndim != 4:
+            return values
+        images.append(cutout(values, size, centre))
+        return images[-1]
+
+    made = map_tensors(cut, inputs)
+    if not images:
+        raise InputError("Cutout needs images (N, C, H, W) among the inputs: leave it out for others")
+    return made
 
 
 def _rectangle(name: str, images: Tensor, side: Tensor, centre: Tensor) -> Tensor:

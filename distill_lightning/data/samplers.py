@@ -12,22 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self, TypeVar, cast
 
 import torch
-from scipy.special import betaincinv
 from torch import Tensor, nn
 
 from distill_lightning.data.batch import first_tensor, map_tensors
-from distill_lightning.data.mixing import cutmix, mixup
+from distill_lightning.data.mixing import beta_quantiles, beta_shares, cutmix_inputs, mixup_inputs
 from distill_lightning.data.views import Draws
 from distill_lightning.errors import InputError
-from distill_lightning.functional.common import wide
 from distill_lightning.layers import freeze
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """What a network reads: a tensor, or several with one row per sample each (an image and a head pose, say)."""
 
 InputsT = TypeVar("InputsT", bound=Inputs)
-
-_QUANTILES = 4096
 
 
 class Sampler(Protocol):
@@ -87,10 +83,7 @@ class PairSampler(nn.Module):
         if not 0 < alpha < math.inf:
             raise InputError(f"{type(self).__name__}: alpha must be positive and finite, got {alpha}")
         self.alpha = alpha
-        # The inverse of Beta's distribution function as a table: no device has it as an operation.
-        levels = torch.linspace(0, 1, _QUANTILES + 1, dtype=torch.float64)
-        table = torch.from_numpy(betaincinv(alpha, alpha, levels.numpy())).float()
-        self.register_buffer("quantiles", table, persistent=False)
+        self.register_buffer("quantiles", beta_quantiles(alpha), persistent=False)
 
     def extra_repr(self) -> str:
         """For the printed module."""
@@ -109,10 +102,7 @@ class PairSampler(nn.Module):
         count = count_rows(inputs)
         first = torch.arange(len(draws), device=draws.index.device) % count
         second = first if paired else _partners(draws, count_rows(pool))
-        place = draws.uniform(1)[:, 0] * _QUANTILES
-        below = place.long()
-        quantiles = wide(self.quantiles)
-        share = torch.lerp(quantiles[below], quantiles[below + 1], (place - below).to(quantiles.dtype))
+        share = beta_shares(self.quantiles, draws.uniform(1)[:, 0])
         mixed, share = self.blend(take(inputs, first), take(pool, second), share, draws)
         return Mixed(mixed, first, second, share)
 
@@ -137,7 +127,7 @@ class MixupSampler(PairSampler):
 
     def blend(self, first: Inputs, second: Inputs, share: Tensor, draws: Draws) -> tuple[Inputs, Tensor]:
         """Linear interpolation."""
-        return map_tensors(lambda a, b: mixup(a, b, share), first, second), share
+        return mixup_inputs(first, second, share), share
 
 
 class CutMixSampler(PairSampler):
@@ -152,21 +142,7 @@ class CutMixSampler(PairSampler):
 
     def blend(self, first: Inputs, second: Inputs, share: Tensor, draws: Draws) -> tuple[Inputs, Tensor]:
         """One rectangle of the second image in the first."""
-        centre = draws.uniform(2).float()
-        shares: list[Tensor] = []
-
-        def put(a: Tensor, b: Tensor) -> Tensor:
-            if a.ndim != 4:
-                return a
-            image, left = cutmix(a, b, share, centre)
-            shares.append(left)
-            return image
-
-        images = map_tensors(put, first, second)
-        if not shares:
-            raise InputError("CutMixSampler needs images (N, C, H, W) among the inputs: use MixupSampler for others")
-        share = shares[0]
-        return map_tensors(lambda a, b: a if a.ndim == 4 else mixup(a, b, share), images, second), share
+        return cutmix_inputs(first, second, share, draws.uniform(2).float())
 
 
 class GeneratorSampler(nn.Module):

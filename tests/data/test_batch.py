@@ -275,6 +275,38 @@ def test_a_partner_is_a_field_like_others():
     assert replaced.partner is other
 
 
+# what counts
+
+
+def test_on_the_host_a_target_of_minus_100_does_not_count():
+    target = torch.tensor([[0, -100], [1, 2]])
+    batch = Batch(torch.zeros(2, 2), target)
+    assert batch.counted.tolist() == [[True, False], [True, True]]
+    # Whatever else does not count: a sample, with all its positions.
+    both = Batch(torch.zeros(2, 2), target, counted=torch.tensor([True, False]))
+    assert both.counted.tolist() == [[True, False], [False, False]]
+    assert batch.replace(target=torch.eye(2)).counted is batch.counted
+    moved = batch.to("meta")
+    assert moved.counted.device.type == "meta"
+    assert torch.equal(Batch.of((torch.zeros(2), torch.tensor([-100, 1]))).counted, torch.tensor([False, True]))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.tensor([0, -1, 100]),
+        torch.tensor([-100.0, 1.0, 0.0]),
+        # What -100 would be in a byte.
+        torch.tensor([156, 1, 0], dtype=torch.uint8),
+        torch.full((3,), -100, device="meta"),
+        torch.zeros(0, dtype=torch.long),
+        None,
+    ],
+)
+def test_all_count_where_no_class_is_minus_100_or_none_can_be_read(target):
+    assert Batch(torch.zeros(3), target).counted is None
+
+
 # random numbers
 
 

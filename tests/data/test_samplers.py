@@ -283,7 +283,7 @@ def test_cutmix_mixes_what_is_no_image_by_the_share_of_the_pixels():
 
 @pytest.mark.parametrize("inputs", [torch.zeros(3, 4), (torch.zeros(3, 4), torch.zeros(3, 2, 5))])
 def test_cutmix_needs_an_image(inputs):
-    with pytest.raises(InputError, match=r"CutMixSampler needs images \(N, C, H, W\) among the inputs: use MixupSam"):
+    with pytest.raises(InputError, match=r"CutMix needs images \(N, C, H, W\) among the inputs: use Mixup for others"):
         CutMixSampler()(inputs, draws_of(3))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from distill_lightning.data.batch import Batch, map_tensors
+from distill_lightning.data.batch import Batch, map_tensors, spread
 from distill_lightning.data.views import VIEWS_VERSION, uniform_draws
 from distill_lightning.errors import InputError
 
@@ -62,16 +62,14 @@ class ViewDataset(Dataset[Batch]):
         index, view = torch.tensor(pairs, dtype=torch.long).view(len(pairs), 2).unbind(dim=1)
         batch = self.make(index, view)
         if any(view < 0 for _, view in pairs):
-            batch = batch.replace(counted=_and(batch.counted, view >= 0))
+            whole = view >= 0
+            batch = batch.replace(
+                counted=whole if batch.counted is None else batch.counted & spread(whole, batch.counted)
+            )
         if not self.partners:
             return batch
         draws = uniform_draws(self.seed + _PARTNER_STREAM, index, view, 1)[:, 0]
         return batch.replace(partner=self.make((draws * len(self)).long(), view))
-
-
-def _and(counted: Tensor | None, rows: Tensor) -> Tensor:
-    """What counts of the samples or positions ``counted`` in the ``rows`` that do."""
-    return rows if counted is None else counted & rows.view(-1, *[1] * (counted.ndim - 1))
 
 
 def _first(batch: Batch) -> Batch:
