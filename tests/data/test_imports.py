@@ -13,7 +13,8 @@ package = types.ModuleType("distill_lightning")
 package.__path__ = [sys.argv[1]]
 sys.modules["distill_lightning"] = package
 from distill_lightning.data import batch, mixing, transforms, views
-print(sorted(sys.modules.keys() & {"torch", "torchvision", "sklearn", "pytorch_lightning", "torchmetrics", "matplotlib"}))
+heavy = {"torch", "torchvision", "sklearn", "pytorch_lightning", "torchmetrics", "matplotlib"}
+print(sorted(sys.modules.keys() & heavy))
 """
 
 
