@@ -1,19 +1,11 @@
-"""The command line: LightningCLI's verbs for every method, ``record``, ``compare`` and ``compress``.
-
-Bad input ends in one line on standard error and exit status 2; a traceback is a bug.
-"""
+"""LightningCLI's verbs for every method, and ``record``."""
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import logging
-import os
-import re
 import sys
 import warnings
-from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,10 +18,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 
 import distill_lightning
-from distill_lightning import __version__, callbacks, compression
-from distill_lightning.compression import Step, steps
+from distill_lightning import callbacks
 from distill_lightning.compression.structure import restore_structure
-from distill_lightning.data import datamodules
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules import DistillationModule, check_optimizer
@@ -40,7 +30,7 @@ from distill_lightning.teachers.recorder import Recorded, record
 
 _TOLD_BY_DATA = ("num_classes", "input_shape")
 # Classes are found by their short names once they are imported.
-__all__ = ["DistillCLI", "callbacks", "main", "one_line"]
+__all__ = ["DistillCLI", "RecordingTrainer", "callbacks"]
 _DESCRIPTION = """Train, evaluate and compare the methods of distill_lightning.
 
 Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER], distill-lightning compress CONFIG."""
@@ -72,6 +62,8 @@ class DistillCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None, *, run: bool = True) -> None:
+        # Classes have short names once they are imported.
+        distill_lightning.import_all()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -83,7 +75,7 @@ class DistillCLI(LightningCLI):
             parser_kwargs={
                 "prog": "distill-lightning",
                 "description": _DESCRIPTION,
-                "version": __version__,
+                "version": distill_lightning.__version__,
                 "exit_on_error": False,
                 **{verb: {"exit_on_error": False} for verb in self.subcommands()},
             },
@@ -185,94 +177,6 @@ class DistillCLI(LightningCLI):
         return None if path in (None, "last", "hpc", "registry") else Path(path)
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        args: what follows the program's name; ``None``: the process's own arguments.
-
-    Returns:
-        The exit status: 0, or 2 after bad input.
-    """
-    _quiet_down()
-    try:
-        _run(sys.argv[1:] if args is None else list(args))
-    except (ArgumentError, ValueError) as error:
-        if not isinstance(error, ArgumentError) and _refusal(error) is None:
-            raise
-        print(f"distill-lightning: error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _run(arguments: list[str]) -> None:
-    if arguments[:1] == ["compare"]:
-        # Imported here, so that the other verbs need not wait for what only this one uses.
-        from distill_lightning.studies.compare.command import run  # noqa: PLC0415
-
-        run(arguments[1:])
-    elif arguments[:1] == ["compress"]:
-        from distill_lightning.studies.compress.command import run as compress  # noqa: PLC0415  (likewise)
-
-        compress(arguments[1:], _parts_of)
-    else:
-        DistillCLI(arguments)
-
-
-def _parts_of(arguments: Sequence[str]) -> Any:
-    """What a configuration makes, without running anything."""
-    from distill_lightning.studies.compress.runs import Parts  # noqa: PLC0415  (likewise)
-
-    cli = DistillCLI(arguments, run=False)
-    return Parts(cli.model, cli.datamodule, cli.trainer)
-
-
-def one_line(error: Exception) -> str:
-    """The heart of an error in one line: where, and what is wrong there.
-
-    jsonargparse nests one message in another. The innermost of the chain is the reason; the outermost names the keys
-    and classes on the way to it.
-    """
-    refusal = _refusal(error)
-    if refusal is not None:
-        # A loader's worker process puts its whole traceback before the message.
-        message = refusal.rpartition(f"{InputError.__module__}.InputError: ")[2]
-        return " ".join(message.split())
-    last = list(_chain(error))[-1]
-    # A KeyError shows its message in quotes.
-    reason = " ".join(str(last.args[0] if isinstance(last, KeyError) and last.args else last).split())
-    keys = dict.fromkeys(re.findall(r'Parser key "([^"]+)"', str(error)))
-    reason = _none_of_union(error, reason) or _unknown_class(reason, [*keys, ""][len(keys) - 1]) or reason
-    classes = re.findall(r"class_path '([^']+)'", str(error))
-    inside = f" of {classes[-1].rpartition('.')[2]}" if classes else ""
-    where = ".".join(keys) + inside
-    return f"{where}: {reason}" if where else reason
-
-
-def _none_of_union(error: Exception, reason: str) -> str | None:
-    """All that would have been accepted, where the innermost reason names one kind only; ``None``: it is no such."""
-    got = re.fullmatch(r"Expected a (?:<class '\w+'>|typing\.Literal\[.*\])\. Got value: (.*)", reason)
-    union = next((text for text in map(str, [*_chain(error)][-2:-1]) if text.startswith("Does not validate")), "")
-    kinds = re.findall(r"- Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*)\])", union)
-    names = [name or literal for name, literal in kinds if name != "NoneType"]
-    return f"Expected {', '.join(names)}. Got value: {got[1]}" if got and names else None
-
-
-def _unknown_class(reason: str, key: str) -> str | None:
-    """What a class's name could be meant for; ``None``: the reason is another one."""
-    prefix = "Expected a dot import path string: "
-    if not reason.startswith(prefix):
-        return None
-    name = reason.removeprefix(prefix)
-    if key == "steps":
-        known = (one for one in map(vars(steps).get, steps.__all__) if isinstance(one, type) and issubclass(one, Step))
-        return f"there is no step {name}: known are {', '.join(one.__name__ for one in known if one is not Step)}"
-    modules = (distill_lightning, callbacks, datamodules, compression)
-    near = difflib.get_close_matches(name, sorted({one for module in modules for one in module.__all__}), cutoff=0.5)
-    way_out = f"near names: {', '.join(near)}" if near else "give package.module.Class for one of another package"
-    return f"there is no class {name}; {way_out}"
-
-
 def _check_files(arguments: Sequence[str]) -> None:
     """Name the configuration that cannot be read, which jsonargparse does not.
 
@@ -290,45 +194,7 @@ def _check_files(arguments: Sequence[str]) -> None:
             raise InputError(f"{path} {what}: give a configuration with trainer, model and data")
 
 
-def _refusal(error: Exception) -> str | None:
-    """The message of the InputError behind an error, which may have come through jsonargparse; None: there is none."""
-    for link in _chain(error):
-        if isinstance(link, InputError):
-            return str(link)
-    return InputError.latest if InputError.latest and InputError.latest in str(error) else None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or link.__context__
-
-
 def _model_options(config: Namespace) -> dict[str, Any]:
     subcommand = config.get("subcommand")
     options = config[subcommand].get("model.init_args") if subcommand else None
     return dict(cast("Namespace", options).as_dict()) if options else {}
-
-
-def _quiet_down() -> None:
-    """Leave out what Lightning says about things that are meant to be so."""
-    for message in (
-        ".*does not have many workers.*",
-        "Found .* module.* in eval mode at the start of training.*",
-        ".*isinstance.treespec, LeafSpec.. is deprecated.*",
-        ".*instantiate_classes. was deprecated.*",
-        # main(args) passes its arguments on.
-        "LightningCLI's args parameter is intended.*",
-        ".*`tensorboardX` has been removed.*",
-        "The dirpath has changed from .*",
-        "The number of training batches .* is smaller than the logging interval.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
