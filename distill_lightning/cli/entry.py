@@ -1,4 +1,4 @@
-"""The entry of the command line: one verb is run, and bad input is told in one line."""
+"""The entry point of the command line: run a verb, and report bad input in one line."""
 
 from __future__ import annotations
 

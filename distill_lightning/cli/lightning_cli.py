@@ -28,7 +28,7 @@ from distill_lightning.schedules import OneCycle
 from distill_lightning.teachers import TeacherStore
 from distill_lightning.teachers.recorder import Recorded, record
 
-_TOLD_BY_DATA = ("num_classes", "input_shape")
+_FROM_DATA = ("num_classes", "input_shape")
 # Classes are found by their short names once they are imported.
 __all__ = ["DistillCLI", "RecordingTrainer", "callbacks"]
 _DESCRIPTION = """Train, evaluate and compare the methods of distill_lightning.
@@ -37,16 +37,22 @@ Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER], dis
 
 
 class RecordingTrainer(Trainer):
-    """A Trainer that can fill a store of teachers' answers, too."""
+    """A Trainer that can also fill a store of teachers' answers."""
 
     recorded: Recorded | None = None
 
     def record(self, model: LightningModule, datamodule: LightningDataModule) -> Recorded:
-        """Fill the store of a method's teachers: they need not run in training then.
+        """Fill the store of a method's teachers, so that they need not run in training.
 
         Args:
-            model: with teachers and a store.
-            datamodule: with a number of views.
+            model: a method with teachers and a store.
+            datamodule: data with a fixed number of views.
+
+        Returns:
+            What was recorded.
+
+        Raises:
+            InputError: the model is no such method.
         """
         if not isinstance(model, DistillationModule):
             raise InputError(f"record needs a method with teachers and a store, got {type(model).__name__}")
@@ -58,7 +64,11 @@ class DistillCLI(LightningCLI):
     """LightningCLI for the package's modules, any other LightningModule and any LightningDataModule.
 
     Classes are named by ``class_path``, those of this package by their short names. ``num_classes`` and ``input_shape``
-    are told by the data. Subclass it, or call `distill_lightning.cli.main`.
+    come from the data. Subclass it, or call `distill_lightning.cli.main`.
+
+    Args:
+        args: what follows the program's name; ``None``: the process's own arguments.
+        run: whether a verb is expected and run; ``False``: the objects are only built.
     """
 
     def __init__(self, args: Sequence[str] | None = None, *, run: bool = True) -> None:
@@ -89,12 +99,12 @@ class DistillCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "record": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The data tells the model its classes and the shape of its input."""
-        for name in _TOLD_BY_DATA:
+        """Link the number of classes and the shape of the inputs from the data to the model."""
+        for name in _FROM_DATA:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and look at the checkpoint: what is wrong with it is told before anything is built or written."""
+        """Parse, and check the checkpoint before anything is built or written."""
         _check_files(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
         path = self._checkpoint_path()
@@ -103,10 +113,10 @@ class DistillCLI(LightningCLI):
         self._given = _model_options(self.config)
 
     def before_instantiate_classes(self) -> None:
-        """Lightning lets a checkpoint's hyper-parameters win over the command line; say which did."""
+        """Warn of each hyper-parameter of the checkpoint that Lightning lets override the command line's."""
         for name, value in _model_options(self.config).items():
             given = self._given.get(name, value)
-            if name not in _TOLD_BY_DATA and given != value:
+            if name not in _FROM_DATA and given != value:
                 warnings.warn(
                     f"--ckpt_path: the checkpoint's {name}={value!r} overrides the given {name}={given!r}", stacklevel=2
                 )
@@ -121,12 +131,12 @@ class DistillCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer; what it refuses is the user's to mend."""
+        """Make the Trainer; arguments that it refuses are an `InputError`."""
         with refusing("trainer", MisconfigurationException, ValueError):
             return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
-        """Look at the data, the checkpoint and the optimiser before the Trainer writes anything."""
+        """Check the data, the checkpoint and the optimiser before the Trainer writes anything."""
         if isinstance(self.datamodule, ViewDataModule) and self.trainer.world_size == 1:
             self.datamodule.prepare_data()
             self.datamodule.setup()
@@ -143,7 +153,7 @@ class DistillCLI(LightningCLI):
                 raise InputError("OneCycle needs the length of the training: give trainer.max_epochs or max_steps")
 
     def after_predict(self) -> None:
-        """Keep what ``predict`` found, which the Trainer would only return."""
+        """Write the predictions, which the Trainer would only return."""
         share = "" if self.trainer.world_size == 1 else f"_{self.trainer.global_rank}"
         path = Path(self.trainer.default_root_dir) / f"predictions{share}.safetensors"
         outputs = self.trainer.predict_loop.predictions
@@ -153,7 +163,7 @@ class DistillCLI(LightningCLI):
         print(f"Written: {path}")
 
     def after_record(self) -> None:
-        """Say what ``record`` has done."""
+        """Print what ``record`` has written."""
         self.trainer.strategy.barrier("recorded")
         if not self.trainer.is_global_zero:
             return
@@ -178,7 +188,7 @@ class DistillCLI(LightningCLI):
 
 
 def _check_files(arguments: Sequence[str]) -> None:
-    """Name the configuration that cannot be read, which jsonargparse does not.
+    """Refuse a configuration that cannot be read, by its name, which jsonargparse leaves out.
 
     Raises:
         InputError: it is no YAML, or holds no keys.

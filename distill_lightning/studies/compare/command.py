@@ -69,7 +69,7 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
 
 
 def _check_folder(folder: Path, config: CompareConfig) -> None:
-    """An output folder goes on with its own configuration alone; only methods and seeds may be added."""
+    """Refuse an output folder of another configuration; only methods and seeds may be added."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output {folder} is a file: give the path of a folder with --output")
     known = folder / _CONFIG_FILE

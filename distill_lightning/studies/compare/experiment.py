@@ -33,6 +33,7 @@ class Experiment:
     """
 
     def __init__(self, config: CompareConfig) -> None:
+        # Classes have short names once they are imported.
         distill_lightning.import_all()
         self.config = config
         self.rows = rows_of(config)
@@ -101,7 +102,7 @@ class Experiment:
         return module
 
     def paraphrasers(self, row: Row, teachers: Sequence[nn.Module]) -> ParaphraserModule | None:
-        """What trains the paraphrasers of a row's own teachers, if it wants any."""
+        """The module that trains the paraphrasers of a row's own teachers, if the row has any."""
         if row.method not in self._paraphrasers:
             return None
         module: ParaphraserModule = self._paraphrasers[row.method]()(list(teachers))
@@ -123,7 +124,7 @@ class Experiment:
         return module
 
     def _takes_teachers(self, method: str) -> bool:
-        """Whether a method's class has teachers; one that cannot be found is reported by the parser."""
+        """Whether a method's class takes teachers; one that cannot be found is left to the parser to report."""
         spec = self.config.methods[method]
         target = _find(str(spec.get("class_path")))
         has_teachers = target is None or takes(target, "teachers")
@@ -156,7 +157,7 @@ def _paraphraser_spec(name: str, spec: Spec) -> Spec:
 
 
 def _parsed(key: str, kind: Any, spec: Spec) -> Callable[[], Any]:
-    """Check a spec now, build its object whenever it is called."""
+    """A function that builds what a spec describes; the spec itself is checked now."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument(f"--{key}", type=kind, required=True)
     nested: Any = spec
@@ -167,7 +168,7 @@ def _parsed(key: str, kind: Any, spec: Spec) -> Callable[[], Any]:
 
 
 def _filled(spec: Spec, known: Mapping[str, Any]) -> Spec:
-    """Put in what the class takes and its ``init_args`` leave out."""
+    """A spec with the known values that its class takes and its ``init_args`` leave out."""
     arguments = spec.get("init_args") or {}
     if not isinstance(spec.get("class_path"), str) or not isinstance(arguments, Mapping):
         raise InputError(f"expected a class_path and init_args with its arguments, got {spec!r}")
@@ -178,11 +179,10 @@ def _filled(spec: Spec, known: Mapping[str, Any]) -> Spec:
 
 
 def _find(class_path: str) -> Any:
-    """The class or function; ``None`` if there is none, which the parser then says better."""
+    """The class or function; ``None`` if there is none: the parser's message is the better one then."""
     module, _, name = class_path.rpartition(".")
-    if not module:
-        return getattr(distill_lightning, name, None)
     try:
-        return getattr(importlib.import_module(module), name, None)
+        found = getattr(importlib.import_module(module or "distill_lightning"), name, None)
     except ImportError:
         return None
+    return found if callable(found) else None

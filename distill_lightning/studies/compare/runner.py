@@ -204,7 +204,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def count_parameters(network: nn.Module) -> int:
-    """Numbers that learn, as the network is used at test time."""
+    """The number of parameters of the network as it is used at test time."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -248,7 +248,7 @@ def make_trainer(config: CompareConfig, **options: Any) -> pl.Trainer:
 
 
 class _Ticker(pl.Callback):
-    """Tells the progress bar about every finished epoch."""
+    """Reports how many epochs are done."""
 
     def __init__(self, on_epoch: Callable[[int], None]) -> None:
         self.on_epoch = on_epoch

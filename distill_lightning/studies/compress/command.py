@@ -107,7 +107,7 @@ def run(config: CompressConfig, arguments: Sequence[str], make: Make, *, console
 
 
 def _check_metric(model: Any, metric: str) -> None:
-    """Refuse before the training what the report could not be about after it."""
+    """Refuse a score that the report could not be about, before the training."""
     metrics = getattr(model, "test_metrics", None)
     if metrics is None:
         return
@@ -117,7 +117,7 @@ def _check_metric(model: Any, metric: str) -> None:
 
 
 def _claim(folder: Path, config: str, overrides: Sequence[str]) -> None:
-    """An output folder with finished runs is for their configuration alone; only seeds and controls may be added."""
+    """Refuse an output folder of another configuration; only seeds and controls may be added to finished runs."""
     known = folder / _KNOWN
     content = yaml.safe_dump({"config": Path(config).read_text(), "overrides": list(overrides)}, sort_keys=False)
     if known.is_file():
@@ -136,7 +136,7 @@ def _claim(folder: Path, config: str, overrides: Sequence[str]) -> None:
 
 
 def _warnings(parts: Parts) -> list[str]:
-    """What the user had better know before the training."""
+    """What the user should know before the training starts."""
     network = getattr(parts.model, parts.callback.attribute, None)
     if network is None or recipe_of(network) is not None:
         return []
@@ -148,7 +148,7 @@ def _warnings(parts: Parts) -> list[str]:
 
 @contextmanager
 def _telling_of_a_stop(runs: Sequence[Run], folder: Path, console: Console) -> Iterator[None]:
-    """After Ctrl-C say what is kept; the exit status is the one that shells give to it."""
+    """After Ctrl-C, print what is kept, and exit with the status that shells give to it."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -221,7 +221,7 @@ def _write(report: Report, first: Run, folder: Path) -> list[Path]:
 
 
 def _claims(report: Report) -> list[str]:
-    """What may be said of every row that shows a time, and of the last network and the controls in any case."""
+    """What may be claimed of each row that shows a time, and of the last network and the controls in any case."""
     lines = []
     for name in report.names:
         stage = report.first(name)
