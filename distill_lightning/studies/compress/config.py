@@ -28,10 +28,10 @@ class CompressConfig:
     """
 
     module: str
-    overrides: tuple[str, ...]
+    overrides: list[str]
     output: str
-    seeds: tuple[int, ...]
-    controls: tuple[Control, ...]
+    seeds: list[int]
+    controls: list[Control]
     metric: str
 
 
@@ -68,9 +68,9 @@ def parse_config(arguments: Sequence[str]) -> CompressConfig:
         raise InputError(f"--seeds has {twice} twice: give each seed once")
     return CompressConfig(
         module=options.config,
-        overrides=tuple(overrides),
+        overrides=overrides,
         output=options.output or str(Path("results") / "compress" / Path(options.config).stem),
-        seeds=tuple(options.seeds),
-        controls=tuple(options.controls),
+        seeds=options.seeds,
+        controls=list(options.controls),
         metric=options.metric,
     )
