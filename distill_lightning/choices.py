@@ -40,7 +40,7 @@ def plain(value: Any) -> Any:
         return [plain(part) for part in value]
     if isinstance(value, Path):
         return str(value)
-    kind: type[Any] = type(value)
+    kind: Any = type(value)
     if issubclass(kind, Choice) and dataclasses.is_dataclass(kind) and _is_own(kind):
         fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": fields}

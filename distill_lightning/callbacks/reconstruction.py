@@ -20,7 +20,7 @@ from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 
 from distill_lightning import functional
 from distill_lightning.callbacks.figures import log_figure
-from distill_lightning.data.batch import Batch
+from distill_lightning.data.batch import Batch, first_tensor
 from distill_lightning.errors import InputError
 from distill_lightning.layers import FeatureTap, Paraphraser, Translator, freeze, resolve_layer
 from distill_lightning.lightning_internals import TrainersBatches, drawing_parts, undrawn
@@ -310,7 +310,7 @@ def _features(taps: Mapping[str, FeatureTap], batch: Any, device: torch.device) 
 
 def _first_input(loader: Iterable[Any]) -> Tensor:
     for batch in loader:
-        return Batch.of(batch).input
+        return first_tensor(Batch.of(batch).input)
     raise InputError("ReconstructionErrorProbe: the validation loader has no batch to measure errors on")
 
 

@@ -25,7 +25,8 @@ from distill_lightning.errors import refusing
 from distill_lightning.modules import DistillationModule
 from distill_lightning.networks import Pretrained
 from distill_lightning.networks.weights import read_checkpoint
-from distill_lightning.studies.compare.config import CompareConfig, Experiment, Row
+from distill_lightning.studies.compare.config import CompareConfig, Row
+from distill_lightning.studies.compare.experiment import Experiment
 
 # Teachers' seeds begin far from the students', so that no teacher shares its initial weights with a student.
 _TEACHER_SEED = 1000
@@ -203,14 +204,14 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def count_parameters(network: nn.Module) -> int:
-    """Numbers that learn, as the network is used at test time."""
+    """The number of parameters of the network as it is used at test time."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def load_test_targets(experiment: Experiment) -> Tensor:
     """The test samples' classes ``(N,)``, of sequences those of all positions, or a regression's targets ``(N, d)``."""
     targets = torch.cat([Batch.of(batch).target for batch in experiment.sample.test_dataloader()])
-    return targets if experiment.sample.num_classes is None else targets.flatten()
+    return experiment.task.flat_targets(targets)
 
 
 def provenance() -> str:
@@ -224,9 +225,7 @@ def provenance() -> str:
 
 def _test_outputs(experiment: Experiment, module: DistillationModule) -> Tensor:
     outputs = make_trainer(experiment.config).predict(module, dataloaders=experiment.sample.test_dataloader())
-    output = module.evaluated(torch.cat(cast("list[Tensor]", outputs)).float().cpu())
-    # Every position of a sequence counts, as in load_test_targets.
-    return output if module.num_classes is None else output.flatten(0, -2)
+    return experiment.task.flat_output(module.output.prediction(torch.cat(cast("list[Tensor]", outputs)).float().cpu()))
 
 
 def make_trainer(config: CompareConfig, **options: Any) -> pl.Trainer:
@@ -249,7 +248,7 @@ def make_trainer(config: CompareConfig, **options: Any) -> pl.Trainer:
 
 
 class _Ticker(pl.Callback):
-    """Tells the progress bar about every finished epoch."""
+    """Reports how many epochs are done."""
 
     def __init__(self, on_epoch: Callable[[int], None]) -> None:
         self.on_epoch = on_epoch
