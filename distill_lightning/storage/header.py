@@ -17,13 +17,13 @@ HEADER = "header.json"
 """The file that describes a folder of records."""
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """In which of the wanted values two headers differ, for a message; empty: in none."""
-    return "; ".join(
-        f"its {name} is {_short(found.get(name))}, not {_short(value)}"
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """In which of the wanted values a header differs, one phrase each, for a message."""
+    return [
+        f"{name} is {_short(found.get(name))}, not {_short(value)}"
         for name, value in wanted.items()
         if found.get(name) != value
-    )
+    ]
 
 
 def write_header(folder: Path, header: Mapping[str, Any]) -> None:

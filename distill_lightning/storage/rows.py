@@ -248,7 +248,7 @@ class RowFile:
             self.verify()
             if version != FORMAT:
                 raise InputError(f"{self.path} has format {version}, this version reads {FORMAT}: {self.way_out}")
-            raise InputError(f"{self.path} belongs to another store, {different}: {self.way_out}")
+            raise InputError(f"{self.path} belongs to another store, its {'; its '.join(different)}: {self.way_out}")
         return _whole_pages(end)
 
     def _damaged(self) -> DamagedError:

@@ -111,8 +111,8 @@ class ShardedRecords:
         different = differences(*({**header, **header["made_by"], "made_by": None} for header in (header, self.header)))
         if different:
             raise InputError(
-                f"the store {self.folder} was made by something else, {different}: go on with what made it, or give "
-                "another folder"
+                f"the store {self.folder} was made by something else: {'; '.join(different)}. Go on with what made it, "
+                "or give another folder"
             )
 
     # Reading
