@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.storage.shards import Field, Rows, ShardedRecords, read_header, sweep
-from distill_lightning.storage.top_k import largest, spread
+from distill_lightning.storage import Field, Rows, ShardedRecords, largest, read_header, spread, sweep
 
 Answers = Mapping[str, Tensor]
 """What the teachers say about a batch: tensors ``(N, ...)`` by name; ``probabilities...`` are rows of such."""
@@ -122,7 +121,7 @@ class TeacherStore:
         self._new.clear()
         if self.fill == "never" or (self.path / "header.json").exists():
             self.found = header = read_header(self.path)
-            self._make([Field(f["name"], f["dtype"], tuple(f["shape"])) for f in header["fields"]])
+            self._make([Field.of(field) for field in header["fields"]])
 
     def told(self, batch: Batch, ask: Callable[[], Answers] | None, *, device: torch.device | str) -> dict[str, Tensor]:
         """The teachers' answers about a batch: from the store if all of it is known, else from themselves.

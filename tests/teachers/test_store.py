@@ -154,8 +154,8 @@ def test_reduced_feature_maps_take_fewer_bytes(tmp_path, size, channels, numbers
     store = TeacherStore(tmp_path, shard_size=24)
     run(partial(feed, target_size=size, target_channels=channels), teachers_of(), store, epochs=2)
     assert store.nbytes == 2 * 2 * numbers
-    # A byte for each sample tells whether it is known; four are the checksum.
-    assert (tmp_path / "view_00000/00000.shard").stat().st_size == 24 * (2 * 2 * numbers + 1) + 4
+    # A page says what the file holds; a byte for each sample tells whether it is known; four are the checksum.
+    assert (tmp_path / "view_00000/00000.shard").stat().st_size == 4096 + 24 * (2 * 2 * numbers + 1) + 4
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from distill_lightning.errors import InputError, refusing
+from distill_lightning.storage import sweep_partial, write_whole
 from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.report import Report
@@ -22,7 +23,6 @@ from distill_lightning.studies.compare.runner import (
     load_test_targets,
     make_trainer,
     plan,
-    write_atomically,
 )
 
 _CONFIG_FILE = "compare.yaml"
@@ -53,9 +53,9 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     make_trainer(config)
     with refusing(f"output {folder}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        folder / _CONFIG_FILE, lambda path: path.write_text(yaml.safe_dump(config.as_plain(), sort_keys=False))
-    )
+    # What killed calls left half-written; the folder is this comparison's own.
+    sweep_partial(folder, "**/*")
+    write_whole(folder / _CONFIG_FILE, [yaml.safe_dump(config.as_plain(), sort_keys=False).encode()])
     runs = plan(experiment, folder)
     _train(experiment, runs, console)
     report = Report(runs, load_test_targets(experiment), experiment.task)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from distill_lightning.plots import learning_curves, score_bars
-from distill_lightning.studies.compare.runner import Run, write_atomically
+from distill_lightning.storage import whole_file, write_whole
+from distill_lightning.studies.compare.runner import Run
 from distill_lightning.studies.compare.tasks import Column, Task
 
 _GAP = Column("gap_closed", "gap %", 100, 0)
@@ -153,17 +153,19 @@ class Report:
         Returns:
             The paths.
         """
-        pages: dict[str, Callable[[Path], object]] = {
-            "results.csv": lambda path: path.write_text(_as_csv(self.students)),
-            "teachers.csv": lambda path: path.write_text(_as_csv(self.teachers)),
-            "results.md": lambda path: path.write_text(f"{heading}\n\n{_as_markdown(self.rows())}"),
+        pages = {
+            "results.csv": _as_csv(self.students),
+            "teachers.csv": _as_csv(self.teachers),
+            "results.md": f"{heading}\n\n{_as_markdown(self.rows())}",
         }
-        for name, figure in self.figures().items():
-            pages[f"figures/{name}"] = partial(figure.savefig, dpi=150)
+        figures = {f"figures/{name}": figure for name, figure in self.figures().items()}
+        for name, text in pages.items():
+            write_whole(folder / name, [text.encode()])
         (folder / "figures").mkdir(exist_ok=True)
-        for name, write in pages.items():
-            write_atomically(folder / name, write)
-        return [folder / name for name in pages]
+        for name, figure in figures.items():
+            with whole_file(folder / name) as partial:
+                figure.savefig(partial, dpi=150)
+        return [folder / name for name in (*pages, *figures)]
 
 
 def _cell(column: Column, values: Sequence[float]) -> str:

@@ -25,6 +25,7 @@ from distill_lightning.errors import refusing
 from distill_lightning.modules import DistillationModule
 from distill_lightning.networks import Pretrained
 from distill_lightning.networks.weights import read_checkpoint
+from distill_lightning.storage import whole_file, write_whole
 from distill_lightning.studies.compare.config import CompareConfig, Row
 from distill_lightning.studies.compare.experiment import Experiment
 
@@ -165,13 +166,15 @@ def execute(experiment: Experiment, run: Run, on_epoch: Callable[[int], None]) -
     if len(keeper.history) < run.epochs:
         # Lightning may return from an interrupted fit as if it had ended.
         raise KeyboardInterrupt(f"{run.title} was interrupted")
-    write_atomically(run.student_file, module.export_student)
+    with whole_file(run.student_file) as partial:
+        module.export_student(partial)
     outputs = {"last": _test_outputs(experiment, module)}
     module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
     outputs["selected"] = _test_outputs(experiment, module)
-    write_atomically(run.folder / "test_logits.safetensors", lambda path: save_file(outputs, path))
+    with whole_file(run.folder / "test_logits.safetensors") as partial:
+        save_file(outputs, partial)
     result = RunResult(count_parameters(module.student), keeper.selected_epoch, keeper.history, made=provenance())
-    write_atomically(run.result_file, lambda path: path.write_text(json.dumps(asdict(result), indent=1)))
+    write_whole(run.result_file, [json.dumps(asdict(result), indent=1).encode()])
     run.checkpoint.unlink(missing_ok=True)
 
 
@@ -192,15 +195,9 @@ def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module
         trainer.fit(module, datamodule=experiment.data(order_seed=_TEACHER_SEED))
         if trainer.current_epoch < epochs:
             raise KeyboardInterrupt(f"the paraphrasers of {run.name} were interrupted")
-        write_atomically(file, lambda path: save_file(module.paraphrasers.state_dict(), path))
+        with whole_file(file) as partial:
+            save_file(module.paraphrasers.state_dict(), partial)
     return list(module.paraphrasers)
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have a file written beside its place and moved there when it is complete."""
-    partial = path.with_name(f"partial{path.suffix}")
-    write(partial)
-    partial.replace(path)
 
 
 def count_parameters(network: nn.Module) -> int:

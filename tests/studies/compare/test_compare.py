@@ -381,7 +381,7 @@ def test_a_damaged_folder_is_named(finished, tmp_path, capsys, name, content, me
 
 def test_a_call_killed_at_its_very_start_can_be_made_again(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/partial.yaml").write_text("half")
+    (tmp_path / "out/partial.0.compare.yaml").write_text("half")
 
     def short(config):
         config.update(epochs=1, seeds=[0], methods={})
