@@ -30,6 +30,15 @@ class OneCycle(LRScheduler):
 
     Raises:
         InputError: ``warmup`` outside ``[0, 1]``, or stepping before the number of steps is known.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch.optim import SGD
+        >>> from distill_lightning.schedules import OneCycle
+        >>> optimizer = SGD(nn.Linear(2, 2).parameters(), lr=1.0)
+        >>> schedule = OneCycle(optimizer, warmup=0.5, start=0.0, end=0.0, total_steps=5)
+        >>> [round(schedule.factor(progress), 4) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
     """
 
     def __init__(
@@ -65,11 +74,6 @@ class OneCycle(LRScheduler):
 class GroupSchedules(LRScheduler):
     """One schedule per parameter group of an optimiser, each blind to the other groups.
 
-    ::
-
-        optimizer = SGD([{"params": student}, {"params": discriminator, "lr": 1e-4}], lr=0.01)
-        GroupSchedules(optimizer, [partial(MultiStepLR, milestones=[101]), None])   # the second rate stays 1e-4
-
     All are stepped together, after every epoch or, where they are `OneCycle`, after every batch.
 
     Args:
@@ -79,6 +83,20 @@ class GroupSchedules(LRScheduler):
 
     Raises:
         InputError: not one factory per group, or `OneCycle` beside a schedule of another kind.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch.optim import SGD
+        >>> from torch.optim.lr_scheduler import StepLR
+        >>> from distill_lightning.schedules import GroupSchedules
+        >>> student, discriminator = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> groups = [{"params": student.parameters()}, {"params": discriminator.parameters(), "lr": 0.01}]
+        >>> optimizer = SGD(groups, lr=0.1)
+        >>> schedule = GroupSchedules(optimizer, [lambda group: StepLR(group, step_size=1, gamma=0.5), None])
+        >>> optimizer.step()
+        >>> schedule.step()
+        >>> schedule.get_last_lr()
+        [0.05, 0.01]
     """
 
     def __init__(

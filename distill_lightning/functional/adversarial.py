@@ -32,6 +32,16 @@ def discriminator_loss(student_scores: Tensor, teacher_scores: Tensor) -> Tensor
     Raises:
         InputError: the scores do not have that shape.
 
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional import discriminator_loss
+        >>> undecided = torch.zeros(4, 2)
+        >>> discriminator_loss(undecided, undecided)
+        tensor(0.6931)
+        >>> student, teacher = torch.tensor([[4.0, -4.0]]), torch.tensor([[-4.0, 4.0]])
+        >>> discriminator_loss(student, teacher)
+        tensor(0.0181)
+
     Shen, Savvides: *MEAL V2: Boosting Vanilla ResNet-50 to 80%+ Top-1 Accuracy on ImageNet without Tricks*,
     https://arxiv.org/abs/2009.08453
     """
@@ -56,6 +66,14 @@ def reverse_gradient(tensor: Tensor, scale: float = 1.0) -> Tensor:
 
     Returns:
         ``tensor``, of the same shape.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import reverse_gradient
+        >>> weight = tensor([1.0, 2.0], requires_grad=True)
+        >>> reverse_gradient(weight, scale=0.5).sum().backward()
+        >>> weight.grad
+        tensor([-0.5000, -0.5000])
 
     Ganin, Lempitsky: *Unsupervised Domain Adaptation by Backpropagation*, https://arxiv.org/abs/1409.7495
     """

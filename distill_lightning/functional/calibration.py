@@ -26,6 +26,14 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, *, bins: int
     Returns:
         A scalar in ``[0, 1]``; NaN for no samples.
 
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import expected_calibration_error
+        >>> confidence = tensor([0.95, 0.95, 0.65, 0.65])
+        >>> correct = tensor([True, True, True, False])
+        >>> expected_calibration_error(confidence, correct, bins=10)
+        tensor(0.1000, dtype=torch.float64)
+
     Guo, Pleiss, Sun, Weinberger: *On Calibration of Modern Neural Networks*, https://arxiv.org/abs/1706.04599
     """
     counts, confidences, hits = calibration_bins(confidence, correct, bins=bins)
@@ -42,6 +50,13 @@ def calibration_bins(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> 
 
     Returns:
         Three tensors ``(bins,)``: the number of samples, the sum of their confidences, the number of hits.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import calibration_bins
+        >>> counts, confidences, hits = calibration_bins(tensor([0.25, 0.75, 1.0]), tensor([0, 1, 1]), bins=2)
+        >>> counts.tolist(), confidences.tolist(), hits.tolist()
+        ([1.0, 2.0], [0.25, 1.75], [0.0, 2.0])
     """
     # float64 keeps the inner edges exact; Apple's devices have none.
     exact = torch.float32 if confidence.device.type == "mps" else torch.float64
@@ -70,6 +85,17 @@ def risk_coverage(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         InputError: the two are not of one shape ``(N,)``.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import risk_coverage
+        >>> confidence = tensor([0.9, 0.8, 0.7, 0.6])
+        >>> correct = tensor([True, True, False, True])
+        >>> coverage, risk = risk_coverage(confidence, correct)
+        >>> coverage
+        tensor([0.2500, 0.5000, 0.7500, 1.0000])
+        >>> risk
+        tensor([0.0000, 0.0000, 0.3333, 0.2500])
     """
     if confidence.ndim != 1 or confidence.shape != correct.shape:
         raise InputError(
@@ -99,6 +125,14 @@ def area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
     Raises:
         InputError: the two are not of one shape ``(N,)``.
 
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import area_under_risk_coverage
+        >>> confidence = tensor([0.9, 0.8, 0.7, 0.6])
+        >>> correct = tensor([True, True, False, True])
+        >>> area_under_risk_coverage(confidence, correct)
+        tensor(0.1458)
+
     Geifman, Uziel, El-Yaniv: *Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers*,
     https://arxiv.org/abs/1805.08206; Kim, Ji, Yoon, Hwang: *Self-Knowledge Distillation with Progressive Refinement of
     Targets*, https://arxiv.org/abs/2006.12000
@@ -123,6 +157,14 @@ def excess_area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tens
     Raises:
         InputError: the two are not of one shape ``(N,)``.
 
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import excess_area_under_risk_coverage
+        >>> confidence = tensor([0.9, 0.8, 0.7, 0.6])
+        >>> correct = tensor([True, True, False, True])
+        >>> excess_area_under_risk_coverage(confidence, correct)
+        tensor(0.0833)
+
     Geifman, Uziel, El-Yaniv: *Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers*,
     https://arxiv.org/abs/1805.08206
     """
@@ -144,6 +186,12 @@ def brier_score(logits: Tensor, target: Tensor) -> Tensor:
 
     Returns:
         A scalar in ``[0, 2]``: sum over the classes, mean over the samples; NaN for no samples.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import brier_score
+        >>> brier_score(tensor([[0.0, 0.0], [10.0, -10.0]]), tensor([1, 0]))
+        tensor(0.2500)
 
     Brier: *Verification of Forecasts Expressed in Terms of Probability*, Monthly Weather Review 78 (1950).
     """
@@ -171,6 +219,16 @@ def interval_calibration(mean: Tensor, log_var: Tensor, target: Tensor, *, level
     Raises:
         InputError: the shapes differ.
 
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional import interval_calibration
+        >>> mean, log_var = torch.zeros(4, 1), torch.zeros(4, 1)
+        >>> target = torch.tensor([[0.1], [0.5], [1.0], [2.0]])
+        >>> interval_calibration(mean, log_var, target, levels=3)
+        tensor(0.)
+        >>> interval_calibration(mean, log_var - 2, target, levels=3)
+        tensor(0.2500)
+
     Kuleshov, Fenner, Ermon: *Accurate Uncertainties for Deep Learning Using Calibrated Regression*,
     https://arxiv.org/abs/1807.00263 (who compare quantiles, and square the difference).
     """
@@ -191,6 +249,14 @@ def interval_hits(mean: Tensor, log_var: Tensor, target: Tensor, *, levels: int 
 
     Raises:
         InputError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional import interval_hits
+        >>> mean, log_var = torch.zeros(4, 1), torch.zeros(4, 1)
+        >>> target = torch.tensor([[0.1], [0.5], [1.0], [2.0]])
+        >>> interval_hits(mean, log_var, target, levels=3)
+        tensor([1, 2, 3])
     """
     if not mean.shape == log_var.shape == target.shape:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (mean, log_var, target))
@@ -211,6 +277,14 @@ def interval_error(hits: Tensor, total: Tensor | int) -> Tensor:
 
     Returns:
         A scalar.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import interval_error
+        >>> interval_error(tensor([1, 2, 3]), 4)
+        tensor(0.)
+        >>> interval_error(tensor([1, 1, 1]), 4)
+        tensor(0.2500)
     """
     shares = hits / total
     return (shares - _levels(len(hits), shares)).abs().mean()

@@ -47,6 +47,15 @@ def factor_distance(
     Raises:
         InputError: the shapes differ, or an option is unknown.
 
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import factor_distance
+        >>> student, teacher = tensor([[3.0, 4.0]]), tensor([[0.0, 2.0]])
+        >>> factor_distance(student, teacher)
+        tensor(0.4000)
+        >>> factor_distance(student, teacher, reduction="sum")
+        tensor(0.8000)
+
     Kim, Park, Kwak: *Paraphrasing Complex Network: Network Compression via Factor Transfer*,
     https://arxiv.org/abs/1802.04977; Park, Kwak: *FEED*, https://arxiv.org/abs/1909.10754
     """
@@ -75,6 +84,15 @@ def hint_distance(student: Tensor, teacher: Tensor, *, reduction: Reduction = "m
 
     Raises:
         InputError: the shapes differ, or the reduction is unknown.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import hint_distance
+        >>> student, teacher = tensor([[3.0, 4.0]]), tensor([[0.0, 2.0]])
+        >>> hint_distance(student, teacher)
+        tensor(6.5000)
+        >>> hint_distance(student, teacher, reduction="sum")
+        tensor(13.)
 
     Romero, Ballas, Kahou, Chassang, Gatta, Bengio: *FitNets: Hints for Thin Deep Nets*,
     https://arxiv.org/abs/1412.6550
@@ -108,6 +126,14 @@ def attention_distance(
     Raises:
         InputError: the shapes differ elsewhere than in the channels, or the reduction is unknown.
 
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import attention_distance
+        >>> student = tensor([[[[1.0, 0.0]]]])  # one channel of 1x2
+        >>> teacher = tensor([[[[0.0, 1.0]], [[0.0, 1.0]]]])  # two channels of 1x2
+        >>> attention_distance(student, teacher, reduction="sum")
+        tensor(2.)
+
     Zagoruyko, Komodakis: *Paying More Attention to Attention*, https://arxiv.org/abs/1612.03928
     """
     if student.ndim < 3 or _without_channels(student) != _without_channels(teacher):
@@ -131,6 +157,12 @@ def unit_feature(feature: Tensor, *, normalize: Normalize = "sample", eps: float
 
     Raises:
         InputError: ``normalize`` is unknown, or ``"channel"`` where there are no channels.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import unit_feature
+        >>> unit_feature(tensor([[3.0, 4.0]]))
+        tensor([[0.6000, 0.8000]])
     """
     if normalize == "sample":
         return F.normalize(wide(feature).flatten(1), dim=1, eps=eps)

@@ -24,6 +24,13 @@ def split_gaussian(output: Tensor, *, bounds: tuple[float, float] = LOG_VAR_BOUN
 
     Raises:
         InputError: an odd number of columns.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import split_gaussian
+        >>> mean, log_var = split_gaussian(tensor([[0.5, 20.0]]))
+        >>> mean, log_var
+        (tensor([[0.5000]]), tensor([[10.]]))
     """
     if output.ndim != 2 or output.shape[1] % 2:
         raise InputError(f"a Gaussian's parameters are (N, 2 d), means and log-variances; got {tuple(output.shape)}")
@@ -32,7 +39,14 @@ def split_gaussian(output: Tensor, *, bounds: tuple[float, float] = LOG_VAR_BOUN
 
 
 def join_gaussian(mean: Tensor, log_var: Tensor) -> Tensor:
-    """Means and log-variances, both ``(N, d)``, as a network's output ``(N, 2 d)``."""
+    """Means and log-variances, both ``(N, d)``, as a network's output ``(N, 2 d)``.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import join_gaussian
+        >>> join_gaussian(tensor([[0.5]]), tensor([[-1.0]]))
+        tensor([[ 0.5000, -1.0000]])
+    """
     return torch.cat([mean, log_var], dim=1)
 
 
@@ -51,6 +65,15 @@ def gaussian_nll(mean: Tensor, log_var: Tensor, target: Tensor) -> Tensor:
 
     Raises:
         InputError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional import gaussian_nll
+        >>> zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+        >>> gaussian_nll(zero, zero, zero)
+        tensor(0.9189)
+        >>> gaussian_nll(zero, zero, one)
+        tensor(1.4189)
 
     Nix, Weigend: *Estimating the Mean and Variance of the Target Probability Distribution*, ICNN 1994.
     """
@@ -80,6 +103,13 @@ def gaussian_kl(teacher_mean: Tensor, teacher_log_var: Tensor, student_mean: Ten
 
     Raises:
         InputError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional import gaussian_kl
+        >>> zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+        >>> gaussian_kl(zero, zero, one, zero)
+        tensor(0.5000)
     """
     return gaussian_kl_rows(teacher_mean, teacher_log_var, student_mean, student_log_var).mean()
 
@@ -91,6 +121,13 @@ def gaussian_kl_rows(
 
     Raises:
         InputError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional import gaussian_kl_rows
+        >>> mean, log_var = torch.zeros(2, 1), torch.zeros(2, 1)
+        >>> gaussian_kl_rows(mean, log_var, torch.tensor([[0.0], [1.0]]), log_var)
+        tensor([0.0000, 0.5000])
     """
     _same_shapes("gaussian_kl", teacher_mean, teacher_log_var, student_mean, student_log_var)
     teacher_mean, teacher_log_var = wide(teacher_mean), wide(teacher_log_var)
@@ -120,6 +157,13 @@ def collapse_mixture(
 
     Raises:
         InputError: the shapes differ, or the weights do not fit.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import collapse_mixture
+        >>> means, variances = tensor([[[0.0]], [[2.0]]]), tensor([[[1.0]], [[1.0]]])
+        >>> collapse_mixture(means, variances)
+        (tensor([[1.]]), tensor([[2.]]))
     """
     _same_shapes("collapse_mixture", means, variances)
     means, variances = wide(means), wide(variances)

@@ -43,6 +43,15 @@ def softened_kl(
     Raises:
         InputError: the shapes differ or the temperature is not positive.
 
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import softened_kl
+        >>> student, teacher = tensor([[0.0, 0.0]]), tensor([[2.0, 0.0]])
+        >>> softened_kl(student, teacher, temperature=2.0)
+        tensor(0.4438)
+        >>> softened_kl(student, tensor([[0.9, 0.1]]), from_logits=False)
+        tensor(0.3681)
+
     Hinton, Vinyals, Dean: *Distilling the Knowledge in a Neural Network*, https://arxiv.org/abs/1503.02531
     """
     return softened_kl_rows(
@@ -73,6 +82,15 @@ def softened_kl_rows(
 
     Raises:
         InputError: the shapes differ, the temperature is not positive, or the direction is unknown.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import softened_kl_rows
+        >>> student, teacher = tensor([[0.0, 0.0], [1.0, 3.0]]), tensor([[2.0, 0.0], [1.0, 3.0]])
+        >>> softened_kl_rows(student, teacher)
+        tensor([0.3278, 0.0000])
+        >>> softened_kl_rows(student, teacher, direction="reverse")
+        tensor([0.4338, 0.0000])
     """
     same_shape("softened_kl", student_logits, teacher_logits_or_probs)
     positive("temperature", temperature)
@@ -108,6 +126,12 @@ def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
 
     Raises:
         InputError: the shapes differ.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import soft_cross_entropy
+        >>> soft_cross_entropy(tensor([[0.0, 0.0], [2.0, 0.0]]), tensor([[0.5, 0.5], [0.9, 0.1]]))
+        tensor(0.5100)
     """
     same_shape("soft_cross_entropy", logits, probs)
     return -(wide(probs) * F.log_softmax(wide(logits), dim=-1)).sum(dim=-1).mean()
@@ -125,6 +149,13 @@ def by_position(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         InputError: the target does not begin with ``(N, T)``.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional import by_position
+        >>> logits, target = by_position(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64))
+        >>> logits.shape, target.shape
+        (torch.Size([6, 5]), torch.Size([6]))
     """
     places = logits.ndim - 1
     if places < 1 or logits.shape[:places] != target.shape[:places]:
@@ -155,6 +186,15 @@ def mean_probabilities(
 
     Raises:
         InputError: no member, a wrong number of weights, a negative weight, or a temperature that is not positive.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import mean_probabilities
+        >>> logits = tensor([[[0.0, 0.0]], [[100.0, 0.0]]])  # two members, one sample
+        >>> mean_probabilities(logits)
+        tensor([[0.7500, 0.2500]])
+        >>> mean_probabilities(logits, weights=[3, 1])
+        tensor([[0.6250, 0.3750]])
     """
     if len(logits) == 0:
         raise InputError("an ensemble needs at least one member, got none")
@@ -168,6 +208,14 @@ def weighted_mean(values: Tensor, weights: Sequence[float] | None = None) -> Ten
 
     Raises:
         InputError: the weights do not fit.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import weighted_mean
+        >>> weighted_mean(tensor([1.0, 4.0]))
+        tensor(2.5000)
+        >>> weighted_mean(tensor([1.0, 4.0]), weights=[2, 1])
+        tensor(2.)
     """
     if weights is None and len(values) > 0:
         return values.mean(dim=0)
@@ -181,6 +229,13 @@ def member_shares(weights: Sequence[float] | None, members: int) -> list[float]:
 
     Raises:
         InputError: their number is not ``members``, one is negative, or all are zero.
+
+    Example:
+        >>> from distill_lightning.functional import member_shares
+        >>> member_shares([1, 3], 2)
+        [0.25, 0.75]
+        >>> member_shares(None, 2)
+        [0.5, 0.5]
     """
     values = [1.0] * members if weights is None else [float(weight) for weight in weights]
     if members == 0:

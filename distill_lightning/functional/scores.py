@@ -25,6 +25,14 @@ def gap_reduction(score: Tensor | float, baseline: Tensor | float, teacher: Tens
     Returns:
         A part of 1, of the common shape of the three; NaN where the teacher is where the baseline is.
 
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import gap_reduction
+        >>> gap_reduction(0.75, 0.5, 1.0)
+        tensor(0.5000)
+        >>> gap_reduction(tensor([0.75, 1.25]), 0.5, 1.0)
+        tensor([0.5000, 1.5000])
+
     Pouransari, Javaheripi, Sharma, Tuzel: *Extracurricular Learning: Knowledge Transfer Beyond Empirical Distribution*,
     https://arxiv.org/abs/2007.00051 reports such parts, without a formula.
     """
@@ -54,6 +62,13 @@ def gaze_angle(first: Tensor, second: Tensor) -> Tensor:
 
     Raises:
         InputError: one of them is not ``(N, 2)``, or their ``N`` differ.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import gaze_angle
+        >>> ahead, aside = tensor([[0.0, 0.0]]), tensor([[0.0, 0.5]])
+        >>> gaze_angle(ahead, aside)
+        tensor([0.5000])
     """
     if first.shape != second.shape or first.ndim != 2 or first.shape[1] != 2:
         raise InputError(

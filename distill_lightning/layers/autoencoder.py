@@ -18,6 +18,13 @@ class ImageEncoder(nn.Sequential):
         input_shape: ``(C, H, W)``.
         latent_dim: ``L``, length of a code.
         width: channels of the first convolution.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.layers import ImageEncoder
+        >>> encoder = ImageEncoder((1, 28, 28), latent_dim=8)
+        >>> encoder(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 16])
     """
 
     def __init__(self, input_shape: Sequence[int], latent_dim: int, *, width: int = 32) -> None:
@@ -45,6 +52,13 @@ class ImageDecoder(nn.Module):
 
     Raises:
         InputError: a size that is not positive, or a range that is none.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.layers import ImageDecoder
+        >>> decoder = ImageDecoder((1, 28, 28), latent_dim=8, output_range=(-1, 1))
+        >>> decoder(torch.zeros(2, 8)).shape
+        torch.Size([2, 1, 28, 28])
     """
 
     def __init__(

@@ -38,6 +38,15 @@ class Discriminator(nn.Module):
     Raises:
         InputError: another kind, or a size below 1.
 
+    Example:
+        >>> import torch
+        >>> from distill_lightning.layers import Discriminator
+        >>> discriminator = Discriminator(1000)
+        >>> sum(parameter.numel() for parameter in discriminator.parameters())
+        127047
+        >>> discriminator(torch.zeros(4, 1000)).shape
+        torch.Size([4, 2])
+
     Shen, Savvides: *MEAL V2*, https://arxiv.org/abs/2009.08453
     """
 

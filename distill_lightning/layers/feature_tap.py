@@ -17,11 +17,6 @@ from distill_lightning.errors import InputError
 class FeatureTap:
     """Runs a network and returns its output together with the outputs of some inner modules.
 
-    ::
-
-        tap = FeatureTap(network, "layer4")
-        logits, features = tap(images)          # features["layer4"]: (N, C, H, W)
-
     The hooks are registered once, here, on the network itself. So they fire under DDP (which wraps it later) and under
     an in-place ``network.compile()`` called later; they keep nothing during any other forward of the network.
 
@@ -32,6 +27,16 @@ class FeatureTap:
     Raises:
         InputError: no path, or one that matches no module (near names are listed), and on a call: a tapped module that
             did not run, ran twice, or returned no tensor.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning.layers import FeatureTap
+        >>> network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> tap = FeatureTap(network, "1")
+        >>> output, features = tap(torch.zeros(5, 4))
+        >>> output.shape, features["1"].shape
+        (torch.Size([5, 2]), torch.Size([5, 3]))
     """
 
     def __init__(self, network: nn.Module, layers: str | Sequence[str]) -> None:
@@ -147,6 +152,15 @@ def dry_forward(network: nn.Module, input_shape: Sequence[int], *, run: Callable
 
     Raises:
         InputError: the network does not take such an input.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.layers import dry_forward
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> dry_forward(network, (3, 32, 32)).shape
+        torch.Size([1, 8, 30, 30])
+        >>> network.training
+        True
     """
     modes = {module: module.training for module in network.modules()}
     network.eval()
@@ -177,6 +191,13 @@ def resolve_layers(network: nn.Module, layers: str | Sequence[str]) -> tuple[str
 
     Raises:
         InputError: a path or glob that matches nothing; the message lists near names.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.layers import resolve_layers
+        >>> network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> resolve_layers(network, "[02]")
+        ('0', '2')
     """
     names = [name for name, _ in _plain(network).named_modules() if name]
     if not isinstance(layers, str) and not layers:
@@ -196,6 +217,13 @@ def resolve_layer(network: nn.Module, layer: str) -> str:
 
     Raises:
         InputError: it names none, or more than one.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.layers import resolve_layer
+        >>> network = nn.ModuleDict({"body": nn.Linear(4, 3), "head": nn.Linear(3, 2)})
+        >>> resolve_layer(network, "h*")
+        'head'
     """
     matches = resolve_layers(network, layer)
     if len(matches) > 1:

@@ -24,6 +24,14 @@ class GaussianHead(nn.Linear):
 
     Raises:
         InputError: ``num_targets`` is not positive, or the bounds are no interval.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.layers import GaussianHead
+        >>> head = GaussianHead(4, num_targets=2)
+        >>> mean, log_var = head(torch.ones(3, 4)).chunk(2, dim=1)
+        >>> mean.shape, log_var.tolist()
+        (torch.Size([3, 2]), [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     """
 
     def __init__(self, in_features: int, num_targets: int, *, bounds: tuple[float, float] = LOG_VAR_BOUNDS) -> None:
@@ -67,6 +75,16 @@ def without_deviation(network: nn.Module) -> nn.Module:
 
     Raises:
         InputError: it has no such head, or several.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning.layers import GaussianHead, without_deviation
+        >>> network = nn.Sequential(nn.Linear(8, 4), GaussianHead(4, num_targets=2))
+        >>> network(torch.zeros(3, 8)).shape
+        torch.Size([3, 4])
+        >>> without_deviation(network)(torch.zeros(3, 8)).shape
+        torch.Size([3, 2])
     """
     heads = [name for name, module in network.named_modules() if isinstance(module, GaussianHead)]
     if len(heads) != 1:

@@ -32,6 +32,13 @@ class Translator(nn.Sequential):
         student_channels: ``C_S``.
         teacher_channels: ``C_T``.
         batch_norm: a BatchNorm between each convolution and its activation.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.layers import Translator
+        >>> translator = Translator(16, 64)
+        >>> translator(torch.zeros(2, 16, 8, 8)).shape
+        torch.Size([2, 64, 8, 8])
     """
 
     def __init__(self, student_channels: int, teacher_channels: int, *, batch_norm: bool = False) -> None:
@@ -56,6 +63,14 @@ class Paraphraser(nn.Module):
 
     Raises:
         InputError: ``rate`` leaves no factor channel.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.layers import Paraphraser
+        >>> paraphraser = Paraphraser(64, rate=0.5)
+        >>> feature = torch.zeros(2, 64, 8, 8)
+        >>> paraphraser.encoder(feature).shape, paraphraser(feature).shape
+        (torch.Size([2, 32, 8, 8]), torch.Size([2, 64, 8, 8]))
 
     Kim, Park, Kwak: *Paraphrasing Complex Network*, https://arxiv.org/abs/1802.04977
     """
@@ -98,6 +113,11 @@ def make_translator(
 
     Raises:
         InputError: another name, or ``"none"`` between different numbers of channels.
+
+    Example:
+        >>> from distill_lightning.layers import make_translator
+        >>> make_translator("linear", 16, 64, batch_norm=False)
+        Conv2d(16, 64, kernel_size=(1, 1), stride=(1, 1))
     """
     if not isinstance(transform, str):
         return transform(student_channels, teacher_channels)

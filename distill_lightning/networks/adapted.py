@@ -72,6 +72,14 @@ class AdaptedInput(nn.Module):
         InputError: a ``size`` that is none, a standard deviation that is not positive, one of ``mean`` and ``std``
             without the other, a source without them, different numbers of channels, or, on a call, inputs with another
             number of channels.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning.networks import AdaptedInput
+        >>> adapted = AdaptedInput(nn.Flatten(), size=[1, 2], mean=0.5, std=0.5)
+        >>> adapted(torch.tensor([0.0, 1.0]).expand(1, 1, 2, 2))
+        tensor([[-1.,  1.]])
     """
 
     scale: Tensor
@@ -143,6 +151,12 @@ def likely_input_shape(network: nn.Module) -> tuple[int, int, int]:
 
     Raises:
         InputError: the network has no two-dimensional convolution to tell from.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.networks import likely_input_shape
+        >>> likely_input_shape(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+        (3, 32, 32)
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

@@ -24,6 +24,15 @@ class SmallCNN(nn.Module):
 
     Raises:
         InputError: a size that is not positive.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.networks import SmallCNN
+        >>> network = SmallCNN(num_classes=10)
+        >>> network(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+        >>> sum(parameter.numel() for parameter in network.parameters())
+        53362
     """
 
     def __init__(self, num_classes: int, *, in_channels: int = 1, width: int = 24) -> None:
@@ -92,6 +101,14 @@ class SmallResNet(nn.Module):
 
     Raises:
         InputError: a size that is not positive.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.networks import SmallResNet
+        >>> SmallResNet(num_classes=10)(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+        >>> SmallResNet(num_targets=2)(torch.zeros(2, 1, 28, 28)).shape  # means and log-variances
+        torch.Size([2, 4])
     """
 
     def __init__(

@@ -20,7 +20,13 @@ _FACTORIES: dict[str, Callable[..., nn.Module]] = {}
 
 
 def recipe_of(network: nn.Module) -> Recipe | None:
-    """How one of this package's factories built ``network``; ``None`` for a network built elsewhere."""
+    """How one of this package's factories built ``network``; ``None`` for a network built elsewhere.
+
+    Example:
+        >>> from distill_lightning.networks import SmallCNN, recipe_of
+        >>> recipe_of(SmallCNN(num_classes=10))
+        {'factory': 'SmallCNN', 'arguments': {'num_classes': 10, 'in_channels': 1, 'width': 24}}
+    """
     recipe: Recipe | None = network.__dict__.get("_recipe")
     return recipe
 
@@ -32,6 +38,12 @@ def build_from(recipe: Recipe) -> nn.Module:
 
     Raises:
         InputError: the recipe names no factory of this package.
+
+    Example:
+        >>> from distill_lightning.networks import build_from
+        >>> network = build_from({"factory": "SmallCNN", "arguments": {"num_classes": 10}})
+        >>> network.head.out_features
+        10
     """
     if recipe.get("factory") not in _FACTORIES:
         raise InputError(f"no network factory {recipe.get('factory')!r}: known are {', '.join(_FACTORIES)}")

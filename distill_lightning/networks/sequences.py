@@ -27,6 +27,15 @@ class SmallLSTM(nn.Module):
 
     Raises:
         InputError: a size that is not positive, or not one of ``input_size`` and ``vocabulary`` is given.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.networks import SmallLSTM
+        >>> SmallLSTM(num_classes=10, input_size=8)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+        >>> tokens = torch.zeros(2, 5, dtype=torch.int64)
+        >>> SmallLSTM(num_classes=100, vocabulary=100)(tokens).shape
+        torch.Size([2, 5, 100])
     """
 
     def __init__(
@@ -79,6 +88,15 @@ class SmallTransformer(nn.Module):
     Raises:
         InputError: a size or share that is out of range, not one of ``input_size`` and ``vocabulary`` is given, or, on
             a call, more steps than ``length``.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.networks import SmallTransformer
+        >>> SmallTransformer(num_classes=10, length=8, input_size=8)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+        >>> tokens = torch.zeros(2, 5, dtype=torch.int64)
+        >>> SmallTransformer(num_classes=100, length=16, vocabulary=100)(tokens).shape
+        torch.Size([2, 5, 100])
     """
 
     def __init__(
