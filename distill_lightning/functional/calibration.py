@@ -1,4 +1,4 @@
-"""How far a prediction's confidence can be believed."""
+"""How well the confidence of predictions agrees with how often they are right."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, *, bins: int
 
 
 def calibration_bins(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
-    """What a reliability diagram and the calibration error are made of.
+    """Counts, confidences and hits by bin: what a reliability diagram and the calibration error are computed from.
 
     Args:
         confidence: the largest probability of each sample, ``(N,)``.
@@ -69,12 +69,12 @@ def calibration_bins(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> 
 
 
 def risk_coverage(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
-    r"""How often the surest samples are wrong, for every number of them.
+    r"""The share of errors among the ``k`` most confident samples, for every ``k``.
 
     .. math:: \mathrm{coverage}_k = \frac{k}{N}, \qquad
         \mathrm{risk}_k = \frac{1}{k} \sum_{i=1}^{k} \mathbb{1}[\text{sample } i \text{ is wrong}]
 
-    with the samples in the order of falling confidence. Samples of equal confidence keep the order they are given in.
+    with the samples in order of decreasing confidence. Samples of equal confidence keep the order in which they come.
 
     Args:
         confidence: the largest probability of each sample, ``(N,)``.
@@ -84,7 +84,7 @@ def risk_coverage(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
         Coverage and risk, two float32 tensors ``(N,)`` in ``[0, 1]``.
 
     Raises:
-        InputError: the two are not of one shape ``(N,)``.
+        InputError: the two do not have the same shape ``(N,)``.
 
     Example:
         >>> from torch import tensor
@@ -99,11 +99,11 @@ def risk_coverage(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
     """
     if confidence.ndim != 1 or confidence.shape != correct.shape:
         raise InputError(
-            "risk and coverage need confidence and correctness of one shape (N,), "
+            "risk and coverage need confidence and correctness of the same shape (N,), "
             f"got {tuple(confidence.shape)} and {tuple(correct.shape)}"
         )
     order = wide(confidence).argsort(descending=True, stable=True)
-    # Whole numbers until the division: nothing is lost however many samples there are.
+    # Integers until the division: nothing is rounded, however many samples there are.
     errors = (correct[order] == 0).cumsum(dim=0)
     ranks = torch.arange(1, len(errors) + 1, device=errors.device)
     return ranks / len(errors), errors / ranks
@@ -112,8 +112,8 @@ def risk_coverage(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
 def area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
     r"""AURC, the mean of the risks of `risk_coverage`, :math:`\frac{1}{N} \sum_{k=1}^{N} \mathrm{risk}_k`.
 
-    It is small when the errors are few and the network is least sure of them. This is the definition of Self-KD's code,
-    whose tables show it times 1000; others integrate with trapezoids.
+    It is small when there are few errors and the network is least confident about them. This is the definition of
+    Self-KD's code, whose tables show it times 1000; others integrate with trapezoids.
 
     Args:
         confidence: the largest probability of each sample, ``(N,)``.
@@ -123,7 +123,7 @@ def area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
         A scalar in ``[0, 1]``; NaN for no samples.
 
     Raises:
-        InputError: the two are not of one shape ``(N,)``.
+        InputError: the two do not have the same shape ``(N,)``.
 
     Example:
         >>> from torch import tensor
@@ -141,11 +141,12 @@ def area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
 
 
 def excess_area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
-    r"""E-AURC: the part of AURC that a better order of the same answers would avoid.
+    r"""E-AURC: how much AURC exceeds that of the best possible order of the same answers.
 
     .. math:: \mathrm{AURC} - \frac{1}{N} \sum_{j=1}^{e} \frac{j}{N - e + j}
 
-    with ``e`` errors among the ``N`` samples; the sum is AURC's when every error comes after every right answer.
+    with ``e`` errors among the ``N`` samples; the subtracted mean is the AURC of the order in which every error comes
+    after every right answer.
 
     Args:
         confidence: the largest probability of each sample, ``(N,)``.
@@ -155,7 +156,7 @@ def excess_area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tens
         A scalar in ``[0, 1]``, 0 for the best order; NaN for no samples.
 
     Raises:
-        InputError: the two are not of one shape ``(N,)``.
+        InputError: the two do not have the same shape ``(N,)``.
 
     Example:
         >>> from torch import tensor
@@ -169,13 +170,13 @@ def excess_area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tens
     https://arxiv.org/abs/1805.08206
     """
     _, risk = risk_coverage(confidence, correct)
-    # Correctness itself is the best confidence there could be.
+    # Correctness itself is the best possible confidence.
     _, best = risk_coverage(correct.float(), correct)
     return (risk - best).mean()
 
 
 def brier_score(logits: Tensor, target: Tensor) -> Tensor:
-    r"""Brier's score: the squared distance of the probabilities from the one-hot label.
+    r"""Brier score: the squared distance between the probabilities and the one-hot label.
 
     .. math:: \frac{1}{N} \sum_i \sum_k \left( p_{ik} - \mathbb{1}[k = y_i] \right)^2,
         \qquad p = \mathrm{softmax}(z)
@@ -200,11 +201,12 @@ def brier_score(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def interval_calibration(mean: Tensor, log_var: Tensor, target: Tensor, *, levels: int = 9) -> Tensor:
-    r"""How far a Gaussian's central intervals hold what they promise.
+    r"""How far the central intervals of a Gaussian are from containing the share of targets that they should.
 
     .. math:: \frac{1}{B} \sum_{b=1}^{B} \left| \mathrm{share}_b - p_b \right|, \qquad p_b = \frac{b}{B + 1}
 
-    where the share is that of all ``N * d`` targets inside the central interval of level ``p_b``, bounds included:
+    where the share is the fraction of all ``N * d`` targets that lie in the central interval of level ``p_b``, bounds
+    included:
     :math:`|y - m| \le \sqrt 2 \, \mathrm{erf}^{-1}(p_b) \, e^{s / 2}`.
 
     Args:
@@ -236,7 +238,7 @@ def interval_calibration(mean: Tensor, log_var: Tensor, target: Tensor, *, level
 
 
 def interval_hits(mean: Tensor, log_var: Tensor, target: Tensor, *, levels: int = 9) -> Tensor:
-    """How many targets lie in each central interval; what `interval_calibration` is made of.
+    """How many targets lie in each central interval: what `interval_calibration` is computed from.
 
     Args:
         mean: ``(N, d)``.
@@ -260,9 +262,11 @@ def interval_hits(mean: Tensor, log_var: Tensor, target: Tensor, *, levels: int 
     """
     if not mean.shape == log_var.shape == target.shape:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (mean, log_var, target))
-        raise InputError(f"interval calibration: means, log-variances and targets must have one shape, got {shapes}")
+        raise InputError(
+            f"interval calibration: means, log-variances and targets must have the same shape, got {shapes}"
+        )
     distance = (wide(target) - wide(mean)).abs()
-    # The bound is what grows with the deviation: divided by a deviation of zero, a target that is met would be lost.
+    # The bound is multiplied by the deviation: a distance of zero, divided by a deviation of zero, would be NaN.
     widths = _levels(levels, distance).erfinv() * math.sqrt(2)
     inside = distance.unsqueeze(-1) <= widths * torch.exp(wide(log_var) / 2).unsqueeze(-1)
     return inside.flatten(end_dim=-2).sum(dim=0)
@@ -273,7 +277,7 @@ def interval_error(hits: Tensor, total: Tensor | int) -> Tensor:
 
     Args:
         hits: ``(levels,)``.
-        total: the number of targets they were counted among.
+        total: the number of targets that were looked at.
 
     Returns:
         A scalar.

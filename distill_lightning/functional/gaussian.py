@@ -16,11 +16,11 @@ LOG_VAR_BOUNDS = (-10.0, 10.0)
 
 
 def split_gaussian(output: Tensor, *, bounds: tuple[float, float] = LOG_VAR_BOUNDS) -> tuple[Tensor, Tensor]:
-    """A network's output ``(N, 2 d)`` as means and log-variances, both ``(N, d)``, in float32 or wider.
+    """Split a network's output ``(N, 2 d)`` into means and log-variances, both ``(N, d)``, in float32 or wider.
 
     Args:
         output: the means, then the log-variances.
-        bounds: that the log-variances are clamped to; beyond them their gradient is zero.
+        bounds: the interval that the log-variances are clamped to; outside it their gradient is zero.
 
     Raises:
         InputError: an odd number of columns.
@@ -39,7 +39,7 @@ def split_gaussian(output: Tensor, *, bounds: tuple[float, float] = LOG_VAR_BOUN
 
 
 def join_gaussian(mean: Tensor, log_var: Tensor) -> Tensor:
-    """Means and log-variances, both ``(N, d)``, as a network's output ``(N, 2 d)``.
+    """Join means and log-variances, both ``(N, d)``, to a network's output ``(N, 2 d)``.
 
     Example:
         >>> from torch import tensor
@@ -117,7 +117,7 @@ def gaussian_kl(teacher_mean: Tensor, teacher_log_var: Tensor, student_mean: Ten
 def gaussian_kl_rows(
     teacher_mean: Tensor, teacher_log_var: Tensor, student_mean: Tensor, student_log_var: Tensor
 ) -> Tensor:
-    """`gaussian_kl` of every sample by itself, ``(N,)``: sum over the targets.
+    """`gaussian_kl` of each sample, ``(N,)``: sum over the targets.
 
     Raises:
         InputError: the shapes differ.
@@ -144,19 +144,19 @@ def collapse_mixture(
 
     .. math:: m = \sum_k w_k m_k, \qquad v = \sum_k w_k \left( v_k + (m_k - m)^2 \right), \qquad \sum_k w_k = 1
 
-    The variance is the mean of the members' plus the **population** variance of their means. A student that is matched
-    to it by the forward divergence gets the gradient of the mean of the divergences from the single members.
+    The variance is the mean of the members' variances plus the **population** variance of their means. The forward
+    divergence from this Gaussian has the same gradient as the mean of the divergences from the individual members.
 
     Args:
         means: ``(M, N, d)``.
         variances: ``(M, N, d)``, not their logarithms.
-        weights: one non-negative number per member, divided by their sum; ``None`` weighs all alike.
+        weights: one non-negative number per member, divided by their sum; ``None`` weights all equally.
 
     Returns:
         Mean and variance, both ``(N, d)``.
 
     Raises:
-        InputError: the shapes differ, or the weights do not fit.
+        InputError: the shapes differ, or the weights are not valid.
 
     Example:
         >>> from torch import tensor
@@ -174,4 +174,4 @@ def collapse_mixture(
 def _same_shapes(name: str, first: Tensor, *others: Tensor) -> None:
     if any(other.shape != first.shape for other in others):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (first, *others))
-        raise InputError(f"{name}: means, log-variances and targets must have one shape, got {shapes}")
+        raise InputError(f"{name}: means, log-variances and targets must have the same shape, got {shapes}")

@@ -67,7 +67,7 @@ def softened_kl_rows(
     from_logits: bool = True,
     direction: Direction = "forward",
 ) -> Tensor:
-    r"""`softened_kl` of every sample by itself.
+    r"""`softened_kl` of each sample.
 
     Args:
         student_logits: ``(..., K)``.
@@ -97,7 +97,7 @@ def softened_kl_rows(
     log_probs = F.log_softmax(wide(student_logits) / temperature, dim=-1)
     teacher = wide(teacher_logits_or_probs)
     if direction == "reverse":
-        # A class that the teacher gives no mass at all costs much, but not infinitely much.
+        # A class to which the teacher gives no mass at all costs much, but not infinitely much.
         tiny = torch.finfo(teacher.dtype).tiny
         teacher_log_probs = (
             F.log_softmax(teacher / temperature, dim=-1) if from_logits else teacher.clamp_min(tiny).log()
@@ -115,7 +115,7 @@ def softened_kl_rows(
 
 
 def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
-    r"""Cross entropy to a distribution: :math:`-\frac{1}{N} \sum_i \sum_k q_{ik} \log p_{ik}`.
+    r"""Cross entropy with distributions as targets: :math:`-\frac{1}{N} \sum_i \sum_k q_{ik} \log p_{ik}`.
 
     Args:
         logits: ``(..., K)``.
@@ -138,11 +138,11 @@ def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
 
 
 def by_position(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Every position of every sample as a sample of its own; logits ``(N, K)`` and their targets stay as they are.
+    """Make every position of every sample a sample of its own; logits ``(N, K)`` and their targets stay as they are.
 
     Args:
         logits: ``(N, T, K)``, with any number of dimensions in the place of ``T``.
-        target: of the positions: classes ``(N, T)``, or a distribution ``(N, T, K)``.
+        target: for each position a class, ``(N, T)``, or a distribution, ``(N, T, K)``.
 
     Returns:
         ``(N * T, K)``, and ``(N * T,)`` or ``(N * T, K)``.
@@ -160,8 +160,8 @@ def by_position(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     places = logits.ndim - 1
     if places < 1 or logits.shape[:places] != target.shape[:places]:
         raise InputError(
-            f"logits of shape {tuple(logits.shape)} need a target for each position, {tuple(logits.shape[:-1])}, and "
-            f"not {tuple(target.shape)}: let network and data agree on what they predict"
+            f"logits of shape {tuple(logits.shape)} need a target for each position, {tuple(logits.shape[:-1])}, got "
+            f"{tuple(target.shape)}: choose a network that predicts what the data's targets are"
         )
     return logits.flatten(0, places - 1), target.flatten(0, places - 1)
 
@@ -179,7 +179,7 @@ def mean_probabilities(
     Args:
         logits: ``(M, N, K)`` or ``(M, ..., K)``, or a sequence of ``M`` tensors ``(N, K)``.
         temperature: :math:`T > 0`.
-        weights: one non-negative number per member, divided by their sum; ``None`` weighs all alike.
+        weights: one non-negative number per member, divided by their sum; ``None`` weights all equally.
 
     Returns:
         Probabilities ``(N, K)`` or ``(..., K)``.
@@ -207,7 +207,7 @@ def weighted_mean(values: Tensor, weights: Sequence[float] | None = None) -> Ten
     """Mean over the first dimension, ``(M, ...) -> (...)``, with `member_shares` as weights.
 
     Raises:
-        InputError: the weights do not fit.
+        InputError: the weights are not valid.
 
     Example:
         >>> from torch import tensor
@@ -219,16 +219,16 @@ def weighted_mean(values: Tensor, weights: Sequence[float] | None = None) -> Ten
     """
     if weights is None and len(values) > 0:
         return values.mean(dim=0)
-    # Python numbers, not a tensor of weights: nothing has to travel to the device, nothing has to be waited for.
+    # Python numbers instead of a tensor of weights: nothing is copied to the device, and nothing waits for it.
     shares = member_shares(weights, len(values))
     return torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum(dim=0)
 
 
 def member_shares(weights: Sequence[float] | None, members: int) -> list[float]:
-    """Weights of an ensemble's members, divided by their sum; ``None`` weighs all alike.
+    """Weights of an ensemble's members, divided by their sum; ``None`` weights all equally.
 
     Raises:
-        InputError: their number is not ``members``, one is negative, or all are zero.
+        InputError: there are not ``members`` of them, one is negative, or all are zero.
 
     Example:
         >>> from distill_lightning.functional import member_shares

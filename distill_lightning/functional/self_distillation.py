@@ -1,4 +1,4 @@
-"""Formulas of self-distillation: a network's own past prediction as a part of its target."""
+"""Formulas of self-distillation, in which a network's own past prediction is a part of its target."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def soften(probs: Tensor, *, temperature: float = 1.0) -> Tensor:
     r"""Probabilities at another temperature, :math:`\mathrm{softmax}(\log p / T)`.
 
     Args:
-        probs: ``(..., K)``, made at temperature 1; zeros stay zeros.
+        probs: ``(..., K)``, computed at temperature 1; zeros stay zeros.
         temperature: :math:`T > 0`; 1 returns the probabilities as they are.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A small variational autoencoder for images: the decoder is a generator."""
+"""The two halves of a small variational autoencoder for images, whose decoder is a generator."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class ImageDecoder(nn.Module):
     """Codes ``(N, L)`` to images ``(N, C, H, W)`` in a range: a linear layer, two upsampling convolutions, one more.
 
     Args:
-        input_shape: ``(C, H, W)`` of the images that it makes.
+        input_shape: ``(C, H, W)`` of the images that it generates.
         latent_dim: ``L``.
-        output_range: smallest and largest value of a pixel, as the data module gives them: ``(0 - mean) / std`` and
-            ``(1 - mean) / std``.
+        output_range: the smallest and the largest value of a pixel in the data module's images: ``(0 - mean) / std``
+            and ``(1 - mean) / std``.
         width: channels of the last hidden layer.
 
     Raises:
-        InputError: a size that is not positive, or a range that is none.
+        InputError: a size that is not positive, or an ``output_range`` that is not an interval.
 
     Example:
         >>> import torch
