@@ -74,13 +74,13 @@ class ReconstructionErrorProbe(pl.Callback):
         kind: ``"self"`` or ``"teacher"``.
         control: a network to compare with, of the student's architecture.
         teacher_layers: as ``layer``, in the teachers: one for all, or one each; ``None``: as ``layer``.
-        epochs: of the probes' training.
+        epochs: epochs of the probes' training.
         rate: the autoencoders' channels in the bottleneck per channel of the feature.
         beta: what multiplies ``L_m`` for the translators' training (not in the table); FEED's default.
         optimizer: makes the optimiser from the parameters of all probes. The default, SGD with rate 0.1, momentum 0.9
             and weight decay 5e-4, is made for thousands of steps; after a few hundred an autoencoder has hardly left a
             relative error of 1, where ``Adam`` with rate 0.001 has.
-        seed: of the probes' weights and of what PyTorch draws while they are trained.
+        seed: seed of the probes' weights and of what PyTorch draws while they are trained.
 
     Raises:
         InputError: an option out of range; when the training starts: no validation data, several loaders, a module
@@ -248,7 +248,7 @@ class _Probe(nn.Module):
         target: name of the network whose feature is reconstructed.
         head: the map.
         unit: whether normalised features are compared.
-        weight: of the error in the loss.
+        weight: weight of the error in the loss.
     """
 
     def __init__(self, network: str, target: str, head: nn.Module, *, unit: bool = False, weight: float = 1.0) -> None:

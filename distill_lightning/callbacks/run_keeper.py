@@ -20,7 +20,7 @@ class RunKeeper(pl.callbacks.Checkpoint):
 
     Args:
         folder: gets ``last.ckpt`` and ``selected.safetensors``.
-        seed: of the random state.
+        seed: seed of the random state.
         monitor: the metric; of equal epochs the first is selected.
         mode: whether more of it is better, ``"max"``, or less, ``"min"``.
     """

@@ -24,7 +24,7 @@ class Measurements:
 
     Args:
         split: the samples that are scored: ``"test"`` ones, which need a data module, or ``"val"``.
-        batch_sizes: at which time is measured, dense and compressed in turns; none: it is not.
+        batch_sizes: batch sizes at which time is measured, dense and compressed in turns; empty for none.
         rounds: turns of both, at least 50.
         onnx: ``"float"`` or, with int8 versions, ``"static"`` (convolutions) or ``"dynamic"`` (recurrent networks and
             Transformers): of the dense and of the final network, with their time in ONNX Runtime.
@@ -68,13 +68,13 @@ def measure(
     Args:
         trainer: whose training is under way.
         pl_module: whose student is scored; a `DistillationModule`.
-        compressor: of the network.
+        compressor: the compressor of the network.
         wanted: what is measured.
-        name: of the row.
-        kind: of the row.
+        name: name of the row.
+        kind: kind of the row.
         final: whether it is the last one, for which ONNX files are made, as for the dense one.
         timed_as: the row whose time is measured instead, for one that has another row's structure.
-        notes: of the row.
+        notes: notes on the row.
     """
     with isolate_rng():
         scores = pl_module.score(_scored_batches(trainer, pl_module, wanted.split))

@@ -177,7 +177,7 @@ def dry_forward(network: nn.Module, input_shape: Sequence[int], *, run: Callable
         reason = (str(error) or type(error).__name__).splitlines()[0]
         way_out = "(C, H, W) of your images, or a network with matching in_channels"
         raise InputError(
-            f"{type(network).__name__} does not accept an input of shape {tuple(input_shape)} ({reason}); "
+            f"{type(network).__name__} does not take an input of shape {tuple(input_shape)} ({reason}); "
             f"give input_shape={'(T,) of your tokens, or another network' if reads_tokens else way_out}"
         ) from error
     finally:

@@ -46,7 +46,7 @@ def build_from(recipe: Recipe) -> nn.Module:
         10
     """
     if recipe.get("factory") not in _FACTORIES:
-        raise InputError(f"unknown network factory {recipe.get('factory')!r}: known are {', '.join(_FACTORIES)}")
+        raise InputError(f"unknown network factory {recipe.get('factory')!r}: known ones are {', '.join(_FACTORIES)}")
     arguments = dict(recipe["arguments"])
     if isinstance(arguments.get("network"), Mapping):
         arguments["network"] = build_from(arguments["network"])

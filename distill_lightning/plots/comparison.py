@@ -20,10 +20,10 @@ def score_bars(
     """A score by method: every seed a dot, the mean and one standard deviation over the seeds.
 
     Args:
-        scores: of each method, one per seed; accuracies in ``[0, 1]``, for example.
+        scores: scores of each method, one per seed; accuracies in ``[0, 1]``, for example.
         references: scores drawn as dashed lines, the ensemble's for example.
-        label: of the axis.
-        scale: what the scores are multiplied with.
+        label: label of the axis.
+        scale: the factor by which the scores are multiplied.
     """
     figure = ShownFigure(figsize=(1.6 + 1.2 * len(scores), 4), layout="constrained")
     axes = figure.add_subplot()
@@ -52,8 +52,8 @@ def learning_curves(
 
     Args:
         curves: ``(seeds, epochs)`` scores of each method; accuracies in ``[0, 1]``, for example.
-        label: of the axis.
-        scale: what the scores are multiplied with.
+        label: label of the axis.
+        scale: the factor by which the scores are multiplied.
     """
     figure = ShownFigure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()

@@ -27,12 +27,12 @@ def plot_pareto(
     """A score against what it costs, a panel for each cost; up and to the left is better (down, if less is better).
 
     Args:
-        scores: of each stage, one for each seed; accuracies in ``[0, 1]``, for example.
+        scores: scores of each stage, one per seed; accuracies in ``[0, 1]``, for example.
         costs: by the panel's title, with its unit, each stage's cost. A stage without a cost is left out of that panel.
         dense: the stage that is marked by a star and dashed lines.
         controls: stages that are drawn hollow.
-        label: of the score's axis.
-        scale: what the scores are multiplied with.
+        label: label of the score's axis.
+        scale: the factor by which the scores are multiplied.
         logarithmic: panels whose axis is logarithmic.
     """
     figure = ShownFigure(figsize=(4.2 * len(costs), 4.4), layout="constrained")
@@ -93,9 +93,9 @@ def plot_sparsity(
     """The share of zeros in each layer over time.
 
     Args:
-        sparsity: of each layer, parts of 1, one for each time.
-        times: at which; ``None``: 1, 2, 3 and so on.
-        label: of the time axis.
+        sparsity: the share of zeros in each layer, in ``[0, 1]``, one value per time.
+        times: the times; ``None`` for 1, 2, 3 and so on.
+        label: label of the time axis.
         overall: the entry that is drawn thick and black, if it is there.
     """
     figure = ShownFigure(figsize=(7, 4), layout="constrained")
@@ -129,8 +129,8 @@ def plot_sensitivity(
         curves: scores of each layer, one for each amount.
         amounts: how much the layer is compressed.
         reference: the score with none compressed, dashed.
-        label: of the score's axis.
-        scale: what the scores are multiplied with.
+        label: label of the score's axis.
+        scale: the factor by which the scores are multiplied.
         amount: label of the other axis.
     """
     figure = ShownFigure(figsize=(7, 4), layout="constrained")
@@ -152,7 +152,7 @@ def plot_spectra(singular_values: Mapping[str, ArrayLike], ranks: Mapping[str, i
     """The singular values of layers, as parts of the largest, with the ranks that were chosen.
 
     Args:
-        singular_values: of each layer, in descending order.
+        singular_values: the singular values of each layer, in descending order.
         ranks: chosen for layers; a dot at the last singular value that is kept. Layers without one are left as they
             were.
     """
@@ -181,9 +181,9 @@ def plot_codebook(weights: Mapping[str, ArrayLike], levels: Mapping[str, ArrayLi
     """How the weights of layers are distributed, with the values that stand for them.
 
     Args:
-        weights: of each layer before they were shared or quantized, any shape.
-        levels: of each layer the values that they have become.
-        bins: of the histograms.
+        weights: the weights of each layer before they were shared or quantized, of any shape.
+        levels: the values of each layer that have replaced them.
+        bins: bins of the histograms.
     """
     columns = min(3, len(weights))
     lines = -(-len(weights) // columns)
@@ -207,7 +207,7 @@ def plot_bits(bits: Mapping[str, float], *, sizes: Mapping[str, int] | None = No
     """The bits of each layer's weights as bars.
 
     Args:
-        bits: of each layer.
+        bits: bits of each layer.
         sizes: number of each layer's weights, shown beside its bar, and for the mean that a dashed line shows.
     """
     figure = ShownFigure(figsize=(7, 1.1 + 0.3 * len(bits)), layout="constrained")
@@ -235,7 +235,7 @@ def plot_latency(times: Mapping[str, tuple[ArrayLike, ArrayLike]], *, label: str
 
     Args:
         times: by name ("batch 32", for example) those of the dense and of the compressed network, a number each turn.
-        label: of the axis, with its unit.
+        label: label of the axis, with its unit.
     """
     figure = ShownFigure(figsize=(1.6 + 1.8 * len(times), 4), layout="constrained")
     axes = figure.add_subplot()

@@ -147,7 +147,7 @@ def tucker2(kernel: Tensor, ranks: tuple[int, int], *, sweeps: int = 20, toleran
     Args:
         kernel: ``(O, C, H, W)``.
         ranks: ``(R, S)`` of the input and of the output channels.
-        sweeps: of HOOI at most; 0 stays with HOSVD.
+        sweeps: the largest number of HOOI sweeps; 0 stays with HOSVD.
         tolerance: HOOI ends when a sweep lowers the relative error by less.
 
     De Lathauwer, De Moor, Vandewalle: *On the Best Rank-1 and Rank-(R1, ..., RN) Approximation of Higher-Order
@@ -179,10 +179,10 @@ def canonical(
     Args:
         kernel: ``(O, C, H, W)``.
         rank: ``R``.
-        sweeps: at most.
+        sweeps: the largest number of sweeps.
         tolerance: the sweeps end when one lowers the relative error by less.
-        ridge: of each least-squares problem, in units of the mean of its diagonal.
-        seed: of the random columns, where the rank is above a dimension.
+        ridge: the ridge of each least-squares problem, in units of the mean of its diagonal.
+        seed: seed of the random columns that are needed if the rank exceeds a dimension.
 
     Returns:
         Factors whose columns share out the size of their product evenly.

@@ -76,7 +76,7 @@ def factorize(
         only_if_smaller: leave the layer untouched where the factors would have no fewer weights.
         moment: second moment of the layer's inputs, from `input_moment`: then the outputs are approximated instead of
             the weights. For svd of a `Linear` and of a `Conv2d`.
-        damping: of the moment, see `whitened_svd`.
+        damping: damping of the moment, see `whitened_svd`.
         input_size: ``(H, W)`` of a convolution's input; needed for ``rank="macs:..."``.
         parts: cores of the tensor train of a `Linear` or an `Embedding`.
 
@@ -205,7 +205,7 @@ def input_moment(network: nn.Module, path: str, batches: Iterable[Any]) -> Tenso
 
     Args:
         network: called with each batch, which may be a tuple of its arguments.
-        path: of a `Linear` or an ungrouped `Conv2d`, dotted; ``""`` where the network is that layer.
+        path: dotted path of a `Linear` or an ungrouped `Conv2d`; ``""`` if the network is that layer.
         batches: inputs of the network, from the training data.
 
     Returns:

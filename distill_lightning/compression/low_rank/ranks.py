@@ -97,7 +97,7 @@ def budget_ranks(full: Sequence[int], budget: float, *, cost: Callable[[list[int
     Args:
         full: the full ranks.
         budget: never exceeded; in the unit of ``cost``.
-        cost: of ranks; it must not fall when a rank grows.
+        cost: the cost of some ranks; it must not fall when a rank grows.
 
     Raises:
         UnfactorableError: rank 1 is above the budget.
@@ -131,7 +131,7 @@ def evbmf_rank(singular_values: Tensor, shape: tuple[int, int]) -> int:
 
     Args:
         singular_values: ``(min(shape),)``, all of them.
-        shape: of the matrix.
+        shape: shape of the matrix.
 
     Returns:
         From 0, where all of it is noise.

@@ -109,7 +109,7 @@ class FactoredLSTM(_FactoredWeights, nn.LSTM):
 
     Args:
         layer: the dense one.
-        ranks: of the weights that are factored, by name: ``{"weight_hh_l0": 8}``.
+        ranks: ranks of the factored weights, by name: ``{"weight_hh_l0": 8}``.
     """
 
     def __init__(self, layer: nn.LSTM, *, ranks: Mapping[str, int]) -> None:
@@ -121,7 +121,7 @@ class FactoredGRU(_FactoredWeights, nn.GRU):
 
     Args:
         layer: the dense one.
-        ranks: of the weights that are factored, by name.
+        ranks: ranks of the factored weights, by name.
     """
 
     def __init__(self, layer: nn.GRU, *, ranks: Mapping[str, int]) -> None:
@@ -133,7 +133,7 @@ class FactoredRNN(_FactoredWeights, nn.RNN):
 
     Args:
         layer: the dense one.
-        ranks: of the weights that are factored, by name.
+        ranks: ranks of the factored weights, by name.
     """
 
     def __init__(self, layer: nn.RNN, *, ranks: Mapping[str, int]) -> None:

@@ -23,7 +23,7 @@ def pack_bits(values: NDArray[Any], bits: int) -> bytes:
 
     Args:
         values: ``(n,)``, each from 0 to ``2 ** bits - 1``.
-        bits: of each, 0 to 8; with 0 every value is 0 and nothing is written.
+        bits: bits of each integer, 0 to 8; with 0 every value is 0 and nothing is written.
 
     Returns:
         ``ceil(n * bits / 8)`` bytes, the last of which is filled with zero bits.
@@ -49,8 +49,8 @@ def unpack_bits(content: bytes, bits: int, number: int) -> Bytes:
 
     Args:
         content: the bytes.
-        bits: of each integer.
-        number: of integers.
+        bits: bits of each integer.
+        number: number of integers.
 
     Raises:
         InputError: there are more or fewer bytes than that.
@@ -122,7 +122,7 @@ def huffman_decode(content: bytes, number: int) -> Bytes:
 
     Args:
         content: the bytes.
-        number: of symbols.
+        number: number of symbols.
 
     Raises:
         InputError: the bytes are not of that many symbols.

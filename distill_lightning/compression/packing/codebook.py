@@ -20,7 +20,7 @@ class Clusters(NamedTuple):
 
     Attributes:
         centroids: ascending, ``(k,)``, in the values' type.
-        indices: of each value's centroid, int64, in the values' shape.
+        indices: the index of each value's centroid, int64, in the values' shape.
         objectives: the sum of squared distances after each iteration; it never rises.
     """
 
@@ -44,8 +44,8 @@ def kmeans(
         init: first centroids: ``"linear"``: equally spaced from the smallest to the largest value; ``"density"``: with
             equally many values between them; ``"random"``: ``k`` of the values.
         keep_zero: zero is a centroid for exactly those values that are zero, so that pruned weights remain pruned.
-        iterations: at most; it ends when no value changes its cluster.
-        seed: of the random ones.
+        iterations: the largest number of iterations; they end when no value changes its cluster.
+        seed: seed of the random centroids.
 
     Raises:
         InputError: ``k`` is not positive or leaves none for other values than zero, the initialisation is unknown, or
@@ -142,7 +142,7 @@ class Codebook(nn.Module):
     of a value is the sum of those of the weights that share it.
 
     Args:
-        indices: of each weight's value, integers in the weight's shape.
+        indices: the index of each weight's value, integers in the weight's shape.
         k: number of values, at most 256.
         pruned: index of the value that is zero and stays so; ``None``: none.
 
@@ -203,9 +203,9 @@ def share_weights(
     Args:
         layer: one that `weight_names` knows.
         k: see `kmeans`; at most 256.
-        init: likewise.
-        keep_zero: likewise.
-        names: which weights; ``None``: all.
+        init: see `kmeans`.
+        keep_zero: see `kmeans`.
+        names: names of the weights; ``None`` for all.
         seed: see `kmeans`.
 
     Returns:

@@ -32,9 +32,9 @@ def write_packed(path: Path | str, tensors: Mapping[str, Packed], header: Mappin
     """Write packed tensors to a file, whole or not at all.
 
     Args:
-        path: of the file; one that is there is replaced.
+        path: path of the file; an existing one is replaced.
         tensors: by name.
-        header: of plain values: str, int, finite float, bool, ``None``, and lists and dicts of these.
+        header: plain values: str, int, finite float, bool, ``None``, and lists and dicts of these.
 
     Returns:
         The file's bytes.

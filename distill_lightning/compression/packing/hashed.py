@@ -64,8 +64,8 @@ def hashed_weight(values: Tensor, places: Tensor, shape: Sequence[int]) -> Tenso
 
     Args:
         values: ``(buckets,)``.
-        places: from `hash_places`, on the same device.
-        shape: of the weight.
+        places: what `hash_places` returned, on the same device.
+        shape: shape of the weight.
     """
     return torch.cat([values, -values]).index_select(0, places).view(tuple(shape))
 
@@ -82,9 +82,9 @@ class Hashed(nn.Module):
     ``exp(-n / k)`` has none, 0.03 % for 8 weights per value and 14 % for 2.
 
     Args:
-        shape: of the weight.
+        shape: shape of the weight.
         values: their number ``k``.
-        seed: of the hash, 0 to ``2**63 - 1``.
+        seed: seed of the hash, 0 to ``2**63 - 1``.
 
     Raises:
         InputError: the seed or the number of values is out of range.
@@ -140,8 +140,8 @@ def hash_weights(layer: nn.Module, *, ratio: float, seed: int = 0, names: Sequen
     Args:
         layer: one that `weight_names` knows.
         ratio: values per weight, above 0 and at most 1; each weight has ``round(ratio * n)`` of them, at least one.
-        seed: of the hash, the same for all weights of this layer; give each layer its own.
-        names: which weights; ``None``: all.
+        seed: seed of the hash, the same for all weights of this layer; give each layer its own.
+        names: names of the weights; ``None`` for all.
 
     Returns:
         Their names.

@@ -37,7 +37,7 @@ class Part:
     Attributes:
         content: the bytes.
         number: how many numbers they hold.
-        bits: of each number.
+        bits: bits of each number.
         coding: what was done to the bytes; ``"huffman"`` codes the numbers where 8 is no multiple of their bits, else
             the bytes.
     """
@@ -84,8 +84,8 @@ class Packed:
 
     Attributes:
         codec: ``"dense"``, ``"codes"``, ``"codebook"``, ``"hashed"``, ``"bitmask"`` or ``"csr"``.
-        shape: of the tensor.
-        dtype: of the tensor, by PyTorch's name for it.
+        shape: shape of the tensor.
+        dtype: type of the tensor, by PyTorch's name for it.
         options: what else the codec needs, in plain values.
         parts: its bytes by name.
     """
@@ -115,9 +115,9 @@ def pack_codes(codes: Codes, scheme: Scheme, *, dtype: torch.dtype | None = None
     """A quantized tensor: its codes with as many bits as they have, and the scales in their own type.
 
     Args:
-        codes: of the scheme.
+        codes: codes of the scheme.
         scheme: what they were made by.
-        dtype: of the tensor that is unpacked; ``None``: that of the scales.
+        dtype: type of the unpacked tensor; ``None`` for that of the scales.
         sparse: leave out the codes of zeros, and store a bit for each entry instead.
 
     Raises:
@@ -154,7 +154,7 @@ def pack_codebook(indices: Tensor, centroids: Tensor) -> Packed:
     """A tensor of few values: ``ceil(n * ceil(log2(k)) / 8)`` bytes of indices, and the ``k`` values.
 
     Args:
-        indices: of each entry's value, any shape.
+        indices: the index of each entry's value, any shape.
         centroids: the values ``(k,)``, at most 256.
 
     Raises:
@@ -182,8 +182,8 @@ def pack_hashed(values: Tensor, shape: Sequence[int], seed: int) -> Packed:
 
     Args:
         values: ``(k,)``.
-        shape: of the tensor.
-        seed: of the hash.
+        shape: shape of the tensor.
+        seed: seed of the hash.
 
     Raises:
         InputError: the values are not in one dimension, or none; or the seed is out of range.
@@ -218,7 +218,7 @@ def pack_csr(tensor: Tensor, values: Packed | None = None) -> Packed:
         values: see `pack_bitmask`.
 
     Raises:
-        InputError: likewise.
+        InputError: see `pack_bitmask`.
     """
     rows = (tensor.detach() != 0).reshape(max(_rows_of(tensor.shape), 1), -1).cpu().numpy()
     begins = np.concatenate([[0], rows.sum(axis=1).cumsum()])

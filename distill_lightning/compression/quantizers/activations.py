@@ -35,7 +35,7 @@ class ActivationQuantizer(nn.Module):
         estimator: ``"ste"``: the observed range; ``"lsq"``: a learned scale; ``"pact"``: a learned threshold;
             ``"dorefa"``: [0, 1].
         observer: see `Observer`.
-        momentum: likewise.
+        momentum: see `Observer`.
         percentile: likewise.
 
     Raises:
@@ -187,7 +187,7 @@ def quantize_input(layer: nn.Module, quantizer: ActivationQuantizer) -> None:
 
     Args:
         layer: gets the quantizer as its child ``input_quantizer``.
-        quantizer: of its own.
+        quantizer: a quantizer of its own.
 
     Raises:
         InputError: its input is quantized already.

@@ -34,11 +34,11 @@ def weight_errors(
     """The squared error of every weight at every number of bits, for `allocate_bits`.
 
     Args:
-        weights: by name.
+        weights: the weights by name.
         bits: the numbers to try.
-        kind: of the grid, see `Scheme`.
+        kind: kind of the grid, see `Scheme`.
         per: likewise.
-        axes: of the channels by name, 1 for transposed convolutions (`channel_axis`); those that are missing have 0.
+        axes: axes of the channels by name, 1 for transposed convolutions (`channel_axis`); missing names have 0.
         rule: see `find_range`.
     """
     errors: dict[str, dict[int, float]] = {}
@@ -73,7 +73,7 @@ def allocate_bits(
     Args:
         errors: by name and number of bits, of anything that may be added up over the weights (`weight_errors`, or the
             rise of a loss).
-        counts: how many codes each has.
+        counts: number of codes of each weight.
         budget: bytes of all codes and overheads together.
         overhead: bytes that each needs beside its codes; ``None``: none.
 

@@ -197,7 +197,7 @@ def equalise(network: nn.Module, *, pairs: Pairs | None = None, sweeps: int = 40
 
     Args:
         network: without BatchNorm between these layers.
-        pairs: of names; ``None``: `equalisable_pairs`.
+        pairs: pairs of names; ``None`` for `equalisable_pairs`.
         sweeps: over all pairs, at most; chains need several until the ranges no longer change.
 
     Returns:

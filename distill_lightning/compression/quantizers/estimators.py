@@ -133,7 +133,7 @@ def pact(activations: Tensor, alpha: Tensor, *, bits: int) -> Tensor:
     Args:
         activations: any shape.
         alpha: the threshold, a positive scalar.
-        bits: of an activation.
+        bits: bits of an activation.
 
     Choi, Wang, Venkataramani, Chuang, Srinivasan, Gopalakrishnan: *PACT*, https://arxiv.org/abs/1805.06085
     """
@@ -204,7 +204,7 @@ def binary_connect(weight: Tensor, *, stochastic: bool = False, generator: torch
     Args:
         weight: any shape.
         stochastic: whether signs are drawn.
-        generator: that draws; ``None``: PyTorch's own.
+        generator: the generator for the draws; ``None`` for PyTorch's default.
 
     Courbariaux, Bengio, David: *BinaryConnect*, https://arxiv.org/abs/1511.00363
     """
@@ -280,7 +280,7 @@ def ttq(weight: Tensor, positive: Tensor, negative: Tensor, *, threshold: float 
         weight: any shape.
         positive: :math:`W_p`, a scalar.
         negative: :math:`W_n`, a scalar.
-        threshold: that part.
+        threshold: this fraction.
 
     Zhu, Han, Mao, Dally: *Trained Ternary Quantization*, https://arxiv.org/abs/1612.01064
     """

@@ -35,7 +35,7 @@ def weight_grid(
         scheme: ``"symmetric"``, ``"affine"`` or ``"pow2"``.
         rule: see `find_range`.
         percentile: likewise.
-        candidates: likewise.
+        candidates: see `find_range`.
         check: whether to look for values that are not finite, which makes a device wait.
 
     Raises:

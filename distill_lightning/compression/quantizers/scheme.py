@@ -35,12 +35,12 @@ class Scheme:
     """How a tensor is quantized, in plain values.
 
     Args:
-        bits: of a code: 2 to 8; 1 for the binary kinds, 2 for the ternary ones.
+        bits: bits of a code: 2 to 8; 1 for the binary kinds, 2 for the ternary ones.
         kind: ``"symmetric"`` (levels on both sides of zero, as many on each: ``-2 ** (bits - 1)`` is never used),
             ``"affine"`` (codes from 0, with a zero point), ``"pow2"`` (symmetric, every scale a power of two),
             ``"dorefa"``, ``"binary"`` (BWN), ``"binaryconnect"``, ``"ternary"`` (TWN), ``"ttq"``.
         per: what has a scale of its own: ``"tensor"``, ``"channel"`` or ``"group:n"``.
-        axis: of the channels: 0, or 1 for transposed convolutions.
+        axis: axis of the channels: 0, or 1 for transposed convolutions.
 
     Raises:
         InputError: a value that is none of these, or ``per`` where the kind has one scale for the whole tensor.
@@ -224,9 +224,9 @@ def dequantize(codes: Codes, scheme: Scheme, *, dtype: torch.dtype | None = None
     """The tensor that codes stand for, ``(code - zero point) * scale``.
 
     Args:
-        codes: of the scheme.
+        codes: codes of the scheme.
         scheme: the one that they were made by.
-        dtype: of the result; ``None``: that of the scales.
+        dtype: type of the result; ``None`` for that of the scales.
     """
     rows = to_rows(codes.values.to(codes.scales.dtype), scheme)
     if scheme.kind == "ttq":

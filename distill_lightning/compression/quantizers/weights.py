@@ -48,7 +48,7 @@ class WeightQuantizer(nn.Module):
         rule: see `find_range`. With ``"minmax"`` the grid follows the weight at every use; the others are too slow for
             that, and keep the grid that the weight has now. With 2 or 3 bits take ``"mse"`` or LSQ: a range that holds
             everything leaves most weights at zero.
-        stochastic: of ``"binaryconnect"``, whether signs are drawn in train mode.
+        stochastic: for ``"binaryconnect"``, whether signs are drawn in train mode.
         calibrate: ``False`` leaves scales at 1, for a state dict that is loaded afterwards.
 
     Raises:
@@ -184,8 +184,8 @@ def quantize_weights(
         scheme: what they become.
         estimator: see `WeightQuantizer`.
         rule: likewise.
-        stochastic: likewise.
-        names: which of them; ``None``: all.
+        stochastic: see `WeightQuantizer`.
+        names: names of the weights; ``None`` for all.
 
     Returns:
         Their names.
@@ -219,7 +219,7 @@ def rebuild(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module:
 
     Args:
         layer: as it was before quantization.
-        description: of the quantized one.
+        description: what `describe` returned for the quantized layer.
 
     Returns:
         The layer.

@@ -29,8 +29,8 @@ class Attention(nn.Module):
         bias: whether the projections have one.
         dropout: probability, of the attention weights, while training.
         batch_first: sequences are ``(N, L, E)`` in place of ``(L, N, E)``.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: type of the parameters.
 
     Raises:
         InputError: a size that is not positive.
@@ -163,7 +163,7 @@ def convert_attention(network: nn.Module) -> nn.Module:
     padded positions; without it they are ordinary numbers, as they are in training.
 
     Args:
-        network: which is changed.
+        network: the network to change.
 
     Returns:
         The same network; the new `Attention` where the network itself is the `nn.MultiheadAttention`.

@@ -80,8 +80,8 @@ def cut(layer: nn.Module, axis: str, keep: Tensor) -> None:
     made anew. Buffers are replaced likewise, and the layer's sizes (``out_channels`` ...) follow.
 
     Args:
-        layer: to shrink.
-        axis: along which.
+        layer: the layer to shrink.
+        axis: the axis to shrink along.
         keep: bool, one per position.
 
     Raises:

@@ -22,7 +22,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...
     Args:
         network: on the device of the batches.
         batches: the network's inputs, training data and no other; a tuple holds several arguments.
-        limit: at most so many batches; ``None``: all.
+        limit: the largest number of batches; ``None`` for all.
 
     Returns:
         Number of batches used.

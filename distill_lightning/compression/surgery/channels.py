@@ -56,9 +56,9 @@ def make_group(found: Dependencies, roots: list[int], *, name: str, kind: GroupK
 
     Args:
         found: what following the network found.
-        roots: of the channels, in the group's order.
-        name: of the group.
-        kind: what is counted.
+        roots: the roots of the channels, in the group's order.
+        name: name of the group.
+        kind: the kind of the units.
     """
     index = {root: number for number, root in enumerate(roots)}
     members = []

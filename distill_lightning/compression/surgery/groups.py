@@ -22,7 +22,7 @@ class Member:
     """One axis of one layer that a group lies along.
 
     Args:
-        path: of the layer in the network.
+        path: path of the layer in the network.
         axis: see `distill_lightning.compression.surgery.axes`.
         channels: for each position on the axis the index in the group that it belongs to, -1 for none; int64.
     """
@@ -44,7 +44,7 @@ class Group:
 
     Args:
         name: path of the first layer that makes the channels.
-        kind: what is counted.
+        kind: the kind of the units.
         size: number of channels, units, heads or neurons.
         members: all axes along which these lie.
     """
@@ -63,10 +63,10 @@ class Group:
         """What each channel is worth: the sum of the values of all weights that would leave with it.
 
         Args:
-            network: that the group is of.
+            network: the network of the group.
             values: per weight by its name in ``network.named_parameters()``, in the parameter's shape; names that are
                 not there count nothing.
-            axes: which members count, ``{"out"}`` for filters alone; ``None``: all.
+            axes: axes of the members that count, ``{"out"}`` for the filters only; ``None`` for all.
 
         Returns:
             ``(size,)``, of the values' type.
@@ -94,8 +94,8 @@ class Group:
         of the norms after them, and the columns of every layer that reads the channels.
 
         Args:
-            network: that the group is of.
-            keep: which stay.
+            network: the network of the group.
+            keep: the indices that stay.
 
         Returns:
             By parameter name, bool in the parameter's shape: true where a weight stays, false where it becomes zero.
@@ -125,8 +125,8 @@ def shrink(network: nn.Module, keep: Mapping[Group, Keep]) -> nn.Module:
     next call: these know the old sizes.
 
     Args:
-        network: that the groups are of; a copy (`copy.deepcopy`) can be given, since groups name layers by path.
-        keep: which stay, by group.
+        network: the network of the groups, or a copy of it (`copy.deepcopy`), since groups name layers by path.
+        keep: the indices that stay, by group.
 
     Returns:
         The same network.
@@ -182,10 +182,10 @@ def whole(network: nn.Module, path: str, *, axis: str, kind: GroupKind) -> Group
     """The group of all positions of one layer's axis, which no other layer knows of.
 
     Args:
-        network: any.
-        path: of the layer.
-        axis: of the layer.
-        kind: what is counted.
+        network: any network.
+        path: path of the layer.
+        axis: axis of the layer.
+        kind: the kind of the units.
     """
     size = length(get_layer(network, path), axis)
     return Group(path, kind, size, (Member(path, axis, torch.arange(size)),))

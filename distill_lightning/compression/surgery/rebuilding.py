@@ -49,7 +49,7 @@ def rebuild(network: nn.Module, description: Mapping[str, Mapping[str, Any]]) ->
 
     Args:
         network: built as the described one was before it was shrunk.
-        description: from `describe`.
+        description: what `describe` returned.
 
     Returns:
         The same network; another object only where the whole network is one layer that has to be replaced. A state dict
@@ -97,7 +97,7 @@ def rebuild_layer(original: nn.Module, description: Mapping[str, Any]) -> nn.Mod
 
     Args:
         original: the layer before it was shrunk.
-        description: from `describe_layer`.
+        description: what `describe_layer` returned.
 
     Raises:
         InputError: the original is of another kind, or a Transformer encoder with too few layers.

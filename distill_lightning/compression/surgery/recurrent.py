@@ -27,7 +27,7 @@ def unit_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> l
     state the network makes itself is left out.
 
     Args:
-        network: that `torch.fx` can trace; for another one see `unit_group`. It is left as it was.
+        network: a network that `torch.fx` can trace (for others see `unit_group`); it is left as it was.
         example_inputs: its input, or a tuple of its inputs.
 
     Returns:
@@ -57,8 +57,8 @@ def unit_group(network: nn.Module, path: str, *, readers: Sequence[str]) -> Grou
     """The hidden units of one RNN, for networks that cannot be traced (packed sequences, loops).
 
     Args:
-        network: any.
-        path: of the RNN, GRU or LSTM.
+        network: any network.
+        path: path of the RNN, GRU or LSTM.
         readers: paths of all layers (linear, RNN) whose input features are the RNN's output features: the last layer's
             units, forward, then backward.
 
@@ -83,8 +83,8 @@ def in_blocks(network: nn.Module, group: Group, keep: Sequence[Sequence[int]]) -
     """Indices for `shrink` from those of each layer and direction.
 
     Args:
-        network: that the group is of.
-        group: of hidden units.
+        network: the network of the group.
+        group: a group of hidden units.
         keep: for each block in the order of ``h_n`` which of its units stay, below ``hidden_size``; equally many each.
 
     Raises:
@@ -106,9 +106,9 @@ def gate_masks(network: nn.Module, group: Group, keep: Keep) -> dict[str, Tensor
     the layers that read the units.
 
     Args:
-        network: that the group is of.
-        group: of hidden units.
-        keep: which stay, as for `shrink`.
+        network: the network of the group.
+        group: a group of hidden units.
+        keep: the indices that stay, as for `shrink`.
 
     Returns:
         By parameter name, bool in the parameter's shape: true where a weight stays.

@@ -49,7 +49,7 @@ def remove_layers(encoder: nn.TransformerEncoder, keep: Sequence[int]) -> nn.Tra
     `nn.TransformerEncoder` does.
 
     Args:
-        encoder: which is changed.
+        encoder: the encoder to change.
         keep: indices of the layers that stay.
 
     Returns:
