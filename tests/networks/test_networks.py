@@ -659,12 +659,12 @@ def test_a_feature_of_an_adapted_network_is_tapped_behind_the_prefix():
         ({"size": (8, 0)}, r"size must be rows and columns, both at least 1, got \[8, 0\]"),
         ({"mean": 0.5}, "mean and std belong together, got mean=0.5 and std=None"),
         ({"std": 0.5}, "mean and std belong together, got mean=None and std=0.5"),
-        ({"source_mean": 0.5}, "source_mean and source_std need mean and std"),
-        ({"source_std": [0.5, 0.5]}, "source_mean and source_std need mean and std"),
+        ({"source_mean": 0.5}, "source_mean and source_std need mean and std, the normalisation"),
+        ({"source_std": [0.5, 0.5]}, "source_mean and source_std need mean and std, the normalisation"),
         ({"mean": 0.5, "std": 0}, "std must be positive, got 0"),
         ({"mean": 0.5, "std": [1.0, -1.0]}, r"std must be positive, got \[1.0, -1.0\]"),
         ({"mean": 0.5, "std": 1, "source_std": float("nan")}, "source_std must be positive, got nan"),
-        ({"mean": [0.5] * 3, "std": [1.0] * 2}, r"are for \[2, 3\] channels: give equally many"),
+        ({"mean": [0.5] * 3, "std": [1.0] * 2}, r"have \[2, 3\] channels: give equally many"),
     ],
 )
 def test_an_adaption_that_makes_no_sense_is_refused(options, message):

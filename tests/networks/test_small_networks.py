@@ -421,7 +421,7 @@ def test_channels_of_the_small_cnn_can_be_removed():
         (lstm_of_rows, {"vocabulary": 3}, r"SmallLSTM needs either input_size .* or vocabulary"),
         (transformer_of_rows, {"length": 0}, "SmallTransformer: length must be at least 1, got 0"),
         (transformer_of_rows, {"feedforward": -1}, "SmallTransformer: feedforward must be at least 1, got -1"),
-        (transformer_of_rows, {"heads": 3}, "width=8 is no multiple of heads=3: change one"),
+        (transformer_of_rows, {"heads": 3}, "width=8 is not a multiple of heads=3: change one of them"),
         (transformer_of_rows, {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         (transformer_of_rows, {"vocabulary": 3}, r"SmallTransformer needs either input_size"),
     ],
