@@ -100,9 +100,7 @@ def parse_budget(text: str) -> tuple[str, float]:
     except ValueError:
         value = -1.0
     if measure not in ("macs", "params") or not 0 < value <= 1:
-        raise InputError(
-            f"budget must be a share of the cost such as 'macs:0.5' or 'params:0.5', got {text!r}"
-        )
+        raise InputError(f"budget must be a share of the cost such as 'macs:0.5' or 'params:0.5', got {text!r}")
     return measure, value
 
 
