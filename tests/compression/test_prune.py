@@ -717,7 +717,7 @@ def test_tied_weights_are_pruned_once():
         ({"amount": 0.5, "criterion": "movement", "granularity": "channel"}, "use 'taylor'"),
         ({"amount": 0.5, "criterion": "obs", "granularity": "head"}, "use 'taylor'"),
         ({"amount": 0.5, "criterion": "movement", "granularity": "row"}, "needs granularity 'weight'"),
-        ({"amount": 0.5, "criterion": "soft_movement", "schedule": OneShot()}, "goes with a Threshold"),
+        ({"amount": 0.5, "criterion": "soft_movement", "schedule": OneShot()}, "needs a Threshold"),
         ({"criterion": "movement", "schedule": Threshold(0.1)}, "needs an amount"),
         ({"amount": 0.5, "criterion": "movement", "schedule": OneShot()}, "a schedule that begins at 0"),
         ({"amount": 0.5, "criterion": "movement", "schedule": Iterative(3)}, "a schedule that begins at 0"),
