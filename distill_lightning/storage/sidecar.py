@@ -80,14 +80,14 @@ class Sidecar:
         return file
 
     def pend(self, layout: Layout, columns: Mapping[str, Iterable[NDArray[Any]]]) -> RowFile:
-        """Write and map what is not readable yet; arguments and errors as `advance`."""
+        """Write and map the rows that are not readable yet; arguments and errors as for `advance`."""
         file = self._written(self.generation, self._pendings + 1, layout, columns)
         self._pendings += 1
         all_or_none(self._tidy)
         return file
 
     def state_dict(self, rows: RowFile | None, pending: RowFile | None) -> dict[str, Any]:
-        """What a checkpoint says of the files, plain values; from now on they are those of a checkpoint."""
+        """What a checkpoint says of the files, plain values; from now on they count as the files of a checkpoint."""
         self._saved = [*(old for old in self._saved if old != self.generation), self.generation][-self.keep :]
         return {
             "training": self.training,
@@ -123,7 +123,7 @@ class Sidecar:
         crc = torch.tensor(file.crc)
         if not is_alone():
             broadcast(crc)
-        return all_or_none(lambda: _meant(file, int(crc)))
+        return all_or_none(lambda: _with_crc(file, int(crc)))
 
     def _tidy(self) -> None:
         """Remove what is not kept, and what killed processes left half-written; no process writes now."""
@@ -187,11 +187,11 @@ def open_reference(reference: Mapping[str, Any], folders: Iterable[Path], layout
             f"the past predictions {reference['file']} that the checkpoint refers to are not in "
             f"{' or '.join(map(str, places))}: {_WAY_OUT}"
         )
-    return _meant(RowFile(path, layout, way_out=_WAY_OUT).verify(), reference["crc"])
+    return _with_crc(RowFile(path, layout, way_out=_WAY_OUT).verify(), reference["crc"])
 
 
-def _meant(file: RowFile, crc: int) -> RowFile:
-    """A file, if it is the very one that is meant."""
+def _with_crc(file: RowFile, crc: int) -> RowFile:
+    """The file, if it has this checksum and so is the one that is meant."""
     if file.crc != crc:
         raise InputError(
             f"{file.path} has other rows than the checkpoint refers to, another training replaced it: {_WAY_OUT}"

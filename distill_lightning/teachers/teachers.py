@@ -20,7 +20,7 @@ from distill_lightning.teachers.frozen import Frozen
 from distill_lightning.teachers.questions import Features, Logits, Question, Said
 from distill_lightning.teachers.store import TeacherStore
 
-Given = nn.Module | Sequence[nn.Module] | TeacherStore | None
+Given = TeacherStore | nn.Module | Sequence[nn.Module] | None
 """What a method takes as ``teachers``."""
 
 
