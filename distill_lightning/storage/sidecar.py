@@ -23,10 +23,10 @@ T = TypeVar("T")
 # The training, the generation, and a pending file's number.
 _NAME = r"[^.]+\.(\d+)(?:\.rows|\.(\d+)\.pending)"
 _WAY_OUT = (
-    "name the folder that holds it as store_dir, or resume from a later checkpoint; a larger store_keep keeps the "
+    "name the folder that holds it as StoredPast's folder, or resume from a later checkpoint; a larger keep keeps the "
     "files of more checkpoints"
 )
-_FULL = "make room and resume from the last checkpoint, whose files are kept, or name another folder as store_dir"
+_FULL = "make room and resume from the last checkpoint, whose files are kept, or name another folder"
 _NOT_SHARED = "let all processes of a node see one folder"
 
 
@@ -56,9 +56,7 @@ class Sidecar:
 
     def __init__(self, folder: str | Path, *, keep: int = 2, writes: bool = True) -> None:
         if keep < 2:
-            raise InputError(
-                f"store_keep must be at least 2, the new rows and those of the last checkpoint, got {keep}"
-            )
+            raise InputError(f"keep must be at least 2, the new rows and those of the last checkpoint, got {keep}")
         self.folder, self.keep, self.writes = Path(folder).absolute(), keep, writes
         self.training = ""
         self.generation = self._pendings = 0
