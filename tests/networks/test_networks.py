@@ -271,7 +271,9 @@ def test_a_recipe_does_not_appear_in_the_state_dict():
 
 @pytest.mark.parametrize("factory", ["os.system", "nn.Linear", "build_from", "_FACTORIES", "", None])
 def test_a_recipe_of_an_unknown_factory_is_refused(factory):
-    with pytest.raises(InputError, match=r"unknown network factory .*: known ones are .*SmallResNet, torchvision_network"):
+    with pytest.raises(
+        InputError, match=r"unknown network factory .*: known ones are .*SmallResNet, torchvision_network"
+    ):
         build_from({"factory": factory, "arguments": {}})
 
 
@@ -479,7 +481,9 @@ def test_the_likely_input_has_the_channels_of_the_first_convolution(channels):
 
 
 def test_a_network_without_convolution_does_not_tell_its_input():
-    with pytest.raises(InputError, match=r"Sequential has no convolution that shows its input's shape: give input_shape"):
+    with pytest.raises(
+        InputError, match=r"Sequential has no convolution that shows its input's shape: give input_shape"
+    ):
         likely_input_shape(nn.Sequential(nn.Linear(2, 3)))
 
 
