@@ -116,7 +116,7 @@ def data(**options):
         (model(student={"class_path": "SmallResNet", "init_args": {"widht": 2}}), "student.*'widht'"),
         (model(student={"class_path": "nowhere.Net"}), "No module named 'nowhere'"),
         (lambda config: config["model"].update(class_path="FEDModule"), "FEDModule"),
-        (model(student_layer="stage9"), "SmallResNet has no layer 'stage9'; near names: stage"),
+        (model(student_layer="stage9"), "SmallResNet has no layer 'stage9'; similar names: stage"),
         (model(teachers=[small(3, num_classes=7)]), "teacher 0 .SmallResNet. has 7 classes where num_classes=10"),
         (model(student=small(2, num_classes=7)), "student .SmallResNet. has 7 classes where num_classes=10"),
         (
@@ -240,7 +240,7 @@ def test_an_exported_student_is_no_checkpoint(write, tmp_path, capsys, name):
     config = write()
     SupervisedModule(SmallResNet(10, width=2), num_classes=10).export_student(tmp_path / name)
     line = refused(capsys, tmp_path, "fit", "--config", config, "--ckpt_path", name)
-    assert f"{name} is no checkpoint of a training" in line
+    assert f"{name} is not a checkpoint of a training" in line
     assert "Pretrained" in line
 
 

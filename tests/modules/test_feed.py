@@ -294,7 +294,7 @@ def test_sizes_are_matched_where_asked(resize):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"student_layer": "featurs"}, "TinyNet has no layer 'featurs'; near names: features"),
+        ({"student_layer": "featurs"}, "TinyNet has no layer 'featurs'; similar names: features"),
         ({"teacher_layers": ["features", "nope"]}, "TinyNet has no layer 'nope'"),
         ({"teacher_layers": ["features"]}, "1 teacher_layers for 2 teachers"),
         ({"student_layer": "features.*"}, "names 6 layers"),

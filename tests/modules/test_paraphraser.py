@@ -283,7 +283,7 @@ def test_two_processes_equal_one():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": "featurs"}, "TinyNet has no layer 'featurs'; near names: features"),
+        ({"layers": "featurs"}, "TinyNet has no layer 'featurs'; similar names: features"),
         ({"layers": ["features"]}, "1 layers for 2 teachers: give one for all, or one each"),
         ({"layers": "features.*"}, "names 6 layers"),
         ({"layers": "head"}, r"teacher 0's 'head' gives shape \(1, 3\), not \(N, C, H, W\)"),

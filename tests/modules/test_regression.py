@@ -333,7 +333,7 @@ def test_a_checkpoint_rebuilds_the_module_alone(tmp_path):
     [
         ({"burn_in_epochs": -1}, "burn_in_epochs cannot be negative, got -1"),
         ({"num_targets": 0}, "num_targets must be at least 1, got 0"),
-        ({"num_classes": 3}, r"needs num_classes \(a classifier\) or num_targets \(a regression\), and not both"),
+        ({"num_classes": 3}, r"needs either num_classes \(a classifier\) or num_targets \(a regression\)"),
         ({"log_var_bounds": (10.0, -10.0)}, r"log_var_bounds must be \(smallest, largest\), got \(10.0, -10.0\)"),
         ({"log_var_bounds": (1.0, 1.0)}, r"log_var_bounds must be \(smallest, largest\)"),
         (
@@ -357,7 +357,7 @@ def test_refusals_name_what_is_wrong(options, message):
     ],
 )
 def test_targets_and_outputs_that_do_not_fit_are_refused(columns, target):
-    with pytest.raises(InputError, match="must have one shape"):
+    with pytest.raises(InputError, match="must have the same shape"):
         terms_of(torch.zeros(4, columns), target)
 
 
