@@ -44,6 +44,8 @@ class Gaussian(Output):
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        # A checkpoint and a YAML file hold a list, and equal outputs are to be equal.
+        object.__setattr__(self, "log_var_bounds", tuple(self.log_var_bounds))
         if self.num_targets < 1:
             raise InputError(f"num_targets must be at least 1, got {self.num_targets}")
         if not self.log_var_bounds[0] < self.log_var_bounds[1]:
@@ -140,10 +142,13 @@ class Gaussian(Output):
         """The distribution as it is."""
         return distribution
 
-    def comparison(self, output: Tensor, distribution: Tensor) -> dict[str, Tensor]:
+    def comparison(self, output: Tensor, distribution: Tensor, counted: Tensor | None = None) -> dict[str, Tensor]:
         """``student_deviation`` and ``teacher_deviation``: mean standard deviations."""
         both = {"student": self.prediction(output), "teacher": distribution}
-        return {f"{who}_deviation": gaussian.chunk(2, dim=1)[1].div(2).exp().mean() for who, gaussian in both.items()}
+        deviations = {who: gaussian.chunk(2, dim=1)[1].div(2).exp() for who, gaussian in both.items()}
+        if counted is not None:
+            counted = counted[:, None].expand(len(counted), self.num_targets)
+        return {f"{who}_deviation": functional.counted_mean(rows, counted) for who, rows in deviations.items()}
 
     def metrics(self) -> MetricCollection:
         """`regression_metrics`."""

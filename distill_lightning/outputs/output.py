@@ -105,8 +105,14 @@ class Output(Choice):
         """A distribution in the form that metrics read."""
 
     @abstractmethod
-    def comparison(self, output: Tensor, distribution: Tensor) -> dict[str, Tensor]:
-        """Scalars by name that tell how a student's output and its teachers' distribution compare in training."""
+    def comparison(self, output: Tensor, distribution: Tensor, counted: Tensor | None = None) -> dict[str, Tensor]:
+        """Scalars by name that tell how a student's output and its teachers' distribution compare in training.
+
+        Args:
+            output: of the student.
+            distribution: of its teachers.
+            counted: which samples count, bool ``(N,)``; ``None``: all.
+        """
 
     @abstractmethod
     def metrics(self) -> MetricCollection:

@@ -373,7 +373,7 @@ def test_the_label_term_is_the_cross_entropy_of_the_clean_rows():
     student, teacher = draw(8, 3), draw(8, 3, seed=1)
     module, batch = tables_module(student, [teacher], label_weight=0.3, kl_weight=0.5, temperature=2.0)
     target = torch.tensor([2, 0, 1, 1])
-    terms = module.terms(batch._replace(target=target))
+    terms = module.terms(batch.replace(target=target))
     assert list(terms) == ["kl", "label"]
     assert module.weights() == {"kl": 0.5, "label": 0.3}
     assert float(terms["label"]) == pytest.approx(naive_label(student, target.tolist(), 4), rel=1e-5)
@@ -394,7 +394,7 @@ def test_the_label_term_of_a_regression_is_the_likelihood_of_the_clean_rows(matc
             m, y = float(student[row, j]), float(target[row, j])
             v = variance or math.exp(float(student[row, 2 + j]))
             expected += (math.log(v) + (y - m) ** 2 / v + math.log(2 * math.pi)) / 2 / 4
-    assert float(module.terms(batch._replace(target=target))["label"]) == pytest.approx(expected, rel=1e-5)
+    assert float(module.terms(batch.replace(target=target))["label"]) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("targets", [None, 2])
@@ -403,7 +403,7 @@ def test_labels_do_not_matter_where_they_have_no_weight(targets):
     for change in (lambda y: y, lambda y: y.flip(0), lambda y: None):
         module = tiny_module(targets=targets, samplers=[MixupSampler(), GeneratorSampler(generator_of(), 3)])
         batches = [batch_of(seed=seed, view=seed, targets=targets) for seed in range(3)]
-        fit(module, [batch._replace(target=change(batch.target)) for batch in batches], max_epochs=2)
+        fit(module, [batch.replace(target=change(batch.target)) for batch in batches], max_epochs=2)
         states.append(module.student.state_dict())
     assert_same(states[0], states[1])
     assert_same(states[0], states[2])
@@ -413,7 +413,7 @@ def test_labels_matter_where_they_have_a_weight():
     states = []
     for shift in (0, 1):
         module = tiny_module(label_weight=0.5)
-        batches = [batch._replace(target=(batch.target + shift) % 3) for batch in (batch_of(), batch_of(seed=1))]
+        batches = [batch.replace(target=(batch.target + shift) % 3) for batch in (batch_of(), batch_of(seed=1))]
         fit(module, batches)
         states.append(module.student.head.weight)
     assert not torch.equal(*states)
@@ -694,7 +694,7 @@ def test_a_few_rows_are_mixed_with_partners_from_the_whole_batch():
 
     module.samplers[0].mix = noted
     for epoch in range(40):
-        batch = batch_of(8)._replace(view=torch.full((8,), epoch))
+        batch = batch_of(8).replace(view=torch.full((8,), epoch))
         observed_of(module, batch)
     assert partners == set(range(8))
 
@@ -758,7 +758,7 @@ def two_inputs(kind, count=8, seed=0):
     batch = batch_of(count, seed=seed)
     pose = poses_of(batch.input)
     inputs = {"image": batch.input, "pose": pose} if kind == "dict" else (batch.input, pose)
-    return batch._replace(input=inputs)
+    return batch.replace(input=inputs)
 
 
 def poses_of(images):
@@ -770,7 +770,7 @@ def poses_of(images):
 @pytest.mark.parametrize("ratio", [1.0, 2.0])
 def test_an_image_and_a_pose_are_mixed_with_the_same_rows_and_shares(kind, bn_mode, ratio):
     module = ExtracurricularModule(TwoInputs(), TwoInputs(), num_classes=3, extra_ratio=ratio, bn_mode=bn_mode)
-    teacher, student = seen_by(module.teachers.networks[0]), seen_by(module.student)
+    teacher, student = seen_by(module.teachers[0]), seen_by(module.student)
     batch = two_inputs(kind)
     module.terms(batch)
     assert type(teacher[0]) is type(student[0]) is type(batch.input)
@@ -789,7 +789,7 @@ def test_a_pose_is_mixed_by_the_share_of_the_image_that_is_left():
     inputs = (values.view(8, 1, 1, 1).expand(8, *SHAPE).clone(), values[:, None].expand(8, 2).clone())
     module = ExtracurricularModule(TwoInputs(), TwoInputs(), num_classes=3, samplers=[CutMixSampler()])
     seen = seen_by(module.student)
-    module.terms(batch_of()._replace(input=inputs))
+    module.terms(batch_of().replace(input=inputs))
     image, pose = seen[0]
     torch.testing.assert_close(image.mean(dim=(1, 2, 3))[:, None].expand(-1, 2), pose, rtol=1e-4, atol=1e-5)
     assert int((image[8:].flatten(1).std(dim=1) > 0).sum()) >= 4
@@ -805,7 +805,7 @@ def test_inputs_of_several_tensors_are_trained_and_validated_on(kind, task):
     module = ExtracurricularModule(*networks, label_weight=0.1, **options)
     batches = [two_inputs(kind, seed=seed) for seed in range(3)]
     if task == "regression":
-        batches = [batch._replace(target=draw(8, 2, seed=seed)) for seed, batch in enumerate(batches)]
+        batches = [batch.replace(target=draw(8, 2, seed=seed)) for seed, batch in enumerate(batches)]
     loader = DataLoader(batches, batch_size=None)
     trainer = tiny_trainer()
     trainer.fit(module, loader, loader)
@@ -819,7 +819,7 @@ def test_inputs_of_several_tensors_are_trained_and_validated_on(kind, task):
 def draws_in_a_fit(*, draws_seed=0, epochs=2, **fields):
     notes = []
     module = ExtracurricularModule(TinyNet(), TinyNet(), num_classes=3, samplers=[noting(notes)], seed=draws_seed)
-    batches = [batch_of(4, seed=number)._replace(**fields) for number in range(3)]
+    batches = [batch_of(4, seed=number).replace(**fields) for number in range(3)]
     fit(module, batches, max_epochs=epochs)
     return torch.stack([numbers for *_, numbers in notes])
 
@@ -842,14 +842,14 @@ def test_data_without_indices_draw_anew_in_every_process():
         module = tiny_module(teachers=1, samplers=[noting(notes)])
         loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_idx=number))
         module._trainer = SimpleNamespace(fit_loop=loop, world_size=2, global_rank=rank, current_epoch=0)
-        module.terms(batch_of(4)._replace(index=None, view=None))
+        module.terms(batch_of(4).replace(index=None, view=None))
         drawn += notes[0][3].flatten().tolist()
     assert len(set(drawn)) == len(drawn) == 32
 
 
 def test_terms_can_be_looked_at_without_a_trainer():
     module = tiny_module()
-    values = [float(module.eval().terms(batch_of()._replace(index=None, view=None))["kl"]) for _ in range(2)]
+    values = [float(module.eval().terms(batch_of().replace(index=None, view=None))["kl"]) for _ in range(2)]
     assert values[0] == values[1] > 0
 
 
@@ -909,7 +909,7 @@ def test_draws_come_from_the_seed_the_index_and_the_view_and_touch_no_global_gen
         module = ExtracurricularModule(TinyNet(), TinyNet(), num_classes=3, seed=seed)
         seen, state = seen_by(module.student), torch.get_rng_state()
         batch = batch_of(view=view)
-        module.terms(batch._replace(index=batch.index + shift))
+        module.terms(batch.replace(index=batch.index + shift))
         assert torch.equal(torch.get_rng_state(), state)
         return seen[0][8:]
 
@@ -982,7 +982,7 @@ def test_extreme_logits_stay_finite(dtype, direction, match, selection):
         student, [teacher, teacher.flip(0)], kl_direction=direction, match=match, sample_selection=selection,
         label_weight=0.1,
     )  # fmt: skip
-    terms, logged = observed_of(module, batch._replace(target=torch.tensor([1, 0])))
+    terms, logged = observed_of(module, batch.replace(target=torch.tensor([1, 0])))
     (terms["kl"] + terms["label"]).backward()
     assert all(math.isfinite(value) for value in logged.values())
     assert all(torch.isfinite(term) and term > 0 and term.dtype == torch.float32 for term in terms.values())
@@ -998,7 +998,7 @@ def test_extreme_gaussians_stay_finite(dtype, direction, match):
     module, batch = tables_module(
         student, teachers, task="regression", kl_direction=direction, match=match, label_weight=0.1
     )
-    terms, logged = observed_of(module, batch._replace(target=torch.tensor([[300.0], [0.0]])))
+    terms, logged = observed_of(module, batch.replace(target=torch.tensor([[300.0], [0.0]])))
     (1e-6 * (terms["kl"] + terms["label"])).backward()
     assert all(math.isfinite(value) for value in logged.values())
     assert all(torch.isfinite(term) and term.dtype == torch.float32 for term in terms.values())
@@ -1015,7 +1015,7 @@ def test_half_precision_outputs_are_compared_in_float32(dtype, task, match):
     for wide in (False, True):
         outputs = (student.double(), teacher.double()) if wide else (student, teacher)
         module, batch = tables_module(outputs[0], [outputs[1]], task=task, match=match, label_weight=1.0)
-        values.append({name: float(term) for name, term in module.terms(batch._replace(target=target)).items()})
+        values.append({name: float(term) for name, term in module.terms(batch.replace(target=target)).items()})
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
@@ -1075,7 +1075,7 @@ def test_a_deterministic_teacher_without_a_variance_is_refused(match, targets):
 
 def test_separate_normalises_each_domain_by_its_own_statistics():
     module = tiny_module(bn_mode="separate", samplers=[GeneratorSampler(generator_of(), 3)])
-    seen = seen_by(module.teachers.networks[0])
+    seen = seen_by(module.teachers[0])
     twin = copy.deepcopy(module.student)
     _, logged = observed_of(module, batch_of())
     real, extra = seen[0].split(8)
@@ -1091,7 +1091,7 @@ def test_separate_normalises_each_domain_by_its_own_statistics():
 
 def test_joint_normalises_all_inputs_together():
     module = tiny_module(samplers=[GeneratorSampler(generator_of(), 3)])
-    seen = seen_by(module.teachers.networks[0])
+    seen = seen_by(module.teachers[0])
     twin = copy.deepcopy(module.student)
     value = float(module.terms(batch_of())["kl"])
     with torch.no_grad():
@@ -1133,7 +1133,7 @@ def test_separate_leaves_norms_alone_that_the_user_keeps_in_eval_mode():
             child.eval()
             child.running_mean.uniform_(-1, 1)
     twin = copy.deepcopy(module.student)
-    seen = seen_by(module.teachers.networks[0])
+    seen = seen_by(module.teachers[0])
     value = float(module.terms(batch_of())["kl"])
     with torch.no_grad():
         rows = zip(twin(seen[0]), module.teachers.probabilities(seen[0]).tolist(), strict=True)
@@ -1412,7 +1412,7 @@ def test_a_rule_for_probabilities_is_refused_in_regression():
 def test_missing_labels_are_refused_where_they_have_a_weight():
     module = tiny_module(label_weight=0.1)
     with pytest.raises(InputError, match="label_weight=0.1 needs labels, and the batch has none"):
-        module.terms(batch_of()._replace(target=None))
+        module.terms(batch_of().replace(target=None))
 
 
 def test_a_generator_of_other_inputs_is_refused():

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
-from torchmetrics import MetricCollection
 
-from distill_lightning import functional
 from distill_lightning.modules import DistillationModule, RegressionModule, SupervisedModule
-from distill_lightning.outputs.metrics import classification_metrics, regression_metrics, teacher_metrics
+from distill_lightning.outputs import Categorical, Gaussian, Output
 
 _TIMES = """\
 params: parameters of the network that is used at test time; s/epoch: median over the epochs, training only"""
@@ -57,20 +55,18 @@ class Task(ABC):
     legend: str
 
     @abstractmethod
+    def _meaning(self, output: Tensor) -> Output:
+        """What predictions like these mean."""
+
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
         """The ensemble's prediction from its members', in the form that `measure` reads."""
-
-    @abstractmethod
-    def _metrics(self, output: Tensor) -> MetricCollection:
-        """Of predictions like these and their targets."""
-
-    @abstractmethod
-    def _beside(self) -> MetricCollection:
-        """Of predictions and the ensemble's."""
+        meaning = self._meaning(outputs[0])
+        return meaning.as_prediction(meaning.collapse(outputs))
 
     def measure(self, output: Tensor, targets: Tensor, ensemble: Tensor) -> dict[str, float]:
         """The values of all columns, by name."""
-        values = {**self._metrics(output)(output, targets), **self._beside()(output, ensemble)}
+        meaning = self._meaning(output)
+        values = {**meaning.metrics()(output, targets), **meaning.teacher_metrics()(output, ensemble)}
         values[self.headline.name] = values[self.monitor.removeprefix("val/")]
         names = [column.name for column in (self.headline, *self.columns)]
         # No fifth place among five classes or fewer.
@@ -78,7 +74,7 @@ class Task(ABC):
 
     def score(self, output: Tensor, targets: Tensor) -> float:
         """The headline's value alone."""
-        return float(self._metrics(output)(output, targets)[self.monitor.removeprefix("val/")])
+        return float(self._meaning(output).metrics()(output, targets)[self.monitor.removeprefix("val/")])
 
     def gap_closed(self, value: float, alone: float, ensemble: float) -> float:
         """How much of the way from the student alone to the ensemble; NaN where the ensemble is no better."""
@@ -111,16 +107,8 @@ agree: test images on which the ensemble names the same class
 gap: how much of the way from the student alone (mean over its seeds) to the ensemble is closed
 {_TIMES}"""
 
-    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The logarithm of the mean of the softmaxes."""
-        probs = functional.mean_probabilities(list(outputs))
-        return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
-
-    def _metrics(self, output: Tensor) -> MetricCollection:
-        return classification_metrics(output.shape[1])
-
-    def _beside(self) -> MetricCollection:
-        return teacher_metrics(2)
+    def _meaning(self, output: Tensor) -> Output:
+        return Categorical(output.shape[1])
 
 
 class Regression(Task):
@@ -145,14 +133,6 @@ KL ens.: mean divergence from the ensemble (nats)
 gap: how much of the way from the student alone (mean over its seeds) to the ensemble is closed
 {_TIMES}"""
 
-    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The mixture's mean and variance."""
-        means, log_vars = torch.stack(list(outputs)).chunk(2, dim=-1)
-        mean, variance = functional.collapse_mixture(means, log_vars.exp())
-        return functional.join_gaussian(mean, variance.log())
-
-    def _metrics(self, output: Tensor) -> MetricCollection:
-        return regression_metrics(output.shape[1] // 2)
-
-    def _beside(self) -> MetricCollection:
-        return teacher_metrics(None)
+    def _meaning(self, output: Tensor) -> Output:
+        # The predictions are within their module's bounds, whichever these are.
+        return Gaussian(output.shape[1] // 2, log_var_bounds=(-math.inf, math.inf))
