@@ -78,6 +78,11 @@ class Gaussian(Output):
             found = f"{who} ({type(network).__name__}) has an output of shape {tuple(shape)}, means alone"
             raise InputError(f"{found}: give their teacher_variance, or end it in a GaussianHead")
 
+    def check_rule(self, combine: str) -> None:
+        """Gaussians are collapsed by their mixture alone."""
+        if combine != "probabilities":
+            raise InputError("a regression's teachers are collapsed to one Gaussian: combine has no meaning there")
+
     def select(self, output: Tensor, target: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
         """The samples that count."""
         return (output, target) if counted is None else (output[counted], target[counted])
@@ -116,8 +121,7 @@ class Gaussian(Output):
         temperature: float = 1.0,
     ) -> Tensor:
         """The Gaussian with the mixture's mean and variance, see `functional.collapse_mixture`."""
-        if combine != "probabilities":
-            raise InputError("a regression's teachers are collapsed to one Gaussian: combine has no meaning there")
+        self.check_rule(combine)
         means, variances = zip(*(self._teacher_gaussian(output) for output in outputs), strict=True)
         mean, variance = functional.collapse_mixture(torch.stack(means), torch.stack(variances), weights=weights)
         return functional.join_gaussian(mean, variance.log())
