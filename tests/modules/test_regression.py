@@ -34,7 +34,7 @@ class Given(nn.Module):
         return self.output
 
 
-def terms_of(output, target, **options):
+def terms_of(output, target, /, **options):
     output = torch.as_tensor(output)
     module = RegressionModule(Given(output), num_targets=output.shape[1] // 2, **options)
     target = torch.as_tensor(target)
