@@ -88,7 +88,7 @@ class RegressionModule(SupervisedModule):
         """The squared error and the negative log-likelihood."""
         output = call(self.student, batch.input)
         mean = self.output.prediction(output)[:, : self.num_targets]
-        errors = (mean - batch.target).square().sum(dim=1)
+        errors = (mean - functional.zero_uncounted(batch.target, batch.counted)).square().sum(dim=1)
         return {
             "squared_error": functional.counted_mean(errors, batch.counted) / 2,
             "nll": self.output.label_loss(output, batch),

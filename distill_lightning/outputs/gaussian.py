@@ -94,9 +94,8 @@ class Gaussian(Output):
     def label_loss(self, output: Tensor, batch: Batch) -> Tensor:
         """See `functional.gaussian_nll`."""
         mean, log_var = self.prediction(output).chunk(2, dim=1)
-        if batch.counted is None:
-            return functional.gaussian_nll(mean, log_var, batch.target)
-        return functional.counted_mean(functional.gaussian_nll_rows(mean, log_var, batch.target), batch.counted)
+        target = functional.zero_uncounted(batch.target, batch.counted)
+        return functional.counted_mean(functional.gaussian_nll_rows(mean, log_var, target), batch.counted)
 
     def divergence_rows(self, output: Tensor, distribution: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Sum over the targets, see `functional.gaussian_kl_rows`; a temperature means nothing here."""

@@ -59,3 +59,22 @@ def test_where_nothing_counts_it_is_zero_and_so_is_the_gradient(value):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_keeps_the_dtype(dtype):
     assert functional.counted_mean(torch.ones(2, dtype=dtype), torch.tensor([True, False])).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 2, 2)])
+def test_samples_that_do_not_count_become_zero(shape, dtype):
+    values = torch.arange(1, 1 + math.prod(shape)).view(shape).to(dtype)
+    found = functional.zero_uncounted(values, torch.tensor([True, False, True]))
+    assert found.dtype == dtype
+    assert torch.equal(found[[0, 2]], values[[0, 2]])
+    assert not found[1].any()
+    assert torch.equal(functional.zero_uncounted(values), values)
+
+
+def test_a_target_that_is_nan_and_does_not_count_leaves_the_gradient_alone():
+    output, target, counted = torch.ones(2, 1, requires_grad=True), torch.tensor([[3.0], [math.nan]]), [True, False]
+    mask = torch.tensor(counted)
+    errors = (output - functional.zero_uncounted(target, mask)).square().sum(dim=1)
+    functional.counted_mean(errors, mask).backward()
+    assert output.grad.tolist() == [[-4], [0]]

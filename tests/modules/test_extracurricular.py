@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -453,6 +454,16 @@ def run(module, **options):
     return module.student.state_dict(), trainer.callback_metrics
 
 
+@functools.cache
+def run_of_standard_distillation(temperature):
+    module = tiny_module(temperature=temperature)
+    return run(
+        KDModule(
+            module.student, module.teachers.ensemble, num_classes=3, temperature=temperature, hard_label_weight=0.0
+        )
+    )
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize(
     "options",
@@ -466,12 +477,8 @@ def run(module, **options):
 )
 def test_without_additional_inputs_it_is_standard_distillation(temperature, options):
     module = tiny_module(temperature=temperature, **options)
-    kd = KDModule(
-        copy.deepcopy(module.student), copy.deepcopy(module.teachers.ensemble), num_classes=3, temperature=temperature,
-        hard_label_weight=0.0,
-    )  # fmt: skip
     state, logged = run(module)
-    expected, known = run(kd)
+    expected, known = run_of_standard_distillation(temperature)
     assert_same(expected, state)
     assert torch.equal(logged["train/kl"], known["train/kd"])
     assert torch.equal(logged["train/kl"], logged["train/kl_real"])
@@ -758,6 +765,32 @@ def test_every_row_counts_alike():
     rows = torch.tensor([0, 1, 0, 1])
     doubled = Batch(rows[:, None].float(), None, rows, rows)
     assert float(twice.terms(doubled)["kl"]) == pytest.approx(float(once.terms(rows_of(2))["kl"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("targets", [None, 2])
+def test_samples_that_do_not_count_have_no_part_in_what_is_matched_and_logged(targets):
+    student, teacher = draw(8, 4), draw(8, 4, seed=1)
+    module, batch = tables_module(student, [teacher], num_targets=targets)
+    terms, logged = observed_of(module, batch.replace(counted=torch.tensor([True, False, True, True])))
+    if targets:
+        pairs = list(zip(gaussians_of(teacher), gaussians_of(student), strict=True))
+        kl = [naive_gaussian_divergence(*pair) for pair in pairs]
+        uncertainty = [sum(v for _, v in mixture) for mixture, _ in pairs]
+    else:
+        answers = [naive_softmax(row) for row in teacher.tolist()]
+        kl = [naive_divergence(*pair, 1.0) for pair in zip(student, answers, strict=True)]
+        uncertainty = [naive_entropy(answer) for answer in answers]
+    # Additional inputs always count.
+    assert float(terms["kl"]) == pytest.approx(sum(kl[:1] + kl[2:]) / 7, rel=1e-4)
+    assert logged["kl_real"] == pytest.approx((kl[0] + kl[2] + kl[3]) / 3, rel=1e-4)
+    assert logged["kl_function"] == pytest.approx(sum(kl[4:]) / 4, rel=1e-4)
+    assert logged["uncertainty_real"] == pytest.approx((uncertainty[0] + uncertainty[2] + uncertainty[3]) / 3, rel=1e-4)
+    assert logged["uncertainty_function"] == pytest.approx(sum(uncertainty[4:]) / 4, rel=1e-4)
+    if not targets:
+        same = (student.argmax(dim=1) == teacher.argmax(dim=1)).tolist()
+        assert logged["agreement"] == pytest.approx(sum(same[:1] + same[2:]) / 7)
+    terms["kl"].backward()
+    assert (module.student.outputs.grad.abs().sum(dim=1) > 0).tolist() == [True, False] + 6 * [True]
 
 
 # Inputs of several tensors

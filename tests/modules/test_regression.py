@@ -152,6 +152,7 @@ def test_targets_of_any_kind_of_number_are_read(dtype):
 def test_samples_that_do_not_count_have_no_part_in_the_terms(counted):
     output, target = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
     kept = torch.tensor(counted)
+    target[~kept] = math.nan
     module = RegressionModule(Given(output), num_targets=2)
     terms = module.terms(Batch(torch.zeros(5, 1), target, counted=kept))
     squared_error, nll = naive_terms(output[kept], target[kept])
