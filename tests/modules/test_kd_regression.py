@@ -125,14 +125,13 @@ def test_a_complete_store_stands_for_the_teachers(tmp_path, keep):
         assert torch.equal(value, read[name]), name
 
 
-def test_a_checkpoint_rebuilds_the_module_alone(tmp_path):
+def test_a_checkpoint_keeps_what_an_output_means(tmp_path):
     output = Gaussian(2, log_var_bounds=(-4.0, 5.0))
     teachers = [SmallResNet(num_targets=2, width=2) for _ in range(2)]
     module = KDModule(SmallResNet(num_targets=2, width=2), teachers, num_targets=2, output=output)
     trainer = tiny_trainer()
     trainer.fit(module, datamodule=TinyDataModule(num_targets=2))
     trainer.save_checkpoint(tmp_path / "kd.ckpt")
-    # Nothing but their number is told of the teachers' weights, which are given again.
     loaded = KDModule.load_from_checkpoint(tmp_path / "kd.ckpt", teachers=teachers)
     assert (loaded.num_targets, loaded.num_classes, loaded.output) == (2, None, output)
     for name, value in module.student.state_dict().items():
