@@ -101,7 +101,6 @@ ROOMS = {
     "outputs/metrics": """
         mean gap
         classification regression
-        collections
     """,
     "plots": """
         style

@@ -95,6 +95,8 @@ class Teachers(Frozen):
     def joined(self, module: Any) -> None:
         """Look at the networks' outputs, where the module knows the shape of an input."""
         self.output, self._who, self._per_position = module.output, type(module).__name__, module.per_position
+        if self.ensemble is not None:
+            self.output.check_rule(self.ensemble.rule.combine)
         if module.input_shape is not None and not self.taps:
             for number, network in enumerate(self):
                 shape = dry_forward(network, module.input_shape).shape

@@ -323,7 +323,9 @@ def in_a_process(rank, folder):
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path):
-    multiprocessing.spawn(in_a_process, args=(str(tmp_path),), nprocs=2)
+    # A process that has used a GPU cannot be forked; where it can, its imports need not be made again.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    multiprocessing.start_processes(in_a_process, args=(str(tmp_path),), nprocs=2, start_method=method)
     alone = measured(batches([9, 4, 2], 6))
     for rank in (0, 1):
         assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(alone, rel=1e-5)
