@@ -352,7 +352,7 @@ class Different(pl.LightningModule):
 @pytest.mark.parametrize(
     ("make_module", "options", "data", "limits", "message"),
     [
-        (feed_module, {"layer": "featurs"}, TinyDataModule, {}, "TinyNet has no layer 'featurs'; similar names: features"),
+        (feed_module, {"layer": "featurs"}, TinyDataModule, {}, "no layer 'featurs'; similar names: features"),
         (feed_module, {"layer": "head"}, TinyDataModule, {}, r"student's 'head' gives shape \(1, 3\), not \(N"),
         (feed_module, {"teacher_layers": ["features"]}, TinyDataModule, {}, "1 teacher_layers for 2 teachers"),
         (

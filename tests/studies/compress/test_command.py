@@ -294,8 +294,8 @@ def prune(**options):
         ),
         (
             changed_steps({"class_path": "Prun"}),
-            "there is no step Prun: known ones are Encode, HashShare, LowRank, Prune, Quantize, Regularise, ShareWeights, "
-            "TieLayers",
+            "there is no step Prun: known ones are Encode, HashShare, LowRank, Prune, Quantize, Regularise, "
+            "ShareWeights, TieLayers",
         ),
         (
             lambda config: config["model"]["init_args"].update(network={"class_path": "SmalCNN"}),
