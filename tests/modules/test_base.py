@@ -272,7 +272,9 @@ class Passing(SupervisedModule):
 
 def test_options_that_a_subclass_hands_on_are_kept(tmp_path):
     trainer = tiny_trainer()
-    trainer.fit(Passing(SmallResNet(3, width=2), num_classes=3, transforms=[LabelSmoothing(0.25)]), datamodule=TinyDataModule())
+    trainer.fit(
+        Passing(SmallResNet(3, width=2), num_classes=3, transforms=[LabelSmoothing(0.25)]), datamodule=TinyDataModule()
+    )
     trainer.save_checkpoint(tmp_path / "passing.ckpt")
     assert Passing.load_from_checkpoint(tmp_path / "passing.ckpt").transforms == (LabelSmoothing(0.25),)
 
