@@ -116,7 +116,7 @@ def test_the_loss_of_stage_1_is_the_formula():
     module = seen[1]["module"].eval()
     batch = next(iter(TinyDataModule().val_dataloader()))
     made = module.translators[0](module.student.features(batch.input)).detach().flatten(1).double()
-    wanted = module.teachers.networks[0].features(batch.input).flatten(1).double()
+    wanted = module.teachers[0].features(batch.input).flatten(1).double()
     distance = (made / made.norm(dim=1, keepdim=True) - wanted / wanted.norm(dim=1, keepdim=True)).abs().mean()
     terms, weights = module.terms(batch), module.weights()
     assert isinstance(module.translators[0], Translator)
