@@ -91,8 +91,8 @@ def _measured(trainer: pl.Trainer, pl_module: Any) -> dict[str, MetricCollection
     means: Output = pl_module.output
     measured: dict[str, MetricCollection] = {}
     teachers = getattr(pl_module, "teachers", None)
-    asking = teachers.remembered() if isinstance(teachers, Teachers) else nullcontext()
-    with _validating(trainer, pl_module) as batches, asking:
+    ensemble = teachers.ensemble if isinstance(teachers, Teachers) else None
+    with _validating(trainer, pl_module) as batches, nullcontext() if ensemble is None else ensemble.remembering():
         for batch in batches:
             predictions: dict[str, Tensor | None] = {
                 f"teacher_{number}": one for number, one in enumerate(pl_module.teacher_predictions(batch))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -64,7 +63,6 @@ class Teachers(Frozen):
         self.output: Output | None = None
         self._who, self._per_position = "", False
         self._last: tuple[Batch, dict[str, Any], dict[str, Tensor] | None] | None = None
-        self._run: tuple[Any, list[Tensor]] | None = None
         own = [] if self.ensemble is None else [self.ensemble]
         super().__init__([*own, *(network for question in ask for network in question.networks())])
         for question in self.questions:
@@ -261,23 +259,8 @@ class Teachers(Frozen):
         with torch.no_grad():
             return [means.teacher_prediction(output) for output in self._outputs(inputs)]
 
-    @contextmanager
-    def remembered(self) -> Iterator[None]:
-        """Within it, predictions for the same inputs, asked for one after the other, come from one run."""
-        self._run = (None, [])
-        try:
-            yield
-        finally:
-            self._run = None
-
     def _outputs(self, inputs: Any) -> list[Tensor]:
-        if self.ensemble is None:
-            return []
-        if self._run is None:
-            return self.ensemble.each(inputs)
-        if self._run[0] is not inputs:
-            self._run = (inputs, self.ensemble.each(inputs))
-        return self._run[1]
+        return [] if self.ensemble is None else self.ensemble.each(inputs)
 
     # What happens when
 

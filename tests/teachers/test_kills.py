@@ -81,31 +81,30 @@ def newest(folder):
 
 def recording(folder):
     torch.manual_seed(0)
-    store = TeacherStore(folder / "store", shard_size=7)
-    module = KDModule(TinyNet(), teachers_of(SlowNet), num_classes=3, temperature=2.0, store=store)
+    store = TeacherStore(folder / "store", teachers_of(SlowNet), shard_size=7)
+    module = KDModule(TinyNet(), store, num_classes=3, temperature=2.0)
     record(tiny_trainer(), module, TinyDataModule(batch_size=4, views=3))
 
 
 def fitting(folder, *, method="kd", dtype="float16", **options):
     """Four epochs of two views, with a checkpoint after every epoch and in its middle; goes on from the newest."""
+    store = TeacherStore(folder / "store", teachers_of(SlowNet), shard_size=7, dtype=dtype)
+    common = {"num_classes": 3, "optimizer": sgd}
     torch.manual_seed(0)
-    store = TeacherStore(folder / "store", shard_size=7, dtype=dtype)
-    common = {"num_classes": 3, "store": store, "optimizer": sgd}
     if method == "kd":
-        module = KDModule(TinyNet(), teachers_of(SlowNet), **common)
+        module = KDModule(TinyNet(), store, **common)
     else:
         layers = {"student_layer": "features", "input_shape": (1, 8, 8), "beta": 10.0}
-        module = FEEDModule(TinyNet(), teachers_of(SlowNet), **layers, **common)
+        module = FEEDModule(TinyNet(), store, **layers, **common)
     fit(folder, module, TinyDataModule(batch_size=2, views=2), max_epochs=4, **options)
 
 
 def fitting_together(folder, *, last=0, ranks=(), devices=2):
     """Three epochs of as many views, on processes that share every batch of 4; a teacher stops at its last answer."""
     torch.manual_seed(0)
-    teachers = [StoppingNet(last, ranks, folder / "notes")]
-    store = TeacherStore(folder / "store", shard_size=7)
-    module = KDModule(TinyNet(norm="group"), teachers, num_classes=3, store=store, optimizer=sgd)
-    options = {"devices": devices, "strategy": "ddp_spawn"} if devices > 1 else {}
+    store = TeacherStore(folder / "store", StoppingNet(last, ranks, folder / "notes"), shard_size=7)
+    module = KDModule(TinyNet(norm="group"), store, num_classes=3, optimizer=sgd)
+    options = {"devices": devices, "strategy": "ddp_fork"} if devices > 1 else {}
     data = TinyDataModule(batch_size=4 // devices, views=3)
     fit(folder, module, data, max_epochs=3, limit_val_batches=0, **options)
 

@@ -3,13 +3,12 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import nn
 
 from distill_lightning import (
     AdaptedInput,
-    Batch,
     ExtracurricularModule,
     FEEDModule,
+    FixedDiscriminator,
     FunctionSampler,
     GeneratorSampler,
     IndexedDataModule,
@@ -20,7 +19,6 @@ from distill_lightning import (
 )
 from distill_lightning.layers import ImageDecoder, fingerprint
 from distill_lightning.storage import files
-from distill_lightning.teachers import TeacherEnsemble
 from distill_lightning.teachers.recorder import record
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
@@ -31,7 +29,7 @@ def net(seed=0, **options):
 
 
 def kd(folder, teacher, **options):
-    return KDModule(net(), [teacher], num_classes=3, store=TeacherStore(folder, **options))
+    return KDModule(net(), TeacherStore(folder, [teacher], **options), num_classes=3)
 
 
 def fitted(module, data=None, **options):
@@ -61,24 +59,7 @@ def test_the_precision_that_teachers_ran_in_is_a_part_of_their_answers(tmp_path)
     with pytest.raises(InputError, match="precision is bf16-mixed, not 32-true"):
         fitted(kd(tmp_path, net(1)))
     # Who has no teachers takes what is there.
-    fitted(KDModule(net(), None, num_classes=3, store=TeacherStore(tmp_path, fill="never")))
-
-
-class Scaled(nn.Module):
-    """A number that is no weight."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.network, self.factor = net(1), factor
-
-    def forward(self, images):
-        return self.network(images) * self.factor
-
-
-def test_teachers_of_equal_weights_that_are_not_one_architecture_cannot_run_as_one():
-    ensemble = TeacherEnsemble([Scaled(1.0), Scaled(3.0)], batched=True)
-    with pytest.raises(InputError, match="teacher 1 answers otherwise alone than together with the first one"):
-        ensemble.logits(torch.rand(4, 1, 8, 8))
+    fitted(KDModule(net(), TeacherStore(tmp_path, fill="never"), num_classes=3))
 
 
 # What is between the loader and the step
@@ -88,21 +69,21 @@ class Normalising(TinyDataModule):
     """Changes its batches where no store sees it."""
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
-        return batch._replace(input=batch.input * 2)
+        return batch.replace(input=batch.input * 2)
 
 
 class NormalisingKD(KDModule):
     """Changes its batches where no store sees it."""
 
     def on_before_batch_transfer(self, batch, dataloader_idx):
-        return batch._replace(input=batch.input * 2)
+        return batch.replace(input=batch.input * 2)
 
 
 @pytest.mark.parametrize("act", [fitted, lambda module, data=None: record(tiny_trainer(), module, data)])
 def test_hooks_that_change_batches_are_refused(tmp_path, act):
     with pytest.raises(InputError, match="Normalising has a hook on_after_batch_transfer: do in the data set"):
         act(kd(tmp_path, net(1)), Normalising(views=2))
-    module = NormalisingKD(net(), [net(1)], num_classes=3, store=TeacherStore(tmp_path))
+    module = NormalisingKD(net(), TeacherStore(tmp_path, net(1)), num_classes=3)
     with pytest.raises(InputError, match="NormalisingKD has a hook on_before_batch_transfer"):
         record(tiny_trainer(), module, TinyDataModule(views=2))
 
@@ -116,31 +97,30 @@ def test_hooks_of_a_wrapped_data_module_are_seen(tmp_path):
 
 
 def test_a_store_without_mean_logits_is_none_of_meal_v2s(tmp_path):
-    teachers = [net(1)]
-    fitted(KDModule(net(), teachers, num_classes=3, temperature=1.0, store=TeacherStore(tmp_path)))
-    module = MEALV2Module(net(), None, num_classes=3, discriminator="fixed", store=TeacherStore(tmp_path, fill="never"))
+    fitted(KDModule(net(), TeacherStore(tmp_path, net(1)), num_classes=3, temperature=1.0))
+    module = MEALV2Module(
+        net(), TeacherStore(tmp_path, fill="never"), num_classes=3, discriminator=FixedDiscriminator()
+    )
     with pytest.raises(InputError, match="mean_logits is None, not True"):
         fitted(module)
 
 
 def test_the_largest_probabilities_beside_all_logits_are_refused(tmp_path):
-    store = TeacherStore(tmp_path, top_k=2)
-    with pytest.raises(InputError, match="set discriminator_input='probabilities', or leave top_k out"):
-        MEALV2Module(net(), [net(1)], num_classes=3, discriminator="fixed", store=store)
-    MEALV2Module(
-        net(), [net(1)], num_classes=3, discriminator="fixed", discriminator_input="probabilities", store=store
-    )
+    store = TeacherStore(tmp_path, net(1), top_k=2)
+    with pytest.raises(InputError, match="give the discriminator shown='probabilities', or leave top_k out"):
+        MEALV2Module(net(), store, num_classes=3, discriminator=FixedDiscriminator())
+    MEALV2Module(net(), store, num_classes=3, discriminator=FixedDiscriminator(shown="probabilities"))
 
 
 def test_a_store_of_predictions_holds_no_feature_maps(tmp_path):
     fitted(kd(tmp_path, net(1)))
     with pytest.raises(InputError, match="holds no feature maps"):
-        FEEDModule(net(), None, num_classes=3, student_layer="features", store=TeacherStore(tmp_path, fill="never"))
+        FEEDModule(net(), TeacherStore(tmp_path, fill="never"), num_classes=3, student_layer="features")
 
 
 def test_a_function_cannot_be_known_again(tmp_path):
     sampler = FunctionSampler(lambda inputs, draws: inputs)
-    module = ExtracurricularModule(net(), [net(1)], num_classes=3, samplers=[sampler], store=TeacherStore(tmp_path))
+    module = ExtracurricularModule(net(), TeacherStore(tmp_path, net(1)), num_classes=3, samplers=[sampler])
     with pytest.raises(InputError, match="a store cannot know FunctionSampler's function again"):
         fitted(module)
 
@@ -161,28 +141,26 @@ class Unnumbered(pl.LightningDataModule):
         return torch.utils.data.DataLoader(self.data, batch_size=8)
 
 
-def generated(store):
+def generated(teachers):
     torch.manual_seed(2)
     decoder = ImageDecoder((1, 8, 8), 4, output_range=(-2.0, 2.0), width=4)
-    return ExtracurricularModule(
-        net(), [net(1)], num_classes=3, samplers=[GeneratorSampler(decoder, latent_dim=4)], store=store
-    )
+    return ExtracurricularModule(net(), teachers, num_classes=3, samplers=[GeneratorSampler(decoder, latent_dim=4)])
 
 
 def test_without_views_the_stored_answers_are_about_the_inputs_of_every_epoch(tmp_path):
-    store = TeacherStore(tmp_path, data="tiny", dtype="float32")
-    module = generated(store)
+    module = generated(TeacherStore(tmp_path, [net(1)], data="tiny", dtype="float32"))
     told = []
 
     class Watched(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.current_epoch:
-                batch = Batch.of(batch)
-                told.append((pl_module.told(batch), pl_module.ask(batch)))
+                batch = pl_module.prepared(batch, batch_idx)
+                told.append((pl_module.teachers.answers(batch), pl_module.teachers.ask(batch)))
 
     fitted(module, IndexedDataModule(Unnumbered()), max_epochs=3, callbacks=[Watched()])
     assert len(told) == 6
     for stored, asked in told:
+        assert stored.keys() == asked.keys()
         for name, answer in asked.items():
             assert torch.allclose(stored[name], answer, atol=1e-5)
 
@@ -200,7 +178,7 @@ class Renumbered(TinyDataModule):
 
 
 def renumbered(batch):
-    return batch._replace(index=23 - batch.index)
+    return batch.replace(index=23 - batch.index)
 
 
 def test_samples_that_go_by_other_numbers_are_not_recorded(tmp_path):
@@ -214,7 +192,7 @@ def test_two_processes_mend_one_shard(tmp_path):
     path = tmp_path / "view_00001/00001.shard"
     before = path.read_bytes()
     path.write_bytes(b"\0" + before[1:])
-    record(tiny_trainer(devices=2, strategy="ddp_spawn"), kd(tmp_path, net(1), shard_size=8), TinyDataModule(views=2))
+    record(tiny_trainer(devices=2, strategy="ddp_fork"), kd(tmp_path, net(1), shard_size=8), TinyDataModule(views=2))
     assert path.read_bytes() == before
 
 
