@@ -88,7 +88,7 @@ def recording(folder):
 
 def fitting(folder, *, method="kd", dtype="float16", **options):
     """Four epochs of two views, with a checkpoint after every epoch and in its middle; goes on from the newest."""
-    store = TeacherStore(folder / "store", teachers_of(SlowNet), shard_size=7, dtype=dtype)
+    store = TeacherStore(folder / "store", teachers_of(SlowNet), shard_size=5, dtype=dtype)
     common = {"num_classes": 3, "optimizer": sgd}
     torch.manual_seed(0)
     if method == "kd":
@@ -96,7 +96,9 @@ def fitting(folder, *, method="kd", dtype="float16", **options):
     else:
         layers = {"student_layer": "features", "input_shape": (1, 8, 8), "beta": 10.0}
         module = FEEDModule(TinyNet(), store, **layers, **common)
-    fit(folder, module, TinyDataModule(batch_size=2, views=2), max_epochs=4, **options)
+    # 8 batches an epoch, 4 shards a view, and one batch to validate.
+    data = TinyDataModule(samples=16, val_size=2, batch_size=2, views=2)
+    fit(folder, module, data, max_epochs=4, **options)
 
 
 def fitting_together(folder, *, last=0, ranks=(), devices=2):
