@@ -25,9 +25,8 @@ from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 pytestmark = pytest.mark.slow
 
-# Children are forked by a server that has imported everything and run nothing: they start at once.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["distill_lightning.testing", "distill_lightning.teachers.recorder"])
+# Forked from here, where everything is imported, children start at once.
+processes = multiprocessing.get_context("fork")
 
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.truncate")
 sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -37,7 +36,7 @@ class SlowNet(TinyNet):
     """A teacher whose every answer takes a while, so that a run's duration is spent among its files."""
 
     def forward(self, images):
-        time.sleep(0.01)
+        time.sleep(0.005)
         return super().forward(images)
 
 
