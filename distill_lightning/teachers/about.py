@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.samplers import count_rows
+from distill_lightning.errors import InputError
 
 
 class About:
@@ -30,8 +31,13 @@ class About:
         """What stands behind an answer's name for each ``N`` rows of the inputs; behind a batch's own, nothing.
 
         Raises:
-            InputError: as `check_storable`.
+            InputError: as `check_storable`; or the batch's own inputs were mixed with one another.
         """
+        if batch.mixture is not None and batch.partner is None:
+            raise InputError(
+                "a TeacherStore keeps what is said about each sample, and these were mixed with others of their batch: "
+                "give the data module partners=True"
+            )
         extra = {name: count_rows(values) // batch.size for name, values in inputs.items() if name}
         if extra:
             self.check_storable(batch, inputs)

@@ -23,7 +23,11 @@ from distill_lightning import FEEDModule, KDModule, TeacherStore
 from distill_lightning.teachers.recorder import record
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # Whoever goes on after a kill finds checkpoints.
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
+]
 
 # Forked from here, where everything is imported, children start at once.
 processes = multiprocessing.get_context("fork")

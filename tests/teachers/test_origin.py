@@ -1,11 +1,15 @@
 """A store is refused for whatever would have been answered otherwise."""
 
+from dataclasses import dataclass
+
 import pytest
 import pytorch_lightning as pl
 import torch
 
 from distill_lightning import (
     AdaptedInput,
+    CutMix,
+    Cutout,
     ExtracurricularModule,
     FEEDModule,
     FixedDiscriminator,
@@ -14,9 +18,12 @@ from distill_lightning import (
     IndexedDataModule,
     InputError,
     KDModule,
+    LabelSmoothing,
     MEALV2Module,
+    Mixup,
     TeacherStore,
 )
+from distill_lightning.data.transforms import BatchTransform
 from distill_lightning.layers import ImageDecoder, fingerprint
 from distill_lightning.storage import files
 from distill_lightning.teachers.recorder import record
@@ -123,6 +130,82 @@ def test_a_function_cannot_be_known_again(tmp_path):
     module = ExtracurricularModule(net(), TeacherStore(tmp_path, net(1)), num_classes=3, samplers=[sampler])
     with pytest.raises(InputError, match="a store cannot know FunctionSampler's function again"):
         fitted(module)
+
+
+# How the batches are transformed
+
+
+@dataclass(frozen=True)
+class Inverted(BatchTransform):
+    """A user's own."""
+
+    scale: float = 1.0
+
+    def __call__(self, batch, *, num_classes):
+        return batch.replace(input=-self.scale * batch.input)
+
+
+class Losses(pl.Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append(float(outputs["loss"]))
+
+
+def transformed(teachers, *transforms, partners=True, **options):
+    losses = Losses()
+    module = KDModule(net(), teachers, num_classes=3, transforms=transforms)
+    data = TinyDataModule(views=2, partners=partners)
+    fitted(module, data, max_epochs=4, callbacks=[losses], **options)
+    return losses.values
+
+
+@pytest.mark.parametrize(
+    "transforms", [[Mixup()], [Cutout(3), CutMix(probability=0.7)], [Inverted(0.5)], [LabelSmoothing(0.1)]], ids=str
+)
+def test_answers_are_about_the_transformed_batches(tmp_path, transforms):
+    online = transformed(net(1), *transforms)
+    store = {"dtype": "float32", "shard_size": 7}
+    assert transformed(TeacherStore(tmp_path / "online", net(1), **store), *transforms) == pytest.approx(
+        online, rel=1e-5
+    )
+    alone = transformed(TeacherStore(tmp_path / "online", fill="never", **store), *transforms)
+    assert alone == pytest.approx(online, rel=1e-5)
+    module = KDModule(net(), TeacherStore(tmp_path / "ahead", net(1), **store), num_classes=3, transforms=transforms)
+    record(tiny_trainer(), module, TinyDataModule(views=2, partners=True))
+    alone = transformed(TeacherStore(tmp_path / "ahead", fill="never", **store), *transforms)
+    assert alone == pytest.approx(online, rel=1e-5)
+
+
+def test_samples_that_are_mixed_with_others_of_their_batch_are_refused(tmp_path):
+    message = "these were mixed with others of their batch: give the data module partners=True"
+    with pytest.raises(InputError, match=message):
+        transformed(TeacherStore(tmp_path, net(1)), Mixup(), partners=False)
+    module = KDModule(net(), TeacherStore(tmp_path / "ahead", net(1)), num_classes=3, transforms=[CutMix()])
+    with pytest.raises(InputError, match=message):
+        record(tiny_trainer(), module, TinyDataModule(views=2))
+
+
+def test_other_transforms_are_refused(tmp_path):
+    transformed(TeacherStore(tmp_path, net(1)), Inverted(0.5))
+    with pytest.raises(InputError, match=r"transforms is \['Inverted\(scale=0.5\)'\], not \['Inverted\(scale=2.0\)'\]"):
+        transformed(TeacherStore(tmp_path, net(1)), Inverted(2.0))
+    # Who transforms nothing asks about nothing that was kept.
+    with pytest.raises(InputError, match=r"transforms is .*, not \[\]"):
+        transformed(TeacherStore(tmp_path, net(1)))
+
+
+def test_a_transform_that_does_not_tell_its_options_cannot_be_known_again(tmp_path):
+    class Secret(BatchTransform):
+        def __call__(self, batch, *, num_classes):
+            return batch
+
+    with pytest.raises(InputError, match="cannot know Secret again: make it a frozen dataclass of its options"):
+        transformed(TeacherStore(tmp_path, net(1)), Secret())
+
+
+# Data without views
 
 
 class Unnumbered(pl.LightningDataModule):
