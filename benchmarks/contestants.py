@@ -21,6 +21,7 @@ from distill_lightning import (
     InMemoryImageDataModule,
     KDModule,
     MEALV2Module,
+    OfficialDiscriminator,
     TeacherStore,
     pytorchcv_network,
 )
@@ -163,7 +164,7 @@ METHODS: dict[str, Callable[..., DistillationModule]] = {
         network, frozen, num_classes=CLASSES, optimizer=sgd, temperature=4.0, hard_label_weight=0.1, **options
     ),
     "meal_v2": lambda network, frozen, **options: MEALV2Module(
-        network, frozen, num_classes=CLASSES, optimizer=sgd, discriminator="official", **options
+        network, frozen, num_classes=CLASSES, optimizer=sgd, discriminator=OfficialDiscriminator(), **options
     ),
     "feed": lambda network, frozen, **options: FEEDModule(
         network, frozen, num_classes=CLASSES, optimizer=sgd, student_layer=LAYER, input_shape=(3, 32, 32), **options
@@ -192,14 +193,14 @@ class Stores:
         """The answers of so many teachers to a method's question."""
         path = self.folder / f"{method}_{count}"
         if not path.exists():
-            module = METHODS[method](student(), teachers(count), store=TeacherStore(path))
+            module = METHODS[method](student(), TeacherStore(path, teachers(count)))
             record(quiet_trainer(), module, self.data)
         return TeacherStore(path, fill="never")
 
-    def fresh(self) -> TeacherStore:
-        """One that is empty."""
-        return TeacherStore(self.folder / f"fresh_{next(self._numbers)}")
+    def fresh(self, networks: list[nn.Module]) -> TeacherStore:
+        """One that is empty, and the networks that fill it."""
+        return TeacherStore(self.folder / f"fresh_{next(self._numbers)}", networks)
 
     def reading(self, method: str, count: int, **options: Any) -> DistillationModule:
         """A method that reads the answers of so many teachers, and has none itself."""
-        return METHODS[method](student(), None, store=self.filled(method, count), **options)
+        return METHODS[method](student(), self.filled(method, count), **options)

@@ -41,10 +41,10 @@ def epochs(folder: Path, *, counts: tuple[int, ...], teachers: tuple[int, ...], 
         frozen = [small_network(4, seed) for seed in range(1, number + 1)]
         path = folder / f"growth_{count}_{number}"
         options: dict[str, Any] = {"num_classes": _CLASSES, "optimizer": sgd}
-        record(quiet_trainer(), KDModule(small_network(2, 0), frozen, store=TeacherStore(path), **options), data)
+        record(quiet_trainer(), KDModule(small_network(2, 0), TeacherStore(path, frozen), **options), data)
         modules = {
             "alone": SupervisedModule(small_network(2, 0), **options),
-            "store": KDModule(small_network(2, 0), None, store=TeacherStore(path, fill="never"), **options),
+            "store": KDModule(small_network(2, 0), TeacherStore(path, fill="never"), **options),
             "online": KDModule(small_network(2, 0), frozen, **options),
         }
         measured = take_turns({name: trained(module, data) for name, module in modules.items()}, rounds=rounds)

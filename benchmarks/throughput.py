@@ -44,7 +44,7 @@ from benchmarks.contestants import (
 )
 from benchmarks.peers import plain_step, torchdistill_step
 from benchmarks.timing import Figure, Turn, machine, peak_memory, ratio, stopwatch, take_turns
-from distill_lightning import SelfKDModule, SupervisedModule, TeacherEnsemble
+from distill_lightning import SelfKDModule, SupervisedModule
 from distill_lightning.layers import Discriminator, make_translator
 from distill_lightning.teachers.recorder import record
 
@@ -280,7 +280,7 @@ class Throughput:
             return seconds() / len(batches)
 
         def recorded() -> float:
-            module = METHODS["kd"](student(), networks, store=self.stores.fresh())
+            module = METHODS["kd"](student(), self.stores.fresh(networks))
             return record(quiet_trainer(), module, self.data).seconds / len(batches)
 
         measured = take_turns({"teachers alone": inference, "record": recorded}, rounds=max(self.rounds // 2, 1))
@@ -295,37 +295,6 @@ class Throughput:
             for name, values in measured.items()
         ]
         self.report.section(f"e. record, {count} teachers, start and writing included", rows)
-
-    def together(self) -> None:
-        """Teachers of one architecture as one, by vmap, and one by one."""
-        cases: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-            "5 small networks, 8x8, batch 16": (lambda: growth.small_network(8, 1), (16, 1, 8, 8)),
-            "5 small networks, 28x28, batch 64": (lambda: growth.small_network(8, 1), (64, 1, 28, 28)),
-            "5 ResNet-56, 32x32, batch 2": (lambda: teachers(1)[0], (2, 3, 32, 32)),
-            "5 ResNet-56, 32x32, batch 64": (lambda: teachers(1)[0], (64, 3, 32, 32)),
-        }
-        rows = []
-        for name, (make, shape) in cases.items():
-            inputs = torch.rand(shape)
-            ensembles = {
-                "one by one": TeacherEnsemble([make() for _ in range(5)]),
-                "as one": TeacherEnsemble([make() for _ in range(5)], batched=True),
-            }
-
-            def asked(ensemble: TeacherEnsemble, inputs: torch.Tensor = inputs) -> float:
-                with stopwatch() as seconds:
-                    ensemble.logits(inputs)
-                return seconds()
-
-            measured = take_turns(
-                {who: lambda ensemble=ensemble: asked(ensemble) for who, ensemble in ensembles.items()},
-                rounds=max(self.rounds // 2, 1),
-            )
-            over = ratio(measured["as one"], measured["one by one"])
-            rows.append(
-                {"teachers": name, **{f"{who}, ms": _milliseconds(v) for who, v in measured.items()}, "ratio": over}
-            )
-        self.report.section("teachers as one, by vmap (TeacherEnsemble's batched)", rows)
 
     def reads(self, *, samples: int) -> None:
         """What a top-10 store of 1000 classes costs to read and to keep."""
@@ -444,7 +413,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "online": benchmark.online,
         "data_path": benchmark.data_path,
         "recording": benchmark.recording,
-        "together": benchmark.together,
         "reads": lambda: benchmark.reads(samples=2_000 if small else 50_000),
         "growth": lambda: benchmark.growth(
             counts=(1_000, 2_000) if small else (1_000, 4_000, 16_000, 60_000),

@@ -118,8 +118,8 @@ def compare(
         runs[row] = []
         for seed in seeds:
             # Every seed fills a store of its own: filling is part of what is measured.
-            store = None if count is None else TeacherStore(folder / f"views_{count}_{seed}")
-            module = KDModule(_student(seed), teachers, store=store, **options)
+            given = teachers if count is None else TeacherStore(folder / f"views_{count}_{seed}", teachers)
+            module = KDModule(_student(seed), given, **options)
             runs[row].append(_fit(module, data_of(order_seed=seed, views=count), epochs))
     rows = [{"views": row, **_row(goal, some)} for row, some in runs.items()]
     return {

@@ -49,7 +49,7 @@ def bound_arguments(target: Callable[..., Any], args: Sequence[Any], kwargs: Map
         kwargs: its arguments by name, those for ``**options`` among them.
 
     Returns:
-        What is given, in the order of the call; defaults are not filled in, and missing arguments are not missed.
+        What is given, in the order of the parameters; neither defaults nor missing arguments are filled in.
 
     Raises:
         InputError: a positional argument has no name, because it goes to ``*args``.

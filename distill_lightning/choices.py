@@ -40,9 +40,9 @@ def plain(value: Any) -> Any:
         return [plain(part) for part in value]
     if isinstance(value, Path):
         return str(value)
-    kind: type[Any] = type(value)
-    if issubclass(kind, Choice) and dataclasses.is_dataclass(kind) and _is_own(kind):
-        fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    kind: Any = type(value)
+    if isinstance(value, Choice) and hasattr(kind, "__dataclass_fields__") and _is_own(kind):
+        fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(kind)}
         return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": fields}
     if kind.__module__ == "numpy" and hasattr(value, "item"):
         return plain(value.item())

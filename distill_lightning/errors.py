@@ -1,4 +1,4 @@
-"""The one exception that says: what you gave cannot be used, and this is the way out."""
+"""The exception for what a user gave and the package cannot use."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class InputError(ValueError):
     """
 
     latest: ClassVar[str] = ""
-    """The last message. jsonargparse makes text of its own from what a constructor raises inside a union of types; this
-    is how the command line finds the message in it again."""
+    """The latest message. jsonargparse turns what a constructor raises inside a union of types into a text of its own;
+    with this the command line finds the message in that text."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -28,11 +28,11 @@ class InputError(ValueError):
 
 @contextmanager
 def refusing(where: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn what another library raises over an argument into an `InputError`.
+    """Turn an exception that another library raises because of an argument into an `InputError`.
 
     Args:
-        where: the key or file, which the message begins with.
-        kinds: what counts as such; everything else passes.
+        where: the key or file with which the message begins.
+        kinds: the exceptions to turn; all others pass.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Communication between processes of tensors that may lie elsewhere than where the processes communicate."""
+"""Communication between processes, also of tensors on a device that the communication does not support."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 
 def is_alone() -> bool:
-    """Whether there is no other process to talk to."""
+    """Whether this process communicates with no other."""
     return not (dist.is_available() and dist.is_initialized())
 
 
@@ -20,12 +20,12 @@ def all_reduce(tensor: Tensor, operation: Any) -> None:
 
 
 def broadcast(tensor: Tensor) -> None:
-    """Give every process the first one's tensor, in place."""
+    """Copy the first process's tensor to all processes, in place."""
     _by_way_of_the_backend(tensor, lambda sent: dist.broadcast(sent, src=0))
 
 
 def _by_way_of_the_backend(tensor: Tensor, communicate: Callable[[Tensor], Any]) -> None:
-    # NCCL takes what is on the GPU alone.
+    # NCCL only takes tensors on the GPU.
     sent = tensor.cuda() if dist.get_backend() == "nccl" and not tensor.is_cuda else tensor
     communicate(sent)
     if sent is not tensor:

@@ -1,4 +1,4 @@
-"""Learning rates as functions of progress, so that a configuration need not know the number of steps."""
+"""Learning rates as functions of progress, so that a configuration does not need the number of steps."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from distill_lightning.errors import InputError
 class OneCycle(LRScheduler):
     """One cycle of the learning rate over the whole training, stepped after every batch.
 
-    The rate rises by a half cosine from ``start`` times to once the optimiser's own rate during the first ``warmup``
-    of the training, then falls by a half cosine to ``end`` times that rate. PyTorch's `OneCycleLR` has the same shape
-    but must be told the number of steps; `distill_lightning.DistillationModule` sets it here when training begins.
+    The rate rises along a half cosine from ``start`` times the optimiser's own rate to that rate during the first
+    ``warmup`` of the training, then falls along a half cosine to ``end`` times that rate. PyTorch's `OneCycleLR` has
+    the same shape but needs the number of steps in advance; here `distill_lightning.DistillationModule` sets it when
+    training begins.
 
     Smith, Topin: *Super-Convergence*, https://arxiv.org/abs/1708.07120
 
     Args:
-        optimizer: its groups' ``lr`` are the peaks.
+        optimizer: the optimiser, whose groups' ``lr`` are the peaks.
         warmup: share of the training spent rising, in ``[0, 1]``.
         start: the first rate, as a multiple of the peak.
         end: the last rate, as a multiple of the peak.
@@ -30,6 +31,15 @@ class OneCycle(LRScheduler):
 
     Raises:
         InputError: ``warmup`` outside ``[0, 1]``, or stepping before the number of steps is known.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch.optim import SGD
+        >>> from distill_lightning.schedules import OneCycle
+        >>> optimizer = SGD(nn.Linear(2, 2).parameters(), lr=1.0)
+        >>> schedule = OneCycle(optimizer, warmup=0.5, start=0.0, end=0.0, total_steps=5)
+        >>> [round(schedule.factor(progress), 4) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
     """
 
     def __init__(
@@ -47,7 +57,7 @@ class OneCycle(LRScheduler):
         super().__init__(optimizer)
 
     def factor(self, progress: float) -> float:
-        """What the peak rate is multiplied with at ``progress`` in ``[0, 1]``."""
+        """The factor of the peak rate at ``progress`` in ``[0, 1]``."""
         progress = min(progress, 1.0)
         if progress < self.warmup or self.warmup == 1:
             return self.start + (1 - self.start) * (1 - math.cos(math.pi * progress / self.warmup)) / 2
@@ -55,7 +65,7 @@ class OneCycle(LRScheduler):
         return self.end + (1 - self.end) * (1 + math.cos(math.pi * falling)) / 2
 
     def get_lr(self) -> list[Any]:
-        """The groups' rates for the coming step."""
+        """The groups' rates for the next step."""
         if self.total_steps is None and self.last_epoch > 0:
             raise InputError("OneCycle.total_steps is not set: give it, or train a DistillationModule, which sets it")
         progress = self.last_epoch / max((self.total_steps or 1) - 1, 1)
@@ -63,22 +73,32 @@ class OneCycle(LRScheduler):
 
 
 class GroupSchedules(LRScheduler):
-    """One schedule per parameter group of an optimiser, each blind to the other groups.
-
-    ::
-
-        optimizer = SGD([{"params": student}, {"params": discriminator, "lr": 1e-4}], lr=0.01)
-        GroupSchedules(optimizer, [partial(MultiStepLR, milestones=[101]), None])   # the second rate stays 1e-4
+    """One schedule per parameter group of an optimiser, each independent of the other groups.
 
     All are stepped together, after every epoch or, where they are `OneCycle`, after every batch.
 
     Args:
         optimizer: the optimiser.
-        factories: for each of its groups in turn, what makes a schedule from an optimiser, or ``None`` for a constant
-            rate.
+        factories: for each of its groups in order, a function that makes a schedule from an optimiser, or ``None`` for
+            a constant rate.
 
     Raises:
-        InputError: not one factory per group, or `OneCycle` beside a schedule of another kind.
+        InputError: the numbers of factories and groups differ, or `OneCycle` is combined with a schedule of another
+            kind.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch.optim import SGD
+        >>> from torch.optim.lr_scheduler import StepLR
+        >>> from distill_lightning.schedules import GroupSchedules
+        >>> student, discriminator = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> groups = [{"params": student.parameters()}, {"params": discriminator.parameters(), "lr": 0.01}]
+        >>> optimizer = SGD(groups, lr=0.1)
+        >>> schedule = GroupSchedules(optimizer, [lambda group: StepLR(group, step_size=1, gamma=0.5), None])
+        >>> optimizer.step()
+        >>> schedule.step()
+        >>> schedule.get_last_lr()
+        [0.05, 0.01]
     """
 
     def __init__(
@@ -90,7 +110,7 @@ class GroupSchedules(LRScheduler):
                 "one each, None for a constant rate"
             )
         self.schedules: list[LRScheduler | ReduceLROnPlateau | None] = []
-        # What LRScheduler does at its end is a first step, which the schedules, made afterwards, do on their own.
+        # LRScheduler's constructor ends with a first step; the schedules, made afterwards, take theirs on their own.
         super().__init__(optimizer)
         for number, factory in enumerate(factories):
             self.schedules.append(None if factory is None else factory(_OneGroup(optimizer, number)))
@@ -102,11 +122,11 @@ class GroupSchedules(LRScheduler):
             )
 
     def get_lr(self) -> list[Any]:
-        """The groups' rates, as the schedules have left them."""
+        """The groups' rates, as the schedules have set them."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def get_last_lr(self) -> list[Any]:
-        """The groups' rates."""
+        """The groups' rates of the current step."""
         return self.get_lr()
 
     def step(self, metrics: Any = None) -> None:
@@ -119,21 +139,21 @@ class GroupSchedules(LRScheduler):
         super().step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of steps, and every schedule's own state."""
+        """The number of steps, and the state of every schedule."""
         states = [None if schedule is None else schedule.state_dict() for schedule in self.schedules]
         return {"last_epoch": self.last_epoch, "_step_count": self._step_count, "schedules": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of schedules that were made alike.
+        """Load the state of schedules that were made with the same arguments.
 
         Raises:
-            InputError: the state is of schedules for other groups.
+            InputError: the state belongs to schedules of other groups.
         """
         states = state_dict["schedules"]
         if [state is None for state in states] != [schedule is None for schedule in self.schedules]:
             raise InputError(
-                "GroupSchedules: the saved state has schedules for other parameter groups: give the schedules that the "
-                "run began with"
+                "GroupSchedules: the saved state belongs to schedules of other parameter groups: give the schedules "
+                "that the run began with"
             )
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
         for schedule, state in zip(self.schedules, states, strict=True):

@@ -1,7 +1,10 @@
 """The command line: LightningCLI's verbs, the warning about checkpoints, and one clear line for bad input."""
 
 import gzip
+import json
 import re
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -9,8 +12,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from distill_lightning import FEEDModule, SmallResNet, SupervisedModule
-from distill_lightning.cli import main
+import distill_lightning
+from distill_lightning import FEEDModule, SmallResNet, SupervisedModule, cli
+from distill_lightning.cli import DistillCLI, main
 from distill_lightning.networks.weights import read_weights
 from distill_lightning.testing import TinyDataModule, tiny_trainer
 
@@ -280,3 +284,50 @@ def test_callbacks_have_short_names(write):
             # Random teachers are near chance.
             warnings.filterwarnings("ignore", message=".*little better than guessing.*")
             assert main(arguments) == 0
+
+
+# Prints the exit status and which of the heavy packages a call has imported.
+WATCHED = """
+import json, sys
+from distill_lightning.cli import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as stop:
+    status = stop.code
+heavy = {"torch", "pytorch_lightning", "numpy", "matplotlib"} & set(sys.modules)
+print(json.dumps([status, sorted(heavy)]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "expected"),
+    [
+        (["compare", "--help"], 0, "usage: distill-lightning compare CONFIG"),
+        (["compress", "--help"], 0, "usage: distill-lightning compress"),
+        (["--version"], 0, f"distill-lightning {distill_lightning.__version__}"),
+        (["compare", "none.yaml"], 2, "none.yaml"),
+        (["compress", "none.yaml"], 2, "there is no configuration none.yaml"),
+    ],
+)
+def test_help_version_and_what_is_refused_at_once_need_no_torch(arguments, status, expected):
+    call = [sys.executable, "-c", WATCHED, *arguments]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    *said, last = done.stdout.splitlines()
+    assert json.loads(last) == [status, []]
+    assert expected in "\n".join([*said, done.stderr])
+
+
+def test_a_new_process_knows_short_names_and_is_quiet(write):
+    call = [sys.executable, "-m", "distill_lightning", "fit", "--config", write(), "--trainer.fast_dev_run", "true"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # Lightning's own lines, and the warnings that are meant to be so.
+    assert "GPU available" not in done.stderr + done.stdout
+    assert "Warning" not in done.stderr
+
+
+def test_the_cli_class_is_imported_when_it_is_asked_for():
+    assert cli.DistillCLI is DistillCLI
+    assert DistillCLI.subcommands()["record"] == {"model", "datamodule"}
+    with pytest.raises(AttributeError, match=r"module 'distill_lightning.cli' has no attribute 'nope'"):
+        cli.nope  # noqa: B018

@@ -252,7 +252,7 @@ def test_restored_group_schedules_go_on_as_the_uninterrupted_run(done, tmp_path)
 def test_a_state_of_other_groups_is_refused():
     state = GroupSchedules(optimizer_with(0.1, 2.0), [EPOCH_WISE["steps"], None]).state_dict()
     other = GroupSchedules(optimizer_with(0.1, 2.0), [EPOCH_WISE["steps"], EPOCH_WISE["cosine"]])
-    with pytest.raises(InputError, match="has schedules for other parameter groups"):
+    with pytest.raises(InputError, match="belongs to schedules of other parameter groups"):
         other.load_state_dict(state)
 
 

@@ -1,4 +1,4 @@
-"""What watches a training and keeps or shows what it sees; no callback knows a concrete module."""
+"""Callbacks that observe, record or change a training; no callback depends on a concrete module."""
 
 from distill_lightning.callbacks.compression import CompressionCallback
 from distill_lightning.callbacks.figures import ConfidenceFigure, ReliabilityDiagram, RiskCoverage, log_figure

@@ -1,4 +1,4 @@
-"""Figures of a student in validation and test, and how a figure gets into any logger."""
+"""Callbacks that draw figures in validation and test, and a function that logs a figure with any logger."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distill_lightning.errors import InputError
 from distill_lightning.outputs.metrics import Confidences
 from distill_lightning.plots import reliability_diagram, risk_coverage_curve
 
-# By the logger's class name, because none of their packages is needed to use this one.
+# By the logger's class name, because none of these packages is required.
 _TAKES: dict[str, Callable[[Any, str, Figure, int], object]] = {
     "TensorBoardLogger": lambda logger, name, figure, step: logger.experiment.add_figure(
         name, figure, global_step=step, close=False
@@ -30,20 +30,20 @@ _TAKES: dict[str, Callable[[Any, str, Figure, int], object]] = {
         figure_name=name, figure=figure, step=step
     ),
     "NeptuneLogger": lambda logger, name, figure, step: logger.experiment[name].append(figure, step=step),
-    # What fast_dev_run puts in the place of every logger.
+    # With fast_dev_run, this replaces every logger.
     "DummyLogger": lambda *_: None,
 }
 
 
 def log_figure(trainer: pl.Trainer, name: str, figure: Figure, step: int) -> None:
-    """Hand a figure to every logger of a Trainer; without a logger nothing happens, nor in any process but the first.
+    """Log a figure with every logger of a Trainer; only the first process does anything, and only if there are loggers.
 
-    TensorBoard, Weights & Biases, MLflow, Comet and Neptune get the figure. Any other logger, `CSVLogger` for example,
-    gets the file ``figures/<name>_<step>.png`` in its folder.
+    TensorBoard, Weights & Biases, MLflow, Comet and Neptune receive the figure. For any other logger, such as
+    `CSVLogger`, the file ``figures/<name>_<step>.png`` is written to its folder.
 
     Args:
-        trainer: whose loggers.
-        name: what the figure is called there, ``val/reliability`` for example.
+        trainer: the Trainer with the loggers.
+        name: the figure's name in the logger, such as ``val/reliability``.
         figure: the figure.
         step: the training step it belongs to.
     """
@@ -56,7 +56,7 @@ def log_figure(trainer: pl.Trainer, name: str, figure: Figure, step: int) -> Non
 
 
 def _save(logger: Any, name: str, figure: Figure, step: int) -> None:
-    # A logger that makes its folder now would complain later that it is not empty.
+    # A logger that makes its folder later would warn that it is not empty.
     _ = logger.experiment
     folder = getattr(logger, "log_dir", None) or logger.save_dir
     if not isinstance(folder, (str, os.PathLike)):
@@ -72,10 +72,10 @@ def _file_name(name: str, step: int) -> str:
 
 
 class ConfidenceFigure(pl.Callback):
-    """Base of the figures made of a classifier's confidences: one at the end of every validation and of every test.
+    """Base class of figures of a classifier's confidences, drawn at the end of every validation and test.
 
-    It reads what the module's ``validation_step`` and ``test_step`` return. The figure shows the samples of all
-    processes and all data loaders; the first process draws it and hands it to the loggers (`log_figure`).
+    It uses what the module's ``validation_step`` and ``test_step`` return. The figure shows the samples of all
+    processes and all data loaders; the first process draws and logs it (`log_figure`).
 
     Attributes:
         figure: the latest figure, which a notebook shows; ``None`` before.
@@ -98,7 +98,7 @@ class ConfidenceFigure(pl.Callback):
         self._seen = Confidences()
 
     def draw(self, stage: str, confidence: Tensor, correct: Tensor) -> Figure:
-        """The figure of a stage, from confidences and correctness, float32 ``(N,)`` on the CPU."""
+        """Draw the figure of a stage from confidences and correctness, float32 ``(N,)`` on the CPU."""
         raise NotImplementedError(f"{type(self).__name__} must define draw(stage, confidence, correct)")
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -112,15 +112,15 @@ class ConfidenceFigure(pl.Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any
     ) -> None:
-        """Keep what the figure needs of a batch."""
+        """Keep what the figure needs from a batch."""
         self._add("val", "validation_step", pl_module, outputs)
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any) -> None:
-        """Keep what the figure needs of a batch."""
+        """Keep what the figure needs from a batch."""
         self._add("test", "test_step", pl_module, outputs)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw, but not in the sanity check."""
+        """Draw and log the figure, except in the sanity check."""
         if not trainer.sanity_checking:
             self._end("val", trainer)
 
@@ -139,7 +139,7 @@ class ConfidenceFigure(pl.Callback):
     def _end(self, stage: str, trainer: pl.Trainer) -> None:
         if stage not in self.stages:
             return
-        # Every process takes part here. torchmetrics takes the dimension from what has one sample.
+        # Every process takes part here. torchmetrics drops the dimension of a single sample.
         confidence, correct = (part.reshape(-1).cpu() for part in self._seen.compute())
         self._seen.reset()
         if trainer.is_global_zero and len(confidence):
@@ -148,7 +148,7 @@ class ConfidenceFigure(pl.Callback):
 
 
 class ReliabilityDiagram(ConfidenceFigure):
-    """Accuracy against confidence by bin, logged as ``val/reliability`` and ``test/reliability``.
+    """The reliability diagram, accuracy by confidence, logged as ``val/reliability`` and ``test/reliability``.
 
     Bins with fewer than 10 samples are not drawn. `distill_lightning.plots.reliability_diagram` draws it.
 
@@ -178,9 +178,9 @@ class ReliabilityDiagram(ConfidenceFigure):
 
 
 class RiskCoverage(ConfidenceFigure):
-    """Errors among the surest samples by their number, logged as ``val/risk_coverage`` and ``test/risk_coverage``.
+    """The risk-coverage curve, logged as ``val/risk_coverage`` and ``test/risk_coverage``.
 
-    `distill_lightning.plots.risk_coverage_curve` draws it, with the best order of the same answers.
+    `distill_lightning.plots.risk_coverage_curve` draws it, together with the best order of the same answers.
 
     Attributes:
         figure: the latest figure, which a notebook shows; ``None`` before.

@@ -1,4 +1,4 @@
-"""How well a feature map can be reconstructed: from itself through a bottleneck, or a teacher's from the student's."""
+"""Probes that reconstruct feature maps: from themselves through a bottleneck, or a teacher's from the student's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 
 from distill_lightning import functional
 from distill_lightning.callbacks.figures import log_figure
-from distill_lightning.data.batch import Batch
+from distill_lightning.data.batch import Batch, first_tensor
 from distill_lightning.errors import InputError
 from distill_lightning.layers import FeatureTap, Paraphraser, Translator, freeze, resolve_layer
 from distill_lightning.lightning_internals import TrainersBatches, drawing_parts, undrawn
@@ -30,37 +30,37 @@ OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]  #
 
 
 def probe_optimizer(parameters: Iterable[Any]) -> Optimizer:
-    """SGD as Factor Transfer trains its paraphrasers."""
+    """SGD with the settings with which Factor Transfer trains its paraphrasers."""
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
 class ReconstructionErrorProbe(pl.Callback):
-    r"""Measures at the end of ``fit`` how well frozen networks' feature maps can be reconstructed.
+    r"""Measures at the end of ``fit`` how well the feature maps of frozen networks can be reconstructed.
 
-    ``kind="self"`` trains an autoencoder of the form of a `Paraphraser` on the tapped feature ``F`` of each network
+    ``kind="self"`` trains an autoencoder (a `Paraphraser`) on the tapped feature ``F`` of each network
     (the student, its teachers if it has any, and the control) and reports
 
     .. math:: \frac{1}{N D} \lVert R(F) - F \rVert_1 \quad \text{and} \quad
         \frac{\lVert R(F) - F \rVert_1}{\lVert F \rVert_1}.
 
-    ``kind="teacher"`` trains a new `Translator` ``T`` from the student's feature map to each teacher's, and the same
+    ``kind="teacher"`` trains a new `Translator` ``T`` from the student's feature map to each teacher's, and another one
     from the control's. The errors are those of the normalised features ``u(T(F_S))`` and ``u(F_m)``: the absolute one
     is `functional.factor_distance`, the ``L_m`` of FEED.
 
-    An absolute error follows the scale of the feature, so absolute errors of ``"self"`` cannot be compared between
-    networks; relative ones can. The control is a network that was trained without teachers (or not at all): without
-    one there is nothing to hold the numbers against.
+    An absolute error grows with the scale of the feature, so absolute errors of ``"self"`` cannot be compared between
+    networks; relative ones can. The control is a network that was trained without teachers (or not at all): without it
+    there is nothing to compare the numbers with.
 
-    The probes learn from the training loader, augmented as it is, for some epochs; the errors are those over the
+    The probes learn from the training loader, with its augmentation, for some epochs; the errors are measured on the
     validation loader after each epoch. All networks see the same batches, and probes of equal shape begin with equal
-    weights. ``limit_train_batches`` and ``limit_val_batches`` hold. Copies are probed, in float32: the networks, their
-    modes and the random state are left as they were. Of several processes the first one measures, on its share of
-    the data.
+    weights. ``limit_train_batches`` and ``limit_val_batches`` apply. Copies are probed in float32: the networks, their
+    modes and the random state are left as they were. Of several processes, the first one measures, on its share of the
+    data.
 
     Without a Trainer, call `measure`.
 
     Attributes:
-        table: a dict for each network, target and epoch, with the keys ``network``, ``target``, ``epoch`` (from 1),
+        table: one dict for each network, target and epoch, with the keys ``network``, ``target``, ``epoch`` (from 1),
             ``absolute`` and ``relative``; names are ``student``, ``teacher_<m>`` and ``control``.
         figure: `distill_lightning.plots.reconstruction_errors` of the table; ``None`` before.
 
@@ -73,18 +73,18 @@ class ReconstructionErrorProbe(pl.Callback):
             pooling.
         kind: ``"self"`` or ``"teacher"``.
         control: a network to compare with, of the student's architecture.
-        teacher_layers: as ``layer``, in the teachers: one for all, or one each; ``None``: as ``layer``.
-        epochs: of the probes' training.
-        rate: the autoencoders' channels in the bottleneck per channel of the feature.
-        beta: what multiplies ``L_m`` for the translators' training (not in the table); FEED's default.
+        teacher_layers: the same for the teachers: one path for all, or one each; ``None`` for ``layer``.
+        epochs: epochs of the probes' training.
+        rate: channels in the autoencoders' bottleneck per channel of the feature.
+        beta: the factor of ``L_m`` in the translators' training (not in the table); the default is FEED's.
         optimizer: makes the optimiser from the parameters of all probes. The default, SGD with rate 0.1, momentum 0.9
-            and weight decay 5e-4, is made for thousands of steps; after a few hundred an autoencoder has hardly left a
-            relative error of 1, where ``Adam`` with rate 0.001 has.
-        seed: of the probes' weights and of what PyTorch draws while they are trained.
+            and weight decay 5e-4, is meant for thousands of steps; after a few hundred the relative error of an
+            autoencoder is still close to 1, unlike with ``Adam`` and rate 0.001.
+        seed: seed of the probes' weights and of what PyTorch draws while they are trained.
 
     Raises:
-        InputError: an option out of range; when the training starts: no validation data, several loaders, a module
-            without a student (for ``"teacher"``: without teachers), or a layer that does not fit.
+        InputError: an option is out of range; when the training starts: there is no validation data, there are several
+            loaders, the module has no student (for ``"teacher"``: no teachers), or a layer does not fit.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class ReconstructionErrorProbe(pl.Callback):
         self.figure: Figure | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse now what could only be refused after the training otherwise."""
+        """Refuse now what could otherwise only be refused after the training."""
         _, val_loader = _loaders(trainer, pl_module)
         networks, teachers = self._networks(pl_module)
         with isolate_rng():
@@ -124,7 +124,7 @@ class ReconstructionErrorProbe(pl.Callback):
                 tap.remove()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure, and hand the figure to the loggers."""
+        """Measure, and log the figure."""
         if not trainer.is_global_zero:
             return
         loader, val_loader = _loaders(trainer, pl_module)
@@ -147,23 +147,23 @@ class ReconstructionErrorProbe(pl.Callback):
         train_batches: int | None = None,
         val_batches: int | None = None,
     ) -> list[dict[str, Any]]:
-        """Probe some networks; ``table`` and ``figure`` are set, too.
+        """Probe some networks; this also sets ``table`` and ``figure``.
 
         Args:
-            networks: what is probed, by name, tapped at ``layer``.
-            loader: batches that the probes learn from; it is read once in every epoch.
-            val_loader: batches that the errors are measured on.
+            networks: the networks to probe, by name, tapped at ``layer``.
+            loader: batches from which the probes learn; it is read once per epoch.
+            val_loader: batches on which the errors are measured.
             teachers: by name, tapped at ``teacher_layers``: the targets of ``kind="teacher"``, or further networks for
                 ``kind="self"``.
-            train_batches: number of batches that are read of ``loader``; ``None``: all.
+            train_batches: number of batches that are read from ``loader``; ``None`` for all.
             val_batches: the same for ``val_loader``.
 
         Returns:
             The table.
 
         Raises:
-            InputError: a layer that does not fit, a name that stands twice, no teachers for ``kind="teacher"``, or
-                loaders without a batch.
+            InputError: a layer does not fit, a name is used twice, there are no teachers for ``kind="teacher"``, or a
+                loader has no batch.
         """
         teachers = teachers or {}
         if set(networks) & set(teachers):
@@ -195,7 +195,7 @@ class ReconstructionErrorProbe(pl.Callback):
         return rows
 
     def _networks(self, pl_module: Any) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-        """What is probed, and the teachers."""
+        """The networks to probe, and the teachers."""
         student = getattr(pl_module, "student", None)
         if not isinstance(student, nn.Module):
             raise InputError(f"ReconstructionErrorProbe: {type(pl_module).__name__} has no student: call measure()")
@@ -248,28 +248,28 @@ class _Probe(nn.Module):
         target: name of the network whose feature is reconstructed.
         head: the map.
         unit: whether normalised features are compared.
-        weight: of the error in the loss.
+        weight: weight of the error in the loss.
     """
 
     def __init__(self, network: str, target: str, head: nn.Module, *, unit: bool = False, weight: float = 1.0) -> None:
         super().__init__()
         self.network, self.target, self.head = network, target, head
         self.unit, self.weight = unit, weight
-        # The first process measures alone: it must not wait for the others.
+        # Only the first process measures: it must not wait for the others.
         alone = {"sync_on_compute": False}
         self.metrics = MetricCollection(
             {"absolute": MeanAbsoluteError(**alone), "relative": WeightedMeanAbsolutePercentageError(**alone)}
         )
 
     def forward(self, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What is compared: the reconstruction and its target."""
+        """The reconstruction and its target, which are compared."""
         reconstruction, target = self.head(features[self.network]), features[self.target]
         if self.unit:
             return functional.unit_feature(reconstruction), functional.unit_feature(target)
         return reconstruction, target
 
     def loss(self, features: Mapping[str, Tensor]) -> Tensor:
-        """What the head is trained with."""
+        """The loss of the head."""
         return self.weight * F.l1_loss(*self(features))
 
     @torch.no_grad()
@@ -285,7 +285,7 @@ class _Probe(nn.Module):
 
 
 def _copy(network: nn.Module, device: torch.device) -> nn.Module:
-    # What torch.compile(network) returns holds the plain network.
+    # The module that torch.compile(network) returns holds the plain network.
     return freeze(copy.deepcopy(getattr(network, "_orig_mod", network)).float().to(device))
 
 
@@ -310,7 +310,7 @@ def _features(taps: Mapping[str, FeatureTap], batch: Any, device: torch.device) 
 
 def _first_input(loader: Iterable[Any]) -> Tensor:
     for batch in loader:
-        return Batch.of(batch).input
+        return first_tensor(Batch.of(batch).input)
     raise InputError("ReconstructionErrorProbe: the validation loader has no batch to measure errors on")
 
 
@@ -322,7 +322,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[tuple[str, str
 
 
 def _loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Iterable[Any], Iterable[Any]]:
-    """The Trainer's one loader for training and its one for validation, with its hooks."""
+    """The Trainer's single loaders for training and for validation, with its hooks."""
     found = []
     for what, loaders in (("train", trainer.train_dataloader), ("val", trainer.val_dataloaders)):
         single = loaders[0] if isinstance(loaders, (list, tuple)) and len(loaders) == 1 else loaders
@@ -338,7 +338,7 @@ def _loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Iterab
 
 
 def _set_epoch(loader: Any, epoch: int) -> None:
-    """Let every epoch have its own order and views, as in training."""
+    """Give every epoch its own order and views, as in training."""
     for part in drawing_parts(loader):
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)

@@ -1,4 +1,4 @@
-"""Keeping a run so that it can be killed at any moment and goes on as if it had not been."""
+"""The callback that makes a run resumable: it can be killed at any moment and continues as if it had not been."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _SEED_STRIDE = 1_000_003
 
 
 class RunKeeper(pl.callbacks.Checkpoint):
-    """Checkpoints a run after every epoch, keeps its history, and its weights at the best validation epoch.
+    """Checkpoints a run after every epoch, and keeps its history and the weights of the best validation epoch.
 
-    Files appear under their names only when they are complete. Every epoch begins with a random state that depends on
-    the seed and the epoch alone, so a resumed run draws what the uninterrupted one would have drawn.
+    Files only appear under their names when they are complete. Every epoch begins with a random state that depends only
+    on the seed and the epoch, so a resumed run draws the same numbers as an uninterrupted one.
 
     Args:
-        folder: gets ``last.ckpt`` and ``selected.safetensors``.
-        seed: of the random state.
-        monitor: the metric; of equal epochs the first is selected.
-        mode: whether more of it is better, ``"max"``, or less, ``"min"``.
+        folder: the folder for ``last.ckpt`` and ``selected.safetensors``.
+        seed: seed of the random state.
+        monitor: the metric; of equal epochs, the first one is selected.
+        mode: ``"max"`` if higher values of the metric are better, ``"min"`` if lower ones are.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class RunKeeper(pl.callbacks.Checkpoint):
         return {"history": self.history, "selected_epoch": self.selected_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the history of the run that goes on."""
+        """Load the history of the resumed run."""
         self.history = list(state_dict["history"])
         self.selected_epoch = state_dict["selected_epoch"]
 
@@ -56,7 +56,7 @@ class RunKeeper(pl.callbacks.Checkpoint):
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Training ends with its last batch; the validation that follows is not counted."""
+        """Note the time: the epoch's training ends with its last batch, and validation is not counted."""
         if trainer.is_last_batch and torch.cuda.is_available():
             torch.cuda.synchronize()
         self._trained = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Measuring a network before, between and after the steps of its compression."""
+"""Measurements of a network before, between and after the steps of its compression."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Measurements:
     """What is measured of each stage of a compression.
 
     Args:
-        split: the samples that are scored: ``"test"`` ones, which need a data module, or ``"val"``.
-        batch_sizes: at which time is measured, dense and compressed in turns; none: it is not.
-        rounds: turns of both, at least 50.
+        split: the samples that are scored: ``"test"``, which needs a data module, or ``"val"``.
+        batch_sizes: batch sizes at which time is measured, dense and compressed in turns; empty for no measurement.
+        rounds: number of turns, at least 50.
         onnx: ``"float"`` or, with int8 versions, ``"static"`` (convolutions) or ``"dynamic"`` (recurrent networks and
-            Transformers): of the dense and of the final network, with their time in ONNX Runtime.
+            Transformers): ONNX files of the dense and of the final network, with their time in ONNX Runtime.
 
     Raises:
-        InputError: a value that is none of these.
+        InputError: a value is not one of these.
     """
 
     split: Literal["test", "val"] = "test"
@@ -66,15 +66,15 @@ def measure(
     """Score and measure a network as it is now; random states and the Trainer's data are left as they were.
 
     Args:
-        trainer: whose training is under way.
-        pl_module: whose student is scored; a `DistillationModule`.
-        compressor: of the network.
+        trainer: the Trainer of the current training.
+        pl_module: the `DistillationModule` whose student is scored.
+        compressor: the compressor of the network.
         wanted: what is measured.
-        name: of the row.
-        kind: of the row.
-        final: whether it is the last one, for which ONNX files are made, as for the dense one.
-        timed_as: the row whose time is measured instead, for one that has another row's structure.
-        notes: of the row.
+        name: name of the row.
+        kind: kind of the row.
+        final: whether it is the final network, for which ONNX files are made as for the dense one.
+        timed_as: the row whose time is measured instead, because this one has the same structure.
+        notes: notes on the row.
     """
     with isolate_rng():
         scores = pl_module.score(_scored_batches(trainer, pl_module, wanted.split))
@@ -105,10 +105,10 @@ def measure(
 
 
 def check_scored(trainer: Any, pl_module: Any, split: str) -> None:
-    """Refuse now what could not be scored when the time comes.
+    """Refuse early what could not be scored later.
 
     Raises:
-        InputError: the module cannot score, or the data have no such samples.
+        InputError: the module cannot score itself, or there are no such samples.
     """
     if not hasattr(pl_module, "score"):
         raise InputError(f"{type(pl_module).__name__} cannot score itself for a report: leave report out")
@@ -119,7 +119,7 @@ def check_scored(trainer: Any, pl_module: Any, split: str) -> None:
 
 
 def fewest_bits(description: Mapping[str, Any]) -> int | None:
-    """Bits of the smallest codes that a described network's weights are stored in; ``None``: they are floats."""
+    """Bits of the smallest codes of a described network's weights; ``None`` if all are floats."""
     bits = [
         told["scheme"]["bits"]
         for layer in description["layers"].values()
@@ -139,7 +139,7 @@ def _scored_batches(trainer: Any, pl_module: Any, split: str) -> Iterable[Any]:
         loaders = trainer.datamodule.test_dataloader()
     else:
         if trainer.val_dataloaders is None:
-            # Nothing has been validated so far.
+            # There has been no validation so far.
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loaders = trainer.val_dataloaders
     for number, loader in enumerate(loaders if isinstance(loaders, (list, tuple)) else [loaders]):

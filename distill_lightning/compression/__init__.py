@@ -1,4 +1,4 @@
-"""Making a network small, in plain torch: steps that prune, factor, share and quantize its layers."""
+"""Compressing a network in plain PyTorch, by steps that prune, factor, share and quantize its layers."""
 
 from distill_lightning.compression import structure as _structure  # noqa: F401  (checkpoints ask it)
 from distill_lightning.compression.artefact import load_compressed, write_artefact

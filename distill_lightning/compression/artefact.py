@@ -1,4 +1,4 @@
-"""One small file of a whole compressed network, and the network back from it without any argument."""
+"""One small file with a whole compressed network, which is rebuilt from it without any further argument."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from distill_lightning.networks.weights import load_strictly, read_checkpoint
 FORMAT = 1
 _KIND = "network"
 _MAGIC = b"DLPK"
-# What a file is made of may be wrong in any of these ways although its checksum fits: somebody else wrote it.
+# A file's content may be wrong in any of these ways although its checksum fits, if something else wrote it.
 _DAMAGES = (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError)
 
 
 @torch.no_grad()
 def write_artefact(network: nn.Module, path: Path | str, *, coding: Coding = "plain") -> int:
-    """Write a network to one packed file, from which `load_compressed` makes it again.
+    """Write a network to one packed file, from which `load_compressed` rebuilds it.
 
     The weights are stored with the values that the network computes with in eval mode, each tensor in the smallest of
     the forms that give these back: quantization codes (those of zeros left out), indices into a codebook, hashed
@@ -35,8 +35,8 @@ def write_artefact(network: nn.Module, path: Path | str, *, coding: Coding = "pl
     changed is in the file, too.
 
     Args:
-        network: compressed or not; it stays as it is.
-        path: of the file; one that is there is replaced.
+        network: compressed or not; it is left as it is.
+        path: path of the file; an existing one is replaced.
         coding: of the bytes on top: ``"plain"``, ``"deflate"`` or ``"huffman"``, for each part only if that makes it
             smaller.
 
@@ -76,14 +76,14 @@ def write_artefact(network: nn.Module, path: Path | str, *, coding: Coding = "pl
 
 
 def load_compressed(path: Path | str, network: nn.Module | None = None, *, bake: bool = True) -> nn.Module:
-    """The network of a packed file (`write_artefact`), or of a checkpoint of a training that compressed it.
+    """Load the network of a packed file (`write_artefact`), or of a checkpoint of a training that compressed it.
 
-    Nothing but tensors and plain values is read, never pickled code.
+    Only tensors and plain values are read, never pickled code.
 
     Args:
-        path: of the file.
-        network: built as the compressed one was at first, and changed in place; only where no factory of this package
-            built that one.
+        path: path of the file.
+        network: built like the compressed one before its compression, and changed in place; only needed if no factory
+            of this package built that one.
         bake: of a checkpoint: whether the weights that quantizers and the like compute become parameters; ``False``:
             they stay computed, from the weights that were trained. A packed file has only the computed ones.
 
@@ -93,7 +93,7 @@ def load_compressed(path: Path | str, network: nn.Module | None = None, *, bake:
         network that was written.
 
     Raises:
-        InputError: there is no such file, it is damaged or something else, ``network`` is needed or of another
+        InputError: the file does not exist, is damaged or is of another kind, ``network`` is needed or has another
             structure, or a packed file is to be read without baking.
     """
     path = Path(path)
@@ -110,10 +110,10 @@ def load_compressed(path: Path | str, network: nn.Module | None = None, *, bake:
 def _from_packed(path: Path, network: nn.Module | None) -> nn.Module:
     header, tensors = packing.read_packed(path)
     if header.get("kind") != _KIND:
-        raise InputError(f"{path} holds packed tensors and no network: read it with read_packed")
+        raise InputError(f"{path} holds packed tensors but no network: read it with read_packed")
     if header.get("format") != FORMAT:
         raise InputError(
-            f"{path} has format {header.get('format')} of networks, this version reads {FORMAT}: update "
+            f"{path} has format {header.get('format')} of networks, but this version reads {FORMAT}: update "
             "distill_lightning"
         )
     with refusing(f"{path} is damaged", *_DAMAGES):
@@ -140,7 +140,7 @@ def _from_checkpoint(path: Path, network: nn.Module | None, *, bake: bool) -> nn
             for name, value in checkpoint["state_dict"].items()
             if name.startswith(prefix)
         }
-        # A module may call its network otherwise in its constructor, under which name "recipes" has it.
+        # A module's constructor may use another name for its network, under which "recipes" holds it.
         known = told.get("recipe") or checkpoint.get("recipes", {}).get(attribute)
         network = _built(path, network, without_weights(known), f"{attribute!r}")
         recipe.rebuild(network, told["description"])
@@ -155,8 +155,8 @@ def _built(path: Path, network: nn.Module | None, known: Recipe | None, what: st
         return network
     if known is None:
         raise InputError(
-            f"{path} cannot tell how its network {what} was built, which no factory of this package did: give "
-            "load_compressed(path, network) one that is built as it was at first"
+            f"{path} does not say how its network {what} was built, because no factory of this package built it: "
+            "give load_compressed(path, network) one that is built as it was before its compression"
         )
     return build_from(known)
 
@@ -174,13 +174,13 @@ def _load(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None
         if not torch.equal(stored, tensors[other]):
             raise InputError(
                 f"{path} has different values for {other!r} and {name!r}, which are one tied weight in the network as "
-                "it is built: compress both or neither"
+                "it was built: compress both or neither"
             )
     load_strictly(network, tensors, source=str(path))
 
 
 def without_weights(known: Recipe | None) -> Recipe | None:
-    """A recipe that reads no file and fetches nothing: the weights come from elsewhere."""
+    """A recipe that reads no file and downloads nothing, because the weights come from elsewhere."""
     if known is None:
         return None
     arguments = dict(known["arguments"])
@@ -194,14 +194,14 @@ def without_weights(known: Recipe | None) -> Recipe | None:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as the lists that JSON would make of them."""
+    """The value with lists in place of tuples, as JSON would return it."""
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, (tuple, list)) else value
 
 
 def _check_ties(network: nn.Module) -> None:
-    """Refuse what no plain network can be equal to."""
+    """Refuse ties that a plain network cannot have."""
     plain: dict[int, str] = {}
     for path, module in network.named_modules():
         if not isinstance(module, parametrize.ParametrizationList):
@@ -209,13 +209,13 @@ def _check_ties(network: nn.Module) -> None:
     for path, module in network.named_modules():
         if isinstance(module, parametrize.ParametrizationList) and id(module.original) in plain:
             raise InputError(
-                f"{plain[id(module.original)]!r} is tied to {path.replace('parametrizations.', '')!r}, which alone is "
-                "quantized or shared: compress both or neither"
+                f"{plain[id(module.original)]!r} is tied to {path.replace('parametrizations.', '')!r}, and only "
+                "that one is quantized or shared: compress both or neither"
             )
 
 
 def _computed(network: nn.Module) -> dict[str, list[Packed]]:
-    """What stands for the weights that are computed from others, by the name that each has when it is baked."""
+    """The packed forms of the weights that are computed from others, by the name of the baked weight."""
     found: dict[str, list[Packed]] = {}
     for path, layer in network.named_modules(remove_duplicate=False):
         for name, forms in _forms(layer):
@@ -239,7 +239,7 @@ def _smallest(tensor: Tensor, computed: list[Packed], coding: Coding) -> Packed:
     forms = [packing.pack_dense(tensor), *computed]
     if tensor.is_floating_point() and tensor.numel() > 1:
         forms += _found(tensor)
-    # What is far larger than another does not become the smallest by its coding.
+    # Coding does not make a form that is far larger than another one the smallest.
     least = min(form.nbytes for form in forms)
     forms = [form for form in forms if form.nbytes <= 4 * least]
     if coding != "plain":
@@ -251,7 +251,7 @@ def _smallest(tensor: Tensor, computed: list[Packed], coding: Coding) -> Packed:
 
 
 def _found(tensor: Tensor) -> Iterator[Packed]:
-    """Forms that only the values tell of: few of them, or many zeros."""
+    """Forms that follow from the values: few different ones, or many zeros."""
     if _few(tensor):
         yield packing.pack_shared(tensor)
     present = tensor[tensor != 0]
@@ -262,13 +262,13 @@ def _found(tensor: Tensor) -> Iterator[Packed]:
 
 
 def _few(tensor: Tensor) -> bool:
-    """Whether there are values for a codebook only; most tensors show at once that there are more."""
+    """Whether there are few enough values for a codebook; most tensors show quickly that there are more."""
     flat = tensor.flatten()
     return len(torch.unique(flat[:4096])) <= 256 and len(torch.unique(flat)) <= 256
 
 
 def _digest(tensor: Tensor) -> bytes:
-    """The same for equal tensors, and for no others."""
+    """A digest that is the same for equal tensors only."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     content = flat.view(torch.uint8).numpy() if len(flat) else b""
     told = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()

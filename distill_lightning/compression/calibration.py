@@ -17,17 +17,17 @@ Batches = Iterable[tuple[Any, Any]]
 on the network's device, from the training set."""
 
 Loss = Callable[[Any, Any], Tensor]
-"""Of the network's output and the targets a scalar: a mean over the samples."""
+"""A function of the network's output and the targets that returns a scalar, a mean over the samples."""
 
 
 def inputs_of(inputs: Any) -> tuple[Any, ...]:
-    """A network's arguments: those of a tuple, or the one input."""
+    """A network's arguments: the entries of a tuple, or the single input."""
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
 
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """In eval mode; every module is afterwards in the mode that it was in."""
+    """Eval mode inside this context; afterwards every module is in its previous mode."""
     modes = {module: module.training for module in network.modules()}
     try:
         network.eval()
@@ -39,13 +39,13 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def calibrating(network: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """Modes, buffers, ``requires_grad`` and the global random state are afterwards as they were before.
+    """Restore modes, buffers, ``requires_grad`` and the global random state after this context.
 
-    Transformer layers run as the modules that they consist of, without the fast path that bypasses these in eval mode.
+    Transformer layers run through their submodules, without the fast path that bypasses these in eval mode.
 
     Args:
-        network: run in here.
-        training: run it in train mode: BatchNorm uses the batch's own statistics.
+        network: the network to run inside the context.
+        training: whether it runs in train mode, in which BatchNorm uses the batch's own statistics.
     """
     modes = {module: module.training for module in network.modules()}
     buffers = {buffer: buffer.clone() for buffer in network.buffers()}
@@ -79,21 +79,21 @@ def gradients(
     training: bool = False,
     each: bool = False,
 ) -> Iterator[tuple[dict[str, Tensor], int]]:
-    """The loss's gradients in some parameters, batch by batch; the parameters' own ``.grad`` is left alone.
+    """The gradients of the loss with respect to some parameters, batch by batch; their own ``.grad`` is left alone.
 
     Args:
         network: in eval mode while this runs, unless ``training``; left as it was.
-        paths: of the parameters.
+        paths: paths of the parameters.
         batches: calibration data.
         loss: a mean over the samples.
-        training: run in train mode.
-        each: one sample at a time.
+        training: whether the network runs in train mode.
+        each: whether there is a gradient for each sample.
 
     Yields:
-        Gradients by path, zeros where a parameter takes no part, and the number of samples.
+        Gradients by path, zeros where a parameter has no influence, and the number of samples.
 
     Raises:
-        InputError: a path names no parameter, there is no batch, or the loss is no finite scalar.
+        InputError: a path names no parameter, there is no batch, or the loss is not a finite scalar.
     """
     parameters = parameters_of(network, paths)
     seen = False

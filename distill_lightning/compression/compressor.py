@@ -1,4 +1,4 @@
-"""Compression of a network in any training loop: a list of steps, each in its phase of the training."""
+"""Compression of a network in any training loop: a list of steps, each with its phase of the training."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Compressor:
 
         Compressor(network, [Quantize(weight_bits=4), Encode("huffman")], images).apply()
 
-    In a loop of one's own::
+    In your own training loop::
 
         compressor = Compressor(network, steps, images, epochs=30, batches=calibration)
         for epoch in range(30):
             if compressor.begin_epoch(epoch, steps_per_epoch=len(loader), optimizer=optimizer):
-                optimizer = SGD(network.parameters(), lr=0.1)      # of other parameters, or from anew
+                optimizer = SGD(network.parameters(), lr=0.1)      # new parameters, or a new start
             for inputs, targets in loader:
                 optimizer.zero_grad()
                 F.cross_entropy(network(inputs), targets).backward()
@@ -51,21 +51,21 @@ class Compressor:
 
     Args:
         network: compressed in place; it stays the same object.
-        steps: what is done, in this order; see `Step`.
+        steps: the steps, in this order; see `Step`.
         example_inputs: a tensor ``(N, ...)`` that the network takes, or a tuple of its arguments.
-        batches: calibration data from the training set, pairs of inputs and targets, or a function that draws them;
-            for criteria and ranges that depend on data, and for BatchNorm.
-        loss: of the network's output and the targets, a mean over the samples.
-        epochs: of the training; 0: there is none.
-        dense_epochs: of ordinary training before a first step that does not say when.
-        bn_batches: calibration batches over which BatchNorm's statistics are measured after each step that changed
-            something; 0: they stay.
-        seed: of everything that is drawn.
-        watch: called with a moment (see `Moment`) and the phase, when the network is as it is then.
+        batches: calibration data from the training set, pairs of inputs and targets, or a function that draws them.
+            Criteria and ranges that depend on data need them, and so does BatchNorm.
+        loss: a function of the network's output and the targets, a mean over the samples.
+        epochs: epochs of the training; 0 if there is none.
+        dense_epochs: epochs of ordinary training before the first step, if that has no ``at``.
+        bn_batches: number of calibration batches over which BatchNorm's statistics are measured anew after each step
+            that has changed something; 0 leaves them as they are.
+        seed: seed of everything that is drawn.
+        watch: called at each moment (see `Moment`), with the moment and the phase.
 
     Raises:
-        InputError: an order that makes no sense, phases that overlap or do not fit into ``epochs``, see `plan`; or
-            ``targets`` that match no layer, of the steps before which none can give the network other layers.
+        InputError: the order makes no sense, or phases overlap or do not fit into ``epochs``, see `plan`; or
+            ``targets`` match no layer, as far as no earlier step can give the network other layers.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Compressor:
         self.bn_batches = bn_batches
         self.watch = watch
         self.dense = copy_network(network)
-        # Phases that have begun, and of these that are over; optimiser steps of the last one that are done and in all.
+        # Phases that have begun and that are over; optimiser steps of the last one, done and in total.
         self._begun = self._finished = 0
         self._step = self._steps = 0
 
@@ -106,48 +106,49 @@ class Compressor:
 
     @property
     def masks(self) -> Masks:
-        """Of the weights that are pruned."""
+        """Masks of the pruned weights."""
         return self.piece.masks
 
     @property
     def pruned(self) -> int:
-        """Number of weights that are zero by a mask, or by one that is being learned."""
+        """Number of weights that a mask sets to zero, learned masks included."""
         gates = movement.learned(self.network).values()
         return self.masks.pruned + sum(int((~gate.kept()).sum()) for gate in gates)
 
     @property
     def phase(self) -> Phase | None:
-        """The phase that is under way, if there is one."""
+        """The current phase, if there is one."""
         return self.phases[self._begun - 1] if self._begun > self._finished else None
 
     @property
     def waiting(self) -> list[Phase]:
-        """The phases that have not begun."""
+        """The phases that have not begun yet."""
         return self.phases[self._begun :]
 
     def apply(self) -> nn.Module:
-        """Do all steps, one after the other, without training.
+        """Run all steps, one after the other, without training.
 
         Returns:
             The network.
 
         Raises:
-            InputError: this is for training, or a step needs it.
+            InputError: the Compressor was made for a training, or a step needs training.
         """
         if self.trains:
-            raise InputError("this Compressor was made for a training of some epochs: leave epochs out to apply it")
+            raise InputError("this Compressor was made for a training: leave epochs out to apply it without one")
         return self.finish()
 
     def begin_epoch(self, epoch: int, *, steps_per_epoch: int, optimizer: Optimizer | None = None) -> bool:
-        """End the phases that are over, and begin those whose time has come.
+        """End the phases that are over, and begin those that are due.
 
         Args:
-            epoch: that now begins, from 0.
+            epoch: the epoch that begins now, from 0.
             steps_per_epoch: optimiser steps of one epoch.
-            optimizer: the one in use; what it remembers of weights that are pruned now becomes zero.
+            optimizer: the optimiser in use; its state of weights that are now pruned becomes zero.
 
         Returns:
-            Whether another optimiser is needed: the network has other parameters now, or its training begins anew.
+            Whether a new optimiser is needed, because the network has other parameters now or its training starts
+            again.
         """
         self.piece.optimizer = optimizer
         before = list(self.network.parameters())
@@ -157,22 +158,22 @@ class Compressor:
         phase = self.phase
         if phase is not None:
             self._steps = (phase.end - phase.begin) * steps_per_epoch
-        # Of a step that began or ended now, or went on in the epoch before.
+        # From a step that began or ended now, or continued in the epoch before.
         restart, self.piece.restart = self.piece.restart, False
         return restart or not has_parameters(self.network, before)
 
     def is_due(self, epoch: int) -> bool:
-        """Whether a phase begins or ends with an epoch that begins now."""
+        """Whether a phase begins or ends at the beginning of an epoch."""
         over = self.phase is not None and self.phase.end <= epoch
         return over or (self._begun < len(self.phases) and self.phases[self._begun].begin <= epoch)
 
     def penalty(self) -> Tensor | None:
-        """What the phase adds to the loss, a scalar with a graph; ``None``: nothing."""
+        """What the current phase adds to the loss, a scalar with a graph, or ``None``."""
         phase = self.phase
         return None if phase is None else phase.step.penalty(self.piece, step=self._step, steps=self._steps)
 
     def before_optimizer_step(self) -> Tensor | None:
-        """Add the penalty's gradient to the parameters', and take away that of pruned weights.
+        """Add the penalty's gradient to those of the parameters, and set the gradients of pruned weights to zero.
 
         Returns:
             The penalty, if there is one.
@@ -188,7 +189,7 @@ class Compressor:
         return None if penalty is None else penalty.detach()
 
     def after_optimizer_step(self, optimizer: Optimizer | None = None) -> None:
-        """Let the phase's step go on, and keep pruned weights at zero.
+        """Update the phase's step, and keep pruned weights at zero.
 
         Args:
             optimizer: see `begin_epoch`.
@@ -202,11 +203,11 @@ class Compressor:
         self.masks.project(self.network)
 
     def project(self) -> None:
-        """Set pruned weights to zero, after something else has written to them: averaged weights, say."""
+        """Set pruned weights to zero after something else, weight averaging for example, has written to them."""
         self.masks.project(self.network)
 
     def finish(self) -> nn.Module:
-        """End the last phase, and do what is left.
+        """End the last phase, and run the remaining steps.
 
         Returns:
             The network.
@@ -217,10 +218,10 @@ class Compressor:
         return self.network
 
     def write(self, path: Path | str) -> int:
-        """Write the network to one packed file, see `write_artefact`, coded as the steps say.
+        """Write the network to one packed file, see `write_artefact`, with the coding that the steps ask for.
 
         Args:
-            path: of the file; one that is there is replaced.
+            path: path of the file; an existing one is replaced.
 
         Returns:
             The file's bytes.
@@ -231,7 +232,7 @@ class Compressor:
         return write_artefact(self.network, path, coding=self.piece.coding)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training has to know beside the network's structure and weights: tensors and plain values."""
+        """What a resumed training needs besides the network's structure and weights, as tensors and plain values."""
         return {
             "begun": self._begun,
             "finished": self._finished,
@@ -245,15 +246,15 @@ class Compressor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another one was, whose structure and weights the network has been given.
+        """Continue where another Compressor stopped, whose structure and weights the network already has.
 
         Raises:
-            InputError: it had other steps.
+            InputError: the other one had other steps.
         """
         if not state["finished"] <= state["begun"] <= len(self.phases):
             raise InputError(
-                f"the checkpoint is {state['begun']} steps of compression on, and there are {len(self.phases)}: give "
-                "the steps that it was made with"
+                f"the checkpoint is {state['begun']} steps into compression, but there are {len(self.phases)}: "
+                "give the steps that it was made with"
             )
         self._begun, self._finished = state["begun"], state["finished"]
         self._step, self._steps = state["step"], state["steps"]
@@ -264,12 +265,12 @@ class Compressor:
             phase.step.load_state_dict(state["of_steps"][phase.number])
 
     def _advance(self, epoch: int | None) -> None:
-        """End and begin phases until the one that an epoch belongs to; ``None``: all of them."""
+        """End and begin phases up to that of an epoch; ``None`` for all of them."""
         while True:
             phase = self.phase
             following = self.phases[self._begun] if self._begun < len(self.phases) else None
             if phase is not None:
-                # Training may go on after the last phase, but not in it.
+                # Training may continue after the last phase, but not in it.
                 if epoch is not None and epoch < phase.end:
                     return
                 self._change(phase.step.finish, phase.step)
@@ -288,7 +289,7 @@ class Compressor:
     def _change(self, act: Callable[[Workpiece], None], step: Step) -> None:
         piece = self.piece
         piece.changed = False
-        # What is drawn here must not shift what training draws.
+        # Draws here must not shift the random numbers of the training.
         with torch.random.fork_rng(devices=cuda_devices(piece.network)):
             torch.manual_seed(piece.seed + self._begun)
             act(piece)
@@ -302,7 +303,7 @@ class Compressor:
             batches = piece.batches("BatchNorm")
             recalibrate(piece.network, [inputs for inputs, _ in batches], limit=self.bn_batches)
         elif any(isinstance(module, _BatchNorm) and module.track_running_stats for module in piece.network.modules()):
-            piece.note("BatchNorm's statistics are those of before: give batches of training inputs to measure them")
+            piece.note("BatchNorm's statistics are the old ones: give batches of training inputs to measure them anew")
 
     def _tell(self, moment: Moment, phase: Phase | None) -> None:
         if self.watch is not None:
@@ -320,7 +321,7 @@ def _at_once(steps: Sequence[Step]) -> list[Phase]:
 
 
 def _check_targets(network: nn.Module, steps: Sequence[Step]) -> None:
-    """Refuse now what matches nothing, not when its phase begins: as far as the layers are known now."""
+    """Refuse patterns that match nothing before their phase begins, as far as the layers are known."""
     for number, step in enumerate(steps, start=1):
         try:
             check_patterns(network, step.targets or (), "targets")
@@ -338,6 +339,6 @@ def _kept(batches: Iterable[tuple[Any, Any]]) -> Callable[[], Sequence[tuple[Any
 
 def has_parameters(network: nn.Module, parameters: Sequence[nn.Parameter]) -> bool:
     """Whether a network has these parameters, in this order, and no others."""
-    # The parameters themselves: the id of one that is gone may be that of a new one.
+    # Compares the parameters themselves: a new one may have the id of one that is gone.
     own = list(network.parameters())
     return len(own) == len(parameters) and all(one is other for one, other in zip(own, parameters, strict=True))

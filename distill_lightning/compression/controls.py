@@ -1,4 +1,4 @@
-"""What a compressed network has to be better than: one of its size that was never large, and one pruned at random."""
+"""Controls for a compressed network: one of its size that was never large, and one that is pruned at random."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _TRIES = 14
 
 
 def random_steps(steps: Sequence[Step]) -> list[Step]:
-    """The same steps, but what is pruned is drawn.
+    """The same steps, but with random choices of what is pruned.
 
     Raises:
-        InputError: none of them prunes, or one does by a threshold or by gates that it learns, which fix no amount.
+        InputError: none of them prunes, or one prunes by a threshold or by learned gates, which fix no amount.
     """
     others = [copy.deepcopy(step) for step in steps]
     for step in others:
@@ -61,20 +61,20 @@ def random_steps(steps: Sequence[Step]) -> list[Step]:
 
 
 def same_size_network(fresh: nn.Module, compressed: nn.Module, example_inputs: Any, *, seed: int) -> nn.Module:
-    """A dense network with at most as many parameters as a compressed one has that were not pruned.
+    """A dense network with at most as many parameters as a compressed one has left after pruning.
 
     It gets the compressed network's structure; if that has more parameters than this (weights were pruned one by one),
-    all its channels, hidden units, heads and neurons are thinned out alike until it has not. All weights are drawn
-    anew, also where the fresh network has trained ones: by the network's own initialisation, if a factory of this
-    package made it, and by ``reset_parameters`` of each layer whose size has changed; else of all layers.
+    all its channels, hidden units, heads and neurons are thinned out by the same share until it has not. All weights
+    are drawn anew, also where the fresh network has trained ones: by the network's own initialisation, if a factory of
+    this package made it, and by ``reset_parameters`` of each layer whose size has changed; else of all layers.
 
     Args:
-        fresh: built as the compressed network was at first; changed in place.
+        fresh: built like the compressed network before its compression; changed in place.
         compressed: whose size counts, without the weights that are zero (biases count, and rows of paddings). Of
             quantized weights those count that are not zero before they are rounded, so give it with its quantizers:
             once they are baked, it cannot be told which zeros were pruned.
         example_inputs: see `Compressor`.
-        seed: of the initialisation.
+        seed: seed of the initialisation.
 
     Returns:
         The fresh network.
@@ -95,7 +95,7 @@ def same_size_network(fresh: nn.Module, compressed: nn.Module, example_inputs: A
 
 
 def _draw(network: nn.Module, *, seed: int) -> bool:
-    """Give a network the weights that its factory draws; whether it has one."""
+    """Give a network the weights that its factory draws; returns whether it has a factory."""
     known = without_weights(recipe_of(network))
     if known is None:
         return False
@@ -106,7 +106,7 @@ def _draw(network: nn.Module, *, seed: int) -> bool:
 
 
 def _layers_of(network: nn.Module, names: Set[str]) -> set[nn.Module]:
-    """The layers that some parameters belong to; those in a list belong to the layer that holds it."""
+    """The layers that have some parameters; parameters in a list belong to the layer that holds the list."""
     found = set()
     for path in {name.rpartition(".")[0] for name in names}:
         layer = network.get_submodule(path)
@@ -129,7 +129,7 @@ def _unpruned(network: nn.Module) -> int:
             parametrize.remove_parametrizations(layer, name, leave_parametrized=False)
     plain = plain_copy(copied)
     matrices = [parameter for parameter in plain.parameters() if parameter.dim() > 1]
-    # Zero from the beginning, and tied to an output layer only once.
+    # A row of padding is zero from the beginning; one that is tied to an output layer counts once.
     padding = {
         id(layer.weight): layer.weight[layer.padding_idx]
         for layer in plain.modules()
@@ -161,7 +161,7 @@ def _thin(network: nn.Module, target: int, example_inputs: Any) -> None:
 
 
 def _thinned(network: nn.Module, share: float, example_inputs: Any) -> int:
-    """Parameters with this share of everything."""
+    """The number of parameters with this share of everything."""
     copied = copy_network(network)
     _shrink_to(copied, share, example_inputs)
     return count_parameters(copied).stored
@@ -173,7 +173,7 @@ def _shrink_to(network: nn.Module, share: float, example_inputs: Any) -> None:
 
 
 def _first(network: nn.Module, group: Group, share: float) -> list[int]:
-    """The first ones of a group; of hidden units those of every layer and direction, which keep equally many."""
+    """The first indices of a group; for hidden units those of every layer and direction, which keep equally many."""
     if group.kind != "units":
         return list(range(max(round(share * group.size), 1)))
     rnn = cast("nn.RNNBase", network.get_submodule(group.name))
@@ -182,7 +182,7 @@ def _first(network: nn.Module, group: Group, share: float) -> list[int]:
 
 
 def _kinds(network: nn.Module, example_inputs: Any) -> str:
-    """What can be thinned out, in words."""
+    """The kinds of units that can be thinned out, in words."""
     return ", ".join(dict.fromkeys(group.kind for group in _groups(network, example_inputs)))
 
 

@@ -1,4 +1,4 @@
-"""What a weight is worth: scores of parameters, of which the lowest are pruned.
+"""Pruning criteria: scores of parameters, of which the lowest are pruned.
 
 Each function takes a network and the paths of some parameters, leaves the network as it was, and returns for each path
 a detached tensor of the parameter's shape. Those with calibration data run the network in eval mode, unless they say
@@ -21,7 +21,7 @@ Scores = dict[str, Tensor]
 
 
 def magnitude(network: nn.Module, paths: Iterable[str]) -> Scores:
-    """The absolute value of the weight.
+    """The absolute values of the weights.
 
     Raises:
         InputError: a path names no parameter.
@@ -30,19 +30,19 @@ def magnitude(network: nn.Module, paths: Iterable[str]) -> Scores:
 
 
 def random(network: nn.Module, paths: Iterable[str], *, seed: int) -> Scores:
-    """Uniform on ``[0, 1)``: the control that any criterion has to beat.
+    """Random scores, uniform on ``[0, 1)``: the control that every criterion has to beat.
 
     Args:
-        network: any.
-        paths: of the parameters; a parameter's scores depend on those before it.
-        seed: of a generator of its own, so the global random state stays as it is.
+        network: any network.
+        paths: paths of the parameters; a parameter's scores depend on those before it.
+        seed: seed of a separate generator, so the global random state stays as it is.
 
     Raises:
         InputError: a path names no parameter.
     """
     generator = torch.Generator().manual_seed(seed)
     return {
-        # Drawn on the CPU, so that every device gets the same.
+        # Drawn on the CPU, so that every device gets the same scores.
         path: torch.rand(parameter.shape, generator=generator, dtype=torch.float64).to(
             parameter.device, parameter.dtype
         )
@@ -51,58 +51,58 @@ def random(network: nn.Module, paths: Iterable[str], *, seed: int) -> Scores:
 
 
 def gradient(network: nn.Module, paths: Iterable[str], batches: Batches, loss: Loss) -> Scores:
-    r"""The absolute gradient of a batch, mean over batches: :math:`|g|`.
+    r"""The absolute gradient of each batch, averaged over the batches: :math:`|g|`.
 
     Args:
         network: run in eval mode.
-        paths: of the parameters.
+        paths: paths of the parameters.
         batches: calibration data.
         loss: a mean over the samples.
 
     Raises:
-        InputError: a path names no parameter, there is no batch, or the loss is no finite scalar.
+        InputError: a path names no parameter, there is no batch, or the loss is not a finite scalar.
     """
     return _mean(gradients(network, paths, batches, loss), lambda _, grad: grad.abs())
 
 
 def taylor(network: nn.Module, paths: Iterable[str], batches: Batches, loss: Loss) -> Scores:
-    r"""How much a batch's loss changes without the weight, to first order, mean over batches: :math:`|g w|`.
+    r"""The first-order change of each batch's loss without the weight, averaged over the batches: :math:`|g w|`.
 
-    The absolute value is of each batch: over all of them together the gradient of a trained network vanishes.
+    The absolute value is taken for each batch, because the gradient of a trained network vanishes over all of them.
 
     Molchanov, Tyree, Karras, Aila, Kautz: *Pruning Convolutional Neural Networks for Resource Efficient Inference*,
     https://arxiv.org/abs/1611.06440
 
     Args:
         network: run in eval mode.
-        paths: of the parameters.
+        paths: paths of the parameters.
         batches: calibration data.
         loss: a mean over the samples.
 
     Raises:
-        InputError: a path names no parameter, there is no batch, or the loss is no finite scalar.
+        InputError: a path names no parameter, there is no batch, or the loss is not a finite scalar.
     """
     weights = parameters_of(network, paths)
     return _mean(gradients(network, weights, batches, loss), lambda path, grad: (grad * weights[path].detach()).abs())
 
 
 def obd(network: nn.Module, paths: Iterable[str], batches: Batches, loss: Loss) -> Scores:
-    r"""Optimal Brain Damage: how much the loss rises without the weight, to second order, :math:`\tfrac12 h w^2`.
+    r"""Optimal Brain Damage: the second-order rise of the loss without the weight, :math:`\tfrac12 h w^2`.
 
-    The curvature :math:`h` is that of the empirical Fisher matrix's diagonal: the mean over the samples of the squared
-    gradient. Every sample has a backward pass of its own, so a few hundred samples are plenty. The exact diagonal of a
+    The curvature :math:`h` is the diagonal of the empirical Fisher matrix: the mean of the squared gradients of the
+    samples. Every sample has a backward pass of its own, so use a few hundred samples. The exact diagonal of a
     single layer is `second_order.layer_obd`.
 
     LeCun, Denker, Solla: *Optimal Brain Damage*, NIPS 1989
 
     Args:
         network: run in eval mode.
-        paths: of the parameters.
+        paths: paths of the parameters.
         batches: calibration data.
-        loss: of one sample, when it is given one.
+        loss: a mean over the samples, and so the loss of one sample if it is given one.
 
     Raises:
-        InputError: a path names no parameter, there is no batch, or the loss is no finite scalar.
+        InputError: a path names no parameter, there is no batch, or the loss is not a finite scalar.
     """
     weights = parameters_of(network, paths)
     fisher = _mean(gradients(network, weights, batches, loss, each=True), lambda _, grad: grad.square())
@@ -110,7 +110,7 @@ def obd(network: nn.Module, paths: Iterable[str], batches: Batches, loss: Loss) 
 
 
 def snip(network: nn.Module, paths: Iterable[str], batches: Batches, loss: Loss) -> Scores:
-    r"""Connection sensitivity before training: :math:`|g w|` of all the data, as a share of the sum over all paths.
+    r"""Connection sensitivity before training: :math:`|g w|` over all the data, as a share of the sum over all paths.
 
     The network runs in train mode, because BatchNorm has no statistics yet; it is left as it was.
 
@@ -118,13 +118,13 @@ def snip(network: nn.Module, paths: Iterable[str], batches: Batches, loss: Loss)
     https://arxiv.org/abs/1810.02340
 
     Args:
-        network: as it was initialised.
-        paths: of the parameters.
+        network: the network as it was initialised.
+        paths: paths of the parameters.
         batches: calibration data; the paper takes one batch of about ten samples a class.
         loss: a mean over the samples.
 
     Raises:
-        InputError: a path names no parameter, there is no batch, the loss is no finite scalar, or no weight has any
+        InputError: a path names no parameter, there is no batch, the loss is not a finite scalar, or no weight has any
             effect.
     """
     weights = parameters_of(network, paths)
@@ -137,17 +137,17 @@ def snip(network: nn.Module, paths: Iterable[str], batches: Batches, loss: Loss)
 
 
 def bn_scale(network: nn.Module, paths: Iterable[str]) -> Scores:
-    r"""Network Slimming: the absolute scale :math:`|\gamma|` of BatchNorm, to be the score of the channel's group.
+    r"""Network Slimming: BatchNorm's absolute scale :math:`|\gamma|` as the score of the channel's group.
 
     Liu, Li, Shen, Huang, Yan, Zhang: *Learning Efficient Convolutional Networks through Network Slimming*,
     https://arxiv.org/abs/1708.06519
 
     Args:
-        network: any.
-        paths: of BatchNorm layers' weights.
+        network: any network.
+        paths: paths of BatchNorm layers' weights.
 
     Raises:
-        InputError: a path names no parameter, or that of another layer.
+        InputError: a path names no parameter, or a parameter of another layer.
     """
     weights = parameters_of(network, paths)
     for path in weights:
@@ -161,7 +161,7 @@ def bn_scale(network: nn.Module, paths: Iterable[str]) -> Scores:
 
 
 def _mean(found: Iterable[tuple[Scores, int]], value: Callable[[str, Tensor], Tensor]) -> Scores:
-    """The mean of a function of path and gradient, each batch counted by its samples."""
+    """The mean of a function of path and gradient over the batches, weighted by their numbers of samples."""
     totals: Scores = {}
     count = 0
     for grads, samples in found:

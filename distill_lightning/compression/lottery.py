@@ -1,4 +1,4 @@
-"""Lottery tickets: a pruned network goes back to where it began and trains again."""
+"""Lottery tickets: the weights of a pruned network are rewound to their beginning and trained again."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ LISTS = (nn.ParameterList, nn.ParameterDict)
 
 
 class Snapshot:
-    """A network's parameters and buffers (BatchNorm's statistics, say) at one moment: its beginning, or an early epoch.
+    """A network's parameters and buffers (BatchNorm's statistics) at one moment: its beginning, or an early epoch.
 
     Frankle, Carbin: *The Lottery Ticket Hypothesis*, https://arxiv.org/abs/1803.03635; Frankle, Dziugaite, Roy, Carbin:
     *Linear Mode Connectivity and the Lottery Ticket Hypothesis*, https://arxiv.org/abs/1912.05671 (rewinding to an
     early epoch)
 
     Args:
-        network: copied now; it may change afterwards.
+        network: the network, which is copied now and may change afterwards.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -34,8 +34,8 @@ class Snapshot:
         """Set surviving weights and all buffers to the snapshot's, bit for bit, and pruned weights to zero.
 
         Args:
-            network: the pruned network, in place.
-            masks: what survives.
+            network: the pruned network, changed in place.
+            masks: the masks of the surviving weights.
             optimizer: its momentum, moments and step counts are forgotten; learning rates stay as they are. ``None``:
                 the caller makes a new one.
 
@@ -48,14 +48,14 @@ class Snapshot:
             optimizer.state.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The snapshot as plain tensors."""
+        """The snapshot as a dict of tensors."""
         return dict(self.state)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take a snapshot that was saved, in place of this one.
+        """Replace this snapshot by a saved one.
 
         Raises:
-            InputError: it is of another architecture.
+            InputError: it belongs to another architecture.
         """
         if {name: value.shape for name, value in state_dict.items()} != {
             name: value.shape for name, value in self.state.items()
@@ -65,14 +65,14 @@ class Snapshot:
 
 
 def reinitialize(network: nn.Module, *, seed: int, init: Callable[[nn.Module], None] | None = None) -> None:
-    """Draw new weights: the control of a lottery ticket, which has the ticket's masks but not its beginning.
+    """Draw new weights: the control for a lottery ticket, with the ticket's masks but not its initial weights.
 
-    Project the masks afterwards, or let ``Snapshot(network).rewind`` do it.
+    Project the masks afterwards, or let ``Snapshot(network).rewind`` do so.
 
     Args:
-        network: in place; its buffers are reset where the layers do that (BatchNorm).
-        seed: of the draws; the global random state stays as it is.
-        init: called with every module from the innermost outwards; ``None``: each layer's own ``reset_parameters``.
+        network: changed in place; its buffers are reset where the layers do that (BatchNorm).
+        seed: seed of the draws; the global random state stays as it is.
+        init: called with every module, from the innermost outwards; ``None`` for each layer's own ``reset_parameters``.
 
     Raises:
         InputError: a module with parameters of its own has no ``reset_parameters``.
@@ -83,10 +83,10 @@ def reinitialize(network: nn.Module, *, seed: int, init: Callable[[nn.Module], N
 
 
 def reset_layer(module: nn.Module) -> None:
-    """Draw a layer's own parameters anew, without those of its children.
+    """Draw a layer's own parameters anew, but not those of its children.
 
     Raises:
-        InputError: it has some, and no ``reset_parameters``.
+        InputError: it has parameters of its own, but no ``reset_parameters``.
     """
     reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
     if reset is not None:
@@ -99,6 +99,6 @@ def reset_layer(module: nn.Module) -> None:
 
 
 def _has_own(module: nn.Module) -> bool:
-    """Whether a module has parameters of its own, or in a list, which its ``reset_parameters`` has to draw then."""
+    """Whether a module has parameters of its own, or in a list, which its ``reset_parameters`` has to draw."""
     holders = [module, *(child for child in module.children() if isinstance(child, LISTS))]
     return any(next(holder.parameters(recurse=False), None) is not None for holder in holders)

@@ -22,13 +22,15 @@ DEFINITION = (
 
 
 class Macs(NamedTuple):
-    """What one forward costs.
+    """The cost of one forward pass.
 
     Attributes:
         dense: multiply-accumulates, as the layers are computed.
-        effective: those whose weight is not zero: what an ideal sparse kernel would be left with, and no time saved.
-        by_module: ``dense`` by module path; products outside of layers belong to the module whose forward has them.
-        uncounted: paths of modules that ran and hold matrices of their own, but none of whose products were counted.
+        effective: those whose weight is not zero: what would remain for an ideal sparse kernel. This saves no time by
+            itself.
+        by_module: ``dense`` by module path; products outside of layers belong to the module whose ``forward`` computes
+            them.
+        uncounted: paths of modules that ran and have matrices of their own, none of whose products were counted.
     """
 
     dense: int
@@ -45,10 +47,10 @@ class Cost(NamedTuple):
 
 
 class CountsMacs(Protocol):
-    """A module that knows what its call costs; nothing inside of it is counted then."""
+    """A module that knows the cost of its call; nothing inside it is counted then."""
 
     def count_macs(self, inputs: tuple[Any, ...], output: Any) -> Cost:
-        """Of a call with these arguments."""
+        """The cost of a call with these arguments."""
         ...
 
 
@@ -56,15 +58,15 @@ def count_macs(network: nn.Module, example_inputs: Any) -> Macs:
     """Run a network once and count, by `DEFINITION`.
 
     The network runs in eval mode, without gradients and without the Transformer's fast path, which would bypass its
-    layers; all three are afterwards as they were. Factored layers are counted as the layers that they consist of.
-    Weights that masks have set to zero count in ``dense`` alone.
+    layers; all three are restored afterwards. Factored layers are counted as the layers that they consist of.
+    Weights that masks have set to zero only count in ``dense``.
 
     Args:
-        network: any.
+        network: any network.
         example_inputs: a tensor, or a tuple of arguments. The count is for this batch size.
 
     Raises:
-        InputError: the network has no forward that counts: nothing that `DEFINITION` names runs.
+        InputError: nothing that `DEFINITION` names runs in the network.
     """
     counter = _Counter()
     names = {module: name for name, module in network.named_modules()}
@@ -73,7 +75,7 @@ def count_macs(network: nn.Module, example_inputs: Any) -> Macs:
         stack.enter_context(torch.no_grad())
         for module in names:
             before = module.register_forward_pre_hook(counter.enter)
-            # First of all hooks, with what the module itself returned.
+            # Before all other hooks, with what the module itself returned.
             after = module.register_forward_hook(counter.leave, with_kwargs=True, prepend=True)
             stack.callback(before.remove)
             stack.callback(after.remove)
@@ -92,7 +94,7 @@ def count_macs(network: nn.Module, example_inputs: Any) -> Macs:
 
 
 class _Counter(TorchFunctionMode):
-    """Counts the calls of modules that have a rule, and outside of those the functions that have one."""
+    """Counts the calls of modules that have a rule and, outside of those modules, of functions that have one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,12 +128,12 @@ class _Counter(TorchFunctionMode):
 
 
 def _covered(stack: Sequence[nn.Module]) -> bool:
-    """Whether one of these modules has a rule, which covers all that it does."""
+    """Whether one of these modules has a rule, which covers everything inside it."""
     return any(_rule_of(module) is not None for module in stack)
 
 
 def _times(weight: Tensor, uses: int) -> Cost:
-    """Of a weight whose every entry is multiplied so many times."""
+    """The cost of a weight, each entry of which is multiplied this many times."""
     return Cost(weight.numel() * uses, int(weight.count_nonzero()) * uses)
 
 
@@ -204,7 +206,7 @@ def _attention(module: nn.Module, call: _Call) -> Cost:
     else:
         weights = weights.split(size)
     projections = [_times(weights[0], queries), _times(weights[1], keys), _times(weights[2], keys)]
-    # What is attended to may hold a learned and a zero position more.
+    # Keys and values may have a learned position and a zero position in addition.
     attended = keys // samples + (layer.bias_k is not None) + layer.add_zero_attn
     products = 2 * queries * attended * size
     return _sum([*projections, Cost(products, products), _times(layer.out_proj.weight, queries)])
@@ -272,7 +274,7 @@ def _einsum(_output: Tensor, equation: str, *operands: Any, **_: Any) -> Cost:
 
 
 def _product(dense: int, left: Tensor, right: Tensor) -> Cost:
-    """A product of which a parameter's zeros can be left out."""
+    """The cost of a product, in which a parameter's zeros can be left out."""
     weights = [tensor for tensor in (left, right) if isinstance(tensor, nn.Parameter)]
     if not weights or not weights[0].numel():
         return Cost(dense, dense)

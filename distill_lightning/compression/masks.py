@@ -1,8 +1,8 @@
-"""Pruned weights kept at zero by plain projection: the network's parameters stay what they were, where they were.
+"""Masks that keep pruned weights at zero by projection: the network's parameters stay the same objects.
 
 Nothing is wrapped or renamed, so the keys of the state dict, fused recurrent layers, pickling, copying and exporting
-work as without masks. In return someone has to project after every optimiser step, and before anything reads weights
-that were averaged or loaded.
+work as without masks. In return the masks have to be projected after every optimiser step, and before weights that
+were averaged or loaded are used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distill_lightning.functional.common import wide
 
 
 class Masks:
-    """Which entries of some parameters stay.
+    """Masks of some parameters, which say which entries stay.
 
     ::
 
@@ -30,11 +30,11 @@ class Masks:
         masks.project(network)
 
     Args:
-        kept: for each parameter's path a bool tensor of its shape; copied.
+        kept: a bool tensor for each parameter's path, in the parameter's shape; copied.
 
     Raises:
-        InputError: a mask that is not bool; later, wherever a network is given: a path that it does not have, or a mask
-            of another shape than its parameter.
+        InputError: a mask that is not bool; in the methods that take a network: a path that it does not have, or a mask
+            whose shape is not its parameter's.
     """
 
     def __init__(self, kept: Mapping[str, Tensor] | None = None) -> None:
@@ -55,29 +55,29 @@ class Masks:
         return self.total - sum(int(mask.sum()) for mask in self.kept.values())
 
     def sparsity(self) -> float:
-        """Share of the pruned among all entries, in ``[0, 1]``; 0 without any mask."""
+        """Share of pruned entries among all entries, in ``[0, 1]``; 0 without any mask."""
         return self.pruned / max(self.total, 1)
 
     def sparsities(self) -> dict[str, float]:
-        """The same for each parameter."""
+        """`sparsity` of each parameter."""
         return {path: 1 - int(mask.sum()) / max(mask.numel(), 1) for path, mask in self.kept.items()}
 
     @torch.no_grad()
     def project(self, network: nn.Module) -> None:
-        """Set the pruned weights to zero, in place; a NaN or an infinity among them, too."""
+        """Set the pruned weights to zero, in place, even if they are NaN or infinite."""
         for _, parameter, pruned in self._of(network):
             parameter.masked_fill_(pruned, 0)
 
     @torch.no_grad()
     def project_gradients(self, network: nn.Module) -> None:
-        """Set the gradients of pruned weights to zero, so that they count in no norm and no moment."""
+        """Set the gradients of pruned weights to zero, so that they contribute to no norm and no moment."""
         for _, parameter, pruned in self._of(network):
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(pruned, 0)
 
     @torch.no_grad()
     def project_optimizer(self, network: nn.Module, optimizer: Optimizer) -> None:
-        """Set what an optimiser remembers of pruned weights to zero: momentum, moments, averages.
+        """Set an optimiser's state of pruned weights to zero: momentum, moments, averages.
 
         Needed once after each pruning: with projected gradients these stay zero. State of another shape than its
         parameter (Adafactor's rows and columns) is left alone.
@@ -89,11 +89,11 @@ class Masks:
                     value.masked_fill_(pruned, 0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The masks as plain tensors, which `torch.load` reads with ``weights_only=True``."""
+        """The masks as a dict of tensors, which `torch.load` reads with ``weights_only=True``."""
         return dict(self.kept)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take masks that were saved, in place of all that there are.
+        """Replace all masks by saved ones.
 
         Raises:
             InputError: a mask is not bool.
@@ -105,7 +105,7 @@ class Masks:
         self.kept = {path: mask.detach().clone() for path, mask in state_dict.items()}
 
     def _of(self, network: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-        """Path, parameter, and where it is pruned, on the parameter's device."""
+        """The path, the parameter and where it is pruned, on the parameter's device."""
         for path, mask in self.kept.items():
             parameter = parameter_of(network, path)
             if mask.shape != parameter.shape:
@@ -113,20 +113,20 @@ class Masks:
                     f"the mask of {path!r} has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}: "
                     "masks belong to the network that they were made for"
                 )
-            # Kept there, so that it is moved once.
+            # Kept on that device, so that it is moved only once.
             self.kept[path] = mask.to(parameter.device)
             yield path, parameter, self.kept[path].logical_not()
 
 
 def regrow(masks: Masks, scores: Mapping[str, Tensor], amount: float) -> Masks:
-    """Give the most promising pruned weights another chance.
+    """Unmask the most promising pruned weights.
 
-    They begin at zero, so the scores are best those of a criterion that does not read the weight itself, such as the
-    gradient's.
+    They start at zero, so use the scores of a criterion that does not depend on the weight itself, such as the
+    gradient.
 
     Args:
-        masks: which weights are pruned.
-        scores: for each masked parameter a tensor of its shape; the highest grow first.
+        masks: the current masks.
+        scores: a tensor for each masked parameter, in its shape; the weights with the highest scores grow first.
         amount: share of the pruned weights that grow, in ``[0, 1]``: exactly ``round(amount * pruned)``, over all
             parameters together.
 
@@ -152,16 +152,16 @@ def regrow(masks: Masks, scores: Mapping[str, Tensor], amount: float) -> Masks:
 
 
 def splice(masks: Masks, scores: Mapping[str, Tensor], *, low: float, high: float) -> Masks:
-    """Dynamic network surgery: prune what falls below one threshold, bring back what rises above a higher one.
+    """Dynamic network surgery: prune what falls below one threshold, restore what rises above a higher one.
 
-    Between the two a weight stays as it is, so that it does not flicker. The scores must be of weights that go on
-    learning while they are pruned: a dense copy, not the projected weights.
+    Between the two a weight stays as it is, so that it does not flicker. The scores must belong to weights that
+    keep learning while they are pruned: a dense copy, not the projected weights.
 
     Guo, Yao, Chen: *Dynamic Network Surgery for Efficient DNNs*, https://arxiv.org/abs/1608.04493
 
     Args:
-        masks: the masks until now.
-        scores: for each masked parameter a tensor of its shape, such as the dense copy's magnitudes.
+        masks: the current masks.
+        scores: a tensor for each masked parameter, in its shape, such as the dense copy's magnitudes.
         low: smaller scores are pruned.
         high: larger scores are kept.
 
@@ -181,10 +181,10 @@ def splice(masks: Masks, scores: Mapping[str, Tensor], *, low: float, high: floa
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """Where the ``count`` lowest of ``(N,)`` scores are, exactly so many; of equal ones the first."""
+    """Where the ``count`` lowest of ``(N,)`` scores are; of equal scores, the first."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    # A whole sort takes several times as long.
+    # A full sort takes several times as long.
     limit = scores.kthvalue(count).values
     chosen = scores < limit
     chosen[(scores == limit).nonzero()[: count - int(chosen.sum()), 0]] = True

@@ -1,4 +1,4 @@
-"""What was really saved: parameters, bytes of files that can be read again, and time of contestants that take turns.
+"""Measurements of what compression saves: parameters, bytes of files that can be read again, and time in turns.
 
 Multiply-accumulates are counted in `macs`.
 """
@@ -20,7 +20,7 @@ from distill_lightning.compression.calibration import inputs_of
 from distill_lightning.errors import InputError
 
 MIN_ROUNDS = 50
-"""Turns that an interval of a ratio of times needs at least."""
+"""The smallest number of turns for an interval of a ratio of times."""
 
 NO_SPEED_UP = "no measured speed-up"
 
@@ -30,7 +30,7 @@ class Parameters(NamedTuple):
 
     Attributes:
         stored: all entries.
-        nonzero: those that are not zero.
+        nonzero: the entries that are not zero.
     """
 
     stored: int
@@ -38,7 +38,7 @@ class Parameters(NamedTuple):
 
 
 def count_parameters(network: nn.Module) -> Parameters:
-    """Of all parameters, trained or frozen."""
+    """Count all parameters, trained or frozen."""
     parameters = list(network.parameters())
     return Parameters(sum(p.numel() for p in parameters), sum(int(p.count_nonzero()) for p in parameters))
 
@@ -48,7 +48,7 @@ class FileSize(NamedTuple):
 
     Attributes:
         size: bytes of the file.
-        deflated: bytes of the same after zlib's strongest compression.
+        deflated: its bytes after zlib's strongest compression.
         difference: the largest absolute difference of any output after reading it again; 0: bit-equal.
     """
 
@@ -69,12 +69,13 @@ def measure_file(
     """Write a file, read it back, and measure it only if what was read gives the expected outputs.
 
     Args:
-        path: where the file is written; a folder is no file.
-        write: writes it.
-        read: makes a callable of it (a network in eval mode, say) that shares nothing with what was written.
-        expected: the outputs for ``example_inputs``: a tensor, or tuples, lists and dicts of such.
+        path: where the file is written; not a folder.
+        write: a function that writes the file.
+        read: a function that makes a callable of the file (such as a network in eval mode), which shares nothing with
+            what was written.
+        expected: the outputs for ``example_inputs``: a tensor, or tuples, lists and dicts of tensors.
         example_inputs: a tensor, or a tuple of arguments.
-        tolerance: the largest difference that counts as equal; 0 for every format that keeps the bits.
+        tolerance: the largest difference that counts as equal; 0 for formats that keep every bit.
 
     Returns:
         The file's size.
@@ -99,7 +100,7 @@ def measure_file(
 
 
 class Ratio(NamedTuple):
-    """A ratio of medians, and the interval that holds it with a probability of 95 %, by bootstrap."""
+    """A ratio of medians, with its 95 % confidence interval by bootstrap."""
 
     value: float
     low: float
@@ -110,13 +111,13 @@ class Latency(NamedTuple):
     """Two callables that took turns.
 
     Attributes:
-        dense: seconds of processor time of each round.
-        compressed: likewise.
-        dense_wall: seconds on the clock of each round.
-        compressed_wall: likewise.
+        dense: seconds of processor time of each round of the dense network.
+        compressed: seconds of processor time of each round of the compressed network.
+        dense_wall: seconds on the clock of each round of the dense network.
+        compressed_wall: seconds on the clock of each round of the compressed network.
         ratio: compressed to dense, processor time; below 1 is faster.
         wall_ratio: the same, on the clock.
-        by: which of the two ``claim`` goes by.
+        by: the time on which ``claim`` is based.
     """
 
     dense: tuple[float, ...]
@@ -129,7 +130,7 @@ class Latency(NamedTuple):
 
     @property
     def claim(self) -> str:
-        """What may be said about it, in a sentence."""
+        """What may be said about the time, in one sentence."""
         ratio = self.ratio if self.by == "thread" else self.wall_ratio
         interval = f"{ratio.value:.2f} of the dense time, 95 % interval {ratio.low:.2f} to {ratio.high:.2f}"
         if ratio.low <= 1 <= ratio.high:
@@ -138,7 +139,7 @@ class Latency(NamedTuple):
 
 
 class Clocks(NamedTuple):
-    """Two clocks, in seconds: of the calling thread's processor time, and of the wall."""
+    """Two clocks, in seconds: the calling thread's processor time, and wall time."""
 
     thread: Callable[[], float] = time.thread_time
     wall: Callable[[], float] = time.perf_counter
@@ -155,23 +156,23 @@ def compare_latency(
     seed: int = 0,
     clocks: Clocks | None = None,
 ) -> Latency:
-    """Let two callables take turns, dense, compressed, dense, compressed, so that what slows the machine slows both.
+    """Time two callables in turns, dense, compressed, dense, compressed, so that what slows the machine slows both.
 
-    PyTorch computes with one thread in inference mode meanwhile. A callable on another device has to wait for it.
+    Meanwhile PyTorch uses one thread and inference mode. A callable that uses another device has to wait for it.
 
     Args:
-        dense: one forward of the network before compression.
-        compressed: one forward after.
-        rounds: turns that are measured, at least 50.
-        warm_up: turns before that.
-        by: the time that the claim goes by: ``"thread"`` leaves out what other programs take of the processor;
-            ``"wall"`` for what computes in threads of its own or on another device.
-        resamples: of the bootstrap; the rounds are drawn with replacement.
-        seed: of the bootstrap.
-        clocks: ``None``: the system's.
+        dense: runs one forward pass of the network before compression.
+        compressed: runs one forward pass of the network after compression.
+        rounds: measured turns, at least 50.
+        warm_up: turns before those.
+        by: the time on which the claim is based: ``"thread"`` leaves out what other programs take of the processor;
+            ``"wall"`` is for callables that compute in threads of their own or on another device.
+        resamples: bootstrap samples; the rounds are drawn with replacement.
+        seed: seed of the bootstrap.
+        clocks: the clocks; ``None`` for the system's.
 
     Raises:
-        InputError: fewer than 50 rounds, or a median of no time at all.
+        InputError: fewer than 50 rounds, or a median of zero.
     """
     if rounds < MIN_ROUNDS or warm_up < 0 or resamples < 1:
         raise InputError(
@@ -200,25 +201,25 @@ def compare_latency(
 
 
 def bootstrap_ratio(over: Sequence[float], under: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Ratio:
-    """The ratio of two medians, with the 2.5 % and 97.5 % quantiles of those of resampled rounds.
+    """The ratio of two medians, with the 2.5 % and 97.5 % quantiles of the ratios of resampled rounds.
 
     Args:
-        over: a time for each round.
-        under: of the same rounds, which are resampled together.
-        resamples: how many.
-        seed: of the draws; the global random state stays as it is.
+        over: a time of each round, for the numerator.
+        under: the times of the same rounds, which are resampled together.
+        resamples: number of bootstrap samples.
+        seed: seed of the draws; the global random state stays as it is.
 
     Raises:
         InputError: the median of ``under`` is zero.
     """
     if statistics.median(under) <= 0:
         raise InputError(
-            "what is timed takes no measurable time: raise the batch size, or time several forwards at once"
+            "the timed call takes no measurable time: raise the batch size, or time several forward passes at once"
         )
     pairs = torch.tensor([list(over), list(under)], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(over), (resamples, len(over)), generator=generator)
-    # quantile() means the middle two of an even number, median() takes the lower one.
+    # For an even number quantile() averages the middle two values, and median() takes the lower one.
     medians = pairs[:, drawn].quantile(0.5, dim=2)
     low, high = (medians[0] / medians[1]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Ratio(statistics.median(over) / statistics.median(under), low, high)
@@ -255,5 +256,5 @@ def _difference(path: Path, found: Any, expected: Any) -> float:
     elif isinstance(expected, (tuple, list)) and isinstance(found, (tuple, list)) and len(found) == len(expected):
         pairs = list(zip(found, expected, strict=True))
     else:
-        raise InputError(f"{path}: outputs must be tensors, or tuples, lists or dicts of such, alike before and after")
+        raise InputError(f"{path}: outputs must be tensors, or tuples, lists or dicts of them, alike before and after")
     return max((_difference(path, *pair) for pair in pairs), default=0.0)

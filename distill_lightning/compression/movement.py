@@ -1,7 +1,7 @@
-"""Pruning that is learned: parametrizations whose mask is a function of scores that gradient descent moves.
+"""Learned pruning: parametrizations whose mask is a function of scores that gradient descent learns.
 
 A parametrization multiplies the weight inside the layer, so optimisers, moving averages and checkpoints see the dense
-weight and the scores; `bake` puts the pruned weight in their place.
+weight and the scores; `bake` replaces both by the pruned weight.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from distill_lightning.functional.common import wide
 
 
 class _Masked(torch.autograd.Function):
-    """The weight where the mask is; the scores get their gradient as if they were the mask."""
+    """The masked weight; the scores get the gradient of the mask."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scores: Tensor, kept: Tensor) -> Tensor:  # noqa: ARG004  # for its gradient
@@ -38,7 +38,7 @@ class _Masked(torch.autograd.Function):
 
 
 class TopK(nn.Module):
-    """Movement pruning: the weights with the highest learned scores stay, exactly so many.
+    """Movement pruning: an exact number of weights stays, those with the highest learned scores.
 
     A score falls where the weight moves towards zero. Pruned weights have score gradients, too, so that they can
     return; they have no gradient of their own.
@@ -46,8 +46,8 @@ class TopK(nn.Module):
     Sanh, Wolf, Rush: *Movement Pruning: Adaptive Sparsity by Fine-Tuning*, https://arxiv.org/abs/2005.07683
 
     Args:
-        weight: what is pruned; the scores begin at zero, in its shape. Of equal scores the first are pruned.
-        amount: share of the weights that are pruned, in ``[0, 1]``; meant to be raised while training.
+        weight: the weight to prune; the scores have its shape and start at zero. Of equal scores the first are pruned.
+        amount: share of the weights that are pruned, in ``[0, 1]``; meant to be raised during training.
 
     Raises:
         InputError: an amount outside ``[0, 1]``.
@@ -60,26 +60,26 @@ class TopK(nn.Module):
         self.amount = amount
 
     def kept(self) -> Tensor:
-        """Bool, in the weight's shape."""
+        """Where weights stay: bool, in the weight's shape."""
         pruned = lowest(wide(self.scores.detach()).flatten(), round(self.amount * self.scores.numel()))
         return ~pruned.view_as(self.scores)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight with zeros."""
+        """The weight, with zeros where it is pruned."""
         return cast("Tensor", _Masked.apply(weight, self.scores, self.kept()))
 
 
 class SoftThreshold(nn.Module):
     """Soft movement pruning: a weight stays while the sigmoid of its learned score exceeds a threshold.
 
-    How many that are follows from `penalty`, which pushes scores down.
+    Their number follows from `penalty`, which pushes the scores down.
 
     Sanh, Wolf, Rush: *Movement Pruning: Adaptive Sparsity by Fine-Tuning*, https://arxiv.org/abs/2005.07683
 
     Args:
-        weight: what is pruned.
+        weight: the weight to prune.
         amount: the threshold, in ``[0, 1]``.
-        initial: the score that all begin with; its sigmoid should exceed the threshold.
+        initial: the score with which all weights start; its sigmoid should exceed the threshold.
 
     Raises:
         InputError: an amount outside ``[0, 1]``.
@@ -92,7 +92,7 @@ class SoftThreshold(nn.Module):
         self.amount = amount
 
     def kept(self) -> Tensor:
-        """Bool, in the weight's shape."""
+        """Where weights stay: bool, in the weight's shape."""
         return self.scores.detach().sigmoid() > self.amount
 
     def penalty(self) -> Tensor:
@@ -100,22 +100,22 @@ class SoftThreshold(nn.Module):
         return self.scores.sigmoid().mean()
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight with zeros."""
+        """The weight, with zeros where it is pruned."""
         return cast("Tensor", _Masked.apply(weight, self.scores, self.kept()))
 
 
 class HardConcrete(nn.Module):
-    r"""L0 regularisation: random gates on weights or rows that can be exactly zero and one, and still have gradients.
+    r"""L0 regularisation: random gates on weights or rows, which can be exactly zero or one and still have gradients.
 
-    While training, a gate is a stretched and clamped sample of the concrete distribution; in eval mode its centre.
+    In train mode a gate is a stretched and clamped sample of the concrete distribution, in eval mode its centre.
 
     Louizos, Welling, Kingma: *Learning Sparse Neural Networks through L0 Regularization*,
     https://arxiv.org/abs/1712.01312
 
     Args:
-        weight: what is gated.
+        weight: the weight to gate.
         per: ``"weight"``, or ``"row"``: one gate for each index of the first dimension.
-        initial: probability that a gate is open in the beginning, in ``(0, 1)``.
+        initial: the initial probability that a gate is open, in ``(0, 1)``.
 
     Raises:
         InputError: an option is unknown, or the probability is not between 0 and 1.
@@ -136,11 +136,11 @@ class HardConcrete(nn.Module):
         self.location = nn.Parameter(weight.new_full(shape, location))
 
     def open_probability(self) -> Tensor:
-        """How probable it is that a gate is not zero, in the gates' shape."""
+        """The probability that a gate is not zero, in the gates' shape."""
         return (self.location - self._shift()).sigmoid()
 
     def kept(self) -> Tensor:
-        """Where the gates of eval mode are not zero: bool, in the gates' shape."""
+        """Where the gates are not zero in eval mode: bool, in the gates' shape."""
         return self._stretched(self.location.detach().sigmoid()) > 0
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class HardConcrete(nn.Module):
         return (gate * (self.HIGH - self.LOW) + self.LOW).clamp(0, 1)
 
     def _shift(self) -> float:
-        """A gate is zero with probability one half where its location is this."""
+        """The location at which a gate is zero with probability one half."""
         return self.TEMPERATURE * math.log(-self.LOW / self.HIGH)
 
 
@@ -166,20 +166,20 @@ _KINDS: dict[str, type[Learned]] = {"hard": TopK, "soft": SoftThreshold, "l0": H
 
 
 def learn(network: nn.Module, paths: Iterable[str], *, kind: Kind, **options: Any) -> dict[str, Learned]:
-    """Put a learned mask on parameters, in place. An optimiser has to be made anew for their scores.
+    """Put a learned mask on parameters, in place. Make a new optimiser afterwards, which includes their scores.
 
     Args:
-        network: whose layers are parametrized; its parameter ``"a.weight"`` becomes
+        network: the network whose layers are parametrized; its parameter ``"a.weight"`` becomes
             ``"a.parametrizations.weight.original"``.
-        paths: of the parameters.
+        paths: paths of the parameters.
         kind: ``"hard"`` (`TopK`), ``"soft"`` (`SoftThreshold`) or ``"l0"`` (`HardConcrete`).
         options: the class's other arguments.
 
     Returns:
-        What was put on, by path.
+        The learned masks by path.
 
     Raises:
-        InputError: a path names no parameter or a tied one, or another kind.
+        InputError: a path names no parameter or a tied one, or the kind is unknown.
     """
     if kind not in _KINDS:
         raise InputError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
@@ -188,7 +188,7 @@ def learn(network: nn.Module, paths: Iterable[str], *, kind: Kind, **options: An
     for path, weight in weights.items():
         if places[id(weight)] > 1:
             raise InputError(
-                f"{path!r} is a tied weight, of which a learned mask sees one use alone: exclude its layers"
+                f"{path!r} is a tied weight, and a learned mask sees only one of its uses: exclude its layers"
             )
     put = {}
     for path, weight in weights.items():
@@ -199,7 +199,7 @@ def learn(network: nn.Module, paths: Iterable[str], *, kind: Kind, **options: An
 
 
 def learned(network: nn.Module) -> dict[str, Learned]:
-    """The learned masks of a network, by the path that the parameter had without them."""
+    """The learned masks of a network, by the path of the parameter without them."""
     return {
         f"{prefix}.{name}" if prefix else name: mask
         for prefix, module in network.named_modules()
@@ -208,13 +208,13 @@ def learned(network: nn.Module) -> dict[str, Learned]:
 
 
 def set_amount(network: nn.Module, amount: float, *, scope: Scope = "layer") -> None:
-    """Set how much the network's `TopK` prune.
+    """Set the amount of the network's `TopK` masks.
 
     Args:
-        network: with such masks.
+        network: a network with `TopK` masks.
         amount: share of the weights, in ``[0, 1]``.
-        scope: ``"layer"``: this share of each; ``"global"``: each the share that the lowest scores of all of them have
-            in it now.
+        scope: ``"layer"``: this share in each layer; ``"global"``: in each layer the share of its weights that are
+            among the lowest scores of all layers now.
 
     Raises:
         InputError: there is no `TopK`, or the amount is outside ``[0, 1]``.
@@ -222,7 +222,7 @@ def set_amount(network: nn.Module, amount: float, *, scope: Scope = "layer") -> 
     masks = {path: mask for path, mask in learned(network).items() if isinstance(mask, TopK)}
     if not masks:
         raise InputError(
-            f"{type(network).__name__} has no movement pruning whose amount could be set: learn(...) it first"
+            f"{type(network).__name__} has no movement pruning whose amount could be set: call learn(...) first"
         )
     scores = {path: mask.scores.detach().flatten() for path, mask in masks.items()}
     for path, kept in choose(scores, amount, scope=scope).items():
@@ -230,7 +230,7 @@ def set_amount(network: nn.Module, amount: float, *, scope: Scope = "layer") -> 
 
 
 def bake(network: nn.Module) -> Masks:
-    """Take all learned masks off, in place: plain parameters with zeros where they pruned, bit for bit as in eval mode.
+    """Replace all learned masks, in place, by plain parameters with zeros, bit for bit as in eval mode.
 
     Returns:
         Masks of the parameters that were pruned.
@@ -248,7 +248,7 @@ def bake(network: nn.Module) -> Masks:
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
-    """The learned masks of one layer in plain values, for `rebuild`: by parameter name their kind and options."""
+    """The kind and options of one layer's learned masks, by parameter name, in plain values for `rebuild`."""
     found = {}
     for name, mask in _of(module):
         kind = next(kind for kind, known in _KINDS.items() if type(mask) is known)
@@ -259,17 +259,17 @@ def describe(module: nn.Module) -> dict[str, Any]:
 
 
 def rebuild(layer: nn.Module, description: Mapping[str, Mapping[str, Any]]) -> nn.Module:
-    """Put the described masks on a layer, in place, so that the state dict of the one that was described fits.
+    """Put the described masks on a layer, in place, so that the state dict of the described layer fits.
 
     Args:
-        layer: of the same sizes, without masks.
+        layer: a layer of the same sizes, without masks.
         description: what `describe` returned.
 
     Returns:
         The layer.
 
     Raises:
-        InputError: the layer has no such parameter, or the description is none.
+        InputError: the layer has no such parameter, or the description is invalid.
     """
     for name, options in description.items():
         if options.get("kind") not in _KINDS:

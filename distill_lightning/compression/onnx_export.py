@@ -1,4 +1,4 @@
-"""ONNX files, their int8 versions and ONNX Runtime, which has the int8 kernels that PyTorch lacks on a CPU.
+"""ONNX files, their int8 versions, and ONNX Runtime, which has the int8 kernels that PyTorch lacks on the CPU.
 
 Needs the extra ``onnx``: ``pip install 'distill-lightning[onnx]'``.
 """
@@ -25,7 +25,7 @@ from distill_lightning.compression.measure import Latency, compare_latency
 from distill_lightning.errors import InputError
 
 TOLERANCE = 1e-5
-"""The largest difference of an output, relative to the largest output or to 1, that an export in float32 may have."""
+"""The largest difference of an output, relative to the largest output or to 1, that a float32 export may have."""
 
 Array = NDArray[Any]
 
@@ -39,9 +39,9 @@ class OnnxNetwork:
     """A network in ONNX Runtime, on the CPU.
 
     Args:
-        path: of the ONNX file.
-        threads: that one operation may use; with 1 everything is computed in the calling thread, whose processor time
-            is then the whole cost.
+        path: path of the ONNX file.
+        threads: number of threads that one operation may use; with 1 everything is computed in the calling thread,
+            whose processor time is then the whole cost.
     """
 
     def __init__(self, path: Path, *, threads: int = 1) -> None:
@@ -51,11 +51,11 @@ class OnnxNetwork:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        # Errors only: its warnings go to stderr past Python, and are about what its own optimiser left out.
+        # Errors only: its warnings bypass Python on their way to stderr, and are about its own optimiser.
         options.log_severity_level = 3
         try:
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime has a class of its own for each kind of damage
+        except Exception as error:  # ONNX Runtime has its own exception for each kind of damage
             raise InputError(f"{path} cannot be read by ONNX Runtime: {_in_a_line(error)}") from error
         self.path = path
         self.inputs = [entry.name for entry in self.session.get_inputs()]
@@ -64,10 +64,10 @@ class OnnxNetwork:
         """The outputs: one tensor, or a tuple of all tensors (`outputs_of`).
 
         Args:
-            inputs: as many as the network has, tensors or arrays.
+            inputs: all inputs of the network, tensors or arrays.
 
         Raises:
-            InputError: another number, or shapes or types that the file does not take.
+            InputError: the number of inputs is wrong, or the file does not accept their shapes or types.
         """
         if len(inputs) != len(self.inputs):
             raise InputError(
@@ -76,17 +76,17 @@ class OnnxNetwork:
         arrays = [value.detach().cpu().numpy() if isinstance(value, Tensor) else value for value in inputs]
         try:
             outputs = self.session.run(None, dict(zip(self.inputs, arrays, strict=True)))
-        except Exception as error:  # likewise
-            raise InputError(f"{self.path} does not take these inputs: {_in_a_line(error)}") from error
+        except Exception as error:  # as above
+            raise InputError(f"{self.path} does not accept these inputs: {_in_a_line(error)}") from error
         tensors = tuple(torch.from_numpy(output) for output in outputs)
         return tensors[0] if len(tensors) == 1 else tensors
 
 
 def onnx_session(path: Path, threads: int = 1) -> OnnxNetwork:
-    """A callable that computes what an ONNX file describes.
+    """Load an ONNX file as a callable.
 
     Args:
-        path: of the file.
+        path: path of the file.
         threads: see `OnnxNetwork`.
 
     Raises:
@@ -96,25 +96,26 @@ def onnx_session(path: Path, threads: int = 1) -> OnnxNetwork:
 
 
 def export_onnx(network: nn.Module, path: Path, example_inputs: Any, *, dynamic_batch: bool = True) -> Path:
-    """Write a network as an ONNX file in float32, and check that ONNX Runtime computes what PyTorch does.
+    """Write a network as an ONNX file in float32, and check that ONNX Runtime computes the same as PyTorch.
 
-    The file holds the weights themselves; what the exporter adds for debugging (stack traces, shapes of everything in
-    between), which can be more than a small network's weights, is left out. Equal weights are stored once, so the file
-    of a fresh `nn.TransformerEncoder`, whose layers begin as copies of one, is smaller than after training.
+    The file holds the weights themselves; what the exporter adds for debugging (stack traces, shapes of all
+    intermediate values), which can be larger than a small network's weights, is left out. Equal weights are stored
+    once, so the file of a fresh `nn.TransformerEncoder`, whose layers begin as copies of one, is smaller than after
+    training.
 
     Args:
-        network: plain: shrunk or factored, but with quantized or shared weights baked and without hooks that quantize.
-            It runs in eval mode and is left as it was.
-        path: of the file.
+        network: a plain network: it may be shrunk or factored, but quantized or shared weights must be baked, and there
+            must be no hooks that quantize. It runs in eval mode and is left as it was.
+        path: path of the file.
         example_inputs: a tensor, or a tuple of arguments; the batch is the first dimension of each.
-        dynamic_batch: whether the file takes every batch size; ``False``: only that of ``example_inputs``.
+        dynamic_batch: whether the file accepts every batch size, or only that of ``example_inputs``.
 
     Returns:
         The path.
 
     Raises:
         InputError: the extra ``onnx`` is not installed, the network is parametrized or cannot be exported, or the
-            outputs differ at batch sizes 1 and 3 (at that of ``example_inputs``) or are no tensors; no file is left
+            outputs differ at batch sizes 1 and 3 (at that of ``example_inputs``) or are not tensors. No file is left
             then.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -122,7 +123,7 @@ def export_onnx(network: nn.Module, path: Path, example_inputs: Any, *, dynamic_
     for name, module in network.named_modules():
         if parametrize.is_parametrized(module):
             raise InputError(f"{name or type(network).__name__} is parametrized: bake the network before export_onnx")
-    # The exporter takes a size of 1 for a constant.
+    # The exporter would treat a size of 1 as a constant.
     inputs = at_batch(example_inputs, max(2, len(inputs_of(example_inputs)[0]))) if dynamic_batch else example_inputs
     arguments = inputs_of(inputs)
     batch = torch.export.Dim("batch")
@@ -158,14 +159,14 @@ def quantize_onnx(
     """Write the int8 version of an ONNX file.
 
     Args:
-        path: of a file by `export_onnx`.
-        out: of the quantized one.
+        path: path of a file that `export_onnx` wrote.
+        out: path of the quantized file.
         mode: ``"static"`` for convolutional networks: activations have fixed ranges, found on ``batches``;
             ``"dynamic"`` for LSTMs and Transformers: ranges are found at every call.
-        batches: inputs from the training set, a tensor or a tuple of such each; for ``"static"`` alone.
-        reduce_range: 7 bits for weights, because 8 overflow where a processor multiplies without VNNI, with errors
-            ten times as large; ``None``: only where this one has none.
-        per_channel: a scale for each output channel.
+        batches: inputs from the training set, each a tensor or a tuple of tensors; only for ``"static"``.
+        reduce_range: whether weights have 7 bits, because 8 overflow on processors without VNNI, where errors are ten
+            times as large; ``None``: only if this processor lacks VNNI.
+        per_channel: whether each output channel has its own scale.
 
     Returns:
         The path of the quantized file.
@@ -173,7 +174,7 @@ def quantize_onnx(
     Raises:
         InputError: the extra ``onnx`` is not installed; a mode that does not suit the network: dynamic for convolutions
             is several times slower than float, static leaves recurrent layers in float; ``batches`` are missing or
-            superfluous; or less than half of the weights could be quantized.
+            not needed; or less than half of the weights could be quantized.
     """
     onnx = _package("onnx")
     _package("onnxruntime")
@@ -219,7 +220,7 @@ def quantize_onnx(
         out.unlink()
         raise InputError(
             f"{path}: only {share:.0%} of the weights would be int8 with mode={mode!r}: ONNX Runtime has no int8 "
-            "kernel for the others, quantize with the package's own steps and keep the packed file"
+            "kernel for the others; quantize with the package's own steps and keep the packed file"
         )
     return out
 
@@ -240,18 +241,18 @@ def int8_share(path: Path) -> float:
 def onnx_latency(
     compressed: Path, dense: Path, network: nn.Module, example_inputs: Any, *, rounds: int = 50, seed: int = 0
 ) -> dict[Literal["onnxruntime", "torch"], Latency]:
-    """The time of an ONNX file in ONNX Runtime, against two baselines, because a runtime saves time of its own.
+    """The time of an ONNX file in ONNX Runtime against two baselines, because the runtime itself saves time, too.
 
     Args:
         compressed: the file, quantized for example.
         dense: the dense network's file in float32.
         network: the dense network.
         example_inputs: a tensor, or a tuple of arguments.
-        rounds: turns, see `compare_latency`.
-        seed: of the bootstrap.
+        rounds: number of turns, see `compare_latency`.
+        seed: seed of the bootstrap.
 
     Returns:
-        ``"onnxruntime"``: against the dense file; ``"torch"``: against the dense network in PyTorch.
+        ``"onnxruntime"``: the comparison with the dense file; ``"torch"``: with the dense network in PyTorch.
 
     Raises:
         InputError: a file cannot be read, or the arguments do not suit `compare_latency`.
@@ -267,11 +268,11 @@ def onnx_latency(
 
 
 def at_batch(example_inputs: Any, size: int) -> Any:
-    """Example inputs with another batch size: their samples repeated, or the first of them.
+    """Example inputs at another batch size: their samples repeated, or only the first ones.
 
     Args:
         example_inputs: a tensor, or a tuple of arguments; the batch is the first dimension of each tensor.
-        size: of the batch.
+        size: the new batch size.
 
     Raises:
         InputError: a tensor without samples.
@@ -288,7 +289,7 @@ def at_batch(example_inputs: Any, size: int) -> Any:
 
 
 def tensors_of(example_inputs: Any) -> tuple[Tensor, ...]:
-    """The arguments that are tensors: an ONNX file has the others built in.
+    """The arguments that are tensors; an ONNX file has the others built in.
 
     Args:
         example_inputs: a tensor, or a tuple of arguments.
@@ -297,13 +298,13 @@ def tensors_of(example_inputs: Any) -> tuple[Tensor, ...]:
 
 
 def outputs_of(output: Any) -> tuple[Tensor, ...]:
-    """The tensors of a network's output, in the order in which an ONNX file has them; what is ``None`` is left out.
+    """The tensors of a network's output, in the order of an ONNX file; ``None`` is left out.
 
     Args:
-        output: a tensor, or tuples, lists and dicts of such, in one another.
+        output: a tensor, or nested tuples, lists and dicts of tensors.
 
     Raises:
-        InputError: it is something else.
+        InputError: the output is something else.
     """
     if isinstance(output, Tensor):
         return (output,)
@@ -312,19 +313,19 @@ def outputs_of(output: Any) -> tuple[Tensor, ...]:
     if isinstance(output, Mapping):
         output = list(output.values())
     if not isinstance(output, (tuple, list)):
-        raise InputError(f"outputs must be tensors, or tuples, lists and dicts of such, got {type(output).__name__}")
+        raise InputError(f"outputs must be tensors, or tuples, lists and dicts of tensors, got {type(output).__name__}")
     return tuple(tensor for part in output for tensor in outputs_of(part))
 
 
 def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor multiplies 8-bit integers without overflow; false where the system does not say.
+    """Whether the processor multiplies 8-bit integers without overflow; false if the system does not say.
 
     Args:
-        cpuinfo: what Linux says of it.
+        cpuinfo: the file in which Linux describes the processor.
     """
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     flags = next((line for line in lines if line.startswith("flags")), "").split()
-    # ARM calls its own such instruction otherwise.
+    # ARM's instruction has another name.
     features = next((line for line in lines if line.startswith("Features")), "").split()
     return any("vnni" in flag for flag in flags) or "asimddp" in features
 
@@ -348,13 +349,13 @@ def _in_a_line(error: Exception) -> str:
 
 @contextmanager
 def _known_warnings() -> Iterator[None]:
-    """Silence what the exporter says of PyTorch's own code, which nobody who calls it can change."""
+    """Silence the exporter's warnings about PyTorch's own code, which its callers cannot change."""
     with warnings.catch_warnings():
         # torch.export of 2.14 calls what torch.fx has deprecated.
         warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)
         # Recurrent layers keep a list of their weights beside the parameters; the export reads the parameters.
         warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights", UserWarning)
-        # That all inputs have one batch size is meant.
+        # All inputs are meant to have the same batch size.
         warnings.filterwarnings("ignore", "# The axis name: batch will not be used", UserWarning)
         yield
 
@@ -377,12 +378,12 @@ def _check_equal(network: nn.Module, session: OnnxNetwork, arguments: tuple[Any,
     found = outputs_of(session(*tensors_of(arguments)))
     if len(found) != len(wanted):
         raise InputError(
-            f"{session.path} has {len(found)} outputs, and {type(network).__name__} gives {len(wanted)}: return each "
-            "tensor once"
+            f"{session.path} has {len(found)} outputs, but {type(network).__name__} returns {len(wanted)}: return each "
+            "tensor only once"
         )
     for ours, theirs in zip(wanted, found, strict=True):
         gap = float((ours.double() - theirs.double()).abs().max()) if ours.shape == theirs.shape else float("nan")
-        # A NaN is within no tolerance.
+        # NaN is never within the tolerance.
         if not gap <= TOLERANCE * max(1.0, float(ours.double().abs().max())):
             raise InputError(
                 f"{session.path} does not compute what {type(network).__name__} does: with a batch of "
@@ -391,7 +392,7 @@ def _check_equal(network: nn.Module, session: OnnxNetwork, arguments: tuple[Any,
 
 
 def _reader(quantization: ModuleType, path: Path, names: Sequence[str], batches: Iterable[Any]) -> Any:
-    """Calibration batches as ONNX Runtime asks for them, one by one and then ``None``."""
+    """Calibration batches in the way ONNX Runtime asks for them: one by one, then ``None``."""
 
     def feeds() -> Iterator[dict[str, Any]]:
         number = 0
@@ -400,7 +401,7 @@ def _reader(quantization: ModuleType, path: Path, names: Sequence[str], batches:
                 value.detach().cpu().numpy() if isinstance(value, Tensor) else value for value in inputs_of(batch)
             ]
             if len(arrays) != len(names):
-                raise InputError(f"{path} takes {len(names)} inputs, a calibration batch has {len(arrays)}")
+                raise InputError(f"{path} takes {len(names)} inputs, but a calibration batch has {len(arrays)}")
             number += 1
             yield dict(zip(names, arrays, strict=True))
         if not number:

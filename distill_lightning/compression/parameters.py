@@ -11,12 +11,12 @@ from distill_lightning.errors import InputError
 
 
 def parameter_of(network: nn.Module, path: str) -> nn.Parameter:
-    """The parameter at a dotted path, as in ``network.named_parameters()``; tied ones have several.
+    """The parameter at a dotted path, as in ``network.named_parameters()``; a tied parameter has several paths.
 
     Raises:
-        InputError: there is none; the message lists near names.
+        InputError: there is none; the message lists similar names.
     """
-    # What torch.compile has wrapped has the same parameters by other names.
+    # In the wrapper of torch.compile the same parameters have other names.
     plain: nn.Module = getattr(network, "_orig_mod", network)
     try:
         return plain.get_parameter(path)
@@ -24,7 +24,7 @@ def parameter_of(network: nn.Module, path: str) -> nn.Parameter:
         names = [name for name, _ in plain.named_parameters(remove_duplicate=False)]
         near = difflib.get_close_matches(path, names, n=5, cutoff=0.4) or names[:5]
         raise InputError(
-            f"{type(plain).__name__} has no parameter {path!r}; near names: {', '.join(near) or 'it has none'}"
+            f"{type(plain).__name__} has no parameter {path!r}; similar names: {', '.join(near) or 'it has none'}"
         ) from error
 
 
@@ -36,7 +36,7 @@ def parameters_of(network: nn.Module, paths: Iterable[str]) -> dict[str, nn.Para
     """
     found = {path: parameter_of(network, path) for path in paths}
     if not found:
-        raise InputError(f"{type(network).__name__}: no parameter is named: name at least one")
+        raise InputError(f"{type(network).__name__}: no parameter is given: name at least one")
     first: dict[int, str] = {}
     for path, parameter in found.items():
         other = first.setdefault(id(parameter), path)
@@ -46,14 +46,14 @@ def parameters_of(network: nn.Module, paths: Iterable[str]) -> dict[str, nn.Para
 
 
 def restore_order(network: nn.Module, built: nn.Module) -> None:
-    """Have every layer list its parameters in the order in which it was built with them, in place.
+    """Restore the order in which every layer lists its parameters to that of its construction, in place.
 
-    What was computed for a while comes last when it is a parameter again, and an optimiser's saved state goes by the
-    order.
+    A weight that was computed for a while comes last when it is a parameter again, and an optimiser's saved state
+    depends on the order.
 
     Args:
-        network: whose layers may have the same parameters as those of ``built``, or others.
-        built: as the network was at first.
+        network: a network whose layers may have other parameters than those of ``built``.
+        built: a network built like this one before any change.
     """
     first = dict(built.named_modules())
     for path, module in network.named_modules():
@@ -65,11 +65,11 @@ def restore_order(network: nn.Module, built: nn.Module) -> None:
 
 
 def cuda_devices(network: nn.Module) -> list[int]:
-    """The CUDA devices that the parameters are on, whose random states a fork has to include."""
+    """The CUDA devices of the parameters, whose random states a fork has to include."""
     return sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})
 
 
 def split_path(path: str) -> tuple[str, str]:
-    """Path of the module, and the parameter's own name: ``"a.b.weight"`` gives ``("a.b", "weight")``."""
+    """The path of the module and the parameter's own name: ``"a.b.weight"`` gives ``("a.b", "weight")``."""
     module, _, name = path.rpartition(".")
     return module, name

@@ -1,4 +1,4 @@
-"""Terms of a loss that drive weights, or groups of them, towards zero; each a scalar with gradients."""
+"""Loss terms that drive weights, or groups of them, towards zero; each is a scalar with gradients."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def l1(network: nn.Module, paths: Iterable[str]) -> Tensor:
 
 
 def group_lasso(network: nn.Module, paths: Iterable[str]) -> Tensor:
-    r"""The sum over rows of their norms, times the root of their size: :math:`\sum_g \sqrt{|g|} \lVert w_g \rVert_2`.
+    r"""The sum over rows of the norm times the square root of the size: :math:`\sum_g \sqrt{|g|} \lVert w_g \rVert_2`.
 
-    A row is an index of the first dimension: a filter, a neuron's inputs.
+    A row is an index of the first dimension: a filter, or the inputs of a neuron.
 
     Wen, Wu, Wang, Chen, Li: *Learning Structured Sparsity in Deep Neural Networks*, https://arxiv.org/abs/1608.03665
 
@@ -40,14 +40,14 @@ def group_lasso(network: nn.Module, paths: Iterable[str]) -> Tensor:
 
 
 def group_lasso_of(network: nn.Module, groups: Mapping[str, Sequence[Group]]) -> Tensor:
-    """`group_lasso` over given groups: the norm is over all slices of a group together.
+    """`group_lasso` over given groups; the norm is taken over all slices of a group together.
 
     Args:
-        network: whose parameters the groups name.
+        network: the network with the parameters that the groups name.
         groups: as in `selection.select_groups`; an entry in two slices counts in both.
 
     Raises:
-        InputError: a group names no parameter, or there is none.
+        InputError: a group names no parameter, or there is no group.
     """
     norms = []
     for members in groups.values():
@@ -65,7 +65,7 @@ def group_lasso_of(network: nn.Module, groups: Mapping[str, Sequence[Group]]) ->
 
 
 def bn_gamma(network: nn.Module) -> Tensor:
-    r"""The sum of BatchNorm's absolute scales, :math:`\sum |\gamma|`, whose groups `criteria.bn_scale` then scores.
+    r"""The sum of BatchNorm's absolute scales, :math:`\sum |\gamma|`; `criteria.bn_scale` then scores their groups.
 
     Raises:
         InputError: the network has no BatchNorm with a scale.
@@ -77,14 +77,14 @@ def bn_gamma(network: nn.Module) -> Tensor:
 
 
 def l0(network: nn.Module) -> Tensor:
-    """The expected number of weights that are not zero, of all `movement.HardConcrete` gates.
+    """The expected number of non-zero weights, over all `movement.HardConcrete` gates.
 
     Raises:
         InputError: the network has none.
     """
     gates = [(path, mask) for path, mask in learned(network).items() if isinstance(mask, HardConcrete)]
     if not gates:
-        raise InputError(f"l0: {type(network).__name__} has no gates: movement.learn(network, paths, kind='l0') first")
+        raise InputError(f"l0: {type(network).__name__} has no gates: call movement.learn(..., kind='l0') first")
     return _total([wide(mask.open_probability()).sum() * mask.size for _, mask in gates])
 
 
@@ -97,7 +97,7 @@ def soft_movement(network: nn.Module) -> Tensor:
     masks = [mask for mask in learned(network).values() if isinstance(mask, SoftThreshold)]
     if not masks:
         raise InputError(
-            f"soft_movement: {type(network).__name__} has no scores: movement.learn(network, paths, kind='soft') first"
+            f"soft_movement: {type(network).__name__} has no scores: call movement.learn(..., kind='soft') first"
         )
     return torch.stack([mask.penalty() for mask in masks]).mean()
 

@@ -1,7 +1,7 @@
-"""What was done to a network's structure, in plain values, and the same done to one that was built anew.
+"""The changes of a network's structure in plain values, and their repetition on a freshly built network.
 
-Changes that give layers other sizes, or put other layers in their place, are noted on the network as they are made, in
-their order. What is put on weights (learned masks, shared values, quantizers) can be seen on the layers themselves.
+Changes of layers' sizes, and replacements of layers, are noted on the network in the order in which they are made.
+What is put on weights (learned masks, shared values, quantizers) can be seen on the layers themselves.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from distill_lightning.networks import recipe_of
 ChangeKind = Literal["sizes", "low_rank", "tied"]
 Description = dict[str, Any]
 """``{"changes": [{"kind": ..., "layers": {...}}, ...], "layers": {path: {kind: ...}}}``, of str, int, float, bool,
-lists and dicts, which JSON and ``torch.load(weights_only=True)`` take."""
+lists and dicts, which JSON and ``torch.load(weights_only=True)`` accept."""
 
 
 class _Kind(NamedTuple):
-    """How something on a layer's weights or input is told, and made again."""
+    """How something on a layer's weights or input is described and rebuilt."""
 
     describe: Callable[[nn.Module], dict[str, Any] | None]
     rebuild: Callable[[nn.Module, Mapping[str, Any]], nn.Module]
@@ -41,10 +41,10 @@ _ON_LAYERS = {
 
 
 def note_change(network: nn.Module, kind: ChangeKind, layers: Mapping[str, Any] | None = None) -> None:
-    """Note on a network that its structure has just been changed.
+    """Record on a network that its structure has just been changed.
 
     Args:
-        network: as it is after the change.
+        network: the network after the change.
         kind: ``"sizes"``: layers were shrunk, heads, units or layers removed, or attention converted; ``"low_rank"``;
             ``"tied"``.
         layers: what `rebuild` needs of ``"low_rank"``: ``low_rank.describe`` of each new layer by path; sizes and ties
@@ -53,7 +53,7 @@ def note_change(network: nn.Module, kind: ChangeKind, layers: Mapping[str, Any] 
     changes = changes_of(network)
     if kind == "sizes":
         layers = surgery.describe(network)
-        # The later one tells all sizes again.
+        # A later entry contains all sizes.
         changes = changes[:-1] if changes and changes[-1]["kind"] == "sizes" else changes
     elif kind == "tied":
         layers = {"groups": tying.describe_tied(network)}
@@ -61,13 +61,13 @@ def note_change(network: nn.Module, kind: ChangeKind, layers: Mapping[str, Any] 
 
 
 def changes_of(network: nn.Module) -> list[dict[str, Any]]:
-    """The changes that were noted, in their order."""
+    """The recorded changes, in their order."""
     changes: list[dict[str, Any]] = network.__dict__.get("_changes", [])
     return changes
 
 
 def describe(network: nn.Module) -> Description:
-    """Everything that `rebuild` has to do to a network that is built as this one was at first."""
+    """Everything that `rebuild` has to do to a network that is built like this one."""
     layers: dict[str, dict[str, Any]] = {}
     for path, module in _layers(network):
         told = {name: kind.describe(module) for name, kind in _ON_LAYERS.items()}
@@ -82,26 +82,26 @@ def checkpoint_entry(network: nn.Module, attribute: str) -> dict[str, Any]:
 
     Args:
         network: compressed or not.
-        attribute: the module's name of it.
+        attribute: the module's attribute that holds the network.
     """
     return {"attribute": attribute, "recipe": recipe_of(network), "description": describe(network)}
 
 
 def rebuild(network: nn.Module, description: Mapping[str, Any]) -> nn.Module:
-    """Give a network the structure of the described one, in place; a state dict of that one then loads strictly.
+    """Give a network the described structure, in place; a state dict of the described network then loads strictly.
 
     Args:
-        network: built as the described one was before anything was done to it.
-        description: from `describe`.
+        network: built like the described one, and not changed since.
+        description: what `describe` returned.
 
     Returns:
         The network.
 
     Raises:
-        InputError: the network is of another structure, or it is changed already.
+        InputError: the network has another structure, or it is changed already.
     """
     if changes_of(network):
-        raise InputError(f"{type(network).__name__} is compressed already: build it anew, as it was at first")
+        raise InputError(f"{type(network).__name__} is compressed already: build a new one with the same arguments")
     for change in description["changes"]:
         _rebuild_change(network, change["kind"], change["layers"])
     for path, told in description["layers"].items():
@@ -113,15 +113,15 @@ def rebuild(network: nn.Module, description: Mapping[str, Any]) -> nn.Module:
 
 
 def structure_only(description: Mapping[str, Any]) -> Description:
-    """A description without what is on weights, which a network of plain weights has no more; inputs stay quantized."""
+    """A description for a network of plain weights, without what was put on them; inputs stay quantized."""
     layers = {path: {"input": told["input"]} for path, told in description["layers"].items() if "input" in told}
     return {"changes": list(description["changes"]), "layers": layers}
 
 
 def bake(network: nn.Module) -> nn.Module:
-    """Put the weights' values in the place of what computes them, in place: masks, shared values and quantizers go.
+    """Replace computed weights by their values, in place: masks, shared values and quantizers are removed.
 
-    The outputs in eval mode stay bit for bit. What quantizes a layer's input stays.
+    The outputs in eval mode stay the same bit for bit. Quantizers of layers' inputs stay.
 
     Returns:
         The network.
@@ -130,7 +130,7 @@ def bake(network: nn.Module) -> nn.Module:
     modes = {module: module.training for module in network.modules()}
     # Some parametrizations draw in train mode.
     network.eval()
-    # All values first: tied layers compute theirs from one weight, which the first of them is about to overwrite.
+    # All values first: tied layers compute theirs from one weight, which baking the first of them overwrites.
     with parametrize.cached(), torch.no_grad():
         for _, layer in _layers(network):
             if parametrize.is_parametrized(layer):
@@ -147,7 +147,7 @@ def bake(network: nn.Module) -> nn.Module:
 
 
 def copy_network(network: nn.Module) -> nn.Module:
-    """A deep copy, also of recurrent layers whose weights are computed, which PyTorch refuses to copy."""
+    """A deep copy; works also for recurrent layers with computed weights, which PyTorch refuses to copy."""
     memo: dict[int, Any] = {}
     for module in network.modules():
         for weight in getattr(module, "_flat_weights", []):
@@ -160,14 +160,14 @@ def copy_network(network: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def plain_copy(network: nn.Module) -> nn.Module:
-    """A copy in eval mode whose weights are plain parameters with the values that the network computes with."""
+    """A copy in eval mode, whose weights are plain parameters with the values that the network uses."""
     return bake(copy_network(network).eval())
 
 
 def _rebuild_change(network: nn.Module, kind: str, layers: Mapping[str, Any]) -> None:
     if kind == "sizes":
         if surgery.rebuild(network, layers) is not network:
-            raise InputError(f"{type(network).__name__} is a single layer that was replaced: put it into a network")
+            raise InputError(f"{type(network).__name__} is a single layer that was replaced: put it into a module")
     elif kind == "low_rank":
         for path, told in layers.items():
             low_rank.replace_layer(network, path, low_rank.rebuild(_layer_at(network, path), told))
@@ -187,12 +187,12 @@ def _layer_at(network: nn.Module, path: str) -> nn.Module:
         return network.get_submodule(path)
     except AttributeError as error:
         raise InputError(
-            f"{type(network).__name__} has no layer {path!r} to rebuild: build the network as it was at first"
+            f"{type(network).__name__} has no layer {path!r} to rebuild: build the network like the described one"
         ) from error
 
 
 def _separate_classes(network: nn.Module) -> None:
-    """Give every layer with computed weights a class of its own, as `parametrize` had done before a deep copy.
+    """Give every layer with computed weights its own class, as `parametrize` had done before a deep copy.
 
     The class has the weights as properties, and removing a parametrization deletes them there: from all of its copies.
     """
@@ -204,5 +204,5 @@ def _separate_classes(network: nn.Module) -> None:
 
 
 def is_computed(network: nn.Module) -> bool:
-    """Whether some weights are computed from others: a learned mask, shared values, a quantizer."""
+    """Whether some weights are computed: by a learned mask, shared values or a quantizer."""
     return any(parametrize.is_parametrized(module) for module in network.modules())

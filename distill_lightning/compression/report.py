@@ -1,4 +1,4 @@
-"""The report of a compression run: one row for each stage, and a claim for each that follows from its numbers."""
+"""The report of a compression run: one row for each stage, with a claim that follows from its numbers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _PACKAGES = ("distill-lightning", "torchvision", "pytorch-lightning", "onnxrunti
 
 
 def machine() -> dict[str, str | int]:
-    """Versions, processor, threads and engine: what figures of this machine depend on. The date is the caller's."""
+    """Versions, processor, threads and engine, on which this machine's figures depend. The caller adds the date."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -76,7 +76,7 @@ def machine() -> dict[str, str | int]:
 
 
 def claim_of(dense: Stage, stage: Stage) -> str:
-    """What may be said about a stage, in a sentence that follows from its measurements alone.
+    """What may be said about a stage, in one sentence that follows only from its measurements.
 
     Args:
         dense: the stage before compression.
@@ -115,13 +115,13 @@ class Report:
     Scores are means over the seeds, differences are taken seed by seed. Sizes and times are the first seed's.
 
     Args:
-        stages_by_seed: the stages in their order, by seed; each has one called "dense".
-        metric: the score that the table is about; shown in percent if it is an accuracy.
-        higher_is_better: whether more of it is better.
+        stages_by_seed: by seed, the stages in their order, one of which is called "dense".
+        metric: the score that the table shows, in percent if it is an accuracy.
+        higher_is_better: whether a higher score is better.
         about: command, date, versions and so on, see `machine`; stands above the table.
 
     Raises:
-        InputError: no seed, one without a dense stage or with two stages of one name, or a stage without the metric.
+        InputError: there is no seed, a seed has no dense stage or two stages of one name, or a stage lacks the metric.
     """
 
     def __init__(
@@ -151,15 +151,15 @@ class Report:
         self.names = self._ordered()
 
     def _ordered(self) -> list[str]:
-        """Dense first, then the steps in their order, the last network, and controls; whether they were run or not."""
+        """Dense first, then the steps in their order, the final network and the controls."""
         always = {DENSE: 0, FINAL: 2, CONTROL_SCRATCH: 3, CONTROL_RANDOM: 3}
         kinds = {stage.name: stage.kind for stages in self.seeds.values() for stage in stages.values()}
         names = dict.fromkeys([*kinds, *always])
-        # Sorting keeps the order of equals.
+        # The sort is stable.
         return sorted(names, key=lambda name: always.get(name, 3 if kinds.get(name) == "control" else 1))
 
     def first(self, name: str) -> Stage | None:
-        """The stage whose sizes and times are shown: the first seed's that has it."""
+        """The stage whose sizes and times are shown: that of the first seed that has it."""
         return next((stages[name] for stages in self.seeds.values() if name in stages), None)
 
     @property
@@ -168,7 +168,7 @@ class Report:
         return next(iter(self.seeds.values()))[DENSE]
 
     def _baseline(self, name: str) -> Stage:
-        """The dense stage of the seed that `first` shows."""
+        """The dense stage of the same seed as in `first`."""
         return next((stages[DENSE] for stages in self.seeds.values() if name in stages), self.dense)
 
     def claim(self, name: str) -> str:
@@ -183,12 +183,12 @@ class Report:
         return [stage.scores[metric] for stage in stages if metric in stage.scores]
 
     def differences(self, name: str) -> list[float]:
-        """A stage's scores less those of the dense network of the same seed."""
+        """A stage's scores minus those of the dense network of the same seed."""
         pairs = ((stages[name], stages[DENSE]) for stages in self.seeds.values() if name in stages)
         return [stage.scores[self.metric] - dense.scores[self.metric] for stage, dense in pairs]
 
     def batch_sizes(self) -> list[int]:
-        """Those at which a time was measured, ascending."""
+        """The batch sizes at which time was measured, ascending."""
         stages = (stage for stages in self.seeds.values() for stage in stages.values())
         return sorted({row.batch for stage in stages for row in stage.latency})
 
@@ -203,17 +203,17 @@ class Report:
         ]  # fmt: skip
 
     def rows(self) -> list[list[str]]:
-        """The table: a header, then a row for each stage. In brackets: the ratio to dense; a time is such a ratio."""
+        """The table: a header, then a row for each stage. The ratio to dense is in brackets; a time is such a ratio."""
         return [self.header(), *(self._row(name) for name in self.names)]
 
     def brief_rows(self, *, narrow: bool = False) -> list[list[str]]:
-        """The table for a terminal: numbers of dense, and ratios of the others, but bytes are both; without claims.
+        """The table for a terminal, without claims: numbers for dense and ratios for the others, but both for bytes.
 
         Args:
-            narrow: leave out differences to dense and the intervals of times, for 80 columns.
+            narrow: whether to leave out differences to dense and intervals of times, for 80 columns.
         """
         header, *body = self.rows()
-        # Up to the bytes a cell is a number and its ratio; the times have one line for each runtime.
+        # In the columns up to bytes a cell is a number and its ratio; times have one line for each runtime.
         last = header.index("bytes")
         brief = [["stage", header[1].partition(" (")[0], *header[2:-1]]]
         for line in body:
@@ -229,7 +229,7 @@ class Report:
         return [line[:2] + line[3:] for line in brief] if narrow else brief
 
     def caption(self) -> str:
-        """What the scores of `brief_rows` are."""
+        """A description of the scores in `brief_rows`."""
         number = len(self.seeds)
         better = "higher" if self.higher_is_better else "lower"
         scores = f"mean ± standard deviation of {number} seeds" if number > 1 else "one seed"
@@ -264,13 +264,13 @@ class Report:
         cells = []
         for size in sizes or [0]:
             rows = [row for row in stage.latency if row.batch == size and row.is_alike]
-            # ONNX Runtime's ratio is another one than PyTorch's, and that of int8 another one than that of float.
+            # ONNX Runtime's ratio differs from PyTorch's, and that of int8 from that of float.
             shown = [("" if row.runtime == "torch" else f"{_RUNTIMES[row.runtime]} ") + _interval(row) for row in rows]
             cells.append(", ".join(shown) or _one_line(stage.missing.get("latency", "not measured")))
         return cells
 
     def notes(self) -> list[str]:
-        """What has to be said of rows: their own notes, what is missing and why, sizes that differ over the seeds."""
+        """Notes on the rows: their own, what is missing and why, and sizes that differ between seeds."""
         lines = []
         for name in self.names:
             stage = self.first(name)
@@ -321,7 +321,7 @@ class Report:
             if stage is None:
                 continue
             dense = self._baseline(name)
-            # Dense has a float file alone.
+            # Dense only has a float file.
             before = {**dense.nbytes, "onnx_int8": dense.nbytes.get("onnx")}
             cells = [
                 _counted(stage.nbytes.get(key), before.get(key), stage.missing.get(key, "not asked for"))
@@ -375,7 +375,7 @@ class Report:
         return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
     def lines(self) -> list[dict[str, Any]]:
-        """One flat line for each seed and stage, as the CSV has them."""
+        """One flat dict for each seed and stage, the lines of the CSV file."""
         found = []
         for seed, stages in self.seeds.items():
             for stage in stages.values():
@@ -393,7 +393,7 @@ class Report:
         return found
 
     def as_plain(self) -> dict[str, Any]:
-        """All of it, as the JSON file has it."""
+        """The whole report, as in the JSON file."""
         return {
             "about": self.about,
             "metric": self.metric,
@@ -406,8 +406,8 @@ class Report:
         }
 
     def figures(self) -> dict[str, Figure]:
-        """By file name: the score against its costs, and the times of the last network if they were measured."""
-        # What awaits its fine-tuning is far below, and nobody's network; the last step's network is the final one.
+        """Figures by file name: the score against its costs, and the times of the last network if measured."""
+        # Networks before fine-tuning score far lower, and nobody uses them; the last step's network is the final one.
         shown = {
             name: stage
             for name in self.names
@@ -446,7 +446,7 @@ class Report:
         return figures
 
     def _milliseconds(self, size: int) -> dict[str, float]:
-        """Each stage's time in PyTorch: its ratio to dense, times one time of dense, whatever slowed the machine."""
+        """Each stage's time in PyTorch: its ratio to dense times one time of dense, whatever slowed the machine."""
         rows = {
             name: row
             for name in self.names
@@ -463,7 +463,7 @@ class Report:
         """Write ``report.md``, ``report.csv``, ``report.json`` and the figures.
 
         Args:
-            folder: where; it is made if it is not there.
+            folder: the folder, which is made if it does not exist.
 
         Returns:
             The paths.
@@ -483,7 +483,7 @@ class Report:
 
 
 def _size(dense: Stage, stage: Stage) -> tuple[str, float | None]:
-    """The kind of file that both have, the artefact if there is one, and its ratio."""
+    """The kind of file that both stages have (the artefact if possible), and the ratio of its sizes."""
     key = next((key for key in ("artefact", "state_dict") if key in stage.nbytes and key in dense.nbytes), None)
     return (key, stage.nbytes[key] / dense.nbytes[key]) if key else ("artefact", None)
 
@@ -504,7 +504,7 @@ def _ratio(value: float) -> str:
 
 
 def _counted(value: int | None, dense: int | None, otherwise: str = "") -> str:
-    """A number with its ratio to dense's, or why there is none."""
+    """A number with its ratio to dense, or the reason why there is none."""
     if value is None:
         return _one_line(otherwise)
     return f"{value:,} ({_ratio(value / dense)})" if dense else f"{value:,}"
@@ -515,7 +515,7 @@ def _number(cell: str) -> str:
 
 
 def _ratio_of(cell: str) -> str:
-    """What `_counted` has in brackets, or all of it where there is no ratio."""
+    """The ratio that `_counted` puts in brackets, or the whole cell if there is no ratio."""
     before, bracket, ratio = cell.rpartition("(")
     return ratio.removesuffix(")") if bracket and before else cell
 
@@ -550,7 +550,7 @@ def _as_png(figure: Figure) -> bytes:
 
 def _as_csv(lines: Sequence[dict[str, Any]]) -> str:
     text = io.StringIO()
-    # Claim and reasons last, whatever the first stage had measured.
+    # Claim and reasons come last, whatever was measured for the first stage.
     last = ("claim", "missing")
     names = [name for name in dict.fromkeys(name for line in lines for name in line) if name not in last]
     writer = csv.DictWriter(text, [*names, *last], restval="", lineterminator="\n")
@@ -566,7 +566,7 @@ def _table(rows: Iterable[Sequence[str]]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become text, so that nothing is lost."""
+    """The value with NaN and infinity as text, because JSON has neither."""
     if isinstance(value, dict):
         return {str(key): _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""How much is pruned when: pure functions of the step, so that a resumed run needs nothing remembered."""
+"""Pruning schedules: pure functions of the step, so that a resumed run needs no saved state."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from distill_lightning.errors import InputError
 class Schedule(ABC):
     """The share of all units that is pruned at each step of a pruning phase.
 
-    It changes only at updates and never falls, so whoever prunes does so whenever it has changed.
+    It changes only at updates and never falls, so pruning is due whenever it has changed.
     """
 
     @abstractmethod
     def amount(self, final: float, *, step: int, steps: int) -> float:
-        """The share that is pruned from ``step`` on.
+        """The share that is pruned after ``step`` steps.
 
         Args:
-            final: the share in the end, in ``[0, 1]``.
-            step: optimiser steps of the phase that are done, from 0; ``steps`` and later: the phase is over.
+            final: the share at the end, in ``[0, 1]``.
+            step: number of optimiser steps of the phase that are done, from 0; at ``steps`` the phase is over.
             steps: optimiser steps of the whole phase.
         """
 
@@ -34,17 +34,17 @@ class OneShot(Schedule):
 
 
 class Iterative(Schedule):
-    """In rounds of equal length, the first before the first step.
+    """Pruning in rounds of equal length, the first of them before the first step.
 
-    The amount is that of the last round, whatever the number of rounds: nothing is compounded.
+    The amount is reached in the last round, whatever the number of rounds: nothing is compounded.
 
     Args:
-        rounds: how many.
-        spacing: ``"linear"``: each round prunes the same share of all units; ``"geometric"``: each the same share of
-            what is left, as lottery tickets are drawn.
+        rounds: number of rounds.
+        spacing: ``"linear"``: each round prunes the same share of all units; ``"geometric"``: the same share of
+            what is left, as for lottery tickets.
 
     Raises:
-        InputError: no round, or another spacing.
+        InputError: ``rounds`` is below 1, or the spacing is unknown.
     """
 
     def __init__(self, rounds: int, *, spacing: Literal["linear", "geometric"] = "linear") -> None:
@@ -55,7 +55,7 @@ class Iterative(Schedule):
         self.rounds, self.spacing = rounds, spacing
 
     def amount(self, final: float, *, step: int, steps: int) -> float:
-        """The share after the round that ``step`` is in; `final` in the last one."""
+        """The share after the round of ``step``; `final` in the last round."""
         begun = min(self.rounds * step // max(steps, 1) + 1, self.rounds)
         if begun == self.rounds or step >= steps:
             return final  # exactly, without the rounding of a power
@@ -64,15 +64,15 @@ class Iterative(Schedule):
 
 
 class Cubic(Schedule):
-    r"""Fast at first, when much is redundant, then ever slower.
+    r"""Fast pruning at first, when much is redundant, then ever slower.
 
     .. math:: s(t) = s_f + (s_i - s_f) \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^3
 
     Zhu, Gupta: *To prune, or not to prune*, https://arxiv.org/abs/1710.01878
 
     Args:
-        start: when it begins, as a share of the phase, in ``[0, 1]``; nothing but ``initial`` is pruned before.
-        end: when ``final`` is reached, as a share of the phase; what remains is fine-tuning.
+        start: when pruning begins, as a share of the phase, in ``[0, 1]``; before, only ``initial`` is pruned.
+        end: when ``final`` is reached, as a share of the phase; the rest is fine-tuning.
         every: optimiser steps between updates.
         initial: the share that is pruned at the start, :math:`s_i`.
 
@@ -106,12 +106,12 @@ class Cubic(Schedule):
 
 
 class Threshold:
-    """A threshold that rises to its value; what scores less is pruned, however much that is (`select_below`).
+    """A threshold that rises to its value; all weights with lower scores are pruned, however many (`select_below`).
 
     Args:
-        value: the threshold in the end, in the scores' units.
+        value: the threshold at the end, in the units of the scores.
         start: when it begins to rise from 0, as a share of the phase, in ``[0, 1]``.
-        end: when it has risen, as a share of the phase; equal to ``start``: at once.
+        end: when it reaches its value, as a share of the phase; at once if equal to ``start``.
 
     Raises:
         InputError: not ``0 <= start <= end <= 1``, or a negative value.
@@ -125,7 +125,7 @@ class Threshold:
         self.value, self.start, self.end = value, start, end
 
     def threshold(self, *, step: int, steps: int) -> float:
-        """The threshold from ``step`` of ``steps`` on; it rises linearly."""
+        """The threshold after ``step`` of ``steps`` steps; it rises linearly."""
         first, last = self.start * steps, self.end * steps
         if step >= last:
             return self.value

@@ -5,7 +5,7 @@ For a layer with weight rows :math:`w` and inputs :math:`x` the error of its out
 .. math:: \frac{1}{2} \, \mathrm{mean}_x \sum_{rows} (w' x - w x)^2,
 
 is quadratic, and its Hessian :math:`H = \mathrm{mean}(x x^T)` the same for every row. This is for linear layers and
-convolutions (unfolded, every group with its own Hessian); parts of recurrent and attention layers run as no modules.
+convolutions (unfolded, every group with its own Hessian); parts of recurrent and attention layers are not modules.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def layer_hessians(network: nn.Module, paths: Iterable[str], batches: Batches) -
 
     Args:
         network: run in eval mode, and left as it was.
-        paths: of weights of `torch.nn.Linear` or `torch.nn.Conv2d`.
+        paths: paths of weights of `torch.nn.Linear` or `torch.nn.Conv2d`.
         batches: calibration data; the targets are not read.
 
     Returns:
-        By path ``(G, D, D)``: ``G`` groups (1 of a linear layer), ``D`` inputs of a row.
+        Tensors ``(G, D, D)`` by path: ``G`` groups (1 for a linear layer), ``D`` inputs of a row.
 
     Raises:
-        InputError: a path is of another kind of layer, or of one that does not run as a module.
+        InputError: a path belongs to another kind of layer, or to one that does not run as a module.
     """
     layers = {path: _layer_of(network, path) for path in parameters_of(network, paths)}
     sums: dict[str, Tensor] = {}
@@ -73,14 +73,14 @@ def layer_obd(network: nn.Module, paths: Iterable[str], batches: Batches) -> dic
 
     Args:
         network: run in eval mode, and left as it was.
-        paths: of weights of `torch.nn.Linear` or `torch.nn.Conv2d`.
+        paths: paths of weights of `torch.nn.Linear` or `torch.nn.Conv2d`.
         batches: calibration data.
 
     Returns:
-        By path the rise of the layer's error without each weight, in the weight's shape.
+        The rise of the layer's error without each weight, by path, in the weight's shape.
 
     Raises:
-        InputError: as `layer_hessians`.
+        InputError: see `layer_hessians`.
     """
     weights = parameters_of(network, paths)
     found = layer_hessians(network, weights, batches)
@@ -90,21 +90,21 @@ def layer_obd(network: nn.Module, paths: Iterable[str], batches: Batches) -> dic
 def obs(network: nn.Module, paths: Iterable[str], batches: Batches, *, damping: float = 0.01) -> dict[str, Tensor]:
     r"""Optimal Brain Surgeon within the layer: :math:`w_q^2 / (2 [H^{-1}]_{qq})`.
 
-    That is how much the layer's error rises without one weight when all others of its row follow (`obs_remove`).
+    This is the rise of the layer's error without one weight when the others of its row are adjusted (`obs_remove`).
 
     Hassibi, Stork: *Second Order Derivatives for Network Pruning: Optimal Brain Surgeon*, NIPS 1992
 
     Args:
         network: run in eval mode, and left as it was.
-        paths: of weights of `torch.nn.Linear` or `torch.nn.Conv2d`.
+        paths: paths of weights of `torch.nn.Linear` or `torch.nn.Conv2d`.
         batches: calibration data.
         damping: added to the Hessian's diagonal, as a multiple of its mean.
 
     Returns:
-        By path the rise of the layer's error, in the weight's shape.
+        The rise of the layer's error by path, in the weight's shape.
 
     Raises:
-        InputError: as `layer_hessians` and `inverse`.
+        InputError: see `layer_hessians` and `inverse`.
     """
     weights = parameters_of(network, paths)
     found = layer_hessians(network, weights, batches)
@@ -125,7 +125,7 @@ def inverse(hessian: Tensor, *, damping: float = 0.01) -> Tensor:
         ``(G, D, D)``, symmetric.
 
     Raises:
-        InputError: a negative damping, or a Hessian that is singular in spite of it.
+        InputError: the damping is negative, or a Hessian is singular in spite of it.
     """
     if damping < 0:
         raise InputError(f"damping must not be negative, got {damping}")
@@ -141,14 +141,14 @@ def inverse(hessian: Tensor, *, damping: float = 0.01) -> Tensor:
 
 
 def obs_remove(row: Tensor, inverse_hessian: Tensor, position: int) -> Tensor:
-    r"""Remove one weight and move the others so that the error rises least.
+    r"""Remove one weight and adjust the others so that the error rises least.
 
     .. math:: w - \frac{w_q}{[H^{-1}]_{qq}} H^{-1}_{:q}
 
     Args:
         row: ``(D,)``.
         inverse_hessian: ``(D, D)``.
-        position: of the weight.
+        position: position of the weight.
 
     Returns:
         ``(D,)``, exactly zero at the position.
@@ -170,26 +170,28 @@ def sweep(
     damping: float = 0.01,
     block: int = 128,
 ) -> tuple[Tensor, Tensor]:
-    """SparseGPT: prune a layer column by column, and let the columns that follow make up for each.
+    """SparseGPT: prune a layer column by column, and compensate for each in the columns that follow.
 
-    What is pruned is chosen block by block, from weights that have followed until then; or it is given.
+    The mask is chosen block by block, from weights that have been adjusted until then, or given.
 
     Frantar, Alistarh: *SparseGPT*, https://arxiv.org/abs/2301.00774
 
     Args:
-        weight: ``(O, ...)``, of a linear layer or a convolution; its rows are spread evenly over the groups.
-        hessian: ``(G, D, D)`` of `layer_hessians`.
+        weight: ``(O, ...)``, the weight of a linear layer or a convolution; its rows belong evenly to the groups.
+        hessian: ``(G, D, D)``, from `layer_hessians`.
         amount: share of the weights that are pruned, in ``[0, 1]``: exactly ``round(amount * weights)``.
         granularity: ``"weight"``, or ``"2:4"`` for 2 of every 4 consecutive columns of a row, without an amount.
-        mask: bool, in the weight's shape, True where a weight stays; instead of both.
+        mask: bool, in the weight's shape, True where a weight stays; instead of amount and granularity.
         damping: added to the Hessian's diagonal, as a multiple of its mean.
-        block: columns whose effect on the rest is summed up before it is applied; it changes the choice, not the error.
+        block: number of columns whose effect on the rest is summed before it is applied; it changes the choice, not the
+            error.
 
     Returns:
-        The new weight, in the old one's type and shape, and its mask.
+        The new weight, in the type and shape of the old one, and its mask.
 
     Raises:
-        InputError: not exactly one of amount, n:m and mask; the columns are no multiple of m; or as `inverse`.
+        InputError: not exactly one of amount, n:m and mask is given, or the columns are not a multiple of m; see
+            also `inverse`.
     """
     unit = Granularity.parse(granularity)
     groups, columns = hessian.shape[:2]
@@ -204,7 +206,7 @@ def sweep(
     for first in range(0, columns, block):
         end = min(first + block, columns)
         if amount is not None:
-            # Counted from the beginning, so that the blocks' roundings do not add up.
+            # Counted from the beginning, so that rounding errors of the blocks do not add up.
             count = round(amount * groups * rows.shape[1] * end) - int((~kept).sum())
             scores = (rows[:, :, first:end] / scale[:, None, first:end]).square()
             kept[:, :, first:end] = ~lowest(scores.flatten(), count).view_as(scores)
@@ -236,15 +238,15 @@ def prune_layers(
     damping: float = 0.01,
     block: int = 128,
 ) -> Masks:
-    """`sweep` over layers of a network, in place, each with the inputs that it had before any of them was pruned.
+    """`sweep` over layers of a network, in place; each has the inputs from before any of them was pruned.
 
     Args:
-        network: whose weights change.
-        paths: of weights of `torch.nn.Linear` or `torch.nn.Conv2d`.
+        network: the network whose weights change.
+        paths: paths of weights of `torch.nn.Linear` or `torch.nn.Conv2d`.
         batches: calibration data.
-        amount: as in `sweep`, of every layer.
+        amount: as in `sweep`, for every layer.
         granularity: as in `sweep`.
-        masks: what stays, chosen elsewhere; instead of both.
+        masks: masks that were chosen elsewhere; instead of amount and granularity.
         damping: as in `sweep`.
         block: as in `sweep`.
 
@@ -252,12 +254,12 @@ def prune_layers(
         Masks of the layers.
 
     Raises:
-        InputError: as `sweep` and `layer_hessians`.
+        InputError: see `sweep` and `layer_hessians`.
     """
     weights = parameters_of(network, paths)
     missing = [path for path in weights if masks is not None and path not in masks.kept]
     if missing:
-        raise InputError(f"masks hold nothing for {missing[0]!r}: leave it out of the paths, or mask it")
+        raise InputError(f"there is no mask for {missing[0]!r}: leave it out of the paths, or add one")
     kept = {}
     for path, hessian in layer_hessians(network, weights, batches).items():
         new, kept[path] = sweep(
@@ -281,7 +283,7 @@ def _check_sweep(unit: Granularity, amount: float | None, mask: Tensor | None, c
     if amount is not None and not 0 <= amount <= 1:
         raise InputError(f"amount is a share of all weights, between 0 and 1, got {amount}")
     if unit.kind == "n:m" and columns % unit.second:
-        raise InputError(f"{columns} columns are no multiple of {unit.second}: exclude the layer")
+        raise InputError(f"{columns} columns are not a multiple of {unit.second}: exclude the layer")
 
 
 def _scored(weight: Tensor, curvature: Tensor) -> Tensor:
@@ -295,13 +297,13 @@ def _layer_of(network: nn.Module, path: str) -> nn.Module:
     layer = network.get_submodule(module)
     if name != "weight" or not isinstance(layer, (nn.Linear, nn.Conv2d)):
         raise InputError(
-            f"{path!r} is a parameter of {type(layer).__name__}: only the weights of Linear and Conv2d are pruned so"
+            f"{path!r} is a parameter of {type(layer).__name__}: only weights of Linear and Conv2d can be pruned so"
         )
     return layer
 
 
 def _rows(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """What the layer's weight rows are multiplied with: ``(G, samples, D)``."""
+    """The inputs that the layer's weight rows are multiplied with: ``(G, samples, D)``."""
     if not isinstance(layer, nn.Conv2d):
         return inputs.reshape(1, -1, inputs.shape[-1])
     batch = inputs if inputs.ndim == 4 else inputs[None]

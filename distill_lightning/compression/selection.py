@@ -1,4 +1,4 @@
-"""From scores to masks: exactly so many units of a kind go, those with the lowest scores."""
+"""From scores to masks: an exact number of units is pruned, those with the lowest scores."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Slice(NamedTuple):
 
 
 Group = Sequence[Slice]
-"""What goes together: of a channel the filter, BatchNorm's weight and bias, the next layer's inputs, say."""
+"""Slices that are pruned together: a channel's filter, BatchNorm's weight and bias, and the next layer's inputs."""
 
 
 class Granularity(NamedTuple):
-    """What is pruned as a whole.
+    """The units that are pruned as a whole.
 
     ``weight``: each entry; ``row``: an index of the first dimension; ``block``: ``first`` rows by ``second`` columns of
     the matrix ``(shape[0], everything else)``; ``n:m``: ``first`` of ``second`` consecutive inputs (indices of the
@@ -46,10 +46,10 @@ class Granularity(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Granularity:
-        """Of ``"weight"``, ``"row"``, ``"block:4x8"`` or ``"2:4"``.
+        """Read ``"weight"``, ``"row"``, ``"block:4x8"`` or ``"2:4"``.
 
         Raises:
-            InputError: another text, a block without entries, or not ``0 < n < m``.
+            InputError: an unknown text, a block without entries, or not ``0 < n < m``.
         """
         if text == "weight":
             return cls("weight")
@@ -61,7 +61,7 @@ class Granularity(NamedTuple):
         part = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
         if part and int(part[1]) < int(part[2]):
             return cls("n:m", int(part[1]), int(part[2]))
-        raise InputError(f"granularity must be 'weight', 'row', 'block:4x8' or '2:4' (of each 4, 2 stay), got {text!r}")
+        raise InputError(f"granularity must be 'weight', 'row', 'block:4x8' or '2:4' (2 of each 4 stay), got {text!r}")
 
 
 def select(
@@ -76,28 +76,28 @@ def select(
 ) -> Masks:
     """Prune an exact share of the units, those with the lowest scores.
 
-    Exactly ``round(amount * units)`` of them are pruned, however many scores are equal (of equal ones the first go).
-    There are two exceptions: where ``keep_one`` asks for a unit that would have to go, and where more had been pruned
-    before.
+    Exactly ``round(amount * units)`` of them are pruned, however many scores are equal (of equal scores, the first).
+    There are two exceptions: where ``keep_one`` keeps a unit that would have been pruned, and where more units had been
+    pruned before.
 
     Args:
-        scores: for each parameter's path a tensor of its shape.
-        amount: share of the units that are pruned in the end, in ``[0, 1]``: one for all, or one for each path, and
-            then always within the layer. ``None`` for ``"n:m"``, which fixes it.
+        scores: a tensor for each parameter's path, in the parameter's shape.
+        amount: total share of pruned units, in ``[0, 1]``: one for all, or one for each path, which is then always
+            within the layer. ``None`` for ``"n:m"``, which fixes it.
         granularity: see `Granularity`. A block at the edge of a matrix may be smaller.
-        scope: whether units compete with those of all parameters, or of their own alone.
-        reduce: how the scores of a unit's entries make the unit's. With the mean, units of different size can be
-            compared; the sum belongs to criteria that estimate a change of the loss.
-        keep_one: whether the best unit of each parameter stays in any case.
-        previous: masks that are in force: what they prune stays pruned and counts in the amount. ``None``: every unit
-            has another chance, which is regrowth where the scores are of weights that went on learning.
+        scope: whether units compete with those of all parameters, or only with those of their own.
+        reduce: how a unit's score is computed from those of its entries. The mean makes units of different sizes
+            comparable; the sum is for criteria that estimate a change of the loss.
+        keep_one: whether the best unit of each parameter always stays.
+        previous: current masks: what they prune stays pruned and counts towards the amount. With ``None`` every unit
+            may return, which is regrowth if the scores belong to weights that kept learning.
 
     Returns:
         Masks of all the parameters.
 
     Raises:
         InputError: an option is unknown, an amount is outside ``[0, 1]`` or missing, a score is NaN, or the second
-            dimension is no multiple of ``m``.
+            dimension is not a multiple of ``m``.
     """
     unit = Granularity.parse(granularity)
     _check(scores, reduce)
@@ -112,7 +112,7 @@ def select(
         if amount is None:
             raise InputError(f"granularity {granularity!r} needs an amount between 0 and 1")
         units = {path: _unit_scores(score, unit, reduce) for path, score in scores.items()}
-        # A unit is gone when nothing of it is left.
+        # A unit is pruned when all its entries are.
         gone = {path: _unit_scores(mask.float(), unit, "sum") == 0 for path, mask in before.items()}
         staying = choose(units, amount, scope=scope, keep_one=keep_one, gone=gone)
         kept = {path: _entries(staying[path], score.shape, unit) for path, score in scores.items()}
@@ -132,7 +132,7 @@ def select_below(
 
     Args:
         scores: as in `select`.
-        threshold: one for all, or one for each path, such as a multiple of a layer's standard deviation.
+        threshold: one threshold for all, or one for each path, such as a multiple of a layer's standard deviation.
         granularity: ``"weight"``, ``"row"`` or ``"block:4x8"``.
         reduce: as in `select`.
         keep_one: as in `select`.
@@ -147,7 +147,7 @@ def select_below(
     unit = Granularity.parse(granularity)
     _check(scores, reduce)
     if unit.kind == "n:m":
-        raise InputError(f"granularity {granularity!r} fixes the amount: it has no threshold")
+        raise InputError(f"granularity {granularity!r} fixes the amount, so there is no threshold: use select")
     masks = {}
     for path, score in scores.items():
         units = _unit_scores(score, unit, reduce)
@@ -177,21 +177,21 @@ def select_groups(
         select_groups(network, scores, {"conv": [channel, ...]}, 0.5)
 
     Args:
-        network: whose parameters the groups name.
-        scores: tensors by parameter path; a group's score is that of its slices here, slices of parameters without
-            scores are pruned along.
-        groups: of each layer, the groups that compete.
-        amount: share of the groups that are pruned in the end; see `select`.
-        scope: whether groups compete with those of all layers, or of their own alone.
+        network: the network with the parameters that the groups name.
+        scores: tensors by parameter path; they give a group's score, and slices of parameters without scores are pruned
+            with their group.
+        groups: for each layer, the groups that compete.
+        amount: total share of pruned groups; see `select`.
+        scope: whether groups compete with those of all layers, or only with those of their own.
         reduce: ``"sum"`` or ``"mean"`` over the scores of a group's slices; an entry in two slices counts in both.
-        keep_one: whether the best group of each layer stays in any case.
-        previous: masks that are in force; see `select`.
+        keep_one: whether the best group of each layer always stays.
+        previous: current masks; see `select`.
 
     Returns:
         Masks of all parameters that the groups name.
 
     Raises:
-        InputError: as `select`; a slice that its parameter does not have, or a group without any score.
+        InputError: a slice is not in its parameter, or a group has no score; see also `select`.
     """
     _check(scores, reduce)
     shapes = {part.parameter: parameter_of(network, part.parameter) for part in _slices(groups)}
@@ -223,17 +223,17 @@ def choose(
     keep_one: bool = True,
     gone: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Which units stay, by their scores alone.
+    """Choose the units that stay by their scores.
 
     Args:
-        scores: ``(U,)`` of the units of each layer.
-        amount: share of the units that are pruned; see `select`.
+        scores: ``(U,)`` scores of the units, for each layer.
+        amount: share of pruned units; see `select`.
         scope: see `select`.
         keep_one: see `select`.
-        gone: bool ``(U,)`` of each layer: units that are pruned already, and stay so.
+        gone: bool ``(U,)`` for each layer: units that are pruned already and stay pruned.
 
     Returns:
-        Bool ``(U,)`` of each layer.
+        Bool ``(U,)`` for each layer, true where a unit stays.
 
     Raises:
         InputError: an amount is outside ``[0, 1]`` or missing, or the scope is unknown.
@@ -253,7 +253,7 @@ def choose(
 
 
 def _stay(scores: Sequence[Tensor], gone: Sequence[Tensor], amount: float, *, keep_one: bool) -> Sequence[Tensor]:
-    """Which units of layers that compete stay."""
+    """Which units of competing layers stay."""
     ranked = [
         wide(score).masked_fill(own.to(score.device), -torch.inf) for score, own in zip(scores, gone, strict=True)
     ]
@@ -269,12 +269,12 @@ def _stay(scores: Sequence[Tensor], gone: Sequence[Tensor], amount: float, *, ke
 
 
 def _last_best(scores: Tensor) -> Tensor:
-    """The best of ``(U,)``; of equal ones the last, because the first of equal ones are pruned."""
+    """The best of ``(U,)`` scores; of equal scores the last, because the first of them are pruned."""
     return (scores == scores.max()).nonzero()[-1, 0]
 
 
 def _unit_scores(score: Tensor, unit: Granularity, reduce: Reduce) -> Tensor:
-    """Scores ``(U,)`` of the units that a tensor is cut into."""
+    """Scores ``(U,)`` of the units of a tensor."""
     if unit.kind == "weight":
         return wide(score).flatten()
     matrix = wide(score).reshape(len(score), -1)
@@ -293,7 +293,7 @@ def _blocks(matrix: Tensor, unit: Granularity) -> Tensor:
 
 
 def _entries(units: Tensor, shape: torch.Size, unit: Granularity) -> Tensor:
-    """The units' mask as one of all entries."""
+    """The mask of all entries from that of the units."""
     if unit.kind == "weight":
         return units.reshape(shape)
     if unit.kind == "row":
@@ -309,7 +309,7 @@ def _n_of_m(path: str, score: Tensor, unit: Granularity) -> Tensor:
     n, m = unit.first, unit.second
     if score.ndim < 2 or score.shape[1] % m:
         raise InputError(
-            f"granularity '{n}:{m}': the inputs of {path!r}, shape {tuple(score.shape)}, are no multiple of {m}"
+            f"granularity '{n}:{m}': the inputs of {path!r}, shape {tuple(score.shape)}, are not a multiple of {m}"
         )
     inputs_last = wide(score).movedim(1, -1)
     groups = inputs_last.reshape(*inputs_last.shape[:-1], -1, m)
@@ -327,7 +327,7 @@ def _check_slice(part: Slice, parameter: Tensor) -> None:
     if not fits or not 0 <= min(part.indices) <= max(part.indices) < parameter.shape[part.dim]:
         raise InputError(
             f"a group names indices {list(part.indices)[:5]} of dimension {part.dim} of {part.parameter!r}, whose "
-            f"shape is {tuple(parameter.shape)}: name such as it has"
+            f"shape is {tuple(parameter.shape)}: name indices within it"
         )
 
 
@@ -339,13 +339,13 @@ def _part(tensors: Mapping[str, Tensor], part: Slice) -> Tensor:
 def _group_score(layer: str, group: Group, scores: Mapping[str, Tensor], reduce: Reduce) -> Tensor:
     parts = [wide(_part(scores, part)) for part in group if part.parameter in scores]
     if not parts:
-        raise InputError(f"no parameter of a group of {layer!r} has scores: score {group[0].parameter!r}, say")
+        raise InputError(f"no parameter of a group of {layer!r} has scores: score for example {group[0].parameter!r}")
     total = torch.stack([part.sum() for part in parts]).sum()
     return total if reduce == "sum" else total / sum(part.numel() for part in parts)
 
 
 def _previous(previous: Masks | None, path: str, like: Tensor) -> Tensor:
-    """A copy of the mask in force, or one that keeps everything."""
+    """A copy of the current mask, or one that keeps everything."""
     mask = previous.kept.get(path) if previous is not None else None
     if mask is None:
         return torch.ones_like(like, dtype=torch.bool)
@@ -357,7 +357,7 @@ def _previous(previous: Masks | None, path: str, like: Tensor) -> Tensor:
 
 
 def _own(value: float | Mapping[str, float], path: str, name: str) -> float:
-    """The value of one path."""
+    """The value for one path."""
     if not isinstance(value, Mapping):
         return value
     if path not in value:

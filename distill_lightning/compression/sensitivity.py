@@ -1,4 +1,4 @@
-"""How much each layer suffers alone, and amounts for all layers that follow from it."""
+"""The sensitivity of each layer when it alone is changed, and the amounts for all layers that follow from it."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ def scan(
 ) -> dict[str, dict[float, float]]:
     """Evaluate a network with one layer changed at a time, by every level.
 
-    Each evaluation has a copy of its own and begins with the same random state. The network and the random states of
-    Python, numpy and PyTorch are left as they were, bit for bit. ::
+    Each evaluation has its own copy of the network and begins with the same random state. The network and the random
+    states of Python, numpy and PyTorch are left as they were, bit for bit. ::
 
         curves = scan(network, ["0.weight", "2.weight"], [0.3, 0.6, 0.9], change=prune_lowest, evaluate=accuracy)
         amounts = amounts_within(curves, dense=accuracy(network), max_drop=0.01)
 
     Args:
-        network: which is not changed.
-        layers: names that ``change`` understands, of parameters, modules or groups of channels.
-        levels: of change, for example the share of weights that are pruned, or a number of bits.
+        network: the network, which is not changed.
+        layers: names that ``change`` understands: of parameters, modules or groups of channels.
+        levels: levels of the change, for example shares of weights to prune, or numbers of bits.
         change: changes the layer of a network by a level, in place: ``change(copy, layer, level)``, for example
             `prune_lowest`.
-        evaluate: the score of a network, larger is better, in the mode that it needs (``eval()`` is its business).
+        evaluate: returns the score of a network; larger is better. It has to set the mode it needs (``eval()``).
 
     Returns:
-        The score by layer and level, in the order given. ``{layer: {bits: dense - score}}`` of it is what
-        `allocate_bits` takes.
+        The scores by layer and level, in the given order. `allocate_bits` takes ``{layer: {bits: dense - score}}``
+        made of them.
 
     Raises:
-        InputError: no layer or no level, or one given twice.
+        InputError: there is no layer or no level, or one is given twice.
     """
     for name, given in (("layers", list(layers)), ("levels", list(levels))):
         if not given or len(set(given)) != len(given):
-            raise InputError(f"{name} of a sensitivity scan must be one or more, each once, got {given}")
+            raise InputError(f"{name} of a sensitivity scan must be one or more, each given once, got {given}")
     curves: dict[str, dict[float, float]] = {}
     for layer in layers:
         curves[layer] = {}
@@ -70,15 +70,15 @@ def prune_lowest(network: nn.Module, path: str, amount: float) -> None:
     """Set the smallest weights of a parameter to zero, in place: ``round(amount * n)`` of them by magnitude.
 
     Args:
-        network: which is changed.
-        path: of the parameter.
-        amount: share of its weights, 0 to 1.
+        network: the network to change.
+        path: path of the parameter.
+        amount: share of its weights, from 0 to 1.
 
     Raises:
         InputError: there is no such parameter, or the amount is not in this range.
     """
     if not 0 <= amount <= 1:
-        raise InputError(f"the amount that is pruned of {path!r} must be 0 to 1, got {amount}")
+        raise InputError(f"the amount to prune of {path!r} must be from 0 to 1, got {amount}")
     weight = parameter_of(network, path)
     gone = lowest(weight.abs().flatten(), round(amount * weight.numel()))
     weight.masked_fill_(gone.view(weight.shape), 0)
@@ -92,22 +92,21 @@ def amounts_within(
     target: float | None = None,
     counts: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
-    """The largest level of each layer at which the score falls by no more than the same drop for all of them.
+    """The largest level of each layer at which the score falls by no more than a drop that is the same for all.
 
-    Layers are judged alone, so what they lose together may be more. A score that is NaN is no score: such a level is
-    never taken.
+    Layers are judged one at a time, so together they may lose more. A level whose score is NaN is never taken.
 
     Args:
         curves: scores by layer and level, from `scan`; a larger level must mean a stronger change.
         dense: the unchanged network's score.
-        max_drop: how much each layer may take away.
-        target: in its place, the share of all weights (0 to 1) that must go: the smallest drop is taken with which the
-            levels, as shares of their layers' weights, reach it. Between two drops of the curves nothing changes, so
-            the share that is reached may be larger.
+        max_drop: how much the score may fall for each layer.
+        target: instead, the share of all weights (0 to 1) to prune: the smallest drop is used at which the levels, as
+            shares of their layers' weights, reach it. Between two drops of the curves nothing changes, so the reached
+            share may be larger.
         counts: weights of each layer, which ``target`` needs.
 
     Returns:
-        By layer the level; 0 where none is within the drop.
+        The level by layer; 0 where none is within the drop.
 
     Raises:
         InputError: not exactly one of ``max_drop`` and ``target``, a target out of range or without the counts of these
@@ -118,7 +117,7 @@ def amounts_within(
     if target is None or max_drop is not None:
         raise InputError("give max_drop or target, and not both")
     if not 0 <= target <= 1 or counts is None or counts.keys() != curves.keys():
-        raise InputError(f"target={target} must be 0 to 1, and counts must be about the layers of the curves")
+        raise InputError(f"target={target} must be from 0 to 1, and counts must have the layers of the curves")
     scores = {score for levels in curves.values() for score in levels.values()}
     drops = sorted(dense - score for score in scores if not math.isnan(score))
     total = sum(counts.values())
@@ -128,7 +127,7 @@ def amounts_within(
 
     if reached(-float("inf")) >= target:
         return _within(curves, dense, -float("inf"))
-    # A larger drop allows no less, so the drops can be halved until the first one that is enough is found.
+    # A larger drop never allows less, so bisection over the drops finds the first one that is enough.
     place = bisect_left(drops, x=True, key=lambda drop: reached(drop) >= target)
     if place == len(drops):
         most = reached(float("inf"))
@@ -145,7 +144,7 @@ def _within(curves: Curves, dense: float, drop: float) -> dict[str, float]:
 
 @contextmanager
 def _same_random_state(network: nn.Module) -> Iterator[None]:
-    """Give every random state back as it was."""
+    """Restore every random state."""
     own, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002  # whatever evaluate draws from
     try:
         with torch.random.fork_rng(cuda_devices(network)):

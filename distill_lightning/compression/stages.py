@@ -1,4 +1,4 @@
-"""What one stage of a compression run costs and saves, measured and in plain values."""
+"""The measured costs and savings of one stage of a compression run, in plain values."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ CONTROL_SCRATCH = "control: same size from scratch"
 CONTROL_RANDOM = "control: random criterion"
 
 SEE = "see "
-"""What a reason begins with that names another row, which has the measurement."""
+"""The beginning of a reason that refers to the row with the measurement."""
 
 MARGIN = 0.02
-"""Of a ratio of times: two equal networks that take turns differ by up to a hundredth, because one is always second."""
+"""A margin for ratios of times: two equal networks differ by up to a hundredth, because one always runs second."""
 
 Kind = Literal["dense", "before", "after", "control"]
 Onnx = Literal["none", "float", "static", "dynamic"]
 Runtime = Literal["torch", "onnxruntime", "onnxruntime int8"]
 Baseline = Literal["torch", "onnxruntime"]
 Write = Callable[[nn.Module, Path], object]
-"""Writes a network's artefact to a path."""
+"""A function that writes a network's artefact to a path."""
 Read = Callable[[Path], nn.Module]
-"""Makes a plain network of an artefact, which shares nothing with the one that was written."""
+"""A function that loads an artefact as a plain network, which shares nothing with the one that was written."""
 
 _ONNX_FILES: dict[str, tuple[str, Runtime]] = {
     "onnx": ("float.onnx", "onnxruntime"),
@@ -60,23 +60,24 @@ _ONNX_FILES: dict[str, tuple[str, Runtime]] = {
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """A compressed network and the dense one that took turns; times in milliseconds, a forward each.
+    """The times of a compressed network and the dense one, measured in turns, in milliseconds per forward pass.
 
     Args:
-        batch: samples in a forward.
-        runtime: that runs the compressed network; ``"onnxruntime int8"``: its int8 version.
-        baseline: that runs the dense one; another one than ``runtime`` saves or costs time of its own.
+        batch: samples in a forward pass.
+        runtime: the runtime of the compressed network; ``"onnxruntime int8"`` runs its int8 version.
+        baseline: the runtime of the dense network; if it is not ``runtime``, the ratio includes what that saves or
+            costs.
         dense_ms: median processor time of the dense network.
-        compressed_ms: of the compressed one.
-        ratio: of these medians.
-        low: where the ratio's interval of 95 % begins.
-        high: where it ends.
-        wall_ratio: the ratio by the clock on the wall.
-        wall_low: where its interval begins.
-        wall_high: where it ends.
-        claim: what may be said of it.
-        dense_rounds: processor time of each turn.
-        compressed_rounds: likewise.
+        compressed_ms: median processor time of the compressed network.
+        ratio: ratio of these medians, compressed to dense.
+        low: lower end of the ratio's 95 % interval.
+        high: upper end of that interval.
+        wall_ratio: the ratio of the times on the clock.
+        wall_low: lower end of its interval.
+        wall_high: upper end of its interval.
+        claim: what may be said about it.
+        dense_rounds: processor times of the dense network, one per turn.
+        compressed_rounds: processor times of the compressed network, one per turn.
     """
 
     batch: int
@@ -96,13 +97,13 @@ class LatencyRow:
 
     @classmethod
     def of(cls, latency: Latency, *, batch: int, runtime: Runtime, baseline: Baseline) -> LatencyRow:
-        """Of a measurement by thread time.
+        """Make a row of a measurement by thread time.
 
         Args:
-            latency: what was measured.
-            batch: samples in a forward.
-            runtime: of the compressed network.
-            baseline: of the dense one.
+            latency: the measurement.
+            batch: samples in a forward pass.
+            runtime: the runtime of the compressed network.
+            baseline: the runtime of the dense network.
         """
         dense, compressed = ([1000 * value for value in times] for times in (latency.dense, latency.compressed))
         row = cls(
@@ -115,7 +116,7 @@ class LatencyRow:
 
     @property
     def is_alike(self) -> bool:
-        """Whether one runtime ran both networks, so that no saving is that of another runtime."""
+        """Whether the same runtime ran both networks, so that no saving comes from the runtime."""
         return self.runtime.removesuffix(" int8") == self.baseline
 
     @property
@@ -131,24 +132,24 @@ class LatencyRow:
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of a compression run: the network at a moment, scored and measured.
+    """One row of a compression run: scores and measurements of the network at one moment.
 
     Args:
-        name: of the row: "dense", "1 Prune", "final", "control: random criterion" and so on.
+        name: name of the row: "dense", "1 Prune", "final", "control: random criterion" and so on.
         kind: "dense", "before" fine-tuning, "after" it, or "control".
-        scores: by metric.
-        parameters: stored ones; tied ones count once.
-        nonzero: those that are not zero.
+        scores: scores by metric.
+        parameters: number of stored parameters; tied ones count once.
+        nonzero: number of those that are not zero.
         macs: multiply-accumulates of one sample, as `distill_lightning.compression.macs.DEFINITION` counts them.
-        effective_macs: those whose weight is not zero; theoretical.
+        effective_macs: those whose weight is not zero; a theoretical number.
         uncounted: layers whose multiply-accumulates could not be counted.
         nbytes: by kind of file, each written and read again with equal outputs: "state_dict", "artefact",
             "artefact_deflated", "onnx", "onnx_int8".
         differences: the largest absolute difference of an output after reading each file again.
         latency: against the dense network.
-        notes: what a reader has to know of this row.
+        notes: what a reader has to know about this row.
         missing: for what could not be measured ("artefact", "latency" and so on) the reason.
-        weight_bits: of the fewest-bit weights that are stored; ``None``: floats.
+        weight_bits: bits of the smallest weights that are stored; ``None`` if all are floats.
     """
 
     name: str
@@ -171,15 +172,15 @@ class Stage:
             raise InputError(f"stage {self.name!r}: kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
 
     def as_plain(self) -> dict[str, Any]:
-        """Of str, int, float, list and dict (and ``None``), which ``torch.load(weights_only=True)`` reads."""
+        """The stage as str, int, float, list and dict (and ``None``), which ``torch.load(weights_only=True)`` reads."""
         return asdict(self)
 
     @classmethod
     def of_plain(cls, plain: Mapping[str, Any]) -> Stage:
-        """The stage that `as_plain` told of.
+        """Restore a stage from what `as_plain` returned.
 
         Raises:
-            InputError: it told of something else.
+            InputError: the values are not those of a stage.
         """
         with refusing(f"stage {plain.get('name')!r} was not written by this version", TypeError):
             stage = cls(**plain)
@@ -205,35 +206,35 @@ def measure_stage(
     notes: Sequence[str] = (),
     seed: int = 0,
 ) -> Stage:
-    """Measure one stage: parameters, multiply-accumulates, files that are read again, and time.
+    """Measure one stage: parameters, multiply-accumulates, files (which are read again) and time.
 
-    All is measured on the network that ``read`` gives back, which is what a user would run: quantizers that train are
-    not in it. Both networks are left as they were. What cannot be measured is in the stage's ``missing``, with the
-    reason; it stops nothing.
+    Everything is measured on the network that ``read`` returns, which is what a user would run: it has no quantizers
+    for training. Both networks are left as they were. What cannot be measured is in the stage's ``missing``, with the
+    reason; this stops nothing else.
 
     Args:
-        name: of the row.
-        network: at this stage, on the CPU.
+        name: name of the row.
+        network: the network at this stage, on the CPU.
         dense: the network before compression, on the CPU.
-        example_inputs: a tensor, or a tuple of arguments, the batch being the first dimension of each; its samples are
-            repeated to the batch sizes.
-        kind: of the row.
-        scores: by metric, of this network on the test data.
-        write: writes the network's artefact to a path; ``None``: there is none.
-        read: makes a plain network of the artefact that shares nothing with the one that was written.
+        example_inputs: a tensor, or a tuple of arguments, each with the batch as its first dimension; the samples are
+            repeated to reach the batch sizes.
+        kind: kind of the row.
+        scores: scores of this network on the test data, by metric.
+        write: writes the network's artefact to a path; ``None`` for no artefact.
+        read: loads the artefact as a plain network, which shares nothing with the one that was written.
         tolerance: the largest difference of an output after reading the artefact; 0: bit-equal.
-        batch_sizes: at which time is measured; none for a stage that has the structure of another.
-        rounds: turns that the two take, at least 50.
+        batch_sizes: batch sizes at which time is measured; none for a stage with the structure of another one.
+        rounds: number of turns, at least 50.
         onnx: ``"float"``: an ONNX file, too; ``"static"`` or ``"dynamic"``: also its int8 version, by that mode of
             `distill_lightning.compression.onnx_export.quantize_onnx`, and the time of both in ONNX Runtime, each
             against the dense network in float32.
         calibration: inputs from the training set for ``onnx="static"``.
-        weight_bits: of the fewest-bit weights that the artefact holds; ``None``: floats.
-        notes: for the row.
-        seed: of the bootstrap.
+        weight_bits: bits of the smallest weights in the artefact; ``None`` if all are floats.
+        notes: notes on the row.
+        seed: seed of the bootstrap.
 
     Raises:
-        InputError: a network is not on the CPU, or an argument that no stage could be measured with.
+        InputError: a network is not on the CPU, or an argument is invalid for every stage.
     """
     for given in (network, dense):
         if any(parameter.device.type != "cpu" for parameter in given.parameters()):
@@ -280,12 +281,12 @@ def measure_stage(
 
 
 class _Measuring:
-    """What has been measured of a stage so far."""
+    """The measurements of a stage so far."""
 
     def __init__(self, network: nn.Module, dense: nn.Module, example_inputs: Any, *, rounds: int, seed: int) -> None:
         self.network, self.dense, self.example_inputs = network, dense, example_inputs
         self.rounds, self.seed = rounds, seed
-        # What the artefact holds, or the network itself where there is none.
+        # The network in the artefact, or the network itself if there is none.
         self.plain = network
         self.macs: Macs | None = None
         self.nbytes: dict[str, int] = {}
@@ -295,7 +296,7 @@ class _Measuring:
 
     @contextmanager
     def reporting(self, what: str) -> Iterator[None]:
-        """Keep the reason why something cannot be measured, in place of the measurement."""
+        """If something cannot be measured, keep the reason in place of the measurement."""
         try:
             yield
         except InputError as error:
@@ -312,8 +313,8 @@ class _Measuring:
             return network(*inputs_of(self.example_inputs))
 
     def files(self, folder: Path, write: Write | None, read: Read | None, tolerance: float) -> None:
-        """Artefact and state dict."""
-        # One way of computing for both sides: without the Transformer's fast path, which rounds differently.
+        """Measure the artefact and the state dict."""
+        # Both sides compute in the same way: without the Transformer's fast path, which rounds differently.
         with calibrating(self.network):
             if write is None or read is None:
                 self.missing["artefact"] = "not asked for"
@@ -321,7 +322,7 @@ class _Measuring:
                 with self.reporting("artefact"):
                     self.plain = self._artefact(folder / "artefact", write, read, tolerance)
             if any(parametrize.is_parametrized(module) for module in self.plain.modules()):
-                self.missing["state_dict"] = "the network is parametrized, and no artefact gives a plain one"
+                self.missing["state_dict"] = "the network is parametrized, and there is no artefact with a plain one"
                 return
             with self.reporting("state_dict"):
                 self._measure(
@@ -337,7 +338,7 @@ class _Measuring:
         kept: list[nn.Module] = []
 
         def reading(path: Path) -> nn.Module:
-            # It is needed afterwards, as an ordinary network.
+            # The network is needed afterwards, outside inference mode.
             with torch.inference_mode(mode=False):
                 kept.append(read(path).eval())
             return kept[-1]
@@ -354,10 +355,10 @@ class _Measuring:
         return kept[-1]
 
     def onnx(self, folder: Path, onnx: Onnx, calibration: Iterable[Any] | None) -> None:
-        """The ONNX file in float32 and, if asked for, in int8."""
+        """Measure the ONNX file in float32 and, if asked for, in int8."""
         with calibrating(self.plain):
             outputs = outputs_of(self._expected(self.plain))
-        # As ONNX Runtime gives them, without the structure.
+        # Flat, as ONNX Runtime returns them.
         expected = outputs[0] if len(outputs) == 1 else outputs
         options = {"expected": expected, "example_inputs": tensors_of(self.example_inputs), "read": onnx_session}
         largest = max((float(output.double().abs().max()) for output in outputs), default=0.0)
@@ -379,13 +380,13 @@ class _Measuring:
                 write=lambda path: quantize_onnx(
                     exact, path, mode=mode, batches=calibration if mode == "static" else None
                 ),
-                # Rounding is its purpose; the difference tells how much.
+                # int8 rounds on purpose; the difference shows how much.
                 tolerance=math.inf,
                 **options,
             )
 
     def torch_latency(self, size: int) -> None:
-        """Both networks in PyTorch, with whatever fast path a user would get."""
+        """Measure both networks in PyTorch, with the fast paths that a user would get."""
         arguments = inputs_of(at_batch(self.example_inputs, size))
         with evaluating(self.dense), evaluating(self.plain):
             latency = compare_latency(
@@ -394,7 +395,7 @@ class _Measuring:
         self.latency.append(LatencyRow.of(latency, batch=size, runtime="torch", baseline="torch"))
 
     def onnx_latency(self, folder: Path, size: int, what: str) -> None:
-        """An ONNX file against the dense network in float32, there and in PyTorch."""
+        """Measure an ONNX file against the dense network in float32, in ONNX Runtime and in PyTorch."""
         file, runtime = _ONNX_FILES[what]
         baseline = folder / "dense.onnx"
         if not baseline.exists():
@@ -406,11 +407,11 @@ class _Measuring:
 
 
 def _loaded(like: nn.Module, path: Path) -> nn.Module:
-    # Attention of inference tensors is computed, and rounded, in another way than that of parameters.
+    # Attention with inference tensors is computed and rounded differently than with parameters.
     with torch.inference_mode(mode=False):
         network = copy.deepcopy(like)
     with torch.no_grad():
-        # What the file leaves out is not to come from the copy.
+        # Values that the file lacks must not come from the copy.
         for tensor in network.state_dict().values():
             tensor.zero_()
     load_strictly(network, read_weights(path), source=str(path))

@@ -1,4 +1,4 @@
-"""Networks that were compressed since they were built, in checkpoints."""
+"""The structure of compressed networks in checkpoints."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from distill_lightning.errors import InputError
 from distill_lightning.networks import provenance
 
 NOTHING: dict[str, Any] = {"changes": [], "layers": {}}
-"""The description of a network to which nothing was done that can be seen on it: weights may be zero by masks."""
+"""The description of a network without visible changes; its weights may be masked."""
 
 
 def note_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Note in a checkpoint what was done to a module's network, from which `rebuild` makes its structure.
+    """Store in a checkpoint the changes of a module's network, from which `rebuild` restores its structure.
 
     Args:
-        module: whose network `CompressionCallback` compresses, or that was loaded from such a checkpoint.
-        checkpoint: gets ``"compression"``, if anything does or did.
+        module: a module whose network `CompressionCallback` compresses, or that was loaded from such a checkpoint.
+        checkpoint: receives ``"compression"`` if the network is or was being compressed.
     """
     kept: dict[str, nn.Module] = module.__dict__.get("_uncompressed", {})
     for name in kept or ("student",):
@@ -40,14 +40,14 @@ def note_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Give a module's network the structure that it had when a checkpoint was made, so that its weights fit.
+    """Give a module's network the structure that it had in a checkpoint, so that the weights fit.
 
     Args:
         module: made with the uncompressed network, of which it then keeps a copy, or compressed in this process.
         checkpoint: with or without ``"compression"``, see `CompressionCallback`.
 
     Raises:
-        InputError: the network is compressed, and nobody kept what it was before.
+        InputError: the network is compressed, and there is no copy of the uncompressed one.
     """
     kept: dict[str, nn.Module] = module.__dict__.get("_uncompressed", {})
     told = checkpoint.get("compression")
@@ -60,12 +60,12 @@ def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         if now != NOTHING:
             if name not in kept:
                 raise InputError(
-                    f"{type(module).__name__}.{name} is compressed otherwise than in the checkpoint: make the module "
-                    "anew, with the network as it was at first"
+                    f"{type(module).__name__}.{name} is compressed differently than in the checkpoint: build the "
+                    "module again, with the uncompressed network"
                 )
             device = next(iter(network.parameters())).device
             fresh = copy_network(kept[name]).to(device).train(network.training)
-            # It stays the same object, which others have, too.
+            # It stays the same object, to which others may refer.
             network.__class__, network.__dict__ = fresh.__class__, fresh.__dict__
         elif name not in kept:
             module.__dict__.setdefault("_uncompressed", {})[name] = copy_network(network)

@@ -1,4 +1,4 @@
-"""Which layers a step works on, as one writes it in a configuration."""
+"""The patterns by which a configuration names the layers that a step works on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from distill_lightning.errors import InputError
 
 Targets = str | Sequence[str]
-"""One pattern or several: a glob over the layers' paths (``"features.*"``), the name of a layer's class (``"Conv2d"``),
-or ``"re:"`` and a regular expression that has to match the whole path."""
+"""One or more patterns: a glob over the layers' paths (``"features.*"``), the name of a layer's class (``"Conv2d"``),
+or ``"re:"`` and a regular expression that must match the whole path."""
 
 
 def match_layers(
@@ -24,14 +24,14 @@ def match_layers(
     fits: Callable[[nn.Module], bool],
     what: str,
 ) -> list[str]:
-    """Paths of layers, in the network's order; a layer that has several is named once.
+    """The paths of the layers that match, in the network's order; a layer with several paths is listed once.
 
     Args:
-        network: whose layers they are.
-        targets: what is asked for; ``None``: every layer that fits.
-        exclude: what is left out of it; a pattern that matches nothing is an error, too.
-        fits: whether a layer can be worked on; parametrizations inside of layers are never asked.
-        what: what does fit, for the message: "linear and convolutional layers".
+        network: the network that has the layers.
+        targets: patterns of the layers; ``None`` for every layer that fits.
+        exclude: patterns of layers to leave out; a pattern that matches nothing is an error here, too.
+        fits: returns whether a layer can be worked on; it is never called with parametrizations.
+        what: what the layers that fit are called in the message: "linear and convolutional layers".
 
     Raises:
         InputError: a pattern matches no layer that fits, or nothing is left.
@@ -39,7 +39,7 @@ def match_layers(
     paths = {path: module for path, module in network.named_modules() if "parametrizations" not in path.split(".")}
     fitting = {path: module for path, module in paths.items() if fits(module)}
     chosen = list(fitting) if targets is None else _matching(network, fitting, targets, "targets", what)
-    # The name of a part, as in "encoder", leaves out everything in it.
+    # The name of a part of the network ("encoder") leaves out everything in it.
     unwanted = set(_matching(network, fitting, exclude, "exclude", what))
     left = [path for path in fitting if path in set(chosen) - unwanted]
     if not left:
@@ -51,15 +51,15 @@ def match_layers(
 
 
 def check_patterns(network: nn.Module, patterns: Targets, argument: str) -> None:
-    """Refuse patterns that match no part of a network at all, whatever a step can work on.
+    """Refuse patterns that match no part of a network at all, regardless of what a step can work on.
 
     Args:
-        network: whose layers they are.
-        patterns: see `Targets`.
-        argument: what they were given as, for the message.
+        network: the network that has the layers.
+        patterns: the patterns, see `Targets`.
+        argument: the name of the argument, for the message.
 
     Raises:
-        InputError: one matches nothing.
+        InputError: a pattern matches nothing.
     """
     _matching(network, dict(network.named_modules()), patterns, argument, "layers")
 
@@ -76,7 +76,7 @@ def _matching(
             )
             raise InputError(
                 f"{argument} {pattern!r} matches none of {type(network).__name__}'s {what}: "
-                f"near are {', '.join(near) or 'none at all'}"
+                f"similar names: {', '.join(near) or 'it has none'}"
             )
         found += matched
     return found
@@ -87,8 +87,8 @@ def _matches(pattern: str, path: str, module: nn.Module) -> bool:
         try:
             return re.fullmatch(pattern[3:], path) is not None
         except re.error as error:
-            raise InputError(f"targets {pattern!r} is no regular expression: {error}") from error
-    # A layer inside of what is named belongs to it.
+            raise InputError(f"targets {pattern!r} is not a regular expression: {error}") from error
+    # Layers inside a named part belong to it.
     parts = path.split(".")
     inside = any(fnmatchcase(".".join(parts[:number]), pattern) for number in range(1, len(parts) + 1))
     return inside or pattern in (kind.__name__ for kind in type(module).__mro__)

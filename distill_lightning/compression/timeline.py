@@ -1,4 +1,4 @@
-"""When each step's phase begins and ends, and whether the steps' order makes sense."""
+"""The begin and end of each step's phase, and checks of the steps' order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _REASONS = {
 
 
 class Phase(NamedTuple):
-    """A step and its epochs: training goes on in it from ``begin`` to ``end``, which are equal where there is none."""
+    """A step and the epochs of its phase, from ``begin`` to ``end``, which are equal if there is no training in it."""
 
     number: int
     step: Step
@@ -29,21 +29,21 @@ class Phase(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As in the report: ``"2 Quantize"``."""
+        """The name in the report: ``"2 Quantize"``."""
         return f"{self.number} {self.step!r}"
 
 
 def plan(steps: Sequence[Step], *, epochs: int, dense_epochs: int = 0) -> list[Phase]:
-    """The phases of some steps.
+    """Plan the phases of some steps.
 
     Args:
-        steps: in their order.
-        epochs: of the whole training; 0: there is none, and all steps are done at once.
-        dense_epochs: of ordinary training before a first step that does not say when.
+        steps: the steps in their order.
+        epochs: epochs of the whole training; with 0 there is none, and all steps are done at once.
+        dense_epochs: epochs of ordinary training before the first step, if that has no ``at``.
 
     Raises:
-        InputError: an order that makes no sense, phases that overlap, one that is not over after ``epochs``, or a step
-            that needs training and gets none.
+        InputError: the order makes no sense, phases overlap, a phase is not over after ``epochs``, or a step needs
+            training and gets none.
     """
     check_order(steps)
     if not 0 <= dense_epochs <= epochs:
@@ -73,7 +73,7 @@ def plan(steps: Sequence[Step], *, epochs: int, dense_epochs: int = 0) -> list[P
 
 
 def _check_rewind(phases: Sequence[Phase]) -> None:
-    """Refuse that the last one goes back to a network with other parameters than it will find."""
+    """Refuse that the last phase rewinds to a network with other parameters than it then has."""
     last = phases[-1]
     epoch = last.step.rewinds_to
     if epoch is None:
@@ -82,7 +82,7 @@ def _check_rewind(phases: Sequence[Phase]) -> None:
         if not phase.step.gives_other_parameters:
             continue
         until = phase.end if phase.step.changes_at_end else phase.begin
-        # Scores of masks are there in their phase alone; structure remains.
+        # Scores of masks exist only in their phase; changes of the structure remain.
         since = phase.begin + 1 if phase.step.order is Order.MASKS else 0
         if since <= epoch <= until:
             raise InputError(
@@ -93,16 +93,16 @@ def _check_rewind(phases: Sequence[Phase]) -> None:
 
 
 def check_order(steps: Sequence[Step]) -> None:
-    """Refuse an order that makes no sense.
+    """Refuse an order of steps that makes no sense.
 
     Raises:
-        InputError: with the reason.
+        InputError: the order makes no sense, for a reason that the message gives.
     """
     last: tuple[int, Step] | None = None
     for number, step in enumerate(steps, start=1):
         before, after = None if last is None else last[1].order, step.latest_after
         if last is not None and before is not None and after is not None and after < before:
-            reason = _REASONS.get((before, after), "what is stored is encoded last, because it changes no weight")
+            reason = _REASONS.get((before, after), "encoding comes last, because it changes no weight")
             raise InputError(
                 f"step {number} ({step!r}) cannot come after step {last[0]} ({last[1]!r}): {reason}; exchange them"
             )

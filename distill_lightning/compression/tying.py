@@ -1,4 +1,4 @@
-"""Layers that are one layer: the same module at several places of a network, stored, trained and counted once."""
+"""Tied layers: the same module at several places of a network, stored, trained and counted once."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ _INTERNAL = set(vars(nn.Module()))
 
 
 def tie_layers(network: nn.Module, groups: Sequence[Sequence[str]], *, init: Init = "first") -> nn.Module:
-    """Make the modules of each group one module, in place: the first one, which stands at every path from then on.
+    """Replace the modules of each group, in place, by the first one, which is then at every path of the group.
 
-    Gradients of all its uses add up, so give its parameters no larger learning rate than before. An optimiser made
-    before keeps the modules that left: build it afterwards. Everything in a module is shared, so a BatchNorm inside has
-    one set of running statistics for all places, each of which updates them: where inputs differ much from place to
-    place, tie what is around the norms and leave the norms out. State dicts name a tied tensor at every path; loaded
-    strictly, copied or saved, it remains one.
+    Gradients of all its uses add up, so do not give its parameters a larger learning rate than before. An optimiser
+    that was made before keeps the parameters of the replaced modules: make it afterwards. Everything in a module is
+    shared, so a BatchNorm inside has one set of running statistics for all places, each of which updates them: where
+    inputs differ much between places, tie the layers around the norms and leave the norms out. State dicts name a tied
+    tensor at every path; loaded strictly, copied or saved, it remains one.
 
     Args:
-        network: which is changed.
-        groups: of two or more paths each; modules of one group have the same class, structure, shapes and options.
-        init: whose weights they begin with: ``"first"``: the first module's; ``"mean"``: the mean of all (parameters
-            and floating-point buffers, counters stay the first's).
+        network: the network to change.
+        groups: groups of two or more paths; the modules of a group have the same class, structure, shapes and options.
+        init: the initial weights: ``"first"``: those of the first module; ``"mean"``: the mean of all modules'
+            (parameters and floating-point buffers; counters are those of the first).
 
     Returns:
         The same network.
 
     Raises:
-        InputError: a group of fewer than two, a path without module, given twice or inside another one, modules that
-            differ, that have hooks or parametrizations, or that share weights with a module that is not in the group.
-            Nothing is changed then.
+        InputError: a group has fewer than two paths, a path has no module, is given twice or is inside another one, or
+            modules differ, have hooks or parametrizations, or share weights with a module outside the group. Nothing
+            is changed then.
     """
     if init not in ("first", "mean"):
         raise InputError(f"init must be 'first' or 'mean', got {init!r}")
     for group in groups:
         if isinstance(group, str) or len(group) < 2:
-            raise InputError(f"a group of tied layers has at least two paths, got {group!r}")
+            raise InputError(f"a group of tied layers needs at least two paths, got {group!r}")
     found = {path: _module_at(network, path) for group in groups for path in group}
     _check_paths([path for group in groups for path in group], found)
     for group in groups:
@@ -61,11 +61,11 @@ def tie_layers(network: nn.Module, groups: Sequence[Sequence[str]], *, init: Ini
 
 
 def describe_tied(network: nn.Module) -> list[list[str]]:
-    """The places where a network has one module more than once, for `rebuild_tied`.
+    """The places at which a network has the same module, for `rebuild_tied`.
 
     Returns:
-        Groups of paths in the order of the network, in plain values. What is tied because modules around it are one is
-        not listed, nor are modules without parameters and buffers.
+        Groups of paths in the order of the network, in plain values. Modules that are tied only because modules around
+        them are tied are not listed, nor are modules without parameters and buffers.
     """
     places: dict[nn.Module, list[str]] = {}
     for path, parent in network.named_modules():
@@ -76,17 +76,17 @@ def describe_tied(network: nn.Module) -> list[list[str]]:
 
 
 def rebuild_tied(network: nn.Module, description: Sequence[Sequence[str]]) -> nn.Module:
-    """Tie the modules of a network as `describe_tied` told, in place; a state dict of the tied one then loads strictly.
+    """Tie the modules of a network as described, in place; a state dict of the tied network then loads strictly.
 
     Args:
-        network: built as the described one was, before anything else (shrinking, quantizing) is rebuilt.
-        description: from `describe_tied`. What is one module already remains so.
+        network: built like the described one, before anything else (shrinking, quantizing) is rebuilt.
+        description: what `describe_tied` returned. Modules that are tied already remain so.
 
     Returns:
         The same network.
 
     Raises:
-        InputError: as `tie_layers`.
+        InputError: see `tie_layers`.
     """
     groups = []
     for paths in description:
@@ -99,7 +99,7 @@ def rebuild_tied(network: nn.Module, description: Sequence[Sequence[str]]) -> nn
 
 
 def parameter_ties(network: nn.Module) -> list[list[str]]:
-    """Names of parameters that are one tensor, in groups of two or more, in the order of the network."""
+    """Names of parameters that are the same tensor, in groups of two or more, in the order of the network."""
     return [names for names in _names_of(network).values() if len(names) > 1]
 
 
@@ -117,13 +117,13 @@ def _check_paths(paths: Sequence[str], found: dict[str, nn.Module]) -> None:
     for number, path in enumerate(paths):
         for other in paths[:number]:
             if path == other:
-                raise InputError(f"{path!r} is to be tied twice: name it once, with everything it is tied to")
-            # Objects, not names: of a module that is tied already either may be an alias.
+                raise InputError(f"{path!r} is named twice: name it once, in a group with everything it is tied to")
+            # Compares objects, not names: either may be an alias of a module that is tied already.
             if found[path] is found[other]:
-                raise InputError(f"{other!r} and {path!r} are one module already: leave one of them out")
+                raise InputError(f"{other!r} and {path!r} are the same module already: leave one of them out")
             for outer, inner in ((path, other), (other, path)):
                 if any(module is found[inner] for module in found[outer].modules()):
-                    raise InputError(f"{inner!r} is inside {outer!r}, and both are to be tied: name one of them")
+                    raise InputError(f"{inner!r} is inside {outer!r}: name only one of them")
 
 
 def _check_group(network: nn.Module, group: dict[str, nn.Module]) -> None:
@@ -142,7 +142,7 @@ def _check_group(network: nn.Module, group: dict[str, nn.Module]) -> None:
 
 
 def _check_outside(network: nn.Module, group: dict[str, nn.Module]) -> None:
-    """Refuse to replace a module whose weights are used elsewhere: that tie would be lost without a word."""
+    """Refuse to replace a module whose weights are used elsewhere: that tie would be lost silently."""
     members = set(group.values())
     homes = [path for path, module in network.named_modules(remove_duplicate=False) if module in members]
     names = _names_of(network)
@@ -157,7 +157,7 @@ def _check_outside(network: nn.Module, group: dict[str, nn.Module]) -> None:
 
 
 def _difference(one: nn.Module, other: nn.Module) -> str:
-    """What two modules differ in, in words; empty where they can stand for one another."""
+    """How two modules differ, in words; empty if one can replace the other."""
     ours, theirs = dict(one.named_modules()), dict(other.named_modules())
     if type(one) is type(other) and list(ours) != list(theirs):
         return "their parts differ"
@@ -167,7 +167,7 @@ def _difference(one: nn.Module, other: nn.Module) -> str:
         if own is not its:
             return f"{own.__name__} and {its.__name__}{where}"
         options, others = _options(module), _options(theirs[path])
-        # What a user has set comes before what follows from it.
+        # Differences in arguments come before those that follow from them.
         for name in sorted(options.keys() | others.keys(), key=lambda name: (name.startswith("_"), name)):
             if name not in options or name not in others or options[name] != others[name]:
                 return f"{name} is {options.get(name)} and {others.get(name)}{where}"
@@ -179,7 +179,7 @@ def _difference(one: nn.Module, other: nn.Module) -> str:
 
 
 def _options(module: nn.Module) -> dict[str, Any]:
-    """The Python attributes of a module as far as they can be compared, and of the rest the kinds."""
+    """The Python attributes of a module as far as they can be compared, and the types of the others."""
     return {name: _comparable(value) for name, value in vars(module).items() if name not in _INTERNAL}
 
 
@@ -205,7 +205,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def _average(modules: Sequence[nn.Module]) -> None:
-    """Put the means into the first module."""
+    """Set the first module's values to the means."""
     everything = [dict(_tensors(module)) for module in modules]
     done = set()
     for name, tensor in everything[0].items():
@@ -217,7 +217,7 @@ def _average(modules: Sequence[nn.Module]) -> None:
 def _replace(network: nn.Module, modules: Sequence[nn.Module]) -> None:
     first, *others = modules
     for parent in list(network.modules()):
-        for name, child in parent._modules.items():  # noqa: SLF001  # every name of a module that has several
+        for name, child in parent._modules.items():  # noqa: SLF001  # all names of a module that has several
             if any(child is other for other in others):
                 parent._modules[name] = first  # noqa: SLF001
 

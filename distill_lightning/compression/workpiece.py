@@ -1,4 +1,4 @@
-"""What a compression step works on."""
+"""The workpiece of compression steps."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from distill_lightning.errors import InputError
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy of logits ``(N, ..., K)`` and classes ``(N, ...)``, mean over samples and positions."""
+    """Cross entropy of logits ``(N, ..., K)`` with classes ``(N, ...)``, mean over samples and positions."""
     return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
 
 @dataclass
 class Workpiece:
-    """A network that is being compressed, and what a step needs beside it.
+    """A network that is being compressed, and what else a step needs.
 
     Attributes:
-        network: changed in place; it stays the same object.
+        network: the network; it is changed in place and stays the same object.
         example_inputs: a tensor ``(N, ...)`` that the network takes, or a tuple of its arguments.
-        masks: of the weights that are pruned, by the path that the parameter has now; kept at zero by the `Compressor`.
-        optimizer: of the training that goes on, whose memory of pruned weights has to go; ``None`` outside of one.
-        seed: of everything that is drawn.
-        draw: gives the calibration batches, pairs of inputs and targets from the training set; ``None``: there are
+        masks: masks of the pruned weights, by the current paths of the parameters; the `Compressor` applies them.
+        optimizer: optimiser of the current training, whose state of pruned weights has to be cleared; ``None`` if there
+            is no training.
+        seed: seed of everything that is drawn.
+        draw: returns the calibration batches, pairs of inputs and targets from the training set; ``None`` if there are
             none.
-        loss: of the network's output and the targets, a mean.
-        coding: of the bytes of a packed file: ``"plain"``, ``"deflate"`` or ``"huffman"``.
-        notes: what the report has to say about the steps, in sentences.
+        loss: a function of the network's output and the targets, a mean over the samples.
+        coding: coding of a packed file's bytes: ``"plain"``, ``"deflate"`` or ``"huffman"``.
+        notes: sentences about the steps, for the report.
         changed: set by a step that has changed weights or structure.
-        restart: set by a step after which training begins anew, with an optimiser and a learning rate as at first.
+        restart: set by a step after which the training starts again, with a new optimiser and the initial learning
+            rate.
     """
 
     network: nn.Module
@@ -57,7 +59,7 @@ class Workpiece:
         """The calibration batches, drawn once for each step.
 
         Args:
-            what: needs them, for the message.
+            what: what needs them, for the message.
 
         Raises:
             InputError: there are none.
@@ -69,11 +71,11 @@ class Workpiece:
         return self._drawn
 
     def forget_batches(self) -> None:
-        """Have the next step draw its own."""
+        """Make the next step draw its own batches."""
         self._drawn = None
 
     def prune(self, masks: Masks) -> None:
-        """Take masks over: these parameters' weights are zero from now on, and so is what the optimiser remembers."""
+        """Add masks: from now on the masked weights and the optimiser's state of them are zero."""
         self.masks.kept.update(masks.kept)
         masks.project(self.network)
         if self.optimizer is not None:
@@ -81,11 +83,11 @@ class Workpiece:
         self.changed = self.changed or masks.pruned > 0
 
     def rename_mask(self, path: str, new: str) -> None:
-        """Have the mask of a parameter belong to another name: that under a parametrization, say."""
+        """Move a parameter's mask to another path, such as that under a parametrization."""
         if path in self.masks.kept:
             self.masks.kept[new] = self.masks.kept.pop(path)
 
     def note(self, sentence: str) -> None:
-        """Have the report say something, once."""
+        """Add a sentence to the report's notes, once."""
         if sentence not in self.notes:
             self.notes.append(sentence)

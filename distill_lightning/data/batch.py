@@ -88,6 +88,7 @@ class Batch:
         partner: another training sample for each row, to be mixed with it, a function of the row's index and view.
         mixture: how the rows were mixed; ``None``: they were not.
         key: ``index`` and ``view`` on the host.
+        when: epoch, and the batch's place in it, by which samples without an index or a view draw random numbers.
     """
 
     input: Any
@@ -98,7 +99,6 @@ class Batch:
     partner: Batch | None = None
     mixture: Mixture | None = None
     key: Key | None = dataclasses.field(default=None, repr=False, compare=False)
-    # Epoch and place in it, of samples that have no index or view to draw random numbers by.
     when: tuple[int, int] = dataclasses.field(default=(0, 0), repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -161,7 +161,7 @@ def random_box(
 
     Args:
         height: of the image, in pixels.
-        width: likewise.
+        width: of the image, in pixels.
         draws: `CROP_DRAWS` numbers, uniform on ``[0, 1)``; each trial has four: area, ratio, top, left.
         scale: smallest and largest part of the area.
         ratio: smallest and largest ratio of width to height.

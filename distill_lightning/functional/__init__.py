@@ -1,7 +1,7 @@
 """Every formula of the package, as a pure function of tensors.
 
 Shapes use the letters of `distill_lightning.data.batch`. Every function says how it reduces; none keeps state.
-Probabilities and norms are computed in float32 (or wider), whatever autocast or the inputs say.
+Probabilities and norms are computed in float32 or wider, whatever the dtype of the inputs and under any autocast.
 """
 
 from distill_lightning.functional.adversarial import discriminator_loss, reverse_gradient

@@ -1,4 +1,4 @@
-"""What a discriminator learns, and how its gradient is turned round."""
+"""The loss of a discriminator, and the reversal of its gradient."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def discriminator_loss(student_scores: Tensor, teacher_scores: Tensor) -> Tensor
         + \log \sigma(-b_{i0}) + \log \sigma(b_{i1}) \right]
 
     with the scores :math:`a` of the student's rows, whose target is ``(1, 0)``, and :math:`b` of the teachers', whose
-    target is ``(0, 1)``. Scores of zero cost ``ln 2 = 0.693``; scores that cannot be negative, as those of MEAL V2's
-    official discriminator, cost at least ``ln(2) / 2 = 0.347``.
+    target is ``(0, 1)``. Scores of zero cost ``ln 2 = 0.693``; scores that cannot be negative, such as those of
+    MEAL V2's official discriminator, cost at least ``ln(2) / 2 = 0.347``.
 
     Args:
         student_scores: ``(N, 2)``, before the sigmoid.
@@ -30,7 +30,17 @@ def discriminator_loss(student_scores: Tensor, teacher_scores: Tensor) -> Tensor
         A scalar in nats: mean over the ``2 N`` rows and both outputs.
 
     Raises:
-        InputError: the scores do not have that shape.
+        InputError: the scores do not have this shape.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional import discriminator_loss
+        >>> undecided = torch.zeros(4, 2)
+        >>> discriminator_loss(undecided, undecided)
+        tensor(0.6931)
+        >>> student, teacher = torch.tensor([[4.0, -4.0]]), torch.tensor([[-4.0, 4.0]])
+        >>> discriminator_loss(student, teacher)
+        tensor(0.0181)
 
     Shen, Savvides: *MEAL V2: Boosting Vanilla ResNet-50 to 80%+ Top-1 Accuracy on ImageNet without Tricks*,
     https://arxiv.org/abs/2009.08453
@@ -45,17 +55,25 @@ def discriminator_loss(student_scores: Tensor, teacher_scores: Tensor) -> Tensor
 
 
 def reverse_gradient(tensor: Tensor, scale: float = 1.0) -> Tensor:
-    r"""The same tensor, whose gradient arrives multiplied with ``-scale``.
+    r"""The identity in the forward pass, which multiplies the gradient with ``-scale`` in the backward pass.
 
-    What is computed from it is minimised by everything behind it and maximised by everything before it, in one backward
-    pass and with one optimiser.
+    A loss that is computed from the result is minimised by the layers after this function and maximised by the layers
+    before it, in one backward pass and with one optimiser.
 
     Args:
-        tensor: of any shape.
-        scale: :math:`\lambda`, the factor besides the sign.
+        tensor: a tensor of any shape.
+        scale: :math:`\lambda`, the factor without its sign.
 
     Returns:
         ``tensor``, of the same shape.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import reverse_gradient
+        >>> weight = tensor([1.0, 2.0], requires_grad=True)
+        >>> reverse_gradient(weight, scale=0.5).sum().backward()
+        >>> weight.grad
+        tensor([-0.5000, -0.5000])
 
     Ganin, Lempitsky: *Unsupervised Domain Adaptation by Backpropagation*, https://arxiv.org/abs/1409.7495
     """

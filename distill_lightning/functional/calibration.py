@@ -1,4 +1,4 @@
-"""How far a prediction's confidence can be believed."""
+"""How well the confidence of predictions agrees with how often they are right."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, *, bins: int
     Returns:
         A scalar in ``[0, 1]``; NaN for no samples.
 
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import expected_calibration_error
+        >>> confidence = tensor([0.95, 0.95, 0.65, 0.65])
+        >>> correct = tensor([True, True, True, False])
+        >>> expected_calibration_error(confidence, correct, bins=10)
+        tensor(0.1000, dtype=torch.float64)
+
     Guo, Pleiss, Sun, Weinberger: *On Calibration of Modern Neural Networks*, https://arxiv.org/abs/1706.04599
     """
     counts, confidences, hits = calibration_bins(confidence, correct, bins=bins)
@@ -33,7 +41,7 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, *, bins: int
 
 
 def calibration_bins(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
-    """What a reliability diagram and the calibration error are made of.
+    """Counts, confidences and hits by bin: what a reliability diagram and the calibration error are computed from.
 
     Args:
         confidence: the largest probability of each sample, ``(N,)``.
@@ -42,6 +50,13 @@ def calibration_bins(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> 
 
     Returns:
         Three tensors ``(bins,)``: the number of samples, the sum of their confidences, the number of hits.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import calibration_bins
+        >>> counts, confidences, hits = calibration_bins(tensor([0.25, 0.75, 1.0]), tensor([0, 1, 1]), bins=2)
+        >>> counts.tolist(), confidences.tolist(), hits.tolist()
+        ([1.0, 2.0], [0.25, 1.75], [0.0, 2.0])
     """
     # float64 keeps the inner edges exact; Apple's devices have none.
     exact = torch.float32 if confidence.device.type == "mps" else torch.float64
@@ -54,12 +69,12 @@ def calibration_bins(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> 
 
 
 def risk_coverage(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
-    r"""How often the surest samples are wrong, for every number of them.
+    r"""The share of errors among the ``k`` most confident samples, for every ``k``.
 
     .. math:: \mathrm{coverage}_k = \frac{k}{N}, \qquad
         \mathrm{risk}_k = \frac{1}{k} \sum_{i=1}^{k} \mathbb{1}[\text{sample } i \text{ is wrong}]
 
-    with the samples in the order of falling confidence. Samples of equal confidence keep the order they are given in.
+    with the samples in order of decreasing confidence. Samples of equal confidence keep the order in which they come.
 
     Args:
         confidence: the largest probability of each sample, ``(N,)``.
@@ -69,15 +84,26 @@ def risk_coverage(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
         Coverage and risk, two float32 tensors ``(N,)`` in ``[0, 1]``.
 
     Raises:
-        InputError: the two are not of one shape ``(N,)``.
+        InputError: the two do not have the same shape ``(N,)``.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import risk_coverage
+        >>> confidence = tensor([0.9, 0.8, 0.7, 0.6])
+        >>> correct = tensor([True, True, False, True])
+        >>> coverage, risk = risk_coverage(confidence, correct)
+        >>> coverage
+        tensor([0.2500, 0.5000, 0.7500, 1.0000])
+        >>> risk
+        tensor([0.0000, 0.0000, 0.3333, 0.2500])
     """
     if confidence.ndim != 1 or confidence.shape != correct.shape:
         raise InputError(
-            "risk and coverage need confidence and correctness of one shape (N,), "
+            "risk and coverage need confidence and correctness of the same shape (N,), "
             f"got {tuple(confidence.shape)} and {tuple(correct.shape)}"
         )
     order = wide(confidence).argsort(descending=True, stable=True)
-    # Whole numbers until the division: nothing is lost however many samples there are.
+    # Integers until the division: nothing is rounded, however many samples there are.
     errors = (correct[order] == 0).cumsum(dim=0)
     ranks = torch.arange(1, len(errors) + 1, device=errors.device)
     return ranks / len(errors), errors / ranks
@@ -86,8 +112,8 @@ def risk_coverage(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
 def area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
     r"""AURC, the mean of the risks of `risk_coverage`, :math:`\frac{1}{N} \sum_{k=1}^{N} \mathrm{risk}_k`.
 
-    It is small when the errors are few and the network is least sure of them. This is the definition of Self-KD's code,
-    whose tables show it times 1000; others integrate with trapezoids.
+    It is small when there are few errors and the network is least confident about them. This is the definition of
+    Self-KD's code, whose tables show it times 1000; others integrate with trapezoids.
 
     Args:
         confidence: the largest probability of each sample, ``(N,)``.
@@ -97,7 +123,15 @@ def area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
         A scalar in ``[0, 1]``; NaN for no samples.
 
     Raises:
-        InputError: the two are not of one shape ``(N,)``.
+        InputError: the two do not have the same shape ``(N,)``.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import area_under_risk_coverage
+        >>> confidence = tensor([0.9, 0.8, 0.7, 0.6])
+        >>> correct = tensor([True, True, False, True])
+        >>> area_under_risk_coverage(confidence, correct)
+        tensor(0.1458)
 
     Geifman, Uziel, El-Yaniv: *Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers*,
     https://arxiv.org/abs/1805.08206; Kim, Ji, Yoon, Hwang: *Self-Knowledge Distillation with Progressive Refinement of
@@ -107,11 +141,12 @@ def area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
 
 
 def excess_area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
-    r"""E-AURC: the part of AURC that a better order of the same answers would avoid.
+    r"""E-AURC: how much AURC exceeds that of the best possible order of the same answers.
 
     .. math:: \mathrm{AURC} - \frac{1}{N} \sum_{j=1}^{e} \frac{j}{N - e + j}
 
-    with ``e`` errors among the ``N`` samples; the sum is AURC's when every error comes after every right answer.
+    with ``e`` errors among the ``N`` samples; the subtracted mean is the AURC of the order in which every error comes
+    after every right answer.
 
     Args:
         confidence: the largest probability of each sample, ``(N,)``.
@@ -121,19 +156,27 @@ def excess_area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tens
         A scalar in ``[0, 1]``, 0 for the best order; NaN for no samples.
 
     Raises:
-        InputError: the two are not of one shape ``(N,)``.
+        InputError: the two do not have the same shape ``(N,)``.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import excess_area_under_risk_coverage
+        >>> confidence = tensor([0.9, 0.8, 0.7, 0.6])
+        >>> correct = tensor([True, True, False, True])
+        >>> excess_area_under_risk_coverage(confidence, correct)
+        tensor(0.0833)
 
     Geifman, Uziel, El-Yaniv: *Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers*,
     https://arxiv.org/abs/1805.08206
     """
     _, risk = risk_coverage(confidence, correct)
-    # Correctness itself is the best confidence there could be.
+    # Correctness itself is the best possible confidence.
     _, best = risk_coverage(correct.float(), correct)
     return (risk - best).mean()
 
 
 def brier_score(logits: Tensor, target: Tensor) -> Tensor:
-    r"""Brier's score: the squared distance of the probabilities from the one-hot label.
+    r"""Brier score: the squared distance between the probabilities and the one-hot label.
 
     .. math:: \frac{1}{N} \sum_i \sum_k \left( p_{ik} - \mathbb{1}[k = y_i] \right)^2,
         \qquad p = \mathrm{softmax}(z)
@@ -145,6 +188,12 @@ def brier_score(logits: Tensor, target: Tensor) -> Tensor:
     Returns:
         A scalar in ``[0, 2]``: sum over the classes, mean over the samples; NaN for no samples.
 
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import brier_score
+        >>> brier_score(tensor([[0.0, 0.0], [10.0, -10.0]]), tensor([1, 0]))
+        tensor(0.2500)
+
     Brier: *Verification of Forecasts Expressed in Terms of Probability*, Monthly Weather Review 78 (1950).
     """
     probs = F.softmax(wide(logits), dim=-1)
@@ -152,11 +201,12 @@ def brier_score(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def interval_calibration(mean: Tensor, log_var: Tensor, target: Tensor, *, levels: int = 9) -> Tensor:
-    r"""How far a Gaussian's central intervals hold what they promise.
+    r"""How far the central intervals of a Gaussian are from containing the share of targets that they should.
 
     .. math:: \frac{1}{B} \sum_{b=1}^{B} \left| \mathrm{share}_b - p_b \right|, \qquad p_b = \frac{b}{B + 1}
 
-    where the share is that of all ``N * d`` targets inside the central interval of level ``p_b``, bounds included:
+    where the share is the fraction of all ``N * d`` targets that lie in the central interval of level ``p_b``, bounds
+    included:
     :math:`|y - m| \le \sqrt 2 \, \mathrm{erf}^{-1}(p_b) \, e^{s / 2}`.
 
     Args:
@@ -171,6 +221,16 @@ def interval_calibration(mean: Tensor, log_var: Tensor, target: Tensor, *, level
     Raises:
         InputError: the shapes differ.
 
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional import interval_calibration
+        >>> mean, log_var = torch.zeros(4, 1), torch.zeros(4, 1)
+        >>> target = torch.tensor([[0.1], [0.5], [1.0], [2.0]])
+        >>> interval_calibration(mean, log_var, target, levels=3)
+        tensor(0.)
+        >>> interval_calibration(mean, log_var - 2, target, levels=3)
+        tensor(0.2500)
+
     Kuleshov, Fenner, Ermon: *Accurate Uncertainties for Deep Learning Using Calibrated Regression*,
     https://arxiv.org/abs/1807.00263 (who compare quantiles, and square the difference).
     """
@@ -178,7 +238,7 @@ def interval_calibration(mean: Tensor, log_var: Tensor, target: Tensor, *, level
 
 
 def interval_hits(mean: Tensor, log_var: Tensor, target: Tensor, *, levels: int = 9) -> Tensor:
-    """How many targets lie in each central interval; what `interval_calibration` is made of.
+    """How many targets lie in each central interval: what `interval_calibration` is computed from.
 
     Args:
         mean: ``(N, d)``.
@@ -191,12 +251,22 @@ def interval_hits(mean: Tensor, log_var: Tensor, target: Tensor, *, levels: int 
 
     Raises:
         InputError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional import interval_hits
+        >>> mean, log_var = torch.zeros(4, 1), torch.zeros(4, 1)
+        >>> target = torch.tensor([[0.1], [0.5], [1.0], [2.0]])
+        >>> interval_hits(mean, log_var, target, levels=3)
+        tensor([1, 2, 3])
     """
     if not mean.shape == log_var.shape == target.shape:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (mean, log_var, target))
-        raise InputError(f"interval calibration: means, log-variances and targets must have one shape, got {shapes}")
+        raise InputError(
+            f"interval calibration: means, log-variances and targets must have the same shape, got {shapes}"
+        )
     distance = (wide(target) - wide(mean)).abs()
-    # The bound is what grows with the deviation: divided by a deviation of zero, a target that is met would be lost.
+    # The bound is multiplied by the deviation: a distance of zero, divided by a deviation of zero, would be NaN.
     widths = _levels(levels, distance).erfinv() * math.sqrt(2)
     inside = distance.unsqueeze(-1) <= widths * torch.exp(wide(log_var) / 2).unsqueeze(-1)
     return inside.flatten(end_dim=-2).sum(dim=0)
@@ -207,10 +277,18 @@ def interval_error(hits: Tensor, total: Tensor | int) -> Tensor:
 
     Args:
         hits: ``(levels,)``.
-        total: the number of targets they were counted among.
+        total: the number of targets that were looked at.
 
     Returns:
         A scalar.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import interval_error
+        >>> interval_error(tensor([1, 2, 3]), 4)
+        tensor(0.)
+        >>> interval_error(tensor([1, 1, 1]), 4)
+        tensor(0.2500)
     """
     shares = hits / total
     return (shares - _levels(len(hits), shares)).abs().mean()

@@ -1,4 +1,4 @@
-"""What the formulas share."""
+"""Conversions and checks that the formulas share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from distill_lightning.errors import InputError
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """At least float32: half precision underflows in probabilities and norms."""
+    """The tensor in float32 or wider: half precision underflows in probabilities and norms."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

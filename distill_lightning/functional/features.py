@@ -29,8 +29,8 @@ def factor_distance(
     .. math:: \sum_d \left| u(a)_d - u(b)_d \right|^p, \qquad u(z) = \frac{z}{\max(\lVert z \rVert_2, \epsilon)}
 
     Each sample is flattened to its ``D`` entries and normalised over all of them, in float32. With the mean, two
-    independent feature maps after a ReLU are about ``0.8 / sqrt(D)`` apart, and never more than ``2 / sqrt(D)``: a
-    weight of order 100 to 1000 belongs to it. With the sum, divide that weight by ``D``.
+    independent feature maps after a ReLU are about ``0.8 / sqrt(D)`` apart, and never more than ``2 / sqrt(D)``: use a
+    weight between about 100 and 1000. With the sum, divide that weight by ``D``.
 
     Args:
         student: ``(N, ...)``, already translated.
@@ -38,14 +38,23 @@ def factor_distance(
         p: the exponent, 1 in the papers' experiments.
         reduction: ``"mean"`` over ``N`` and ``D``, or ``"sum"`` over ``D`` and mean over ``N``.
         normalize: ``"sample"`` over all ``D`` entries; ``"channel"`` over each channel's own map; ``"none"``.
-        eps: the smallest norm that is divided by; a zero feature stays zero, its gradient is at most ``1 / eps`` times
-            the loss's (finite in float32).
+        eps: the lower limit of the norm in the division; a zero feature stays zero, and its gradient is at most
+            ``1 / eps`` times that of the loss (finite in float32).
 
     Returns:
         A scalar.
 
     Raises:
         InputError: the shapes differ, or an option is unknown.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import factor_distance
+        >>> student, teacher = tensor([[3.0, 4.0]]), tensor([[0.0, 2.0]])
+        >>> factor_distance(student, teacher)
+        tensor(0.4000)
+        >>> factor_distance(student, teacher, reduction="sum")
+        tensor(0.8000)
 
     Kim, Park, Kwak: *Paraphrasing Complex Network: Network Compression via Factor Transfer*,
     https://arxiv.org/abs/1802.04977; Park, Kwak: *FEED*, https://arxiv.org/abs/1909.10754
@@ -58,7 +67,7 @@ def factor_distance(
 
 
 def hint_distance(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-    r"""The feature distance of FitNets: the squared error, of the features as they are.
+    r"""The feature distance of FitNets: the squared error of the features as they are.
 
     .. math:: \sum_d (a_d - b_d)^2
 
@@ -76,6 +85,15 @@ def hint_distance(student: Tensor, teacher: Tensor, *, reduction: Reduction = "m
     Raises:
         InputError: the shapes differ, or the reduction is unknown.
 
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import hint_distance
+        >>> student, teacher = tensor([[3.0, 4.0]]), tensor([[0.0, 2.0]])
+        >>> hint_distance(student, teacher)
+        tensor(6.5000)
+        >>> hint_distance(student, teacher, reduction="sum")
+        tensor(13.)
+
     Romero, Ballas, Kahou, Chassang, Gatta, Bengio: *FitNets: Hints for Thin Deep Nets*,
     https://arxiv.org/abs/1412.6550
     """
@@ -92,28 +110,36 @@ def attention_distance(
         u(Q) = \frac{Q}{\max(\lVert Q \rVert_2, \epsilon)}
 
     A map has no channels, so the networks may have different numbers of them. The mean is the official code's
-    reduction, and a weight of order 1000 belongs to it (the paper's :math:`\beta`); with the sum, divide that weight by
-    ``H * W``. The sum is at most 2.
+    reduction, with a weight of about 1000 (the paper's :math:`\beta`); with the sum, divide that weight by ``H * W``.
+    The sum is at most 2.
 
     Args:
         student: ``(N, C_S, H, W)``, or with other dimensions after the channels.
-        teacher: ``(N, C_T, H, W)``, the same but for the channels.
+        teacher: ``(N, C_T, H, W)``, the same shape except for the channels.
         reduction: ``"mean"`` over ``N``, ``H`` and ``W``, or ``"sum"`` over ``H`` and ``W`` and mean over ``N``.
-        eps: the smallest norm of a map that is divided by. A map is of the feature's square: the default stops where a
-            feature's own norm is about ``1e-6``.
+        eps: the lower limit of a map's norm in the division. A map holds the feature's squares: the default takes
+            effect where the feature's own norm is below about ``1e-6``.
 
     Returns:
         A scalar, computed in float32.
 
     Raises:
-        InputError: the shapes differ elsewhere than in the channels, or the reduction is unknown.
+        InputError: the shapes differ in more than the channels, or the reduction is unknown.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import attention_distance
+        >>> student = tensor([[[[1.0, 0.0]]]])  # one channel of 1x2
+        >>> teacher = tensor([[[[0.0, 1.0]], [[0.0, 1.0]]]])  # two channels of 1x2
+        >>> attention_distance(student, teacher, reduction="sum")
+        tensor(2.)
 
     Zagoruyko, Komodakis: *Paying More Attention to Attention*, https://arxiv.org/abs/1612.03928
     """
     if student.ndim < 3 or _without_channels(student) != _without_channels(teacher):
         raise InputError(
             f"attention_distance: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be "
-            "(N, C, H, W) and equal but for C: tap layers of the same spatial size, or resize one"
+            "(N, C, H, W) and equal except for C: tap layers of the same spatial size, or resize one"
         )
     return _reduced((_attention(student, eps) - _attention(teacher, eps)).square(), reduction)
 
@@ -124,13 +150,19 @@ def unit_feature(feature: Tensor, *, normalize: Normalize = "sample", eps: float
     Args:
         feature: ``(N, ...)``.
         normalize: ``"sample"`` over all ``D`` entries; ``"channel"`` over each channel's own map; ``"none"``.
-        eps: the smallest norm that is divided by.
+        eps: the lower limit of the norm in the division.
 
     Returns:
         ``(N, D)``; for ``"channel"`` ``(N, C, D / C)``; for ``"none"`` the shape of ``feature``.
 
     Raises:
-        InputError: ``normalize`` is unknown, or ``"channel"`` where there are no channels.
+        InputError: ``normalize`` is unknown, or is ``"channel"`` although there are no channels.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import unit_feature
+        >>> unit_feature(tensor([[3.0, 4.0]]))
+        tensor([[0.6000, 0.8000]])
     """
     if normalize == "sample":
         return F.normalize(wide(feature).flatten(1), dim=1, eps=eps)

@@ -16,14 +16,21 @@ LOG_VAR_BOUNDS = (-10.0, 10.0)
 
 
 def split_gaussian(output: Tensor, *, bounds: tuple[float, float] = LOG_VAR_BOUNDS) -> tuple[Tensor, Tensor]:
-    """A network's output ``(N, 2 d)`` as means and log-variances, both ``(N, d)``, in float32 or wider.
+    """Split a network's output ``(N, 2 d)`` into means and log-variances, both ``(N, d)``, in float32 or wider.
 
     Args:
         output: the means, then the log-variances.
-        bounds: that the log-variances are clamped to; beyond them their gradient is zero.
+        bounds: the interval that the log-variances are clamped to; outside it their gradient is zero.
 
     Raises:
         InputError: an odd number of columns.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import split_gaussian
+        >>> mean, log_var = split_gaussian(tensor([[0.5, 20.0]]))
+        >>> mean, log_var
+        (tensor([[0.5000]]), tensor([[10.]]))
     """
     if output.ndim != 2 or output.shape[1] % 2:
         raise InputError(f"a Gaussian's parameters are (N, 2 d), means and log-variances; got {tuple(output.shape)}")
@@ -32,7 +39,14 @@ def split_gaussian(output: Tensor, *, bounds: tuple[float, float] = LOG_VAR_BOUN
 
 
 def join_gaussian(mean: Tensor, log_var: Tensor) -> Tensor:
-    """Means and log-variances, both ``(N, d)``, as a network's output ``(N, 2 d)``."""
+    """Join means and log-variances, both ``(N, d)``, to a network's output ``(N, 2 d)``.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import join_gaussian
+        >>> join_gaussian(tensor([[0.5]]), tensor([[-1.0]]))
+        tensor([[ 0.5000, -1.0000]])
+    """
     return torch.cat([mean, log_var], dim=1)
 
 
@@ -51,6 +65,15 @@ def gaussian_nll(mean: Tensor, log_var: Tensor, target: Tensor) -> Tensor:
 
     Raises:
         InputError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional import gaussian_nll
+        >>> zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+        >>> gaussian_nll(zero, zero, zero)
+        tensor(0.9189)
+        >>> gaussian_nll(zero, zero, one)
+        tensor(1.4189)
 
     Nix, Weigend: *Estimating the Mean and Variance of the Target Probability Distribution*, ICNN 1994.
     """
@@ -89,6 +112,13 @@ def gaussian_kl(teacher_mean: Tensor, teacher_log_var: Tensor, student_mean: Ten
 
     Raises:
         InputError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional import gaussian_kl
+        >>> zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+        >>> gaussian_kl(zero, zero, one, zero)
+        tensor(0.5000)
     """
     return gaussian_kl_rows(teacher_mean, teacher_log_var, student_mean, student_log_var).mean()
 
@@ -96,10 +126,17 @@ def gaussian_kl(teacher_mean: Tensor, teacher_log_var: Tensor, student_mean: Ten
 def gaussian_kl_rows(
     teacher_mean: Tensor, teacher_log_var: Tensor, student_mean: Tensor, student_log_var: Tensor
 ) -> Tensor:
-    """`gaussian_kl` of every sample by itself, ``(N,)``: sum over the targets.
+    """`gaussian_kl` of each sample, ``(N,)``: sum over the targets.
 
     Raises:
         InputError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional import gaussian_kl_rows
+        >>> mean, log_var = torch.zeros(2, 1), torch.zeros(2, 1)
+        >>> gaussian_kl_rows(mean, log_var, torch.tensor([[0.0], [1.0]]), log_var)
+        tensor([0.0000, 0.5000])
     """
     _same_shapes("gaussian_kl", teacher_mean, teacher_log_var, student_mean, student_log_var)
     teacher_mean, teacher_log_var = wide(teacher_mean), wide(teacher_log_var)
@@ -116,19 +153,26 @@ def collapse_mixture(
 
     .. math:: m = \sum_k w_k m_k, \qquad v = \sum_k w_k \left( v_k + (m_k - m)^2 \right), \qquad \sum_k w_k = 1
 
-    The variance is the mean of the members' plus the **population** variance of their means. A student that is matched
-    to it by the forward divergence gets the gradient of the mean of the divergences from the single members.
+    The variance is the mean of the members' variances plus the **population** variance of their means. The forward
+    divergence from this Gaussian has the same gradient as the mean of the divergences from the individual members.
 
     Args:
         means: ``(M, N, d)``.
         variances: ``(M, N, d)``, not their logarithms.
-        weights: one non-negative number per member, divided by their sum; ``None`` weighs all alike.
+        weights: one non-negative number per member, divided by their sum; ``None`` weights all equally.
 
     Returns:
         Mean and variance, both ``(N, d)``.
 
     Raises:
-        InputError: the shapes differ, or the weights do not fit.
+        InputError: the shapes differ, or the weights are not valid.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import collapse_mixture
+        >>> means, variances = tensor([[[0.0]], [[2.0]]]), tensor([[[1.0]], [[1.0]]])
+        >>> collapse_mixture(means, variances)
+        (tensor([[1.]]), tensor([[2.]]))
     """
     _same_shapes("collapse_mixture", means, variances)
     means, variances = wide(means), wide(variances)
@@ -139,4 +183,4 @@ def collapse_mixture(
 def _same_shapes(name: str, first: Tensor, *others: Tensor) -> None:
     if any(other.shape != first.shape for other in others):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (first, *others))
-        raise InputError(f"{name}: means, log-variances and targets must have one shape, got {shapes}")
+        raise InputError(f"{name}: means, log-variances and targets must have the same shape, got {shapes}")

@@ -1,4 +1,4 @@
-"""What two predictions, or two scores, are from each other."""
+"""Comparisons of two scores, and of two directions of gaze."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distill_lightning.functional.common import wide
 
 
 def gap_reduction(score: Tensor | float, baseline: Tensor | float, teacher: Tensor | float) -> Tensor:
-    r"""The part of the way from a baseline to the teacher that a student has gone.
+    r"""The share of the gap between a baseline and the teacher that a student closes.
 
     .. math:: \frac{\mathrm{score} - \mathrm{baseline}}{\mathrm{teacher} - \mathrm{baseline}}
 
@@ -18,17 +18,25 @@ def gap_reduction(score: Tensor | float, baseline: Tensor | float, teacher: Tens
     teacher; worse than the baseline is negative, better than the teacher is above 1. Nothing is clipped.
 
     Args:
-        score: the student's, a number or a tensor of any shape.
-        baseline: the same score of what the student is compared with.
+        score: the student's score, a number or a tensor of any shape.
+        baseline: the same score of the baseline.
         teacher: the same score of the teacher.
 
     Returns:
-        A part of 1, of the common shape of the three; NaN where the teacher is where the baseline is.
+        The share, in the common shape of the three; NaN where the teacher and the baseline are equal.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import gap_reduction
+        >>> gap_reduction(0.75, 0.5, 1.0)
+        tensor(0.5000)
+        >>> gap_reduction(tensor([0.75, 1.25]), 0.5, 1.0)
+        tensor([0.5000, 1.5000])
 
     Pouransari, Javaheripi, Sharma, Tuzel: *Extracurricular Learning: Knowledge Transfer Beyond Empirical Distribution*,
-    https://arxiv.org/abs/2007.00051 reports such parts, without a formula.
+    https://arxiv.org/abs/2007.00051 reports such shares, without a formula.
     """
-    # Numbers are subtracted as Python's, in double precision.
+    # Python numbers are subtracted in double precision.
     score, baseline, teacher = (
         wide(value) if isinstance(value, Tensor) else value for value in (score, baseline, teacher)
     )
@@ -43,7 +51,7 @@ def gaze_angle(first: Tensor, second: Tensor) -> Tensor:
     .. math:: v = (-\cos p \sin y, \; -\sin p, \; -\cos p \cos y), \qquad
         \mathrm{atan2}(\lVert v \times w \rVert, \; v \cdot w)
 
-    which stays exact where the directions nearly agree; the arc cosine of a rounded product does not exist there.
+    This stays accurate where the directions nearly agree, whereas the arc cosine of a rounded product may be NaN there.
 
     Args:
         first: ``(N, 2)``.
@@ -54,6 +62,13 @@ def gaze_angle(first: Tensor, second: Tensor) -> Tensor:
 
     Raises:
         InputError: one of them is not ``(N, 2)``, or their ``N`` differ.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import gaze_angle
+        >>> ahead, aside = tensor([[0.0, 0.0]]), tensor([[0.0, 0.5]])
+        >>> gaze_angle(ahead, aside)
+        tensor([0.5000])
     """
     if first.shape != second.shape or first.ndim != 2 or first.shape[1] != 2:
         raise InputError(

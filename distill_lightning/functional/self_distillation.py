@@ -1,4 +1,4 @@
-"""Formulas of self-distillation: a network's own past prediction as a part of its target."""
+"""Formulas of self-distillation, in which a network's own past prediction is a part of its target."""
 
 from __future__ import annotations
 
@@ -22,6 +22,16 @@ def hard_targets(target: Tensor, num_classes: int, *, label_smoothing: float = 0
 
     Raises:
         InputError: ``label_smoothing`` is out of range.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import hard_targets
+        >>> hard_targets(tensor([0, 2]), 4)
+        tensor([[1., 0., 0., 0.],
+                [0., 0., 1., 0.]])
+        >>> hard_targets(tensor([0, 2]), 4, label_smoothing=0.2)
+        tensor([[0.8500, 0.0500, 0.0500, 0.0500],
+                [0.0500, 0.0500, 0.8500, 0.0500]])
     """
     if not 0 <= label_smoothing < 1:
         raise InputError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
@@ -44,6 +54,13 @@ def progressive_targets(hard: Tensor, past: Tensor, alpha: float) -> Tensor:
     Raises:
         InputError: the shapes differ or ``alpha`` is out of range.
 
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import progressive_targets
+        >>> hard, past = tensor([[0.0, 1.0]]), tensor([[0.5, 0.5]])
+        >>> progressive_targets(hard, past, alpha=0.5)
+        tensor([[0.2500, 0.7500]])
+
     Kim, Ji, Yoon, Hwang: *Self-Knowledge Distillation with Progressive Refinement of Targets*,
     https://arxiv.org/abs/2006.12000
     """
@@ -60,7 +77,7 @@ def soften(probs: Tensor, *, temperature: float = 1.0) -> Tensor:
     r"""Probabilities at another temperature, :math:`\mathrm{softmax}(\log p / T)`.
 
     Args:
-        probs: ``(..., K)``, made at temperature 1; zeros stay zeros.
+        probs: ``(..., K)``, computed at temperature 1; zeros stay zeros.
         temperature: :math:`T > 0`; 1 returns the probabilities as they are.
 
     Returns:
@@ -68,6 +85,13 @@ def soften(probs: Tensor, *, temperature: float = 1.0) -> Tensor:
 
     Raises:
         InputError: the temperature is not positive.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import soften
+        >>> probs = tensor([[0.9, 0.1]])
+        >>> soften(probs, temperature=2.0)
+        tensor([[0.7500, 0.2500]])
     """
     positive("temperature", temperature)
     probs = wide(probs)

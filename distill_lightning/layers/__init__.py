@@ -1,4 +1,4 @@
-"""The pieces that a method adds to its networks."""
+"""Layers and tools that a method adds to its networks."""
 
 from distill_lightning.layers.autoencoder import ImageDecoder, ImageEncoder
 from distill_lightning.layers.discriminator import Discriminator, DiscriminatorKind

@@ -1,4 +1,4 @@
-"""A small variational autoencoder for images: the decoder is a generator."""
+"""The two halves of a small variational autoencoder for images, whose decoder is a generator."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ class ImageEncoder(nn.Sequential):
         input_shape: ``(C, H, W)``.
         latent_dim: ``L``, length of a code.
         width: channels of the first convolution.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.layers import ImageEncoder
+        >>> encoder = ImageEncoder((1, 28, 28), latent_dim=8)
+        >>> encoder(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 16])
     """
 
     def __init__(self, input_shape: Sequence[int], latent_dim: int, *, width: int = 32) -> None:
@@ -37,14 +44,21 @@ class ImageDecoder(nn.Module):
     """Codes ``(N, L)`` to images ``(N, C, H, W)`` in a range: a linear layer, two upsampling convolutions, one more.
 
     Args:
-        input_shape: ``(C, H, W)`` of the images that it makes.
+        input_shape: ``(C, H, W)`` of the images that it generates.
         latent_dim: ``L``.
-        output_range: smallest and largest value of a pixel, as the data module gives them: ``(0 - mean) / std`` and
-            ``(1 - mean) / std``.
+        output_range: the smallest and the largest value of a pixel in the data module's images: ``(0 - mean) / std``
+            and ``(1 - mean) / std``.
         width: channels of the last hidden layer.
 
     Raises:
-        InputError: a size that is not positive, or a range that is none.
+        InputError: a size that is not positive, or an ``output_range`` that is not an interval.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.layers import ImageDecoder
+        >>> decoder = ImageDecoder((1, 28, 28), latent_dim=8, output_range=(-1, 1))
+        >>> decoder(torch.zeros(2, 8)).shape
+        torch.Size([2, 1, 28, 28])
     """
 
     def __init__(

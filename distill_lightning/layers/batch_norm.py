@@ -1,4 +1,4 @@
-"""BatchNorm that does not learn from what it sees."""
+"""Forward passes that leave BatchNorm as it is."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @contextmanager
 def kept_statistics(network: nn.Module) -> Iterator[None]:
-    """A forward in here leaves BatchNorm's running statistics as they are.
+    """Inside this context, forward passes leave BatchNorm's running statistics as they are.
 
-    In train mode a batch is normalised by its own statistics, as always; layers in eval mode use the running ones.
+    In train mode a batch is normalised by its own statistics, as usual; layers in eval mode use the running ones.
     """
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
     kept = [(norm.running_mean, norm.running_var) for norm in norms]

@@ -20,23 +20,32 @@ _ENOUGH_UNITS = 4
 class Discriminator(nn.Module):
     r"""MEAL V2's discriminator: three linear layers ``C -> C // r -> (C // r) // r -> 2`` from one row of logits.
 
-    The two outputs are scores before the sigmoid, of "student" and of "teacher"; `functional.discriminator_loss` trains
+    The two outputs are the scores of "student" and "teacher" before the sigmoid; `functional.discriminator_loss` trains
     them. Linear layers compute what the 1x1 convolutions of the official code compute on ``(N, C, 1, 1)``.
 
-    - ``"official"`` is the released network: a ReLU after every layer, **the outputs included**. So no score is
-      negative, the loss stays above ``ln(2) / 2 = 0.347``, and an output that is zero for every row is dead: it learns
-      nothing more (one dead output: 0.520 at best; both: 0.693). ``C = 1000`` has 127,047 parameters. With few classes
-      the widths shrink to nothing, and about half of all initialisations have a dead output: it warns.
-    - ``"fixed"`` is ours: LeakyReLU(0.2) between the layers, nothing after the last, at least 16 units in each hidden
-      layer.
+    - ``"official"`` is the released network: a ReLU after every layer, **the outputs included**. Therefore no score
+      is negative, the loss stays above ``ln(2) / 2 = 0.347``, and an output that is zero for every row is dead: it no
+      longer learns (one dead output: 0.520 at best; both: 0.693). It has 127,047 parameters for ``C = 1000``. With few
+      classes the widths vanish, about half of all initialisations have a dead output, and there is a warning.
+    - ``"fixed"`` is this package's variant: LeakyReLU(0.2) between the layers, nothing after the last one, and at least
+      16 units in each hidden layer.
 
     Args:
         num_classes: ``C``.
         kind: ``"official"`` or ``"fixed"``.
-        reduction: ``r``.
+        reduction: ``r``, by which the width of each hidden layer is divided.
 
     Raises:
-        InputError: another kind, or a size below 1.
+        InputError: an unknown kind, or a size below 1.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.layers import Discriminator
+        >>> discriminator = Discriminator(1000)
+        >>> sum(parameter.numel() for parameter in discriminator.parameters())
+        127047
+        >>> discriminator(torch.zeros(4, 1000)).shape
+        torch.Size([4, 2])
 
     Shen, Savvides: *MEAL V2*, https://arxiv.org/abs/2009.08453
     """
@@ -52,7 +61,7 @@ class Discriminator(nn.Module):
         self.kind = kind
         first, second = num_classes // reduction, num_classes // reduction // reduction
         if kind == "official" and second < _ENOUGH_UNITS:
-            trouble = "its widths vanish (1 is taken)" if second < 1 else "its outputs are often dead from the start"
+            trouble = "its widths vanish (1 is used)" if second < 1 else "its outputs are often dead from the start"
             warnings.warn(
                 f"Discriminator: with {num_classes} classes the official network's last hidden layer is {second} "
                 f"wide: {trouble}; 'fixed' has neither problem",
@@ -68,10 +77,10 @@ class Discriminator(nn.Module):
             self.layers.append(nn.ReLU())
 
     def extra_repr(self) -> str:
-        """The kind, for the printed network."""
+        """The kind, shown when the network is printed."""
         return f"kind={self.kind!r}"
 
     def forward(self, predictions: Tensor) -> Tensor:
-        """Scores ``(N, 2)`` of predictions ``(N, C)``: student, teacher."""
+        """Scores ``(N, 2)``, of student and teacher, for predictions ``(N, C)``."""
         scores: Tensor = self.layers(predictions)
         return scores

@@ -17,21 +17,26 @@ from distill_lightning.errors import InputError
 class FeatureTap:
     """Runs a network and returns its output together with the outputs of some inner modules.
 
-    ::
-
-        tap = FeatureTap(network, "layer4")
-        logits, features = tap(images)          # features["layer4"]: (N, C, H, W)
-
-    The hooks are registered once, here, on the network itself. So they fire under DDP (which wraps it later) and under
-    an in-place ``network.compile()`` called later; they keep nothing during any other forward of the network.
+    The hooks are registered once, by the constructor, on the network itself. They therefore also fire under DDP (which
+    wraps it later) and after a later in-place ``network.compile()``; they keep nothing during any other forward pass.
 
     Args:
         network: any module.
         layers: dotted module paths as in ``network.named_modules()``; each may be a glob (``"layer*.1.conv?"``).
 
     Raises:
-        InputError: no path, or one that matches no module (near names are listed), and on a call: a tapped module that
-            did not run, ran twice, or returned no tensor.
+        InputError: no path, or one that matches no module (similar names are listed); on a call: a tapped module that
+            did not run, ran twice, or did not return a tensor.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning.layers import FeatureTap
+        >>> network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> tap = FeatureTap(network, "1")
+        >>> output, features = tap(torch.zeros(5, 4))
+        >>> output.shape, features["1"].shape
+        (torch.Size([5, 2]), torch.Size([5, 3]))
     """
 
     def __init__(self, network: nn.Module, layers: str | Sequence[str]) -> None:
@@ -47,7 +52,7 @@ class FeatureTap:
         return f"FeatureTap({type(self.network).__name__}, {self.layers})"
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> tuple[Any, dict[str, Tensor]]:
-        """Run the network once: its output, and the tapped features by path."""
+        """Run the network once, and return its output and the tapped features by path."""
         if self.network is not _plain(self.network) or getattr(self.network, "_compiled_call_impl", None) is not None:
             _guard_hooks()
         self._features = {name: [] for name in self.layers}
@@ -61,7 +66,7 @@ class FeatureTap:
 
     @torch.no_grad()
     def shapes(self, input_shape: Sequence[int]) -> tuple[torch.Size, dict[str, torch.Size]]:
-        """Shapes of the output and of the features for one input of ``input_shape`` (without the batch), all zeros.
+        """Shapes of the output and of the features for one all-zero input of ``input_shape`` (without the batch).
 
         The network is run once, in eval mode, and left as it was.
 
@@ -91,7 +96,7 @@ class FeatureTap:
         return output.shape, {name: feature.shape for name, feature in features.items()}
 
     def remove(self) -> None:
-        """Take the hooks off the network."""
+        """Remove the hooks from the network."""
         for handle in self._handles:
             handle.remove()
 
@@ -105,7 +110,7 @@ class FeatureTap:
             times = "did not run" if not outputs else f"ran {len(outputs)} times"
             raise InputError(
                 f"{type(self.network).__name__}: the tapped layer {name!r} {times} in a forward; "
-                "tap a layer that runs once"
+                "tap a layer that runs exactly once"
             )
         if not isinstance(outputs[0], Tensor):
             raise InputError(
@@ -116,22 +121,22 @@ class FeatureTap:
 
 
 def _plain(network: nn.Module) -> nn.Module:
-    """The network itself, where `torch.compile` has wrapped it."""
+    """The network itself, taken out of the wrapper of `torch.compile` if it has one."""
     wrapped: nn.Module = getattr(network, "_orig_mod", network)
     return wrapped
 
 
 def _guard_hooks() -> None:
-    """Let compiled code notice hooks; without it, it is reused for any module of the same shape, hooks or not."""
+    """Make compiled code notice hooks; otherwise it is reused for every module of the same shape, hooks or not."""
     config = torch._dynamo.config  # noqa: SLF001
     if config.skip_nnmodule_hook_guards:
         config.skip_nnmodule_hook_guards = False
-        # What was compiled until now was compiled without such guards.
+        # Code that has been compiled so far has no such guards.
         torch._dynamo.reset()  # noqa: SLF001
 
 
 def _version(output: Any) -> int:
-    """How often a tensor was written in place."""
+    """How often a tensor has been modified in place."""
     version: int = getattr(output, "_version", 0)
     return version
 
@@ -141,17 +146,26 @@ def dry_forward(network: nn.Module, input_shape: Sequence[int], *, run: Callable
     """Run ``network`` once on a single all-zero input of ``input_shape`` (without the batch), and leave it as it was.
 
     Args:
-        network: run in eval mode; its modules' modes and buffers do not change.
-        input_shape: for example ``(C, H, W)``. A network with an embedding reads an input ``(T,)`` as tokens, int64.
+        network: it runs in eval mode; the modes and buffers of its modules do not change.
+        input_shape: for example ``(C, H, W)``. For a network with an embedding, ``(T,)`` is an input of tokens, int64.
         run: what to call instead of the network itself.
 
     Raises:
-        InputError: the network does not take such an input.
+        InputError: the network does not accept such an input.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.layers import dry_forward
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> dry_forward(network, (3, 32, 32)).shape
+        torch.Size([1, 8, 30, 30])
+        >>> network.training
+        True
     """
     modes = {module: module.training for module in network.modules()}
     network.eval()
     example = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(1))
-    # Images have more dimensions; a network may look up their positions, say, in an embedding, too.
+    # Not for images, which have more dimensions: their networks may have an embedding, too, of positions for example.
     reads_tokens = len(input_shape) == 1 and any(isinstance(module, nn.Embedding) for module in network.modules())
     dtype = torch.int64 if reads_tokens else example.dtype
     inputs = torch.zeros((1, *input_shape), dtype=dtype, device=example.device)
@@ -159,7 +173,7 @@ def dry_forward(network: nn.Module, input_shape: Sequence[int], *, run: Callable
         output = (run or network)(inputs)
     except InputError:
         raise
-    except Exception as error:  # networks refuse an input in whatever way they like: assertions, index errors
+    except Exception as error:  # networks may raise anything: assertions, index errors
         reason = (str(error) or type(error).__name__).splitlines()[0]
         way_out = "(C, H, W) of your images, or a network with matching in_channels"
         raise InputError(
@@ -173,10 +187,17 @@ def dry_forward(network: nn.Module, input_shape: Sequence[int], *, run: Callable
 
 
 def resolve_layers(network: nn.Module, layers: str | Sequence[str]) -> tuple[str, ...]:
-    """Dotted paths that ``layers`` name in ``network``; globs are expanded in the network's order.
+    """The dotted paths in ``network`` that ``layers`` names; globs are expanded in the network's order.
 
     Raises:
-        InputError: a path or glob that matches nothing; the message lists near names.
+        InputError: a path or glob that matches nothing; the message lists similar names.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.layers import resolve_layers
+        >>> network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> resolve_layers(network, "[02]")
+        ('0', '2')
     """
     names = [name for name, _ in _plain(network).named_modules() if name]
     if not isinstance(layers, str) and not layers:
@@ -186,16 +207,23 @@ def resolve_layers(network: nn.Module, layers: str | Sequence[str]) -> tuple[str
         matches = [layer] if layer in names else [name for name in names if fnmatchcase(name, layer)]
         if not matches:
             near = difflib.get_close_matches(layer, names, n=5, cutoff=0.4) or names[:5]
-            raise InputError(f"{type(network).__name__} has no layer {layer!r}; near names: {', '.join(near)}")
+            raise InputError(f"{type(network).__name__} has no layer {layer!r}; similar names: {', '.join(near)}")
         found.update(dict.fromkeys(matches))
     return tuple(found)
 
 
 def resolve_layer(network: nn.Module, layer: str) -> str:
-    """The one dotted path that ``layer`` names in ``network``.
+    """The dotted path in ``network`` that ``layer``, a path or a glob, names.
 
     Raises:
-        InputError: it names none, or more than one.
+        InputError: it matches no layer, or more than one.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.layers import resolve_layer
+        >>> network = nn.ModuleDict({"body": nn.Linear(4, 3), "head": nn.Linear(3, 2)})
+        >>> resolve_layer(network, "h*")
+        'head'
     """
     matches = resolve_layers(network, layer)
     if len(matches) > 1:

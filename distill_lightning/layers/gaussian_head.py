@@ -14,16 +14,24 @@ from distill_lightning.functional.gaussian import LOG_VAR_BOUNDS
 class GaussianHead(nn.Linear):
     """A linear layer to the parameters of a diagonal Gaussian: ``d`` means, then ``d`` log-variances.
 
-    The log-variances are clamped to ``bounds``, begin at 0 for every input, and learn from there. Where the bounds
-    leave 0 out, they begin inside the nearer one, by 1 or half of the interval: at a bound there is no gradient.
+    The log-variances are clamped to ``bounds`` and are 0 for every input before training. If the bounds exclude 0, they
+    start 1 (or half the interval, if that is less) inside the nearer bound, because there is no gradient at a bound.
 
     Args:
         in_features: length of a feature.
-        num_targets: ``d``.
-        bounds: smallest and largest log-variance.
+        num_targets: ``d``, the number of targets.
+        bounds: the smallest and the largest log-variance.
 
     Raises:
-        InputError: ``num_targets`` is not positive, or the bounds are no interval.
+        InputError: ``num_targets`` is not positive, or the bounds are not an interval.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.layers import GaussianHead
+        >>> head = GaussianHead(4, num_targets=2)
+        >>> mean, log_var = head(torch.ones(3, 4)).chunk(2, dim=1)
+        >>> mean.shape, log_var.tolist()
+        (torch.Size([3, 2]), [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     """
 
     def __init__(self, in_features: int, num_targets: int, *, bounds: tuple[float, float] = LOG_VAR_BOUNDS) -> None:
@@ -39,12 +47,12 @@ class GaussianHead(nn.Linear):
             self.bias[num_targets:] = _inside(*bounds)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Parameters ``(N, 2 d)`` from features ``(N, in_features)``."""
+        """Parameters ``(N, 2 d)`` for features ``(N, in_features)``."""
         mean, log_var = super().forward(feature).chunk(2, dim=1)
         return torch.cat([mean, log_var.clamp(*self.bounds)], dim=1)
 
     def means(self) -> nn.Linear:
-        """A linear layer that gives the means alone, with copies of their weights: for a student that is exported."""
+        """A linear layer with copies of the weights of the means, which it alone returns: for the exported student."""
         layer = nn.Linear(self.in_features, self.num_targets)
         with torch.no_grad():
             layer.weight.copy_(self.weight[: self.num_targets])
@@ -60,13 +68,23 @@ def _inside(low: float, high: float) -> float:
 
 
 def without_deviation(network: nn.Module) -> nn.Module:
-    """A copy of a network that gives the means of its Gaussian alone, ``(N, d)``, to the rounding as the network does.
+    """A copy of a network that returns only the means of its Gaussian, ``(N, d)``, the same up to rounding.
 
     Args:
         network: ends in a `GaussianHead`.
 
     Raises:
-        InputError: it has no such head, or several.
+        InputError: the network has no such head, or several.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning.layers import GaussianHead, without_deviation
+        >>> network = nn.Sequential(nn.Linear(8, 4), GaussianHead(4, num_targets=2))
+        >>> network(torch.zeros(3, 8)).shape
+        torch.Size([3, 4])
+        >>> without_deviation(network)(torch.zeros(3, 8)).shape
+        torch.Size([3, 2])
     """
     heads = [name for name, module in network.named_modules() if isinstance(module, GaussianHead)]
     if len(heads) != 1:

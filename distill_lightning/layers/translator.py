@@ -1,4 +1,4 @@
-"""The trainable maps that feature distillation adds beside the student, and throws away after training."""
+"""The trainable maps that feature distillation adds to the student, and discards after training."""
 
 from __future__ import annotations
 
@@ -22,16 +22,23 @@ def _conv_block(channels_in: int, channels_out: int, *, batch_norm: bool, transp
 
 
 class Translator(nn.Sequential):
-    """FEED's non-linear transformation: the student's feature map, said in one teacher's channels.
+    """FEED's non-linear transformation, which maps the student's feature map to one teacher's channels.
 
     Three 3x3 convolutions with bias, stride 1 and padding 1, channels ``C_S -> C_S -> C_T -> C_T``, each followed by
-    LeakyReLU(0.1), the last one included; the spatial size is kept. It is the translator of Factor Transfer's official
-    code, without BatchNorm by default, as there. ``64 -> 64`` has 110,784 parameters.
+    LeakyReLU(0.1), the last one included; the spatial size is kept. This is the translator of Factor Transfer's
+    official code, by default without BatchNorm, as there. ``64 -> 64`` has 110,784 parameters.
 
     Args:
         student_channels: ``C_S``.
         teacher_channels: ``C_T``.
-        batch_norm: a BatchNorm between each convolution and its activation.
+        batch_norm: whether there is a BatchNorm between each convolution and its activation.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.layers import Translator
+        >>> translator = Translator(16, 64)
+        >>> translator(torch.zeros(2, 16, 8, 8)).shape
+        torch.Size([2, 64, 8, 8])
     """
 
     def __init__(self, student_channels: int, teacher_channels: int, *, batch_norm: bool = False) -> None:
@@ -43,19 +50,28 @@ class Translator(nn.Sequential):
 
 
 class Paraphraser(nn.Module):
-    """Factor Transfer's paraphraser: an autoencoder of one teacher's feature map, whose code is the target.
+    """Factor Transfer's paraphraser: an autoencoder of one teacher's feature map, whose code is the student's target.
 
     The encoder is three 3x3 convolutions ``C -> C -> F -> F`` with ``F = round(rate * C)`` factor channels, the decoder
-    three 3x3 transposed convolutions ``F -> F -> C -> C``; LeakyReLU(0.1) follows each. It is trained beforehand with
-    the mean absolute error of `forward` to its input (by `distill_lightning.ParaphraserModule`), and then only encodes.
+    three 3x3 transposed convolutions ``F -> F -> C -> C``; LeakyReLU(0.1) follows each. It is trained beforehand on
+    the mean absolute error between `forward` and its input (by `distill_lightning.ParaphraserModule`); afterwards only
+    the encoder is used.
 
     Args:
-        channels: ``C`` of the teacher's feature map.
-        rate: factor channels per channel.
-        batch_norm: a BatchNorm between each convolution and its activation.
+        channels: ``C``, the channels of the teacher's feature map.
+        rate: number of factor channels per channel of the feature map.
+        batch_norm: whether there is a BatchNorm between each convolution and its activation.
 
     Raises:
         InputError: ``rate`` leaves no factor channel.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.layers import Paraphraser
+        >>> paraphraser = Paraphraser(64, rate=0.5)
+        >>> feature = torch.zeros(2, 64, 8, 8)
+        >>> paraphraser.encoder(feature).shape, paraphraser(feature).shape
+        (torch.Size([2, 32, 8, 8]), torch.Size([2, 64, 8, 8]))
 
     Kim, Park, Kwak: *Paraphrasing Complex Network*, https://arxiv.org/abs/1802.04977
     """
@@ -87,17 +103,22 @@ class Paraphraser(nn.Module):
 def make_translator(
     transform: TransformName | TransformFactory, student_channels: int, teacher_channels: int, *, batch_norm: bool
 ) -> nn.Module:
-    """FEED's translator of one kind, or one of its ablations.
+    """FEED's translator, or one of the maps that replace it in ablations.
 
     Args:
         transform: ``"conv3"`` for `Translator`, ``"conv1x1"`` for one 1x1 convolution with LeakyReLU(0.1), ``"linear"``
-            for the convolution alone, ``"none"`` for nothing, or a function ``(C_S, C_T) -> module``.
+            for the convolution alone, ``"none"`` for the identity, or a function ``(C_S, C_T) -> module``.
         student_channels: ``C_S``.
         teacher_channels: ``C_T``.
-        batch_norm: BatchNorm in ``"conv3"``.
+        batch_norm: whether ``"conv3"`` has BatchNorm.
 
     Raises:
-        InputError: another name, or ``"none"`` between different numbers of channels.
+        InputError: an unknown name, or ``"none"`` for different numbers of channels.
+
+    Example:
+        >>> from distill_lightning.layers import make_translator
+        >>> make_translator("linear", 16, 64, batch_norm=False)
+        Conv2d(16, 64, kernel_size=(1, 1), stride=(1, 1))
     """
     if not isinstance(transform, str):
         return transform(student_channels, teacher_channels)

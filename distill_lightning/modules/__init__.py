@@ -1,33 +1,47 @@
-"""One LightningModule per method."""
+"""One LightningModule per method, a file each; none is imported before it is asked for."""
 
-from distill_lightning.modules.base import DistillationModule
-from distill_lightning.modules.compression import CompressionBaseline
-from distill_lightning.modules.extracurricular import ExtracurricularModule
-from distill_lightning.modules.feed import FEEDModule, LogitTerm
-from distill_lightning.modules.generator import GeneratorModule
-from distill_lightning.modules.kd import KDModule
-from distill_lightning.modules.meal_v2 import MEALV2Module
-from distill_lightning.modules.options import TrainingOptions, default_optimizer
-from distill_lightning.modules.paraphraser import ParaphraserModule
-from distill_lightning.modules.self_kd import SelfKDModule
-from distill_lightning.modules.sequential_feed import Stage, sequential_feed
-from distill_lightning.modules.supervised import RegressionModule, SupervisedModule
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "CompressionBaseline",
-    "DistillationModule",
-    "ExtracurricularModule",
-    "FEEDModule",
-    "GeneratorModule",
-    "KDModule",
-    "LogitTerm",
-    "MEALV2Module",
-    "ParaphraserModule",
-    "RegressionModule",
-    "SelfKDModule",
-    "Stage",
-    "SupervisedModule",
-    "TrainingOptions",
-    "default_optimizer",
-    "sequential_feed",
-]
+if TYPE_CHECKING:
+    from distill_lightning.modules.base import DistillationModule as DistillationModule
+    from distill_lightning.modules.compression import CompressionBaseline as CompressionBaseline
+    from distill_lightning.modules.extracurricular import ExtracurricularModule as ExtracurricularModule
+    from distill_lightning.modules.feed import FEEDModule as FEEDModule
+    from distill_lightning.modules.generator import GeneratorModule as GeneratorModule
+    from distill_lightning.modules.kd import KDModule as KDModule
+    from distill_lightning.modules.meal_v2 import MEALV2Module as MEALV2Module
+    from distill_lightning.modules.options import TrainingOptions as TrainingOptions
+    from distill_lightning.modules.options import default_optimizer as default_optimizer
+    from distill_lightning.modules.paraphraser import ParaphraserModule as ParaphraserModule
+    from distill_lightning.modules.self_kd import SelfKDModule as SelfKDModule
+    from distill_lightning.modules.sequential_feed import Stage as Stage
+    from distill_lightning.modules.supervised import RegressionModule as RegressionModule
+    from distill_lightning.modules.supervised import SupervisedModule as SupervisedModule
+
+_FILES = {
+    "CompressionBaseline": "compression",
+    "DistillationModule": "base",
+    "ExtracurricularModule": "extracurricular",
+    "FEEDModule": "feed",
+    "GeneratorModule": "generator",
+    "KDModule": "kd",
+    "MEALV2Module": "meal_v2",
+    "ParaphraserModule": "paraphraser",
+    "RegressionModule": "supervised",
+    "SelfKDModule": "self_kd",
+    "Stage": "sequential_feed",
+    "SupervisedModule": "supervised",
+    "TrainingOptions": "options",
+    "default_optimizer": "options",
+}
+
+__all__ = sorted(_FILES)  # noqa: PLE0605  (type checkers have the imports above)
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _FILES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Students and teachers by name, typed so that they can be written in YAML, and networks with weights from a file."""
+"""Students and teachers by name, typed so that YAML can configure them, and networks with weights from a file."""
 
 from distill_lightning.networks.adapted import AdaptedInput, Pretrained, likely_input_shape
 from distill_lightning.networks.images import SmallCNN, SmallResNet

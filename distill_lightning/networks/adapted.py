@@ -1,4 +1,4 @@
-"""Networks with weights from a file, and networks that read other inputs than the rest."""
+"""Networks with weights from a file, and networks whose inputs differ from those of the others."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from distill_lightning.networks.weights import load_strictly, read_weights
 
 @recorded
 def Pretrained(network: nn.Module, checkpoint: str | Path, part: str | None = None) -> nn.Module:  # noqa: N802  (reads as a class in YAML)
-    """A network with its weights from a file; the same network is returned, so dotted layer paths stay as they are.
+    """Load a network's weights from a file; the same network is returned, so its dotted layer paths stay as they are.
 
     The file is ``.safetensors``, or a PyTorch file that is a plain state dict, has one under ``"state_dict"``, or is a
-    checkpoint of this package (then the student's weights are taken). Only tensors are read: a file that would run
+    checkpoint of this package (whose student's weights are then loaded). Only tensors are read: a file that would run
     code when unpickled is refused.
 
     Args:
-        network: built like the one that was saved.
+        network: built with the same arguments as the saved one.
         checkpoint: path of the file.
-        part: the submodule of what was saved whose weights are taken, in place of the student: ``"generator"`` of a
+        part: the saved submodule whose weights are loaded, instead of the student: ``"generator"`` of a
             `GeneratorModule`'s checkpoint, ``"paraphrasers.0"`` of a `ParaphraserModule`'s.
 
     Raises:
@@ -39,13 +39,14 @@ def Pretrained(network: nn.Module, checkpoint: str | Path, part: str | None = No
 
 @remembered
 class AdaptedInput(nn.Module):
-    r"""A network that reads inputs as it was trained to, whatever the data module gives to the others.
+    r"""A network whose images are normalised and resized as in its own training, unlike those of the other networks.
 
     .. math:: x \mapsto \mathrm{resize}\left( \frac{x \cdot \sigma_0 + \mu_0 - \mu}{\sigma} \right)
 
-    First the values: the data module's normalisation is undone (``source_mean``, ``source_std``) and the network's own
-    is done (``mean``, ``std``). Then the size: bilinear, with antialiasing, in float32. The state dict is the network's
-    with ``network.`` before every name, and dotted layer paths begin so, too; the numbers given here are no part of it.
+    First the values: the data module's normalisation (``source_mean``, ``source_std``) is undone, and the network's own
+    (``mean``, ``std``) is applied. Then the size: bilinear, with antialiasing, in float32. The names in the state dict
+    and the dotted layer paths are the network's, after the prefix ``network.``; the state dict does not contain the
+    arguments given here.
 
     ::
 
@@ -60,18 +61,26 @@ class AdaptedInput(nn.Module):
               source_std: [0.229, 0.224, 0.225]
 
     Args:
-        network: reads images ``(N, C, H, W)``.
-        size: rows and columns that ``network`` wants; ``None``: as they come.
-        mean: :math:`\mu`, which is subtracted from values in ``[0, 1]`` for ``network``: a number, or one per channel;
-            ``None``, and ``std`` too: the values stay as they come.
-        std: :math:`\sigma`, likewise.
+        network: a network of images ``(N, C, H, W)``.
+        size: rows and columns that ``network`` expects; ``None`` leaves the images' size unchanged.
+        mean: :math:`\mu`, which ``network`` expects to be subtracted from values in ``[0, 1]``: a number, or one per
+            channel. ``None``, as then also ``std``, leaves the values unchanged.
+        std: :math:`\sigma`, by which ``network`` expects them to be divided: a number, or one per channel.
         source_mean: :math:`\mu_0`, which the data module has subtracted: a number, or one per channel.
-        source_std: :math:`\sigma_0`, which the data module has divided by, likewise.
+        source_std: :math:`\sigma_0`, by which the data module has divided: a number, or one per channel.
 
     Raises:
-        InputError: a ``size`` that is none, a standard deviation that is not positive, one of ``mean`` and ``std``
-            without the other, a source without them, different numbers of channels, or, on a call, inputs with another
-            number of channels.
+        InputError: an invalid ``size``, a standard deviation that is not positive, one of ``mean`` and ``std`` without
+            the other, ``source_mean`` or ``source_std`` without them, different numbers of channels, or, on a call,
+            inputs with another number of channels.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning.networks import AdaptedInput
+        >>> adapted = AdaptedInput(nn.Flatten(), size=[1, 2], mean=0.5, std=0.5)
+        >>> adapted(torch.tensor([0.0, 1.0]).expand(1, 1, 2, 2))
+        tensor([[-1.,  1.]])
     """
 
     scale: Tensor
@@ -94,14 +103,16 @@ class AdaptedInput(nn.Module):
             raise InputError(f"AdaptedInput: mean and std belong together, got mean={mean} and std={std}")
         if mean is None and (source_mean, source_std) != (0.0, 1.0):
             raise InputError(
-                "AdaptedInput: source_mean and source_std give way to the network's own: give mean and std"
+                "AdaptedInput: source_mean and source_std need mean and std, the normalisation that the network expects"
             )
         given = {"mean": 0.0 if mean is None else mean, "std": 1.0 if std is None else std}
         given |= {"source_mean": source_mean, "source_std": source_std}
         values = {name: _per_channel(value) for name, value in given.items()}
         channels = {len(value) for value in values.values() if len(value) > 1}
         if len(channels) > 1:
-            raise InputError(f"AdaptedInput: mean, std and their sources are for {sorted(channels)} channels: give one")
+            raise InputError(
+                f"AdaptedInput: mean, std and their sources have {sorted(channels)} channels: give equally many"
+            )
         for name in ("std", "source_std"):
             if not (values[name] > 0).all():
                 raise InputError(f"AdaptedInput: {name} must be positive, got {given[name]}")
@@ -109,7 +120,7 @@ class AdaptedInput(nn.Module):
         self.size = None if size is None else (int(size[0]), int(size[1]))
         scale = values["source_std"] / values["std"]
         shift = (values["source_mean"] - values["mean"]) / values["std"]
-        # Not persistent: what the network's own files hold is all that there is to load.
+        # Not persistent: the state dict holds what the network's own files hold, and nothing else.
         for name, value in (("scale", scale), ("shift", shift)):
             self.register_buffer(name, value.float()[:, None, None], persistent=False)
         inner = recipe_of(network)
@@ -119,7 +130,7 @@ class AdaptedInput(nn.Module):
         remember(self, None if inner is None else arguments)
 
     def extra_repr(self) -> str:
-        """The size, which no weight tells."""
+        """The size, shown when the network is printed."""
         return f"size={self.size}"
 
     def forward(self, images: Tensor) -> Tensor:
@@ -127,7 +138,7 @@ class AdaptedInput(nn.Module):
         channels = max(len(self.scale), len(self.shift))
         if images.ndim != 4 or channels not in (1, images.shape[1]):
             raise InputError(
-                f"AdaptedInput: inputs of shape {tuple(images.shape)} do not go with the {channels} channels of mean "
+                f"AdaptedInput: inputs of shape {tuple(images.shape)} do not match the {channels} channels of mean "
                 "and std: give images (N, C, H, W), and one number per channel or one for all"
             )
         values = images * self.scale + self.shift
@@ -142,12 +153,20 @@ def likely_input_shape(network: nn.Module) -> tuple[int, int, int]:
     """The first convolution's input channels, at 32x32: enough to find the channels of a convolutional feature map.
 
     Raises:
-        InputError: the network has no two-dimensional convolution to tell from.
+        InputError: the network has no two-dimensional convolution.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.networks import likely_input_shape
+        >>> likely_input_shape(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+        (3, 32, 32)
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             return (module.in_channels, 32, 32)
-    raise InputError(f"{type(network).__name__} has no convolution to tell its input from: give input_shape=(C, H, W)")
+    raise InputError(
+        f"{type(network).__name__} has no convolution that shows its input's shape: give input_shape=(C, H, W)"
+    )
 
 
 def _per_channel(value: float | Sequence[float]) -> Tensor:

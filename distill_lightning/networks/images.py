@@ -13,17 +13,26 @@ from distill_lightning.networks.provenance import check_sizes, remember, remembe
 class SmallCNN(nn.Module):
     """A plain convolutional network for small images, without shortcuts.
 
-    Three times a 3x3 convolution, BatchNorm and ReLU, with ``width``, ``2 * width`` and ``4 * width`` channels, and a
-    2x2 maximum pooling between them; then global average pooling and a linear layer ``head``. 53,362 parameters at its
-    defaults with 10 classes. The tap for feature distillation is ``features``: after the last ReLU, before pooling.
+    Three times a 3x3 convolution, BatchNorm and ReLU, with ``width``, ``2 * width`` and ``4 * width`` channels, and
+    2x2 max pooling between them; then global average pooling and a linear layer ``head``. It has 53,362 parameters
+    with 10 classes and the defaults. For feature distillation, tap ``features``: after the last ReLU, before pooling.
 
     Args:
         num_classes: ``K``.
-        in_channels: channels of the images, which have at least 4 rows and columns.
+        in_channels: channels of the images, which need at least 4 rows and columns.
         width: channels of the first convolution.
 
     Raises:
         InputError: a size that is not positive.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.networks import SmallCNN
+        >>> network = SmallCNN(num_classes=10)
+        >>> network(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+        >>> sum(parameter.numel() for parameter in network.parameters())
+        53362
     """
 
     def __init__(self, num_classes: int, *, in_channels: int = 1, width: int = 24) -> None:
@@ -76,22 +85,30 @@ class _Block(nn.Module):
 
 @remembered
 class SmallResNet(nn.Module):
-    """A residual network for small images on a CPU; the family of the demos and the tests.
+    """A residual network for small images on a CPU, used in the demos and the tests.
 
     A 3x3 stem, then three stages ``stage1`` to ``stage3`` of ``depth`` residual blocks with ``width``, ``2 * width``
     and ``4 * width`` channels (the second and third stage halve the image), global average pooling and a linear layer
-    ``head`` (a `GaussianHead` in a regression). Width 8 and depth 1 cost 2.4 million multiply-adds at 28x28. The tap
-    for feature distillation is ``stage3``: after the last ReLU, before pooling.
+    ``head`` (a `GaussianHead` for regression). Width 8 and depth 1 cost 2.4 million multiply-adds at 28x28. For feature
+    distillation, tap ``stage3``: after the last ReLU, before pooling.
 
     Args:
         num_classes: ``K`` of a classifier.
-        num_targets: ``d`` of a regression, instead of ``num_classes``.
+        num_targets: ``d`` of a regression network, instead of ``num_classes``.
         in_channels: channels of the images.
         width: channels of the first stage.
         depth: residual blocks in each stage.
 
     Raises:
-        InputError: a size that is not positive.
+        InputError: a size that is not positive, or not exactly one of ``num_classes`` and ``num_targets``.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.networks import SmallResNet
+        >>> SmallResNet(num_classes=10)(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+        >>> SmallResNet(num_targets=2)(torch.zeros(2, 1, 28, 28)).shape  # means and log-variances
+        torch.Size([2, 4])
     """
 
     def __init__(
@@ -106,7 +123,7 @@ class SmallResNet(nn.Module):
         super().__init__()
         outputs = {"num_targets": num_targets} if num_classes is None else {"num_classes": num_classes}
         if (num_classes is not None and num_targets is not None) or None in outputs.values():
-            raise InputError("SmallResNet needs num_classes (a classifier) or num_targets (a regression), and not both")
+            raise InputError("SmallResNet needs either num_classes (a classifier) or num_targets (a regression)")
         arguments = {**outputs, "in_channels": in_channels, "width": width, "depth": depth}
         check_sizes("SmallResNet", arguments)
         remember(self, arguments)

@@ -1,4 +1,4 @@
-"""Networks of torchvision, timm and pytorchcv by name."""
+"""Networks of torchvision, timm and pytorchcv, by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def torchvision_network(name: str, *, num_classes: int, in_channels: int = 3) ->
     Args:
         name: as in ``torchvision.models.list_models()``, for example ``"resnet18"``.
         num_classes: ``K``.
-        in_channels: channels of the images; other than 3 replaces the first convolution by a new one.
+        in_channels: channels of the images; for any number but 3 the first convolution is replaced by a new one.
 
     Raises:
         InputError: torchvision has no such network.
@@ -38,7 +38,7 @@ def timm_network(name: str, *, num_classes: int, in_channels: int = 3, pretraine
         name: as in ``timm.list_models()``, for example ``"resnet18"``.
         num_classes: ``K``.
         in_channels: channels of the images.
-        pretrained: load timm's weights, which fetches them unless they are cached.
+        pretrained: load timm's weights, which are downloaded unless they are cached.
 
     Raises:
         InputError: timm is not installed, or has no such network.
@@ -60,8 +60,8 @@ def pytorchcv_network(
         name: as in pytorchcv's model provider.
         num_classes: ``K``.
         in_channels: channels of the images.
-        image_size: rows and columns of the images; ``None`` leaves the network's own (32 for CIFAR, 224 for ImageNet).
-        pretrained: load pytorchcv's weights, which fetches them unless they are cached.
+        image_size: rows and columns of the images; ``None`` for the network's own (32 for CIFAR, 224 for ImageNet).
+        pretrained: load pytorchcv's weights, which are downloaded unless they are cached.
 
     Raises:
         InputError: pytorchcv is not installed, or has no such network.
@@ -76,9 +76,9 @@ def pytorchcv_network(
         raise InputError(f"pytorchcv has no network {name!r}: see pytorchcv's list of models") from error
     features = network.get_submodule("features")
     if image_size is not None and isinstance(getattr(features, "final_pool", None), nn.AvgPool2d):
-        # The CIFAR networks pool a fixed 8x8, whatever in_size says; this pools any size, and 8x8 to the same.
+        # The CIFAR networks always pool 8x8, whatever in_size says; this pools any size, and 8x8 to the same result.
         features.add_module("final_pool", nn.AdaptiveAvgPool2d(1))
-    # The CIFAR networks accept 10 or 100 classes alone; another number gets a new last layer, as for fine-tuning.
+    # The CIFAR networks accept only 10 or 100 classes; otherwise the last layer is replaced, as in fine-tuning.
     if network.num_classes != num_classes:
         if not isinstance(network.output, nn.Linear):
             raise InputError(f"pytorchcv's {name!r} has {network.num_classes} classes and no last layer to replace")

@@ -21,21 +21,33 @@ _FACTORIES: dict[str, Callable[..., nn.Module]] = {}
 
 
 def recipe_of(network: nn.Module) -> Recipe | None:
-    """How one of this package's factories built ``network``; ``None`` for a network built elsewhere."""
+    """The recipe of a network that a factory of this package built; ``None`` for any other network.
+
+    Example:
+        >>> from distill_lightning.networks import SmallCNN, recipe_of
+        >>> recipe_of(SmallCNN(num_classes=10))
+        {'factory': 'SmallCNN', 'arguments': {'num_classes': 10, 'in_channels': 1, 'width': 24}}
+    """
     recipe: Recipe | None = network.__dict__.get("_recipe")
     return recipe
 
 
 def build_from(recipe: Recipe) -> nn.Module:
-    """Build a network again from its recipe, with fresh weights (or the file's, if it was `Pretrained`).
+    """Build a network again from its recipe, with fresh weights (or those of the file, if it was `Pretrained`).
 
     Only this package's own factories are ever called, whatever the recipe names.
 
     Raises:
-        InputError: the recipe names no factory of this package.
+        InputError: the recipe does not name a factory of this package.
+
+    Example:
+        >>> from distill_lightning.networks import build_from
+        >>> network = build_from({"factory": "SmallCNN", "arguments": {"num_classes": 10}})
+        >>> network.head.out_features
+        10
     """
     if recipe.get("factory") not in _FACTORIES:
-        raise InputError(f"no network factory {recipe.get('factory')!r}: known are {', '.join(_FACTORIES)}")
+        raise InputError(f"unknown network factory {recipe.get('factory')!r}: known ones are {', '.join(_FACTORIES)}")
     arguments = dict(recipe["arguments"])
     if isinstance(arguments.get("network"), Mapping):
         arguments["network"] = build_from(arguments["network"])
@@ -43,7 +55,7 @@ def build_from(recipe: Recipe) -> nn.Module:
 
 
 def recorded(factory: Callable[P, nn.Module]) -> Callable[P, nn.Module]:
-    """Have a factory note its recipe on the networks it returns."""
+    """Make a factory store its recipe on the networks that it returns."""
     name = factory.__name__
     names = factory.__code__.co_varnames
 
@@ -52,7 +64,7 @@ def recorded(factory: Callable[P, nn.Module]) -> Callable[P, nn.Module]:
         given: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
         arguments = {key: _plain(value) for key, value in given.items()}
         network = factory(*args, **kwargs)
-        # A network from elsewhere inside leaves nothing to rebuild from.
+        # With a network inside that was built elsewhere, this one cannot be rebuilt either.
         unknown = any(isinstance(given[key], nn.Module) and value is None for key, value in arguments.items())
         network.__dict__["_recipe"] = None if unknown else {"factory": name, "arguments": arguments}
         return network
@@ -62,22 +74,22 @@ def recorded(factory: Callable[P, nn.Module]) -> Callable[P, nn.Module]:
 
 
 def remembered(network_class: NetworkClass) -> NetworkClass:
-    """Have a class known to `build_from`; its constructor calls `remember`."""
+    """Make a class known to `build_from`; its constructor has to call `remember`."""
     _FACTORIES[network_class.__name__] = network_class
     return network_class
 
 
 def remember(network: nn.Module, arguments: Mapping[str, Any] | None) -> None:
-    """Note on a network what its constructor was called with, in plain types; ``None``: it cannot be built again."""
+    """Store the arguments of a network's constructor on it, in plain types; ``None``: it cannot be built again."""
     recipe = None if arguments is None else {"factory": type(network).__name__, "arguments": dict(arguments)}
     network.__dict__["_recipe"] = recipe
 
 
 def check_sizes(who: str, sizes: Mapping[str, int | None]) -> None:
-    """Refuse sizes that are not positive.
+    """Refuse sizes below 1.
 
     Raises:
-        InputError: one is not; the message begins with ``who``.
+        InputError: a size is below 1 or missing; the message begins with ``who``.
     """
     for name, value in sizes.items():
         if value is None or value < 1:

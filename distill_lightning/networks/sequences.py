@@ -13,10 +13,10 @@ from distill_lightning.networks.provenance import check_sizes, remember, remembe
 class SmallLSTM(nn.Module):
     """An LSTM that classifies a sequence of rows, or predicts the token after each token of a text.
 
-    With ``input_size`` it reads images ``(N, C, H, W)`` as ``H`` steps of ``C * W`` numbers and gives logits ``(N, K)``
-    from the last step; 41,674 parameters at its defaults on 8x8 digits. With ``vocabulary`` it reads tokens ``(N, T)``
-    through an embedding of ``width`` numbers and gives logits ``(N, T, K)``, one row for each position. The LSTM is
-    ``lstm``, the last layer ``head``.
+    With ``input_size`` it reads images ``(N, C, H, W)`` as ``H`` steps of ``C * W`` numbers and returns logits
+    ``(N, K)`` from the last step; with the defaults it has 41,674 parameters for 8x8 digits. With ``vocabulary`` it
+    reads tokens ``(N, T)`` through an embedding of ``width`` numbers and returns logits ``(N, T, K)``, one row for each
+    position. The LSTM is ``lstm``, the last layer ``head``.
 
     Args:
         num_classes: ``K``.
@@ -26,7 +26,16 @@ class SmallLSTM(nn.Module):
         depth: layers.
 
     Raises:
-        InputError: a size that is not positive, or not one of ``input_size`` and ``vocabulary`` is given.
+        InputError: a size that is not positive, or not exactly one of ``input_size`` and ``vocabulary``.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.networks import SmallLSTM
+        >>> SmallLSTM(num_classes=10, input_size=8)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+        >>> tokens = torch.zeros(2, 5, dtype=torch.int64)
+        >>> SmallLSTM(num_classes=100, vocabulary=100)(tokens).shape
+        torch.Size([2, 5, 100])
     """
 
     def __init__(
@@ -59,26 +68,35 @@ class SmallLSTM(nn.Module):
 class SmallTransformer(nn.Module):
     """A Transformer encoder that classifies a sequence of rows, or predicts the token after each token of a text.
 
-    With ``input_size`` it reads images ``(N, C, H, W)`` as ``H`` steps of ``C * W`` numbers and gives logits ``(N, K)``
-    from the mean over the steps; 68,810 parameters at its defaults on 8x8 digits. With ``vocabulary`` it reads tokens
-    ``(N, T)``, each position sees itself and those before it, and it gives logits ``(N, T, K)``. The embedding
-    ``embed`` and learned ``positions`` are added, then come ``encoder``, with normalisation before each of its parts
-    and at its end, and ``head``.
+    With ``input_size`` it reads images ``(N, C, H, W)`` as ``H`` steps of ``C * W`` numbers and returns logits
+    ``(N, K)`` from the mean over the steps; with the defaults it has 68,810 parameters for 8x8 digits. With
+    ``vocabulary`` it reads tokens ``(N, T)``, each position sees itself and the earlier ones, and it returns logits
+    ``(N, T, K)``. The embedding ``embed`` and the learned ``positions`` are added; then follow ``encoder``, with layer
+    normalisation before each of its sublayers and at its end, and ``head``.
 
     Args:
         num_classes: ``K``.
-        length: most steps that it can read, ``H`` of images; each has a learned position.
+        length: the largest number of steps, ``H`` for images; each has a learned position.
         input_size: numbers in a row, ``C * W``; ``None`` for tokens.
         vocabulary: number of different tokens; ``None`` for rows.
-        width: numbers for each step, a multiple of ``heads``.
+        width: numbers per step, a multiple of ``heads``.
         depth: layers.
-        heads: of the attention in each layer.
-        feedforward: neurons in each layer.
-        dropout: share of the numbers that are dropped in training, in ``[0, 1)``.
+        heads: attention heads in each layer.
+        feedforward: hidden units of the feed-forward network in each layer.
+        dropout: the probability of dropout in training, in ``[0, 1)``.
 
     Raises:
-        InputError: a size or share that is out of range, not one of ``input_size`` and ``vocabulary`` is given, or, on
-            a call, more steps than ``length``.
+        InputError: a size or probability that is out of range, not exactly one of ``input_size`` and ``vocabulary``,
+            or, on a call, more steps than ``length``.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.networks import SmallTransformer
+        >>> SmallTransformer(num_classes=10, length=8, input_size=8)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+        >>> tokens = torch.zeros(2, 5, dtype=torch.int64)
+        >>> SmallTransformer(num_classes=100, length=16, vocabulary=100)(tokens).shape
+        torch.Size([2, 5, 100])
     """
 
     def __init__(
@@ -100,7 +118,7 @@ class SmallTransformer(nn.Module):
         arguments |= {"heads": heads, "feedforward": feedforward}
         check_sizes("SmallTransformer", arguments)
         if width % heads:
-            raise InputError(f"SmallTransformer: width={width} is no multiple of heads={heads}: change one")
+            raise InputError(f"SmallTransformer: width={width} is not a multiple of heads={heads}: change one of them")
         if not 0 <= dropout < 1:
             raise InputError(f"SmallTransformer: dropout must be in [0, 1), got {dropout}")
         remember(self, arguments | {"dropout": dropout})
@@ -113,7 +131,7 @@ class SmallTransformer(nn.Module):
             for _ in range(depth)
         ]
         self.encoder = nn.TransformerEncoder(layers[0], depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
-        # It has copied the one layer it was given, weights and all.
+        # TransformerEncoder has copied the one layer that it was given, including its weights.
         self.encoder.layers = nn.ModuleList(layers)
         self.head = nn.Linear(width, num_classes)
         self.reads_tokens = vocabulary is not None
@@ -125,7 +143,7 @@ class SmallTransformer(nn.Module):
         if not self.reads_tokens:
             logits: Tensor = self.head(self.encoder(hidden).mean(dim=1))
             return logits
-        # Said to be causal, because PyTorch would otherwise compare the mask with one, and wait for the device.
+        # Without is_causal, PyTorch would compare the mask with a causal one, and wait for the device.
         causal: Tensor = self.head(self.encoder(hidden, mask=_later(hidden), is_causal=True))
         return causal
 
@@ -134,7 +152,7 @@ def _one_of(who: str, input_size: int | None, vocabulary: int | None) -> dict[st
     given = {"input_size": input_size, "vocabulary": vocabulary}
     read = {name: value for name, value in given.items() if value is not None}
     if len(read) != 1:
-        raise InputError(f"{who} needs input_size (rows of images) or vocabulary (tokens of a text), and not both")
+        raise InputError(f"{who} needs either input_size (rows of images) or vocabulary (tokens of a text)")
     return read
 
 
@@ -143,18 +161,20 @@ def _rows(images: Tensor) -> Tensor:
     return images.transpose(1, 2).flatten(2)
 
 
-# Whole operations for torch.fx, which cannot follow what depends on a length.
+# torch.fx takes these as single operations; it cannot trace code that depends on a length.
 @fx.wrap
 def _places(hidden: Tensor, length: int) -> Tensor:
-    """The numbers ``(T,)`` of the steps of ``(N, T, D)``."""
+    """The indices ``(T,)`` of the steps of ``(N, T, D)``."""
     steps = hidden.shape[1]
     if steps > length:
-        raise InputError(f"SmallTransformer has positions for {length} steps, got {steps}: give it length")
+        raise InputError(
+            f"SmallTransformer has positions for {length} steps, got {steps}: build it with length={steps} or more"
+        )
     return torch.arange(steps, device=hidden.device)
 
 
 @fx.wrap
 def _later(hidden: Tensor) -> Tensor:
-    """The mask of ``(N, T, D)``: true ``(T, T)`` where a step does not see another one, which comes after it."""
+    """The mask ``(T, T)`` for ``(N, T, D)``, true where a step (row) must not see a later one (column)."""
     steps = hidden.shape[1]
     return torch.ones(steps, steps, dtype=torch.bool, device=hidden.device).triu(1)

@@ -1,4 +1,4 @@
-"""Network weights from files: only tensors are read, and they fit or nothing is changed."""
+"""Network weights in files: only tensors are read, and a network is not changed unless all of them fit."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from distill_lightning.errors import InputError
 
 
 def read_weights(path: Path, *, part: str | None = None) -> dict[str, Tensor]:
-    """The network's state dict in a file, without running any code that the file may carry.
+    """Read a network's state dict from a file, without running any code that the file may contain.
 
     Args:
-        path: of the file.
-        part: the submodule whose weights are wanted; ``None``: the student's of a checkpoint, else all.
+        path: path of the file.
+        part: the submodule whose weights are read; ``None``: the student of a checkpoint, and otherwise everything.
 
     Raises:
-        InputError: the file is missing, damaged, unsafe, holds no state dict, or none of that part.
+        InputError: the file is missing, damaged or unsafe, or holds no state dict, or nothing of that part.
     """
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}: give the path of a .safetensors, .pt or .ckpt file")
@@ -53,14 +53,14 @@ def write_weights(network: nn.Module, path: Path) -> Path:
     """Write a network's state dict.
 
     Args:
-        network: the plain one, or what `torch.compile` returned for it.
+        network: the plain network, or what `torch.compile` returned for it.
         path: ``.safetensors``, or ``.pt`` / ``.pth`` for `torch.save`.
 
     Returns:
         The path.
 
     Raises:
-        InputError: another suffix.
+        InputError: the suffix is another one.
     """
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise InputError(f"weights are written as .safetensors, .pt or .pth, got {path.name!r}")
@@ -75,26 +75,26 @@ def write_weights(network: nn.Module, path: Path) -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A whole checkpoint that a Trainer wrote, without running any code that the file may carry.
+    """Read a whole checkpoint that a Trainer wrote, without running any code that the file may contain.
 
-    Modules that keep no hyper-parameters have none in theirs; those of this package always do.
+    ``hyper_parameters`` are empty if the module saved none; modules of this package always do.
 
     Raises:
-        InputError: the file is missing, damaged or unsafe, or holds weights alone.
+        InputError: the file is missing, damaged or unsafe, or holds only weights.
     """
     read_weights(path)
     content = load_file(path) if path.suffix == ".safetensors" else _load_tensors(path)
     missing = [key for key in ("state_dict", "pytorch-lightning_version") if key not in content]
     if missing:
         raise InputError(
-            f"{path} is no checkpoint of a training (it has no {missing[0]!r}): an exported student's weights are "
-            "loaded by distill_lightning.Pretrained(network, checkpoint)"
+            f"{path} is not a checkpoint of a training (it has no {missing[0]!r}): load the weights of an exported "
+            "student with distill_lightning.Pretrained(network, checkpoint)"
         )
     return {"hyper_parameters": {}, **content}
 
 
 def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
-    """Load every weight and leave none out, or change nothing.
+    """Load a complete set of weights, or change nothing.
 
     Raises:
         InputError: names or shapes differ; the message names the first of them.
@@ -104,7 +104,7 @@ def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], *, source: 
 
 
 def check_architecture(network: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
-    """Hold a state dict against a network.
+    """Check that a state dict fits a network.
 
     Raises:
         InputError: names or shapes differ; the message names the first of them.
@@ -133,6 +133,6 @@ def _load_tensors(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path} is refused: it is no plain weights file, and unpickling it could run code; "
-            "save network.state_dict(), or convert it to .safetensors where you trust it"
+            f"{path} is refused: it is not a plain weights file, and unpickling it could run code; "
+            "save network.state_dict(), or convert it to .safetensors if you trust it"
         ) from error

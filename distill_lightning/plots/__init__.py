@@ -1,4 +1,4 @@
-"""Arrays in, matplotlib figures out."""
+"""Plots: functions that take arrays and return matplotlib figures."""
 
 from distill_lightning.plots.comparison import learning_curves, score_bars
 from distill_lightning.plots.compression import (

@@ -1,4 +1,4 @@
-"""Figures of a comparison: arrays in, matplotlib figures out."""
+"""Figures of a comparison of methods."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def score_bars(
     label: str = "test accuracy, last epoch (%)",
     scale: float = 100,
 ) -> Figure:
-    """A score by method: every seed a dot, the mean and one standard deviation over the seeds.
+    """Plot a score by method: a dot for each seed, with the mean and one standard deviation over the seeds.
 
     Args:
-        scores: of each method, one per seed; accuracies in ``[0, 1]``, for example.
-        references: scores drawn as dashed lines, the ensemble's for example.
-        label: of the axis.
-        scale: what the scores are multiplied with.
+        scores: scores of each method, one per seed; accuracies in ``[0, 1]``, for example.
+        references: scores that are drawn as dashed lines, for example the ensemble's.
+        label: label of the axis.
+        scale: the factor by which the scores are multiplied.
     """
     figure = ShownFigure(figsize=(1.6 + 1.2 * len(scores), 4), layout="constrained")
     axes = figure.add_subplot()
@@ -48,12 +48,12 @@ def score_bars(
 def learning_curves(
     curves: Mapping[str, Array], *, label: str = "validation accuracy (%)", scale: float = 100
 ) -> Figure:
-    """A validation score by epoch: the mean over seeds, shaded by one standard deviation.
+    """Plot a validation score by epoch: the mean over seeds, shaded by one standard deviation.
 
     Args:
-        curves: ``(seeds, epochs)`` scores of each method; accuracies in ``[0, 1]``, for example.
-        label: of the axis.
-        scale: what the scores are multiplied with.
+        curves: scores ``(seeds, epochs)`` of each method; accuracies in ``[0, 1]``, for example.
+        label: label of the axis.
+        scale: the factor by which the scores are multiplied.
     """
     figure = ShownFigure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()

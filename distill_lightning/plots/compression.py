@@ -1,4 +1,4 @@
-"""Figures of a compression run: arrays in, matplotlib figures out."""
+"""Figures of a compression run."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def plot_pareto(
     scale: float = 100,
     logarithmic: Set[str] = frozenset({"bytes"}),
 ) -> Figure:
-    """A score against what it costs, a panel for each cost; up and to the left is better (down, if less is better).
+    """Plot a score against costs, one panel for each; up and to the left is better (down, if lower scores are better).
 
     Args:
-        scores: of each stage, one for each seed; accuracies in ``[0, 1]``, for example.
-        costs: by the panel's title, with its unit, each stage's cost. A stage without a cost is left out of that panel.
-        dense: the stage that is marked by a star and dashed lines.
-        controls: stages that are drawn hollow.
-        label: of the score's axis.
-        scale: what the scores are multiplied with.
-        logarithmic: panels whose axis is logarithmic.
+        scores: scores of each stage, one per seed; accuracies in ``[0, 1]``, for example.
+        costs: for each panel, by its title (with the unit), the cost of each stage. A stage without a cost is left out.
+        dense: the stage that is marked with a star and dashed lines.
+        controls: stages that are drawn with hollow markers.
+        label: label of the score's axis.
+        scale: the factor by which the scores are multiplied.
+        logarithmic: titles of the panels with a logarithmic axis.
     """
     figure = ShownFigure(figsize=(4.2 * len(costs), 4.4), layout="constrained")
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.05})[0]
@@ -74,7 +74,7 @@ def _cost_axis(axes: Axes, *, logarithmic: bool) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
-        # The margin is a share of the points' own range, which may be narrow and far from 0.
+        # From 0: the points' own range may be narrow and far from it.
         axes.set_xlim(0, 1.05 * axes.get_xlim()[1])
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
     axes.tick_params(axis="x", labelsize=8)
@@ -90,13 +90,13 @@ def _short(value: float, _place: int | None = None) -> str:
 def plot_sparsity(
     sparsity: Mapping[str, ArrayLike], *, times: ArrayLike | None = None, label: str = "epoch", overall: str = "overall"
 ) -> Figure:
-    """The share of zeros in each layer over time.
+    """Plot the share of zeros in each layer over time.
 
     Args:
-        sparsity: of each layer, parts of 1, one for each time.
-        times: at which; ``None``: 1, 2, 3 and so on.
-        label: of the time axis.
-        overall: the entry that is drawn thick and black, if it is there.
+        sparsity: the share of zeros in each layer, in ``[0, 1]``, one value per time.
+        times: the times; ``None`` for 1, 2, 3 and so on.
+        label: label of the time axis.
+        overall: the entry that is drawn in black with a thick line, if present.
     """
     figure = ShownFigure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -123,15 +123,15 @@ def plot_sensitivity(
     scale: float = 100,
     amount: str = "part of the layer that is removed",
 ) -> Figure:
-    """A score with one layer compressed and the others left alone: a curve for each layer.
+    """Plot a score with only one layer compressed: a curve for each layer.
 
     Args:
-        curves: scores of each layer, one for each amount.
+        curves: the scores for each layer, one per amount.
         amounts: how much the layer is compressed.
-        reference: the score with none compressed, dashed.
-        label: of the score's axis.
-        scale: what the scores are multiplied with.
-        amount: label of the other axis.
+        reference: the score of the uncompressed network, drawn as a dashed line.
+        label: label of the score's axis.
+        scale: the factor by which the scores are multiplied.
+        amount: label of the axis of amounts.
     """
     figure = ShownFigure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -149,12 +149,12 @@ def plot_sensitivity(
 
 
 def plot_spectra(singular_values: Mapping[str, ArrayLike], ranks: Mapping[str, int]) -> Figure:
-    """The singular values of layers, as parts of the largest, with the ranks that were chosen.
+    """Plot the singular values of layers relative to the largest one, with the chosen ranks.
 
     Args:
-        singular_values: of each layer, in descending order.
-        ranks: chosen for layers; a dot at the last singular value that is kept. Layers without one are left as they
-            were.
+        singular_values: the singular values of each layer, in descending order.
+        ranks: the chosen rank of each layer, shown as a dot at the last singular value that is kept. Layers without one
+            were not factored.
     """
     figure = ShownFigure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -168,7 +168,7 @@ def plot_spectra(singular_values: Mapping[str, ArrayLike], ranks: Mapping[str, i
         if rank is not None:
             axes.plot(rank, shown[rank - 1], "o", color=color)
     axes.set_yscale("log")
-    # What rounding leaves of a zero is no singular value.
+    # Singular values below this are rounding errors.
     axes.set_ylim(bottom=max(1e-4, axes.get_ylim()[0]))
     axes.set_xlabel("number")
     axes.set_ylabel("singular value, part of the largest")
@@ -178,12 +178,12 @@ def plot_spectra(singular_values: Mapping[str, ArrayLike], ranks: Mapping[str, i
 
 
 def plot_codebook(weights: Mapping[str, ArrayLike], levels: Mapping[str, ArrayLike], *, bins: int = 80) -> Figure:
-    """How the weights of layers are distributed, with the values that stand for them.
+    """Plot the distribution of layers' weights, with the values that replace them.
 
     Args:
-        weights: of each layer before they were shared or quantized, any shape.
-        levels: of each layer the values that they have become.
-        bins: of the histograms.
+        weights: the weights of each layer before they were shared or quantized, of any shape.
+        levels: the values of each layer that have replaced them.
+        bins: bins of the histograms.
     """
     columns = min(3, len(weights))
     lines = -(-len(weights) // columns)
@@ -204,11 +204,11 @@ def plot_codebook(weights: Mapping[str, ArrayLike], levels: Mapping[str, ArrayLi
 
 
 def plot_bits(bits: Mapping[str, float], *, sizes: Mapping[str, int] | None = None) -> Figure:
-    """The bits of each layer's weights as bars.
+    """Plot the bits of each layer's weights as bars.
 
     Args:
-        bits: of each layer.
-        sizes: number of each layer's weights, shown beside its bar, and for the mean that a dashed line shows.
+        bits: bits of each layer.
+        sizes: number of weights of each layer, which is shown beside its bar and weights the mean (the dashed line).
     """
     figure = ShownFigure(figsize=(7, 1.1 + 0.3 * len(bits)), layout="constrained")
     axes = figure.add_subplot()
@@ -231,15 +231,15 @@ def plot_bits(bits: Mapping[str, float], *, sizes: Mapping[str, int] | None = No
 
 
 def plot_latency(times: Mapping[str, tuple[ArrayLike, ArrayLike]], *, label: str = "processor time (ms)") -> Figure:
-    """The times of dense and compressed networks that took turns, with their medians.
+    """Plot the times of dense and compressed networks that were measured in turns, with their medians.
 
     Args:
-        times: by name ("batch 32", for example) those of the dense and of the compressed network, a number each turn.
-        label: of the axis, with its unit.
+        times: by name ("batch 32", for example), the times of the dense and of the compressed network, one per turn.
+        label: label of the axis, with its unit.
     """
     figure = ShownFigure(figsize=(1.6 + 1.8 * len(times), 4), layout="constrained")
     axes = figure.add_subplot()
-    # A batch of 1 and one of 32 fit on a logarithmic axis alone.
+    # Batches of 1 and of 32 only fit on the same axis if it is logarithmic.
     for place, pair in enumerate(times.values()):
         for side, (values, name) in enumerate(zip(pair, ("dense", "compressed"), strict=True)):
             shown = np.asarray(values, dtype=float)
@@ -266,7 +266,7 @@ def plot_latency(times: Mapping[str, tuple[ArrayLike, ArrayLike]], *, label: str
 
 
 def _color(place: int, number: int) -> str | tuple[float, ...]:
-    """Different colours as far as there are any, then shades in the order of the layers."""
+    """Distinct colours for up to ten layers, otherwise shades in the order of the layers."""
     if number <= 10:
         return f"C{place}"
     share = place / (number - 1)
@@ -274,7 +274,7 @@ def _color(place: int, number: int) -> str | tuple[float, ...]:
 
 
 def _legend(axes: Axes, entries: int) -> None:
-    # Many layers would cover the curves.
+    # The legend of many layers would cover the curves.
     if entries <= 6:
         axes.legend(frameon=False, fontsize=9)
     else:

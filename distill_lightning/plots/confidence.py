@@ -1,4 +1,4 @@
-"""Figures of how far predictions can be believed."""
+"""Figures of the calibration of predictions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Curve = tuple[Array, Array]
 
 
 def reliability_diagram(bins: Mapping[str, Bins], references: Mapping[str, Bins] | None = None) -> Figure:
-    """Accuracy against confidence by bin, and how many samples lie in each bin.
+    """Plot accuracy against confidence by bin, and the share of samples in each bin.
 
     Args:
-        bins: for each method what `distill_lightning.functional.calibration_bins` gives: counts, sums of confidences,
-            hits. Bins with fewer than 10 samples are not drawn.
-        references: likewise, drawn in grey: the ensemble's for example.
+        bins: for each method what `distill_lightning.functional.calibration_bins` returns: counts, sums of confidences
+            and hits. Bins with fewer than 10 samples are not drawn.
+        references: bins that are drawn in grey, for example the ensemble's.
     """
     figure = ShownFigure(figsize=(5, 5.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -41,13 +41,13 @@ def reliability_diagram(bins: Mapping[str, Bins], references: Mapping[str, Bins]
 
 
 def risk_coverage_curve(curves: Mapping[str, Curve]) -> Figure:
-    """Share of errors among the surest samples, against how many of them are answered.
+    """Plot the share of errors among the most confident samples against the coverage.
 
-    Dashed: the best order of the same answers, every error after every right one. The shaded area between the two is
-    E-AURC; the legend gives it, and AURC, times 1000.
+    The dashed line is the best order of the same answers, with every error after every right answer. The shaded area
+    between the two is E-AURC; the legend shows it and AURC, times 1000.
 
     Args:
-        curves: for each method what `distill_lightning.functional.risk_coverage` gives: coverage and risk ``(N,)``.
+        curves: for each method what `distill_lightning.functional.risk_coverage` returns: coverage and risk ``(N,)``.
     """
     figure = ShownFigure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""Errors of the probes that reconstruct one feature map from another: arrays in, a matplotlib figure out."""
+"""Figures of the probes that reconstruct one feature map from another."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _STYLES = ("-", "--", ":", "-.")
 def reconstruction_errors(
     absolute: Mapping[tuple[str, str], Sequence[float]], relative: Mapping[tuple[str, str], Sequence[float]]
 ) -> Figure:
-    """Reconstruction errors by epoch: absolute ones on the left, relative ones on the right.
+    """Plot reconstruction errors by epoch: absolute ones on the left, relative ones on the right.
 
-    Curves with the same target have the same colour, and the networks that are probed for it different strokes.
+    Curves with the same target have the same colour, and different line styles for the networks that are probed.
 
     Args:
         absolute: the errors of each ``(network, target)``, one per epoch; a network that is its own target
             reconstructs itself.
-        relative: likewise, of the same pairs: the errors divided by the size of the target.
+        relative: the errors of the same pairs, divided by the size of the target.
     """
     figure = ShownFigure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)

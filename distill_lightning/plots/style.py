@@ -1,4 +1,4 @@
-"""What the figures share."""
+"""The style that the figures share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = NDArray[np.float64]
 
 
 class ShownFigure(Figure):
-    """A figure that a notebook shows where it is the value of a cell, without any ``%matplotlib`` before."""
+    """A figure that a notebook shows as the value of a cell, without ``%matplotlib``."""
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()
@@ -22,7 +22,7 @@ class ShownFigure(Figure):
 
 
 def plain(axes: Axes) -> None:
-    """No frame, light horizontal lines behind the data."""
+    """Remove the frame, and put light horizontal lines behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)

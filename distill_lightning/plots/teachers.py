@@ -1,4 +1,4 @@
-"""Figures of the teachers, before anything is learnt from them."""
+"""Figures of the teachers, before they are used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from distill_lightning.plots.style import ShownFigure, plain
 
-# What is drawn of the rows' metrics, its title and its scale.
+# The metrics that are drawn, with titles and scales.
 _SHOWN = {
     "accuracy": ("accuracy (%)", 100),
     "mae": ("MAE", 1),
@@ -21,12 +21,12 @@ _SHOWN = {
 
 
 def teacher_bars(rows: Sequence[Mapping[str, float | str]], *, chance: float | None = None) -> Figure:
-    """One panel for each metric, one bar for each teacher; the ensemble in grey.
+    """Plot one panel for each metric with one bar for each teacher; the ensemble is grey.
 
     Args:
-        rows: what `distill_lightning.callbacks.TeacherReport` keeps: a ``name`` and metrics each. Of the metrics,
-            ``accuracy``, ``mae``, ``rmse``, ``nll``, ``ece`` and ``calibration`` are drawn where they are given.
-        chance: an accuracy in ``[0, 1]`` that is drawn as a dashed line, that of guessing for example.
+        rows: the rows of a `distill_lightning.callbacks.TeacherReport`, each with a ``name`` and metrics. Of the
+            metrics, ``accuracy``, ``mae``, ``rmse``, ``nll``, ``ece`` and ``calibration_error`` are drawn if present.
+        chance: an accuracy in ``[0, 1]`` that is drawn as a dashed line, for example that of guessing.
     """
     names = [str(row["name"]) for row in rows]
     shown = [metric for metric in _SHOWN if metric in rows[0]]

@@ -1,7 +1,35 @@
 """What is kept by sample index. Plain tensors: DDP would overwrite buffers with rank 0's before every forward."""
 
+from distill_lightning.storage.files import (
+    CHECKSUM_BYTES,
+    checksum_fits,
+    sweep_partial,
+    whole_file,
+    with_checksum,
+    write_whole,
+)
+from distill_lightning.storage.header import FORMAT, read_header
 from distill_lightning.storage.prediction import PredictionStore
-from distill_lightning.storage.shards import ShardedRecords
+from distill_lightning.storage.rows import Field, Rows
+from distill_lightning.storage.shards import ShardedRecords, sweep
 from distill_lightning.storage.sidecar import Sidecar
+from distill_lightning.storage.top_k import largest, spread
 
-__all__ = ["PredictionStore", "ShardedRecords", "Sidecar"]
+__all__ = [
+    "CHECKSUM_BYTES",
+    "FORMAT",
+    "Field",
+    "PredictionStore",
+    "Rows",
+    "ShardedRecords",
+    "Sidecar",
+    "checksum_fits",
+    "largest",
+    "read_header",
+    "spread",
+    "sweep",
+    "sweep_partial",
+    "whole_file",
+    "with_checksum",
+    "write_whole",
+]

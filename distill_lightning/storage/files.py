@@ -17,33 +17,65 @@ CHECKSUM_BYTES = 4
 
 
 def write_all(file: Any, content: Any) -> None:
-    """Write bytes (numbers of one byte) to a file without a buffer, which would hide how far it came."""
+    """Write bytes (or an array of single bytes) to an unbuffered file, which may take them in several pieces."""
     left = memoryview(content)
     while left:
         left = left[file.write(left) :]
 
 
-def write_whole(path: Path, parts: Iterable[Any]) -> None:
-    """Write a file beside its place and move it there when it is on the disk.
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Have a file written beside its place, and move it there once it is complete and on the disk.
+
+    ::
+
+        with whole_file(path) as partial:
+            save_file(tensors, partial)
 
     Args:
         path: the file.
-        parts: its bytes, one after the other; they need not be in memory at once.
+
+    Returns:
+        Where to write it; the name ends as the file's own. Nothing is left there if the writing fails.
     """
-    # Processes of several machines may write the same file; their numbers do not tell them apart.
+    # Processes of several machines may write the same file; their process ids do not tell them apart.
     partial = path.with_name(f"partial.{uuid4().hex}.{path.name}")
     try:
-        with partial.open("wb", buffering=0) as file:
-            for part in parts:
-                write_all(file, part)
+        yield partial
+        with partial.open("r+b") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, parts: Iterable[Any]) -> None:
+    """Write bytes to a file, all of them or none.
+
+    Args:
+        path: the file.
+        parts: its bytes, one after the other; they need not be in memory at once.
+    """
+    with whole_file(path) as partial, partial.open("wb", buffering=0) as file:
+        for part in parts:
+            write_all(file, part)
+
+
+def sweep_partial(folder: Path, *patterns: str) -> None:
+    """Remove what killed processes left of files that they were writing; called while nobody writes them.
+
+    Args:
+        folder: where to look.
+        patterns: of the finished files' paths in the folder, as `Path.glob` takes them.
+    """
+    for pattern in patterns:
+        place, slash, name = pattern.rpartition("/")
+        for path in list(folder.glob(f"{place}{slash}partial.*.{name}")):
+            path.unlink(missing_ok=True)
+
+
 def with_checksum(parts: Iterable[Any]) -> Iterator[Any]:
-    """The same bytes, and behind them their CRC-32."""
+    """The same bytes, followed by their CRC-32."""
     crc = 0
     for part in parts:
         crc = zlib.crc32(part, crc)
@@ -58,7 +90,9 @@ def checksum_fits(content: Any) -> bool:
 
 
 @contextmanager
-def telling(folder: Path, *, way_out: str = "make room and call again, what is written is kept") -> Iterator[None]:
+def explaining_disk_errors(
+    folder: Path, *, way_out: str = "make room and call again, what is written is kept"
+) -> Iterator[None]:
     """Say in one line what the disk refuses.
 
     Args:

@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch import distributed as dist
 
 from distill_lightning.errors import InputError, refusing
-from distill_lightning.processes import all_reduce, is_alone
-from distill_lightning.storage.sidecar import Column, RowFile, Sidecar, open_reference, together
-from distill_lightning.storage.top_k import class_dtype, largest, spread
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-# Rows are exchanged, written and copied in pieces of this size, so that what is needed beside them stays small.
-_PIECE_BYTES = 2**26
+from distill_lightning.storage.exchange import exchange_rows
+from distill_lightning.storage.header import FORMAT
+from distill_lightning.storage.prediction_rows import PredictionRows
+from distill_lightning.storage.rows import Field, Layout, RowFile, dtype_name, in_pieces
+from distill_lightning.storage.sidecar import Sidecar, all_or_none, open_reference
 
 _Rows = RowFile | Mapping[str, Tensor]
 
@@ -72,18 +69,12 @@ class PredictionStore:
                 f"PredictionStore needs at least 1 sample and 2 classes, got num_samples={num_samples} and "
                 f"num_classes={num_classes}"
             )
-        if dtype not in _DTYPES:
-            names = ", ".join(_name(kind) for kind in _DTYPES)
-            raise InputError(f"PredictionStore keeps {names}, got dtype={_name(dtype)}")
-        if top_k is not None and not 1 <= top_k <= num_classes:
-            raise InputError(f"top_k must be between 1 and num_classes={num_classes}, got {top_k}")
+        self._format = PredictionRows(num_classes, dtype=dtype, top_k=top_k)
         self.num_samples, self.num_classes, self.dtype, self.top_k = num_samples, num_classes, dtype, top_k
         self.sidecar = sidecar
-        self._columns = _columns_of(num_classes, dtype, top_k)
-        self._row_bytes = self.row_bytes(num_classes, dtype=dtype, top_k=top_k)
-        self._next = self._zeros(num_samples)
+        self._next = self._format.zeros(num_samples)
         # Empty where the file is read instead, which is not there before anything is readable.
-        self._now = self._zeros(num_samples) if sidecar is None else {}
+        self._now = self._format.zeros(num_samples) if sidecar is None else {}
         self._file: RowFile | None = None
         self._pending_file: RowFile | None = None
         self._known = torch.zeros(num_samples, dtype=torch.bool)
@@ -94,7 +85,7 @@ class PredictionStore:
     @staticmethod
     def row_bytes(num_classes: int, *, dtype: torch.dtype = torch.float32, top_k: int | None = None) -> int:
         """Bytes of one sample's row in one buffer; arguments as in the constructor."""
-        return sum(column.nbytes for column in _columns_of(num_classes, dtype, top_k))
+        return PredictionRows(num_classes, dtype=dtype, top_k=top_k).nbytes
 
     @property
     def device(self) -> torch.device:
@@ -138,32 +129,49 @@ class PredictionStore:
         here = index.to(self.device)
         with refusing(f"num_samples={self.num_samples} does not fit the data's indices", IndexError):
             known = self._known[here].to(index.device)
-        probs = self._unpack({name: rows.to(index.device) for name, rows in self._rows(here).items()})
-        return torch.where(known[:, None], probs, 1 / self.num_classes), known
+        probs = self._format.unpack({name: rows.to(index.device) for name, rows in self._rows(here).items()})
+        return probs.masked_fill(~known[:, None], 1 / self.num_classes), known
 
-    def write(self, index: Tensor, probs: Tensor) -> None:
+    def write(self, index: Tensor, probs: Tensor, keep: Tensor | None = None) -> None:
         """Keep the rows of some samples for `advance`; of several for one sample the last one wins.
 
         Args:
             index: int64 ``(N,)``.
             probs: probabilities ``(N, K)``; no graph is kept.
+            keep: which rows are kept, bool ``(N,)``; the others might as well not be there, whatever their index and
+                their probabilities are. ``None``: all.
 
         Raises:
-            InputError: ``probs`` has another shape.
+            InputError: ``probs`` or ``keep`` has another shape or type.
         """
-        if probs.shape != (len(index), self.num_classes):
+        count = len(index)
+        if probs.shape != (count, self.num_classes):
             raise InputError(
-                f"PredictionStore: {len(index)} samples of {self.num_classes} classes need probabilities "
-                f"({len(index)}, {self.num_classes}), got {tuple(probs.shape)}"
+                f"PredictionStore: {count} samples of {self.num_classes} classes need probabilities "
+                f"({count}, {self.num_classes}), got {tuple(probs.shape)}"
+            )
+        if keep is not None and (keep.shape != (count,) or keep.dtype != torch.bool):
+            raise InputError(
+                f"PredictionStore: keep must be bool ({count},), one for each sample, got {dtype_name(keep.dtype)} "
+                f"{tuple(keep.shape)}"
             )
         index = index.to(self.device)
-        order = torch.arange(len(index), device=index.device) + self._count
+        order = torch.arange(count, device=index.device) + self._count
+        if keep is not None:
+            # Choosing rows by a mask would wait for the device. So the others are of sample 0, and older than anything.
+            others = ~keep.to(self.device)
+            index, order = index.masked_fill(others, 0), order.masked_fill(others, -1)
         self._written.scatter_reduce_(0, index, order, "amax")
         # A sample that stands in the batch twice gets its last row both times, so the order of writing cannot matter.
         last = self._written[index] - self._count
-        for name, rows in self._pack(probs.detach()[last.to(probs.device)]).items():
-            self._next[name][index] = rows.to(self.device)
-        self._count += len(index)
+        packed = self._format.pack(probs.detach()[last.clamp_min(0).to(probs.device)])
+        for name, rows in packed.items():
+            new = rows.to(self.device)
+            if keep is not None:
+                # A sample of which this call keeps nothing gets what it has.
+                new = torch.where(last[:, None] >= 0, new, self._next[name][index])
+            self._next[name][index] = new
+        self._count += count
 
     def advance(self) -> None:
         """Make readable what all processes have written; without any, nothing changes.
@@ -175,7 +183,7 @@ class PredictionStore:
         written = self._written >= 0
         if not bool(written.any()):
             return
-        for piece in self._split((~written).nonzero()[:, 0]):
+        for piece in in_pieces((~written).nonzero()[:, 0], self._format.nbytes):
             for name, rows in self._rows(piece).items():
                 self._next[name][piece] = rows
         if self.sidecar is not None:
@@ -196,12 +204,11 @@ class PredictionStore:
         """
         fresh = self._exchange()
         pending = (self._written >= 0).nonzero()[:, 0]
-        state = {"num_classes": self.num_classes, "known": self._known, "pending": pending}
+        state = {"format": FORMAT, "num_classes": self.num_classes, "known": self._known, "pending": pending}
         if self.sidecar is None:
             return {**state, **self._now, **{f"pending_{name}": rows[pending] for name, rows in self._next.items()}}
         if len(pending) and (fresh or self._pending_file is None):
-            parts = (rows[piece] for rows in self._next.values() for piece in self._split(pending))
-            self._pending_file = self.sidecar.pend(self._about(len(pending)), self._columns, parts)
+            self._pending_file = self.sidecar.pend(self._layout(len(pending)), self._columns(pending))
         files = self.sidecar.state_dict(self._file, self._pending_file)
         return {**state, **self._kind(), "sidecar": files}
 
@@ -214,22 +221,22 @@ class PredictionStore:
                 that of the store that was saved.
 
         Raises:
-            InputError: the store was made with other arguments, the message names them; or a file is gone, damaged or
-                another one.
+            InputError: the store was made with other arguments, the message names them, or by another version; or a
+                file is gone, damaged or another one.
         """
         self._compare(state)
         self._file = self._pending_file = None
         now: _Rows | None
         coming: _Rows | None
         if "sidecar" in state:
-            file, pending_file = together(lambda: self._opened(state, folder))
+            file, pending_file = all_or_none(lambda: self._opened(state, folder))
             now, coming = file, pending_file
             if self.sidecar is not None:
                 self.sidecar.load_state_dict(state["sidecar"])
                 self._file, self._pending_file = file, pending_file
         else:
-            now = {column.name: state[column.name] for column in self._columns}
-            coming = {column.name: state[f"pending_{column.name}"] for column in self._columns}
+            now = {field.name: state[field.name] for field in self._format.fields}
+            coming = {field.name: state[f"pending_{field.name}"] for field in self._format.fields}
         self._known.copy_(state["known"])
         if not self._reads_the_file:
             self._fill(self._now, torch.arange(self.num_samples), now)
@@ -251,12 +258,18 @@ class PredictionStore:
             if reference is None:
                 return None
             folders = [Path(place) for place in (folder, own, reference["folder"]) if place is not None]
-            return open_reference(reference, folders, self._about(rows), self._columns)
+            return open_reference(reference, folders, self._layout(rows))
 
         files = state["sidecar"]
         return open_it(files["rows"], self.num_samples), open_it(files["pending"], len(state["pending"]))
 
     def _compare(self, state: Mapping[str, Any]) -> None:
+        version = state.get("format", 1)
+        if version != FORMAT:
+            raise InputError(
+                f"the saved PredictionStore has format {version}, this version reads {FORMAT}: resume with the version "
+                "that saved it, or begin the training again"
+            )
         if "sidecar" in state:
             saved = {name: state[name] for name in self._kind()}
         else:
@@ -265,7 +278,7 @@ class PredictionStore:
                 "num_samples": len(kept),
                 "num_classes": state["num_classes"],
                 "top_k": kept.shape[1] if "classes" in state else None,
-                "dtype": _name(kept.dtype),
+                "dtype": dtype_name(kept.dtype),
             }
         different = [f"{name}={saved[name]} and not {own}" for name, own in self._kind().items() if saved[name] != own]
         if different:
@@ -275,89 +288,46 @@ class PredictionStore:
             )
 
     def _kind(self) -> dict[str, Any]:
-        return {
-            "num_samples": self.num_samples,
-            "num_classes": self.num_classes,
-            "top_k": self.top_k,
-            "dtype": _name(self.dtype),
-        }
+        return {"num_samples": self.num_samples, **self._format.as_plain()}
 
-    def _about(self, rows: int) -> dict[str, Any]:
-        """What a file of so many rows says of them."""
-        return {**self._kind(), "rows": rows}
+    def _layout(self, count: int) -> Layout:
+        """Of a file of so many rows."""
+        return Layout(self._format.fields, count, self._kind())
 
-    def _zeros(self, count: int) -> dict[str, Tensor]:
-        return {column.name: torch.zeros(count, column.width, dtype=column.dtype) for column in self._columns}
+    def _columns(self, index: Tensor | None = None) -> dict[str, Iterator[NDArray[Any]]]:
+        """Some of the rows that will be readable, or all of them, in pieces for a file."""
 
-    def _split(self, rows: Tensor) -> Iterator[Tensor]:
-        """Pieces of rows, or of their numbers."""
-        return iter(torch.split(rows, max(_PIECE_BYTES // self._row_bytes, 1)))
+        def pieces(field: Field) -> Iterator[NDArray[Any]]:
+            rows = self._next[field.name]
+            if index is None:
+                return (field.array(piece) for piece in in_pieces(rows, field.nbytes))
+            return (field.array(rows[piece]) for piece in in_pieces(index, field.nbytes))
+
+        return {field.name: pieces(field) for field in self._format.fields}
 
     def _rows(self, index: Tensor) -> dict[str, Tensor]:
         """Readable rows as they are kept, by an index on the device."""
         if not self._reads_the_file:
-            return _chosen(self._now, index)
-        return self._zeros(len(index)) if self._file is None else self._file.rows(index)
+            return self._chosen(self._now, index)
+        return self._format.zeros(len(index)) if self._file is None else self._format.taken(self._file, index)
 
     def _fill(self, rows: dict[str, Tensor], index: Tensor, values: _Rows | None) -> None:
         """Put values into some rows, one after the other; without any, nothing."""
-        for numbers in self._split(torch.arange(len(index))):
-            for name, piece in ({} if values is None else _chosen(values, numbers)).items():
+        for numbers in in_pieces(torch.arange(len(index)), self._format.nbytes):
+            for name, piece in ({} if values is None else self._chosen(values, numbers)).items():
                 rows[name][index[numbers].to(self.device)] = piece.to(self.device)
 
     def _write_file(self, sidecar: Sidecar) -> None:
         """Make a file of the rows that will be readable."""
-        parts = (piece for rows in self._next.values() for piece in self._split(rows))
-        self._file = sidecar.advance(self._about(self.num_samples), self._columns, parts)
+        self._file = sidecar.advance(self._layout(self.num_samples), self._columns())
         self._pending_file = None
 
-    def _pack(self, probs: Tensor) -> dict[str, Tensor]:
-        if self.top_k is None:
-            return {"probabilities": probs.to(self.dtype)}
-        values, classes = largest(probs, self.top_k)
-        return {"probabilities": values.to(self.dtype), "classes": classes}
-
-    def _unpack(self, rows: Mapping[str, Tensor]) -> Tensor:
-        probs = rows["probabilities"].float()
-        if self.top_k is not None:
-            probs = spread(probs, rows["classes"], self.num_classes)
-        # What half precision has rounded away or added must not become mass of the target.
-        return probs if self.dtype == torch.float32 else probs / probs.sum(dim=1, keepdim=True)
+    def _chosen(self, rows: _Rows, index: Tensor) -> dict[str, Tensor]:
+        if isinstance(rows, RowFile):
+            return self._format.taken(rows, index)
+        return {name: values[index.to(values.device)] for name, values in rows.items()}
 
     def _exchange(self) -> bool:
-        """Bring what every process has written to all of them, and tell whether there was any since the last time.
-
-        Each sample's row comes from one process, the others contribute zero bytes: a sum of bytes is exact for every
-        type, and needs no equal numbers of rows.
-        """
-        world, rank = (1, 0) if is_alone() else (dist.get_world_size(), dist.get_rank())
-        # The order in which one process would have read the samples that several have taken in turns.
-        claim = torch.where(self._written >= 0, self._written * world + rank, -1)
-        if not is_alone():
-            all_reduce(claim, dist.ReduceOp.MAX)
-        # What has been exchanged before has order 0 in every process.
-        fresh = bool((claim >= world).any())
-        if fresh and not is_alone():
-            others = (claim < 0) | (claim % world != rank)
-            for rows in self._next.values():
-                count = max(_PIECE_BYTES // rows[0].nbytes, 1)
-                for piece, not_ours in zip(torch.split(rows, count), torch.split(others, count), strict=True):
-                    piece.masked_fill_(not_ours[:, None], 0)
-                    all_reduce(piece.view(torch.uint8), dist.ReduceOp.SUM)
-        self._written = torch.where(claim >= 0, 0, -1)
+        """Bring what every process has written to all, and tell whether there was any since the last time."""
+        self._written, fresh = exchange_rows(self._next, self._written)
         return fresh
-
-
-def _columns_of(num_classes: int, dtype: torch.dtype, top_k: int | None) -> list[Column]:
-    columns = [Column("probabilities", dtype, top_k or num_classes)]
-    return columns if top_k is None else [*columns, Column("classes", class_dtype(num_classes), top_k)]
-
-
-def _chosen(rows: _Rows, index: Tensor) -> dict[str, Tensor]:
-    if isinstance(rows, RowFile):
-        return rows.rows(index)
-    return {name: values[index.to(values.device)] for name, values in rows.items()}
-
-
-def _name(value: Any) -> str:
-    return str(value).removeprefix("torch.")

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch import distributed as dist
 
-from distill_lightning.errors import InputError, refusing
+from distill_lightning.errors import InputError
 from distill_lightning.processes import all_reduce, broadcast, is_alone
-from distill_lightning.storage.files import CHECKSUM_BYTES, checksum_fits, telling, with_checksum, write_whole
+from distill_lightning.storage.files import explaining_disk_errors, sweep_partial
+from distill_lightning.storage.rows import Layout, RowFile
 
 T = TypeVar("T")
 
-FORMAT = 1
-# A page, so that the rows begin with one.
-_HEADER_BYTES = 4096
 # The training, the generation, and a pending file's number.
 _NAME = r"[^.]+\.(\d+)(?:\.rows|\.(\d+)\.pending)"
 _WAY_OUT = (
@@ -32,119 +27,7 @@ _WAY_OUT = (
     "files of more checkpoints"
 )
 _FULL = "make room and resume from the last checkpoint, whose files are kept, or name another folder as store_dir"
-
-
-class Column(NamedTuple):
-    """One tensor of rows.
-
-    Attributes:
-        name: how it is called.
-        dtype: of its numbers.
-        width: numbers in a row.
-    """
-
-    name: str
-    dtype: torch.dtype
-    width: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of a row."""
-        return self.width * self.dtype.itemsize
-
-
-class RowFile:
-    """Rows by their number, in a file that is mapped read-only and never changes.
-
-    On disk: 4096 bytes of JSON, filled up with blanks, that say what the rows are; the rows of each column, one column
-    after the other; the CRC-32 of everything before.
-
-    Args:
-        path: the file.
-        header: what it must say of itself.
-        columns: of the rows.
-
-    Raises:
-        InputError: the file is gone, cannot be read, is damaged, or of another store.
-    """
-
-    def __init__(self, path: Path, header: Mapping[str, Any], columns: Iterable[Column]) -> None:
-        self.path, self.header, self.columns = path, dict(header), tuple(columns)
-        count = self.header["rows"]
-        self.nbytes = _HEADER_BYTES + count * sum(column.nbytes for column in self.columns) + CHECKSUM_BYTES
-        if not path.is_file():
-            raise InputError(f"the past predictions {path} are not there: let all processes of a node see one folder")
-        if path.stat().st_size < _HEADER_BYTES + CHECKSUM_BYTES:
-            raise self._damaged()
-        with refusing(f"the past predictions {path} cannot be read", OSError):
-            self._bytes: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
-        self._compare()
-        if len(self._bytes) != self.nbytes:
-            raise self._damaged()
-        self._rows, begin = {}, _HEADER_BYTES
-        for column in self.columns:
-            end = begin + count * column.nbytes
-            self._rows[column.name] = self._bytes[begin:end].reshape(count, column.nbytes)
-            begin = end
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of the array would be the whole file in memory.
-        return type(self), (self.path, self.header, self.columns)
-
-    @property
-    def crc(self) -> int:
-        """The CRC-32 that stands in the file."""
-        return int.from_bytes(self._bytes[-CHECKSUM_BYTES:].tobytes(), "little")
-
-    def check(self, crc: int, *, whole: bool) -> RowFile:
-        """Look whether this is the very file that is meant.
-
-        Args:
-            crc: of that file.
-            whole: whether to read everything, and not only what the file says of itself.
-
-        Raises:
-            InputError: it is not, or it is damaged.
-        """
-        if whole and not checksum_fits(self._bytes.data):
-            raise self._damaged()
-        if self.crc != crc:
-            raise InputError(
-                f"{self.path} has other rows than the checkpoint refers to, another training replaced it: {_WAY_OUT}"
-            )
-        return self
-
-    def rows(self, index: Tensor) -> dict[str, Tensor]:
-        """Some rows.
-
-        Args:
-            index: ``(N,)`` on the CPU.
-
-        Returns:
-            Tensors ``(N, width)`` by column, copies.
-        """
-        found = {column.name: torch.empty(len(index), column.width, dtype=column.dtype) for column in self.columns}
-        for name, rows in found.items():
-            np.take(self._rows[name], index.numpy(), axis=0, out=rows.view(torch.uint8).numpy())
-        return found
-
-    def _compare(self) -> None:
-        try:
-            found = json.loads(self._bytes[:_HEADER_BYTES].tobytes())
-        except ValueError:
-            raise self._damaged() from None
-        different = [
-            f"{name} is {found.get(name)}, not {value}"
-            for name, value in self.header.items()
-            if found.get(name) != value
-        ]
-        if different:
-            if not checksum_fits(self._bytes.data):
-                raise self._damaged()
-            raise InputError(f"{self.path} belongs to another store, its {'; its '.join(different)}: {_WAY_OUT}")
-
-    def _damaged(self) -> InputError:
-        return InputError(f"{self.path} is damaged: put back the file that was there, {_WAY_OUT}")
+_NOT_SHARED = "let all processes of a node see one folder"
 
 
 class Sidecar:
@@ -181,32 +64,26 @@ class Sidecar:
         self.generation = self._pendings = 0
         self._saved: list[int] = []
 
-    def advance(self, about: Mapping[str, Any], columns: Iterable[Column], parts: Iterable[Tensor]) -> RowFile:
+    def advance(self, layout: Layout, columns: Mapping[str, Iterable[NDArray[Any]]]) -> RowFile:
         """Write and map the rows of the next generation.
 
         Args:
-            about: what they are, plain values; the number of rows among them.
-            columns: of the rows.
-            parts: the rows, contiguous, column by column.
+            layout: of the file.
+            columns: the rows by field, see `RowFile.write`.
 
         Raises:
             InputError: the disk is full or refuses; then nothing has changed.
         """
-        if not self.training:
-            self.training = _draw()
-        header = self._header(about, self.generation + 1, 0)
-        file = self._written(header, columns, parts)
+        file = self._written(self.generation + 1, 0, layout, columns)
         self.generation, self._pendings = self.generation + 1, 0
-        together(self._tidy)
+        all_or_none(self._tidy)
         return file
 
-    def pend(self, about: Mapping[str, Any], columns: Iterable[Column], parts: Iterable[Tensor]) -> RowFile:
+    def pend(self, layout: Layout, columns: Mapping[str, Iterable[NDArray[Any]]]) -> RowFile:
         """Write and map what is not readable yet; arguments and errors as `advance`."""
-        if not self.training:
-            self.training = _draw()
-        file = self._written(self._header(about, self.generation, self._pendings + 1), columns, parts)
+        file = self._written(self.generation, self._pendings + 1, layout, columns)
         self._pendings += 1
-        together(self._tidy)
+        all_or_none(self._tidy)
         return file
 
     def state_dict(self, rows: RowFile | None, pending: RowFile | None) -> dict[str, Any]:
@@ -226,32 +103,34 @@ class Sidecar:
         self.training, self.generation, self._pendings = state["training"], state["generation"], state["pendings"]
         self._saved = list(state["saved"])
 
-    def _written(self, header: Mapping[str, Any], columns: Iterable[Column], parts: Iterable[Tensor]) -> RowFile:
-        path = self.folder / _name(header)
+    def _written(
+        self, generation: int, pending: int, layout: Layout, columns: Mapping[str, Iterable[NDArray[Any]]]
+    ) -> RowFile:
+        """The file of a generation, or one that is pending in it, written by one process and mapped by all."""
+        self.training = self.training or _draw()
+        path = self.folder / _name(self.training, generation, pending)
+        place = {"training": self.training, "generation": generation, "pending": pending}
+        layout = layout._replace(about={**layout.about, **place})
 
         def write() -> None:
             if self.writes:
-                with telling(self.folder, way_out=_FULL):
+                with explaining_disk_errors(self.folder, way_out=_FULL):
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    write_whole(path, with_checksum(_content(header, parts)))
+                    RowFile.write(path, layout, columns)
 
-        together(write)
-        file = together(lambda: RowFile(path, header, columns))
+        all_or_none(write)
+        file = all_or_none(lambda: RowFile(path, layout, way_out=_NOT_SHARED))
         crc = torch.tensor(file.crc)
         if not is_alone():
             broadcast(crc)
-        return together(lambda: file.check(int(crc), whole=False))
-
-    def _header(self, about: Mapping[str, Any], generation: int, pending: int) -> dict[str, Any]:
-        return {**about, **_format(), "training": self.training, "generation": generation, "pending": pending}
+        return all_or_none(lambda: _meant(file, int(crc)))
 
     def _tidy(self) -> None:
         """Remove what is not kept, and what killed processes left half-written; no process writes now."""
         if not self.writes:
             return
         generations = {*range(self.generation - self.keep + 1, self.generation + 1), *self._saved[1 - self.keep :]}
-        pending = []
-        removed = list(self.folder.glob(f"partial.*.{self.training}.*"))
+        pending, removed = [], []
         for path in sorted(self.folder.glob(f"{self.training}.*")):
             place = re.fullmatch(_NAME, path.name)
             generation, number = (int(part or 0) for part in place.groups()) if place else (sys.maxsize, 0)
@@ -262,16 +141,17 @@ class Sidecar:
                 removed.append(path)
             elif number:
                 pending.append(path)
-        with telling(self.folder):
+        with explaining_disk_errors(self.folder):
+            sweep_partial(self.folder, f"{self.training}.*")
             for path in [*removed, *pending[: -self.keep]]:
                 path.unlink(missing_ok=True)
 
 
-def together(act: Callable[[], T]) -> T:
-    """Do something in every process, or fail in every one: who fails alone would leave the others waiting.
+def all_or_none(act: Callable[[], T]) -> T:
+    """Do something in every process, or fail in every one: one that fails alone would leave the others waiting.
 
     Raises:
-        InputError: of this process, or that another one had one.
+        InputError: what this process raised, or that another one did.
     """
     problem: InputError | None = None
     try:
@@ -288,16 +168,13 @@ def together(act: Callable[[], T]) -> T:
     return result
 
 
-def open_reference(
-    reference: Mapping[str, Any], folders: Iterable[Path], header: Mapping[str, Any], columns: Iterable[Column]
-) -> RowFile:
+def open_reference(reference: Mapping[str, Any], folders: Iterable[Path], layout: Layout) -> RowFile:
     """The file that a checkpoint refers to, read once from end to end.
 
     Args:
         reference: what `Sidecar.state_dict` says of it.
-        folders: where it may be, the first one that has it counts.
-        header: what it must say of itself, beside what the reference does.
-        columns: of its rows.
+        folders: where it may be; the first one that has it counts.
+        layout: what it must hold.
 
     Raises:
         InputError: it is in none of them, damaged, or another one.
@@ -310,7 +187,16 @@ def open_reference(
             f"the past predictions {reference['file']} that the checkpoint refers to are not in "
             f"{' or '.join(map(str, places))}: {_WAY_OUT}"
         )
-    return RowFile(path, {**header, **_format()}, columns).check(reference["crc"], whole=True)
+    return _meant(RowFile(path, layout, way_out=_WAY_OUT).verify(), reference["crc"])
+
+
+def _meant(file: RowFile, crc: int) -> RowFile:
+    """A file, if it is the very one that is meant."""
+    if file.crc != crc:
+        raise InputError(
+            f"{file.path} has other rows than the checkpoint refers to, another training replaced it: {_WAY_OUT}"
+        )
+    return file
 
 
 def _reference(file: RowFile | None) -> dict[str, Any] | None:
@@ -319,19 +205,9 @@ def _reference(file: RowFile | None) -> dict[str, Any] | None:
     return {"folder": str(file.path.parent), "file": file.path.name, "crc": file.crc, "bytes": file.nbytes}
 
 
-def _format() -> dict[str, Any]:
-    return {"format": FORMAT, "byteorder": sys.byteorder}
-
-
-def _name(header: Mapping[str, Any]) -> str:
-    name = f"{header['training']}.{header['generation']:06d}"
-    return f"{name}.{header['pending']:06d}.pending" if header["pending"] else f"{name}.rows"
-
-
-def _content(header: Mapping[str, Any], parts: Iterable[Tensor]) -> Iterator[Any]:
-    yield json.dumps(header).encode().ljust(_HEADER_BYTES)
-    for part in parts:
-        yield part.cpu().view(torch.uint8).flatten().numpy()
+def _name(training: str, generation: int, pending: int) -> str:
+    name = f"{training}.{generation:06d}"
+    return f"{name}.{pending:06d}.pending" if pending else f"{name}.rows"
 
 
 def _draw() -> str:

@@ -1,1 +1,1 @@
-"""The verbs of the command line that run whole studies."""
+"""The verbs of the command line that make many runs and report on them."""

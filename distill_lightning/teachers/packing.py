@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill_lightning.errors import InputError
-from distill_lightning.storage.top_k import largest, spread
+from distill_lightning.storage import largest, spread
 
 Answers = Mapping[str, Tensor]
 """What the teachers say about a batch: tensors ``(N, ...)`` by name; ``probabilities...`` are rows of such."""

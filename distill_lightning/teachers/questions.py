@@ -111,15 +111,21 @@ class Features(Question):
         layers: dotted path (or glob) of the tapped layer: one for all teachers, or one each.
         paraphrasers: trained `Paraphraser` networks, one per teacher, whose codes are then the features.
         size: rows and columns that each feature map is brought to by adaptive average pooling; ``None``: it stays.
+
+    Raises:
+        InputError: a paraphraser is none.
     """
 
     needs_features = True
 
     def __init__(
-        self, layers: str | Sequence[str], *, paraphrasers: Sequence[Paraphraser] = (), size: int | None = None
+        self, layers: str | Sequence[str], *, paraphrasers: Sequence[nn.Module] = (), size: int | None = None
     ) -> None:
+        if not all(isinstance(one, Paraphraser) for one in paraphrasers):
+            raise InputError("paraphrasers must be layers.Paraphraser networks, trained beforehand")
         self.layers: list[str] | str = layers if isinstance(layers, str) else list(layers)
-        self.paraphrasers, self.size = list(paraphrasers), size
+        self.paraphrasers: list[Paraphraser] = [one for one in paraphrasers if isinstance(one, Paraphraser)]
+        self.size = size
 
     def answers(self, said: Said) -> dict[str, Tensor]:
         """``feature_<m>``, ``(N, C_m, H, W)`` each."""

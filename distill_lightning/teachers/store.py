@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.storage.shards import Field, Rows, ShardedRecords, read_header, sweep
+from distill_lightning.storage import Field, Rows, ShardedRecords, read_header, sweep
 from distill_lightning.teachers.packing import Answers, Packing, shapes
 from distill_lightning.teachers.questions import feature_names
 
@@ -119,7 +119,7 @@ class TeacherStore:
         self._new.clear()
         if self.fill == "never" or (self.path / "header.json").exists():
             self.found = header = read_header(self.path)
-            self._make([Field(f["name"], f["dtype"], tuple(f["shape"])) for f in header["fields"]])
+            self._make([Field.of(field) for field in header["fields"]])
 
     def told(self, batch: Batch, ask: Callable[[], Answers] | None, *, device: torch.device | str) -> dict[str, Tensor]:
         """The teachers' answers about a batch: from the store if all of it is known, else from themselves.

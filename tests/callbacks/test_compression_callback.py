@@ -24,6 +24,7 @@ from distill_lightning import (
     CompressionBaseline,
     ExtracurricularModule,
     FEEDModule,
+    FixedDiscriminator,
     KDModule,
     MEALV2Module,
     MixupSampler,
@@ -203,10 +204,13 @@ def test_averages_of_other_parameters_are_refused_before_the_training(averaging,
 
 
 @pytest.mark.parametrize("averaging", [EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.01)])
-def test_a_teacher_that_comes_later_is_refused_beside_averages(averaging):
+def test_a_teacher_that_comes_later_is_no_part_of_averages(averaging):
+    """The dense network stands beside the module, so an average of what learns can go on."""
     module = baseline([Prune(amount=0.5, finetune_epochs=1)], dense_epochs=1, teacher="dense")
-    with pytest.raises(InputError, match="teacher='dense'.*leave one of them out"):
-        fit(module, callbacks=[averaging()])
+    trainer = fit(module, callbacks=[averaging()])
+    assert len(module.teachers) == 1
+    assert not any("teachers" in name for name in module.state_dict())
+    assert {"train/ce", "train/kd"} <= trainer.callback_metrics.keys()
 
 
 # Resuming
@@ -385,9 +389,11 @@ def test_the_callback_on_distillation_is_the_baseline_under_teachers(kind):
 
 OTHERS = {
     "self_kd": lambda student: SelfKDModule(student, num_classes=3, optimizer=sgd),
-    "meal": lambda student: MEALV2Module(student, networks(2), num_classes=3, discriminator="fixed", optimizer=sgd),
+    "meal": lambda student: MEALV2Module(
+        student, networks(2), num_classes=3, discriminator=FixedDiscriminator(), optimizer=sgd
+    ),
     "extra": lambda student: ExtracurricularModule(
-        student, networks(2), task="classification", num_classes=3, samplers=[MixupSampler()], optimizer=sgd
+        student, networks(2), num_classes=3, samplers=[MixupSampler()], optimizer=sgd
     ),
     "feed": lambda student: FEEDModule(
         student, networks(2), num_classes=3, student_layer="features", beta=10.0, input_shape=(1, 8, 8), optimizer=sgd

@@ -406,7 +406,7 @@ def test_batches_go_through_the_hooks_of_the_module_and_the_data():
     class Hooked(TinyDataModule):
         def on_before_batch_transfer(self, batch, dataloader_idx):
             stages.append((self.trainer.training, self.trainer.validating))
-            return batch._replace(input=batch.input + 1)
+            return batch.replace(input=batch.input + 1)
 
     class Probe(ReconstructionErrorProbe):
         def measure(self, *args, **options):
@@ -421,7 +421,7 @@ def test_batches_go_through_the_hooks_of_the_module_and_the_data():
     data = TinyDataModule()
     data.setup()
     loaders = [
-        [b._replace(input=b.input + 1) for b in part] for part in (data.train_dataloader(), data.val_dataloader())
+        [b.replace(input=b.input + 1) for b in part] for part in (data.train_dataloader(), data.val_dataloader())
     ]
     table = ReconstructionErrorProbe("features", epochs=1).measure({"student": module.student}, *loaders)
     assert [row["absolute"] for row in probe.table] == pytest.approx([row["absolute"] for row in table], rel=1e-5)

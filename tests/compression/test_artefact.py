@@ -309,7 +309,7 @@ def test_ties_that_came_apart_are_refused(tmp_path):
         load_compressed(tmp_path / "a.dlpk", Tied())
     network = Tied()
     q.quantize_weights(network.out, scheme=q.Scheme(2))
-    with pytest.raises(InputError, match="'embed.weight' is tied to 'out.weight', which alone is quantized"):
+    with pytest.raises(InputError, match="'embed.weight' is tied to 'out.weight', and only that one is quantized"):
         write_artefact(network, tmp_path / "a.dlpk")
 
 
@@ -411,7 +411,7 @@ def test_checkpoints_of_a_training_load_as_plain_networks(coding, tmp_path):
     assert not recipe.is_computed(loaded)
     assert torch.equal(outputs(loaded, "resnet"), outputs(network, "resnet"))
     checkpoint_of(network, tmp_path / "last.ckpt", recipes={"student": None})
-    with pytest.raises(InputError, match="cannot tell how its network 'student' was built"):
+    with pytest.raises(InputError, match="does not say how its network 'student' was built"):
         load_compressed(tmp_path / "last.ckpt")
     loaded = load_compressed(tmp_path / "last.ckpt", SmallResNet(5, width=4))
     assert torch.equal(outputs(loaded, "resnet"), outputs(network, "resnet"))
@@ -421,7 +421,7 @@ def test_files_that_cannot_be_used_say_why_in_one_line(tmp_path):
     network = build("conv")
     path = tmp_path / "a.dlpk"
     write_artefact(network, path)
-    cases = {"cannot tell how its network Sequential was built": (path, None)}
+    cases = {"does not say how its network Sequential was built": (path, None)}
     cases["there is no file"] = (tmp_path / "none", None)
     cases["another architecture"] = (path, nn.Sequential(nn.Linear(2, 2)))
     content = bytearray(path.read_bytes())
@@ -431,13 +431,13 @@ def test_files_that_cannot_be_used_say_why_in_one_line(tmp_path):
     (tmp_path / "text").write_text("nothing")
     cases["cannot be read as weights|is refused"] = (tmp_path / "text", conv_net())
     packing.write_packed(tmp_path / "tensors", {}, {})
-    cases["holds packed tensors and no network"] = (tmp_path / "tensors", conv_net())
+    cases["holds packed tensors but no network"] = (tmp_path / "tensors", conv_net())
     packing.write_packed(tmp_path / "newer", {}, {"kind": "network", "format": 9})
     cases["has format 9"] = (tmp_path / "newer", conv_net())
     packing.write_packed(tmp_path / "foreign", {}, {"kind": "network", "format": 1})
     cases["foreign is damaged"] = (tmp_path / "foreign", conv_net())
     torch.save(network.state_dict(), tmp_path / "weights.pt")
-    cases["is no checkpoint of a training"] = (tmp_path / "weights.pt", conv_net())
+    cases["is not a checkpoint of a training"] = (tmp_path / "weights.pt", conv_net())
     resnet = build("resnet")
     checkpoint_of(resnet, tmp_path / "plain.ckpt", compression=None)
     cases["compressed nothing"] = (tmp_path / "plain.ckpt", None)

@@ -148,7 +148,7 @@ def test_batch_norm_is_measured_again_on_the_calibration_data():
 
 def test_statistics_that_could_not_be_measured_are_told():
     inputs = torch.rand(2, 1, 8, 8)
-    told = "BatchNorm's statistics are those of before"
+    told = "BatchNorm's statistics are the old ones"
 
     def notes(network, steps, **options):
         compressor = Compressor(network, steps, inputs, **options)
@@ -249,7 +249,7 @@ def test_a_description_makes_the_structure_again(tmp_path, make, steps):
 def test_a_network_is_rebuilt_once():
     network = SmallCNN(3, width=4)
     Compressor(network, [LowRank(rank=2)], torch.rand(2, 1, 8, 8), bn_batches=0).apply()
-    with pytest.raises(InputError, match="SmallCNN is compressed already: build it anew"):
+    with pytest.raises(InputError, match="SmallCNN is compressed already: build a new one"):
         rebuild(network, describe(network))
     with pytest.raises(InputError, match="has no layer"):
         rebuild(nn.Sequential(nn.Linear(2, 2)), describe(network))

@@ -221,7 +221,7 @@ def test_networks_with_several_inputs_are_given_tuples(criterion):
 @pytest.mark.parametrize(
     ("paths", "batches", "loss", "message"),
     [
-        (["one.wait"], 1, F.cross_entropy, "Net has no parameter 'one.wait'; near names: one.weight"),
+        (["one.wait"], 1, F.cross_entropy, "Net has no parameter 'one.wait'; similar names: one.weight"),
         ([], 1, F.cross_entropy, "no parameter is named"),
         (PATHS, 0, F.cross_entropy, "there is no calibration batch"),
         (PATHS, 1, lambda output, _: output, "must be a finite scalar"),

@@ -476,8 +476,12 @@ def test_a_description_is_a_copy():
 @pytest.mark.parametrize(
     ("layer", "description", "message"),
     [
-        (nn.Linear(4, 4), {"kind": "low"}, "kind 'low' is no factored layer: it is one of low_rank_linear, tt_linear,"),
-        (nn.Linear(4, 4), {}, "kind None is no factored layer"),
+        (
+            nn.Linear(4, 4),
+            {"kind": "low"},
+            "kind 'low' is not a factored layer: it must be one of low_rank_linear, tt_linear,",
+        ),
+        (nn.Linear(4, 4), {}, "kind None is not a factored layer"),
         (nn.GRU(4, 4), {"kind": "conv_chain"}, "a conv_chain layer is built from Conv2d, not from GRU"),
         (nn.Linear(4, 4), {"kind": "low_rank_linear"}, "the description of a low_rank_linear layer does not fit"),
     ],
@@ -538,7 +542,7 @@ def test_the_inside_of_an_attention_is_refused():
 def test_a_tied_weight_is_refused():
     network = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False))
     network[1].weight = network[0].weight
-    with pytest.raises(InputError, match="'1' shares a weight with '0.weight', and would no longer"):
+    with pytest.raises(InputError, match="'1' shares a weight with '0.weight', which factoring would untie"):
         replace_layer(network, "1", nn.Identity())
 
 
@@ -566,14 +570,14 @@ LINEAR, CONV, TABLE, LSTM = nn.Linear(8, 8), nn.Conv2d(8, 8, 3), nn.Embedding(8,
         (nn.BatchNorm1d(4), {"rank": 1}, "BatchNorm1d cannot be factored: Linear, Conv2d, Embedding, LSTM, GRU and"),
         (GaussianHead(4, 2), {"rank": 1}, r"GaussianHead cannot be factored \(a subclass may compute something else\)"),
         (nn.Embedding(4, 4, max_norm=1.0), {"rank": 1}, "an embedding with max_norm cannot be factored"),
-        (LINEAR, {"rank": 1, "method": "cp"}, "method 'cp' is none for Linear: take svd or tt"),
-        (CONV, {"rank": 1, "method": "lu"}, "method 'lu' is none for a Conv2d: take one of svd_channel, svd_spatial"),
+        (LINEAR, {"rank": 1, "method": "cp"}, "method 'cp' is not for Linear: use svd or tt"),
+        (CONV, {"rank": 1, "method": "lu"}, "method 'lu' is not for a Conv2d: use one of svd_channel, svd_spatial"),
         (LSTM, {"rank": 1, "method": "tt"}, "the weights of LSTM are factored by method 'svd' without a moment"),
         (CONV, {"rank": "energy:0.9", "method": "cp"}, "method 'cp' has no singular values: give its rank as a number"),
         (CONV, {"rank": "evbmf", "method": "cp"}, "method 'cp' has no singular values"),
         (CONV, {"rank": "macs:0.5"}, r"rank='macs:0.5' of Conv2d: give input_size=\(H, W\) of its input"),
         (TABLE, {"rank": "macs:0.5"}, "rank='macs:0.5' of Embedding: a lookup has no multiply-accumulates to save"),
-        (LSTM, {"rank": "macs:0.5"}, "rank='macs:0.5' of LSTM: its factors save bytes and no multiply-accumulates"),
+        (LSTM, {"rank": "macs:0.5"}, "rank='macs:0.5' of LSTM: its factors save bytes but no multiply-accumulates"),
         (LINEAR, {"rank": "params:0.1"}, "a budget of 6.4 is below the 16 of rank 1: allow more, or leave it out"),
         (LINEAR, {"rank": 1, "method": "tt", "parts": 1}, "parts must be at least 2, got 1"),
         (
@@ -600,12 +604,12 @@ def test_a_weight_that_diverged_is_refused():
 
 
 def test_what_is_no_factored_layer_has_no_description():
-    with pytest.raises(InputError, match="Linear is no factored layer: give one that factorize"):
+    with pytest.raises(InputError, match="Linear is not a factored layer: give one that factorize"):
         describe(nn.Linear(2, 2))
 
 
 def test_moments_of_other_layers_and_of_nothing_are_refused():
-    with pytest.raises(InputError, match="'0' is ReLU: moments are taken of Linear and of ungrouped Conv2d layers"):
+    with pytest.raises(InputError, match="'0' is ReLU: moments are only for Linear and ungrouped Conv2d layers"):
         input_moment(nn.Sequential(nn.ReLU()), "0", [])
     with pytest.raises(InputError, match="no calibration input reached '0': give at least one batch"):
         input_moment(nn.Sequential(nn.Linear(2, 2)), "0", [])

@@ -241,7 +241,7 @@ def test_a_scalar_parameter_loses_its_momentum_but_not_its_step_count():
         ({"weight": torch.ones(2, 3)}, "'weight' must be a bool tensor, True where weights stay, got torch.float32"),
         ({"weight": [True]}, "must be a bool tensor.*got list"),
         ({"weight": torch.ones(3, 2, dtype=torch.bool)}, r"has shape \(3, 2\), the parameter \(2, 3\)"),
-        ({"wieght": torch.ones(2, 3, dtype=torch.bool)}, "no parameter 'wieght'; near names: weight"),
+        ({"wieght": torch.ones(2, 3, dtype=torch.bool)}, "no parameter 'wieght'; similar names: weight"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(kept, message):
@@ -425,7 +425,7 @@ def test_a_threshold_prunes_what_is_below_and_leaves_one():
     assert rows.kept["a"].tolist() == [[False, True], [True, True]]
     with pytest.raises(InputError, match="threshold has no entry for 'b'"):
         select_below(scores, {"a": 1.0})
-    with pytest.raises(InputError, match="has no threshold"):
+    with pytest.raises(InputError, match="so there is no threshold"):
         select_below(scores, 1.0, granularity="2:4")
 
 
@@ -570,7 +570,7 @@ def test_splicing_moves_only_what_leaves_the_band():
         (lambda s: select(s, float("nan")), "between 0 and 1, got nan"),
         (lambda s: select(s, None), "granularity 'weight' needs an amount"),
         (lambda s: select(s, 0.5, granularity="2:4"), "fixes the amount: leave amount out"),
-        (lambda s: select(s, None, granularity="2:4"), r"shape \(2, 3\), are no multiple of 4"),
+        (lambda s: select(s, None, granularity="2:4"), r"shape \(2, 3\), are not a multiple of 4"),
         (lambda s: select(s, 0.5, scope="net"), "scope must be 'global' or 'layer', got 'net'"),
         (lambda s: select(s, 0.5, reduce="max"), "reduce must be 'mean' or 'sum', got 'max'"),
         (lambda s: select(s, {"b": 0.5}), "amount has no entry for 'a'"),

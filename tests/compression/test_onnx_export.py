@@ -252,7 +252,7 @@ def test_a_fixed_batch_and_several_inputs_and_outputs(tmp_path):
         run(given[0])
     fixed = onnx_session(export_onnx(network, tmp_path / "fixed.onnx", given, dynamic_batch=False))
     assert fixed(*given)[0].shape == (2, 3)
-    with pytest.raises(InputError, match=r"fixed.onnx does not take these inputs: .*dimensions"):
+    with pytest.raises(InputError, match=r"fixed.onnx does not accept these inputs: .*dimensions"):
         fixed(*wide)
 
 
@@ -291,7 +291,7 @@ def test_outputs_in_one_another_come_in_their_order(made, count, tmp_path):
 def test_outputs_are_flattened_and_nothing_else_is_taken():
     a, b, c = (torch.full((1,), float(number)) for number in range(3))
     assert outputs_of({"x": (b, [a, None]), "y": {"z": c}}) == (b, a, c)
-    with pytest.raises(InputError, match="outputs must be tensors, or tuples, lists and dicts of such, got str"):
+    with pytest.raises(InputError, match="outputs must be tensors, or tuples, lists and dicts of tensors, got str"):
         outputs_of((a, "b"))
 
 
@@ -340,7 +340,7 @@ def test_wrong_calls_are_told_the_way_out(tmp_path):
         quantize_onnx(rnn, out, mode="dynamic", batches=[])
     with pytest.raises(InputError, match="there is no calibration batch"):
         quantize_onnx(conv, out, batches=[])
-    with pytest.raises(InputError, match="takes 1 inputs, a calibration batch has 2"):
+    with pytest.raises(InputError, match="takes 1 inputs, but a calibration batch has 2"):
         quantize_onnx(conv, out, batches=[(torch.randn(2, 1, 8, 8), torch.zeros(2))])
     with pytest.raises(InputError, match="mode must be 'static' or 'dynamic', got 'qat'"):
         quantize_onnx(conv, out, mode="qat")

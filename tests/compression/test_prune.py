@@ -679,7 +679,7 @@ def test_a_step_that_would_hardly_do_anything_says_so():
             self.table = nn.Parameter(torch.zeros(40, 40))
 
     network = nn.Sequential(nn.Linear(4, 4), Unknown(), nn.Linear(4, 4))
-    with pytest.raises(InputError, match=r"would work on 2% of Sequential's weights alone: name the layers"):
+    with pytest.raises(InputError, match=r"would only work on 2% of Sequential's weights: name the layers"):
         Compressor(network, [Prune(amount=0.5)], drawn(2, 4)).apply()
     Compressor(network, [Prune(amount=0.5, targets="Linear")], drawn(2, 4)).apply()
     assert (network[0].weight == 0).sum() + (network[2].weight == 0).sum() == 16
@@ -711,33 +711,33 @@ def test_tied_weights_are_pruned_once():
         ({"amount": 0.5, "granularity": "4x8"}, "granularity must be"),
         ({"amount": 0.5, "criterion": "size"}, "criterion must be one of magnitude"),
         ({"amount": 0.5, "scope": "all"}, "scope must be"),
-        ({"budget": "macs:0.5"}, "a budget is of channels"),
-        ({"budget": "time:0.5", "granularity": "channel"}, "budget must be such as 'macs:0.5'"),
+        ({"budget": "macs:0.5"}, "budget is for channels"),
+        ({"budget": "time:0.5", "granularity": "channel"}, "budget must be a share of the cost such as 'macs:0.5'"),
         ({"amount": 0.5, "criterion": "bn_scale"}, "granularity 'channel'"),
-        ({"amount": 0.5, "criterion": "movement", "granularity": "channel"}, "take 'taylor'"),
-        ({"amount": 0.5, "criterion": "obs", "granularity": "head"}, "take 'taylor'"),
+        ({"amount": 0.5, "criterion": "movement", "granularity": "channel"}, "use 'taylor'"),
+        ({"amount": 0.5, "criterion": "obs", "granularity": "head"}, "use 'taylor'"),
         ({"amount": 0.5, "criterion": "movement", "granularity": "row"}, "needs granularity 'weight'"),
-        ({"amount": 0.5, "criterion": "soft_movement", "schedule": OneShot()}, "goes with a Threshold"),
+        ({"amount": 0.5, "criterion": "soft_movement", "schedule": OneShot()}, "needs a Threshold"),
         ({"criterion": "movement", "schedule": Threshold(0.1)}, "needs an amount"),
         ({"amount": 0.5, "criterion": "movement", "schedule": OneShot()}, "a schedule that begins at 0"),
         ({"amount": 0.5, "criterion": "movement", "schedule": Iterative(3)}, "a schedule that begins at 0"),
         ({"amount": 0.5, "criterion": "movement", "schedule": Cubic(initial=0.1)}, "a schedule that begins at 0"),
-        ({"granularity": "2:4", "schedule": Cubic()}, "goes with OneShot"),
+        ({"granularity": "2:4", "schedule": Cubic()}, "needs OneShot"),
         ({"amount": 0.5, "granularity": "layer", "schedule": Cubic()}, "no mask skips a layer"),
-        ({"amount": 0.5, "round_to": 4}, "round_to is of granularity"),
+        ({"amount": 0.5, "round_to": 4}, "round_to needs granularity"),
         ({"amount": 0.5, "granularity": "channel", "round_to": 0}, "at least 1"),
         ({"amount": 0.5, "regrow": 0.5}, "several updates"),
         ({"amount": 0.5, "regrow": 1.0, "schedule": Cubic()}, "below 1"),
         ({"amount": 0.5, "rewind": "start", "schedule": Cubic()}, "OneShot or Iterative"),
-        ({"amount": 0.5, "rewind": "begin"}, "rewind is an epoch"),
-        ({"amount": 0.5, "rewind": -1}, "rewind is an epoch"),
+        ({"amount": 0.5, "rewind": "begin"}, "rewind must be an epoch"),
+        ({"amount": 0.5, "rewind": -1}, "rewind must be an epoch"),
         ({"scope": Sensitivity(max_drop=0.1), "amount": 0.5}, "exactly one of"),
-        ({"scope": "layer", "schedule": Threshold(0.1)}, "does nothing beside a Threshold"),
-        ({"amount": 0.5, "penalty_weight": 0.1}, "penalty_weight is of criterion 'soft_movement'"),
+        ({"scope": "layer", "schedule": Threshold(0.1)}, "has no effect with a Threshold"),
+        ({"amount": 0.5, "penalty_weight": 0.1}, "penalty_weight is for criterion 'soft_movement'"),
         ({"criterion": "soft_movement", "penalty_weight": -0.1}, "must not be negative"),
         ({"amount": 0.5, "backend": "nope"}, "backend must be own or torch_pruning, got 'nope'"),
-        ({"amount": 0.5, "backend": "torch_pruning"}, "backend 'torch_pruning' is of granularity 'channel'"),
-        ({"amount": 0.5, "backend": "torch_pruning", "granularity": "head"}, "is of granularity 'channel'"),
+        ({"amount": 0.5, "backend": "torch_pruning"}, "backend 'torch_pruning' needs granularity 'channel'"),
+        ({"amount": 0.5, "backend": "torch_pruning", "granularity": "head"}, "needs granularity 'channel'"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_in_one_line(options, message):
@@ -765,7 +765,7 @@ def test_what_needs_training_says_so(options):
 
 def test_an_epoch_that_has_not_been_cannot_be_gone_back_to():
     compressor = compressor_of(build(), Prune(amount=0.5, rewind=3, at=1, finetune_epochs=2), epochs=3)
-    with pytest.raises(InputError, match="no epoch 3 began before"):
+    with pytest.raises(InputError, match="epoch 3 did not begin before"):
         train(compressor, OPTIMIZERS["sgd"], epochs=3)
 
 

@@ -921,7 +921,7 @@ def test_equalisation_stops_leaves_dead_channels_alone_and_refuses_in_one_line()
             with pytest.raises(InputError, match=words):
                 q.equalise(network, pairs=pairs)
     odd = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Conv2d(4, 2, 1))
-    with pytest.raises(InputError, match="not theirs"):
+    with pytest.raises(InputError, match="which has other inputs"):
         q.equalise(odd, pairs=[("0", "1")])
     assert q.equalisable_pairs(nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Linear(4, 2))) == []
     assert q.equalisable_pairs(nn.Sequential(nn.Linear(2, 4), nn.Flatten(), nn.Linear(8, 2))) == []
@@ -1059,5 +1059,5 @@ def test_weights_that_several_layers_share_are_not_equalised():
     before = network(inputs)
     q.equalise(network)
     torch.testing.assert_close(network(inputs), before)
-    with pytest.raises(InputError, match="one has a weight that other layers use"):
+    with pytest.raises(InputError, match="one shares its weight with another layer"):
         q.equalise(network, pairs=[("0", "2")])

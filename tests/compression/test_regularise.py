@@ -258,8 +258,8 @@ def test_a_run_that_was_killed_goes_on(penalty):
     [
         ({"penalty": "l2", "weight": 1.0}, "penalty must be one of l1"),
         ({"penalty": "l1", "weight": -1.0}, "must not be negative"),
-        ({"penalty": "l1", "weight": 1.0, "granularity": "channel"}, "is of granularity weight"),
-        ({"penalty": "group_lasso", "weight": 1.0, "granularity": "layer"}, "is of granularity row or channel"),
+        ({"penalty": "l1", "weight": 1.0, "granularity": "channel"}, "needs granularity weight"),
+        ({"penalty": "group_lasso", "weight": 1.0, "granularity": "layer"}, "needs granularity row or channel"),
         ({"penalty": "l0", "weight": 1.0, "threshold": 0.1}, "leave threshold out"),
         ({"penalty": "l1", "weight": 1.0, "threshold": -0.1}, "must not be negative"),
     ],
@@ -271,7 +271,7 @@ def test_wrong_options_are_refused_in_one_line(options, message):
 
 
 def test_it_needs_training_and_something_to_penalise():
-    with pytest.raises(InputError, match="a penalty works while the network trains"):
+    with pytest.raises(InputError, match="a penalty has an effect only while the network trains"):
         Compressor(build(), [Regularise(penalty="l1", weight=0.1)], DATA[0][0]).apply()
     with pytest.raises(InputError, match="has no BatchNorm"):
         train(build("lstm"), Regularise(penalty="bn_gamma", weight=0.1, finetune_epochs=1), epochs=1)

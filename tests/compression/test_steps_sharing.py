@@ -216,7 +216,7 @@ def test_tied_and_computed_weights_are_left_out_with_a_reason_or_refused_by_name
         (lambda: ShareWeights(k={"a": 3.5}), "k must be 1 to 256"),
         (lambda: ShareWeights(k={}), "k is empty"),
         (lambda: ShareWeights(init="kmeans++"), "init must be"),
-        (lambda: HashShare(ratio=0.5), "ratio is weights for each value"),
+        (lambda: HashShare(ratio=0.5), "ratio is the number of weights per value"),
     ],
 )
 def test_wrong_options_are_one_line(make, message):

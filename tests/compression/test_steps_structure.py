@@ -133,7 +133,7 @@ def test_what_would_not_shrink_stays_untouched_and_that_is_said():
     compressor = compress(network, inputs, LowRank(rank=1.0), batches=[(inputs, torch.zeros(4, dtype=torch.long))])
     assert recipe.describe(network) == {"changes": [], "layers": {}}
     assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
-    assert "LowRank has factored no layer: no factors were smaller, or within the budget" in compressor.piece.notes
+    assert "LowRank has factored no layer: no factors were smaller or within the budget" in compressor.piece.notes
     assert any("3: Conv2d as svd of rank 32 would have" in note for note in compressor.piece.notes)
 
 
@@ -221,7 +221,7 @@ def test_attention_is_converted_where_one_asks_for_it():
 
 def test_a_step_that_covers_little_refuses():
     network = nn.Sequential(nn.Bilinear(8, 8, 50), nn.Linear(50, 4))
-    with pytest.raises(InputError, match="LowRank would work on 6% of Sequential's weights alone: name the layers"):
+    with pytest.raises(InputError, match="LowRank would only work on 6% of Sequential's weights: name the layers"):
         compress(network, torch.ones(2, 8), LowRank(rank=1))
     compress(network, torch.ones(2, 8), LowRank(rank=1, targets="Linear"))
     assert type(network[1]) is LowRankLinear
@@ -243,9 +243,9 @@ def test_a_network_that_is_one_layer_cannot_be_factored(kind):
         ({"rank": 2, "method": {"Conv9d": "svd"}}, "unknown class 'Conv9d'"),
         ({"rank": 2, "method": {"LSTM": "cp"}}, "method of LSTM must be one of svd"),
         ({"rank": 2, "parts": 1}, "parts must be at least 2"),
-        ({"rank": 2, "parts": 4}, "parts is of method 'tt'"),
-        ({"rank": 2, "parts": 4, "method": {"Conv2d": "tt", "Linear": "svd"}}, "parts is of method 'tt'"),
-        ({"rank": 2, "damping": 0.1}, "damping is of data_aware=True"),
+        ({"rank": 2, "parts": 4}, "parts is for method 'tt'"),
+        ({"rank": 2, "parts": 4, "method": {"Conv2d": "tt", "Linear": "svd"}}, "parts is for method 'tt'"),
+        ({"rank": 2, "damping": 0.1}, "damping is for data_aware=True"),
         ({"rank": 2, "damping": -5, "data_aware": True}, "damping must not be negative, got -5"),
         ({"rank": 2, "method": "cp", "data_aware": True}, "data_aware=True is for method 'svd'"),
     ],

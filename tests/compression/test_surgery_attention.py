@@ -287,7 +287,7 @@ def test_weights_are_the_mean_over_the_heads_that_are_left():
     shrink(attention, {head_groups(attention)[0]: [3, 1]})
     mean = attention(steps, steps, steps)[1]
     assert torch.allclose(mean, (each[:, 1] + each[:, 3]) / 2, atol=1e-6)
-    with pytest.raises(InputError, match=r"attn_mask has shape \(12, 5, 5\), wanted is \(5, 5\) or \(6, 5, 5\)"):
+    with pytest.raises(InputError, match=r"attn_mask has shape \(12, 5, 5\), but must have \(5, 5\) or \(6, 5, 5\)"):
         attention(steps, steps, steps, attn_mask=torch.zeros(SAMPLES * HEADS, QUERIES, QUERIES))
 
 
@@ -406,7 +406,7 @@ def test_what_cannot_be_used_is_one_line():
     with pytest.raises(InputError, match="at least one of the 4 heads must stay"):
         shrink(attention, {head_groups(attention)[0]: []})
     steps = torch.randn(2, 3, WIDTH)
-    with pytest.raises(InputError, match="is_causal goes with attn_mask"):
+    with pytest.raises(InputError, match="is_causal needs attn_mask"):
         attention(steps, steps, steps, is_causal=True)
     with pytest.raises(InputError, match="num_heads must be at least 1, got 0"):
         Attention(embed_dim=8, num_heads=0, head_dim=2)

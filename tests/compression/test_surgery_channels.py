@@ -462,7 +462,7 @@ def test_what_cannot_be_kept_changes_nothing():
         with pytest.raises(InputError, match=message):
             shrink(network, {groups[0]: [0], groups[1]: keep})
     with pytest.raises(
-        InputError, match="x was found when head:in had 2 positions, and it has 9: find the groups of this network"
+        InputError, match="x was found when head:in had 2 positions, but it has 9: find the groups of this network"
     ):
         shrink(network, {groups[0]: [0], Group("x", "channels", 2, (Member("head", "in", torch.arange(2)),)): [0]})
     with pytest.raises(InputError, match="Net has no layer 'body'"):

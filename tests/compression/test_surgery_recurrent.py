@@ -310,7 +310,7 @@ def test_what_cannot_be_used_is_one_line():
         in_blocks(network, group, [[0]])
     with pytest.raises(InputError, match=r"units are below 6, got \[6\]"):
         in_blocks(network, group, [[0], [6]])
-    with pytest.raises(InputError, match="head reads 6 features, and rnn gives 12"):
+    with pytest.raises(InputError, match="head reads 6 features, but rnn returns 12"):
         unit_group(Sequences(nn.GRU, final, 6, bidirectional=True), "rnn", readers=["head"])
     with pytest.raises(InputError, match="embed is Linear: name an RNN"):
         unit_group(network, "embed", readers=["head"])

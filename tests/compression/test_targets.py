@@ -43,10 +43,10 @@ def test_the_name_of_a_part_means_all_in_it():
 @pytest.mark.parametrize(
     ("targets", "exclude", "message"),
     [
-        ("feature", (), "targets 'feature' matches none of SmallCNN's .*: near are features"),
+        ("feature", (), "targets 'feature' matches none of SmallCNN's .*: similar names: features"),
         ("BatchNorm2d", (), "targets 'BatchNorm2d' matches none"),
         ("re:features", (), "matches none"),
-        ("re:(", (), "is no regular expression"),
+        ("re:(", (), "is not a regular expression"),
         (None, "tail", "exclude 'tail' matches none"),
         ("head", "head", "nothing is left to work on"),
         ([], (), r"nothing is left to work on, which needs .*: targets=\[\]"),

@@ -52,5 +52,5 @@ def test_an_empty_batch_has_no_positions():
     [((2, 3, 4), (2,)), ((2, 3, 4), (2, 4)), ((2, 4), (3,)), ((2, 4, 5, 5), (2, 5, 5)), ((4,), ())],
 )
 def test_other_shapes_are_refused(logits, target):
-    with pytest.raises(InputError, match=r"need a target for each position, .*: let network and data agree"):
+    with pytest.raises(InputError, match=r"need a target for each position, .*: choose a network that predicts"):
         functional.by_position(draws(*logits), torch.zeros(target, dtype=torch.long))

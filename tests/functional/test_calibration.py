@@ -134,7 +134,7 @@ def test_no_samples_give_nan():
 
 @pytest.mark.parametrize(("confidence", "correct"), [((3,), (4,)), ((3, 1), (3, 1)), ((3,), (3, 1)), ((), ())])
 def test_other_shapes_are_refused(confidence, correct):
-    with pytest.raises(InputError, match="one shape \\(N,\\), got"):
+    with pytest.raises(InputError, match="the same shape \\(N,\\), got"):
         risk_coverage(torch.zeros(confidence), torch.zeros(correct))
 
 
@@ -259,5 +259,5 @@ def test_half_precision_gaussians_are_compared_in_float32():
 
 def test_no_targets_give_nan_and_other_shapes_are_refused():
     assert interval_calibration(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0, 2)).isnan()
-    with pytest.raises(InputError, match="must have one shape"):
+    with pytest.raises(InputError, match="must have the same shape"):
         interval_calibration(torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3))

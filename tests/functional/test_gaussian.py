@@ -323,7 +323,9 @@ def test_gradients_reach_all_four_and_the_mean_by_its_formula():
 def test_gaussian_kl_refuses_other_shapes(formula, odd):
     parts = [torch.zeros(4, 2) for _ in range(4)]
     parts[odd] = torch.zeros(4, 1)
-    with pytest.raises(InputError, match="gaussian_kl: means, log-variances and targets must have one shape, got "):
+    with pytest.raises(
+        InputError, match="gaussian_kl: means, log-variances and targets must have the same shape, got "
+    ):
         formula(*parts)
 
 
@@ -332,7 +334,7 @@ def test_gaussian_nll_refuses_other_shapes(odd):
     # A target (N,) against means (N, 1) would be compared all with all.
     parts = [torch.zeros(4, 1) for _ in range(3)]
     parts[odd] = torch.zeros(4)
-    with pytest.raises(InputError, match=r"gaussian_nll: means, .* must have one shape, got .*\(4,\)"):
+    with pytest.raises(InputError, match=r"gaussian_nll: means, .* must have the same shape, got .*\(4,\)"):
         gaussian_nll(*parts)
 
 
@@ -418,7 +420,7 @@ def test_weights_that_do_not_fit_are_refused(weights, message):
 
 
 def test_members_of_other_shapes_are_refused():
-    with pytest.raises(InputError, match="collapse_mixture: means, log-variances and targets must have one shape"):
+    with pytest.raises(InputError, match="collapse_mixture: means, log-variances and targets must have the same shape"):
         collapse_mixture(torch.zeros(2, 4, 1), torch.zeros(2, 4, 2))
 
 

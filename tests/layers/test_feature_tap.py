@@ -175,12 +175,12 @@ def test_globs_see_upper_and_lower_case():
     ("layer", "near"), [("stage33", "stage3"), ("stage3.0.conv3", r"stage3\.0\.conv1"), ("haed", "head")]
 )
 def test_an_unknown_layer_is_refused_with_near_names(layer, near):
-    with pytest.raises(InputError, match=rf"SmallResNet has no layer '{layer}'; near names: .*\b{near}\b"):
+    with pytest.raises(InputError, match=rf"SmallResNet has no layer '{layer}'; similar names: .*\b{near}\b"):
         FeatureTap(network_of(), layer)
 
 
 def test_a_layer_like_no_other_is_refused_with_some_names():
-    with pytest.raises(InputError, match=r"has no layer 'xyzzy'; near names: stem, stem\.0"):
+    with pytest.raises(InputError, match=r"has no layer 'xyzzy'; similar names: stem, stem\.0"):
         FeatureTap(network_of(), ["stage3", "xyzzy"])
 
 

@@ -314,7 +314,7 @@ def test_a_checkpoint_opens_without_any_argument(tmp_path):
     for name in ("compressed.ckpt", "epoch=3.ckpt", "light-epoch=3.ckpt"):
         assert torch.equal(outputs[name], expected), name
     assert torch.equal(outputs["module"], expected)
-    assert torch.equal(outputs["dense"], module.teachers.logits(inputs)[0])
+    assert torch.equal(outputs["dense"], module.teachers.ensemble.logits(inputs)[0])
     # The first epoch was that of the dense network, which fits what is compressed by now, too.
     tiny_trainer().validate(
         module, datamodule=TinyDataModule(), ckpt_path=str(tmp_path / "epoch=0.ckpt"), verbose=False
@@ -330,7 +330,7 @@ def reload(folder):
     outputs = {name: load_compressed(folder / name)(inputs) for name in names}
     module = CompressionBaseline.load_from_checkpoint(folder / "compressed.ckpt")
     outputs["module"] = module.eval()(inputs)
-    outputs["dense"] = module.teachers.logits(inputs)[0]
+    outputs["dense"] = module.teachers.ensemble.logits(inputs)[0]
     torch.save(outputs, folder / "outputs.pt")
 
 
@@ -344,7 +344,7 @@ def test_a_checkpoint_builds_given_teachers_again(tmp_path):
     assert [teacher.head.in_features for teacher in loaded.teachers] == [8, 12]
     assert_same(weights_of(module.student), weights_of(loaded.student))
     given = CompressionBaseline.load_from_checkpoint(tmp_path / "module.ckpt", teacher=teachers)
-    assert_same(weights_of(given.teachers), weights_of(TeacherEnsemble(teachers)))
+    assert_same(weights_of(given.teachers.ensemble), weights_of(TeacherEnsemble(teachers)))
 
 
 def test_an_ordinary_modules_checkpoint_holds_nothing_of_compression(tmp_path):
@@ -368,7 +368,7 @@ def test_the_loss_is_the_labels_and_the_teachers():
     probs = torch.stack([F.softmax(teacher(batch.input) / 3, dim=1) for teacher in teachers]).mean(0)
     own = F.log_softmax(logits / 3, dim=1)
     expected = 9 * (probs * (probs.log() - own)).sum(1).mean()
-    assert torch.allclose(terms["kd"], expected, rtol=1e-5)
+    assert torch.allclose(terms["kd"], expected, rtol=1e-4)
     assert torch.equal(terms["ce"], F.cross_entropy(logits, batch.target))
     assert module.weights() == {"ce": 0.3, "kd": 0.7}
 
@@ -379,7 +379,7 @@ def test_the_dense_network_teaches_from_the_first_step_on():
 
     class Look(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            known = None if pl_module.teachers is None else weights_of(next(iter(pl_module.teachers)))
+            known = None if not pl_module.teachers else weights_of(next(iter(pl_module.teachers)))
             seen.append((weights_of(pl_module.student), known))
 
     trainer = fit(

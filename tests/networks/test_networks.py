@@ -272,19 +272,21 @@ def test_a_recipe_does_not_appear_in_the_state_dict():
 
 @pytest.mark.parametrize("factory", ["os.system", "nn.Linear", "build_from", "_FACTORIES", "", None])
 def test_a_recipe_of_an_unknown_factory_is_refused(factory):
-    with pytest.raises(InputError, match=r"no network factory .*: known are .*SmallResNet, torchvision_network"):
+    with pytest.raises(
+        InputError, match=r"unknown network factory .*: known ones are .*SmallResNet, torchvision_network"
+    ):
         build_from({"factory": factory, "arguments": {}})
 
 
 def test_an_unknown_factory_inside_a_recipe_is_refused(tmp_path):
     inner = {"factory": "os.system", "arguments": {"command": f"touch {tmp_path / 'marker'}"}}
-    with pytest.raises(InputError, match=r"no network factory 'os\.system'"):
+    with pytest.raises(InputError, match=r"unknown network factory 'os\.system'"):
         build_from({"factory": "Pretrained", "arguments": {"network": inner, "checkpoint": "none.pt"}})
     assert not (tmp_path / "marker").exists()
 
 
 def test_a_recipe_without_a_factory_is_refused():
-    with pytest.raises(InputError, match="no network factory None"):
+    with pytest.raises(InputError, match="unknown network factory None"):
         build_from({})
 
 
@@ -480,7 +482,9 @@ def test_the_likely_input_has_the_channels_of_the_first_convolution(channels):
 
 
 def test_a_network_without_convolution_does_not_tell_its_input():
-    with pytest.raises(InputError, match=r"Sequential has no convolution to tell its input from: give input_shape"):
+    with pytest.raises(
+        InputError, match=r"Sequential has no convolution that shows its input's shape: give input_shape"
+    ):
         likely_input_shape(nn.Sequential(nn.Linear(2, 3)))
 
 
@@ -660,12 +664,12 @@ def test_a_feature_of_an_adapted_network_is_tapped_behind_the_prefix():
         ({"size": (8, 0)}, r"size must be rows and columns, both at least 1, got \[8, 0\]"),
         ({"mean": 0.5}, "mean and std belong together, got mean=0.5 and std=None"),
         ({"std": 0.5}, "mean and std belong together, got mean=None and std=0.5"),
-        ({"source_mean": 0.5}, "source_mean and source_std give way to the network's own: give mean and std"),
-        ({"source_std": [0.5, 0.5]}, "source_mean and source_std give way to the network's own: give mean and std"),
+        ({"source_mean": 0.5}, "source_mean and source_std need mean and std, the normalisation"),
+        ({"source_std": [0.5, 0.5]}, "source_mean and source_std need mean and std, the normalisation"),
         ({"mean": 0.5, "std": 0}, "std must be positive, got 0"),
         ({"mean": 0.5, "std": [1.0, -1.0]}, r"std must be positive, got \[1.0, -1.0\]"),
         ({"mean": 0.5, "std": 1, "source_std": float("nan")}, "source_std must be positive, got nan"),
-        ({"mean": [0.5] * 3, "std": [1.0] * 2}, r"are for \[2, 3\] channels: give one"),
+        ({"mean": [0.5] * 3, "std": [1.0] * 2}, r"have \[2, 3\] channels: give equally many"),
     ],
 )
 def test_an_adaption_that_makes_no_sense_is_refused(options, message):
@@ -674,9 +678,9 @@ def test_an_adaption_that_makes_no_sense_is_refused(options, message):
 
 
 def test_inputs_of_other_channels_are_refused_where_each_has_its_own_numbers():
-    with pytest.raises(InputError, match=r"inputs of shape \(2, 1, 4, 4\) do not go with the 3 channels of mean"):
+    with pytest.raises(InputError, match=r"inputs of shape \(2, 1, 4, 4\) do not match the 3 channels of mean"):
         AdaptedInput(Seen(), **MEANS)(torch.randn(2, 1, 4, 4))
-    with pytest.raises(InputError, match=r"inputs of shape \(3, 4, 4\) do not go with"):
+    with pytest.raises(InputError, match=r"inputs of shape \(3, 4, 4\) do not match"):
         AdaptedInput(Seen(), **MEANS)(torch.randn(3, 4, 4))
     assert AdaptedInput(Seen(), mean=0.5, std=0.5)(torch.randn(2, 1, 4, 4)).shape == (2, 1, 4, 4)
 
@@ -726,7 +730,7 @@ def test_the_recipe_of_a_small_resnet_for_a_regression_builds_it_again():
 
 @pytest.mark.parametrize("arguments", [{}, {"num_classes": 3, "num_targets": 1}, {"num_classes": 0, "num_targets": 1}])
 def test_a_small_resnet_classifies_or_regresses_and_not_both(arguments):
-    message = r"SmallResNet needs num_classes \(a classifier\) or num_targets \(a regression\), and not both"
+    message = r"SmallResNet needs either num_classes \(a classifier\) or num_targets \(a regression\)"
     with pytest.raises(InputError, match=message):
         SmallResNet(**arguments)
 

@@ -10,8 +10,9 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 from distill_lightning import InputError
-from distill_lightning.storage import PredictionStore
-from distill_lightning.storage import prediction as prediction_file
+from distill_lightning.storage import FORMAT, PredictionStore
+from distill_lightning.storage import rows as rows_file
+from distill_lightning.storage.prediction_rows import PredictionRows
 
 N, K = 11, 5
 KINDS = [
@@ -110,8 +111,8 @@ def test_the_last_write_of_a_sample_wins_within_a_batch_and_over_batches():
 def test_a_sample_that_stands_twice_in_a_batch_is_written_the_same_both_times(monkeypatch):
     # Devices write the rows of an index in any order; here they are written in turn, so that would not be seen.
     written = []
-    pack = PredictionStore._pack
-    monkeypatch.setattr(PredictionStore, "_pack", lambda store, rows: written.append(rows) or pack(store, rows))
+    pack = PredictionRows.pack
+    monkeypatch.setattr(PredictionRows, "pack", lambda kind, rows: written.append(rows) or pack(kind, rows))
     rows = probabilities(5)
     PredictionStore(N, K).write(torch.tensor([3, 1, 3, 3, 1]), rows)
     assert torch.equal(written[0], rows[[3, 4, 3, 3, 4]])
@@ -129,6 +130,87 @@ def test_a_row_that_is_not_written_again_stays():
     expected[4] = probabilities(1, seed=9)[0]
     assert torch.equal(probs, expected)
     assert known.all()
+
+
+# Rows that are not kept
+
+
+def kept_of(count, seed):
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_rows_that_are_not_kept_might_as_well_not_be_there(kind):
+    masked, chosen = PredictionStore(N, K, **kind), PredictionStore(N, K, **kind)
+    generator = torch.Generator().manual_seed(7)
+    twice = 0
+    for epoch in range(4):
+        for step in range(5):
+            # Drawn with replacement: some samples come twice in a batch, once kept and once not.
+            index = torch.randint(N, (6,), generator=generator)
+            rows, keep = probabilities(6, seed=10 * epoch + step), kept_of(6, seed=10 * epoch + step)
+            masked.write(index, rows, keep)
+            chosen.write(index[keep], rows[keep])
+            twice += len(set(index[keep].tolist()) & set(index[~keep].tolist()))
+        for store in (masked, chosen):
+            store.advance()
+        assert all(torch.equal(a, b) for a, b in zip(everything(masked), everything(chosen), strict=True))
+    assert twice > 4
+
+
+@pytest.mark.parametrize("kind", [{}, {"top_k": 2}], ids=str)
+def test_what_is_not_kept_leaves_what_an_earlier_batch_wrote(kind):
+    store, rows = PredictionStore(N, K, **kind), probabilities(6)
+    store.write(torch.tensor([3, 1, 0]), rows[:3])
+    # Sample 3 stands in the batch twice and is kept once, in either order; 1 and 0 are not kept.
+    store.write(torch.tensor([3, 3, 1, 0]), rows[[3, 4, 4, 4]], torch.tensor([True, False, False, False]))
+    store.write(torch.tensor([4, 4]), rows[4:], torch.tensor([False, True]))
+    store.advance()
+    expected = PredictionStore(N, K, **kind)
+    expected.write(torch.tensor([3, 1, 0, 4]), rows[[3, 1, 2, 5]])
+    expected.advance()
+    assert all(torch.equal(a, b) for a, b in zip(everything(store), everything(expected), strict=True))
+
+
+def test_of_what_is_not_kept_neither_index_nor_probabilities_matter():
+    store, rows = PredictionStore(N, K), probabilities(3)
+    rows[1:] = torch.nan
+    store.write(torch.tensor([2, -1, N + 5]), rows, torch.tensor([True, False, False]))
+    store.advance()
+    probs, known = everything(store)
+    assert known.nonzero().flatten().tolist() == [2]
+    assert torch.equal(probs[2], rows[0])
+    assert probs[known.logical_not()].eq(1 / K).all()
+
+
+def test_a_batch_of_which_nothing_is_kept_changes_nothing():
+    store = PredictionStore(N, K)
+    store.write(torch.arange(4), probabilities(4), torch.zeros(4, dtype=torch.bool))
+    store.advance()
+    assert not everything(store)[1].any()
+    assert store.state_dict()["pending"].tolist() == []
+    store.write(torch.arange(4), probabilities(4), torch.ones(4, dtype=torch.bool))
+    assert store.state_dict()["pending"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("keep", [torch.ones(3, dtype=torch.bool), torch.ones(2), torch.ones(2, 1, dtype=torch.bool)])
+def test_keep_of_another_shape_or_type_is_refused(keep):
+    with pytest.raises(InputError, match=r"keep must be bool \(2,\), one for each sample, got (bool|float32) \("):
+        PredictionStore(N, K).write(torch.arange(2), probabilities(2), keep)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_reading_and_writing_run_nothing_that_would_wait_for_a_device(kind, masked):
+    store, index, rows = PredictionStore(N, K, **kind), torch.tensor([3, 1, 3]), probabilities(3)
+    keep = torch.tensor([True, False, False]) if masked else None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        store.write(index, rows, keep)
+        store.read(index)
+    ran = {event.key for event in profile.key_averages()}
+    assert {"aten::scatter_reduce_", "aten::index_put_"} <= ran
+    waits = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::masked_select"}
+    assert not ran & waits
 
 
 def test_no_graph_is_kept():
@@ -277,6 +359,17 @@ def test_a_checkpoint_of_another_store_is_refused(other, message):
         PredictionStore(samples, classes, **kind).load_state_dict(PredictionStore(N, K).state_dict())
 
 
+@pytest.mark.parametrize("version", [1, FORMAT + 1])
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(version):
+    state = loaded(PredictionStore(N, K).state_dict())
+    assert state.pop("format") == FORMAT
+    # The first version did not say which it was.
+    state = state if version == 1 else {**state, "format": version}
+    with pytest.raises(InputError, match=f"has format {version}, this version reads {FORMAT}: resume with") as caught:
+        PredictionStore(N, K).load_state_dict(state)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
@@ -317,7 +410,7 @@ def two_processes(rank, folder):
     """Every kind of store, written to unevenly by two processes; what each of them then holds goes to a file."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     # Small pieces, so that there are several.
-    prediction_file._PIECE_BYTES = 24
+    rows_file._PIECE_BYTES = 24
     results = []
     for kind in KINDS:
         store = PredictionStore(N, K, **kind)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -14,8 +15,7 @@ import numpy as np
 import pytest
 
 from distill_lightning import InputError
-from distill_lightning.storage import files
-from distill_lightning.storage.shards import Field, ShardedRecords, read_header, sweep
+from distill_lightning.storage import FORMAT, Field, ShardedRecords, files, read_header, sweep
 
 FIELDS = (Field("probs", "float16", (3,)), Field("classes", "int16", (2,)), Field("map", "float32", (2, 2)))
 SAMPLES, VIEWS, SIZE = 11, 2, 4
@@ -78,11 +78,14 @@ def test_what_is_written_is_read_by_sample_and_view(tmp_path):
     assert_holds(ShardedRecords.open(tmp_path))
 
 
-def test_the_file_is_the_fields_the_known_bytes_and_a_checksum(tmp_path):
+def test_the_file_is_a_header_the_fields_the_known_bytes_and_a_checksum(tmp_path):
     content = filled(tmp_path).path_of(1, 2).read_bytes()
     samples = [8, 9, 10]
+    fields = [{"name": field.name, "dtype": field.dtype, "shape": list(field.shape)} for field in FIELDS]
+    fields.append({"name": "_known", "dtype": "bool", "shape": []})
+    assert json.loads(content[:4096]) == {"format": FORMAT, "rows": 3, "view": 1, "shard": 2, "fields": fields}
     expected = b"".join(rows_of(samples, 1)[field.name].tobytes() for field in FIELDS) + b"\1\1\1"
-    assert content == expected + zlib.crc32(expected).to_bytes(4, "little")
+    assert content[4096:] == expected + zlib.crc32(content[:-4]).to_bytes(4, "little")
     assert ShardedRecords.open(tmp_path).record_bytes == 3 * 2 + 2 * 2 + 4 * 4
 
 
@@ -155,9 +158,12 @@ def test_a_folder_without_a_store_and_one_of_another_version_are_told(tmp_path):
         ShardedRecords.open(tmp_path)
     records(tmp_path)
     header = json.loads((tmp_path / "header.json").read_text())
-    (tmp_path / "header.json").write_text(json.dumps(header | {"format": 99}))
-    with pytest.raises(InputError, match="has format 99, this version reads 1"):
-        read_header(tmp_path)
+    for version in (1, 99):
+        (tmp_path / "header.json").write_text(json.dumps(header | {"format": version}))
+        for act in (lambda: read_header(tmp_path), lambda: records(tmp_path), lambda: ShardedRecords.open(tmp_path)):
+            with pytest.raises(InputError, match=f"has format {version}, this version reads 2: fill it") as caught:
+                act()
+            assert "\n" not in str(caught.value)
     (tmp_path / "header.json").write_text("{")
     with pytest.raises(InputError, match=r"header.json is damaged"):
         read_header(tmp_path)
@@ -166,16 +172,17 @@ def test_a_folder_without_a_store_and_one_of_another_version_are_told(tmp_path):
 # Damage
 
 
-@pytest.mark.parametrize("kind", ["cut", "longer", "empty", *range(0, 60, 7)])
+@pytest.mark.parametrize("kind", ["cut", "longer", "empty", "page", *range(0, 60, 7)])
 def test_a_damaged_shard_is_noticed_and_alone_made_again(tmp_path, kind):
     found = filled(tmp_path)
     path = found.path_of(0, 1)
     content = path.read_bytes()
     if isinstance(kind, int):
-        place = kind * len(content) // 60
+        # Half of the places in what the file says of itself, half in the rows and the checksum.
+        place = kind * 5 if kind % 2 else 4096 + kind * (len(content) - 4096) // 60
         changed = content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
     else:
-        changed = {"cut": content[:-1], "longer": content + b"\0", "empty": b""}[kind]
+        changed = {"cut": content[:-1], "longer": content + b"\0", "empty": b"", "page": content[:4096]}[kind]
     path.write_bytes(changed)
     again = records(tmp_path)
     assert again.state_of(0, 1) == "damaged"
@@ -185,6 +192,21 @@ def test_a_damaged_shard_is_noticed_and_alone_made_again(tmp_path, kind):
     again.write_shard(0, 1, rows_of(range(4, 8), 0))
     assert path.read_bytes() == content
     assert_holds(again)
+
+
+def test_a_shard_that_lies_in_the_place_of_another_is_told(tmp_path):
+    found = filled(tmp_path)
+    shutil.copy(found.path_of(0, 1), found.path_of(1, 1))
+    with pytest.raises(InputError, match=r"00001.shard belongs to another store, its view is 0, not 1: remove it, and"):
+        records(tmp_path).unfinished()
+
+
+def test_another_process_opens_the_files_itself(tmp_path):
+    found = filled(tmp_path)
+    assert_holds(found)
+    content = pickle.dumps(found)
+    assert len(content) < found.path_of(0, 0).stat().st_size
+    assert_holds(pickle.loads(content))
 
 
 def test_a_file_that_was_being_written_is_no_shard(tmp_path):
@@ -239,13 +261,13 @@ def test_a_log_may_end_at_any_byte(tmp_path):
     found = records(tmp_path / "log")
     for some in ([0, 5, 9], [1, 2]):
         found.append(0, 0, np.array(some), rows_of(some, 0))
-    log = found._log_of(0, 0)
+    log = found._log_of(0, 0).path
     content, first = log.read_bytes(), 4 + 4 + 3 * (8 + found.record_bytes) + 4
     for size in range(len(content) + 1):
         shutil.rmtree(tmp_path / "cut", ignore_errors=True)
         cut = records(tmp_path / "cut")
         cut._folder_of(0).mkdir()
-        cut._log_of(0, 0).write_bytes(content[:size])
+        cut._log_of(0, 0).path.write_bytes(content[:size])
         # What comes after the kill can be read.
         cut.mend_log(0, 0)
         cut.append(0, 0, np.array([7]), rows_of([7], 0))
@@ -258,7 +280,7 @@ def test_a_log_with_a_wrong_bit_is_read_up_to_it(tmp_path):
     found = records(tmp_path)
     for some in ([0, 5, 9], [1, 2]):
         found.append(0, 0, np.array(some), rows_of(some, 0))
-    log = found._log_of(0, 0)
+    log = found._log_of(0, 0).path
     content = bytearray(log.read_bytes())
     content[-20] ^= 1
     log.write_bytes(content)
@@ -298,7 +320,7 @@ def test_a_full_disk_is_one_line_and_the_store_can_be_continued(tmp_path, monkey
     found.seal(0)
     for shard in range(found.shards):
         with monkeypatch.context() as patch:
-            full_disk(patch, after=20)
+            full_disk(patch, after=(20, 4096, 4130)[shard])
             with pytest.raises(InputError, match="is full"):
                 found.write_shard(1, shard, rows_of(found.samples_of(shard), 1))
         assert found.state_of(1, shard) == "missing"

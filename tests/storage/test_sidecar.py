@@ -18,8 +18,8 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 from distill_lightning import InputError
-from distill_lightning.storage import PredictionStore, Sidecar, files
-from distill_lightning.storage import prediction as prediction_file
+from distill_lightning.storage import FORMAT, PredictionStore, Sidecar, files
+from distill_lightning.storage import rows as rows_file
 
 N, K = 11, 5
 KINDS = [
@@ -87,7 +87,7 @@ def where(request, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_it_is_the_store_without_files(tmp_path, kind, where, monkeypatch):
     # Several pieces of everything.
-    monkeypatch.setattr(prediction_file, "_PIECE_BYTES", 24)
+    monkeypatch.setattr(rows_file, "_PIECE_BYTES", 24)
     beside, inside = store_in(tmp_path, **kind).to("cpu"), PredictionStore(N, K, **kind)
     generator = torch.Generator().manual_seed(5)
     for epoch in range(4):
@@ -120,9 +120,13 @@ def test_a_file_is_a_page_of_json_the_rows_and_a_checksum(tmp_path):
     store.advance()
     content = path_of(store.state_dict()).read_bytes()
     header = json.loads(content[:4096])
+    fields = [
+        {"name": "probabilities", "dtype": "float16", "shape": [2]},
+        {"name": "classes", "dtype": "int16", "shape": [2]},
+    ]
     wanted = {
-        "format": 1, "num_samples": N, "num_classes": K, "dtype": "float16", "top_k": 2, "rows": N, "generation": 1,
-        "pending": 0, "training": store.sidecar.training, "byteorder": "little",
+        "format": FORMAT, "num_samples": N, "num_classes": K, "dtype": "float16", "top_k": 2, "rows": N,
+        "generation": 1, "pending": 0, "training": store.sidecar.training, "fields": fields,
     }  # fmt: skip
     assert header == wanted
     probs = np.frombuffer(content[4096 : 4096 + N * 2 * 2], dtype="<f2").reshape(N, 2)
@@ -388,8 +392,35 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
 
     state = filled(tmp_path).state_dict()
     monkeypatch.setattr(np, "memmap", memmap)
-    with pytest.raises(InputError, match=r"the past predictions .*\.rows cannot be read: .*Permission denied"):
+    with pytest.raises(InputError, match=r"\.rows cannot be read: .*Permission denied"):
         store_in(tmp_path).load_state_dict(state)
+
+
+def of_format(content, version):
+    """A file's bytes as another version of the format would have written them, as far as they are read."""
+    header = json.dumps({**json.loads(content[:4096]), "format": version}).encode().ljust(4096)
+    changed = header + content[4096:-4]
+    return changed + zlib.crc32(changed).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("name", ["rows", "pending"])
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_file_of_another_version_is_refused_in_one_line(tmp_path, name, version):
+    store = filled(tmp_path)
+    store.write(torch.tensor([3]), probabilities(1))
+    state = store.state_dict()
+    path = path_of(state, name)
+    path.write_bytes(of_format(path.read_bytes(), version))
+    assert f"{path} has format {version}, this version reads {FORMAT}: " in refused(state, tmp_path)
+
+
+def test_a_checkpoint_of_another_version_is_refused_before_its_files_are_looked_for(tmp_path):
+    state = filled(tmp_path).state_dict()
+    del state["format"]
+    path_of(state).unlink()
+    with pytest.raises(InputError, match=f"has format 1, this version reads {FORMAT}: resume with") as caught:
+        store_in(tmp_path).load_state_dict(state)
+    assert "\n" not in str(caught.value)
 
 
 def test_another_file_of_the_name_is_told(tmp_path):
@@ -503,7 +534,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")  # the child does nothing but write files
 @pytest.mark.parametrize("last", range(5))
 def test_killed_while_it_writes_it_goes_on_from_the_generation_before(tmp_path, last, monkeypatch):
-    monkeypatch.setattr(prediction_file, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(rows_file, "_PIECE_BYTES", 100)
     store = filled(tmp_path, 2)
     state, expected, there = loaded(store.state_dict()), everything(store), names(tmp_path)
     child = os.fork()
@@ -541,7 +572,7 @@ def test_killed_while_it_writes_it_goes_on_from_the_generation_before(tmp_path, 
 def two_processes(rank, folder):
     """Stores written to by two processes, in files that one of them writes; what each then holds goes to a file."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    prediction_file._PIECE_BYTES = 24
+    rows_file._PIECE_BYTES = 24
     results, messages = [], []
     for number, kind in enumerate(KINDS):
         place = Path(folder) / f"rows {number}"

@@ -284,7 +284,7 @@ def test_a_shard_that_stays_is_checked_once(tmp_path, monkeypatch):
     checked = []
     check = files.checksum_fits
     monkeypatch.setattr(
-        "distill_lightning.storage.shards.checksum_fits", lambda data: (checked.append(1), check(data))[1]
+        "distill_lightning.storage.rows.checksum_fits", lambda data: (checked.append(1), check(data))[1]
     )
     fitted(kd(tmp_path, net(1), shard_size=8, fill="never"), max_epochs=8)
     # 3 shards of 2 views, in 4 epochs each.

@@ -173,8 +173,8 @@ def test_reduced_feature_maps_take_fewer_bytes(tmp_path, sizes, numbers):
     store = TeacherStore(tmp_path, teachers_of(), shard_size=24)
     run(partial(feed, sizes=sizes), store, epochs=2)
     assert store.nbytes == 2 * 2 * numbers
-    # A byte for each sample tells whether it is known; four are the checksum.
-    assert (tmp_path / "view_00000/00000.shard").stat().st_size == 24 * (2 * 2 * numbers + 1) + 4
+    # A page says what the file holds; a byte for each sample tells whether it is known; four are the checksum.
+    assert (tmp_path / "view_00000/00000.shard").stat().st_size == 4096 + 24 * (2 * 2 * numbers + 1) + 4
 
 
 @pytest.mark.parametrize(

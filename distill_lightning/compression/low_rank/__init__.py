@@ -1,6 +1,6 @@
-"""Low-rank factors in the place of weights: smaller files, fewer multiply-accumulates.
+"""Low-rank factors in place of weights: smaller files and fewer multiply-accumulates.
 
-Start at `factorize`, then `replace_layer`; `describe` and `rebuild` keep the structure without the weights.
+Start with `factorize`, then use `replace_layer`; `describe` and `rebuild` handle the structure without the weights.
 """
 
 from distill_lightning.compression.low_rank.convolutions import CONV_METHODS, ConvChain, ConvMethod, Cost

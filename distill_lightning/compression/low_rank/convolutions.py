@@ -27,7 +27,7 @@ CONV_METHODS: tuple[str, ...] = get_args(ConvMethod)
 
 
 class Cost(NamedTuple):
-    """What a layer costs for one sample (for one position, where a linear layer has many); biases are not counted."""
+    """The cost of a layer for one sample (for one position if a linear layer has many); biases are not counted."""
 
     weights: int
     macs: int
@@ -46,16 +46,16 @@ class ConvChain(nn.Sequential):
     `tt`           ``1 x 1`` to ``R``, ``k x 1`` to ``S``, ``1 x k`` to ``T``, ``1 x 1`` ``[R, S, T]``
     ============== ================================================================ =================
 
-    Stride, padding and dilation go to the convolution whose window has that axis, so every chain is the convolution
-    with the recomposed kernel at every position, at the border, too.
+    Stride, padding and dilation belong to the convolution whose window has that axis, so every chain equals the
+    convolution with the recomposed kernel at every position, including the border.
 
     Args:
         layer: the dense convolution, not grouped.
         method: one of the above.
-        ranks: as many as the method has.
+        ranks: the ranks, as many as the method has.
 
     Raises:
-        InputError: the convolution is grouped, or the ranks are not as many as the method's.
+        InputError: the convolution is grouped, or the number of ranks is wrong.
     """
 
     def __init__(self, layer: nn.Conv2d, *, method: ConvMethod, ranks: Sequence[int]) -> None:
@@ -82,8 +82,8 @@ class ConvChain(nn.Sequential):
         """Copy the factors of a dense layer's kernel.
 
         Args:
-            layer: of the shape that the chain was built for.
-            moment: second moment of the patches ``(C H W, C H W)``, for `svd_channel` alone.
+            layer: a layer of the shape for which the chain was built.
+            moment: second moment of the patches, ``(C H W, C H W)``; only for `svd_channel`.
             damping: see `whitened_svd`.
 
         Returns:
@@ -102,17 +102,17 @@ def chain_stages(layer: nn.Conv2d, method: ConvMethod, ranks: Sequence[int]) -> 
     """The options of a chain's convolutions, in their order.
 
     Raises:
-        InputError: the convolution is grouped, the method unknown, or the ranks are not as many as the method's.
+        InputError: the convolution is grouped, the method is unknown, or the number of ranks is wrong.
     """
     if layer.groups != 1:
         raise UnfactorableError(
             f"a convolution with groups={layer.groups} cannot be factored: exclude it from the targets"
         )
     if method not in CONV_METHODS:
-        raise InputError(f"method {method!r} is none for a Conv2d: take one of {', '.join(CONV_METHODS)}")
+        raise InputError(f"method {method!r} is not for a Conv2d: use one of {', '.join(CONV_METHODS)}")
     widths = {"svd_channel": 1, "svd_spatial": 1, "tucker2": 2, "cp": 1, "tt": 3}[method]
     if len(ranks) != widths or min(ranks) < 1:
-        raise InputError(f"method {method!r} has {widths} rank(s) of at least 1, got {list(ranks)}")
+        raise InputError(f"method {method!r} needs {widths} rank(s) of at least 1, got {list(ranks)}")
     into, out, point = layer.in_channels, layer.out_channels, _stage(layer, ())
     both, down, across = _stage(layer, (0, 1)), _stage(layer, (0,)), _stage(layer, (1,))
     first = ranks[0]
@@ -138,7 +138,7 @@ def chain_cost(stages: Sequence[dict[str, Any]], input_size: Sequence[int] | Non
     """Weights and multiply-accumulates of a chain for one image.
 
     Args:
-        stages: as `chain_stages` gives them.
+        stages: what `chain_stages` returned.
         input_size: ``(H, W)`` of the dense layer's input; ``None``: multiply-accumulates are not counted (0).
     """
     weights = macs = 0
@@ -157,7 +157,7 @@ def dense_stages(layer: nn.Conv2d) -> list[dict[str, Any]]:
 
 
 def full_ranks(layer: nn.Conv2d, method: ConvMethod) -> list[int]:
-    """The ranks at which a method's chain is exact; for `cp` an upper bound of that rank."""
+    """The ranks at which a method's chain is exact; for `cp` an upper bound."""
     into, out, (high, wide) = layer.in_channels, layer.out_channels, layer.kernel_size
     if method == "svd_channel":
         return [min(out, into * high * wide)]
@@ -172,7 +172,7 @@ def full_ranks(layer: nn.Conv2d, method: ConvMethod) -> list[int]:
 
 
 def fit_chain_ranks(layer: nn.Conv2d, method: ConvMethod, ranks: Sequence[int]) -> list[int]:
-    """Ranks, none larger than the others can use: where one is small, a larger one has nothing to span."""
+    """Lower ranks that are larger than the others can use: if one is small, a larger one has nothing to span."""
     fitted = [min(rank, limit) for rank, limit in zip(ranks, full_ranks(layer, method), strict=True)]
     if method == "tucker2":
         window = math.prod(layer.kernel_size)
@@ -184,7 +184,7 @@ def fit_chain_ranks(layer: nn.Conv2d, method: ConvMethod, ranks: Sequence[int]) 
 
 
 def chain_unfoldings(kernel: Tensor, method: ConvMethod) -> list[Tensor]:
-    """The matrices whose singular values tell of a method's ranks, one for each.
+    """The matrices whose singular values determine a method's ranks, one for each.
 
     Raises:
         InputError: the method is ``"cp"``, which has no such matrix.
@@ -218,21 +218,21 @@ def _stage(layer: nn.Conv2d, axes: Sequence[int]) -> dict[str, Any]:
 
 
 def _length(stage: dict[str, Any], length: int, axis: int) -> int:
-    """Of a stage's output along an axis."""
+    """The length of a stage's output along an axis."""
     padding, reach = stage["padding"], stage["dilation"][axis] * (stage["kernel_size"][axis] - 1)
     added = {"same": reach, "valid": 0}[padding] if isinstance(padding, str) else 2 * padding[axis]
     return int((length + added - reach - 1) // stage["stride"][axis] + 1)
 
 
 def _spatial(kernel: Tensor) -> Tensor:
-    """``(C H, O W)``: rows are what the first convolution of `svd_spatial` sees."""
+    """The kernel as ``(C H, O W)``; rows are the inputs of the first convolution of `svd_spatial`."""
     return kernel.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
 
 
 def _decompose(
     kernel: Tensor, method: ConvMethod, ranks: Sequence[int], *, moment: Tensor | None, damping: float
 ) -> list[Tensor]:
-    """The weights of a chain's convolutions, and the kernel that they make together."""
+    """The weights of a chain's convolutions, and the kernel that they recompose."""
     out, into, high, wide = kernel.shape
     if method == "svd_channel":
         product = product_of(kernel.flatten(1), ranks[0], moment=moment, damping=damping)
@@ -257,7 +257,7 @@ def _decompose(
 
 @torch.no_grad()
 def patches(layer: nn.Conv2d, images: Tensor) -> Tensor:
-    """What a convolution multiplies its kernel with, ``(positions, C H W)``, of images ``(N, C, H, W)``."""
+    """The patches of images ``(N, C, H, W)`` with which a convolution multiplies its kernel, ``(positions, C H W)``."""
     if isinstance(layer.padding, str):
         reach = [dilation * (size - 1) for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)]
         reach = [0, 0] if layer.padding == "valid" else reach

@@ -1,8 +1,8 @@
 """Low-rank decompositions of matrices and convolution kernels, as pure functions of tensors.
 
-All of them compute in float64 on the CPU and return such tensors: a decomposition is done once, and this way it is the
-same whatever the type and the device of the weight. The letters: a matrix is ``(M, N)``, a kernel ``(O, C, H, W)`` with
-``O`` output channels, ``C`` input channels and the window ``H, W``; ``R`` is a rank.
+All of them compute in float64 on the CPU and return such tensors: a decomposition is done only once, and in this way it
+does not depend on the type and the device of the weight. The letters: a matrix is ``(M, N)``, a kernel ``(O, C, H, W)``
+with ``O`` output channels, ``C`` input channels and the window ``H, W``; ``R`` is a rank.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Product(NamedTuple):
 
 
 class Tucker2(NamedTuple):
-    """A kernel as ``outer (O, S)``, ``core (S, R, H, W)`` and ``inner (C, R)``; the window is left whole.
+    """A kernel as ``outer (O, S)``, ``core (S, R, H, W)`` and ``inner (C, R)``; the window is not decomposed.
 
     ``errors`` are the relative errors after HOSVD and after each sweep of HOOI.
     """
@@ -73,10 +73,10 @@ class Train(NamedTuple):
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """A copy in float64 on the CPU, without a graph.
+    """Copy a tensor to float64 on the CPU, without a graph.
 
     Raises:
-        InputError: it holds NaN or infinity.
+        InputError: the tensor holds NaN or infinity.
     """
     copy = tensor.detach().to("cpu", torch.float64)
     if not copy.isfinite().all():
@@ -91,13 +91,13 @@ def relative_error(approximation: Tensor, original: Tensor) -> float:
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> Product:
-    """The best approximation of a rank in the Frobenius and in the spectral norm (Eckart and Young, 1936).
+    """The best approximation of a given rank, in the Frobenius and the spectral norm (Eckart and Young, 1936).
 
-    The singular values are shared out evenly, so that both factors train at the same pace.
+    The singular values are split evenly between the factors, so that both train at the same pace.
 
     Args:
         matrix: ``(M, N)``.
-        rank: at most ``min(M, N)``.
+        rank: the rank, at most ``min(M, N)``.
     """
     u, s, vt = torch.linalg.svd(exact(matrix), full_matrices=False)
     root = s[:rank].sqrt()
@@ -105,19 +105,20 @@ def truncated_svd(matrix: Tensor, rank: int) -> Product:
 
 
 def whitened_svd(matrix: Tensor, rank: int, *, moment: Tensor, damping: float = 0.01) -> Product:
-    r"""The approximation of a rank whose *outputs* are nearest on given inputs, instead of its entries.
+    r"""The approximation of a given rank whose *outputs* (not entries) are nearest on given inputs.
 
     .. math:: \min_{\hat W} E \lVert (W - \hat W) x \rVert^2 + \delta \lVert W - \hat W \rVert^2
         = \min_{\hat W} \lVert (W - \hat W) L \rVert^2, \qquad L L^T = E[x x^T] + \delta I
 
-    so ``W L`` is truncated and ``L`` taken off again. On the inputs behind ``moment`` it is never worse than
-    `truncated_svd`, whatever the damping: plain truncation has the smallest second term, so it cannot win the first.
+    so ``W L`` is truncated, and ``L`` is divided out again. On the inputs behind ``moment`` this is never worse than
+    `truncated_svd`, whatever the damping: plain truncation has the smallest second term, so it cannot have a smaller
+    first one.
 
     Args:
         matrix: ``(M, N)``.
-        rank: at most ``min(M, N)``.
-        moment: second moment of the inputs, ``(N, N)``, as `input_moment` gives it.
-        damping: :math:`\delta` in units of the inputs' mean square; keeps directions that the inputs do not use.
+        rank: the rank, at most ``min(M, N)``.
+        moment: second moment of the inputs, ``(N, N)``, as `input_moment` returns it.
+        damping: :math:`\delta` in units of the inputs' mean square; it preserves directions that the inputs do not use.
 
     Raises:
         InputError: the moment has another shape, or is singular for this damping.
@@ -146,9 +147,9 @@ def tucker2(kernel: Tensor, ranks: tuple[int, int], *, sweeps: int = 20, toleran
 
     Args:
         kernel: ``(O, C, H, W)``.
-        ranks: ``(R, S)`` of the input and of the output channels.
-        sweeps: of HOOI at most; 0 stays with HOSVD.
-        tolerance: HOOI ends when a sweep lowers the relative error by less.
+        ranks: ranks ``(R, S)`` of the input and output channels.
+        sweeps: the largest number of HOOI sweeps; 0 stays with HOSVD.
+        tolerance: HOOI ends when a sweep lowers the relative error by less than this.
 
     De Lathauwer, De Moor, Vandewalle: *On the Best Rank-1 and Rank-(R1, ..., RN) Approximation of Higher-Order
     Tensors*, 2000; for convolutions: Kim et al., https://arxiv.org/abs/1511.06530
@@ -173,19 +174,19 @@ def canonical(
 ) -> Canonical:
     """CP decomposition by alternating least squares, from the leading singular vectors.
 
-    A sweep solves for each factor in turn with the others fixed. There is no best approximation of a rank in general:
-    with many components some grow against each other, which ``ridge`` holds down and ``sweeps`` ends.
+    A sweep solves for each factor in turn with the others fixed. In general there is no best approximation of a rank:
+    with many components, some grow while cancelling each other, which ``ridge`` limits and ``sweeps`` ends.
 
     Args:
         kernel: ``(O, C, H, W)``.
         rank: ``R``.
-        sweeps: at most.
-        tolerance: the sweeps end when one lowers the relative error by less.
-        ridge: of each least-squares problem, in units of the mean of its diagonal.
-        seed: of the random columns, where the rank is above a dimension.
+        sweeps: the largest number of sweeps.
+        tolerance: the sweeps end when one lowers the relative error by less than this.
+        ridge: the ridge of each least-squares problem, in units of the mean of its diagonal.
+        seed: seed of the random columns that are needed if the rank exceeds a dimension.
 
     Returns:
-        Factors whose columns share out the size of their product evenly.
+        Factors whose columns have equal norms.
 
     Lebedev et al.: *Speeding-up Convolutional Neural Networks Using Fine-tuned CP-Decomposition*,
     https://arxiv.org/abs/1412.6553
@@ -202,11 +203,11 @@ def canonical(
             gram = first * second * third
             factors[mode] = _solve(gram, _contracted(whole, factors, mode), ridge)
             if mode < 3:
-                # The last one carries the sizes: unit columns keep the least-squares problems well scaled.
+                # The last factor carries the norms: unit columns keep the least-squares problems well scaled.
                 factors[mode] = factors[mode] / factors[mode].norm(dim=0).clamp_min(1e-300)
         error = relative_error(factors[0] @ _columnwise(factors[1:]).T, unfold(whole, 0))
         if errors and error > errors[-1]:
-            break  # by rounding or the ridge alone: the sweep before was the best
+            break  # only rounding or the ridge still acts: the previous sweep was the best
         errors.append(error)
         best = list(factors)
         if len(errors) > 1 and errors[-2] - errors[-1] < tolerance:
@@ -224,7 +225,7 @@ def tensor_train(tensor: Tensor, ranks: Sequence[int]) -> Train:
 
     Args:
         tensor: ``(n_1, ..., n_d)``.
-        ranks: the ``d - 1`` inner ranks; as they are after `fit_train_ranks`.
+        ranks: the ``d - 1`` inner ranks, as `fit_train_ranks` returns them.
 
     Oseledets: *Tensor-Train Decomposition*, 2011
     """
@@ -240,11 +241,11 @@ def tensor_train(tensor: Tensor, ranks: Sequence[int]) -> Train:
 
 
 def fit_train_ranks(sizes: Sequence[int], ranks: Sequence[int]) -> list[int]:
-    """The ranks of a train, none larger than its neighbours can use.
+    """Lower the ranks of a train that are larger than their neighbours can use.
 
     Args:
         sizes: ``(n_1, ..., n_d)``.
-        ranks: the ``d - 1`` inner ranks wished for.
+        ranks: the ``d - 1`` desired inner ranks.
     """
     fitted = [1, *ranks, 1]
     for at in range(1, len(sizes)):
@@ -255,15 +256,15 @@ def fit_train_ranks(sizes: Sequence[int], ranks: Sequence[int]) -> list[int]:
 
 
 def unfold(tensor: Tensor, mode: int) -> Tensor:
-    """The matrix ``(n_mode, rest)`` of a tensor; the other dimensions in their order."""
+    """Unfold a tensor to a matrix ``(n_mode, rest)``, with the other dimensions in their order."""
     return tensor.movedim(mode, 0).flatten(1)
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:
     """The first ``rank`` left singular vectors.
 
-    Of the matrix times its transpose: a wide matrix's SVD takes a hundred times as long. What that loses are directions
-    of less than 1e-8 of the largest singular value.
+    Computed from the matrix times its transpose, because the SVD of a wide matrix takes a hundred times as long. This
+    only loses directions below 1e-8 of the largest singular value.
     """
     vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T)[1].flip(1)[:, :rank]
     return vectors
@@ -278,7 +279,7 @@ def _start(matrix: Tensor, rank: int, generator: torch.Generator) -> Tensor:
 def _contracted(kernel: Tensor, factors: Sequence[Tensor], mode: int) -> Tensor:
     """The kernel's unfolding times the Khatri-Rao product of the other factors, ``(n_mode, R)``.
 
-    That product is never made over both channel dimensions, where it would have ``O C R`` entries and more.
+    That product is never formed over both channel dimensions, where it would have at least ``O C R`` entries.
     """
     outer, inner, down, across = factors
     if mode == 0:
@@ -301,7 +302,7 @@ def _columnwise(factors: Sequence[Tensor]) -> Tensor:
 def _solve(gram: Tensor, rows: Tensor, ridge: float) -> Tensor:
     """``X`` with ``X (gram + ridge) = rows``."""
     mean = gram.diagonal().mean()
-    scale = torch.where(mean > 0, mean, 1.0)  # of a kernel of zeros
+    scale = torch.where(mean > 0, mean, 1.0)  # for a kernel of zeros
     solved: Tensor = torch.linalg.solve(gram + ridge * scale * torch.eye(len(gram), dtype=gram.dtype), rows.T)
     return solved.T
 

@@ -1,4 +1,4 @@
-"""Putting factors in the place of layers: which ones, of which rank, and how to build them again."""
+"""Replacing layers by factors: factoring them, putting them into a network, and rebuilding them."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _BUILT_FROM: dict[str, tuple[type[nn.Module], ...]] = {
 
 
 class Factored(NamedTuple):
-    """What became of a layer.
+    """The result of factoring a layer.
 
     Args:
         layer: the factored layer, or the given one itself.
-        description: plain values for `rebuild`; ``None`` where the layer was left untouched.
+        description: plain values for `rebuild`; ``None`` if the layer was left untouched.
         note: one sentence, for a report.
-        error: relative error of the weight, 0 where it is untouched.
+        error: relative error of the weight, 0 if it is untouched.
     """
 
     layer: nn.Module
@@ -69,20 +69,21 @@ def factorize(
 
     Args:
         layer: `Linear` (methods svd, tt), `Conv2d` (svd, the same as svd_channel, svd_spatial, tucker2, cp, tt),
-            `Embedding` (svd, tt), `LSTM`, `GRU` or `RNN` (svd; each of its weights by itself). It is not changed.
-        rank: how many components to keep, see `rank_rule`; several ranks of a method follow it in proportion, or each
-            by its own singular values (the weight's, with a moment, too). ``"evbmf"`` keeps at least one.
-        method: the decomposition, see `ConvChain` for those of a convolution.
-        only_if_smaller: leave the layer untouched where the factors would have no fewer weights.
-        moment: second moment of the layer's inputs, from `input_moment`: then the outputs are approximated instead of
-            the weights. For svd of a `Linear` and of a `Conv2d`.
-        damping: of the moment, see `whitened_svd`.
+            `Embedding` (svd, tt), `LSTM`, `GRU` or `RNN` (svd; each of its weights separately). It is not changed.
+        rank: number of components to keep, see `rank_rule`; if a method has several ranks, they follow in proportion,
+            or each from its own singular values (those of the weight, even with a moment). ``"evbmf"`` keeps at least
+            one.
+        method: the decomposition; see `ConvChain` for those of convolutions.
+        only_if_smaller: whether to leave the layer untouched if the factors would not have fewer weights.
+        moment: second moment of the layer's inputs, from `input_moment`, with which the outputs are approximated
+            instead of the weights; for svd of a `Linear` and a `Conv2d`.
+        damping: damping of the moment, see `whitened_svd`.
         input_size: ``(H, W)`` of a convolution's input; needed for ``rank="macs:..."``.
-        parts: cores of the tensor train of a `Linear` or an `Embedding`.
+        parts: number of cores in the tensor train of a `Linear` or an `Embedding`.
 
     Raises:
-        InputError: a layer, method or rank that cannot be used together; the message says which can.
-        UnfactorableError: the one of these errors where no factors can stand for the layer, or none in the budget.
+        InputError: the layer, method and rank cannot be combined; the message says which can.
+        UnfactorableError: no factors can replace the layer, or none within the budget (an `InputError`, too).
     """
     rule = rank_rule(rank)
     if parts < 2:
@@ -110,31 +111,31 @@ def factorize(
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
-    """The plain values from which `rebuild` makes a factored layer's structure.
+    """Describe a factored layer's structure in plain values for `rebuild`.
 
     Raises:
-        InputError: it is no factored layer.
+        InputError: the module is not a factored layer.
     """
     if not isinstance(module, (*_FACTORED.values(), *_RECURRENT.values())):
-        raise InputError(f"{kind_of(module)} is no factored layer: give one that factorize() returned")
+        raise InputError(f"{kind_of(module)} is not a factored layer: give one that factorize() returned")
     description: Any = module.description
     return copy.deepcopy(dict(description))
 
 
 def rebuild(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module:
-    """A factored layer's structure, with zero weights to load a state dict into.
+    """Build a factored layer with weights of zero, into which a state dict can be loaded.
 
     Args:
         layer: the dense layer that was factored; its weights are not read, and may be on the meta device.
-        description: as `describe` gives it.
+        description: what `describe` returned.
 
     Raises:
-        InputError: the description is of another kind of layer, or incomplete.
+        InputError: the description is for another kind of layer, or incomplete.
     """
     values = dict(description)
     kind = values.pop("kind", None)
     if kind not in _BUILT_FROM:
-        raise InputError(f"kind {kind!r} is no factored layer: it is one of {', '.join(_BUILT_FROM)}")
+        raise InputError(f"kind {kind!r} is not a factored layer: it must be one of {', '.join(_BUILT_FROM)}")
     if type(layer) not in _BUILT_FROM[kind]:
         wanted = " or ".join(made.__name__ for made in _BUILT_FROM[kind])
         raise InputError(f"a {kind} layer is built from {wanted}, not from {kind_of(layer)}: is it another network?")
@@ -147,22 +148,22 @@ def rebuild(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module:
 
 
 def replace_layer(network: nn.Module, path: str, layer: nn.Module) -> nn.Module:
-    """Put a layer in the place of another one, wherever that stands, and keep the modules around from going past it.
+    """Replace a layer at all its places, and stop surrounding modules from bypassing the new one.
 
-    ``nn.TransformerEncoderLayer`` reads its linear layers' weights in eval mode without calling them; where one is
-    replaced, that shortcut is switched off.
+    ``nn.TransformerEncoderLayer`` reads the weights of its linear layers in eval mode without calling them; if one is
+    replaced, this shortcut is switched off.
 
     Args:
         network: changed in place.
-        path: dotted, as in ``network.named_modules()``.
-        layer: the new one.
+        path: dotted path, as in ``network.named_modules()``.
+        layer: the new layer.
 
     Returns:
-        The layer that was there.
+        The previous layer.
 
     Raises:
-        InputError: there is no such layer; it is inside an ``nn.MultiheadAttention``, which never calls it; or it
-            shares a weight with another layer.
+        InputError: the layer does not exist, is inside an ``nn.MultiheadAttention``, which never calls it, or shares a
+            weight with another layer.
     """
     check_replaceable(network, path)
     modules: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
@@ -179,11 +180,11 @@ def replace_layer(network: nn.Module, path: str, layer: nn.Module) -> nn.Module:
 
 
 def check_replaceable(network: nn.Module, path: str) -> None:
-    """Refuse what `replace_layer` cannot replace.
+    """Refuse layers that `replace_layer` cannot replace.
 
     Raises:
-        InputError: there is no such layer; it is inside an ``nn.MultiheadAttention``, which never calls it; or it
-            shares a weight with another layer. The same layer at several paths is one layer.
+        InputError: the layer does not exist, is inside an ``nn.MultiheadAttention``, which never calls it, or shares a
+            weight with another layer. The same layer at several paths is one layer.
     """
     modules: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
     if not path or path not in modules:
@@ -199,17 +200,17 @@ def check_replaceable(network: nn.Module, path: str) -> None:
 
 @torch.no_grad()
 def input_moment(network: nn.Module, path: str, batches: Iterable[Any]) -> Tensor:
-    """Second moment of what a layer multiplies its weight with, over calibration inputs, for ``factorize(moment=...)``.
+    """Second moment of a layer's inputs over calibration data, for ``factorize(moment=...)``.
 
     The network is run in eval mode and left as it was.
 
     Args:
-        network: called with each batch, which may be a tuple of its arguments.
-        path: of a `Linear` or an ungrouped `Conv2d`, dotted; ``""`` where the network is that layer.
+        network: the network, called with each batch, which may be a tuple of its arguments.
+        path: dotted path of a `Linear` or an ungrouped `Conv2d`; ``""`` if the network is that layer.
         batches: inputs of the network, from the training data.
 
     Returns:
-        The mean of ``x x^T`` in float64, ``(I, I)``, over all samples and positions; for a convolution ``x`` is a patch
+        The mean of ``x x^T`` over all samples and positions, in float64, ``(I, I)``; for a convolution ``x`` is a patch
         of ``C H W`` numbers.
 
     Raises:
@@ -217,7 +218,7 @@ def input_moment(network: nn.Module, path: str, batches: Iterable[Any]) -> Tenso
     """
     layer = network.get_submodule(path)
     if not isinstance(layer, nn.Linear | nn.Conv2d) or (isinstance(layer, nn.Conv2d) and layer.groups != 1):
-        raise InputError(f"{path!r} is {kind_of(layer)}: moments are taken of Linear and of ungrouped Conv2d layers")
+        raise InputError(f"{path!r} is {kind_of(layer)}: moments are only for Linear and ungrouped Conv2d layers")
     total, count = torch.zeros((), dtype=torch.float64), 0
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -243,7 +244,9 @@ def _factorize_recurrent(
 ) -> Factored:
     name = kind_of(layer)
     if method != "svd" or moment is not None:
-        raise InputError(f"the weights of {name} are factored by method 'svd' without a moment: exclude it from others")
+        raise InputError(
+            f"the weights of {name} are factored by method 'svd' without a moment: exclude it from other methods"
+        )
     if rule.kind == "macs":
         raise UnfactorableError(f"rank='macs:{rule.value:g}' of {name}: " + without_macs(layer))
     ranks, before, after = {}, 0, 0
@@ -271,7 +274,7 @@ def _places(modules: Mapping[str, nn.Module], layer: nn.Module) -> list[str]:
 
 
 def _above(modules: Mapping[str, nn.Module], path: str) -> list[nn.Module]:
-    """The modules that a path leads through, from the network to the one that has the layer."""
+    """The modules along a path, from the network to the parent of the layer."""
     return [modules[".".join(path.split(".")[:depth])] for depth in range(path.count(".") + 1)]
 
 
@@ -280,6 +283,6 @@ def _refuse_shared(network: nn.Module, path: str, layer: nn.Module, places: Sequ
     for name, parameter in network.named_parameters(remove_duplicate=False):
         if id(parameter) in own and not any(name.startswith(f"{place}.") for place in places):
             raise InputError(
-                f"{path!r} shares a weight with {name!r}, and would no longer once it is factored: "
+                f"{path!r} shares a weight with {name!r}, which factoring would untie: "
                 "exclude both, or untie them first"
             )

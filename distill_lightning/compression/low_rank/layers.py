@@ -1,7 +1,7 @@
-"""Layers made of factors: each takes the shape of a dense layer, and is filled from its weight.
+"""Factored layers: each has the shape of a dense layer, and is filled from its weight.
 
-A factored layer is built from the dense one (whose weights it does not read) and plain numbers, its ``description``;
-its own weights are zero until it is filled, or until a state dict is loaded.
+A factored layer is built from the dense one (whose weights are not read) and plain numbers, its ``description``; its
+own weights are zero until it is filled or a state dict is loaded.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from distill_lightning.compression.low_rank.ranks import UnfactorableError
 
 
 class LowRankLinear(nn.Sequential):
-    """A linear layer as two, of rank ``R``: ``(..., I) -> (..., R) -> (..., O)``; the bias is in the second.
+    """A linear layer as two of rank ``R``: ``(..., I) -> (..., R) -> (..., O)``; the second one has the bias.
 
     Args:
-        layer: the dense one.
+        layer: the dense layer.
         rank: ``R``.
     """
 
@@ -45,7 +45,7 @@ class LowRankLinear(nn.Sequential):
         take_over(self, layer, layer.weight)
 
     def fill(self, layer: nn.Linear, *, moment: Tensor | None = None, damping: float = 0.01) -> float:
-        """Copy the factors of a dense layer's weight; `whitened_svd` with a moment, else `truncated_svd`.
+        """Copy the factors of a dense layer's weight, from `whitened_svd` with a moment, otherwise `truncated_svd`.
 
         Returns:
             The relative error of the weight.
@@ -56,14 +56,14 @@ class LowRankLinear(nn.Sequential):
 
 
 class LowRankEmbedding(nn.Sequential):
-    """An embedding as one of ``R`` numbers and a linear layer: rows are gathered, then projected.
+    """An embedding as an embedding of ``R`` numbers and a linear layer: rows are gathered, then projected.
 
     Args:
-        layer: the dense one, ``(V, D)``.
+        layer: the dense layer, ``(V, D)``.
         rank: ``R``.
 
     Raises:
-        UnfactorableError: the layer renormalises its rows.
+        UnfactorableError: the layer renormalises its rows (``max_norm``).
     """
 
     def __init__(self, layer: nn.Embedding, *, rank: int) -> None:
@@ -94,7 +94,7 @@ class LowRankEmbedding(nn.Sequential):
         """
         table = exactly(layer.weight)
         factors = truncated_svd(table, self.rank)
-        # A row of zeros, as that of a padding, stays one to the bit.
+        # A row of zeros, such as a padding row, stays exactly zero.
         left = torch.where((table == 0).all(dim=1, keepdim=True), 0.0, factors.left)
         copy_into({self[0].weight: left, self[1].weight: factors.right.T})
         return relative_error(left @ factors.right, table)
@@ -108,10 +108,10 @@ class TrainLinear(nn.Module):
     .. math:: W[(p_1 \ldots p_d), (q_1 \ldots q_d)] = G_1[p_1, q_1] \cdots G_d[p_d, q_d], \qquad
         G_k[p, q] \in R^{R_{k-1} \times R_k}
 
-    and is applied one core at a time, never rebuilt.
+    and is applied one core at a time, without recomposing it.
 
     Args:
-        layer: the dense one.
+        layer: the dense layer.
         out_shape: ``(o_1, ..., o_d)``.
         in_shape: ``(i_1, ..., i_d)``.
         ranks: the ``d - 1`` inner ranks.
@@ -150,7 +150,7 @@ class TrainLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw cores whose weight has the variance that PyTorch gives a dense layer's, and its bias."""
+        """Draw cores and a bias such that the weight has the variance of a dense layer in PyTorch."""
         bound = 1 / math.sqrt(self.in_features)
         draw_cores(self.cores, bound**2 / 3)
         if self.bias is not None:
@@ -170,11 +170,11 @@ class TrainLinear(nn.Module):
 class TrainEmbedding(nn.Module):
     """An embedding whose table is a tensor train over pairs of row and column digits.
 
-    A lookup gathers one slice of every core for each index and multiplies these: the table is never rebuilt. Rows
-    beyond the dense table's, which ``row_shape`` may count, are never looked up.
+    A lookup gathers one slice of every core for each index and multiplies them, without recomposing the table. Rows
+    beyond those of the dense table, which ``row_shape`` may include, are never looked up.
 
     Args:
-        layer: the dense one, ``(V, D)``.
+        layer: the dense layer, ``(V, D)``.
         row_shape: ``(v_1, ..., v_d)``, with a product of at least ``V``.
         column_shape: ``(d_1, ..., d_d)``, with the product ``D``.
         ranks: the ``d - 1`` inner ranks.
@@ -219,7 +219,7 @@ class TrainEmbedding(nn.Module):
         return found.masked_fill((index == self.padding_idx)[..., None], 0)
 
     def reset_parameters(self) -> None:
-        """Draw cores whose table has the variance 1 of a dense layer's."""
+        """Draw cores whose table has variance 1, as in a dense layer."""
         draw_cores(self.cores, 1.0)
 
     def fill(self, layer: nn.Embedding) -> float:
@@ -241,11 +241,11 @@ class TrainEmbedding(nn.Module):
 
 
 def balanced_factors(number: int, parts: int) -> list[int]:
-    """``parts`` whole numbers as equal as possible, whose product is ``number``; from small to large.
+    """Find ``parts`` integers with the product ``number``, as equal as possible, from small to large.
 
     Args:
-        number: at least 1; a prime number is itself and ones.
-        parts: at least 1.
+        number: the product, at least 1; a prime number becomes itself and ones.
+        parts: how many, at least 1.
     """
     primes, rest, divisor = [], number, 2
     while divisor * divisor <= rest:
@@ -262,11 +262,11 @@ def balanced_factors(number: int, parts: int) -> list[int]:
 
 
 def covering_factors(number: int, parts: int) -> list[int]:
-    """``parts`` whole numbers as equal as possible, whose product is ``number`` or a little more; from small to large.
+    """Find ``parts`` integers with a product of ``number`` or a little more, as equal as possible, from small to large.
 
     Args:
-        number: at least 1.
-        parts: at least 1.
+        number: the smallest product, at least 1.
+        parts: how many, at least 1.
     """
     root = next(side for side in range(1, number + 1) if side**parts >= number)
     factors = [root] * parts
@@ -277,10 +277,10 @@ def covering_factors(number: int, parts: int) -> list[int]:
 
 
 def train_matrix(matrix: Tensor, row_shape: Sequence[int], column_shape: Sequence[int]) -> Tensor:
-    """A matrix as the tensor ``(v_1 d_1, ..., v_n d_n)`` that a train of pairs decomposes.
+    """Reshape a matrix to the tensor ``(v_1 d_1, ..., v_n d_n)`` that a train of pairs decomposes.
 
     Args:
-        matrix: ``(v_1 ... v_n, d_1 ... d_n)``; rows that it lacks are zeros.
+        matrix: ``(v_1 ... v_n, d_1 ... d_n)``; missing rows are zeros.
         row_shape: ``(v_1, ..., v_n)``.
         column_shape: ``(d_1, ..., d_n)``.
     """
@@ -295,7 +295,7 @@ def train_matrix(matrix: Tensor, row_shape: Sequence[int], column_shape: Sequenc
 def empty_cores(
     row_shape: Sequence[int], column_shape: Sequence[int], ranks: Sequence[int], like: Tensor
 ) -> nn.ParameterList:
-    """Cores ``(R_{k-1}, v_k, d_k, R_k)`` of a train of pairs, not filled."""
+    """Uninitialised cores ``(R_{k-1}, v_k, d_k, R_k)`` of a train of pairs."""
     edges = [1, *ranks, 1]
     sizes = zip(edges, row_shape, column_shape, edges[1:], strict=False)
     return nn.ParameterList([nn.Parameter(torch.empty(size, dtype=like.dtype, device="meta")) for size in sizes])
@@ -303,7 +303,7 @@ def empty_cores(
 
 @torch.no_grad()
 def draw_cores(cores: nn.ParameterList, variance: float) -> None:
-    """Normal cores, alike in spread, of which the train's entries have this variance."""
+    """Draw normal cores of equal spread, such that the train's entries have this variance."""
     # An entry is a sum over all inner ranks of products with one factor of each core.
     terms = math.prod(core.shape[3] for core in list(cores)[:-1])
     for core in cores:
@@ -311,7 +311,7 @@ def draw_cores(cores: nn.ParameterList, variance: float) -> None:
 
 
 def fill_cores(cores: nn.ParameterList, matrix: Tensor, row_shape: Sequence[int], column_shape: Sequence[int]) -> float:
-    """Copy a matrix's train into cores; its relative error."""
+    """Copy a matrix's train into cores, and return its relative error."""
     paired = train_matrix(matrix, row_shape, column_shape)
     train = tensor_train(paired, fit_train_ranks(paired.shape, [core.shape[3] for core in list(cores)[:-1]]))
     copy_into({core: found.reshape(core.shape) for core, found in zip(cores, train.cores, strict=True)})
@@ -323,7 +323,7 @@ def fill_cores(cores: nn.ParameterList, matrix: Tensor, row_shape: Sequence[int]
 
 
 def product_of(weight: Tensor, rank: int, *, moment: Tensor | None, damping: float) -> Product:
-    """`whitened_svd` with a moment, else `truncated_svd`."""
+    """The result of `whitened_svd` with a moment, and otherwise of `truncated_svd`."""
     if moment is None:
         return truncated_svd(weight, rank)
     return whitened_svd(weight, rank, moment=moment, damping=damping)
@@ -331,7 +331,7 @@ def product_of(weight: Tensor, rank: int, *, moment: Tensor | None, damping: flo
 
 @torch.no_grad()
 def copy_into(values: Mapping[Any, Tensor | None]) -> None:
-    """Copy values into parameters of the same shape; where there is no value, there is no parameter."""
+    """Copy values into parameters of the same shape; a value may be ``None`` if there is no parameter."""
     for parameter, value in values.items():
         if value is not None:
             parameter.copy_(value)
@@ -339,7 +339,7 @@ def copy_into(values: Mapping[Any, Tensor | None]) -> None:
 
 @torch.no_grad()
 def take_over(module: nn.Module, layer: nn.Module, weight: Tensor) -> None:
-    """Give a module built on the meta device zeros on the weight's device, its mode and whether it learns."""
+    """Give a module on the meta device zeros on the weight's device, and the layer's mode and ``requires_grad``."""
     module.to_empty(device=weight.device)
     for parameter in module.parameters():
         parameter.zero_()
@@ -348,7 +348,7 @@ def take_over(module: nn.Module, layer: nn.Module, weight: Tensor) -> None:
 
 
 def refuse_max_norm(layer: nn.Embedding) -> None:
-    """Refuse an embedding that renormalises its rows, which factors cannot."""
+    """Refuse an embedding that renormalises its rows, which factors cannot do."""
     if layer.max_norm is not None:
         raise UnfactorableError(
             "an embedding with max_norm cannot be factored: leave it out, or build it without max_norm"

@@ -1,4 +1,4 @@
-"""A layer under a method: its full ranks, spectra and costs, and the ranks that a rule chooses."""
+"""Plans for factoring: full ranks, spectra and costs of a layer under a method, and the ranks that a rule chooses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from distill_lightning.errors import InputError
 
 
 class Plan(NamedTuple):
-    """A layer under a method, before the ranks are known."""
+    """How a method would factor a layer, before the ranks are known."""
 
     full: list[int]
     dense: Cost
@@ -47,7 +47,7 @@ def plan_of(layer: nn.Module, method: str, input_size: Sequence[int] | None, par
     """The plan of a linear layer, a convolution or an embedding.
 
     Raises:
-        InputError: another layer, or a method that is none for it.
+        InputError: the layer cannot be factored, or not by this method.
     """
     if type(layer) is nn.Conv2d:
         return _plan_conv(layer, "svd_channel" if method == "svd" else method, input_size)
@@ -56,14 +56,14 @@ def plan_of(layer: nn.Module, method: str, input_size: Sequence[int] | None, par
         more = " (a subclass may compute something else)" if known else ""
         raise InputError(f"{kind_of(layer)} cannot be factored{more}: Linear, Conv2d, Embedding, LSTM, GRU and RNN can")
     if method not in ("svd", "tt"):
-        raise InputError(f"method {method!r} is none for {kind_of(layer)}: take svd or tt")
+        raise InputError(f"method {method!r} is not for {kind_of(layer)}: use svd or tt")
     dense = cast("nn.Linear | nn.Embedding", layer)
     return _plan_svd(dense) if method == "svd" else _plan_train(dense, parts)
 
 
 def _plan_conv(layer: nn.Conv2d, method: str, input_size: Sequence[int] | None) -> Plan:
     chosen = cast("ConvMethod", method)
-    chain_stages(layer, chosen, [1] * {"tucker2": 2, "tt": 3}.get(method, 1))  # refuses groups, and other methods
+    chain_stages(layer, chosen, [1] * {"tucker2": 2, "tt": 3}.get(method, 1))  # refuses groups and unknown methods
     return Plan(
         full=full_ranks(layer, chosen),
         dense=chain_cost(dense_stages(layer), input_size),
@@ -81,7 +81,7 @@ def _plan_svd(layer: nn.Linear | nn.Embedding) -> Plan:
         full=[min(rows, columns)],
         dense=Cost(rows * columns, rows * columns if linear else 0),
         unfoldings=lambda: [exact(layer.weight)],
-        # A looked-up row of factors is D R multiply-accumulates where the dense one is none.
+        # Looking up a row of factors costs D R multiply-accumulates; a dense lookup costs none.
         cost=lambda ranks: Cost(ranks[0] * (rows + columns), ranks[0] * (rows + columns if linear else columns)),
         fit=list,
         describe=lambda ranks: {"kind": "low_rank_linear" if linear else "low_rank_embedding", "rank": ranks[0]},
@@ -91,7 +91,7 @@ def _plan_svd(layer: nn.Linear | nn.Embedding) -> Plan:
 def _plan_train(layer: nn.Linear | nn.Embedding, parts: int) -> Plan:
     linear = isinstance(layer, nn.Linear)
     rows, columns = layer.weight.shape
-    # Large digits of the rows meet small ones of the columns, so that the cores are of one size.
+    # Large row digits are paired with small column digits, so that the cores have similar sizes.
     row_shape = balanced_factors(rows, parts) if linear else covering_factors(rows, parts)
     column_shape = balanced_factors(columns, parts)[::-1]
     sizes = [row * column for row, column in zip(row_shape, column_shape, strict=True)]
@@ -105,7 +105,7 @@ def _plan_train(layer: nn.Linear | nn.Embedding, parts: int) -> Plan:
     def cost(ranks: list[int]) -> Cost:
         edges = [1, *ranks, 1]
         cores = [edges[at] * sizes[at] * edges[at + 1] for at in range(parts)]
-        # Before core k is applied, the output digits before it and the input digits after it are spread out.
+        # When core k is applied, there are the output digits before it and the input digits after it.
         spread = [math.prod(row_shape[:at]) * math.prod(column_shape[at + 1 :]) for at in range(parts)]
         return Cost(sum(cores), sum(c * s for c, s in zip(cores, spread, strict=True)) if linear else 0)
 
@@ -123,7 +123,7 @@ def chosen_ranks(rule: RankRule, plan: Plan) -> list[int]:
     """The ranks that a rule chooses; `Plan.fit` may still lower some.
 
     Raises:
-        InputError: a budget below rank 1, or singular values where the method has none.
+        InputError: the budget is below rank 1, or the method has no singular values.
     """
     if rule.kind == "number":
         return number_ranks(plan.full, int(rule.value))
@@ -157,14 +157,14 @@ def plan_matrix(weight: Tensor) -> Plan:
 
 
 def without_macs(layer: nn.Module) -> str:
-    """What to do where multiply-accumulates cannot be a budget."""
+    """The way out if multiply-accumulates cannot be a budget."""
     if isinstance(layer, nn.Conv2d):
         return "give input_size=(H, W) of its input"
     if isinstance(layer, nn.Embedding):
-        return "a lookup has no multiply-accumulates to save, take params:..."
-    return "its factors save bytes and no multiply-accumulates, take params:..."
+        return "a lookup has no multiply-accumulates to save, use params:..."
+    return "its factors save bytes but no multiply-accumulates, use params:..."
 
 
 def kind_of(module: nn.Module) -> str:
-    """The class that a message names."""
+    """The name of a module's class, for messages."""
     return type(module).__name__

@@ -1,4 +1,4 @@
-"""How many components a factored layer keeps: every rule a pure function."""
+"""Rules for the number of components that a factored layer keeps, as pure functions."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _FORMS = "a number (8), a fraction of full rank (0.5), 'energy:0.95', 'params:0.
 
 
 class UnfactorableError(InputError):
-    """A layer that no factors can stand for, or none within the budget, whatever its weights are."""
+    """No factors can replace a layer, or none within the budget, whatever its weights are."""
 
 
 class RankRule(NamedTuple):
-    """A rule and its number; the number of ``"evbmf"`` means nothing."""
+    """A rule and its number, which ``"evbmf"`` ignores."""
 
     kind: Literal["number", "fraction", "energy", "params", "macs", "evbmf"]
     value: float
 
 
 def rank_rule(rank: Rank) -> RankRule:
-    """Read a rank.
+    """Parse a rank.
 
     Args:
-        rank: an integer: so many components, at most full rank. A float in (0, 1]: that fraction of full rank.
+        rank: an integer: this number of components, at most full rank. A float in (0, 1]: this fraction of full rank.
             ``"energy:f"``: the smallest rank that keeps the fraction ``f`` of the squared singular values.
             ``"params:f"``, ``"macs:f"``: the largest rank whose factors have at most the fraction ``f`` of the layer's
-            weights, or of its multiply-accumulates. ``"evbmf"``: what stands out of noise, see `evbmf_rank`.
+            weights, or of its multiply-accumulates. ``"evbmf"``: the components above the noise, see `evbmf_rank`.
 
     Raises:
-        InputError: it is none of these.
+        InputError: the rank is none of these.
     """
     if isinstance(rank, str):
         kind, _, number = rank.partition(":")
@@ -61,21 +61,21 @@ def rank_rule(rank: Rank) -> RankRule:
 
 
 def number_ranks(full: Sequence[int], number: int) -> list[int]:
-    """``number`` in every place, at most full rank.
+    """Use ``number`` for every rank, but at most full rank.
 
     Args:
         full: the full ranks, one for each rank that the factors have.
-        number: at least 1.
+        number: the rank, at least 1.
     """
     return [min(number, limit) for limit in full]
 
 
 def fraction_ranks(full: Sequence[int], fraction: float) -> list[int]:
-    """The fraction of full rank in every place, rounded, at least 1.
+    """Use a fraction of full rank for every rank, rounded, at least 1.
 
     Args:
         full: the full ranks.
-        fraction: in (0, 1].
+        fraction: the fraction, in (0, 1].
     """
     return [max(1, round(fraction * limit)) for limit in full]
 
@@ -85,22 +85,22 @@ def energy_rank(singular_values: Tensor, fraction: float) -> int:
 
     Args:
         singular_values: ``(R,)``, from large to small.
-        fraction: in (0, 1].
+        fraction: the fraction, in (0, 1].
     """
     kept = exact(singular_values).square().cumsum(0)
     return int((kept < fraction * kept[-1]).sum().item()) + 1 if kept[-1] > 0 else 1
 
 
 def budget_ranks(full: Sequence[int], budget: float, *, cost: Callable[[list[int]], int]) -> list[int]:
-    """The largest ranks, in the proportion of the full ones, whose cost is within a budget.
+    """The largest ranks, in proportion to the full ones, whose cost is within a budget.
 
     Args:
         full: the full ranks.
-        budget: never exceeded; in the unit of ``cost``.
-        cost: of ranks; it must not fall when a rank grows.
+        budget: the largest cost, in the unit of ``cost``.
+        cost: the cost of some ranks; it must not fall when a rank grows.
 
     Raises:
-        UnfactorableError: rank 1 is above the budget.
+        UnfactorableError: rank 1 exceeds the budget.
     """
 
     def at(step: int) -> list[int]:
@@ -118,9 +118,9 @@ def budget_ranks(full: Sequence[int], budget: float, *, cost: Callable[[list[int
 
 
 def evbmf_rank(singular_values: Tensor, shape: tuple[int, int]) -> int:
-    r"""How many components of a matrix stand out of noise: the global solution of empirical variational Bayes.
+    r"""The number of components of a matrix above the noise: the global solution of empirical variational Bayes.
 
-    The matrix is taken as a product of two Gaussian matrices plus white noise of unknown variance. With ``L`` the
+    The matrix is modelled as a product of two Gaussian matrices plus white noise of unknown variance. With ``L`` the
     smaller and ``M`` the larger dimension, :math:`\alpha = L / M` and singular values :math:`\gamma_h`, a component is
     kept where
 
@@ -131,10 +131,10 @@ def evbmf_rank(singular_values: Tensor, shape: tuple[int, int]) -> int:
 
     Args:
         singular_values: ``(min(shape),)``, all of them.
-        shape: of the matrix.
+        shape: shape of the matrix.
 
     Returns:
-        From 0, where all of it is noise.
+        The number of components; 0 if everything is noise.
 
     Nakajima, Sugiyama, Babacan, Tomioka: *Global Analytic Solution of Fully-Observed Variational Bayesian Matrix
     Factorization*, Journal of Machine Learning Research 14, 2013
@@ -145,8 +145,8 @@ def evbmf_rank(singular_values: Tensor, shape: tuple[int, int]) -> int:
         return 0
     alpha = small / large
     edge = evbmf_threshold(alpha)
-    # The bounds of the noise variance (the paper's theorem on it): at most all of the energy is noise, and at least so
-    # many of the smallest components are that the others can be explained.
+    # The bounds of the noise variance (from the paper's theorem): at most all of the energy is noise, and at least so
+    # many of the smallest components that the others can be explained.
     most = min(math.ceil(small / (1 + alpha)) - 1, small)
     upper = squares.sum().item() / (small * large)
     lower = max(squares[most].item() / (large * edge), squares[most:].mean().item() / large, upper * 1e-30)
@@ -155,7 +155,7 @@ def evbmf_rank(singular_values: Tensor, shape: tuple[int, int]) -> int:
 
 
 def evbmf_threshold(alpha: float) -> float:
-    r""":math:`\underline{x}`: a squared singular value over ``M`` times the noise variance, above which it is kept.
+    r""":math:`\underline{x}`: squared singular values above this times ``M`` times the noise variance are kept.
 
     :math:`\underline\tau` is the zero of :math:`\Phi(\tau) + \Phi(\tau / \alpha)`, with
     :math:`\Phi(z) = \log(1 + z) / z - 1/2`; near :math:`2.5129 \sqrt\alpha`.
@@ -175,7 +175,7 @@ def evbmf_threshold(alpha: float) -> float:
 
 
 def evbmf_free_energy(squares: Tensor, variances: Tensor, large: int) -> Tensor:
-    r"""The free energy as a function of the noise variance, without what does not depend on it.
+    r"""The free energy as a function of the noise variance, up to a constant.
 
     .. math:: \Omega(\sigma^2) = \sum_h x_h + \log \sigma^2 + \psi_1(x_h) [x_h > \underline{x}], \qquad
         x_h = \frac{\gamma_h^2}{M \sigma^2}
@@ -194,7 +194,7 @@ def evbmf_free_energy(squares: Tensor, variances: Tensor, large: int) -> Tensor:
     alpha = len(squares) / large
     x = squares / (large * variances[:, None])
     kept = x > evbmf_threshold(alpha)
-    # Below the threshold the root may be imaginary; those entries are dropped at the end.
+    # Below the threshold the root may be imaginary; these entries are dropped at the end.
     shifted = torch.where(kept, x - (1 + alpha), 2.0)
     tau = (shifted + (shifted.square() - 4 * alpha).clamp_min(0).sqrt()) / 2
     gain = torch.log1p(tau) + alpha * torch.log1p(tau / alpha) - tau
@@ -202,7 +202,7 @@ def evbmf_free_energy(squares: Tensor, variances: Tensor, large: int) -> Tensor:
 
 
 def _minimum(function: Callable[[Tensor], Tensor], low: float, high: float) -> float:
-    """Where a function of a positive number is smallest: grids over its logarithm, each in the best cell before.
+    """Minimise a function of a positive number on grids over its logarithm, each within the best cell of the last.
 
     The free energy has several minima, so the first grid is a fine one.
     """

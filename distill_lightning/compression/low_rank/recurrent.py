@@ -14,9 +14,9 @@ from distill_lightning.compression.macs import Cost
 
 
 class _FactoredWeights(nn.RNNBase):
-    """What the three kinds share: weights as ``<name>_left @ <name>_right``, recomposed once in a forward.
+    """The common part of the three kinds: weights as ``<name>_left @ <name>_right``, recomposed once per forward pass.
 
-    Biases, and weights that ``ranks`` does not name, stay parameters of their own names.
+    Biases, and weights that ``ranks`` does not name, stay parameters under their own names.
     """
 
     def __init__(self, layer: nn.RNNBase, *, ranks: Mapping[str, int], **options: Any) -> None:
@@ -24,7 +24,7 @@ class _FactoredWeights(nn.RNNBase):
         options |= {name: getattr(layer, name) for name in plain}
         weight = next(layer.parameters())
         super().__init__(**options, device="meta", dtype=weight.dtype)
-        self.dropout = layer.dropout  # afterwards: with one layer, the constructor would warn of it a second time
+        self.dropout = layer.dropout  # set afterwards: with one layer, the constructor would warn about it again
         self.ranks = dict(ranks)
         for name, rank in self.ranks.items():
             rows, columns = getattr(self, name).shape
@@ -40,18 +40,18 @@ class _FactoredWeights(nn.RNNBase):
         return f"{super().extra_repr()}, ranks={self.ranks}"
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """As the dense layer: the fused operation, on weights that are multiplied out first."""
+        """Run the fused operation of the dense layer on weights that are recomposed first."""
         before = self._flat_weights
         self._flat_weights = [self._weight(name) for name in self._flat_weights_names]
         try:
             return super().forward(*inputs, **named)
         finally:
-            # Else the layer would hold a graph, and could not be copied.
+            # Otherwise the layer would hold a graph and could not be copied.
             self._flat_weights = before
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw as the dense layer does; of factors, so that their product has that variance."""
+        """Draw weights like the dense layer, and factors such that their product has the same variance."""
         super().reset_parameters()
         # The base class draws once before there are factors.
         for name, rank in getattr(self, "ranks", {}).items():
@@ -59,7 +59,7 @@ class _FactoredWeights(nn.RNNBase):
                 getattr(self, f"{name}_{suffix}").normal_(std=(3 * self.hidden_size * rank) ** -0.25)
 
     def fill(self, layer: nn.RNNBase) -> float:
-        """Copy the factors of a dense layer's weights, and what is not factored.
+        """Copy the factors of a dense layer's weights, and the parameters that are not factored.
 
         Returns:
             The relative error of the factored weights together.
@@ -75,7 +75,7 @@ class _FactoredWeights(nn.RNNBase):
         return relative_error(torch.cat(approximated), torch.cat(originals))
 
     def count_macs(self, inputs: tuple[Any, ...], output: Any) -> Cost:
-        """Those of the dense layer at every step of every sample, and the products of the factors once."""
+        """The cost of the dense layer at every step of every sample, plus the products of the factors once."""
         given = inputs[0].data if isinstance(inputs[0], nn.utils.rnn.PackedSequence) else inputs[0]
         steps = given.shape[:-1].numel()
         weights = [self._weight(name) for name in self._flat_weights_names if name.startswith("weight")]
@@ -84,7 +84,7 @@ class _FactoredWeights(nn.RNNBase):
         for name in self.ranks:
             left, right = getattr(self, f"{name}_left"), getattr(self, f"{name}_right")
             dense += left.numel() * right.shape[1]
-            # Column k of the one meets row k of the other.
+            # Column k of the left factor meets row k of the right one.
             effective += int((left.count_nonzero(dim=0) * right.count_nonzero(dim=1)).sum())
         return Cost(dense, effective)
 
@@ -93,23 +93,23 @@ class _FactoredWeights(nn.RNNBase):
             weight: Tensor = getattr(self, name)
             return weight
         left, right = getattr(self, f"{name}_left"), getattr(self, f"{name}_right")
-        # The fused operation casts all of its weights alike, so these must be of the type of the others.
+        # The fused operation casts all of its weights, so these must have the type of the others.
         with torch.autocast(left.device.type, enabled=False):
             return torch.mm(left, right)
 
     def _update_flat_weights(self) -> None:
-        """Nothing: `forward` has put the weights there, and the base class would look for them by name."""
+        """Do nothing: `forward` sets the weights, and the base class would look for them by name."""
 
 
 class FactoredLSTM(_FactoredWeights, nn.LSTM):
-    """An LSTM whose weights are stored as factors and recomposed once in a forward, for the fused operation.
+    """An LSTM whose weights are stored as factors and recomposed once per forward pass for the fused operation.
 
-    This saves bytes and parameters, and **neither time nor multiply-accumulates**: a step runs as the dense one, plus
-    the products of the factors once for the whole sequence.
+    This saves bytes and parameters, but **neither time nor multiply-accumulates**: a step costs as much as in the dense
+    layer, and the products of the factors are computed once for the whole sequence.
 
     Args:
-        layer: the dense one.
-        ranks: of the weights that are factored, by name: ``{"weight_hh_l0": 8}``.
+        layer: the dense layer.
+        ranks: ranks of the factored weights, by name: ``{"weight_hh_l0": 8}``.
     """
 
     def __init__(self, layer: nn.LSTM, *, ranks: Mapping[str, int]) -> None:
@@ -117,11 +117,11 @@ class FactoredLSTM(_FactoredWeights, nn.LSTM):
 
 
 class FactoredGRU(_FactoredWeights, nn.GRU):
-    """A GRU whose weights are stored as factors; see `FactoredLSTM` for what that saves and what not.
+    """A GRU whose weights are stored as factors; see `FactoredLSTM` for what this saves.
 
     Args:
-        layer: the dense one.
-        ranks: of the weights that are factored, by name.
+        layer: the dense layer.
+        ranks: ranks of the factored weights, by name.
     """
 
     def __init__(self, layer: nn.GRU, *, ranks: Mapping[str, int]) -> None:
@@ -129,11 +129,11 @@ class FactoredGRU(_FactoredWeights, nn.GRU):
 
 
 class FactoredRNN(_FactoredWeights, nn.RNN):
-    """An RNN whose weights are stored as factors; see `FactoredLSTM` for what that saves and what not.
+    """An RNN whose weights are stored as factors; see `FactoredLSTM` for what this saves.
 
     Args:
-        layer: the dense one.
-        ranks: of the weights that are factored, by name.
+        layer: the dense layer.
+        ranks: ranks of the factored weights, by name.
     """
 
     def __init__(self, layer: nn.RNN, *, ranks: Mapping[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""Packed storage: bytes for quantized, shared and sparse tensors, and one file for all of them."""
+"""Packed storage: the bytes of quantized, shared and sparse tensors, and one file for all of them."""
 
 from distill_lightning.compression.packing.bits import (
     huffman_decode,

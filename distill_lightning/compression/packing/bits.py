@@ -1,4 +1,4 @@
-"""Small integers, densely packed, and prefix codes of them."""
+"""Dense packing of small integers, and prefix codes for them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _LONGEST = 48
 
 
 def pack_bits(values: NDArray[Any], bits: int) -> bytes:
-    """Integers one after the other, lowest bit first, without gaps.
+    """Pack integers without gaps, lowest bit first.
 
     Args:
         values: ``(n,)``, each from 0 to ``2 ** bits - 1``.
-        bits: of each, 0 to 8; with 0 every value is 0 and nothing is written.
+        bits: bits of each integer, 0 to 8; with 0 every value is 0 and nothing is written.
 
     Returns:
         ``ceil(n * bits / 8)`` bytes, the last of which is filled with zero bits.
 
     Raises:
-        InputError: a value that does not fit, or a number of bits that is none of these.
+        InputError: a value does not fit, or the number of bits is out of range.
     """
     if bits not in range(9):
         raise InputError(f"packed integers have 0 to 8 bits, got {bits}")
@@ -45,15 +45,15 @@ def pack_bits(values: NDArray[Any], bits: int) -> bytes:
 
 
 def unpack_bits(content: bytes, bits: int, number: int) -> Bytes:
-    """The integers that `pack_bits` wrote.
+    """Unpack the integers that `pack_bits` packed.
 
     Args:
         content: the bytes.
-        bits: of each integer.
-        number: of integers.
+        bits: bits of each integer.
+        number: number of integers.
 
     Raises:
-        InputError: there are more or fewer bytes than that.
+        InputError: the number of bytes is wrong.
     """
     if len(content) != -(-number * bits // 8):
         raise InputError(f"{number} integers of {bits} bits are {-(-number * bits // 8)} bytes, got {len(content)}")
@@ -73,14 +73,14 @@ def huffman_lengths(counts: NDArray[Any]) -> NDArray[np.int64]:
         counts: how often each symbol occurs, ``(symbols,)``.
 
     Returns:
-        ``(symbols,)``, 0 for those that do not occur; a single one has 1 bit.
+        ``(symbols,)``, 0 for symbols that do not occur; a single symbol has 1 bit.
     """
     lengths = np.zeros(len(counts), np.int64)
     used = [int(symbol) for symbol in np.flatnonzero(counts)]
     if len(used) == 1:
         lengths[used] = 1
         return lengths
-    # The number decides among equal counts, so that the code depends on nothing else.
+    # Ties are broken by number, so that the code only depends on the counts.
     numbers = count()
     heap = [(int(counts[symbol]), next(numbers), [symbol]) for symbol in used]
     heapq.heapify(heap)
@@ -93,10 +93,10 @@ def huffman_lengths(counts: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def huffman_encode(symbols: Bytes) -> bytes:
-    """Symbols as a canonical Huffman code.
+    """Encode symbols with a canonical Huffman code.
 
-    The bytes are: how many compressed bytes the code's lengths take (2), these, the bits of each block of 1024 symbols
-    (2 for each block), the bits. Blocks are there to be decoded side by side.
+    The bytes are: the number of compressed bytes of the code lengths (2 bytes), the compressed lengths, the number of
+    bits of each block of 1024 symbols (2 bytes each), and the bits. Blocks can be decoded side by side.
 
     Args:
         symbols: ``(n,)``.
@@ -118,14 +118,14 @@ def huffman_encode(symbols: Bytes) -> bytes:
 
 
 def huffman_decode(content: bytes, number: int) -> Bytes:
-    """The symbols that `huffman_encode` wrote.
+    """Decode the symbols that `huffman_encode` encoded.
 
     Args:
         content: the bytes.
-        number: of symbols.
+        number: number of symbols.
 
     Raises:
-        InputError: the bytes are not of that many symbols.
+        InputError: the bytes are not a code of that many symbols.
     """
     if not number:
         return np.zeros(0, np.uint8)
@@ -138,15 +138,15 @@ def huffman_decode(content: bytes, number: int) -> Bytes:
         raise InputError(f"a Huffman code is damaged: {error}") from error
     stream = np.frombuffer(content[begin + 2 * blocks :], np.uint8)
     if len(sizes) != blocks or len(stream) != -(-int(sizes.sum()) // 8) or not 0 < int(lengths.max()) <= _LONGEST:
-        raise InputError("a Huffman code is damaged: it does not have the bytes of its symbols")
+        raise InputError("a Huffman code is damaged: its bytes do not match its symbols")
     return _decoded(lengths, sizes, stream, number)
 
 
 def _decoded(lengths: NDArray[np.int64], sizes: NDArray[np.int64], stream: Bytes, number: int) -> Bytes:
     order = np.lexsort((np.arange(len(lengths)), lengths))
     order = order[lengths[order] > 0]
-    # Left-justified, a canonical code's words are in the order of its symbols: the last one that is not above the
-    # stream's next bits is the one that they begin with.
+    # Left-justified, the words of a canonical code are in order: the last one that is not above the stream's next
+    # bits is the one with which they begin.
     words = _canonical(lengths)[order].astype(np.uint64) << (64 - lengths[order]).astype(np.uint64)
     padded = np.concatenate([stream, np.zeros(8, np.uint8)])
     places = sizes.cumsum() - sizes

@@ -1,4 +1,4 @@
-"""Weights that share a few values: k-means in one dimension, and the layer that trains those values."""
+"""Weights that share a few values: one-dimensional k-means, and the parametrization that trains the values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Clusters(NamedTuple):
 
     Attributes:
         centroids: ascending, ``(k,)``, in the values' type.
-        indices: of each value's centroid, int64, in the values' shape.
+        indices: the index of each value's centroid, int64, in the values' shape.
         objectives: the sum of squared distances after each iteration; it never rises.
     """
 
@@ -33,29 +33,30 @@ class Clusters(NamedTuple):
 def kmeans(
     values: Tensor, k: int, *, init: Init = "linear", keep_zero: bool = False, iterations: int = 100, seed: int = 0
 ) -> Clusters:
-    """Cluster numbers.
+    """Cluster numbers by k-means.
 
-    A cluster that loses all its members is put to the value that is farthest from its centroid. So there are ``k``
-    centroids, or as many as there are different values if these are fewer.
+    A cluster that loses all its members is moved to the value that is farthest from its centroid, so there are ``k``
+    centroids, or as many as there are different values if there are fewer.
 
     Args:
-        values: any shape.
-        k: number of clusters, zero's among them.
-        init: first centroids: ``"linear"``: equally spaced from the smallest to the largest value; ``"density"``: with
-            equally many values between them; ``"random"``: ``k`` of the values.
-        keep_zero: zero is a centroid for exactly those values that are zero, so that pruned weights remain pruned.
-        iterations: at most; it ends when no value changes its cluster.
-        seed: of the random ones.
+        values: numbers of any shape.
+        k: number of clusters, including that of zero.
+        init: the initial centroids: ``"linear"``: equally spaced from the smallest to the largest value;
+            ``"density"``: with equally many values between them; ``"random"``: ``k`` random values.
+        keep_zero: whether zero is a centroid for exactly the values that are zero, so that pruned weights stay pruned.
+        iterations: the largest number of iterations; they end when no value changes its cluster.
+        seed: seed of the random centroids.
 
     Raises:
-        InputError: ``k`` is not positive or leaves none for other values than zero, the initialisation is unknown, or
-            there are no finite values.
+        InputError: ``k`` is too small, the initialisation is unknown, or the values are empty or not finite.
 
     Han, Mao, Dally: *Deep Compression*, https://arxiv.org/abs/1510.00149
     """
     flat = values.detach().flatten().double()
     if not len(flat) or not bool(flat.isfinite().all()):
-        raise InputError(f"values of shape {tuple(values.shape)} cannot be clustered: none, or NaN or infinity")
+        raise InputError(
+            f"values of shape {tuple(values.shape)} cannot be clustered: they are empty, or hold NaN or infinity"
+        )
     zero = (flat == 0) if keep_zero else torch.zeros_like(flat, dtype=torch.bool)
     has_zero = bool(zero.any())
     if k - has_zero < (not bool(zero.all())):
@@ -64,7 +65,7 @@ def kmeans(
     centroids, objectives = _lloyd(rest, k - has_zero, init, iterations, seed) if len(rest) else (rest, [0.0])
     if has_zero:
         centroids = torch.cat([centroids, centroids.new_zeros(1)])
-    # In the type of the weights two centroids may have become one.
+    # In the type of the weights, two centroids may be equal.
     centroids = distinct_values(centroids.to(values.dtype))[0]
     indices = _nearest(centroids.double(), flat)
     if has_zero:
@@ -78,7 +79,7 @@ def kmeans(
 
 
 def distinct_values(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The different entries in ascending order, and the index of each entry's among them."""
+    """The different entries in ascending order, and the index of each entry among them."""
     values, indices = torch.unique(tensor, return_inverse=True)
     return values, indices
 
@@ -89,7 +90,7 @@ def _lloyd(values: Tensor, k: int, init: Init, iterations: int, seed: int) -> tu
     if len(distinct) <= k:
         return distinct, [0.0]
     centroids = _first(ordered, distinct, k, init, seed)
-    # Clusters are stretches of the ordered values, so sums up to each value are all that an iteration needs.
+    # Clusters are ranges of the sorted values, so an iteration only needs cumulative sums.
     sums, squares = (torch.cat([ordered.new_zeros(1), part.cumsum(0)]) for part in (ordered, ordered.square()))
     objectives: list[float] = []
     for _ in range(iterations):
@@ -98,7 +99,7 @@ def _lloyd(values: Tensor, k: int, init: Init, iterations: int, seed: int) -> tu
         moved = torch.where(sizes > 0, sums[ends].diff() / sizes.clamp_min(1), centroids)
         empty = (sizes == 0).nonzero()[:, 0]
         if len(empty):
-            # Values that differ, the farthest first.
+            # Different values, the farthest first.
             far = (distinct - moved[_nearest(centroids, distinct)]).abs().argsort(descending=True, stable=True)
             moved[empty] = distinct[far[: len(empty)]]
         moved = moved.sort()[0]
@@ -112,7 +113,7 @@ def _lloyd(values: Tensor, k: int, init: Init, iterations: int, seed: int) -> tu
 
 
 def _ends(centroids: Tensor, ordered: Tensor) -> Tensor:
-    """Where the stretch of each centroid's members ends, after a 0, ``(k + 1,)``; as `_nearest` assigns them."""
+    """Where the range of each centroid's members ends, after a 0, ``(k + 1,)``; as `_nearest` assigns them."""
     between = torch.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2, right=True)
     return torch.cat([between.new_zeros(1), between, between.new_full((1,), len(ordered))])
 
@@ -131,23 +132,23 @@ def _first(ordered: Tensor, distinct: Tensor, k: int, init: Init, seed: int) -> 
 
 
 def _nearest(centroids: Tensor, values: Tensor) -> Tensor:
-    """The index of the nearest of ascending centroids, the lower one if two are as near."""
+    """The index of the nearest of ascending centroids; the lower one of two that are equally near."""
     return torch.searchsorted((centroids[1:] + centroids[:-1]) / 2, values)
 
 
 class Codebook(nn.Module):
-    """A weight of few shared values, for `torch.nn.utils.parametrize`.
+    """Replaces a weight by a few shared values, for `torch.nn.utils.parametrize`.
 
-    The parametrized layer keeps the values ``(k,)`` in place of its weight; the indices stay as they are. The gradient
-    of a value is the sum of those of the weights that share it.
+    The parametrized layer has the values ``(k,)`` in place of its weight; the indices never change. The gradient of a
+    value is the sum of the gradients of the weights that share it.
 
     Args:
-        indices: of each weight's value, integers in the weight's shape.
+        indices: the index of each weight's value, integers in the weight's shape.
         k: number of values, at most 256.
-        pruned: index of the value that is zero and stays so; ``None``: none.
+        pruned: index of the value that is zero and stays zero; ``None`` if there is none.
 
     Raises:
-        InputError: ``k`` is not 1 to 256.
+        InputError: ``k`` is not from 1 to 256.
     """
 
     indices: Tensor
@@ -164,25 +165,25 @@ class Codebook(nn.Module):
         return self.values(centroids)[self.indices.long()]
 
     def values(self, centroids: Tensor) -> Tensor:
-        """The values themselves, of which the pruned weights' is zero whatever the optimiser made of it."""
+        """The values themselves; that of pruned weights is zero whatever the optimiser did to it."""
         if self.pruned is None:
             return centroids
         return centroids.masked_fill(torch.arange(self.k, device=centroids.device) == self.pruned, 0)
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The values of a weight: the means of those that share one, exactly if they are equal."""
+        """The values of a weight: the means over the weights that share one, exact if these are equal."""
         members, flat = self.indices.long().flatten(), weight.flatten()
         empty = flat.new_zeros(self.k)
         lowest = empty.scatter_reduce(0, members, flat, "amin", include_self=False)
         return lowest + empty.scatter_reduce(0, members, flat - lowest[members], "mean", include_self=False)
 
     def describe(self) -> dict[str, Any]:
-        """Plain values, with which and with a weight's shape the same structure is made."""
+        """Plain values from which, with the weight's shape, the same structure can be made."""
         return {"k": self.k, "pruned": self.pruned, "frozen": self.frozen}
 
     def extra_repr(self) -> str:
-        """What the module prints as."""
+        """The shape and number of values, shown when the module is printed."""
         return f"{tuple(self.indices.shape)}, k={self.k}" + ("" if self.pruned is None else ", pruned")
 
 
@@ -195,24 +196,24 @@ def share_weights(
     names: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Let the weights of a layer share ``k`` values each, in place.
+    """Make each weight of a layer share ``k`` values, in place.
 
-    The values train as ``parametrizations.<name>.original`` and are new parameters in shape: build the optimiser
-    afterwards.
+    The values are trained as ``parametrizations.<name>.original``, with another shape than the weight: build the
+    optimiser afterwards.
 
     Args:
-        layer: one that `weight_names` knows.
+        layer: a layer that `weight_names` knows.
         k: see `kmeans`; at most 256.
-        init: likewise.
-        keep_zero: likewise.
-        names: which weights; ``None``: all.
+        init: see `kmeans`.
+        keep_zero: see `kmeans`.
+        names: names of the weights; ``None`` for all.
         seed: see `kmeans`.
 
     Returns:
-        Their names.
+        The names of the weights.
 
     Raises:
-        InputError: the layer has no such weight, it is parametrized already, or ``k`` does not fit.
+        InputError: the layer has no such weight, the weight is parametrized already, or ``k`` does not fit.
     """
     known = weight_names(layer)
     chosen = known if names is None else list(names)
@@ -234,15 +235,15 @@ def share_weights(
 
 
 def describe_shared(layer: nn.Module) -> dict[str, Any]:
-    """The shared weights of a layer by name, in plain values; empty where there are none."""
+    """The shared weights of a layer by name, in plain values; empty if there are none."""
     return {name: codebook.describe() for name, (codebook, _) in codebooks(layer).items()}
 
 
 def rebuild_shared(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module:
-    """Make a float layer the structure that `describe_shared` told of, in place; its state dict then loads strictly.
+    """Give a float layer the described structure, in place; the described layer's state dict then loads strictly.
 
     Raises:
-        InputError: it has no weight of that name.
+        InputError: the layer has no weight of that name.
     """
     for name, told in description.items():
         if name not in weight_names(layer):
@@ -269,7 +270,7 @@ def codebooks(layer: nn.Module) -> dict[str, tuple[Codebook, Tensor]]:
 
 
 def freeze_shared(layer: nn.Module, name: str) -> None:
-    """Have the shared values of a weight learn no more; once they are baked, the weight does again."""
+    """Stop training the shared values of a weight; once they are baked, the weight trains again."""
     original = _original(layer, name)
     codebooks(layer)[name][0].frozen = original.requires_grad
     original.requires_grad = False
@@ -277,7 +278,7 @@ def freeze_shared(layer: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def bake_shared(layer: nn.Module) -> list[str]:
-    """Put the shared values in place of the weights, for good, and remove the codebooks.
+    """Replace the weights by the shared values for good, and remove the codebooks.
 
     Returns:
         The names of the weights, which are parameters of the same shapes as before.
@@ -292,7 +293,7 @@ def bake_shared(layer: nn.Module) -> list[str]:
 
 def _register(layer: nn.Module, name: str, codebook: Codebook) -> None:
     weight = getattr(layer, name)
-    # What is registered takes the values' shape: neither an optimiser nor a gradient from before may go on with it.
+    # The registered parameter has the values' shape: no previous optimiser or gradient may still refer to it.
     setattr(layer, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
     parametrize.register_parametrization(layer, name, codebook)
 

@@ -1,9 +1,8 @@
-"""One file of packed tensors.
+"""The file format of packed tensors.
 
 It begins with ``DLPK``, the version of the format and the header's length, four bytes each. The header is deflated
-JSON: what the writer said of the whole, and of every tensor its codec, shape, type and parts. Then come the parts, in
-the header's order, each at a multiple of 8 bytes, and at last the CRC-32 of everything before. Numbers are in little
-endian.
+JSON: the writer's own header, and the codec, shape, type and parts of every tensor. Then follow the parts, in the
+header's order, each at a multiple of 8 bytes, and finally the CRC-32 of everything before. Numbers are little-endian.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ def write_packed(path: Path | str, tensors: Mapping[str, Packed], header: Mappin
     """Write packed tensors to a file, whole or not at all.
 
     Args:
-        path: of the file; one that is there is replaced.
+        path: path of the file; an existing one is replaced.
         tensors: by name.
-        header: of plain values: str, int, finite float, bool, ``None``, and lists and dicts of these.
+        header: plain values: str, int, finite float, bool, ``None``, and lists and dicts of these.
 
     Returns:
         The file's bytes.
 
     Raises:
-        InputError: the header holds something else, or the file cannot be written.
+        InputError: the header has other values, or the file cannot be written.
     """
     path = Path(path)
     _check_plain(header, "header")
@@ -72,10 +71,10 @@ def _pieces(header: bytes, tensors: Mapping[str, Packed]) -> Iterator[bytes]:
 
 
 def read_packed(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the tensors of a file, unpacked; each tensor owns its memory.
+    """Read the header and the tensors of a file, unpacked; each tensor owns its memory.
 
     Raises:
-        InputError: there is no such file, it is damaged, or it is none of these.
+        InputError: the file does not exist, is damaged, or is of another kind.
     """
     header, packed = read_parts(path)
     with _reading(Path(path)):
@@ -83,20 +82,20 @@ def read_packed(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_parts(path: Path | str) -> tuple[dict[str, Any], dict[str, Packed]]:
-    """The header and the tensors of a file, still packed.
+    """Read the header and the tensors of a file, still packed.
 
     Raises:
-        InputError: there is no such file, it is damaged, or it is none of these.
+        InputError: the file does not exist, is damaged, or is of another kind.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no file {path}: give the path of a packed network")
     content = path.read_bytes()
     if content[: len(_MAGIC)] != _MAGIC:
-        raise InputError(f"{path} is no file of packed tensors: give one that write_packed wrote")
+        raise InputError(f"{path} is not a file of packed tensors: give one that write_packed wrote")
     version, length = (int.from_bytes(content[place : place + 4], "little") for place in (4, 8))
     if len(content) >= _FIXED and version != FORMAT:
-        raise InputError(f"{path} has format {version}, this version reads {FORMAT}: update distill_lightning")
+        raise InputError(f"{path} has format {version}, but this version reads {FORMAT}: update distill_lightning")
     if len(content) < _FIXED + CHECKSUM_BYTES or not checksum_fits(content):
         raise InputError(f"{path} is damaged or incomplete: write it again, or copy it again")
     with _reading(path):
@@ -117,7 +116,7 @@ def read_parts(path: Path | str) -> tuple[dict[str, Any], dict[str, Packed]]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Name the file in what its content raises, although its checksum fits: somebody else wrote it."""
+    """Name the file in errors about its content; its checksum may fit although something else wrote it."""
     try:
         yield
     except InputError as error:
@@ -129,7 +128,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _check_plain(value: Any, place: str) -> None:
-    """Refuse what JSON would not give back as it was."""
+    """Refuse values that JSON would change."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str):
@@ -141,4 +140,4 @@ def _check_plain(value: Any, place: str) -> None:
     elif type(value) not in (str, int, float, bool, type(None)):
         raise InputError(f"{place} is a {type(value).__name__}: give str, int, float, bool, None, list or dict")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{place} is {value}: JSON has no such number")
+        raise InputError(f"{place} is {value}, which JSON cannot store: give a finite number")

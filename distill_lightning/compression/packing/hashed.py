@@ -1,4 +1,4 @@
-"""Weights that share a few values by a hash of their places: nothing but the values is trained, and stored."""
+"""Weights that share a few values by a hash of their places: only the values are trained and stored."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _STEP = 0x9E3779B97F4A7C15
 
 
 def hash_places(count: int, buckets: int, seed: int) -> Tensor:
-    """Which entry of ``cat([values, -values])`` each of ``count`` weights is: its value, and its sign.
+    """For each of ``count`` weights, its index in ``cat([values, -values])``: its value and its sign.
 
-    A pure function of its arguments on every machine. Files of hashed weights rely on it, so it must never change.
+    A pure function of its arguments on every machine. Files of hashed weights depend on it, so it must never change.
 
     Args:
         count: number of weights.
@@ -34,14 +34,14 @@ def hash_places(count: int, buckets: int, seed: int) -> Tensor:
         int32 ``(count,)``, below ``2 * buckets``.
 
     Raises:
-        InputError: a seed or a number of values out of range.
+        InputError: the seed or the number of values is out of range.
     """
     if not 0 <= seed < 2**63:
         raise InputError(f"seed of hashed weights must be 0 to 2**63 - 1, got {seed}")
     if not 0 < buckets < 2**30:
         raise InputError(f"hashed weights have 1 to 2**30 - 1 values, got {buckets}")
     places = np.empty(count, np.int32)
-    # Python multiplies without a limit, numpy modulo 2 ** 64.
+    # Python's integers are unbounded, numpy's are modulo 2 ** 64.
     key = _scramble(np.array([(seed + 1) * _STEP % 2**64], np.uint64))
     for start in range(0, count, _CHUNK):
         index = np.arange(start, min(start + _CHUNK, count), dtype=np.uint64)
@@ -53,38 +53,38 @@ def hash_places(count: int, buckets: int, seed: int) -> Tensor:
 
 
 def _scramble(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Each input bit reaches all output bits: multiplication carries it up, the shifts bring it down again."""
+    """Mix bits so that each input bit reaches all output bits: products carry it up, shifts carry it down."""
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         numbers = (numbers ^ (numbers >> np.uint64(33))) * np.uint64(factor)
     return numbers ^ (numbers >> np.uint64(33))
 
 
 def hashed_weight(values: Tensor, places: Tensor, shape: Sequence[int]) -> Tensor:
-    """The weight of some values.
+    """The weight that some values make.
 
     Args:
         values: ``(buckets,)``.
-        places: from `hash_places`, on the same device.
-        shape: of the weight.
+        places: what `hash_places` returned, on the same device.
+        shape: shape of the weight.
     """
     return torch.cat([values, -values]).index_select(0, places).view(tuple(shape))
 
 
 class Hashed(nn.Module):
-    """A weight ``w[i] = sign(i) * values[bucket(i)]``, for `torch.nn.utils.parametrize`.
+    """Replaces a weight by ``w[i] = sign(i) * values[bucket(i)]``, for `torch.nn.utils.parametrize`.
 
     Bucket and sign are a hash of the seed and of ``i``, the weight's place in row-major order. The parametrized layer
-    keeps the values ``(k,)`` in place of its weight, and its state dict holds nothing else. In memory the places take 4
-    bytes per weight, so it is the file that becomes small. The gradient of a value is the sum of those of its members,
-    each times its sign.
+    has the values ``(k,)`` in place of its weight, and its state dict has nothing else. In memory the places take 4
+    bytes per weight, so only the file becomes small. The gradient of a value is the sum of the gradients of its
+    members, each times its sign.
 
-    Buckets have about equally many members, as far as chance goes: of ``k`` values for ``n`` weights the share
-    ``exp(-n / k)`` has none, 0.03 % for 8 weights per value and 14 % for 2.
+    The number of members of a bucket is random: of ``k`` values for ``n`` weights the share ``exp(-n / k)`` has none,
+    which is 0.03 % for 8 weights per value and 14 % for 2.
 
     Args:
-        shape: of the weight.
-        values: their number ``k``.
-        seed: of the hash, 0 to ``2**63 - 1``.
+        shape: shape of the weight.
+        values: the number ``k`` of values.
+        seed: seed of the hash, 0 to ``2**63 - 1``.
 
     Raises:
         InputError: the seed or the number of values is out of range.
@@ -98,7 +98,7 @@ class Hashed(nn.Module):
     def __init__(self, shape: Sequence[int], *, values: int, seed: int = 0) -> None:
         super().__init__()
         self.shape, self.values, self.seed = tuple(shape), values, seed
-        # It follows from the rest.
+        # It follows from the arguments.
         self.register_buffer("places", hash_places(math.prod(self.shape), values, seed), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
@@ -107,9 +107,9 @@ class Hashed(nn.Module):
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The values ``(k,)`` nearest to a weight in squares: of each bucket's members, times their signs, the mean.
+        """The least-squares values ``(k,)`` of a weight: the mean of each bucket's members times their signs.
 
-        Zero where a bucket has none, and exact where all are equal.
+        A bucket without members has the value zero; the values are exact if all members agree.
         """
         members = self.places.long() % self.values
         flat = wide(weight).flatten()
@@ -120,34 +120,36 @@ class Hashed(nn.Module):
         return (lowest + means).to(weight.dtype)
 
     def describe(self) -> dict[str, Any]:
-        """Plain values, with which and with a weight's shape the same structure is made."""
+        """Plain values from which, with the weight's shape, the same structure can be made."""
         return {"values": self.values, "seed": self.seed}
 
     def extra_repr(self) -> str:
-        """What the module prints as."""
+        """The arguments, shown when the module is printed."""
         return f"{self.shape}, values={self.values}, seed={self.seed}"
 
 
 def hash_weights(layer: nn.Module, *, ratio: float, seed: int = 0, names: Sequence[str] | None = None) -> list[str]:
-    """Let the weights of a layer share values by a hash of their places, in place; see `Hashed`.
+    """Make the weights of a layer share values by a hash of their places, in place; see `Hashed`.
 
-    The values begin as near to the weights as they can be. A weight that was drawn at random and not trained becomes
-    smaller by about ``sqrt(ratio)`` thereby, since means of independent numbers are small.
+    The values start as close to the weights as possible. This shrinks a random, untrained weight by a factor of about
+    ``sqrt(ratio)``, because means of independent numbers are small.
 
-    The values train as ``parametrizations.<name>.original`` and are new parameters in shape: build the optimiser
-    afterwards. A weight that another layer has, too (`parameter_ties`), is untied thereby: that layer keeps it.
+    The values are trained as ``parametrizations.<name>.original``, with another shape than the weight: build the
+    optimiser afterwards. This unties a weight that another layer also has (`parameter_ties`): that layer keeps it.
 
     Args:
-        layer: one that `weight_names` knows.
-        ratio: values per weight, above 0 and at most 1; each weight has ``round(ratio * n)`` of them, at least one.
-        seed: of the hash, the same for all weights of this layer; give each layer its own.
-        names: which weights; ``None``: all.
+        layer: a layer that `weight_names` knows.
+        ratio: values per weight, above 0 and at most 1; a weight of ``n`` entries has ``round(ratio * n)`` values, at
+            least one.
+        seed: seed of the hash, the same for all weights of this layer; give each layer its own.
+        names: names of the weights; ``None`` for all.
 
     Returns:
-        Their names.
+        The names of the weights.
 
     Raises:
-        InputError: the layer has no such weight, it is parametrized already, or the ratio or seed is out of range.
+        InputError: the layer has no such weight, the weight is parametrized already, or the ratio or seed is out of
+            range.
     """
     if not 0 < ratio <= 1:
         raise InputError(f"ratio must be above 0 and at most 1 value per weight, got {ratio}")
@@ -171,15 +173,15 @@ def hash_weights(layer: nn.Module, *, ratio: float, seed: int = 0, names: Sequen
 
 
 def describe_hashed(layer: nn.Module) -> dict[str, Any]:
-    """The hashed weights of a layer by name, in plain values; empty where there are none."""
+    """The hashed weights of a layer by name, in plain values; empty if there are none."""
     return {name: entry.describe() for name, (entry, _) in hashed(layer).items()}
 
 
 def rebuild_hashed(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module:
-    """Make a float layer the structure that `describe_hashed` told of, in place; its state dict then loads strictly.
+    """Give a float layer the described structure, in place; the described layer's state dict then loads strictly.
 
     Raises:
-        InputError: it has no weight of that name.
+        InputError: the layer has no weight of that name.
     """
     for name, told in description.items():
         if name not in weight_names(layer):
@@ -203,7 +205,7 @@ def hashed(layer: nn.Module) -> dict[str, tuple[Hashed, Tensor]]:
 
 @torch.no_grad()
 def bake_hashed(layer: nn.Module) -> list[str]:
-    """Put the hashed weights in place of their values, for good.
+    """Replace the values by the hashed weights for good.
 
     Returns:
         The names of the weights, which are parameters of the same shapes as before.
@@ -218,8 +220,8 @@ def bake_hashed(layer: nn.Module) -> list[str]:
 def _register(layer: nn.Module, name: str, entry: Hashed) -> None:
     weight = getattr(layer, name)
     entry.to(weight.device).train(layer.training)
-    # What is registered takes the values' shape: neither another layer that has the parameter nor a gradient from
-    # before may follow it.
+    # The registered parameter has the values' shape: no other layer with the parameter and no previous gradient may
+    # still refer to it.
     setattr(layer, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
     parametrize.register_parametrization(layer, name, entry)
 

@@ -1,4 +1,4 @@
-"""A tensor as the bytes that stand for it, and back."""
+"""Packing a tensor into bytes, and unpacking it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Part:
-    """Some of a packed tensor's bytes.
+    """A part of a packed tensor's bytes.
 
     Attributes:
         content: the bytes.
-        number: how many numbers they hold.
-        bits: of each number.
-        coding: what was done to the bytes; ``"huffman"`` codes the numbers where 8 is no multiple of their bits, else
-            the bytes.
+        number: how many numbers they contain.
+        bits: bits of each number.
+        coding: how the bytes are coded; ``"huffman"`` codes the numbers if 8 is not a multiple of their bits, and
+            otherwise the bytes.
     """
 
     content: bytes
@@ -68,7 +68,7 @@ class Part:
         return replace(self, content=coded if better else content, coding=coding if better else "plain")
 
     def integers(self) -> Bytes:
-        """The numbers, where they have up to 8 bits."""
+        """The numbers, if they have up to 8 bits."""
         return unpack_bits(self.plain(), self.bits, self.number)
 
     def _symbol_bits(self) -> int:
@@ -80,13 +80,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor's bytes and what they mean.
+    """A tensor's bytes and their meaning.
 
     Attributes:
         codec: ``"dense"``, ``"codes"``, ``"codebook"``, ``"hashed"``, ``"bitmask"`` or ``"csr"``.
-        shape: of the tensor.
-        dtype: of the tensor, by PyTorch's name for it.
-        options: what else the codec needs, in plain values.
+        shape: shape of the tensor.
+        dtype: type of the tensor, by PyTorch's name for it.
+        options: further values that the codec needs, in plain types.
         parts: its bytes by name.
     """
 
@@ -98,12 +98,12 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parts; what a file needs to tell them apart comes on top."""
+        """Bytes of all parts, without what a file needs to tell them apart."""
         return sum(len(part.content) for part in self.parts.values())
 
 
 def pack_dense(tensor: Tensor) -> Packed:
-    """The tensor as it is.
+    """Pack a tensor as it is.
 
     Raises:
         InputError: its type cannot be stored.
@@ -112,23 +112,23 @@ def pack_dense(tensor: Tensor) -> Packed:
 
 
 def pack_codes(codes: Codes, scheme: Scheme, *, dtype: torch.dtype | None = None, sparse: bool = False) -> Packed:
-    """A quantized tensor: its codes with as many bits as they have, and the scales in their own type.
+    """Pack a quantized tensor: its codes with the bits that they have, and the scales in their own type.
 
     Args:
-        codes: of the scheme.
-        scheme: what they were made by.
-        dtype: of the tensor that is unpacked; ``None``: that of the scales.
-        sparse: leave out the codes of zeros, and store a bit for each entry instead.
+        codes: codes of the scheme.
+        scheme: the scheme with which they were made.
+        dtype: type of the unpacked tensor; ``None`` for that of the scales.
+        sparse: whether to leave out the codes of zeros, and to store a bit for each entry instead.
 
     Raises:
-        InputError: ``sparse``, and there is no one code of zero for all rows.
+        InputError: ``sparse`` is set, but rows have different codes of zero.
     """
     first = float(codes.zero_points.flatten()[0])
     values = codes.values.short() - scheme.lowest
     parts = {"scales": _raw(codes.scales)}
     if sparse:
         if not has_one_zero(codes):
-            raise InputError("codes are stored as sparse where all rows have the same code of zero")
+            raise InputError("rows with different codes of zero cannot be stored as sparse: leave sparse out")
         present = codes.values != first
         parts["mask"] = _small(present, 1)
         values = values[present]
@@ -145,20 +145,20 @@ def pack_codes(codes: Codes, scheme: Scheme, *, dtype: torch.dtype | None = None
 
 
 def has_one_zero(codes: Codes) -> bool:
-    """Whether one code stands for zero in all rows."""
+    """Whether zero has the same code in all rows."""
     first = codes.zero_points.flatten()[0]
     return bool((codes.zero_points == first).all()) and float(first).is_integer()
 
 
 def pack_codebook(indices: Tensor, centroids: Tensor) -> Packed:
-    """A tensor of few values: ``ceil(n * ceil(log2(k)) / 8)`` bytes of indices, and the ``k`` values.
+    """Pack a tensor of few values: ``ceil(n * ceil(log2(k)) / 8)`` bytes of indices, and the ``k`` values.
 
     Args:
-        indices: of each entry's value, any shape.
+        indices: the index of each entry's value, any shape.
         centroids: the values ``(k,)``, at most 256.
 
     Raises:
-        InputError: there are more values.
+        InputError: there are more than 256 values.
     """
     bits = max(len(centroids) - 1, 0).bit_length()
     parts = {"indices": _small(indices, bits), "centroids": _raw(centroids)}
@@ -166,27 +166,29 @@ def pack_codebook(indices: Tensor, centroids: Tensor) -> Packed:
 
 
 def pack_shared(tensor: Tensor) -> Packed:
-    """A tensor by its different values, as `pack_codebook`.
+    """Pack a tensor by its different values, like `pack_codebook`.
 
     Raises:
-        InputError: it has more than 256.
+        InputError: it has more than 256 different values.
     """
     centroids, indices = distinct_values(tensor.detach())
     if len(centroids) > 256:
-        raise InputError(f"a codebook has at most 256 values, this tensor has {len(centroids)}: share its values first")
+        raise InputError(
+            f"a codebook has at most 256 values, but this tensor has {len(centroids)}: share its values first"
+        )
     return pack_codebook(indices, centroids)
 
 
 def pack_hashed(values: Tensor, shape: Sequence[int], seed: int) -> Packed:
-    """A tensor whose entries share values by a hash of their places: the values alone, see `Hashed`.
+    """Pack a tensor whose entries share values by a hash of their places: only the values, see `Hashed`.
 
     Args:
         values: ``(k,)``.
-        shape: of the tensor.
-        seed: of the hash.
+        shape: shape of the tensor.
+        seed: seed of the hash.
 
     Raises:
-        InputError: the values are not in one dimension, or none; or the seed is out of range.
+        InputError: the values are not one-dimensional or empty, or the seed is out of range.
     """
     if values.ndim != 1:
         raise InputError(f"the values of a hashed tensor have one dimension, got shape {tuple(values.shape)}")
@@ -195,30 +197,30 @@ def pack_hashed(values: Tensor, shape: Sequence[int], seed: int) -> Packed:
 
 
 def pack_bitmask(tensor: Tensor, values: Packed | None = None) -> Packed:
-    """A tensor with zeros: a bit for each entry, and the entries that are not zero. A negative zero comes back as zero.
+    """Pack a tensor with zeros: a bit per entry, and the non-zero entries. A negative zero comes back as zero.
 
     Args:
-        tensor: any shape.
-        values: the non-zero entries in their order ``(nnz,)``, packed themselves; ``None``: as they are.
+        tensor: a tensor of any shape.
+        values: the non-zero entries in their order, ``(nnz,)``, already packed; ``None`` to store them as they are.
 
     Raises:
-        InputError: ``values`` are not as many.
+        InputError: the number of ``values`` is wrong.
     """
     present = tensor.detach() != 0
     return _sparse("bitmask", tensor, values, {"mask": _small(present, 1)})
 
 
 def pack_csr(tensor: Tensor, values: Packed | None = None) -> Packed:
-    """A tensor with zeros: the non-zero entries, their columns, and where each row of the first dimension begins.
+    """Pack a tensor with zeros: the non-zero entries, their columns, and the beginning of each row (first dimension).
 
-    Both index types are the smallest of 1, 2 or 4 bytes that do.
+    Both kinds of indices have the smallest sufficient type, of 1, 2 or 4 bytes.
 
     Args:
-        tensor: any shape; dimensions after the first are columns.
+        tensor: a tensor of any shape; the dimensions after the first are columns.
         values: see `pack_bitmask`.
 
     Raises:
-        InputError: likewise.
+        InputError: see `pack_bitmask`.
     """
     rows = (tensor.detach() != 0).reshape(max(_rows_of(tensor.shape), 1), -1).cpu().numpy()
     begins = np.concatenate([[0], rows.sum(axis=1).cumsum()])
@@ -231,17 +233,17 @@ def encode(packed: Packed, coding: Coding) -> Packed:
     """Deflate or Huffman-code those parts of a packed tensor that become smaller.
 
     Args:
-        packed: stays as it is.
+        packed: the packed tensor, which is left as it is.
         coding: ``"deflate"`` or ``"huffman"``.
 
     Raises:
-        InputError: another coding.
+        InputError: the coding is unknown.
     """
     return replace(packed, parts={name: part.encoded(coding) for name, part in packed.parts.items()})
 
 
 def unpack(packed: Packed) -> Tensor:
-    """The tensor, which owns its memory.
+    """Unpack a tensor, which owns its memory.
 
     Raises:
         InputError: the codec is unknown, or the parts are not those of such a tensor.
@@ -274,7 +276,7 @@ def unpack_codes(packed: Packed) -> tuple[Codes, Scheme]:
     """The integer codes of a tensor that `pack_codes` packed, and their scheme.
 
     Raises:
-        InputError: it was packed otherwise.
+        InputError: it was packed in another way.
     """
     if packed.codec != "codes":
         raise InputError(f"a tensor packed as {packed.codec!r} has no codes")
@@ -296,10 +298,10 @@ def unpack_codes(packed: Packed) -> tuple[Codes, Scheme]:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """PyTorch's type of that name.
+    """PyTorch's type with a name.
 
     Raises:
-        InputError: it has none that is stored.
+        InputError: there is no such type, or it cannot be stored.
     """
     if name not in _DTYPES:
         raise InputError(f"numbers of type {name!r} cannot be stored: convert to one of {', '.join(_DTYPES)}")
@@ -325,7 +327,7 @@ def _from_raw(part: Part, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         raise InputError(f"a packed tensor of shape {shape} and type {dtype} has {len(content)} bytes")
     if not content:
         return torch.empty(shape, dtype=dtype)
-    # A bytearray of its own, which nothing else holds.
+    # A new bytearray, to which nothing else refers.
     return torch.frombuffer(bytearray(content), dtype=dtype).reshape(shape)
 
 
@@ -348,7 +350,7 @@ def _unsigned(values: NDArray[Any], largest: int) -> Part:
 def _from_unsigned(part: Part) -> NDArray[np.int64]:
     values = np.frombuffer(part.plain(), f"<u{part.bits // 8}").astype(np.int64)
     if len(values) != part.number:
-        raise InputError(f"{part.number} packed indices were announced, there are {len(values)}")
+        raise InputError(f"{part.number} packed indices were announced, but there are {len(values)}")
     return values
 
 
@@ -357,7 +359,7 @@ def _sparse(codec: str, tensor: Tensor, values: Packed | None, parts: dict[str, 
     number = int((entries != 0).sum())
     values = pack_dense(entries[entries != 0]) if values is None else values
     if values.shape != (number,):
-        raise InputError(f"{number} entries are not zero, and the packed values have shape {values.shape}")
+        raise InputError(f"{number} entries are not zero, but the packed values have shape {values.shape}")
     options = {"codec": values.codec, "dtype": values.dtype, "options": values.options}
     inner = {f"values.{name}": part for name, part in values.parts.items()}
     return Packed(codec, tuple(tensor.shape), values.dtype, {"values": options, "number": number}, {**parts, **inner})

@@ -1,4 +1,4 @@
-"""Quantization: grids and codes, ranges, quantizers that train, and what helps without training."""
+"""Quantization: grids and codes, ranges, quantizers for training, and corrections without training."""
 
 from distill_lightning.compression.quantizers.activations import (
     ActivationQuantizer,

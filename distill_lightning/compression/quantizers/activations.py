@@ -1,4 +1,4 @@
-"""Activations that are quantized on their way into a layer."""
+"""Quantization of a layer's input activations."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from distill_lightning.errors import InputError
 ActivationEstimator = Literal["ste", "lsq", "pact", "dorefa"]
 
 NAME = "input_quantizer"
-"""What the quantizer of a layer's input is called in the layer."""
+"""The name of the input quantizer in its layer."""
 
 
 class ActivationQuantizer(nn.Module):
-    """Quantizes what flows through it, with one scale.
+    """Quantizes the activations that pass through it, with one scale.
 
-    It begins by observing: inside `calibrating` activations pass unchanged. What they showed starts the scale. With the
-    ``"ema"`` observer and the straight-through estimator the range follows the activations in train mode, with or
-    without such a beginning.
+    First it observes: inside `calibrating`, activations pass unchanged, and the scale starts from what was observed.
+    With the ``"ema"`` observer and the straight-through estimator the range also follows the activations in train mode,
+    with or without such a calibration.
 
     Args:
         scheme: ``"symmetric"``, ``"affine"`` or ``"pow2"``, per tensor. PACT and DoReFa have no negative activations,
@@ -35,11 +35,11 @@ class ActivationQuantizer(nn.Module):
         estimator: ``"ste"``: the observed range; ``"lsq"``: a learned scale; ``"pact"``: a learned threshold;
             ``"dorefa"``: [0, 1].
         observer: see `Observer`.
-        momentum: likewise.
-        percentile: likewise.
+        momentum: see `Observer`.
+        percentile: see `Observer`.
 
     Raises:
-        InputError: such a combination.
+        InputError: the scheme and the estimator cannot be combined, or one is unknown.
     """
 
     scale: Tensor
@@ -92,7 +92,7 @@ class ActivationQuantizer(nn.Module):
         if self.estimator == "pact":
             return pact(values, _positive(self.alpha), bits=self.scheme.bits)
         if self.estimator == "lsq":
-            # As in the paper, the scale's gradient counts the features of one sample.
+            # As in the paper, the scale's gradient is normalised by the features of one sample.
             factor = 1 / math.sqrt(max(values[0].numel() if values.ndim else 1, 1) * self.scheme.highest)
             return lsq(values, _positive(self.scale), self.scheme, zero_point=self.zero_point, factor=factor)
         return fake_quantize(values, self.scale, self.zero_point, self.scheme)
@@ -112,7 +112,7 @@ class ActivationQuantizer(nn.Module):
         """Start the scale from what was observed.
 
         Raises:
-            InputError: nothing was, or PACT saw no positive activation.
+            InputError: nothing was observed, or PACT saw no positive activation.
         """
         if self.estimator == "dorefa":
             return
@@ -122,7 +122,7 @@ class ActivationQuantizer(nn.Module):
         self._take_range(low, high)
 
     def describe(self) -> dict[str, Any]:
-        """Plain values, with which the constructor makes the same structure (the scheme as a dict)."""
+        """The constructor's arguments for the same structure in plain values (the scheme as a dict)."""
         return {
             "scheme": self.scheme.describe(),
             "estimator": self.estimator,
@@ -150,12 +150,12 @@ class ActivationQuantizer(nn.Module):
 
 
 def _positive(learned: Tensor) -> Tensor:
-    # A step of the optimiser may carry it across zero.
+    # An optimiser step may carry it across zero.
     return learned.abs().clamp_min(torch.finfo(learned.dtype).tiny)
 
 
 def _look_whether_ready(quantizer: Any, _: Any) -> None:
-    """After a state dict was loaded. Kept as a flag, because asking the scale makes a device wait."""
+    """Update the flag after a state dict was loaded; reading the scale itself would wait for the device."""
     estimator = quantizer.estimator
     learned = quantizer.alpha if estimator == "pact" else quantizer.scale
     quantizer.ready = estimator == "dorefa" or bool(learned != 0)
@@ -163,10 +163,10 @@ def _look_whether_ready(quantizer: Any, _: Any) -> None:
 
 @contextmanager
 def calibrating(network: nn.Module) -> Iterator[None]:
-    """Every activation quantizer of a network observes in here, quantizes nothing, and then has its scale.
+    """Inside this context, a network's activation quantizers observe without quantizing; then they set their scales.
 
     Raises:
-        InputError: one of them saw no activation.
+        InputError: a quantizer saw no activation.
     """
     quantizers = [module for module in network.modules() if isinstance(module, ActivationQuantizer)]
     for quantizer in quantizers:
@@ -181,16 +181,16 @@ def calibrating(network: nn.Module) -> Iterator[None]:
 
 
 def quantize_input(layer: nn.Module, quantizer: ActivationQuantizer) -> None:
-    """Quantize what a layer is given, in place: its first argument, which may be a packed sequence.
+    """Quantize a layer's input, in place: its first argument, which may be a packed sequence.
 
-    Attention's query, key and value are quantized alike.
+    The query, key and value of attention are all quantized.
 
     Args:
-        layer: gets the quantizer as its child ``input_quantizer``.
-        quantizer: of its own.
+        layer: the layer, which gets the quantizer as its child ``input_quantizer``.
+        quantizer: a quantizer that no other layer has.
 
     Raises:
-        InputError: its input is quantized already.
+        InputError: the layer's input is quantized already.
     """
     if hasattr(layer, NAME):
         raise InputError(f"the input of {type(layer).__name__} is quantized already")
@@ -203,13 +203,13 @@ def quantize_input(layer: nn.Module, quantizer: ActivationQuantizer) -> None:
 
 
 def describe_input(layer: nn.Module) -> dict[str, Any] | None:
-    """The quantizer of a layer's input in plain values; ``None`` where there is none."""
+    """The quantizer of a layer's input in plain values; ``None`` if there is none."""
     quantizer = getattr(layer, NAME, None)
     return quantizer.describe() if isinstance(quantizer, ActivationQuantizer) else None
 
 
 def rebuild_input(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module:
-    """Quantize the input of a layer as `describe_input` told, in place; its state dict then loads strictly."""
+    """Quantize the input of a layer as described, in place; the described layer's state dict then loads strictly."""
     options = {**description, "scheme": Scheme(**description["scheme"])}
     quantize_input(layer, ActivationQuantizer(**options))
     return layer
@@ -223,7 +223,7 @@ def _quantized_arguments(
     done: dict[int, Any] = {}
 
     def quantized(value: Any) -> Any:
-        # Self-attention gives one tensor three times, and takes a shorter way where it is the same object.
+        # Self-attention passes the same tensor three times, and is computed faster if it is the same object.
         if id(value) not in done:
             done[id(value)] = _quantized(quantizer, value)
         return done[id(value)]

@@ -1,4 +1,4 @@
-"""How many bits each weight gets when all of them together have a budget."""
+"""Allocation of bits to weights within a common budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distill_lightning.functional.common import wide
 
 
 class _Raise(NamedTuple):
-    """A step to more bits: how much error it takes away per byte, and what it costs."""
+    """A step to more bits: the error that it removes per byte, and its cost."""
 
     gain: float
     name: str
@@ -34,11 +34,11 @@ def weight_errors(
     """The squared error of every weight at every number of bits, for `allocate_bits`.
 
     Args:
-        weights: by name.
-        bits: the numbers to try.
-        kind: of the grid, see `Scheme`.
-        per: likewise.
-        axes: of the channels by name, 1 for transposed convolutions (`channel_axis`); those that are missing have 0.
+        weights: the weights by name.
+        bits: the numbers of bits to try.
+        kind: kind of the grid, see `Scheme`.
+        per: see `Scheme`.
+        axes: axes of the channels by name, 1 for transposed convolutions (`channel_axis`); missing names have 0.
         rule: see `find_range`.
     """
     errors: dict[str, dict[int, float]] = {}
@@ -52,7 +52,7 @@ def weight_errors(
 
 
 def code_bytes(count: int, bits: int) -> int:
-    """Bytes of that many packed codes."""
+    """Bytes of ``count`` packed codes."""
     return -(-count * bits // 8)
 
 
@@ -63,29 +63,29 @@ def allocate_bits(
     budget: int,
     overhead: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """Spend a budget of bytes on the weights where a byte takes away most error.
+    """Spend a budget of bytes where a byte removes most error.
 
-    Everything begins with the fewest bits. Then, as long as there is room, the weight and number of bits with the
-    largest fall of error per byte are taken; weights that would not get better stay. The first step for which there is
-    no room ends it, although a cheaper one further down might still fit: so a larger budget goes further along the same
-    path and never gives any weight fewer bits.
+    All weights begin with the fewest bits. As long as there is room, the weight and number of bits with the largest
+    fall of error per byte are chosen; weights that would not improve stay as they are. The first step that does not fit
+    ends the search, although a cheaper one might still fit: a larger budget then goes further along the same path and
+    never gives a weight fewer bits.
 
     Args:
-        errors: by name and number of bits, of anything that may be added up over the weights (`weight_errors`, or the
-            rise of a loss).
-        counts: how many codes each has.
+        errors: errors by name and number of bits, of any kind that may be summed over the weights (`weight_errors`, or
+            the rise of a loss).
+        counts: number of codes of each weight.
         budget: bytes of all codes and overheads together.
-        overhead: bytes that each needs beside its codes; ``None``: none.
+        overhead: bytes that each weight needs besides its codes; ``None`` for none.
 
     Returns:
-        The number of bits by name.
+        The number of bits of each weight, by name.
 
     Raises:
         InputError: the names differ, a weight has no number of bits, or the fewest bits do not fit.
     """
     overhead = overhead or {}
     if errors.keys() != counts.keys() or overhead.keys() - counts.keys():
-        raise InputError("errors, counts and overhead must be about the same weights")
+        raise InputError("errors, counts and overhead must have the same weights")
     empty = [name for name, widths in errors.items() if not widths]
     if empty:
         raise InputError(f"no number of bits was tried for {empty[0]!r}")

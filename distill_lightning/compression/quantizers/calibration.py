@@ -1,4 +1,4 @@
-"""What makes a network easier to quantize, or mends it afterwards, without any training."""
+"""Methods without training that make a network easier to quantize, or correct it afterwards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distill_lightning.functional.common import wide
 
 Pairs = list[tuple[str, str]]
 
-# What a positive factor of a channel passes through unchanged.
+# Operations that commute with a positive factor of a channel.
 _HOMOGENEOUS_MODULES = (
     nn.ReLU, nn.LeakyReLU, nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten,
     nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
@@ -29,17 +29,17 @@ _HOMOGENEOUS_FUNCTIONS = (torch.relu, F.relu, torch.flatten, F.max_pool2d, F.avg
 _HOMOGENEOUS_METHODS = ("relu", "flatten", "relu_")
 
 
-# Finding layers that follow one another
+# Finding consecutive layers
 
 
 def _layers_in_order(network: nn.Module) -> Iterator[tuple[str, str, list[fx.Node]]]:
-    """Pairs of modules, the second of which gets the first one's output and nobody else does.
+    """Pairs of modules in which only the second one reads the first one's output.
 
-    Yields both names and what lies between.
+    Yields both names and the nodes between them.
     """
     try:
         graph = fx.Tracer().trace(network)
-    except Exception as error:  # what tracing raises is whatever the network's own code makes of a proxy
+    except Exception as error:  # tracing may raise anything, because the network's own code runs on proxies
         reason = " ".join(str(error).split())[:120]
         raise InputError(
             f"{type(network).__name__} cannot be traced ({reason}): name the pairs of layers yourself"
@@ -73,10 +73,10 @@ def _keeps_factors(node: fx.Node) -> bool:
 
 
 def foldable_pairs(network: nn.Module) -> Pairs:
-    """The convolutions and linear layers that a BatchNorm directly follows, and these, by name.
+    """The names of convolutions and linear layers, each with that of the BatchNorm that directly follows it.
 
     Raises:
-        InputError: the network's forward depends on data, so that it cannot be traced.
+        InputError: the network cannot be traced, because its forward depends on data.
     """
     modules = dict(network.named_modules())
     return [
@@ -91,20 +91,20 @@ def foldable_pairs(network: nn.Module) -> Pairs:
 
 @torch.no_grad()
 def fold_batch_norm(network: nn.Module, *, pairs: Pairs | None = None) -> nn.Module:
-    r"""A copy of a network whose BatchNorms are part of the layers before them, with the same outputs in eval mode.
+    r"""Fold BatchNorms into the layers before them, in a copy of a network with the same outputs in eval mode.
 
     .. math:: w' = w \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}}, \qquad
         b' = (b - \mu) \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-    Each BatchNorm becomes an ``nn.Identity``; its layer has a bias then. Folding a freshly built network by the same
-    pairs gives the same structure.
+    Each BatchNorm becomes an ``nn.Identity``, and its layer has a bias afterwards. Folding a freshly built network with
+    the same pairs gives the same structure.
 
     Args:
-        network: stays as it is.
-        pairs: names of layers and of the BatchNorms that get their outputs; ``None``: `foldable_pairs`.
+        network: the network, which is left as it is.
+        pairs: names of layers and of the BatchNorms that read their outputs; ``None`` for `foldable_pairs`.
 
     Raises:
-        InputError: a pair that cannot be folded, or a network that cannot be traced.
+        InputError: a pair cannot be folded, or the network cannot be traced.
     """
     pairs = foldable_pairs(network) if pairs is None else pairs
     folded = copy.deepcopy(network)
@@ -113,7 +113,7 @@ def fold_batch_norm(network: nn.Module, *, pairs: Pairs | None = None) -> nn.Mod
         layer, norm = modules.get(first), modules.get(second)
         if not _is_float(layer) or not isinstance(norm, _BatchNorm):
             raise InputError(
-                f"cannot fold {second!r} into {first!r}: it takes a BatchNorm and a linear or conv layer in float"
+                f"cannot fold {second!r} into {first!r}: folding needs a BatchNorm and a linear or conv layer in float"
             )
         if norm.running_mean is None or norm.running_var is None:
             raise InputError(f"cannot fold {second!r}: it has no running statistics")
@@ -144,15 +144,15 @@ def _fold(layer: Any, norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
 
 
 def equalisable_pairs(network: nn.Module) -> Pairs:
-    """Layers whose outputs reach one other layer only, through nothing but ReLU, pooling and the like.
+    """The names of pairs of layers with nothing but ReLU, pooling and similar operations between them.
 
-    BatchNorms are in the way (`fold_batch_norm` makes a copy without), and so are weights that several layers share.
+    There must be no BatchNorm between them (`fold_batch_norm` makes a copy without), and no shared weights.
 
     Raises:
-        InputError: the network's forward depends on data, so that it cannot be traced.
+        InputError: the network cannot be traced, because its forward depends on data.
     """
     modules = dict(network.named_modules())
-    # A weight that stands at several places cannot be scaled for one of them.
+    # A weight that is used at several places cannot be scaled for one of them.
     tied = tied_modules(network)
     return [
         (first, second)
@@ -170,10 +170,10 @@ def _operation(node: fx.Node, modules: dict[str, nn.Module]) -> str:
 
 
 def _keeps_channels_apart(first: nn.Module, second: nn.Module, between: list[str]) -> bool:
-    """Whether the first one's output channels are the second one's input channels, or blocks of its inputs."""
+    """Whether the first layer's output channels are the second one's input channels, or blocks of its inputs."""
     flattens = [name for name in between if name == "flatten"]
     if isinstance(first, nn.Linear):
-        # The channels are the last dimension, which pooling and flattening would mix.
+        # The channels are the last dimension, which pooling and flattening mix.
         return isinstance(second, nn.Linear) and not any("pool" in name or name == "flatten" for name in between)
     return bool(flattens) == isinstance(second, nn.Linear)
 
@@ -183,28 +183,28 @@ def _plain(layer: nn.Module) -> bool:
 
 
 def _is_float(layer: nn.Module | None) -> TypeGuard[nn.Linear | _ConvNd]:
-    """Whether its weight can be changed: that of a quantized layer is computed."""
+    """Whether a layer's weight can be changed; that of a quantized layer is computed."""
     return isinstance(layer, (_ConvNd, nn.Linear)) and not parametrize.is_parametrized(layer)
 
 
 @torch.no_grad()
 def equalise(network: nn.Module, *, pairs: Pairs | None = None, sweeps: int = 40) -> int:
-    r"""Give the channels between two layers equal weight ranges on both sides, in place; outputs stay the same.
+    r"""Equalise the weight ranges of the channels between two layers, in place; the outputs stay the same.
 
-    Each output channel of the first layer is divided by :math:`s_i = \sqrt{r^1_i / r^2_i}`, and the second one's
-    weights for it are multiplied by it, where :math:`r` are largest absolute weights. Only a positively homogeneous
-    function may lie between them.
+    Each output channel of the first layer is divided by :math:`s_i = \sqrt{r^1_i / r^2_i}`, and the second layer's
+    weights for it are multiplied by :math:`s_i`, where :math:`r` are the largest absolute weights. Only positively
+    homogeneous functions may lie between them.
 
     Args:
-        network: without BatchNorm between these layers.
-        pairs: of names; ``None``: `equalisable_pairs`.
-        sweeps: over all pairs, at most; chains need several until the ranges no longer change.
+        network: a network without BatchNorm between these layers.
+        pairs: pairs of names; ``None`` for `equalisable_pairs`.
+        sweeps: the largest number of sweeps over all pairs; chains need several until the ranges no longer change.
 
     Returns:
-        The number of sweeps that were made.
+        The number of sweeps.
 
     Raises:
-        InputError: a pair that does not fit, or a network that cannot be traced.
+        InputError: a pair does not fit, or the network cannot be traced.
 
     Nagel, van Baalen, Blankevoort, Welling: *Data-Free Quantization Through Weight Equalization and Bias Correction*,
     https://arxiv.org/abs/1906.04721
@@ -213,9 +213,9 @@ def equalise(network: nn.Module, *, pairs: Pairs | None = None, sweeps: int = 40
     modules, tied = dict(network.named_modules()), tied_modules(network)
     for first, second in pairs:
         if first not in modules or second not in modules or not (_plain(modules[first]) and _plain(modules[second])):
-            raise InputError(f"cannot equalise {first!r} and {second!r}: it takes two linear or conv layers in float")
+            raise InputError(f"cannot equalise {first!r} and {second!r}: both must be linear or conv layers in float")
         if {modules[first], modules[second]} & tied:
-            raise InputError(f"cannot equalise {first!r} and {second!r}: one has a weight that other layers use, too")
+            raise InputError(f"cannot equalise {first!r} and {second!r}: one shares its weight with another layer")
     for sweep in range(1, sweeps + 1):
         change = max((_equalise(modules[first], modules[second], first, second) for first, second in pairs), default=0)
         if change < 1e-7:
@@ -224,16 +224,16 @@ def equalise(network: nn.Module, *, pairs: Pairs | None = None, sweeps: int = 40
 
 
 def _equalise(first: Any, second: Any, *names: str) -> float:
-    """Equalise one pair, and tell by how much a factor was away from 1."""
+    """Equalise one pair, and return the largest deviation of a factor from 1."""
     reach = first.weight.abs().flatten(1).amax(dim=1)
     channels = len(reach)
     consumed = _by_input_channel(second, channels)
     if consumed is None:
         raise InputError(
-            f"cannot equalise {names[0]!r} with {channels} outputs and {names[1]!r}: its inputs are not theirs"
+            f"cannot equalise {names[0]!r} with {channels} outputs and {names[1]!r}, which has other inputs"
         )
     other = consumed.abs().amax(dim=1)
-    # A dead channel has nothing to share.
+    # A dead channel stays as it is.
     factor = torch.where((reach > 0) & (other > 0), (reach / other).sqrt(), 1)
     first.weight.div_(factor.reshape(-1, *[1] * (first.weight.ndim - 1)))
     if first.bias is not None:
@@ -248,12 +248,12 @@ def _equalise(first: Any, second: Any, *names: str) -> float:
 
 
 def _by_input_channel(layer: Any, channels: int) -> Tensor | None:
-    """A layer's weights that each of its input channels meets, ``(channels, ...)``; ``None`` if it has others."""
+    """A layer's weights for each of its input channels, ``(channels, ...)``; ``None`` if it has other channels."""
     weight: Tensor = layer.weight
     if isinstance(layer, nn.Linear):
         if layer.in_features % channels:
             return None
-        # What was flattened: every channel is a block of inputs.
+        # Flattened features: every channel is a block of inputs.
         return weight.reshape(len(weight), channels, -1).transpose(0, 1).flatten(1)
     if layer.in_channels != channels:
         return None
@@ -272,15 +272,15 @@ def _of_grouped(factor: Tensor, layer: _ConvNd) -> Tensor:
 
 @torch.no_grad()
 def correct_biases(network: nn.Module, reference: nn.Module, batches: Sequence[Any]) -> list[str]:
-    """Move the biases of a quantized network so that every layer's mean output is that of the float network, in place.
+    """Correct the biases of a quantized network, in place, so that every layer's mean output is the float network's.
 
-    One layer after the other, in the order in which they are first run, because each changes what the next ones get.
-    Both networks are in eval mode meanwhile. Layers without a bias are left alone: `fold_batch_norm` gives them one.
+    Layers are corrected in the order in which they first run, because each changes the inputs of the next ones. Both
+    networks run in eval mode. Layers without a bias are left alone: `fold_batch_norm` gives them one.
 
     Args:
         network: the quantized one, whose layers have the names of the reference's.
-        reference: the same in float.
-        batches: inputs from the training set: a tensor, or a tuple of arguments, each.
+        reference: the same network in float.
+        batches: inputs from the training set, each a tensor or a tuple of arguments.
 
     Returns:
         The names of the layers that were corrected.
@@ -293,7 +293,7 @@ def correct_biases(network: nn.Module, reference: nn.Module, batches: Sequence[A
     wanted = _mean_outputs(reference, _with_bias(reference), batches)
     layers = _with_bias(network)
     if not wanted or wanted.keys() - layers.keys():
-        raise InputError("bias correction needs two networks with the same linear or conv layers, and biases in them")
+        raise InputError("bias correction needs two networks with the same linear or conv layers, with biases")
     for name, mean in wanted.items():
         found = _mean_outputs(network, {name: layers[name]}, batches)
         bias: Any = layers[name].bias

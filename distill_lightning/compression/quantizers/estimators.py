@@ -1,4 +1,4 @@
-"""Quantizers that are trained through, as functions: LSQ, PACT, DoReFa, binary and ternary weights."""
+"""Quantizers for training, as functions: LSQ, PACT, DoReFa, binary and ternary weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from distill_lightning.functional.common import wide
 
 def round_straight_through(values: Tensor) -> Tensor:
     """The nearest integers, with the gradient of the identity."""
-    # Exact: an integer and the value that it was rounded from are close enough for their difference to be a float.
+    # Exact: an integer and the value that was rounded to it are so close that their difference is a float.
     return values + (values.round() - values).detach()
 
 
@@ -42,7 +42,7 @@ class _SignStraightThrough(torch.autograd.Function):
 
 
 def _sign(values: Tensor) -> Tensor:
-    """1 for zero, too, so that there are two values."""
+    """The sign, with 1 for zero, so that there are only two values."""
     return torch.where(values >= 0, torch.ones_like(values), -1)
 
 
@@ -77,17 +77,17 @@ def lsq(
         \frac{\partial \hat v}{\partial s} = \begin{cases} \lfloor v / s \rceil - v / s & -Q_N < v / s < Q_P \\
         -Q_N & v / s \le -Q_N \\ Q_P & v / s \ge Q_P \end{cases}
 
-    As in the paper the tensor is clipped before it is rounded, so what lies between the last level and half a step
-    beyond belongs to the clipped part; PyTorch's learnable fake quantization counts it to the inside. A symmetric
-    scheme has :math:`Q_N = Q_P`, one level less than the paper's.
+    As in the paper, the tensor is clipped before it is rounded, so values up to half a step beyond the last level count
+    as clipped; PyTorch's learnable fake quantization counts them as inside. A symmetric scheme has
+    :math:`Q_N = Q_P`, one level less than the paper.
 
     Args:
-        tensor: any shape.
-        scale: positive, ``(R, G)``.
-        scheme: a uniform one.
-        zero_point: integers ``(R, G)`` that shift :math:`Q_N` and :math:`Q_P`; ``None``: zeros.
-        factor: what the scale's gradient is multiplied by; ``None``: the paper's ``1 / sqrt(N * Q_P)``, with ``N``
-            entries to each scale.
+        tensor: a tensor of any shape.
+        scale: the positive scales, ``(R, G)``.
+        scheme: a uniform scheme.
+        zero_point: integers ``(R, G)`` that shift :math:`Q_N` and :math:`Q_P`; ``None`` for zeros.
+        factor: the factor of the scale's gradient; ``None`` for the paper's ``1 / sqrt(N * Q_P)``, with ``N`` entries
+            per scale.
 
     Esser, McKinstry, Bablani, Appuswamy, Modha: *Learned Step Size Quantization*, https://arxiv.org/abs/1902.08153
     """
@@ -100,7 +100,7 @@ def lsq(
 
 
 def lsq_start(weight: Tensor, scheme: Scheme) -> Tensor:
-    r"""The paper's first scale, :math:`2 \langle |v| \rangle / \sqrt{Q_P}`, ``(R, G)``."""
+    r"""The paper's initial scale, :math:`2 \langle |v| \rangle / \sqrt{Q_P}`, ``(R, G)``."""
     start = 2 * _group_means(to_rows(wide(weight.detach()), scheme).abs(), scheme) / math.sqrt(scheme.highest)
     return torch.where(start > 0, start, 1)
 
@@ -123,17 +123,17 @@ class _Pact(torch.autograd.Function):
 
 
 def pact(activations: Tensor, alpha: Tensor, *, bits: int) -> Tensor:
-    r"""PACT: activations cut off at a learned threshold and quantized below it.
+    r"""PACT: activations clipped at a learned threshold and quantized below it.
 
     .. math:: y = \mathrm{clip}(x, 0, \alpha), \qquad y_q = \lfloor y (2^k - 1) / \alpha \rceil \alpha / (2^k - 1)
 
-    The gradient of :math:`\alpha` is 1 where :math:`x \ge \alpha` and 0 elsewhere, that of :math:`x` 1 in between. The
-    paper adds an L2 penalty on :math:`\alpha`: that is weight decay of this parameter.
+    The gradient of :math:`\alpha` is 1 where :math:`x \ge \alpha` and 0 elsewhere; that of :math:`x` is 1 in between.
+    The paper's L2 penalty on :math:`\alpha` is weight decay of this parameter.
 
     Args:
-        activations: any shape.
+        activations: a tensor of any shape.
         alpha: the threshold, a positive scalar.
-        bits: of an activation.
+        bits: bits of an activation.
 
     Choi, Wang, Venkataramani, Chuang, Srinivasan, Gopalakrishnan: *PACT*, https://arxiv.org/abs/1805.06085
     """
@@ -152,7 +152,7 @@ def dorefa_activation(activations: Tensor, *, bits: int) -> Tensor:
 
 
 def dorefa_activation_codes(activations: Tensor, scheme: Scheme) -> Codes:
-    """The codes of what `dorefa_activation` gives; the scheme is an affine one per tensor."""
+    """The codes of what `dorefa_activation` returns; the scheme is affine per tensor."""
     values = wide(activations.detach())
     scale = values.new_full((1, 1), 1 / scheme.highest)
     steps = (values.clamp(0, 1) * scheme.highest).round()
@@ -160,11 +160,11 @@ def dorefa_activation_codes(activations: Tensor, scheme: Scheme) -> Codes:
 
 
 def dorefa_weight(weight: Tensor, *, bits: int) -> Tensor:
-    r"""DoReFa: weights squeezed by tanh, and rounded to ``2 ** bits`` levels from -1 to 1, of which none is zero.
+    r"""DoReFa: weights squashed by tanh, and rounded to ``2 ** bits`` levels from -1 to 1, none of which is zero.
 
     .. math:: 2\, \mathrm{quantize}_k \Big( \frac{\tanh w}{2 \max |\tanh w|} + \frac{1}{2} \Big) - 1
 
-    Only the rounding is straight-through; the gradient of the rest is its own.
+    Only the rounding is straight-through; the rest has its true gradient.
     """
     steps, scale, zero_point = _dorefa_steps(weight, bits)
     return ((round_straight_through(steps) - zero_point) * scale).to(weight.dtype)
@@ -175,7 +175,7 @@ def _dorefa_steps(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     squeezed = wide(weight).tanh()
     reach = squeezed.abs().max().clamp_min(torch.finfo(squeezed.dtype).tiny)
     one = squeezed.new_ones(1, 1)
-    # Divided twice: half of the smallest float would be none.
+    # Divided twice: half of the smallest float would be zero.
     return (squeezed / reach / 2 + 0.5) * levels, one * 2 / levels, one * levels / 2
 
 
@@ -183,9 +183,9 @@ def _dorefa_steps(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def binary(weight: Tensor, scheme: Scheme) -> Tensor:
-    r"""Binary-Weight-Networks: :math:`\alpha\, \mathrm{sign}(w)`, with :math:`\alpha = \langle |w| \rangle` of a row.
+    r"""Binary-Weight-Networks: :math:`\alpha\, \mathrm{sign}(w)`, with :math:`\alpha = \langle |w| \rangle` by row.
 
-    That :math:`\alpha` has the least squared error. Its own gradient is kept, the sign's is 1 where
+    This :math:`\alpha` has the least squared error. It keeps its own gradient; the gradient of the sign is 1 where
     :math:`|w| \le 1`.
 
     Rastegari, Ordonez, Redmon, Farhadi: *XNOR-Net*, https://arxiv.org/abs/1603.05279
@@ -199,12 +199,13 @@ def binary(weight: Tensor, scheme: Scheme) -> Tensor:
 def binary_connect(weight: Tensor, *, stochastic: bool = False, generator: torch.Generator | None = None) -> Tensor:
     r"""BinaryConnect: the weight's sign; or 1 with probability :math:`\mathrm{clip}((w + 1) / 2, 0, 1)`, else -1.
 
-    The gradient is straight-through where :math:`|w| \le 1`; the paper clips the weights to that after every step.
+    The gradient is straight-through where :math:`|w| \le 1`; the paper clips the weights to this range after every
+    step.
 
     Args:
         weight: any shape.
-        stochastic: whether signs are drawn.
-        generator: that draws; ``None``: PyTorch's own.
+        stochastic: whether signs are drawn at random.
+        generator: the generator for the draws; ``None`` for PyTorch's default.
 
     Courbariaux, Bengio, David: *BinaryConnect*, https://arxiv.org/abs/1511.00363
     """
@@ -213,7 +214,7 @@ def binary_connect(weight: Tensor, *, stochastic: bool = False, generator: torch
         return signs
     draws = torch.rand(weight.shape, generator=generator, device=weight.device, dtype=wide(weight).dtype)
     drawn = torch.where(draws < (wide(weight) + 1) / 2, 1, -1).to(weight.dtype)
-    # Moved by what is not differentiated, so that the sign's own gradient serves.
+    # Shifted by a constant, so that the sign's own gradient can be used.
     return signs + (drawn - signs).detach()
 
 
@@ -242,8 +243,9 @@ class _Ternary(torch.autograd.Function):
 def ternary(weight: Tensor, scheme: Scheme) -> Tensor:
     r"""Ternary weight networks: :math:`-\alpha, 0, \alpha`.
 
-    The threshold is :math:`0.7 \langle |w| \rangle` of each row, :math:`\alpha` the mean absolute value of those beyond
-    it, which is the best for them. The weights get the gradient of what they became, as the paper trains them.
+    The threshold is :math:`0.7 \langle |w| \rangle` of each row; :math:`\alpha` is the mean absolute value of the
+    weights beyond it, which is optimal for them. The weights get the gradient of their quantized values, as in the
+    paper.
 
     Li, Zhang, Liu: *Ternary Weight Networks*, https://arxiv.org/abs/1605.04711
     """
@@ -256,7 +258,7 @@ def ternary(weight: Tensor, scheme: Scheme) -> Tensor:
 
 def _replaced(values: Tensor, other: Tensor) -> Tensor:
     """Other values, exactly, with the gradient of the identity."""
-    # Zero, but it carries the gradient; adding it changes no value.
+    # A zero that carries the gradient; adding it does not change the values.
     return other.detach() + (values - values.detach())
 
 
@@ -273,14 +275,15 @@ def _ternary_steps(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 def ttq(weight: Tensor, positive: Tensor, negative: Tensor, *, threshold: float = 0.05) -> Tensor:
     r"""Trained ternary quantization: :math:`-W_n, 0, W_p`, both learned.
 
-    The threshold is that part of the largest absolute weight. :math:`W_p` gets the sum of the gradients of the weights
-    above it, :math:`W_n` minus that of those below; a weight gets its gradient times :math:`W_p`, 1 or :math:`W_n`.
+    The threshold is this fraction of the largest absolute weight. :math:`W_p` gets the sum of the gradients of the
+    weights above it, :math:`W_n` minus the sum for those below; a weight gets its gradient times :math:`W_p`, 1 or
+    :math:`W_n`.
 
     Args:
         weight: any shape.
         positive: :math:`W_p`, a scalar.
         negative: :math:`W_n`, a scalar.
-        threshold: that part.
+        threshold: the fraction.
 
     Zhu, Han, Mao, Dally: *Trained Ternary Quantization*, https://arxiv.org/abs/1612.01064
     """
@@ -290,7 +293,7 @@ def ttq(weight: Tensor, positive: Tensor, negative: Tensor, *, threshold: float 
 
 
 def ttq_start(weight: Tensor, *, threshold: float = 0.05) -> tuple[Tensor, Tensor]:
-    """The first two scales: the mean absolute value of the weights above the threshold, and of those below."""
+    """The initial scales: the mean absolute value of the weights above the threshold, and of those below."""
     values = wide(weight.detach())
     limit = threshold * values.abs().max()
     means = []
@@ -304,19 +307,19 @@ def ttq_start(weight: Tensor, *, threshold: float = 0.05) -> tuple[Tensor, Tenso
 
 
 def codes(weight: Tensor, scheme: Scheme, *, rule: RangeRule = "minmax") -> Codes:
-    """What a weight is quantized to; `dequantize` of it equals the function of the scheme's kind, bit for bit.
+    """The codes of a weight; `dequantize` of them equals the function of the scheme's kind, bit for bit.
 
     Args:
         weight: any shape.
-        scheme: any kind but ``"ttq"``, whose scales are learned (see `ttq_codes`). A learned or fixed grid of the
-            uniform kinds goes to `quantize` instead.
+        scheme: a scheme of any kind but ``"ttq"``, whose scales are learned (see `ttq_codes`). For a learned or fixed
+            grid of the uniform kinds, use `quantize`.
         rule: for the uniform kinds, see `find_range`.
 
     Raises:
         InputError: the kind is ``"ttq"``; or the weight has no range.
     """
     if scheme.kind == "ttq":
-        raise InputError("the scales of kind='ttq' are learned: take ttq_codes(weight, positive, negative)")
+        raise InputError("the scales of kind='ttq' are learned: use ttq_codes(weight, positive, negative)")
     if scheme.kind in ("symmetric", "affine", "pow2"):
         return quantize(weight, *weight_grid(weight, scheme, rule=rule), scheme)
     weight = weight.detach()
@@ -332,7 +335,7 @@ def codes(weight: Tensor, scheme: Scheme, *, rule: RangeRule = "minmax") -> Code
 
 
 def ttq_codes(weight: Tensor, positive: Tensor, negative: Tensor, *, threshold: float = 0.05) -> Codes:
-    """What `ttq` makes of a weight, as codes -1, 0 and 1."""
+    """The codes -1, 0 and 1 of what `ttq` makes of a weight."""
     values = wide(weight.detach())
     limit = threshold * values.abs().max()
     steps = (values > limit).to(torch.int8) - (values < -limit).to(torch.int8)

@@ -1,4 +1,4 @@
-"""Which range of values a grid spans: everything seen, or less where what is cut off costs less than a finer step."""
+"""The range of values that a grid spans: everything, or less if clipping costs less than a coarser step."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def weight_grid(
         weight: any shape.
         scheme: ``"symmetric"``, ``"affine"`` or ``"pow2"``.
         rule: see `find_range`.
-        percentile: likewise.
-        candidates: likewise.
-        check: whether to look for values that are not finite, which makes a device wait.
+        percentile: see `find_range`.
+        candidates: see `find_range`.
+        check: whether to check for values that are not finite, which waits for the device.
 
     Raises:
-        InputError: the weight is empty or holds a value that is not finite, or the rule is unknown.
+        InputError: the weight is empty or has a value that is not finite, or the rule is unknown.
     """
     rows = to_rows(wide(weight.detach()), scheme)
     if not rows.numel() or (check and not bool(rows.isfinite().all())):
@@ -65,20 +65,20 @@ def find_range(
 
     Args:
         values: ``(R, L)``.
-        scheme: what they will be quantized by.
+        scheme: the scheme by which they will be quantized.
         rule: ``"minmax"``: all of them. ``"percentile"``: without the largest absolute values; of an affine scheme,
             without half as many at either end. ``"mse"``: all of them times the one of ``candidates`` equally spaced
             factors up to 1 with the smallest squared error. ``"kl"``: up to the threshold whose histogram loses least
             information by quantization (Migacz, *8-bit Inference with TensorRT*, GTC 2017).
-        counts: how often each value occurs ``(R, L)``; ``None``: once.
-        percentile: how many values in a hundred remain.
-        candidates: how many factors are tried.
+        counts: how often each value occurs, ``(R, L)``; ``None`` for once.
+        percentile: percentage of the values that remain.
+        candidates: number of factors to try.
 
     Returns:
         The smallest and the largest value, ``(R,)`` each.
 
     Raises:
-        InputError: the rule is unknown, or an option has no meaning.
+        InputError: the rule is unknown, or an option is out of range.
     """
     if rule == "minmax" and counts is None:
         return torch.aminmax(values, dim=1)
@@ -142,7 +142,7 @@ def _kl_threshold(magnitudes: Tensor, counts: Tensor, low: Tensor, scheme: Schem
     width = torch.where(largest > 0, largest, 1) / _KL_BINS
     places = (magnitudes / width[:, None]).long().clamp_max(_KL_BINS - 1)
     histogram = counts.new_zeros(len(counts), _KL_BINS, dtype=torch.float64).scatter_add_(1, places, counts.double())
-    # An affine grid spends its codes on both signs unless there is but one.
+    # An affine grid spends its codes on both signs unless only one occurs.
     levels = scheme.highest + 1
     halved = (levels + 1) // 2 if scheme.kind == "affine" else levels
     best = largest.new_full((len(largest),), math.inf, dtype=torch.float64)
@@ -156,16 +156,16 @@ def _kl_threshold(magnitudes: Tensor, counts: Tensor, low: Tensor, scheme: Schem
 
 
 def kl_divergence_of_clipping(histogram: Tensor, kept: int, levels: int) -> Tensor:
-    """What a histogram of absolute values loses when it is cut off and quantized, in nats.
+    """The information that a histogram of absolute values loses when it is clipped and quantized, in nats.
 
     Args:
         histogram: counts ``(R, B)``.
-        kept: how many bins remain; what lies beyond is counted in the last of them.
-        levels: into how many equally wide levels they are merged. A level's count is spread evenly over those of its
-            bins in which there is something.
+        kept: number of bins that remain; values beyond them count in the last one.
+        levels: number of equally wide levels into which they are merged. A level's count is spread evenly over its
+            non-empty bins.
 
     Returns:
-        ``(R,)``; infinite where there are fewer bins than levels, which would merge nothing.
+        The divergence ``(R,)``; infinite if there are fewer bins than levels, which would merge nothing.
     """
     if kept < levels:
         return histogram.new_full((len(histogram),), math.inf)
@@ -178,23 +178,23 @@ def kl_divergence_of_clipping(histogram: Tensor, kept: int, levels: int) -> Tens
     bins = zeros.scatter_add(1, level, occupied)
     merged = occupied * (mass / bins.clamp_min(1)).gather(1, level)
     reference = clipped / clipped.sum(dim=1, keepdim=True)
-    # A last bin that only holds what was cut off has no counterpart; it costs much, but not infinitely.
+    # A last bin with clipped values only has no counterpart; it costs a lot, but not infinitely much.
     merged = (merged / merged.sum(dim=1, keepdim=True).clamp_min(1e-12)).clamp_min(1e-12)
     return torch.where(reference > 0, reference * (reference.clamp_min(1e-300) / merged).log(), 0).sum(dim=1)
 
 
 class Observer(nn.Module):
-    """Watches activations and tells the range that their grid should span, one for the whole tensor.
+    """Observes activations and finds the range that their grid should span, one for the whole tensor.
 
-    The histogram's bins are powers of two wide and begin at zero, so that they can be merged without loss when larger
-    values come: what is found depends neither on the order of the batches nor on how the samples are divided into them
-    (that of ``"ema"`` does).
+    The histogram's bins are powers of two wide and begin at zero, so they can be merged without loss when larger values
+    occur: the range depends neither on the order of the batches nor on how samples are divided into them (except for
+    ``"ema"``).
 
     Args:
         rule: ``"minmax"``, ``"percentile"``, ``"mse"`` or ``"kl"`` as in `find_range`, over everything seen; or
             ``"ema"``, a moving average of every batch's smallest and largest value.
         momentum: the newest batch's weight in that average.
-        percentile: how many values in a hundred remain.
+        percentile: percentage of the values that remain.
 
     Raises:
         InputError: the rule is unknown, or the momentum is not in (0, 1].
@@ -220,14 +220,14 @@ class Observer(nn.Module):
         self.register_buffer("high", torch.zeros(()))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
         if rule in ("percentile", "mse", "kl"):
-            # Not in checkpoints: what they end in is the range, and they are large.
+            # Not in checkpoints: they are large, and only the range is needed.
             self.register_buffer("counts", torch.zeros(2 * self.SIDE, dtype=torch.long), persistent=False)
-            # Below every float32 but the subnormal ones.
+            # Below every normal float32.
             self.register_buffer("exponent", torch.tensor(-140), persistent=False)
 
     @torch.no_grad()
     def forward(self, values: Tensor) -> Tensor:
-        """Look at a batch, of any shape, and hand it back."""
+        """Observe a batch of any shape, and return it unchanged."""
         if not values.numel():
             return values
         smallest, largest = (edge.to(self.low.dtype) for edge in torch.aminmax(values.detach()))
@@ -245,10 +245,12 @@ class Observer(nn.Module):
 
     def _count(self, values: Tensor) -> None:
         if not bool(values.isfinite().all()):
-            raise InputError(f"observer {self.rule!r} saw NaN or infinity: a network that gives them has no range")
+            raise InputError(
+                f"observer {self.rule!r} saw NaN or infinity, which have no range: check the network and its inputs"
+            )
         largest, exponent = values.abs().max(), int(self.exponent)
         needed = int(torch.frexp(largest / self.SIDE)[1]) if bool(largest > 0) else exponent
-        # All bins of one sign are one after this many.
+        # After this many mergers, all bins of one sign are one.
         for _ in range(min(max(needed - exponent, 0), 2 + self.SIDE.bit_length())):
             merged = self.counts.view(-1, 2).sum(dim=1)
             self.counts.zero_()[self.SIDE // 2 : 3 * self.SIDE // 2] = merged
@@ -265,7 +267,7 @@ class Observer(nn.Module):
         rule = self.rule
         counted = self.counts.any() if rule in ("percentile", "mse", "kl") else self.batches
         if not bool(counted):
-            raise InputError("an observer has seen nothing: run some training batches through the network first")
+            raise InputError("an observer has seen no activation: run some training batches through the network first")
         if rule not in ("percentile", "mse", "kl"):
             return self.low, self.high
         used = self.counts.nonzero()[:, 0]
@@ -273,5 +275,5 @@ class Observer(nn.Module):
         low, high = find_range(
             values[None], scheme, rule=rule, counts=self.counts[used][None], percentile=self.percentile
         )
-        # A bin's middle may lie beyond its values.
+        # The middle of a bin may lie beyond its values.
         return torch.maximum(low[0], self.low.clamp_max(0)), torch.minimum(high[0], self.high.clamp_min(0))

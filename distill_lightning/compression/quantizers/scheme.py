@@ -1,8 +1,8 @@
-"""What a quantized tensor is: integer codes, and a scale and a zero point for every group of its entries.
+"""Quantized tensors: integer codes, with a scale and a zero point for every group of entries.
 
-Shapes: a tensor is seen as ``R`` rows of ``L`` entries and ``G`` groups in each row. Per tensor that is one row and one
-group, per channel a row for each channel, and per group of ``n`` each row is cut into groups of ``n``, the last of
-which may be shorter. Scales and zero points are ``(R, G)``.
+Shapes: a tensor is treated as ``R`` rows of ``L`` entries with ``G`` groups in each row. Per tensor there is one row
+with one group, per channel one row for each channel, and per group of ``n`` each row is cut into groups of ``n``, the
+last of which may be shorter. Scales and zero points are ``(R, G)``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Kind = Literal["symmetric", "affine", "pow2", "dorefa", "binary", "binaryconnect
 UNIFORM: tuple[Kind, ...] = ("symmetric", "affine", "pow2")
 """Kinds with equally wide levels, of any number of bits."""
 FIXED_BITS = {"binary": 1, "binaryconnect": 1, "ternary": 2, "ttq": 2}
-"""Bits of the kinds that have no others."""
+"""The kinds with a fixed number of bits."""
 WHOLE_TENSOR = ("dorefa", "binaryconnect", "ttq")
-"""Kinds with one scale for all."""
+"""Kinds with one scale for the whole tensor."""
 WITHOUT_ZERO = ("binary", "binaryconnect", "dorefa")
-"""Kinds none of whose levels is zero."""
+"""Kinds without a level at zero."""
 _GROUP = re.compile(r"group:([1-9]\d*)")
 
 
@@ -35,15 +35,15 @@ class Scheme:
     """How a tensor is quantized, in plain values.
 
     Args:
-        bits: of a code: 2 to 8; 1 for the binary kinds, 2 for the ternary ones.
+        bits: bits of a code: 2 to 8; 1 for the binary kinds, 2 for the ternary ones.
         kind: ``"symmetric"`` (levels on both sides of zero, as many on each: ``-2 ** (bits - 1)`` is never used),
             ``"affine"`` (codes from 0, with a zero point), ``"pow2"`` (symmetric, every scale a power of two),
             ``"dorefa"``, ``"binary"`` (BWN), ``"binaryconnect"``, ``"ternary"`` (TWN), ``"ttq"``.
-        per: what has a scale of its own: ``"tensor"``, ``"channel"`` or ``"group:n"``.
-        axis: of the channels: 0, or 1 for transposed convolutions.
+        per: what has its own scale: ``"tensor"``, ``"channel"`` or ``"group:n"``.
+        axis: axis of the channels: 0, or 1 for transposed convolutions.
 
     Raises:
-        InputError: a value that is none of these, or ``per`` where the kind has one scale for the whole tensor.
+        InputError: a value is invalid, or ``per`` is given although the kind has one scale for the whole tensor.
     """
 
     bits: int = 8
@@ -58,7 +58,7 @@ class Scheme:
         if fixed is not None and self.bits != fixed:
             raise InputError(f"kind={self.kind!r} has codes of {fixed} bit: give bits={fixed}, not {self.bits}")
         if fixed is None and self.bits not in range(2, 9):
-            raise InputError(f"bits must be 2 to 8, got {self.bits}: for 1 bit take kind='binary'")
+            raise InputError(f"bits must be 2 to 8, got {self.bits}: for 1 bit use kind='binary'")
         if self.per not in ("tensor", "channel") and not _GROUP.fullmatch(self.per):
             raise InputError(f"per must be 'tensor', 'channel' or 'group:n' such as 'group:32', got {self.per!r}")
         if self.kind in WHOLE_TENSOR and self.per != "tensor":
@@ -68,7 +68,7 @@ class Scheme:
 
     @property
     def group(self) -> int | None:
-        """Entries of a group; ``None`` where a row is not cut."""
+        """Number of entries in a group; ``None`` if rows are not cut."""
         match = _GROUP.fullmatch(self.per)
         return int(match[1]) if match else None
 
@@ -85,7 +85,7 @@ class Scheme:
         return int(2**self.bits - 1)
 
     def describe(self) -> dict[str, Any]:
-        """The arguments that make this scheme again."""
+        """The arguments from which this scheme can be made again."""
         return asdict(self)
 
 
@@ -94,9 +94,9 @@ class Codes(NamedTuple):
 
     Attributes:
         values: the codes, in the tensor's shape: uint8 where none is negative, else int8.
-        scales: ``(R, G)``; of kind ``"ttq"`` ``(2, 1)``: that of the positive codes, and that of the negative ones.
-        zero_points: ``(R, G)``, the code of zero in the scales' type. Binary kinds and DoReFa have no zero: theirs lies
-            between two codes.
+        scales: ``(R, G)``; of kind ``"ttq"`` ``(2, 1)``: those of the positive and of the negative codes.
+        zero_points: ``(R, G)``, the code of zero, in the scales' type. In binary kinds and DoReFa it lies between two
+            codes, because they have no zero.
     """
 
     values: Tensor
@@ -105,10 +105,10 @@ class Codes(NamedTuple):
 
 
 def to_rows(tensor: Tensor, scheme: Scheme) -> Tensor:
-    """A tensor as ``(R, L)``.
+    """Reshape a tensor to rows ``(R, L)``.
 
     Raises:
-        InputError: the scheme is per channel or group and the tensor has one dimension only.
+        InputError: the scheme is per channel or group, but the tensor has only one dimension.
     """
     if scheme.per == "tensor":
         return tensor.reshape(1, -1)
@@ -118,7 +118,7 @@ def to_rows(tensor: Tensor, scheme: Scheme) -> Tensor:
 
 
 def from_rows(rows: Tensor, shape: torch.Size, scheme: Scheme) -> Tensor:
-    """The inverse of `to_rows`: ``(R, L)`` in the tensor's shape."""
+    """The inverse of `to_rows`: reshape ``(R, L)`` to the tensor's shape."""
     if scheme.per == "tensor":
         return rows.reshape(shape)
     others = [size for place, size in enumerate(shape) if place != scheme.axis]
@@ -135,28 +135,28 @@ def cut(rows: Tensor, scheme: Scheme) -> list[Tensor]:
 
 
 def over_entries(per_group: Tensor, length: int, scheme: Scheme) -> Tensor:
-    """Repeat ``(R, G)`` over the entries of its groups: what broadcasts against ``(R, L)``."""
+    """Repeat ``(R, G)`` over the entries of the groups, so that it broadcasts with ``(R, L)``."""
     size = scheme.group
     return per_group if size is None else per_group.repeat_interleave(size, dim=1)[:, :length]
 
 
 def grid(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """The scale and zero point of a range, which is first widened so that it holds zero.
+    """The scale and zero point of a range, which is first widened to include zero.
 
     Args:
         low: smallest values, any shape.
         high: largest values, the same shape.
-        scheme: ``"symmetric"``, ``"affine"`` or ``"pow2"``, whose scale is rounded up, so nothing is cut off.
+        scheme: ``"symmetric"``, ``"affine"`` or ``"pow2"``, whose scale is rounded up, so nothing is clipped.
 
     Returns:
-        Two tensors of that shape. An empty range has scale 1.
+        Scale and zero point, two tensors of that shape. An empty range has scale 1.
     """
     low, high = low.clamp_max(0), high.clamp_min(0)
     reach = high - low if scheme.kind == "affine" else torch.maximum(-low, high)
     scale = reach / (scheme.highest - (scheme.lowest if scheme.kind == "affine" else 0))
     if scheme.kind == "pow2":
         mantissa, exponent = torch.frexp(scale)
-        # A power of two has mantissa 0.5, and is its own next one.
+        # A power of two has mantissa 0.5, and is not rounded up.
         scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
     scale = torch.where(reach > 0, scale.clamp_min(torch.finfo(scale.dtype).tiny), 1)
     if scheme.kind != "affine":
@@ -171,7 +171,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         steps = (rows / scale).round()
         ctx.save_for_backward((steps >= low) & (steps <= high))
-        # Plus zero: what is rounded to -0.0 has the code of 0.0.
+        # Plus zero: -0.0 after rounding has the same code as 0.0.
         return (steps.clamp(low, high) + 0.0) * scale
 
     @staticmethod
@@ -181,17 +181,17 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def fake_quantize(tensor: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
-    r"""A tensor rounded to a grid, in its own type.
+    r"""Round a tensor to a grid, in its own type.
 
     .. math:: s \cdot \big( \mathrm{clip}(\lfloor x / s \rceil + z, q_{min}, q_{max}) - z \big)
 
-    The gradient is straight-through: 1 where the rounded value is a level, 0 where it was cut off.
+    The gradient is straight-through: 1 where the rounded value is a level, 0 where it was clipped.
 
     Args:
-        tensor: any shape.
+        tensor: a tensor of any shape.
         scale: ``(R, G)``.
         zero_point: ``(R, G)``, integers.
-        scheme: a uniform one.
+        scheme: a uniform scheme.
     """
     rows = to_rows(wide(tensor), scheme)
     scale = over_entries(scale, rows.shape[1], scheme)
@@ -204,10 +204,10 @@ def quantize(tensor: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) 
     """The codes of a tensor on a given grid; `dequantize` of them equals `fake_quantize`, bit for bit.
 
     Args:
-        tensor: any shape.
+        tensor: a tensor of any shape.
         scale: ``(R, G)``.
         zero_point: ``(R, G)``, integers.
-        scheme: a uniform one.
+        scheme: a uniform scheme.
     """
     rows = to_rows(wide(tensor.detach()), scheme)
     steps = (rows / over_entries(scale, rows.shape[1], scheme)).round()
@@ -216,17 +216,17 @@ def quantize(tensor: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) 
 
 
 def as_codes(values: Tensor, scheme: Scheme) -> Tensor:
-    """Integers in the type that codes of this scheme have."""
+    """Convert integers to the type of this scheme's codes."""
     return values.to(torch.int8 if scheme.lowest < 0 else torch.uint8)
 
 
 def dequantize(codes: Codes, scheme: Scheme, *, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor that codes stand for, ``(code - zero point) * scale``.
+    """The tensor that codes represent, ``(code - zero point) * scale``.
 
     Args:
-        codes: of the scheme.
-        scheme: the one that they were made by.
-        dtype: of the result; ``None``: that of the scales.
+        codes: codes of the scheme.
+        scheme: the scheme with which they were made.
+        dtype: type of the result; ``None`` for that of the scales.
     """
     rows = to_rows(codes.values.to(codes.scales.dtype), scheme)
     if scheme.kind == "ttq":

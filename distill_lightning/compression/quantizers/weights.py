@@ -1,7 +1,7 @@
-"""Weights that are quantized whenever they are used, as parametrizations of layers.
+"""Parametrizations of layers that quantize weights whenever they are used.
 
-The layer keeps its float weight as ``parametrizations.<name>.original``, which is what trains; optimisers that hold it
-go on working. Learned scales are new parameters: build the optimiser after quantizing.
+The layer keeps its float weight as ``parametrizations.<name>.original``, which is trained; optimisers that hold it
+keep working. Learned scales are new parameters: build the optimiser after quantizing.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight
 
 
 class WeightQuantizer(nn.Module):
-    """A weight as its quantized values, for `torch.nn.utils.parametrize`.
+    """Replaces a weight by its quantized values, for `torch.nn.utils.parametrize`.
 
     Args:
-        weight: the one that it is for; its values start the scales.
-        scheme: what it becomes.
+        weight: the weight to quantize; its values initialise the scales.
+        scheme: the scheme.
         estimator: of uniform kinds, ``"ste"``: the grid follows from the weight by ``rule``, or ``"lsq"``: scales are
             learned.
-        rule: see `find_range`. With ``"minmax"`` the grid follows the weight at every use; the others are too slow for
-            that, and keep the grid that the weight has now. With 2 or 3 bits take ``"mse"`` or LSQ: a range that holds
+        rule: see `find_range`. With ``"minmax"`` the grid follows the weight at every use; the other rules are too slow
+            for that and keep the grid of the given weight. With 2 or 3 bits use ``"mse"`` or LSQ: a range that contains
             everything leaves most weights at zero.
-        stochastic: of ``"binaryconnect"``, whether signs are drawn in train mode.
-        calibrate: ``False`` leaves scales at 1, for a state dict that is loaded afterwards.
+        stochastic: for ``"binaryconnect"``, whether signs are drawn in train mode.
+        calibrate: whether scales are initialised; ``False`` leaves them at 1 for a state dict that is loaded later.
 
     Raises:
-        InputError: the estimator is unknown or not for this kind of scheme, ``stochastic`` is neither, or the weight
-            has no range.
+        InputError: the estimator is unknown, the estimator or ``stochastic`` is not for this kind of scheme, or the
+            weight has no range.
     """
 
     scale: Tensor
@@ -83,7 +83,7 @@ class WeightQuantizer(nn.Module):
         elif estimator == "lsq":
             self.scale = nn.Parameter(lsq_start(weight, scheme))
         elif scheme.kind in UNIFORM and rule != "minmax":
-            # Min-max alone tells the shapes; the other rules may take long.
+            # Min-max is enough for the shapes; the other rules may take long.
             scale, zero_point = weight_grid(weight, scheme, rule=rule if calibrate else "minmax")
             self.register_buffer("scale", scale)
             self.register_buffer("zero_point", zero_point)
@@ -108,10 +108,10 @@ class WeightQuantizer(nn.Module):
         return levels
 
     def codes(self, weight: Tensor) -> Codes:
-        """What stands for the values of `forward` in eval mode.
+        """The codes of what `forward` returns in eval mode.
 
         Args:
-            weight: the float one.
+            weight: the float weight.
         """
         if self.scheme.kind == "ttq":
             return ttq_codes(weight, self.positive, self.negative)
@@ -123,7 +123,7 @@ class WeightQuantizer(nn.Module):
         return quantize(weight, *self._grid(weight), self.scheme)
 
     def describe(self) -> dict[str, Any]:
-        """Plain values that `rebuild` makes the same structure from."""
+        """Plain values from which `rebuild` makes the same structure."""
         return {
             "scheme": self.scheme.describe(),
             "estimator": self.estimator,
@@ -132,7 +132,7 @@ class WeightQuantizer(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        """What the module prints as."""
+        """The scheme and estimator, shown when the module is printed."""
         return f"{self.scheme.bits} bit {self.scheme.kind}, per {self.scheme.per}, {self.estimator}"
 
     def _grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,15 +141,15 @@ class WeightQuantizer(nn.Module):
         return weight_grid(weight, self.scheme, check=False)
 
     def _learned_scale(self) -> Tensor:
-        # A step of the optimiser may carry it across zero.
+        # An optimiser step may carry it across zero.
         return self.scale.abs().clamp_min(torch.finfo(self.scale.dtype).tiny)
 
 
 def weight_names(layer: nn.Module) -> list[str]:
     """The parameters of a layer that are its weights, without those of its children.
 
-    Linear, convolutional and embedding layers have ``weight``; recurrent ones those of every layer and direction;
-    attention its input projections (its output projection is a layer of its own). Others have none.
+    Linear, convolutional and embedding layers have ``weight``; recurrent layers have those of every layer and
+    direction; attention has its input projections (the output projection is a separate layer). Others have none.
     """
     own = [name for name, _ in layer.named_parameters(recurse=False)]
     own += _parametrized(layer)
@@ -162,7 +162,7 @@ def weight_names(layer: nn.Module) -> list[str]:
 
 
 def channel_axis(layer: nn.Module) -> int:
-    """The weight's dimension that is the output's: 1 of transposed convolutions, else 0."""
+    """The dimension of a weight's output channels: 1 for transposed convolutions, otherwise 0."""
     return int(isinstance(layer, _ConvTransposeNd))
 
 
@@ -177,21 +177,21 @@ def quantize_weights(
 ) -> list[str]:
     """Quantize the weights of a layer, in place; see `WeightQuantizer`.
 
-    Collect the layers of a network before the first of them is quantized: quantizers are modules, too.
+    Collect the layers of a network before quantizing the first of them: quantizers are modules, too.
 
     Args:
-        layer: one that `weight_names` knows.
-        scheme: what they become.
+        layer: a layer that `weight_names` knows.
+        scheme: the scheme of the weights.
         estimator: see `WeightQuantizer`.
-        rule: likewise.
-        stochastic: likewise.
-        names: which of them; ``None``: all.
+        rule: see `WeightQuantizer`.
+        stochastic: see `WeightQuantizer`.
+        names: names of the weights; ``None`` for all.
 
     Returns:
-        Their names.
+        The names of the weights.
 
     Raises:
-        InputError: the layer has no such weight, or it is quantized already.
+        InputError: the layer has no such weight, or the weight is quantized already.
     """
     known = weight_names(layer)
     chosen = known if names is None else list(names)
@@ -210,22 +210,22 @@ def quantize_weights(
 
 
 def describe(layer: nn.Module) -> dict[str, Any]:
-    """The quantized weights of a layer by name, in plain values; empty where there are none."""
+    """The quantized weights of a layer by name, in plain values; empty if there are none."""
     return {name: quantizer.describe() for name, quantizer in _quantizers(layer).items()}
 
 
 def rebuild(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module:
-    """Make a float layer the structure that `describe` told of, in place; its state dict then loads strictly.
+    """Give a float layer the described structure, in place; the described layer's state dict then loads strictly.
 
     Args:
-        layer: as it was before quantization.
-        description: of the quantized one.
+        layer: the layer before quantization.
+        description: what `describe` returned for the quantized layer.
 
     Returns:
         The layer.
 
     Raises:
-        InputError: it has no weight of that name.
+        InputError: the layer has no weight of that name.
     """
     for name, told in description.items():
         if name not in weight_names(layer):
@@ -245,9 +245,9 @@ def weight_codes(layer: nn.Module) -> dict[str, tuple[Codes, Scheme]]:
 
 @torch.no_grad()
 def bake(layer: nn.Module) -> list[str]:
-    """Put the quantized values in place of the float weights, for good, and remove the quantizers.
+    """Replace the float weights by the quantized values for good, and remove the quantizers.
 
-    Of layers that share a weight the next one would round what this one has rounded: `recipe.bake` takes a network.
+    If layers share a weight, the next one would round it again: use `recipe.bake` for a whole network.
 
     Returns:
         The names of the weights, which are parameters of the same shapes as before quantization.

@@ -1,4 +1,4 @@
-"""Compression steps: plain descriptions of what is done when and where, for YAML and for Python."""
+"""Compression steps: plain descriptions of what is done, when and where, for YAML and for Python."""
 
 from distill_lightning.compression.steps.base import At, Order, Step
 from distill_lightning.compression.steps.encode import Encode

@@ -1,4 +1,4 @@
-"""What every compression step has: when, where, and for how long."""
+"""The base of all compression steps: when, where and for how long."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from distill_lightning.compression.workpiece import Workpiece
 from distill_lightning.errors import InputError
 
 At = int | float | Literal["start", "end"]
-"""An epoch, a fraction of all epochs, the first epoch's beginning, or the last one's end."""
+"""An epoch, a fraction of all epochs, the beginning of the first epoch, or the end of the last one."""
 
 
 class Order(IntEnum):
-    """What has to come before what; equal ones may stand in any order."""
+    """The order of steps: smaller values come first, and equal ones may come in any order."""
 
     STRUCTURE = 1
     MASKS = 2
@@ -27,24 +27,24 @@ class Order(IntEnum):
 
 
 class Step(ABC):
-    """One entry of the list of steps, a plain description: what it has learned on the way is in the `Workpiece`.
+    """One entry of the list of steps: a plain description, while the network and all results are in the `Workpiece`.
 
-    A step's phase begins where ``at`` says and lasts ``finetune_epochs``, in which the network trains under it. In turn
-    are called `begin`, then `update` after every optimiser step of the phase, and `finish` at its end.
+    A step's phase begins at ``at`` and lasts ``finetune_epochs``, during which the network trains under the step.
+    `begin` is called first, then `update` after every optimiser step of the phase, and `finish` at its end.
 
     Args:
         at: when the phase begins: an epoch, a fraction of all epochs, ``"start"`` or ``"end"``; ``None``: when the
-            phase before ends.
-        targets: which layers, see `targets.Targets`; ``None``: all that it can work on.
-        exclude: layers to leave out of these.
+            previous phase ends.
+        targets: the layers to work on, see `targets.Targets`; ``None`` for all that the step can work on.
+        exclude: layers to leave out, see `targets.Targets`.
         finetune_epochs: epochs of training in the phase.
 
     Raises:
-        InputError: an ``at`` that is none of these, or negative epochs.
+        InputError: an invalid ``at``, or negative epochs.
     """
 
     recalibrates: ClassVar[bool] = True
-    """Whether BatchNorm's statistics are measured anew after it has changed something."""
+    """Whether BatchNorm's statistics are measured anew after the step has changed something."""
 
     def __init__(
         self,
@@ -69,53 +69,53 @@ class Step(ABC):
 
     @property
     def order(self) -> Order | None:
-        """What it does, which decides where it may stand; ``None``: anywhere. Mostly a class attribute."""
+        """The step's place in the order of steps; ``None`` for any. Usually a class attribute."""
         return None
 
     @property
     def latest_after(self) -> Order | None:
-        """The last of what it can come after; ``None``: anything."""
+        """The last kind of step that may come before this one; ``None`` for any."""
         return self.order
 
     @property
     def rewinds_to(self) -> int | None:
-        """The epoch whose network it goes back to; ``None``: to none."""
+        """The epoch to whose network the step rewinds; ``None`` for none."""
         return None
 
     @property
     def gives_other_parameters(self) -> bool:
-        """Whether the network has other parameters from then on, or for a while."""
+        """Whether the step gives the network other parameters, for good or during its phase."""
         return self.order in (Order.STRUCTURE, Order.VALUES)
 
     @property
     def changes_at_end(self) -> bool:
-        """Whether it gives the network other parameters when its phase ends, not only when it begins."""
+        """Whether the step gives the network other parameters also when its phase ends, not only when it begins."""
         return False
 
     def watch_epoch(self, piece: Workpiece, epoch: int) -> None:  # noqa: B027  (most have nothing to do)
-        """See the network at the beginning of every epoch until the phase begins, of that one, too. Here: nothing."""
+        """Called at the beginning of every epoch up to that in which the phase begins. Does nothing here."""
 
     @abstractmethod
     def begin(self, piece: Workpiece) -> None:
-        """Do what is to be done before the phase's first training step."""
+        """Called before the phase's first training step."""
 
     def update(self, piece: Workpiece, *, step: int, steps: int) -> None:  # noqa: B027  (most have nothing to do)
-        """Go on, after ``step`` of the phase's ``steps`` optimiser steps (from 1). Here: nothing."""
+        """Called after optimiser step ``step`` (from 1) of the phase's ``steps``. Does nothing here."""
 
     def penalty(self, piece: Workpiece, *, step: int, steps: int) -> Tensor | None:
-        """What is added to the loss after ``step`` steps (from 0), a scalar with a graph. Here: nothing."""
+        """What is added to the loss after ``step`` steps (from 0), a scalar with a graph. Here ``None``."""
         return None
 
-    def finish(self, piece: Workpiece) -> None:  # noqa: B027  (likewise)
-        """Do what is to be done after the phase's last training step. Here: nothing."""
+    def finish(self, piece: Workpiece) -> None:  # noqa: B027  (most have nothing to do)
+        """Called after the phase's last training step. Does nothing here."""
 
     def reason_to_train(self) -> str | None:
-        """Why the step is of no use without ``finetune_epochs``; ``None``: it is."""
+        """Why the step needs ``finetune_epochs``; ``None`` if it does not."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know of a phase that waits or is under way: tensors and plain values."""
+        """What a resumed run needs of a phase that waits or has begun: tensors and plain values."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  (likewise)
-        """Take what `state_dict` gave."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  (most have nothing to do)
+        """Load what `state_dict` returned."""

@@ -1,4 +1,4 @@
-"""How much of a network a step works on: one that goes past most weights without a word is of no use."""
+"""The share of a network that a step works on: a step must not silently skip most of the weights."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from distill_lightning.errors import InputError
 def check_coverage(
     piece: Workpiece, step: object, weights: Iterable[str], *, targets: Targets | None, refuse: bool = True
 ) -> None:
-    """Note which share of the network's weights a step works on.
+    """Note the share of the network's weights that a step works on.
 
     Args:
-        piece: whose network it is; all parameters of two or more dimensions count, tied ones once.
-        step: for the messages.
-        weights: dotted names of those that it works on, as the layers have them.
-        targets: of the step; where someone has named the layers, nothing is said.
-        refuse: whether less than half is an error.
+        piece: the workpiece; all parameters of two or more dimensions count, tied ones once.
+        step: the step, for the messages.
+        weights: dotted names of the weights that it works on, as the layers have them.
+        targets: targets of the step; if they name the layers, nothing is noted.
+        refuse: whether a share below one half is an error.
 
     Raises:
-        InputError: it is, and nobody has named these layers.
+        InputError: the share is below one half, and the layers were not named.
     """
     if targets is not None:
         return
@@ -35,14 +35,14 @@ def check_coverage(
     covered = sum(dict(known[name] for name in weights if name in known).values())
     share = f"{covered / total:.0%} of {type(piece.network).__name__}'s weights"
     if refuse and 2 * covered < total:
-        raise InputError(f"{step!r} would work on {share} alone: name the layers as targets if that is what you want")
+        raise InputError(f"{step!r} would only work on {share}: name the layers as targets if that is what you want")
     piece.note(f"{step!r} works on {share}")
 
 
 def _weights_of(network: nn.Module) -> dict[str, tuple[object, int]]:
-    """By name of all parameters of two or more dimensions what tied ones have in common, and their number of entries.
+    """All parameters of two or more dimensions by name: what tied ones have in common, and the number of entries.
 
-    Those that are computed count as they are used, with their whole size.
+    Computed weights count with the size in which they are used.
     """
     found: dict[str, tuple[object, int]] = {}
     for path, module in network.named_modules():
@@ -52,6 +52,6 @@ def _weights_of(network: nn.Module) -> dict[str, tuple[object, int]]:
         for name in [name for name, _ in module.named_parameters(recurse=False)] + list(computed):
             whole, tensor = f"{path}.{name}" if path else name, getattr(module, name)
             if tensor.ndim > 1:
-                # A computed one lives no longer than this loop, and another may get its id.
+                # A computed weight does not outlive this loop, and another may get its id.
                 found[whole] = whole if name in computed else id(tensor), tensor.numel()
     return found

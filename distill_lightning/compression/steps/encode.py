@@ -1,4 +1,4 @@
-"""The bytes of a packed file, coded without loss."""
+"""The step that codes the bytes of a packed file without loss."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from distill_lightning.errors import InputError
 
 
 class Encode(Step):
-    """Packed files of the network are coded on top, wherever that makes them smaller. No weight changes.
+    """Codes the bytes of the network's packed files wherever that makes them smaller. No weight changes.
 
     Args:
         method: ``"deflate"`` (zlib) or ``"huffman"``.
         at: see `Step`.
 
     Raises:
-        InputError: another method.
+        InputError: the method is unknown.
     """
 
     order = Order.STORAGE
@@ -32,5 +32,5 @@ class Encode(Step):
         return f"Encode {self.method}"
 
     def begin(self, piece: Workpiece) -> None:
-        """Have files coded from now on."""
+        """Code files from now on."""
         piece.coding = self.method

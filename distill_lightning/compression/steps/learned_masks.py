@@ -1,4 +1,4 @@
-"""Masks that are learned in a phase, put on, set and taken off by the steps that prune with them."""
+"""Masks that are learned in a phase; steps that prune with them put them on, set them and take them off."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from distill_lightning.compression.selection import Scope
 from distill_lightning.compression.workpiece import Workpiece
 
 Places = dict[str, list[str]]
-"""The order of the parameters of layers, by path."""
+"""The order of layers' parameters, by path."""
 _PAST = -1e9
-"""The score of what had been pruned before, which no other falls below: it counts in the amount, and stays pruned."""
+"""The score of weights that were pruned before, below every other: they count towards the amount and stay pruned."""
 
 
 def put_on(piece: Workpiece, paths: Sequence[str], kind: movement.Kind, **options: str | float) -> Places:
-    """Put learned masks on weights, see `movement.learn`; masks in force go on under the new names.
+    """Put learned masks on weights, see `movement.learn`; existing masks are kept under the new paths.
 
     Returns:
-        What `take_off` has to know.
+        What `take_off` needs.
     """
     layers = dict.fromkeys(split_path(path)[0] for path in paths)
     places = {layer: list(_parameters(piece.network, layer)) for layer in layers}
@@ -34,7 +34,7 @@ def put_on(piece: Workpiece, paths: Sequence[str], kind: movement.Kind, **option
 
 
 def set_amount(network: nn.Module, paths: Sequence[str], amount: float | Mapping[str, float], *, scope: Scope) -> None:
-    """Set how much movement masks prune, or the threshold of soft ones; see `movement.set_amount`."""
+    """Set the amount of movement masks, or the threshold of soft ones; see `movement.set_amount`."""
     masks = {path: mask for path, mask in movement.learned(network).items() if path in paths}
     hard = any(isinstance(mask, movement.TopK) for mask in masks.values())
     if hard and not isinstance(amount, Mapping):
@@ -46,9 +46,9 @@ def set_amount(network: nn.Module, paths: Sequence[str], amount: float | Mapping
 
 
 def take_off(piece: Workpiece, paths: Sequence[str], places: Places) -> None:
-    """Have the weights be plain parameters again, in their old places, and what is zero in them stay so."""
+    """Make the weights plain parameters again, in their old places, and keep their zeros."""
     masks = movement.bake(piece.network)
-    # An optimiser's state dict knows parameters by their order alone.
+    # An optimiser's state dict identifies parameters only by their order.
     for layer, names in places.items():
         parameters = _parameters(piece.network, layer)
         for name in names:
@@ -62,7 +62,7 @@ def take_off(piece: Workpiece, paths: Sequence[str], places: Places) -> None:
 
 
 def _parameters(network: nn.Module, layer: str) -> dict[str, nn.Parameter | None]:
-    return network.get_submodule(layer)._parameters  # noqa: SLF001  # the only way to their order
+    return network.get_submodule(layer)._parameters  # noqa: SLF001  # the only access to their order
 
 
 def _inner(path: str) -> str:

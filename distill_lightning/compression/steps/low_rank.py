@@ -1,4 +1,4 @@
-"""The step that puts factors in the place of weights."""
+"""The step that replaces weights by factors."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _FACTORS = (
 
 
 class LowRank(Step):
-    """Factors in the place of weights: of `Linear`, `Conv2d`, `Embedding`, `LSTM`, `GRU` and `RNN`, see `factorize`.
+    """Replaces weights of `Linear`, `Conv2d`, `Embedding`, `LSTM`, `GRU` and `RNN` by factors, see `factorize`.
 
-    With ``targets`` a layer that cannot be factored is an error; without, it is left out, and the report says why:
-    grouped convolutions, layers that share a weight with another one, budgets that not even rank 1 keeps. A layer that
-    stands at several places is factored as the one that it is. Factors of recurrent layers save bytes, and neither time
-    nor multiply-accumulates. Convolutions over one or three dimensions and transposed ones are left alone.
+    With ``targets``, a layer that cannot be factored is an error; without, it is left out, and the report says why:
+    grouped convolutions, layers that share a weight with another one, and budgets that even rank 1 exceeds. A layer at
+    several places is factored once. Factors of recurrent layers save bytes, but neither time nor multiply-accumulates.
+    Convolutions over one or three dimensions and transposed convolutions are left alone.
 
     ::
 
@@ -46,24 +46,25 @@ class LowRank(Step):
 
     Args:
         rank: how many components are kept: a number, a fraction of full rank, ``"energy:0.9"``, ``"params:0.5"``,
-            ``"macs:0.5"`` or ``"evbmf"``; see `rank_rule`. Budgets are each layer's own.
+            ``"macs:0.5"`` or ``"evbmf"``; see `rank_rule`. Budgets apply to each layer.
         method: ``"svd"`` (of a convolution by channel), ``"svd_spatial"``, ``"tucker2"``, ``"cp"`` or ``"tt"``, for the
-            layers that have it; or one for each class of layers by name, and the other classes are left alone.
+            layers that have it; or one for each class of layers by name; other classes are then left alone.
         data_aware: linear layers and convolutions with ``"svd"`` approximate their outputs on the calibration data
             instead of their weights; other layers their weights.
-        damping: of the inputs' second moment then, see `whitened_svd`, not negative; ``None``: 0.01.
-        only_if_smaller: leave a layer as it is where factors would have no fewer weights.
-        parts: cores of a tensor train of a linear layer or an embedding; ``None``: 3.
-        convert_attention: first replace every `nn.MultiheadAttention` by an `Attention` of linear layers, which can be
-            factored; inside PyTorch's own they cannot.
+        damping: damping of the inputs' second moment for ``data_aware``, not negative, see `whitened_svd`; ``None`` for
+            0.01.
+        only_if_smaller: whether to leave a layer as it is if the factors would not have fewer weights.
+        parts: number of cores in the tensor train of a linear layer or an embedding; ``None`` for 3.
+        convert_attention: whether to replace every `nn.MultiheadAttention` first by an `Attention`, whose linear layers
+            can be factored.
         at: see `Step`.
-        targets: likewise.
-        exclude: likewise.
-        finetune_epochs: likewise.
+        targets: see `Step`.
+        exclude: see `Step`.
+        finetune_epochs: see `Step`.
 
     Raises:
-        InputError: an unknown method or class, a rank that is none, a method that nothing is data-aware with, or
-            ``damping`` or ``parts`` that would do nothing.
+        InputError: the method, class or rank is invalid, ``data_aware`` does not fit the method, or ``damping`` or
+            ``parts`` would have no effect.
     """
 
     order = Order.STRUCTURE
@@ -89,9 +90,9 @@ class LowRank(Step):
         trains = any(name == "tt" and kind is not nn.Conv2d for kind, name in self._methods.items())
         for wrong, message in (
             (parts is not None and parts < 2, f"parts must be at least 2, got {parts}"),
-            (parts is not None and not trains, f"parts is of method 'tt' of Linear and Embedding, not of {method!r}"),
+            (parts is not None and not trains, f"parts is for method 'tt' of Linear and Embedding, not {method!r}"),
             (damping is not None and damping < 0, f"damping must not be negative, got {damping}"),
-            (damping is not None and not data_aware, "damping is of data_aware=True: give it, or leave damping out"),
+            (damping is not None and not data_aware, "damping is for data_aware=True: set it, or leave damping out"),
         ):
             if wrong:
                 raise InputError(f"LowRank: {message}")
@@ -102,7 +103,7 @@ class LowRank(Step):
             raise InputError(f"LowRank: data_aware=True is for method 'svd' of Linear and Conv2d, not for {method!r}")
 
     def begin(self, piece: Workpiece) -> None:
-        """Factor the layers, all of them as the network is now."""
+        """Factor the layers, all of them from the current network."""
         network = piece.network
         if self.convert_attention and any(isinstance(module, nn.MultiheadAttention) for module in network.modules()):
             if isinstance(network, nn.MultiheadAttention):
@@ -121,7 +122,7 @@ class LowRank(Step):
         for path, one in factored.items():
             piece.note(f"{path}: {one.note}")
         if not made:
-            piece.note(f"{self!r} has factored no layer: no factors were smaller, or within the budget")
+            piece.note(f"{self!r} has factored no layer: no factors were smaller or within the budget")
             return
         for path, layer in made.items():
             low_rank.replace_layer(network, path, layer)
@@ -156,7 +157,7 @@ class LowRank(Step):
         return free
 
     def _factored(self, piece: Workpiece, path: str, input_size: Sequence[int] | None) -> low_rank.Factored | None:
-        """A layer's factors; ``None``: it has none."""
+        """The factors of a layer, or ``None`` if it has none."""
         layer = piece.network.get_submodule(path)
         method = self._methods[type(layer)]
         moment: Tensor | None = None
@@ -183,7 +184,7 @@ class LowRank(Step):
             raise type(error)(f"{path}: {error}") from error
 
     def _input_sizes(self, piece: Workpiece, paths: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Height and width of what each convolution is given, the largest where it runs several times."""
+        """Height and width of each convolution's input; the largest if it runs several times."""
         if low_rank.rank_rule(self.rank).kind != "macs":
             return {}
         sizes: dict[str, tuple[int, int]] = {}
@@ -209,18 +210,19 @@ class LowRank(Step):
 
 
 def _methods_of(method: Method | Mapping[str, Method]) -> dict[type[nn.Module], str]:
-    """The classes that are factored, and how."""
+    """The classes that are factored, and their methods."""
     if isinstance(method, str):
         if method not in low_rank.METHODS:
             raise InputError(f"LowRank: method must be one of {', '.join(low_rank.METHODS)}, got {method!r}")
         return {kind: method for kind, known in _METHODS.items() if method in known}
     if not method:
-        raise InputError("LowRank: method is empty: give one, or one for each class of layers")
+        raise InputError("LowRank: method is empty: give one method, or one for each class of layers")
     for name, own in method.items():
         if name not in _NAMES:
-            raise InputError(f"LowRank: method has the unknown class {name!r}: it is one of {', '.join(_NAMES)}")
+            raise InputError(f"LowRank: method names the unknown class {name!r}: choose from {', '.join(_NAMES)}")
         if own not in _METHODS[_NAMES[name]]:
-            raise InputError(f"LowRank: method of {name} must be one of {', '.join(_METHODS[_NAMES[name]])}: {own!r}")
+            known = ", ".join(_METHODS[_NAMES[name]])
+            raise InputError(f"LowRank: method of {name} must be one of {known}, got {own!r}")
     return {_NAMES[name]: own for name, own in method.items()}
 
 
@@ -229,7 +231,7 @@ def _is_data_aware(kind: type[nn.Module], method: str) -> bool:
 
 
 def _sharing(network: nn.Module, path: str) -> str | None:
-    """The name of another layer's parameter that is one of this layer's, if there is one."""
+    """The name of a parameter of another layer that is also a parameter of this layer, if there is one."""
     layer = network.get_submodule(path)
     own = {id(parameter) for parameter in layer.parameters()}
     places = [place for place, module in network.named_modules(remove_duplicate=False) if module is layer]

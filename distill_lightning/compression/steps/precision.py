@@ -1,4 +1,4 @@
-"""How many bits every weight gets: one number for all, by patterns, or what a budget of bytes allows."""
+"""The number of bits of every weight: one for all, by patterns, or as a budget of bytes allows."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from distill_lightning.errors import InputError
 
 
 class MixedPrecision:
-    """As many bits for each weight as a budget allows, more where they take away more squared error.
+    """Distributes bits over the weights within a budget, more where they reduce the squared error more.
 
     Args:
-        budget_bytes: of the codes, scales and zero points of all quantized weights together.
-        ratio: the same as a share of these weights' bytes in float, instead of ``budget_bytes``.
-        choices: the numbers of bits that a weight may get, 2 to 8.
+        budget_bytes: bytes of the codes, scales and zero points of all quantized weights together.
+        ratio: the budget as a share of these weights' bytes in float, instead of ``budget_bytes``.
+        choices: the numbers of bits that a weight may have, from 2 to 8.
 
     Raises:
-        InputError: neither or both of the budgets, one that is not positive, or choices that are none.
+        InputError: not exactly one budget is given, the budget is not positive, or ``choices`` are invalid.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class MixedPrecision:
         choices: Sequence[int] = (2, 3, 4, 5, 6, 7, 8),
     ) -> None:
         if (budget_bytes is None) == (ratio is None):
-            raise InputError("MixedPrecision: give budget_bytes or ratio, and not both")
+            raise InputError("MixedPrecision: give either budget_bytes or ratio")
         if (budget_bytes if ratio is None else ratio or 0) <= 0:  # type: ignore[operator]  # one of them is a number
             raise InputError(f"MixedPrecision: the budget must be positive, got {budget_bytes or ratio}")
         if not choices or any(bits not in range(2, 9) for bits in choices):
@@ -53,15 +53,15 @@ class MixedPrecision:
         axes: Mapping[str, int],
         rule: RangeRule,
     ) -> dict[str, int]:
-        """The number of bits of every weight.
+        """Choose the number of bits of every weight.
 
         Args:
-            weights: by name.
-            fixed: of those whose bits are given; they count in the budget.
-            kind: of the grid.
+            weights: the weights by name.
+            fixed: numbers of bits that are given, by name; they count towards the budget.
+            kind: kind of the grid.
             per: see `Scheme`.
-            axes: of the weights' channels, likewise, by name.
-            rule: of the ranges, see `find_range`.
+            axes: axes of the weights' channels by name, see `Scheme`.
+            rule: rule of the ranges, see `find_range`.
 
         Raises:
             InputError: the fewest bits do not fit into the budget.
@@ -90,6 +90,6 @@ class MixedPrecision:
 
 
 def scale_bytes(weight: Tensor, scheme: Scheme) -> int:
-    """Bytes that a quantized weight has beside its codes: scales in float32, zero points of up to one byte each."""
+    """Bytes of a quantized weight besides its codes: scales in float32, and zero points of up to one byte each."""
     scale, _ = quantizers.weight_grid(weight, scheme)
     return scale.numel() * (scale.element_size() + (scheme.kind == "affine"))

@@ -1,4 +1,4 @@
-"""The step that prunes: weights become zeros, or channels, units, heads and layers leave."""
+"""The step that prunes: weights become zeros, or channels, units, heads and layers are removed."""
 
 from __future__ import annotations
 
@@ -29,47 +29,50 @@ Level = float | dict[str, float]
 
 
 class Prune(Step):
-    """Prunes what is worth least.
+    """Prunes the least important weights or units.
 
-    Weights, rows, blocks and n of m become zeros that stay zeros, which saves bytes of a packed file. Channels, hidden
-    units, neurons, heads and layers leave the tensors, which saves all else, too: at once when the phase begins, or,
-    where the schedule goes on, as whole groups of zeros that leave when it ends.
+    Weights, rows, blocks and n of m become zeros and stay zeros, which saves bytes of a packed file. Channels, hidden
+    units, neurons, heads and layers are removed from the tensors, which also saves time and multiply-accumulates. They
+    are removed when the phase begins or, if the schedule continues, zeroed as whole groups and removed when it ends.
 
     Args:
-        amount: share of the units that are pruned in the end, those that were pruned before included, in ``[0, 1]``; or
-            shares by patterns of layers (see `Targets`), of which the first that matches counts, and layers that none
-            matches are left alone. ``None``: the ``granularity`` (``"2:4"``), the ``budget`` or a `Threshold` says it.
-        criterion: what a unit is worth: ``"magnitude"``, ``"random"`` (the control), ``"gradient"``, ``"taylor"``,
-            ``"obd"``, ``"snip"``, see `criteria`; ``"obs"`` within each `Linear` and `Conv2d`, ``"obs_update"``
-            the same, and the weights that stay make up for those that go (SparseGPT); ``"bn_scale"`` of channels; for
-            weights also ``"movement"``, learned in the phase, and ``"soft_movement"``, whose `Threshold` is one of the
-            scores' sigmoids. A unit's worth is the mean over the weights that leave with it, of criteria that estimate
-            the loss their sum; by magnitude channels and the like compete by what they are worth among those of their
-            layer, because weights of larger layers are smaller.
+        amount: total share of pruned units, including those that were pruned before, in ``[0, 1]``; or shares by
+            patterns of layers (see `Targets`), where the first pattern that matches counts and layers without one are
+            left alone. ``None`` if the ``granularity`` (``"2:4"``), the ``budget`` or a `Threshold` decides.
+        criterion: the importance of a unit: ``"magnitude"``, ``"random"`` (the control), ``"gradient"``, ``"taylor"``,
+            ``"obd"``, ``"snip"``, see `criteria`; ``"obs"`` within each `Linear` and `Conv2d`; ``"obs_update"``, which
+            also adjusts the remaining weights to compensate for the pruned ones (SparseGPT); ``"bn_scale"`` for
+            channels; for weights also ``"movement"``, learned in the phase, and ``"soft_movement"``, whose `Threshold`
+            applies to the sigmoids of the scores. A unit's importance is the mean over the weights that are removed
+            with it, or their sum for criteria that estimate the loss. With ``"magnitude"``, channels and similar units
+            compete by their importance relative to that of their layer, because weights of larger layers are smaller.
         granularity: ``"weight"``, ``"row"``, ``"block:4x8"``, ``"2:4"``, or ``"channel"``, ``"hidden_unit"``,
             ``"neuron"`` (of Transformers' feed-forward layers), ``"head"``, ``"layer"`` (of Transformer encoders).
-        scope: ``"global"``: all layers' units compete; ``"layer"``: those of each layer; or a `Sensitivity`, which says
-            each layer's amount. By a Threshold none compete.
-        schedule: ``None``: `OneShot`; `Cubic` of ``"movement"``, ``Threshold(0.1)`` of ``"soft_movement"``.
-        budget: instead of the amount of channels and the like, ``"macs:0.5"`` or ``"params:0.5"``: the smallest amount
-            after which no more than this share of what the step found is left. (Half of the channels leave about a
-            quarter of both.)
-        round_to: a multiple of it stays of each layer's channels, so that a little less than the amount goes.
-        rewind: for lottery tickets: whenever something has been pruned, what is left goes back to what it was when an
-            epoch began (``"start"``: the first), BatchNorm's statistics, too, and the optimiser forgets. ``"random"``:
-            new weights are drawn, the control.
-        regrow: share of the pruned weights that come back at each update of the schedule, those with the greatest
-            gradients; as many others go.
-        penalty_weight: of the mean sigmoid of soft movement's scores in the loss; ``None``: 1.
-        backend: what finds the channels that go together: ``"own"``, or ``"torch_pruning"`` if it is installed; of
+        scope: ``"global"``: the units of all layers compete; ``"layer"``: those within each layer; or a `Sensitivity`,
+            which finds an amount for each layer. With a `Threshold` no units compete.
+        schedule: ``None`` for `OneShot`, for `Cubic` with ``"movement"``, and for ``Threshold(0.1)`` with
+            ``"soft_movement"``.
+        budget: instead of the amount for channels and similar units, ``"macs:0.5"`` or ``"params:0.5"``: the smallest
+            amount that leaves at most this share of what the step found. (Half of the channels leave about a quarter of
+            both.)
+        round_to: the remaining channels of each layer are a multiple of this number, so a little less than the amount
+            is pruned.
+        rewind: for lottery tickets: after each pruning, the remaining weights are set back to their values at the
+            beginning of this epoch (``"start"`` is the first), BatchNorm's statistics included, and the optimiser's
+            state is cleared. ``"random"`` draws new weights, as a control.
+        regrow: share of the pruned weights that return at each update of the schedule, those with the largest
+            gradients; as many others are pruned instead.
+        penalty_weight: weight of the mean sigmoid of soft movement's scores in the loss; ``None`` for 1.
+        backend: what finds the channels that belong together: ``"own"``, or ``"torch_pruning"`` if it is installed; for
             granularity ``"channel"``.
         at: see `Step`.
-        targets: see `Step`; of channels and the like the layers that groups are named after, the first that makes them.
+        targets: see `Step`; for channels and similar units, the layers after which groups are named, the first ones
+            that make them.
         exclude: see `Step`.
         finetune_epochs: see `Step`.
 
     Raises:
-        InputError: options that do not go together.
+        InputError: options that cannot be combined.
     """
 
     def __init__(
@@ -109,7 +112,7 @@ class Prune(Step):
             backend=backend,
         )
         self.amount, self.criterion, self.granularity = amount, criterion, granularity
-        # With amounts of their own layers do not compete, whatever the scope.
+        # Layers with their own amounts do not compete, whatever the scope.
         self.scope: Scope = "layer" if isinstance(scope, Sensitivity) else scope
         self.sensitivity = scope if isinstance(scope, Sensitivity) else None
         self.schedule, self.budget, self.round_to = schedule, budget, round_to
@@ -125,7 +128,7 @@ class Prune(Step):
         self._kept: units.Kept | None = None
         self._limit: float | None = None
         self._snapshot: dict[str, Tensor] | None = None
-        # No state: a resumed run finds the same ones.
+        # Not saved: a resumed run finds the same ones.
         self._found: list[units.Family] | None = None
 
     def __repr__(self) -> str:
@@ -133,7 +136,7 @@ class Prune(Step):
 
     @property
     def order(self) -> Order:
-        """Masks, or structure."""
+        """Masks for weights, structure for units."""
         return Order.MASKS if self.kind is None else Order.STRUCTURE
 
     @property
@@ -145,16 +148,16 @@ class Prune(Step):
 
     @property
     def gives_other_parameters(self) -> bool:
-        """Units that leave, and scores that are learned."""
+        """True if units are removed or scores are learned."""
         return super().gives_other_parameters or self.criterion in LEARNED
 
     @property
     def changes_at_end(self) -> bool:
-        """Units leave then where a schedule goes on until then, and so do learned scores."""
+        """True if the schedule removes units at the end, or if scores are learned."""
         return self.criterion in LEARNED or (self.kind is not None and not isinstance(self.schedule, OneShot))
 
     def reason_to_train(self) -> str | None:
-        """Learned scores, schedules and lottery tickets are of training."""
+        """Learned scores, schedules and lottery tickets need training."""
         if self.criterion in LEARNED:
             return f"criterion {self.criterion!r} is learned while the network trains"
         if self.rewind is not None:
@@ -164,15 +167,15 @@ class Prune(Step):
         return None if isinstance(self.schedule, OneShot) else "its schedule prunes while the network trains"
 
     def watch_epoch(self, piece: Workpiece, epoch: int) -> None:
-        """Remember the network of the epoch to go back to."""
+        """Remember the network of the epoch to rewind to."""
         if epoch == self.rewinds_to:
             self._snapshot = Snapshot(piece.network).state_dict()
 
     def begin(self, piece: Workpiece) -> None:
-        """Find what can be pruned, and prune what the schedule asks for at first."""
+        """Find what can be pruned, and prune the schedule's first amount."""
         self._forget()
         if self.rewind not in (None, "random") and self._snapshot is None:
-            raise InputError(f"Prune: no epoch {self.rewind!r} began before this phase did: give an earlier rewind")
+            raise InputError(f"Prune: epoch {self.rewind!r} did not begin before this phase: give an earlier rewind")
         if self._is_off():
             return
         if self.kind is not None:
@@ -199,18 +202,18 @@ class Prune(Step):
     def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
         """Prune more where the schedule says so."""
         if self.kind is not None and isinstance(self.schedule, OneShot):
-            return  # they have left
+            return  # they have been removed
         if not self._is_off():
             self._go_on(piece, self._level(step=step, steps=steps))
 
     def penalty(self, piece: Workpiece, *, step: int, steps: int) -> Tensor | None:
-        """Of soft movement's scores."""
+        """The penalty on soft movement's scores."""
         if self.criterion != "soft_movement" or not self._paths:
             return None
         return self.penalty_weight * penalties.soft_movement(piece.network)
 
     def finish(self, piece: Workpiece) -> None:
-        """Prune what is left to prune; learned masks become plain ones, and masked units leave."""
+        """Prune the rest; learned masks become plain ones, and masked units are removed."""
         if self.kind is not None:
             self._finish_units(piece, self.kind)
         elif self._paths:
@@ -221,12 +224,12 @@ class Prune(Step):
         self._snapshot = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What is worked on, how much is pruned, and what to go back to."""
+        """The pruned layers, the current amount, and the network to rewind to."""
         names = ("paths", "places", "final", "now", "kept", "limit", "snapshot")
         return {name: getattr(self, f"_{name}") for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what `state_dict` gave."""
+        """Load what `state_dict` returned."""
         self._found = None
         for name, value in state.items():
             setattr(self, f"_{name}", value)
@@ -246,7 +249,7 @@ class Prune(Step):
         return list(self.amount) if isinstance(self.amount, dict) else self.targets
 
     def _level(self, *, step: int, steps: int) -> Level | None:
-        """How much is pruned from a step on; ``None``: the granularity says it."""
+        """How much is pruned after a step; ``None`` if the granularity fixes it."""
         schedule, final = self.schedule, self._final
         if isinstance(schedule, Threshold):
             return schedule.threshold(step=step, steps=steps)
@@ -255,8 +258,8 @@ class Prune(Step):
         return None if final is None else schedule.amount(final, step=step, steps=steps)
 
     def _go_on(self, piece: Workpiece, level: Level | None) -> None:
-        """Prune to a level, unless it is the one that there is."""
-        # The shares of layers that compete change with learned scores.
+        """Prune to a level, unless it is the current one."""
+        # The shares of competing layers change with learned scores.
         moving = self.criterion == "movement" and self.scope == "global"
         if self._now == (1.0 if level is None else level) and not moving:
             return
@@ -285,7 +288,7 @@ class Prune(Step):
             self._go_back(piece, self._snapshot)
 
     def _go_back(self, piece: Workpiece, state: Mapping[str, Tensor] | None) -> None:
-        """Rewind what is left to a state of the structure that there is now."""
+        """Rewind what is left to a state of the current structure."""
         if self.rewind == "random":
             reinitialize(piece.network, seed=piece.seed + 1)
         else:
@@ -294,10 +297,10 @@ class Prune(Step):
         if piece.optimizer is not None:
             piece.optimizer.state.clear()
         piece.restart = True
-        # BatchNorm's statistics have gone back, too, and belong to the weights that there are now.
+        # BatchNorm's statistics have been rewound, too, and fit the current weights.
         piece.changed = False
 
-    # Units that leave.
+    # Units that are removed.
 
     def _begin_units(self, piece: Workpiece, kind: units.UnitKind) -> None:
         shown = units.on_copy(piece, kind)
@@ -322,7 +325,7 @@ class Prune(Step):
             return
         families = self._families(piece, kind)
         if self.budget is not None:
-            # Others have gone than those that went when the amount was found.
+            # Other units are pruned than those with which the amount was found.
             self._final = self._smallest(piece, kind, families)
         self._go_on(piece, self._level(step=1, steps=1))
         if self._kept is not None:
@@ -377,7 +380,7 @@ class Prune(Step):
         piece.prune(masks)
 
     def _convert(self, piece: Workpiece) -> None:
-        """Take attention that can lose heads; what rewinding goes back to takes it, too."""
+        """Convert attention so that it can lose heads, also in the network to rewind to."""
         act = partial(units.prepare, kind="head")
         if self._snapshot is not None:
             shadow = copy_network(piece.network)

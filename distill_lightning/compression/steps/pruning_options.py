@@ -1,4 +1,4 @@
-"""Which options of `Prune` go together."""
+"""Checks of which options of `Prune` can be combined."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def check_options(
     penalty_weight: float | None,
     backend: str,
 ) -> None:
-    """Refuse options of `Prune` that do not go together.
+    """Refuse options of `Prune` that cannot be combined.
 
     Raises:
-        InputError: with the reason.
+        InputError: the options cannot be combined, for a reason that the message gives.
     """
     known = [*SCORERS, "bn_scale", *LEARNED]
     if criterion not in known:
@@ -57,15 +57,15 @@ def check_options(
             sum(sources) != 1,
             "give exactly one of an amount, a budget, a Threshold, a Sensitivity and a granularity such as '2:4'",
         ),
-        (min(amounts, default=-1) < 0 or max(amounts, default=1) > 1, f"amount is between 0 and 1, got {amount}"),
-        (not units and budget is not None, "a budget is of channels and the like: give an amount"),
-        (not units and criterion == "bn_scale", "criterion 'bn_scale' is of granularity 'channel'"),
+        (min(amounts, default=-1) < 0 or max(amounts, default=1) > 1, f"amount must be between 0 and 1, got {amount}"),
+        (not units and budget is not None, "budget is for channels and similar units: give an amount"),
+        (not units and criterion == "bn_scale", "criterion 'bn_scale' needs granularity 'channel'"),
         (
             units and (learned or criterion in SWEPT),
-            f"criterion {criterion!r} is of weights, not of granularity {granularity!r}: take 'taylor'",
+            f"criterion {criterion!r} is for weights, not for granularity {granularity!r}: use 'taylor'",
         ),
         (learned and granularity != "weight", f"criterion {criterion!r} needs granularity 'weight'"),
-        (criterion == "soft_movement" and not threshold, "criterion 'soft_movement' goes with a Threshold"),
+        (criterion == "soft_movement" and not threshold, "criterion 'soft_movement' needs a Threshold"),
         (criterion == "movement" and threshold, "criterion 'movement' needs an amount, not a Threshold"),
         (
             criterion == "movement" and (isinstance(schedule, OneShot | Iterative) or _initial(schedule) > 0),
@@ -73,44 +73,44 @@ def check_options(
             "equal",
         ),
         (criterion == "obs_update" and threshold, "criterion 'obs_update' needs an amount, not a Threshold"),
-        (fixed and not at_once, f"granularity {granularity!r} goes with OneShot"),
-        (granularity == "layer" and not at_once, "granularity 'layer' goes with OneShot: no mask skips a layer"),
+        (fixed and not at_once, f"granularity {granularity!r} needs OneShot"),
+        (granularity == "layer" and not at_once, "granularity 'layer' needs OneShot: no mask skips a layer"),
         (not by_scan and scope not in ("global", "layer"), f"scope must be 'global' or 'layer', got {scope!r}"),
         (
             threshold and scope == "layer",
-            "scope='layer' does nothing beside a Threshold, by which no unit competes with others: leave it out",
+            "scope='layer' has no effect with a Threshold, under which units do not compete: leave it out",
         ),
         (
             penalty_weight is not None and criterion != "soft_movement",
-            "penalty_weight is of criterion 'soft_movement': leave it out",
+            "penalty_weight is for criterion 'soft_movement': leave it out",
         ),
         (
             penalty_weight is not None and penalty_weight < 0,
             f"penalty_weight must not be negative, got {penalty_weight}",
         ),
         (backend not in get_args(Backend), f"backend must be {' or '.join(get_args(Backend))}, got {backend!r}"),
-        (backend != "own" and granularity != "channel", f"backend {backend!r} is of granularity 'channel'"),
-        (by_scan and learned, f"criterion {criterion!r} is learned, and a Sensitivity scan comes before"),
+        (backend != "own" and granularity != "channel", f"backend {backend!r} needs granularity 'channel'"),
+        (by_scan and learned, f"criterion {criterion!r} is learned, but a Sensitivity scans before training"),
         (round_to < 1, f"round_to must be at least 1, got {round_to}"),
-        (round_to > 1 and granularity != "channel", "round_to is of granularity 'channel'"),
-        (not 0 <= regrow < 1, f"regrow is a share of the pruned weights, below 1, got {regrow}"),
+        (round_to > 1 and granularity != "channel", "round_to needs granularity 'channel'"),
+        (not 0 <= regrow < 1, f"regrow must be a share of the pruned weights, below 1, got {regrow}"),
         (
             regrow > 0 and (granularity != "weight" or learned or threshold or at_once),
             "regrow needs granularity 'weight' and a schedule of several updates: Iterative or Cubic",
         ),
         (
             rewind is not None and budget is not None and not at_once,
-            "rewind with a budget goes with OneShot",
+            "rewind with a budget needs OneShot",
         ),
         (
             rewind is not None and (learned or isinstance(schedule, Cubic | Threshold)),
-            "rewind goes with OneShot or Iterative, and with a criterion that is not learned",
+            "rewind needs OneShot or Iterative, and a criterion that is not learned",
         ),
         (
             isinstance(rewind, bool) or (isinstance(rewind, str) and rewind not in ("start", "random")),
-            f"rewind is an epoch, 'start' or 'random', got {rewind!r}",
+            f"rewind must be an epoch, 'start' or 'random', got {rewind!r}",
         ),
-        (isinstance(rewind, int) and rewind < 0, f"rewind is an epoch, at least 0, got {rewind!r}"),
+        (isinstance(rewind, int) and rewind < 0, f"rewind must be an epoch of at least 0, got {rewind!r}"),
     ):
         if wrong:
             raise InputError(f"Prune: {reason}")

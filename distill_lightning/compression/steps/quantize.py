@@ -1,4 +1,4 @@
-"""Weights and activations of a few bits each, with or without training."""
+"""The step that quantizes weights and activations to a few bits, with or without training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _WHAT = "linear, convolutional, recurrent, attention and embedding layers"
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight that is to be quantized: a layer's path, its name there, and its value, which tied ones share."""
+    """A weight to quantize: the path of its layer, its name there, and its value, which tied weights share."""
 
     layer: str
     name: str
@@ -49,46 +49,47 @@ class _Weight:
 
 
 class Quantize(Step):
-    """Weights, and if asked for what flows into their layers, are rounded to a few bits whenever they are used.
+    """Rounds weights, and optionally the inputs of their layers, to a few bits whenever they are used.
 
-    The float weights remain beside their quantizers as long as the network is trained; a packed file holds the codes.
-    In PyTorch nothing becomes faster by this: it computes with the rounded values in float.
+    The float weights are kept as long as the network is trained; a packed file holds the codes. This makes nothing
+    faster in PyTorch, which computes with the rounded values in float.
 
     Args:
-        weight_bits: of a weight's code, 2 to 8; the binary kinds have 1 and the ternary ones 2 whatever this default
-            says. ``None``: weights stay as they are.
-        act_bits: of the inputs of the same layers (embeddings have none to quantize, and what PyTorch's attention gives
-            its output projection stays float), 2 to 8; ``None``: they stay float. Their ranges are measured on
-            calibration data.
-        scheme: of the weights, see `quantizers.Scheme`.
-        act_scheme: of activations, per tensor: ``"affine"``, ``"symmetric"`` or ``"pow2"``; ``None``: the first.
-        per: what has a scale of its own: ``"channel"``, ``"tensor"`` or ``"group:n"``; ``None``: the channel, or the
-            tensor where the scheme has one scale for all.
-        observer: which range is spanned, of weights and of activations; ``"ema"`` is of activations alone, and weights
-            take ``"minmax"`` beside it. At 2 or 3 bits without training take ``"mse"``.
-        mode: ``"ptq"``: as it is; ``"qat"``: of use only where the network is trained with its quantizers. Either way
-            it is trained so if ``finetune_epochs`` says.
-        estimator: ``"ste"``: straight through the rounding; ``"lsq"``: learned scales, of symmetric weights and of
-            activations; ``"pact"``, ``"dorefa"``: of activations, with weights as by ``"ste"``.
-        bits: numbers of bits by pattern of layers (see `targets.Targets`; the last that matches counts) in place of
-            ``weight_bits``, or a budget for all weights together.
-        first_last_bits: of the weights and inputs of the layers that run first and last, in place of all others; where
-            the scheme has its own number of bits, these two are symmetric.
-        bias_correction: whether biases are moved so that the mean outputs of layers on calibration data are those of
+        weight_bits: bits of a weight's code, 2 to 8; binary kinds always have 1 and ternary kinds 2. ``None`` leaves
+            weights as they are.
+        act_bits: bits of the inputs of the same layers, 2 to 8; ``None`` leaves them in float. Their ranges are
+            measured on calibration data. (Embeddings have no input to quantize, and the input of PyTorch's attention
+            output projection stays float.)
+        scheme: scheme of the weights, see `quantizers.Scheme`.
+        act_scheme: scheme of activations, per tensor: ``"affine"`` (also for ``None``), ``"symmetric"`` or ``"pow2"``.
+        per: what has its own scale: ``"channel"``, ``"tensor"`` or ``"group:n"``; ``None`` for the channel, or for the
+            tensor if the scheme has one scale for all.
+        observer: how the ranges of weights and activations are found; ``"ema"`` is only for activations, and weights
+            then use ``"minmax"``. Use ``"mse"`` at 2 or 3 bits without training.
+        mode: ``"ptq"``: post-training quantization; ``"qat"``: quantization-aware training, which needs
+            ``finetune_epochs``. With ``finetune_epochs`` the network is trained with its quantizers in both.
+        estimator: ``"ste"``: straight-through rounding; ``"lsq"``: learned scales, for symmetric weights and for
+            activations; ``"pact"``, ``"dorefa"``: for activations, with ``"ste"`` for weights.
+        bits: numbers of bits by pattern of layers (see `targets.Targets`; the last pattern that matches counts) instead
+            of ``weight_bits``, or a budget for all weights together.
+        first_last_bits: bits of the weights and inputs of the layers that run first and last, instead of all other
+            numbers; if the scheme has its own number of bits, these two layers are symmetric.
+        bias_correction: whether biases are changed so that the mean outputs of layers on calibration data are those of
             the float network.
-        equalise: whether channels between layers are first given equal weight ranges; outputs stay the same. Only of
-            layers with nothing but ReLU, pooling and the like between them: what has BatchNorm there stays as it is.
+        equalise: whether channels between layers are first given equal weight ranges, which does not change the
+            outputs. Only for layers with nothing but ReLU, pooling and similar operations between them: pairs with a
+            BatchNorm between them stay as they are.
         at: see `Step`.
-        targets: likewise.
-        exclude: likewise.
-        finetune_epochs: likewise.
+        targets: see `Step`.
+        exclude: see `Step`.
+        finetune_epochs: see `Step`.
 
     Raises:
-        InputError: a combination that makes no sense, with the reason.
+        InputError: options that cannot be combined, for a reason that the message gives.
     """
 
     order = Order.VALUES
-    # What quantization moves is little, and ranges were measured with these statistics.
+    # Quantization changes little, and the ranges were measured with these statistics.
     recalibrates = False
 
     def __init__(
@@ -119,7 +120,7 @@ class Quantize(Step):
         self.bits, self.first_last_bits = bits, first_last_bits
         self.bias_correction, self.equalise = bias_correction, equalise
         if act_bits is None and act_scheme is not None:
-            raise InputError(f"Quantize: act_scheme={act_scheme!r} would do nothing here: give act_bits")
+            raise InputError(f"Quantize: act_scheme={act_scheme!r} has no effect here: give act_bits")
         self._check(weight_bits)
 
     def __repr__(self) -> str:
@@ -128,15 +129,15 @@ class Quantize(Step):
         return f"Quantize{weights}{inputs}"
 
     def reason_to_train(self) -> str | None:
-        """Training with quantizers, and scales that are learned."""
+        """Training with quantizers and learned scales need training."""
         if self.mode == "qat":
             return "mode='qat' trains the network with its quantizers"
         return "estimator='lsq' learns its scales" if self.estimator == "lsq" else None
 
     def begin(self, piece: Workpiece) -> None:
-        """Put the quantizers on, and measure the ranges of activations."""
+        """Add the quantizers, and measure the ranges of activations."""
         if self.weight_bits is None and self.act_bits is None:
-            piece.note("Quantize has neither weight_bits nor act_bits, and does nothing")
+            piece.note("Quantize has neither weight_bits nor act_bits, so it does nothing")
             return
         layers = match_layers(
             piece.network, self.targets, self.exclude, fits=lambda layer: bool(_own_weights(layer)), what=_WHAT
@@ -164,7 +165,7 @@ class Quantize(Step):
         self._tell(piece, {path: scheme.bits for path, scheme in schemes.items()})
 
     def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
-        """BinaryConnect: clip the float weights to [-1, 1], beyond which they would get no gradient."""
+        """BinaryConnect: clip the float weights to [-1, 1], outside which they would have no gradient."""
         if self.scheme != "binaryconnect":
             return
         with torch.no_grad():
@@ -175,26 +176,26 @@ class Quantize(Step):
     # What is asked for
 
     def _check(self, asked_bits: int | None) -> None:
-        """Refuse what makes no sense together."""
+        """Refuse options that cannot be combined."""
         bits, scheme, estimator = self.bits, self.scheme, self.estimator
         for wrong, message in (
             (self.mode not in ("ptq", "qat"), f"mode must be 'ptq' or 'qat', got {self.mode!r}"),
             (scheme not in get_args(Kind), f"scheme must be one of {', '.join(get_args(Kind))}, got {scheme!r}"),
             (
                 self.weight_bits is None and (bits is not None or scheme != "symmetric"),
-                "bits and scheme are of weights, which weight_bits=None leaves as they are",
+                "bits and scheme are for weights, which weight_bits=None leaves as they are: leave them out",
             ),
             (
                 self.weight_bits is not None and asked_bits not in (8, self.weight_bits),
-                f"scheme={scheme!r} has codes of {self.weight_bits} bit, not {asked_bits}: leave weight_bits out",
+                f"scheme={scheme!r} has codes of {self.weight_bits} bit, not of {asked_bits}: leave weight_bits out",
             ),
             (
                 self.act_bits is None and estimator in ("pact", "dorefa"),
-                f"estimator={estimator!r} is of activations: give act_bits (of weights there is scheme='dorefa')",
+                f"estimator={estimator!r} is for activations: give act_bits (for weights there is scheme='dorefa')",
             ),
             (
                 estimator == "lsq" and self.weight_bits is not None and scheme != "symmetric",
-                f"estimator='lsq' learns symmetric weights, not {scheme!r}: take estimator='ste'",
+                f"estimator='lsq' learns symmetric weights, not {scheme!r}: use estimator='ste'",
             ),
             (
                 self.act_scheme not in UNIFORM,
@@ -222,12 +223,12 @@ class Quantize(Step):
                 raise InputError(f"Quantize: {message}")
         self._check_numbers()
         if self.weight_bits is not None:
-            # It says itself what is wrong with per.
+            # Scheme says what is wrong with per.
             Scheme(self.weight_bits, scheme, self.per)
         self._activation_quantizer(self.act_bits or 8)
         if self.observer != "minmax" and not self._observer_counts():
-            way_out = "it is of activations, give act_bits" if self.observer == "ema" else "leave it out"
-            raise InputError(f"Quantize: observer={self.observer!r} would do nothing here: {way_out}")
+            way_out = "it is for activations, give act_bits" if self.observer == "ema" else "leave it out"
+            raise InputError(f"Quantize: observer={self.observer!r} has no effect here: {way_out}")
 
     def _observer_counts(self) -> bool:
         of_weights = self.weight_bits is not None and self.scheme in UNIFORM and self.estimator != "lsq"
@@ -238,7 +239,7 @@ class Quantize(Step):
         return "minmax" if self.observer == "ema" else self.observer
 
     def _check_numbers(self) -> None:
-        """Refuse numbers of bits that no code has."""
+        """Refuse numbers of bits that codes cannot have."""
         given = {"act_bits": self.act_bits, "first_last_bits": self.first_last_bits}
         if self.scheme not in FIXED_BITS:
             given["weight_bits"] = self.weight_bits
@@ -246,7 +247,7 @@ class Quantize(Step):
             given |= {f"bits of {pattern!r}": number for pattern, number in self.bits.items()}
         for key, number in given.items():
             if number is not None and number not in range(2, 9):
-                way_out = ": for 1 bit take scheme='binary'" if key == "weight_bits" else ""
+                way_out = ": for 1 bit use scheme='binary'" if key == "weight_bits" else ""
                 raise InputError(f"Quantize: {key} must be 2 to 8, got {number}{way_out}")
 
     def _activation_quantizer(self, bits: int) -> quantizers.ActivationQuantizer:
@@ -259,8 +260,8 @@ class Quantize(Step):
     # What it is done to
 
     def _without_paddings(self, piece: Workpiece, layers: list[str], ends: set[str]) -> list[str]:
-        """Some layers without the embeddings whose padding would no longer be zero."""
-        # The row's own scale is zero, too.
+        """The layers without those embeddings whose padding row would no longer be zero."""
+        # The scale of the padding row is zero, too.
         if self.scheme not in WITHOUT_ZERO or (self.scheme == "binary" and self.per == "channel"):
             return layers
         left = []
@@ -277,7 +278,7 @@ class Quantize(Step):
         return left
 
     def _weights(self, piece: Workpiece, layers: list[str]) -> list[_Weight]:
-        """The weights of some layers, without those that are computed already."""
+        """The weights of some layers, without those that are already computed."""
         if self.weight_bits is None:
             return []
         found: list[_Weight] = []
@@ -291,15 +292,15 @@ class Quantize(Step):
                 else:
                     raise InputError(
                         f"Quantize: {path}.{name} is shared or quantized already: leave {path!r} out of targets, or "
-                        "take other steps"
+                        "use other steps"
                     )
         if not found:
-            raise InputError("Quantize: no weight is left that is not shared or quantized already: leave this step out")
+            raise InputError("Quantize: every weight is shared or quantized already: leave this step out")
         self._check_ties(piece.network, found)
         return found
 
     def _say_covered(self, piece: Workpiece, layers: list[str]) -> None:
-        """Of weights; those that other steps have shared are meant to be left alone."""
+        """Note the share of quantized weights; those that other steps have shared are left alone on purpose."""
         names: dict[int, str] = {}
         others = False
         for path in layers:
@@ -328,13 +329,13 @@ class Quantize(Step):
             if len(places.get(value, ())) > 1 and (self.estimator == "lsq" or self.scheme not in UNIFORM):
                 what = "estimator='lsq'" if self.estimator == "lsq" else f"scheme={self.scheme!r}"
                 raise InputError(
-                    f"Quantize: {path!r} is a tied weight, which does not go with {what}: exclude its layers"
+                    f"Quantize: {path!r} is a tied weight, which {what} does not support: exclude its layers"
                 )
 
     def _schemes(
         self, piece: Workpiece, layers: list[str], weights: list[_Weight], order: list[str]
     ) -> dict[str, Scheme]:
-        """By path of the weight."""
+        """The schemes by path of the weight."""
         ends = self._ends(order)
         fixed = {weight.path: self.first_last_bits for weight in weights if weight.layer in ends}
         numbers = {weight.path: self.weight_bits or 8 for weight in weights}
@@ -356,7 +357,7 @@ class Quantize(Step):
                 rule="mse" if self.estimator == "lsq" else self._rule(),
             )
             numbers |= {weight.path: numbers[once[id(weight.value)].path] for weight in weights}
-        # Tied weights have one grid, the finer one.
+        # Tied weights share one grid, the finer one.
         finest: dict[int, int] = {}
         for weight in weights:
             finest[id(weight.value)] = max(finest.get(id(weight.value), 0), numbers[weight.path])
@@ -378,7 +379,7 @@ class Quantize(Step):
         mask = piece.masks.kept.get(weight.path)
         if mask is not None and not bool(mask.all()) and scheme.kind in WITHOUT_ZERO:
             raise InputError(
-                f"Quantize: {weight.path!r} is pruned, and scheme={scheme.kind!r} has no zero to keep it so: take "
+                f"Quantize: {weight.path!r} is pruned, and scheme={scheme.kind!r} has no zero for it: use "
                 "another scheme, or exclude the layer"
             )
 
@@ -418,7 +419,7 @@ class Quantize(Step):
             if number != 8:
                 piece.note(f"no kernel here computes with {number}-bit weights: storage only")
         if self.act_bits is not None:
-            piece.note(f"inputs of layers are rounded to {self.act_bits} bit in float: this makes PyTorch no faster")
+            piece.note(f"inputs of layers are rounded to {self.act_bits} bit in float: PyTorch is no faster")
             if any(isinstance(module, nn.MultiheadAttention) for module in piece.network.modules()):
                 piece.note("inputs of attention's output projections are not rounded: nn.MultiheadAttention calls none")
 
@@ -442,7 +443,7 @@ def _matching(network: nn.Module, pattern: str, layers: list[str]) -> list[str]:
 
 
 def _running_order(piece: Workpiece) -> list[str]:
-    """Paths of the layers with weights in the order of their first calls; those that never run as such are missing."""
+    """Paths of the layers with weights, in the order of their first calls, without those that never run as modules."""
     seen: dict[str, None] = {}
     handles = []
     for path, module in piece.network.named_modules():

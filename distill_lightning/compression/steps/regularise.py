@@ -1,4 +1,4 @@
-"""The step that trains with a penalty on weights, so that many of them are worth nothing in the end."""
+"""The step that trains with a penalty on weights, so that many of them become small enough to prune."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ PenaltyKind = Literal["l1", "group_lasso", "bn_gamma", "l0"]
 
 
 class Regularise(Step):
-    """Adds a penalty to the loss while its phase lasts, and may prune what the penalty has left small.
+    """Adds a penalty to the loss during its phase, and optionally prunes what the penalty has made small.
 
     Args:
-        penalty: ``"l1"``: the sum of absolute weights; ``"group_lasso"``: of the norms of rows, or of other units;
-            ``"bn_gamma"``: of BatchNorm's absolute scales (Network Slimming); ``"l0"``: the expected number of weights
-            whose random gates are open, which are put on for the phase; what their gates have closed is pruned. See
-            `penalties`.
-        weight: of the penalty in the loss.
-        threshold: at the end of the phase what is worth less is pruned, as by `Prune` with a `Threshold`: weights, rows
-            or units whose mean absolute weight, channels whose BatchNorm's scale is below it. ``None``: nothing is; a
-            `Prune` may follow.
-        granularity: of ``"group_lasso"``: ``"row"``, ``"channel"``, ``"hidden_unit"``, ``"neuron"`` or ``"head"``; of
-            ``"l0"``: ``"weight"`` or ``"row"``. ``None``: the first.
+        penalty: ``"l1"``: the sum of absolute weights; ``"group_lasso"``: the sum of the norms of rows or other units;
+            ``"bn_gamma"``: the sum of BatchNorm's absolute scales (Network Slimming); ``"l0"``: the expected number of
+            weights whose random gates are open. These gates exist during the phase, and weights with closed gates are
+            pruned at its end. See `penalties`.
+        weight: weight of the penalty in the loss.
+        threshold: at the end of the phase everything less important is pruned, as by `Prune` with a `Threshold`:
+            weights, rows or units by their mean absolute weight, channels by BatchNorm's scale. ``None`` prunes
+            nothing; a `Prune` may follow.
+        granularity: for ``"group_lasso"``: ``"row"``, ``"channel"``, ``"hidden_unit"``, ``"neuron"`` or ``"head"``; for
+            ``"l0"``: ``"weight"`` or ``"row"``. ``None`` for the first.
         at: see `Step`.
-        targets: see `Step`; of ``"bn_gamma"`` only what is pruned, the penalty is of every BatchNorm.
+        targets: see `Step`; for ``"bn_gamma"`` they only limit what is pruned, the penalty covers every BatchNorm.
         exclude: see `Step`.
         finetune_epochs: epochs of training with the penalty.
 
     Raises:
-        InputError: options that do not go together, or a negative weight.
+        InputError: options that cannot be combined, or a negative weight.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class Regularise(Step):
             raise InputError(f"Regularise: weight must not be negative, got {weight}")
         if granularity is not None and granularity not in allowed[penalty]:
             raise InputError(
-                f"Regularise: penalty {penalty!r} is of granularity {' or '.join(allowed[penalty])}, "
+                f"Regularise: penalty {penalty!r} needs granularity {' or '.join(allowed[penalty])}, "
                 f"got {granularity!r}"
             )
         if threshold is not None and penalty == "l0":
-            raise InputError("Regularise: the gates of penalty 'l0' say what is pruned: leave threshold out")
+            raise InputError("Regularise: the gates of penalty 'l0' decide what is pruned: leave threshold out")
         self.kind, self.weight, self.threshold = penalty, weight, threshold
         self.granularity = granularity or allowed[penalty][0]
         self.unit = next((kind for kind in units.UNITS if kind == self.granularity), None)
-        # With it, so that wrong ones are refused now.
+        # Makes the Prune now, so that wrong options are refused early.
         self._prune = None if threshold is None else self._pruning(threshold)
         self._paths: list[str] = []
         self._places: learned_masks.Places = {}
@@ -88,34 +88,34 @@ class Regularise(Step):
 
     @property
     def order(self) -> Order | None:
-        """That of what is pruned in the end."""
+        """The order of the pruning at the end."""
         if self.kind == "l0":
             return Order.MASKS
         return None if self._prune is None else self._prune.order
 
     @property
     def latest_after(self) -> Order:
-        """A penalty is of weights that train as they are, or of BatchNorm's scales, which are never shared."""
+        """A penalty needs weights that are parameters, or BatchNorm's scales, which are never shared."""
         if self.unit == "head":
             return Order.STRUCTURE  # attention is converted
         return self.order or (Order.VALUES if self.kind == "bn_gamma" else Order.MASKS)
 
     @property
     def gives_other_parameters(self) -> bool:
-        """Units that leave in the end, gates, and attention that can lose heads."""
+        """True if units are removed at the end, and for gates and converted attention."""
         return super().gives_other_parameters or self.kind == "l0" or self.unit == "head"
 
     @property
     def changes_at_end(self) -> bool:
-        """Units and gates leave then."""
+        """True if units or gates are removed at the end."""
         return self.kind == "l0" or self._prune is not None
 
     def reason_to_train(self) -> str | None:
-        """A penalty is of training."""
-        return "a penalty works while the network trains"
+        """A penalty has no effect without training."""
+        return "a penalty has an effect only while the network trains"
 
     def begin(self, piece: Workpiece) -> None:
-        """Find what the penalty is of."""
+        """Find the weights or units of the penalty."""
         self._paths, self._families = [], None
         if not self.weight:
             return
@@ -149,10 +149,10 @@ class Regularise(Step):
         return self.weight * value
 
     def finish(self, piece: Workpiece) -> None:
-        """Take gates off; prune what is below the threshold."""
+        """Remove the gates, and prune what is below the threshold."""
         if self.weight and self.kind == "l0":
             learned_masks.take_off(piece, self._paths, self._places)
-            # While training its gates were drawn.
+            # In training, its gates were random.
             piece.changed = True
         if self._prune is not None:
             self._prune.begin(piece)
@@ -160,11 +160,11 @@ class Regularise(Step):
         self._paths, self._families = [], None
 
     def state_dict(self) -> dict[str, Any]:
-        """What the penalty is of."""
+        """The weights or units of the penalty."""
         return {"paths": self._paths, "places": self._places}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what `state_dict` gave."""
+        """Load what `state_dict` returned."""
         self._paths, self._places, self._families = list(state["paths"]), dict(state["places"]), None
 
     def _pruning(self, threshold: float) -> Prune:
@@ -177,7 +177,7 @@ class Regularise(Step):
         )
 
     def _found(self, piece: Workpiece) -> list[units.Family]:
-        """The units, found once in a phase, or once more in a resumed one."""
+        """The units, which are found once per phase and again after resuming."""
         if self._families is None and self.unit is not None:
             self._families = units.find_families(
                 piece.network,

@@ -1,4 +1,4 @@
-"""Amounts of each layer by how much the network suffers when that layer alone is pruned."""
+"""Amounts for each layer, from how much the network suffers when only that layer is pruned."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from distill_lightning.errors import InputError
 
 
 class Sensitivity:
-    """A scope of `Prune`: each layer loses as much as it can bear alone, by the loss on the calibration data.
+    """A scope of `Prune`: each layer is pruned as much as it tolerates alone, by the loss on the calibration data.
 
     Args:
-        max_drop: how much the loss may rise with each layer alone.
-        target: instead of it, the share of all units that goes; the rise is the smallest with which the levels reach
-            it, so that a little more may go.
+        max_drop: how much the loss may rise when only one layer is pruned.
+        target: instead, the share of all units to prune; the smallest rise is used at which the levels reach it, so a
+            little more may be pruned.
         levels: the amounts that are tried, rising, in ``[0, 1]``.
 
     Raises:
@@ -35,20 +35,20 @@ class Sensitivity:
         levels: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     ) -> None:
         if (max_drop is None) == (target is None):
-            raise InputError("Sensitivity: give max_drop or target, and not both")
+            raise InputError("Sensitivity: give either max_drop or target")
         rising = all(low < high for low, high in pairwise(levels))
         if not levels or not rising or levels[0] < 0 or levels[-1] > 1:
-            raise InputError(f"Sensitivity: levels are amounts between 0 and 1 that rise, got {list(levels)}")
+            raise InputError(f"Sensitivity: levels must be rising amounts between 0 and 1, got {list(levels)}")
         self.max_drop, self.target, self.levels = max_drop, target, list(levels)
 
     def amounts(
         self, piece: Workpiece, counts: Mapping[str, int], change: Callable[[nn.Module, str, float], object]
     ) -> dict[str, float]:
-        """The amount of each layer.
+        """Find the amount of each layer.
 
         Args:
-            piece: whose network it is; left as it is.
-            counts: units by name of the layer.
+            piece: the workpiece with the network; it is left as it is.
+            counts: number of units by name of the layer.
             change: prunes one layer of a copy to an amount, in place.
 
         Raises:

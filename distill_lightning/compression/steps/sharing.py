@@ -19,32 +19,31 @@ from distill_lightning.errors import InputError
 
 
 class ShareWeights(Step):
-    """Every weight of a layer is one of ``k`` values, found by k-means, see `share_weights`.
+    """Makes every weight of a layer one of ``k`` values, found by k-means, see `share_weights`.
 
-    A file then holds the values and a few bits for each weight; time and multiply-accumulates stay. A recurrent layer
-    has ``k`` values for each of its weights, biases are left alone. Weights that are zero remain zero, be it that they
-    are pruned or that they belong to a padding: zero is one of the ``k`` values then. The step takes over from the
-    masks, which are gone afterwards.
+    A file then holds the values and a few bits for each weight; time and multiply-accumulates do not change. A
+    recurrent layer has ``k`` values for each of its weights; biases are left alone. Weights that are zero, because they
+    are pruned or belong to a padding row, stay zero: zero is then one of the ``k`` values. This replaces their masks.
 
-    The gradient of a value is the sum of those of its weights, often hundreds: SGD needs a smaller learning rate than
-    before, or it diverges; Adam does not.
+    The gradient of a value is the sum of the gradients of its weights, often hundreds: SGD needs a smaller learning
+    rate than before, or it diverges; Adam does not.
 
     ::
 
         {class_path: ShareWeights, init_args: {k: {"Conv2d": 256, "Linear": 32}, finetune_epochs: 3}}
 
     Args:
-        k: how many values, 1 to 256; or by pattern, see `Targets`, where the first one that matches a layer counts.
-            Without ``targets`` the patterns are these.
-        init: first values, see `kmeans`: ``"linear"``, ``"density"`` or ``"random"``.
-        finetune: whether the values train on; which weight has which never changes.
+        k: number of values, from 1 to 256; or numbers by pattern, see `Targets`, where the first pattern that matches a
+            layer counts. Without ``targets``, these patterns are the targets.
+        init: the first values, see `kmeans`: ``"linear"``, ``"density"`` or ``"random"``.
+        finetune: whether the values continue to train; the assignment of weights to values never changes.
         at: see `Step`.
-        targets: likewise.
-        exclude: likewise.
-        finetune_epochs: likewise.
+        targets: see `Step`.
+        exclude: see `Step`.
+        finetune_epochs: see `Step`.
 
     Raises:
-        InputError: ``k`` or the initialisation is none.
+        InputError: ``k`` or ``init`` is invalid.
 
     Han, Mao, Dally: *Deep Compression*, https://arxiv.org/abs/1510.00149
     """
@@ -84,7 +83,7 @@ class ShareWeights(Step):
                 where = _joined(path, name)
                 weight = getattr(layer, name).detach()
                 masked = piece.masks.kept.pop(where, None) is not None
-                # Zeros throughout are a layer that has yet to learn.
+                # A layer of zeros has yet to learn.
                 keep_zero = bool((weight == 0).any()) and (masked or bool(weight.any()))
                 try:
                     packing.share_weights(
@@ -100,7 +99,7 @@ class ShareWeights(Step):
         piece.changed = True
 
     def _values_of(self, piece: Workpiece, paths: list[str]) -> dict[str, int]:
-        """How many values each layer has."""
+        """The number of values of each layer."""
         if isinstance(self.k, int):
             return dict.fromkeys(paths, self.k)
         found: dict[str, int] = {}
@@ -115,18 +114,18 @@ class ShareWeights(Step):
 
 
 class HashShare(Step):
-    """Every weight of a layer is one of few values, or its negative, by a hash of its place, see `hash_weights`.
+    """Makes every weight of a layer one of few values, or its negative, by a hash of its place, see `hash_weights`.
 
-    A file then holds the values alone; time, multiply-accumulates and memory stay. The values begin as near to the
-    weights as they can, which is not near, so there is much to train afterwards. Embeddings with a padding are left
-    out, because its row would not remain zero.
+    A file then holds only the values; time, multiply-accumulates and memory do not change. The values start as close to
+    the weights as they can, which is not close, so much training is needed afterwards. Embeddings with a padding row
+    are left out, because the row would not stay zero.
 
     Args:
-        ratio: weights for each value, at least 1.
+        ratio: weights per value, at least 1.
         at: see `Step`.
-        targets: likewise.
-        exclude: likewise.
-        finetune_epochs: likewise.
+        targets: see `Step`.
+        exclude: see `Step`.
+        finetune_epochs: see `Step`.
 
     Raises:
         InputError: the ratio is below 1.
@@ -148,11 +147,11 @@ class HashShare(Step):
     ) -> None:
         super().__init__(at=at, targets=targets, exclude=exclude, finetune_epochs=finetune_epochs)
         if not 1 <= ratio < math.inf:
-            raise InputError(f"HashShare: ratio is weights for each value, at least 1, got {ratio}")
+            raise InputError(f"HashShare: ratio is the number of weights per value, at least 1, got {ratio}")
         self.ratio = ratio
 
     def begin(self, piece: Workpiece) -> None:
-        """Put the values in the place of the weights."""
+        """Replace the weights by values."""
         paths = _free_layers(piece, self, self.targets, reason_of=_no_hash)
         for path in paths:
             for name in weight_names(piece.network.get_submodule(path)):
@@ -179,7 +178,7 @@ def _joined(path: str, name: str) -> str:
 
 def _no_hash(layer: nn.Module) -> str | None:
     if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
-        return "it is an embedding with a padding, whose row would not remain zero"
+        return "it is an embedding with a padding row, which would not stay zero"
     return None
 
 
@@ -194,10 +193,10 @@ def _free_layers(
     *,
     reason_of: Callable[[nn.Module], str | None] = _no_reason,
 ) -> list[str]:
-    """The layers whose weights can be computed from values.
+    """The layers whose weights can be replaced by values.
 
     Raises:
-        InputError: a named layer shares a weight with another one, or its weights are computed already.
+        InputError: a named layer shares a weight with another one, or its weights are already computed.
     """
     network = piece.network
     paths = match_layers(network, targets, step.exclude, fits=_has_weights, what=_WHAT)
@@ -208,7 +207,7 @@ def _free_layers(
         names = weight_names(layer)
         reason = reason_of(layer)
         if reason is None and any(parametrize.is_parametrized(layer, name) for name in names):
-            reason = "its weights are computed already, as quantized or shared ones"
+            reason = "its weights are already quantized or shared"
         if reason is None:
             others = [tied[id(getattr(layer, name))] for name in names if id(getattr(layer, name)) in tied]
             if others:
@@ -227,7 +226,7 @@ def _free_layers(
 
 
 def _tied(network: nn.Module) -> Mapping[int, list[str]]:
-    """Names, in different modules, of each parameter that has several."""
+    """The names of each parameter that has several, in different modules."""
     names: dict[int, list[str]] = {}
     for path, module in network.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

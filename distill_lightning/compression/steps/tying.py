@@ -1,4 +1,4 @@
-"""The step that makes layers one."""
+"""The step that ties layers."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from distill_lightning.errors import InputError
 
 
 class TieLayers(Step):
-    """One layer in the place of several, see `tie_layers`: fewer parameters and bytes, the same time.
+    """Replaces several layers by one, see `tie_layers`: fewer parameters and bytes, the same time.
 
     ::
 
         {class_path: TieLayers, init_args: {groups: [[encoder.layers.0, encoder.layers.1]], finetune_epochs: 5}}
 
     Args:
-        groups: paths of layers, or of whole parts of the network, that become one: two or more of the same structure in
-            each group.
-        init: the weights that it begins with: ``"first"``: those of the first one; ``"mean"``: the mean of all.
+        groups: groups of two or more paths, of layers or of whole parts of the network with the same structure, which
+            become one.
+        init: the initial weights: ``"first"``: those of the first one; ``"mean"``: the mean of all.
         at: see `Step`.
-        finetune_epochs: likewise.
+        finetune_epochs: see `Step`.
 
     Raises:
-        InputError: there is no group, or an ``init`` that is neither.
+        InputError: there is no group, or ``init`` is unknown.
     """
 
     order = Order.STRUCTURE
@@ -51,7 +51,7 @@ class TieLayers(Step):
         recipe.note_change(piece.network, "tied")
         after = count_parameters(piece.network).stored
         piece.note(
-            f"{self!r} has left {after:,} parameters of {before:,}; time and multiply-accumulates stay, because a tied "
-            "layer runs as often as before"
+            f"{self!r} has left {after:,} parameters of {before:,}; time and multiply-accumulates stay, because a "
+            "tied layer runs as often as before"
         )
         piece.changed = True

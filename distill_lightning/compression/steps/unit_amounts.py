@@ -1,4 +1,4 @@
-"""How many channels, hidden units, neurons, heads or layers go: by a budget, or by what each layer can bear."""
+"""How many channels, hidden units, neurons, heads or layers to remove: by a budget, or by sensitivity."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from distill_lightning.errors import InputError
 def bearable(
     piece: Workpiece, kind: UnitKind, families: Sequence[Family], sensitivity: Sensitivity, *, criterion: str
 ) -> dict[str, float]:
-    """Amounts by family that a `Sensitivity` finds.
+    """The amounts by family that a `Sensitivity` finds.
 
     Raises:
-        InputError: as `score_units` and `Sensitivity.amounts`.
+        InputError: see `score_units` and `Sensitivity.amounts`.
     """
     scores = score_units(piece, families, criterion)
     named = {family.name: family for family in families}
@@ -35,12 +35,12 @@ def bearable(
 
 
 def limit_of(budget: str, network: nn.Module, example_inputs: Any) -> float:
-    """How much may be left by ``"macs:0.5"``: a share of what a network costs now.
+    """The cost that ``"macs:0.5"`` leaves: a share of what the network costs now.
 
     Args:
         budget: see `parse_budget`.
-        network: as it is now.
-        example_inputs: that multiply-accumulates are counted for.
+        network: the network as it is now.
+        example_inputs: the inputs for which multiply-accumulates are counted.
     """
     measure, share = parse_budget(budget)
     return share * _cost(measure, network, example_inputs)
@@ -55,18 +55,18 @@ def smallest_amount(
     budget: str,
     limit: float,
 ) -> float:
-    """The smallest share of the units without which a network is within a budget.
+    """The smallest share of units whose removal brings a network within a budget.
 
     Args:
-        piece: whose network it is; left as it is.
-        kind: of the units.
-        families: of units.
-        chosen: which units stay of an amount.
+        piece: the workpiece with the network; it is left as it is.
+        kind: kind of the units.
+        families: the families of units.
+        chosen: a function that returns the units that stay at an amount.
         budget: see `parse_budget`.
-        limit: from `limit_of`.
+        limit: what `limit_of` returned.
 
     Raises:
-        InputError: no share is enough.
+        InputError: no share is large enough.
     """
     measure, _ = parse_budget(budget)
     total = sum(family.size for family in families)
@@ -80,7 +80,7 @@ def smallest_amount(
     if not fits(high):
         raise InputError(
             f"Prune: budget {budget!r} cannot be met: with one {kind} left in each of {len(families)} layers the "
-            "network is larger; raise it, or prune more layers"
+            "network is still larger: raise it, or prune more layers"
         )
     while low < high:
         middle = (low + high) // 2
@@ -89,10 +89,10 @@ def smallest_amount(
 
 
 def parse_budget(text: str) -> tuple[str, float]:
-    """Of ``"macs:0.5"`` or ``"params:0.5"`` what is measured and which share may be left.
+    """Read ``"macs:0.5"`` or ``"params:0.5"``: what is measured, and which share may be left.
 
     Raises:
-        InputError: another text.
+        InputError: the text is neither.
     """
     measure, _, share = text.partition(":")
     try:
@@ -100,7 +100,7 @@ def parse_budget(text: str) -> tuple[str, float]:
     except ValueError:
         value = -1.0
     if measure not in ("macs", "params") or not 0 < value <= 1:
-        raise InputError(f"budget must be such as 'macs:0.5' or 'params:0.5', a share of what there is, got {text!r}")
+        raise InputError(f"budget must be a share of the cost such as 'macs:0.5' or 'params:0.5', got {text!r}")
     return measure, value
 
 

@@ -1,4 +1,4 @@
-"""Channels, hidden units, neurons, heads and layers: finding, choosing and removing them, and what is left then."""
+"""Channels, hidden units, neurons, heads and layers: how they are found, chosen and removed."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ UnitKind = Literal["channel", "hidden_unit", "neuron", "head", "layer"]
 UNITS: tuple[UnitKind, ...] = ("channel", "hidden_unit", "neuron", "head", "layer")
 Backend = Literal["own", "torch_pruning"]
 Kept = dict[str, list[int]]
-"""Which units stay, by the name of what they are units of."""
+"""The units that stay, by name of their family."""
 
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """Units that compete with each other first.
+    """Units of one layer, which compete with each other first.
 
     Args:
         name: path of a layer.
         size: number of units.
-        blocks: parts of equal size that keep equally many: an RNN's layers and directions.
+        blocks: number of equal parts that keep the same number of units: an RNN's layers and directions.
         group: of the units; ``None``: they are the layers of the `nn.TransformerEncoder` at ``name``.
     """
 
@@ -48,7 +48,7 @@ class Family:
 
 
 def prepare(network: nn.Module, kind: UnitKind) -> nn.Module:
-    """Give a network layers that can lose such units, in place."""
+    """Convert a network's layers, in place, so that they can lose such units."""
     return surgery.convert_attention(network) if kind == "head" else network
 
 
@@ -61,18 +61,18 @@ def find_families(
     exclude: Targets,
     backend: Backend,
 ) -> list[Family]:
-    """The units that can be removed from a network.
+    """Find the units that can be removed from a network.
 
     Args:
         network: after `prepare`.
-        kind: of units.
+        kind: kind of units.
         example_inputs: a tensor or a tuple of arguments.
-        targets: paths of the layers that the groups are named after; see `match_layers`.
-        exclude: likewise.
-        backend: what finds channels.
+        targets: paths of the layers after which the groups are named; see `match_layers`.
+        exclude: see `match_layers`.
+        backend: the analysis that finds channels.
 
     Raises:
-        InputError: there are none, or none of them is meant.
+        InputError: there are none, or none of them matches.
     """
     inputs = inputs_of(example_inputs)
     if kind == "layer":
@@ -94,7 +94,7 @@ def find_families(
 
 
 def parameter_names(network: nn.Module, families: Sequence[Family]) -> list[str]:
-    """Names of the parameters that lose entries with the units."""
+    """Names of the parameters that lose entries when the units are removed."""
     names: dict[str, None] = {}
     for family in families:
         names.update(dict.fromkeys(_names(network, family)))
@@ -102,18 +102,18 @@ def parameter_names(network: nn.Module, families: Sequence[Family]) -> list[str]
 
 
 def score_units(piece: Workpiece, families: Sequence[Family], criterion: str) -> dict[str, Tensor]:
-    """What each unit is worth: the sum over what leaves with it, or the mean.
+    """Score units: the sum over the weights that are removed with each of them, or the mean.
 
     Args:
-        piece: whose network the families are of.
-        families: of units.
-        criterion: of `SCORERS` but those of single layers, or ``"bn_scale"``.
+        piece: the workpiece with the network of the families.
+        families: the families of units.
+        criterion: a key of `SCORERS`, but not one of single layers, or ``"bn_scale"``.
 
     Returns:
-        ``(size,)`` by name of the family.
+        Scores ``(size,)`` by name of the family.
 
     Raises:
-        InputError: ``"bn_scale"`` where a group has no BatchNorm, or as the criterion.
+        InputError: a group has no BatchNorm for ``"bn_scale"``; see also the criterion.
     """
     if criterion == "random":
         generator = torch.Generator().manual_seed(piece.seed)
@@ -123,7 +123,7 @@ def score_units(piece: Workpiece, families: Sequence[Family], criterion: str) ->
     names = parameter_names(piece.network, families)
     mean = REDUCE.get(criterion, "mean") == "mean"
     if mean:
-        # Norms' scales are of another size than weights, so they have no place in a mean of these.
+        # Scales of norms are of another magnitude than weights, so they are left out of the mean.
         names = [name for name in names if piece.network.get_parameter(name).dim() > 1]
     values = SCORERS[criterion](piece, names)
     return {family.name: _sums(piece.network, family, values, mean=mean) for family in families}
@@ -140,24 +140,24 @@ def choose_units(
     round_to: int = 1,
     kept: Mapping[str, Sequence[int]] | None = None,
 ) -> Kept:
-    """Which units stay.
+    """Choose the units that stay.
 
     Args:
-        families: of units.
-        scores: ``(size,)`` by name.
-        amount: share of the units that go; see `choose`. One of each family stays in any case.
+        families: the families of units.
+        scores: ``(size,)`` scores by name of the family.
+        amount: share of the units to remove; see `choose`. One unit of each family always stays.
         scope: see `choose`.
-        relative: units compete by their worth over the mean of those in their family; not by a threshold.
-        by_threshold: the amount is one of worth instead: units that are worth less go.
-        round_to: of how many a multiple stays: a little less than the amount goes.
-        kept: those that have stayed until now; the others stay away, and count in the amount.
+        relative: whether units compete by their score relative to the mean of their family; not with a threshold.
+        by_threshold: whether the amount is a threshold of the scores instead: units with lower scores are removed.
+        round_to: the number of units that stay is a multiple of this, so a little less than the amount is removed.
+        kept: the units that have stayed so far; the others stay removed, and count towards the amount.
     """
     ranked, away = {}, {}
     for family in families:
         stays = torch.zeros(family.size, dtype=torch.bool)
         stays[list(range(family.size) if kept is None else kept[family.name])] = True
         score = wide(scores[family.name]).cpu().masked_fill(~stays, -torch.inf).view(family.blocks, -1)
-        # Blocks lose equally many, so the worst units of all of them go together.
+        # Blocks lose equally many units, so the worst units of all blocks are removed together.
         ranked[family.name] = score.sort(dim=1, stable=True)
         away[family.name] = ranked[family.name].values.isinf().any(0)
     values = {name: ranking.values.sum(0) for name, ranking in ranked.items()}
@@ -175,7 +175,7 @@ def choose_units(
         size = family.size // family.blocks
         places = ranked[family.name].indices + size * torch.arange(family.blocks)[:, None]
         count = min(-(-max(int(staying[family.name].sum()), 1) // round_to) * round_to, size)
-        # What has gone does not come back for a round number.
+        # Removed units do not return for a round number.
         count = min(count, int((~away[family.name]).sum()))
         result[family.name] = sorted(places[:, size - count :].flatten().tolist())
     return result
@@ -184,13 +184,13 @@ def choose_units(
 def remove(
     network: nn.Module, *, kind: UnitKind, families: Sequence[Family], kept: Mapping[str, Sequence[int]]
 ) -> None:
-    """Have the units that are not kept leave a network, in place.
+    """Remove the units that are not kept from a network, in place.
 
     Args:
-        network: of the architecture that the families were found in, before or after `prepare`.
-        kind: of the units.
-        families: of units.
-        kept: which stay.
+        network: a network of the families' architecture, before or after `prepare`.
+        kind: kind of the units.
+        families: the families of units.
+        kept: the units that stay.
     """
     prepare(network, kind)
     for family in families:
@@ -201,15 +201,15 @@ def remove(
 
 
 def change(piece: Workpiece, act: Callable[[nn.Module], object]) -> None:
-    """Change a network's structure, and its masks with it; those that would mask nothing go.
+    """Change a network's structure together with its masks; masks that would mask nothing are dropped.
 
     Args:
-        piece: what is worked on.
-        act: changes a network of its architecture in place, and moves weights without computing anything.
+        piece: the workpiece.
+        act: changes a network of this architecture in place; it may move weights but not compute with them.
     """
     masks: dict[str, Tensor] = {}
     if piece.masks.kept:
-        # Masks go the way of the weights: in a copy whose weights are they.
+        # Masks are moved like weights: as the weights of a copy.
         shadow = copy_network(piece.network)
         with torch.no_grad():
             for name, parameter in shadow.named_parameters():
@@ -224,7 +224,7 @@ def change(piece: Workpiece, act: Callable[[nn.Module], object]) -> None:
 
 
 def unit_masks(network: nn.Module, families: Sequence[Family], kept: Mapping[str, Sequence[int]]) -> Masks:
-    """Masks under which a network gives what it gives without the units that are not kept."""
+    """Masks under which a network returns the same as without the units that are not kept."""
     masks: dict[str, Tensor] = {}
     for family in families:
         if family.group is not None and len(kept[family.name]) < family.size:
@@ -234,11 +234,11 @@ def unit_masks(network: nn.Module, families: Sequence[Family], kept: Mapping[str
 
 
 def group_norms(network: nn.Module, families: Sequence[Family]) -> Tensor:
-    r"""The sum over units of the root of their size times their norm, with a graph: `penalties.group_lasso_of` of all.
+    r"""`penalties.group_lasso_of` of all units, with a graph: the sum of the root of their size times their norm.
 
     Args:
-        network: that the families are of.
-        families: of units but layers.
+        network: the network of the families.
+        families: the families of units, but not of layers.
     """
     squares = {name: wide(network.get_parameter(name)).square() for name in parameter_names(network, families)}
     ones = {name: torch.ones_like(square) for name, square in squares.items()}
@@ -253,7 +253,7 @@ def group_norms(network: nn.Module, families: Sequence[Family]) -> Tensor:
 
 
 def on_copy(piece: Workpiece, kind: UnitKind) -> Workpiece:
-    """The workpiece with a copy of its network that `prepare` has changed; itself where that changes nothing."""
+    """The workpiece with a copy of its network after `prepare`; the workpiece itself if that changes nothing."""
     return replace(piece, network=prepare(copy_network(piece.network), kind)) if kind == "head" else piece
 
 

@@ -1,4 +1,4 @@
-"""Pruning single weights, rows, blocks and n of m: which, by what they are worth, and how many."""
+"""Pruning of single weights, rows, blocks and n of m: how they are found, scored and pruned."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distill_lightning.compression.targets import Targets, match_layers
 from distill_lightning.compression.workpiece import Workpiece
 
 Scorer = Callable[[Workpiece, Sequence[str]], dict[str, Tensor]]
-"""Scores of the parameters at some paths, in their shapes."""
+"""A function that scores the parameters at some paths, in their shapes."""
 
 
 def _magnitude(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
@@ -60,9 +60,9 @@ SCORERS: dict[str, Scorer] = {
     "obs_update": _obs,
 }
 REDUCE: dict[str, Reduce] = dict.fromkeys(("taylor", "obd", "snip", "obs", "obs_update"), "sum")
-"""Estimates of the loss's change add up; of all others the mean is compared."""
+"""Criteria that estimate the change of the loss, whose scores are summed; other scores are averaged."""
 SWEPT = ("obs", "obs_update")
-"""Of layers whose inputs can be seen."""
+"""Criteria for layers whose inputs can be observed."""
 
 
 def weight_paths(
@@ -73,23 +73,23 @@ def weight_paths(
     granularity: str = "weight",
     criterion: str = "magnitude",
 ) -> list[str]:
-    """The weights that can be pruned: no biases, no norms, nothing that is computed; tied ones once.
+    """The weights that can be pruned: no biases, no norms, no computed weights; tied ones once.
 
     Args:
-        network: any.
-        targets: layers, see `match_layers`.
-        exclude: layers likewise.
-        granularity: of which n:m leaves out layers whose inputs are no multiple of m.
-        criterion: of which those of single layers leave out all but `Linear` and `Conv2d`.
+        network: any network.
+        targets: patterns of layers, see `match_layers`.
+        exclude: patterns of layers to leave out, see `match_layers`.
+        granularity: see `Granularity`; n:m leaves out layers whose inputs are not a multiple of m.
+        criterion: the criterion; those of single layers leave out all but `Linear` and `Conv2d`.
 
     Returns:
         Paths of parameters.
 
     Raises:
-        InputError: as `match_layers`.
+        InputError: see `match_layers`.
     """
     unit = Granularity.parse(granularity)
-    # PyTorch's attention uses its output projection's weight without calling it.
+    # PyTorch's attention uses the weight of its output projection without calling it.
     silent = {module.out_proj for module in network.modules() if isinstance(module, nn.MultiheadAttention)}
 
     def fits(layer: nn.Module) -> bool:
@@ -100,7 +100,7 @@ def weight_paths(
 
     what = "linear, convolutional, recurrent, attention and embedding layers"
     if criterion in SWEPT:
-        what = "Linear and Conv2d layers that run as such"
+        what = "Linear and Conv2d layers that run as modules"
     if unit.kind == "n:m":
         what = f"layers whose inputs are a multiple of {unit.second}"
     paths: dict[int, str] = {}
@@ -112,15 +112,15 @@ def weight_paths(
 
 
 def per_layer(network: nn.Module, patterns: Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
-    """Amounts by path of the layer from those by pattern, of which the first that matches counts.
+    """Amounts by path of the layer from amounts by pattern, where the first pattern that matches counts.
 
     Args:
-        network: any.
+        network: any network.
         patterns: amounts by patterns of layers, as in `Targets`.
-        layers: paths of those that can be pruned.
+        layers: paths of the layers that can be pruned.
 
     Returns:
-        Of the layers that a pattern matches.
+        The amounts of the layers that a pattern matches.
 
     Raises:
         InputError: a pattern that matches none of them.
@@ -144,19 +144,19 @@ def prune_weights(
     scope: Scope,
     growing: float = 0.0,
 ) -> None:
-    """Prune to a share of the weights; what was pruned before counts, and stays so but for ``growing``.
+    """Prune to a share of the weights; weights pruned before count and, except for ``growing``, stay pruned.
 
     Args:
-        piece: what is worked on.
-        paths: of the weights.
-        amount: share of the units; see `select`.
-        criterion: of `SCORERS`.
+        piece: the workpiece.
+        paths: paths of the weights.
+        amount: share of pruned units; see `select`.
+        criterion: a key of `SCORERS`.
         granularity: see `Granularity`.
         scope: see `select`.
-        growing: share of the weights pruned before that come back, for which others go.
+        growing: share of the weights pruned before that return, while others are pruned instead.
 
     Raises:
-        InputError: as the criterion and `select`.
+        InputError: see the criterion and `select`.
     """
     scores = SCORERS[criterion](piece, paths)
     before = Masks({path: mask for path, mask in piece.masks.kept.items() if path in scores})
@@ -175,7 +175,7 @@ def prune_weights(
         own = amount if isinstance(amount, float | int) and scope == "layer" else None
         kind = Granularity.parse(granularity).kind
         if (kind == "n:m" or (kind == "weight" and own is not None)) and not before.pruned:
-            # Chosen anew in every block of columns, from weights that have followed until then.
+            # Chosen in every block of columns, from weights that have been adjusted until then.
             masks = second_order.prune_layers(piece.network, paths, batches, amount=own, granularity=granularity)
         else:
             second_order.prune_layers(piece.network, paths, batches, masks=masks)
@@ -183,10 +183,10 @@ def prune_weights(
 
 
 def prune_below(piece: Workpiece, paths: Sequence[str], threshold: float, *, criterion: str, granularity: str) -> None:
-    """Prune what is worth less than a threshold, whatever share that is; what was pruned before stays so.
+    """Prune what scores less than a threshold, whatever its share; weights pruned before stay pruned.
 
     Raises:
-        InputError: as the criterion and `select_below`.
+        InputError: see the criterion and `select_below`.
     """
     scores = SCORERS[criterion](piece, paths)
     reduce = REDUCE.get(criterion, "mean")
@@ -196,10 +196,10 @@ def prune_below(piece: Workpiece, paths: Sequence[str], threshold: float, *, cri
 def bearable(
     piece: Workpiece, paths: Sequence[str], sensitivity: Sensitivity, *, criterion: str, granularity: str
 ) -> dict[str, float]:
-    """Amounts by path that a `Sensitivity` finds.
+    """The amounts by path that a `Sensitivity` finds.
 
     Raises:
-        InputError: as the criterion and `Sensitivity.amounts`.
+        InputError: see the criterion and `Sensitivity.amounts`.
     """
     scores = SCORERS[criterion](piece, paths)
     reduce = REDUCE.get(criterion, "mean")
@@ -220,15 +220,15 @@ def _regrown(
     before: Masks,
     chosen: Callable[[Amount, Mapping[str, Tensor]], Masks],
 ) -> Masks:
-    """Masks of the amount, in which some weights that were pruned before are back in the place of others."""
-    # Of the gradient, because a pruned weight has no magnitude.
+    """Masks of the amount, in which some weights that were pruned before replace others."""
+    # By the gradient, because a pruned weight has no magnitude.
     promise = criteria.gradient(piece.network, list(scores), piece.batches("regrow"), piece.loss)
     kept: dict[str, Tensor] = {}
     for pool in [[path] for path in scores] if each else [list(scores)]:
         own = Masks({path: before.kept[path] for path in pool if path in before.kept})
         share = amount[pool[0]] if isinstance(amount, Mapping) else amount
         total = sum(scores[path].numel() for path in pool)
-        # As many more go as come back, so that the amount is exact; each parameter keeps a weight.
+        # As many more are pruned as return, so that the amount is exact; each parameter keeps a weight.
         count = min(round(growing * own.pruned), total - len(pool) - round(share * total))
         if count <= 0 or not own.pruned:
             kept |= chosen(dict.fromkeys(pool, share) if each else share, _those(scores, pool)).kept

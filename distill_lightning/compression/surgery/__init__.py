@@ -1,4 +1,4 @@
-"""Structured pruning that shrinks tensors: channels, hidden units, heads, neurons and layers leave for good.
+"""Structured pruning that shrinks tensors: channels, hidden units, heads, neurons and layers are removed for good.
 
 ::
 

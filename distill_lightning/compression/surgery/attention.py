@@ -1,4 +1,4 @@
-"""Multi-head attention that can lose heads, in place of PyTorch's, which cannot."""
+"""Multi-head attention whose heads can be removed, in place of PyTorch's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from distill_lightning.errors import InputError
 
 
 class Attention(nn.Module):
-    """What `nn.MultiheadAttention` computes, with separate projections and a number of heads that is free.
+    """Computes the same as `nn.MultiheadAttention`, with separate projections and any number of heads.
 
-    The projections ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj`` are ordinary linear layers, so that whatever
-    treats linear layers (quantization, low rank, hooks that count) finds them. The arguments of a call and its results
-    are those of `nn.MultiheadAttention`, also inside PyTorch's Transformer layers. Their fast path, which would go past
-    this module, is never taken.
+    The projections ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj`` are ordinary linear layers, so that everything
+    that handles linear layers (quantization, low rank, counting hooks) finds them. The arguments of a call and its
+    results are those of `nn.MultiheadAttention`, also inside PyTorch's Transformer layers. Their fast path, which would
+    bypass this module, is never used.
 
     Args:
         embed_dim: features ``E`` of a query and of the output.
@@ -26,11 +26,11 @@ class Attention(nn.Module):
         head_dim: features of one head.
         kdim: features of a key; ``None``: ``E``.
         vdim: features of a value; ``None``: ``E``.
-        bias: whether the projections have one.
-        dropout: probability, of the attention weights, while training.
-        batch_first: sequences are ``(N, L, E)`` in place of ``(L, N, E)``.
-        device: of the parameters.
-        dtype: of the parameters.
+        bias: whether the projections have a bias.
+        dropout: dropout probability of the attention weights in training.
+        batch_first: whether sequences are ``(N, L, E)`` instead of ``(L, N, E)``.
+        device: device of the parameters.
+        dtype: type of the parameters.
 
     Raises:
         InputError: a size that is not positive.
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
     in_proj_weight: None = None
     in_proj_bias: None = None
-    """What PyTorch's Transformer layers look at; without it they do not take their fast path."""
+    """Read by PyTorch's Transformer layers, which with False do not use their fast path."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         self.vdim = embed_dim if vdim is None else vdim
         self.dropout = dropout
         self.batch_first = batch_first
-        # The projections may be replaced by layers that have none to look at.
+        # The projections may be replaced by layers without such attributes.
         self.bias = bias
         inner = num_heads * head_dim
         self.q_proj = nn.Linear(embed_dim, inner, bias, device, dtype)
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         """The sizes."""
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}"
 
-    def forward(  # noqa: PLR0917  # PyTorch's Transformer layers call it so
+    def forward(  # noqa: PLR0917  # as PyTorch's Transformer layers call it
         self,
         query: Tensor,
         key: Tensor,
@@ -89,23 +89,24 @@ class Attention(nn.Module):
         average_attn_weights: bool = True,  # noqa: FBT001, FBT002
         is_causal: bool = False,  # noqa: FBT001, FBT002
     ) -> tuple[Tensor, Tensor | None]:
-        """The output and, if asked for, the attention weights.
+        """Compute the output and, if asked for, the attention weights.
 
         Args:
             query: ``(L, N, E)``, ``(N, L, E)`` with ``batch_first``, or ``(L, E)``.
-            key: ``S`` in place of ``L``, and ``kdim`` features.
-            value: ``S`` in place of ``L``, and ``vdim`` features.
+            key: the same with ``S`` for ``L`` and ``kdim`` features.
+            value: the same with ``S`` for ``L`` and ``vdim`` features.
             key_padding_mask: ``(N, S)`` or ``(S,)``: true, or minus infinity, where a key is left out.
             need_weights: whether the weights are returned.
             attn_mask: ``(L, S)`` or ``(N h, L, S)``: true where a query does not see a key, or a number that is added.
-            average_attn_weights: the weights' mean over the heads, ``(N, L, S)``, in place of ``(N, h, L, S)``.
-            is_causal: says that ``attn_mask`` is causal, which changes nothing here.
+            average_attn_weights: whether the weights are averaged over the heads, ``(N, L, S)`` instead of ``(N, h, L,
+                S)``.
+            is_causal: whether ``attn_mask`` is causal, which makes no difference here.
 
         Raises:
             InputError: ``is_causal`` without ``attn_mask``, or an ``attn_mask`` of another shape.
         """
         if is_causal and attn_mask is None:
-            raise InputError("Attention: is_causal goes with attn_mask, as in nn.MultiheadAttention: give the mask")
+            raise InputError("Attention: is_causal needs attn_mask, as in nn.MultiheadAttention: give the mask")
         batched = query.dim() == 3
         if not batched:
             query, key, value = query[None], key[None], value[None]
@@ -133,13 +134,13 @@ class Attention(nn.Module):
         return projected.reshape(*projected.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
     def _mask(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
-        """Both masks as one to add, broadcast to ``(N, h, L, S)``."""
+        """Both masks as one additive mask, broadcast to ``(N, h, L, S)``."""
         shape = (q.shape[0], self.num_heads, q.shape[2], k.shape[2])
         mask = None
         if attn_mask is not None:
             if attn_mask.shape not in (shape[2:], (shape[0] * shape[1], *shape[2:])):
                 raise InputError(
-                    f"Attention: attn_mask has shape {tuple(attn_mask.shape)}, wanted is {shape[2:]} or "
+                    f"Attention: attn_mask has shape {tuple(attn_mask.shape)}, but must have {shape[2:]} or "
                     f"{(shape[0] * shape[1], *shape[2:])}, for each of {self.num_heads} heads"
                 )
             mask = _additive(attn_mask, q)
@@ -160,16 +161,16 @@ def convert_attention(network: nn.Module) -> nn.Module:
     """Replace every `nn.MultiheadAttention` inside a network by an `Attention` that computes the same, in place.
 
     Where PyTorch's encoder has a ``src_key_padding_mask`` in eval mode, its fast path writes zeros to the outputs at
-    padded positions; without it they are ordinary numbers, as they are in training.
+    padded positions; without the fast path they are ordinary numbers, as in training.
 
     Args:
-        network: which is changed.
+        network: the network to change.
 
     Returns:
-        The same network; the new `Attention` where the network itself is the `nn.MultiheadAttention`.
+        The same network, or the new `Attention` if the network itself is an `nn.MultiheadAttention`.
 
     Raises:
-        InputError: an attention with ``add_bias_kv`` or ``add_zero_attn``; nothing is changed then.
+        InputError: an attention has ``add_bias_kv`` or ``add_zero_attn``; nothing is changed then.
     """
     converted = {
         id(module): from_multihead(module) for module in network.modules() if isinstance(module, nn.MultiheadAttention)
@@ -177,7 +178,7 @@ def convert_attention(network: nn.Module) -> nn.Module:
     if id(network) in converted:
         return converted[id(network)]
     for parent in list(network.modules()):
-        # All names of a shared layer, not only the first one as named_children has it.
+        # All names of a shared layer, not only the first one as in named_children.
         for name, child in parent._modules.items():  # noqa: SLF001
             if id(child) in converted:
                 setattr(parent, name, converted[id(child)])
@@ -186,7 +187,7 @@ def convert_attention(network: nn.Module) -> nn.Module:
 
 
 def from_multihead(attention: nn.MultiheadAttention) -> Attention:
-    """An `Attention` with copies of the weights of PyTorch's.
+    """An `Attention` with copies of the weights of PyTorch's attention.
 
     Raises:
         InputError: it has ``add_bias_kv`` or ``add_zero_attn``.
@@ -215,22 +216,22 @@ def from_multihead(attention: nn.MultiheadAttention) -> Attention:
 
 
 def describe_attention(attention: nn.MultiheadAttention | Attention) -> dict[str, Any]:
-    """The arguments of the `Attention` that computes the same, plain values."""
+    """The arguments of the `Attention` that computes the same, in plain values."""
     names = ("embed_dim", "num_heads", "head_dim", "kdim", "vdim", "dropout", "batch_first")
     bias = attention.bias if isinstance(attention, Attention) else attention.out_proj.bias is not None
     return {**{name: getattr(attention, name) for name in names}, "bias": bias}
 
 
 def rebuild_attention(original: nn.MultiheadAttention | Attention, description: dict[str, Any]) -> Attention:
-    """A new `Attention` as described, of the original's device, type and mode, with weights of its own."""
+    """A new `Attention` as described, with the original's device, type and mode, and its own weights."""
     weight = original.out_proj.weight
     return Attention(**description, device=weight.device, dtype=weight.dtype).train(original.training)
 
 
 def forbid_nested(network: nn.Module) -> None:
-    """Keep `nn.TransformerEncoder` from nested tensors, in place, where a layer of it has an `Attention`.
+    """Stop `nn.TransformerEncoder` from using nested tensors, in place, if one of its layers has an `Attention`.
 
-    It would read the packed weights that are not there any more.
+    It would read the packed weights, which no longer exist.
     """
     for module in network.modules():
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, Attention) for m in module.modules()):

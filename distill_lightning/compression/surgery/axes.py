@@ -1,6 +1,6 @@
-"""The axes along which a layer can shrink, and which of its tensors lie along them.
+"""The axes along which a layer can shrink, and the tensors along each axis.
 
-An axis is a number of positions; cutting it takes the same positions out of every tensor that lies along it:
+An axis is a number of positions; cutting it removes the same positions from every tensor along it:
 
 =====================  ==============  ==========================================================
 layer                  axis            positions
@@ -34,12 +34,12 @@ TransformerLayer = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 class Slice(NamedTuple):
-    """One dimension of one tensor that lies along an axis.
+    """One dimension of a tensor, which lies along an axis.
 
     Args:
-        tensor: its name in the layer, dotted where a child has it.
+        tensor: name of the tensor in the layer, dotted if it belongs to a child.
         dim: the dimension.
-        positions: for each index along ``dim`` its position on the axis, -1 where it belongs to no position; int64.
+        positions: the position on the axis of each index along ``dim``, -1 for none; int64.
     """
 
     tensor: str
@@ -48,12 +48,12 @@ class Slice(NamedTuple):
 
 
 def is_depthwise(conv: nn.Module) -> bool:
-    """Whether a layer is a convolution that filters every channel on its own."""
+    """Whether a layer is a convolution that filters every channel separately."""
     return isinstance(conv, Conv) and conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
 
 
 def slices(layer: nn.Module, axis: str) -> list[Slice]:
-    """What lies along an axis of a layer; see the table above.
+    """The slices along an axis of a layer; see the table above.
 
     Raises:
         InputError: the layer has no such axis.
@@ -76,17 +76,17 @@ def length(layer: nn.Module, axis: str) -> int:
 def cut(layer: nn.Module, axis: str, keep: Tensor) -> None:
     """Shrink a layer along an axis, in place.
 
-    Its parameters are new ones that own their storage, without gradient: an optimiser that knew the old ones has to be
-    made anew. Buffers are replaced likewise, and the layer's sizes (``out_channels`` ...) follow.
+    The layer gets new parameters with their own storage and without gradients: make a new optimiser afterwards. Buffers
+    are replaced in the same way, and the layer's sizes (``out_channels`` ...) are updated.
 
     Args:
-        layer: to shrink.
-        axis: along which.
+        layer: the layer to shrink.
+        axis: the axis to shrink along.
         keep: bool, one per position.
 
     Raises:
-        InputError: the layer has no such axis, or a reparametrized tensor; nothing would stay; or an RNN would have
-            different numbers of units in its layers and directions.
+        InputError: the layer has no such axis or a reparametrized tensor, nothing would stay, or the layers and
+            directions of an RNN would have different numbers of units.
     """
     check_cut(layer, axis, keep)
     for found in slices(layer, axis):
@@ -96,7 +96,7 @@ def cut(layer: nn.Module, axis: str, keep: Tensor) -> None:
 
 
 def check_cut(layer: nn.Module, axis: str, keep: Tensor) -> None:
-    """Refuse what `cut` refuses, and change nothing.
+    """Refuse the same arguments as `cut`, without changing anything.
 
     Raises:
         InputError: see `cut`.
@@ -111,7 +111,7 @@ def check_cut(layer: nn.Module, axis: str, keep: Tensor) -> None:
     if axis == "units" and len(set(_counts(layer, keep))) > 1:
         raise InputError(
             f"{name}: every layer and direction must keep the same number of units, got {_counts(layer, keep)}: "
-            "choose an equal number in each"
+            "choose the same number in each"
         )
 
 
@@ -128,13 +128,13 @@ def _replace(layer: nn.Module, name: str, dim: int, index: Tensor) -> None:
     parent, _, own = name.rpartition(".")
     owner = layer.get_submodule(parent)
     old = getattr(owner, own)
-    # index_select makes a copy: a view would be saved with the whole storage that it looks into.
+    # index_select makes a copy: a view would be saved with its whole storage.
     new = old.detach().index_select(dim, index.to(old.device))
     setattr(owner, own, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
 
 def _resize(layer: Any, axis: str, keep: Tensor) -> None:
-    """The sizes that a layer's Python attributes tell, after its tensors have changed."""
+    """Update the sizes in a layer's Python attributes after its tensors have changed."""
     count = int(keep.sum())
     for kinds, names in _ATTRIBUTES:
         if isinstance(layer, kinds):

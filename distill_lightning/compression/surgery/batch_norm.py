@@ -1,4 +1,4 @@
-"""BatchNorm statistics that fit a network again after its weights have changed."""
+"""Recalibration of BatchNorm's statistics after a network's weights have changed."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from distill_lightning.errors import InputError, refusing
 def recalibrate(network: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]], *, limit: int | None = None) -> int:
     """Measure the running statistics of every BatchNorm anew, in place.
 
-    They become the plain mean over the batches of each batch's mean and unbiased variance. Only the BatchNorm layers
-    run in train mode, so dropout does nothing meanwhile and draws no random numbers. Parameters, momentum and every
-    module's mode are afterwards what they were. A network without running statistics is not run at all.
+    They become the plain average of each batch's mean and unbiased variance. Only the BatchNorm layers run in train
+    mode, so dropout has no effect and draws no random numbers. Parameters, momentum and the modes of all modules are
+    restored. A network without running statistics is not run at all.
 
     Args:
-        network: on the device of the batches.
-        batches: the network's inputs, training data and no other; a tuple holds several arguments.
-        limit: at most so many batches; ``None``: all.
+        network: the network, on the device of the batches.
+        batches: inputs of the network, only training data; a tuple holds several arguments.
+        limit: the largest number of batches; ``None`` for all.
 
     Returns:
         Number of batches used.
 
     Raises:
-        InputError: there is no batch, or one with a single value per channel; the statistics are then the old ones.
+        InputError: there is no batch, or one has a single value per channel; the old statistics are kept then.
     """
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
@@ -42,7 +42,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...
         network.eval()
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # PyTorch's word for the cumulative average
+            norm.momentum = None  # in PyTorch, the cumulative average
             norm.train()
         for batch in batches:
             if limit is not None and count >= limit:

@@ -1,4 +1,4 @@
-"""Channels of convolutional networks and neurons of linear ones, with everything that goes with them."""
+"""Groups of the channels of convolutional networks and the neurons of linear ones."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from distill_lightning.errors import InputError
 
 
 def channel_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> list[Group]:
-    """The channels that can be removed from a network, in groups of those that lie along the same axes.
+    """Find the channels that can be removed from a network, in groups that lie along the same axes.
 
-    A group holds what makes its channels (convolutions, linear layers; several where a shortcut adds their outputs),
-    the norms they go through, depthwise convolutions, and what reads them. Never in a group: what the network returns,
-    so its last layer keeps its outputs; what other grouped, transposed or reparametrized convolutions and layers with
-    shared weights make or read; and what goes through an operation that is not known here.
+    A group contains the layers that make its channels (convolutions and linear layers; several if a shortcut adds their
+    outputs), the norms and depthwise convolutions that they pass through, and the layers that read them. Never in a
+    group are the network's outputs, so its last layer keeps them; channels that other grouped, transposed or
+    reparametrized convolutions or layers with shared weights make or read; and channels that pass through an unknown
+    operation.
 
     Args:
-        network: that `torch.fx` can trace: sequential, residual and densely connected ones, with squeeze-and-excite,
-            flattened feature maps and branches. It is left as it was.
-        example_inputs: its input, or a tuple of its inputs; one sample of any size it takes is enough.
+        network: a network that `torch.fx` can trace: sequential, residual or densely connected, with
+            squeeze-and-excite, flattened feature maps and branches. It is left as it was.
+        example_inputs: its input, or a tuple of its inputs; one sample of any supported size is enough.
 
     Returns:
-        In the order of the forward pass; see `shrink`.
+        The groups in the order of the forward pass; see `shrink`.
 
     Raises:
         InputError: the network cannot be traced, or no channel of it can be removed.
@@ -35,7 +36,7 @@ def channel_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -
     found = follow(network, example_inputs)
     makers = [place for place in found.made if place[1] == "out"]
     families = _families(found, makers)
-    # Hidden units that are added to channels: only the whole RNN could give way, so neither does.
+    # Hidden units that are added to channels: the whole RNN would have to shrink, so neither does.
     units = {root for place in found.made if place[1] == "units" for root in found.bindings[place]}
     fixed = found.fixed | units
     groups = [
@@ -52,13 +53,13 @@ def channel_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -
 
 
 def make_group(found: Dependencies, roots: list[int], *, name: str, kind: GroupKind) -> Group:
-    """The group of some channels, with every axis that any of them lies along.
+    """The group of some channels, with every axis along which any of them lies.
 
     Args:
-        found: what following the network found.
-        roots: of the channels, in the group's order.
-        name: of the group.
-        kind: what is counted.
+        found: the dependencies in the network.
+        roots: the roots of the channels, in the group's order.
+        name: name of the group.
+        kind: the kind of the units.
     """
     index = {root: number for number, root in enumerate(roots)}
     members = []
@@ -69,7 +70,7 @@ def make_group(found: Dependencies, roots: list[int], *, name: str, kind: GroupK
 
 
 def _families(found: Dependencies, makers: list[tuple[str, str]]) -> dict[str, list[int]]:
-    """Roots by the path of the first layer that makes them; together are those that one layer makes."""
+    """Roots by the path of the first layer that makes them; channels of the same layer are together."""
     linked = Channels()
     number = {root: linked.new(1) for place in makers for root in found.bindings[place]}
     for place in makers:

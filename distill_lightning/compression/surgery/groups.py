@@ -1,4 +1,4 @@
-"""Groups of things that leave a network together: what is in one, what it is worth, and how it is removed."""
+"""Groups of units that are removed from a network together: their members, scores, masks and removal."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from distill_lightning.errors import InputError
 
 GroupKind = Literal["channels", "units", "heads", "neurons"]
 Keep = Sequence[int] | Tensor
-"""Indices of what stays, in any order; in the network it keeps the order it had."""
+"""Indices of the units that stay, in any order; the network keeps its own order."""
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One axis of one layer that a group lies along.
+    """One axis of one layer, along which a group lies.
 
     Args:
-        path: of the layer in the network.
+        path: path of the layer in the network.
         axis: see `distill_lightning.compression.surgery.axes`.
-        channels: for each position on the axis the index in the group that it belongs to, -1 for none; int64.
+        channels: the index in the group of each position on the axis, -1 for none; int64.
     """
 
     path: str
@@ -37,16 +37,16 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Channels, hidden units, heads or neurons, of which each can be removed, in all its members at once.
+    """Channels, hidden units, heads or neurons, each of which can be removed in all members at once.
 
-    Groups are what `shrink` needs to know, and the place where another dependency analysis can come in: whatever finds
-    members by path and axis can build them.
+    `shrink` needs nothing but groups, so another dependency analysis can be used: whatever finds members by path and
+    axis can build them.
 
     Args:
         name: path of the first layer that makes the channels.
-        kind: what is counted.
+        kind: the kind of the units.
         size: number of channels, units, heads or neurons.
-        members: all axes along which these lie.
+        members: all axes along which they lie.
     """
 
     name: str
@@ -60,19 +60,19 @@ class Group:
     def scores(
         self, network: nn.Module, values: Mapping[str, Tensor], *, axes: Collection[str] | None = None
     ) -> Tensor:
-        """What each channel is worth: the sum of the values of all weights that would leave with it.
+        """The score of each channel: the sum of the values of all weights that would be removed with it.
 
         Args:
-            network: that the group is of.
-            values: per weight by its name in ``network.named_parameters()``, in the parameter's shape; names that are
-                not there count nothing.
-            axes: which members count, ``{"out"}`` for filters alone; ``None``: all.
+            network: the network of the group.
+            values: a value per weight, by name in ``network.named_parameters()``, in the parameter's shape; missing
+                names are left out.
+            axes: axes of the members that count, ``{"out"}`` for the filters only; ``None`` for all.
 
         Returns:
             ``(size,)``, of the values' type.
 
         Raises:
-            InputError: no value is of a parameter of this group.
+            InputError: there is no value for a parameter of this group.
         """
         total: Tensor | None = None
         for member in self.members:
@@ -88,20 +88,21 @@ class Group:
         return total
 
     def masks(self, network: nn.Module, keep: Keep) -> dict[str, Tensor]:
-        """The weights that would leave, as masks, without removing anything.
+        """The weights that would be removed, as masks; nothing is removed.
 
-        A network whose masked weights are zero gives what the shrunk network gives. They are those of the filters and
-        of the norms after them, and the columns of every layer that reads the channels.
+        A network whose masked weights are zero returns the same as the shrunk network. These are the weights of the
+        filters and of the norms after them, and the columns of every layer that reads the channels.
 
         Args:
-            network: that the group is of.
-            keep: which stay.
+            network: the network of the group.
+            keep: the indices that stay.
 
         Returns:
-            By parameter name, bool in the parameter's shape: true where a weight stays, false where it becomes zero.
+            Masks by parameter name, bool in the parameter's shape: true where a weight stays, false where it becomes
+            zero.
 
         Raises:
-            InputError: as `shrink`.
+            InputError: see `shrink`.
         """
         kept = kept_mask(self, keep)
         parameters = dict(network.named_parameters())
@@ -118,23 +119,23 @@ class Group:
 
 
 def shrink(network: nn.Module, keep: Mapping[Group, Keep]) -> nn.Module:
-    """Remove what is not kept from every tensor of the groups, in place.
+    """Remove the units that are not kept from every tensor of the groups, in place.
 
-    The parameters that change are new ones, without gradient, that own their storage; the others stay the objects that
-    they were. An optimiser made before keeps the old ones and has to be made anew. Find the groups again before the
-    next call: these know the old sizes.
+    Parameters that change are replaced by new ones with their own storage and without gradients; the others stay the
+    same objects. Make a new optimiser afterwards, because an old one keeps the old parameters. Find the groups again
+    before the next call, because these refer to the old sizes.
 
     Args:
-        network: that the groups are of; a copy (`copy.deepcopy`) can be given, since groups name layers by path.
-        keep: which stay, by group.
+        network: the network of the groups, or a copy of it (`copy.deepcopy`), since groups name layers by path.
+        keep: the indices that stay, by group.
 
     Returns:
         The same network.
 
     Raises:
-        InputError: an index that the group does not have, or has twice; a group or layer of which nothing would stay;
-            different numbers of hidden units in the layers of an RNN; a reparametrized layer, or one that shares its
-            weights; or a group of another network, or found before the last call. Nothing is changed then.
+        InputError: an index is not in the group or given twice; nothing of a group or layer would stay; the layers of
+            an RNN would have different numbers of hidden units; a layer is reparametrized or shares its weights; or a
+            group belongs to another network, or was found before the last call. Nothing is changed then.
     """
     stays: dict[tuple[str, str], Tensor] = {}
     for group, indices in keep.items():
@@ -145,7 +146,7 @@ def shrink(network: nn.Module, keep: Mapping[Group, Keep]) -> nn.Module:
             here = length(get_layer(network, member.path), member.axis)
             if len(own) != here:
                 raise InputError(
-                    f"{group.name} was found when {member!r} had {len(own)} positions, and it has {here}: find the "
+                    f"{group.name} was found when {member!r} had {len(own)} positions, but it has {here}: find the "
                     "groups of this network again"
                 )
             # A layer that reads two groups side by side loses channels of both in one cut.
@@ -154,7 +155,7 @@ def shrink(network: nn.Module, keep: Mapping[Group, Keep]) -> nn.Module:
     for (path, axis), own in stays.items():
         layer = network.get_submodule(path)
         if any(module in tied for module in layer.modules()):
-            raise InputError(f"{path} shares its weights with another layer, and both cannot shrink: untie them first")
+            raise InputError(f"{path} shares its weights with another layer, so neither can shrink: untie them first")
         check_cut(layer, axis, own)
     for (path, axis), own in stays.items():
         if not own.all():
@@ -166,7 +167,7 @@ def kept_mask(group: Group, keep: Keep) -> Tensor:
     """Bool ``(size,)``, true where a channel stays.
 
     Raises:
-        InputError: an index out of range or given twice, or none at all.
+        InputError: an index is out of range or given twice, or there is none.
     """
     indices = [int(index) for index in keep]
     if not indices:
@@ -179,13 +180,13 @@ def kept_mask(group: Group, keep: Keep) -> Tensor:
 
 
 def whole(network: nn.Module, path: str, *, axis: str, kind: GroupKind) -> Group:
-    """The group of all positions of one layer's axis, which no other layer knows of.
+    """The group of all positions along a layer's axis that belongs to no other layer.
 
     Args:
-        network: any.
-        path: of the layer.
-        axis: of the layer.
-        kind: what is counted.
+        network: any network.
+        path: path of the layer.
+        axis: axis of the layer.
+        kind: the kind of the units.
     """
     size = length(get_layer(network, path), axis)
     return Group(path, kind, size, (Member(path, axis, torch.arange(size)),))
@@ -204,10 +205,10 @@ def get_layer(network: nn.Module, path: str) -> nn.Module:
 
 
 def tied_modules(network: nn.Module) -> set[nn.Module]:
-    """The modules that have a parameter which another module, or another name of the same module, has too."""
+    """The modules with a parameter that also belongs to another module, or has another name in the same module."""
     owners: dict[int, list[nn.Module]] = {}
     for module in network.modules():
-        for parameter in module._parameters.values():  # noqa: SLF001  # all names: the public iterators skip repeats
+        for parameter in module._parameters.values():  # noqa: SLF001  # all names: the public iterators skip repetitions
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(module)
     return {module for modules in owners.values() if len(modules) > 1 for module in modules}

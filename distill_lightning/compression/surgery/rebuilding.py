@@ -1,4 +1,4 @@
-"""The sizes of a network as plain values, and a network of those sizes from one that was never shrunk."""
+"""The sizes of a network in plain values, and rebuilding a network with these sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distill_lightning.compression.surgery.axes import Conv
 from distill_lightning.errors import InputError
 
 Description = dict[str, dict[str, Any]]
-"""By path of a layer: its kind and sizes, made of str, int, float and bool."""
+"""The kind and sizes of layers by path, made of str, int, float and bool."""
 
 _SIZES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("convolution", Conv, ("in_channels", "out_channels", "groups")),
@@ -38,27 +38,27 @@ def describe(network: nn.Module) -> Description:
         network: shrunk or not.
 
     Returns:
-        Plain values, which JSON and ``torch.load(weights_only=True)`` take.
+        Plain values, which JSON and ``torch.load(weights_only=True)`` accept.
     """
     described = {path: describe_layer(module) for path, module in network.named_modules()}
     return {path: entry for path, entry in described.items() if entry is not None}
 
 
 def rebuild(network: nn.Module, description: Mapping[str, Mapping[str, Any]]) -> nn.Module:
-    """Give a network the sizes of another one, in place; its weights are then still to be loaded.
+    """Give a network the described sizes, in place; its weights still have to be loaded afterwards.
 
     Args:
-        network: built as the described one was before it was shrunk.
-        description: from `describe`.
+        network: built like the described one before it was shrunk.
+        description: what `describe` returned.
 
     Returns:
-        The same network; another object only where the whole network is one layer that has to be replaced. A state dict
-        of the described network loads into it with ``strict=True``.
+        The same network, or another object if the network itself is a layer that has to be replaced. A state dict of
+        the described network loads into it with ``strict=True``.
 
     Raises:
-        InputError: the network has no such layer, or one of another kind.
+        InputError: the network lacks a layer, or has one of another kind.
     """
-    # Parents come before their children, so that a layer is there when its own parts are told their sizes.
+    # Parents come before their children, so that a layer exists when the sizes of its parts are set.
     for path, entry in description.items():
         try:
             original = network.get_submodule(path)
@@ -81,7 +81,7 @@ def rebuild(network: nn.Module, description: Mapping[str, Mapping[str, Any]]) ->
 
 
 def describe_layer(layer: nn.Module) -> dict[str, Any] | None:
-    """Kind and sizes of one layer, without those of its children; ``None`` for one that has none to tell."""
+    """Kind and sizes of one layer without its children; ``None`` for a layer without sizes."""
     if isinstance(layer, Attention):
         return {"kind": "attention", **describe_attention(layer)}
     for kind, types, names in _SIZES:
@@ -91,16 +91,16 @@ def describe_layer(layer: nn.Module) -> dict[str, Any] | None:
 
 
 def rebuild_layer(original: nn.Module, description: Mapping[str, Any]) -> nn.Module:
-    """A layer of the described sizes: the original one, changed in place where they differ, or a new `Attention`.
+    """A layer of the described sizes: the original one, changed in place if they differ, or a new `Attention`.
 
     Tensors whose shape changes are zero.
 
     Args:
         original: the layer before it was shrunk.
-        description: from `describe_layer`.
+        description: what `describe_layer` returned.
 
     Raises:
-        InputError: the original is of another kind, or a Transformer encoder with too few layers.
+        InputError: the original is of another kind, or is a Transformer encoder with too few layers.
     """
     sizes = {name: value for name, value in description.items() if name != "kind"}
     if description["kind"] == "attention" and isinstance(original, (nn.MultiheadAttention, Attention)):
@@ -136,7 +136,7 @@ def _first_layers(encoder: nn.TransformerEncoder, count: int) -> nn.TransformerE
 
 
 def _shapes(layer: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes that a layer's tensors have by its sizes."""
+    """The shapes of a layer's tensors that follow from its sizes."""
     if isinstance(layer, Conv):
         kernel = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
         return {"weight": kernel, "bias": (layer.out_channels,)}

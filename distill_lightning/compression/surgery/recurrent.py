@@ -1,4 +1,4 @@
-"""Hidden units of RNN, GRU and LSTM, with the layers that read them."""
+"""Groups of the hidden units of RNN, GRU and LSTM, with the layers that read them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from distill_lightning.errors import InputError
 
 
 def unit_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> list[Group]:
-    """The hidden units that can be removed, one group for each RNN, GRU or LSTM.
+    """Find the hidden units that can be removed, in one group for each RNN, GRU or LSTM.
 
-    Its units are numbered by block, ``block * hidden_size + unit``, and its blocks as PyTorch orders ``h_n``: layer 0
-    forward, layer 0 backward, layer 1 forward ...; see `in_blocks`. A unit leaves with its rows of every gate, its
-    column of the recurrent weight, its columns in the next layer and in whatever reads the output or the final state.
+    Units are numbered by block, ``block * hidden_size + unit``, and blocks in PyTorch's order of ``h_n``: layer 0
+    forward, layer 0 backward, layer 1 forward ...; see `in_blocks`. A unit is removed with its rows of every gate, its
+    column of the recurrent weight, and its columns in the next layer and in whatever reads the output or final state.
 
-    Where the caller gives an initial state or gets the final one, its units are cut, too: ``state[block]`` of the
-    shrunk network is ``state[block][:, keep]`` of the old one, and who gives it has to slice it. An RNN whose initial
-    state the network makes itself is left out.
+    If the caller passes an initial state or receives the final one, its units are cut, too: ``state[block]`` of the
+    shrunk network is ``state[block][:, keep]`` of the old one, so an initial state has to be sliced. An RNN whose
+    initial state the network makes itself is left out.
 
     Args:
-        network: that `torch.fx` can trace; for another one see `unit_group`. It is left as it was.
+        network: a network that `torch.fx` can trace (for others see `unit_group`); it is left as it was.
         example_inputs: its input, or a tuple of its inputs.
 
     Returns:
-        In the order of the forward pass. RNNs with ``proj_size``, with a part of their output returned, or with units
-        that go through an unknown operation are left out.
+        The groups in the order of the forward pass. RNNs with ``proj_size``, with a part of their output returned, or
+        with units that go through an unknown operation are left out.
 
     Raises:
         InputError: the network cannot be traced, or no RNN of it can be shrunk.
@@ -57,13 +57,13 @@ def unit_group(network: nn.Module, path: str, *, readers: Sequence[str]) -> Grou
     """The hidden units of one RNN, for networks that cannot be traced (packed sequences, loops).
 
     Args:
-        network: any.
-        path: of the RNN, GRU or LSTM.
-        readers: paths of all layers (linear, RNN) whose input features are the RNN's output features: the last layer's
-            units, forward, then backward.
+        network: any network.
+        path: path of the RNN, GRU or LSTM.
+        readers: paths of all layers (linear, RNN) whose input features are the RNN's output features, which are the
+            last layer's units, forward, then backward.
 
     Raises:
-        InputError: a path that is not of such a layer, an RNN with ``proj_size``, or a reader of other sizes.
+        InputError: a path belongs to another kind of layer, an RNN has ``proj_size``, or a reader has another size.
     """
     rnn = get_layer(network, path)
     if not isinstance(rnn, nn.RNNBase):
@@ -74,21 +74,23 @@ def unit_group(network: nn.Module, path: str, *, readers: Sequence[str]) -> Grou
     for reader in readers:
         found = length(get_layer(network, reader), "in")
         if found != len(last):
-            raise InputError(f"{reader} reads {found} features, and {path} gives {len(last)}: name layers that read it")
+            raise InputError(
+                f"{reader} reads {found} features, but {path} returns {len(last)}: name layers that read it"
+            )
         members.append(Member(reader, "in", last))
     return Group(path, "units", size, tuple(members))
 
 
 def in_blocks(network: nn.Module, group: Group, keep: Sequence[Sequence[int]]) -> list[int]:
-    """Indices for `shrink` from those of each layer and direction.
+    """Convert indices of each layer and direction to indices for `shrink`.
 
     Args:
-        network: that the group is of.
-        group: of hidden units.
-        keep: for each block in the order of ``h_n`` which of its units stay, below ``hidden_size``; equally many each.
+        network: the network of the group.
+        group: a group of hidden units.
+        keep: for each block, in the order of ``h_n``, the units that stay, below ``hidden_size``; equally many in each.
 
     Raises:
-        InputError: another number of blocks, or a unit that is not there.
+        InputError: the number of blocks is wrong, or a unit does not exist.
     """
     rnn: Any = get_layer(network, group.name)
     if len(keep) != blocks(rnn):
@@ -100,21 +102,21 @@ def in_blocks(network: nn.Module, group: Group, keep: Sequence[Sequence[int]]) -
 
 
 def gate_masks(network: nn.Module, group: Group, keep: Keep) -> dict[str, Tensor]:
-    """What has to be zero for a unit to be zero at every step: its rows of every gate and their biases.
+    """Masks that keep units at zero at every step: their rows of every gate and the biases.
 
-    With these alone masked and an initial state of zeros, the network gives what the shrunk one gives, without touching
-    the layers that read the units.
+    With only these masked and an initial state of zeros, the network returns the same as the shrunk one, without
+    changing the layers that read the units.
 
     Args:
-        network: that the group is of.
-        group: of hidden units.
-        keep: which stay, as for `shrink`.
+        network: the network of the group.
+        group: a group of hidden units.
+        keep: the indices that stay, as for `shrink`.
 
     Returns:
-        By parameter name, bool in the parameter's shape: true where a weight stays.
+        Masks by parameter name, bool in the parameter's shape: true where a weight stays.
 
     Raises:
-        InputError: as `shrink`.
+        InputError: see `shrink`.
     """
     kept = kept_mask(group, keep)
     parameters = dict(network.named_parameters())

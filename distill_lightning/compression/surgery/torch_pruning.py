@@ -1,4 +1,4 @@
-"""The groups of channels that the torch-pruning library finds, for networks that `torch.fx` cannot trace."""
+"""Groups of channels found by the torch-pruning library, for networks that `torch.fx` cannot trace."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ _ROUNDING = 1e-3
 
 
 def channel_groups_by_torch_pruning(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> list[Group]:
-    """The channels that can be removed from a network, as torch-pruning's dependency graph finds them.
+    """Find the channels that can be removed from a network with torch-pruning's dependency graph.
 
-    A second way to what `channel_groups` gives, for the same `shrink`, scores, masks and `rebuild`. It reads the graph
-    of autograd instead of the code, so that branches and loops in Python do not matter. Since the library takes
-    operations that it does not know for elementwise ones (a softmax over channels, say), every group is tried: one
-    without which the network does not give, on the example inputs, what it gives with the group's weights masked is
-    left out. `channel_groups` knows its operations and needs no trial: prefer it where it works.
+    An alternative to `channel_groups` for the same `shrink`, scores, masks and `rebuild`. It reads the graph of
+    autograd instead of the code, so branches and loops in Python do not matter. Because the library treats unknown
+    operations as elementwise (a softmax over channels, for example), every group is tested: it is left out if removing
+    its channels and masking their weights give different outputs on the example inputs. Prefer `channel_groups`, which
+    knows its operations and needs no such test, where it works.
 
-    Never in a group: what the network returns; attention, RNNs, embeddings and what they read or make; parameters that
-    no layer has; grouped and transposed convolutions, and layers with shared weights or parametrizations.
+    Never in a group are the network's outputs; attention, RNNs, embeddings and what they read or make; parameters
+    outside of layers; grouped and transposed convolutions; and layers with shared weights or parametrizations.
 
     Args:
-        network: any that autograd can go back through. It is left as it was.
-        example_inputs: its input, or a tuple of its inputs; one sample of any size it takes is enough.
+        network: any network that autograd can differentiate. It is left as it was.
+        example_inputs: its input, or a tuple of its inputs; one sample of any supported size is enough.
 
     Returns:
-        In the order of the forward pass; see `shrink`.
+        The groups in the order of the forward pass; see `shrink`.
 
     Raises:
-        InputError: torch-pruning is not installed or fails on this network, or no channel of it can be removed.
+        InputError: torch-pruning is not installed or fails on this network, or no channel can be removed.
 
     Fang, Ma, Song, Mi, Wang: *DepGraph: Towards Any Structural Pruning*, https://arxiv.org/abs/2301.12900
     """
@@ -49,13 +49,13 @@ def channel_groups_by_torch_pruning(network: nn.Module, example_inputs: Tensor |
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     name = type(network).__name__
     try:
-        # A copy: it sets modes and hooks, and needs gradients of everything.
+        # A copy: the library sets modes and hooks, and needs gradients of everything.
         traced, inputs = copy.deepcopy(network).eval().requires_grad_(True), copy.deepcopy(inputs)  # noqa: FBT003
         order = _Order(traced)
         with torch.enable_grad():
             graph = library.DependencyGraph().build_dependency(traced, inputs, forward_fn=order.run, verbose=False)
             found = list(graph.get_all_groups(root_module_types=[*Conv, nn.Linear]))
-    except Exception as error:  # assertions, attribute errors: it fails in whatever way it likes
+    except Exception as error:  # assertions, attribute errors: it may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{name}: torch-pruning cannot follow it on these example_inputs ({reason})") from error
     names = {module: path for path, module in traced.named_modules()}
@@ -82,7 +82,7 @@ def _library() -> Any:
 
 
 class _Order:
-    """Runs a network, and notes in which order its layers were first called."""
+    """Runs a network, and records the order in which its layers are first called."""
 
     def __init__(self, network: nn.Module) -> None:
         self.places: dict[str, int] = {}
@@ -91,8 +91,8 @@ class _Order:
     def run(self, network: nn.Module, inputs: Sequence[Any]) -> list[Tensor]:
         """The tensors that the network returns.
 
-        Each goes through one more operation: what returns a layer's output as it is then has an end that the graph
-        shows, and the layer's channels are seen to be the network's own.
+        Each passes through one more operation, so that the graph also ends visibly where the network returns a layer's
+        output as it is, and that layer's channels are recognised as the network's outputs.
         """
         hooks = [module.register_forward_pre_hook(self._note) for module in self._names]
         try:
@@ -118,7 +118,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def _hold(network: nn.Module, groups: Sequence[Group], inputs: Sequence[Any]) -> bool:
-    """Whether a network without every other channel gives what it gives with their weights masked."""
+    """Whether removing every other channel of a network and masking their weights give the same outputs."""
     keep = {group: range(0, group.size, 2) for group in groups}
     masked, shrunk = copy.deepcopy(network), copy.deepcopy(network)
     for group, kept in keep.items():
@@ -131,12 +131,12 @@ def _hold(network: nn.Module, groups: Sequence[Group], inputs: Sequence[Any]) ->
             one.shape == other.shape and bool((one - other).norm() <= _ROUNDING * one.norm())
             for one, other in zip(*outputs, strict=True)
         )
-    except (RuntimeError, ValueError):  # the shapes do not fit any more
+    except (RuntimeError, ValueError):  # the shapes no longer fit
         return False
 
 
 def _fixed(network: nn.Module) -> set[nn.Module]:
-    """The modules whose channels stay whatever the graph says of them."""
+    """The modules whose channels stay regardless of the graph."""
     fixed = tied_modules(network)
     for module in network.modules():
         if isinstance(module, _OPAQUE):
@@ -149,10 +149,10 @@ def _fixed(network: nn.Module) -> set[nn.Module]:
 def _convert(
     graph: Any, group: Any, names: Mapping[nn.Module, str], fixed: set[nn.Module], places: Mapping[str, int]
 ) -> Group | None:
-    """A group of ours; ``None`` where something in it cannot or must not shrink."""
+    """The group as this package's `Group`; ``None`` if something in it cannot or must not shrink."""
     channels: dict[tuple[str, str], Tensor] = {}
     for number in range(len(group)):
-        # Its members tell the channels only when they are asked for one by one.
+        # Its members show their channels only when they are requested one by one.
         dependency, indices, roots = group[number].dep, group[number].idxs, group[number].root_idxs
         module = dependency.target.module
         if isinstance(module, nn.Parameter) or dependency.target.type == graph.ops.OPTYPE.OUTPUT:
@@ -175,7 +175,7 @@ def _is_elementwise(module: nn.Module) -> bool:
 
 
 def _axis(module: nn.Module, *, out: bool) -> str | None:
-    """Which axis of a layer torch-pruning cuts; ``None`` where ours knows no such cut."""
+    """The axis of a layer that torch-pruning cuts; ``None`` if this package has no such axis."""
     if isinstance(module, (_NormBase, nn.PReLU)):
         return "channels"
     if is_depthwise(module):

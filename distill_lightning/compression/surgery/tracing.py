@@ -1,10 +1,10 @@
-"""Following channels through a network: which axes of which layers carry the same ones.
+"""Tracing channels through a network: which axes of which layers carry the same channels.
 
-A network is traced with `torch.fx` and its graph is run once on example inputs. Beside every value goes a tensor of
+A network is traced with `torch.fx` and its graph is run once on example inputs. Every value has a companion tensor of
 its shape that holds, for each entry, the number of the channel it comes from. What makes channels (a convolution, a
 linear layer, an RNN) hands out new numbers; what only moves entries (``flatten``, ``permute``, an index) moves the
-numbers with them; what puts two channels together (an addition) makes them one. What this file does not know keeps its
-channels as they are: they are *fixed* and never removed, so an unknown operation costs savings, never correctness.
+numbers with them; what puts two channels together (an addition) makes them one. Channels at operations that are not
+known here are *fixed* and never removed, so an unknown operation costs savings, never correctness.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ _RESIZING = {"interpolate", "upsample", "upsamplingnearest2d", "upsamplingbiline
 
 
 class Channels:
-    """Numbered channels, of which some turn out to be the same and some to be fixed."""
+    """Numbered channels, some of which turn out to be the same, and some to be fixed."""
 
     def __init__(self) -> None:
         self._parents: list[int] = []
         self._fixed: set[int] = set()
 
     def new(self, count: int) -> Tensor:
-        """Numbers ``(count,)`` of channels that were not there before."""
+        """Numbers ``(count,)`` of new channels."""
         start = len(self._parents)
         self._parents += range(start, start + count)
         return torch.arange(start, start + count)
 
     def root(self, number: int) -> int:
-        """The number that stands for all channels that are the same as this one."""
+        """The number that represents all channels that are the same as this one."""
         while self._parents[number] != number:
             self._parents[number] = self._parents[self._parents[number]]
             number = self._parents[number]
@@ -68,12 +68,12 @@ class Channels:
         return [self.root(number) for number in numbers.tolist()]
 
     def same(self, first: Tensor, second: Tensor) -> None:
-        """The channels at equal places are the same from now on."""
+        """Make the channels at the same places the same from now on."""
         for a, b in zip(first.tolist(), second.tolist(), strict=True):
             self._parents[self.root(a)] = self.root(b)
 
     def fix(self, numbers: Tensor) -> None:
-        """These are never removed."""
+        """Mark channels that are never removed."""
         self._fixed.update(_unrepeated(numbers).flatten().tolist())
 
     def fixed_roots(self) -> set[int]:
@@ -83,9 +83,9 @@ class Channels:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where a value carries channels: dimension ``dim``; ``numbers`` int64 in the value's shape.
+    """The channels of a value: along dimension ``dim``, with ``numbers``, int64, in the value's shape.
 
-    ``state`` marks an RNN's final state as it was returned, which a caller may take out of the network and give back.
+    ``state`` marks an RNN's final state as it was returned, which a caller may receive and pass back in.
     """
 
     dim: int
@@ -101,11 +101,11 @@ class _Layout:
 
 @dataclass(frozen=True)
 class Dependencies:
-    """What following a network found.
+    """The dependencies between the layers of a network.
 
     Args:
-        bindings: by path and axis of a layer the channels along that axis, the same number for the same channel.
-        made: the bindings whose layer makes the channels, in the order of the forward pass.
+        bindings: the channels along each axis of each layer, by path and axis; equal numbers are the same channel.
+        made: the bindings whose layers make the channels, in the order of the forward pass.
         fixed: the channels that are never removed.
     """
 
@@ -122,14 +122,14 @@ def follow(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Depend
         example_inputs: its input, or a tuple of its inputs; one sample is enough.
 
     Raises:
-        InputError: `torch.fx` cannot trace the network, or it does not take such inputs.
+        InputError: `torch.fx` cannot trace the network, or the network does not accept these inputs.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     name = type(network).__name__
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
-        # Arguments that are not given keep their defaults while tracing: "if mask is None" then goes the right way.
+        # Missing arguments keep their defaults while tracing, so that "if mask is None" takes the right branch.
         parameters = list(inspect.signature(network.forward).parameters.values())[len(inputs) :]
         defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
         graph = _Tracer().trace(network, defaults)
@@ -137,7 +137,7 @@ def follow(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Depend
         with torch.no_grad():
             # A copy, because the first operation of a network may be in place.
             follower.run(*copy.deepcopy(inputs))
-    except Exception as error:  # networks refuse to be traced, or an input, in whatever way they like
+    except Exception as error:  # tracing and the network may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{name} cannot be followed on these example_inputs by torch.fx ({reason})") from error
     finally:
@@ -156,7 +156,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Follower(fx.Interpreter):
-    """Runs a graph, and beside each value keeps its layout: `_Layout`, a tuple of them, or ``None`` for unknown."""
+    """Runs a graph, and keeps the layout of each value: a `_Layout`, a tuple of them, or ``None`` if unknown."""
 
     def __init__(self, network: nn.Module, graph: fx.Graph) -> None:
         super().__init__(network, graph=graph)
@@ -169,13 +169,13 @@ class _Follower(fx.Interpreter):
         self.read_directly: set[str] = set()
 
     def run_node(self, n: fx.Node) -> Any:
-        """The node's value; its layout is noted."""
+        """Compute the node's value, and record its layout."""
         value = super().run_node(n)
         self.layouts[n] = self._follow(n, value)
         return value
 
     def fix_shared(self) -> None:
-        """Fix what cannot be cut because its weights have another use, too."""
+        """Fix what cannot be cut because its weights are also used elsewhere."""
         tied = tied_modules(self.network)
         for (path, _), numbers in self.bindings.items():
             layer = self.network.get_submodule(path)
@@ -204,7 +204,7 @@ class _Follower(fx.Interpreter):
         path = str(node.target)
         if isinstance(module, nn.Linear):
             self._bind(path, "in", self._read(node, -1, module.in_features))
-            # Of a subclass this much is known: what goes in meets its columns of the weight.
+            # Of a subclass only this much is known: its input meets the columns of its weight.
             made = self._make(path, "out", module.out_features) if _is_plain(module) else None
             return None if made is None else _spread(made, value, value.dim() - 1)
         if isinstance(module, (*Conv, nn.RNNBase, _NormBase)) and not _is_plain(module):
@@ -224,7 +224,7 @@ class _Follower(fx.Interpreter):
         if name == "getitem" and isinstance(self._first(node), tuple):
             return self._first(node)[node.args[1]]
         if not any(isinstance(part, Tensor) for part in _parts(value)):
-            return None  # a size: what is made of it follows the network's own
+            return None  # a size: values made from it follow the network's own sizes
         rules = (
             (_ELEMENTWISE, self._elementwise),
             (_MOVING, self._moved),
@@ -242,7 +242,7 @@ class _Follower(fx.Interpreter):
         return self._unknown(node)
 
     def _unknown(self, node: fx.Node) -> _Layout | None:
-        """What goes into the node stays as it is, and what comes out is unknown."""
+        """Fix the channels that go into the node; those that come out are unknown."""
         for source in node.all_input_nodes:
             for layout in _flat(self.layouts.get(source)):
                 self.channels.fix(layout.numbers)
@@ -280,7 +280,7 @@ class _Follower(fx.Interpreter):
         return _spread(last, output, output.dim() - 1), (own, own) if isinstance(state, tuple) else own
 
     def _from_caller(self, argument: Any) -> bool:
-        """Whether an initial state is ``None`` or an argument of the whole network, which its caller has to slice."""
+        """Whether an initial state is ``None`` or an argument of the whole network, which the caller has to slice."""
         if isinstance(argument, (tuple, list)):
             return all(self._from_caller(part) for part in argument)
         return argument is None or (isinstance(argument, fx.Node) and argument.op == "placeholder")
@@ -303,8 +303,8 @@ class _Follower(fx.Interpreter):
             if line is not None:
                 self.channels.same(line[1], numbers)
             elif own >= 0 and tensor.shape[own] != 1:
-                self.channels.fix(numbers)  # its size is not ours to change
-        # What is broadcast along the channels has one of its own, which stays.
+                self.channels.fix(numbers)  # its size cannot be changed
+        # A tensor that is broadcast along the channels has one channel of its own, which stays.
         for layout, tensor in tensors:
             if layout is not None and _aligned(layout, tensor, value) is None:
                 for part in _flat(layout):
@@ -316,7 +316,7 @@ class _Follower(fx.Interpreter):
         if not isinstance(layout, _Layout):
             return self._unknown(node)
         shape = layout.numbers.shape
-        # How far along its dimension an entry stands: moved likewise, it shows where the dimension went.
+        # The index of each entry along its dimension: moved like the value, it shows where the dimension went.
         count = shape[layout.dim]
         place = torch.arange(count).view([-1 if d == layout.dim else 1 for d in range(len(shape))]).expand(shape)
         numbers, place = self._apply(node, layout.numbers), self._apply(node, place)
@@ -353,7 +353,7 @@ class _Follower(fx.Interpreter):
         pieces = []
         for source, layout in zip(sources, layouts, strict=True):  # type: ignore[arg-type]
             line = layout.line() if isinstance(layout, _Layout) else None
-            if line is None:  # an input of the network, say: beside channels that may go, it stays
+            if line is None:  # for example an input of the network: it stays next to channels that may be removed
                 line = self.channels.new(self._value(source).shape[dim])
                 self.channels.fix(line)
             pieces.append(line)
@@ -366,7 +366,7 @@ class _Follower(fx.Interpreter):
             return self._unknown(node)
         return _spread(line, value, layout.dim)
 
-    # What they share.
+    # Helpers.
 
     def _value(self, node: Any) -> Any:
         return self.env[node]
@@ -397,7 +397,7 @@ class _Follower(fx.Interpreter):
         return numbers
 
     def _bind(self, path: str, axis: str, numbers: Tensor) -> None:
-        """Note what a layer reads; a layer that runs again reads the same channels again."""
+        """Record the channels that a layer reads; if it runs again, it reads the same channels."""
         if (path, axis) in self.bindings:
             self.channels.same(self.bindings[path, axis], numbers)
         self.bindings[path, axis] = numbers
@@ -423,7 +423,7 @@ class _Follower(fx.Interpreter):
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module computes what PyTorch's class that it is of computes; a subclass may do something else."""
+    """Whether a module is exactly of one of PyTorch's classes; a subclass may compute something else."""
     for kind in type(module).__mro__:
         if kind.__module__.startswith("torch."):
             return True
@@ -433,7 +433,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_foreign(function: Any) -> bool:
-    """Whether a function that the graph calls is not PyTorch's or Python's, whatever its name."""
+    """Whether a function in the graph is neither PyTorch's nor Python's, whatever its name."""
     home = getattr(function, "__module__", None)
     return (
         not isinstance(function, str) and home is not None and not home.startswith(("torch", "_operator", "builtins"))
@@ -462,7 +462,7 @@ def _flat(layouts: Any) -> list[_Layout]:
 
 
 def _unrepeated(numbers: Tensor, *, but: int = -1) -> Tensor:
-    """Without the dimensions that only repeat, except one: a feature map's numbers are a few, and not to be copied."""
+    """The numbers without repeated dimensions, except one: a feature map has few numbers, which are not copied."""
     for dim in range(numbers.dim()):
         if dim != but and numbers.stride(dim) == 0:
             numbers = numbers.narrow(dim, 0, min(1, numbers.shape[dim]))
@@ -475,7 +475,7 @@ def _spread(numbers: Tensor, value: Tensor, dim: int) -> _Layout:
 
 
 def _aligned(layout: Any, operand: Tensor, value: Tensor) -> tuple[int, Tensor] | None:
-    """Dimension of the result that an operand's channels lie along, and their numbers; ``None`` without such."""
+    """The dimension of the result along which an operand's channels lie, and their numbers, or ``None``."""
     line = layout.line() if isinstance(layout, _Layout) else None
     if line is None:
         return None
@@ -484,7 +484,7 @@ def _aligned(layout: Any, operand: Tensor, value: Tensor) -> tuple[int, Tensor] 
 
 
 def _all_in_order(line: Tensor, count: int) -> bool:
-    """Whether ``0 ... count - 1`` are all there in order, each or all of them repeated as flattening does it."""
+    """Whether the line is ``0 ... count - 1`` in order, each number or all of them repeated as flattening does."""
     if count == 1 or len(line) % count or not len(line):
         return False
     changes = (line != line[0]).nonzero()
@@ -496,10 +496,10 @@ def _all_in_order(line: Tensor, count: int) -> bool:
 
 
 def _written_out(node: fx.Node, dim: int) -> bool:
-    """Whether the code counts on the channels' size: ``view`` and ``reshape`` with a number, which would not shrink."""
+    """Whether the code depends on the channels' size: ``view`` or ``reshape`` with a number that would not shrink."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if name == "squeeze":
-        # Without a dimension it takes every one of size 1, and of the channels a single one may be left.
+        # Without a dimension it removes every one of size 1, and a single channel may be left.
         return len(node.args) + len(node.kwargs) == 1
     if node.op == "call_module" or name not in ("view", "reshape"):
         return False

@@ -1,4 +1,4 @@
-"""Heads, feed-forward neurons and whole layers of Transformers."""
+"""Groups of the heads and feed-forward neurons of Transformers, and removal of whole layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distill_lightning.errors import InputError
 
 
 def head_groups(network: nn.Module) -> list[Group]:
-    """The heads of every `Attention`: removing one takes its rows of three projections and its columns of the output's.
+    """The heads of every `Attention`; a head has rows of three projections and columns of the output projection.
 
     Raises:
         InputError: the network still has `nn.MultiheadAttention`, whose heads cannot be removed, or no attention.
@@ -43,20 +43,20 @@ def neuron_groups(network: nn.Module) -> list[Group]:
 
 
 def remove_layers(encoder: nn.TransformerEncoder, keep: Sequence[int]) -> nn.TransformerEncoder:
-    """Leave some layers of an encoder out, in place; those that stay are the objects that they were, in their order.
+    """Remove layers of an encoder, in place; those that stay are the same objects, in their order.
 
-    `rebuild` takes the first layers of the encoder that it is given, so all layers must have been built alike, as
-    `nn.TransformerEncoder` does.
+    `rebuild` uses the first layers of the encoder that it is given, so all layers must be built with the same
+    arguments, as `nn.TransformerEncoder` does.
 
     Args:
-        encoder: which is changed.
+        encoder: the encoder to change.
         keep: indices of the layers that stay.
 
     Returns:
         The same encoder.
 
     Raises:
-        InputError: none would stay, or an index that is not there or given twice.
+        InputError: no layer would stay, or an index is out of range or given twice.
     """
     count = len(encoder.layers)
     if not keep or len(set(keep)) != len(keep) or not all(0 <= index < count for index in keep):

@@ -1,13 +1,18 @@
 """One file per kind of data; each yields `distill_lightning.Batch`."""
 
-from distill_lightning.data.datamodules.base import ImageDataModule, ViewDataModule, ViewDataset, ViewSampler
 from distill_lightning.data.datamodules.digits import DigitsDataModule
 from distill_lightning.data.datamodules.docstrings import ByteWindows, DocstringsDataModule
 from distill_lightning.data.datamodules.fashion_mnist import FashionMNISTDataModule
+from distill_lightning.data.datamodules.image_data_module import ImageDataModule
 from distill_lightning.data.datamodules.image_folder import Files, ImageFiles, ImageFolderDataModule
 from distill_lightning.data.datamodules.in_memory import Images, ImageTensors, InMemoryImageDataModule
 from distill_lightning.data.datamodules.indexed import IndexedDataModule
+from distill_lightning.data.datamodules.options import LoadingOptions, ViewOptions
+from distill_lightning.data.datamodules.resumable_loader import ResumableLoader
 from distill_lightning.data.datamodules.rotated import RotatedDigitsDataModule, RotatedFashionMNISTDataModule, rotate
+from distill_lightning.data.datamodules.view_data_module import ViewDataModule
+from distill_lightning.data.datamodules.view_dataset import ViewDataset
+from distill_lightning.data.datamodules.view_sampler import ViewSampler
 
 __all__ = [
     "ByteWindows",
@@ -22,10 +27,13 @@ __all__ = [
     "Images",
     "InMemoryImageDataModule",
     "IndexedDataModule",
+    "LoadingOptions",
+    "ResumableLoader",
     "RotatedDigitsDataModule",
     "RotatedFashionMNISTDataModule",
     "ViewDataModule",
     "ViewDataset",
+    "ViewOptions",
     "ViewSampler",
     "rotate",
 ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from distill_lightning.data.datamodules.in_memory import Images, InMemoryImageDataModule
+from distill_lightning.data.datamodules.options import ViewOptions
 from distill_lightning.errors import InputError
 
 
@@ -18,17 +21,11 @@ class DigitsDataModule(InMemoryImageDataModule):
     `sklearn.datasets.load_digits`.
 
     Args:
-        subset: number of training images, drawn by ``seed``; ``None``: all that the other splits leave.
         val_size: number of validation images.
         test_size: number of test images.
         image_size: rows and columns; other than 8 enlarges the images bilinearly, once.
-        batch_size: samples per batch and process.
         padding: pixels of zeros around a training image that its random crop may take in.
-        views: number of different views of a training image; ``None``: a new one every epoch.
-        partners: whether each training view comes with another image to be mixed with, see `Batch`.
-        seed: of the split and of the views.
-        order_seed: of the order of the training images; ``None``: ``seed``.
-        num_workers: worker processes of the loaders.
+        options: how samples are chosen, ordered and loaded, and which views of them; see `ViewOptions`.
 
     Raises:
         InputError: a size that is not positive, or, from ``setup``, one that is larger than the data.
@@ -42,30 +39,14 @@ class DigitsDataModule(InMemoryImageDataModule):
     def __init__(
         self,
         *,
-        subset: int | None = None,
         val_size: int = 297,
         test_size: int = 500,
         image_size: int = 16,
-        batch_size: int = 64,
         padding: int = 1,
-        views: int | None = None,
-        partners: bool = False,
-        seed: int = 0,
-        order_seed: int | None = None,
-        num_workers: int = 0,
+        **options: Unpack[ViewOptions],
     ) -> None:
-        super().__init__(
-            subset=subset,
-            val_size=val_size,
-            test_size=test_size,
-            batch_size=batch_size,
-            padding=padding,
-            views=views,
-            partners=partners,
-            seed=seed,
-            order_seed=order_seed,
-            num_workers=num_workers,
-        )
+        # A mirrored digit is no digit.
+        super().__init__(val_size=val_size, test_size=test_size, padding=padding, flip=False, **options)
         if image_size < 1:
             raise InputError(f"image_size must be at least 1, got {image_size}")
         if test_size is None:

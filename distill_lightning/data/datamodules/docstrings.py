@@ -8,12 +8,15 @@ import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from distill_lightning.data.batch import Batch
-from distill_lightning.data.datamodules.base import ViewDataModule, ViewDataset
+from distill_lightning.data.datamodules.options import LoadingOptions
+from distill_lightning.data.datamodules.view_data_module import ViewDataModule
+from distill_lightning.data.datamodules.view_dataset import ViewDataset
 from distill_lightning.errors import InputError, refusing
 
 # Tests, what is not the library's own, and what some distributions leave out.
@@ -61,13 +64,9 @@ class DocstringsDataModule(ViewDataModule):
     Args:
         length: bytes of a window, ``T``.
         data_dir: a folder of Python files to read instead; ``None``: the standard library's.
-        subset: number of training windows, drawn by ``seed``; smaller subsets are part of larger ones; ``None``: all.
         val_size: number of validation windows.
         test_size: number of test windows.
-        batch_size: windows per batch and process.
-        seed: of the split and the subset.
-        order_seed: of the order of the training windows; ``None``: ``seed``.
-        num_workers: worker processes of the loaders; a batch is so cheap that 0 is usually fastest.
+        options: how windows are chosen, ordered and loaded; see `LoadingOptions`.
 
     Raises:
         InputError: a size that is not positive, or, from ``setup``, one that is larger than the text, a folder without
@@ -81,27 +80,13 @@ class DocstringsDataModule(ViewDataModule):
         *,
         length: int = 64,
         data_dir: str | Path | None = None,
-        subset: int | None = None,
         val_size: int = 1000,
         test_size: int = 1000,
-        batch_size: int = 64,
-        seed: int = 0,
-        order_seed: int | None = None,
-        num_workers: int = 0,
+        **options: Unpack[LoadingOptions],
     ) -> None:
-        super().__init__(
-            subset=subset,
-            val_size=val_size,
-            test_size=test_size,
-            batch_size=batch_size,
-            views=1,
-            partners=False,
-            seed=seed,
-            order_seed=order_seed,
-            num_workers=num_workers,
-        )
-        if length < 1 or num_workers < 0:
-            raise InputError(f"length must be at least 1, and num_workers not negative, got {length} and {num_workers}")
+        super().__init__(val_size=val_size, test_size=test_size, views=1, views_per_load=1, partners=False, **options)
+        if length < 1:
+            raise InputError(f"length must be at least 1, got {length}")
         self.length = length
         self.input_shape = (length,)
         self.data_dir = Path(sysconfig.get_path("stdlib") if data_dir is None else data_dir)

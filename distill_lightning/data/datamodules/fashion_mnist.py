@@ -6,6 +6,7 @@ import gzip
 import math
 import zlib
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from distill_lightning.data.datamodules.in_memory import Images, InMemoryImageDataModule
+from distill_lightning.data.datamodules.options import ViewOptions
 from distill_lightning.errors import InputError, refusing
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -28,17 +30,11 @@ class FashionMNISTDataModule(InMemoryImageDataModule):
         data_dir: folder with the four IDX files, packed (``.gz``) or not, or torchvision's root folder; ``None``: where
             the Debian package ``dataset-fashion-mnist`` puts them.
         download: fetch the files with torchvision into ``data_dir`` where they are missing.
-        subset: number of training images, drawn by ``seed``; ``None``: all that ``val_size`` leaves.
         val_size: number of validation images.
         test_size: number of test images, the first ones; ``None``: all 10,000.
-        batch_size: samples per batch and process.
         padding: pixels of zeros around a training image that its random crop may take in.
         flip: whether half of the training views are mirrored.
-        views: number of different views of a training image; ``None``: a new one every epoch.
-        partners: whether each training view comes with another image to be mixed with, see `Batch`.
-        seed: of the split and of the views.
-        order_seed: of the order of the training images; ``None``: ``seed``.
-        num_workers: worker processes of the loaders.
+        options: how samples are chosen, ordered and loaded, and which views of them; see `ViewOptions`.
 
     Raises:
         InputError: a size that is not positive; from ``setup``: a missing or damaged file, or a size that is larger
@@ -56,31 +52,13 @@ class FashionMNISTDataModule(InMemoryImageDataModule):
         *,
         data_dir: str | Path | None = None,
         download: bool = False,
-        subset: int | None = None,
         val_size: int = 5000,
         test_size: int | None = None,
-        batch_size: int = 64,
         padding: int = 2,
         flip: bool = True,
-        views: int | None = None,
-        partners: bool = False,
-        seed: int = 0,
-        order_seed: int | None = None,
-        num_workers: int = 0,
+        **options: Unpack[ViewOptions],
     ) -> None:
-        super().__init__(
-            subset=subset,
-            val_size=val_size,
-            test_size=test_size,
-            batch_size=batch_size,
-            padding=padding,
-            flip=flip,
-            views=views,
-            partners=partners,
-            seed=seed,
-            order_seed=order_seed,
-            num_workers=num_workers,
-        )
+        super().__init__(val_size=val_size, test_size=test_size, padding=padding, flip=flip, **options)
         if download and data_dir is None:
             raise InputError("download=True needs data_dir, the folder to download into")
         self.data_dir = DEBIAN_FOLDER if data_dir is None else Path(data_dir)

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from torchvision import io
 from torchvision.transforms.v2 import functional as transforms
 
 from distill_lightning.data.batch import Batch
-from distill_lightning.data.datamodules.base import ImageDataModule, ViewDataset
+from distill_lightning.data.datamodules.image_data_module import ImageDataModule
+from distill_lightning.data.datamodules.options import ViewOptions
+from distill_lightning.data.datamodules.view_dataset import ViewDataset
 from distill_lightning.data.views import CROP_DRAWS, random_box, uniform_draws
 from distill_lightning.errors import InputError
 
@@ -50,7 +52,7 @@ class ImageFiles(ViewDataset):
         image_size: rows and columns of a view.
         resize_size: length of the shorter side of a plain image, of which the centre is taken.
         mean: of each channel, in ``[0, 1]``; views are ``(pixel / 255 - mean) / std`` in float32.
-        std: likewise.
+        std: of each channel, in the same unit.
         augment: whether views are random.
         crop_scale: smallest and largest part of an image's area that a random view shows.
         crop_ratio: smallest and largest ratio of width to height of that part.
@@ -164,18 +166,12 @@ class ImageFolderDataModule(ImageDataModule):
         crop_scale: smallest and largest part of an image's area that a training view shows.
         crop_ratio: smallest and largest ratio of width to height of that part.
         flip: whether half of the training views are mirrored.
-        subset: number of training images, drawn by ``seed``; smaller subsets are part of larger ones; ``None``: all.
         val_size: number of validation images, drawn by ``seed`` from ``train``.
         test_size: number of test images, drawn by ``seed`` from ``val``; ``None``: all.
-        batch_size: samples per batch and process, each of the ``R`` views of an image counted.
-        views: number of different views of a training image; ``None``: there is no end of them.
-        views_per_load: ``R``, by which ``batch_size`` and ``views`` can be divided.
-        partners: whether each training view comes with another image to be mixed with, see `Batch`.
         mean: of red, green and blue in ``[0, 1]``; the networks read ``(pixel / 255 - mean) / std``.
-        std: likewise.
-        seed: of the split, the views and the partners.
-        order_seed: of the order of the training images; ``None``: ``seed``.
-        num_workers: worker processes of the loaders, each of which decodes some hundreds of images a second.
+        std: of red, green and blue, in the same unit.
+        options: how samples are chosen, ordered and loaded, and which views of them; see `ViewOptions`. A worker
+            decodes some hundreds of images a second.
 
     Raises:
         InputError: an option is out of range, or ``train`` has no class folders; from ``setup``: a split is larger than
@@ -184,6 +180,7 @@ class ImageFolderDataModule(ImageDataModule):
     """
 
     num_classes: int
+    default_workers = 4
 
     def __init__(
         self,
@@ -194,44 +191,18 @@ class ImageFolderDataModule(ImageDataModule):
         crop_scale: tuple[float, float] = (0.08, 1.0),
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
-        subset: int | None = None,
         val_size: int,
         test_size: int | None = None,
-        batch_size: int = 64,
-        views: int | None = None,
-        views_per_load: int = 1,
-        partners: bool = False,
         mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
         std: tuple[float, float, float] = (0.229, 0.224, 0.225),
-        seed: int = 0,
-        order_seed: int | None = None,
-        num_workers: int = 4,
+        **options: Unpack[ViewOptions],
     ) -> None:
-        super().__init__(
-            subset=subset,
-            val_size=val_size,
-            test_size=test_size,
-            batch_size=batch_size,
-            views=views,
-            views_per_load=views_per_load,
-            partners=partners,
-            seed=seed,
-            order_seed=order_seed,
-            num_workers=num_workers,
-        )
-        if num_workers < 0:
-            raise InputError(f"num_workers cannot be negative, got {num_workers}")
+        super().__init__(val_size=val_size, test_size=test_size, **options)
         if not 1 <= image_size <= resize_size:
             raise InputError(
                 f"image_size={image_size} and resize_size={resize_size}: the image is cut out of the resized one, so "
                 "the first must be at least 1 and at most the second"
             )
-        for name, number in (("batch_size", batch_size), ("views", views)):
-            if number is not None and number % views_per_load:
-                raise InputError(
-                    f"{name}={number} is not a multiple of views_per_load={views_per_load}: the views of one image "
-                    "would fall apart"
-                )
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise InputError(
                 f"crop_scale must be two ascending parts of an area, above 0 and up to 1, got {crop_scale}"

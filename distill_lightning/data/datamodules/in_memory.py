@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from distill_lightning.data.batch import Batch
-from distill_lightning.data.datamodules.base import ImageDataModule, ViewDataset
+from distill_lightning.data.datamodules.image_data_module import ImageDataModule
+from distill_lightning.data.datamodules.options import ViewOptions
+from distill_lightning.data.datamodules.view_dataset import ViewDataset
 from distill_lightning.data.views import crop_and_flip, uniform_draws
 from distill_lightning.errors import InputError
 
@@ -31,7 +33,7 @@ class ImageTensors(ViewDataset):
     Args:
         images: the samples.
         mean: of the pixels, in ``[0, 1]``; views are ``(pixel / 255 - mean) / std`` in float32.
-        std: likewise.
+        std: of the pixels, in the same unit.
         seed: of the views.
         padding: pixels of zeros around the image that a random crop may take in; 0 crops nothing.
         flip: whether half of the views are mirrored.
@@ -76,18 +78,11 @@ class InMemoryImageDataModule(ImageDataModule):
     and ``std``, and defines `read`. The test images are never part of training or validation.
 
     Args:
-        subset: number of training images, drawn by ``seed``; smaller subsets are part of larger ones; ``None``: all.
         val_size: number of validation images, drawn by ``seed`` from the training files.
         test_size: number of test images, the first ones; ``None``: all.
-        batch_size: samples per batch and process.
         padding: pixels of zeros around a training image that its random crop may take in; 0 crops nothing.
         flip: whether half of the training views are mirrored.
-        views: number of different views of a training image; ``None``: a new one every epoch.
-        partners: whether each training view comes with another image to be mixed with, a function of its own index and
-            view alone, see `Batch`.
-        seed: of the split, the views and the partners.
-        order_seed: of the order of the training images; ``None``: ``seed``.
-        num_workers: worker processes of the loaders; a batch is so cheap that 0 is usually fastest.
+        options: how samples are chosen, ordered and loaded, and which views of them; see `ViewOptions`.
 
     Raises:
         InputError: a size that is not positive, or, from `setup`, one that is larger than the data.
@@ -99,31 +94,15 @@ class InMemoryImageDataModule(ImageDataModule):
     def __init__(
         self,
         *,
-        subset: int | None = None,
         val_size: int,
         test_size: int | None = None,
-        batch_size: int = 64,
         padding: int = 2,
         flip: bool = False,
-        views: int | None = None,
-        partners: bool = False,
-        seed: int = 0,
-        order_seed: int | None = None,
-        num_workers: int = 0,
+        **options: Unpack[ViewOptions],
     ) -> None:
-        super().__init__(
-            subset=subset,
-            val_size=val_size,
-            test_size=test_size,
-            batch_size=batch_size,
-            views=views,
-            partners=partners,
-            seed=seed,
-            order_seed=order_seed,
-            num_workers=num_workers,
-        )
-        if padding < 0 or num_workers < 0:
-            raise InputError(f"padding and num_workers cannot be negative, got {padding} and {num_workers}")
+        super().__init__(val_size=val_size, test_size=test_size, **options)
+        if padding < 0:
+            raise InputError(f"padding cannot be negative, got {padding}")
         self.padding, self.flip = padding, flip
         self._splits: dict[str, Images] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from distill_lightning.data.datamodules.digits import DigitsDataModule
 from distill_lightning.data.datamodules.fashion_mnist import FashionMNISTDataModule
 from distill_lightning.data.datamodules.in_memory import Images, InMemoryImageDataModule
+from distill_lightning.data.datamodules.options import ViewOptions
 from distill_lightning.data.views import uniform_draws
 from distill_lightning.errors import InputError
 
@@ -48,16 +50,10 @@ class RotatedFashionMNISTDataModule(_Rotated, FashionMNISTDataModule):
         data_dir: folder with the four IDX files, packed (``.gz``) or not, or torchvision's root folder; ``None``: where
             the Debian package ``dataset-fashion-mnist`` puts them.
         download: fetch the files with torchvision into ``data_dir`` where they are missing.
-        subset: number of training images, drawn by ``seed``; ``None``: all that ``val_size`` leaves.
         val_size: number of validation images.
         test_size: number of test images, the first ones; ``None``: all 10,000.
-        batch_size: samples per batch and process.
         padding: pixels of zeros around a training image that its random crop may take in.
-        views: number of different views of a training image; ``None``: a new one every epoch.
-        partners: whether each training view comes with another image to be mixed with, see `Batch`.
-        seed: of the split, the angles and the views.
-        order_seed: of the order of the training images; ``None``: ``seed``.
-        num_workers: worker processes of the loaders.
+        options: how samples are chosen, ordered and loaded, and which views of them; see `ViewOptions`.
 
     Raises:
         InputError: a size that is not positive, an angle out of range; from ``setup``: as `FashionMNISTDataModule`.
@@ -69,32 +65,20 @@ class RotatedFashionMNISTDataModule(_Rotated, FashionMNISTDataModule):
         max_angle: float = 90.0,
         data_dir: str | Path | None = None,
         download: bool = False,
-        subset: int | None = None,
         val_size: int = 5000,
         test_size: int | None = None,
-        batch_size: int = 64,
         padding: int = 0,
-        views: int | None = None,
-        partners: bool = False,
-        seed: int = 0,
-        order_seed: int | None = None,
-        num_workers: int = 0,
+        **options: Unpack[ViewOptions],
     ) -> None:
         super().__init__(
             data_dir=data_dir,
             download=download,
-            subset=subset,
             val_size=val_size,
             test_size=test_size,
-            batch_size=batch_size,
             padding=padding,
             # A mirrored image would be turned the other way.
             flip=False,
-            views=views,
-            partners=partners,
-            seed=seed,
-            order_seed=order_seed,
-            num_workers=num_workers,
+            **options,
         )
         self._turn_by(max_angle)
 
@@ -107,17 +91,11 @@ class RotatedDigitsDataModule(_Rotated, DigitsDataModule):
 
     Args:
         max_angle: in degrees.
-        subset: number of training images, drawn by ``seed``; ``None``: all that the other splits leave.
         val_size: number of validation images.
         test_size: number of test images.
         image_size: rows and columns.
-        batch_size: samples per batch and process.
         padding: pixels of zeros around a training image that its random crop may take in.
-        views: number of different views of a training image; ``None``: a new one every epoch.
-        partners: whether each training view comes with another image to be mixed with, see `Batch`.
-        seed: of the split, the angles and the views.
-        order_seed: of the order of the training images; ``None``: ``seed``.
-        num_workers: worker processes of the loaders.
+        options: how samples are chosen, ordered and loaded, and which views of them; see `ViewOptions`.
 
     Raises:
         InputError: a size that is not positive, an angle out of range; from ``setup``: as `DigitsDataModule`.
@@ -127,31 +105,13 @@ class RotatedDigitsDataModule(_Rotated, DigitsDataModule):
         self,
         *,
         max_angle: float = 90.0,
-        subset: int | None = None,
         val_size: int = 297,
         test_size: int = 500,
         image_size: int = 16,
-        batch_size: int = 64,
         padding: int = 0,
-        views: int | None = None,
-        partners: bool = False,
-        seed: int = 0,
-        order_seed: int | None = None,
-        num_workers: int = 0,
+        **options: Unpack[ViewOptions],
     ) -> None:
-        super().__init__(
-            subset=subset,
-            val_size=val_size,
-            test_size=test_size,
-            image_size=image_size,
-            batch_size=batch_size,
-            padding=padding,
-            views=views,
-            partners=partners,
-            seed=seed,
-            order_seed=order_seed,
-            num_workers=num_workers,
-        )
+        super().__init__(val_size=val_size, test_size=test_size, image_size=image_size, padding=padding, **options)
         self._turn_by(max_angle)
 
 

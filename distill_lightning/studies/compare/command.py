@@ -13,7 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from distill_lightning.errors import InputError, refusing
-from distill_lightning.studies.compare.config import CompareConfig, Experiment, parse_config
+from distill_lightning.storage import sweep_partial, write_whole
+from distill_lightning.studies.compare.config import CompareConfig
+from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.report import Report
 from distill_lightning.studies.compare.runner import (
     Run,
@@ -21,40 +23,39 @@ from distill_lightning.studies.compare.runner import (
     load_test_targets,
     make_trainer,
     plan,
-    write_atomically,
 )
 
 _CONFIG_FILE = "compare.yaml"
 
 
-def run(arguments: Sequence[str], *, console: Console | None = None) -> Report:
+def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | None = None) -> Report:
     """Run ``distill-lightning compare CONFIG [--key value ...]``.
 
     Args:
-        arguments: what follows the verb.
+        config: the comparison.
+        arguments: what follows the verb, for the heading of the results.
         console: where the progress and the table are shown.
 
     Returns:
         The scores that were written.
 
     Raises:
-        ArgumentError: the configuration cannot be parsed.
-        InputError: it cannot be used, or the output folder belongs to another one.
+        ArgumentError: a class cannot be found or does not take what it is given.
+        InputError: the configuration cannot be used, or the output folder belongs to another one.
     """
     console = console or Console()
     if not console.is_terminal:
         # A log file has no edge to wrap at.
         console.width = max(console.width, 132)
-    config = parse_config(arguments)
     folder = Path(config.output)
     _check_folder(folder, config)
     experiment = Experiment(config)
     make_trainer(config)
     with refusing(f"output {folder}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        folder / _CONFIG_FILE, lambda path: path.write_text(yaml.safe_dump(config.as_plain(), sort_keys=False))
-    )
+    # What killed calls left half-written; the folder is this comparison's own.
+    sweep_partial(folder, "**/*")
+    write_whole(folder / _CONFIG_FILE, [yaml.safe_dump(config.as_plain(), sort_keys=False).encode()])
     runs = plan(experiment, folder)
     _train(experiment, runs, console)
     report = Report(runs, load_test_targets(experiment), experiment.task)
@@ -68,7 +69,7 @@ def run(arguments: Sequence[str], *, console: Console | None = None) -> Report:
 
 
 def _check_folder(folder: Path, config: CompareConfig) -> None:
-    """An output folder goes on with its own configuration alone; only methods and seeds may be added."""
+    """Refuse an output folder of another configuration; only methods and seeds may be added."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output {folder} is a file: give the path of a folder with --output")
     known = folder / _CONFIG_FILE
@@ -123,15 +124,8 @@ def _train(experiment: Experiment, runs: Sequence[Run], console: Console) -> Non
             execute(experiment, run, advance)
             done += run.epochs
             progress.update(bar, completed=done)
-            score = _score(experiment, run.result().history[-1])
+            score = experiment.task.validation_score(run.result().history[-1])
             progress.console.print(f"{run.title}: {score}", highlight=False)
-
-
-def _score(experiment: Experiment, metrics: dict[str, float]) -> str:
-    value = metrics[experiment.task.monitor]
-    if experiment.sample.num_classes is None:
-        return f"validation error {value:.3f}"
-    return f"validation accuracy {100 * value:.1f} %"
 
 
 def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Run]) -> str:

@@ -1,27 +1,16 @@
-"""What a comparison's YAML file says, and the objects that it describes."""
+"""What a comparison's YAML file says: read and checked without PyTorch, so that ``--help`` need not wait for it."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from jsonargparse import ArgumentParser
-from pytorch_lightning import LightningDataModule
-from torch import nn
 
-import distill_lightning
-from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError
-from distill_lightning.layers import dry_forward
-from distill_lightning.modules import DistillationModule, ParaphraserModule
-from distill_lightning.modules.parts.optimization import check_optimizer
-from distill_lightning.studies.compare.tasks import Classification, Regression, Task
 
 # A bare dict: where its values may be of any type, jsonargparse makes objects of what has a class_path inside.
 Spec = dict
@@ -190,183 +179,18 @@ def _check_method(name: str, spec: Spec, available: int) -> None:
     unknown = spec.keys() - set(_METHOD_KEYS)
     if unknown:
         raise InputError(f"methods.{name}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(_METHOD_KEYS)}")
-    if "stages" in spec and ("teachers" in spec or not _is_count(spec["stages"])):
+    if "stages" in spec and ("teachers" in spec or not is_count(spec["stages"])):
         raise InputError(f"methods.{name}.stages is a number, at least 1, and leaves no choice of teachers")
     if not isinstance(spec.get("initial", ""), str) or ("stages" in spec and "initial" in spec):
         raise InputError(f"methods.{name}.initial is an earlier row's name, and stages begin afresh")
     teachers = spec.get("teachers", available)
-    counted = _is_count(teachers) and teachers <= available
+    counted = is_count(teachers) and teachers <= available
     if not counted and not isinstance(teachers, str):
         raise InputError(
             f"methods.{name}.teachers must be between 1 and {available}, or an earlier row's name, got {teachers}"
         )
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value from the file is a number of things, at least 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-class Experiment:
-    """Builds the objects of a comparison, fresh ones at every call.
-
-    Args:
-        config: the comparison.
-
-    Raises:
-        ArgumentError: a class that cannot be found or does not take what it is given.
-        InputError: data that cannot be read, or networks, layers and options that do not fit together.
-    """
-
-    def __init__(self, config: CompareConfig) -> None:
-        self.config = config
-        self.rows = rows_of(config)
-        self._data = _parsed("data", LightningDataModule, config.data)
-        self.sample = self.data(order_seed=0)
-        for name in ("num_classes", "input_shape"):
-            if not hasattr(self.sample, name):
-                raise InputError(f"data: {type(self.sample).__name__} does not tell its {name}: give it that attribute")
-        self.task: Task = Regression() if self.sample.num_classes is None else Classification()
-        self.sample.prepare_data()
-        for stage in ("fit", "test"):
-            self.sample.setup(stage)
-        shape = self.sample.input_shape
-        known = {
-            "num_classes": self.sample.num_classes,
-            "num_targets": getattr(self.sample, "num_targets", None),
-            "in_channels": shape[0],
-            "input_shape": list(shape),
-            "optimizer": config.optimizer,
-            "lr_scheduler": config.lr_scheduler,
-        }
-        self._teacher = _parsed("teachers.network", nn.Module, _filled(config.teachers.network, known))
-        self._student = _parsed("student", nn.Module, _filled(config.student, known))
-        supervised = config.supervised or {"class_path": f"distill_lightning.{self.task.module.__name__}"}
-        self._supervised = _parsed("supervised", Callable[[nn.Module], DistillationModule], _filled(supervised, known))
-        self._methods = {
-            name: _parsed(
-                f"methods.{name}",
-                Callable[[nn.Module, Sequence[nn.Module]], DistillationModule]
-                if self._takes_teachers(name)
-                else Callable[[nn.Module], DistillationModule],
-                _filled({key: spec[key] for key in ("class_path", "init_args") if key in spec}, known),
-            )
-            for name, spec in config.methods.items()
-        }
-        self._paraphrasers = {
-            name: _parsed(
-                f"methods.{name}.paraphrasers",
-                Callable[[Sequence[nn.Module]], ParaphraserModule],
-                _filled(_paraphraser_spec(name, spec), known),
-            )
-            for name, spec in config.methods.items()
-            if "paraphrasers" in spec
-        }
-        self._try()
-
-    def data(self, *, order_seed: int) -> ViewDataModule:
-        """The data module, its training order drawn by ``order_seed``."""
-        data: ViewDataModule = self._data()
-        data.order_seed = order_seed
-        return data
-
-    def teacher(self) -> nn.Module:
-        """One teacher's network."""
-        network: nn.Module = self._teacher()
-        return network
-
-    def student(self) -> nn.Module:
-        """The student's network."""
-        network: nn.Module = self._student()
-        return network
-
-    def supervised(self, network: nn.Module) -> DistillationModule:
-        """Plain training, of a teacher or of the student alone."""
-        module: DistillationModule = self._supervised()(network)
-        return module
-
-    def paraphrasers(self, row: Row, teachers: Sequence[nn.Module]) -> ParaphraserModule | None:
-        """What trains the paraphrasers of a row's own teachers, if it wants any."""
-        if row.method not in self._paraphrasers:
-            return None
-        module: ParaphraserModule = self._paraphrasers[row.method]()(list(teachers))
-        return module
-
-    def method(
-        self,
-        row: Row,
-        student: nn.Module,
-        teachers: Sequence[nn.Module],
-        paraphrasers: Sequence[nn.Module] | None = None,
-    ) -> DistillationModule:
-        """The module of a row of the table, under the teachers that are its own."""
-        if row.method is None:
-            return self.supervised(student)
-        networks = (student, list(teachers)) if self._takes_teachers(row.method) else (student,)
-        options = {} if paraphrasers is None else {"paraphrasers": list(paraphrasers)}
-        module: DistillationModule = self._methods[row.method]()(*networks, **options)
-        return module
-
-    def _takes_teachers(self, method: str) -> bool:
-        """Whether a method's class has teachers; one that cannot be found is reported by the parser."""
-        spec = self.config.methods[method]
-        target = _find(str(spec.get("class_path")))
-        takes = target is None or "teachers" in inspect.signature(target).parameters
-        if not takes and ("teachers" in spec or "stages" in spec):
-            raise InputError(f"methods.{method}: {spec['class_path']} has no teachers: leave out teachers and stages")
-        return takes
-
-    def _try(self) -> None:
-        """Build everything once, so that nothing is found wrong after hours of training."""
-        with torch.random.fork_rng(devices=[]):
-            teachers = [self.teacher() for _ in range(self.config.teachers.number)]
-            shape = dry_forward(teachers[0], self.sample.input_shape).shape
-            self.supervised(self.student()).check_output("teachers.network", teachers[0], shape)
-            for row in self.rows:
-                own = [self.student()] if isinstance(row.teachers, str) else teachers[: row.teachers]
-                paraphrasers = self.paraphrasers(row, own)
-                given = None if paraphrasers is None else list(paraphrasers.paraphrasers)
-                check_optimizer(self.method(row, self.student(), own, given))
-
-
-def _paraphraser_spec(name: str, spec: Spec) -> Spec:
-    """The spec of what trains a method's paraphrasers, its layers those that the method taps."""
-    given = spec["paraphrasers"]
-    if not isinstance(given, Mapping) or not _is_count(given.get("epochs")) or given.keys() - {"epochs", "init_args"}:
-        raise InputError(f"methods.{name}.paraphrasers: expected epochs, at least 1, and init_args, got {given}")
-    taps = spec.get("init_args") or {}
-    layers = taps.get("teacher_layers") or taps.get("student_layer")
-    arguments = {"layers": layers, **(given.get("init_args") or {})}
-    return {"class_path": "distill_lightning.ParaphraserModule", "init_args": arguments}
-
-
-def _parsed(key: str, kind: Any, spec: Spec) -> Callable[[], Any]:
-    """Check a spec now, build its object whenever it is called."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument(f"--{key}", type=kind, required=True)
-    nested: Any = spec
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    parsed = parser.parse_object(nested)
-    return lambda: parser.instantiate(parsed)[key]
-
-
-def _filled(spec: Spec, known: Mapping[str, Any]) -> Spec:
-    """Put in what the class takes and its ``init_args`` leave out."""
-    arguments = spec.get("init_args") or {}
-    if not isinstance(spec.get("class_path"), str) or not isinstance(arguments, Mapping):
-        raise InputError(f"expected a class_path and init_args with its arguments, got {spec!r}")
-    target = _find(spec["class_path"])
-    accepted: Iterable[str] = inspect.signature(target).parameters if target is not None else ()
-    missing = {name: value for name, value in known.items() if name in accepted and value is not None}
-    return {**spec, "init_args": {**missing, **arguments}}
-
-
-def _find(class_path: str) -> Any:
-    """The class or function; ``None`` if there is none, which the parser then says better."""
-    module, _, name = class_path.rpartition(".")
-    if not module:
-        return getattr(distill_lightning, name, None)
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        return None

@@ -5,23 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn import functional as F
 
-from distill_lightning import functional
-from distill_lightning.plots import learning_curves, reliability_diagram, score_bars
-from distill_lightning.studies.compare.runner import Run, write_atomically
-from distill_lightning.studies.compare.tasks import Classification, Column, Task
-
-ECE_BINS = 15
+from distill_lightning.plots import learning_curves, score_bars
+from distill_lightning.storage import whole_file, write_whole
+from distill_lightning.studies.compare.runner import Run
+from distill_lightning.studies.compare.tasks import Column, Task
 
 _GAP = Column("gap_closed", "gap %", 100, 0)
 _SECONDS = Column("seconds_per_epoch", "s/epoch", 1, 2)
@@ -121,7 +116,6 @@ class Report:
         """The figures by file name."""
         headline, scale = self.task.headline.name, self.task.headline.scale
         kind = headline.removeprefix("test_")
-        unit = "accuracy" if kind == "accuracy" else "mean absolute error"
         suffix = " (%)" if scale == 100 else ""
         figures = {
             f"{kind}.png": score_bars(
@@ -130,24 +124,17 @@ class Report:
                     "ensemble": self.ensemble_score,
                     "teachers' mean": statistics.fmean(score.values[headline] for score in self.teachers),
                 },
-                label=f"test {unit}, last epoch{suffix}",
+                label=f"test {self.task.quantity}, last epoch{suffix}",
                 scale=scale,
             ),
             "learning_curves.png": learning_curves(
                 {name: np.array([self._curve(run) for run in self._of(name)]) for name in self.methods},
-                label=f"validation {unit}{suffix}",
+                label=f"validation {self.task.quantity}{suffix}",
                 scale=scale,
             ),
         }
-        if isinstance(self.task, Classification):
-            figures["reliability.png"] = reliability_diagram(
-                {
-                    name: self._bins([self._outputs[run.folder]["last"] for run in self._of(name)])
-                    for name in self.methods
-                },
-                {"ensemble": self._bins([self.ensemble])},
-            )
-        return figures
+        outputs = {name: [self._outputs[run.folder]["last"] for run in self._of(name)] for name in self.methods}
+        return figures | self.task.figures(outputs, self.ensemble, self.targets)
 
     def _of(self, name: str) -> list[Run]:
         """A row's runs, one per seed."""
@@ -155,12 +142,6 @@ class Report:
 
     def _curve(self, run: Run) -> list[float]:
         return [line[self.task.monitor] for line in run.result().history]
-
-    def _bins(self, logits: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        confidence, predicted = F.softmax(torch.cat(list(logits)), dim=-1).max(dim=-1)
-        correct = predicted == self.targets.repeat(len(logits))
-        counts, confidences, hits = functional.calibration_bins(confidence, correct, bins=ECE_BINS)
-        return counts.numpy(), confidences.numpy(), hits.numpy()
 
     def write(self, folder: Path, *, heading: str) -> list[Path]:
         """Write ``results.csv``, ``teachers.csv``, ``results.md`` and the figures.
@@ -172,17 +153,19 @@ class Report:
         Returns:
             The paths.
         """
-        pages: dict[str, Callable[[Path], object]] = {
-            "results.csv": lambda path: path.write_text(_as_csv(self.students)),
-            "teachers.csv": lambda path: path.write_text(_as_csv(self.teachers)),
-            "results.md": lambda path: path.write_text(f"{heading}\n\n{_as_markdown(self.rows())}"),
+        pages = {
+            "results.csv": _as_csv(self.students),
+            "teachers.csv": _as_csv(self.teachers),
+            "results.md": f"{heading}\n\n{_as_markdown(self.rows())}",
         }
-        for name, figure in self.figures().items():
-            pages[f"figures/{name}"] = partial(figure.savefig, dpi=150)
+        figures = {f"figures/{name}": figure for name, figure in self.figures().items()}
+        for name, text in pages.items():
+            write_whole(folder / name, [text.encode()])
         (folder / "figures").mkdir(exist_ok=True)
-        for name, write in pages.items():
-            write_atomically(folder / name, write)
-        return [folder / name for name in pages]
+        for name, figure in figures.items():
+            with whole_file(folder / name) as partial:
+                figure.savefig(partial, dpi=150)
+        return [folder / name for name in (*pages, *figures)]
 
 
 def _cell(column: Column, values: Sequence[float]) -> str:

@@ -25,7 +25,9 @@ from distill_lightning.errors import refusing
 from distill_lightning.modules import DistillationModule
 from distill_lightning.networks import Pretrained
 from distill_lightning.networks.weights import read_checkpoint
-from distill_lightning.studies.compare.config import CompareConfig, Experiment, Row
+from distill_lightning.storage import whole_file, write_whole
+from distill_lightning.studies.compare.config import CompareConfig, Row
+from distill_lightning.studies.compare.experiment import Experiment
 
 # Teachers' seeds begin far from the students', so that no teacher shares its initial weights with a student.
 _TEACHER_SEED = 1000
@@ -164,13 +166,15 @@ def execute(experiment: Experiment, run: Run, on_epoch: Callable[[int], None]) -
     if len(keeper.history) < run.epochs:
         # Lightning may return from an interrupted fit as if it had ended.
         raise KeyboardInterrupt(f"{run.title} was interrupted")
-    write_atomically(run.student_file, module.export_student)
+    with whole_file(run.student_file) as partial:
+        module.export_student(partial)
     outputs = {"last": _test_outputs(experiment, module)}
     module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
     outputs["selected"] = _test_outputs(experiment, module)
-    write_atomically(run.folder / "test_logits.safetensors", lambda path: save_file(outputs, path))
+    with whole_file(run.folder / "test_logits.safetensors") as partial:
+        save_file(outputs, partial)
     result = RunResult(count_parameters(module.student), keeper.selected_epoch, keeper.history, made=provenance())
-    write_atomically(run.result_file, lambda path: path.write_text(json.dumps(asdict(result), indent=1)))
+    write_whole(run.result_file, [json.dumps(asdict(result), indent=1).encode()])
     run.checkpoint.unlink(missing_ok=True)
 
 
@@ -191,26 +195,20 @@ def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module
         trainer.fit(module, datamodule=experiment.data(order_seed=_TEACHER_SEED))
         if trainer.current_epoch < epochs:
             raise KeyboardInterrupt(f"the paraphrasers of {run.name} were interrupted")
-        write_atomically(file, lambda path: save_file(module.paraphrasers.state_dict(), path))
+        with whole_file(file) as partial:
+            save_file(module.paraphrasers.state_dict(), partial)
     return list(module.paraphrasers)
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have a file written beside its place and moved there when it is complete."""
-    partial = path.with_name(f"partial{path.suffix}")
-    write(partial)
-    partial.replace(path)
-
-
 def count_parameters(network: nn.Module) -> int:
-    """Numbers that learn, as the network is used at test time."""
+    """The number of parameters of the network as it is used at test time."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def load_test_targets(experiment: Experiment) -> Tensor:
     """The test samples' classes ``(N,)``, of sequences those of all positions, or a regression's targets ``(N, d)``."""
     targets = torch.cat([Batch.of(batch).target for batch in experiment.sample.test_dataloader()])
-    return targets if experiment.sample.num_classes is None else targets.flatten()
+    return experiment.task.flat_targets(targets)
 
 
 def provenance() -> str:
@@ -224,9 +222,7 @@ def provenance() -> str:
 
 def _test_outputs(experiment: Experiment, module: DistillationModule) -> Tensor:
     outputs = make_trainer(experiment.config).predict(module, dataloaders=experiment.sample.test_dataloader())
-    output = module.evaluated(torch.cat(cast("list[Tensor]", outputs)).float().cpu())
-    # Every position of a sequence counts, as in load_test_targets.
-    return output if module.num_classes is None else output.flatten(0, -2)
+    return experiment.task.flat_output(module.output.prediction(torch.cat(cast("list[Tensor]", outputs)).float().cpu()))
 
 
 def make_trainer(config: CompareConfig, **options: Any) -> pl.Trainer:
@@ -249,7 +245,7 @@ def make_trainer(config: CompareConfig, **options: Any) -> pl.Trainer:
 
 
 class _Ticker(pl.Callback):
-    """Tells the progress bar about every finished epoch."""
+    """Reports how many epochs are done."""
 
     def __init__(self, on_epoch: Callable[[int], None]) -> None:
         self.on_epoch = on_epoch

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from distill_lightning import functional
 from distill_lightning.modules import DistillationModule, RegressionModule, SupervisedModule
 from distill_lightning.outputs.metrics import classification_metrics, regression_metrics, teacher_metrics
+from distill_lightning.plots import reliability_diagram
+
+ECE_BINS = 15
 
 _TIMES = """\
 params: parameters of the network that is used at test time; s/epoch: median over the epochs, training only"""
@@ -42,6 +48,7 @@ class Task(ABC):
 
     Attributes:
         headline: the first column, which the gap and the figures are about.
+        quantity: what the headline measures, in words.
         columns: the others.
         monitor: the validation metric that an epoch is selected by.
         mode: whether more of it, and of the headline, is better.
@@ -50,11 +57,34 @@ class Task(ABC):
     """
 
     headline: Column
+    quantity: str
     columns: tuple[Column, ...]
     monitor: str
     mode: Literal["max", "min"]
     module: type[DistillationModule]
     legend: str
+
+    @abstractmethod
+    def flat_targets(self, targets: Tensor) -> Tensor:
+        """Targets as `measure` reads them, one per row; every position of a sequence counts."""
+
+    @abstractmethod
+    def flat_output(self, output: Tensor) -> Tensor:
+        """Predictions as `measure` reads them, row by row those of `flat_targets`."""
+
+    @abstractmethod
+    def validation_score(self, metrics: Mapping[str, float]) -> str:
+        """What an epoch reached on the validation images, for a line about its run."""
+
+    def figures(self, rows: Mapping[str, Sequence[Tensor]], ensemble: Tensor, targets: Tensor) -> dict[str, Figure]:
+        """Figures by file name that only this task has.
+
+        Args:
+            rows: by the row's name, the predictions of its runs.
+            ensemble: the ensemble's predictions.
+            targets: the test samples' targets.
+        """
+        return {}
 
     @abstractmethod
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
@@ -90,6 +120,7 @@ class Classification(Task):
     """Logits ``(N, K)`` and classes ``(N,)``."""
 
     headline = Column("test_accuracy", "test %", 100, 2)
+    quantity = "accuracy"
     columns = (
         Column("nll", "NLL"),
         Column("ece", "ECE %", 100, 2),
@@ -111,6 +142,23 @@ agree: test images on which the ensemble names the same class
 gap: how much of the way from the student alone (mean over its seeds) to the ensemble is closed
 {_TIMES}"""
 
+    def flat_targets(self, targets: Tensor) -> Tensor:
+        """Classes ``(N,)``."""
+        return targets.flatten()
+
+    def flat_output(self, output: Tensor) -> Tensor:
+        """Logits ``(N, K)``."""
+        return output.flatten(0, -2)
+
+    def validation_score(self, metrics: Mapping[str, float]) -> str:
+        """The accuracy."""
+        return f"validation accuracy {100 * metrics[self.monitor]:.1f} %"
+
+    def figures(self, rows: Mapping[str, Sequence[Tensor]], ensemble: Tensor, targets: Tensor) -> dict[str, Figure]:
+        """How well confidences and accuracies agree."""
+        bins = {name: _bins(outputs, targets) for name, outputs in rows.items()}
+        return {"reliability.png": reliability_diagram(bins, {"ensemble": _bins([ensemble], targets)})}
+
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
         """The logarithm of the mean of the softmaxes."""
         probs = functional.mean_probabilities(list(outputs))
@@ -127,6 +175,7 @@ class Regression(Task):
     """A Gaussian's parameters ``(N, 2 d)`` and targets ``(N, d)``."""
 
     headline = Column("test_mae", "MAE")
+    quantity = "mean absolute error"
     columns = (
         Column("rmse", "RMSE"),
         Column("nll", "NLL"),
@@ -145,6 +194,18 @@ KL ens.: mean divergence from the ensemble (nats)
 gap: how much of the way from the student alone (mean over its seeds) to the ensemble is closed
 {_TIMES}"""
 
+    def flat_targets(self, targets: Tensor) -> Tensor:
+        """Targets ``(N, d)``, as they are."""
+        return targets
+
+    def flat_output(self, output: Tensor) -> Tensor:
+        """Parameters ``(N, 2 d)``, as they are."""
+        return output
+
+    def validation_score(self, metrics: Mapping[str, float]) -> str:
+        """The mean absolute error."""
+        return f"validation error {metrics[self.monitor]:.3f}"
+
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
         """The mixture's mean and variance."""
         means, log_vars = torch.stack(list(outputs)).chunk(2, dim=-1)
@@ -156,3 +217,16 @@ gap: how much of the way from the student alone (mean over its seeds) to the ens
 
     def _beside(self) -> MetricCollection:
         return teacher_metrics(None)
+
+
+def task_of(num_classes: int | None) -> Task:
+    """The task of data with so many classes; ``None``: a regression's."""
+    return Regression() if num_classes is None else Classification()
+
+
+def _bins(outputs: Sequence[Tensor], targets: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Counts, mean confidences and accuracies by confidence, over the logits of several runs."""
+    confidence, predicted = F.softmax(torch.cat(list(outputs)), dim=-1).max(dim=-1)
+    correct = predicted == targets.repeat(len(outputs))
+    counts, confidences, hits = functional.calibration_bins(confidence, correct, bins=ECE_BINS)
+    return counts.numpy(), confidences.numpy(), hits.numpy()

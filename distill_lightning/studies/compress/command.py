@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import shlex
 import shutil
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -25,6 +24,7 @@ from distill_lightning.compression.stages import FINAL
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.networks import recipe_of
 from distill_lightning.storage.files import write_whole
+from distill_lightning.studies.compress.config import CompressConfig
 from distill_lightning.studies.compress.runs import (
     CHECKPOINT,
     ONNX,
@@ -41,23 +41,18 @@ _KNOWN = "compress.yaml"
 _ABSENT = {"same_size": "control of the same size", "random": "control with a random criterion"}
 # Columns of a terminal; intervals of times need more.
 _NARROW = 110
-_CONTROLS = ("same_size", "random")
 _INTERRUPTED = 130
 
 Make = Callable[[Sequence[str]], Parts]
 """Makes a module, its data and a Trainer from arguments of the command line."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"compress: {message}")
-
-
-def run(arguments: Sequence[str], make: Make, *, console: Console | None = None) -> Report:
+def run(config: CompressConfig, arguments: Sequence[str], make: Make, *, console: Console | None = None) -> Report:
     """Run ``distill-lightning compress CONFIG [--output FOLDER] [--seeds 0 1 2] [--controls ...] [--key value ...]``.
 
     Args:
-        arguments: what follows the verb.
+        config: which configuration is compressed, and how often.
+        arguments: what follows the verb, for the report.
         make: what builds a configuration's parts.
         console: where the progress and the table are shown.
 
@@ -73,27 +68,26 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
     if not console.is_terminal:
         # A log file has no edge to wrap at.
         console.width = max(console.width, 132)
-    options, overrides = parse(arguments)
-    folder = Path(options.output or Path("results") / "compress" / Path(options.config).stem)
+    folder = Path(config.output)
 
     def parts_of(seed: int, root: Path) -> Parts:
         own = ["--seed_everything", str(seed), "--trainer.default_root_dir", str(root)]
         quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-        return make(["--config", options.config, *overrides, *own, *quiet])
+        return make(["--config", config.module, *config.overrides, *own, *quiet])
 
-    first = parts_of(options.seeds[0], folder)
-    _check_metric(first.model, options.metric)
+    first = parts_of(config.seeds[0], folder)
+    _check_metric(first.model, config.metric)
     # A configuration that cannot be used claims no folder.
-    _claim(folder, options.config, overrides)
+    _claim(folder, config.module, config.overrides)
     wanted = first.callback.measurements or Measurements()
     if wanted.onnx == "none" and find_spec("onnxruntime"):
         wanted = replace(wanted, onnx="float")
-    runs = plan(folder, options.seeds, options.controls)
+    runs = plan(folder, config.seeds, config.controls)
     for line in _warnings(first):
         console.print(line, highlight=False)
     with _telling_of_a_stop(runs, folder, console):
         _execute(runs, parts_of, wanted, first.trainer.max_epochs or 0, console)
-    report = _report(runs, arguments, options.metric)
+    report = _report(runs, arguments, config.metric)
     paths = _write(report, runs[0], folder)
     console.print(_table(report, console.width))
     console.print(report.caption(), style="dim", highlight=False)
@@ -112,33 +106,8 @@ def run(arguments: Sequence[str], make: Make, *, console: Console | None = None)
     return report
 
 
-def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The verb's own options, and what is for the configuration.
-
-    Raises:
-        InputError: they cannot be read, or there is no such configuration.
-    """
-    # An abbreviation could be meant for the configuration.
-    parser = _Parser(prog="distill-lightning compress", description=__doc__, allow_abbrev=False)
-    parser.add_argument("config", help="a configuration of a module that compresses, as for fit")
-    parser.add_argument("--output", help="folder of the results; results/compress/<name of the configuration>")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of each; the table has mean and sd")
-    parser.add_argument(
-        "--controls", nargs="*", choices=_CONTROLS, default=_CONTROLS,
-        help="a dense network of the same size from scratch, and the same steps with a random criterion",
-    )  # fmt: skip
-    parser.add_argument("--metric", default="accuracy", help="the score that the table is about")
-    options, overrides = parser.parse_known_args(list(arguments))
-    if not Path(options.config).is_file():
-        raise InputError(f"there is no configuration {options.config}: give the path of a YAML file")
-    twice = next((seed for seed in options.seeds if options.seeds.count(seed) > 1), None)
-    if twice is not None:
-        raise InputError(f"--seeds has {twice} twice: give each seed once")
-    return options, overrides
-
-
 def _check_metric(model: Any, metric: str) -> None:
-    """Refuse before the training what the report could not be about after it."""
+    """Refuse a score that the report could not be about, before the training."""
     metrics = getattr(model, "test_metrics", None)
     if metrics is None:
         return
@@ -148,7 +117,7 @@ def _check_metric(model: Any, metric: str) -> None:
 
 
 def _claim(folder: Path, config: str, overrides: Sequence[str]) -> None:
-    """An output folder with finished runs is for their configuration alone; only seeds and controls may be added."""
+    """Refuse an output folder of another configuration; only seeds and controls may be added to finished runs."""
     known = folder / _KNOWN
     content = yaml.safe_dump({"config": Path(config).read_text(), "overrides": list(overrides)}, sort_keys=False)
     if known.is_file():
@@ -167,7 +136,7 @@ def _claim(folder: Path, config: str, overrides: Sequence[str]) -> None:
 
 
 def _warnings(parts: Parts) -> list[str]:
-    """What the user had better know before the training."""
+    """What the user should know before the training starts."""
     network = getattr(parts.model, parts.callback.attribute, None)
     if network is None or recipe_of(network) is not None:
         return []
@@ -179,7 +148,7 @@ def _warnings(parts: Parts) -> list[str]:
 
 @contextmanager
 def _telling_of_a_stop(runs: Sequence[Run], folder: Path, console: Console) -> Iterator[None]:
-    """After Ctrl-C say what is kept; the exit status is the one that shells give to it."""
+    """After Ctrl-C, print what is kept, and exit with the status that shells give to it."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -252,7 +221,7 @@ def _write(report: Report, first: Run, folder: Path) -> list[Path]:
 
 
 def _claims(report: Report) -> list[str]:
-    """What may be said of every row that shows a time, and of the last network and the controls in any case."""
+    """What may be claimed of each row that shows a time, and of the last network and the controls in any case."""
     lines = []
     for name in report.names:
         stage = report.first(name)

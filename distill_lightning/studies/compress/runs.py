@@ -19,6 +19,7 @@ from distill_lightning.compression.controls import random_steps, same_size_netwo
 from distill_lightning.compression.onnx_export import export_onnx, quantize_onnx
 from distill_lightning.compression.recipe import copy_network
 from distill_lightning.compression.stages import CONTROL_RANDOM, CONTROL_SCRATCH, FINAL, Stage
+from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.storage.files import write_whole
 
@@ -28,7 +29,7 @@ PACKED, CHECKPOINT, ONNX, ONNX_INT8 = "network.dlpk", "compressed.ckpt", "networ
 
 @dataclass(frozen=True)
 class Parts:
-    """What a configuration makes of it: a module, its data and a Trainer, all new."""
+    """The objects that a configuration describes, all new: a module, its data and a Trainer."""
 
     model: Any
     data: pl.LightningDataModule
@@ -157,13 +158,13 @@ def _train_same_size(run: Run, parts: Parts, callback: CompressionCallback, want
 
 
 class _Epochs(pl.Callback):
-    """Tells how many epochs are done."""
+    """Reports how many epochs are done."""
 
     def __init__(self, on_epoch: Callable[[int], None]) -> None:
         self.on_epoch = on_epoch
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """One more."""
+        """Report the epoch."""
         self.on_epoch(trainer.current_epoch + 1)
 
 
@@ -175,9 +176,9 @@ class _Scoring(pl.Callback):
         self.stages: list[Stage] = []
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Measure against the large one."""
+        """Measure the network beside the dense one."""
         batch = next(iter(cast("Any", trainer.train_dataloader)))
-        compressor = Compressor(pl_module.student, [], batch[0][:2])
+        compressor = Compressor(pl_module.student, [], Batch.of(batch).input[:2])
         compressor.dense = self.dense
         self.stages = [measure(trainer, pl_module, compressor, self.wanted, name=CONTROL_SCRATCH, kind="control")]
 

@@ -481,10 +481,7 @@ def test_partners_are_views_of_their_own_keys(folder):
 
 
 def test_what_is_abstract_says_so():
-    data = ImageDataModule(
-        subset=None, val_size=1, test_size=None, batch_size=1, views=None, partners=False, seed=0, order_seed=None,
-        num_workers=0,
-    )  # fmt: skip
+    data = ImageDataModule(val_size=1)
     for ask in (data.setup, partial(data.dataset, "train"), data.describe_samples):
         with pytest.raises(NotImplementedError, match="ImageDataModule must define"):
             ask()

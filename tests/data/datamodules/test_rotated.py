@@ -18,6 +18,7 @@ from distill_lightning import (
     RotatedFashionMNISTDataModule,
     SmallResNet,
 )
+from distill_lightning.data.datamodules import ViewOptions
 from distill_lightning.data.datamodules.rotated import rotate
 from distill_lightning.data.views import uniform_draws
 from distill_lightning.testing import tiny_trainer
@@ -221,10 +222,14 @@ def test_the_other_arguments_are_those_of_the_data_module_beneath(tmp_path):
         (RotatedDigitsDataModule, DigitsDataModule),
         (RotatedFashionMNISTDataModule, FashionMNISTDataModule),
     ):
-        given = inspect.signature(rotated).parameters.keys() - {"max_angle"}
-        assert given == inspect.signature(beneath).parameters.keys() - {"flip"}
+        given, below = (
+            inspect.signature(kind).parameters.keys() - {"options"} | ViewOptions.__optional_keys__
+            for kind in (rotated, beneath)
+        )
+        given -= {"max_angle"}
+        assert given == below - {"flip"}
         options = {"subset": 11, "val_size": 12, "test_size": 13, "batch_size": 14, "padding": 15, "views": 16}
-        options |= {"seed": 17, "order_seed": 18, "num_workers": 19, "partners": True}
+        options |= {"seed": 17, "order_seed": 18, "num_workers": 19, "partners": True, "views_per_load": 2}
         special = {"image_size": 20} if rotated is RotatedDigitsDataModule else {"data_dir": tmp_path, "download": True}
         assert options.keys() | special.keys() == given
         data = rotated(**options, **special)

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypedDict, Unpack
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import nn
 
 from distill_lightning import (
     DigitsDataModule,
@@ -29,8 +32,10 @@ from distill_lightning import (
     SupervisedModule,
 )
 from distill_lightning.cli import main
+from distill_lightning.modules import check_optimizer
 from distill_lightning.studies.compare import command, runner
-from distill_lightning.studies.compare.config import Experiment, parse_config
+from distill_lightning.studies.compare.config import parse_config
+from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.testing import tiny_trainer
 
 CONFIG = {
@@ -62,7 +67,8 @@ def written(folder, change=lambda config: None):
 
 def compare(config, output, *arguments):
     shown = io.StringIO()
-    command.run([config, "--output", str(output), *arguments], console=Console(file=shown, width=160))
+    given = [config, "--output", str(output), *arguments]
+    command.run(parse_config(given), given, console=Console(file=shown, width=160))
     return shown.getvalue()
 
 
@@ -165,6 +171,40 @@ def test_students_of_one_seed_start_alike_and_see_the_same_order(finished):
     experiment = Experiment(parse_config([written(folder)]))
     firsts = [next(iter(experiment.data(order_seed=seed).train_dataloader())).index.tolist() for seed in (0, 0, 1)]
     assert firsts[0] == firsts[1] != firsts[2]
+
+
+class Options(TypedDict, total=False):
+    optimizer: Callable[[Iterable], torch.optim.Optimizer]
+    lr_scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+    input_shape: Sequence[int]
+
+
+class WithSharedOptions(KDModule):
+    """Takes most of its base's arguments as shared options, and one by handing it on."""
+
+    def __init__(
+        self, student: nn.Module, teachers: Sequence[nn.Module], *, num_classes: int, **options: Unpack[Options]
+    ):
+        super().__init__(student, teachers, num_classes=num_classes, **options)
+
+
+def test_shared_options_are_filled_in_as_a_modules_own(tmp_path):
+    def change(config):
+        config["methods"] = {
+            "shared": {"class_path": f"{__name__}.WithSharedOptions"},
+            "kd": {"class_path": "KDModule"},
+        }
+
+    experiment = Experiment(parse_config([written(tmp_path, change)]))
+    teachers = [experiment.teacher() for _ in range(2)]
+    shared, plain = (experiment.method(row, experiment.student(), teachers) for row in experiment.rows[1:])
+    assert isinstance(shared, WithSharedOptions)
+    for module in (shared, plain):
+        schedule = check_optimizer(module)
+        assert isinstance(schedule, OneCycle)
+        assert isinstance(schedule.optimizer, torch.optim.SGD)
+        assert schedule.optimizer.defaults["momentum"] == 0.9
+    assert shared.num_classes == plain.num_classes == 10
 
 
 def test_a_finished_comparison_trains_nothing_again(finished, monkeypatch):
@@ -341,7 +381,7 @@ def test_a_damaged_folder_is_named(finished, tmp_path, capsys, name, content, me
 
 def test_a_call_killed_at_its_very_start_can_be_made_again(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/partial.yaml").write_text("half")
+    (tmp_path / "out/partial.0.compare.yaml").write_text("half")
 
     def short(config):
         config.update(epochs=1, seeds=[0], methods={})

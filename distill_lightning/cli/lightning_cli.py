@@ -1,19 +1,11 @@
-"""The command line: LightningCLI's verbs for every method, ``record``, ``compare`` and ``compress``.
-
-Bad input ends in one line on standard error and exit status 2; a traceback is a bug.
-"""
+"""LightningCLI's verbs for every method, and ``record``."""
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import logging
-import os
-import re
 import sys
 import warnings
-from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,38 +18,43 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 
 import distill_lightning
-from distill_lightning import __version__, callbacks, compression
-from distill_lightning.compression import Step, steps
-from distill_lightning.compression.structure import restore_structure
-from distill_lightning.data import datamodules
+from distill_lightning import callbacks
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules import DistillationModule
+from distill_lightning.modules.parts.checkpoints import check_format
 from distill_lightning.modules.parts.optimization import check_optimizer
-from distill_lightning.networks.weights import read_checkpoint
+from distill_lightning.networks.provenance import restore_structure
+from distill_lightning.networks.weights import check_architecture, read_checkpoint
 from distill_lightning.schedules import OneCycle
 from distill_lightning.teachers import TeacherStore
 from distill_lightning.teachers.recorder import Recorded, record
 
-_TOLD_BY_DATA = ("num_classes", "input_shape")
+_FROM_DATA = ("num_classes", "input_shape")
 # Classes are found by their short names once they are imported.
-__all__ = ["DistillCLI", "callbacks", "main", "one_line"]
+__all__ = ["DistillCLI", "RecordingTrainer", "callbacks"]
 _DESCRIPTION = """Train, evaluate and compare the methods of distill_lightning.
 
 Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER], distill-lightning compress CONFIG."""
 
 
 class RecordingTrainer(Trainer):
-    """A Trainer that can fill a store of teachers' answers, too."""
+    """A Trainer that can also fill a store of teachers' answers."""
 
     recorded: Recorded | None = None
 
     def record(self, model: LightningModule, datamodule: LightningDataModule) -> Recorded:
-        """Fill the store of a method's teachers: they need not run in training then.
+        """Fill the store of a method's teachers, so that they need not run in training.
 
         Args:
-            model: with teachers and a store.
-            datamodule: with a number of views.
+            model: a method with teachers and a store.
+            datamodule: data with a fixed number of views.
+
+        Returns:
+            What was recorded.
+
+        Raises:
+            InputError: the model is no such method.
         """
         if not isinstance(model, DistillationModule):
             raise InputError(f"record needs a method with teachers and a store, got {type(model).__name__}")
@@ -69,10 +66,16 @@ class DistillCLI(LightningCLI):
     """LightningCLI for the package's modules, any other LightningModule and any LightningDataModule.
 
     Classes are named by ``class_path``, those of this package by their short names. ``num_classes`` and ``input_shape``
-    are told by the data. Subclass it, or call `distill_lightning.cli.main`.
+    come from the data. Subclass it, or call `distill_lightning.cli.main`.
+
+    Args:
+        args: what follows the program's name; ``None``: the process's own arguments.
+        run: whether a verb is expected and run; ``False``: the objects are only built.
     """
 
     def __init__(self, args: Sequence[str] | None = None, *, run: bool = True) -> None:
+        # Classes have short names once they are imported.
+        distill_lightning.import_all()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -84,7 +87,7 @@ class DistillCLI(LightningCLI):
             parser_kwargs={
                 "prog": "distill-lightning",
                 "description": _DESCRIPTION,
-                "version": __version__,
+                "version": distill_lightning.__version__,
                 "exit_on_error": False,
                 **{verb: {"exit_on_error": False} for verb in self.subcommands()},
             },
@@ -98,12 +101,12 @@ class DistillCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "record": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The data tells the model its classes and the shape of its input."""
-        for name in _TOLD_BY_DATA:
+        """Link the number of classes and the shape of the inputs from the data to the model."""
+        for name in _FROM_DATA:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and look at the checkpoint: what is wrong with it is told before anything is built or written."""
+        """Parse, and check the checkpoint before anything is built or written."""
         _check_files(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
         path = self._checkpoint_path()
@@ -112,10 +115,10 @@ class DistillCLI(LightningCLI):
         self._given = _model_options(self.config)
 
     def before_instantiate_classes(self) -> None:
-        """Lightning lets a checkpoint's hyper-parameters win over the command line; say which did."""
+        """Warn of each hyper-parameter of the checkpoint that Lightning lets override the command line's."""
         for name, value in _model_options(self.config).items():
             given = self._given.get(name, value)
-            if name not in _TOLD_BY_DATA and given != value:
+            if name not in _FROM_DATA and given != value:
                 warnings.warn(
                     f"--ckpt_path: the checkpoint's {name}={value!r} overrides the given {name}={given!r}", stacklevel=2
                 )
@@ -130,12 +133,12 @@ class DistillCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer; what it refuses is the user's to mend."""
+        """Make the Trainer; arguments that it refuses are an `InputError`."""
         with refusing("trainer", MisconfigurationException, ValueError):
             return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
-        """Look at the data, the checkpoint and the optimiser before the Trainer writes anything."""
+        """Check the data, the checkpoint and the optimiser before the Trainer writes anything."""
         if isinstance(self.datamodule, ViewDataModule) and self.trainer.world_size == 1:
             self.datamodule.prepare_data()
             self.datamodule.setup()
@@ -144,15 +147,16 @@ class DistillCLI(LightningCLI):
         path = self._checkpoint_path()
         if path is not None:
             checkpoint = read_checkpoint(path)
+            check_format(checkpoint, str(path))
             restore_structure(self.model, checkpoint)
-            self.model.check_weights(checkpoint["state_dict"], source=str(path))
+            check_architecture(self.model, checkpoint["state_dict"], source=str(path))
         if self.config.get("subcommand") == "fit":
             endless = self.trainer.max_epochs == self.trainer.max_steps == -1
             if isinstance(check_optimizer(self.model), OneCycle) and endless:
                 raise InputError("OneCycle needs the length of the training: give trainer.max_epochs or max_steps")
 
     def after_predict(self) -> None:
-        """Keep what ``predict`` found, which the Trainer would only return."""
+        """Write the predictions, which the Trainer would only return."""
         share = "" if self.trainer.world_size == 1 else f"_{self.trainer.global_rank}"
         path = Path(self.trainer.default_root_dir) / f"predictions{share}.safetensors"
         outputs = self.trainer.predict_loop.predictions
@@ -162,14 +166,14 @@ class DistillCLI(LightningCLI):
         print(f"Written: {path}")
 
     def after_record(self) -> None:
-        """Say what ``record`` has done."""
+        """Print what ``record`` has written."""
         self.trainer.strategy.barrier("recorded")
         if not self.trainer.is_global_zero:
             return
         recorded = cast("Recorded", cast("RecordingTrainer", self.trainer).recorded)
         rate = recorded.answers / max(recorded.seconds, 1e-9)
         here = "" if self.trainer.world_size == 1 else f" in the first of {self.trainer.world_size} processes"
-        store = cast("TeacherStore", self.model.teacher_store)
+        store = cast("TeacherStore", self.model.teachers.store)
         # Other processes have written their shares since.
         store.refresh()
         print(
@@ -186,96 +190,8 @@ class DistillCLI(LightningCLI):
         return None if path in (None, "last", "hpc", "registry") else Path(path)
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        args: what follows the program's name; ``None``: the process's own arguments.
-
-    Returns:
-        The exit status: 0, or 2 after bad input.
-    """
-    _quiet_down()
-    try:
-        _run(sys.argv[1:] if args is None else list(args))
-    except (ArgumentError, ValueError) as error:
-        if not isinstance(error, ArgumentError) and _refusal(error) is None:
-            raise
-        print(f"distill-lightning: error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _run(arguments: list[str]) -> None:
-    if arguments[:1] == ["compare"]:
-        # Imported here, so that the other verbs need not wait for what only this one uses.
-        from distill_lightning.studies.compare.command import run  # noqa: PLC0415
-
-        run(arguments[1:])
-    elif arguments[:1] == ["compress"]:
-        from distill_lightning.studies.compress.command import run as compress  # noqa: PLC0415  (likewise)
-
-        compress(arguments[1:], _parts_of)
-    else:
-        DistillCLI(arguments)
-
-
-def _parts_of(arguments: Sequence[str]) -> Any:
-    """What a configuration makes, without running anything."""
-    from distill_lightning.studies.compress.runs import Parts  # noqa: PLC0415  (likewise)
-
-    cli = DistillCLI(arguments, run=False)
-    return Parts(cli.model, cli.datamodule, cli.trainer)
-
-
-def one_line(error: Exception) -> str:
-    """The heart of an error in one line: where, and what is wrong there.
-
-    jsonargparse nests one message in another. The innermost of the chain is the reason; the outermost names the keys
-    and classes on the way to it.
-    """
-    refusal = _refusal(error)
-    if refusal is not None:
-        # A loader's worker process puts its whole traceback before the message.
-        message = refusal.rpartition(f"{InputError.__module__}.InputError: ")[2]
-        return " ".join(message.split())
-    last = list(_chain(error))[-1]
-    # A KeyError shows its message in quotes.
-    reason = " ".join(str(last.args[0] if isinstance(last, KeyError) and last.args else last).split())
-    keys = dict.fromkeys(re.findall(r'Parser key "([^"]+)"', str(error)))
-    reason = _none_of_union(error, reason) or _unknown_class(reason, [*keys, ""][len(keys) - 1]) or reason
-    classes = re.findall(r"class_path '([^']+)'", str(error))
-    inside = f" of {classes[-1].rpartition('.')[2]}" if classes else ""
-    where = ".".join(keys) + inside
-    return f"{where}: {reason}" if where else reason
-
-
-def _none_of_union(error: Exception, reason: str) -> str | None:
-    """All that would have been accepted, where the innermost reason names one kind only; ``None``: it is no such."""
-    got = re.fullmatch(r"Expected a (?:<class '\w+'>|typing\.Literal\[.*\])\. Got value: (.*)", reason)
-    union = next((text for text in map(str, [*_chain(error)][-2:-1]) if text.startswith("Does not validate")), "")
-    kinds = re.findall(r"- Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*)\])", union)
-    names = [name or literal for name, literal in kinds if name != "NoneType"]
-    return f"Expected {', '.join(names)}. Got value: {got[1]}" if got and names else None
-
-
-def _unknown_class(reason: str, key: str) -> str | None:
-    """What a class's name could be meant for; ``None``: the reason is another one."""
-    prefix = "Expected a dot import path string: "
-    if not reason.startswith(prefix):
-        return None
-    name = reason.removeprefix(prefix)
-    if key == "steps":
-        known = (one for one in map(vars(steps).get, steps.__all__) if isinstance(one, type) and issubclass(one, Step))
-        return f"there is no step {name}: known are {', '.join(one.__name__ for one in known if one is not Step)}"
-    modules = (distill_lightning, callbacks, datamodules, compression)
-    near = difflib.get_close_matches(name, sorted({one for module in modules for one in module.__all__}), cutoff=0.5)
-    way_out = f"near names: {', '.join(near)}" if near else "give package.module.Class for one of another package"
-    return f"there is no class {name}; {way_out}"
-
-
 def _check_files(arguments: Sequence[str]) -> None:
-    """Name the configuration that cannot be read, which jsonargparse does not.
+    """Refuse a configuration that cannot be read, by its name, which jsonargparse leaves out.
 
     Raises:
         InputError: it is no YAML, or holds no keys.
@@ -291,45 +207,7 @@ def _check_files(arguments: Sequence[str]) -> None:
             raise InputError(f"{path} {what}: give a configuration with trainer, model and data")
 
 
-def _refusal(error: Exception) -> str | None:
-    """The message of the InputError behind an error, which may have come through jsonargparse; None: there is none."""
-    for link in _chain(error):
-        if isinstance(link, InputError):
-            return str(link)
-    return InputError.latest if InputError.latest and InputError.latest in str(error) else None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or link.__context__
-
-
 def _model_options(config: Namespace) -> dict[str, Any]:
     subcommand = config.get("subcommand")
     options = config[subcommand].get("model.init_args") if subcommand else None
     return dict(cast("Namespace", options).as_dict()) if options else {}
-
-
-def _quiet_down() -> None:
-    """Leave out what Lightning says about things that are meant to be so."""
-    for message in (
-        ".*does not have many workers.*",
-        "Found .* module.* in eval mode at the start of training.*",
-        ".*isinstance.treespec, LeafSpec.. is deprecated.*",
-        ".*instantiate_classes. was deprecated.*",
-        # main(args) passes its arguments on.
-        "LightningCLI's args parameter is intended.*",
-        ".*`tensorboardX` has been removed.*",
-        "The dirpath has changed from .*",
-        "The number of training batches .* is smaller than the logging interval.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The entry point of the command line: run a verb, and report bad input in one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import distill_lightning
+from distill_lightning.cli.error_line import one_line, refusal
+from distill_lightning.studies.compare import config as compare
+from distill_lightning.studies.compress import config as compress
+
+if TYPE_CHECKING:
+    from distill_lightning.studies.compress.runs import Parts
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: what follows the program's name; ``None``: the process's own arguments.
+
+    Returns:
+        The exit status: 0, or 2 after bad input.
+    """
+    try:
+        _run(sys.argv[1:] if args is None else list(args))
+    except (ArgumentError, ValueError) as error:
+        if not isinstance(error, ArgumentError) and refusal(error) is None:
+            raise
+        print(f"distill-lightning: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    # Each verb imports what it uses once its options are read: --help and what is refused there need no PyTorch.
+    verb, *options = arguments or [""]
+    if verb == "compare":
+        compared = compare.parse_config(options)
+        from distill_lightning.studies.compare import command as compare_command  # noqa: PLC0415
+
+        _quiet_down()
+        compare_command.run(compared, options)
+    elif verb == "compress":
+        compressed = compress.parse_config(options)
+        from distill_lightning.studies.compress import command as compress_command  # noqa: PLC0415
+
+        _quiet_down()
+        compress_command.run(compressed, options, _parts_of)
+    elif arguments == ["--version"]:
+        print(f"distill-lightning {distill_lightning.__version__}")
+    else:
+        from distill_lightning.cli.lightning_cli import DistillCLI  # noqa: PLC0415
+
+        _quiet_down()
+        DistillCLI(arguments)
+
+
+def _parts_of(arguments: Sequence[str]) -> Parts:
+    """What a configuration makes, without running anything."""
+    from distill_lightning.cli.lightning_cli import DistillCLI  # noqa: PLC0415
+    from distill_lightning.studies.compress.runs import Parts  # noqa: PLC0415
+
+    cli = DistillCLI(arguments, run=False)
+    return Parts(cli.model, cli.datamodule, cli.trainer)
+
+
+def _quiet_down() -> None:
+    """Leave out what Lightning says about things that are meant to be so, after its import has set its own level."""
+    for message in (
+        ".*does not have many workers.*",
+        "Found .* module.* in eval mode at the start of training.*",
+        ".*isinstance.treespec, LeafSpec.. is deprecated.*",
+        ".*instantiate_classes. was deprecated.*",
+        # main(args) passes its arguments on.
+        "LightningCLI's args parameter is intended.*",
+        ".*`tensorboardX` has been removed.*",
+        "The dirpath has changed from .*",
+        "The number of training batches .* is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

@@ -1,0 +1,86 @@
+"""What the command line prints of an error: one line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+
+import distill_lightning
+from distill_lightning.errors import InputError
+
+
+def one_line(error: Exception) -> str:
+    """An error in one line: where it is, and what is wrong there.
+
+    jsonargparse nests one message in another. The innermost of the chain is the reason; the outermost names the keys
+    and classes on the way to it.
+
+    Args:
+        error: an `InputError`, or what jsonargparse raised.
+    """
+    refused = refusal(error)
+    if refused is not None:
+        # A loader's worker process puts its whole traceback before the message.
+        message = refused.rpartition(f"{InputError.__module__}.InputError: ")[2]
+        return " ".join(message.split())
+    last = list(_chain(error))[-1]
+    # A KeyError shows its message in quotes.
+    reason = " ".join(str(last.args[0] if isinstance(last, KeyError) and last.args else last).split())
+    keys = dict.fromkeys(re.findall(r'Parser key "([^"]+)"', str(error)))
+    reason = _none_of_union(error, reason) or _unknown_class(reason, [*keys, ""][len(keys) - 1]) or reason
+    classes = re.findall(r"class_path '([^']+)'", str(error))
+    inside = f" of {classes[-1].rpartition('.')[2]}" if classes else ""
+    where = ".".join(keys) + inside
+    return f"{where}: {reason}" if where else reason
+
+
+def _none_of_union(error: Exception, reason: str) -> str | None:
+    """All that a union would have accepted, of which the innermost reason names one kind; ``None``: it is no union."""
+    got = re.fullmatch(r"Expected a (?:<class '\w+'>|typing\.Literal\[.*\])\. Got value: (.*)", reason)
+    union = next((text for text in map(str, [*_chain(error)][-2:-1]) if text.startswith("Does not validate")), "")
+    kinds = re.findall(r"- Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*)\])", union)
+    names = [name or literal for name, literal in kinds if name != "NoneType"]
+    return f"Expected {', '.join(names)}. Got value: {got[1]}" if got and names else None
+
+
+def _unknown_class(reason: str, key: str) -> str | None:
+    """The known names near that of a class that was not found; ``None``: the reason is another one."""
+    prefix = "Expected a dot import path string: "
+    if not reason.startswith(prefix):
+        return None
+    # What looked for the class has imported them; no other message needs to wait for them.
+    from distill_lightning import callbacks, compression  # noqa: PLC0415
+    from distill_lightning.compression import Step, steps  # noqa: PLC0415
+    from distill_lightning.data import datamodules  # noqa: PLC0415
+
+    name = reason.removeprefix(prefix)
+    if key == "steps":
+        known = (one for one in map(vars(steps).get, steps.__all__) if isinstance(one, type) and issubclass(one, Step))
+        return f"there is no step {name}: known are {', '.join(one.__name__ for one in known if one is not Step)}"
+    modules = (distill_lightning, callbacks, datamodules, compression)
+    near = difflib.get_close_matches(name, sorted({one for module in modules for one in module.__all__}), cutoff=0.5)
+    way_out = f"near names: {', '.join(near)}" if near else "give package.module.Class for one of another package"
+    return f"there is no class {name}; {way_out}"
+
+
+def refusal(error: Exception) -> str | None:
+    """The message of the `InputError` behind an error, which may have come through jsonargparse.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        The message, or ``None`` if no `InputError` is behind it.
+    """
+    for link in _chain(error):
+        if isinstance(link, InputError):
+            return str(link)
+    return InputError.latest if InputError.latest and InputError.latest in str(error) else None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__

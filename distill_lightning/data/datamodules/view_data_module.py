@@ -1,0 +1,167 @@
+"""What the data sets share: a split by seed, an order by epoch, and loaders of whole batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from distill_lightning.data.batch import Batch
+from distill_lightning.data.datamodules.resumable_loader import ResumableLoader
+from distill_lightning.data.datamodules.view_dataset import ViewDataset
+from distill_lightning.data.datamodules.view_sampler import ViewSampler, views_in_epoch
+from distill_lightning.data.views import VIEWS_VERSION
+from distill_lightning.errors import InputError
+
+
+class ViewDataModule(pl.LightningDataModule):
+    """Base of the data sets whose samples have an index: yields `Batch`, and knows what its training views depend on.
+
+    A subclass sets ``num_classes`` (or, for a regression, ``num_targets``) and ``input_shape``, and defines `setup`,
+    `dataset` and `describe_samples`.
+
+    Args:
+        val_size: number of validation samples.
+        test_size: number of test samples; ``None``: all.
+        subset: number of training samples, drawn by ``seed``; smaller subsets are part of larger ones; ``None``: all.
+        batch_size: samples per batch and process; each view of a sample counts.
+        views: number of different views of a training sample; ``None``: a new one every epoch.
+        views_per_load: how many views of a training sample an epoch reads, one after another; ``batch_size`` and
+            ``views`` must be multiples of it.
+        partners: whether each training view comes with another sample to be mixed with, a function of its own index and
+            view alone (``Batch.partner``).
+        seed: of the split, the views and the partners.
+        order_seed: of the order of the training samples; ``None``: ``seed``.
+        num_workers: worker processes of the loaders; ``None``: the class's ``default_workers``.
+
+    Raises:
+        InputError: a size that is not positive, or not a multiple of ``views_per_load``; fewer than no workers.
+    """
+
+    num_classes: int | None
+    num_targets: int | None = None
+    input_shape: tuple[int, ...]
+    # None where a batch is so cheap that handing it over costs more than making it.
+    default_workers: int = 0
+
+    def __init__(
+        self,
+        *,
+        val_size: int,
+        test_size: int | None = None,
+        subset: int | None = None,
+        batch_size: int = 64,
+        views: int | None = None,
+        views_per_load: int = 1,
+        partners: bool = False,
+        seed: int = 0,
+        order_seed: int | None = None,
+        num_workers: int | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "subset": subset,
+            "val_size": val_size,
+            "test_size": test_size,
+            "batch_size": batch_size,
+            "views": views,
+            "views_per_load": views_per_load,
+        }
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise InputError(f"{name} must be at least 1, got {size}: the split or batch would be empty")
+        for name, size in (("batch_size", batch_size), ("views", views)):
+            if size is not None and size % views_per_load:
+                raise InputError(
+                    f"{name}={size} is not a multiple of views_per_load={views_per_load}: the views of one sample "
+                    "would fall apart"
+                )
+        if num_workers is not None and num_workers < 0:
+            raise InputError(f"num_workers cannot be negative, got {num_workers}")
+        self.subset, self.val_size, self.test_size = subset, val_size, test_size
+        self.batch_size, self.views, self.views_per_load = batch_size, views, views_per_load
+        self.partners = partners
+        self.seed, self.order_seed = seed, order_seed
+        self.num_workers = self.default_workers if num_workers is None else num_workers
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read what there is and split it; a second call does nothing."""
+        raise NotImplementedError(f"{type(self).__name__} must define setup()")
+
+    def dataset(self, split: str, *, augment: bool = False) -> ViewDataset:
+        """One split, ``"train"``, ``"val"`` or ``"test"``; without ``augment`` every view is the plain sample."""
+        raise NotImplementedError(f"{type(self).__name__} must define dataset(split)")
+
+    def describe_samples(self) -> Iterable[bytes]:
+        """What makes the training samples and their order these and no others, for `fingerprint`."""
+        raise NotImplementedError(f"{type(self).__name__} must define describe_samples()")
+
+    def views_in_epoch(self, epoch: int) -> list[int]:
+        """Which views of the training samples an epoch reads."""
+        return views_in_epoch(epoch, views=self.views, views_per_load=self.views_per_load)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What a kept answer about a training view depends on: the samples in their order, and how views are made."""
+        self.setup()
+        digest = hashlib.sha256()
+        for part in self.describe_samples():
+            digest.update(part)
+        made = self.dataset("train", augment=True)
+        options = {name: getattr(made, name) for name in made.depends_on}
+        return {"data": digest.hexdigest(), "transform": f"{type(made).__name__} {VIEWS_VERSION} {options}"}
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Augmented, shuffled."""
+        seed = self.seed if self.order_seed is None else self.order_seed
+        return self._loader(
+            self.dataset("train", augment=True),
+            views=self.views,
+            views_per_load=self.views_per_load,
+            shuffle=True,
+            seed=seed,
+        )
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Plain samples in order."""
+        return self._loader(self.dataset("val"))
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Plain samples in order."""
+        return self._loader(self.dataset("test"))
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """The test samples."""
+        return self.test_dataloader()
+
+    def _loader(
+        self,
+        dataset: ViewDataset,
+        *,
+        views: int | None = 1,
+        views_per_load: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+    ) -> DataLoader[Batch]:
+        world = (
+            {} if self.trainer is None else {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+        )
+        return ResumableLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=ViewSampler(
+                dataset, views=views, views_per_load=views_per_load, shuffle=shuffle, seed=seed, **world
+            ),
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            # Only from pinned memory does a copy to the GPU not wait.
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+
+def _as_it_is(batch: Any) -> Any:
+    """The data set has made the batch; there is nothing left to collate."""
+    return batch

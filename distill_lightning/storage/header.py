@@ -1,0 +1,55 @@
+"""What a store's folder and files say of themselves, and how that is held against what is expected."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distill_lightning.errors import InputError
+from distill_lightning.storage.files import write_whole
+
+FORMAT = 2
+"""Version of everything that is written here; what has another one is refused."""
+
+HEADER = "header.json"
+"""The file that describes a folder of records."""
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """In which of the wanted values a header differs, one phrase each, for a message."""
+    return [
+        f"{name} is {_short(found.get(name))}, not {_short(value)}"
+        for name, value in wanted.items()
+        if found.get(name) != value
+    ]
+
+
+def write_header(folder: Path, header: Mapping[str, Any]) -> None:
+    """Write what a folder of records says of itself."""
+    write_whole(folder / HEADER, [json.dumps(header, indent=1, sort_keys=True).encode()])
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """What a folder of records says of itself.
+
+    Raises:
+        InputError: it holds none, or those of another version of the format.
+    """
+    path = folder / HEADER
+    if not path.is_file():
+        raise InputError(f"there is no store in {folder}: fill one with 'distill-lightning record', or while training")
+    try:
+        header = json.loads(path.read_text())
+        version = header["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: remove the store {folder} and fill it again") from error
+    if version != FORMAT:
+        raise InputError(f"the store {folder} has format {version}, this version reads {FORMAT}: fill it again")
+    return dict(header)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,163 @@
+"""The options that data modules share: the same in Python, in YAML and on the command line."""
+
+import inspect
+import re
+
+import pytest
+import pytorch_lightning as pl
+from jsonargparse import ArgumentParser
+
+from distill_lightning import (
+    DigitsDataModule,
+    DocstringsDataModule,
+    FashionMNISTDataModule,
+    ImageFolderDataModule,
+    InMemoryImageDataModule,
+    InputError,
+    RotatedDigitsDataModule,
+    RotatedFashionMNISTDataModule,
+)
+from distill_lightning.data.datamodules import ImageDataModule, LoadingOptions, ViewDataModule, ViewOptions
+
+# The sizes of the splits are each data module's own: their defaults depend on how much data there is.
+OWN = {"val_size", "test_size"}
+VALUES = {
+    "subset": 7, "batch_size": 12, "views": 6, "views_per_load": 3, "partners": True, "seed": 5, "order_seed": 8,
+    "num_workers": 2,
+}  # fmt: skip
+LOADING = {name: value for name, value in VALUES.items() if name in LoadingOptions.__optional_keys__}
+MODULES = {
+    DigitsDataModule: VALUES,
+    FashionMNISTDataModule: VALUES,
+    RotatedDigitsDataModule: VALUES,
+    RotatedFashionMNISTDataModule: VALUES,
+    ImageFolderDataModule: VALUES,
+    DocstringsDataModule: LOADING,
+}
+EVERY = [*MODULES, ImageDataModule, InMemoryImageDataModule]
+
+
+def keywords(kind):
+    return {name: one for name, one in inspect.signature(kind).parameters.items() if name != "self"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+    return tmp_path
+
+
+def needed(kind, folder):
+    """What has no default."""
+    return {"data_dir": folder, "val_size": 1} if kind is ImageFolderDataModule else {}
+
+
+def parsed(kind, arguments):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(pl.LightningDataModule, "data")
+    parser.add_argument("--config", action="config")
+    return parser.instantiate_classes(parser.parse_args(arguments)).data
+
+
+def test_the_options_are_the_keywords_of_the_base():
+    base = keywords(ViewDataModule)
+    assert ViewOptions.__optional_keys__ == base.keys() - OWN
+    assert LoadingOptions.__optional_keys__ == base.keys() - OWN - {"views", "views_per_load", "partners"}
+    assert not ViewOptions.__required_keys__
+    assert all(one.kind is inspect.Parameter.KEYWORD_ONLY for one in base.values())
+    assert {name: one.annotation for name, one in base.items() if name not in OWN} == {
+        name: annotation.__forward_arg__
+        for kind in (LoadingOptions, ViewOptions)
+        for name, annotation in kind.__annotations__.items()
+    }
+
+
+@pytest.mark.parametrize("options", [LoadingOptions, ViewOptions])
+def test_every_option_is_documented_with_its_default(options):
+    documented = inspect.getdoc(options).partition("Args:")[2]
+    base = keywords(ViewDataModule)
+    parts = re.split(r"^ {4}(\w+): ", documented, flags=re.M)[1:]
+    described = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert described.keys() == options.__optional_keys__
+    for name, text in described.items():
+        default, words = base[name].default, " ".join(text.split())
+        assert f"``{default}``, the default" in words or f"{default} by default" in words.replace("`", ""), name
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_data_module_has_few_arguments_of_its_own_and_names_none_again(kind):
+    own = keywords(kind)
+    options = own.pop("options")
+    assert options.kind is inspect.Parameter.VAR_KEYWORD
+    assert not own.keys() & ViewOptions.__optional_keys__
+    assert len(own) <= 10
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_the_options_reach_the_data_module(kind, folder):
+    given = MODULES[kind]
+    data = kind(**needed(kind, folder), **given)
+    assert {name: getattr(data, name) for name in given} == given
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_the_defaults_are_those_of_the_base(kind, folder):
+    data, base = kind(**needed(kind, folder)), keywords(ViewDataModule)
+    workers = 4 if kind is ImageFolderDataModule else 0
+    expected = {name: base[name].default for name in MODULES[kind]} | {"num_workers": workers}
+    assert {name: getattr(data, name) for name in expected} == expected
+    assert kind(**needed(kind, folder), num_workers=0).num_workers == 0
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("way", ["line", "yaml"])
+def test_the_options_are_read_from_yaml_and_the_command_line(kind, way, folder):
+    given = needed(kind, folder) | MODULES[kind]
+    if way == "line":
+        arguments = [f"--data={kind.__name__}", *(f"--data.{name}={value}" for name, value in given.items())]
+    else:
+        lines = ["data:", f"  class_path: {kind.__name__}", "  init_args:"]
+        lines += [f"    {name}: {str(value).lower() if value is True else value}" for name, value in given.items()]
+        (folder / "config.yaml").write_text("\n".join(lines))
+        arguments = [f"--config={folder / 'config.yaml'}"]
+    data = parsed(kind, arguments)
+    assert type(data) is kind
+    assert {name: getattr(data, name) for name in MODULES[kind]} == MODULES[kind]
+
+
+UNKNOWN = [
+    *[(kind, "batchsize") for kind in MODULES],
+    *[(kind, "flip") for kind in (DigitsDataModule, RotatedDigitsDataModule, RotatedFashionMNISTDataModule)],
+    *[(DocstringsDataModule, name) for name in ("flip", "views", "views_per_load", "partners")],
+    (ImageFolderDataModule, "padding"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), UNKNOWN)
+def test_an_unknown_option_is_refused_everywhere(kind, name, folder):
+    given = needed(kind, folder)
+    with pytest.raises(TypeError, match=name):
+        kind(**given, **{name: 1})
+    line = [f"--data={kind.__name__}", *(f"--data.{key}={value}" for key, value in given.items())]
+    with pytest.raises(Exception, match=name) as error:
+        parsed(kind, [*line, f"--data.{name}=1"])
+    assert type(error.value).__name__ == "ArgumentError"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"subset": -1}, "subset must be at least 1, got -1"),
+        ({"num_workers": -1}, "num_workers cannot be negative, got -1"),
+        ({"views_per_load": 0}, "views_per_load must be at least 1, got 0"),
+        ({"views_per_load": 3}, "batch_size=64 is not a multiple of views_per_load=3"),
+        ({"views_per_load": 2, "views": 5}, "views=5 is not a multiple of views_per_load=2"),
+    ],
+)
+def test_an_option_that_is_out_of_range_is_refused(options, message, folder):
+    for kind, known in MODULES.items():
+        if options.keys() <= known.keys():
+            with pytest.raises(InputError, match=message):
+                kind(**needed(kind, folder), **options)
