@@ -15,6 +15,7 @@ from torch import nn
 from distill_lightning import (
     AdaptedInput,
     InputError,
+    KDModule,
     ParaphraserModule,
     Pretrained,
     SmallResNet,
@@ -638,7 +639,7 @@ def test_an_adapted_network_from_elsewhere_has_no_recipe():
 def test_an_ensemble_of_adapted_teachers_gives_each_its_own_input():
     plain, other = SmallResNet(3, width=2), SmallResNet(3, width=2)
     teachers = TeacherEnsemble([plain, AdaptedInput(other, size=(12, 12), mean=0.2, std=0.5)])
-    teachers.check((1, 8, 8), 3)
+    KDModule(SmallResNet(3, width=2), teachers, num_classes=3, input_shape=(1, 8, 8))
     images = torch.randn(4, 1, 8, 8)
     resized = nn.functional.interpolate((images - 0.2) / 0.5, (12, 12), mode="bilinear", antialias=True)
     with torch.no_grad():
