@@ -1,5 +1,7 @@
 """The base: subclassing, checkpoints that rebuild themselves, schedules, and clear refusals."""
 
+import copy
+import pickle
 import warnings
 from functools import partial
 from typing import Unpack
@@ -489,3 +491,113 @@ def test_one_cycle_goes_on_in_the_middle_of_an_epoch(tmp_path):
             warnings.filterwarnings("ignore", message="Be aware that when using .ckpt_path.")
             resumed = fit(9, ckpt_path=str(tmp_path / f"step={step}.ckpt")).state_dict()
         assert all(torch.equal(value, resumed[name]) for name, value in whole.items()), step
+
+
+# Frozen networks stand outside of the registry
+
+
+@pytest.mark.parametrize("version", [None, 3])
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, version):
+    trainer = tiny_trainer(limit_train_batches=1, limit_val_batches=0)
+    trainer.fit(SupervisedModule(SmallResNet(3, width=2), num_classes=3), datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "old.ckpt")
+    checkpoint = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    assert checkpoint.pop("distill_lightning") == 2
+    torch.save({**checkpoint, **({} if version is None else {"distill_lightning": version})}, tmp_path / "old.ckpt")
+    message = f"has format {version or 1} of distill_lightning's checkpoints, this version reads 2: train anew, or"
+    with pytest.raises(InputError, match=message) as caught:
+        SupervisedModule.load_from_checkpoint(tmp_path / "old.ckpt")
+    assert "\n" not in str(caught.value)
+    resumed = SupervisedModule(SmallResNet(3, width=2), num_classes=3)
+    with pytest.raises(InputError, match=message):
+        tiny_trainer(max_epochs=2).fit(resumed, datamodule=TinyDataModule(), ckpt_path=str(tmp_path / "old.ckpt"))
+
+
+class Asking(LogitRegression):
+    """Asks for what a test says, and reads it all."""
+
+    questions = (Softened(2.0), Logits(), MeanLogits(), Features("features"))
+
+    def __init__(self, student, teachers, *, num_classes):
+        super().__init__(student, teachers, num_classes=num_classes)
+        self.teachers = Teachers(teachers, ask=self.questions)
+
+    def terms(self, batch):
+        teachers = self.teachers
+        self.read = [teachers.probabilities(batch), teachers.logits(batch), teachers.mean_logits(batch)]
+        self.read += teachers.features(batch)
+        return super().terms(batch)
+
+
+def test_networks_run_once_a_batch_however_many_questions_there_are():
+    networks, calls = [TinyNet(), TinyNet()], []
+    for number, network in enumerate(networks):
+        network.register_forward_hook(lambda *_, number=number: calls.append(number))
+    module = Asking(TinyNet(), networks, num_classes=3)
+    trainer = tiny_trainer(limit_train_batches=2, limit_val_batches=0)
+    trainer.fit(module, datamodule=TinyDataModule())
+    assert calls == [0, 1, 0, 1]
+    probs, logits, mean, *features = module.read
+    assert torch.allclose(probs, (logits / 2).softmax(dim=-1).mean(dim=0), atol=1e-6)
+    assert torch.allclose(mean, logits.mean(dim=0), atol=1e-6)
+    assert [feature.shape[1:] for feature in features] == [(8, 4, 4)] * 2
+
+
+@pytest.mark.parametrize("name", ["probabilities", "mean_logits", "features"])
+def test_a_question_that_was_not_declared_is_refused(name):
+    module = LogitRegression(TinyNet(), TinyNet(), num_classes=3)
+    batch = Batch(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]))
+    message = rf"LogitRegression reads the teachers' {name} but asks for Logits: add it to Teachers\(ask=...\)"
+    with pytest.raises(InputError, match=message):
+        getattr(module.teachers, name)(batch)
+
+
+def test_teachers_are_in_no_registry_and_in_the_printed_module():
+    module = LogitRegression(TinyNet(), [TinyNet(), TinyNet()], num_classes=3)
+    ours = {id(parameter) for parameter in module.parameters()}
+    assert not ours & {id(parameter) for network in module.teachers for parameter in network.parameters()}
+    assert all(name.startswith("student.") for name in module.state_dict())
+    assert "(teachers, frozen): Teachers(TinyNet, TinyNet)" in repr(module)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_has_teachers_of_its_own_that_say_the_same(copied):
+    module = Asking(TinyNet(), [TinyNet(), TinyNet()], num_classes=3).eval()
+    other, batch = copied(module), Batch(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]))
+    assert all(torch.equal(a, b) for a, b in zip(module.teachers[0].parameters(), other.teachers[0].parameters()))  # noqa: B905
+    for name, term in module.terms(batch).items():
+        assert torch.equal(term, other.terms(batch)[name])
+    with torch.no_grad():
+        other.teachers[0].head.bias.add_(1)
+    assert not torch.equal(module.teachers.logits(batch.replace()), other.teachers.logits(batch.replace()))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
+def test_teachers_follow_the_modules_precision(precision, dtype):
+    module = Asking(TinyNet(), [TinyNet(), TinyNet()], num_classes=3)
+    trainer = tiny_trainer(precision=precision)
+    trainer.fit(module, datamodule=TinyDataModule())
+    assert {p.dtype for network in module.teachers for p in network.parameters()} == {dtype}
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+
+
+def test_teachers_follow_a_conversion_by_hand():
+    module = Asking(TinyNet(), [TinyNet()], num_classes=3).double()
+    assert module.teachers[0].head.weight.dtype == torch.float64
+    assert module.float().teachers[0].head.weight.dtype == torch.float32
+    assert module.to("meta").teachers[0].head.weight.device.type == "meta"
+
+
+def test_compiled_teachers_outside_of_the_registry_say_the_same(monkeypatch):
+    compile_in_place = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_in_place(module, backend="eager"))
+    torch._dynamo.reset()
+    states = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        module = LogitRegression(TinyNet(), [TinyNet(), TinyNet()], num_classes=3, compile=compiled)
+        tiny_trainer().fit(module, datamodule=TinyDataModule())
+        assert all((network._compiled_call_impl is not None) == compiled for network in module.teachers)
+        states.append(module.state_dict())
+    torch._dynamo.reset()
+    assert all(torch.allclose(value, states[1][name], atol=1e-5) for name, value in states[0].items())

@@ -1,0 +1,48 @@
+"""What a checkpoint holds of a module's arguments, and how it is refused."""
+
+import pytest
+import torch
+
+from distill_lightning import FEEDModule, HintDistance, InputError, KDModule, SmallResNet
+from distill_lightning.modules.parts.checkpoints import FORMAT, check_format, hyperparameters, objects
+from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
+
+
+def test_given_and_default_arguments_are_held_as_plain_values():
+    found = hyperparameters(FEEDModule, {"num_classes": 3, "beta": 2.0, "student": TinyNet()})
+    assert (found["num_classes"], found["beta"], found["teacher_reduction"]) == (3, 2.0, "sum")
+    assert found["distance"]["class_path"].endswith(".FactorDistance")
+    assert found["sizes"]["init_args"] == {}
+    # Functions and networks are no plain values.
+    assert not {"student", "optimizer"} & found.keys()
+
+
+def test_only_given_arguments_that_cannot_be_held_are_named():
+    given = {"student": TinyNet(), "num_classes": 3, "distance": HintDistance(), "optimizer": torch.optim.SGD}
+    assert objects(FEEDModule, given) == ["student", "optimizer"]
+    assert objects(FEEDModule, {}) == []
+
+
+@pytest.mark.parametrize(("checkpoint", "version"), [({}, 1), ({"distill_lightning": FORMAT + 1}, FORMAT + 1)])
+def test_another_format_is_refused_by_both_numbers(checkpoint, version):
+    with pytest.raises(InputError, match=f"here has format {version} of .* this version reads {FORMAT}: train anew"):
+        check_format(checkpoint, "here")
+
+
+def test_a_checkpoint_notes_format_class_recipes_fingerprints_and_parts(tmp_path):
+    module = KDModule(SmallResNet(3, width=2), [SmallResNet(3, width=4)], num_classes=3)
+    trainer = tiny_trainer(limit_train_batches=1, limit_val_batches=0)
+    trainer.fit(module, datamodule=TinyDataModule())
+    found = {}
+    for weights_only in (False, True):
+        trainer.save_checkpoint(tmp_path / "kd.ckpt", weights_only=weights_only)
+        found[weights_only] = torch.load(tmp_path / "kd.ckpt", weights_only=True)
+    for checkpoint in found.values():
+        assert checkpoint["distill_lightning"] == FORMAT == 2
+        assert checkpoint["hyper_parameters"]["_class_path"] == "distill_lightning.modules.kd.KDModule"
+        assert checkpoint["recipes"].keys() == {"student", "teachers"}
+        assert checkpoint["recipes"]["teachers"]["combine"] == "probabilities"
+        assert checkpoint["fingerprints"] == module.fingerprints()
+        assert all(name.startswith("student.") for name in checkpoint["state_dict"])
+    assert "parts" in found[False]
+    assert "parts" not in found[True]
