@@ -253,7 +253,7 @@ class CompressionCallback(pl.Callback):
             "compress/nonzero": float(parameters.nonzero),
             "compress/sparsity": compressor.masks.sparsity(),
         }
-        pl_module.log_dict(logs, on_step=False, on_epoch=True, rank_zero_only=True)
+        pl_module.log_dict(logs, on_step=False, on_epoch=True, sync_dist=True)
         self._forget_if_pruned(trainer, compressor)
         if _untrained(compressor):
             keep_patience(trainer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import sys
 import warnings
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 
 import distill_lightning
 from distill_lightning import callbacks
+from distill_lightning.arguments import takes
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules import DistillationModule
@@ -116,12 +118,30 @@ class DistillCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Warn of each hyper-parameter of the checkpoint that Lightning lets override the command line's."""
+        self._make_room_for_links()
         for name, value in _model_options(self.config).items():
             given = self._given.get(name, value)
             if name not in _FROM_DATA and given != value:
                 warnings.warn(
                     f"--ckpt_path: the checkpoint's {name}={value!r} overrides the given {name}={given!r}", stacklevel=2
                 )
+
+    def _make_room_for_links(self) -> None:
+        """Give the model the keys that the data's are linked to.
+
+        jsonargparse passes over a link to a key that is not there, and shared options in ``**options`` have no default.
+        """
+        subcommand = self.config.get("subcommand")
+        model = (self.config[subcommand] if subcommand else self.config).get("model")
+        if model is None:
+            return
+        module, _, name = model.class_path.rpartition(".")
+        kind = getattr(importlib.import_module(module), name)
+        if model.get("init_args") is None:
+            model["init_args"] = Namespace()  # type: ignore[no-untyped-call]
+        for key in _FROM_DATA:
+            if takes(kind, key) and key not in model.init_args:
+                model.init_args[key] = None
 
     def _check_class(self, path: Path) -> None:
         made_by = read_checkpoint(path)["hyper_parameters"].get("_class_path", "")

@@ -54,6 +54,8 @@ class Teachers(Frozen):
     """
 
     def __init__(self, given: Given, ask: Sequence[Question], *, about: About | None = None) -> None:
+        if isinstance(given, Teachers):
+            given = given.ensemble if given.store is None else given.store
         self.store = given if isinstance(given, TeacherStore) else None
         networks = self.store.networks if self.store is not None else given
         self.ensemble = None if networks is None else TeacherEnsemble.of(networks)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ from distill_lightning.layers.calling import call
 from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.modules.parts.distances import FactorDistance, FunctionTranslator, LinearTranslator
 from distill_lightning.outputs.metrics import classification_metrics
-from distill_lightning.teachers import Given, Logits, Teachers
+from distill_lightning.teachers import Features, Given, Logits, MeanLogits, Softened, Teachers
 from distill_lightning.testing import TinyDataModule, TinyNet, assert_module_contract, tiny_trainer
 
 

@@ -11,8 +11,6 @@ from distill_lightning.testing import CONTRACT, TinyNet, tiny_trainer
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the last step of the compression is over"),
     pytest.mark.filterwarnings("ignore:teacher='dense'. the network has not been trained"),
-    # One process logs sizes that all have alike.
-    pytest.mark.filterwarnings("ignore:It is recommended to use .self.log..compress/"),
 ]
 
 
