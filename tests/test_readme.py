@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from distill_lightning import SmallResNet
 from distill_lightning.cli import main
-from distill_lightning.studies.compress.command import parse as parse_compress
+from distill_lightning.studies.compress.config import parse_config as parse_compress
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -100,9 +100,9 @@ def test_the_compare_command_is_understood():
 def test_the_compress_command_is_understood():
     command = blocks("bash")[4].split("#")[0].split()
     assert command[:2] == ["distill-lightning", "compress"]
-    options, overrides = parse_compress([str(ROOT / command[2]), *command[3:]])
+    options = parse_compress([str(ROOT / command[2]), *command[3:]])
     assert options.seeds == [0, 1, 2]
-    assert not overrides
+    assert not options.overrides
 
 
 def test_links_lead_somewhere():

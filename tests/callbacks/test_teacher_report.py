@@ -363,7 +363,7 @@ def test_two_processes_report_what_one_does(tmp_path):
     alone = report(kd(norm="group"), TinyDataModule(val_size=9, batch_size=4))
     logger = CSVLogger(tmp_path, name="run")
     data = TinyDataModule(val_size=9, batch_size=4)
-    report(kd(norm="group"), data, devices=2, strategy="ddp_spawn", logger=logger, log_every_n_steps=1)
+    report(kd(norm="group"), data, devices=2, strategy="ddp_fork", logger=logger, log_every_n_steps=1)
     header, first, *_ = (
         line.split(",") for line in (tmp_path / "run" / "version_0" / "metrics.csv").read_text().splitlines()
     )

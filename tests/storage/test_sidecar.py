@@ -621,7 +621,7 @@ def two_processes(rank, folder):
 
 @pytest.mark.slow
 def test_two_processes_leave_what_one_leaves(tmp_path):
-    multiprocessing.spawn(two_processes, args=(str(tmp_path),), nprocs=2)
+    multiprocessing.start_processes(two_processes, args=(str(tmp_path),), nprocs=2, start_method="fork")
     told = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for number, kind in enumerate(KINDS):
         # In turns, as one process would have seen the samples; then 4, 3; then 9.

@@ -702,7 +702,7 @@ def test_a_training_that_was_killed_goes_on_as_the_undisturbed_one(folder, tmp_p
 
 @pytest.mark.slow
 def test_two_processes_fill_a_store_together(folder, tmp_path):
-    trainer = tiny_trainer(max_epochs=2, limit_val_batches=0, devices=2, strategy="ddp_spawn")
+    trainer = tiny_trainer(max_epochs=2, limit_val_batches=0, devices=2, strategy="ddp_fork")
     trainer.fit(kd(TeacherStore(tmp_path, shard_size=7), teachers_of()), datamodule=several_views(folder))
     told, expected = told_by(tmp_path, several_views(folder))
     assert torch.allclose(told, expected, atol=1e-3)

@@ -6,16 +6,20 @@ import pytest
 import torch
 
 from distill_lightning import SupervisedModule
-from distill_lightning.modules import waiting
+from distill_lightning.modules.parts import data_wait
 from distill_lightning.modules.parts.data_wait import DataWait
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
+
+
+# What a training without a progress bar looks like from a part.
+HIDDEN = SimpleNamespace(trainer=SimpleNamespace(progress_bar_callback=None))
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that goes only when it is told to."""
     now = [100.0]
-    monkeypatch.setattr(waiting, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(data_wait, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 
@@ -25,40 +29,40 @@ def test_nothing_was_waited_for_before_the_beginning():
 
 def test_the_share_is_that_of_the_gaps_between_the_steps(clock):
     wait = DataWait()
-    wait.begin()
+    wait.epoch_starts(HIDDEN)
     for gap, step in ((2.0, 1.0), (0.5, 1.5)):
         clock(gap)
-        wait.arrived()
+        wait.batch_starts(HIDDEN)
         clock(step)
-        wait.done()
+        wait.batch_ends(HIDDEN)
     assert wait.share == pytest.approx(2.5 / 5)
 
 
 def test_a_pause_counts_as_neither(clock):
     wait = DataWait()
-    wait.begin()
+    wait.epoch_starts(HIDDEN)
     clock(1.0)
-    wait.arrived()
+    wait.batch_starts(HIDDEN)
     clock(1.0)
-    wait.done()
-    wait.pause()
+    wait.batch_ends(HIDDEN)
+    wait.validation_starts(HIDDEN)
     clock(50.0)
-    wait.arrived()
+    wait.batch_starts(HIDDEN)
     clock(2.0)
-    wait.done()
+    wait.batch_ends(HIDDEN)
     assert wait.share == pytest.approx(0.25)
 
 
 def test_an_epoch_begins_anew(clock):
     wait = DataWait()
-    wait.begin()
+    wait.epoch_starts(HIDDEN)
     clock(3.0)
-    wait.arrived()
-    wait.begin()
+    wait.batch_starts(HIDDEN)
+    wait.epoch_starts(HIDDEN)
     clock(1.0)
-    wait.arrived()
+    wait.batch_starts(HIDDEN)
     clock(3.0)
-    wait.done()
+    wait.batch_ends(HIDDEN)
     assert wait.share == pytest.approx(0.25)
 
 

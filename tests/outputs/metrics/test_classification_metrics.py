@@ -323,7 +323,7 @@ def in_a_process(rank, folder):
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path):
-    multiprocessing.spawn(in_a_process, args=(str(tmp_path),), nprocs=2)
+    multiprocessing.start_processes(in_a_process, args=(str(tmp_path),), nprocs=2, start_method="fork")
     alone = measured(batches([9, 4, 2], 6))
     for rank in (0, 1):
         assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(alone, rel=1e-5)

@@ -32,7 +32,7 @@ from distill_lightning import (
     SupervisedModule,
 )
 from distill_lightning.cli import main
-from distill_lightning.modules import check_optimizer
+from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.studies.compare import command, runner
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
@@ -650,9 +650,9 @@ def test_methods_without_teachers_and_another_plain_training(tmp_path):
     def plain(config):
         config.update(epochs=1, seeds=[0])
         config["teachers"].update(number=1, epochs=1)
-        config["supervised"] = {"class_path": "SupervisedModule", "init_args": {"label_smoothing": 0.3}}
+        config["supervised"] = {"class_path": "SupervisedModule", "init_args": {"transforms": [{"class_path": "LabelSmoothing", "init_args": {"epsilon": 0.3}}]}}
         config["methods"] = {
-            "smooth": {"class_path": "SupervisedModule", "init_args": {"label_smoothing": 0.3}},
+            "smooth": {"class_path": "SupervisedModule", "init_args": {"transforms": [{"class_path": "LabelSmoothing", "init_args": {"epsilon": 0.3}}]}},
             "hard": {"class_path": "SupervisedModule"},
         }
 
@@ -673,9 +673,12 @@ def regression(tmp_path_factory):
         config["methods"] = {
             "point": {
                 "class_path": "ExtracurricularModule",
-                "init_args": {"task": "regression", "match": "point", "point_variance": 0.2, "extra_ratio": 0},
+                "init_args": {
+                    "match": {"class_path": "MatchPoint", "init_args": {"variance": 0.2}},
+                    "extra_ratio": 0,
+                },
             },
-            "xcl": {"class_path": "ExtracurricularModule", "init_args": {"task": "regression"}},
+            "xcl": {"class_path": "ExtracurricularModule"},
         }
 
     config = written(folder, rotated)
@@ -807,7 +810,7 @@ def test_a_row_can_begin_with_another_rows_student(tmp_path):
         config.update(epochs=1, seeds=[0, 1])
         config["teachers"].update(number=1, epochs=1)
         optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}
-        meal = {"class_path": "MEALV2Module", "init_args": {"discriminator": "none", "optimizer": optimizer}}
+        meal = {"class_path": "MEALV2Module", "init_args": {"discriminator": {"class_path": "NoDiscriminator"}, "optimizer": optimizer}}
         config["methods"] = {"meal": {**meal, "initial": "alone"}, "scratch": meal}
 
     compare(written(tmp_path, still), tmp_path / "out")
