@@ -82,7 +82,10 @@ def test_functions_are_networks_in_yaml(write):
             "class_path": "distill_lightning.torchvision_network",
             "init_args": {"name": "resnet18", "num_classes": 10, "in_channels": 1},
         }
-        config["model"]["init_args"] |= {"teacher_layers": ["stage3", "layer2"], "resize": "student"}
+        config["model"]["init_args"] |= {
+            "teacher_layers": ["stage3", "layer2"],
+            "sizes": {"class_path": "TeacherSize"},
+        }
         config["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}}
         config["model"]["init_args"]["lr_scheduler"] = {"class_path": "OneCycle", "init_args": {"warmup": 0.1}}
         config["trainer"]["fast_dev_run"] = True
@@ -116,7 +119,7 @@ def data(**options):
         (model(student={"class_path": "SmallResNet", "init_args": {"widht": 2}}), "student.*'widht'"),
         (model(student={"class_path": "nowhere.Net"}), "No module named 'nowhere'"),
         (lambda config: config["model"].update(class_path="FEDModule"), "FEDModule"),
-        (model(student_layer="stage9"), "SmallResNet has no layer 'stage9'; near names: stage"),
+        (model(student_layer="stage9"), "SmallResNet has no layer 'stage9'; similar names: stage"),
         (model(teachers=[small(3, num_classes=7)]), "teacher 0 .SmallResNet. has 7 classes where num_classes=10"),
         (model(student=small(2, num_classes=7)), "student .SmallResNet. has 7 classes where num_classes=10"),
         (
@@ -138,7 +141,7 @@ def data(**options):
         ),
         (lambda config: config["trainer"].update(accelerator="gpuu"), "trainer: .*gpuu"),
         (lambda config: config["trainer"].update(devices=0), "trainer: .*0"),
-        (model(resize="studnet"), "resize.*studnet"),
+        (model(sizes={"class_path": "StudnetSize"}), "sizes.*StudnetSize"),
         (data(subset=5000), "subset=5000 is larger than the 1265 training images"),
         (data(val_size=0), "val_size must be at least 1, got 0: the split or batch would be empty"),
         (data(val_size=1297), "leaves none of 1297 images"),
@@ -240,7 +243,7 @@ def test_an_exported_student_is_no_checkpoint(write, tmp_path, capsys, name):
     config = write()
     SupervisedModule(SmallResNet(10, width=2), num_classes=10).export_student(tmp_path / name)
     line = refused(capsys, tmp_path, "fit", "--config", config, "--ckpt_path", name)
-    assert f"{name} is no checkpoint of a training" in line
+    assert f"{name} is not a checkpoint of a training" in line
     assert "Pretrained" in line
 
 

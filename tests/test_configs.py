@@ -140,10 +140,11 @@ def test_fit_runs(path, tmp_path, monkeypatch):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         save_file(state, tmp_path / file) if file.endswith(".safetensors") else torch.save(state, tmp_path / file)
     arguments = ["fit", "--config", str(path), "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+    if "ImageFolder" not in config["data"]["class_path"]:
+        arguments += ["--data.init_args.subset", "64", "--data.init_args.val_size", "40"]
     if "FashionMNIST" in config["data"]["class_path"]:
         small_fashion_mnist(tmp_path)
-        for name, value in {"data_dir": tmp_path, "subset": 64, "val_size": 40}.items():
-            arguments += [f"--data.init_args.{name}", str(value)]
+        arguments += ["--data.init_args.data_dir", str(tmp_path)]
     if "ImageFolder" in config["data"]["class_path"]:
         small_image_folder(tmp_path / config["data"]["init_args"]["data_dir"])
         sizes = {"image_size": 32, "resize_size": 36, "subset": 4, "val_size": 4, "test_size": 4, "batch_size": 8}
