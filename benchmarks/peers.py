@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from distill_lightning import functional, pytorchcv_network
 from distill_lightning.errors import InputError
-from distill_lightning.layers import Discriminator, freeze, make_translator, resolve_layer
+from distill_lightning.layers import Discriminator, Translator, freeze, resolve_layer
 
 Kind = Literal["supervised", "kd", "meal_v2", "feed"]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -492,7 +492,7 @@ def networks(kind: Kind, count: int) -> dict[str, Any]:
         "student": pytorchcv_network("resnet20_cifar100", num_classes=_CLASSES),
         "teachers": teachers,
         # 64 channels in both networks' last stage.
-        "translators": [make_translator("conv3", 64, 64, batch_norm=False) for _ in teachers],
+        "translators": [Translator(64, 64) for _ in teachers],
         "discriminator": Discriminator(_CLASSES, kind="fixed"),
     }
 

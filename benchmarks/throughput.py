@@ -45,7 +45,7 @@ from benchmarks.contestants import (
 from benchmarks.peers import plain_step, torchdistill_step
 from benchmarks.timing import Figure, Turn, machine, peak_memory, ratio, stopwatch, take_turns
 from distill_lightning import SelfKDModule, SupervisedModule
-from distill_lightning.layers import Discriminator, make_translator
+from distill_lightning.layers import Discriminator, Translator
 from distill_lightning.teachers.recorder import record
 
 RESULT = Path(__file__).parent / "results/throughput.json"
@@ -208,9 +208,7 @@ class Throughput:
 
     def _translators(self, count: int) -> Turn:
         """Forward, backward and step of the translators alone, on features in memory."""
-        translators = nn.ModuleList(
-            make_translator("conv3", _FEATURES, _FEATURES, batch_norm=False) for _ in range(count)
-        )
+        translators = nn.ModuleList(Translator(_FEATURES, _FEATURES) for _ in range(count))
         optimizer = sgd(translators.parameters())
         feature = torch.rand(BATCH_SIZE, _FEATURES, 8, 8, requires_grad=True)
         gradient = torch.full_like(feature, 1e-6)
@@ -377,11 +375,7 @@ def _companions(method: str, count: int) -> dict[str, Any]:
     if method == "meal_v2":
         return {"discriminator": Discriminator(CLASSES)}
     if method == "feed":
-        return {
-            "translators": nn.ModuleList(
-                make_translator("conv3", _FEATURES, _FEATURES, batch_norm=False) for _ in range(count)
-            )
-        }
+        return {"translators": nn.ModuleList(Translator(_FEATURES, _FEATURES) for _ in range(count))}
     return {}
 
 

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from distill_lightning.modules.extracurricular import MatchDistribution as MatchDistribution
     from distill_lightning.modules.extracurricular import MatchPoint as MatchPoint
     from distill_lightning.modules.feed import FEEDModule as FEEDModule
-    from distill_lightning.modules.feed import LogitTerm as LogitTerm
     from distill_lightning.modules.generator import GeneratorModule as GeneratorModule
     from distill_lightning.modules.kd import KDModule as KDModule
     from distill_lightning.modules.meal_v2 import MEALV2Module as MEALV2Module
@@ -57,6 +56,7 @@ if TYPE_CHECKING:
     from distill_lightning.modules.parts.distances import FunctionTranslator as FunctionTranslator
     from distill_lightning.modules.parts.distances import HintDistance as HintDistance
     from distill_lightning.modules.parts.distances import LinearTranslator as LinearTranslator
+    from distill_lightning.modules.parts.distances import LogitTerm as LogitTerm
     from distill_lightning.modules.parts.distances import NoTranslator as NoTranslator
     from distill_lightning.modules.parts.past import MovingAverage as MovingAverage
     from distill_lightning.modules.parts.past import PastModel as PastModel
@@ -143,7 +143,7 @@ _PUBLIC = {
     "distill_lightning.modules.base": ("DistillationModule",),
     "distill_lightning.modules.compression": ("CompressionBaseline",),
     "distill_lightning.modules.extracurricular": ("ExtracurricularModule", "MatchDistribution", "MatchPoint"),
-    "distill_lightning.modules.feed": ("FEEDModule", "LogitTerm"),
+    "distill_lightning.modules.feed": ("FEEDModule",),
     "distill_lightning.modules.generator": ("GeneratorModule",),
     "distill_lightning.modules.kd": ("KDModule",),
     "distill_lightning.modules.meal_v2": ("MEALV2Module",),
@@ -163,6 +163,7 @@ _PUBLIC = {
         "FunctionTranslator",
         "HintDistance",
         "LinearTranslator",
+        "LogitTerm",
         "NoTranslator",
     ),
     "distill_lightning.modules.parts.past": ("MovingAverage", "PastModel", "StoredPast"),

@@ -34,7 +34,7 @@ def test_the_subclass_works_in_yaml(tmp_path, monkeypatch):
     config = {
         "trainer": {"fast_dev_run": True, "accelerator": "cpu"},
         "model": {
-            "class_path": "mymethod.LogitRegression",
+            "class_path": "mymethod.DKDModule",
             "init_args": {"student": network, "teachers": [network, network], "beta": 0.5},
         },
         "data": {"class_path": "DigitsDataModule", "init_args": {"image_size": 8}},
@@ -84,7 +84,7 @@ def test_the_record_command_leaves_a_store_that_stands_for_the_teachers(capsys):
     assert command[:2] == ["distill-lightning", "record"]
     assert main(command[1:]) == 0
     assert "results/digits_store is complete." in capsys.readouterr().out
-    arguments = [*command[2:], "--trainer.max_epochs", "1", "--model.init_args.teachers", "null"]
+    arguments = [*command[2:], "--trainer.max_epochs", "1", "--model.init_args.teachers.init_args.networks", "null"]
     assert main(["fit", *arguments]) == 0
 
 
@@ -100,9 +100,9 @@ def test_the_compare_command_is_understood():
 def test_the_compress_command_is_understood():
     command = blocks("bash")[4].split("#")[0].split()
     assert command[:2] == ["distill-lightning", "compress"]
-    options = parse_compress([str(ROOT / command[2]), *command[3:]])
-    assert options.seeds == [0, 1, 2]
-    assert not options.overrides
+    config = parse_compress([str(ROOT / command[2]), *command[3:]])
+    assert config.seeds == [0, 1, 2]
+    assert not config.overrides
 
 
 def test_links_lead_somewhere():

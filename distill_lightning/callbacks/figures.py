@@ -102,11 +102,11 @@ class ConfidenceFigure(pl.Callback):
         raise NotImplementedError(f"{type(self).__name__} must define draw(stage, confidence, correct)")
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin anew."""
+        """Clear what was kept from the last epoch."""
         self._begin(pl_module)
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin anew."""
+        """Clear what was kept from the last epoch."""
         self._begin(pl_module)
 
     def on_validation_batch_end(

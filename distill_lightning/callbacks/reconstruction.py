@@ -153,8 +153,8 @@ class ReconstructionErrorProbe(pl.Callback):
             networks: the networks to probe, by name, tapped at ``layer``.
             loader: batches from which the probes learn; it is read once per epoch.
             val_loader: batches on which the errors are measured.
-            teachers: by name, tapped at ``teacher_layers``: the targets of ``kind="teacher"``, or further networks for
-                ``kind="self"``.
+            teachers: the teachers, by name, tapped at ``teacher_layers``: the targets of ``kind="teacher"``, or further
+                networks for ``kind="self"``.
             train_batches: number of batches that are read from ``loader``; ``None`` for all.
             val_batches: the same for ``val_loader``.
 

@@ -20,7 +20,7 @@ from distill_lightning.lightning_internals import TrainersBatches, undrawn
 
 @dataclass(frozen=True)
 class Measurements:
-    """What is measured of each stage of a compression.
+    """The measurements of each stage of a compression.
 
     Args:
         split: the samples that are scored: ``"test"``, which needs a data module, or ``"val"``.
@@ -69,7 +69,7 @@ def measure(
         trainer: the Trainer of the current training.
         pl_module: the `DistillationModule` whose student is scored.
         compressor: the compressor of the network.
-        wanted: what is measured.
+        wanted: the measurements to make.
         name: name of the row.
         kind: kind of the row.
         final: whether it is the final network, for which ONNX files are made as for the dense one.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, islice
 from typing import Any
 
@@ -22,6 +22,7 @@ from distill_lightning.errors import InputError
 from distill_lightning.lightning_internals import TrainersBatches, undrawn
 from distill_lightning.outputs import Output
 from distill_lightning.plots import teacher_bars
+from distill_lightning.teachers import Teachers
 
 
 class TeacherReport(pl.Callback):
@@ -89,7 +90,9 @@ def _measured(trainer: pl.Trainer, pl_module: Any) -> dict[str, MetricCollection
         raise _without_teachers(pl_module)
     means: Output = pl_module.output
     measured: dict[str, MetricCollection] = {}
-    with _validating(trainer, pl_module) as batches:
+    teachers = getattr(pl_module, "teachers", None)
+    ensemble = teachers.ensemble if isinstance(teachers, Teachers) else None
+    with _validating(trainer, pl_module) as batches, nullcontext() if ensemble is None else ensemble.remembering():
         for batch in batches:
             predictions: dict[str, Tensor | None] = {
                 f"teacher_{number}": one for number, one in enumerate(pl_module.teacher_predictions(batch))
@@ -111,8 +114,9 @@ def _without_teachers(pl_module: pl.LightningModule) -> InputError:
 @contextmanager
 def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Iterator[Batch]]:
     """The batches of validation; afterwards modes, random numbers and the Trainer's stage are as they were."""
+    frozen = [network for one in getattr(pl_module, "frozen", {}).values() for network in one.networks]
     with ExitStack() as stack:
-        for module in pl_module.modules():
+        for module in chain.from_iterable(network.modules() for network in (pl_module, *frozen)):
             stack.callback(setattr, module, "training", module.training)
         # The stage that the data see when they are asked for loaders.
         stack.callback(setattr, trainer, "training", True)  # noqa: FBT003
@@ -123,7 +127,8 @@ def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[
             stack.enter_context(undrawn(loader))
         stack.enter_context(torch.no_grad())
         stack.enter_context(trainer.precision_plugin.val_step_context())
-        pl_module.eval()
+        for network in (pl_module, *frozen):
+            network.eval()
         yield chain.from_iterable(
             islice(
                 TrainersBatches(trainer, pl_module, loader, number=number, training=False),

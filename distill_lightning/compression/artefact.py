@@ -37,8 +37,8 @@ def write_artefact(network: nn.Module, path: Path | str, *, coding: Coding = "pl
     Args:
         network: compressed or not; it is left as it is.
         path: path of the file; an existing one is replaced.
-        coding: of the bytes on top: ``"plain"``, ``"deflate"`` or ``"huffman"``, for each part only if that makes it
-            smaller.
+        coding: coding of the bytes: ``"plain"``, ``"deflate"`` or ``"huffman"``, used for each part only if it makes
+            the part smaller.
 
     Returns:
         The file's bytes.
@@ -84,8 +84,8 @@ def load_compressed(path: Path | str, network: nn.Module | None = None, *, bake:
         path: path of the file.
         network: built like the compressed one before its compression, and changed in place; only needed if no factory
             of this package built that one.
-        bake: of a checkpoint: whether the weights that quantizers and the like compute become parameters; ``False``:
-            they stay computed, from the weights that were trained. A packed file has only the computed ones.
+        bake: for a checkpoint, whether computed weights (of quantizers and the like) become parameters; with ``False``
+            they stay computed from the trained weights. A packed file only has the computed ones.
 
     Returns:
         A plain network on the CPU (a given one stays where it is), in eval mode: its weights have the compressed values

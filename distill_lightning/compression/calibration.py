@@ -82,7 +82,7 @@ def gradients(
     """The gradients of the loss with respect to some parameters, batch by batch; their own ``.grad`` is left alone.
 
     Args:
-        network: in eval mode while this runs, unless ``training``; left as it was.
+        network: the network, in eval mode meanwhile unless ``training``; left as it was.
         paths: paths of the parameters.
         batches: calibration data.
         loss: a mean over the samples.

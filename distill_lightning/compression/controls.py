@@ -70,9 +70,9 @@ def same_size_network(fresh: nn.Module, compressed: nn.Module, example_inputs: A
 
     Args:
         fresh: built like the compressed network before its compression; changed in place.
-        compressed: whose size counts, without the weights that are zero (biases count, and rows of paddings). Of
-            quantized weights those count that are not zero before they are rounded, so give it with its quantizers:
-            once they are baked, it cannot be told which zeros were pruned.
+        compressed: the network whose size counts, without weights that are zero (biases and padding rows count). Of
+            quantized weights those count that are not zero before rounding, so pass it with its quantizers: once they
+            are baked, pruned zeros cannot be recognised.
         example_inputs: see `Compressor`.
         seed: seed of the initialisation.
 

@@ -19,7 +19,7 @@ from distill_lightning.functional.common import wide
 
 
 class Masks:
-    """Masks of some parameters, which say which entries stay.
+    """Masks of some parameters: which of their entries stay.
 
     ::
 

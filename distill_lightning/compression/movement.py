@@ -47,7 +47,7 @@ class TopK(nn.Module):
 
     Args:
         weight: the weight to prune; the scores have its shape and start at zero. Of equal scores the first are pruned.
-        amount: share of the weights that are pruned, in ``[0, 1]``; meant to be raised during training.
+        amount: share of pruned weights, in ``[0, 1]``; meant to be raised during training.
 
     Raises:
         InputError: an amount outside ``[0, 1]``.

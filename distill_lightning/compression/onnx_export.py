@@ -77,7 +77,7 @@ class OnnxNetwork:
         try:
             outputs = self.session.run(None, dict(zip(self.inputs, arrays, strict=True)))
         except Exception as error:  # as above
-            raise InputError(f"{self.path} does not accept these inputs: {_in_a_line(error)}") from error
+            raise InputError(f"{self.path} does not take these inputs: {_in_a_line(error)}") from error
         tensors = tuple(torch.from_numpy(output) for output in outputs)
         return tensors[0] if len(tensors) == 1 else tensors
 

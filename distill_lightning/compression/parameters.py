@@ -36,7 +36,7 @@ def parameters_of(network: nn.Module, paths: Iterable[str]) -> dict[str, nn.Para
     """
     found = {path: parameter_of(network, path) for path in paths}
     if not found:
-        raise InputError(f"{type(network).__name__}: no parameter is given: name at least one")
+        raise InputError(f"{type(network).__name__}: no parameter is named: name at least one")
     first: dict[int, str] = {}
     for path, parameter in found.items():
         other = first.setdefault(id(parameter), path)

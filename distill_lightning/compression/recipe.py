@@ -47,8 +47,8 @@ def note_change(network: nn.Module, kind: ChangeKind, layers: Mapping[str, Any] 
         network: the network after the change.
         kind: ``"sizes"``: layers were shrunk, heads, units or layers removed, or attention converted; ``"low_rank"``;
             ``"tied"``.
-        layers: what `rebuild` needs of ``"low_rank"``: ``low_rank.describe`` of each new layer by path; sizes and ties
-            are read off the network.
+        layers: for ``"low_rank"``, what `rebuild` needs: ``low_rank.describe`` of each new layer by path; sizes and
+            ties are read from the network.
     """
     changes = changes_of(network)
     if kind == "sizes":

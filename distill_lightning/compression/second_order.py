@@ -179,7 +179,7 @@ def sweep(
     Args:
         weight: ``(O, ...)``, the weight of a linear layer or a convolution; its rows belong evenly to the groups.
         hessian: ``(G, D, D)``, from `layer_hessians`.
-        amount: share of the weights that are pruned, in ``[0, 1]``: exactly ``round(amount * weights)``.
+        amount: share of pruned weights, in ``[0, 1]``: exactly ``round(amount * weights)``.
         granularity: ``"weight"``, or ``"2:4"`` for 2 of every 4 consecutive columns of a row, without an amount.
         mask: bool, in the weight's shape, True where a weight stays; instead of amount and granularity.
         damping: added to the Hessian's diagonal, as a multiple of its mean.

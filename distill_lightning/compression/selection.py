@@ -339,7 +339,8 @@ def _part(tensors: Mapping[str, Tensor], part: Slice) -> Tensor:
 def _group_score(layer: str, group: Group, scores: Mapping[str, Tensor], reduce: Reduce) -> Tensor:
     parts = [wide(_part(scores, part)) for part in group if part.parameter in scores]
     if not parts:
-        raise InputError(f"no parameter of a group of {layer!r} has scores: score for example {group[0].parameter!r}")
+        example = group[0].parameter
+        raise InputError(f"no parameter of a group of {layer!r} has scores: score {example!r}, for example")
     total = torch.stack([part.sum() for part in parts]).sum()
     return total if reduce == "sum" else total / sum(part.numel() for part in parts)
 

@@ -143,12 +143,12 @@ class Stage:
         macs: multiply-accumulates of one sample, as `distill_lightning.compression.macs.DEFINITION` counts them.
         effective_macs: those whose weight is not zero; a theoretical number.
         uncounted: layers whose multiply-accumulates could not be counted.
-        nbytes: by kind of file, each written and read again with equal outputs: "state_dict", "artefact",
+        nbytes: bytes by kind of file, each written and read again with equal outputs: "state_dict", "artefact",
             "artefact_deflated", "onnx", "onnx_int8".
         differences: the largest absolute difference of an output after reading each file again.
         latency: against the dense network.
         notes: what a reader has to know about this row.
-        missing: for what could not be measured ("artefact", "latency" and so on) the reason.
+        missing: the reason for each measurement that is missing ("artefact", "latency" and so on).
         weight_bits: bits of the smallest weights that are stored; ``None`` if all are floats.
     """
 

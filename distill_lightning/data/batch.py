@@ -88,6 +88,8 @@ class Batch:
         partner: another training sample for each row, to be mixed with it, a function of the row's index and view.
         mixture: how the rows were mixed; ``None``: they were not.
         key: ``index`` and ``view`` on the host.
+        when: epoch, and the batch's place in it, by which samples without an index or a view draw random numbers.
+        is_checked: whether targets of -100 have been looked for.
     """
 
     input: Any
@@ -98,15 +100,17 @@ class Batch:
     partner: Batch | None = None
     mixture: Mixture | None = None
     key: Key | None = dataclasses.field(default=None, repr=False, compare=False)
-    # Epoch and place in it, of samples that have no index or view to draw random numbers by.
     when: tuple[int, int] = dataclasses.field(default=(0, 0), repr=False, compare=False)
+    # Whether targets of -100 have been looked for: on the CPU, a step that transforms batches must not look again.
+    is_checked: bool = dataclasses.field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Keep the index and the view where they are now, and see which targets count while they are on the host."""
         if self.key is None and self.index is not None:
             self.key = Key(self.index, self.view)
         target = self.target
-        if _holds_classes(target) and target.device.type == "cpu":
+        if not self.is_checked and _holds_classes(target) and target.device.type == "cpu":
+            self.is_checked = True
             known = target != IGNORED
             if not known.all():
                 self.counted = known if self.counted is None else known & spread(self.counted, known)
@@ -133,6 +137,8 @@ class Batch:
         """A batch with other fields; one with another index or view has another key."""
         if changes.keys() & {"index", "view"}:
             changes.setdefault("key", None)
+        if changes.keys() & {"target", "counted"}:
+            changes.setdefault("is_checked", False)
         return dataclasses.replace(self, **changes)
 
     def to(self, device: torch.device | str) -> Self:

@@ -9,7 +9,7 @@ on which rows its batch has, but not on their order.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from distill_lightning.choices import Choice
 from distill_lightning.data.batch import IGNORED, Batch, Mixture, map_tensors, spread
 from distill_lightning.data.mixing import beta_quantiles, beta_shares, cutmix_inputs, cutout_inputs, mixup_inputs
 from distill_lightning.data.views import Draws
@@ -26,7 +27,7 @@ from distill_lightning.functional.common import wide
 from distill_lightning.functional.self_distillation import hard_targets
 
 
-class BatchTransform(ABC):
+class BatchTransform(Choice):
     """Makes one training batch of another; a subclass is a frozen dataclass of its options.
 
     Transforms are applied one after the other, on the device. They change no tensor in place and never wait for the

@@ -201,7 +201,7 @@ def brier_score(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def interval_calibration(mean: Tensor, log_var: Tensor, target: Tensor, *, levels: int = 9) -> Tensor:
-    r"""How far the central intervals of a Gaussian are from containing the share of targets that they should.
+    r"""Calibration error of a Gaussian's central intervals: their share of the targets against their level.
 
     .. math:: \frac{1}{B} \sum_{b=1}^{B} \left| \mathrm{share}_b - p_b \right|, \qquad p_b = \frac{b}{B + 1}
 

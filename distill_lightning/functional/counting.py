@@ -23,3 +23,23 @@ def counted_mean(rows: Tensor, counted: Tensor | None = None) -> Tensor:
         return rows.mean()
     # What does not count may be infinite or NaN, which a product with 0 would keep.
     return rows.masked_fill(~counted, 0).sum() / counted.sum().clamp_min(1)
+
+
+def zero_uncounted(values: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Targets with 0 for the samples that do not count: NaN there would turn their gradient into NaN, and not 0.
+
+    Args:
+        values: ``(N, ...)``.
+        counted: which samples count, bool ``(N,)``; ``None``: all.
+
+    Returns:
+        ``(N, ...)``.
+
+    >>> import torch
+    >>> zero_uncounted(torch.tensor([[1.0], [float("nan")]]), torch.tensor([True, False]))
+    tensor([[1.],
+            [0.]])
+    """
+    if counted is None:
+        return values
+    return values.masked_fill(~counted.view(*counted.shape, *[1] * (values.ndim - counted.ndim)), 0)

@@ -5,13 +5,7 @@ from distill_lightning.layers.discriminator import Discriminator, DiscriminatorK
 from distill_lightning.layers.feature_tap import FeatureTap, dry_forward, resolve_layer, resolve_layers
 from distill_lightning.layers.frozen import fingerprint, freeze
 from distill_lightning.layers.gaussian_head import GaussianHead, without_deviation
-from distill_lightning.layers.translator import (
-    Paraphraser,
-    TransformFactory,
-    TransformName,
-    Translator,
-    make_translator,
-)
+from distill_lightning.layers.translator import Paraphraser, Translator
 
 __all__ = [
     "Discriminator",
@@ -21,13 +15,10 @@ __all__ = [
     "ImageDecoder",
     "ImageEncoder",
     "Paraphraser",
-    "TransformFactory",
-    "TransformName",
     "Translator",
     "dry_forward",
     "fingerprint",
     "freeze",
-    "make_translator",
     "resolve_layer",
     "resolve_layers",
     "without_deviation",

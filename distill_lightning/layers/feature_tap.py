@@ -71,7 +71,7 @@ class FeatureTap:
         The network is run once, in eval mode, and left as it was.
 
         Raises:
-            InputError: a later in-place operation (``ReLU(inplace=True)``, say) overwrites a tapped feature.
+            InputError: a later in-place operation (such as ``ReLU(inplace=True)``) overwrites a tapped feature.
         """
         versions: dict[str, int] = {}
         watches = [
@@ -148,7 +148,7 @@ def dry_forward(network: nn.Module, input_shape: Sequence[int], *, run: Callable
     Args:
         network: it runs in eval mode; the modes and buffers of its modules do not change.
         input_shape: for example ``(C, H, W)``. For a network with an embedding, ``(T,)`` is an input of tokens, int64.
-        run: what to call instead of the network itself.
+        run: a function to call instead of the network itself.
 
     Raises:
         InputError: the network does not accept such an input.

@@ -52,7 +52,7 @@ class GaussianHead(nn.Linear):
         return torch.cat([mean, log_var.clamp(*self.bounds)], dim=1)
 
     def means(self) -> nn.Linear:
-        """A linear layer with copies of the weights of the means, which it alone returns: for the exported student."""
+        """A linear layer that returns only the means, with copies of their weights, for the exported student."""
         layer = nn.Linear(self.in_features, self.num_targets)
         with torch.no_grad():
             layer.weight.copy_(self.weight[: self.num_targets])

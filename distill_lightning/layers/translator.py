@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
-
 from torch import Tensor, nn
 
 from distill_lightning.errors import InputError
-
-TransformName = Literal["conv3", "conv1x1", "linear", "none"]
-TransformFactory = Callable[[int, int], nn.Module]
 
 _SLOPE = 0.1
 
@@ -98,41 +92,3 @@ class Paraphraser(nn.Module):
         """The reconstruction ``(N, C, H, W)`` of a feature map ``(N, C, H, W)``."""
         reconstruction: Tensor = self.decoder(self.encoder(feature))
         return reconstruction
-
-
-def make_translator(
-    transform: TransformName | TransformFactory, student_channels: int, teacher_channels: int, *, batch_norm: bool
-) -> nn.Module:
-    """FEED's translator, or one of the maps that replace it in ablations.
-
-    Args:
-        transform: ``"conv3"`` for `Translator`, ``"conv1x1"`` for one 1x1 convolution with LeakyReLU(0.1), ``"linear"``
-            for the convolution alone, ``"none"`` for the identity, or a function ``(C_S, C_T) -> module``.
-        student_channels: ``C_S``.
-        teacher_channels: ``C_T``.
-        batch_norm: whether ``"conv3"`` has BatchNorm.
-
-    Raises:
-        InputError: an unknown name, or ``"none"`` for different numbers of channels.
-
-    Example:
-        >>> from distill_lightning.layers import make_translator
-        >>> make_translator("linear", 16, 64, batch_norm=False)
-        Conv2d(16, 64, kernel_size=(1, 1), stride=(1, 1))
-    """
-    if not isinstance(transform, str):
-        return transform(student_channels, teacher_channels)
-    if transform == "conv3":
-        return Translator(student_channels, teacher_channels, batch_norm=batch_norm)
-    if transform == "conv1x1":
-        return nn.Sequential(nn.Conv2d(student_channels, teacher_channels, 1), nn.LeakyReLU(_SLOPE))
-    if transform == "linear":
-        return nn.Conv2d(student_channels, teacher_channels, 1)
-    if transform != "none":
-        raise InputError(f"transform must be 'conv3', 'conv1x1', 'linear', 'none' or a function, got {transform!r}")
-    if student_channels != teacher_channels:
-        raise InputError(
-            f"transform='none' compares features as they are, but they have {student_channels} and {teacher_channels} "
-            "channels: choose another transform"
-        )
-    return nn.Identity()

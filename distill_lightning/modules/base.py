@@ -415,7 +415,7 @@ class DistillationModule(pl.LightningModule):
         name = type(self).__name__
         if output is None:
             if (num_classes is None) == (num_targets is None):
-                raise InputError(f"{name} needs num_classes (a classifier) or num_targets (a regression), and not both")
+                raise InputError(f"{name} needs either num_classes (a classifier) or num_targets (a regression)")
             return output_of(num_classes, num_targets)
         for key, value in (("num_classes", num_classes), ("num_targets", num_targets)):
             if value is not None and getattr(output, key, None) != value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, Unpack
 
 import torch
@@ -167,8 +168,9 @@ class ExtracurricularModule(DistillationModule):
         inputs = self.teachers.inputs(batch)
         output, teacher = self._student_output(inputs), self.teachers.distribution(batch)
         divergences = self.match.divergence_rows(self.output, output, teacher, self.temperature)
-        self._observe(inputs, output.detach(), teacher, divergences.detach())
-        terms = {"kl": functional.counted_mean(divergences, self._counted(batch, len(divergences)))}
+        counted = self._counted(batch, len(divergences))
+        self._observe(inputs, output.detach(), teacher, divergences.detach(), counted)
+        terms = {"kl": functional.counted_mean(divergences, counted)}
         if self.label_weight:
             if batch.target is None:
                 raise InputError(f"label_weight={self.label_weight} needs labels, and the batch has none: set it to 0")
@@ -195,12 +197,15 @@ class ExtracurricularModule(DistillationModule):
             outside = call(self.student, join(extra))
         return torch.cat([call(self.student, real), outside])
 
-    def _observe(self, inputs: dict[str, Any], output: Tensor, teacher: Tensor, divergences: Tensor) -> None:
+    def _observe(
+        self, inputs: dict[str, Any], output: Tensor, teacher: Tensor, divergences: Tensor, counted: Tensor | None
+    ) -> None:
         counts = self.samplers.counts(inputs)
-        sizes = list(counts.values())
-        uncertainty = torch.split(self.output.uncertainty(teacher), sizes)
-        for name, kl, spread in zip(counts, torch.split(divergences, sizes), uncertainty, strict=True):
-            self.observe(f"kl_{name}", kl.mean())
-            self.observe(f"uncertainty_{name}", spread.mean())
-        for name, value in self.output.comparison(output, teacher).items():
+        ends = list(accumulate(counts.values(), initial=0))
+        uncertainty = self.output.uncertainty(teacher)
+        for name, start, end in zip(counts, ends, ends[1:], strict=False):
+            counting = None if counted is None else counted[start:end]
+            self.observe(f"kl_{name}", functional.counted_mean(divergences[start:end], counting))
+            self.observe(f"uncertainty_{name}", functional.counted_mean(uncertainty[start:end], counting))
+        for name, value in self.output.comparison(output, teacher, counted).items():
             self.observe(name, value)

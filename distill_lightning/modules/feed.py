@@ -3,49 +3,23 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill_lightning.choices import Choice
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.layers import FeatureTap, Paraphraser, resolve_layer
+from distill_lightning.layers import FeatureTap, resolve_layer
 from distill_lightning.layers.calling import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
-from distill_lightning.modules.parts.distances import Distance, FactorDistance
+from distill_lightning.modules.parts.distances import Distance, FactorDistance, LogitTerm, make_translators
 from distill_lightning.modules.parts.sizes import EqualSizes, Sizes, width
 from distill_lightning.networks import likely_input_shape
 from distill_lightning.teachers import Features, Given, Softened, Teachers
-
-_MANY_PARAMETERS = 50_000_000
-
-
-@dataclass(frozen=True)
-class LogitTerm(Choice):
-    """Hinton's term beside the feature term, logged as ``train/kd``.
-
-    Args:
-        weight: of `functional.softened_kl` to the ensemble's prediction.
-        temperature: ``T``.
-
-    Raises:
-        InputError: the weight is negative, or the temperature not positive.
-    """
-
-    weight: float = 1.0
-    temperature: float = 4.0
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        if not self.weight >= 0 or not self.temperature > 0:
-            raise InputError(f"LogitTerm: weight must be 0 or more and temperature positive, got {self}")
 
 
 class FEEDModule(DistillationModule):
@@ -131,10 +105,12 @@ class FEEDModule(DistillationModule):
         self.distance, self.sizes, self.logit_term = distance, sizes, logit_term
         self.beta = distance.beta if beta is None else beta
         self.teacher_reduction = teacher_reduction
+        if paraphrasers and distance.translator is None:
+            raise InputError(f"FEED: {type(distance).__name__} does not use paraphrasers: leave them out")
         features = Features(
             student_layer if teacher_layers is None else teacher_layers,
             # Copies, so that those that were given can be trained on.
-            paraphrasers=_checked_paraphrasers(copy.deepcopy(list(paraphrasers or ())), distance),
+            paraphrasers=copy.deepcopy(list(paraphrasers or ())),
             size=sizes.pooled,
         )
         kd = [Softened(logit_term.temperature)] if logit_term is not None else []
@@ -149,7 +125,7 @@ class FEEDModule(DistillationModule):
             raise InputError(f"FEED: beta and teacher_weights cannot be negative: {self.beta}, {self.teacher_weights}")
         if teacher_reduction not in ("sum", "mean"):
             raise InputError(f"FEED: teacher_reduction must be sum or mean, got {teacher_reduction!r}")
-        self.translators = _translators(distance, width(source), [width(target) for target in targets])
+        self.translators = make_translators(distance, width(source), [width(target) for target in targets])
         self._channels = width(source) if len(self.translators) else None
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
@@ -230,30 +206,3 @@ class FEEDModule(DistillationModule):
             )
             targets.append(asked.shape_of(number, shape) if self.teachers.taps else shape)
         return source, targets
-
-
-def _checked_paraphrasers(given: Sequence[nn.Module], distance: Distance) -> list[Paraphraser]:
-    paraphrasers = [one for one in given if isinstance(one, Paraphraser)]
-    if len(paraphrasers) < len(given):
-        raise InputError("FEED: paraphrasers must be layers.Paraphraser networks, trained beforehand")
-    if paraphrasers and distance.translator is None:
-        raise InputError(f"FEED: {type(distance).__name__} does not use paraphrasers: leave them out")
-    return paraphrasers
-
-
-def _translators(distance: Distance, source: int, targets: Sequence[int]) -> nn.ModuleList:
-    """One translator for each teacher, or for all."""
-    translation = distance.translator
-    if translation is None:
-        return nn.ModuleList()
-    if translation.shared and len(set(targets)) > 1:
-        raise InputError(f"FEED: a shared translator needs teachers of equal channel counts, got {list(targets)}")
-    chosen = targets[:1] if translation.shared else targets
-    translators = nn.ModuleList(translation.make(source, target) for target in chosen)
-    parameters = sum(parameter.numel() for parameter in translators.parameters())
-    if parameters > _MANY_PARAMETERS:
-        warnings.warn(
-            f"FEED's translators have {parameters:,} parameters: translator=Conv1x1Translator() has far fewer",
-            stacklevel=3,
-        )
-    return translators

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from distill_lightning import functional
-from distill_lightning.data.batch import Batch
+from distill_lightning.data.batch import IGNORED, Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.layers.calling import call
@@ -38,7 +39,7 @@ class SelfKDModule(DistillationModule):
     Logged besides: ``train/alpha``; ``train/target_gt_prob`` and ``train/target_entropy``, the mean ``q`` at the label
     (of a mixed input, at its first) and the mean entropy of ``q``; ``train/known_fraction``, the part of the samples
     that have a past, and ``train/agree_past``, the part of these whose most probable class is still the past one (0
-    where none has).
+    where none has). What does not count is neither in these means nor stored.
 
     Kim, Ji, Yoon, Hwang: *Self-Knowledge Distillation with Progressive Refinement of Targets*,
     https://arxiv.org/abs/2006.12000
@@ -104,7 +105,7 @@ class SelfKDModule(DistillationModule):
         # Without a past exactly the label: (1 - alpha) + alpha need not round to 1.
         target = torch.where(known[:, None], functional.progressive_targets(hard, past, alpha), hard)
         self.past.write(batch, wide(logits.detach()).softmax(dim=-1))
-        self._observe(alpha, target, _labels(batch), logits.argmax(dim=1) == past.argmax(dim=1), known)
+        self._observe(batch, alpha, target, logits.argmax(dim=1) == past.argmax(dim=1), known)
         rows = functional.soft_cross_entropy_rows(logits, target)
         return {"self_kd": functional.counted_mean(rows, batch.counted)}
 
@@ -112,20 +113,24 @@ class SelfKDModule(DistillationModule):
         """The one term is the loss."""
         return {"self_kd": 1.0}
 
-    def _observe(self, alpha: float, target: Tensor, label: Tensor, agree: Tensor, known: Tensor) -> None:
+    def _observe(self, batch: Batch, alpha: float, target: Tensor, agree: Tensor, known: Tensor) -> None:
+        mean = partial(functional.counted_mean, counted=batch.counted)
+        with_past = known if batch.counted is None else known & batch.counted
         self.observe("alpha", torch.full((), alpha, device=target.device))
-        self.observe("target_gt_prob", target.gather(1, label[:, None]).mean())
-        self.observe("target_entropy", torch.special.entr(target).sum(dim=1).mean())
-        self.observe("agree_past", (agree & known).sum() / known.sum().clamp_min(1))
-        self.observe("known_fraction", known.float().mean())
+        self.observe("target_gt_prob", mean(target.gather(1, _labels(batch)[:, None])[:, 0]))
+        self.observe("target_entropy", mean(torch.special.entr(target).sum(dim=1)))
+        self.observe("agree_past", functional.counted_mean(agree.float(), with_past))
+        self.observe("known_fraction", mean(known.float()))
 
 
 def _distributions(target: Tensor, num_classes: int) -> Tensor:
-    """Targets ``(N, K)`` as they are, or of classes ``(N,)``."""
-    return wide(target) if target.is_floating_point() else functional.hard_targets(target, num_classes)
+    """Targets ``(N, K)`` as they are, or of classes ``(N,)``; what stands for -100 is not looked at."""
+    if target.is_floating_point():
+        return wide(target)
+    return functional.hard_targets(target.masked_fill(target == IGNORED, 0), num_classes)
 
 
 def _labels(batch: Batch) -> Tensor:
     """The classes ``(N,)`` of what each row began as."""
     target: Tensor = batch.target if batch.mixture is None else batch.mixture.first
-    return target.argmax(dim=1) if target.is_floating_point() else target.long()
+    return target.argmax(dim=1) if target.is_floating_point() else target.masked_fill(target == IGNORED, 0).long()

@@ -6,6 +6,7 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
+from distill_lightning import functional
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.layers.calling import call
@@ -87,8 +88,9 @@ class RegressionModule(SupervisedModule):
         """The squared error and the negative log-likelihood."""
         output = call(self.student, batch.input)
         mean = self.output.prediction(output)[:, : self.num_targets]
+        errors = (mean - functional.zero_uncounted(batch.target, batch.counted)).square().sum(dim=1)
         return {
-            "squared_error": (mean - batch.target).square().sum(dim=1).mean() / 2,
+            "squared_error": functional.counted_mean(errors, batch.counted) / 2,
             "nll": self.output.label_loss(output, batch),
         }
 

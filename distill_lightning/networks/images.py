@@ -89,8 +89,8 @@ class SmallResNet(nn.Module):
 
     A 3x3 stem, then three stages ``stage1`` to ``stage3`` of ``depth`` residual blocks with ``width``, ``2 * width``
     and ``4 * width`` channels (the second and third stage halve the image), global average pooling and a linear layer
-    ``head`` (a `GaussianHead` for regression). Width 8 and depth 1 cost 2.4 million multiply-adds at 28x28. For feature
-    distillation, tap ``stage3``: after the last ReLU, before pooling.
+    ``head`` (a `GaussianHead` for regression). Width 8 and depth 1 cost 2.4 million multiply-accumulates at 28x28. For
+    feature distillation, tap ``stage3``: after the last ReLU, before pooling.
 
     Args:
         num_classes: ``K`` of a classifier.

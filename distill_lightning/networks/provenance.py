@@ -1,4 +1,4 @@
-"""How a network was built, in plain types, so that a checkpoint can build it again."""
+"""Recipes of networks: how they were built, in plain types, so that a checkpoint can build them again."""
 
 from __future__ import annotations
 

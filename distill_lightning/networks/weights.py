@@ -31,7 +31,7 @@ def read_weights(path: Path, *, part: str | None = None) -> dict[str, Tensor]:
         content = load_file(path) if path.suffix == ".safetensors" else _load_tensors(path)
     except InputError:
         raise
-    except Exception as error:  # a damaged file makes the readers raise whatever its bytes lead to
+    except Exception as error:  # a damaged file may make the readers raise anything
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{path} cannot be read as weights ({type(error).__name__}: {reason}): is it complete?"

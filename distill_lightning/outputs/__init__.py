@@ -15,5 +15,5 @@ def output_of(num_classes: int | None, num_targets: int | None) -> Output:
         InputError: a number that cannot be used, or not one of both is given.
     """
     if (num_classes is None) == (num_targets is None):
-        raise InputError("needs num_classes (a classifier) or num_targets (a regression), and not both")
+        raise InputError("needs either num_classes (a classifier) or num_targets (a regression)")
     return Categorical(num_classes) if num_classes is not None else Gaussian(num_targets or 0)

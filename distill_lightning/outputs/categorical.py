@@ -11,14 +11,11 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from distill_lightning import functional
-from distill_lightning.data.batch import Batch
+from distill_lightning.data.batch import IGNORED, Batch, spread
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.outputs.metrics import Agreement, MeanDivergence, classification_metrics
 from distill_lightning.outputs.output import Output
-
-IGNORED = -100
-"""The class of samples and positions that never count, PyTorch's own."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +75,13 @@ class Categorical(Output):
 
     def counted(self, output: Tensor, batch: Batch) -> Tensor | None:
         """Bool ``(N,)``, or ``(N, T)`` of outputs for positions, among which targets of -100 do not count."""
-        counted = batch.counted
-        if output.ndim < 3 or batch.target is None or batch.target.is_floating_point():
+        counted, target, places = batch.counted, batch.target, output[..., 0]
+        if counted is not None:
+            counted = spread(counted, places).expand(places.shape)
+        if output.ndim < 3 or target is None or target.is_floating_point():
             return counted
-        known: Tensor = batch.target != IGNORED
-        if counted is None:
-            return known
-        return known & counted.reshape(*counted.shape, *[1] * (known.ndim - counted.ndim))
+        known: Tensor = target != IGNORED
+        return known if counted is None else known & counted
 
     def label_loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Cross entropy to classes ``(N,)``, ``(N, T)``, or to distributions ``(N, K)``."""
@@ -92,7 +89,8 @@ class Categorical(Output):
         if batch.counted is None:
             return F.cross_entropy(logits, target)
         counted = self.counted(output, batch)
-        return functional.counted_mean(F.cross_entropy(logits, target, reduction="none"), _flat(counted))
+        rows = F.cross_entropy(logits, target, reduction="none")
+        return functional.counted_mean(rows, None if counted is None else counted.flatten())
 
     def divergence_rows(self, output: Tensor, distribution: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Sum over the classes, times ``temperature ** 2``, see `functional.softened_kl_rows`."""
@@ -119,7 +117,7 @@ class Categorical(Output):
         logits = torch.stack(list(outputs))
         if combine == "probabilities":
             return functional.mean_probabilities(logits, temperature=temperature, weights=weights)
-        mean = functional.weighted_mean(logits.float(), weights)
+        mean = functional.weighted_mean(wide(logits), weights)
         return functional.mean_probabilities(mean[None], temperature=temperature)
 
     def uncertainty(self, distribution: Tensor) -> Tensor:
@@ -135,9 +133,10 @@ class Categorical(Output):
         """Log-probabilities; a probability that underflowed to zero is the smallest one."""
         return distribution.clamp_min(torch.finfo(distribution.dtype).tiny).log()
 
-    def comparison(self, output: Tensor, distribution: Tensor) -> dict[str, Tensor]:
+    def comparison(self, output: Tensor, distribution: Tensor, counted: Tensor | None = None) -> dict[str, Tensor]:
         """``agreement``: share of samples on which both name the same class."""
-        return {"agreement": (output.argmax(dim=-1) == distribution.argmax(dim=-1)).float().mean()}
+        same = output.argmax(dim=-1) == distribution.argmax(dim=-1)
+        return {"agreement": functional.counted_mean(same.float(), counted)}
 
     def metrics(self) -> MetricCollection:
         """`classification_metrics`."""
@@ -146,7 +145,3 @@ class Categorical(Output):
     def teacher_metrics(self) -> MetricCollection:
         """``agreement``, and ``teacher_kl`` in nats."""
         return MetricCollection({"agreement": Agreement(), "teacher_kl": MeanDivergence()}, compute_groups=False)
-
-
-def _flat(counted: Tensor | None) -> Tensor | None:
-    return None if counted is None else counted.flatten()

@@ -44,6 +44,8 @@ class Gaussian(Output):
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        # A checkpoint and a YAML file hold a list, and equal outputs are to be equal.
+        object.__setattr__(self, "log_var_bounds", tuple(self.log_var_bounds))
         if self.num_targets < 1:
             raise InputError(f"num_targets must be at least 1, got {self.num_targets}")
         if not self.log_var_bounds[0] < self.log_var_bounds[1]:
@@ -76,6 +78,11 @@ class Gaussian(Output):
             found = f"{who} ({type(network).__name__}) has an output of shape {tuple(shape)}, means alone"
             raise InputError(f"{found}: give their teacher_variance, or end it in a GaussianHead")
 
+    def check_rule(self, combine: str) -> None:
+        """Gaussians are collapsed by their mixture alone."""
+        if combine != "probabilities":
+            raise InputError("a regression's teachers are collapsed to one Gaussian: combine has no meaning there")
+
     def select(self, output: Tensor, target: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
         """The samples that count."""
         return (output, target) if counted is None else (output[counted], target[counted])
@@ -87,9 +94,8 @@ class Gaussian(Output):
     def label_loss(self, output: Tensor, batch: Batch) -> Tensor:
         """See `functional.gaussian_nll`."""
         mean, log_var = self.prediction(output).chunk(2, dim=1)
-        if batch.counted is None:
-            return functional.gaussian_nll(mean, log_var, batch.target)
-        return functional.counted_mean(functional.gaussian_nll_rows(mean, log_var, batch.target), batch.counted)
+        target = functional.zero_uncounted(batch.target, batch.counted)
+        return functional.counted_mean(functional.gaussian_nll_rows(mean, log_var, target), batch.counted)
 
     def divergence_rows(self, output: Tensor, distribution: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Sum over the targets, see `functional.gaussian_kl_rows`; a temperature means nothing here."""
@@ -114,8 +120,7 @@ class Gaussian(Output):
         temperature: float = 1.0,
     ) -> Tensor:
         """The Gaussian with the mixture's mean and variance, see `functional.collapse_mixture`."""
-        if combine != "probabilities":
-            raise InputError("a regression's teachers are collapsed to one Gaussian: combine has no meaning there")
+        self.check_rule(combine)
         means, variances = zip(*(self._teacher_gaussian(output) for output in outputs), strict=True)
         mean, variance = functional.collapse_mixture(torch.stack(means), torch.stack(variances), weights=weights)
         return functional.join_gaussian(mean, variance.log())
@@ -140,10 +145,13 @@ class Gaussian(Output):
         """The distribution as it is."""
         return distribution
 
-    def comparison(self, output: Tensor, distribution: Tensor) -> dict[str, Tensor]:
+    def comparison(self, output: Tensor, distribution: Tensor, counted: Tensor | None = None) -> dict[str, Tensor]:
         """``student_deviation`` and ``teacher_deviation``: mean standard deviations."""
         both = {"student": self.prediction(output), "teacher": distribution}
-        return {f"{who}_deviation": gaussian.chunk(2, dim=1)[1].div(2).exp().mean() for who, gaussian in both.items()}
+        deviations = {who: gaussian.chunk(2, dim=1)[1].div(2).exp() for who, gaussian in both.items()}
+        if counted is not None:
+            counted = counted[:, None].expand(len(counted), self.num_targets)
+        return {f"{who}_deviation": functional.counted_mean(rows, counted) for who, rows in deviations.items()}
 
     def metrics(self) -> MetricCollection:
         """`regression_metrics`."""

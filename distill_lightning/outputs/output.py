@@ -46,6 +46,13 @@ class Output(Choice):
         """Look at the shape of a teacher's output; arguments and errors as `check`."""
         self.check(who, network, shape, per_position=per_position)
 
+    def check_rule(self, combine: str) -> None:
+        """Look at how an ensemble combines its members' outputs, see `TeacherEnsemble`.
+
+        Raises:
+            InputError: that has no meaning for this distribution.
+        """
+
     def check_target(self, who: str, target: Tensor | None, *, per_position: bool = False) -> None:
         """Look at a batch's targets; arguments as `check`.
 
@@ -105,8 +112,14 @@ class Output(Choice):
         """A distribution in the form that metrics read."""
 
     @abstractmethod
-    def comparison(self, output: Tensor, distribution: Tensor) -> dict[str, Tensor]:
-        """Scalars by name that tell how a student's output and its teachers' distribution compare in training."""
+    def comparison(self, output: Tensor, distribution: Tensor, counted: Tensor | None = None) -> dict[str, Tensor]:
+        """Scalars by name that tell how a student's output and its teachers' distribution compare in training.
+
+        Args:
+            output: of the student.
+            distribution: of its teachers.
+            counted: which samples count, bool ``(N,)``; ``None``: all.
+        """
 
     @abstractmethod
     def metrics(self) -> MetricCollection:

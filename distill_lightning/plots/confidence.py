@@ -62,7 +62,7 @@ def risk_coverage_curve(curves: Mapping[str, Curve]) -> Figure:
         axes.fill_between(coverage, 100 * best, 100 * risk, color=color, alpha=0.15, linewidth=0)
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("coverage: share of samples answered, the surest first")
+    axes.set_xlabel("coverage: share of samples answered, the most confident first")
     axes.set_ylabel("risk: errors among them (%)")
     axes.legend(frameon=False)
     plain(axes)

@@ -1,4 +1,4 @@
-"""What is kept by sample index. Plain tensors: DDP would overwrite buffers with rank 0's before every forward."""
+"""Rows by sample index, in memory and in files that are written whole or not at all."""
 
 from distill_lightning.storage.files import (
     CHECKSUM_BYTES,

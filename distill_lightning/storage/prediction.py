@@ -1,4 +1,4 @@
-"""What a network said about every sample of its training set in the epoch before."""
+"""What a network predicted for every sample of its training set in the epoch before."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class PredictionStore:
 
     A row that is not written in an epoch keeps what it held. With several processes every one writes its own samples;
     `advance` and `state_dict` exchange them, must be called by all, and leave the same rows everywhere. The tensors are
-    no buffers of a module; they live where `to` puts them. Reading and writing with an index on that device never wait
-    for it; with an index elsewhere, rows are copied over.
+    no buffers of a module, which DDP would overwrite with rank 0's; they live where `to` puts them. Reading and writing
+    with an index on that device never wait for it; with an index elsewhere, rows are copied over.
 
     A row takes ``K`` numbers, or with ``top_k`` that many numbers and class indices (2 bytes each up to 32,768 classes,
     then 4); both buffers together twice that, see `nbytes`.
@@ -45,8 +45,8 @@ class PredictionStore:
     Args:
         num_samples: ``N``; indices are ``0`` to ``N - 1``.
         num_classes: ``K``.
-        dtype: of the stored probabilities: ``torch.float32``, ``float16`` or ``bfloat16``. Half precision is divided by
-            the row's sum when read; float16 is then off by less than ``2 ** -11``.
+        dtype: type of the stored probabilities, ``torch.float32``, ``float16`` or ``bfloat16``. Half precision is
+            divided by the row's sum when read; float16 is then off by less than ``2 ** -11``.
         top_k: how many of a row's largest probabilities are kept, the rest being spread evenly over the other classes;
             ``None``: all.
         sidecar: where rows are kept instead of in the state dict; ``None``: in the state dict.
@@ -130,7 +130,8 @@ class PredictionStore:
         with refusing(f"num_samples={self.num_samples} does not fit the data's indices", IndexError):
             known = self._known[here].to(index.device)
         probs = self._format.unpack({name: rows.to(index.device) for name, rows in self._rows(here).items()})
-        return probs.masked_fill(~known[:, None], 1 / self.num_classes), known
+        # In place, since what was read is a copy.
+        return probs.masked_fill_(~known[:, None], 1 / self.num_classes), known
 
     def write(self, index: Tensor, probs: Tensor, keep: Tensor | None = None) -> None:
         """Keep the rows of some samples for `advance`; of several for one sample the last one wins.
@@ -138,8 +139,8 @@ class PredictionStore:
         Args:
             index: int64 ``(N,)``.
             probs: probabilities ``(N, K)``; no graph is kept.
-            keep: which rows are kept, bool ``(N,)``; the others might as well not be there, whatever their index and
-                their probabilities are. ``None``: all.
+            keep: bool ``(N,)``, which rows are kept; the others are treated as if they were not in the batch, whatever
+                their indices and probabilities are. ``None``: all.
 
         Raises:
             InputError: ``probs`` or ``keep`` has another shape or type.

@@ -35,11 +35,11 @@ class ShardedRecords:
     byte, and several processes may read while others write.
 
     Args:
-        folder: of the records.
+        folder: where the records are.
         samples: number of samples.
-        views: number of views of each.
-        fields: of a record.
-        shard_size: samples in a shard.
+        views: number of views of each sample.
+        fields: the parts of a record.
+        shard_size: number of samples in a shard.
         made_by: what the records depend on, plain values by name; kept in the header and compared with it.
 
     Raises:
@@ -123,14 +123,14 @@ class ShardedRecords:
         """Some records.
 
         Args:
-            samples: ``(N,)``.
-            views: ``(N,)``.
+            samples: int64 ``(N,)``.
+            views: int64 ``(N,)``.
 
         Returns:
             Arrays ``(N, ...)`` by field, and whether each record is known; those that are not hold zeros.
 
         Raises:
-            InputError: a sample or view out of range.
+            InputError: a sample or a view is out of range.
         """
         count = len(samples)
         if count and not (
@@ -167,7 +167,7 @@ class ShardedRecords:
         return [place for place in places if self.state_of(*place) != "complete"]
 
     def refresh(self) -> None:
-        """Look again at what other processes may have written; what is as it was is not read again to be checked."""
+        """Look again at what other processes may have written; files that have not changed are not verified again."""
         self._damaged.clear()
         self._open = {place: shard for place, shard in self._open.items() if shard.is_current}
 
@@ -185,7 +185,7 @@ class ShardedRecords:
         return bytes_of(self.fields)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For another process, which opens the files itself: a memory map would be sent as a copy of its file."""
+        """The state without open files: a memory map would be pickled as a copy of its whole file."""
         return {**vars(self), "_open": {}}
 
     def _shard(self, view: int, shard: int) -> RowFile | None:
@@ -207,10 +207,10 @@ class ShardedRecords:
         """Write a shard, in place of the one that may be there.
 
         Args:
-            view: which.
-            shard: which.
-            rows: of its samples in order.
-            known: which of them mean something; ``None``: all.
+            view: number of the view.
+            shard: number of the shard.
+            rows: arrays by field, one row for each of the shard's samples in order.
+            known: bool ``(N,)``, which of the rows are kept; ``None``: all.
 
         Raises:
             InputError: the disk is full, or the folder cannot be written to.
@@ -238,10 +238,10 @@ class ShardedRecords:
         """Keep records in the order they come, for `seal`.
 
         Args:
-            view: of all of them.
-            rank: of this process: each has a log of its own.
-            samples: ``(N,)``.
-            rows: of these samples.
+            view: number of the view, the same for all records.
+            rank: number of this process; each process has a log of its own.
+            samples: int64 ``(N,)``.
+            rows: arrays ``(N, ...)`` by field.
 
         Raises:
             InputError: the disk is full, or the folder cannot be written to.
@@ -253,7 +253,7 @@ class ShardedRecords:
             self._log_of(view, rank).append({**checked, _SAMPLE.name: samples}, count)
 
     def _fitting(self, field: Field, rows: Rows, count: int) -> NDArray[Any]:
-        """A field of some rows, as it stands in a file."""
+        """A field of some rows, of the type that stands in a file."""
         if rows.keys() != {other.name for other in self.fields}:
             names = ", ".join(other.name for other in self.fields)
             raise InputError(f"the store {self.folder} holds {names}, and was given {', '.join(rows)}")
@@ -316,6 +316,6 @@ class ShardedRecords:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left of files of records that they were writing; called while nobody writes."""
+    """Remove the unfinished files that killed processes left in a folder of records; called while nobody writes."""
     # By their full names: what else lies in the folder is not the store's.
     sweep_partial(folder, HEADER, "view_*/*.shard")

@@ -23,10 +23,10 @@ T = TypeVar("T")
 # The training, the generation, and a pending file's number.
 _NAME = r"[^.]+\.(\d+)(?:\.rows|\.(\d+)\.pending)"
 _WAY_OUT = (
-    "name the folder that holds it as store_dir, or resume from a later checkpoint; a larger store_keep keeps the "
+    "name the folder that holds it as StoredPast's folder, or resume from a later checkpoint; a larger keep keeps the "
     "files of more checkpoints"
 )
-_FULL = "make room and resume from the last checkpoint, whose files are kept, or name another folder as store_dir"
+_FULL = "make room and resume from the last checkpoint, whose files are kept, or name another folder"
 _NOT_SHARED = "let all processes of a node see one folder"
 
 
@@ -56,9 +56,7 @@ class Sidecar:
 
     def __init__(self, folder: str | Path, *, keep: int = 2, writes: bool = True) -> None:
         if keep < 2:
-            raise InputError(
-                f"store_keep must be at least 2, the new rows and those of the last checkpoint, got {keep}"
-            )
+            raise InputError(f"keep must be at least 2, the new rows and those of the last checkpoint, got {keep}")
         self.folder, self.keep, self.writes = Path(folder).absolute(), keep, writes
         self.training = ""
         self.generation = self._pendings = 0
@@ -80,14 +78,14 @@ class Sidecar:
         return file
 
     def pend(self, layout: Layout, columns: Mapping[str, Iterable[NDArray[Any]]]) -> RowFile:
-        """Write and map what is not readable yet; arguments and errors as `advance`."""
+        """Write and map the rows that are not readable yet; arguments and errors as for `advance`."""
         file = self._written(self.generation, self._pendings + 1, layout, columns)
         self._pendings += 1
         all_or_none(self._tidy)
         return file
 
     def state_dict(self, rows: RowFile | None, pending: RowFile | None) -> dict[str, Any]:
-        """What a checkpoint says of the files, plain values; from now on they are those of a checkpoint."""
+        """What a checkpoint says of the files, plain values; from now on they count as the files of a checkpoint."""
         self._saved = [*(old for old in self._saved if old != self.generation), self.generation][-self.keep :]
         return {
             "training": self.training,
@@ -123,7 +121,7 @@ class Sidecar:
         crc = torch.tensor(file.crc)
         if not is_alone():
             broadcast(crc)
-        return all_or_none(lambda: _meant(file, int(crc)))
+        return all_or_none(lambda: _with_crc(file, int(crc)))
 
     def _tidy(self) -> None:
         """Remove what is not kept, and what killed processes left half-written; no process writes now."""
@@ -187,11 +185,11 @@ def open_reference(reference: Mapping[str, Any], folders: Iterable[Path], layout
             f"the past predictions {reference['file']} that the checkpoint refers to are not in "
             f"{' or '.join(map(str, places))}: {_WAY_OUT}"
         )
-    return _meant(RowFile(path, layout, way_out=_WAY_OUT).verify(), reference["crc"])
+    return _with_crc(RowFile(path, layout, way_out=_WAY_OUT).verify(), reference["crc"])
 
 
-def _meant(file: RowFile, crc: int) -> RowFile:
-    """A file, if it is the very one that is meant."""
+def _with_crc(file: RowFile, crc: int) -> RowFile:
+    """The file, if it has this checksum and so is the one that is meant."""
     if file.crc != crc:
         raise InputError(
             f"{file.path} has other rows than the checkpoint refers to, another training replaced it: {_WAY_OUT}"

@@ -1,10 +1,11 @@
 """What frozen networks say: asked, remembered, kept on disk."""
 
+from distill_lightning.teachers.about import About
 from distill_lightning.teachers.ensemble import EnsembleRule, TeacherEnsemble
 from distill_lightning.teachers.frozen import Frozen
 from distill_lightning.teachers.questions import Features, Logits, MeanLogits, Question, Said, Softened
 from distill_lightning.teachers.store import TeacherStore
-from distill_lightning.teachers.teachers import About, Given, Teachers
+from distill_lightning.teachers.teachers import Given, Teachers
 
 __all__ = [
     "About",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -130,9 +131,16 @@ def _made_by(module: Any, teachers: Teachers, data: Any, loader: Any, precision:
         known["teachers"] = [_digest_of(fingerprint(network), repr(network)) for network in teachers]
         known["precision"] = precision
         known["ensemble"] = teachers.rule._asdict()
-    transforms = plain(list(module.transforms))
-    known |= {"transforms": transforms} if transforms else {}
+    known["transforms"] = [_options_of(transform) for transform in module.transforms]
     return dict(plain({**known, "num_classes": module.num_classes, **teachers.describe()}))
+
+
+def _options_of(transform: Any) -> str:
+    if not dataclasses.is_dataclass(transform):
+        raise InputError(
+            f"a TeacherStore cannot know {type(transform).__name__} again: make it a frozen dataclass of its options"
+        )
+    return repr(transform)
 
 
 def _digest_of_some(data: Any, loader: Any) -> str:

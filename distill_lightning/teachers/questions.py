@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from distill_lightning.functional.common import wide
 from distill_lightning.layers import Paraphraser, fingerprint
 from distill_lightning.outputs import Output
 from distill_lightning.teachers.ensemble import EnsembleRule
+
+_FEATURE = "feature_"
 
 
 class Said(NamedTuple):
@@ -109,22 +111,39 @@ class Features(Question):
         layers: dotted path (or glob) of the tapped layer: one for all teachers, or one each.
         paraphrasers: trained `Paraphraser` networks, one per teacher, whose codes are then the features.
         size: rows and columns that each feature map is brought to by adaptive average pooling; ``None``: it stays.
+
+    Raises:
+        InputError: a paraphraser is none.
     """
 
     needs_features = True
 
     def __init__(
-        self, layers: str | Sequence[str], *, paraphrasers: Sequence[Paraphraser] = (), size: int | None = None
+        self, layers: str | Sequence[str], *, paraphrasers: Sequence[nn.Module] = (), size: int | None = None
     ) -> None:
+        if not all(isinstance(one, Paraphraser) for one in paraphrasers):
+            raise InputError("paraphrasers must be layers.Paraphraser networks, trained beforehand")
         self.layers: list[str] | str = layers if isinstance(layers, str) else list(layers)
-        self.paraphrasers, self.size = list(paraphrasers), size
+        self.paraphrasers: list[Paraphraser] = [one for one in paraphrasers if isinstance(one, Paraphraser)]
+        self.size = size
 
     def answers(self, said: Said) -> dict[str, Tensor]:
         """``feature_<m>``, ``(N, C_m, H, W)`` each."""
         features = list(said.features)
         if self.paraphrasers:
             features = [one.encoder(feature) for one, feature in zip(self.paraphrasers, features, strict=True)]
-        return {self.name_of(number): self.reduced(feature) for number, feature in enumerate(features)}
+        return {f"{_FEATURE}{number}": self.reduced(feature) for number, feature in enumerate(features)}
+
+    def layer_of_each(self, count: int) -> list[str]:
+        """The tapped layer of each of so many teachers.
+
+        Raises:
+            InputError: there are as many layers as some other number of teachers.
+        """
+        each = [self.layers] * count if isinstance(self.layers, str) else self.layers
+        if len(each) != count:
+            raise InputError(f"{len(each)} layers for {count} teachers: give one for all, or one each")
+        return each
 
     def reduced(self, feature: Tensor) -> Tensor:
         """A feature map at the wanted size."""
@@ -157,7 +176,13 @@ class Features(Question):
         """The paraphrasers."""
         return list(self.paraphrasers)
 
-    @staticmethod
-    def name_of(number: int | str) -> str:
-        """What a teacher's feature is called among the answers."""
-        return f"feature_{number}"
+
+def feature_names(names: Iterable[str]) -> list[str]:
+    """Those of the names that `Features` has given to its answers, in the teachers' order."""
+    return sorted((name for name in names if name.startswith(_FEATURE)), key=lambda name: (len(name), name))
+
+
+@torch.no_grad()
+def answered(questions: Iterable[Question], said: Said) -> dict[str, Tensor]:
+    """The answers to several questions, by name."""
+    return {name: rows for question in questions for name, rows in question.answers(said).items()}

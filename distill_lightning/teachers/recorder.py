@@ -108,7 +108,7 @@ class _Recorder(pl.LightningModule):
                 f"record asked for the training samples {samples[0]} to {samples[-1]} and got others, by their "
                 "own index: let a sample's index be its place in the data set"
             )
-        self._parts.append(self.store.narrowed(self.teachers.kept(batch)))
+        self._parts.append(self.store.packing.narrow(self.teachers.kept(batch)))
         self.answers += batch.size
         if is_last:
             names = self._parts[0]

@@ -13,12 +13,9 @@ from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.storage import Field, Rows, ShardedRecords, largest, read_header, spread, sweep
-
-Answers = Mapping[str, Tensor]
-"""What the teachers say about a batch: tensors ``(N, ...)`` by name; ``probabilities...`` are rows of such."""
-
-_CLASSES = "_classes"
+from distill_lightning.storage import Field, Rows, ShardedRecords, read_header, sweep
+from distill_lightning.teachers.packing import Answers, Packing, shapes
+from distill_lightning.teachers.questions import feature_names
 
 
 class TeacherStore:
@@ -93,6 +90,7 @@ class TeacherStore:
         self.networks = networks
         self.path, self.fill, self.keep, self.dtype = Path(path), fill, keep, dtype
         self.top_k, self.shard_size, self.data = top_k, shard_size, data
+        self.packing = Packing(dtype, top_k)
         # The header of the store that `begin` has found.
         self.found: dict[str, Any] = {}
         self._records: ShardedRecords | None = None
@@ -146,7 +144,7 @@ class TeacherStore:
                 return self._unpacked(rows, device)
         if ask is None or self.fill == "never":
             raise self._unknown(index, view, known)
-        packed = self._packed(ask())
+        packed = self.packing.pack(ask())
         self._keep(index, view, known, packed)
         return self._unpacked(packed, device)
 
@@ -169,13 +167,6 @@ class TeacherStore:
         sweep(self.path)
         self.finish()
 
-    def narrowed(self, answers: Answers) -> dict[str, Tensor]:
-        """The same answers on the host, in no more memory than they need there until they are written."""
-        return {
-            name: (rows if _are_probabilities(name) else self._rounded(rows)).detach().cpu()
-            for name, rows in answers.items()
-        }
-
     def write(self, view: int, shard: int, answers: Answers) -> None:
         """Keep the answers about all samples of a shard.
 
@@ -187,7 +178,7 @@ class TeacherStore:
         Raises:
             InputError: the disk is full, or the answers are of other shapes than those before.
         """
-        packed = self._packed(answers)
+        packed = self.packing.pack(answers)
         self._made(packed).write_shard(view, shard, packed)
 
     def unfinished(self) -> list[tuple[int, int]]:
@@ -218,13 +209,21 @@ class TeacherStore:
             InputError: there is none.
         """
         header = read_header(self.path)
-        shapes = {field["name"]: tuple(field["shape"]) for field in header["fields"]}
-        for name in shapes:
-            if _are_probabilities(name):
-                shapes[name] = (*shapes[name][:-1], header["made_by"]["num_classes"])
-        return {name: shape for name, shape in shapes.items() if not name.endswith(_CLASSES)}
+        return shapes(header["fields"], header["made_by"]["num_classes"])
 
-    # How answers are kept
+    def feature_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes ``(1, C, H, W)`` of the teachers' features, in the teachers' order.
+
+        Raises:
+            InputError: there is no store, or none of features.
+        """
+        found = self.shapes()
+        names = feature_names(found)
+        if not names:
+            raise InputError(f"the store {self.path} holds no feature maps: give one that this method has filled")
+        return [(1, *found[name]) for name in names]
+
+    # Records and keys
 
     def _made(self, packed: Mapping[str, NDArray[Any]]) -> ShardedRecords:
         """The records, of what is first kept in them."""
@@ -257,39 +256,8 @@ class TeacherStore:
                 int(number), self._rank, index[chosen], {name: rows[chosen] for name, rows in packed.items()}
             )
 
-    def _packed(self, answers: Answers) -> dict[str, NDArray[Any]]:
-        packed = {}
-        for name, rows in answers.items():
-            kept = rows.detach().float()
-            if _are_probabilities(name) and self.top_k is not None:
-                if self.top_k > kept.shape[-1]:
-                    raise InputError(f"TeacherStore: top_k={self.top_k} of {kept.shape[-1]} classes: lower it")
-                kept, classes = largest(kept, self.top_k)
-                packed[f"{name}{_CLASSES}"] = classes.cpu().numpy()
-            packed[name] = self._rounded(kept).cpu().numpy()
-        return packed
-
-    def _rounded(self, rows: Tensor) -> Tensor:
-        if self.dtype == "float32":
-            return rows.float()
-        # Beyond half precision's range there is nothing to tell apart.
-        limit = torch.finfo(torch.float16).max
-        return rows.float().clamp(-limit, limit).half()
-
-    def _unpacked(self, rows: Mapping[str, NDArray[Any]], device: torch.device | str) -> dict[str, Tensor]:
-        answers = {}
-        for name, values in rows.items():
-            if name.endswith(_CLASSES):
-                continue
-            kept = _moved(values, device).float()
-            if _are_probabilities(name):
-                if self.top_k is not None:
-                    classes = _moved(rows[f"{name}{_CLASSES}"], device)
-                    kept = spread(kept, classes, self._plan["made_by"]["num_classes"])
-                # What rounding has added or taken away must not become mass of the target.
-                kept = kept / kept.sum(dim=-1, keepdim=True)
-            answers[name] = kept
-        return answers
+    def _unpacked(self, rows: Rows, device: torch.device | str) -> dict[str, Tensor]:
+        return self.packing.unpack(rows, self._plan["made_by"].get("num_classes"), device)
 
     def _keys(self, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if batch.key is None:
@@ -315,15 +283,3 @@ class TeacherStore:
             f"the store {self.path} does not know {where} ({self._records.path_of(int(view[row]), shard).name} is "
             f"{state}): fill it with 'distill-lightning record', or give teachers and fill='online'"
         )
-
-
-def _moved(values: NDArray[Any], device: torch.device | str) -> Tensor:
-    tensor = torch.from_numpy(values)
-    if torch.device(device).type != "cuda":
-        return tensor.to(device)
-    # From other memory a copy waits until the device has done all that it was told before.
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _are_probabilities(name: str) -> bool:
-    return name.startswith("probabilities") and not name.endswith(_CLASSES)

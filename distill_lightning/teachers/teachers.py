@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch
-from distill_lightning.data.samplers import count_rows, join
+from distill_lightning.data.samplers import join
 from distill_lightning.errors import InputError
 from distill_lightning.layers import FeatureTap, dry_forward, fingerprint
 from distill_lightning.networks.provenance import recipe_of
 from distill_lightning.outputs import Output
 from distill_lightning.teachers import origin
+from distill_lightning.teachers.about import About, join_rows, split_rows
 from distill_lightning.teachers.ensemble import EnsembleRule, TeacherEnsemble
 from distill_lightning.teachers.frozen import Frozen
-from distill_lightning.teachers.questions import Features, Logits, Question, Said
+from distill_lightning.teachers.questions import (
+    Features,
+    Logits,
+    MeanLogits,
+    Question,
+    Said,
+    Softened,
+    answered,
+    feature_names,
+)
 from distill_lightning.teachers.store import TeacherStore
 
-Given = nn.Module | Sequence[nn.Module] | TeacherStore | None
+Given = TeacherStore | nn.Module | Sequence[nn.Module] | None
 """What a method takes as ``teachers``."""
-
-
-class About:
-    """Which inputs the teachers are asked about; here, a batch's own."""
-
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Inputs by name, the batch's own first, under the empty name."""
-        return {"": batch.input}
-
-    def check_storable(self, batch: Batch, inputs: Mapping[str, Any]) -> None:
-        """Refuse inputs that are not functions of the rows' indices and views.
-
-        Raises:
-            InputError: some are not.
-        """
-
-    def describe(self) -> dict[str, Any]:
-        """Plain values of everything that the other inputs depend on."""
-        return {}
 
 
 class Teachers(Frozen):
@@ -75,7 +67,7 @@ class Teachers(Frozen):
         super().__init__([*own, *(network for question in ask for network in question.networks())])
         for question in self.questions:
             if isinstance(question, Features) and self.ensemble is not None:
-                self.taps = self.ensemble.tapped(_one_each(len(self), "layers", question.layers))
+                self.taps = self.ensemble.tapped(question.layer_of_each(len(self)))
 
     def __len__(self) -> int:
         return 0 if self.ensemble is None else len(self.ensemble)
@@ -95,10 +87,11 @@ class Teachers(Frozen):
     def joined(self, module: Any) -> None:
         """Look at the networks' outputs, where the module knows the shape of an input."""
         self.output, self._who, self._per_position = module.output, type(module).__name__, module.per_position
+        if self.ensemble is not None:
+            self.output.check_rule(self.ensemble.rule.combine)
         if module.input_shape is not None and not self.taps:
             for number, network in enumerate(self):
-                shape = dry_forward(network, module.input_shape).shape
-                self.check(number, network, shape)
+                self.check(number, network, dry_forward(network, module.input_shape).shape)
 
     def check(self, number: int, network: nn.Module, shape: Sequence[int]) -> None:
         """Look at the shape of a teacher's output.
@@ -111,7 +104,9 @@ class Teachers(Frozen):
     def shapes(self, input_shape: Sequence[int]) -> list[tuple[int, ...]]:
         """Shapes ``(1, C, H, W)`` of the teachers' tapped features, from one dry forward or as a store tells them."""
         if self.ensemble is None:
-            return self._stored_shapes()
+            if self.store is None:
+                raise self._nobody()
+            return self.store.feature_shapes()
         found = []
         for number, tap in enumerate(self.taps):
             output, features = tap.shapes(input_shape)
@@ -119,40 +114,29 @@ class Teachers(Frozen):
             found.append(tuple(features[tap.layers[0]]))
         return found
 
-    def _stored_shapes(self) -> list[tuple[int, ...]]:
-        if self.store is None:
-            raise self._nobody()
-        shapes, prefix = self.store.shapes(), Features.name_of("")
-        found = [(1, *shapes[name]) for name in sorted(shapes, key=len) if name.startswith(prefix)]
-        if not found:
-            raise InputError(f"the store {self.store.path} holds no feature maps: give one that this method has filled")
-        return found
-
     # What a method reads
 
     def distribution(self, batch: Batch) -> Tensor:
         """`Softened`: the ensemble's distribution ``(N, K)`` or ``(N, 2 d)``, of every input it is asked about."""
-        return self._answer(batch, self._means.name)
+        return self._answer(batch, Softened, self._means.name)
 
     def probabilities(self, batch: Batch) -> Tensor:
         """`Softened`, of a classification: ``(N, K)`` or ``(N, T, K)``."""
-        return self._answer(batch, "probabilities")
+        return self._answer(batch, Softened, "probabilities")
 
     def logits(self, batch: Batch) -> Tensor:
         """`Logits`: every teacher's, ``(M, N, ...)``."""
-        return self._answer(batch, "logits").transpose(0, 1)
+        return self._answer(batch, Logits, "logits").transpose(0, 1)
 
     def mean_logits(self, batch: Batch) -> Tensor:
         """`MeanLogits`, ``(N, K)``."""
-        return self._answer(batch, "mean_logits")
+        return self._answer(batch, MeanLogits, "mean_logits")
 
     def features(self, batch: Batch) -> list[Tensor]:
         """`Features`: one for each teacher, ``(N, C_m, H, W)``."""
-        answers, prefix = self.answers(batch), Features.name_of("")
-        names = sorted((name for name in answers if name.startswith(prefix)), key=lambda name: (len(name), name))
-        if not names:
-            raise self._undeclared("features")
-        return [answers[name] for name in names]
+        self._refuse_undeclared(Features, "features")
+        answers = self.answers(batch)
+        return [answers[name] for name in feature_names(answers)]
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The inputs that the teachers are asked about, made once per batch."""
@@ -173,19 +157,16 @@ class Teachers(Frozen):
             self._last = (batch, inputs, known)
         return known
 
-    def _answer(self, batch: Batch, name: str) -> Tensor:
-        answers = self.answers(batch)
-        if name not in answers:
-            raise self._undeclared(name)
-        return answers[name]
+    def _answer(self, batch: Batch, kind: type[Question], name: str) -> Tensor:
+        # A store may know more than it is asked for.
+        self._refuse_undeclared(kind, name)
+        return self.answers(batch)[name]
 
     # Who answers
 
     def ask(self, batch: Batch) -> dict[str, Tensor]:
         """Run the networks and answer every question."""
-        said = self._said(batch)
-        with torch.no_grad():
-            return {name: rows for question in self.questions for name, rows in question.answers(said).items()}
+        return answered(self.questions, self._said(batch))
 
     def kept(self, batch: Batch) -> dict[str, Tensor]:
         """What the store keeps about a batch: an answer ``(N, ...)`` for each question and input, or the logits alone.
@@ -193,31 +174,17 @@ class Teachers(Frozen):
         Raises:
             InputError: the inputs are none that a store can know again.
         """
-        if self.store is not None and self.store.keep == "logits":
-            self._refuse_more_than_logits()
-            with torch.no_grad():
-                answers = Logits().answers(self._said(batch))
-        else:
-            answers = self.ask(batch)
-        chunks = self._chunks(batch)
-        return {
-            f"{name}{chunk}": rows
-            for name, whole in answers.items()
-            for chunk, rows in zip(chunks, torch.split(whole, batch.size), strict=True)
-        }
+        ends = self.about.suffixes(batch, self.inputs(batch))
+        questions = [Logits()] if self._are_logits_kept() else self.questions
+        return split_rows(answered(questions, self._said(batch)), ends, batch.size)
 
     def _told(self, batch: Batch, store: TeacherStore) -> dict[str, Tensor]:
-        chunks = self._chunks(batch)
-        ask: Callable[[], dict[str, Tensor]] | None = None if self.ensemble is None else lambda: self.kept(batch)
+        ends = self.about.suffixes(batch, self.inputs(batch))
+        ask = None if self.ensemble is None else partial(self.kept, batch)
         told = store.told(batch, ask, device=batch.device)
-        if store.keep == "logits":
-            self._refuse_more_than_logits()
-            said = Said(told["logits"].transpose(0, 1).unbind(), (), self.rule, self._means)
-            return {name: rows for question in self.questions for name, rows in question.answers(said).items()}
-        if len(chunks) == 1:
-            return told
-        names = [name for name in told if not any(name.endswith(chunk) for chunk in chunks[1:])]
-        return {name: torch.cat([told[f"{name}{chunk}"] for chunk in chunks]) for name in names}
+        if self._are_logits_kept():
+            return answered(self.questions, Said(told["logits"].transpose(0, 1).unbind(), (), self.rule, self._means))
+        return join_rows(told, ends)
 
     def _said(self, batch: Batch) -> Said:
         if self.ensemble is None:
@@ -232,18 +199,6 @@ class Teachers(Frozen):
         pairs = self.ensemble.each(inputs, self.taps)
         features = [features[tap.layers[0]] for tap, (_, features) in zip(self.taps, pairs, strict=True)]
         return Said([output for output, _ in pairs], features, self.rule, self._means)
-
-    def _chunks(self, batch: Batch) -> list[str]:
-        """What stands behind an answer's name for each ``N`` of its rows; of a batch's own input, nothing."""
-        inputs = self.inputs(batch)
-        if len(inputs) == 1:
-            return [""]
-        self.about.check_storable(batch, inputs)
-        chunks = [""]
-        for name, values in inputs.items():
-            if name:
-                chunks += [f"_{name}_{copy}" for copy in range(count_rows(values) // batch.size)]
-        return chunks
 
     @property
     def rule(self) -> EnsembleRule:
@@ -271,13 +226,19 @@ class Teachers(Frozen):
             raise RuntimeError("Teachers is asked before it became an attribute of a DistillationModule")
         return self.output
 
-    def _refuse_more_than_logits(self) -> None:
+    def _are_logits_kept(self) -> bool:
+        if self.store is None or self.store.keep != "logits":
+            return False
         if any(question.needs_features for question in self.questions) or type(self.about) is not About:
             raise InputError(f"{self._who} needs more than its teachers' logits: leave the store's keep out")
+        return True
 
-    def _undeclared(self, name: str) -> InputError:
-        asked = ", ".join(type(question).__name__ for question in self.questions) or "nothing"
-        return InputError(f"{self._who} reads the teachers' {name} but asks for {asked}: add it to Teachers(ask=...)")
+    def _refuse_undeclared(self, kind: type[Question], name: str) -> None:
+        if not any(isinstance(question, kind) for question in self.questions):
+            asked = ", ".join(type(question).__name__ for question in self.questions) or "nothing"
+            raise InputError(
+                f"{self._who} reads the teachers' {name} but asks for {asked}: add {kind.__name__} to Teachers(ask=...)"
+            )
 
     @staticmethod
     def _nobody() -> InputError:
@@ -332,11 +293,3 @@ class Teachers(Frozen):
         if self.ensemble is None or self.store is not None:
             return None
         return {"networks": [recipe_of(network) for network in self.ensemble], **self.ensemble.options()}
-
-
-def _one_each(count: int, name: str, values: Any) -> list[Any]:
-    """One value for all teachers, or a sequence with one value each."""
-    each = [values] * count if isinstance(values, str) else list(values)
-    if len(each) != count:
-        raise InputError(f"{len(each)} {name} for {count} teachers: give one for all, or one each")
-    return each

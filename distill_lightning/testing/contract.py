@@ -6,6 +6,8 @@ One long file, because the points are read, and broken, one by one.
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,7 @@ from distill_lightning.testing.tiny import TinyDataModule, TinyNet, tiny_trainer
 
 
 class Build(Protocol):
-    """Makes the module under test; must be a function of a module (not a lambda), because processes are spawned.
+    """Makes the module under test; must be a function of a module (not a lambda), because processes may be spawned.
 
     A function with an attribute ``num_targets`` makes a regression: its networks give that many means and as many
     log-variances, and ``num_classes`` says nothing. One with an attribute ``partners`` gets training views with
@@ -343,6 +345,17 @@ def a_training_step_does_not_wait_for_the_device(build: Build) -> None:
     _require(not found, f"{len(found)} hidden synchronisations in a step: {', '.join(found)}")
 
 
+def process_strategy() -> str:
+    """The strategy by which a test trains in several processes, ``"ddp_fork"`` where it is possible.
+
+    A forked process need not import everything again, which takes longer than the training; but CUDA, once it is
+    initialised, does not work in one, and OpenMP waits for ever for the threads of the process that it came from.
+    """
+    has_one_thread = torch.get_num_threads() == 1 and os.environ.get("OMP_NUM_THREADS") == "1"
+    can_fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
+    return "ddp_fork" if can_fork and has_one_thread else "ddp_spawn"
+
+
 class _LeaveTheGroup(pl.Callback):
     """Ends the processes' connection with the fit: threads of it that are left at a process's exit may abort it."""
 
@@ -358,7 +371,7 @@ def two_processes_equal_one(build: Build) -> None:
     together = copy.deepcopy(alone)
     single = tiny_trainer(max_epochs=2)
     single.fit(alone, datamodule=_data(build, batch_size=8, val_size=23))
-    double = tiny_trainer(max_epochs=2, devices=2, strategy="ddp_spawn", callbacks=[_LeaveTheGroup()])
+    double = tiny_trainer(max_epochs=2, devices=2, strategy=process_strategy(), callbacks=[_LeaveTheGroup()])
     double.fit(together, datamodule=_data(build, batch_size=4, val_size=23))
     for name, value in single.callback_metrics.items():
         if name.endswith("_share"):

@@ -321,9 +321,9 @@ def test_any_module_with_a_student_will_do():
 
 
 @pytest.mark.slow
-def test_of_two_processes_the_first_measures(tmp_path):
+def test_of_two_processes_the_first_measures(tmp_path, start_method):
     probe = ReconstructionErrorProbe("features", epochs=1)
-    trainer = tiny_trainer(callbacks=[probe], logger=CSVLogger(tmp_path), devices=2, strategy="ddp_fork", log_every_n_steps=1)
+    trainer = tiny_trainer(callbacks=[probe], logger=CSVLogger(tmp_path), devices=2, strategy=f"ddp_{start_method}", log_every_n_steps=1)
     trainer.fit(feed_module(), datamodule=TinyDataModule(batch_size=4))
     assert [path.name for path in tmp_path.rglob("*.png")] == ["reconstruction_self_3.png"]
 
@@ -352,7 +352,7 @@ class Different(pl.LightningModule):
 @pytest.mark.parametrize(
     ("make_module", "options", "data", "limits", "message"),
     [
-        (feed_module, {"layer": "featurs"}, TinyDataModule, {}, "TinyNet has no layer 'featurs'; near names: features"),
+        (feed_module, {"layer": "featurs"}, TinyDataModule, {}, "no layer 'featurs'; similar names: features"),
         (feed_module, {"layer": "head"}, TinyDataModule, {}, r"student's 'head' gives shape \(1, 3\), not \(N"),
         (feed_module, {"teacher_layers": ["features"]}, TinyDataModule, {}, "1 teacher_layers for 2 teachers"),
         (

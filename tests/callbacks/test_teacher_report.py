@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from distill_lightning import Batch, InputError, KDModule, SupervisedModule, TeacherEnsemble
+from distill_lightning import Batch, Gaussian, InputError, KDModule, SupervisedModule, TeacherEnsemble
 from distill_lightning.callbacks import TeacherReport
 from distill_lightning.outputs.metrics import classification_metrics, regression_metrics
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
@@ -127,7 +127,8 @@ class Restless(TinyDataModule):
         if self.trainer.training and not isinstance(batch, Batch):
             raise AssertionError("the data think that the student is training")
         noise = random.random() + np.random.random() + torch.rand(())  # noqa: NPY002
-        return Batch(batch[0] + 0.01 * noise, batch[1])
+        batch = Batch.of(batch)
+        return Batch(batch.input + 0.01 * noise, batch.target)
 
 
 class Dropping(nn.Module):
@@ -150,7 +151,7 @@ def test_a_training_is_the_same_with_and_without_the_report(sanity):
 
     class After(pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            modes.append([module.training for module in pl_module.modules()])
+            modes.append([[child.training for child in one.modules()] for one in (pl_module, *pl_module.teachers)])
             drawn.append((random.random(), float(np.random.random()), float(torch.rand(()))))  # noqa: NPY002
             assert trainer.training
             assert torch.is_grad_enabled()
@@ -180,15 +181,18 @@ def test_modes_that_were_set_by_hand_come_back():
     class Before(pl.Callback):
         def on_train_start(self, trainer, pl_module):
             pl_module.student.features[1].eval()
-            pl_module.teachers.networks[0].training = True
-            pl_module.teachers.networks[0].features[1].training = True
-            self.modes = [child.training for child in pl_module.modules()]
-            self.buffers = [buffer.clone() for buffer in pl_module.teachers.buffers()]
+            pl_module.teachers[0].training = True
+            pl_module.teachers[0].features[1].training = True
+            note(self, pl_module)
 
     class After(pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            self.modes = [child.training for child in pl_module.modules()]
-            self.buffers = [buffer.clone() for buffer in pl_module.teachers.buffers()]
+            note(self, pl_module)
+
+    def note(callback, module):
+        networks = nn.ModuleList([module.student, *module.teachers])
+        callback.modes = [child.training for child in networks.modules()]
+        callback.buffers = [buffer.clone() for buffer in networks.buffers()]
 
     before, after = Before(), After()
     trainer = tiny_trainer(callbacks=[before, TeacherReport(), after])
@@ -277,11 +281,9 @@ def test_without_validation_data_it_is_refused(options):
 class Gauss(pl.LightningModule):
     """A regression with teachers of its own, as far as the report must know."""
 
-    num_classes = None
-    num_targets = 1
-
     def __init__(self, answers):
         super().__init__()
+        self.output = Gaussian(1)
         self.layer = nn.Linear(3, 2)
         self.answers = answers
 
@@ -358,12 +360,12 @@ def test_it_runs_in_the_trainers_precision(precision):
 
 @quiet
 @pytest.mark.slow
-def test_two_processes_report_what_one_does(tmp_path):
+def test_two_processes_report_what_one_does(tmp_path, start_method):
     # Nine samples in batches of four: the second process's last batch holds nothing but a sample of the first's.
     alone = report(kd(norm="group"), TinyDataModule(val_size=9, batch_size=4))
     logger = CSVLogger(tmp_path, name="run")
     data = TinyDataModule(val_size=9, batch_size=4)
-    report(kd(norm="group"), data, devices=2, strategy="ddp_fork", logger=logger, log_every_n_steps=1)
+    report(kd(norm="group"), data, devices=2, strategy=f"ddp_{start_method}", logger=logger, log_every_n_steps=1)
     header, first, *_ = (
         line.split(",") for line in (tmp_path / "run" / "version_0" / "metrics.csv").read_text().splitlines()
     )

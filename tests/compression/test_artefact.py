@@ -260,7 +260,7 @@ def test_codes_of_pruned_weights_are_left_out(scheme, tmp_path):
 def test_codes_without_one_zero_are_not_sparse():
     weight = torch.randn(4, 9) + torch.arange(4)[:, None]
     for scheme in (q.Scheme(4, "affine"), q.Scheme(1, "binary")):
-        with pytest.raises(InputError, match="same code of zero"):
+        with pytest.raises(InputError, match="different codes of zero"):
             packing.pack_codes(q.codes(weight, scheme), scheme, sparse=True)
 
 

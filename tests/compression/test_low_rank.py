@@ -476,7 +476,11 @@ def test_a_description_is_a_copy():
 @pytest.mark.parametrize(
     ("layer", "description", "message"),
     [
-        (nn.Linear(4, 4), {"kind": "low"}, "kind 'low' is not a factored layer: it must be one of low_rank_linear, tt_linear,"),
+        (
+            nn.Linear(4, 4),
+            {"kind": "low"},
+            "kind 'low' is not a factored layer: it must be one of low_rank_linear, tt_linear,",
+        ),
         (nn.Linear(4, 4), {}, "kind None is not a factored layer"),
         (nn.GRU(4, 4), {"kind": "conv_chain"}, "a conv_chain layer is built from Conv2d, not from GRU"),
         (nn.Linear(4, 4), {"kind": "low_rank_linear"}, "the description of a low_rank_linear layer does not fit"),

@@ -252,7 +252,7 @@ def test_a_fixed_batch_and_several_inputs_and_outputs(tmp_path):
         run(given[0])
     fixed = onnx_session(export_onnx(network, tmp_path / "fixed.onnx", given, dynamic_batch=False))
     assert fixed(*given)[0].shape == (2, 3)
-    with pytest.raises(InputError, match=r"fixed.onnx does not accept these inputs: .*dimensions"):
+    with pytest.raises(InputError, match=r"fixed.onnx does not take these inputs: .*dimensions"):
         fixed(*wide)
 
 

@@ -505,7 +505,7 @@ def test_tied_affine_weights_are_rounded_once_in_the_file(bits, seed, tmp_path):
     [
         ({"weight_bits": 1}, "^Quantize: weight_bits must be 2 to 8, got 1: for 1 bit use scheme='binary'$"),
         ({"act_scheme": "symmetric"}, "act_scheme='symmetric' has no effect here: give act_bits"),
-        ({"act_scheme": "affine"}, "would do nothing here"),
+        ({"act_scheme": "affine"}, "has no effect here"),
         ({"scheme": "binary", "weight_bits": 4}, "has codes of 1 bit, not 4"),
         (
             {"scheme": "ttq", "per": "channel"},
@@ -514,8 +514,8 @@ def test_tied_affine_weights_are_rounded_once_in_the_file(bits, seed, tmp_path):
         ({"scheme": "int8"}, "scheme must be one of"),
         ({"act_bits": 9}, "^Quantize: act_bits must be 2 to 8, got 9$"),
         ({"observer": "ema"}, "is for activations, give act_bits"),
-        ({"observer": "mse", "scheme": "binary"}, "would do nothing here"),
-        ({"observer": "mse", "estimator": "lsq"}, "would do nothing here"),
+        ({"observer": "mse", "scheme": "binary"}, "has no effect here"),
+        ({"observer": "mse", "estimator": "lsq"}, "has no effect here"),
         ({"observer": "median"}, "observer must be one of"),
         ({"estimator": "pact"}, "give act_bits"),
         ({"estimator": "lsq", "scheme": "affine"}, "learns symmetric weights"),

@@ -224,7 +224,7 @@ def test_what_cannot_be_scanned_or_reached_is_one_line():
         (lambda: scan(network, LAYERS, [], **options), "levels"),
         (lambda: scan(network, LAYERS, [0.5, 0.5], **options), "levels"),
         (lambda: scan(network, ["9.weight"], LEVELS, **options), "no parameter '9.weight'"),
-        (lambda: scan(network, LAYERS, [1.5], **options), "must be 0 to 1, got 1.5"),
+        (lambda: scan(network, LAYERS, [1.5], **options), "must be from 0 to 1, got 1.5"),
         (lambda: amounts_within(CURVES, dense=0.9), "not both"),
         (lambda: amounts_within(CURVES, dense=0.9, max_drop=0.1, target=0.1, counts=COUNTS), "not both"),
         (lambda: amounts_within(CURVES, dense=0.9, target=0.1), "counts"),

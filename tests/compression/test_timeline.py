@@ -53,7 +53,11 @@ def test_another_at_is_refused(at):
         ([Prune(amount=0.5, at=5)], {"epochs": 4}, "lasts from epoch 5 to 5"),
         ([Prune(amount=0.5, finetune_epochs=3), Encode(at=2)], {"epochs": 4}, "begins at epoch 2, and step 1"),
         ([Prune(amount=0.5, criterion="movement")], {"epochs": 4}, "learned while the network trains: give it"),
-        ([Regularise(penalty="l1", weight=1.0)], {"epochs": 4}, "a penalty has an effect only while the network trains"),
+        (
+            [Regularise(penalty="l1", weight=1.0)],
+            {"epochs": 4},
+            "a penalty has an effect only while the network trains",
+        ),
         ([], {"epochs": 4, "dense_epochs": 5}, "dense_epochs=5 of max_epochs=4"),
         ([], {"epochs": 4, "dense_epochs": -1}, "dense_epochs=-1 of max_epochs=4"),
     ],

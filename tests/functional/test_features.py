@@ -175,7 +175,9 @@ def test_hint_distance_refuses_other_shapes_and_never_broadcasts(shape):
 
 @pytest.mark.parametrize("shape", [(2, 4, 2, 1), (1, 3, 2, 2), (2, 3, 2), (2, 3)])
 def test_attention_distance_refuses_other_places_and_never_broadcasts(shape):
-    with pytest.raises(InputError, match=r"attention_distance: student \(2, 3, 2, 2\) and teacher .* equal except for C"):
+    with pytest.raises(
+        InputError, match=r"attention_distance: student \(2, 3, 2, 2\) and teacher .* equal except for C"
+    ):
         attention_distance(draw(2, 3, 2, 2), draw(*shape))
     with pytest.raises(InputError, match="equal except for C"):
         attention_distance(draw(2, 3), draw(2, 3))

@@ -323,7 +323,9 @@ def test_gradients_reach_all_four_and_the_mean_by_its_formula():
 def test_gaussian_kl_refuses_other_shapes(formula, odd):
     parts = [torch.zeros(4, 2) for _ in range(4)]
     parts[odd] = torch.zeros(4, 1)
-    with pytest.raises(InputError, match="gaussian_kl: means, log-variances and targets must have the same shape, got "):
+    with pytest.raises(
+        InputError, match="gaussian_kl: means, log-variances and targets must have the same shape, got "
+    ):
         formula(*parts)
 
 

@@ -521,7 +521,7 @@ def test_a_report_without_measurements_is_refused():
     [
         ({"steps": [Quantize(finetune_epochs=1), Prune(amount=0.5)]}, "step 2 .Prune weight. cannot come after step 1"),
         ({"steps": [Prune(amount=0.5, finetune_epochs=1), LowRank(rank=2)]}, "LowRank.* cannot come after step 1"),
-        ({"steps": [Encode(), Prune(amount=0.5)]}, "what is stored is encoded last"),
+        ({"steps": [Encode(), Prune(amount=0.5)]}, "encoding comes last"),
         ({"steps": [Prune(amount=0.5, at=3, finetune_epochs=2)]}, "lasts from epoch 3 to 5.* max_epochs=5"),
         ({"steps": [Prune(amount=0.5, at=9)]}, "lasts from epoch 9 to 9, and the training ends at 4"),
         (

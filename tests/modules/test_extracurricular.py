@@ -1,7 +1,10 @@
 """Extracurricular Learning against naive references, its equalities, its inputs, its options and its refusals."""
 
 import copy
+import dataclasses
+import functools
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -16,22 +19,28 @@ from distill_lightning import (
     EmpiricalSampler,
     ExtracurricularModule,
     FunctionSampler,
+    Gaussian,
     GeneratorSampler,
     InputError,
     KDModule,
+    MatchPoint,
     MixupSampler,
     RegressionModule,
     SmallResNet,
     SupervisedModule,
     TeacherEnsemble,
+    functional,
 )
 from distill_lightning.data.mixing import mixup
 from distill_lightning.data.views import uniform_draws
 from distill_lightning.layers import GaussianHead, without_deviation
+from distill_lightning.modules.extracurricular import Match, MatchDistribution
 from distill_lightning.networks.weights import read_weights
 from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
 
 SHAPE = (1, 8, 8)
+# What keeps the samplers' draws apart from others; with another number no run could be repeated.
+SAMPLERS_STREAM = 0x45435543
 
 
 # Networks, samplers and batches
@@ -62,14 +71,25 @@ def draw(*shape, seed=0, scale=2.0, dtype=torch.float32):
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
-def tables_module(student, teachers, **options):
+@dataclass(frozen=True)
+class MatchReversed(Match):
+    """The divergence the other way round, as a user may add it."""
+
+    def divergence_rows(self, output, student, teacher, temperature):
+        if isinstance(output, Gaussian):
+            return functional.gaussian_kl_rows(*output.prediction(student).chunk(2, dim=1), *teacher.chunk(2, dim=1))
+        return functional.softened_kl_rows(
+            student, teacher, temperature=temperature, from_logits=False, direction="reverse"
+        )
+
+
+MATCHES = {"forward": MatchDistribution(), "reverse": MatchReversed(), "point": MatchPoint()}
+
+
+def tables_module(student, teachers, *, num_targets=None, weights=None, combine="probabilities", **options):
     """Of tables; the first half of their rows is the batch, the second what the sampler makes."""
     student, teachers = torch.as_tensor(student), [torch.as_tensor(teacher) for teacher in teachers]
-    weights, combine = options.pop("weights", None), options.pop("combine", "probabilities")
-    if options.get("task") == "regression":
-        options.setdefault("num_targets", student.shape[1] // 2)
-    else:
-        options.setdefault("num_classes", student.shape[1])
+    options |= {"num_targets": num_targets} if num_targets else {"num_classes": student.shape[1]}
     count = len(student) // 2
     return ExtracurricularModule(
         Table(student),
@@ -108,8 +128,8 @@ def tiny_module(*, teachers=2, seed=0, targets=None, **options):
         # Far from the student and from one another.
         nn.init.normal_(network.head.weight, std=2)
     student = TinyNet(classes, num_targets=targets)
-    task = {"task": "regression", "num_targets": targets} if targets else {"num_classes": 3}
-    return ExtracurricularModule(student, networks, **(task | options))
+    outputs = {"num_targets": targets} if targets else {"num_classes": 3}
+    return ExtracurricularModule(student, networks, **outputs, **options)
 
 
 def whole_loss(module, batch):
@@ -120,7 +140,11 @@ def whole_loss(module, batch):
 def seen_by(network):
     """Inputs that a network gets from now on."""
     seen = []
-    network.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+
+    def note(_module, args, named):
+        seen.append(named or (args if len(args) > 1 else args[0]))
+
+    network.register_forward_pre_hook(note, with_kwargs=True)
     return seen
 
 
@@ -213,7 +237,7 @@ ENSEMBLES = [
 def test_classification_equals_the_naive_reference(members, weights, combine, temperature, direction, classes):
     student, teachers = draw(6, classes), [draw(6, classes, seed=1 + m) for m in range(members)]
     module, batch = tables_module(
-        student, teachers, weights=weights, combine=combine, temperature=temperature, kl_direction=direction
+        student, teachers, weights=weights, combine=combine, temperature=temperature, match=MATCHES[direction]
     )
     terms, logged = observed_of(module, batch)
     targets = [naive_probabilities(teachers, row, temperature, weights, combine) for row in range(6)]
@@ -254,7 +278,7 @@ def test_a_constant_added_to_the_logits_changes_nothing():
 @pytest.mark.parametrize(("members", "weights", "combine"), ENSEMBLES)
 def test_matched_at_a_point_classification_is_the_cross_entropy_to_the_likeliest_class(members, weights, combine):
     student, teachers = draw(6, 4), [draw(6, 4, seed=1 + m) for m in range(members)]
-    module, batch = tables_module(student, teachers, weights=weights, combine=combine, match="point")
+    module, batch = tables_module(student, teachers, weights=weights, combine=combine, match=MatchPoint())
     expected = 0.0
     for row in range(6):
         target = naive_probabilities(teachers, row, 1.0, weights, combine)
@@ -271,7 +295,7 @@ def test_matched_at_a_point_classification_is_the_cross_entropy_to_the_likeliest
 @pytest.mark.parametrize("targets", [1, 3])
 def test_regression_equals_the_naive_reference(members, weights, direction, targets):
     student, teachers = draw(6, 2 * targets), [draw(6, 2 * targets, seed=1 + m) for m in range(members)]
-    module, batch = tables_module(student, teachers, weights=weights, task="regression", kl_direction=direction)
+    module, batch = tables_module(student, teachers, weights=weights, num_targets=targets, match=MATCHES[direction])
     terms, logged = observed_of(module, batch)
     mixtures = [naive_collapse([t.double() for t in teachers], row, weights) for row in range(6)]
     pairs = list(zip(mixtures, gaussians_of(student), strict=True))
@@ -296,7 +320,7 @@ def test_the_student_widens_where_its_mean_is_off_and_only_forward(direction, be
     losses = []
     for variance in (best * 0.99, best, best * 1.01):
         student = torch.tensor([[1.0, math.log(variance)]] * 2, dtype=torch.float64)
-        module, batch = tables_module(student, [torch.zeros(2, 2)], task="regression", kl_direction=direction)
+        module, batch = tables_module(student, [torch.zeros(2, 2)], num_targets=1, match=MATCHES[direction])
         losses.append(float(module.terms(batch)["kl"]))
     assert losses[1] < min(losses[0], losses[2])
 
@@ -304,7 +328,7 @@ def test_the_student_widens_where_its_mean_is_off_and_only_forward(direction, be
 def test_with_equal_fixed_variances_the_gradient_is_that_of_the_squared_error():
     student, teacher = draw(6, 4, dtype=torch.float64), draw(6, 4, seed=1, dtype=torch.float64)
     student[:, 2:] = teacher[:, 2:] = math.log(0.7)
-    module, batch = tables_module(student, [teacher], task="regression")
+    module, batch = tables_module(student, [teacher], num_targets=2)
     module.terms(batch)["kl"].backward()
     expected = (student - teacher)[:, :2] / 0.7 / 6
     torch.testing.assert_close(module.student.outputs.grad[:, :2], expected, rtol=1e-6, atol=1e-9)
@@ -317,7 +341,7 @@ def test_matched_at_a_point_regression_is_the_squared_error_of_the_means(columns
     # The student may or may not have log-variances.
     student, teachers = draw(6, columns), [draw(6, 4, seed=1 + m) for m in range(2)]
     module, batch = tables_module(
-        student, teachers, weights=[1.0, 3.0], task="regression", num_targets=2, match="point", point_variance=variance
+        student, teachers, weights=[1.0, 3.0], num_targets=2, match=MatchPoint(variance=variance)
     )
     terms, logged = observed_of(module, batch)
     expected = 0.0
@@ -333,13 +357,13 @@ def test_matched_at_a_point_regression_is_the_squared_error_of_the_means(columns
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 4.0, 2.0]])
-@pytest.mark.parametrize("task", ["classification", "regression"])
-def test_an_ensembles_gradient_is_the_mean_of_its_members_gradients(task, weights):
+@pytest.mark.parametrize("targets", [None, 2])
+def test_an_ensembles_gradient_is_the_mean_of_its_members_gradients(targets, weights):
     student = draw(6, 4, dtype=torch.float64)
     teachers = [draw(6, 4, seed=1 + m, scale=1.0, dtype=torch.float64) for m in range(3)]
     gradients, values = [], []
     for members, given in ((teachers, weights), *(([teacher], None) for teacher in teachers)):
-        module, batch = tables_module(student, members, weights=given, task=task)
+        module, batch = tables_module(student, members, weights=given, num_targets=targets)
         value = module.terms(batch)["kl"]
         value.backward()
         gradients.append(module.student.outputs.grad)
@@ -373,7 +397,7 @@ def test_the_label_term_is_the_cross_entropy_of_the_clean_rows():
     student, teacher = draw(8, 3), draw(8, 3, seed=1)
     module, batch = tables_module(student, [teacher], label_weight=0.3, kl_weight=0.5, temperature=2.0)
     target = torch.tensor([2, 0, 1, 1])
-    terms = module.terms(batch._replace(target=target))
+    terms = module.terms(batch.replace(target=target))
     assert list(terms) == ["kl", "label"]
     assert module.weights() == {"kl": 0.5, "label": 0.3}
     assert float(terms["label"]) == pytest.approx(naive_label(student, target.tolist(), 4), rel=1e-5)
@@ -383,18 +407,17 @@ def test_the_label_term_is_the_cross_entropy_of_the_clean_rows():
     assert not gradient[4:].any()
 
 
-@pytest.mark.parametrize(("match", "variance"), [("distribution", None), ("point", 0.3)])
+@pytest.mark.parametrize(("match", "variance"), [(MatchDistribution(), None), (MatchPoint(variance=0.3), 0.3)])
 def test_the_label_term_of_a_regression_is_the_likelihood_of_the_clean_rows(match, variance):
     student, teacher, target = draw(8, 4), draw(8, 4, seed=1), draw(4, 2, seed=2)
-    options = {} if variance is None else {"point_variance": variance}
-    module, batch = tables_module(student, [teacher], task="regression", label_weight=1.0, match=match, **options)
+    module, batch = tables_module(student, [teacher], num_targets=2, label_weight=1.0, match=match)
     expected = 0.0
     for row in range(4):
         for j in range(2):
             m, y = float(student[row, j]), float(target[row, j])
             v = variance or math.exp(float(student[row, 2 + j]))
             expected += (math.log(v) + (y - m) ** 2 / v + math.log(2 * math.pi)) / 2 / 4
-    assert float(module.terms(batch._replace(target=target))["label"]) == pytest.approx(expected, rel=1e-5)
+    assert float(module.terms(batch.replace(target=target))["label"]) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("targets", [None, 2])
@@ -403,7 +426,7 @@ def test_labels_do_not_matter_where_they_have_no_weight(targets):
     for change in (lambda y: y, lambda y: y.flip(0), lambda y: None):
         module = tiny_module(targets=targets, samplers=[MixupSampler(), GeneratorSampler(generator_of(), 3)])
         batches = [batch_of(seed=seed, view=seed, targets=targets) for seed in range(3)]
-        fit(module, [batch._replace(target=change(batch.target)) for batch in batches], max_epochs=2)
+        fit(module, [batch.replace(target=change(batch.target)) for batch in batches], max_epochs=2)
         states.append(module.student.state_dict())
     assert_same(states[0], states[1])
     assert_same(states[0], states[2])
@@ -413,7 +436,7 @@ def test_labels_matter_where_they_have_a_weight():
     states = []
     for shift in (0, 1):
         module = tiny_module(label_weight=0.5)
-        batches = [batch._replace(target=(batch.target + shift) % 3) for batch in (batch_of(), batch_of(seed=1))]
+        batches = [batch.replace(target=(batch.target + shift) % 3) for batch in (batch_of(), batch_of(seed=1))]
         fit(module, batches)
         states.append(module.student.head.weight)
     assert not torch.equal(*states)
@@ -431,6 +454,16 @@ def run(module, **options):
     return module.student.state_dict(), trainer.callback_metrics
 
 
+@functools.cache
+def run_of_standard_distillation(temperature):
+    module = tiny_module(temperature=temperature)
+    return run(
+        KDModule(
+            module.student, module.teachers.ensemble, num_classes=3, temperature=temperature, hard_label_weight=0.0
+        )
+    )
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize(
     "options",
@@ -444,12 +477,8 @@ def run(module, **options):
 )
 def test_without_additional_inputs_it_is_standard_distillation(temperature, options):
     module = tiny_module(temperature=temperature, **options)
-    kd = KDModule(
-        copy.deepcopy(module.student), copy.deepcopy(module.teachers), num_classes=3, temperature=temperature,
-        hard_label_weight=0.0,
-    )  # fmt: skip
     state, logged = run(module)
-    expected, known = run(kd)
+    expected, known = run_of_standard_distillation(temperature)
     assert_same(expected, state)
     assert torch.equal(logged["train/kl"], known["train/kd"])
     assert torch.equal(logged["train/kl"], logged["train/kl_real"])
@@ -536,7 +565,7 @@ def test_gradients_go_to_the_student_alone():
         network.register_forward_hook(lambda _m, _i, output: graphs.append(output.requires_grad))
     module.terms(batch_of())["kl"].backward()
     assert graphs == [False] * 3
-    assert all(p.grad is None for network in (module.teachers, module.samplers) for p in network.parameters())
+    assert all(p.grad is None for network in (*module.teachers, *module.samplers) for p in network.parameters())
     assert all(float(p.grad.abs().sum()) > 0 for p in module.student.parameters())
 
 
@@ -673,11 +702,9 @@ def test_data_with_partners_are_mixed_with_these():
     module = tiny_module(extra_ratio=2.0, seed=3)
     seen = seen_by(module.student)
     observed_of(module, batch)
-    mixed = module.samplers[0].mix(
-        batch.input, module._draws(batch, torch.arange(16) % 8, torch.arange(16) // 8), pool=batch.partner.input,
-        paired=True,
-    )  # fmt: skip
     rows = torch.arange(16) % 8
+    draws = batch.draws(module.samplers.seed + SAMPLERS_STREAM, rows=rows, copies=torch.arange(16) // 8)
+    mixed = module.samplers[0].mix(batch.input, draws, pool=batch.partner.input, paired=True)
     expected = mixup(batch.input[rows], batch.partner.input[rows], mixed.share)
     assert torch.equal(seen[0], torch.cat([batch.input, expected]))
 
@@ -694,7 +721,7 @@ def test_a_few_rows_are_mixed_with_partners_from_the_whole_batch():
 
     module.samplers[0].mix = noted
     for epoch in range(40):
-        batch = batch_of(8)._replace(view=torch.full((8,), epoch))
+        batch = batch_of(8).replace(view=torch.full((8,), epoch))
         observed_of(module, batch)
     assert partners == set(range(8))
 
@@ -730,26 +757,54 @@ def test_every_row_counts_alike():
     student, teacher = draw(4, 3), draw(4, 3, seed=1)
     once, _ = tables_module(student, [teacher])
     twice = ExtracurricularModule(
-        once.student, once.teachers, num_classes=3, samplers=[FunctionSampler(lambda inputs, draws: inputs + 2)]
+        once.student,
+        once.teachers.ensemble,
+        num_classes=3,
+        samplers=[FunctionSampler(lambda inputs, draws: inputs + 2)],
     )
     rows = torch.tensor([0, 1, 0, 1])
     doubled = Batch(rows[:, None].float(), None, rows, rows)
     assert float(twice.terms(doubled)["kl"]) == pytest.approx(float(once.terms(rows_of(2))["kl"]), rel=1e-6)
 
 
+@pytest.mark.parametrize("targets", [None, 2])
+def test_samples_that_do_not_count_have_no_part_in_what_is_matched_and_logged(targets):
+    student, teacher = draw(8, 4), draw(8, 4, seed=1)
+    module, batch = tables_module(student, [teacher], num_targets=targets)
+    terms, logged = observed_of(module, batch.replace(counted=torch.tensor([True, False, True, True])))
+    if targets:
+        pairs = list(zip(gaussians_of(teacher), gaussians_of(student), strict=True))
+        kl = [naive_gaussian_divergence(*pair) for pair in pairs]
+        uncertainty = [sum(v for _, v in mixture) for mixture, _ in pairs]
+    else:
+        answers = [naive_softmax(row) for row in teacher.tolist()]
+        kl = [naive_divergence(*pair, 1.0) for pair in zip(student, answers, strict=True)]
+        uncertainty = [naive_entropy(answer) for answer in answers]
+    # Additional inputs always count.
+    assert float(terms["kl"]) == pytest.approx(sum(kl[:1] + kl[2:]) / 7, rel=1e-4)
+    assert logged["kl_real"] == pytest.approx((kl[0] + kl[2] + kl[3]) / 3, rel=1e-4)
+    assert logged["kl_function"] == pytest.approx(sum(kl[4:]) / 4, rel=1e-4)
+    assert logged["uncertainty_real"] == pytest.approx((uncertainty[0] + uncertainty[2] + uncertainty[3]) / 3, rel=1e-4)
+    assert logged["uncertainty_function"] == pytest.approx(sum(uncertainty[4:]) / 4, rel=1e-4)
+    if not targets:
+        same = (student.argmax(dim=1) == teacher.argmax(dim=1)).tolist()
+        assert logged["agreement"] == pytest.approx(sum(same[:1] + same[2:]) / 7)
+    terms["kl"].backward()
+    assert (module.student.outputs.grad.abs().sum(dim=1) > 0).tolist() == [True, False] + 6 * [True]
+
+
 # Inputs of several tensors
 
 
 class TwoInputs(nn.Module):
-    """Reads an image and a pose, from a dict or a tuple."""
+    """Reads an image and a pose, by keyword or by position."""
 
     def __init__(self, outputs=3, head=nn.Linear):
         super().__init__()
         self.image, self.pose = nn.Linear(64, 8), nn.Linear(2, 8)
         self.head = head(8, outputs)
 
-    def forward(self, inputs):
-        image, pose = (inputs["image"], inputs["pose"]) if isinstance(inputs, dict) else inputs
+    def forward(self, image, pose):
         return self.head(torch.tanh(self.image(image.flatten(1)) + self.pose(pose)))
 
 
@@ -758,7 +813,7 @@ def two_inputs(kind, count=8, seed=0):
     batch = batch_of(count, seed=seed)
     pose = poses_of(batch.input)
     inputs = {"image": batch.input, "pose": pose} if kind == "dict" else (batch.input, pose)
-    return batch._replace(input=inputs)
+    return batch.replace(input=inputs)
 
 
 def poses_of(images):
@@ -770,7 +825,7 @@ def poses_of(images):
 @pytest.mark.parametrize("ratio", [1.0, 2.0])
 def test_an_image_and_a_pose_are_mixed_with_the_same_rows_and_shares(kind, bn_mode, ratio):
     module = ExtracurricularModule(TwoInputs(), TwoInputs(), num_classes=3, extra_ratio=ratio, bn_mode=bn_mode)
-    teacher, student = seen_by(module.teachers.networks[0]), seen_by(module.student)
+    teacher, student = seen_by(module.teachers[0]), seen_by(module.student)
     batch = two_inputs(kind)
     module.terms(batch)
     assert type(teacher[0]) is type(student[0]) is type(batch.input)
@@ -789,23 +844,23 @@ def test_a_pose_is_mixed_by_the_share_of_the_image_that_is_left():
     inputs = (values.view(8, 1, 1, 1).expand(8, *SHAPE).clone(), values[:, None].expand(8, 2).clone())
     module = ExtracurricularModule(TwoInputs(), TwoInputs(), num_classes=3, samplers=[CutMixSampler()])
     seen = seen_by(module.student)
-    module.terms(batch_of()._replace(input=inputs))
+    module.terms(batch_of().replace(input=inputs))
     image, pose = seen[0]
     torch.testing.assert_close(image.mean(dim=(1, 2, 3))[:, None].expand(-1, 2), pose, rtol=1e-4, atol=1e-5)
     assert int((image[8:].flatten(1).std(dim=1) > 0).sum()) >= 4
 
 
 @pytest.mark.parametrize("kind", ["dict", "tuple"])
-@pytest.mark.parametrize("task", ["classification", "regression"])
-def test_inputs_of_several_tensors_are_trained_and_validated_on(kind, task):
-    if task == "regression":
-        networks, options = [TwoInputs(2, GaussianHead) for _ in range(2)], {"task": task, "num_targets": 2}
+@pytest.mark.parametrize("targets", [None, 2])
+def test_inputs_of_several_tensors_are_trained_and_validated_on(kind, targets):
+    if targets:
+        networks, options = [TwoInputs(targets, GaussianHead) for _ in range(2)], {"num_targets": targets}
     else:
         networks, options = [TwoInputs() for _ in range(2)], {"num_classes": 3}
     module = ExtracurricularModule(*networks, label_weight=0.1, **options)
     batches = [two_inputs(kind, seed=seed) for seed in range(3)]
-    if task == "regression":
-        batches = [batch._replace(target=draw(8, 2, seed=seed)) for seed, batch in enumerate(batches)]
+    if targets:
+        batches = [batch.replace(target=draw(8, 2, seed=seed)) for seed, batch in enumerate(batches)]
     loader = DataLoader(batches, batch_size=None)
     trainer = tiny_trainer()
     trainer.fit(module, loader, loader)
@@ -819,7 +874,7 @@ def test_inputs_of_several_tensors_are_trained_and_validated_on(kind, task):
 def draws_in_a_fit(*, draws_seed=0, epochs=2, **fields):
     notes = []
     module = ExtracurricularModule(TinyNet(), TinyNet(), num_classes=3, samplers=[noting(notes)], seed=draws_seed)
-    batches = [batch_of(4, seed=number)._replace(**fields) for number in range(3)]
+    batches = [batch_of(4, seed=number).replace(**fields) for number in range(3)]
     fit(module, batches, max_epochs=epochs)
     return torch.stack([numbers for *_, numbers in notes])
 
@@ -840,16 +895,15 @@ def test_data_without_indices_draw_anew_in_every_process():
     for rank, number in ((0, 0), (1, 0), (0, 1), (1, 1)):
         notes = []
         module = tiny_module(teachers=1, samplers=[noting(notes)])
-        loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_idx=number))
-        module._trainer = SimpleNamespace(fit_loop=loop, world_size=2, global_rank=rank, current_epoch=0)
-        module.terms(batch_of(4)._replace(index=None, view=None))
+        module._trainer = SimpleNamespace(world_size=2, global_rank=rank, current_epoch=0)
+        module.terms(module.prepared(batch_of(4).replace(index=None, view=None), number))
         drawn += notes[0][3].flatten().tolist()
     assert len(set(drawn)) == len(drawn) == 32
 
 
 def test_terms_can_be_looked_at_without_a_trainer():
     module = tiny_module()
-    values = [float(module.eval().terms(batch_of()._replace(index=None, view=None))["kl"]) for _ in range(2)]
+    values = [float(module.eval().terms(batch_of().replace(index=None, view=None))["kl"]) for _ in range(2)]
     assert values[0] == values[1] > 0
 
 
@@ -858,7 +912,7 @@ def test_draws_are_not_those_that_augment_the_images():
     module = tiny_module(teachers=1, samplers=[noting(notes)])
     batch = batch_of()
     module.terms(batch)
-    assert not torch.equal(notes[0][3], uniform_draws(module.seed, batch.index, batch.view, 2))
+    assert not torch.equal(notes[0][3], uniform_draws(module.samplers.seed, batch.index, batch.view, 2))
 
 
 def test_data_with_indices_alone_draw_anew_in_every_epoch():
@@ -909,50 +963,13 @@ def test_draws_come_from_the_seed_the_index_and_the_view_and_touch_no_global_gen
         module = ExtracurricularModule(TinyNet(), TinyNet(), num_classes=3, seed=seed)
         seen, state = seen_by(module.student), torch.get_rng_state()
         batch = batch_of(view=view)
-        module.terms(batch._replace(index=batch.index + shift))
+        module.terms(batch.replace(index=batch.index + shift))
         assert torch.equal(torch.get_rng_state(), state)
         return seen[0][8:]
 
     assert torch.equal(extra(), extra())
     for other in (extra(view=1), extra(shift=8), extra(seed=1)):
         assert not torch.equal(extra(), other)
-
-
-# Selection
-
-
-@pytest.mark.parametrize("task", ["classification", "regression"])
-@pytest.mark.parametrize("selection", ["all", "certain", "uncertain"])
-@pytest.mark.parametrize("quantile", [0.01, 0.3, 0.5, 1.0])
-def test_the_selection_keeps_the_rows_of_the_naive_reference(task, selection, quantile):
-    student, teacher = draw(10, 4), draw(10, 4, seed=1)
-    module, batch = tables_module(student, [teacher], task=task, sample_selection=selection, quantile=quantile)
-    if task == "classification":
-        targets = [naive_softmax(row) for row in teacher.tolist()]
-        kl = [naive_divergence(student[row], targets[row], 1.0) for row in range(10)]
-        uncertainty = [naive_entropy(target) for target in targets]
-    else:
-        pairs = list(zip(gaussians_of(teacher), gaussians_of(student), strict=True))
-        kl = [naive_gaussian_divergence(*pair) for pair in pairs]
-        uncertainty = [sum(v for _, v in mixture) for mixture, _ in pairs]
-    rows = sorted(range(10), key=lambda row: uncertainty[row], reverse=selection == "uncertain")
-    kept = rows if selection == "all" else rows[: math.ceil(quantile * 10)]
-    terms, logged = observed_of(module, batch)
-    assert float(terms["kl"]) == pytest.approx(sum(kl[row] for row in kept) / len(kept), rel=1e-4)
-    # What is looked at is all of it.
-    assert logged["kl_real"] == pytest.approx(sum(kl[:5]) / 5, rel=1e-4)
-    assert logged["uncertainty_function"] == pytest.approx(sum(uncertainty[5:]) / 5, rel=1e-4)
-    terms["kl"].backward()
-    moved = module.student.outputs.grad.abs().sum(dim=1).nonzero()[:, 0].tolist()
-    assert moved == sorted(kept)
-
-
-@pytest.mark.parametrize("count", [1, 3, 7])
-def test_a_share_of_the_rows_is_rounded_up(count):
-    student, teacher = draw(2 * count, 3), draw(2 * count, 3, seed=1)
-    module, batch = tables_module(student, [teacher], sample_selection="certain", quantile=0.4)
-    module.terms(batch)["kl"].backward()
-    assert int(module.student.outputs.grad.abs().sum(dim=1).count_nonzero()) == math.ceil(0.4 * 2 * count)
 
 
 def test_uncertain_rows_are_not_dropped():
@@ -969,20 +986,14 @@ def test_uncertain_rows_are_not_dropped():
 
 # Extreme inputs
 
-MATCHES = [("distribution", "forward"), ("distribution", "reverse"), ("point", "forward")]
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("match", "direction"), MATCHES)
-@pytest.mark.parametrize("selection", ["all", "certain"])
-def test_extreme_logits_stay_finite(dtype, direction, match, selection):
+@pytest.mark.parametrize("match", MATCHES)
+def test_extreme_logits_stay_finite(dtype, match):
     student = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [1e4, -1e4, 0.0], [0.0, 1.0, 2.0]], dtype=dtype)
     teacher = torch.tensor([[-1e4, 1e4, 0.0], [1e4, 1e4, -1e4], [0.0, 0.0, 0.0], [1e4, 0.0, 0.0]], dtype=dtype)
-    module, batch = tables_module(
-        student, [teacher, teacher.flip(0)], kl_direction=direction, match=match, sample_selection=selection,
-        label_weight=0.1,
-    )  # fmt: skip
-    terms, logged = observed_of(module, batch._replace(target=torch.tensor([1, 0])))
+    module, batch = tables_module(student, [teacher, teacher.flip(0)], match=MATCHES[match], label_weight=0.1)
+    terms, logged = observed_of(module, batch.replace(target=torch.tensor([1, 0])))
     (terms["kl"] + terms["label"]).backward()
     assert all(math.isfinite(value) for value in logged.values())
     assert all(torch.isfinite(term) and term > 0 and term.dtype == torch.float32 for term in terms.values())
@@ -990,15 +1001,13 @@ def test_extreme_logits_stay_finite(dtype, direction, match, selection):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("match", "direction"), MATCHES)
-def test_extreme_gaussians_stay_finite(dtype, direction, match):
+@pytest.mark.parametrize("match", MATCHES)
+def test_extreme_gaussians_stay_finite(dtype, match):
     values = [-50.0, 50.0]
     student = torch.tensor([[100.0, s] for s in values for _ in values], dtype=dtype)
     teachers = [torch.tensor([[m, s] for _ in values for s in values], dtype=dtype) for m in (-100.0, 80.0)]
-    module, batch = tables_module(
-        student, teachers, task="regression", kl_direction=direction, match=match, label_weight=0.1
-    )
-    terms, logged = observed_of(module, batch._replace(target=torch.tensor([[300.0], [0.0]])))
+    module, batch = tables_module(student, teachers, num_targets=1, match=MATCHES[match], label_weight=0.1)
+    terms, logged = observed_of(module, batch.replace(target=torch.tensor([[300.0], [0.0]])))
     (1e-6 * (terms["kl"] + terms["label"])).backward()
     assert all(math.isfinite(value) for value in logged.values())
     assert all(torch.isfinite(term) and term.dtype == torch.float32 for term in terms.values())
@@ -1006,23 +1015,26 @@ def test_extreme_gaussians_stay_finite(dtype, direction, match):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("task", ["classification", "regression"])
-@pytest.mark.parametrize("match", ["distribution", "point"])
-def test_half_precision_outputs_are_compared_in_float32(dtype, task, match):
+@pytest.mark.parametrize("targets", [None, 2])
+@pytest.mark.parametrize("match", ["forward", "point"])
+def test_half_precision_outputs_are_compared_in_float32(dtype, targets, match):
     student, teacher = draw(8, 4, dtype=dtype), draw(8, 4, seed=1, dtype=dtype)
-    target = torch.tensor([0, 1, 2, 3]) if task == "classification" else draw(4, 2, seed=2)
+    target = draw(4, 2, seed=2) if targets else torch.tensor([0, 1, 2, 3])
     values = []
     for wide in (False, True):
         outputs = (student.double(), teacher.double()) if wide else (student, teacher)
-        module, batch = tables_module(outputs[0], [outputs[1]], task=task, match=match, label_weight=1.0)
-        values.append({name: float(term) for name, term in module.terms(batch._replace(target=target)).items()})
+        module, batch = tables_module(
+            outputs[0], [outputs[1]], num_targets=targets, match=MATCHES[match], label_weight=1.0
+        )
+        values.append({name: float(term) for name, term in module.terms(batch.replace(target=target)).items()})
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("bounds", [(-1.0, 2.0), [-3.0, 0.5]])
 def test_log_variances_of_both_sides_are_clamped(bounds):
     student, teacher = 5 * draw(6, 4), 5 * draw(6, 4, seed=1)
-    module, batch = tables_module(student, [teacher], task="regression", log_var_bounds=bounds)
+    output = Gaussian(2, log_var_bounds=bounds)
+    module, batch = tables_module(student, [teacher], num_targets=2, output=output)
     pairs = []
     for output in (teacher, student):
         clamped = output.clone()
@@ -1031,7 +1043,7 @@ def test_log_variances_of_both_sides_are_clamped(bounds):
         pairs.append(gaussians_of(clamped))
     expected = sum(naive_gaussian_divergence(*pair) for pair in zip(*pairs, strict=True)) / 6
     assert float(module.terms(batch)["kl"]) == pytest.approx(expected, rel=1e-4)
-    assert torch.equal(module.evaluated(student)[:, 2:], student[:, 2:].clamp(*bounds))
+    assert torch.equal(module.output.prediction(student)[:, 2:], student[:, 2:].clamp(*bounds))
 
 
 # Deterministic teachers
@@ -1041,7 +1053,7 @@ def test_log_variances_of_both_sides_are_clamped(bounds):
 @pytest.mark.parametrize("members", [1, 2])
 def test_deterministic_teachers_get_the_given_variance(variance, per_target, members):
     student, teachers = draw(6, 4), [draw(6, 2, seed=1 + m) for m in range(members)]
-    module, batch = tables_module(student, teachers, task="regression", teacher_variance=variance)
+    module, batch = tables_module(student, teachers, num_targets=2, output=Gaussian(2, teacher_variance=variance))
     log_vars = torch.tensor(per_target, dtype=torch.float64).log().expand(6, 2)
     full = [torch.cat([teacher.double(), log_vars], dim=1) for teacher in teachers]
     mixtures = [naive_collapse(full, row, None) for row in range(6)]
@@ -1051,21 +1063,21 @@ def test_deterministic_teachers_get_the_given_variance(variance, per_target, mem
 
 def test_a_given_variance_is_that_of_the_teachers_that_give_means_alone():
     student, teachers = draw(6, 4), [draw(6, 4, seed=1), draw(6, 2, seed=2)]
-    mixed, batch = tables_module(student, teachers, task="regression", teacher_variance=0.7)
+    mixed, batch = tables_module(student, teachers, num_targets=2, output=Gaussian(2, teacher_variance=0.7))
     told = torch.cat([teachers[1], torch.full((6, 2), math.log(0.7))], dim=1)
-    whole, _ = tables_module(student, [teachers[0], told], task="regression")
+    whole, _ = tables_module(student, [teachers[0], told], num_targets=2)
     assert torch.allclose(mixed.terms(batch)["kl"], whole.terms(batch)["kl"], rtol=1e-6)
     first, second = mixed.teacher_predictions(batch)
     assert torch.allclose(first, teachers[0][:3])
     assert torch.allclose(second, told[:3])
 
 
-@pytest.mark.parametrize("match", ["distribution", "point"])
+@pytest.mark.parametrize("match", ["forward", "point"])
 @pytest.mark.parametrize("targets", [1, 2])
 def test_a_deterministic_teacher_without_a_variance_is_refused(match, targets):
     # With two targets, a mean must not pass for a log-variance.
     student, teacher = draw(6, 2 * targets), draw(6, targets, seed=1)
-    module, batch = tables_module(student, [teacher], task="regression", match=match)
+    module, batch = tables_module(student, [teacher], num_targets=targets, match=MATCHES[match])
     with pytest.raises(InputError, match="teacher_variance"):
         module.terms(batch)
 
@@ -1075,12 +1087,12 @@ def test_a_deterministic_teacher_without_a_variance_is_refused(match, targets):
 
 def test_separate_normalises_each_domain_by_its_own_statistics():
     module = tiny_module(bn_mode="separate", samplers=[GeneratorSampler(generator_of(), 3)])
-    seen = seen_by(module.teachers.networks[0])
+    seen = seen_by(module.teachers[0])
     twin = copy.deepcopy(module.student)
     _, logged = observed_of(module, batch_of())
     real, extra = seen[0].split(8)
     with torch.no_grad():
-        targets = [module.teachers.probabilities(inputs) for inputs in (real, extra)]
+        targets = [module.teachers.ensemble.probabilities(inputs) for inputs in (real, extra)]
         outputs = [twin(inputs) for inputs in (real, extra)]
         joint = twin(seen[0])
     for name, output, target in zip(("real", "generator"), outputs, targets, strict=True):
@@ -1091,11 +1103,11 @@ def test_separate_normalises_each_domain_by_its_own_statistics():
 
 def test_joint_normalises_all_inputs_together():
     module = tiny_module(samplers=[GeneratorSampler(generator_of(), 3)])
-    seen = seen_by(module.teachers.networks[0])
+    seen = seen_by(module.teachers[0])
     twin = copy.deepcopy(module.student)
     value = float(module.terms(batch_of())["kl"])
     with torch.no_grad():
-        rows = zip(twin(seen[0]), module.teachers.probabilities(seen[0]).tolist(), strict=True)
+        rows = zip(twin(seen[0]), module.teachers.ensemble.probabilities(seen[0]).tolist(), strict=True)
         assert value == pytest.approx(sum(naive_divergence(*row, 1.0) for row in rows) / 16, rel=1e-4)
     assert_same(twin.state_dict(), module.student.state_dict())
 
@@ -1133,10 +1145,10 @@ def test_separate_leaves_norms_alone_that_the_user_keeps_in_eval_mode():
             child.eval()
             child.running_mean.uniform_(-1, 1)
     twin = copy.deepcopy(module.student)
-    seen = seen_by(module.teachers.networks[0])
+    seen = seen_by(module.teachers[0])
     value = float(module.terms(batch_of())["kl"])
     with torch.no_grad():
-        rows = zip(twin(seen[0]), module.teachers.probabilities(seen[0]).tolist(), strict=True)
+        rows = zip(twin(seen[0]), module.teachers.ensemble.probabilities(seen[0]).tolist(), strict=True)
         assert value == pytest.approx(sum(naive_divergence(*row, 1.0) for row in rows) / 16, rel=1e-4)
     assert_same(twin.state_dict(), module.student.state_dict())
 
@@ -1177,7 +1189,7 @@ def test_validation_compares_with_the_labels_and_with_the_ensemble():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"match": "point", "point_variance": 0.3}, {"log_var_bounds": (-0.2, 0.2)}],
+    [{}, {"match": MatchPoint(variance=0.3)}, {"output": Gaussian(2, log_var_bounds=(-0.2, 0.2))}],
 )
 def test_validation_of_a_regression_compares_with_the_mixture(options):
     module = tiny_module(targets=2, **options).eval()
@@ -1186,7 +1198,7 @@ def test_validation_of_a_regression_compares_with_the_mixture(options):
     logged = tiny_trainer().validate(module, datamodule=data, verbose=False)[0]
     batches = list(data.val_dataloader())
     inputs, target = torch.cat([b.input for b in batches]), torch.cat([b.target for b in batches])
-    bounds = options.get("log_var_bounds", (-10, 10))
+    bounds = (-0.2, 0.2) if "output" in options else (-10, 10)
     with torch.no_grad():
         student, *teachers = (network(inputs).double() for network in (module.student, *module.teachers))
     for output in (student, *teachers):
@@ -1235,10 +1247,7 @@ def small_module(targets=None, **options):
     torch.manual_seed(0)
     outputs = {"num_targets": targets} if targets else {"num_classes": 3}
     teachers = TeacherEnsemble([SmallResNet(**outputs, width=w) for w in (2, 3)], weights=[1, 3])
-    task = {"task": "regression"} if targets else {}
-    return ExtracurricularModule(
-        SmallResNet(**outputs, width=2), teachers, input_shape=SHAPE, **outputs, **task, **options
-    )
+    return ExtracurricularModule(SmallResNet(**outputs, width=2), teachers, input_shape=SHAPE, **outputs, **options)
 
 
 class Stop(pl.callbacks.Checkpoint):
@@ -1265,7 +1274,7 @@ def test_training_goes_on_from_a_checkpoint_that_builds_the_module(tmp_path, tar
     first = small_module(targets, samplers=samplers(), **options)
     path = tmp_path / "xcl.ckpt"
     tiny_trainer(max_epochs=3, callbacks=[Stop(path)], enable_checkpointing=True).fit(first, datamodule=data)
-    loaded = ExtracurricularModule.load_from_checkpoint(path, teachers=first.teachers, samplers=samplers())
+    loaded = ExtracurricularModule.load_from_checkpoint(path, teachers=first.teachers.ensemble, samplers=samplers())
     assert_same(first.student.state_dict(), loaded.student.state_dict())
     tiny_trainer(max_epochs=3).fit(loaded, datamodule=data, ckpt_path=str(path))
     assert_same(whole.student.state_dict(), loaded.student.state_dict())
@@ -1274,21 +1283,22 @@ def test_training_goes_on_from_a_checkpoint_that_builds_the_module(tmp_path, tar
 
 def test_a_checkpoint_keeps_every_option(tmp_path):
     options = {
-        "extra_ratio": 0.5, "kl_weight": 0.7, "label_weight": 0.2, "match": "point", "point_variance": 0.3,
-        "sample_selection": "certain", "quantile": 0.4, "bn_mode": "separate",
-        "teacher_variance": [0.5, 2.0], "log_var_bounds": (-4.0, 3.0), "seed": 9,
+        "extra_ratio": 0.5, "kl_weight": 0.7, "label_weight": 0.2, "match": MatchPoint(variance=0.3),
+        "bn_mode": "separate", "temperature": 2.0, "seed": 9,
+        "output": Gaussian(2, teacher_variance=[0.5, 2.0], log_var_bounds=(-4.0, 3.0)),
     }  # fmt: skip
     module = small_module(2, **options)
     trainer = tiny_trainer()
     trainer.fit(module, datamodule=TinyDataModule(num_targets=2))
     trainer.save_checkpoint(tmp_path / "xcl.ckpt")
-    loaded = ExtracurricularModule.load_from_checkpoint(tmp_path / "xcl.ckpt", teachers=module.teachers)
-    for name, value in options.items():
-        found = getattr(loaded, name)
-        assert (list(found) if isinstance(value, (list, tuple)) else found) == (
-            list(value) if isinstance(value, (list, tuple)) else value
-        ), name
-    assert (loaded.task, loaded.num_targets) == ("regression", 2)
+    loaded = ExtracurricularModule.load_from_checkpoint(tmp_path / "xcl.ckpt", teachers=module.teachers.ensemble)
+    kept = {
+        "extra_ratio": loaded.samplers.ratio, "kl_weight": loaded.kl_weight, "label_weight": loaded.label_weight,
+        "match": loaded.match, "bn_mode": loaded.bn_mode, "temperature": loaded.temperature,
+        "seed": loaded.samplers.seed, "output": dataclasses.replace(loaded.output, fixed_variance=None),
+    }  # fmt: skip
+    assert kept == options
+    assert (loaded.output.fixed_variance, loaded.num_targets) == (0.3, 2)
 
 
 @pytest.mark.parametrize("samplers", [None, [MixupSampler(0.5)], [MixupSampler(), MixupSampler()]])
@@ -1299,7 +1309,7 @@ def test_a_checkpoint_notices_other_samplers(tmp_path, samplers):
     trainer.save_checkpoint(tmp_path / "xcl.ckpt")
     given = {} if samplers is None else {"samplers": samplers}
     with pytest.warns(UserWarning, match="training on would follow other samplers"):
-        ExtracurricularModule.load_from_checkpoint(tmp_path / "xcl.ckpt", teachers=module.teachers, **given)
+        ExtracurricularModule.load_from_checkpoint(tmp_path / "xcl.ckpt", teachers=module.teachers.ensemble, **given)
 
 
 # Refusals
@@ -1308,27 +1318,18 @@ def test_a_checkpoint_notices_other_samplers(tmp_path, samplers):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": "detection"}, "task must be one of classification, regression, got 'detection'"),
-        ({"match": "mean"}, "match must be one of distribution, point, got 'mean'"),
-        ({"sample_selection": "sure"}, "sample_selection must be one of all, certain, uncertain, got 'sure'"),
-        ({"kl_direction": "backward"}, "kl_direction must be one of forward, reverse, got 'backward'"),
         ({"bn_mode": "apart"}, "bn_mode must be one of joint, separate, got 'apart'"),
-        ({"task": "regression"}, "task='regression' needs num_targets, and not the other"),
-        ({"num_classes": None, "num_targets": 2}, "task='classification' needs num_classes, and not the other"),
-        ({"num_targets": 2}, r"needs num_classes \(a classifier\) or num_targets \(a regression\), and not both"),
-        ({"num_classes": None}, r"needs num_classes \(a classifier\) or num_targets \(a regression\), and not both"),
+        ({"num_targets": 2}, r"needs either num_classes \(a classifier\) or num_targets \(a regression\)"),
+        ({"num_classes": None}, r"needs either num_classes \(a classifier\) or num_targets \(a regression\)"),
         ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
-        ({"temperature": 0.0}, "temperature and point_variance must be positive, got 0.0 and 1.0"),
-        ({"temperature": math.nan}, "temperature and point_variance must be positive, got nan and 1.0"),
-        ({"point_variance": -1.0}, "temperature and point_variance must be positive, got 1.0 and -1.0"),
-        ({"extra_ratio": -0.5}, "extra_ratio, kl_weight and label_weight cannot be negative, .*: -0.5, 1.0 and 0.0"),
-        ({"kl_weight": -1.0}, "cannot be negative, .*: 1.0, -1.0 and 0.0"),
-        ({"label_weight": math.nan}, "cannot be negative, .*: 1.0, 1.0 and nan"),
-        ({"kl_weight": 0.0}, "nor both weights 0: 1.0, 0.0 and 0.0"),
-        ({"extra_ratio": math.nan}, "cannot be negative, .*: nan, 1.0 and 0.0"),
-        ({"quantile": 0.0}, r"quantile is a share in \(0, 1\], got 0.0"),
-        ({"quantile": 1.01}, r"quantile is a share in \(0, 1\], got 1.01"),
-        ({"log_var_bounds": (3.0, -3.0)}, r"log_var_bounds must be \(smallest, largest\), got \(3.0, -3.0\)"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"temperature": math.nan}, "temperature must be positive, got nan"),
+        ({"extra_ratio": -0.5}, "extra_ratio cannot be negative, got -0.5"),
+        ({"extra_ratio": math.nan}, "extra_ratio cannot be negative, got nan"),
+        ({"kl_weight": -1.0}, "kl_weight and label_weight cannot be negative, nor both 0: -1.0 and 0.0"),
+        ({"label_weight": math.nan}, "cannot be negative, nor both 0: 1.0 and nan"),
+        ({"kl_weight": 0.0}, "nor both 0: 0.0 and 0.0"),
+        ({"output": Gaussian(2)}, r"output=Gaussian\(.*\) does not go with num_classes=3: let them agree"),
         (
             {"sampler_weights": [1.0, 2.0]},
             "sampler_weights must be 1 finite numbers, none negative and not all zero, got .1.0, 2.0.",
@@ -1346,9 +1347,6 @@ def test_a_checkpoint_notices_other_samplers(tmp_path, samplers):
             {"samplers": [lambda inputs, draws: inputs]},
             "samplers must be modules, got function: wrap .*FunctionSampler",
         ),
-        ({"teacher_variance": 0.5}, "teacher_variance would do nothing with task='classification'"),
-        ({"point_variance": 0.5, "match": "point"}, "point_variance would do nothing with task='classification'"),
-        ({"temperature": 2.0, "match": "point"}, "temperature would do nothing with .* and match='point'"),
         ({"input_shape": SHAPE, "num_classes": 4}, r"student \(TinyNet\) has 3 classes where num_classes=4"),
         ({"input_shape": (3, 8, 8)}, "does not take an input of shape"),
     ],
@@ -1361,43 +1359,49 @@ def test_refusals_name_what_is_wrong(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 2.0}, "temperature would do nothing with task='regression' and match='distribution'"),
-        ({"point_variance": 2.0}, "point_variance would do nothing with task='regression' and match='distribution'"),
-        ({"match": "point", "kl_direction": "reverse"}, "kl_direction would do nothing with .* and match='point'"),
-        ({"teacher_variance": 0.0}, "teacher_variance must be positive, one number or one for each of 2: 0.0"),
-        ({"teacher_variance": [1.0, -1.0]}, "teacher_variance must be positive, one number or one for each of 2"),
-        ({"teacher_variance": [1.0]}, r"teacher_variance must be positive, one number or one for each of 2: \[1.0\]"),
         ({"num_targets": 0}, "num_targets must be at least 1, got 0"),
         (
             {"num_targets": 3, "input_shape": SHAPE},
             r"student \(TinyNet\) has an output of shape \(1, 4\) where num_targets=3 needs \(N, 6\)",
         ),
-        ({"num_targets": 3, "input_shape": SHAPE, "match": "point"}, r"student \(TinyNet\) has an output of shape"),
+        (
+            {"num_targets": 3, "input_shape": SHAPE, "match": MatchPoint()},
+            r"student \(TinyNet\) has an output of shape",
+        ),
     ],
 )
 def test_refusals_of_a_regression_name_what_is_wrong(options, message):
     networks = [TinyNet(None, num_targets=2) for _ in range(2)]
     with pytest.raises(InputError, match=message):
-        ExtracurricularModule(*networks, **({"task": "regression", "num_targets": 2} | options))
+        ExtracurricularModule(*networks, **({"num_targets": 2} | options))
+
+
+@pytest.mark.parametrize("variance", [0.0, -1.0, math.nan])
+def test_a_variance_that_is_not_positive_is_refused(variance):
+    with pytest.raises(InputError, match=f"MatchPoint: variance must be positive, got {variance}"):
+        MatchPoint(variance=variance)
 
 
 def test_teachers_that_do_not_fit_are_named():
     with pytest.raises(InputError, match=r"teacher 1 \(TinyNet\) has 5 classes where num_classes=3"):
         ExtracurricularModule(TinyNet(), [TinyNet(), TinyNet(5)], num_classes=3, input_shape=SHAPE)
-    student, options = TinyNet(None, num_targets=2), {"task": "regression", "num_targets": 2, "input_shape": SHAPE}
+    student, options = TinyNet(None, num_targets=2), {"num_targets": 2, "input_shape": SHAPE}
     with pytest.raises(InputError, match=r"teacher 0 \(TinyNet\) has an output of shape \(1, 2\).* teacher_variance"):
         ExtracurricularModule(student, TinyNet(2), **options)
     with pytest.raises(InputError, match=r"teacher 0 \(TinyNet\) has an output of shape \(1, 6\)"):
-        ExtracurricularModule(student, TinyNet(None, num_targets=3), teacher_variance=1.0, **options)
-    assert ExtracurricularModule(student, TinyNet(2), teacher_variance=1.0, **options).teacher_variance == [1, 1]
+        ExtracurricularModule(
+            student, TinyNet(None, num_targets=3), output=Gaussian(2, teacher_variance=1.0), **options
+        )
+    module = ExtracurricularModule(student, TinyNet(2), output=Gaussian(2, teacher_variance=1.0), **options)
+    assert [output[0, 2:].exp().tolist() for output in module.teacher_predictions(batch_of())] == [[1, 1]]
 
 
 def test_a_student_of_means_fits_where_points_are_matched():
     teacher = TinyNet(None, num_targets=2)
-    options = {"task": "regression", "num_targets": 2, "input_shape": SHAPE}
+    options = {"num_targets": 2, "input_shape": SHAPE}
     with pytest.raises(InputError, match=r"student \(TinyNet\) has an output of shape \(1, 2\)"):
         ExtracurricularModule(TinyNet(2), teacher, **options)
-    module = ExtracurricularModule(TinyNet(2), teacher, match="point", label_weight=0.1, **options)
+    module = ExtracurricularModule(TinyNet(2), teacher, match=MatchPoint(), label_weight=0.1, **options)
     trainer = tiny_trainer()
     trainer.fit(module, datamodule=TinyDataModule(num_targets=2))
     assert torch.isfinite(trainer.callback_metrics["val/nll"])
@@ -1406,13 +1410,13 @@ def test_a_student_of_means_fits_where_points_are_matched():
 def test_a_rule_for_probabilities_is_refused_in_regression():
     teachers = TeacherEnsemble([TinyNet(None, num_targets=1) for _ in range(2)], combine="logits")
     with pytest.raises(InputError, match="collapsed to one Gaussian: combine has no meaning there"):
-        ExtracurricularModule(TinyNet(None, num_targets=1), teachers, task="regression", num_targets=1)
+        ExtracurricularModule(TinyNet(None, num_targets=1), teachers, num_targets=1).terms(batch_of(targets=1))
 
 
 def test_missing_labels_are_refused_where_they_have_a_weight():
     module = tiny_module(label_weight=0.1)
     with pytest.raises(InputError, match="label_weight=0.1 needs labels, and the batch has none"):
-        module.terms(batch_of()._replace(target=None))
+        module.terms(batch_of().replace(target=None))
 
 
 def test_a_generator_of_other_inputs_is_refused():
@@ -1456,9 +1460,7 @@ def test_between_the_training_inputs_the_student_follows_the_teacher(seed):
     hole = torch.linspace(-1.5, 1.5, 101)[:, None]
     divergences = {}
     for name, samplers in (("kd", [EmpiricalSampler()]), ("xcl", [MixupSampler()])):
-        module = ExtracurricularModule(
-            copy.deepcopy(start), teacher, task="regression", num_targets=1, samplers=samplers
-        )
+        module = ExtracurricularModule(copy.deepcopy(start), teacher, num_targets=1, samplers=samplers)
         learn(module, inputs, None, 150)
         with torch.no_grad():
             pairs = zip(gaussians_of(teacher(hole)), gaussians_of(module.student(hole)), strict=True)
@@ -1493,9 +1495,7 @@ def made(student, teachers, num_classes):
 
 
 def made_regression(student, teachers, num_classes):
-    return ExtracurricularModule(
-        student, teachers, task="regression", num_targets=2, samplers=[GeneratorSampler(generator_of(), 3)]
-    )
+    return ExtracurricularModule(student, teachers, num_targets=2, samplers=[GeneratorSampler(generator_of(), 3)])
 
 
 made_regression.num_targets = 2

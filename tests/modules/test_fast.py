@@ -11,7 +11,9 @@ from torch import nn
 from distill_lightning import (
     ExtracurricularModule,
     FEEDModule,
+    FixedDiscriminator,
     KDModule,
+    LogitTerm,
     MEALV2Module,
     RegressionModule,
     SelfKDModule,
@@ -26,10 +28,10 @@ FEED = {"student_layer": "features", "input_shape": (1, 8, 8)}
 METHODS = {
     "supervised": lambda student, teachers, **o: SupervisedModule(student, num_classes=3, **o),
     "kd": lambda student, teachers, **o: KDModule(student, teachers, num_classes=3, **o),
-    "feed": lambda student, teachers, **o: FEEDModule(student, teachers, num_classes=3, kd_weight=0.5, **FEED, **o),
+    "feed": lambda student, teachers, **o: FEEDModule(student, teachers, num_classes=3, logit_term=LogitTerm(weight=0.5), **FEED, **o),
     "self_kd": lambda student, teachers, **o: SelfKDModule(student, num_classes=3, **o),
     "meal_v2": lambda student, teachers, **o: MEALV2Module(
-        student, teachers, num_classes=3, discriminator="fixed", hard_label_weight=1.0, **o
+        student, teachers, num_classes=3, discriminator=FixedDiscriminator(), hard_label_weight=1.0, **o
     ),
     "extracurricular": lambda student, teachers, **o: ExtracurricularModule(student, teachers, num_classes=3, **o),
 }
@@ -105,8 +107,8 @@ def test_compiled_networks_train_as_plain_ones(method, graphs):
 def test_taps_see_what_compiled_teachers_compute(graphs):
     _, module = losses_of("feed", compile=True, epochs=1)
     inputs = torch.rand(8, 1, 8, 8)
-    for network, tap in zip(module.teachers, module.teacher_taps, strict=True):
-        output, features = module.teachers.each(inputs, [tap])[0]
+    for network, tap in zip(module.teachers, module.teachers.taps, strict=True):
+        output, features = module.teachers.ensemble.each(inputs, [tap])[0]
         with torch.no_grad():
             assert torch.allclose(features["features"], network.features(inputs), atol=1e-6)
             expected = network.head(network.features(inputs).mean(dim=(2, 3)))
@@ -156,7 +158,7 @@ def test_inductor_trains_the_same_student():
     assert torch.allclose(plain, fast, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"channels_last": True}, {"batched": True}])
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"channels_last": True}])
 @pytest.mark.parametrize("method", ["kd", "meal_v2", "extracurricular"])
 def test_faster_teachers_teach_the_same(method, options):
     plain, _ = losses_of(method)
@@ -173,18 +175,18 @@ def test_faster_teachers_show_the_same_features(options):
 
 def test_a_checkpoint_knows_how_its_teachers_ran(tmp_path):
     torch.manual_seed(0)
-    teachers = TeacherEnsemble([SmallResNet(3, width=2) for _ in range(2)], [1, 2], batched=True)
+    teachers = TeacherEnsemble([SmallResNet(3, width=2) for _ in range(2)], [1, 2], channels_last=True)
     module = KDModule(SmallResNet(3, width=2), teachers, num_classes=3)
     trainer = tiny_trainer()
     trainer.fit(module, datamodule=TinyDataModule())
     trainer.save_checkpoint(tmp_path / "module.ckpt")
     with pytest.warns(UserWarning, match="teachers: the weights are not those"):
         loaded = KDModule.load_from_checkpoint(tmp_path / "module.ckpt")
-    assert loaded.teachers.options() == teachers.options()
+    assert loaded.teachers.ensemble.options() == teachers.options()
 
 
 def fast_kd(student, teachers, num_classes):
-    ensemble = TeacherEnsemble(teachers, batched=True)
+    ensemble = TeacherEnsemble(teachers, channels_last=True)
     return KDModule(student, ensemble, num_classes=num_classes, channels_last=True)
 
 
@@ -204,6 +206,7 @@ class NotingStore:
 
     def told(self, batch, ask, *, device):
         self.asked.append(batch)
+        return {"probabilities": torch.zeros(batch.size, 3, device=device)}
 
 
 class MovedBatches(KDModule):
@@ -213,7 +216,7 @@ class MovedBatches(KDModule):
         return super().transfer_batch_to_device(batch, torch.device("meta"), dataloader_idx)
 
     def terms(self, batch):
-        self.told(batch)
+        assert self.teachers.probabilities(batch).device.type == "meta"
         return {"ce": self.student.head.weight.sum(), "kd": self.student.head.bias.sum()}
 
     def on_train_start(self):
@@ -224,11 +227,12 @@ class MovedBatches(KDModule):
 
 
 def asked_on_another_device(module):
-    module.teacher_store = NotingStore()
+    module.teachers.store = NotingStore()
     data = TinyDataModule()
     data.setup()
     tiny_trainer(limit_val_batches=0).fit(module, data.train_dataloader(), data.val_dataloader())
-    return [batch.index for batch in module.teacher_store.asked]
+    assert {batch.device.type for batch in module.teachers.store.asked} == {"meta"}
+    return [batch.key.index for batch in module.teachers.store.asked]
 
 
 def test_a_store_reads_the_index_that_is_still_on_the_host():

@@ -6,17 +6,43 @@ import math
 import numpy as np
 import pytest
 import torch
-from distill_lightning.modules.feed_parts import orthonormal_rows
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill_lightning import Batch, FEEDModule, InputError, SmallResNet, SupervisedModule, TeacherEnsemble
+from distill_lightning import (
+    AttentionDistance,
+    Batch,
+    Conv1x1Translator,
+    Conv3Translator,
+    EqualSizes,
+    FactorDistance,
+    FEEDModule,
+    FunctionTranslator,
+    HintDistance,
+    InputError,
+    LinearTranslator,
+    LogitTerm,
+    NoTranslator,
+    PooledSize,
+    SmallResNet,
+    StudentSize,
+    SupervisedModule,
+    TeacherEnsemble,
+    TeacherSize,
+)
 from distill_lightning.layers import Paraphraser, Translator
+from distill_lightning.teachers import Features
 from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
 
 SHAPE = (1, 8, 8)
+DISTANCES = {"feed": FactorDistance, "hint": HintDistance, "attention": AttentionDistance}
+
+
+def untranslated(loss, **options):
+    """A distance of features as they are."""
+    return DISTANCES[loss](**options, **({} if loss == "attention" else {"translator": NoTranslator()}))
 
 
 def batch_of(count=4, seed=0):
@@ -57,10 +83,11 @@ def naive_terms(module, batch, *, p, reduction, weights):
     return ce, sum(w * d for w, d in zip(weights, distances, strict=True)), distances
 
 
-@pytest.mark.parametrize("transform", ["conv3", "conv1x1", "linear", "none"])
+@pytest.mark.parametrize("translator", [Conv3Translator(), Conv1x1Translator(), LinearTranslator(), NoTranslator()])
 @pytest.mark.parametrize(("p", "reduction"), [(1, "mean"), (1, "sum"), (2, "mean"), (2, "sum")])
-def test_terms_equal_the_naive_reference(transform, p, reduction):
-    module = module_of(3, transform=transform, norm_p=p, reduction=reduction, teacher_weights=[1.0, 0.5, 2.0]).eval()
+def test_terms_equal_the_naive_reference(translator, p, reduction):
+    distance = FactorDistance(p=p, reduction=reduction, translator=translator)
+    module = module_of(3, distance=distance, teacher_weights=[1.0, 0.5, 2.0]).eval()
     batch = batch_of()
     terms = module.terms(batch)
     ce, feed, distances = naive_terms(module, batch, p=p, reduction=reduction, weights=[1.0, 0.5, 2.0])
@@ -80,7 +107,7 @@ def test_mean_over_teachers_is_the_sum_divided_by_their_number():
 def test_identity_and_equal_features_give_zero():
     teacher = TinyNet()
     module = FEEDModule(
-        copy.deepcopy(teacher).eval(), teacher, num_classes=3, student_layer="features", transform="none"
+        copy.deepcopy(teacher).eval(), teacher, num_classes=3, student_layer="features", distance=untranslated("feed")
     )
     module.eval()
     assert float(module.terms(batch_of())["feed"]) < 1e-7
@@ -134,7 +161,7 @@ def test_another_second_teacher_leaves_the_first_translators_gradient_alone():
 def test_gradients_go_where_they_belong():
     module = module_of(2)
     module.terms(batch_of())["feed"].backward()
-    assert all(p.grad is None for p in module.teachers.parameters())
+    assert all(p.grad is None for p in module.teachers.ensemble.parameters())
     assert all(p.grad is None for p in module.student.head.parameters())
     assert all(float(p.grad.abs().sum()) > 0 for p in module.student.features.parameters())
     assert all(p.grad is not None for p in module.translators.parameters())
@@ -198,8 +225,9 @@ def test_kd_term_is_the_softened_kl_to_the_ensembles_mean():
     torch.manual_seed(0)
     ensemble = TeacherEnsemble([TinyNet(), TinyNet()], weights=[1, 3])
     module = FEEDModule(
-        TinyNet(), ensemble, num_classes=3, student_layer="features", kd_weight=0.7, temperature=2.0, input_shape=SHAPE
-    ).eval()
+        TinyNet(), ensemble, num_classes=3, student_layer="features", input_shape=SHAPE,
+        logit_term=LogitTerm(weight=0.7, temperature=2.0),
+    ).eval()  # fmt: skip
     batch = batch_of()
     mean = 0.25 * F.softmax(ensemble.networks[0](batch.input) / 2, 1) + 0.75 * F.softmax(
         ensemble.networks[1](batch.input) / 2, 1
@@ -211,7 +239,7 @@ def test_kd_term_is_the_softened_kl_to_the_ensembles_mean():
 
 
 def test_shared_translator_is_one_module_for_all_teachers():
-    module = module_of(3, share_transform=True)
+    module = module_of(3, distance=FactorDistance(translator=Conv3Translator(shared=True)))
     assert len(module.translators) == 1
     batch = batch_of()
     module.eval()
@@ -231,12 +259,15 @@ def test_paraphrasers_make_their_code_the_target():
     ]
     terms = module.terms(batch)
     assert [float(terms[f"feed_teacher_{m}"]) for m in range(2)] == pytest.approx(expected, rel=1e-4)
-    assert not any(p.requires_grad for p in module.paraphrasers.parameters())
+    assert not [name for name in module.state_dict() if "paraphraser" in name]
+    (asked,) = [question for question in module.teachers.questions if isinstance(question, Features)]
+    assert not any(p.requires_grad for one in asked.paraphrasers for p in one.parameters())
+    assert all(p.requires_grad for one in paraphrasers for p in one.parameters())
 
 
 def test_normalize_channel_and_none_differ_from_sample():
     values = {
-        how: float(module_of(1, normalize=how).eval().terms(batch_of())["feed"])
+        how: float(module_of(1, distance=FactorDistance(normalize=how)).eval().terms(batch_of())["feed"])
         for how in ("sample", "channel", "none")
     }
     assert len(set(values.values())) == 3
@@ -251,7 +282,7 @@ def test_a_factory_makes_the_translators():
 
     module = FEEDModule(
         TinyNet(width=2), [TinyNet(width=4), TinyNet(width=6)], num_classes=3, student_layer="features",
-        transform=factory, input_shape=SHAPE,
+        distance=FactorDistance(translator=FunctionTranslator(factory)), input_shape=SHAPE,
     )  # fmt: skip
     assert seen == [(4, 8), (4, 12)]
     assert torch.isfinite(module.terms(batch_of())["feed"])
@@ -273,18 +304,18 @@ def test_the_dry_forward_changes_no_network():
         assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("resize", ["student", "teacher"])
-def test_sizes_are_matched_where_asked(resize):
+@pytest.mark.parametrize("sizes", [TeacherSize(), StudentSize()])
+def test_sizes_are_matched_where_asked(sizes):
     module = FEEDModule(
         SmallResNet(3, width=4), SmallResNet(3, width=4), num_classes=3, student_layer="stage3",
-        teacher_layers="stage2", resize=resize, input_shape=SHAPE, transform="linear",
+        teacher_layers="stage2", sizes=sizes, input_shape=SHAPE, distance=FactorDistance(translator=LinearTranslator()),
     ).eval()  # fmt: skip
     batch = batch_of()
     student = module.student_tap(batch.input)[1]["stage3"]
-    teacher = module.teacher_taps[0](batch.input)[1]["stage2"]
+    teacher = module.teachers.taps[0](batch.input)[1]["stage2"]
     translated = module.translators[0](student)
     assert (student.shape[2:], teacher.shape[2:]) == ((2, 2), (4, 4))
-    if resize == "student":
+    if isinstance(sizes, TeacherSize):
         translated = F.interpolate(translated, size=(4, 4), mode="bilinear", align_corners=False)
     else:
         teacher = F.adaptive_avg_pool2d(teacher, (2, 2))
@@ -294,37 +325,29 @@ def test_sizes_are_matched_where_asked(resize):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"student_layer": "featurs"}, "TinyNet has no layer 'featurs'; near names: features"),
+        ({"student_layer": "featurs"}, "TinyNet has no layer 'featurs'; similar names: features"),
         ({"teacher_layers": ["features", "nope"]}, "TinyNet has no layer 'nope'"),
-        ({"teacher_layers": ["features"]}, "1 teacher_layers for 2 teachers"),
+        ({"teacher_layers": ["features"]}, "1 layers for 2 teachers"),
         ({"student_layer": "features.*"}, "names 6 layers"),
-        ({"student_layer": "features.0", "transform": "conv3"}, r"teacher 0's 'features.3' gives \(8, 4, 4\)"),
+        ({"student_layer": "features.0"}, r"teacher 0's 'features.3' gives \(8, 4, 4\)"),
         ({"student_layer": "head"}, r"the student's feature has shape \(1, 3\), not \(N, C, H, W\)"),
         ({"num_classes": 4}, r"student \(TinyNet\) has 3 classes where num_classes=4"),
-        ({"transform": "conv5"}, "transform must be"),
         ({"teacher_weights": [1.0]}, "1 teacher_weights for 2 teachers"),
-        ({"teacher_weights": [1.0, -0.5]}, "teacher_weights cannot be negative, got -0.5"),
-        ({"beta": -1.0}, "beta cannot be negative, got -1.0"),
-        ({"kd_weight": float("nan")}, "kd_weight cannot be negative, got nan"),
-        ({"norm_p": 0.5}, "norm_p must be at least 1 and temperature positive, got 0.5"),
-        ({"temperature": 0}, "norm_p must be at least 1 and temperature positive, got 1 and 0"),
-        ({"reduction": "avg"}, "reduction must be one of mean, sum, got 'avg'"),
-        ({"teacher_reduction": "avg"}, "teacher_reduction must be one of sum, mean, got 'avg'"),
-        ({"normalize": "batch"}, "normalize must be one of sample, channel, none, got 'batch'"),
-        ({"resize": "studnet"}, "resize must be one of none, student, teacher, got 'studnet'"),
-        ({"feature_loss": "hints"}, "feature_loss must be one of feed, hint, attention, got 'hints'"),
-        ({"feature_loss": "hint", "norm_p": 2}, "feature_loss='hint' does not use norm_p: leave it out"),
-        ({"feature_loss": "hint", "normalize": "none"}, "feature_loss='hint' does not use normalize"),
-        ({"feature_loss": "attention", "norm_p": 2}, "feature_loss='attention' does not use norm_p"),
-        ({"feature_loss": "attention", "transform": "linear"}, "feature_loss='attention' does not use transform:"),
-        ({"feature_loss": "attention", "transform": nn.Linear}, "feature_loss='attention' does not use transform:"),
-        ({"feature_loss": "attention", "transform_batch_norm": True}, "does not use transform_batch_norm"),
-        ({"feature_loss": "attention", "share_transform": True}, "does not use share_transform"),
-        ({"feature_loss": "attention", "paraphrasers": [Paraphraser(8)] * 2}, "does not use paraphrasers"),
-        ({"feature_loss": "attention", "student_layer": "head"}, r"shape \(1, 3\), not \(N, C, H, W\): tap a conv.*r$"),
+        ({"teacher_weights": [1.0, -0.5]}, r"beta and teacher_weights cannot be negative: 10.0, \[1.0, -0.5\]"),
+        ({"beta": -1.0}, "beta and teacher_weights cannot be negative: -1.0"),
+        ({"beta": float("nan")}, "beta and teacher_weights cannot be negative: nan"),
+        ({"teacher_reduction": "avg"}, "teacher_reduction must be sum or mean, got 'avg'"),
+        (
+            {"distance": AttentionDistance(), "paraphrasers": [Paraphraser(8)] * 2},
+            "AttentionDistance does not use paraphrasers: leave them out",
+        ),
+        (
+            {"distance": AttentionDistance(), "student_layer": "head"},
+            r"shape \(1, 3\), not \(N, C, H, W\): tap a convolutional layer",
+        ),
         (
             {"paraphrasers": [Paraphraser(8), Paraphraser(4)]},
-            "paraphraser 1 is for 4 channels and teacher 1's 'features'",
+            "paraphraser 1 does not read the 8 channels of teacher 1's feature",
         ),
         ({"paraphrasers": nn.ModuleList([Paraphraser(8)])}, "1 paraphrasers for 2 teachers"),
         ({"input_shape": (3, 8, 8)}, "does not take an input of shape"),
@@ -343,12 +366,32 @@ def test_a_teacher_with_other_classes_is_named():
         FEEDModule(TinyNet(), [TinyNet(), TinyNet(5)], num_classes=3, student_layer="features", input_shape=SHAPE)
 
 
-def test_transform_none_and_share_transform_refuse_other_channels():
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LogitTerm(weight=float("nan")), "LogitTerm: weight must be 0 or more"),
+        (lambda: LogitTerm(weight=-1.0), "LogitTerm: weight must be 0 or more"),
+        (lambda: LogitTerm(temperature=0), "temperature positive"),
+        (lambda: FactorDistance(p=0.5), "FactorDistance: p must be at least 1, got 0.5"),
+        (lambda: FactorDistance(reduction="avg"), "FactorDistance: reduction must be one of mean, sum, got 'avg'"),
+        (lambda: HintDistance(reduction="avg"), "HintDistance: reduction must be one of mean, sum, got 'avg'"),
+        (lambda: AttentionDistance(reduction="avg"), "AttentionDistance: reduction must be one of mean, sum, got"),
+        (lambda: FactorDistance(normalize="batch"), "normalize must be one of sample, channel, none, got 'batch'"),
+        (lambda: PooledSize(0), "PooledSize: pooled must be at least 1, got 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_no_translator_and_a_shared_one_refuse_other_channels():
     options = {"num_classes": 3, "student_layer": "features", "input_shape": SHAPE}
     with pytest.raises(InputError, match="they have 8 and 4 channels"):
-        FEEDModule(TinyNet(), TinyNet(width=2), transform="none", **options)
+        FEEDModule(TinyNet(), TinyNet(width=2), distance=untranslated("feed"), **options)
+    shared = FactorDistance(translator=Conv3Translator(shared=True))
     with pytest.raises(InputError, match=r"equal channel counts, got \[8, 4\]"):
-        FEEDModule(TinyNet(), [TinyNet(), TinyNet(width=2)], share_transform=True, **options)
+        FEEDModule(TinyNet(), [TinyNet(), TinyNet(width=2)], distance=shared, **options)
 
 
 def test_huge_translators_are_warned_about():
@@ -419,7 +462,10 @@ def naive_attention(student, teacher, reduction):
 @pytest.mark.parametrize(("loss", "naive"), [("hint", naive_hint), ("attention", naive_attention)])
 def test_other_feature_losses_equal_the_naive_reference(loss, naive, reduction, teacher_reduction):
     module = module_of(
-        3, feature_loss=loss, reduction=reduction, teacher_reduction=teacher_reduction, teacher_weights=[1.0, 0.5, 2.0]
+        3,
+        distance=DISTANCES[loss](reduction=reduction),
+        teacher_reduction=teacher_reduction,
+        teacher_weights=[1.0, 0.5, 2.0],
     ).eval()
     batch = batch_of()
     feature = module.student.features(batch.input)
@@ -438,20 +484,19 @@ def test_other_feature_losses_equal_the_naive_reference(loss, naive, reduction, 
 
 @pytest.mark.parametrize(("loss", "beta"), [("feed", 500.0), ("hint", 1.0), ("attention", 1000.0)])
 def test_each_feature_loss_has_its_own_default_weight(loss, beta):
-    assert module_of(1, feature_loss=loss, beta=None).weights()[loss] == beta
-    assert module_of(1, feature_loss=loss, beta=0.0).weights()[loss] == 0.0
+    assert module_of(1, distance=DISTANCES[loss](), beta=None).weights()[loss] == beta
+    assert module_of(1, distance=DISTANCES[loss](), beta=0.0).weights()[loss] == 0.0
     options = {"num_classes": 3, "student_layer": "features", "input_shape": SHAPE}
     assert FEEDModule(TinyNet(), TinyNet(), **options).beta == 500.0
 
 
 def test_attention_has_no_translator_and_takes_other_channels():
-    for transform in ("conv3", "none"):
-        module = FEEDModule(
-            TinyNet(width=2), [TinyNet(width=4), TinyNet(width=6)], num_classes=3, student_layer="features",
-            feature_loss="attention", transform=transform, input_shape=SHAPE,
-        )  # fmt: skip
-        assert len(module.translators) == 0
-        assert module.terms(batch_of())["attention"] > 0
+    module = FEEDModule(
+        TinyNet(width=2), [TinyNet(width=4), TinyNet(width=6)], num_classes=3, student_layer="features",
+        distance=AttentionDistance(), input_shape=SHAPE,
+    )  # fmt: skip
+    assert len(module.translators) == 0
+    assert module.terms(batch_of())["attention"] > 0
 
 
 def test_attention_is_zero_for_permuted_channels_and_feed_is_not():
@@ -463,8 +508,8 @@ def test_attention_is_zero_for_permuted_channels_and_feed_is_not():
     values = {
         loss: float(
             FEEDModule(
-                student, teacher, num_classes=3, student_layer="features", transform="none", feature_loss=loss,
-                reduction="sum", input_shape=SHAPE,
+                student, teacher, num_classes=3, student_layer="features",
+                distance=untranslated(loss, reduction="sum"), input_shape=SHAPE,
             ).eval().terms(batch_of())[loss]
         )
         for loss in ("feed", "hint", "attention")
@@ -475,52 +520,52 @@ def test_attention_is_zero_for_permuted_channels_and_feed_is_not():
 
 
 @pytest.mark.parametrize("loss", ["hint", "attention"])
-@pytest.mark.parametrize("resize", ["student", "teacher"])
-def test_other_feature_losses_match_sizes_where_asked(loss, resize):
+@pytest.mark.parametrize("sizes", [TeacherSize(), StudentSize()])
+def test_other_feature_losses_match_sizes_where_asked(loss, sizes):
     options = {
         "num_classes": 3, "student_layer": "stage3", "teacher_layers": "stage2", "input_shape": SHAPE,
-        "feature_loss": loss,
+        "distance": DISTANCES[loss](),
     }  # fmt: skip
-    module = FEEDModule(SmallResNet(3, width=4), SmallResNet(3, width=4), resize=resize, **options).eval()
+    module = FEEDModule(SmallResNet(3, width=4), SmallResNet(3, width=4), sizes=sizes, **options).eval()
     batch = batch_of()
     student = module.student_tap(batch.input)[1]["stage3"]
-    teacher = module.teacher_taps[0](batch.input)[1]["stage2"]
+    teacher = module.teachers.taps[0](batch.input)[1]["stage2"]
     if loss == "hint":
         student = module.translators[0](student)
-    if resize == "student":
+    if isinstance(sizes, TeacherSize):
         student = F.interpolate(student, size=(4, 4), mode="bilinear", align_corners=False)
     else:
         teacher = F.adaptive_avg_pool2d(teacher, (2, 2))
     naive = naive_hint if loss == "hint" else naive_attention
     assert float(module.terms(batch)[loss]) == pytest.approx(naive(student, teacher, "mean"), rel=1e-4)
-    with pytest.raises(InputError, match="set resize='student' or 'teacher'"):
+    with pytest.raises(InputError, match="set sizes: TeacherSize or StudentSize"):
         FEEDModule(SmallResNet(3, width=4), SmallResNet(3, width=4), **options)
 
 
 @pytest.mark.parametrize("loss", ["hint", "attention"])
 def test_gradients_of_other_feature_losses_go_where_they_belong(loss):
-    module = module_of(2, feature_loss=loss)
+    module = module_of(2, distance=DISTANCES[loss]())
     module.terms(batch_of())[loss].backward()
-    assert all(p.grad is None for p in [*module.teachers.parameters(), *module.student.head.parameters()])
+    assert all(p.grad is None for p in [*module.teachers.ensemble.parameters(), *module.student.head.parameters()])
     assert all(float(p.grad.abs().sum()) > 0 for p in module.student.features.parameters())
     assert all(float(p.grad.abs().sum()) > 0 for p in module.translators.parameters())
 
 
 def test_hint_of_paraphrased_features_compares_with_the_code():
     paraphrasers = [Paraphraser(8, rate=0.5)]
-    module = module_of(1, feature_loss="hint", paraphrasers=paraphrasers).eval()
+    module = module_of(1, distance=HintDistance(), paraphrasers=paraphrasers).eval()
     batch = batch_of()
     translated = module.translators[0](module.student.features(batch.input))
-    code = paraphrasers[0].encoder(module.teachers.networks[0].features(batch.input))
+    code = paraphrasers[0].encoder(module.teachers[0].features(batch.input))
     assert float(module.terms(batch)["hint"]) == pytest.approx(naive_hint(translated, code, "mean"), rel=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["feed", "hint", "attention"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_feature_loss_is_finite_with_zero_features_under_autocast(loss, dtype):
-    module = module_of(2, feature_loss=loss).eval()
+    module = module_of(2, distance=DISTANCES[loss]()).eval()
     with torch.no_grad():
-        for parameter in [*module.student.features.parameters(), *module.teachers.networks[0].features.parameters()]:
+        for parameter in [*module.student.features.parameters(), *module.teachers[0].features.parameters()]:
             parameter.zero_()
     with torch.autocast("cpu", dtype=dtype):
         terms = module.terms(batch_of())
@@ -538,7 +583,7 @@ def zero_features_of(module, batch):
 
 
 def test_the_share_of_features_that_cannot_be_normalised_is_observed():
-    module = module_of(2, transform="none").eval()
+    module = module_of(2, distance=untranslated("feed")).eval()
     batch = batch_of(4)
     # One of four images becomes black, and black images have a zero feature.
     batch.input[2] = 0
@@ -551,13 +596,13 @@ def test_the_share_of_features_that_cannot_be_normalised_is_observed():
         for parameter in module.translators[0].parameters():
             parameter.zero_()
     assert float(zero_features_of(module, batch)["zero_features"]) == 0.5
-    for options in ({"normalize": "channel"}, {"feature_loss": "hint"}, {"feature_loss": "attention"}):
-        assert zero_features_of(module_of(2, **options).eval(), batch) == {}
+    for distance in (FactorDistance(normalize="channel"), HintDistance(), AttentionDistance()):
+        assert zero_features_of(module_of(2, distance=distance).eval(), batch) == {}
 
 
 @pytest.mark.parametrize("loss", ["feed", "hint", "attention"])
 def test_what_is_logged_begins_with_the_loss_and_the_share_is_its_part(loss):
-    module = module_of(2, feature_loss=loss, beta=3.0)
+    module = module_of(2, distance=DISTANCES[loss](), beta=3.0)
     trainer = tiny_trainer()
     trainer.fit(module, datamodule=TinyDataModule(batch_size=24))
     logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
@@ -583,15 +628,15 @@ def test_an_exported_student_has_the_parameters_and_the_cost_of_a_plain_one(tmp_
 
 def hint(student, teachers, num_classes):
     return FEEDModule(
-        student, teachers, num_classes=num_classes, student_layer="features", input_shape=SHAPE, feature_loss="hint",
-        beta=1.0, transform="conv1x1",
+        student, teachers, num_classes=num_classes, student_layer="features", input_shape=SHAPE,
+        distance=HintDistance(translator=Conv1x1Translator()), beta=1.0,
     )  # fmt: skip
 
 
 def attention(student, teachers, num_classes):
     return FEEDModule(
         student, teachers, num_classes=num_classes, student_layer="features", input_shape=SHAPE,
-        feature_loss="attention", beta=100.0,
+        distance=AttentionDistance(), beta=100.0,
     )  # fmt: skip
 
 
@@ -626,11 +671,12 @@ class Tokens(nn.Module):
 
 
 def test_tokens_of_equal_length_are_translated_by_a_users_module():
-    options = {"num_classes": 3, "student_layer": "embed", "transform": nn.Linear, "input_shape": SHAPE}
+    distance = FactorDistance(translator=FunctionTranslator(nn.Linear))
+    options = {"num_classes": 3, "student_layer": "embed", "distance": distance, "input_shape": SHAPE}
     module = FEEDModule(Tokens(8, 4), Tokens(8, 6), **options).eval()
     batch = batch_of()
     student, teacher = (
-        network.embed(batch.input.reshape(4, 8, -1)) for network in (module.student, module.teachers.networks[0])
+        network.embed(batch.input.reshape(4, 8, -1)) for network in (module.student, module.teachers[0])
     )
     expected = naive_distance(module.translators[0](student), teacher, 1, "mean")
     assert float(module.terms(batch)["feed"]) == pytest.approx(expected, rel=1e-4)
@@ -660,27 +706,16 @@ def naive_pool(feature, size):
     return pooled
 
 
-def naive_project(feature, matrix):
-    projected = torch.zeros(feature.shape[0], len(matrix), *feature.shape[2:], dtype=torch.float64)
-    for new, row in enumerate(matrix.double()):
-        for old, weight in enumerate(row):
-            projected[:, new] += weight * feature[:, old].double()
-    return projected
-
-
 @pytest.mark.parametrize("size", [None, 1, 2, 4])
-@pytest.mark.parametrize("channels", [None, 1, 5, 8])
 @pytest.mark.parametrize("loss", ["feed", "hint"])
-def test_reduced_terms_equal_the_naive_reference(size, channels, loss):
-    module = wide_module(target_size=size, target_channels=channels, feature_loss=loss).eval()
+def test_reduced_terms_equal_the_naive_reference(size, loss):
+    module = wide_module(sizes=EqualSizes() if size is None else PooledSize(size), distance=DISTANCES[loss]()).eval()
     batch = batch_of()
-    terms, told = module.terms(batch), module.ask(batch)
+    terms, told = module.terms(batch), module.teachers.ask(batch)
     student_feature = module.student.features(batch.input)
     for number, teacher in enumerate(module.teachers):
         target = teacher.features(batch.input).detach()
         target = target.double() if size is None else naive_pool(target, size)
-        if channels is not None:
-            target = naive_project(target, orthonormal_rows(channels, target.shape[1]))
         assert torch.allclose(told[f"feature_{number}"].double(), target, atol=1e-6)
         translated = module.translators[number](student_feature).detach()
         translated = translated.double() if size is None else naive_pool(translated, size)
@@ -694,7 +729,7 @@ def test_reduced_terms_equal_the_naive_reference(size, channels, loss):
 
 
 def test_the_attention_of_smaller_maps_is_that_of_pooled_features():
-    module = wide_module(target_size=2, feature_loss="attention").eval()
+    module = wide_module(sizes=PooledSize(2), distance=AttentionDistance()).eval()
     batch, own = batch_of(), []
     for network in (module.student, *module.teachers):
         energy = (naive_pool(network.features(batch.input).detach(), 2) ** 2).sum(dim=1).flatten(1)
@@ -704,57 +739,17 @@ def test_the_attention_of_smaller_maps_is_that_of_pooled_features():
         assert float(module.terms(batch)[f"attention_teacher_{number}"]) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 7), (3, 7), (7, 7), (16, 256)])
-def test_the_projection_has_orthonormal_rows_and_is_always_the_same(rows, columns):
-    matrix = orthonormal_rows(rows, columns)
-    assert matrix.shape == (rows, columns)
-    assert torch.allclose(matrix @ matrix.T, torch.eye(rows), atol=1e-5)
-    torch.manual_seed(7)
-    assert torch.equal(orthonormal_rows(rows, columns), matrix)
-
-
-def test_the_projection_is_the_one_that_stores_were_filled_with():
-    expected = [0.8803203, 0.3949304, 0.2628045, -0.0388678, -0.4920853, 0.8696789]
-    assert orthonormal_rows(2, 3).flatten().tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_distances_are_kept_approximately():
-    # Johnson and Lindenstrauss: the mean squared error of 64 projected channels is that of all 512, give or take.
-    generator = torch.Generator().manual_seed(0)
-    one, other = torch.randn(2, 50, 512, generator=generator)
-    matrix = orthonormal_rows(64, 512)
-    ratio = ((one - other) @ matrix.T).square().mean(dim=1) / (one - other).square().mean(dim=1)
-    assert float(ratio.mean()) == pytest.approx(1, abs=0.05)
-    assert 0.5 < float(ratio.min()) < float(ratio.max()) < 1.6
-
-
-def test_all_channels_turned_keep_all_distances():
-    full, turned = (wide_module(target_channels=channels, feature_loss="hint") for channels in (None, 8))
-    batches = batch_of(), batch_of(seed=1)
-    whole, rotated = ([module.ask(batch)["feature_0"] for batch in batches] for module in (full, turned))
-    assert not torch.allclose(whole[0], rotated[0], atol=1e-2)
-    assert torch.allclose((whole[0] - whole[1]).norm(), (rotated[0] - rotated[1]).norm())
-
-
-def test_teachers_of_different_widths_can_share_a_translator_for_the_reduced_channels():
-    module = wide_module(target_channels=4, share_transform=True)
-    assert len(module.translators) == 1
-    assert module.translators[0][-2].out_channels == 4
-
-
-def test_a_code_can_be_pooled_but_not_projected():
+def test_a_code_can_be_pooled():
     torch.manual_seed(1)
     paraphrasers = [Paraphraser(8), Paraphraser(12)]
-    module = wide_module(paraphrasers=paraphrasers, target_size=2)
-    told = module.ask(batch_of())
+    module = wide_module(paraphrasers=paraphrasers, sizes=PooledSize(2))
+    told = module.teachers.ask(batch_of())
     assert [told[f"feature_{number}"].shape for number in range(2)] == [(4, 4, 2, 2), (4, 6, 2, 2)]
-    with pytest.raises(InputError, match="paraphrasers does not use target_channels: leave it out"):
-        wide_module(paraphrasers=paraphrasers, target_channels=2)
 
 
 def test_the_reduction_is_in_no_checkpoint_and_in_no_export(tmp_path):
-    module = wide_module(target_size=2, target_channels=4)
-    assert not [name for name in module.state_dict() if "reduction" in name]
+    module = wide_module(sizes=PooledSize(2))
+    assert not [name for name in module.state_dict() if not name.startswith(("student.", "translators."))]
     tiny_trainer().fit(module, datamodule=TinyDataModule())
 
 
@@ -765,32 +760,16 @@ def test_maps_of_other_sizes_meet_at_the_reduced_one():
     options = {"num_classes": 3, "student_layer": "features", "teacher_layers": "1", "input_shape": SHAPE}
     with pytest.raises(InputError, match="tap layers of the same spatial size"):
         FEEDModule(TinyNet(), teacher, **options)
-    module = FEEDModule(TinyNet(), teacher, target_size=4, **options)
-    assert module.ask(batch_of())["feature_0"].shape == (4, 6, 4, 4)
+    module = FEEDModule(TinyNet(), teacher, sizes=PooledSize(4), **options)
+    assert module.teachers.ask(batch_of())["feature_0"].shape == (4, 6, 4, 4)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"target_size": 0}, r"target_size must be from 1 to 4, because the student's feature is \(8, 4, 4\), got 0"),
-        ({"target_size": 5}, "target_size must be from 1 to 4, because the student's feature"),
-        (
-            {"target_channels": 0},
-            r"target_channels must be from 1 to 8, because the teacher 0's feature is \(8, 4, 4\)",
-        ),
-        ({"target_channels": 9}, "target_channels must be from 1 to 8, because the teacher 0's feature"),
-        ({"target_size": 2, "resize": "student"}, "target_size does not use resize: leave it out"),
-        ({"target_channels": 2, "feature_loss": "attention"}, "'attention' does not use target_channels: leave it out"),
-        ({"target_channels": 2, "transform": "none"}, "they have 8 and 2 channels: choose another transform"),
-    ],
-)
-def test_reductions_without_meaning_are_refused(options, message):
-    with pytest.raises(InputError, match=message):
-        wide_module(**options)
+def test_features_smaller_than_the_pooled_size_are_refused():
+    with pytest.raises(InputError, match=r"PooledSize\(5\) needs feature maps at least as large, and the student's is"):
+        wide_module(sizes=PooledSize(5))
 
 
-@pytest.mark.parametrize("option", ["target_size", "target_channels"])
-def test_vectors_cannot_be_reduced(option):
-    options = {"student_layer": "head", "transform": nn.Linear}
-    with pytest.raises(InputError, match=f"not \\(N, C, H, W\\): leave out {option}"):
-        wide_module(**options, **{option: 1})
+def test_vectors_cannot_be_pooled():
+    distance = FactorDistance(translator=FunctionTranslator(nn.Linear))
+    with pytest.raises(InputError, match=r"PooledSize\(1\) needs feature maps .* is \(3,\): lower it, or tap another"):
+        wide_module(student_layer="head", distance=distance, sizes=PooledSize(1))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from distill_lightning import Batch, InputError, KDModule, SupervisedModule, TeacherEnsemble
+from distill_lightning import Batch, InputError, KDModule, LabelSmoothing, SupervisedModule, TeacherEnsemble
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 
@@ -79,7 +79,7 @@ def test_without_hard_labels_the_targets_do_not_matter():
     gradients = []
     for target in (batch.target, (batch.target + 1) % 3):
         module.zero_grad()
-        terms, weights = module.terms(batch._replace(target=target)), module.weights()
+        terms, weights = module.terms(batch.replace(target=target)), module.weights()
         sum(weights[name] * term for name, term in terms.items()).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in module.student.parameters()]))
     assert torch.equal(*gradients)
@@ -105,10 +105,11 @@ def test_a_teacher_with_other_classes_is_named():
 
 
 def test_label_smoothing_is_the_mixed_target():
-    module = SupervisedModule(TinyNet(), num_classes=3, label_smoothing=0.3).eval()
+    module = SupervisedModule(TinyNet(), num_classes=3, transforms=[LabelSmoothing(0.3)]).eval()
     batch = batch_of()
     log_probs = torch.log_softmax(module.student(batch.input), dim=1)
     target = 0.7 * torch.nn.functional.one_hot(batch.target, 3) + 0.1
-    assert float(module.terms(batch)["ce"]) == pytest.approx(float(-(target * log_probs).sum(1).mean()), rel=1e-5)
-    with pytest.raises(InputError, match=r"label_smoothing must be in \[0, 1\), got 1"):
-        SupervisedModule(TinyNet(), num_classes=3, label_smoothing=1.0)
+    terms = module.terms(module.prepared(batch))
+    assert float(terms["ce"]) == pytest.approx(float(-(target * log_probs).sum(1).mean()), rel=1e-5)
+    with pytest.raises(InputError, match=r"epsilon must be in \[0, 1\), got 1"):
+        SupervisedModule(TinyNet(), num_classes=3, transforms=[LabelSmoothing(1.0)])

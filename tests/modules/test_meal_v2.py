@@ -19,17 +19,21 @@ from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, MultiStepLR, Reduc
 from distill_lightning import (
     AdaptedInput,
     Batch,
+    FixedDiscriminator,
     GroupSchedules,
     InputError,
     MEALV2Module,
+    NoDiscriminator,
+    OfficialDiscriminator,
     OneCycle,
+    OwnDiscriminator,
     SmallResNet,
     TeacherEnsemble,
     torchvision_network,
 )
 from distill_lightning.cli import main
 from distill_lightning.layers import Discriminator
-from distill_lightning.modules import check_optimizer
+from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
 
 SHAPE = (1, 8, 8)
@@ -57,14 +61,14 @@ def batch_of(count=4, classes=3):
 def given_module(student, *teachers, **options):
     """The module of networks that give these logits."""
     ensemble = TeacherEnsemble([Given(logits) for logits in teachers], **options.pop("ensemble", {}))
-    defaults = {"num_classes": student.shape[1], "discriminator": "fixed"}
+    defaults = {"num_classes": student.shape[1], "discriminator": FixedDiscriminator()}
     return MEALV2Module(Given(student), ensemble, **(defaults | options))
 
 
 def tiny_module(seed=0, **options):
     torch.manual_seed(seed)
     teachers = [TinyNet() for _ in range(2)]
-    return MEALV2Module(TinyNet(), teachers, **({"num_classes": 3, "discriminator": "fixed"} | options))
+    return MEALV2Module(TinyNet(), teachers, **({"num_classes": 3, "discriminator": FixedDiscriminator()} | options))
 
 
 def rectified(num_classes=3, hidden=16):
@@ -113,8 +117,8 @@ def naive_discriminator_loss(scores):
 def test_terms_equal_the_naive_reference(temperature, shown, weights, samples, classes):
     student, teachers = draw(samples, classes), [draw(samples, classes, seed=seed) for seed in (1, 2)]
     module = given_module(
-        student, *teachers, temperature=temperature, discriminator_input=shown, ensemble={"weights": weights},
-        hard_label_weight=0.3, discriminator_weight=0.7,
+        student, *teachers, temperature=temperature, discriminator=FixedDiscriminator(shown=shown, weight=0.7),
+        ensemble={"weights": weights}, hard_label_weight=0.3,
     )  # fmt: skip
     batch, shares = batch_of(samples, classes), weights or [1.0, 1.0]
     terms = module.terms(batch)
@@ -148,14 +152,16 @@ def test_terms_equal_the_naive_reference(temperature, shown, weights, samples, c
 )
 def test_the_target_is_the_mean_of_the_softmaxes_and_not_the_softmax_of_the_mean(first, second, expected):
     # The gradient at a student of zero logits is 1/3 minus the target.
-    module = given_module(torch.zeros(1, 3), torch.tensor([first]), torch.tensor([second]), discriminator=None)
+    module = given_module(
+        torch.zeros(1, 3), torch.tensor([first]), torch.tensor([second]), discriminator=NoDiscriminator()
+    )
     module.terms(batch_of(1))["similarity"].backward()
     assert (1 / 3 - module.student.logits.grad)[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_similarity_is_pytorchs_cross_entropy_and_kl_with_the_same_gradient():
     student, teachers = draw(6, 5), [draw(6, 5, seed=1), draw(6, 5, seed=2)]
-    module = given_module(student, *teachers, discriminator=None)
+    module = given_module(student, *teachers, discriminator=NoDiscriminator())
     probs = (F.softmax(teachers[0], 1) + F.softmax(teachers[1], 1)) / 2
     loss = module.terms(batch_of(6))["similarity"]
     loss.backward()
@@ -168,10 +174,10 @@ def test_the_similarity_is_pytorchs_cross_entropy_and_kl_with_the_same_gradient(
 
 def test_the_similarity_is_linear_in_the_teachers_and_the_kl_is_not():
     student, teachers = draw(6, 5), [draw(6, 5, seed=seed) for seed in (1, 2, 3)]
-    together = given_module(student, *teachers, discriminator=None)
+    together = given_module(student, *teachers, discriminator=NoDiscriminator())
     similarity = float(together.terms(batch_of(6))["similarity"])
     kl = float(together._observed["kl"])
-    alone = [given_module(student, logits, discriminator=None) for logits in teachers]
+    alone = [given_module(student, logits, discriminator=NoDiscriminator()) for logits in teachers]
     parts = [float(module.terms(batch_of(6))["similarity"]) for module in alone]
     assert similarity == pytest.approx(sum(parts) / 3, rel=1e-5)
     assert kl < 0.9 * sum(float(module._observed["kl"]) for module in alone) / 3
@@ -188,7 +194,7 @@ def test_the_order_of_two_teachers_does_not_matter_and_equal_ones_count_as_one()
 
 def test_a_student_equal_to_its_teacher_has_no_gradient_and_the_teachers_entropy_as_its_loss():
     logits = draw(6, 5)
-    module = given_module(logits, logits, discriminator=None)
+    module = given_module(logits, logits, discriminator=NoDiscriminator())
     loss = module.terms(batch_of(6))["similarity"]
     loss.backward()
     assert float(module.student.logits.grad.abs().max()) < 1e-7
@@ -200,7 +206,7 @@ def test_a_student_equal_to_its_teacher_has_no_gradient_and_the_teachers_entropy
 @pytest.mark.parametrize("temperature", [2.0, 50.0])
 def test_a_temperature_keeps_the_size_of_the_gradient(temperature):
     student, teacher = draw(8, 5), draw(8, 5, seed=1)
-    module = given_module(student, teacher, discriminator=None, temperature=temperature)
+    module = given_module(student, teacher, discriminator=NoDiscriminator(), temperature=temperature)
     module.terms(batch_of(8))["similarity"].backward()
     p, q = F.softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
     assert torch.allclose(module.student.logits.grad, temperature * (p - q) / 8, rtol=1e-3, atol=1e-6)
@@ -208,7 +214,7 @@ def test_a_temperature_keeps_the_size_of_the_gradient(temperature):
 
 def test_an_ensemble_that_combines_logits_gives_that_target():
     module = given_module(
-        torch.zeros(1, 3), torch.tensor([[2.0, 0, 0]]), torch.tensor([[0, 2.0, 0]]), discriminator=None,
+        torch.zeros(1, 3), torch.tensor([[2.0, 0, 0]]), torch.tensor([[0, 2.0, 0]]), discriminator=NoDiscriminator(),
         ensemble={"combine": "logits"},
     )  # fmt: skip
     module.terms(batch_of(1))["similarity"].backward()
@@ -239,7 +245,7 @@ def test_hard_labels_are_one_more_term_of_the_loss():
     student, teacher = draw(6, 3), draw(6, 3, seed=1)
     gradients = []
     for weight in (0.0, 0.5):
-        module = given_module(student, teacher, discriminator=None, hard_label_weight=weight)
+        module = given_module(student, teacher, discriminator=NoDiscriminator(), hard_label_weight=weight)
         terms, weights = module.terms(batch_of(6)), module.weights()
         sum(weights[name] * term for name, term in terms.items()).backward()
         gradients.append(module.student.logits.grad)
@@ -253,7 +259,7 @@ def test_hard_labels_are_one_more_term_of_the_loss():
 @pytest.mark.parametrize("shown", ["logits", "probabilities", "log_probabilities"])
 def test_the_discriminator_is_shown_both_at_once_the_student_first(shown):
     student, teachers = draw(4, 5), [draw(4, 5, seed=1), draw(4, 5, seed=2)]
-    module = given_module(student, *teachers, discriminator_input=shown)
+    module = given_module(student, *teachers, discriminator=FixedDiscriminator(shown=shown))
     seen = []
     module.discriminator.register_forward_hook(lambda _m, inputs, output: seen.append((inputs[0], output)))
     module.terms(batch_of(4, 5))
@@ -269,12 +275,12 @@ def test_the_discriminator_is_shown_both_at_once_the_student_first(shown):
     assert scores.shape == (8, 2)
     assert torch.allclose(rows[:4], expected[0], atol=1e-6)
     assert torch.allclose(rows[4:], expected[1], atol=1e-6)
-    assert not module.teachers.networks[0].logits.requires_grad
+    assert not module.teachers[0].logits.requires_grad
 
 
 def gradients_of(mode, seed=0):
     torch.manual_seed(seed)
-    module = given_module(draw(6, 5), draw(6, 5, seed=1), discriminator=rectified(5), discriminator_mode=mode)
+    module = given_module(draw(6, 5), draw(6, 5, seed=1), discriminator=OwnDiscriminator(rectified(5), mode=mode))
     module.terms(batch_of(6))["discriminator"].backward()
     return module, module.student.logits.grad, [parameter.grad for parameter in module.discriminator.parameters()]
 
@@ -319,20 +325,18 @@ def fitted_student(**options):
 
 
 def test_without_a_discriminator_and_with_one_that_only_watches_the_student_is_the_same_bit_for_bit():
+    detached = partial(FixedDiscriminator, mode="detached")
     modules = {
-        "none": fitted_student(discriminator=None),
-        "none by name": fitted_student(discriminator="none"),
-        "weight 0": fitted_student(discriminator="fixed", discriminator_weight=0.0),
-        "weight 0, rate": fitted_student(discriminator="fixed", discriminator_weight=0.0, discriminator_lr=1.0),
-        "detached": fitted_student(discriminator="fixed", discriminator_mode="detached"),
-        "detached, rate": fitted_student(discriminator="fixed", discriminator_mode="detached", discriminator_lr=1.0),
+        "none": fitted_student(discriminator=NoDiscriminator()),
+        "detached": fitted_student(discriminator=detached()),
+        "detached, rate": fitted_student(discriminator=detached(lr=1.0)),
     }
     reference = modules["none"].student.state_dict()
     for name, module in modules.items():
         assert (module.discriminator is None) == (not name.startswith("detached"))
         for key, value in module.student.state_dict().items():
             assert torch.equal(value, reference[key]), f"{name}: {key}"
-    together = fitted_student(discriminator="fixed").student.state_dict()
+    together = fitted_student(discriminator=FixedDiscriminator()).student.state_dict()
     assert not torch.equal(together["head.weight"], reference["head.weight"])
 
 
@@ -341,23 +345,27 @@ def test_making_a_discriminator_leaves_the_random_state_alone_and_follows_the_se
     torch.manual_seed(seed)
     student, teacher = TinyNet(), TinyNet()
     state = torch.get_rng_state()
-    first, second = (MEALV2Module(student, teacher, num_classes=3, discriminator="fixed") for _ in range(2))
+    first, second = (
+        MEALV2Module(student, teacher, num_classes=3, discriminator=FixedDiscriminator()) for _ in range(2)
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.initial_seed() == seed % 2**64
     weights = first.discriminator.layers[0].weight
     assert torch.equal(weights, second.discriminator.layers[0].weight)
     torch.manual_seed(17)
-    other = MEALV2Module(student, teacher, num_classes=3, discriminator="fixed")
+    other = MEALV2Module(student, teacher, num_classes=3, discriminator=FixedDiscriminator())
     assert not torch.equal(weights, other.discriminator.layers[0].weight)
 
 
 def test_the_kinds_are_those_of_the_layer():
-    assert given_module(draw(2, 300), draw(2, 300), discriminator="official").discriminator.kind == "official"
+    assert (
+        given_module(draw(2, 300), draw(2, 300), discriminator=OfficialDiscriminator()).discriminator.kind == "official"
+    )
     with pytest.warns(UserWarning, match="'fixed' has neither problem"):
         default = MEALV2Module(TinyNet(), TinyNet(), num_classes=3)
     assert default.discriminator.kind == "official"
     own = rectified()
-    assert tiny_module(discriminator=own).discriminator is own
+    assert tiny_module(discriminator=OwnDiscriminator(own)).discriminator is own
 
 
 # what is observed
@@ -365,7 +373,7 @@ def test_the_kinds_are_those_of_the_layer():
 
 def test_observed_values_are_those_counted_by_hand():
     student, teachers = draw(6, 5), [draw(6, 5, seed=1), draw(6, 5, seed=2)]
-    module = given_module(student, *teachers, discriminator=rectified(5), temperature=2.0)
+    module = given_module(student, *teachers, discriminator=OwnDiscriminator(rectified(5)), temperature=2.0)
     scores = []
     module.discriminator.register_forward_hook(lambda _m, _i, output: scores.extend(output.tolist()))
     module.terms(batch_of(6))
@@ -397,7 +405,7 @@ def test_a_dead_discriminator_is_at_chance_and_a_perfect_one_right():
             layer.bias.zero_()
         module = given_module(
             torch.tensor([[9.0, -1, 0]] * 4), torch.tensor([[-1.0, 9, 0]] * 4),
-            discriminator=nn.Sequential(layer, nn.ReLU()),
+            discriminator=OwnDiscriminator(nn.Sequential(layer, nn.ReLU())),
         )  # fmt: skip
         assert float(module.terms(batch_of(4))["discriminator"]) == pytest.approx(loss, rel=1e-6)
         assert float(module._observed["discriminator_accuracy"]) == accuracy
@@ -408,10 +416,10 @@ def test_a_training_logs_what_it_promises():
     names = {"similarity", "kl", "teacher_entropy", "agreement", "loss"}
     watched = {"discriminator", "discriminator_accuracy"}
     for options, expected in (
-        ({"discriminator": None}, names),
-        ({"discriminator": "fixed"}, names | watched),
-        ({"discriminator": rectified()}, names | watched | {"discriminator_dead"}),
-        ({"discriminator": "fixed", "hard_label_weight": 1.0}, names | watched | {"ce"}),
+        ({"discriminator": NoDiscriminator()}, names),
+        ({}, names | watched),
+        ({"discriminator": OwnDiscriminator(rectified())}, names | watched | {"discriminator_dead"}),
+        ({"hard_label_weight": 1.0}, names | watched | {"ce"}),
     ):
         trainer = tiny_trainer()
         trainer.fit(tiny_module(seed=2, **options), datamodule=TinyDataModule())
@@ -451,23 +459,23 @@ class Kill(pl.Callback):
     ("columns", "name"), [((0,), "for 'student' was"), ((1,), "'teacher' was"), ((0, 1), "'student' and 'teacher' was")]
 )
 def test_a_dead_discriminator_is_told_once_after_the_epoch_it_died_in(epoch, columns, name):
-    module = tiny_module(seed=2, discriminator=rectified())
+    module = tiny_module(seed=2, discriminator=OwnDiscriminator(rectified()))
     ends = []
 
     class Epochs(pl.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
-            ends.append(pl_module._told_dead)
+            ends.append(pl_module.liveness._has_warned)
 
     trainer = tiny_trainer(max_epochs=4, callbacks=[Kill(epoch, *columns), Epochs()])
     found = meal_warnings(lambda: trainer.fit(module, datamodule=TinyDataModule()))
     assert len(found) == 1
     assert name in found[0]
-    assert "use discriminator='fixed'" in found[0]
+    assert "use FixedDiscriminator()" in found[0]
     assert ends == [number > epoch for number in range(4)]
 
 
 def test_an_output_that_is_zero_for_all_rows_but_one_is_not_dead():
-    module = tiny_module(seed=2, discriminator=rectified())
+    module = tiny_module(seed=2, discriminator=OwnDiscriminator(rectified()))
     rows = []
 
     def almost(_module, _inputs, output):
@@ -486,7 +494,7 @@ def test_an_output_that_is_zero_for_all_rows_but_one_is_not_dead():
 
 
 def test_living_and_fixed_discriminators_are_not_warned_about():
-    for discriminator in (rectified(), "fixed", None):
+    for discriminator in (OwnDiscriminator(rectified()), FixedDiscriminator(), NoDiscriminator()):
         module = tiny_module(seed=2, discriminator=discriminator)
         trainer = tiny_trainer(max_epochs=2)
         assert meal_warnings(lambda: trainer.fit(module, datamodule=TinyDataModule())) == []  # noqa: B023
@@ -500,7 +508,7 @@ def hinted(*, student_scale=0.0, teacher_scale=60.0, first_epoch=0, **options):
         for network, scale in ((student, student_scale), (teacher, teacher_scale)):
             network.head.weight *= scale
             network.head.bias.zero_()
-    module = MEALV2Module(student, teacher, num_classes=3, discriminator=None, **options)
+    module = MEALV2Module(student, teacher, num_classes=3, discriminator=NoDiscriminator(), **options)
     trainer = tiny_trainer(max_epochs=first_epoch + 2)
     trainer.fit_loop.epoch_progress.current.processed = trainer.fit_loop.epoch_progress.current.completed = first_epoch
     found = meal_warnings(lambda: trainer.fit(module, datamodule=TinyDataModule()))
@@ -553,7 +561,9 @@ def trained_rates(epochs, **options):
 
 @pytest.mark.parametrize(("own", "expected"), [(None, [0.01, 0.001]), (1e-4, [1e-4, 1e-4]), (0.5, [0.5, 0.5])])
 def test_the_discriminators_effective_rate_is_its_own_also_after_the_schedules_step(own, expected):
-    module, _, rates = trained_rates(2, discriminator_lr=own, lr_scheduler=partial(MultiStepLR, milestones=[1]))
+    module, _, rates = trained_rates(
+        2, discriminator=FixedDiscriminator(lr=own), lr_scheduler=partial(MultiStepLR, milestones=[1])
+    )
     theirs = len(list(module.discriminator.parameters()))
     assert len(rates.steps) == 6
     for number, step in enumerate(rates.steps):
@@ -565,16 +575,18 @@ def test_the_discriminators_effective_rate_is_its_own_also_after_the_schedules_s
 
 
 def test_the_groups_hold_every_parameter_once():
-    one = tiny_module(discriminator_lr=None).parameter_groups()
-    two = tiny_module(discriminator_lr=0.3).parameter_groups()
+    one = tiny_module(discriminator=FixedDiscriminator(lr=None)).parameter_groups()
+    two = tiny_module(discriminator=FixedDiscriminator(lr=0.3)).parameter_groups()
     assert (len(one), len(two)) == (1, 2)
     assert "lr" not in two[0]
     assert two[1]["lr"] == 0.3
-    module = tiny_module(discriminator_lr=0.3)
+    module = tiny_module(discriminator=FixedDiscriminator(lr=0.3))
     first, second = (group["params"] for group in module.parameter_groups())
     assert [id(p) for p in first] == [id(p) for p in module.student.parameters()]
     assert [id(p) for p in second] == [id(p) for p in module.discriminator.parameters()]
-    scheduled = tiny_module(discriminator_lr_scheduler=partial(ExponentialLR, gamma=0.5)).parameter_groups()
+    scheduled = tiny_module(
+        discriminator=FixedDiscriminator(lr_scheduler=partial(ExponentialLR, gamma=0.5))
+    ).parameter_groups()
     assert len(scheduled) == 2
     assert "lr" not in scheduled[1]
 
@@ -582,15 +594,15 @@ def test_the_groups_hold_every_parameter_once():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"discriminator_lr": 0.5}, [(0.01, 0.5)] * 3),
+        ({"discriminator": FixedDiscriminator(lr=0.5)}, [(0.01, 0.5)] * 3),
         (
-            {"discriminator_lr": 0.5, "discriminator_lr_scheduler": partial(ExponentialLR, gamma=0.1)},
+            {"discriminator": FixedDiscriminator(lr=0.5, lr_scheduler=partial(ExponentialLR, gamma=0.1))},
             [(0.01, 0.5), (0.01, 0.05), (0.01, 0.005)],
         ),
         (
             {
                 "lr_scheduler": partial(MultiStepLR, milestones=[2]),
-                "discriminator_lr_scheduler": partial(ExponentialLR, gamma=0.5),
+                "discriminator": FixedDiscriminator(lr_scheduler=partial(ExponentialLR, gamma=0.5)),
             },
             [(0.01, 0.01), (0.01, 0.005), (0.001, 0.0025)],
         ),
@@ -618,8 +630,8 @@ def test_the_published_schedule_has_101_epochs_at_the_first_rate():
 
 
 def test_two_one_cycles_get_the_length_of_the_training_and_step_with_every_batch():
-    options = {"lr_scheduler": OneCycle, "discriminator_lr_scheduler": partial(OneCycle, warmup=0.0, end=0.1)}
-    _, trainer, _ = trained_rates(2, discriminator_lr=0.5, **options)
+    own = FixedDiscriminator(lr=0.5, lr_scheduler=partial(OneCycle, warmup=0.0, end=0.1))
+    _, trainer, _ = trained_rates(2, discriminator=own, lr_scheduler=OneCycle)
     config = trainer.lr_scheduler_configs[0]
     assert isinstance(config.scheduler, GroupSchedules)
     assert config.interval == "step"
@@ -628,15 +640,15 @@ def test_two_one_cycles_get_the_length_of_the_training_and_step_with_every_batch
 
 
 def test_one_cycle_for_the_student_leaves_a_constant_rate_alone():
-    _, trainer, rates = trained_rates(2, discriminator_lr=0.5, lr_scheduler=OneCycle)
+    _, trainer, rates = trained_rates(2, discriminator=FixedDiscriminator(lr=0.5), lr_scheduler=OneCycle)
     assert trainer.lr_scheduler_configs[0].scheduler.schedules[0].total_steps == 6
     assert [second for _, second in rates.rates] == [0.5, 0.5]
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01 * 1e-4)
 
 
 def test_one_cycle_beside_an_epoch_wise_schedule_is_refused_before_and_in_training():
-    options = {"lr_scheduler": OneCycle, "discriminator_lr_scheduler": partial(ExponentialLR, gamma=0.5)}
-    module = tiny_module(**options)
+    own = FixedDiscriminator(lr_scheduler=partial(ExponentialLR, gamma=0.5))
+    module = tiny_module(lr_scheduler=OneCycle, discriminator=own)
     with pytest.raises(InputError, match="OneCycle and ExponentialLR cannot be stepped together"):
         check_optimizer(module)
     with pytest.raises(InputError, match="make both OneCycle, or none"):
@@ -645,7 +657,7 @@ def test_one_cycle_beside_an_epoch_wise_schedule_is_refused_before_and_in_traini
 
 def test_plateau_watches_the_validation_nll_beside_a_constant_rate():
     plateau = partial(ReduceLROnPlateau, patience=0, factor=0.5, threshold=1e3, threshold_mode="abs")
-    _, trainer, rates = trained_rates(3, discriminator_lr=0.5, lr_scheduler=plateau)
+    _, trainer, rates = trained_rates(3, discriminator=FixedDiscriminator(lr=0.5), lr_scheduler=plateau)
     assert trainer.lr_scheduler_configs[0].monitor == "val/nll"
     assert rates.rates == [pytest.approx([0.01, 0.5]), pytest.approx([0.01, 0.5]), pytest.approx([0.005, 0.5])]
 
@@ -659,11 +671,11 @@ def halving(optimizer):
 
 def test_a_resumed_run_has_the_discriminator_its_momenta_and_both_rates(tmp_path):
     options = {
-        "discriminator_lr": 0.02, "lr_scheduler": partial(MultiStepLR, milestones=[1, 3], gamma=0.5),
-        "discriminator_lr_scheduler": halving, "optimizer": partial(Adam, lr=0.01),
+        "discriminator": FixedDiscriminator(lr=0.02, lr_scheduler=halving),
+        "lr_scheduler": partial(MultiStepLR, milestones=[1, 3], gamma=0.5), "optimizer": partial(Adam, lr=0.01),
     }  # fmt: skip
     whole, part, resumed = tiny_module(**options), tiny_module(**options), tiny_module(seed=9, **options)
-    resumed.teachers.load_state_dict(whole.teachers.state_dict())
+    resumed.teachers.ensemble.load_state_dict(whole.teachers.ensemble.state_dict())
     trainers = [tiny_trainer(max_epochs=epochs) for epochs in (4, 2, 4)]
     trainers[0].fit(whole, datamodule=TinyDataModule())
     trainers[1].fit(part, datamodule=TinyDataModule())
@@ -689,41 +701,47 @@ def test_a_checkpoint_rebuilds_the_module_with_adapted_teachers_alone(tmp_path):
         weights=[1, 2],
     )
     module = MEALV2Module(
-        SmallResNet(3, width=2), teachers, num_classes=3, discriminator="fixed", discriminator_lr=0.25,
-        discriminator_mode="adversarial", hard_label_weight=0.5, input_shape=SHAPE,
+        SmallResNet(3, width=2), teachers, num_classes=3,
+        discriminator=FixedDiscriminator(lr=0.25, mode="adversarial"), hard_label_weight=0.5, input_shape=SHAPE,
     )  # fmt: skip
     trainer = tiny_trainer()
     trainer.fit(module, datamodule=TinyDataModule())
     trainer.save_checkpoint(tmp_path / "meal.ckpt")
     with pytest.warns(UserWarning, match="teachers: the weights are not those"):
         loaded = MEALV2Module.load_from_checkpoint(tmp_path / "meal.ckpt")
-    assert (loaded.discriminator_lr, loaded.discriminator_mode, loaded.hard_label_weight) == (0.25, "adversarial", 0.5)
+    assert (loaded.adversary, loaded.hard_label_weight) == (FixedDiscriminator(lr=0.25, mode="adversarial"), 0.5)
     assert isinstance(loaded.discriminator, Discriminator)
     for network in ("student", "discriminator"):
         state = getattr(loaded, network).state_dict()
         assert all(torch.equal(value, state[name]) for name, value in getattr(module, network).state_dict().items())
-    adapted = loaded.teachers.networks[1]
+    adapted = loaded.teachers[1]
     assert (adapted.size, float(adapted.scale), float(adapted.shift)) == ((12, 12), 2.0, pytest.approx(-0.6))
 
 
 def test_an_own_discriminator_must_be_given_again(tmp_path):
     module = MEALV2Module(
-        SmallResNet(3, width=2), SmallResNet(3, width=2), num_classes=3, discriminator=rectified(), hard_label_weight=1
+        SmallResNet(3, width=2),
+        SmallResNet(3, width=2),
+        num_classes=3,
+        discriminator=OwnDiscriminator(rectified()),
+        hard_label_weight=1,
     )
     trainer = tiny_trainer()
     trainer.fit(module, datamodule=TinyDataModule())
     trainer.save_checkpoint(tmp_path / "meal.ckpt")
     loaded = MEALV2Module.load_from_checkpoint(
-        tmp_path / "meal.ckpt", teachers=module.teachers, discriminator=rectified()
+        tmp_path / "meal.ckpt", teachers=module.teachers.ensemble, discriminator=OwnDiscriminator(rectified())
     )
     assert torch.equal(loaded.discriminator[0].weight, module.discriminator[0].weight)
     with pytest.raises(InputError, match="another architecture than MEALV2Module: it .*'discriminator"):
-        MEALV2Module.load_from_checkpoint(tmp_path / "meal.ckpt", teachers=module.teachers, discriminator="fixed")
+        MEALV2Module.load_from_checkpoint(
+            tmp_path / "meal.ckpt", teachers=module.teachers.ensemble, discriminator=FixedDiscriminator()
+        )
 
 
 def test_the_exported_student_loads_into_a_bare_network_of_torchvision(tmp_path):
     network = torchvision_network("mobilenet_v3_small", num_classes=3)
-    module = MEALV2Module(network, TinyNet(in_channels=3), num_classes=3, discriminator="fixed")
+    module = MEALV2Module(network, TinyNet(in_channels=3), num_classes=3, discriminator=FixedDiscriminator())
     bare = torchvision.models.mobilenet_v3_small(num_classes=3)
     bare.load_state_dict(load_file(module.export_student(tmp_path / "student.safetensors")), strict=True)
     images = torch.rand(2, 3, 32, 32)
@@ -755,7 +773,7 @@ def test_teachers_in_bfloat16_are_close_to_those_in_float32():
         given_module(student, *(each.to(dtype) for each in logits)) for dtype in (torch.float32, torch.bfloat16)
     )
     inputs = torch.zeros(500, *SHAPE)
-    first, second = (module.teachers.probabilities(inputs) for module in (wide, narrow))
+    first, second = (module.teachers.ensemble.probabilities(inputs) for module in (wide, narrow))
     assert second.dtype == torch.float32
     assert 0 < float((first - second).abs().max()) < 0.03
     assert float((first.argmax(1) == second.argmax(1)).float().mean()) > 0.99
@@ -768,7 +786,7 @@ def test_teachers_in_bfloat16_are_close_to_those_in_float32():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(shown, dtype):
     narrow = [draw(6, 5, seed=seed).to(dtype) for seed in range(4)]
-    options = {"temperature": 3.0, "discriminator_input": shown, "ensemble": {"weights": [1, 2, 3]}}
+    options = {"temperature": 3.0, "discriminator": FixedDiscriminator(shown=shown), "ensemble": {"weights": [1, 2, 3]}}
     found = given_module(*narrow, **options).terms(batch_of(6))
     wide = given_module(*(logits.float() for logits in narrow), **options).terms(batch_of(6))
     for name, term in found.items():
@@ -780,7 +798,7 @@ def test_half_precision_is_computed_in_float32(shown, dtype):
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
 def test_extreme_logits_of_any_precision_stay_finite(shown, dtype, scale):
     student, teacher = (draw(4, 2, seed=seed).sign().to(dtype) * scale for seed in (0, 1))
-    module = given_module(student, teacher, discriminator_input=shown, hard_label_weight=1.0)
+    module = given_module(student, teacher, discriminator=FixedDiscriminator(shown=shown), hard_label_weight=1.0)
     terms = module.terms(batch_of(4, 2))
     terms["similarity"].backward(retain_graph=True)
     terms["discriminator"].backward()
@@ -791,7 +809,7 @@ def test_extreme_logits_of_any_precision_stay_finite(shown, dtype, scale):
 
 
 def test_weights_in_bfloat16_train():
-    module = tiny_module(discriminator_input="probabilities", discriminator_lr=0.01)
+    module = tiny_module(discriminator=FixedDiscriminator(shown="probabilities", lr=0.01))
     trainer = tiny_trainer(precision="bf16-true")
     trainer.fit(module, datamodule=TinyDataModule())
     assert module.discriminator.layers[0].weight.dtype == torch.bfloat16
@@ -803,14 +821,14 @@ def test_a_student_learns_from_its_teachers_alone():
     teacher = TinyNet()
     data = TinyDataModule(samples=60)
     data.setup()
-    images, targets = data.dataset("train").__getitems__(list(range(60)))[:2]
+    images, targets, *_ = data.dataset("train").__getitems__(list(range(60)))
     optimizer = torch.optim.Adam(teacher.parameters(), lr=0.02)
     for _ in range(60):
         optimizer.zero_grad()
         F.cross_entropy(teacher(images), targets).backward()
         optimizer.step()
     module = MEALV2Module(
-        TinyNet(), [teacher, copy.deepcopy(teacher)], num_classes=3, discriminator="fixed", discriminator_lr=0.01,
+        TinyNet(), [teacher, copy.deepcopy(teacher)], num_classes=3, discriminator=FixedDiscriminator(lr=0.01),
         optimizer=partial(SGD, lr=0.1, momentum=0.9),
     )  # fmt: skip
     trainer = tiny_trainer(max_epochs=12)
@@ -827,26 +845,15 @@ def test_a_student_learns_from_its_teachers_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"discriminator": "offical"}, "discriminator must be 'official', 'fixed', 'none' or a network, got 'offical'"),
         (
-            {"discriminator": nn.Linear(3, 1)},
+            {"discriminator": OwnDiscriminator(nn.Linear(3, 1))},
             r"discriminator \(Linear\) makes \(1, 1\) of one row of logits: it must give two",
         ),
-        ({"discriminator": nn.Linear(4, 2)}, r"discriminator \(Linear\) does not take rows of 3 logits"),
-        ({"discriminator_input": "probs"}, "discriminator_input must be one of logits, .*, got 'probs'"),
-        ({"discriminator_mode": "against"}, "discriminator_mode must be one of cooperative, .*, got 'against'"),
-        ({"discriminator_weight": -1.0}, "discriminator_weight cannot be negative, got -1.0"),
-        ({"discriminator_weight": math.nan}, "discriminator_weight cannot be negative, got nan"),
+        (
+            {"discriminator": OwnDiscriminator(nn.Linear(4, 2))},
+            r"discriminator \(Linear\) does not take rows of 3 logits",
+        ),
         ({"hard_label_weight": -0.5}, "hard_label_weight cannot be negative, got -0.5"),
-        ({"discriminator_lr": 0.0}, "discriminator_lr must be positive, got 0.0"),
-        (
-            {"discriminator": None, "discriminator_mode": "adversarial", "discriminator_lr": 0.1},
-            "discriminator_mode and discriminator_lr would do nothing without a discriminator: leave them out",
-        ),
-        (
-            {"discriminator": "none", "discriminator_input": "probabilities"},
-            "discriminator_input would do nothing without a discriminator: leave it out",
-        ),
         ({"temperature": 0}, "temperature must be positive, got 0"),
         ({"num_classes": 4, "input_shape": SHAPE}, r"student \(TinyNet\) has 3 classes where num_classes=4"),
     ],
@@ -856,9 +863,31 @@ def test_refusals_name_what_is_wrong(options, message):
         tiny_module(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shown": "probs"}, "shown must be one of logits, .*, got 'probs'"),
+        ({"mode": "against"}, "mode must be one of cooperative, .*, got 'against'"),
+        ({"weight": -1.0}, r"weight must be positive, got -1.0: NoDiscriminator\(\) has none"),
+        ({"weight": 0.0}, "weight must be positive, got 0.0"),
+        ({"weight": math.nan}, "weight must be positive, got nan"),
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+    ],
+)
+@pytest.mark.parametrize(
+    "kind", [OfficialDiscriminator, FixedDiscriminator, partial(OwnDiscriminator, nn.Linear(3, 2))]
+)
+def test_options_of_a_discriminator_out_of_range_are_refused(kind, options, message):
+    name = getattr(kind, "func", kind).__name__
+    with pytest.raises(InputError, match=f"{name}: {message}"):
+        kind(**options)
+
+
 def test_a_teacher_with_other_classes_is_named():
     with pytest.raises(InputError, match=r"teacher 1 \(TinyNet\) has 5 classes where num_classes=3"):
-        MEALV2Module(TinyNet(), [TinyNet(), TinyNet(5)], num_classes=3, discriminator="fixed", input_shape=SHAPE)
+        MEALV2Module(
+            TinyNet(), [TinyNet(), TinyNet(5)], num_classes=3, discriminator=FixedDiscriminator(), input_shape=SHAPE
+        )
 
 
 # the command line
@@ -886,20 +915,28 @@ TEACHER = {
 @pytest.mark.parametrize(
     "discriminator",
     [
-        {"discriminator": "none"},
-        {"discriminator": None},
+        {"discriminator": "NoDiscriminator"},
         {
-            "discriminator": "fixed",
-            "discriminator_lr": 1e-4,
-            "discriminator_lr_scheduler": {
-                "class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.5}
+            "discriminator": {
+                "class_path": "FixedDiscriminator",
+                "init_args": {
+                    "lr": 1e-4,
+                    "lr_scheduler": {
+                        "class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.5}
+                    },
+                },
             },
             "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.MultiStepLR", "init_args": {"milestones": [1]}},
         },
         {
-            "discriminator": {"class_path": "torch.nn.Linear", "init_args": {"in_features": 10, "out_features": 2}},
-            "discriminator_mode": "adversarial",
-            "discriminator_lr_scheduler": {"class_path": "OneCycle"},
+            "discriminator": {
+                "class_path": "OwnDiscriminator",
+                "init_args": {
+                    "network": {"class_path": "torch.nn.Linear", "init_args": {"in_features": 10, "out_features": 2}},
+                    "mode": "adversarial",
+                    "lr_scheduler": {"class_path": "OneCycle"},
+                },
+            },
         },
     ],
 )  # fmt: skip
@@ -925,28 +962,28 @@ def test_every_kind_of_discriminator_can_be_written_in_yaml(discriminator, tmp_p
 
 def cooperative(student, teachers, num_classes):
     return MEALV2Module(
-        student, TeacherEnsemble(teachers, weights=[1, 3]), num_classes=num_classes, discriminator="fixed",
-        discriminator_lr=0.02, lr_scheduler=partial(MultiStepLR, milestones=[1]), discriminator_lr_scheduler=halving,
-        input_shape=SHAPE,
+        student, TeacherEnsemble(teachers, weights=[1, 3]), num_classes=num_classes,
+        discriminator=FixedDiscriminator(lr=0.02, lr_scheduler=halving),
+        lr_scheduler=partial(MultiStepLR, milestones=[1]), input_shape=SHAPE,
     )  # fmt: skip
 
 
 def adversarial(student, teachers, num_classes):
     return MEALV2Module(
-        student, teachers, num_classes=num_classes, discriminator=rectified(num_classes),
-        discriminator_mode="adversarial", discriminator_weight=0.5, hard_label_weight=0.5,
+        student, teachers, num_classes=num_classes,
+        discriminator=OwnDiscriminator(rectified(num_classes), mode="adversarial", weight=0.5), hard_label_weight=0.5,
     )  # fmt: skip
 
 
 def detached(student, teachers, num_classes):
     return MEALV2Module(
-        student, teachers, num_classes=num_classes, discriminator="fixed", discriminator_mode="detached",
-        discriminator_input="log_probabilities", temperature=2.0,
+        student, teachers, num_classes=num_classes, temperature=2.0,
+        discriminator=FixedDiscriminator(mode="detached", shown="log_probabilities"),
     )  # fmt: skip
 
 
 def without(student, teachers, num_classes):
-    return MEALV2Module(student, teachers, num_classes=num_classes, discriminator=None)
+    return MEALV2Module(student, teachers, num_classes=num_classes, discriminator=NoDiscriminator())
 
 
 @pytest.mark.parametrize("build", [cooperative, adversarial, detached, without])

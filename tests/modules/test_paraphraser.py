@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from distill_lightning import Batch, FEEDModule, InputError, OneCycle, ParaphraserModule, SmallResNet, TeacherEnsemble
 from distill_lightning.layers import Paraphraser
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
+from distill_lightning.testing.contract import process_strategy
 
 SHAPE = (1, 8, 8)
 
@@ -43,7 +44,7 @@ def test_the_loss_is_the_sum_of_the_mean_absolute_errors():
     module, batch = module_of(4, 6), batch_of()
     expected = [
         naive_errors(paraphraser, teacher, [batch.input])[0]
-        for paraphraser, teacher in zip(module.paraphrasers, module.teachers, strict=True)
+        for paraphraser, teacher in zip(module.paraphrasers, module.teachers[0], strict=True)
     ]
     logged = {}
     module.log_dict = lambda values, **_: logged.update(values)
@@ -65,7 +66,7 @@ def test_the_loss_and_the_forward_take_any_batch_of_images():
     assert torch.equal(module.training_step(batch, 0), module.training_step((batch.input, batch.target), 0))
     first, second = module(batch.input)
     assert (first.shape, second.shape) == ((4, 8, 4, 4), (4, 12, 4, 4))
-    assert torch.equal(first, module.paraphrasers[0](module.teachers.networks[0].features(batch.input)))
+    assert torch.equal(first, module.paraphrasers[0](module.teachers[0].networks[0].features(batch.input)))
 
 
 def test_validation_logs_the_errors_over_all_images():
@@ -76,7 +77,7 @@ def test_validation_logs_the_errors_over_all_images():
     images = [batch.input for batch in data.val_dataloader()]
     assert [len(part) for part in images] == [8, 8, 4]
     total = 0.0
-    for number, teacher in enumerate(module.teachers):
+    for number, teacher in enumerate(module.teachers[0]):
         absolute, relative = naive_errors(module.paraphrasers[number], teacher, images)
         total += absolute
         assert float(trainer.callback_metrics[f"val/reconstruction_{number}"]) == pytest.approx(absolute, rel=1e-5)
@@ -90,7 +91,7 @@ def test_together_each_paraphraser_learns_as_alone():
         module = module_of(4, 6)
         if not both:
             first = module.paraphrasers[0]
-            module = ParaphraserModule(module.teachers.networks[0], layers="features", input_shape=SHAPE)
+            module = ParaphraserModule(module.teachers[0].networks[0], layers="features", input_shape=SHAPE)
             module.paraphrasers[0].load_state_dict(first.state_dict())
         tiny_trainer(max_epochs=2).fit(module, datamodule=TinyDataModule())
         ends.append(module.paraphrasers[0].state_dict())
@@ -124,26 +125,26 @@ def test_the_optimiser_holds_the_paraphrasers_alone_with_factor_transfers_settin
 
 def test_teachers_stay_as_they_are_in_any_mode():
     module = module_of(4, 6)
-    before = copy.deepcopy(module.teachers.state_dict())
+    before = copy.deepcopy(module.teachers[0].state_dict())
     module.train()
-    assert not any(child.training for child in module.teachers.modules())
+    assert not any(child.training for child in module.teachers[0].modules())
     assert all(child.training for child in module.paraphrasers.modules())
     module.eval()
     modes = []
     module.on_train_batch_start = lambda *_: modes.append(
-        (module.paraphrasers.training, any(child.training for child in module.teachers.modules()))
+        (module.paraphrasers.training, any(child.training for child in module.teachers[0].modules()))
     )
     tiny_trainer().fit(module, datamodule=TinyDataModule())
     assert modes == [(True, False)] * 3
-    assert all(torch.equal(value, before[name]) for name, value in module.teachers.state_dict().items())
-    assert not any(p.requires_grad or p.grad is not None for p in module.teachers.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in module.teachers[0].state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in module.teachers[0].parameters())
 
 
 def test_teachers_run_once_a_step_without_a_graph():
     module = module_of(4, 6)
     module.log_dict = lambda values, **_: None
     graphs = []
-    for network in module.teachers:
+    for network in module.teachers[0]:
         network.register_forward_hook(lambda _module, _inputs, output: graphs.append(output.requires_grad))
     module.training_step(batch_of(), 0)
     assert graphs == [False, False]
@@ -157,13 +158,13 @@ def test_a_checkpoint_has_no_teacher_and_rebuilds_the_paraphrasers(tmp_path):
     state = torch.load(tmp_path / "stage.ckpt", weights_only=True)["state_dict"]
     assert state
     assert all(name.startswith("paraphrasers.") for name in state)
-    loaded = ParaphraserModule.load_from_checkpoint(tmp_path / "stage.ckpt", teachers=list(module.teachers))
+    loaded = ParaphraserModule.load_from_checkpoint(tmp_path / "stage.ckpt", teachers=list(module.teachers[0]))
     assert loaded.paraphrasers[0].factors == 2
     assert sum(isinstance(child, nn.BatchNorm2d) for child in loaded.paraphrasers[1].modules()) == 6
     for name, value in module.paraphrasers.state_dict().items():
         assert torch.equal(value, loaded.paraphrasers.state_dict()[name])
-    for name, value in module.teachers.state_dict().items():
-        assert torch.equal(value, loaded.teachers.state_dict()[name])
+    for name, value in module.teachers[0].state_dict().items():
+        assert torch.equal(value, loaded.teachers[0].state_dict()[name])
 
 
 def test_other_teachers_are_warned_of(tmp_path):
@@ -177,13 +178,13 @@ def test_other_teachers_are_warned_of(tmp_path):
 
 def test_a_resumed_stage_equals_the_uninterrupted_one(tmp_path):
     whole, resumed = module_of(4), module_of(4)
-    teacher = copy.deepcopy(resumed.teachers.state_dict())
+    teacher = copy.deepcopy(resumed.teachers[0].state_dict())
     tiny_trainer(max_epochs=3).fit(whole, datamodule=TinyDataModule())
     trainer = tiny_trainer(max_epochs=1)
     trainer.fit(resumed, datamodule=TinyDataModule())
     trainer.save_checkpoint(tmp_path / "stage.ckpt")
     again = module_of(4, seed=9)
-    again.teachers.load_state_dict(teacher)
+    again.teachers[0].load_state_dict(teacher)
     tiny_trainer(max_epochs=3).fit(again, datamodule=TinyDataModule(), ckpt_path=str(tmp_path / "stage.ckpt"))
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
@@ -223,12 +224,12 @@ def test_factor_transfer_takes_what_was_trained():
     before = copy.deepcopy(stage.paraphrasers.state_dict())
     torch.manual_seed(1)
     module = FEEDModule(
-        TinyNet(), list(stage.teachers), num_classes=3, student_layer="features", paraphrasers=stage.paraphrasers,
+        TinyNet(), list(stage.teachers[0]), num_classes=3, student_layer="features", paraphrasers=stage.paraphrasers,
         beta=10.0, input_shape=SHAPE,
     )  # fmt: skip
     assert [translator[-2].out_channels for translator in module.translators] == [4, 4]
     batch = batch_of()
-    code = stage.paraphrasers[0].encoder(stage.teachers.networks[0].features(batch.input))
+    code = stage.paraphrasers[0].encoder(stage.teachers[0].networks[0].features(batch.input))
     module.eval()
     translated = module.translators[0](module.student.features(batch.input))
     made, wanted = (value.detach().double().flatten(1).numpy() for value in (translated, code))
@@ -243,7 +244,7 @@ def test_factor_transfer_takes_what_was_trained():
 def test_layers_can_differ_and_channels_are_found_without_an_input_shape():
     teachers = TeacherEnsemble([SmallResNet(3, width=2), SmallResNet(3, width=4)])
     module = ParaphraserModule(teachers, layers=["stage3", "stage2"], rate=0.25)
-    assert module.teachers is teachers
+    assert module.teachers[0] is teachers
     assert [(p.channels, p.factors) for p in module.paraphrasers] == [(8, 2), (8, 2)]
     assert all(isinstance(p, Paraphraser) for p in module.paraphrasers)
     assert not any(isinstance(child, nn.BatchNorm2d) for child in module.paraphrasers.modules())
@@ -252,7 +253,7 @@ def test_layers_can_differ_and_channels_are_found_without_an_input_shape():
 def test_a_batch_of_one_and_a_zero_feature_are_finite():
     module = module_of(4)
     with torch.no_grad():
-        for parameter in module.teachers.parameters():
+        for parameter in module.teachers[0].parameters():
             parameter.zero_()
     trainer = tiny_trainer()
     trainer.fit(module, datamodule=TinyDataModule(batch_size=1, samples=3))
@@ -272,7 +273,7 @@ def test_two_processes_equal_one():
     together = copy.deepcopy(alone)
     single = tiny_trainer(max_epochs=2)
     single.fit(alone, datamodule=TinyDataModule(batch_size=8))
-    double = tiny_trainer(max_epochs=2, devices=2, strategy="ddp_spawn")
+    double = tiny_trainer(max_epochs=2, devices=2, strategy=process_strategy())
     double.fit(together, datamodule=TinyDataModule(batch_size=4))
     for name, value in alone.state_dict().items():
         assert torch.allclose(value, together.state_dict()[name], rtol=1e-4, atol=1e-6), name
@@ -283,7 +284,7 @@ def test_two_processes_equal_one():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": "featurs"}, "TinyNet has no layer 'featurs'; near names: features"),
+        ({"layers": "featurs"}, "TinyNet has no layer 'featurs'; similar names: features"),
         ({"layers": ["features"]}, "1 layers for 2 teachers: give one for all, or one each"),
         ({"layers": "features.*"}, "names 6 layers"),
         ({"layers": "head"}, r"teacher 0's 'head' gives shape \(1, 3\), not \(N, C, H, W\)"),

@@ -1,6 +1,7 @@
 """Classifiers of every position of a sequence: language models, trained, distilled and evaluated."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,14 @@ from distill_lightning import (
     Batch,
     DocstringsDataModule,
     ExtracurricularModule,
+    FactorDistance,
     FEEDModule,
     InputError,
     KDModule,
+    LabelSmoothing,
     MEALV2Module,
+    NoDiscriminator,
+    NoTranslator,
     SelfKDModule,
     SmallLSTM,
     SmallTransformer,
@@ -21,7 +26,6 @@ from distill_lightning import (
 )
 from distill_lightning.callbacks import ReliabilityDiagram, TeacherReport
 from distill_lightning.cli import main
-from distill_lightning.modules import evaluating
 from distill_lightning.teachers import TeacherStore
 from distill_lightning.teachers.recorder import record
 from distill_lightning.testing import TinyDataModule, tiny_trainer
@@ -66,8 +70,11 @@ def loud(seed):
     return network
 
 
-def kd(**options):
+def kd(store=None, **options):
+    """With a store: its folder, and what it is made with."""
     teachers = TeacherEnsemble([loud(1), loud(2)], weights=[1, 3])
+    if store is not None:
+        teachers = TeacherStore(store.pop("path"), teachers, **store)
     return KDModule(lstm(), teachers, num_classes=CLASSES, input_shape=(LENGTH,), **({"temperature": 2.0} | options))
 
 
@@ -92,12 +99,12 @@ def positions(tensor):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 @torch.no_grad()
 def test_the_cross_entropy_is_the_mean_over_all_positions(label_smoothing):
-    module, batch = supervised(label_smoothing=label_smoothing), batch_of()
+    module, batch = supervised(transforms=[LabelSmoothing(label_smoothing)] if label_smoothing else []), batch_of()
     total = 0.0
     for row, label in zip(positions(module(batch.input)), positions(batch.target), strict=True):
         logs = [math.log(value) for value in softmax(row)]
         total -= (1 - label_smoothing) * logs[label] + label_smoothing * sum(logs) / len(logs)
-    assert module.terms(batch)["ce"].item() == pytest.approx(total / (3 * LENGTH), rel=1e-5)
+    assert module.terms(module.prepared(batch))["ce"].item() == pytest.approx(total / (3 * LENGTH), rel=1e-5)
 
 
 @torch.no_grad()
@@ -136,7 +143,7 @@ def naive_metrics(module, loader):
     hits = nll = squares = top = same = divergence = count = 0
     for batch in loader:
         student = positions(module.student(batch.input))
-        teacher = None if not hasattr(module, "teachers") else positions(module.teachers(batch.input))
+        teacher = None if not hasattr(module, "teachers") else positions(module.teachers.ensemble(batch.input))
         for place, label in enumerate(positions(batch.target)):
             probs, row = softmax(student[place]), student[place]
             count += 1
@@ -191,7 +198,7 @@ def test_a_checkpoint_builds_language_models_again(data, tmp_path):
     trainer.fit(module, datamodule=data)
     trainer.save_checkpoint(tmp_path / "kd.ckpt")
     # The teachers' weights are in no checkpoint.
-    loaded = KDModule.load_from_checkpoint(tmp_path / "kd.ckpt", teachers=module.teachers).eval()
+    loaded = KDModule.load_from_checkpoint(tmp_path / "kd.ckpt", teachers=module.teachers.ensemble).eval()
     with torch.no_grad():
         assert torch.equal(loaded(batch_of().input), module.eval()(batch_of().input))
     assert [type(network) for network in (loaded.student, *loaded.teachers)] == [
@@ -218,21 +225,20 @@ def test_a_resumed_training_is_the_uninterrupted_one(data, tmp_path):
 def test_a_store_answers_for_the_teachers_at_every_position(data, tmp_path, options):
     online = kd()
     tiny_trainer(max_epochs=2).fit(online, datamodule=data)
-    store = TeacherStore(tmp_path / "store", dtype="float32", **options)
-    stored = kd(store=store)
+    stored = kd(store={"path": tmp_path / "store", "dtype": "float32", **options})
     tiny_trainer(max_epochs=2).fit(stored, datamodule=data)
-    assert store.is_complete
+    assert stored.teachers.store.is_complete
     for name, value in online.student.state_dict().items():
         torch.testing.assert_close(stored.student.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_the_largest_probabilities_of_every_position_are_kept(data, tmp_path):
-    store = TeacherStore(tmp_path / "store", dtype="float32", top_k=3)
-    module = kd(store=store)
+    module = kd(store={"path": tmp_path / "store", "dtype": "float32", "top_k": 3})
+    store = module.teachers.store
     record(tiny_trainer(), module, data)
     batch = next(iter(data.train_dataloader()))
     kept = store.told(batch, None, device="cpu")["probabilities"]
-    exact = module.teachers.probabilities(batch.input, temperature=2.0)
+    exact = module.teachers.ensemble.probabilities(batch.input, temperature=2.0)
     assert kept.shape == exact.shape == (7, LENGTH, CLASSES)
     for found, row in zip(kept.flatten(0, 1), exact.flatten(0, 1), strict=True):
         first = row.topk(3).indices
@@ -242,10 +248,9 @@ def test_the_largest_probabilities_of_every_position_are_kept(data, tmp_path):
 
 
 def test_samples_that_fill_up_a_share_do_not_count(monkeypatch):
-    module, batch = kd(), batch_of(4)._replace(view=torch.tensor([0, -1, 0, -1]))
-    monkeypatch.setattr(evaluating, "is_alone", lambda: False)
+    module, batch = kd(), batch_of(4).replace(counted=torch.tensor([True, False, True, False]))
     monkeypatch.setattr(module, "log_dict", lambda *args, **options: None)
-    monkeypatch.setattr(module, "_teachers_stand_still", lambda: False)
+    module.trainer = SimpleNamespace(num_val_batches=[1, 1])
     with torch.no_grad():
         outputs = module.eval().validation_step(batch, 0)
     assert module.val_metrics["accuracy"].count == module.val_teacher_metrics["agreement"].count == 2 * LENGTH
@@ -263,7 +268,7 @@ def test_callbacks_see_positions(data):
     rows = {row["name"]: row for row in report.rows}
     module.eval()
     with torch.no_grad():
-        hits = [(module.teachers(batch.input).argmax(-1) == batch.target).flatten() for batch in data.val_dataloader()]
+        hits = [(module.teachers.ensemble(batch.input).argmax(-1) == batch.target).flatten() for batch in data.val_dataloader()]
     assert rows["ensemble"]["accuracy"] == pytest.approx(torch.cat(hits).float().mean().item())
     assert rows.keys() == {"teacher_0", "teacher_1", "ensemble"}
 
@@ -293,7 +298,7 @@ def feed(student, teacher, **options):
         student_layer="head",
         teacher_layers="head",
         beta=1.0,
-        transform="none",
+        distance=FactorDistance(translator=NoTranslator()),
         **options,
     )
 
@@ -303,7 +308,7 @@ def self_kd(student, teacher, **options):
 
 
 def meal_v2(student, teacher, **options):
-    return MEALV2Module(student, teacher, num_classes=CLASSES, discriminator=None, hard_label_weight=0.0, **options)
+    return MEALV2Module(student, teacher, num_classes=CLASSES, discriminator=NoDiscriminator(), hard_label_weight=0.0, **options)
 
 
 def extracurricular(student, teacher, **options):

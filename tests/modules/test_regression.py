@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from distill_lightning import Batch, InputError, RegressionModule, SmallResNet
+from distill_lightning import Batch, Categorical, Gaussian, InputError, RegressionModule, SmallResNet, SupervisedModule
 from distill_lightning.layers import GaussianHead, without_deviation
 from distill_lightning.networks.weights import read_weights
 from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
@@ -34,7 +34,7 @@ class Given(nn.Module):
         return self.output
 
 
-def terms_of(output, target, **options):
+def terms_of(output, target, /, **options):
     output = torch.as_tensor(output)
     module = RegressionModule(Given(output), num_targets=output.shape[1] // 2, **options)
     target = torch.as_tensor(target)
@@ -108,10 +108,9 @@ def test_the_best_variance_is_the_mean_squared_error():
 def test_log_variances_are_clamped_in_the_loss_and_in_the_metrics(bounds):
     output = torch.tensor([[0.5, -50.0], [0.5, 50.0], [0.5, -0.25]])
     target = torch.tensor([[0.0], [1.0], [2.0]])
-    module, terms = terms_of(output, target, log_var_bounds=bounds)
+    module, terms = terms_of(output, target, output=Gaussian(1, log_var_bounds=bounds))
     assert float(terms["nll"]) == pytest.approx(naive_terms(output, target, bounds)[1], rel=1e-5)
-    evaluated = module.evaluated(output)
-    assert evaluated.tolist() == [[0.5, bounds[0]], [0.5, bounds[1]], [0.5, -0.25]]
+    assert module.output.prediction(output).tolist() == [[0.5, bounds[0]], [0.5, bounds[1]], [0.5, -0.25]]
     terms["nll"].backward()
     gradient = module.student.output.grad[:, 1].tolist()
     assert gradient[:2] == [0, 0]
@@ -144,6 +143,42 @@ def test_targets_of_any_kind_of_number_are_read(dtype):
     output = torch.randn(3, 2)
     _, terms = terms_of(output, target)
     assert float(terms["nll"]) == pytest.approx(naive_terms(output, target)[1], rel=1e-5)
+
+
+# What counts
+
+
+@pytest.mark.parametrize("counted", [[True, False, True, True, False], [False, True, False, False, False]])
+def test_samples_that_do_not_count_have_no_part_in_the_terms(counted):
+    output, target = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    kept = torch.tensor(counted)
+    target[~kept] = math.nan
+    module = RegressionModule(Given(output), num_targets=2)
+    terms = module.terms(Batch(torch.zeros(5, 1), target, counted=kept))
+    squared_error, nll = naive_terms(output[kept], target[kept])
+    assert float(terms["squared_error"]) == pytest.approx(squared_error, rel=1e-12)
+    assert float(terms["nll"]) == pytest.approx(nll, rel=1e-12)
+    sum(terms.values()).backward()
+    assert torch.equal(module.student.output.grad.abs().sum(dim=1) > 0, kept)
+
+
+# Plain training with a Gaussian
+
+
+def test_plain_training_with_a_gaussian_is_regression_bit_for_bit():
+    states, logged = [], []
+    for kind, options in ((RegressionModule, {"num_targets": 2}), (SupervisedModule, {"output": Gaussian(2)})):
+        torch.manual_seed(0)
+        module = kind(TinyNet(None, num_targets=2), **options)
+        trainer = tiny_trainer(max_epochs=2)
+        trainer.fit(module, datamodule=TinyDataModule(num_targets=2))
+        states.append(module.student.state_dict())
+        logged.append(trainer.callback_metrics)
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert {name for name in logged[1] if name.startswith("train/")} == {"train/loss", "train/nll"}
+    for name, value in logged[1].items():
+        assert torch.equal(value, logged[0][name]), name
+    assert {"val/mae", "val/rmse", "val/nll", "val/calibration_error"} <= logged[1].keys()
 
 
 # The burn-in
@@ -239,7 +274,7 @@ def test_the_metrics_in_validation_and_test_are_the_naive_ones(targets):
     nn.init.normal_(student.head.weight, std=3)
     # Some log-variances lie outside these bounds, and the metrics must read the clamped ones.
     bounds = (-0.2, 0.3)
-    module = RegressionModule(student, num_targets=targets, log_var_bounds=bounds)
+    module = RegressionModule(student, num_targets=targets, output=Gaussian(targets, log_var_bounds=bounds))
     data = TinyDataModule(num_targets=targets, val_size=19, batch_size=8)
     trainer = tiny_trainer()
     logged = {**trainer.validate(module, datamodule=data, verbose=False)[0]}
@@ -314,13 +349,14 @@ def test_the_exported_means_are_the_trained_networks(tmp_path):
 
 
 def test_a_checkpoint_rebuilds_the_module_alone(tmp_path):
-    options = {"num_targets": 2, "burn_in_epochs": 3, "log_var_bounds": (-4.0, 5.0), "input_shape": SHAPE}
+    output = Gaussian(2, log_var_bounds=(-4.0, 5.0))
+    options = {"num_targets": 2, "burn_in_epochs": 3, "output": output, "input_shape": SHAPE}
     module = RegressionModule(SmallResNet(num_targets=2, width=2), **options)
     trainer = tiny_trainer()
     trainer.fit(module, datamodule=TinyDataModule(num_targets=2))
     trainer.save_checkpoint(tmp_path / "regression.ckpt")
     loaded = RegressionModule.load_from_checkpoint(tmp_path / "regression.ckpt")
-    assert (loaded.num_targets, loaded.burn_in_epochs, tuple(loaded.log_var_bounds)) == (2, 3, (-4, 5))
+    assert (loaded.num_targets, loaded.burn_in_epochs, loaded.output) == (2, 3, output)
     for name, value in module.student.state_dict().items():
         assert torch.equal(value, loaded.student.state_dict()[name]), name
 
@@ -333,9 +369,12 @@ def test_a_checkpoint_rebuilds_the_module_alone(tmp_path):
     [
         ({"burn_in_epochs": -1}, "burn_in_epochs cannot be negative, got -1"),
         ({"num_targets": 0}, "num_targets must be at least 1, got 0"),
-        ({"num_classes": 3}, r"needs num_classes \(a classifier\) or num_targets \(a regression\), and not both"),
-        ({"log_var_bounds": (10.0, -10.0)}, r"log_var_bounds must be \(smallest, largest\), got \(10.0, -10.0\)"),
-        ({"log_var_bounds": (1.0, 1.0)}, r"log_var_bounds must be \(smallest, largest\)"),
+        ({"num_classes": 3}, r"needs either num_classes \(a classifier\) or num_targets \(a regression\)"),
+        (
+            {"output": Gaussian(3)},
+            r"output=Gaussian\(num_targets=3, .*\) does not go with num_targets=2: let them agree",
+        ),
+        ({"output": Categorical(4)}, r"output=Categorical\(num_classes=4\) does not go with num_targets=2"),
         (
             {"num_targets": 1, "input_shape": SHAPE},
             r"student \(TinyNet\) has an output of shape \(1, 4\) where num_targets=1 needs \(N, 2\)",
@@ -346,6 +385,14 @@ def test_a_checkpoint_rebuilds_the_module_alone(tmp_path):
 def test_refusals_name_what_is_wrong(options, message):
     with pytest.raises(InputError, match=message):
         RegressionModule(TinyNet(None, num_targets=2), **({"num_targets": 2} | options))
+
+
+@pytest.mark.parametrize("bounds", [(10.0, -10.0), (1.0, 1.0)])
+def test_bounds_in_the_wrong_order_are_refused(bounds):
+    with pytest.raises(
+        InputError, match=rf"log_var_bounds must be \(smallest, largest\), got \({bounds[0]}, {bounds[1]}\)"
+    ):
+        Gaussian(2, log_var_bounds=bounds)
 
 
 @pytest.mark.parametrize(

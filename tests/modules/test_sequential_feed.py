@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
 
-from distill_lightning import FEEDModule, InputError, KDModule, SupervisedModule, sequential_feed
+from distill_lightning import FEEDModule, HintDistance, InputError, KDModule, SupervisedModule, sequential_feed
 from distill_lightning.layers import Translator, fingerprint
 from distill_lightning.modules import Stage
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
@@ -116,7 +116,7 @@ def test_the_loss_of_stage_1_is_the_formula():
     module = seen[1]["module"].eval()
     batch = next(iter(TinyDataModule().val_dataloader()))
     made = module.translators[0](module.student.features(batch.input)).detach().flatten(1).double()
-    wanted = module.teachers.networks[0].features(batch.input).flatten(1).double()
+    wanted = module.teachers[0].features(batch.input).flatten(1).double()
     distance = (made / made.norm(dim=1, keepdim=True) - wanted / wanted.norm(dim=1, keepdim=True)).abs().mean()
     terms, weights = module.terms(batch), module.weights()
     assert isinstance(module.translators[0], Translator)
@@ -164,8 +164,10 @@ def test_another_method_makes_generations_of_it():
     stages, seen = recorded(make_module=partial(KDModule, num_classes=3, temperature=1.0))
     assert [line["kind"] for line in seen] == [SupervisedModule, KDModule, KDModule]
     assert seen[2]["teachers"] == [fingerprint(stages[1].student)]
-    _, seen = recorded(make_module=partial(FEEDModule, num_classes=3, student_layer="features", feature_loss="hint"))
-    assert seen[1]["module"].feature_loss == "hint"
+    _, seen = recorded(
+        make_module=partial(FEEDModule, num_classes=3, student_layer="features", distance=HintDistance())
+    )
+    assert seen[1]["module"].distance == HintDistance()
 
 
 def test_options_reach_every_stage():

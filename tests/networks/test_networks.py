@@ -15,6 +15,7 @@ from torch import nn
 from distill_lightning import (
     AdaptedInput,
     InputError,
+    KDModule,
     ParaphraserModule,
     Pretrained,
     SmallResNet,
@@ -271,7 +272,9 @@ def test_a_recipe_does_not_appear_in_the_state_dict():
 
 @pytest.mark.parametrize("factory", ["os.system", "nn.Linear", "build_from", "_FACTORIES", "", None])
 def test_a_recipe_of_an_unknown_factory_is_refused(factory):
-    with pytest.raises(InputError, match=r"unknown network factory .*: known ones are .*SmallResNet, torchvision_network"):
+    with pytest.raises(
+        InputError, match=r"unknown network factory .*: known ones are .*SmallResNet, torchvision_network"
+    ):
         build_from({"factory": factory, "arguments": {}})
 
 
@@ -479,7 +482,9 @@ def test_the_likely_input_has_the_channels_of_the_first_convolution(channels):
 
 
 def test_a_network_without_convolution_does_not_tell_its_input():
-    with pytest.raises(InputError, match=r"Sequential has no convolution that shows its input's shape: give input_shape"):
+    with pytest.raises(
+        InputError, match=r"Sequential has no convolution that shows its input's shape: give input_shape"
+    ):
         likely_input_shape(nn.Sequential(nn.Linear(2, 3)))
 
 
@@ -634,7 +639,7 @@ def test_an_adapted_network_from_elsewhere_has_no_recipe():
 def test_an_ensemble_of_adapted_teachers_gives_each_its_own_input():
     plain, other = SmallResNet(3, width=2), SmallResNet(3, width=2)
     teachers = TeacherEnsemble([plain, AdaptedInput(other, size=(12, 12), mean=0.2, std=0.5)])
-    teachers.check((1, 8, 8), 3)
+    KDModule(SmallResNet(3, width=2), teachers, num_classes=3, input_shape=(1, 8, 8))
     images = torch.randn(4, 1, 8, 8)
     resized = nn.functional.interpolate((images - 0.2) / 0.5, (12, 12), mode="bilinear", antialias=True)
     with torch.no_grad():

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from distill_lightning import InputError, SmallResNet, TeacherEnsemble
+from distill_lightning import Categorical, InputError, KDModule, SmallResNet, TeacherEnsemble
 from distill_lightning.functional import softened_kl
 from distill_lightning.layers import fingerprint, freeze
-from distill_lightning.teachers import check_classes
 
 
 def images(count=4, channels=1):
@@ -32,6 +31,11 @@ class Constant(nn.Module):
 
     def forward(self, inputs):
         return self.logits.expand(len(inputs), -1)
+
+
+def check(ensemble, input_shape, classes):
+    """What every module does that is told the shape of an input."""
+    KDModule(teacher(9, classes), ensemble, num_classes=classes, input_shape=input_shape)
 
 
 def naive_softmax(row, temperature=1.0):
@@ -73,7 +77,7 @@ def test_using_teachers_does_not_change_a_bit_of_them():
     before = fingerprint(ensemble)
     ensemble.train()
     ensemble.probabilities(images(), temperature=4.0)
-    ensemble.check((1, 8, 8), 3)
+    check(ensemble, (1, 8, 8), 3)
     assert fingerprint(ensemble) == before
 
 
@@ -251,33 +255,33 @@ def test_a_temperature_that_is_not_positive_is_refused(combine, temperature):
 
 
 def test_check_accepts_what_fits():
-    TeacherEnsemble([teacher(0), teacher(1)]).check((1, 8, 8), 3)
+    check(TeacherEnsemble([teacher(0), teacher(1)]), (1, 8, 8), 3)
 
 
 def test_check_names_the_teacher_with_another_number_of_classes():
     ensemble = TeacherEnsemble([teacher(0), teacher(1, classes=5)])
     with pytest.raises(InputError, match=r"teacher 1 \(SmallResNet\) has 5 classes where num_classes=3 is needed"):
-        ensemble.check((1, 8, 8), 3)
+        check(ensemble, (1, 8, 8), 3)
 
 
 def test_check_refuses_wrong_input_channels():
     ensemble = TeacherEnsemble([teacher(0), teacher(1, channels=3)])
     with pytest.raises(InputError, match=r"SmallResNet does not take an input of shape \(1, 8, 8\)"):
-        ensemble.check((1, 8, 8), 3)
+        check(ensemble, (1, 8, 8), 3)
 
 
 def test_check_refuses_an_output_that_is_no_row_of_logits():
     with pytest.raises(InputError, match=r"teacher 0 \(Identity\) has an output of shape \(1, 1, 8, 8\)"):
-        TeacherEnsemble(nn.Identity()).check((1, 8, 8), 3)
+        check(TeacherEnsemble(nn.Identity()), (1, 8, 8), 3)
 
 
 @pytest.mark.parametrize(
     ("shape", "found"),
     [((1, 4), "4 classes"), ((3,), r"an output of shape \(3,\)"), ((1, 3, 1), r"an output of shape \(1, 3, 1\)")],
 )
-def test_check_classes_says_what_it_found(shape, found):
+def test_the_check_of_an_output_says_what_it_found(shape, found):
     with pytest.raises(InputError, match=rf"student \(Linear\) has {found} where num_classes=3 is needed"):
-        check_classes("student", nn.Linear(1, 1), shape, 3)
+        Categorical(3).check("student", nn.Linear(1, 1), shape)
 
 
 # fingerprint
@@ -365,40 +369,6 @@ def test_channels_last_is_another_layout_of_the_same_teacher():
     assert torch.allclose(ensemble.logits(images()), plain.logits(images()), atol=1e-6)
 
 
-def test_teachers_that_run_as_one_say_what_they_say_one_by_one():
-    networks = [teacher(seed) for seed in range(3)]
-    batched, plain = TeacherEnsemble(networks, batched=True), TeacherEnsemble(networks)
-    assert torch.allclose(batched.logits(images()), plain.logits(images()), atol=1e-6)
-    assert torch.allclose(batched(images()), plain(images()), atol=1e-5)
-    assert batched.state_dict().keys() == plain.state_dict().keys()
-    # Weights that are loaded later count, and so does a move.
-    networks[1].load_state_dict(teacher(7).state_dict())
-    assert torch.allclose(batched.logits(images()), plain.logits(images()), atol=1e-6)
-    batched.double()
-    assert torch.allclose(batched.logits(images().double()), plain.logits(images().double()), atol=1e-6)
-
-
-def test_a_copy_of_teachers_that_run_as_one_has_weights_of_its_own():
-    batched = TeacherEnsemble([teacher(0), teacher(1)], batched=True)
-    before = batched.logits(images())
-    other = copy.deepcopy(batched)
-    for parameter in other.parameters():
-        parameter.data.zero_()
-    assert torch.equal(batched.logits(images()), before)
-    assert torch.equal(other.logits(images()), torch.zeros_like(before))
-
-
-def test_teachers_of_several_kinds_cannot_run_as_one():
-    wider = SmallResNet(3, in_channels=1, width=4)
-    with pytest.raises(InputError, match=r"batched=True.*same architecture"):
-        TeacherEnsemble([teacher(), wider], batched=True)
-
-
-def test_teachers_that_run_as_one_cannot_be_tapped():
-    with pytest.raises(InputError, match="batched=True run as one and have no inner features"):
-        TeacherEnsemble([teacher(0), teacher(1)], batched=True).tapped(["stage1", "stage1"])
-
-
 def test_taps_read_what_the_networks_compute_and_may_be_saved_for_backward():
     ensemble = TeacherEnsemble([teacher(0), teacher(1)])
     answers = ensemble.each(images(), ensemble.tapped(["stage1", "stage2"]))
@@ -412,23 +382,18 @@ def test_taps_read_what_the_networks_compute_and_may_be_saved_for_backward():
 
 
 class TwoInputs(nn.Module):
-    """Reads a dict."""
+    """Reads its inputs by keyword."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(3))
 
-    def forward(self, inputs):
-        return inputs["images"].mean(dim=(1, 2, 3))[:, None] * self.weight + inputs["number"][:, None]
+    def forward(self, *, pixels, number):
+        return pixels.mean(dim=(1, 2, 3))[:, None] * self.weight + number[:, None]
 
 
 def test_inputs_in_parts_are_converted_but_for_integers():
-    seen = {"images": images(), "number": torch.arange(4)}
+    seen = {"pixels": images(), "number": torch.arange(4)}
     logits = TeacherEnsemble(TwoInputs(), dtype="bfloat16").logits(seen)
     assert logits.dtype == torch.bfloat16
     assert logits.shape == (1, 4, 3)
-
-
-def test_layout_and_running_as_one_exclude_each_other():
-    with pytest.raises(InputError, match="channels_last means nothing to teachers that run as one"):
-        TeacherEnsemble([teacher(0), teacher(1)], batched=True, channels_last=True)

@@ -23,11 +23,14 @@ from distill_lightning import FEEDModule, KDModule, TeacherStore
 from distill_lightning.teachers.recorder import record
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # Whoever goes on after a kill finds checkpoints.
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
+]
 
-# Children are forked by a server that has imported everything and run nothing: they start at once.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["distill_lightning.testing", "distill_lightning.teachers.recorder"])
+# Forked from here, where everything is imported, children start at once.
+processes = multiprocessing.get_context("fork")
 
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.truncate")
 sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -37,7 +40,7 @@ class SlowNet(TinyNet):
     """A teacher whose every answer takes a while, so that a run's duration is spent among its files."""
 
     def forward(self, images):
-        time.sleep(0.01)
+        time.sleep(0.005)
         return super().forward(images)
 
 
@@ -81,31 +84,32 @@ def newest(folder):
 
 def recording(folder):
     torch.manual_seed(0)
-    store = TeacherStore(folder / "store", shard_size=7)
-    module = KDModule(TinyNet(), teachers_of(SlowNet), num_classes=3, temperature=2.0, store=store)
+    store = TeacherStore(folder / "store", teachers_of(SlowNet), shard_size=7)
+    module = KDModule(TinyNet(), store, num_classes=3, temperature=2.0)
     record(tiny_trainer(), module, TinyDataModule(batch_size=4, views=3))
 
 
 def fitting(folder, *, method="kd", dtype="float16", **options):
     """Four epochs of two views, with a checkpoint after every epoch and in its middle; goes on from the newest."""
+    store = TeacherStore(folder / "store", teachers_of(SlowNet), shard_size=5, dtype=dtype)
+    common = {"num_classes": 3, "optimizer": sgd}
     torch.manual_seed(0)
-    store = TeacherStore(folder / "store", shard_size=7, dtype=dtype)
-    common = {"num_classes": 3, "store": store, "optimizer": sgd}
     if method == "kd":
-        module = KDModule(TinyNet(), teachers_of(SlowNet), **common)
+        module = KDModule(TinyNet(), store, **common)
     else:
         layers = {"student_layer": "features", "input_shape": (1, 8, 8), "beta": 10.0}
-        module = FEEDModule(TinyNet(), teachers_of(SlowNet), **layers, **common)
-    fit(folder, module, TinyDataModule(batch_size=2, views=2), max_epochs=4, **options)
+        module = FEEDModule(TinyNet(), store, **layers, **common)
+    # 8 batches an epoch, 4 shards a view, and one batch to validate.
+    data = TinyDataModule(samples=16, val_size=2, batch_size=2, views=2)
+    fit(folder, module, data, max_epochs=4, **options)
 
 
 def fitting_together(folder, *, last=0, ranks=(), devices=2):
     """Three epochs of as many views, on processes that share every batch of 4; a teacher stops at its last answer."""
     torch.manual_seed(0)
-    teachers = [StoppingNet(last, ranks, folder / "notes")]
-    store = TeacherStore(folder / "store", shard_size=7)
-    module = KDModule(TinyNet(norm="group"), teachers, num_classes=3, store=store, optimizer=sgd)
-    options = {"devices": devices, "strategy": "ddp_spawn"} if devices > 1 else {}
+    store = TeacherStore(folder / "store", StoppingNet(last, ranks, folder / "notes"), shard_size=7)
+    module = KDModule(TinyNet(norm="group"), store, num_classes=3, optimizer=sgd)
+    options = {"devices": devices, "strategy": "ddp_fork"} if devices > 1 else {}
     data = TinyDataModule(batch_size=4 // devices, views=3)
     fit(folder, module, data, max_epochs=3, limit_val_batches=0, **options)
 

@@ -1,26 +1,31 @@
 """A store is refused for whatever would have been answered otherwise."""
 
+from dataclasses import dataclass
+
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import nn
 
 from distill_lightning import (
     AdaptedInput,
-    Batch,
+    CutMix,
+    Cutout,
     ExtracurricularModule,
     FEEDModule,
+    FixedDiscriminator,
     FunctionSampler,
     GeneratorSampler,
     IndexedDataModule,
     InputError,
     KDModule,
+    LabelSmoothing,
     MEALV2Module,
+    Mixup,
     TeacherStore,
 )
+from distill_lightning.data.transforms import BatchTransform
 from distill_lightning.layers import ImageDecoder, fingerprint
 from distill_lightning.storage import files
-from distill_lightning.teachers import TeacherEnsemble
 from distill_lightning.teachers.recorder import record
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
@@ -31,7 +36,7 @@ def net(seed=0, **options):
 
 
 def kd(folder, teacher, **options):
-    return KDModule(net(), [teacher], num_classes=3, store=TeacherStore(folder, **options))
+    return KDModule(net(), TeacherStore(folder, [teacher], **options), num_classes=3)
 
 
 def fitted(module, data=None, **options):
@@ -61,24 +66,7 @@ def test_the_precision_that_teachers_ran_in_is_a_part_of_their_answers(tmp_path)
     with pytest.raises(InputError, match="precision is bf16-mixed, not 32-true"):
         fitted(kd(tmp_path, net(1)))
     # Who has no teachers takes what is there.
-    fitted(KDModule(net(), None, num_classes=3, store=TeacherStore(tmp_path, fill="never")))
-
-
-class Scaled(nn.Module):
-    """A number that is no weight."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.network, self.factor = net(1), factor
-
-    def forward(self, images):
-        return self.network(images) * self.factor
-
-
-def test_teachers_of_equal_weights_that_are_not_one_architecture_cannot_run_as_one():
-    ensemble = TeacherEnsemble([Scaled(1.0), Scaled(3.0)], batched=True)
-    with pytest.raises(InputError, match="teacher 1 answers otherwise alone than together with the first one"):
-        ensemble.logits(torch.rand(4, 1, 8, 8))
+    fitted(KDModule(net(), TeacherStore(tmp_path, fill="never"), num_classes=3))
 
 
 # What is between the loader and the step
@@ -88,21 +76,21 @@ class Normalising(TinyDataModule):
     """Changes its batches where no store sees it."""
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
-        return batch._replace(input=batch.input * 2)
+        return batch.replace(input=batch.input * 2)
 
 
 class NormalisingKD(KDModule):
     """Changes its batches where no store sees it."""
 
     def on_before_batch_transfer(self, batch, dataloader_idx):
-        return batch._replace(input=batch.input * 2)
+        return batch.replace(input=batch.input * 2)
 
 
 @pytest.mark.parametrize("act", [fitted, lambda module, data=None: record(tiny_trainer(), module, data)])
 def test_hooks_that_change_batches_are_refused(tmp_path, act):
     with pytest.raises(InputError, match="Normalising has a hook on_after_batch_transfer: do in the data set"):
         act(kd(tmp_path, net(1)), Normalising(views=2))
-    module = NormalisingKD(net(), [net(1)], num_classes=3, store=TeacherStore(tmp_path))
+    module = NormalisingKD(net(), TeacherStore(tmp_path, net(1)), num_classes=3)
     with pytest.raises(InputError, match="NormalisingKD has a hook on_before_batch_transfer"):
         record(tiny_trainer(), module, TinyDataModule(views=2))
 
@@ -116,33 +104,108 @@ def test_hooks_of_a_wrapped_data_module_are_seen(tmp_path):
 
 
 def test_a_store_without_mean_logits_is_none_of_meal_v2s(tmp_path):
-    teachers = [net(1)]
-    fitted(KDModule(net(), teachers, num_classes=3, temperature=1.0, store=TeacherStore(tmp_path)))
-    module = MEALV2Module(net(), None, num_classes=3, discriminator="fixed", store=TeacherStore(tmp_path, fill="never"))
+    fitted(KDModule(net(), TeacherStore(tmp_path, net(1)), num_classes=3, temperature=1.0))
+    module = MEALV2Module(
+        net(), TeacherStore(tmp_path, fill="never"), num_classes=3, discriminator=FixedDiscriminator()
+    )
     with pytest.raises(InputError, match="mean_logits is None, not True"):
         fitted(module)
 
 
 def test_the_largest_probabilities_beside_all_logits_are_refused(tmp_path):
-    store = TeacherStore(tmp_path, top_k=2)
-    with pytest.raises(InputError, match="set discriminator_input='probabilities', or leave top_k out"):
-        MEALV2Module(net(), [net(1)], num_classes=3, discriminator="fixed", store=store)
-    MEALV2Module(
-        net(), [net(1)], num_classes=3, discriminator="fixed", discriminator_input="probabilities", store=store
-    )
+    store = TeacherStore(tmp_path, net(1), top_k=2)
+    with pytest.raises(InputError, match="give the discriminator shown='probabilities', or leave top_k out"):
+        MEALV2Module(net(), store, num_classes=3, discriminator=FixedDiscriminator())
+    MEALV2Module(net(), store, num_classes=3, discriminator=FixedDiscriminator(shown="probabilities"))
 
 
 def test_a_store_of_predictions_holds_no_feature_maps(tmp_path):
     fitted(kd(tmp_path, net(1)))
     with pytest.raises(InputError, match="holds no feature maps"):
-        FEEDModule(net(), None, num_classes=3, student_layer="features", store=TeacherStore(tmp_path, fill="never"))
+        FEEDModule(net(), TeacherStore(tmp_path, fill="never"), num_classes=3, student_layer="features")
 
 
 def test_a_function_cannot_be_known_again(tmp_path):
     sampler = FunctionSampler(lambda inputs, draws: inputs)
-    module = ExtracurricularModule(net(), [net(1)], num_classes=3, samplers=[sampler], store=TeacherStore(tmp_path))
+    module = ExtracurricularModule(net(), TeacherStore(tmp_path, net(1)), num_classes=3, samplers=[sampler])
     with pytest.raises(InputError, match="a store cannot know FunctionSampler's function again"):
         fitted(module)
+
+
+# How the batches are transformed
+
+
+@dataclass(frozen=True)
+class Inverted(BatchTransform):
+    """A user's own."""
+
+    scale: float = 1.0
+
+    def __call__(self, batch, *, num_classes):
+        return batch.replace(input=-self.scale * batch.input)
+
+
+class Losses(pl.Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append(float(outputs["loss"]))
+
+
+def transformed(teachers, *transforms, partners=True, **options):
+    losses = Losses()
+    module = KDModule(net(), teachers, num_classes=3, transforms=transforms)
+    data = TinyDataModule(views=2, partners=partners)
+    fitted(module, data, max_epochs=4, callbacks=[losses], **options)
+    return losses.values
+
+
+@pytest.mark.parametrize(
+    "transforms", [[Mixup()], [Cutout(3), CutMix(probability=0.7)], [Inverted(0.5)], [LabelSmoothing(0.1)]], ids=str
+)
+def test_answers_are_about_the_transformed_batches(tmp_path, transforms):
+    online = transformed(net(1), *transforms)
+    store = {"dtype": "float32", "shard_size": 7}
+    assert transformed(TeacherStore(tmp_path / "online", net(1), **store), *transforms) == pytest.approx(
+        online, rel=1e-5
+    )
+    alone = transformed(TeacherStore(tmp_path / "online", fill="never", **store), *transforms)
+    assert alone == pytest.approx(online, rel=1e-5)
+    module = KDModule(net(), TeacherStore(tmp_path / "ahead", net(1), **store), num_classes=3, transforms=transforms)
+    record(tiny_trainer(), module, TinyDataModule(views=2, partners=True))
+    alone = transformed(TeacherStore(tmp_path / "ahead", fill="never", **store), *transforms)
+    assert alone == pytest.approx(online, rel=1e-5)
+
+
+def test_samples_that_are_mixed_with_others_of_their_batch_are_refused(tmp_path):
+    message = "these were mixed with others of their batch: give the data module partners=True"
+    with pytest.raises(InputError, match=message):
+        transformed(TeacherStore(tmp_path, net(1)), Mixup(), partners=False)
+    module = KDModule(net(), TeacherStore(tmp_path / "ahead", net(1)), num_classes=3, transforms=[CutMix()])
+    with pytest.raises(InputError, match=message):
+        record(tiny_trainer(), module, TinyDataModule(views=2))
+
+
+def test_other_transforms_are_refused(tmp_path):
+    transformed(TeacherStore(tmp_path, net(1)), Inverted(0.5))
+    with pytest.raises(InputError, match=r"transforms is \['Inverted\(scale=0.5\)'\], not \['Inverted\(scale=2.0\)'\]"):
+        transformed(TeacherStore(tmp_path, net(1)), Inverted(2.0))
+    # Who transforms nothing asks about nothing that was kept.
+    with pytest.raises(InputError, match=r"transforms is .*, not \[\]"):
+        transformed(TeacherStore(tmp_path, net(1)))
+
+
+def test_a_transform_that_does_not_tell_its_options_cannot_be_known_again(tmp_path):
+    class Secret(BatchTransform):
+        def __call__(self, batch, *, num_classes):
+            return batch
+
+    with pytest.raises(InputError, match="cannot know Secret again: make it a frozen dataclass of its options"):
+        transformed(TeacherStore(tmp_path, net(1)), Secret())
+
+
+# Data without views
 
 
 class Unnumbered(pl.LightningDataModule):
@@ -161,28 +224,26 @@ class Unnumbered(pl.LightningDataModule):
         return torch.utils.data.DataLoader(self.data, batch_size=8)
 
 
-def generated(store):
+def generated(teachers):
     torch.manual_seed(2)
     decoder = ImageDecoder((1, 8, 8), 4, output_range=(-2.0, 2.0), width=4)
-    return ExtracurricularModule(
-        net(), [net(1)], num_classes=3, samplers=[GeneratorSampler(decoder, latent_dim=4)], store=store
-    )
+    return ExtracurricularModule(net(), teachers, num_classes=3, samplers=[GeneratorSampler(decoder, latent_dim=4)])
 
 
 def test_without_views_the_stored_answers_are_about_the_inputs_of_every_epoch(tmp_path):
-    store = TeacherStore(tmp_path, data="tiny", dtype="float32")
-    module = generated(store)
+    module = generated(TeacherStore(tmp_path, [net(1)], data="tiny", dtype="float32"))
     told = []
 
     class Watched(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.current_epoch:
-                batch = Batch.of(batch)
-                told.append((pl_module.told(batch), pl_module.ask(batch)))
+                batch = pl_module.prepared(batch, batch_idx)
+                told.append((pl_module.teachers.answers(batch), pl_module.teachers.ask(batch)))
 
     fitted(module, IndexedDataModule(Unnumbered()), max_epochs=3, callbacks=[Watched()])
     assert len(told) == 6
     for stored, asked in told:
+        assert stored.keys() == asked.keys()
         for name, answer in asked.items():
             assert torch.allclose(stored[name], answer, atol=1e-5)
 
@@ -200,7 +261,7 @@ class Renumbered(TinyDataModule):
 
 
 def renumbered(batch):
-    return batch._replace(index=23 - batch.index)
+    return batch.replace(index=23 - batch.index)
 
 
 def test_samples_that_go_by_other_numbers_are_not_recorded(tmp_path):
@@ -214,7 +275,7 @@ def test_two_processes_mend_one_shard(tmp_path):
     path = tmp_path / "view_00001/00001.shard"
     before = path.read_bytes()
     path.write_bytes(b"\0" + before[1:])
-    record(tiny_trainer(devices=2, strategy="ddp_spawn"), kd(tmp_path, net(1), shard_size=8), TinyDataModule(views=2))
+    record(tiny_trainer(devices=2, strategy="ddp_fork"), kd(tmp_path, net(1), shard_size=8), TinyDataModule(views=2))
     assert path.read_bytes() == before
 
 

@@ -32,20 +32,23 @@ class Losses(pl.Callback):
         return [sum(losses) / len(losses) for losses in zip(*each, strict=True)]
 
 
-def module_of(method, store, *, teachers=True):
+def teachers_of():
     torch.manual_seed(5)
     # Each sample alone: the halves of a batch are told what the whole is.
-    networks = [TinyNet(width=8, norm="group") for _ in range(2)] if teachers else None
+    return [TinyNet(width=8, norm="group") for _ in range(2)]
+
+
+def module_of(method, store):
     torch.manual_seed(0)
-    common = {"num_classes": 3, "store": store, "optimizer": sgd}
+    common = {"num_classes": 3, "optimizer": sgd}
     if method == "kd":
-        return KDModule(TinyNet(norm="group"), networks, temperature=2.0, **common)
+        return KDModule(TinyNet(norm="group"), store, temperature=2.0, **common)
     layers = {"student_layer": "features", "input_shape": (1, 8, 8), "beta": 10.0}
-    return FEEDModule(TinyNet(norm="group"), networks, **layers, **common)
+    return FEEDModule(TinyNet(norm="group"), store, **layers, **common)
 
 
 def trainer_of(processes, **options):
-    return tiny_trainer(**({"devices": 2, "strategy": "ddp_spawn"} if processes == 2 else {}), **options)
+    return tiny_trainer(**({"devices": 2, "strategy": "ddp_fork"} if processes == 2 else {}), **options)
 
 
 def files_of(folder):
@@ -64,7 +67,7 @@ def fitted(folder, processes, module, *, samples=24, epochs=2):
 @pytest.mark.parametrize(("method", "samples"), [("kd", 24), ("kd", 23), ("feed", 24)])
 def test_two_processes_fill_the_store_of_one(tmp_path, method, samples):
     for processes in (1, 2):
-        store = TeacherStore(tmp_path / f"store_{processes}", shard_size=7)
+        store = TeacherStore(tmp_path / f"store_{processes}", teachers_of(), shard_size=7)
         fitted(tmp_path / f"losses_{processes}", processes, module_of(method, store), samples=samples)
     one, two = (files_of(tmp_path / f"store_{processes}") for processes in (1, 2))
     assert len(one) == 1 + 2 * 4
@@ -75,20 +78,20 @@ def test_two_processes_that_read_have_the_losses_of_one(tmp_path):
     data = TinyDataModule(views=2)
     for method in ("kd", "feed"):
         path, losses = tmp_path / method, {}
-        record(tiny_trainer(), module_of(method, TeacherStore(path, shard_size=7)), data)
+        record(tiny_trainer(), module_of(method, TeacherStore(path, teachers_of(), shard_size=7)), data)
         for processes in (1, 2):
-            module = module_of(method, TeacherStore(path, shard_size=7, fill="never"), teachers=False)
+            module = module_of(method, TeacherStore(path, shard_size=7, fill="never"))
             losses[processes] = fitted(tmp_path / f"{method}_{processes}", processes, module, epochs=4)
         assert len(losses[1]) == 12
         assert losses[2] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_module_goes_to_other_processes_with_its_store_open(tmp_path):
-    module = module_of("kd", TeacherStore(tmp_path / "store", shard_size=7))
+    module = module_of("kd", TeacherStore(tmp_path / "store", teachers_of(), shard_size=7))
     first = fitted(tmp_path / "first", 1, module, epochs=4)
-    assert module.teacher_store.is_complete
-    assert module.teacher_store._records._open
+    assert module.teachers.store.is_complete
+    assert module.teachers.store._records._open
     second = fitted(tmp_path / "second", 2, module, epochs=2)
     # It goes on where the first has ended.
     assert second[-1] < first[0]
-    assert module.teacher_store._records._open
+    assert module.teachers.store._records._open

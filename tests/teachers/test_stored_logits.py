@@ -6,7 +6,15 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from distill_lightning import ExtracurricularModule, FEEDModule, InputError, KDModule, MEALV2Module, TeacherEnsemble
+from distill_lightning import (
+    ExtracurricularModule,
+    FEEDModule,
+    FixedDiscriminator,
+    InputError,
+    KDModule,
+    MEALV2Module,
+    TeacherEnsemble,
+)
 from distill_lightning.teachers import TeacherStore
 from distill_lightning.teachers.recorder import record
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
@@ -31,19 +39,17 @@ def networks():
     return TinyNet(), teachers
 
 
-def kd(store=None, *, teachers=True, temperature=2.0, **options):
-    student, frozen = networks()
-    ensemble = TeacherEnsemble(frozen, **options) if teachers else None
-    return KDModule(student, ensemble, num_classes=3, temperature=temperature, store=store)
+def ensemble(**options):
+    return TeacherEnsemble(networks()[1], **options)
 
 
-def meal_v2(store=None, *, teachers=True, temperature=2.0, **options):
-    student, frozen = networks()
-    ensemble = TeacherEnsemble(frozen, **options) if teachers else None
-    return MEALV2Module(
-        student, ensemble, num_classes=3, discriminator="fixed", temperature=temperature, hard_label_weight=0.5,
-        store=store,
-    )  # fmt: skip
+def kd(teachers, *, temperature=2.0):
+    return KDModule(networks()[0], teachers, num_classes=3, temperature=temperature)
+
+
+def meal_v2(teachers, *, temperature=2.0):
+    options = {"discriminator": FixedDiscriminator(), "temperature": temperature, "hard_label_weight": 0.5}
+    return MEALV2Module(networks()[0], teachers, num_classes=3, **options)
 
 
 def losses_of(module):
@@ -52,36 +58,36 @@ def losses_of(module):
     return torch.tensor(losses.values)
 
 
-def logits_in(folder, **options):
-    return TeacherStore(folder, keep="logits", dtype="float32", **options)
+def logits_in(folder, teachers=None, **options):
+    return TeacherStore(folder, teachers, keep="logits", dtype="float32", **options)
 
 
 @pytest.mark.parametrize("rule", [{}, {"weights": [1, 3]}, {"combine": "logits"}], ids=["mean", "weights", "logits"])
 @pytest.mark.parametrize("method", [kd, meal_v2])
 def test_a_stored_run_is_the_online_run_loss_for_loss(tmp_path, method, rule):
-    online = losses_of(method(**rule))
-    filling = losses_of(method(logits_in(tmp_path), **rule))
-    reading = losses_of(method(logits_in(tmp_path, fill="never"), teachers=False))
+    online = losses_of(method(ensemble(**rule)))
+    filling = losses_of(method(logits_in(tmp_path, ensemble(**rule))))
+    reading = losses_of(method(logits_in(tmp_path, fill="never")))
     assert torch.allclose(online, filling, rtol=1e-5)
     assert torch.allclose(online, reading, rtol=1e-5)
 
 
 def test_half_precision_is_close(tmp_path):
-    online = losses_of(kd())
-    stored = losses_of(kd(TeacherStore(tmp_path, keep="logits")))
+    online = losses_of(kd(ensemble()))
+    stored = losses_of(kd(TeacherStore(tmp_path, ensemble(), keep="logits")))
     assert torch.allclose(online, stored, rtol=2e-3)
 
 
 def test_another_temperature_and_another_method_read_the_same_store(tmp_path):
-    record(tiny_trainer(), kd(logits_in(tmp_path), temperature=2.0), TinyDataModule(views=2))
+    record(tiny_trainer(), kd(logits_in(tmp_path, ensemble()), temperature=2.0), TinyDataModule(views=2))
     for method in (kd, meal_v2):
-        online = losses_of(method(temperature=7.0))
-        stored = losses_of(method(logits_in(tmp_path, fill="never"), teachers=False, temperature=7.0))
+        online = losses_of(method(ensemble(), temperature=7.0))
+        stored = losses_of(method(logits_in(tmp_path, fill="never"), temperature=7.0))
         assert torch.allclose(online, stored, rtol=1e-5)
 
 
 def test_what_is_kept_are_every_teachers_logits(tmp_path):
-    store = logits_in(tmp_path)
+    store = logits_in(tmp_path, ensemble())
     done = record(tiny_trainer(), kd(store), TinyDataModule(views=2))
     assert done.nbytes == 48 * 2 * 3 * 4
     batch = TinyDataModule().dataset("train", augment=True).__getitems__([(5, 0), (23, 1)])
@@ -92,27 +98,27 @@ def test_what_is_kept_are_every_teachers_logits(tmp_path):
 
 
 def test_answers_and_logits_are_stores_of_two_kinds(tmp_path):
-    losses_of(kd(logits_in(tmp_path)))
+    losses_of(kd(logits_in(tmp_path, ensemble())))
     with pytest.raises(InputError, match="keep is logits, not answers"):
-        losses_of(kd(TeacherStore(tmp_path, dtype="float32")))
+        losses_of(kd(TeacherStore(tmp_path, ensemble(), dtype="float32")))
 
 
 def test_the_rule_of_the_ensemble_is_a_part_of_the_store(tmp_path):
-    losses_of(kd(logits_in(tmp_path), weights=[1, 3]))
+    losses_of(kd(logits_in(tmp_path, ensemble(weights=[1, 3]))))
     assert json.loads((tmp_path / "header.json").read_text())["made_by"]["ensemble"]["weights"] == [1.0, 3.0]
     with pytest.raises(InputError, match="ensemble is"):
-        losses_of(kd(logits_in(tmp_path), weights=[3, 1]))
+        losses_of(kd(logits_in(tmp_path, ensemble(weights=[3, 1]))))
 
 
 def test_methods_that_need_more_than_logits_say_so(tmp_path):
     student, teachers = networks()
     feed = FEEDModule(
-        student, teachers, num_classes=3, student_layer="features", input_shape=(1, 8, 8), store=logits_in(tmp_path)
+        student, logits_in(tmp_path, teachers), num_classes=3, student_layer="features", input_shape=(1, 8, 8)
     )
     with pytest.raises(InputError, match="FEEDModule needs more than its teachers' logits: leave the store's keep out"):
         losses_of(feed)
     student, teachers = networks()
-    extracurricular = ExtracurricularModule(student, teachers, num_classes=3, store=logits_in(tmp_path / "x"))
+    extracurricular = ExtracurricularModule(student, logits_in(tmp_path / "x", teachers), num_classes=3)
     with pytest.raises(InputError, match="ExtracurricularModule needs more than its teachers' logits"):
         record(tiny_trainer(), extracurricular, TinyDataModule(views=2, partners=True))
 

@@ -245,7 +245,7 @@ def balanced_factors(number: int, parts: int) -> list[int]:
 
     Args:
         number: the product, at least 1; a prime number becomes itself and ones.
-        parts: how many, at least 1.
+        parts: number of integers, at least 1.
     """
     primes, rest, divisor = [], number, 2
     while divisor * divisor <= rest:
@@ -266,7 +266,7 @@ def covering_factors(number: int, parts: int) -> list[int]:
 
     Args:
         number: the smallest product, at least 1.
-        parts: how many, at least 1.
+        parts: number of integers, at least 1.
     """
     root = next(side for side in range(1, number + 1) if side**parts >= number)
     factors = [root] * parts

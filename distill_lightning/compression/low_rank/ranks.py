@@ -39,7 +39,7 @@ def rank_rule(rank: Rank) -> RankRule:
             weights, or of its multiply-accumulates. ``"evbmf"``: the components above the noise, see `evbmf_rank`.
 
     Raises:
-        InputError: the rank is none of these.
+        InputError: the rank has none of these forms.
     """
     if isinstance(rank, str):
         kind, _, number = rank.partition(":")

@@ -16,7 +16,7 @@ Init = Literal["linear", "density", "random"]
 
 
 class Clusters(NamedTuple):
-    """What `kmeans` found.
+    """The result of `kmeans`.
 
     Attributes:
         centroids: ascending, ``(k,)``, in the values' type.

@@ -32,7 +32,7 @@ def write_packed(path: Path | str, tensors: Mapping[str, Packed], header: Mappin
 
     Args:
         path: path of the file; an existing one is replaced.
-        tensors: by name.
+        tensors: the packed tensors, by name.
         header: plain values: str, int, finite float, bool, ``None``, and lists and dicts of these.
 
     Returns:

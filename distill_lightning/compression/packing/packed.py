@@ -36,7 +36,7 @@ class Part:
 
     Attributes:
         content: the bytes.
-        number: how many numbers they contain.
+        number: how many numbers these hold.
         bits: bits of each number.
         coding: how the bytes are coded; ``"huffman"`` codes the numbers if 8 is not a multiple of their bits, and
             otherwise the bytes.

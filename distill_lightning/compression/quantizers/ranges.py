@@ -267,7 +267,7 @@ class Observer(nn.Module):
         rule = self.rule
         counted = self.counts.any() if rule in ("percentile", "mse", "kl") else self.batches
         if not bool(counted):
-            raise InputError("an observer has seen no activation: run some training batches through the network first")
+            raise InputError("an observer has seen nothing: run some training batches through the network first")
         if rule not in ("percentile", "mse", "kl"):
             return self.low, self.high
         used = self.counts.nonzero()[:, 0]

@@ -43,8 +43,8 @@ class WeightQuantizer(nn.Module):
     Args:
         weight: the weight to quantize; its values initialise the scales.
         scheme: the scheme.
-        estimator: of uniform kinds, ``"ste"``: the grid follows from the weight by ``rule``, or ``"lsq"``: scales are
-            learned.
+        estimator: for the uniform kinds, ``"ste"``: the grid follows from the weight by ``rule``, or ``"lsq"``: the
+            scales are learned.
         rule: see `find_range`. With ``"minmax"`` the grid follows the weight at every use; the other rules are too slow
             for that and keep the grid of the given weight. With 2 or 3 bits use ``"mse"`` or LSQ: a range that contains
             everything leaves most weights at zero.

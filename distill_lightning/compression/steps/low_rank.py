@@ -45,7 +45,7 @@ class LowRank(Step):
         {class_path: LowRank, init_args: {method: {Conv2d: tucker2, Linear: svd}, rank: "params:0.5"}}
 
     Args:
-        rank: how many components are kept: a number, a fraction of full rank, ``"energy:0.9"``, ``"params:0.5"``,
+        rank: number of components to keep: a number, a fraction of full rank, ``"energy:0.9"``, ``"params:0.5"``,
             ``"macs:0.5"`` or ``"evbmf"``; see `rank_rule`. Budgets apply to each layer.
         method: ``"svd"`` (of a convolution by channel), ``"svd_spatial"``, ``"tucker2"``, ``"cp"`` or ``"tt"``, for the
             layers that have it; or one for each class of layers by name; other classes are then left alone.

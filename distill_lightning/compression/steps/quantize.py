@@ -187,7 +187,7 @@ class Quantize(Step):
             ),
             (
                 self.weight_bits is not None and asked_bits not in (8, self.weight_bits),
-                f"scheme={scheme!r} has codes of {self.weight_bits} bit, not of {asked_bits}: leave weight_bits out",
+                f"scheme={scheme!r} has codes of {self.weight_bits} bit, not {asked_bits}: leave weight_bits out",
             ),
             (
                 self.act_bits is None and estimator in ("pact", "dorefa"),

@@ -207,7 +207,7 @@ def _free_layers(
         names = weight_names(layer)
         reason = reason_of(layer)
         if reason is None and any(parametrize.is_parametrized(layer, name) for name in names):
-            reason = "its weights are already quantized or shared"
+            reason = "its weights are computed already (quantized or shared)"
         if reason is None:
             others = [tied[id(getattr(layer, name))] for name in names if id(getattr(layer, name)) in tied]
             if others:

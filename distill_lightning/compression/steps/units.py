@@ -38,7 +38,7 @@ class Family:
         name: path of a layer.
         size: number of units.
         blocks: number of equal parts that keep the same number of units: an RNN's layers and directions.
-        group: of the units; ``None``: they are the layers of the `nn.TransformerEncoder` at ``name``.
+        group: the group of the units; ``None`` if they are the layers of the `nn.TransformerEncoder` at ``name``.
     """
 
     name: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
@@ -237,9 +237,8 @@ class Liveness(Part):
         if self._alive is None:
             return
         # Every process has seen rows of its own.
-        gathered = cast("Tensor", module.all_gather(self._alive.float()))
+        alive = module.trainer.strategy.reduce(self._alive.float(), reduce_op="sum").tolist()
         self._alive = None
-        alive = gathered.reshape(-1, 2).amax(dim=0).tolist()
         dead = [name for name, seen in zip(("'student'", "'teacher'"), alive, strict=True) if not seen]
         if dead:
             self._has_warned = True

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 
 from distill_lightning.errors import InputError
+from distill_lightning.lightning_internals import begins_anew
 from distill_lightning.part import Part
 
 AlphaSchedule = Literal["linear", "constant"] | Callable[[float], float]
@@ -85,7 +86,7 @@ class Alpha(Part):
         if self.schedule == "constant":
             return
         length = self._length = training_length(module.trainer, self.total_epochs)
-        if loaded and loaded != length:
+        if loaded and loaded != length and not begins_anew(module.trainer):
             warnings.warn(
                 f"the checkpoint was trained towards {loaded} epochs, now they are {length}: alpha does not go on "
                 "where it was; set total_epochs to keep it",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from distill_lightning.layers import Translator
 # The smallest norm that a feature is divided by.
 _EPS = 1e-6
 _SLOPE = 0.1
+_MANY_PARAMETERS = 50_000_000
 
 
 class Translation(Choice):
@@ -242,6 +244,49 @@ class AttentionDistance(Distance):
     def __call__(self, translated: Tensor, target: Tensor) -> Tensor:
         """See `functional.attention_distance`."""
         return functional.attention_distance(translated, target, reduction=self.reduction)
+
+
+@dataclass(frozen=True)
+class LogitTerm(Choice):
+    """Hinton's term beside the feature term, logged as ``train/kd``.
+
+    Args:
+        weight: of `functional.softened_kl` to the ensemble's prediction.
+        temperature: ``T``.
+
+    Raises:
+        InputError: the weight is negative, or the temperature not positive.
+    """
+
+    weight: float = 1.0
+    temperature: float = 4.0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if not self.weight >= 0 or not self.temperature > 0:
+            raise InputError(f"LogitTerm: weight must be 0 or more and temperature positive, got {self}")
+
+
+def make_translators(distance: Distance, source: int, targets: Sequence[int]) -> nn.ModuleList:
+    """Fresh translators from the student's channels, one for each teacher's, or one for all.
+
+    Raises:
+        InputError: one for all, and the teachers' channel counts differ.
+    """
+    translation = distance.translator
+    if translation is None:
+        return nn.ModuleList()
+    if translation.shared and len(set(targets)) > 1:
+        raise InputError(f"FEED: a shared translator needs teachers of equal channel counts, got {list(targets)}")
+    chosen = targets[:1] if translation.shared else targets
+    translators = nn.ModuleList(translation.make(source, target) for target in chosen)
+    parameters = sum(parameter.numel() for parameter in translators.parameters())
+    if parameters > _MANY_PARAMETERS:
+        warnings.warn(
+            f"FEED's translators have {parameters:,} parameters: translator=Conv1x1Translator() has far fewer",
+            stacklevel=3,
+        )
+    return translators
 
 
 def _check(choice: Choice, **known: Sequence[str]) -> None:

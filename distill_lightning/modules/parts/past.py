@@ -263,8 +263,11 @@ class RunningStore(RunningPast):
         return mixup(own, other, mixture.share), known | (other_known & (mixture.share < 1))
 
     def write(self, batch: Batch, probs: Tensor) -> None:
-        """Keep the rows of samples that were not mixed."""
-        keep = None if batch.mixture is None else batch.mixture.share == 1
+        """Keep the rows of samples that count and were not mixed."""
+        keep = batch.counted
+        if batch.mixture is not None:
+            whole = batch.mixture.share == 1
+            keep = whole if keep is None else keep & whole
         self._made().write(_index(batch.index), probs, keep)
 
     def begin(self, module: Any) -> None:

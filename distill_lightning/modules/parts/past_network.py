@@ -51,7 +51,7 @@ class PastNetwork:
 
     def copy_of(self, student: nn.Module) -> nn.Module:
         """A copy of all parameters and buffers."""
-        return freeze(copy.deepcopy(plain_network(student)))
+        return freeze(copy.deepcopy(uncompiled(student)))
 
     def share_buffers(self) -> None:
         """Take rank 0's buffers: those of BatchNorm differ between processes until DDP's next forward."""
@@ -100,7 +100,7 @@ class AveragedNetwork(PastNetwork):
         if self.network is None:
             self.network = self.copy_of(student)
             return
-        pairs = list(zip(_tensors(self.network), _tensors(plain_network(student)), strict=True))
+        pairs = list(zip(_tensors(self.network), _tensors(uncompiled(student)), strict=True))
         moving = [(kept, now) for kept, now in pairs if kept.is_floating_point()]
         # Not torch's AveragedModel, which copies its counter to the device and back in every step.
         average = get_ema_multi_avg_fn(self.decay)  # type: ignore[no-untyped-call]
@@ -115,7 +115,7 @@ class AveragedNetwork(PastNetwork):
         self.ready = self.network is not None
 
 
-def plain_network(network: nn.Module) -> nn.Module:
+def uncompiled(network: nn.Module) -> nn.Module:
     """The network itself, where ``torch.compile(network)`` was given."""
     return cast("nn.Module", getattr(network, "_orig_mod", network))
 

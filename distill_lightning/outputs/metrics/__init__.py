@@ -11,7 +11,6 @@ from distill_lightning.outputs.metrics.classification import (
     NegativeLogLikelihood,
     classification_metrics,
 )
-from distill_lightning.outputs.metrics.collections import default_metrics, teacher_metrics
 from distill_lightning.outputs.metrics.gap import GapReduction
 from distill_lightning.outputs.metrics.regression import (
     AngularError,
@@ -40,7 +39,5 @@ __all__ = [
     "MeanDivergence",
     "NegativeLogLikelihood",
     "classification_metrics",
-    "default_metrics",
     "regression_metrics",
-    "teacher_metrics",
 ]

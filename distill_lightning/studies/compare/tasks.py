@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
 
 from distill_lightning import functional
 from distill_lightning.modules import DistillationModule, RegressionModule, SupervisedModule
-from distill_lightning.outputs.metrics import classification_metrics, regression_metrics, teacher_metrics
+from distill_lightning.outputs import Categorical, Gaussian, Output
 from distill_lightning.plots import reliability_diagram
 
 ECE_BINS = 15
@@ -87,20 +87,18 @@ class Task(ABC):
         return {}
 
     @abstractmethod
+    def _meaning(self, output: Tensor) -> Output:
+        """What predictions like these mean."""
+
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
         """The ensemble's prediction from its members', in the form that `measure` reads."""
-
-    @abstractmethod
-    def _metrics(self, output: Tensor) -> MetricCollection:
-        """Of predictions like these and their targets."""
-
-    @abstractmethod
-    def _beside(self) -> MetricCollection:
-        """Of predictions and the ensemble's."""
+        meaning = self._meaning(outputs[0])
+        return meaning.as_prediction(meaning.collapse(outputs))
 
     def measure(self, output: Tensor, targets: Tensor, ensemble: Tensor) -> dict[str, float]:
         """The values of all columns, by name."""
-        values = {**self._metrics(output)(output, targets), **self._beside()(output, ensemble)}
+        meaning = self._meaning(output)
+        values = {**meaning.metrics()(output, targets), **meaning.teacher_metrics()(output, ensemble)}
         values[self.headline.name] = values[self.monitor.removeprefix("val/")]
         names = [column.name for column in (self.headline, *self.columns)]
         # No fifth place among five classes or fewer.
@@ -108,7 +106,7 @@ class Task(ABC):
 
     def score(self, output: Tensor, targets: Tensor) -> float:
         """The headline's value alone."""
-        return float(self._metrics(output)(output, targets)[self.monitor.removeprefix("val/")])
+        return float(self._meaning(output).metrics()(output, targets)[self.monitor.removeprefix("val/")])
 
     def gap_closed(self, value: float, alone: float, ensemble: float) -> float:
         """How much of the way from the student alone to the ensemble; NaN where the ensemble is no better."""
@@ -159,16 +157,8 @@ gap: how much of the way from the student alone (mean over its seeds) to the ens
         bins = {name: _bins(outputs, targets) for name, outputs in rows.items()}
         return {"reliability.png": reliability_diagram(bins, {"ensemble": _bins([ensemble], targets)})}
 
-    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The logarithm of the mean of the softmaxes."""
-        probs = functional.mean_probabilities(list(outputs))
-        return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
-
-    def _metrics(self, output: Tensor) -> MetricCollection:
-        return classification_metrics(output.shape[1])
-
-    def _beside(self) -> MetricCollection:
-        return teacher_metrics(2)
+    def _meaning(self, output: Tensor) -> Output:
+        return Categorical(output.shape[1])
 
 
 class Regression(Task):
@@ -206,17 +196,9 @@ gap: how much of the way from the student alone (mean over its seeds) to the ens
         """The mean absolute error."""
         return f"validation error {metrics[self.monitor]:.3f}"
 
-    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The mixture's mean and variance."""
-        means, log_vars = torch.stack(list(outputs)).chunk(2, dim=-1)
-        mean, variance = functional.collapse_mixture(means, log_vars.exp())
-        return functional.join_gaussian(mean, variance.log())
-
-    def _metrics(self, output: Tensor) -> MetricCollection:
-        return regression_metrics(output.shape[1] // 2)
-
-    def _beside(self) -> MetricCollection:
-        return teacher_metrics(None)
+    def _meaning(self, output: Tensor) -> Output:
+        # The predictions are within their module's bounds, whichever these are.
+        return Gaussian(output.shape[1] // 2, log_var_bounds=(-math.inf, math.inf))
 
 
 def task_of(num_classes: int | None) -> Task:

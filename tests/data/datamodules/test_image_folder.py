@@ -701,8 +701,8 @@ def test_a_training_that_was_killed_goes_on_as_the_undisturbed_one(folder, tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_fill_a_store_together(folder, tmp_path):
-    trainer = tiny_trainer(max_epochs=2, limit_val_batches=0, devices=2, strategy="ddp_fork")
+def test_two_processes_fill_a_store_together(folder, tmp_path, start_method):
+    trainer = tiny_trainer(max_epochs=2, limit_val_batches=0, devices=2, strategy=f"ddp_{start_method}")
     trainer.fit(kd(TeacherStore(tmp_path, teachers_of(), shard_size=7)), datamodule=several_views(folder))
     told, expected = told_by(tmp_path, several_views(folder))
     assert torch.allclose(told, expected, atol=1e-3)

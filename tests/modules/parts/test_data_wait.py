@@ -10,9 +10,7 @@ from distill_lightning.modules.parts import data_wait
 from distill_lightning.modules.parts.data_wait import DataWait
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
-
-# What a training without a progress bar looks like from a part.
-HIDDEN = SimpleNamespace(trainer=SimpleNamespace(progress_bar_callback=None))
+NO_BAR = SimpleNamespace(trainer=SimpleNamespace(progress_bar_callback=None))
 
 
 @pytest.fixture
@@ -29,40 +27,40 @@ def test_nothing_was_waited_for_before_the_beginning():
 
 def test_the_share_is_that_of_the_gaps_between_the_steps(clock):
     wait = DataWait()
-    wait.epoch_starts(HIDDEN)
+    wait.epoch_starts(NO_BAR)
     for gap, step in ((2.0, 1.0), (0.5, 1.5)):
         clock(gap)
-        wait.batch_starts(HIDDEN)
+        wait.batch_starts(NO_BAR)
         clock(step)
-        wait.batch_ends(HIDDEN)
+        wait.batch_ends(NO_BAR)
     assert wait.share == pytest.approx(2.5 / 5)
 
 
 def test_a_pause_counts_as_neither(clock):
     wait = DataWait()
-    wait.epoch_starts(HIDDEN)
+    wait.epoch_starts(NO_BAR)
     clock(1.0)
-    wait.batch_starts(HIDDEN)
+    wait.batch_starts(NO_BAR)
     clock(1.0)
-    wait.batch_ends(HIDDEN)
-    wait.validation_starts(HIDDEN)
+    wait.batch_ends(NO_BAR)
+    wait.validation_starts(NO_BAR)
     clock(50.0)
-    wait.batch_starts(HIDDEN)
+    wait.batch_starts(NO_BAR)
     clock(2.0)
-    wait.batch_ends(HIDDEN)
+    wait.batch_ends(NO_BAR)
     assert wait.share == pytest.approx(0.25)
 
 
 def test_an_epoch_begins_anew(clock):
     wait = DataWait()
-    wait.epoch_starts(HIDDEN)
+    wait.epoch_starts(NO_BAR)
     clock(3.0)
-    wait.batch_starts(HIDDEN)
-    wait.epoch_starts(HIDDEN)
+    wait.batch_starts(NO_BAR)
+    wait.epoch_starts(NO_BAR)
     clock(1.0)
-    wait.batch_starts(HIDDEN)
+    wait.batch_starts(NO_BAR)
     clock(3.0)
-    wait.batch_ends(HIDDEN)
+    wait.batch_ends(NO_BAR)
     assert wait.share == pytest.approx(0.25)
 
 

@@ -322,8 +322,8 @@ def in_a_process(rank, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(tmp_path):
-    multiprocessing.start_processes(in_a_process, args=(str(tmp_path),), nprocs=2, start_method="fork")
+def test_two_processes_measure_what_one_does(tmp_path, start_method):
+    multiprocessing.start_processes(in_a_process, args=(str(tmp_path),), nprocs=2, start_method=start_method)
     alone = measured(batches([9, 4, 2], 6))
     for rank in (0, 1):
         assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(alone, rel=1e-5)

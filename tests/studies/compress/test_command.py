@@ -303,10 +303,13 @@ def prune(**options):
         ),
         (
             changed_steps({"class_path": "Prun"}),
-            "there is no step Prun: known are Encode, HashShare, LowRank, Prune, Quantize, Regularise, ShareWeights, "
-            "TieLayers",
+            "there is no step Prun: known ones are Encode, HashShare, LowRank, Prune, Quantize, Regularise, "
+            "ShareWeights, TieLayers",
         ),
-        (lambda config: config["model"]["init_args"].update(network={"class_path": "SmalCNN"}), "near names: SmallCNN"),
+        (
+            lambda config: config["model"]["init_args"].update(network={"class_path": "SmalCNN"}),
+            "similar names: SmallCNN",
+        ),
         (lambda config: config["model"]["init_args"].update(dense_epochs=7), "dense_epochs=7 of max_epochs=2"),
         (lambda config: config["model"]["init_args"].update(teacher="nobody"), "teacher"),
     ],

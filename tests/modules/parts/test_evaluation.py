@@ -1,4 +1,4 @@
-"""What teachers say about validation samples: the metrics against loops, kept answers, and `observe`."""
+"""How a student is evaluated beside its teachers: the metrics against loops, kept answers, and `observe`."""
 
 import copy
 import io
@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
-from distill_lightning.teachers.cache import TeacherAnswers
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from distill_lightning import Batch, DistillationModule, KDModule, SupervisedModule, TeacherEnsemble
 from distill_lightning.functional import gaussian_nll, join_gaussian, split_gaussian
+from distill_lightning.modules.parts.evaluation import Evaluation
+from distill_lightning.teachers import Frozen
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 SHAPE = (1, 8, 8)
@@ -81,25 +82,24 @@ def watch(module):
         if not module.trainer.training:
             asked.append(len(inputs[0]))
 
-    module.teachers.networks[0].register_forward_hook(note)
+    module.teachers[0].register_forward_hook(note)
     return asked
 
 
 # the answers
 
 
-def kept_about(batch, asker, number=0):
-    answers = TeacherAnswers()
+def kept_about(batch, stage="val", number=0):
+    evaluation = Evaluation()
     prediction = torch.rand(batch.size, 3)
-    answers.keep(asker, number, batch, prediction)
-    return answers, prediction
+    evaluation._keep(stage, number, batch, prediction)
+    return evaluation, prediction
 
 
 def test_an_answer_is_recalled_for_the_same_views_of_the_same_samples():
-    asker = object()
-    answers, prediction = kept_about(batch_of([4, 2, 7]), asker)
+    evaluation, prediction = kept_about(batch_of([4, 2, 7]))
     # Equal numbers, not the same tensors; the inputs are not looked at.
-    assert answers.recall(asker, 0, batch_of([4, 2, 7], seed=1)) is prediction
+    assert evaluation._recalled("val", 0, batch_of([4, 2, 7], seed=1)) is prediction
 
 
 @pytest.mark.parametrize(
@@ -107,44 +107,41 @@ def test_an_answer_is_recalled_for_the_same_views_of_the_same_samples():
     [([4, 7, 2], None), ([4, 2], None), ([4, 2, 7, 7], None), ([4, 2, 8], None), ([4, 2, 7], [0, 0, 1]), ([], [])],
 )
 def test_nothing_is_recalled_for_other_samples_or_views(index, view):
-    asker = object()
-    answers, _ = kept_about(batch_of([4, 2, 7]), asker)
-    assert answers.recall(asker, 0, batch_of(index, view)) is None
+    evaluation, _ = kept_about(batch_of([4, 2, 7]))
+    assert evaluation._recalled("val", 0, batch_of(index, view)) is None
 
 
-def test_nothing_is_recalled_for_another_asker_or_batch_number():
-    asker = object()
-    answers, prediction = kept_about(batch_of([4, 2]), asker, number=3)
-    assert answers.recall(object(), 3, batch_of([4, 2])) is None
-    assert answers.recall(asker, 2, batch_of([4, 2])) is None
-    assert answers.recall(asker, 3, batch_of([4, 2])) is prediction
+def test_nothing_is_recalled_for_another_stage_or_batch_number():
+    evaluation, prediction = kept_about(batch_of([4, 2]), number=3)
+    assert evaluation._recalled("test", 3, batch_of([4, 2])) is None
+    assert evaluation._recalled("val", 2, batch_of([4, 2])) is None
+    assert evaluation._recalled("val", 3, batch_of([4, 2])) is prediction
 
 
 def test_a_later_answer_replaces_the_earlier_one_of_its_place_alone():
-    asker, other = object(), object()
-    answers, _ = kept_about(batch_of([4, 2]), asker)
+    evaluation, _ = kept_about(batch_of([4, 2]))
     first, second = torch.rand(1, 3), torch.rand(2, 3)
-    answers.keep(other, 0, batch_of([5]), first)
-    answers.keep(asker, 0, batch_of([1, 3]), second)
-    assert answers.recall(asker, 0, batch_of([4, 2])) is None
-    assert answers.recall(asker, 0, batch_of([1, 3])) is second
-    assert answers.recall(other, 0, batch_of([5])) is first
+    evaluation._keep("test", 0, batch_of([5]), first)
+    evaluation._keep("val", 0, batch_of([1, 3]), second)
+    assert evaluation._recalled("val", 0, batch_of([4, 2])) is None
+    assert evaluation._recalled("val", 0, batch_of([1, 3])) is second
+    assert evaluation._recalled("test", 0, batch_of([5])) is first
 
 
-def test_forgetting_leaves_nothing():
-    asker = object()
-    answers, _ = kept_about(batch_of([4, 2]), asker)
-    answers.forget()
-    assert answers.recall(asker, 0, batch_of([4, 2])) is None
+@pytest.mark.parametrize("moment", ["fit_starts", "fit_ends", "test_starts"])
+def test_forgetting_leaves_nothing(moment):
+    evaluation, _ = kept_about(batch_of([4, 2]))
+    getattr(evaluation, moment)(kd())
+    assert evaluation._recalled("val", 0, batch_of([4, 2])) is None
 
 
 @pytest.mark.parametrize("missing", [{"index": None}, {"view": None}, {"index": None, "view": None}])
 def test_a_batch_that_cannot_be_told_is_neither_kept_nor_recalled(missing):
-    asker, batch = object(), batch_of([4, 2])
-    answers, _ = kept_about(batch._replace(**missing), asker)
-    assert answers.recall(asker, 0, batch) is None
-    answers, _ = kept_about(batch, asker)
-    assert answers.recall(asker, 0, batch._replace(**missing)) is None
+    batch = batch_of([4, 2])
+    evaluation, _ = kept_about(batch.replace(**missing))
+    assert evaluation._recalled("val", 0, batch) is None
+    evaluation, _ = kept_about(batch)
+    assert evaluation._recalled("val", 0, batch.replace(**missing)) is None
 
 
 # the metrics
@@ -187,11 +184,9 @@ def test_without_teachers_there_is_nothing_to_agree_with():
 class GaussianFollower(DistillationModule):
     """A regression with a teacher, as a user would write it."""
 
-    frozen = ("teacher",)
-
     def __init__(self, student, teacher):
         super().__init__(student, num_targets=2)
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher = Frozen([teacher])
 
     def terms(self, batch):
         return {"nll": gaussian_nll(*split_gaussian(self.student(batch.input)), batch.target)}
@@ -200,7 +195,7 @@ class GaussianFollower(DistillationModule):
         return {"nll": 1.0}
 
     def teacher_prediction(self, batch):
-        return join_gaussian(*split_gaussian(self.teacher(batch.input)))
+        return join_gaussian(*split_gaussian(self.teacher[0](batch.input)))
 
 
 def test_a_regressions_divergence_is_that_of_the_loop():
@@ -251,7 +246,7 @@ def test_two_validation_loaders_are_asked_about_every_time():
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
             # Lightning logs what two loaders have in common under names of their own, which metrics do not take.
             predicted.append(self.teacher_prediction(batch))
-            return self._evaluate(batch, batch_idx, self.val_metrics, self.val_teacher_metrics)
+            return self.evaluation.update(self, batch, batch_idx, "val")
 
         def log_dict(self, *args, **options):
             if self.trainer.training:
@@ -269,17 +264,21 @@ def test_two_validation_loaders_are_asked_about_every_time():
 
 
 def test_a_prediction_that_is_the_modules_own_is_kept_where_its_teachers_are_frozen_alone():
-    class Moving(KDModule):
-        frozen = ()
-
+    class Asking(KDModule):
         def teacher_prediction(self, batch):
             asked.append(len(batch.input))
             return super().teacher_prediction(batch)
 
-    class Still(Moving):
-        frozen = ("teachers",)
+    class Moving(SupervisedModule):
+        def __init__(self, student, teachers, *, num_classes):
+            super().__init__(student, num_classes=num_classes)
+            self.teachers = teachers
 
-    for kind, times in ((Moving, 3), (Still, 1)):
+        def teacher_prediction(self, batch):
+            asked.append(len(batch.input))
+            return self.teachers(batch.input)
+
+    for kind, times in ((Moving, 3), (Asking, 1)):
         asked = []
         torch.manual_seed(0)
         module = kind(TinyNet(), TinyNet(), num_classes=3)
@@ -291,7 +290,7 @@ def test_kept_answers_give_the_metrics_that_fresh_ones_give(monkeypatch):
     found = []
     for kept in (True, False):
         if not kept:
-            monkeypatch.setattr(TeacherAnswers, "recall", lambda *_: None)
+            monkeypatch.setattr(Evaluation, "_recalled", lambda *_: None)
         module = kd()
         asked = watch(module)
         trainer = tiny_trainer(max_epochs=3)
@@ -370,9 +369,9 @@ BATCHES = {
     "named": lambda batch: batch,
     "pair": lambda batch: (batch.input, batch.target),
     "no view": lambda batch: {"input": batch.input, "target": batch.target, "index": batch.index},
-    "no index": lambda batch: batch._replace(index=None),
+    "no index": lambda batch: batch.replace(index=None),
     # Every batch says that it holds the same samples; only the views tell that they are others.
-    "only views": lambda batch: batch._replace(index=torch.zeros_like(batch.index), view=batch.index),
+    "only views": lambda batch: batch.replace(index=torch.zeros_like(batch.index), view=batch.index),
 }
 
 
