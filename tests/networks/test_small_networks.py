@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill_lightning import InputError, SmallCNN, SmallLSTM, SmallTransformer, TeacherEnsemble
+from distill_lightning import InputError, SmallCNN, SmallLSTM, SmallTransformer
 from distill_lightning.compression import surgery
 from distill_lightning.compression.macs import count_macs
 from distill_lightning.layers import FeatureTap, dry_forward
@@ -318,20 +318,6 @@ def test_a_dry_forward_says_which_tokens_a_network_does_not_take():
     broken = nn.Sequential(nn.Embedding(3, 4), nn.Linear(5, 2))
     with pytest.raises(InputError, match=r"input of shape \(10,\) .*give input_shape=\(T,\) of your tokens"):
         dry_forward(broken, (10,))
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")
-@pytest.mark.parametrize(("build", "inputs"), [pair for pair in NETWORKS if "lstm" not in pair[0].__name__])
-def test_networks_without_lstm_run_as_one(build, inputs):
-    networks = [build(), build()]
-    torch.testing.assert_close(
-        TeacherEnsemble(networks, batched=True).logits(inputs()), TeacherEnsemble(networks).logits(inputs())
-    )
-
-
-def test_lstms_that_shall_run_as_one_are_refused():
-    with pytest.raises(InputError, match=r"cannot run an LSTM, GRU or RNN: leave .*batched=True out"):
-        TeacherEnsemble([lstm_of_rows(), lstm_of_rows()], batched=True)
 
 
 @pytest.mark.parametrize(("build", "inputs"), NETWORKS)

@@ -650,9 +650,15 @@ def test_methods_without_teachers_and_another_plain_training(tmp_path):
     def plain(config):
         config.update(epochs=1, seeds=[0])
         config["teachers"].update(number=1, epochs=1)
-        config["supervised"] = {"class_path": "SupervisedModule", "init_args": {"transforms": [{"class_path": "LabelSmoothing", "init_args": {"epsilon": 0.3}}]}}
+        config["supervised"] = {
+            "class_path": "SupervisedModule",
+            "init_args": {"transforms": [{"class_path": "LabelSmoothing", "init_args": {"epsilon": 0.3}}]},
+        }
         config["methods"] = {
-            "smooth": {"class_path": "SupervisedModule", "init_args": {"transforms": [{"class_path": "LabelSmoothing", "init_args": {"epsilon": 0.3}}]}},
+            "smooth": {
+                "class_path": "SupervisedModule",
+                "init_args": {"transforms": [{"class_path": "LabelSmoothing", "init_args": {"epsilon": 0.3}}]},
+            },
             "hard": {"class_path": "SupervisedModule"},
         }
 
@@ -810,7 +816,10 @@ def test_a_row_can_begin_with_another_rows_student(tmp_path):
         config.update(epochs=1, seeds=[0, 1])
         config["teachers"].update(number=1, epochs=1)
         optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}
-        meal = {"class_path": "MEALV2Module", "init_args": {"discriminator": {"class_path": "NoDiscriminator"}, "optimizer": optimizer}}
+        meal = {
+            "class_path": "MEALV2Module",
+            "init_args": {"discriminator": {"class_path": "NoDiscriminator"}, "optimizer": optimizer},
+        }
         config["methods"] = {"meal": {**meal, "initial": "alone"}, "scratch": meal}
 
     compare(written(tmp_path, still), tmp_path / "out")

@@ -28,6 +28,7 @@ from distill_lightning.compression.measure import count_parameters
 from distill_lightning.errors import InputError
 from distill_lightning.studies.compress import command, runs
 
+
 @pytest.fixture(scope="module", autouse=True)
 def without_onnx():
     """Every export takes seconds: one test makes them."""
