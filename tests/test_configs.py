@@ -96,6 +96,7 @@ def shortened(config, name):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", COMPRESSION, ids=lambda path: path.stem)
 def test_compression_fits(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -125,6 +126,7 @@ def test_deep_compression_holds_its_promise(tmp_path, monkeypatch):
         assert 20 * final["nbytes"]["artefact"] <= dense["nbytes"][key]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in START if path not in COMPRESSION], ids=lambda path: path.stem)
 def test_fit_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

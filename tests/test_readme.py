@@ -27,6 +27,7 @@ def test_python_runs(code, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
+@pytest.mark.slow
 def test_the_subclass_works_in_yaml(tmp_path, monkeypatch):
     (tmp_path / "mymethod.py").write_text(blocks("python")[0])
     monkeypatch.syspath_prepend(tmp_path)

@@ -320,7 +320,6 @@ def test_any_module_with_a_student_will_do():
     assert [row["network"] for row in probe.table] == ["student"]
 
 
-@pytest.mark.slow
 def test_of_two_processes_the_first_measures(tmp_path, start_method):
     probe = ReconstructionErrorProbe("features", epochs=1)
     trainer = tiny_trainer(

@@ -78,6 +78,7 @@ def test_the_figure_shows_the_rows():
     assert accuracy.lines[0].get_ydata() == pytest.approx([100 / 3, 100 / 3])
 
 
+@pytest.mark.slow
 @quiet
 def test_numbers_and_figure_are_logged_before_the_first_step(tmp_path):
     callback = report(kd(), logger=CSVLogger(tmp_path, name="run"), log_every_n_steps=1)

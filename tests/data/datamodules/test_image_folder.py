@@ -700,7 +700,6 @@ def test_a_training_that_was_killed_goes_on_as_the_undisturbed_one(folder, tmp_p
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
-@pytest.mark.slow
 def test_two_processes_fill_a_store_together(folder, tmp_path, start_method):
     trainer = tiny_trainer(max_epochs=2, limit_val_batches=0, devices=2, strategy=f"ddp_{start_method}")
     trainer.fit(kd(TeacherStore(tmp_path, teachers_of(), shard_size=7)), datamodule=several_views(folder))
@@ -796,6 +795,7 @@ def configuration(tmp_path, folder, *, teachers=True, **data):
     return str(tmp_path / "config.yaml")
 
 
+@pytest.mark.slow
 def test_the_command_line_records_a_store_and_trains_from_it(folder, tmp_path, capsys):
     views = {"views": 4, "views_per_load": 2}
     assert main(["record", "--config", configuration(tmp_path, folder, **views)]) == 0

@@ -38,6 +38,8 @@ from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.testing import tiny_trainer
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {
     "data": {
         "class_path": "DigitsDataModule",
@@ -422,7 +424,6 @@ def test_any_data_module_that_tells_its_classes_and_shape_will_do(tmp_path, monk
     assert len(lines_of(tmp_path / "out/results.csv")) == 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "after", ["runs/teacher_2/last.ckpt", "runs/kd_one/seed_0/last.ckpt", "runs/feed/seed_1/last.ckpt"]
 )

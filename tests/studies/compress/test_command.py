@@ -28,6 +28,8 @@ from distill_lightning.compression.measure import count_parameters
 from distill_lightning.errors import InputError
 from distill_lightning.studies.compress import command, runs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def without_onnx():
@@ -384,7 +386,6 @@ def test_a_control_that_cannot_be_made_is_explained(tmp_path):
         assert "there is no dense network of this size" in (tmp_path / "out" / name).read_text()
 
 
-@pytest.mark.slow
 def test_quantization_alone_is_compared_with_a_network_of_the_dense_size(tmp_path, monkeypatch):
     """Two bits round most weights to zero, and none of them was pruned; ONNX files are there where they can be made."""
     monkeypatch.setattr(command, "find_spec", importlib.util.find_spec)
