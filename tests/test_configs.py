@@ -19,6 +19,7 @@ from distill_lightning import layers, networks
 from distill_lightning.cli import main
 from distill_lightning.compression import load_compressed
 from distill_lightning.studies.compare import command
+from distill_lightning.studies.compare.config import parse_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 COMPARE = sorted((CONFIGS / "compare").glob("*.yaml"))
@@ -63,7 +64,8 @@ def test_compare_runs(path, tmp_path):
         small_fashion_mnist(tmp_path)
         config["data"]["init_args"]["data_dir"] = str(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    command.run([str(tmp_path / "config.yaml")], console=Console(file=io.StringIO()))
+    given = [str(tmp_path / "config.yaml")]
+    command.run(parse_config(given), given, console=Console(file=io.StringIO()))
     lines = (tmp_path / "out/results.csv").read_text().splitlines()
     rows = 1 + sum(spec.get("stages", 1) for spec in config["methods"].values())
     assert len(lines) == 1 + rows
