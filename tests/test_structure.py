@@ -42,7 +42,8 @@ ROOMS = {
         layers
         networks data
         outputs lightning_internals compression
-        teachers callbacks
+        teachers
+        callbacks
         modules
         testing studies
         cli
@@ -128,8 +129,9 @@ ROOMS = {
         command
     """,
     "teachers": """
-        ensemble frozen store
+        about ensemble frozen packing
         origin questions
+        store
         teachers
         recorder
     """,

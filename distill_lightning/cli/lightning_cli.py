@@ -57,7 +57,7 @@ class RecordingTrainer(Trainer):
             InputError: the model is no such method.
         """
         if not isinstance(model, DistillationModule):
-            raise InputError(f"record needs a method with teachers and a store, got {type(model).__name__}")
+            raise InputError(f"record needs a method whose teachers are a TeacherStore, got {type(model).__name__}")
         self.recorded = record(self, model, datamodule)
         return self.recorded
 

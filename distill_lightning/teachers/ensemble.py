@@ -14,6 +14,7 @@ from distill_lightning import functional
 from distill_lightning.errors import InputError
 from distill_lightning.layers import FeatureTap, freeze, resolve_layer
 from distill_lightning.layers.calling import call
+from distill_lightning.outputs import Categorical
 
 
 class EnsembleRule(NamedTuple):
@@ -29,10 +30,8 @@ class EnsembleRule(NamedTuple):
 
     def combined(self, logits: Tensor, *, temperature: float = 1.0) -> Tensor:
         """The ensemble's prediction ``(N, K)`` from its members' logits ``(M, N, K)``."""
-        if self.combine == "probabilities":
-            return functional.mean_probabilities(logits, temperature=temperature, weights=self.weights)
-        mean = functional.weighted_mean(logits.float(), self.weights)
-        return functional.mean_probabilities(mean[None], temperature=temperature)
+        means = Categorical(logits.shape[-1])
+        return means.collapse(logits.unbind(), weights=self.weights, combine=self.combine, temperature=temperature)
 
 
 class TeacherEnsemble(nn.Module):

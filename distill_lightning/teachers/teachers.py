@@ -121,7 +121,15 @@ class Teachers(Frozen):
         return self._answer(batch, Softened, self._means.name)
 
     def probabilities(self, batch: Batch) -> Tensor:
-        """`Softened`, of a classification: ``(N, K)`` or ``(N, T, K)``."""
+        """`Softened`, of a classification: ``(N, K)`` or ``(N, T, K)``.
+
+        Raises:
+            InputError: the networks' outputs are no logits.
+        """
+        if self._means.name != "probabilities":
+            raise InputError(
+                f"{self._who} reads probabilities of {type(self._means).__name__}: read distribution(batch)"
+            )
         return self._answer(batch, Softened, "probabilities")
 
     def logits(self, batch: Batch) -> Tensor:

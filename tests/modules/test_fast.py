@@ -28,7 +28,9 @@ FEED = {"student_layer": "features", "input_shape": (1, 8, 8)}
 METHODS = {
     "supervised": lambda student, teachers, **o: SupervisedModule(student, num_classes=3, **o),
     "kd": lambda student, teachers, **o: KDModule(student, teachers, num_classes=3, **o),
-    "feed": lambda student, teachers, **o: FEEDModule(student, teachers, num_classes=3, logit_term=LogitTerm(weight=0.5), **FEED, **o),
+    "feed": lambda student, teachers, **o: FEEDModule(
+        student, teachers, num_classes=3, logit_term=LogitTerm(weight=0.5), **FEED, **o
+    ),
     "self_kd": lambda student, teachers, **o: SelfKDModule(student, num_classes=3, **o),
     "meal_v2": lambda student, teachers, **o: MEALV2Module(
         student, teachers, num_classes=3, discriminator=FixedDiscriminator(), hard_label_weight=1.0, **o

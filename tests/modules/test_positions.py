@@ -268,7 +268,10 @@ def test_callbacks_see_positions(data):
     rows = {row["name"]: row for row in report.rows}
     module.eval()
     with torch.no_grad():
-        hits = [(module.teachers.ensemble(batch.input).argmax(-1) == batch.target).flatten() for batch in data.val_dataloader()]
+        hits = [
+            (module.teachers.ensemble(batch.input).argmax(-1) == batch.target).flatten()
+            for batch in data.val_dataloader()
+        ]
     assert rows["ensemble"]["accuracy"] == pytest.approx(torch.cat(hits).float().mean().item())
     assert rows.keys() == {"teacher_0", "teacher_1", "ensemble"}
 
@@ -308,7 +311,9 @@ def self_kd(student, teacher, **options):
 
 
 def meal_v2(student, teacher, **options):
-    return MEALV2Module(student, teacher, num_classes=CLASSES, discriminator=NoDiscriminator(), hard_label_weight=0.0, **options)
+    return MEALV2Module(
+        student, teacher, num_classes=CLASSES, discriminator=NoDiscriminator(), hard_label_weight=0.0, **options
+    )
 
 
 def extracurricular(student, teacher, **options):
