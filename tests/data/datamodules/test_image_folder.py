@@ -782,8 +782,8 @@ def test_the_fingerprint_knows_nothing_else(folder, option):
 
 def configuration(tmp_path, folder, *, teachers=True, **data):
     network = {"class_path": "SmallResNet", "init_args": {"num_classes": 3, "in_channels": 3, "width": 2}}
-    store = {"class_path": "TeacherStore", "init_args": {"path": str(tmp_path / "store"), "top_k": 2}}
-    options = {"student": network, "teachers": [network] if teachers else None, "store": store}
+    answers = {"path": str(tmp_path / "store"), "networks": [network] if teachers else None, "top_k": 2}
+    options = {"student": network, "teachers": {"class_path": "TeacherStore", "init_args": answers}}
     sizes = {"image_size": 16, "resize_size": 20, "val_size": 6, "batch_size": 8, "num_workers": 0}
     config = {
         "trainer": {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": str(tmp_path), "logger": False,
