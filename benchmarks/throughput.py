@@ -111,12 +111,21 @@ class Throughput:
         report: what they add to.
         rounds: of the cheaper sections; the expensive ones have half as many.
         images: in an epoch that is a turn.
+        batch_size: images per batch.
         counts: numbers of teachers.
     """
 
-    def __init__(self, report: Report, *, rounds: int, images: int, counts: Sequence[int] = (1, 3, 5)) -> None:
-        self.report, self.rounds, self.counts = report, rounds, tuple(counts)
-        self.data = RandomImages(images)
+    def __init__(
+        self,
+        report: Report,
+        *,
+        rounds: int,
+        images: int,
+        batch_size: int = BATCH_SIZE,
+        counts: Sequence[int] = (1, 3, 5),
+    ) -> None:
+        self.report, self.rounds, self.batch_size, self.counts = report, rounds, batch_size, tuple(counts)
+        self.data = RandomImages(images, batch_size=batch_size)
         self.stores = Stores(self.data)
 
     def supervised(self, **options: Any) -> SupervisedModule:
@@ -159,7 +168,7 @@ class Throughput:
         self.report.ratio("kd_store_channels_last_over_bare", ratio(measured[kd], measured[plain]))
         self.report.ratio("kd_store_fast_over_bare", ratio(measured[f"{kd}, compile"], measured[plain]))
         self.report.content["compile_warm_up_seconds"] = round(seconds(), 1)
-        note = f"ResNet-20, batches of {BATCH_SIZE}; the first fit with compile took {seconds():.0f} s"
+        note = f"ResNet-20, batches of {self.batch_size}; the first fit with compile took {seconds():.0f} s"
         rows += [row for row in self._compared(measured) if row["contestant"] not in (plain, ours)]
         self.report.section("a, b. a step with full stores", rows, note=note)
 
@@ -210,7 +219,7 @@ class Throughput:
         """Forward, backward and step of the translators alone, on features in memory."""
         translators = nn.ModuleList(Translator(_FEATURES, _FEATURES) for _ in range(count))
         optimizer = sgd(translators.parameters())
-        feature = torch.rand(BATCH_SIZE, _FEATURES, 8, 8, requires_grad=True)
+        feature = torch.rand(self.batch_size, _FEATURES, 8, 8, requires_grad=True)
         gradient = torch.full_like(feature, 1e-6)
 
         def step(_images: torch.Tensor, _labels: torch.Tensor) -> None:
@@ -223,8 +232,11 @@ class Throughput:
 
     def online(self) -> None:
         """The teachers at work in every step, here and at the peers, and the same work with a store."""
-        count = min(self.data.count, 5 * BATCH_SIZE)
-        stores = {method: Stores(RandomImages(count, partners=method == "extracurricular")) for method in METHODS_NAMES}
+        count = min(self.data.count, 5 * self.batch_size)
+        stores = {
+            method: Stores(RandomImages(count, batch_size=self.batch_size, partners=method == "extracurricular"))
+            for method in METHODS_NAMES
+        }
         peers = {"plain loop": plain_step, "torchdistill": torchdistill_step}
         contestants: dict[str, Turn] = {}
         cases = [(method, number) for method in METHODS_NAMES for number in self.counts]
@@ -253,9 +265,9 @@ class Throughput:
 
     def data_path(self) -> None:
         """Images a second, and how many the student takes."""
-        rates = data_path.images_per_second(rounds=max(self.rounds // 2, 1))
+        rates = data_path.images_per_second(rounds=max(self.rounds // 2, 1), count=8 * self.data.count)
         bare = take_turns({"bare": self.bare()}, rounds=max(self.rounds // 2, 1))["bare"]
-        appetite = Figure.of(BATCH_SIZE / seconds for seconds in bare)
+        appetite = Figure.of(self.batch_size / seconds for seconds in bare)
         over = Figure.of(value / appetite.median for value in rates["ours, 0 workers"])
         self.report.ratio("data_over_student_appetite", over)
         rows = [
@@ -335,7 +347,14 @@ class Throughput:
                 "--stores",
                 str(self.stores.folder),
             ]
-            command += ["--images", str(self.data.count), "--teachers", str(count)]
+            command += [
+                "--images",
+                str(self.data.count),
+                "--batch-size",
+                str(self.batch_size),
+                "--teachers",
+                str(count),
+            ]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603  (its own name)
             rows.append({"contestant": name, "peak MiB": int(output.split()[-1]) / 2**20})
         self.report.section("i. memory, the whole process", rows, note=f"{count} teachers")
@@ -388,14 +407,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--stores", help=argparse.SUPPRESS)
     parser.add_argument("--images", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--batch-size", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--teachers", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     _quiet_down()
     small = given.small
     counts = (given.teachers,) if given.teachers else (1, 2) if small else (1, 3, 5)
-    images = given.images or (3 if small else 16) * BATCH_SIZE
+    batch_size = given.batch_size or (4 if small else BATCH_SIZE)
+    images = given.images or (3 if small else 16) * batch_size
     report = Report(given.output)
-    benchmark = Throughput(report, rounds=1 if small else 6, images=images, counts=counts)
+    benchmark = Throughput(report, rounds=1 if small else 6, images=images, batch_size=batch_size, counts=counts)
     if given.peak:
         benchmark.stores.folder = Path(given.stores)
         print(benchmark.peak(given.peak))
@@ -409,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "recording": benchmark.recording,
         "reads": lambda: benchmark.reads(samples=2_000 if small else 50_000),
         "growth": lambda: benchmark.growth(
-            counts=(1_000, 2_000) if small else (1_000, 4_000, 16_000, 60_000),
+            counts=(600, 700) if small else (1_000, 4_000, 16_000, 60_000),
             numbers=(1, 2) if small else (1, 2, 4, 8),
         ),
         "wall_clock": lambda: benchmark.wall_clock(

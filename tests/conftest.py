@@ -13,3 +13,9 @@ import torch
 def seeded():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def start_method():
+    """How a test starts processes that share its imports, ``"fork"``; what has seen a GPU cannot be forked."""
+    return "spawn" if torch.cuda.is_available() else "fork"

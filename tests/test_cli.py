@@ -60,6 +60,7 @@ def refused(capsys, tmp_path, *arguments):
     return lines[0]
 
 
+@pytest.mark.slow
 def test_fit_then_validate_test_and_predict(write, tmp_path, capsys):
     config = write()
     assert main(["fit", "--config", config]) == 0
@@ -76,13 +77,17 @@ def test_fit_then_validate_test_and_predict(write, tmp_path, capsys):
     assert set(read_weights(checkpoint)) == set(SmallResNet(10, width=2).state_dict())
 
 
+@pytest.mark.slow
 def test_functions_are_networks_in_yaml(write):
     def change(config):
         config["model"]["init_args"]["teachers"][1] = {
             "class_path": "distill_lightning.torchvision_network",
             "init_args": {"name": "resnet18", "num_classes": 10, "in_channels": 1},
         }
-        config["model"]["init_args"] |= {"teacher_layers": ["stage3", "layer2"], "resize": "student"}
+        config["model"]["init_args"] |= {
+            "teacher_layers": ["stage3", "layer2"],
+            "sizes": {"class_path": "TeacherSize"},
+        }
         config["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}}
         config["model"]["init_args"]["lr_scheduler"] = {"class_path": "OneCycle", "init_args": {"warmup": 0.1}}
         config["trainer"]["fast_dev_run"] = True
@@ -90,6 +95,7 @@ def test_functions_are_networks_in_yaml(write):
     assert main(["fit", "--config", write(change)]) == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_overrides_the_command_line_says_so(write, tmp_path):
     config = write()
     main(["fit", "--config", config])
@@ -107,6 +113,7 @@ def data(**options):
     return lambda config: config["data"]["init_args"].update(options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -138,7 +145,7 @@ def data(**options):
         ),
         (lambda config: config["trainer"].update(accelerator="gpuu"), "trainer: .*gpuu"),
         (lambda config: config["trainer"].update(devices=0), "trainer: .*0"),
-        (model(resize="studnet"), "resize.*studnet"),
+        (model(sizes={"class_path": "StudnetSize"}), "sizes.*StudnetSize"),
         (data(subset=5000), "subset=5000 is larger than the 1265 training images"),
         (data(val_size=0), "val_size must be at least 1, got 0: the split or batch would be empty"),
         (data(val_size=1297), "leaves none of 1297 images"),
@@ -180,6 +187,7 @@ def test_a_corrupt_data_file_gets_one_line(write, tmp_path, capsys):
     assert "train-images-idx3-ubyte.gz is damaged" in refused(capsys, tmp_path, "fit", "--config", config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -194,6 +202,7 @@ def test_a_configuration_that_cannot_be_read_is_named(write, tmp_path, capsys, c
         assert message in refused(capsys, tmp_path, "fit", *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -219,6 +228,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(write, tmp_path, capsys):
     assert "evil.ckpt is refused" in refused(capsys, tmp_path, "fit", "--config", config, "--ckpt_path", "evil.ckpt")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_architecture_gets_one_line(write, tmp_path, capsys):
     config = write()
     options = {"num_classes": 3, "student_layer": "stage3", "beta": 2.0}
@@ -235,6 +245,7 @@ def test_a_checkpoint_of_another_architecture_gets_one_line(write, tmp_path, cap
     assert "plain.ckpt is a checkpoint of SupervisedModule, not of FEEDModule" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["student.pt", "student.safetensors"])
 def test_an_exported_student_is_no_checkpoint(write, tmp_path, capsys, name):
     config = write()
@@ -248,6 +259,7 @@ def test_the_best_checkpoint_of_another_process_is_refused(write, tmp_path, caps
     assert "give its path" in refused(capsys, tmp_path, "validate", "--config", write(), "--ckpt_path", "best")
 
 
+@pytest.mark.slow
 def test_overfitting_one_batch_reads_that_batch(write, monkeypatch):
     seen = []
     original = SupervisedModule.terms
@@ -262,6 +274,7 @@ def test_overfitting_one_batch_reads_that_batch(write, monkeypatch):
     assert seen[0].index.tolist() == list(range(64))
 
 
+@pytest.mark.slow
 def test_a_bug_keeps_its_traceback(write, monkeypatch):
     config = write()
     monkeypatch.setattr(FEEDModule, "terms", lambda self, batch: int("not a number"))
@@ -276,6 +289,7 @@ def test_help_names_compare(capsys):
     assert "distill-lightning compare CONFIG" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_callbacks_have_short_names(write):
     config = write()
     for name in ("ReliabilityDiagram", "RiskCoverage", "TeacherReport"):
@@ -299,6 +313,7 @@ print(json.dumps([status, sorted(heavy)]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status", "expected"),
     [
@@ -317,6 +332,7 @@ def test_help_version_and_what_is_refused_at_once_need_no_torch(arguments, statu
     assert expected in "\n".join([*said, done.stderr])
 
 
+@pytest.mark.slow
 def test_a_new_process_knows_short_names_and_is_quiet(write):
     call = [sys.executable, "-m", "distill_lightning", "fit", "--config", write(), "--trainer.fast_dev_run", "true"]
     done = subprocess.run(call, capture_output=True, text=True, check=False)

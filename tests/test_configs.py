@@ -19,6 +19,7 @@ from distill_lightning import layers, networks
 from distill_lightning.cli import main
 from distill_lightning.compression import load_compressed
 from distill_lightning.studies.compare import command
+from distill_lightning.studies.compare.config import parse_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 COMPARE = sorted((CONFIGS / "compare").glob("*.yaml"))
@@ -63,7 +64,8 @@ def test_compare_runs(path, tmp_path):
         small_fashion_mnist(tmp_path)
         config["data"]["init_args"]["data_dir"] = str(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    command.run([str(tmp_path / "config.yaml")], console=Console(file=io.StringIO()))
+    given = [str(tmp_path / "config.yaml")]
+    command.run(parse_config(given), given, console=Console(file=io.StringIO()))
     lines = (tmp_path / "out/results.csv").read_text().splitlines()
     rows = 1 + sum(spec.get("stages", 1) for spec in config["methods"].values())
     assert len(lines) == 1 + rows
@@ -96,6 +98,7 @@ def shortened(config, name):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", COMPRESSION, ids=lambda path: path.stem)
 def test_compression_fits(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -125,6 +128,7 @@ def test_deep_compression_holds_its_promise(tmp_path, monkeypatch):
         assert 20 * final["nbytes"]["artefact"] <= dense["nbytes"][key]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in START if path not in COMPRESSION], ids=lambda path: path.stem)
 def test_fit_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -140,10 +144,11 @@ def test_fit_runs(path, tmp_path, monkeypatch):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         save_file(state, tmp_path / file) if file.endswith(".safetensors") else torch.save(state, tmp_path / file)
     arguments = ["fit", "--config", str(path), "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+    if "ImageFolder" not in config["data"]["class_path"]:
+        arguments += ["--data.init_args.subset", "64", "--data.init_args.val_size", "40"]
     if "FashionMNIST" in config["data"]["class_path"]:
         small_fashion_mnist(tmp_path)
-        for name, value in {"data_dir": tmp_path, "subset": 64, "val_size": 40}.items():
-            arguments += [f"--data.init_args.{name}", str(value)]
+        arguments += ["--data.init_args.data_dir", str(tmp_path)]
     if "ImageFolder" in config["data"]["class_path"]:
         small_image_folder(tmp_path / config["data"]["init_args"]["data_dir"])
         sizes = {"image_size": 32, "resize_size": 36, "subset": 4, "val_size": 4, "test_size": 4, "batch_size": 8}

@@ -260,6 +260,7 @@ def resumed(kind, path):
     return weights_of(module.student)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STEPS)
 def test_a_resumed_run_ends_bit_for_bit_like_the_uninterrupted_one(tmp_path, kind):
     whole = uninterrupted(kind, tmp_path)
@@ -401,6 +402,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("kind", ["masks", "channels", "low rank", "shared"])
 def test_other_methods_train_what_is_compressed(tmp_path, name, kind):

@@ -122,11 +122,10 @@ def test_the_risk_coverage_curve_is_that_of_the_test():
     assert label.startswith("test: AURC ")
 
 
-@pytest.mark.slow
-def test_two_processes_draw_the_samples_of_both(tmp_path):
+def test_two_processes_draw_the_samples_of_both(tmp_path, start_method):
     # Nine samples in batches of four: the second process's last batch holds nothing but a sample of the first's.
     module, data = supervised(norm="group"), TinyDataModule(val_size=9, batch_size=4)
-    trainer = tiny_trainer(callbacks=[Kept(path=tmp_path / "drawn.pt")], devices=2, strategy="ddp_spawn")
+    trainer = tiny_trainer(callbacks=[Kept(path=tmp_path / "drawn.pt")], devices=2, strategy=f"ddp_{start_method}")
     trainer.validate(module, datamodule=data, verbose=False)
     confidence, correct = torch.load(tmp_path / "drawn.pt")
     confidences, hits = expected(module, data.val_dataloader())

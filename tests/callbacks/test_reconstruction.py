@@ -320,10 +320,11 @@ def test_any_module_with_a_student_will_do():
     assert [row["network"] for row in probe.table] == ["student"]
 
 
-@pytest.mark.slow
-def test_of_two_processes_the_first_measures(tmp_path):
+def test_of_two_processes_the_first_measures(tmp_path, start_method):
     probe = ReconstructionErrorProbe("features", epochs=1)
-    trainer = tiny_trainer(callbacks=[probe], logger=CSVLogger(tmp_path), devices=2, strategy="ddp_spawn")
+    trainer = tiny_trainer(
+        callbacks=[probe], logger=CSVLogger(tmp_path), devices=2, strategy=f"ddp_{start_method}", log_every_n_steps=1
+    )
     trainer.fit(feed_module(), datamodule=TinyDataModule(batch_size=4))
     assert [path.name for path in tmp_path.rglob("*.png")] == ["reconstruction_self_3.png"]
 

@@ -78,6 +78,7 @@ def test_the_figure_shows_the_rows():
     assert accuracy.lines[0].get_ydata() == pytest.approx([100 / 3, 100 / 3])
 
 
+@pytest.mark.slow
 @quiet
 def test_numbers_and_figure_are_logged_before_the_first_step(tmp_path):
     callback = report(kd(), logger=CSVLogger(tmp_path, name="run"), log_every_n_steps=1)
@@ -360,12 +361,12 @@ def test_it_runs_in_the_trainers_precision(precision):
 
 @quiet
 @pytest.mark.slow
-def test_two_processes_report_what_one_does(tmp_path):
+def test_two_processes_report_what_one_does(tmp_path, start_method):
     # Nine samples in batches of four: the second process's last batch holds nothing but a sample of the first's.
     alone = report(kd(norm="group"), TinyDataModule(val_size=9, batch_size=4))
     logger = CSVLogger(tmp_path, name="run")
     data = TinyDataModule(val_size=9, batch_size=4)
-    report(kd(norm="group"), data, devices=2, strategy="ddp_fork", logger=logger, log_every_n_steps=1)
+    report(kd(norm="group"), data, devices=2, strategy=f"ddp_{start_method}", logger=logger, log_every_n_steps=1)
     header, first, *_ = (
         line.split(",") for line in (tmp_path / "run" / "version_0" / "metrics.csv").read_text().splitlines()
     )

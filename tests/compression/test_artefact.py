@@ -145,6 +145,7 @@ def test_quantized_networks_reload_bit_for_bit(kind, scheme, tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_files_from_nothing_but_their_path(tmp_path):
     told = {}
     for kind in BUILDERS:

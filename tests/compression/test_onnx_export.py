@@ -94,6 +94,7 @@ def exported(request, tmp_path_factory):
     return network.eval(), inputs, path, "static" if request.param in ("cnn", "resnet") else "dynamic"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_float_file_computes_the_same_at_every_batch_size(exported):
     network, inputs, path, _ = exported
@@ -104,6 +105,7 @@ def test_a_float_file_computes_the_same_at_every_batch_size(exported):
         assert torch.equal(run(given.numpy()), run(given))
 
 
+@pytest.mark.slow
 def test_a_float_file_holds_the_weights_once_and_little_else(exported):
     network, _, path, _ = exported
     weights = 4 * sum(parameter.numel() for parameter in network.parameters())
@@ -114,6 +116,7 @@ def test_a_float_file_holds_the_weights_once_and_little_else(exported):
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("reduce_range", [True, False, None])
 def test_int8_is_near_float_and_a_quarter_of_its_weights(exported, tmp_path, reduce_range):
@@ -136,6 +139,7 @@ def test_int8_is_near_float_and_a_quarter_of_its_weights(exported, tmp_path, red
     assert out.stat().st_size < 0.3 * weights + 30_000
 
 
+@pytest.mark.slow
 def test_weights_have_seven_bits_where_the_processor_overflows(tmp_path, monkeypatch):
     network, path = plain_cnn().eval(), tmp_path / "net.onnx"
     export_onnx(network, path, torch.randn(2, 1, 8, 8))
@@ -172,6 +176,7 @@ def test_vnni_is_read_from_what_linux_says(tmp_path, text, expected):
     assert has_vnni(tmp_path / "nothing") is False
 
 
+@pytest.mark.slow
 def test_int8_accuracy_on_separable_data_stays(tmp_path):
     """Images with one bright quarter, which a trained network tells apart with ease in int8, too."""
     quarters = torch.arange(200) % 4
@@ -196,6 +201,7 @@ def test_int8_accuracy_on_separable_data_stays(tmp_path):
 # edges
 
 
+@pytest.mark.slow
 def test_what_was_shrunk_or_baked_is_exported(tmp_path):
     network = convert_attention(Encoder()).eval()
     shrink(network, {group: [0, 2] for group in head_groups(network)})
@@ -223,6 +229,7 @@ class Tied(nn.Module):
         return self.head(self.rnn(self.embedding(tokens))[0])
 
 
+@pytest.mark.slow
 def test_tied_weights_are_stored_once_and_fresh_transformer_layers_as_one(tmp_path):
     tokens = torch.randint(500, (2, 6))
     network = Tied().eval()
@@ -233,6 +240,7 @@ def test_tied_weights_are_stored_once_and_fresh_transformer_layers_as_one(tmp_pa
         torch.testing.assert_close(onnx_session(path)(tokens[:1]), network(tokens[:1]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_fixed_batch_and_several_inputs_and_outputs(tmp_path):
     class Two(nn.Module):
         def __init__(self):
@@ -268,6 +276,7 @@ class Nested(nn.Module):
         return self.made(*self.rnn(inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "count"),
     [
@@ -295,6 +304,7 @@ def test_outputs_are_flattened_and_nothing_else_is_taken():
         outputs_of((a, "b"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [InputError("differs"), KeyError("unforeseen"), KeyboardInterrupt()])
 def test_no_file_is_left_that_was_not_checked(error, tmp_path, monkeypatch):
     def failing(*_):
@@ -306,6 +316,7 @@ def test_no_file_is_left_that_was_not_checked(error, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_forward_that_the_file_cannot_follow_is_refused(tmp_path):
     class Fickle(nn.Module):
         def __init__(self):
@@ -321,6 +332,7 @@ def test_a_forward_that_the_file_cannot_follow_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_wrong_calls_are_told_the_way_out(tmp_path):
     conv, rnn = tmp_path / "conv.onnx", tmp_path / "rnn.onnx"
     export_onnx(plain_cnn(), conv, torch.randn(2, 1, 8, 8))
@@ -370,6 +382,7 @@ def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch, package):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_latency_has_two_baselines_that_compute_the_same(tmp_path, monkeypatch):
     network = plain_cnn().train()
     # As a frozen BatchNorm would be.

@@ -185,6 +185,7 @@ def test_slimming_removes_channels_of_small_scale():
                for scale in block[0].norm1.weight.abs() if len(block[0].norm1.weight) > 1)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["weight", "row"])
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_l0_gates_close_and_leave_masks(kind, granularity):

@@ -196,6 +196,7 @@ def test_wrong_calls_are_refused():
 # ONNX
 
 
+@pytest.mark.slow
 def test_onnx_files_are_written_and_timed_against_both_baselines(monkeypatch):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
@@ -241,6 +242,7 @@ class Structured(nn.Module):
         return self.made(*self.rnn(inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "made", [lambda out, state: (out, state), lambda out, _: {"logits": out}, lambda out, _: {"a": out, "b": None}]
 )
@@ -277,6 +279,7 @@ def test_a_transformer_reproduces_to_the_bit():
     assert stage.differences["state_dict"] == 0
 
 
+@pytest.mark.slow
 def test_calibration_data_are_of_no_concern_to_a_dynamic_int8_version():
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)

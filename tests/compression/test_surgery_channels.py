@@ -213,6 +213,7 @@ TORCHVISION = {  # and in how many groups their channels are
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_networks_of_torchvision(name):
     options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}

@@ -274,6 +274,7 @@ def test_only_what_can_be_removed_is_in_a_group(name):
         assert torch.allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_residual_blocks_behind_stochastic_depth_are_found_too():
     """Ours does not know the operation and leaves these channels alone; they can go, as the masks show."""
     torch.manual_seed(0)

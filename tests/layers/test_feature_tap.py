@@ -439,6 +439,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before compile", "after compile", "after the first compiled call"])
 @pytest.mark.parametrize("called_between", [False, True])
 def test_a_tap_works_on_a_network_compiled_in_place(fresh_dynamo, moment, called_between):
@@ -459,6 +460,7 @@ def test_a_tap_works_on_a_network_compiled_in_place(fresh_dynamo, moment, called
     assert tap._features == {}
 
 
+@pytest.mark.slow
 def test_a_tap_works_when_an_unhooked_twin_was_compiled_first(fresh_dynamo):
     twin, network = network_of(1).eval(), network_of(0).eval()
     twin.compile(backend="eager")

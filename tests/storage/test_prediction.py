@@ -440,9 +440,8 @@ def two_processes(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_two_processes_end_with_the_same_complete_store(tmp_path):
-    multiprocessing.spawn(two_processes, args=(str(tmp_path),), nprocs=2)
+def test_two_processes_end_with_the_same_complete_store(tmp_path, start_method):
+    multiprocessing.start_processes(two_processes, args=(str(tmp_path),), nprocs=2, start_method=start_method)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for kind, ours, theirs in zip(KINDS, *results, strict=True):
         # In turns, as one process would have seen the samples: 0, 1, 2, 2, 4, 7, 5, 7, 10, 5; then 4, 3; then 9.

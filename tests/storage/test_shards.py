@@ -257,6 +257,7 @@ def test_sealing_nothing_changes_nothing(tmp_path):
     assert files_of(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_log_may_end_at_any_byte(tmp_path):
     found = records(tmp_path / "log")
     for some in ([0, 5, 9], [1, 2]):

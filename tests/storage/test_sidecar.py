@@ -619,9 +619,8 @@ def two_processes(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_two_processes_leave_what_one_leaves(tmp_path):
-    multiprocessing.spawn(two_processes, args=(str(tmp_path),), nprocs=2)
+def test_two_processes_leave_what_one_leaves(tmp_path, start_method):
+    multiprocessing.start_processes(two_processes, args=(str(tmp_path),), nprocs=2, start_method=start_method)
     told = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for number, kind in enumerate(KINDS):
         # In turns, as one process would have seen the samples; then 4, 3; then 9.

@@ -602,17 +602,17 @@ def teachers_of(count=2):
     return networks
 
 
-def kd(store, teachers=None):
+def kd(store):
     torch.manual_seed(0)
     network = TinyNet(in_channels=3)
     optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
-    return KDModule(network, teachers, num_classes=3, temperature=2.0, store=store, optimizer=optimizer)
+    return KDModule(network, store, num_classes=3, temperature=2.0, optimizer=optimizer)
 
 
 def test_lightning_sets_the_epoch_of_the_sampler_and_keeps_it(folder):
     notes = Notes()
     data = data_of(folder, views=4, views_per_load=2)
-    tiny_trainer(max_epochs=3, callbacks=[notes]).fit(kd(None, teachers_of()), datamodule=data)
+    tiny_trainer(max_epochs=3, callbacks=[notes]).fit(kd(teachers_of()), datamodule=data)
     assert [sorted(epoch) for epoch in notes.read] == [
         [(index, view) for index in range(18) for view in views] for views in ([0, 1], [2, 3], [0, 1])
     ]
@@ -632,7 +632,7 @@ def told_by(store_folder, data):
     batch = dataset.__getitems__([(index, view) for index in range(len(dataset)) for view in range(data.views)])
     module = kd(TeacherStore(store_folder, fill="never", shard_size=7))
     tiny_trainer(limit_train_batches=1, limit_val_batches=0).fit(module, datamodule=data)
-    told = module.teacher_store.told(batch, None, device="cpu")["probabilities"]
+    told = module.teachers.store.told(batch, None, device="cpu")["probabilities"]
     with torch.no_grad():
         asked = [F.softmax(network.eval()(batch.input) / 2, dim=1) for network in teachers_of()]
     return told, torch.stack(asked).mean(0)
@@ -646,7 +646,7 @@ def test_a_store_is_filled_while_training_and_says_what_the_teachers_say(folder,
     teachers, asked = teachers_of(), []
     teachers[0].register_forward_hook(lambda _, args, __: asked.append(len(args[0])))
     trainer = tiny_trainer(max_epochs=4, limit_val_batches=0)
-    trainer.fit(kd(TeacherStore(tmp_path, shard_size=7), teachers), datamodule=several_views(folder))
+    trainer.fit(kd(TeacherStore(tmp_path, teachers, shard_size=7)), datamodule=several_views(folder))
     # 4 views of 18 samples once, in the first two of the four epochs.
     assert sum(asked) == 72
     told, expected = told_by(tmp_path, several_views(folder))
@@ -680,7 +680,7 @@ def fitted(folder, store_folder, *, checkpoint=None, callbacks=()):
     trainer = tiny_trainer(
         max_epochs=4, limit_val_batches=0, callbacks=[losses, keep, *callbacks], enable_checkpointing=True
     )
-    module = kd(TeacherStore(store_folder, shard_size=7), teachers_of())
+    module = kd(TeacherStore(store_folder, teachers_of(), shard_size=7))
     trainer.fit(module, datamodule=several_views(folder), ckpt_path=checkpoint)
     return losses.values
 
@@ -700,18 +700,17 @@ def test_a_training_that_was_killed_goes_on_as_the_undisturbed_one(folder, tmp_p
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
-@pytest.mark.slow
-def test_two_processes_fill_a_store_together(folder, tmp_path):
-    trainer = tiny_trainer(max_epochs=2, limit_val_batches=0, devices=2, strategy="ddp_spawn")
-    trainer.fit(kd(TeacherStore(tmp_path, shard_size=7), teachers_of()), datamodule=several_views(folder))
+def test_two_processes_fill_a_store_together(folder, tmp_path, start_method):
+    trainer = tiny_trainer(max_epochs=2, limit_val_batches=0, devices=2, strategy=f"ddp_{start_method}")
+    trainer.fit(kd(TeacherStore(tmp_path, teachers_of(), shard_size=7)), datamodule=several_views(folder))
     told, expected = told_by(tmp_path, several_views(folder))
     assert torch.allclose(told, expected, atol=1e-3)
 
 
 def test_a_store_is_recorded_with_and_without_workers(folder, tmp_path):
     for workers in (0, 2):
-        store = TeacherStore(tmp_path / str(workers), shard_size=7)
-        done = record(tiny_trainer(), kd(store, teachers_of()), several_views(folder, num_workers=workers))
+        store = TeacherStore(tmp_path / str(workers), teachers_of(), shard_size=7)
+        done = record(tiny_trainer(), kd(store), several_views(folder, num_workers=workers))
         assert done.answers == 72
         assert store.is_complete
     assert files_of(tmp_path / "0") == files_of(tmp_path / "2")
@@ -720,10 +719,10 @@ def test_a_store_is_recorded_with_and_without_workers(folder, tmp_path):
 
 
 def test_a_store_of_single_views_serves_several_at_once(folder, tmp_path):
-    record(tiny_trainer(), kd(TeacherStore(tmp_path), teachers_of()), data_of(folder, views=4))
+    record(tiny_trainer(), kd(TeacherStore(tmp_path, teachers_of())), data_of(folder, views=4))
     module = kd(TeacherStore(tmp_path, fill="never"))
     tiny_trainer(max_epochs=2).fit(module, datamodule=several_views(folder))
-    assert module.teacher_store.is_complete
+    assert module.teachers.store.is_complete
 
 
 # What a store's answers depend on
@@ -783,8 +782,8 @@ def test_the_fingerprint_knows_nothing_else(folder, option):
 
 def configuration(tmp_path, folder, *, teachers=True, **data):
     network = {"class_path": "SmallResNet", "init_args": {"num_classes": 3, "in_channels": 3, "width": 2}}
-    store = {"class_path": "TeacherStore", "init_args": {"path": str(tmp_path / "store"), "top_k": 2}}
-    options = {"student": network, "teachers": [network] if teachers else None, "store": store}
+    answers = {"path": str(tmp_path / "store"), "networks": [network] if teachers else None, "top_k": 2}
+    options = {"student": network, "teachers": {"class_path": "TeacherStore", "init_args": answers}}
     sizes = {"image_size": 16, "resize_size": 20, "val_size": 6, "batch_size": 8, "num_workers": 0}
     config = {
         "trainer": {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": str(tmp_path), "logger": False,
@@ -796,6 +795,7 @@ def configuration(tmp_path, folder, *, teachers=True, **data):
     return str(tmp_path / "config.yaml")
 
 
+@pytest.mark.slow
 def test_the_command_line_records_a_store_and_trains_from_it(folder, tmp_path, capsys):
     views = {"views": 4, "views_per_load": 2}
     assert main(["record", "--config", configuration(tmp_path, folder, **views)]) == 0

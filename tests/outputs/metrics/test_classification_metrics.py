@@ -321,11 +321,8 @@ def in_a_process(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_two_processes_measure_what_one_does(tmp_path):
-    # A process that has used a GPU cannot be forked; where it can, its imports need not be made again.
-    method = "spawn" if torch.cuda.is_available() else "fork"
-    multiprocessing.start_processes(in_a_process, args=(str(tmp_path),), nprocs=2, start_method=method)
+def test_two_processes_measure_what_one_does(tmp_path, start_method):
+    multiprocessing.start_processes(in_a_process, args=(str(tmp_path),), nprocs=2, start_method=start_method)
     alone = measured(batches([9, 4, 2], 6))
     for rank in (0, 1):
         assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(alone, rel=1e-5)

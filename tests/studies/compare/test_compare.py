@@ -4,11 +4,9 @@ import copy
 import csv
 import io
 import json
-import os
+import multiprocessing
 import re
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict, Unpack
@@ -32,11 +30,13 @@ from distill_lightning import (
     SupervisedModule,
 )
 from distill_lightning.cli import main
-from distill_lightning.modules import check_optimizer
+from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.studies.compare import command, runner
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.testing import tiny_trainer
+
+pytestmark = pytest.mark.slow
 
 CONFIG = {
     "data": {
@@ -265,7 +265,7 @@ def test_the_folder_of_another_configuration_is_refused(finished, tmp_path, caps
         (lambda c: c.pop("student"), "student"),
         (lambda c: c["teachers"].update(numbr=4), "numbr"),
         (lambda c: c["methods"]["feed"]["init_args"].update(betta=4), "methods.feed: Option 'betta'"),
-        (lambda c: c["methods"]["feed"]["init_args"].update(student_layer="stage4"), "no layer 'stage4'; near names"),
+        (lambda c: c["methods"]["feed"]["init_args"].update(student_layer="stage4"), "no layer 'stage4'; similar"),
         (lambda c: c["methods"]["feed"].update(class_path="FEDModule"), "methods.feed.*FEDModule"),
         (lambda c: c["methods"]["feed"].update(teachers=3), r"methods.feed.teachers must be between 1 and 2, .* got 3"),
         (lambda c: c["methods"]["feed"].update(beta=3), "methods.feed: unknown key 'beta'"),
@@ -422,26 +422,24 @@ def test_any_data_module_that_tells_its_classes_and_shape_will_do(tmp_path, monk
     assert len(lines_of(tmp_path / "out/results.csv")) == 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "after", ["runs/teacher_2/last.ckpt", "runs/kd_one/seed_0/last.ckpt", "runs/feed/seed_1/last.ckpt"]
 )
-def test_a_killed_comparison_ends_like_an_undisturbed_one(finished, tmp_path, after):
+def test_a_killed_comparison_ends_like_an_undisturbed_one(finished, tmp_path, after, start_method):
     folder, _ = finished
     config = written(tmp_path)
-    arguments = [sys.executable, "-m", "distill_lightning", "compare", config, "--output", str(tmp_path / "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = multiprocessing.get_context(start_method).Process(target=compare, args=(config, tmp_path / "out"))
+    process.start()
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / after).exists():
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.is_alive(), "it ended before it could be killed"
         assert time.monotonic() < deadline, f"{after} did not appear"
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / "out/results.csv").exists()
     kept = history_of(tmp_path / "out" / after)
-    subprocess.run(arguments, env=environment, check=True, stdout=subprocess.DEVNULL)
+    compare(config, tmp_path / "out")
 
     def table(output):
         return [
@@ -650,9 +648,15 @@ def test_methods_without_teachers_and_another_plain_training(tmp_path):
     def plain(config):
         config.update(epochs=1, seeds=[0])
         config["teachers"].update(number=1, epochs=1)
-        config["supervised"] = {"class_path": "SupervisedModule", "init_args": {"label_smoothing": 0.3}}
+        config["supervised"] = {
+            "class_path": "SupervisedModule",
+            "init_args": {"transforms": [{"class_path": "LabelSmoothing", "init_args": {"epsilon": 0.3}}]},
+        }
         config["methods"] = {
-            "smooth": {"class_path": "SupervisedModule", "init_args": {"label_smoothing": 0.3}},
+            "smooth": {
+                "class_path": "SupervisedModule",
+                "init_args": {"transforms": [{"class_path": "LabelSmoothing", "init_args": {"epsilon": 0.3}}]},
+            },
             "hard": {"class_path": "SupervisedModule"},
         }
 
@@ -673,9 +677,12 @@ def regression(tmp_path_factory):
         config["methods"] = {
             "point": {
                 "class_path": "ExtracurricularModule",
-                "init_args": {"task": "regression", "match": "point", "point_variance": 0.2, "extra_ratio": 0},
+                "init_args": {
+                    "match": {"class_path": "MatchPoint", "init_args": {"variance": 0.2}},
+                    "extra_ratio": 0,
+                },
             },
-            "xcl": {"class_path": "ExtracurricularModule", "init_args": {"task": "regression"}},
+            "xcl": {"class_path": "ExtracurricularModule"},
         }
 
     config = written(folder, rotated)
@@ -807,7 +814,10 @@ def test_a_row_can_begin_with_another_rows_student(tmp_path):
         config.update(epochs=1, seeds=[0, 1])
         config["teachers"].update(number=1, epochs=1)
         optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}
-        meal = {"class_path": "MEALV2Module", "init_args": {"discriminator": "none", "optimizer": optimizer}}
+        meal = {
+            "class_path": "MEALV2Module",
+            "init_args": {"discriminator": {"class_path": "NoDiscriminator"}, "optimizer": optimizer},
+        }
         config["methods"] = {"meal": {**meal, "initial": "alone"}, "scratch": meal}
 
     compare(written(tmp_path, still), tmp_path / "out")

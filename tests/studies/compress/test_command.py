@@ -1,5 +1,6 @@
 """The verb ``compress``: runs of a configuration and its controls, what they leave, and what they refuse."""
 
+import importlib.util
 import json
 import shutil
 import signal
@@ -25,7 +26,18 @@ from distill_lightning.compression import (
 from distill_lightning.compression.controls import random_steps, same_size_network
 from distill_lightning.compression.measure import count_parameters
 from distill_lightning.errors import InputError
-from distill_lightning.studies.compress import runs
+from distill_lightning.studies.compress import command, runs
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_onnx():
+    """Every export takes seconds: one test makes them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "find_spec", lambda name: None)
+        yield
+
 
 CNN = {"class_path": "SmallCNN", "init_args": {"num_classes": 10, "width": 4}}
 
@@ -374,8 +386,9 @@ def test_a_control_that_cannot_be_made_is_explained(tmp_path):
         assert "there is no dense network of this size" in (tmp_path / "out" / name).read_text()
 
 
-def test_quantization_alone_is_compared_with_a_network_of_the_dense_size(tmp_path):
-    """Two bits round most weights to zero, and none of them was pruned."""
+def test_quantization_alone_is_compared_with_a_network_of_the_dense_size(tmp_path, monkeypatch):
+    """Two bits round most weights to zero, and none of them was pruned; ONNX files are there where they can be made."""
+    monkeypatch.setattr(command, "find_spec", importlib.util.find_spec)
 
     def change(config):
         steps = [{"class_path": "Quantize", "init_args": {"weight_bits": 2, "finetune_epochs": 1}}]
@@ -388,6 +401,7 @@ def test_quantization_alone_is_compared_with_a_network_of_the_dense_size(tmp_pat
     (control,) = stages_of(tmp_path / "out", "same_size_0")
     assert stages[-1].nonzero < 0.7 * stages[-1].parameters
     assert control.parameters == stages[0].parameters
+    assert (tmp_path / "out/network.onnx").exists() == bool(importlib.util.find_spec("onnxruntime"))
 
 
 # The controls themselves
