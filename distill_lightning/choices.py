@@ -73,6 +73,17 @@ def from_plain(value: Any) -> Any:
     return {name: from_plain(part) for name, part in value.items()}
 
 
+def is_choice(path: Any) -> bool:
+    """Whether this is the import path of a choice of this package."""
+    if not isinstance(path, str):
+        return False
+    try:
+        _choice(path)
+    except InputError:
+        return False
+    return True
+
+
 def _is_own(kind: type) -> bool:
     return kind.__module__.partition(".")[0] == _PACKAGE
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import distill_lightning
 from distill_lightning import callbacks
 from distill_lightning.arguments import takes
+from distill_lightning.choices import from_plain, is_choice, plain
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules import DistillationModule
@@ -121,7 +122,7 @@ class DistillCLI(LightningCLI):
         self._make_room_for_links()
         for name, value in _model_options(self.config).items():
             given = self._given.get(name, value)
-            if name not in _FROM_DATA and given != value:
+            if name not in _FROM_DATA and _complete(given) != _complete(value):
                 warnings.warn(
                     f"--ckpt_path: the checkpoint's {name}={value!r} overrides the given {name}={given!r}", stacklevel=2
                 )
@@ -231,3 +232,12 @@ def _model_options(config: Namespace) -> dict[str, Any]:
     subcommand = config.get("subcommand")
     options = config[subcommand].get("model.init_args") if subcommand else None
     return dict(cast("Namespace", options).as_dict()) if options else {}
+
+
+def _complete(value: Any) -> Any:
+    """A value of a configuration, choices in it with all their options, the defaults too."""
+    if isinstance(value, list):
+        return [_complete(part) for part in value]
+    if isinstance(value, dict) and is_choice(value.get("class_path")):
+        return plain(from_plain({"class_path": value["class_path"], "init_args": value.get("init_args") or {}}))
+    return value

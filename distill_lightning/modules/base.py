@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from distill_lightning.arguments import bound_arguments
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.transforms import BatchTransform
 from distill_lightning.errors import InputError
@@ -21,6 +20,7 @@ from distill_lightning.layers.calling import call
 from distill_lightning.lightning_internals import place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts import checkpoints
+from distill_lightning.modules.parts.checkpoints import RemembersArguments
 from distill_lightning.modules.parts.data_wait import DataWait
 from distill_lightning.modules.parts.evaluation import Evaluation
 from distill_lightning.modules.parts.means import RunningMeans
@@ -32,7 +32,7 @@ from distill_lightning.part import Part
 from distill_lightning.teachers import Frozen, Teachers
 
 
-class DistillationModule(pl.LightningModule):
+class DistillationModule(RemembersArguments, pl.LightningModule):
     r"""A student and a loss that is a weighted sum of named terms, :math:`L = \sum_t w_t L_t`.
 
     A method overrides `terms` and `weights`, and nothing else::
@@ -92,12 +92,6 @@ class DistillationModule(pl.LightningModule):
 
     per_position: ClassVar[bool] = False
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Remember the arguments, which the constructors of base classes do not see."""
-        module = super().__new__(cls)
-        module.__dict__["_given"] = bound_arguments(cls, args, kwargs)
-        return module
-
     def __init__(
         self,
         student: nn.Module,
@@ -114,7 +108,7 @@ class DistillationModule(pl.LightningModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        given = self.__dict__.pop("_given")
+        given = self.given_arguments()
         self.save_hyperparameters(checkpoints.hyperparameters(type(self), given))
         self.objects = checkpoints.objects(type(self), given)
         # Arguments that are the defaults since this module was loaded from a checkpoint.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from distill_lightning import functional
-from distill_lightning.arguments import bound_arguments
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.views import Draws
 from distill_lightning.errors import InputError
 from distill_lightning.layers import ImageDecoder, ImageEncoder
 from distill_lightning.lightning_internals import place_of
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable
-from distill_lightning.modules.parts.checkpoints import hyperparameters
+from distill_lightning.modules.parts.checkpoints import RemembersArguments, hyperparameters
 from distill_lightning.modules.parts.optimization import with_schedule
 from distill_lightning.networks.weights import write_weights
 
@@ -31,7 +30,7 @@ def _adam(parameters: Iterable[Any]) -> Optimizer:
     return Adam(parameters, lr=1e-3)
 
 
-class GeneratorModule(pl.LightningModule):
+class GeneratorModule(RemembersArguments, pl.LightningModule):
     r"""A variational autoencoder of the training inputs; its decoder ``G`` makes new ones from ``z ~ N(0, I)``.
 
     .. math:: L = \frac{1}{N} \sum_i \left[ \sum_d \tfrac12 \left( s + (x_{id} - G(z_i)_d)^2 e^{-s} + \log 2\pi \right)
@@ -62,12 +61,6 @@ class GeneratorModule(pl.LightningModule):
         InputError: a size or range that cannot be used; in training: images that do not lie in the range.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Remember the arguments, for checkpoints."""
-        module = super().__new__(cls)
-        module.__dict__["_given"] = bound_arguments(cls, args, kwargs)
-        return module
-
     def __init__(
         self,
         *,
@@ -80,7 +73,7 @@ class GeneratorModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(hyperparameters(type(self), self.__dict__.pop("_given")))
+        self.save_hyperparameters(hyperparameters(type(self), self.given_arguments()))
         self.generator = ImageDecoder(input_shape, latent_dim, output_range=output_range, width=width)
         self.encoder = ImageEncoder(input_shape, latent_dim, width=width)
         self.pixel_log_var = nn.Parameter(torch.zeros(()))

@@ -13,19 +13,18 @@ from torchmetrics import MeanAbsoluteError, MetricCollection
 from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 
 from distill_lightning import functional
-from distill_lightning.arguments import bound_arguments
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import FeatureTap, Paraphraser
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
-from distill_lightning.modules.parts.checkpoints import hyperparameters
+from distill_lightning.modules.parts.checkpoints import RemembersArguments, hyperparameters
 from distill_lightning.modules.parts.optimization import with_schedule
 from distill_lightning.networks import likely_input_shape
 from distill_lightning.teachers import Frozen, TeacherEnsemble
 
 
-class ParaphraserModule(pl.LightningModule):
+class ParaphraserModule(RemembersArguments, pl.LightningModule):
     r"""Trains the `Paraphraser` of each teacher, which `FEEDModule` then takes as Factor Transfer does.
 
     .. math:: L = \sum_{m=1}^{M} \frac{1}{N D_m} \sum_{i,d} \left| G_m(E_m(F_m))_{id} - F_{m,id} \right|
@@ -65,12 +64,6 @@ class ParaphraserModule(pl.LightningModule):
             or a ``rate`` that leaves no channel.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Remember the arguments, for checkpoints."""
-        module = super().__new__(cls)
-        module.__dict__["_given"] = bound_arguments(cls, args, kwargs)
-        return module
-
     def __init__(
         self,
         teachers: nn.Module | Sequence[nn.Module],
@@ -83,7 +76,7 @@ class ParaphraserModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(hyperparameters(type(self), self.__dict__.pop("_given")))
+        self.save_hyperparameters(hyperparameters(type(self), self.given_arguments()))
         self.teachers = Frozen([TeacherEnsemble.of(teachers)])
         ensemble: TeacherEnsemble = self.teachers[0]
         paths = [layers] * len(ensemble) if isinstance(layers, str) else list(layers)

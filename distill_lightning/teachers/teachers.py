@@ -53,12 +53,12 @@ class Teachers(Frozen):
         about: which inputs they are about; ``None``: each batch's own.
     """
 
-    def __init__(self, given: Given, ask: Sequence[Question], *, about: About | None = None) -> None:
-        if isinstance(given, Teachers):
-            given = given.ensemble if given.store is None else given.store
-        self.store = given if isinstance(given, TeacherStore) else None
-        networks = self.store.networks if self.store is not None else given
-        self.ensemble = None if networks is None else TeacherEnsemble.of(networks)  # type: ignore[arg-type]
+    def __init__(self, given: Given | Teachers, ask: Sequence[Question], *, about: About | None = None) -> None:
+        # Those of another module can be handed on.
+        self.given: Given = given.given if isinstance(given, Teachers) else given
+        self.store = self.given if isinstance(self.given, TeacherStore) else None
+        networks = self.given.networks if isinstance(self.given, TeacherStore) else self.given
+        self.ensemble = None if networks is None else TeacherEnsemble.of(networks)
         self.questions = list(ask)
         self.about = about or About()
         self.taps: list[FeatureTap] = []

@@ -390,7 +390,7 @@ def test_loading_the_right_teachers_late_is_noticed(tmp_path, recwarn):
 def test_what_is_no_checkpoint_is_refused(tmp_path, content):
     if content is not None:
         torch.save(content, tmp_path / "some.ckpt")
-    with pytest.raises(InputError, match="no checkpoint"):
+    with pytest.raises(InputError, match="not? a? ?checkpoint"):
         SupervisedModule.load_from_checkpoint(tmp_path / "some.ckpt")
 
 
@@ -547,7 +547,7 @@ def test_networks_run_once_a_batch_however_many_questions_there_are():
 def test_a_question_that_was_not_declared_is_refused(name):
     module = LogitRegression(TinyNet(), TinyNet(), num_classes=3)
     batch = Batch(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]))
-    message = rf"LogitRegression reads the teachers' {name} but asks for Logits: add it to Teachers\(ask=...\)"
+    message = rf"LogitRegression reads the teachers' {name} but asks for Logits: add \w+ to Teachers\(ask=...\)"
     with pytest.raises(InputError, match=message):
         getattr(module.teachers, name)(batch)
 

@@ -102,7 +102,7 @@ def test_an_option_of_the_default_choice_on_the_line(tmp_path, capsys):
 
 def test_the_data_tell_the_shape_of_an_input(tmp_path, capsys):
     assert run(tmp_path) == 0, capsys.readouterr().err
-    assert loaded(tmp_path).input_shape == (1, 8, 8)
+    assert loaded(tmp_path).input_shape == (1, 16, 16)
 
 
 # Checkpoints

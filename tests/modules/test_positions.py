@@ -359,7 +359,7 @@ def test_a_student_of_samples_is_refused_with_targets_of_positions():
     rows = module.terms(Batch(batch_of().input, torch.tensor([1, 2, 3])))
     assert rows["ce"].ndim == 0
     language_model = supervised()
-    with pytest.raises(InputError, match=r"need a target for each position, \(3, 6\), and not \(3,\)"):
+    with pytest.raises(InputError, match=r"need a target for each position, \(3, 6\), got \(3,\)"):
         language_model.terms(Batch(batch_of().input, torch.tensor([1, 2, 3])))
 
 

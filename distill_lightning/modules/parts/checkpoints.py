@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
-from distill_lightning.arguments import arguments_of, takes
+from distill_lightning.arguments import arguments_of, bound_arguments, takes
 from distill_lightning.choices import from_plain, is_plain, plain
 from distill_lightning.errors import InputError
 from distill_lightning.networks.provenance import build_from, note_structure, recipe_of, restore_structure
@@ -20,6 +20,20 @@ FORMAT = 2
 """Raised whenever modules of an older version could not take up what a checkpoint holds."""
 
 _FORMAT_KEY = "distill_lightning"
+
+
+class RemembersArguments:
+    """A module that knows what it was made with; the constructors of its base classes do not see all arguments."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Keep the arguments until the constructor asks for them."""
+        module = super().__new__(cls)
+        module.__dict__["_given"] = bound_arguments(cls, args, kwargs)
+        return module
+
+    def given_arguments(self) -> dict[str, Any]:
+        """The constructor's arguments by name, without defaults; only the first call gets them."""
+        return dict(self.__dict__.pop("_given"))
 
 
 def hyperparameters(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def _train_same_size(run: Run, parts: Parts, callback: CompressionCallback, want
     cast("Any", parts.trainer).callbacks.append(scoring)
     parts.data.prepare_data()
     parts.data.setup("fit")
-    inputs = next(iter(parts.data.train_dataloader()))[0][:2]
+    inputs = Batch.of(next(iter(parts.data.train_dataloader()))).input[:2]
     # Not the packed file: what quantization has rounded to zero there was not pruned.
     compressed = load_compressed(checkpoint, copy_network(dense), bake=False)
     same_size_network(network, compressed, inputs, seed=run.seed)
