@@ -26,18 +26,6 @@ def inputs_of(inputs: Any) -> tuple[Any, ...]:
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode inside this context; afterwards every module is in its previous mode."""
-    modes = {module: module.training for module in network.modules()}
-    try:
-        network.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
 def calibrating(network: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Restore modes, buffers, ``requires_grad`` and the global random state after this context.
 

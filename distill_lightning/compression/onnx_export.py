@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.calibration import calibrating, evaluating, inputs_of
+from distill_lightning.compression.calibration import calibrating, inputs_of
 from distill_lightning.compression.measure import Latency, compare_latency
 from distill_lightning.errors import InputError
+from distill_lightning.layers import eval_mode
 
 TOLERANCE = 1e-5
 """The largest difference of an output, relative to the largest output or to 1, that a float32 export may have."""
@@ -260,7 +261,7 @@ def onnx_latency(
     arguments = inputs_of(example_inputs)
     ours, theirs = onnx_session(compressed), onnx_session(dense)
     arrays = [_array(value) for value in tensors_of(arguments)]
-    with evaluating(network):
+    with eval_mode(network):
         return {
             "onnxruntime": compare_latency(lambda: theirs(*arrays), lambda: ours(*arrays), rounds=rounds, seed=seed),
             "torch": compare_latency(lambda: network(*arguments), lambda: ours(*arrays), rounds=rounds, seed=seed),

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from distill_lightning.compression import low_rank, movement, packing, quantizers, surgery, tying
 from distill_lightning.errors import InputError
+from distill_lightning.layers import eval_mode
 from distill_lightning.networks import recipe_of
 
 ChangeKind = Literal["sizes", "low_rank", "tied"]
@@ -127,11 +128,9 @@ def bake(network: nn.Module) -> nn.Module:
         The network.
     """
     _separate_classes(network)
-    modes = {module: module.training for module in network.modules()}
-    # Some parametrizations draw in train mode.
-    network.eval()
-    # All values first: tied layers compute theirs from one weight, which baking the first of them overwrites.
-    with parametrize.cached(), torch.no_grad():
+    # In eval mode, because some parametrizations draw in train mode. All values first: tied layers compute theirs from
+    # one weight, which baking the first of them overwrites.
+    with eval_mode(network), parametrize.cached(), torch.no_grad():
         for _, layer in _layers(network):
             if parametrize.is_parametrized(layer):
                 for name in cast("nn.ModuleDict", layer.parametrizations):
@@ -141,8 +140,6 @@ def bake(network: nn.Module) -> nn.Module:
             packing.bake_shared(layer)
             packing.bake_hashed(layer)
             quantizers.bake(layer)
-    for module in network.modules():
-        module.training = modes[module]
     return network
 
 

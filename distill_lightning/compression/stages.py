@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.calibration import calibrating, evaluating, inputs_of
+from distill_lightning.compression.calibration import calibrating, inputs_of
 from distill_lightning.compression.macs import Macs, count_macs
 from distill_lightning.compression.measure import NO_SPEED_UP, Latency, compare_latency, count_parameters, measure_file
 from distill_lightning.compression.onnx_export import (
@@ -30,6 +30,7 @@ from distill_lightning.compression.onnx_export import (
     tensors_of,
 )
 from distill_lightning.errors import InputError, refusing
+from distill_lightning.layers import eval_mode
 from distill_lightning.networks.weights import load_strictly, read_weights, write_weights
 
 DENSE = "dense"
@@ -388,7 +389,7 @@ class _Measuring:
     def torch_latency(self, size: int) -> None:
         """Measure both networks in PyTorch, with the fast paths that a user would get."""
         arguments = inputs_of(at_batch(self.example_inputs, size))
-        with evaluating(self.dense), evaluating(self.plain):
+        with eval_mode(self.dense, self.plain):
             latency = compare_latency(
                 lambda: self.dense(*arguments), lambda: self.plain(*arguments), rounds=self.rounds, seed=self.seed
             )

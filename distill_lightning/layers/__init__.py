@@ -3,7 +3,7 @@
 from distill_lightning.layers.autoencoder import ImageDecoder, ImageEncoder
 from distill_lightning.layers.discriminator import Discriminator, DiscriminatorKind
 from distill_lightning.layers.feature_tap import FeatureTap, dry_forward, resolve_layer, resolve_layers
-from distill_lightning.layers.frozen import fingerprint, freeze
+from distill_lightning.layers.frozen import eval_mode, fingerprint, freeze
 from distill_lightning.layers.gaussian_head import GaussianHead, without_deviation
 from distill_lightning.layers.translator import Paraphraser, Translator
 
@@ -17,6 +17,7 @@ __all__ = [
     "Paraphraser",
     "Translator",
     "dry_forward",
+    "eval_mode",
     "fingerprint",
     "freeze",
     "resolve_layer",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.errors import InputError
+from distill_lightning.layers.frozen import eval_mode
 
 
 class FeatureTap:
@@ -162,15 +163,14 @@ def dry_forward(network: nn.Module, input_shape: Sequence[int], *, run: Callable
         >>> network.training
         True
     """
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
     example = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(1))
     # Not for images, which have more dimensions: their networks may have an embedding, too, of positions for example.
     reads_tokens = len(input_shape) == 1 and any(isinstance(module, nn.Embedding) for module in network.modules())
     dtype = torch.int64 if reads_tokens else example.dtype
     inputs = torch.zeros((1, *input_shape), dtype=dtype, device=example.device)
     try:
-        output = (run or network)(inputs)
+        with eval_mode(network):
+            return (run or network)(inputs)
     except InputError:
         raise
     except Exception as error:  # networks may raise anything: assertions, index errors
@@ -180,10 +180,6 @@ def dry_forward(network: nn.Module, input_shape: Sequence[int], *, run: Callable
             f"{type(network).__name__} does not take an input of shape {tuple(input_shape)} ({reason}); "
             f"give input_shape={'(T,) of your tokens, or another network' if reads_tokens else way_out}"
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return output
 
 
 def resolve_layers(network: nn.Module, layers: str | Sequence[str]) -> tuple[str, ...]:

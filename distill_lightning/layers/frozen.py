@@ -1,8 +1,10 @@
-"""Freezing a network, and telling whether it has stayed the same."""
+"""Networks in eval mode: for good, or for a while; and telling whether one has stayed the same."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -22,6 +24,30 @@ def freeze(module: ModuleT) -> ModuleT:
         (False, False)
     """
     return module.eval().requires_grad_(requires_grad=False)
+
+
+@contextmanager
+def eval_mode(*networks: nn.Module) -> Iterator[None]:
+    """Eval mode inside this context; afterwards every module is in the mode that it had.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.layers import eval_mode
+        >>> network = nn.Dropout()
+        >>> with eval_mode(network):
+        ...     network.training
+        False
+        >>> network.training
+        True
+    """
+    modes = {module: module.training for network in networks for module in network.modules()}
+    try:
+        for network in networks:
+            network.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -8,7 +8,6 @@ from typing import Literal, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
@@ -137,7 +136,7 @@ class FEEDModule(DistillationModule):
         weighted = torch.stack([w * distance for w, distance in zip(self.teacher_weights, distances, strict=True)])
         name = self.distance.name
         terms = {
-            "ce": F.cross_entropy(logits, batch.target),
+            "ce": self.output.label_loss(logits, batch),
             name: weighted.mean() if self.teacher_reduction == "mean" else weighted.sum(),
         }
         if self.logit_term is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn.utils import parametrize
 from distill_lightning.compression.surgery.groups import tied_modules
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
+from distill_lightning.layers import eval_mode
 
 Pairs = list[tuple[str, str]]
 
@@ -326,21 +326,10 @@ def _mean_outputs(network: nn.Module, layers: dict[str, nn.Module], batches: Ite
 
     handles = [layer.register_forward_hook(counting(name)) for name, layer in layers.items()]
     try:
-        with _evaluating(network):
+        with eval_mode(network):
             for batch in batches:
                 network(*batch) if isinstance(batch, (tuple, list)) else network(batch)
     finally:
         for handle in handles:
             handle.remove()
     return {name: total / counts[name] for name, total in sums.items()}
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

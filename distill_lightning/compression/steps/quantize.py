@@ -30,6 +30,7 @@ from distill_lightning.compression.steps.precision import MixedPrecision
 from distill_lightning.compression.targets import Targets, match_layers
 from distill_lightning.compression.workpiece import Workpiece
 from distill_lightning.errors import InputError
+from distill_lightning.layers import eval_mode
 
 _UNEQUALISED = ": nowhere is there but ReLU, pooling or the like between two (BatchNorm is in the way)"
 _WHAT = "linear, convolutional, recurrent, attention and embedding layers"
@@ -405,7 +406,7 @@ class Quantize(Step):
                 raise InputError(f"Quantize: the input of {path!r} is quantized already: leave it out")
             quantizers.quantize_input(layer, self._activation_quantizer(number or 8))
         batches = piece.batches("Quantize with act_bits")
-        with quantizers.calibrating(piece.network), _evaluating(piece.network):
+        with quantizers.calibrating(piece.network), _without_fast_path(piece.network):
             for inputs, _ in batches:
                 piece.network(*calibration.inputs_of(inputs))
 
@@ -459,16 +460,12 @@ def _running_order(piece: Workpiece) -> list[str]:
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def _without_fast_path(network: nn.Module) -> Iterator[None]:
     """Eval mode without gradients, and without the Transformer's fast path, which would bypass the layers."""
-    modes = {module: module.training for module in network.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
-        network.eval()
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
+        with eval_mode(network), torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, mode in modes.items():
-            module.training = mode

@@ -25,6 +25,7 @@ from distill_lightning.compression.surgery.attention import Attention
 from distill_lightning.compression.surgery.axes import Conv, blocks, is_depthwise
 from distill_lightning.compression.surgery.groups import tied_modules
 from distill_lightning.errors import InputError
+from distill_lightning.layers import eval_mode
 
 # Names of functions, methods and, in lower case, modules. In-place forms are looked up without their underscore or "i".
 _ELEMENTWISE = {
@@ -126,23 +127,17 @@ def follow(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Depend
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     name = type(network).__name__
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
     try:
         # Missing arguments keep their defaults while tracing, so that "if mask is None" takes the right branch.
         parameters = list(inspect.signature(network.forward).parameters.values())[len(inputs) :]
         defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-        graph = _Tracer().trace(network, defaults)
-        follower = _Follower(network, graph)
-        with torch.no_grad():
+        with eval_mode(network), torch.no_grad():
+            follower = _Follower(network, _Tracer().trace(network, defaults))
             # A copy, because the first operation of a network may be in place.
             follower.run(*copy.deepcopy(inputs))
     except Exception as error:  # tracing and the network may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{name} cannot be followed on these example_inputs by torch.fx ({reason})") from error
-    finally:
-        for module, training in modes:
-            module.training = training
     follower.fix_shared()
     channels = follower.channels
     bindings = {place: channels.roots(numbers) for place, numbers in follower.bindings.items()}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from distill_lightning.data.batch import Batch
+from distill_lightning.layers import eval_mode
 from distill_lightning.layers.calling import call
 from distill_lightning.part import Part
 from distill_lightning.teachers import Frozen
@@ -61,12 +62,10 @@ class Evaluation(Part):
     def score(self, module: Any, batches: Iterable[Batch]) -> dict[str, float]:
         """The student's metrics over some batches, by their bare names, logged nowhere."""
         metrics = module.test_metrics.clone()
-        training = module.training
-        module.eval()
-        for batch in batches:
-            output = module.output.prediction(call(module, batch.input))
-            metrics.update(*module.output.select(output, batch.target, module.output.counted(output, batch)))
-        module.train(training)
+        with eval_mode(module):
+            for batch in batches:
+                output = module.output.prediction(call(module, batch.input))
+                metrics.update(*module.output.select(output, batch.target, module.output.counted(output, batch)))
         return {name.removeprefix("test/"): float(value) for name, value in metrics.compute().items()}
 
     def fit_starts(self, module: Any) -> None:
