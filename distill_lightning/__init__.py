@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from distill_lightning.data.transforms import LabelSmoothing as LabelSmoothing
     from distill_lightning.data.transforms import Mixup as Mixup
     from distill_lightning.errors import InputError as InputError
-    from distill_lightning.layers.calling import call as call
+    from distill_lightning.layers.call import call as call
     from distill_lightning.modules.base import DistillationModule as DistillationModule
     from distill_lightning.modules.compression import CompressionBaseline as CompressionBaseline
     from distill_lightning.modules.extracurricular import ExtracurricularModule as ExtracurricularModule
@@ -139,7 +139,7 @@ _PUBLIC = {
     ),
     "distill_lightning.data.transforms": ("CutMix", "Cutout", "LabelSmoothing", "Mixup"),
     "distill_lightning.errors": ("InputError",),
-    "distill_lightning.layers.calling": ("call",),
+    "distill_lightning.layers.call": ("call",),
     "distill_lightning.modules.base": ("DistillationModule",),
     "distill_lightning.modules.compression": ("CompressionBaseline",),
     "distill_lightning.modules.extracurricular": ("ExtracurricularModule", "MatchDistribution", "MatchPoint"),

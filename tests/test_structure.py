@@ -73,12 +73,12 @@ ROOMS = {
         rotated
     """,
     "functional": """
-        common counting
+        common counted
         adversarial calibration features predictions scores self_distillation
         gaussian
     """,
     "layers": """
-        autoencoder batch_norm calling discriminator feature_tap frozen gaussian_head translator
+        autoencoder batch_norm call discriminator feature_tap frozen gaussian_head translator
     """,
     "modules": """
         options

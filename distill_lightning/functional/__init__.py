@@ -16,7 +16,7 @@ from distill_lightning.functional.calibration import (
     interval_hits,
     risk_coverage,
 )
-from distill_lightning.functional.counting import counted_mean, zero_uncounted
+from distill_lightning.functional.counted import counted_mean, zero_uncounted
 from distill_lightning.functional.features import (
     Normalize,
     Reduction,

@@ -16,7 +16,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.data.transforms import BatchTransform
 from distill_lightning.errors import InputError
 from distill_lightning.layers import dry_forward
-from distill_lightning.layers.calling import call
+from distill_lightning.layers.call import call
 from distill_lightning.lightning_internals import place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts import checkpoints

@@ -15,7 +15,7 @@ from distill_lightning.compression.recipe import copy_network
 from distill_lightning.compression.steps import Step
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.layers.calling import call
+from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.teachers import Softened, Teachers, TeacherStore

@@ -17,7 +17,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.data.samplers import MixupSampler, join
 from distill_lightning.errors import InputError
 from distill_lightning.layers.batch_norm import kept_statistics
-from distill_lightning.layers.calling import call
+from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.modules.parts.extra_inputs import ExtraInputs

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.layers.calling import call
+from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.teachers import Given, Softened, Teachers

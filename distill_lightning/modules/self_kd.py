@@ -12,7 +12,7 @@ from distill_lightning import functional
 from distill_lightning.data.batch import IGNORED, Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
-from distill_lightning.layers.calling import call
+from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.modules.parts.alpha import Alpha, AlphaSchedule

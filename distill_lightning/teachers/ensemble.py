@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from distill_lightning import functional
 from distill_lightning.errors import InputError
 from distill_lightning.layers import FeatureTap, freeze, resolve_layer
-from distill_lightning.layers.calling import call
+from distill_lightning.layers.call import call
 from distill_lightning.outputs import Categorical
 
 

@@ -29,7 +29,7 @@ from distill_lightning import (
     TeacherEnsemble,
 )
 from distill_lightning.data.transforms import LabelSmoothing
-from distill_lightning.layers.calling import call
+from distill_lightning.layers.call import call
 from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.modules.parts.distances import FactorDistance, FunctionTranslator, LinearTranslator
 from distill_lightning.outputs.metrics import classification_metrics

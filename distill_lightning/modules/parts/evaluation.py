@@ -11,7 +11,7 @@ from torchmetrics import MetricCollection
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.layers import eval_mode
-from distill_lightning.layers.calling import call
+from distill_lightning.layers.call import call
 from distill_lightning.part import Part
 from distill_lightning.teachers import Frozen
 

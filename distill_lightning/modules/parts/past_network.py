@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import freeze
-from distill_lightning.layers.calling import call
+from distill_lightning.layers.call import call
 from distill_lightning.processes import broadcast, is_alone
 
 
