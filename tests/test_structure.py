@@ -78,7 +78,8 @@ ROOMS = {
         gaussian
     """,
     "layers": """
-        autoencoder batch_norm call discriminator feature_tap frozen gaussian_head translator
+        autoencoder batch_norm call discriminator frozen gaussian_head translator
+        feature_tap
     """,
     "modules": """
         options
