@@ -19,8 +19,9 @@ class Choice(ABC):  # noqa: B024  (kinds of choices say what their alternatives 
     """A description of what a module is to do, with the options that belong to it; immutable, so it can be shared.
 
     A kind of choice is an abstract class below this one, its alternatives are frozen dataclasses below that. In YAML
-    and on the command line an alternative is named like any class (``distance: HintDistance``, ``--model.distance.p
-    2``). A checkpoint holds a choice of this package as plain values, from which it is made again.
+    and on the command line an alternative is named like any class (``distance: FactorDistance``,
+    ``--model.init_args.distance.init_args.p 2``). A checkpoint holds a choice of this package as plain values, from
+    which it is made again.
     """
 
 
@@ -44,9 +45,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, Choice) and hasattr(kind, "__dataclass_fields__") and _is_own(kind):
         fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(kind)}
         return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": fields}
-    if kind.__module__ == "numpy" and hasattr(value, "item"):
-        return plain(value.item())
-    raise TypeError(f"{kind.__name__} is no plain value")
+    if kind.__module__ == "numpy" and hasattr(value, "tolist"):
+        return plain(value.tolist())
+    raise TypeError(f"{kind.__name__} is not a plain value")
 
 
 def is_plain(value: Any) -> bool:
@@ -62,14 +63,18 @@ def from_plain(value: Any) -> Any:
     """A value as it was before `plain`, choices included; only classes of this package are ever made.
 
     Raises:
-        InputError: a choice of another package, or of a name that this version does not know.
+        InputError: a choice of another package, or of a name or with options that this version does not know.
     """
     if isinstance(value, (list, tuple)):
         return [from_plain(part) for part in value]
     if not isinstance(value, Mapping):
         return value
     if value.keys() == _KEYS:
-        return _choice(value["class_path"])(**{name: from_plain(part) for name, part in value["init_args"].items()})
+        options = {name: from_plain(part) for name, part in value["init_args"].items()}
+        try:
+            return choice_class(value["class_path"])(**options)
+        except TypeError as error:
+            raise InputError(f"the checkpoint's {value['class_path']}: {error}: give it anew") from error
     return {name: from_plain(part) for name, part in value.items()}
 
 
@@ -78,24 +83,51 @@ def is_choice(path: Any) -> bool:
     if not isinstance(path, str):
         return False
     try:
-        _choice(path)
+        choice_class(path)
     except InputError:
         return False
     return True
 
 
-def _is_own(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == _PACKAGE
+def choice_class(path: str) -> type:
+    """The choice of this package that has an import path.
 
-
-def _choice(path: str) -> type:
+    Raises:
+        InputError: there is none.
+    """
     module, _, name = path.rpartition(".")
     kind = None
-    if module.partition(".")[0] == _PACKAGE:
+    # A module of a private name may do something when it is imported.
+    if module.partition(".")[0] == _PACKAGE and "._" not in module:
         try:
             kind = getattr(importlib.import_module(module), name, None)
         except ImportError:
             kind = None
     if not (isinstance(kind, type) and issubclass(kind, Choice)):
-        raise InputError(f"the checkpoint names {path!r}, which is no option of this version: give it anew")
+        raise InputError(f"the checkpoint names {path!r}, which is not an option of this version: give it anew")
     return kind
+
+
+def check_choices(who: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Look at arguments whose defaults are choices.
+
+    Args:
+        who: what the message begins with.
+        given: the arguments, by name.
+        defaults: of all that there are, by name.
+
+    Raises:
+        InputError: one is not a choice of its default's kind.
+    """
+    for name, value in given.items():
+        default = defaults.get(name)
+        if not isinstance(default, Choice):
+            continue
+        kind: Any = next(base for base in type(default).__mro__ if Choice in base.__bases__)
+        if not isinstance(value, kind):
+            known = ", ".join(f"{other.__name__}(...)" for other in kind.__subclasses__())
+            raise InputError(f"{who}: {name}={value!r} is not a {kind.__name__}: give one of {known}")
+
+
+def _is_own(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == _PACKAGE

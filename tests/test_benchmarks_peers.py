@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from benchmarks import peers
-from distill_lightning import Batch, FEEDModule, KDModule, MEALV2Module, SupervisedModule, functional
+from distill_lightning import (
+    Batch,
+    FEEDModule,
+    KDModule,
+    MEALV2Module,
+    OwnDiscriminator,
+    SupervisedModule,
+    functional,
+)
 from distill_lightning.errors import InputError
 from distill_lightning.layers import Discriminator, Translator, fingerprint
 from distill_lightning.testing import TinyNet
@@ -47,7 +55,8 @@ def our_module(kind, student, teachers, translators, discriminator, layer=peers.
     if kind == "kd":
         return KDModule(student, teachers, num_classes=classes, temperature=4.0, hard_label_weight=0.1)
     if kind == "meal_v2":
-        return MEALV2Module(student, teachers, num_classes=classes, discriminator=discriminator)
+        own = OwnDiscriminator(discriminator)
+        return MEALV2Module(student, teachers, num_classes=classes, discriminator=own)
     module = FEEDModule(student, teachers, num_classes=classes, student_layer=layer, beta=500.0)
     for own, given in zip(module.translators, translators, strict=True):
         own.load_state_dict(given.state_dict())

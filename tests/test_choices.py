@@ -10,18 +10,23 @@ import torch
 from distill_lightning import (
     Conv1x1Translator,
     Conv3Translator,
+    ExtracurricularModule,
     FactorDistance,
+    FEEDModule,
     FixedDiscriminator,
     FunctionTranslator,
     HintDistance,
     InputError,
     LogitTerm,
+    MEALV2Module,
     OwnDiscriminator,
     PooledSize,
+    SelfKDModule,
     SupervisedModule,
     TeacherSize,
 )
 from distill_lightning.choices import Choice, from_plain, is_plain, plain
+from distill_lightning.testing import TinyNet
 
 DISTANCES = "distill_lightning.modules.parts.distances"
 
@@ -90,7 +95,7 @@ def test_numbers_paths_and_tuples_are_made_plain():
 )
 def test_what_is_of_another_package_or_no_value_is_an_object(value):
     assert not is_plain(value)
-    with pytest.raises(TypeError, match="is no plain value"):
+    with pytest.raises(TypeError, match="is not a plain value"):
         plain(value)
 
 
@@ -109,7 +114,7 @@ def test_what_is_of_another_package_or_no_value_is_an_object(value):
     ],
 )
 def test_only_choices_of_this_package_are_ever_made(path):
-    with pytest.raises(InputError, match="which is no option of this version: give it anew") as caught:
+    with pytest.raises(InputError, match="which is not an option of this version: give it anew") as caught:
         from_plain({"class_path": path, "init_args": {}})
     assert repr(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -118,7 +123,7 @@ def test_only_choices_of_this_package_are_ever_made(path):
 def test_a_choice_inside_of_another_is_checked_alike():
     value = plain(HintDistance())
     value["init_args"]["translator"]["class_path"] = "subprocess.Popen"
-    with pytest.raises(InputError, match=r"'subprocess.Popen', which is no option"):
+    with pytest.raises(InputError, match=r"'subprocess.Popen', which is not an option"):
         from_plain(value)
 
 
@@ -133,3 +138,41 @@ def test_a_choice_is_immutable(choice):
     with pytest.raises(AttributeError):
         setattr(choice, name, None)
     assert hash(choice) == hash(type(choice)(**vars(choice)))
+
+
+def test_importing_a_choice_runs_no_program():
+    with pytest.raises(InputError, match="is not an option of this version"):
+        from_plain({"class_path": "distill_lightning.__main__.main", "init_args": {}})
+
+
+@pytest.mark.parametrize("options", [{"power": 2}, {"p": 1, "more": None}])
+def test_options_that_this_version_does_not_know_are_refused_in_one_line(options):
+    with pytest.raises(InputError, match=r"FactorDistance: .*unexpected keyword argument .*: give it anew"):
+        from_plain({"class_path": f"{DISTANCES}.FactorDistance", "init_args": options})
+
+
+def test_arrays_are_plain_lists():
+    assert plain(np.array([0.5, 0.5])) == [0.5, 0.5]
+    assert plain({"weights": np.arange(2)}) == {"weights": [0, 1]}
+    assert plain(np.float32(0.5)) == 0.5
+    assert plain(np.array(3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda net: FEEDModule(net, net, num_classes=3, student_layer="features", distance="hint"),
+         r"FEEDModule: distance='hint' is not a Distance: give one of FactorDistance.*, HintDistance"),
+        (lambda net: FEEDModule(net, net, num_classes=3, student_layer="features", distance=HintDistance),
+         "is not a Distance: give one of"),
+        (lambda net: MEALV2Module(net, net, num_classes=3, discriminator="fixed"),
+         r"MEALV2Module: discriminator='fixed' is not .* FixedDiscriminator"),
+        (lambda net: SelfKDModule(net, num_classes=3, past="ema"), r"SelfKDModule: past='ema' is not a Past: .*Moving"),
+        (lambda net: ExtracurricularModule(net, net, num_classes=3, match="point"),
+         r"ExtracurricularModule: match='point' is not a Match: give one of MatchDistribution.*, MatchPoint"),
+    ],
+)  # fmt: skip
+def test_what_is_not_a_choice_is_refused_by_its_argument(build, message):
+    with pytest.raises(InputError, match=message) as caught:
+        build(TinyNet())
+    assert "\n" not in str(caught.value)

@@ -245,6 +245,24 @@ def test_a_checkpoint_of_another_architecture_gets_one_line(write, tmp_path, cap
     assert "plain.ckpt is a checkpoint of SupervisedModule, not of FEEDModule" in line
 
 
+def test_a_checkpoint_of_an_older_version_gets_one_line(write, tmp_path, capsys):
+    config = write()
+    trainer = tiny_trainer()
+    options = {"num_classes": 3, "student_layer": "stage3", "beta": 2.0}
+    trainer.fit(FEEDModule(SmallResNet(3, width=2), SmallResNet(3, width=3), **options), datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "now.ckpt")
+    checkpoint = torch.load(tmp_path / "now.ckpt", weights_only=True)
+    del checkpoint["distill_lightning"]
+    # Where the class lay, and what it took.
+    path = "distill_lightning.modules.feed.module.FEEDModule"
+    checkpoint["hyper_parameters"] = {"_class_path": path, "num_classes": 3, "loss": "hint", "translator": "conv3"}
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    (tmp_path / "now.ckpt").unlink()
+    for command in ("fit", "test"):
+        line = refused(capsys, tmp_path, command, "--config", config, "--ckpt_path", "old.ckpt")
+        assert "old.ckpt has format 1 of distill_lightning's checkpoints, this version reads 2: train anew" in line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["student.pt", "student.safetensors"])
 def test_an_exported_student_is_no_checkpoint(write, tmp_path, capsys, name):

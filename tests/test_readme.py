@@ -85,7 +85,8 @@ def test_the_record_command_leaves_a_store_that_stands_for_the_teachers(capsys):
     assert command[:2] == ["distill-lightning", "record"]
     assert main(command[1:]) == 0
     assert "results/digits_store is complete." in capsys.readouterr().out
-    arguments = [*command[2:], "--trainer.max_epochs", "1", "--model.init_args.teachers.init_args.networks", "null"]
+    without = re.search(r"\(`--model.init_args.teachers '([^']*)'`\)", README)
+    arguments = [*command[2:], "--trainer.max_epochs", "1", "--model.init_args.teachers", without[1].replace("\n", " ")]
     assert main(["fit", *arguments]) == 0
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 import distill_lightning
 from distill_lightning import callbacks
-from distill_lightning.arguments import takes
-from distill_lightning.choices import from_plain, is_choice, plain
+from distill_lightning.arguments import arguments_of, takes
+from distill_lightning.choices import choice_class, is_choice, is_plain, plain
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules import DistillationModule
@@ -145,7 +145,10 @@ class DistillCLI(LightningCLI):
                 model.init_args[key] = None
 
     def _check_class(self, path: Path) -> None:
-        made_by = read_checkpoint(path)["hyper_parameters"].get("_class_path", "")
+        checkpoint = read_checkpoint(path)
+        if "recipes" in checkpoint:
+            check_format(checkpoint, str(path))
+        made_by = checkpoint["hyper_parameters"].get("_class_path", "")
         given = self.config[self.config["subcommand"]].get("model.class_path") or ""
         if made_by and given and made_by.rpartition(".")[2] != given.rpartition(".")[2]:
             raise InputError(
@@ -168,7 +171,6 @@ class DistillCLI(LightningCLI):
         path = self._checkpoint_path()
         if path is not None:
             checkpoint = read_checkpoint(path)
-            check_format(checkpoint, str(path))
             restore_structure(self.model, checkpoint)
             check_architecture(self.model, checkpoint["state_dict"], source=str(path))
         if self.config.get("subcommand") == "fit":
@@ -239,5 +241,8 @@ def _complete(value: Any) -> Any:
     if isinstance(value, list):
         return [_complete(part) for part in value]
     if isinstance(value, dict) and is_choice(value.get("class_path")):
-        return plain(from_plain({"class_path": value["class_path"], "init_args": value.get("init_args") or {}}))
-    return value
+        known = arguments_of(choice_class(value["class_path"]))
+        defaults = {name: plain(known[name].default) for name in known if is_plain(known[name].default)}
+        given = {name: _complete(part) for name, part in (value.get("init_args") or {}).items()}
+        return {"class_path": value["class_path"], "init_args": defaults | given}
+    return plain(value) if is_plain(value) else value

@@ -83,8 +83,8 @@ class Batch:
         index: which sample of the training set each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
         view: which augmented view of that sample each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
         counted: which samples ``(N,)`` or positions ``(N, T)`` count in losses and metrics, bool; ``None``: all. A
-            sample that only fills up a process's share does not, nor does padding, nor a target of -100, which is noted
-            where the targets are still on the host.
+            sample that only fills up a process's share does not, nor does padding, nor a target of -100, which is
+            looked for where a batch is made.
         partner: another training sample for each row, to be mixed with it, a function of the row's index and view.
         mixture: how the rows were mixed; ``None``: they were not.
         key: ``index`` and ``view`` on the host.
@@ -105,14 +105,15 @@ class Batch:
     is_checked: bool = dataclasses.field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Keep the index and the view where they are now, and see which targets count while they are on the host."""
+        """Keep the index and the view where they are now, and see which targets count."""
         if self.key is None and self.index is not None:
             self.key = Key(self.index, self.view)
         target = self.target
-        if not self.is_checked and _holds_classes(target) and target.device.type == "cpu":
+        if not self.is_checked and _holds_classes(target):
             self.is_checked = True
             known = target != IGNORED
-            if not known.all():
+            # To see whether all are known would wait for another device.
+            if target.device.type != "cpu" or not known.all():
                 self.counted = known if self.counted is None else known & spread(self.counted, known)
 
     def __iter__(self) -> Iterator[Any]:

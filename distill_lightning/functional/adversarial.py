@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import same_shape, wide
+from distill_lightning.functional.counted import counted_mean
 
 
-def discriminator_loss(student_scores: Tensor, teacher_scores: Tensor) -> Tensor:
+def discriminator_loss(student_scores: Tensor, teacher_scores: Tensor, counted: Tensor | None = None) -> Tensor:
     r"""Binary cross entropy of a discriminator with two outputs, "student" and "teacher".
 
     .. math:: -\frac{1}{4N} \sum_i \left[ \log \sigma(a_{i0}) + \log \sigma(-a_{i1})
@@ -25,9 +26,10 @@ def discriminator_loss(student_scores: Tensor, teacher_scores: Tensor) -> Tensor
     Args:
         student_scores: ``(N, 2)``, before the sigmoid.
         teacher_scores: ``(N, 2)``, before the sigmoid.
+        counted: which of the ``N`` samples count, bool ``(N,)``; ``None``: all.
 
     Returns:
-        A scalar in nats: mean over the ``2 N`` rows and both outputs.
+        A scalar in nats: mean over the ``2 N`` rows, or those of samples that count, and both outputs.
 
     Raises:
         InputError: the scores do not have this shape.
@@ -51,7 +53,8 @@ def discriminator_loss(student_scores: Tensor, teacher_scores: Tensor) -> Tensor
     student, teacher = wide(student_scores), wide(teacher_scores)
     # Columns and signs instead of a tensor of targets: nothing has to travel to the device.
     right = torch.stack([student[:, 0], -student[:, 1], -teacher[:, 0], teacher[:, 1]])
-    return -F.logsigmoid(right).mean()
+    losses = -F.logsigmoid(right)
+    return losses.mean() if counted is None else counted_mean(losses.mean(dim=0), counted)
 
 
 def reverse_gradient(tensor: Tensor, scale: float = 1.0) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from distill_lightning.arguments import arguments_of
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.transforms import BatchTransform
 from distill_lightning.errors import InputError
@@ -35,7 +36,7 @@ from distill_lightning.teachers import Frozen, Teachers
 class DistillationModule(RemembersArguments, pl.LightningModule):
     r"""A student and a loss that is a weighted sum of named terms, :math:`L = \sum_t w_t L_t`.
 
-    A method overrides `terms` and `weights`, and nothing else::
+    A method defines its arguments, `terms` and `weights`::
 
         class LogitRegression(DistillationModule):
             def __init__(
@@ -54,7 +55,7 @@ class DistillationModule(RemembersArguments, pl.LightningModule):
             def terms(self, batch: Batch) -> dict[str, Tensor]:
                 logits = call(self.student, batch.input)
                 teacher = self.teachers.logits(batch).mean(dim=0)
-                return {"ce": F.cross_entropy(logits, batch.target), "mse": F.mse_loss(logits, teacher)}
+                return {"ce": self.output.label_loss(logits, batch), "mse": F.mse_loss(logits, teacher)}
 
             def weights(self) -> dict[str, float]:
                 return {"ce": 1.0, "mse": self.beta}
@@ -111,23 +112,30 @@ class DistillationModule(RemembersArguments, pl.LightningModule):
         given = self.given_arguments()
         self.save_hyperparameters(checkpoints.hyperparameters(type(self), given))
         self.objects = checkpoints.objects(type(self), given)
-        # Arguments that are the defaults since this module was loaded from a checkpoint.
+        # Names of arguments that the checkpoint could not hold, which have their defaults now.
         self.missing: list[str] = []
         self.output = self._checked_output(output, num_classes, num_targets)
         self.num_classes: int | None = getattr(self.output, "num_classes", None)
         self.num_targets: int | None = getattr(self.output, "num_targets", None)
-        if transforms and self.num_classes is None:
-            raise InputError(f"{type(self).__name__}: transforms are of classifiers' batches: leave them out")
+        unfit = [type(transform).__name__ for transform in transforms if transform.needs_classes]
+        if unfit and self.num_classes is None:
+            raise InputError(f"{type(self).__name__}: {', '.join(unfit)} need a classifier's batches: leave them out")
         self.student = student.to(memory_format=torch.channels_last) if channels_last else student
         self.input_shape = None if input_shape is None else tuple(input_shape)
         if self.input_shape is not None:
             self.check_output("student", student, dry_forward(student, self.input_shape).shape)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.transforms, self.compiles = tuple(transforms), compile
-        metrics, beside = metrics or self.output.metrics(), self.output.teacher_metrics()
+        metrics = self.output.metrics() if metrics is None else metrics
         self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
-        self.val_teacher_metrics, self.test_teacher_metrics = beside.clone(prefix="val/"), beside.clone(prefix="test/")
+        comparison = self.output.teacher_metrics()
+        self.val_teacher_metrics, self.test_teacher_metrics = (
+            comparison.clone(prefix="val/"),
+            comparison.clone(prefix="test/"),
+        )
         self.means, self.data_wait, self.evaluation = RunningMeans(), DataWait(), Evaluation()
+        # Nobody, until a method says whom.
+        self.teachers = Teachers(None, ask=[])
         self._observed: dict[str, Tensor] = {}
         self._fingerprints: dict[str, str] | None = None
 
@@ -153,13 +161,25 @@ class DistillationModule(RemembersArguments, pl.LightningModule):
             Here: that of the `Teachers` named ``teachers``, who are asked once in a ``fit`` about each validation
             sample.
         """
-        teachers = getattr(self, "teachers", None)
-        return teachers.prediction(batch.input) if isinstance(teachers, Teachers) else None
+        return self.teachers.prediction(batch.input) if isinstance(self.teachers, Teachers) else None
 
     def teacher_predictions(self, batch: Batch) -> list[Tensor]:
         """Each teacher's own prediction for a batch: logits ``(N, K)``, or a Gaussian's parameters ``(N, 2 d)``."""
-        teachers = getattr(self, "teachers", None)
-        return teachers.predictions(batch.input) if isinstance(teachers, Teachers) else []
+        return self.teachers.predictions(batch.input) if isinstance(self.teachers, Teachers) else []
+
+    def refuse_unused(self, name: str, value: Any, where: str) -> None:
+        """Refuse an argument that would do nothing.
+
+        Args:
+            name: of the constructor's argument.
+            value: that it has.
+            where: in which case it does nothing, for the message.
+
+        Raises:
+            InputError: the value is not the argument's default.
+        """
+        if value != arguments_of(type(self))[name].default:
+            raise InputError(f"{type(self).__name__}: {name}={value} would do nothing {where}: leave it out")
 
     def check_output(self, who: str, network: nn.Module, shape: Sequence[int]) -> None:
         """Look at the shape of a network's output.
@@ -181,8 +201,9 @@ class DistillationModule(RemembersArguments, pl.LightningModule):
         ready = Batch.of(batch)
         self.output.check_target(type(self).__name__, ready.target, per_position=self.per_position)
         epoch, place = place_of(self, batch_idx)
-        # A store of data without views has one of each sample.
-        ready.when = (0 if getattr(getattr(self, "teachers", None), "store", None) else epoch, place)
+        # Without views, a store holds one answer per sample, so draws must not depend on the epoch.
+        has_store = isinstance(self.teachers, Teachers) and self.teachers.store is not None
+        ready = ready.replace(when=(0 if has_store else epoch, place))
         for transform in self.transforms:
             ready = transform(ready, num_classes=self.num_classes or 0)
         return ready
@@ -299,7 +320,7 @@ class DistillationModule(RemembersArguments, pl.LightningModule):
             getattr(part, moment)(self)
 
     def on_fit_start(self) -> None:
-        """A module that enters ``fit`` in eval mode would train in it; the student must not."""
+        """Train mode, whatever mode the module came in; then the parts, compilation and the frozen fingerprints."""
         self._fingerprints = None
         self._tell("fit_starts")
         self.train()
@@ -316,15 +337,15 @@ class DistillationModule(RemembersArguments, pl.LightningModule):
         self._fingerprints = self.fingerprints()
 
     def on_train_start(self) -> None:
-        """Tell the parts."""
+        """Call the parts' ``training_starts``."""
         self._tell("training_starts")
 
     def on_train_epoch_start(self) -> None:
-        """Tell the parts."""
+        """Call the parts' ``epoch_starts``."""
         self._tell("epoch_starts")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Tell the parts."""
+        """Call the parts' ``batch_starts``."""
         self._tell("batch_starts")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -333,23 +354,23 @@ class DistillationModule(RemembersArguments, pl.LightningModule):
         self._tell("step_ends")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Tell the parts."""
+        """Call the parts' ``batch_ends``."""
         self._tell("batch_ends")
 
     def on_train_epoch_end(self) -> None:
-        """Tell the parts."""
+        """Call the parts' ``epoch_ends``."""
         self._tell("epoch_ends")
 
     def on_validation_start(self) -> None:
-        """Tell the parts."""
+        """Call the parts' ``validation_starts``."""
         self._tell("validation_starts")
 
     def on_test_start(self) -> None:
-        """Tell the parts."""
+        """Call the parts' ``test_starts``."""
         self._tell("test_starts")
 
     def on_fit_end(self) -> None:
-        """Tell the parts."""
+        """Call the parts' ``fit_ends``."""
         self._tell("fit_ends")
 
     # Checkpoints

@@ -86,7 +86,8 @@ class CompressionBaseline(DistillationModule):
         self.teacher = teacher if isinstance(teacher, str) else "given"
         self.teachers = self._taught_by(None if isinstance(teacher, str) else teacher)
         if teacher == "none":
-            _refuse_unused(temperature=(temperature, 4.0), hard_label_weight=(hard_label_weight, 0.5))
+            self.refuse_unused("temperature", temperature, "without a teacher")
+            self.refuse_unused("hard_label_weight", hard_label_weight, "without a teacher")
         self.callback = CompressionCallback(
             steps,
             dense_epochs=dense_epochs,
@@ -120,17 +121,19 @@ class CompressionBaseline(DistillationModule):
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The labels' cross entropy and, under a teacher, the divergence from its prediction."""
         logits = call(self.student, batch.input)
-        terms = {"ce": self.output.label_loss(logits, batch)}
-        if self.teachers:
-            teacher = self.teachers.probabilities(batch)
-            terms["kd"] = self.output.divergence(logits, teacher, batch, temperature=self.temperature)
-        return terms
+        if not self.teachers:
+            return {"ce": self.output.label_loss(logits, batch)}
+        teacher = self.teachers.probabilities(batch)
+        # Labels that have no weight may be missing.
+        label = {"ce": self.output.label_loss(logits, batch)} if self.hard_label_weight else {}
+        return {**label, "kd": self.output.divergence(logits, teacher, batch, temperature=self.temperature)}
 
     def weights(self) -> dict[str, float]:
         """The labels' share and, under a teacher, the rest."""
         if not self.teachers:
             return {"ce": 1.0}
-        return {"ce": self.hard_label_weight, "kd": 1 - self.hard_label_weight}
+        label = {"ce": self.hard_label_weight} if self.hard_label_weight else {}
+        return {**label, "kd": 1 - self.hard_label_weight}
 
     def before_compression(self) -> None:
         """Keep the dense network as the teacher, if it is to be one; `CompressionCallback` calls this."""
@@ -148,7 +151,7 @@ class CompressionBaseline(DistillationModule):
         super().on_save_checkpoint(checkpoint)
         # By the names that the constructor knows them by.
         names = {"student": "network", "teachers": "teacher"}
-        checkpoint["recipes"] = {names[name]: recipe for name, recipe in checkpoint["recipes"].items()}
+        checkpoint["recipes"] = {names.get(name, name): recipe for name, recipe in checkpoint["recipes"].items()}
         if self.teacher == "dense":
             checkpoint["fingerprints"] = {}
             checkpoint["recipes"].pop("teacher", None)
@@ -169,11 +172,3 @@ def _is_untrained(network: nn.Module) -> bool:
     """Whether a network has BatchNorms, and none has ever seen a batch; of others it cannot be known."""
     seen = [value for name, value in network.named_buffers() if name.endswith("num_batches_tracked")]
     return bool(seen) and not any(bool(value) for value in seen)
-
-
-def _refuse_unused(**options: tuple[float, float]) -> None:
-    """Refuse options, each with its default, that would do nothing without a teacher."""
-    unused = [name for name, (value, default) in options.items() if value != default]
-    if unused:
-        them = "it" if len(unused) == 1 else "them"
-        raise InputError(f"{' and '.join(unused)} would do nothing without a teacher: leave {them} out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,7 +20,7 @@ from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.modules.parts.extra_inputs import ExtraInputs
-from distill_lightning.outputs import Gaussian, Output, output_of
+from distill_lightning.outputs import Output, output_of
 from distill_lightning.teachers import Given, Softened, Teachers
 
 
@@ -48,22 +47,22 @@ class MatchPoint(Match):
 
     Args:
         variance: of a regression: the student's, by twice of which the squared error is divided and which its metrics
-            use; the student may then give means alone, ``(N, d)``.
+            use, 1 unless it is given; the student may then give means alone, ``(N, d)``.
 
     Raises:
-        InputError: ``variance`` is not positive.
+        InputError: ``variance`` is not positive, or is given for a classification.
     """
 
-    variance: float = 1.0
+    variance: float | None = None
 
     def __post_init__(self) -> None:
         """Check the number."""
-        if not self.variance > 0:
+        if self.variance is not None and not self.variance > 0:
             raise InputError(f"MatchPoint: variance must be positive, got {self.variance}")
 
     def student_output(self, output: Output) -> Output:
         """A Gaussian has this variance."""
-        return dataclasses.replace(output, fixed_variance=self.variance) if isinstance(output, Gaussian) else output
+        return output.as_point(self.variance)
 
     def divergence_rows(self, output: Output, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Of every sample, ``(N + M,)``."""
@@ -115,7 +114,7 @@ class ExtracurricularModule(DistillationModule):
             With nothing but `EmpiricalSampler` there are none, and this is standard knowledge distillation.
         sampler_weights: shares of the samplers in the additional inputs, divided by their sum; ``None``: equal.
         extra_ratio: ``M / N``.
-        temperature: ``T``, in classification.
+        temperature: ``T``, in classification, of a whole distribution.
         kl_weight: weight of the divergence, 1 in the paper.
         label_weight: ``w``; 0 never looks at the labels, which may then be missing. Only training inputs have labels.
         match: `MatchDistribution`, or, to compare with, `MatchPoint`.
@@ -155,6 +154,8 @@ class ExtracurricularModule(DistillationModule):
             raise InputError(
                 f"kl_weight and label_weight cannot be negative, nor both 0: {kl_weight} and {label_weight}"
             )
+        if not self.output.has_temperature or isinstance(match, MatchPoint):
+            self.refuse_unused("temperature", temperature, f"with {type(self.output).__name__} and {match}")
         if bn_mode not in ("joint", "separate"):
             raise InputError(f"bn_mode must be one of joint, separate, got {bn_mode!r}")
         self.temperature, self.match, self.bn_mode = temperature, match, bn_mode

@@ -100,7 +100,7 @@ class FEEDModule(DistillationModule):
     ) -> None:
         super().__init__(student, num_classes=num_classes, **options)
         if teachers is None:
-            raise InputError("FEED: teachers is null: give teachers, or a complete TeacherStore")
+            raise InputError("FEED: there are no teachers: give networks, or a complete TeacherStore")
         self.distance, self.sizes, self.logit_term = distance, sizes, logit_term
         self.beta = distance.beta if beta is None else beta
         self.teacher_reduction = teacher_reduction
@@ -131,8 +131,9 @@ class FEEDModule(DistillationModule):
         """The labels' cross entropy, the feature term, and what each teacher has in it."""
         logits, feature = self._logits_and_feature(batch)
         targets = self.teachers.features(batch)
+        counted = self.output.counted(logits, batch)
         pairs = [self.sizes(self._translated(m, feature), target) for m, target in enumerate(targets)]
-        distances = [self.distance(translated, target) for translated, target in pairs]
+        distances = [self.distance.over_counted(translated, target, counted) for translated, target in pairs]
         weighted = torch.stack([w * distance for w, distance in zip(self.teacher_weights, distances, strict=True)])
         name = self.distance.name
         terms = {
@@ -142,7 +143,7 @@ class FEEDModule(DistillationModule):
         if self.logit_term is not None:
             teacher = self.teachers.probabilities(batch)
             terms["kd"] = self.output.divergence(logits, teacher, batch, temperature=self.logit_term.temperature)
-        for observed, value in self.distance.observed([translated for translated, _ in pairs]).items():
+        for observed, value in self.distance.observed([translated for translated, _ in pairs], counted).items():
             self.observe(observed, value)
         return terms | {f"{name}_teacher_{m}": distance.detach() for m, distance in enumerate(distances)}
 

@@ -100,9 +100,10 @@ class GeneratorModule(RemembersArguments, pl.LightningModule):
         mean, log_var = functional.split_gaussian(self.encoder(images))
         codes = mean + (log_var / 2).exp() * self._draws(batch, batch_idx).normal(mean.shape[1])
         pixels = self.generator(codes.to(images.dtype)).flatten(1).float()
-        reconstruction = functional.gaussian_nll(pixels, self.pixel_log_var.expand_as(pixels), images.flatten(1))
+        errors = functional.gaussian_nll_rows(pixels, self.pixel_log_var.expand_as(pixels), images.flatten(1))
+        reconstruction = functional.counted_mean(errors, batch.counted)
         prior = torch.zeros_like(mean)
-        kl = functional.gaussian_kl(mean, log_var, prior, prior)
+        kl = functional.counted_mean(functional.gaussian_kl_rows(mean, log_var, prior, prior), batch.counted)
         terms = {"loss": reconstruction + kl, "reconstruction": reconstruction, "kl": kl}
         self.log_dict(
             {f"{stage}/{name}": value.detach() for name, value in terms.items()},
@@ -124,8 +125,7 @@ class GeneratorModule(RemembersArguments, pl.LightningModule):
             )
 
     def _draws(self, batch: Batch, batch_idx: int) -> Draws:
-        batch.when = place_of(self, batch_idx)
-        return batch.draws(self.seed + _STREAM)
+        return batch.replace(when=place_of(self, batch_idx)).draws(self.seed + _STREAM)
 
     def configure_optimizers(self) -> Any:
         """The optimiser and, if there is one, its schedule."""

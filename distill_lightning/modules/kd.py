@@ -34,8 +34,9 @@ class KDModule(DistillationModule):
         teachers: a network, several, a `TeacherEnsemble` with weights or another rule, or a `TeacherStore`.
         num_classes: ``K`` of a classifier.
         num_targets: ``d`` of a regression.
-        temperature: ``T`` of a classifier.
-        hard_label_weight: the labels' share :math:`\lambda` in ``[0, 1]``; 0 never looks at the labels.
+        temperature: ``T`` of a classifier; a regression has none.
+        hard_label_weight: the labels' share :math:`\lambda` in ``[0, 1]``; 0 never looks at the labels, which
+            may then be missing.
         options: see `TrainingOptions`.
 
     Raises:
@@ -58,6 +59,8 @@ class KDModule(DistillationModule):
         super().__init__(student, num_classes=num_classes, num_targets=num_targets, **options)
         if not 0 <= hard_label_weight <= 1:
             raise InputError(f"hard_label_weight must be in [0, 1], got {hard_label_weight}")
+        if not self.output.has_temperature:
+            self.refuse_unused("temperature", temperature, f"with {type(self.output).__name__} outputs")
         self.teachers = Teachers(teachers, ask=[Softened(temperature)])
         self.temperature, self.hard_label_weight = temperature, hard_label_weight
 
@@ -65,11 +68,11 @@ class KDModule(DistillationModule):
         """The labels' likelihood and the divergence from the teachers' one distribution."""
         output = call(self.student, batch.input)
         teacher = self.teachers.distribution(batch)
-        return {
-            self.output.label_term: self.output.label_loss(output, batch),
-            "kd": self.output.divergence(output, teacher, batch, temperature=self.temperature),
-        }
+        # Labels that have no weight may be missing.
+        label = {self.output.label_term: self.output.label_loss(output, batch)} if self.hard_label_weight else {}
+        return {**label, "kd": self.output.divergence(output, teacher, batch, temperature=self.temperature)}
 
     def weights(self) -> dict[str, float]:
         """The labels' share, and the rest."""
-        return {self.output.label_term: self.hard_label_weight, "kd": 1 - self.hard_label_weight}
+        label = {self.output.label_term: self.hard_label_weight} if self.hard_label_weight else {}
+        return {**label, "kd": 1 - self.hard_label_weight}

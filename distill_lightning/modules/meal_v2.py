@@ -18,7 +18,7 @@ from distill_lightning.functional.common import wide
 from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
-from distill_lightning.modules.parts.adversary import Adversary, Liveness, OfficialDiscriminator, discriminated
+from distill_lightning.modules.parts.adversary import Adversary, Liveness, OfficialDiscriminator, discriminator_term
 from distill_lightning.part import Part
 from distill_lightning.schedules import GroupSchedules
 from distill_lightning.teachers import Given, MeanLogits, Softened, Teachers
@@ -113,7 +113,7 @@ class MEALV2Module(DistillationModule):
                 "discriminator: give the discriminator shown='probabilities', or leave top_k out"
             )
         self.liveness, self.first_batch = Liveness(), FirstBatch()
-        if discriminator.lr_scheduler is not None or (discriminator.has_own_group and self.lr_scheduler is not None):
+        if discriminator.has_own_group and (self.lr_scheduler or discriminator.lr_scheduler):
             self.lr_scheduler = partial(GroupSchedules, factories=[self.lr_scheduler, discriminator.lr_scheduler])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -133,11 +133,11 @@ class MEALV2Module(DistillationModule):
         probs = self.teachers.probabilities(batch)
         softened = wide(logits) / self.temperature
         cross_entropy = functional.counted_mean(functional.soft_cross_entropy_rows(softened, probs), batch.counted)
-        self._observe(logits, probs, cross_entropy.detach())
+        self._observe(batch, logits, probs, cross_entropy.detach())
         terms = {"similarity": cross_entropy * self.temperature**2}
         if self.discriminator is not None:
             student, teacher = self._shown(batch, logits, softened, probs)
-            terms["discriminator"] = discriminated(self, student, teacher)
+            terms["discriminator"] = discriminator_term(self, student, teacher, batch.counted)
         if self.hard_label_weight:
             terms["ce"] = self.output.label_loss(logits, batch)
         return terms
@@ -160,11 +160,11 @@ class MEALV2Module(DistillationModule):
         return F.log_softmax(softened, dim=-1), self.output.as_prediction(probs)
 
     @torch.no_grad()
-    def _observe(self, logits: Tensor, probs: Tensor, cross_entropy: Tensor) -> None:
-        entropy = self.output.uncertainty(probs).mean()
+    def _observe(self, batch: Batch, logits: Tensor, probs: Tensor, cross_entropy: Tensor) -> None:
+        entropy = functional.counted_mean(self.output.uncertainty(probs), batch.counted)
         self.observe("kl", (cross_entropy - entropy) * self.temperature**2)
         self.observe("teacher_entropy", entropy)
-        self.observe("agreement", self.output.comparison(logits, probs)["agreement"])
+        self.observe("agreement", self.output.comparison(logits, probs, batch.counted)["agreement"])
         self.first_batch.see(self, cross_entropy, entropy)
 
 

@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MetricCollection
 from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 
-from distill_lightning import functional
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import FeatureTap, Paraphraser
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts.checkpoints import RemembersArguments, hyperparameters
+from distill_lightning.modules.parts.distances import FactorDistance
 from distill_lightning.modules.parts.optimization import with_schedule
 from distill_lightning.networks import likely_input_shape
 from distill_lightning.teachers import Frozen, TeacherEnsemble
+
+# The mean absolute error of features as they are.
+_ERROR = FactorDistance(normalize="none")
 
 
 class ParaphraserModule(RemembersArguments, pl.LightningModule):
@@ -103,7 +106,7 @@ class ParaphraserModule(RemembersArguments, pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The mean absolute error, summed over the teachers."""
         batch = Batch.of(batch)
-        errors = [_error(*pair) for pair in self._pairs(batch.input)]
+        errors = [_ERROR.over_counted(*pair, batch.counted) for pair in self._pairs(batch.input)]
         loss = torch.stack(errors).sum()
         logs = {"loss": loss, **{f"reconstruction_{number}": error for number, error in enumerate(errors)}}
         self.log_dict(
@@ -120,9 +123,10 @@ class ParaphraserModule(RemembersArguments, pl.LightningModule):
         batch = Batch.of(batch)
         pairs = self._pairs(batch.input)
         for errors, (reconstruction, feature) in zip(self.val_metrics, pairs, strict=True):
-            errors.update(wide(reconstruction), wide(feature))  # type: ignore[operator]  # a MetricCollection
+            chosen = slice(None) if batch.counted is None else batch.counted
+            errors.update(wide(reconstruction[chosen]), wide(feature[chosen]))  # type: ignore[operator]  # a MetricCollection
             self.log_dict(errors, on_step=False, on_epoch=True, batch_size=batch.size)  # type: ignore[arg-type]
-        loss = torch.stack([_error(*pair) for pair in pairs]).sum()
+        loss = torch.stack([_ERROR.over_counted(*pair, batch.counted) for pair in pairs]).sum()
         self.log("val/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch.size)
 
     def configure_optimizers(self) -> Any:
@@ -162,10 +166,6 @@ class ParaphraserModule(RemembersArguments, pl.LightningModule):
         return [
             (paraphraser(feature), feature) for paraphraser, feature in zip(self.paraphrasers, features, strict=True)
         ]
-
-
-def _error(reconstruction: Tensor, feature: Tensor) -> Tensor:
-    return functional.factor_distance(reconstruction, feature, normalize="none")
 
 
 def _channels(number: int, tap: FeatureTap, input_shape: Sequence[int] | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import pytorch_lightning as pl
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from distill_lightning.errors import InputError
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.feed import FEEDModule
-from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
+from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.modules.supervised import SupervisedModule
 
 
@@ -41,17 +41,15 @@ def sequential_feed(
     student_layer: str | None = None,
     beta: float | None = None,
     make_module: Callable[[nn.Module, nn.Module], DistillationModule] | None = None,
-    input_shape: Sequence[int] | None = None,
-    optimizer: OptimizerCallable = default_optimizer,
-    lr_scheduler: LRSchedulerCallable | None = None,
     seed: int | None = 0,
     test: bool = False,
+    **options: Unpack[TrainingOptions],
 ) -> list[Stage]:
     """Sequential FEED: stage 0 learns from the labels alone, every later stage from the stage before it.
 
     A stage is a new student and a new translator; the frozen student of the stage before is its only teacher. Nothing
-    is continued and nothing is averaged. Stage 1 is `FEEDModule` with one teacher. With another method it is training
-    in generations, Born-Again Networks (https://arxiv.org/abs/1805.04770) for example::
+    is continued and nothing is averaged. Every later stage is a `FEEDModule` with one teacher. With another method it
+    is training in generations, Born-Again Networks (https://arxiv.org/abs/1805.04770) for example::
 
         stages = sequential_feed(
             lambda: SmallResNet(10),
@@ -77,11 +75,9 @@ def sequential_feed(
         beta: weight of the feature term, for `FEEDModule`; ``None``: its default.
         make_module: makes a later stage's module from its student and its teacher, in place of ``student_layer`` and
             ``beta``: ``functools.partial(FEEDModule, num_classes=10, student_layer="stage3", beta=100)``.
-        input_shape: shape of one input, ``(C, H, W)``, for stage 0 and `FEEDModule`.
-        optimizer: makes the optimiser of stage 0 and of `FEEDModule`; what ``make_module`` makes has its own.
-        lr_scheduler: makes the schedule of stage 0 and of `FEEDModule`; as ``optimizer``.
         seed: stage ``k`` begins with ``torch.manual_seed(seed + k)``; ``None``: the random state is left alone.
         test: whether every stage's student is tested, too.
+        options: of stage 0 and of `FEEDModule`, see `TrainingOptions`; what ``make_module`` makes has its own.
 
     Returns:
         Every stage's student and metrics, stage 0 first.
@@ -93,22 +89,13 @@ def sequential_feed(
     _check(stages, student_layer, beta, make_module)
 
     def supervised(student: nn.Module) -> DistillationModule:
-        return SupervisedModule(
-            student, num_classes=num_classes, input_shape=input_shape, optimizer=optimizer, lr_scheduler=lr_scheduler
-        )
+        return SupervisedModule(student, num_classes=num_classes, **options)
 
     def distilled(student: nn.Module, teacher: nn.Module) -> DistillationModule:
         if make_module is not None:
             return make_module(student, teacher)
         return FEEDModule(
-            student,
-            teacher,
-            num_classes=num_classes,
-            student_layer=str(student_layer),
-            beta=beta,
-            input_shape=input_shape,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
+            student, teacher, num_classes=num_classes, student_layer=str(student_layer), beta=beta, **options
         )
 
     finished: list[Stage] = []

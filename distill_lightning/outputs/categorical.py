@@ -33,6 +33,7 @@ class Categorical(Output):
 
     name = "probabilities"
     label_term = "ce"
+    has_temperature = True
 
     def __post_init__(self) -> None:
         """Check the number of classes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class Gaussian(Output):
 
     name = "gaussian"
     label_term = "nll"
+    has_temperature = False
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -58,6 +59,10 @@ class Gaussian(Output):
             )
         if self.fixed_variance is not None and not self.fixed_variance > 0:
             raise InputError(f"fixed_variance must be positive, got {self.fixed_variance}")
+
+    def as_point(self, variance: float | None) -> Gaussian:
+        """One of a ``fixed_variance``, 1 unless another is given."""
+        return replace(self, fixed_variance=1.0 if variance is None else variance)
 
     def check(self, who: str, network: nn.Module, shape: Sequence[int], *, per_position: bool = False) -> None:
         """``(N, 2 d)`` is needed; with a ``fixed_variance`` ``(N, d)`` will do."""

@@ -11,6 +11,7 @@ from torchmetrics import MetricCollection
 
 from distill_lightning.choices import Choice
 from distill_lightning.data.batch import Batch
+from distill_lightning.errors import InputError
 
 
 class Output(Choice):
@@ -23,10 +24,12 @@ class Output(Choice):
     Attributes:
         name: of distributions, among a store's answers.
         label_term: what the labels' likelihood is called in logs.
+        has_temperature: whether a temperature softens distributions.
     """
 
     name: ClassVar[str]
     label_term: ClassVar[str]
+    has_temperature: ClassVar[bool]
 
     @abstractmethod
     def check(self, who: str, network: nn.Module, shape: Sequence[int], *, per_position: bool = False) -> None:
@@ -59,6 +62,19 @@ class Output(Choice):
         Raises:
             InputError: they are of a kind that the method does not take.
         """
+
+    def as_point(self, variance: float | None) -> Output:
+        """What a student's output means that learns what is most probable, and not how probable it is.
+
+        Args:
+            variance: that its distribution has then; ``None``: the output's own way.
+
+        Raises:
+            InputError: such a distribution has no variance.
+        """
+        if variance is not None:
+            raise InputError(f"{type(self).__name__} has no variance: leave {variance} out")
+        return self
 
     @abstractmethod
     def select(self, output: Tensor, target: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,10 @@ from distill_lightning import (
     Batch,
     DistillationModule,
     FEEDModule,
+    FixedDiscriminator,
     InputError,
     KDModule,
+    MEALV2Module,
     OneCycle,
     Pretrained,
     RegressionModule,
@@ -220,7 +222,7 @@ def test_a_checkpoint_keeps_the_kind_of_translator(tmp_path, translator):
     assert loaded.distance == distance
     assert torch.equal(loaded.translators[0].weight, module.translators[0].weight)
     if given:
-        with pytest.raises(InputError, match="another architecture"):
+        with pytest.raises(InputError, match="does not hold distance, of which a part is not a plain value"):
             FEEDModule.load_from_checkpoint(tmp_path / "feed.ckpt", teachers=module.teachers.ensemble)
 
 
@@ -511,6 +513,19 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, versio
     resumed = SupervisedModule(SmallResNet(3, width=2), num_classes=3)
     with pytest.raises(InputError, match=message):
         tiny_trainer(max_epochs=2).fit(resumed, datamodule=TinyDataModule(), ckpt_path=str(tmp_path / "old.ckpt"))
+
+
+def test_a_choice_that_no_checkpoint_holds_must_be_given_again(tmp_path):
+    teacher = SmallResNet(3, width=2)
+    chosen = FixedDiscriminator(lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1))
+    trainer = tiny_trainer(limit_train_batches=1, limit_val_batches=0)
+    module = MEALV2Module(SmallResNet(3, width=2), teacher, num_classes=3, discriminator=chosen, hard_label_weight=1.0)
+    trainer.fit(module, datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "meal.ckpt")
+    with pytest.raises(InputError, match=r"does not hold discriminator, .* load_from_checkpoint\(path, discriminator="):
+        MEALV2Module.load_from_checkpoint(tmp_path / "meal.ckpt")
+    again = MEALV2Module.load_from_checkpoint(tmp_path / "meal.ckpt", discriminator=chosen, teachers=teacher)
+    assert again.discriminator.kind == "fixed"
 
 
 class Asking(LogitRegression):

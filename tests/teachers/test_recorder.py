@@ -182,7 +182,7 @@ def test_the_command_says_in_one_line_what_is_missing(tmp_path, capsys):
 def test_a_module_without_teachers_has_nothing_to_record(tmp_path):
     from distill_lightning.cli.lightning_cli import RecordingTrainer
 
-    with pytest.raises(InputError, match="record needs a method with teachers and a store, got LightningModule"):
+    with pytest.raises(InputError, match="record needs a method whose teachers are a TeacherStore, got Lightning"):
         RecordingTrainer(accelerator="cpu", logger=False).record(pl.LightningModule(), TinyDataModule())
 
 

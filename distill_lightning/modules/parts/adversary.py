@@ -76,7 +76,7 @@ class NoDiscriminator(Adversary):
     lr_scheduler = None
 
     def make(self, num_classes: int) -> nn.Module | None:
-        """None."""
+        """There is no network."""
         return None
 
 
@@ -191,7 +191,7 @@ def _drawn(num_classes: int, kind: Literal["official", "fixed"]) -> Discriminato
         return Discriminator(num_classes, kind=kind)
 
 
-def discriminated(module: Any, student: Tensor, teacher: Tensor) -> Tensor:
+def discriminator_term(module: Any, student: Tensor, teacher: Tensor, counted: Tensor | None) -> Tensor:
     """The discriminator's loss for the student's and the teachers' predictions ``(N, K)``, one batch of both.
 
     Args:
@@ -199,6 +199,7 @@ def discriminated(module: Any, student: Tensor, teacher: Tensor) -> Tensor:
             die, ``discriminator_dead``.
         student: the student's predictions.
         teacher: the teachers'.
+        counted: which samples count, bool ``(N,)``; ``None``: all.
     """
     discriminator: nn.Module = module.discriminator
     if module.adversary.mode == "adversarial":
@@ -209,14 +210,16 @@ def discriminated(module: Any, student: Tensor, teacher: Tensor) -> Tensor:
     dtype = next(discriminator.parameters(), student).dtype
     scores = discriminator(torch.cat([student.to(dtype), teacher.to(dtype)]))
     of_student, of_teacher = scores.chunk(2)
+    both = None if counted is None else torch.cat([counted, counted])
     with torch.no_grad():
         margin = torch.cat([of_student[:, 0] - of_student[:, 1], of_teacher[:, 1] - of_teacher[:, 0]])
         # A tie is half right: so chance is 0.5, and a dead discriminator is at chance.
-        module.observe("discriminator_accuracy", (1 + margin.sign()).mean() / 2)
+        module.observe("discriminator_accuracy", functional.counted_mean((1 + margin.sign()) / 2, both))
         if not (isinstance(discriminator, Discriminator) and discriminator.kind == "fixed"):
-            module.observe("discriminator_dead", (scores == 0).float().mean())
-            module.liveness.see((scores != 0).any(dim=0))
-    return functional.discriminator_loss(of_student, of_teacher)
+            module.observe("discriminator_dead", functional.counted_mean((scores == 0).float().mean(dim=1), both))
+            alive = scores != 0
+            module.liveness.see((alive if both is None else alive & both[:, None]).any(dim=0))
+    return functional.discriminator_loss(of_student, of_teacher, counted)
 
 
 class Liveness(Part):

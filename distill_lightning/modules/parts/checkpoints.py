@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import nn
 
 from distill_lightning.arguments import arguments_of, bound_arguments, takes
-from distill_lightning.choices import from_plain, is_plain, plain
+from distill_lightning.choices import Choice, check_choices, from_plain, is_plain, plain
 from distill_lightning.errors import InputError
 from distill_lightning.networks.provenance import build_from, note_structure, recipe_of, restore_structure
 from distill_lightning.networks.weights import check_architecture, read_checkpoint
@@ -28,11 +28,13 @@ class RemembersArguments:
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Keep the arguments until the constructor asks for them."""
         module = super().__new__(cls)
-        module.__dict__["_given"] = bound_arguments(cls, args, kwargs)
+        given = bound_arguments(cls, args, kwargs)
+        check_choices(cls.__name__, given, _defaults(cls))
+        module.__dict__["_given"] = given
         return module
 
     def given_arguments(self) -> dict[str, Any]:
-        """The constructor's arguments by name, without defaults; only the first call gets them."""
+        """The constructor's arguments by name, without defaults; may be called once, by the constructor."""
         return dict(self.__dict__.pop("_given"))
 
 
@@ -44,8 +46,12 @@ def hyperparameters(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def objects(kind: type, given: Mapping[str, Any]) -> list[str]:
     """The names of given arguments that no checkpoint can hold, networks, functions and the like."""
-    defaults = {name: parameter.default for name, parameter in arguments_of(kind).items()}
+    defaults = _defaults(kind)
     return [name for name, value in given.items() if not is_plain(value) and value is not defaults.get(name)]
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in arguments_of(kind).items()}
 
 
 def note(module: Any, checkpoint: dict[str, Any]) -> None:
@@ -119,11 +125,19 @@ def rebuilt(kind: type, path: Path, overrides: Mapping[str, Any]) -> Any:
         for name, value in checkpoint["hyper_parameters"].items()
         if takes(kind, name) and name not in overrides
     }
+    kept, defaults = {*overrides, *recipes}, _defaults(kind)
+    missing = [name for name in checkpoint.get("objects", []) if name not in kept]
+    # Another choice may be another architecture; what else is missing matters only to a training.
+    lost = [name for name in missing if isinstance(defaults.get(name), Choice)]
+    if lost:
+        raise InputError(
+            f"{path} does not hold {' and '.join(lost)}, of which a part is not a plain value: load_from_checkpoint("
+            f"path, {', '.join(f'{name}=...' for name in lost)})"
+        )
     module: Any = kind(**{**known, **{name: _network(name, recipe) for name, recipe in recipes.items()}, **overrides})
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
-    kept = {*overrides, *recipes}
-    module.missing = [name for name in checkpoint.get("objects", []) if name not in kept]
+    module.missing = missing
     return module
 
 

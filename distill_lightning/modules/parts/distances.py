@@ -140,10 +140,24 @@ class Distance(Choice):
 
     @abstractmethod
     def __call__(self, translated: Tensor, target: Tensor) -> Tensor:
-        """The distance, a scalar, of features of one shape but for channels."""
+        """The distance of features of one shape but for channels: a mean over samples, 0 for two zero features."""
 
-    def observed(self, translated: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Scalars to be logged besides, by name."""
+    def over_counted(self, translated: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
+        """The distance over the samples that count, a scalar.
+
+        Args:
+            translated: ``(N, ...)``.
+            target: ``(N, ...)``.
+            counted: which samples count, bool ``(N,)``; ``None``: all.
+        """
+        if counted is None:
+            return self(translated, target)
+        # Two zero features add nothing to the mean, which is then one over fewer samples; no step waits for the device.
+        pair = [functional.zero_uncounted(feature, counted) for feature in (translated, target)]
+        return self(*pair) * (len(counted) / counted.sum().clamp_min(1))
+
+    def observed(self, translated: Sequence[Tensor], counted: Tensor | None = None) -> dict[str, Tensor]:
+        """Scalars to be logged besides, by name, over the samples that count."""
         return {}
 
 
@@ -182,11 +196,11 @@ class FactorDistance(Distance):
             translated, target, p=self.p, reduction=self.reduction, normalize=self.normalize, eps=_EPS
         )
 
-    def observed(self, translated: Sequence[Tensor]) -> dict[str, Tensor]:
+    def observed(self, translated: Sequence[Tensor], counted: Tensor | None = None) -> dict[str, Tensor]:
         """``zero_features``: the share of features so near zero that they cannot be brought to norm 1."""
         if self.normalize != "sample":
             return {}
-        return {"zero_features": torch.stack([_zero_share(feature) for feature in translated]).mean()}
+        return {"zero_features": torch.stack([_zero_share(feature, counted) for feature in translated]).mean()}
 
 
 @dataclass(frozen=True)
@@ -296,6 +310,6 @@ def _check(choice: Choice, **known: Sequence[str]) -> None:
             raise InputError(f"{type(choice).__name__}: {name} must be one of {', '.join(values)}, got {given!r}")
 
 
-def _zero_share(feature: Tensor) -> Tensor:
+def _zero_share(feature: Tensor, counted: Tensor | None) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(wide(feature.detach()).flatten(1), dim=1)
-    return (norms < _EPS).float().mean()
+    return functional.counted_mean((norms < _EPS).float(), counted)

@@ -40,23 +40,21 @@ class Evaluation(Part):
             The student's ``output`` and the ``target`` as the metrics got them, for callbacks.
         """
         metrics: MetricCollection = getattr(module, f"{stage}_metrics")
-        beside: MetricCollection = getattr(module, f"{stage}_teacher_metrics")
+        teacher_metrics: MetricCollection = getattr(module, f"{stage}_teacher_metrics")
         output = module.output.prediction(call(module, batch.input))
         counted = module.output.counted(output, batch)
-        counted, target = module.output.select(output, batch.target, counted)
-        metrics.update(counted, target)
+        selected, target = module.output.select(output, batch.target, counted)
+        metrics.update(selected, target)
         module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=batch.size)
         answer = self._recalled(stage, batch_idx, batch)
         if answer is None:
             answer = module.teacher_prediction(batch)
-            # Two loaders may have other samples under the same indices.
-            frozen = isinstance(getattr(module, "teachers", None), Frozen)
-            if answer is not None and frozen and len(module.trainer.num_val_batches) == 1:
+            if answer is not None and self._comes_again(module, stage):
                 self._keep(stage, batch_idx, batch, answer)
         if answer is not None:
-            beside.update(*module.output.select(output, answer, module.output.counted(output, batch)))
-            module.log_dict(beside, on_step=False, on_epoch=True, batch_size=batch.size)
-        return {"output": counted, "target": target}
+            teacher_metrics.update(*module.output.select(output, answer, counted))
+            module.log_dict(teacher_metrics, on_step=False, on_epoch=True, batch_size=batch.size)
+        return {"output": selected, "target": target}
 
     @torch.no_grad()
     def score(self, module: Any, batches: Iterable[Batch]) -> dict[str, float]:
@@ -89,6 +87,14 @@ class Evaluation(Part):
         self._known.clear()
         module.test_metrics.reset()
         module.test_teacher_metrics.reset()
+
+    @staticmethod
+    def _comes_again(module: Any, stage: str) -> bool:
+        """Whether the next epoch validates on the same batches, and frozen networks are asked again."""
+        if stage != "val" or module.trainer.state.fn != "fit" or not isinstance(module.teachers, Frozen):
+            return False
+        # A subclass may take several loaders, which may have other samples under the same indices.
+        return len(module.trainer.num_val_batches) == 1
 
     def _keep(self, stage: str, number: int, batch: Batch, prediction: Tensor) -> None:
         if batch.key is not None and batch.key.view is not None:
