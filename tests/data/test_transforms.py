@@ -130,6 +130,16 @@ def test_a_row_that_is_not_drawn_is_the_same_bit_for_bit(kind, dtype, partners):
     assert equal(batch, before, mixture=False)
 
 
+def test_of_several_images_all_are_whole_where_the_first_is():
+    plain = batch_of(200, height=3, width=3)
+    large = torch.rand(200, 1, 64, 64)
+    mixed = CutMix(alpha=0.3, probability=1.0)(plain.replace(input=(plain.input, large)), num_classes=K)
+    whole = mixed.mixture.share == 1
+    assert 20 < whole.sum() < 180
+    assert torch.equal(mixed.input[1][whole], large[whole])
+    assert (mixed.input[1] != large).flatten(1).any(1)[~whole].sum() > 20
+
+
 @pytest.mark.parametrize("kind", MIXING)
 def test_with_a_probability_of_0_nothing_changes(kind):
     batch = batch_of(9)
