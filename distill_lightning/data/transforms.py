@@ -274,7 +274,7 @@ def _next_rows(batch: Batch, draws: Draws) -> Batch:
     """
     order = draws.order()
     rows = torch.empty_like(order).scatter_(0, order, order.roll(-1))
-    return batch.map(lambda values: values[rows])
+    return batch.map(lambda values: values[rows]).replace(key=None)
 
 
 def _distributions(

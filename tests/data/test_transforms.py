@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distill_lightning import Batch, InputError
+from distill_lightning.data import transforms
 from distill_lightning.data.batch import Mixture
 from distill_lightning.data.mixing import cutmix, cutout
 from distill_lightning.data.transforms import BatchTransform, CutMix, Cutout, LabelSmoothing, Mixup
@@ -186,6 +187,15 @@ def test_without_partners_every_row_is_mixed_in_once_and_none_with_itself(kind):
     index = kind(probability=1.0)(batch, num_classes=K).mixture.index
     assert sorted(index.tolist()) == sorted(batch.index.tolist())
     assert not (index == batch.index).any()
+
+
+def test_the_other_rows_of_a_batch_have_their_own_key():
+    batch = batch_of(12)
+    other = transforms._next_rows(batch, batch.draws(0))
+    assert not torch.equal(other.index, batch.index)
+    assert torch.equal(other.key.index, other.index)
+    assert torch.equal(other.key.view, other.view)
+    assert transforms._next_rows(batch.replace(index=None, view=None), batch.draws(0)).key is None
 
 
 @pytest.mark.parametrize("kind", MIXING)
