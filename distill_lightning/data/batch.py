@@ -31,6 +31,7 @@ _KEYS = {
     "target": ("target", "label", "y"),
     "index": ("index",),
     "view": ("view",),
+    "counted": ("counted",),
 }
 
 IGNORED = -100
@@ -101,7 +102,7 @@ class Batch:
     mixture: Mixture | None = None
     key: Key | None = dataclasses.field(default=None, repr=False, compare=False)
     when: tuple[int, int] = dataclasses.field(default=(0, 0), repr=False, compare=False)
-    # Whether targets of -100 have been looked for: on the CPU, a step that transforms batches must not look again.
+    # On the CPU, a step that transforms batches must not look again.
     is_checked: bool = dataclasses.field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -126,7 +127,7 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """``N``."""
+        """Number of samples, ``N``."""
         return len(first_tensor(self.input))
 
     @property
@@ -154,7 +155,7 @@ class Batch:
         return pinned
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The batch with a function applied to each of its tensors; the key stays as it is."""
+        """The batch with a function applied to each of its tensors, for functions that keep the rows: so the key stays."""
         moved = {
             name: map_tensors(function, getattr(self, name))
             for name in ("input", "target", "index", "view", "counted", "mixture")
@@ -183,11 +184,11 @@ class Batch:
         """Read the batch of any data module.
 
         It may be a `Batch`; a dict or a NamedTuple with ``input`` (or ``image``, ``x``), ``target`` (or ``label``,
-        ``y``) and perhaps ``index`` and ``view``; or a sequence that begins with input and target, of which the rest
-        has no known meaning. A target may be ``None`` for methods that never look at labels.
+        ``y``) and perhaps ``index``, ``view`` and ``counted``; or a sequence that begins with input and target, of
+        which the rest has no known meaning. A target may be ``None`` for methods that never look at labels.
 
         Raises:
-            InputError: the batch is none of these.
+            InputError: the batch is none of these, or its ``counted`` is not a tensor of booleans.
         """
         if isinstance(batch, cls):
             return batch
@@ -195,6 +196,7 @@ class Batch:
         if isinstance(named, Mapping):
             found = {field: next((key for key in keys if key in named), None) for field, keys in _KEYS.items()}
             if found["input"] is not None and found["target"] is not None:
+                _check_counted(named.get("counted"))
                 return cls(**{field: named[key] for field, key in found.items() if key is not None})
             if named is batch:
                 raise InputError(
@@ -207,6 +209,13 @@ class Batch:
             f"a batch must be a Batch, a dict or an (input, target) pair, got {type(batch).__name__}: "
             "let the data module yield distill_lightning.Batch(input=..., target=...)"
         )
+
+
+def _check_counted(counted: Any) -> None:
+    if counted is None or (isinstance(counted, Tensor) and counted.dtype == torch.bool):
+        return
+    got = counted.dtype if isinstance(counted, Tensor) else type(counted).__name__
+    raise InputError(f"counted in a batch must be a tensor of booleans (N,) or (N, T), got {got}: convert it")
 
 
 def _holds_classes(target: Any) -> bool:

@@ -65,7 +65,8 @@ def mixup(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
     if not first.is_floating_point():
         raise InputError(f"Mixup needs inputs of a floating type, got {first.dtype}: convert them first")
     share = spread(share.to(first.dtype), first)
-    return share * first + (1 - share) * second
+    # A product with 0 does not vanish beside an infinity or NaN.
+    return torch.where(share == 1, first, share * first + (1 - share) * second)
 
 
 def cutmix(first: Tensor, second: Tensor, share: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +133,9 @@ def cutmix_inputs(first: Any, second: Any, share: Tensor, centre: Tensor) -> tup
     def put(one: Tensor, other: Tensor) -> Tensor:
         if one.ndim != 4:
             return one
-        image, left = cutmix(one, other, share, centre)
+        # Where the first image is whole, so are the others, whose pixels may be smaller.
+        wanted = share.masked_fill(shares[0] == 1, 1) if shares else share
+        image, left = cutmix(one, other, wanted, centre)
         shares.append(left)
         return image
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distill_lightning.choices import Choice
-from distill_lightning.data.batch import IGNORED, Batch, Mixture, map_tensors, spread
+from distill_lightning.data.batch import IGNORED, Batch, Mixture, spread
 from distill_lightning.data.mixing import beta_quantiles, beta_shares, cutmix_inputs, cutout_inputs, mixup_inputs
 from distill_lightning.data.views import Draws
 from distill_lightning.errors import InputError
@@ -91,10 +91,6 @@ class _Mixing(BatchTransform):
             stays = stays | (old.share < 1)
         share = torch.where(stays, 1.0, beta_shares(_quantiles(self.alpha, level.device), level))
         inputs, share = self.blend(batch.input, other.input, share, torch.stack(centre, dim=1).float())
-        # In half precision, or beside an infinite number, a product with 1 and one with 0 would not add up to the row.
-        inputs = map_tensors(
-            lambda made, given: torch.where(spread(share == 1, made), given, made), inputs, batch.input
-        )
         mixture = Mixture(share, first, second, other.index)
         if old is not None:
             mixture = _joined(old, mixture)
@@ -278,7 +274,7 @@ def _next_rows(batch: Batch, draws: Draws) -> Batch:
     """
     order = draws.order()
     rows = torch.empty_like(order).scatter_(0, order, order.roll(-1))
-    return batch.map(lambda values: values[rows])
+    return batch.map(lambda values: values[rows]).replace(key=None)
 
 
 def _distributions(

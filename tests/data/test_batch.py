@@ -66,6 +66,38 @@ def test_of_takes_the_first_of_several_names():
     assert (batch.input, batch.target) == (parts[5], parts[4])
 
 
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_of_reads_what_counts(kind):
+    counted = torch.tensor([True, False])
+    batch = Batch.of(kind({"x": torch.zeros(2, 1), "y": torch.tensor([0, 1]), "counted": counted}))
+    assert batch.counted is counted
+    # Together with the targets that do not count.
+    some = kind({"x": torch.zeros(2, 1), "y": torch.tensor([-100, 1]), "counted": torch.tensor([True, True])})
+    assert Batch.of(some).counted.tolist() == [False, True]
+    assert Batch.of(kind({"x": torch.zeros(2, 1), "y": torch.zeros(2), "counted": None})).counted is None
+
+
+class Counting(NamedTuple):
+    image: torch.Tensor
+    label: torch.Tensor
+    counted: torch.Tensor
+
+
+def test_of_reads_what_counts_in_a_named_tuple():
+    batch = Batch.of(Counting(torch.zeros(2, 1), torch.tensor([0, 1]), torch.tensor([False, True])))
+    assert batch.counted.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("counted", "got"),
+    [(torch.ones(2), "torch.float32"), (torch.tensor([1, 0]), "torch.int64"), ([True, True], "list")],
+)
+def test_of_refuses_what_counts_in_another_type(counted, got):
+    # As a mask of numbers it would choose rows by their index.
+    with pytest.raises(InputError, match=rf"counted in a batch must be a tensor of booleans .*, got {got}: convert it"):
+        Batch.of({"x": torch.zeros(2, 1), "y": torch.tensor([0, 1]), "counted": counted})
+
+
 class Named(NamedTuple):
     index: torch.Tensor
     label: torch.Tensor

@@ -53,6 +53,25 @@ def test_mixup_with_a_whole_share_is_the_input_bit_for_bit(dtype):
     assert torch.equal(none, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("beside", [math.inf, -math.inf, math.nan, 1.0])
+def test_mixup_with_a_whole_share_is_the_input_beside_any_number(dtype, beside):
+    first = torch.tensor([[-0.0, 1.0, math.inf, 3.0]], dtype=dtype)
+    mixed = mixup(first, torch.full_like(first, beside), torch.ones(1))
+    assert torch.equal(mixed, first)
+    assert mixed.signbit().tolist() == first.signbit().tolist()
+    # Of an infinity, any part is one.
+    part = mixup(torch.ones(1, 1, dtype=dtype), torch.full((1, 1), beside, dtype=dtype), torch.tensor([0.5]))
+    assert torch.equal(part.isfinite(), torch.full((1, 1), math.isfinite(beside)))
+
+
+def test_mixup_with_a_whole_share_has_the_gradients_of_the_product():
+    first, second = some(2, 3).requires_grad_(), torch.full((2, 3), math.inf).requires_grad_()
+    mixup(first, second, torch.tensor([1.0, 1.0])).sum().backward()
+    assert first.grad.tolist() == [[1.0] * 3] * 2
+    assert second.grad.tolist() == [[0.0] * 3] * 2
+
+
 def test_mixup_leaves_its_inputs_alone_and_lets_gradients_through():
     first, second = some(2, 3).requires_grad_(), some(2, 3, seed=1).requires_grad_()
     copies = first.detach().clone(), second.detach().clone()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distill_lightning import Batch, InputError
+from distill_lightning.data import transforms
 from distill_lightning.data.batch import Mixture
 from distill_lightning.data.mixing import cutmix, cutout
 from distill_lightning.data.transforms import BatchTransform, CutMix, Cutout, LabelSmoothing, Mixup
@@ -130,6 +131,16 @@ def test_a_row_that_is_not_drawn_is_the_same_bit_for_bit(kind, dtype, partners):
     assert equal(batch, before, mixture=False)
 
 
+def test_of_several_images_all_are_whole_where_the_first_is():
+    plain = batch_of(200, height=3, width=3)
+    large = torch.rand(200, 1, 64, 64)
+    mixed = CutMix(alpha=0.3, probability=1.0)(plain.replace(input=(plain.input, large)), num_classes=K)
+    whole = mixed.mixture.share == 1
+    assert 20 < whole.sum() < 180
+    assert torch.equal(mixed.input[1][whole], large[whole])
+    assert (mixed.input[1] != large).flatten(1).any(1)[~whole].sum() > 20
+
+
 @pytest.mark.parametrize("kind", MIXING)
 def test_with_a_probability_of_0_nothing_changes(kind):
     batch = batch_of(9)
@@ -176,6 +187,15 @@ def test_without_partners_every_row_is_mixed_in_once_and_none_with_itself(kind):
     index = kind(probability=1.0)(batch, num_classes=K).mixture.index
     assert sorted(index.tolist()) == sorted(batch.index.tolist())
     assert not (index == batch.index).any()
+
+
+def test_the_other_rows_of_a_batch_have_their_own_key():
+    batch = batch_of(12)
+    other = transforms._next_rows(batch, batch.draws(0))
+    assert not torch.equal(other.index, batch.index)
+    assert torch.equal(other.key.index, other.index)
+    assert torch.equal(other.key.view, other.view)
+    assert transforms._next_rows(batch.replace(index=None, view=None), batch.draws(0)).key is None
 
 
 @pytest.mark.parametrize("kind", MIXING)

@@ -50,10 +50,10 @@ class ViewDataset(Dataset[Batch]):
         A sampler that knows nothing of views gives plain indices; they mean view 0. Samples in view -1 only fill up a
         process's share (see `ViewSampler`) and do not count.
         """
-        pairs = [(key, 0) if isinstance(key, int) else key for key in keys]
+        pairs = [key if isinstance(key, (tuple, list)) else (key, 0) for key in keys]
         index, view = torch.tensor(pairs, dtype=torch.long).view(len(pairs), 2).unbind(dim=1)
         batch = self.make(index, view)
-        if any(view < 0 for _, view in pairs):
+        if any(number < 0 for _, number in pairs):
             whole = view >= 0
             batch = batch.replace(
                 counted=whole if batch.counted is None else batch.counted & spread(whole, batch.counted)

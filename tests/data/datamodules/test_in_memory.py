@@ -3,9 +3,11 @@
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch.utils.data import DataLoader
 
 from distill_lightning import Batch, IndexedDataModule, InMemoryImageDataModule, InputError, SupervisedModule
 from distill_lightning.data.datamodules import Images, ImageTensors, ResumableLoader, ViewSampler
@@ -346,6 +348,35 @@ def test_partners_are_functions_of_the_view_alone():
     assert all(torch.equal(part, other) for part, other in zip(whole.partner, expected, strict=True))
     assert whole.partner.view.tolist() == whole.view.tolist()
     assert torch.equal(whole.input, plain.__getitems__(keys).input)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [3, 9],
+        list(np.array([3, 9])),
+        np.array([3, 9]),
+        torch.tensor([3, 9]),
+        [(np.int64(3), np.int64(0)), [9, 0]],
+        [(torch.tensor(3), torch.tensor(0)), (9, 0)],
+    ],
+    ids=["int", "numpy", "array", "tensor", "pairs of numpy", "pairs of tensors"],
+)
+def test_a_sampler_may_yield_indices_of_any_integer_type(keys):
+    dataset = TinyDataModule().dataset("train", augment=True)
+    batch = dataset.__getitems__(keys)
+    assert same(batch, dataset.__getitems__([(3, 0), (9, 0)]))
+    assert batch.counted is None
+    assert torch.equal(dataset[keys[1]].input, batch.input[1])
+
+
+def test_a_loader_takes_a_sampler_of_numpy_indices():
+    dataset = TinyDataModule().dataset("train")
+    loader = DataLoader(
+        dataset, batch_size=4, sampler=np.random.default_rng(0).permutation(24), collate_fn=lambda batch: batch
+    )
+    index = torch.cat([batch.index for batch in loader])
+    assert index.tolist() == np.random.default_rng(0).permutation(24).tolist()
 
 
 def test_every_sample_is_about_as_often_a_partner():
