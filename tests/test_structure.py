@@ -73,12 +73,12 @@ ROOMS = {
         rotated
     """,
     "functional": """
-        common counted
+        common mean
         adversarial calibration features predictions scores self_distillation
         gaussian
     """,
     "layers": """
-        autoencoder batch_norm call discriminator frozen gaussian_head translator
+        autoencoder batch_norm call discriminator gaussian_head modes translator
         feature_tap
     """,
     "modules": """
