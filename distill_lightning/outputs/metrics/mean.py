@@ -8,7 +8,19 @@ from torchmetrics import Metric
 
 
 class SampleMean(Metric):
-    """A mean over samples: their sum and their number. A metric calls `add` from its ``update``."""
+    """A mean over samples: their sum and their number.
+
+    A metric's ``update`` adds to ``total`` and ``count``; `add` does so from a batch's mean.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics.mean import SampleMean
+        >>> metric = SampleMean()
+        >>> metric.add(tensor(1.0), samples=3)
+        >>> metric.add(tensor(5.0), samples=1)
+        >>> metric.compute()
+        tensor(2.)
+    """
 
     is_differentiable = False
     higher_is_better = False
