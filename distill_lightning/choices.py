@@ -46,7 +46,7 @@ def plain(value: Any) -> Any:
         return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": fields}
     if kind.__module__ == "numpy" and hasattr(value, "item"):
         return plain(value.item())
-    raise TypeError(f"{kind.__name__} is no plain value")
+    raise TypeError(f"{kind.__name__} is not a plain value")
 
 
 def is_plain(value: Any) -> bool:
@@ -97,5 +97,5 @@ def _choice(path: str) -> type:
         except ImportError:
             kind = None
     if not (isinstance(kind, type) and issubclass(kind, Choice)):
-        raise InputError(f"the checkpoint names {path!r}, which is no option of this version: give it anew")
+        raise InputError(f"the checkpoint names {path!r}, which is not an option of this version: give it anew")
     return kind

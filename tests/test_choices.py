@@ -90,7 +90,7 @@ def test_numbers_paths_and_tuples_are_made_plain():
 )
 def test_what_is_of_another_package_or_no_value_is_an_object(value):
     assert not is_plain(value)
-    with pytest.raises(TypeError, match="is no plain value"):
+    with pytest.raises(TypeError, match="is not a plain value"):
         plain(value)
 
 
@@ -109,7 +109,7 @@ def test_what_is_of_another_package_or_no_value_is_an_object(value):
     ],
 )
 def test_only_choices_of_this_package_are_ever_made(path):
-    with pytest.raises(InputError, match="which is no option of this version: give it anew") as caught:
+    with pytest.raises(InputError, match="which is not an option of this version: give it anew") as caught:
         from_plain({"class_path": path, "init_args": {}})
     assert repr(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -118,7 +118,7 @@ def test_only_choices_of_this_package_are_ever_made(path):
 def test_a_choice_inside_of_another_is_checked_alike():
     value = plain(HintDistance())
     value["init_args"]["translator"]["class_path"] = "subprocess.Popen"
-    with pytest.raises(InputError, match=r"'subprocess.Popen', which is no option"):
+    with pytest.raises(InputError, match=r"'subprocess.Popen', which is not an option"):
         from_plain(value)
 
 

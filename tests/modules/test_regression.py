@@ -404,7 +404,7 @@ def test_bounds_in_the_wrong_order_are_refused(bounds):
     ],
 )
 def test_targets_and_outputs_that_do_not_fit_are_refused(columns, target):
-    with pytest.raises(InputError, match="must have one shape"):
+    with pytest.raises(InputError, match="must have the same shape"):
         terms_of(torch.zeros(4, columns), target)
 
 

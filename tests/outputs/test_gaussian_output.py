@@ -354,5 +354,5 @@ def test_a_rule_for_probabilities_is_refused():
 
 @pytest.mark.parametrize("target", [torch.zeros(4), torch.zeros(4, 2)])
 def test_targets_of_another_shape_are_refused(target):
-    with pytest.raises(InputError, match="must have one shape"):
+    with pytest.raises(InputError, match="must have the same shape"):
         Gaussian(TARGETS).label_loss(draw(4, 6), batch_of(target))

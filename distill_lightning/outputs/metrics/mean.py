@@ -15,11 +15,14 @@ class SampleMean(Metric):
     Example:
         >>> from torch import tensor
         >>> from distill_lightning.outputs.metrics.mean import SampleMean
-        >>> metric = SampleMean()
-        >>> metric.add(tensor(1.0), samples=3)
-        >>> metric.add(tensor(5.0), samples=1)
+        >>> class MeanSquare(SampleMean):
+        ...     def update(self, values):
+        ...         self.add(values.square().mean(), len(values))
+        >>> metric = MeanSquare()
+        >>> metric.update(tensor([1.0, 1.0, 1.0]))
+        >>> metric.update(tensor([3.0]))
         >>> metric.compute()
-        tensor(2.)
+        tensor(3.)
     """
 
     is_differentiable = False
