@@ -25,7 +25,7 @@ AVERAGING: tuple[Any, ...] = (
 )
 """Callbacks that keep an average of the parameters that there were at first."""
 
-_EVER = 10**9
+_NEVER_REACHED = 10**9
 
 
 # Where a training is
@@ -40,7 +40,7 @@ def place_of(module: Any, batch_idx: int) -> tuple[int, int]:
 
 
 def begins_anew(trainer: Any) -> bool:
-    """Whether the training that starts is none that is resumed from a checkpoint."""
+    """Whether the training starts from its beginning, not from a checkpoint."""
     return bool(trainer.fit_loop.total_batch_idx < 0)
 
 
@@ -126,7 +126,7 @@ def drawing_parts(loader: Any) -> Iterator[Any]:
 
 @contextmanager
 def undrawn(loader: Any) -> Iterator[None]:
-    """Put a loader's epoch and its own generators back to what they were."""
+    """Afterwards, put a loader's epoch and generators back to what they were."""
     parts = list(drawing_parts(loader))
     epochs = [(part, part.epoch) for part in parts if hasattr(part, "set_epoch") and hasattr(part, "epoch")]
     generators = [part.generator for part in parts if isinstance(getattr(part, "generator", None), torch.Generator)]
@@ -144,7 +144,7 @@ def undrawn(loader: Any) -> Iterator[None]:
 
 
 def refuse_reshaping(trainer: Any, name: str) -> None:
-    """What holds on to parameters cannot be told that there are others.
+    """Refuse a training in which something holds on to the parameters that there were.
 
     Raises:
         InputError: several processes, or a callback that averages.
@@ -167,7 +167,7 @@ def keep_patience(trainer: Any) -> None:
     for callback in trainer.callbacks:
         if isinstance(callback, pl.callbacks.EarlyStopping):
             # Lightning asks it after all other callbacks: what it counts then must be too little.
-            callback.wait_count = -_EVER
+            callback.wait_count = -_NEVER_REACHED
 
 
 def stand_last(trainer: Any, callback: pl.Callback) -> None:

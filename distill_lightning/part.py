@@ -1,4 +1,4 @@
-"""What a module is made of besides its networks: something with a say at certain moments of a training."""
+"""Objects that a module calls at certain moments of a training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ class Part:
 
     Every moment does nothing here; a part defines those that it needs. Parts are called in the order in which they
     became attributes, from the module's own hooks, so after the Trainer's callbacks.
+
+    Example:
+        >>> from distill_lightning import SmallCNN, SupervisedModule
+        >>> from distill_lightning.part import Part
+        >>> class StepCount(Part):
+        ...     def joined(self, module):
+        ...         self.steps = 0
+        ...
+        ...     def step_ends(self, module):
+        ...         self.steps += 1
+        >>> module = SupervisedModule(SmallCNN(num_classes=10), num_classes=10)
+        >>> module.count = StepCount()
+        >>> module.count.steps
+        0
     """
 
     def joined(self, module: Any) -> None:

@@ -4,6 +4,7 @@ import ast
 import inspect
 import subprocess
 import sys
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 
@@ -73,12 +74,12 @@ ROOMS = {
         rotated
     """,
     "functional": """
-        common counted
+        common mean
         adversarial calibration features predictions scores self_distillation
         gaussian
     """,
     "layers": """
-        autoencoder batch_norm call discriminator frozen gaussian_head translator
+        autoencoder batch_norm call discriminator gaussian_head modes translator
         feature_tap
     """,
     "modules": """
@@ -316,6 +317,29 @@ def test_constructor_arguments_are_documented(value):
         return
     for name in list(inspect.signature(value.__init__).parameters)[1:]:
         assert f"{name}:" in documented, f"{value.__name__}: argument {name} is not documented"
+
+
+WITH_EXAMPLES = [functional, layers, outputs, metrics]
+EXAMPLES = [
+    pytest.param(getattr(room, name), id=f"{room.__name__}.{name}")
+    for room in WITH_EXAMPLES
+    for name in room.__all__
+    if inspect.isclass(getattr(room, name)) or inspect.isfunction(getattr(room, name))
+]
+
+
+@pytest.mark.parametrize("value", EXAMPLES)
+def test_public_names_of_formulas_layers_and_outputs_have_an_example(value):
+    # Its own docstring: inspect.getdoc would take a base class's.
+    assert "\nExample:\n    >>> " in inspect.cleandoc(value.__doc__ or ""), f"{value.__name__} has no example"
+
+
+@pytest.mark.parametrize("room", WITH_EXAMPLES, ids=lambda room: room.__name__)
+def test_the_examples_are_run(room):
+    root = PACKAGE.parent
+    with (root / "pyproject.toml").open("rb") as file:
+        paths = tomllib.load(file)["tool"]["pytest"]["ini_options"]["testpaths"]
+    assert any(Path(room.__file__).is_relative_to(root / path) for path in paths)
 
 
 METHODS = [

@@ -16,7 +16,6 @@ from distill_lightning.functional.calibration import (
     interval_hits,
     risk_coverage,
 )
-from distill_lightning.functional.counted import counted_mean, zero_uncounted
 from distill_lightning.functional.features import (
     Normalize,
     Reduction,
@@ -35,6 +34,7 @@ from distill_lightning.functional.gaussian import (
     join_gaussian,
     split_gaussian,
 )
+from distill_lightning.functional.mean import counted_mean, zero_uncounted
 from distill_lightning.functional.predictions import (
     Direction,
     by_position,

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import same_shape, wide
-from distill_lightning.functional.counted import counted_mean
+from distill_lightning.functional.mean import counted_mean
 
 
 def discriminator_loss(student_scores: Tensor, teacher_scores: Tensor, counted: Tensor | None = None) -> Tensor:

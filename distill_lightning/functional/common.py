@@ -9,12 +9,30 @@ from distill_lightning.errors import InputError
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32 or wider: half precision underflows in probabilities and norms."""
+    """The tensor in float32 or wider: half precision underflows in probabilities and norms.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional.common import wide
+        >>> wide(torch.ones(1, dtype=torch.bfloat16)).dtype, wide(torch.ones(1, dtype=torch.float64)).dtype
+        (torch.float32, torch.float64)
+    """
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def same_shape(name: str, student: Tensor, teacher: Tensor) -> None:
-    """Refuse tensors of different shapes."""
+    """Refuse tensors of different shapes.
+
+    Raises:
+        InputError: the shapes differ; the message begins with ``name``.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional.common import same_shape
+        >>> same_shape("loss", torch.zeros(2, 3), torch.zeros(2, 4))
+        Traceback (most recent call last):
+        distill_lightning.errors.InputError: loss: student (2, 3) and teacher (2, 4) must have the same shape
+    """
     if student.shape != teacher.shape:
         raise InputError(
             f"{name}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same shape"
@@ -22,6 +40,16 @@ def same_shape(name: str, student: Tensor, teacher: Tensor) -> None:
 
 
 def positive(name: str, value: float) -> None:
-    """Refuse zero, negative numbers and NaN."""
+    """Refuse zero, negative numbers and NaN.
+
+    Raises:
+        InputError: ``value`` is not positive; the message begins with ``name``.
+
+    Example:
+        >>> from distill_lightning.functional.common import positive
+        >>> positive("temperature", 0.0)
+        Traceback (most recent call last):
+        distill_lightning.errors.InputError: temperature must be positive, got 0.0
+    """
     if not value > 0:
         raise InputError(f"{name} must be positive, got {value}")

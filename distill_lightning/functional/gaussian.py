@@ -85,6 +85,13 @@ def gaussian_nll_rows(mean: Tensor, log_var: Tensor, target: Tensor) -> Tensor:
 
     Raises:
         InputError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional import gaussian_nll_rows
+        >>> mean, log_var = torch.zeros(2, 1), torch.zeros(2, 1)
+        >>> gaussian_nll_rows(mean, log_var, torch.tensor([[0.0], [1.0]]))
+        tensor([0.9189, 1.4189])
     """
     _same_shapes("gaussian_nll", mean, log_var, target)
     mean, log_var, target = wide(mean), wide(log_var), wide(target)

@@ -141,6 +141,12 @@ def soft_cross_entropy_rows(logits: Tensor, probs: Tensor) -> Tensor:
 
     Raises:
         InputError: the shapes differ.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import soft_cross_entropy_rows
+        >>> soft_cross_entropy_rows(tensor([[0.0, 0.0], [2.0, 0.0]]), tensor([[0.5, 0.5], [0.9, 0.1]]))
+        tensor([0.6931, 0.3269])
     """
     same_shape("soft_cross_entropy", logits, probs)
     return -(wide(probs) * F.log_softmax(wide(logits), dim=-1)).sum(dim=-1)

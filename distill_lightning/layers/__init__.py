@@ -1,10 +1,12 @@
 """Layers and tools that a method adds to its networks."""
 
 from distill_lightning.layers.autoencoder import ImageDecoder, ImageEncoder
+from distill_lightning.layers.batch_norm import kept_statistics
+from distill_lightning.layers.call import call
 from distill_lightning.layers.discriminator import Discriminator, DiscriminatorKind
 from distill_lightning.layers.feature_tap import FeatureTap, dry_forward, resolve_layer, resolve_layers
-from distill_lightning.layers.frozen import eval_mode, fingerprint, freeze
 from distill_lightning.layers.gaussian_head import GaussianHead, without_deviation
+from distill_lightning.layers.modes import eval_mode, fingerprint, freeze
 from distill_lightning.layers.translator import Paraphraser, Translator
 
 __all__ = [
@@ -16,10 +18,12 @@ __all__ = [
     "ImageEncoder",
     "Paraphraser",
     "Translator",
+    "call",
     "dry_forward",
     "eval_mode",
     "fingerprint",
     "freeze",
+    "kept_statistics",
     "resolve_layer",
     "resolve_layers",
     "without_deviation",

@@ -28,15 +28,14 @@ class ImageEncoder(nn.Sequential):
     """
 
     def __init__(self, input_shape: Sequence[int], latent_dim: int, *, width: int = 32) -> None:
-        channels, height, widths = input_shape
-        rows, columns = math.ceil(height / 4), math.ceil(widths / 4)
+        channels, rows, columns = input_shape
         super().__init__(
             nn.Conv2d(channels, width, 3, stride=2, padding=1),
             nn.ReLU(),
             nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(2 * width * rows * columns, 2 * latent_dim),
+            nn.Linear(2 * width * math.ceil(rows / 4) * math.ceil(columns / 4), 2 * latent_dim),
         )
 
 

@@ -14,6 +14,19 @@ def kept_statistics(network: nn.Module) -> Iterator[None]:
     """Inside this context, forward passes leave BatchNorm's running statistics as they are.
 
     In train mode a batch is normalised by its own statistics, as usual; layers in eval mode use the running ones.
+
+    Args:
+        network: whose statistics are left as they are; its other layers are not affected.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning.layers import kept_statistics
+        >>> network = nn.BatchNorm1d(1)
+        >>> with kept_statistics(network):
+        ...     output = network(torch.tensor([[1.0], [3.0]]))
+        >>> output.detach().round(decimals=2).flatten().tolist(), network.running_mean.tolist()
+        ([-1.0, 1.0], [0.0])
     """
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
     kept = [(norm.running_mean, norm.running_var) for norm in norms]

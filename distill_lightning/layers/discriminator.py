@@ -18,20 +18,20 @@ _ENOUGH_UNITS = 4
 
 
 class Discriminator(nn.Module):
-    r"""MEAL V2's discriminator: three linear layers ``C -> C // r -> (C // r) // r -> 2`` from one row of logits.
+    r"""MEAL V2's discriminator: three linear layers ``K -> K // r -> (K // r) // r -> 2`` from one row of logits.
 
     The two outputs are the scores of "student" and "teacher" before the sigmoid; `functional.discriminator_loss` trains
-    them. Linear layers compute what the 1x1 convolutions of the official code compute on ``(N, C, 1, 1)``.
+    them. Linear layers compute what the 1x1 convolutions of the official code compute on ``(N, K, 1, 1)``.
 
     - ``"official"`` is the released network: a ReLU after every layer, **the outputs included**. Therefore no score
       is negative, the loss stays above ``ln(2) / 2 = 0.347``, and an output that is zero for every row is dead: it no
-      longer learns (one dead output: 0.520 at best; both: 0.693). It has 127,047 parameters for ``C = 1000``. With few
+      longer learns (one dead output: 0.520 at best; both: 0.693). It has 127,047 parameters for ``K = 1000``. With few
       classes the widths vanish, about half of all initialisations have a dead output, and there is a warning.
     - ``"fixed"`` is this package's variant: LeakyReLU(0.2) between the layers, nothing after the last one, and at least
       16 units in each hidden layer.
 
     Args:
-        num_classes: ``C``.
+        num_classes: ``K``.
         kind: ``"official"`` or ``"fixed"``.
         reduction: ``r``, by which the width of each hidden layer is divided.
 
@@ -64,7 +64,7 @@ class Discriminator(nn.Module):
             trouble = "its widths vanish (1 is used)" if second < 1 else "its outputs are often dead from the start"
             warnings.warn(
                 f"Discriminator: with {num_classes} classes the official network's last hidden layer is {second} "
-                f"wide: {trouble}; 'fixed' has neither problem",
+                f"wide: {trouble}; kind='fixed' (FixedDiscriminator() in MEALV2Module) has neither problem",
                 stacklevel=2,
             )
         least = 1 if kind == "official" else _FIXED_WIDTH
@@ -81,6 +81,6 @@ class Discriminator(nn.Module):
         return f"kind={self.kind!r}"
 
     def forward(self, predictions: Tensor) -> Tensor:
-        """Scores ``(N, 2)``, of student and teacher, for predictions ``(N, C)``."""
+        """Scores ``(N, 2)``, of student and teacher, for predictions ``(N, K)``."""
         scores: Tensor = self.layers(predictions)
         return scores

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.errors import InputError
-from distill_lightning.layers.frozen import eval_mode
+from distill_lightning.layers.modes import eval_mode
 
 
 class FeatureTap:

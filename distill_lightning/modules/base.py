@@ -429,9 +429,7 @@ class DistillationModule(RemembersArguments, pl.LightningModule):
     def _checked_output(self, output: Output | None, num_classes: int | None, num_targets: int | None) -> Output:
         name = type(self).__name__
         if output is None:
-            if (num_classes is None) == (num_targets is None):
-                raise InputError(f"{name} needs either num_classes (a classifier) or num_targets (a regression)")
-            return output_of(num_classes, num_targets)
+            return output_of(name, num_classes, num_targets)
         for key, value in (("num_classes", num_classes), ("num_targets", num_targets)):
             if value is not None and getattr(output, key, None) != value:
                 raise InputError(f"{name}: output={output} does not go with {key}={value}: let them agree")

@@ -147,7 +147,9 @@ class ExtracurricularModule(DistillationModule):
         seed: int = 0,
         **options: Unpack[TrainingOptions],
     ) -> None:
-        means = options.get("output") or (output_of(num_classes, num_targets) if num_classes or num_targets else None)
+        means = options.get("output") or (
+            output_of(type(self).__name__, num_classes, num_targets) if num_classes or num_targets else None
+        )
         options["output"] = None if means is None else match.student_output(means)
         super().__init__(student, num_classes=num_classes, num_targets=num_targets, **options)
         if not min(kl_weight, label_weight) >= 0 or not kl_weight + label_weight > 0:

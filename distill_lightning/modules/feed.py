@@ -16,7 +16,7 @@ from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.modules.parts.distances import Distance, FactorDistance, LogitTerm, make_translators
-from distill_lightning.modules.parts.sizes import EqualSizes, Sizes, width
+from distill_lightning.modules.parts.sizes import EqualSizes, Sizes, channels_of
 from distill_lightning.networks import likely_input_shape
 from distill_lightning.teachers import Features, Given, Softened, Teachers
 
@@ -124,8 +124,8 @@ class FEEDModule(DistillationModule):
             raise InputError(f"FEED: beta and teacher_weights cannot be negative: {self.beta}, {self.teacher_weights}")
         if teacher_reduction not in ("sum", "mean"):
             raise InputError(f"FEED: teacher_reduction must be sum or mean, got {teacher_reduction!r}")
-        self.translators = make_translators(distance, width(source), [width(target) for target in targets])
-        self._channels = width(source) if len(self.translators) else None
+        self.translators = make_translators(distance, channels_of(source), [channels_of(target) for target in targets])
+        self._channels = channels_of(source) if len(self.translators) else None
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The labels' cross entropy, the feature term, and what each teacher has in it."""
@@ -161,7 +161,7 @@ class FEEDModule(DistillationModule):
             InputError: its channels have left.
         """
         layer = self.student_tap.layers[0]
-        now = width(self.student_tap.shapes(self.probed_shape)[1][layer])
+        now = channels_of(self.student_tap.shapes(self.probed_shape)[1][layer])
         if self._channels is not None and now != self._channels:
             raise InputError(
                 f"FEED: the student's {layer!r} gives {now} channels, and the translators read {self._channels}: give "

@@ -32,6 +32,18 @@ def Pretrained(network: nn.Module, checkpoint: str | Path, part: str | None = No
 
     Raises:
         InputError: the file is missing, damaged, unsafe, has no such part, or holds another architecture's weights.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from distill_lightning.networks import Pretrained, SmallCNN
+        >>> teacher = SmallCNN(num_classes=10)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(teacher.state_dict(), Path(folder, "teacher.pt"))
+        ...     network = Pretrained(SmallCNN(num_classes=10), Path(folder, "teacher.pt"))
+        >>> torch.equal(network.head.weight, teacher.head.weight)
+        True
     """
     load_strictly(network, read_weights(Path(checkpoint), part=part), source=str(checkpoint))
     return network

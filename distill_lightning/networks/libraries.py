@@ -22,6 +22,12 @@ def torchvision_network(name: str, *, num_classes: int, in_channels: int = 3) ->
 
     Raises:
         InputError: torchvision has no such network.
+
+    Example:
+        >>> from distill_lightning.networks import torchvision_network
+        >>> network = torchvision_network("resnet18", num_classes=10, in_channels=1)
+        >>> network.conv1.in_channels, network.fc.out_features
+        (1, 10)
     """
     models = _package("torchvision.models", extra="")
     if name not in models.list_models(module=models):

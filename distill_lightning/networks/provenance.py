@@ -80,7 +80,16 @@ def remembered(network_class: NetworkClass) -> NetworkClass:
 
 
 def remember(network: nn.Module, arguments: Mapping[str, Any] | None) -> None:
-    """Store the arguments of a network's constructor on it, in plain types; ``None``: it cannot be built again."""
+    """Store the arguments of a network's constructor on it, in plain types; ``None``: it cannot be built again.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.networks.provenance import recipe_of, remember
+        >>> network = nn.Linear(4, 3)
+        >>> remember(network, {"in_features": 4, "out_features": 3})
+        >>> recipe_of(network)
+        {'factory': 'Linear', 'arguments': {'in_features': 4, 'out_features': 3}}
+    """
     recipe = None if arguments is None else {"factory": type(network).__name__, "arguments": dict(arguments)}
     network.__dict__["_recipe"] = recipe
 
@@ -90,6 +99,12 @@ def check_sizes(who: str, sizes: Mapping[str, int | None]) -> None:
 
     Raises:
         InputError: a size is below 1 or missing; the message begins with ``who``.
+
+    Example:
+        >>> from distill_lightning.networks.provenance import check_sizes
+        >>> check_sizes("SmallCNN", {"num_classes": 10, "width": 0})
+        Traceback (most recent call last):
+        distill_lightning.errors.InputError: SmallCNN: width must be at least 1, got 0
     """
     for name, value in sizes.items():
         if value is None or value < 1:

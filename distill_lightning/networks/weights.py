@@ -24,6 +24,17 @@ def read_weights(path: Path, *, part: str | None = None) -> dict[str, Tensor]:
 
     Raises:
         InputError: the file is missing, damaged or unsafe, or holds no state dict, or nothing of that part.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from torch import nn
+        >>> from distill_lightning.networks.weights import read_weights, write_weights
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = write_weights(nn.Linear(4, 3), Path(folder, "network.safetensors"))
+        ...     weights = read_weights(path)
+        >>> sorted(weights)
+        ['bias', 'weight']
     """
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}: give the path of a .safetensors, .pt or .ckpt file")
@@ -61,6 +72,15 @@ def write_weights(network: nn.Module, path: Path) -> Path:
 
     Raises:
         InputError: the suffix is another one.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from torch import nn
+        >>> from distill_lightning.networks.weights import write_weights
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_weights(nn.Linear(4, 3), Path(folder, "network.safetensors")).name
+        'network.safetensors'
     """
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise InputError(f"weights are written as .safetensors, .pt or .pth, got {path.name!r}")
@@ -98,6 +118,15 @@ def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], *, source: 
 
     Raises:
         InputError: names or shapes differ; the message names the first of them.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning.networks.weights import load_strictly
+        >>> network, other = nn.Linear(4, 3), nn.Linear(4, 3)
+        >>> load_strictly(network, other.state_dict(), source="other.pt")
+        >>> torch.equal(network.weight, other.weight)
+        True
     """
     check_architecture(network, weights, source=source)
     network.load_state_dict(dict(weights), strict=True)
@@ -108,6 +137,11 @@ def check_architecture(network: nn.Module, weights: Mapping[str, Tensor], *, sou
 
     Raises:
         InputError: names or shapes differ; the message names the first of them.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.networks.weights import check_architecture
+        >>> check_architecture(nn.Linear(4, 3), nn.Linear(4, 3).state_dict(), source="network.pt")
     """
     own = network.state_dict()
     problems = [f"has no {name!r}" for name in own if name not in weights]

@@ -8,12 +8,24 @@ from distill_lightning.outputs.output import Output
 __all__ = ["Categorical", "Gaussian", "Output", "output_of"]
 
 
-def output_of(num_classes: int | None, num_targets: int | None) -> Output:
+def output_of(who: str, num_classes: int | None, num_targets: int | None) -> Output:
     """`Categorical` of a number of classes, or `Gaussian` of a number of targets.
 
+    Args:
+        who: what the message begins with.
+        num_classes: ``K``, or ``None``.
+        num_targets: ``d``, or ``None``.
+
     Raises:
-        InputError: a number that cannot be used, or not one of both is given.
+        InputError: a number that cannot be used, or none or both of them are given.
+
+    Example:
+        >>> from distill_lightning.outputs import output_of
+        >>> output_of("KDModule", 10, None)
+        Categorical(num_classes=10)
+        >>> output_of("KDModule", None, 3).num_targets
+        3
     """
     if (num_classes is None) == (num_targets is None):
-        raise InputError("needs either num_classes (a classifier) or num_targets (a regression)")
+        raise InputError(f"{who} needs either num_classes (a classifier) or num_targets (a regression)")
     return Categorical(num_classes) if num_classes is not None else Gaussian(num_targets or 0)

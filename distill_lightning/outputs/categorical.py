@@ -27,6 +27,17 @@ class Categorical(Output):
 
     Raises:
         InputError: fewer than two classes.
+
+    Example:
+        >>> import torch
+        >>> from torch import tensor
+        >>> from distill_lightning import Batch, Categorical
+        >>> output = Categorical(2)
+        >>> batch = Batch(input=torch.zeros(2, 4), target=tensor([0, 1]))
+        >>> output.label_loss(tensor([[0.0, 0.0], [0.0, 2.0]]), batch)
+        tensor(0.4100)
+        >>> output.uncertainty(tensor([[0.5, 0.5], [1.0, 0.0]]))
+        tensor([0.6931, 0.0000])
     """
 
     num_classes: int
@@ -46,7 +57,7 @@ class Categorical(Output):
             if not per_position:
                 raise InputError(
                     f"{who} ({type(network).__name__}) predicts a class for each position, {tuple(shape)}: "
-                    "SupervisedModule and KDModule take such networks, this method does not"
+                    "use a module that takes positions: SupervisedModule, KDModule or CompressionBaseline"
                 )
         elif len(shape) != 2 or shape[1] != self.num_classes:
             found = f"{shape[1]} classes" if len(shape) == 2 else f"an output of shape {tuple(shape)}"
@@ -61,7 +72,7 @@ class Categorical(Output):
         if of_positions and not per_position:
             raise InputError(
                 f"{who} takes one class for each sample, and the targets have shape {tuple(target.shape)}: "  # type: ignore[union-attr]
-                "SupervisedModule and KDModule take one for each position"
+                "use a module that takes positions: SupervisedModule, KDModule or CompressionBaseline"
             )
 
     def select(self, output: Tensor, target: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,17 @@ class Gaussian(Output):
 
     Raises:
         InputError: a size, a variance or bounds that cannot be used.
+
+    Example:
+        >>> import torch
+        >>> from torch import tensor
+        >>> from distill_lightning import Batch, Gaussian
+        >>> output = Gaussian(1)
+        >>> batch = Batch(input=torch.zeros(2, 4), target=tensor([[0.5], [3.0]]))
+        >>> output.label_loss(tensor([[0.0, 0.0], [1.0, 0.0]]), batch)
+        tensor(1.9814)
+        >>> output.prediction(tensor([[0.0, 20.0]]))
+        tensor([[ 0., 10.]])
     """
 
     num_targets: int

@@ -25,6 +25,14 @@ class Output(Choice):
         name: of distributions, among a store's answers.
         label_term: what the labels' likelihood is called in logs.
         has_temperature: whether a temperature softens distributions.
+
+    Example:
+        >>> from distill_lightning import Categorical, Gaussian
+        >>> from distill_lightning.outputs import Output
+        >>> isinstance(Categorical(10), Output), isinstance(Gaussian(3), Output)
+        (True, True)
+        >>> list(Categorical(10).teacher_metrics()), list(Gaussian(3).teacher_metrics())
+        (['agreement', 'teacher_kl'], ['teacher_kl'])
     """
 
     name: ClassVar[str]

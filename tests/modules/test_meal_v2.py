@@ -361,7 +361,9 @@ def test_the_kinds_are_those_of_the_layer():
     assert (
         given_module(draw(2, 300), draw(2, 300), discriminator=OfficialDiscriminator()).discriminator.kind == "official"
     )
-    with pytest.warns(UserWarning, match="'fixed' has neither problem"):
+    with pytest.warns(
+        UserWarning, match=r"kind='fixed' \(FixedDiscriminator\(\) in MEALV2Module\) has neither problem"
+    ):
         default = MEALV2Module(TinyNet(), TinyNet(), num_classes=3)
     assert default.discriminator.kind == "official"
     own = rectified()

@@ -326,7 +326,7 @@ def test_fewer_than_two_classes_are_refused(size):
         ((4, 5), True, r"student \(Linear\) has 5 classes where num_classes=3 is needed"),
         ((4,), False, r"an output of shape \(4,\) where num_classes=3"),
         ((4, 7, 5), True, r"an output of shape \(4, 7, 5\) where num_classes=3"),
-        ((4, 7, 3), False, r"predicts a class for each position, \(4, 7, 3\): SupervisedModule and KDModule take"),
+        ((4, 7, 3), False, r"predicts a class for each position, \(4, 7, 3\): use a module that takes positions: S"),
     ],
 )
 def test_outputs_that_do_not_fit_are_refused(shape, per_position, message):
@@ -364,15 +364,15 @@ def test_both_rules_of_an_ensemble_have_a_meaning(combine):
 
 
 def test_the_output_is_made_from_what_is_counted():
-    assert output_of(4, None) == Categorical(4)
-    assert output_of(None, 2) == Gaussian(2)
+    assert output_of("Net", 4, None) == Categorical(4)
+    assert output_of("Net", None, 2) == Gaussian(2)
     for given in ((None, None), (4, 2)):
-        with pytest.raises(InputError, match="needs either num_classes"):
-            output_of(*given)
+        with pytest.raises(InputError, match="^Net needs either num_classes"):
+            output_of("Net", *given)
     with pytest.raises(InputError, match="num_classes must be at least 2, got 0"):
-        output_of(0, None)
+        output_of("Net", 0, None)
     with pytest.raises(InputError, match="num_targets must be at least 1, got 0"):
-        output_of(None, 0)
+        output_of("Net", None, 0)
 
 
 def test_an_output_says_how_it_is_called():

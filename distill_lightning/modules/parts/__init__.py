@@ -1,1 +1,1 @@
-"""What a module is made of besides its networks and its loss."""
+"""The parts and choices that methods are made of."""

@@ -28,6 +28,13 @@ class Alpha(Part):
 
     Raises:
         InputError: an option is out of range; in training: its length is not known.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from distill_lightning.modules.parts.alpha import Alpha
+        >>> alpha = Alpha(0.8, "linear", "epoch", total_epochs=4)
+        >>> [alpha.at(SimpleNamespace(current_epoch=epoch)) for epoch in range(4)]
+        [0.2, 0.4, 0.6000000000000001, 0.8]
     """
 
     def __init__(
@@ -48,7 +55,7 @@ class Alpha(Part):
         r""":math:`\alpha_t` in the current epoch or step of a training.
 
         Raises:
-            InputError: the length of the training is not known, or the schedule gives what is no share.
+            InputError: the length of the training is not known, or the schedule leads out of ``[0, 1]``.
         """
         if self.schedule == "constant":
             return self.final
@@ -114,6 +121,14 @@ def training_length(trainer: pl.Trainer, total_epochs: int | None) -> int:
 
     Raises:
         InputError: neither ``total_epochs`` nor the trainer tells it.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from distill_lightning.modules.parts.alpha import training_length
+        >>> training_length(SimpleNamespace(max_epochs=30), total_epochs=None)
+        30
+        >>> training_length(SimpleNamespace(max_epochs=30), total_epochs=100)
+        100
     """
     length = total_epochs or trainer.max_epochs
     if length is None or length < 1:
@@ -124,7 +139,14 @@ def training_length(trainer: pl.Trainer, total_epochs: int | None) -> int:
 
 
 def steps_of_epoch(trainer: pl.Trainer) -> float:
-    """Optimiser steps of an epoch; infinite where the training data have no length."""
+    """Optimiser steps of an epoch; infinite where the training data have no length.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from distill_lightning.modules.parts.alpha import steps_of_epoch
+        >>> steps_of_epoch(SimpleNamespace(num_training_batches=10, accumulate_grad_batches=4))
+        3
+    """
     batches = trainer.num_training_batches
     return batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
 

@@ -15,6 +15,14 @@ class DataWait(Part):
 
     Measured on the host, without waiting for the device: where a device is busy with steps that were queued, some of
     its time passes here, too, and the share says less than it seems.
+
+    Example:
+        >>> from distill_lightning.modules.parts.data_wait import DataWait
+        >>> wait = DataWait()
+        >>> wait.epoch_starts(module=None)
+        >>> wait.batch_starts(module=None)  # no step is done yet
+        >>> wait.share
+        1.0
     """
 
     def __init__(self) -> None:

@@ -21,6 +21,15 @@ class RunningMeans(Part):
 
     The sums stay on the device, in one tensor that a step adds to: `LightningModule.log` takes a tenth of a millisecond
     for each scalar and step, which for a small network is more than the scalar itself.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.modules.parts.means import RunningMeans
+        >>> means = RunningMeans()
+        >>> means.add({"ce": tensor(1.0)}, samples=3)
+        >>> means.add({"ce": tensor(5.0)}, samples=1)
+        >>> list(means.means())
+        [('ce', tensor(2.), 4)]
     """
 
     def __init__(self) -> None:

@@ -133,10 +133,10 @@ class StoredPast(Past):
         top_k: how many of a sample's largest probabilities are stored; ``None``: all.
         device: where the store is kept, see `PredictionStore` for its size; ``None``: on the training's device, where
             no step waits for it. ``"cpu"`` saves that memory and costs a copy per step.
-        in_checkpoint: bytes of the stored rows up to which they stand in checkpoints. More are written to a file at the
-            end of every epoch (and of what is not readable yet, with a checkpoint in its middle), which checkpoints
-            refer to. On the CPU it is mapped: the processes of a node share it, and each holds one buffer. On a GPU
-            both buffers stay there, and the files serve checkpoints alone. See `Sidecar` for which files are kept.
+        in_checkpoint: largest number of bytes of stored rows that a checkpoint holds itself. Larger stores are written
+            to files at the end of every epoch (a checkpoint in its middle adds a file of what this epoch has written so
+            far), and checkpoints name these. On the CPU the files are memory-mapped and shared by the processes of a
+            node; on a GPU they serve checkpoints alone. See `Sidecar` for which files are kept.
         folder: of these files, which wins over the one that a checkpoint names: both may be moved. ``None``:
             ``self_kd_store`` in the Trainer's ``default_root_dir``. Two trainings that are resumed at once from one
             checkpoint need two.
@@ -148,6 +148,13 @@ class StoredPast(Past):
     Raises:
         InputError: an option is out of range; in training: the batches have no index, the training set no length or the
             checkpoint another, or a file cannot be written, is gone, damaged or another one.
+
+    Example:
+        >>> from distill_lightning import SelfKDModule, SmallCNN, StoredPast
+        >>> past = StoredPast(dtype="float16", top_k=5)
+        >>> module = SelfKDModule(SmallCNN(num_classes=10), num_classes=10, past=past)
+        >>> module.past.options.top_k
+        5
     """
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -177,7 +184,7 @@ class StoredPast(Past):
             )
 
     def start(self) -> RunningPast:
-        """A store, made when the training starts."""
+        """The past of one module; its store is made when the training starts."""
         return RunningStore(self)
 
 
@@ -192,6 +199,12 @@ class PastModel(Past):
 
     Raises:
         InputError: ``refresh_epochs`` is below 1.
+
+    Example:
+        >>> from distill_lightning import PastModel, SelfKDModule, SmallCNN
+        >>> module = SelfKDModule(SmallCNN(num_classes=10), num_classes=10, past=PastModel(refresh_epochs=2))
+        >>> module.past.network.every
+        2
     """
 
     refresh_epochs: int = 1
@@ -202,7 +215,7 @@ class PastModel(Past):
             raise InputError(f"PastModel: refresh_epochs must be at least 1, got {self.refresh_epochs}")
 
     def start(self) -> RunningPast:
-        """No network yet."""
+        """The past of one module; its network is made during the training."""
         return RunningNetwork(type(self).__name__, PastNetwork(self.refresh_epochs))
 
 
@@ -215,6 +228,12 @@ class MovingAverage(Past):
 
     Raises:
         InputError: ``decay`` is not in ``[0, 1)``.
+
+    Example:
+        >>> from distill_lightning import MovingAverage, SelfKDModule, SmallCNN
+        >>> module = SelfKDModule(SmallCNN(num_classes=10), num_classes=10, past=MovingAverage(decay=0.99))
+        >>> module.past.network.decay
+        0.99
     """
 
     decay: float = 0.999
@@ -225,7 +244,7 @@ class MovingAverage(Past):
             raise InputError(f"MovingAverage: decay must be in [0, 1), got {self.decay}")
 
     def start(self) -> RunningPast:
-        """No network yet."""
+        """The past of one module; its network is made during the training."""
         return RunningNetwork(type(self).__name__, AveragedNetwork(self.decay))
 
 
@@ -316,12 +335,12 @@ class RunningStore(RunningPast):
                     "StoredPast needs the size of the training set, which the training loader does not tell: give "
                     "num_samples"
                 ) from None
-        kind: dict[str, Any] = {"dtype": _DTYPES[options.dtype], "top_k": options.top_k}
+        layout: dict[str, Any] = {"dtype": _DTYPES[options.dtype], "top_k": options.top_k}
         sidecar = None
-        if num_samples * PredictionStore.row_bytes(num_classes, **kind) > options.in_checkpoint:
+        if num_samples * PredictionStore.row_bytes(num_classes, **layout) > options.in_checkpoint:
             folder = self._folder(str(trainer.default_root_dir))
             sidecar = Sidecar(folder, keep=options.keep, writes=trainer.local_rank == 0)
-        return PredictionStore(num_samples, num_classes, sidecar=sidecar, **kind)
+        return PredictionStore(num_samples, num_classes, sidecar=sidecar, **layout)
 
     def _folder(self, root: str) -> Path:
         if self.options.folder is not None:

@@ -25,6 +25,18 @@ class PastNetwork:
 
     Args:
         every: number of epochs from one copy to the next.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning.modules.parts.past_network import PastNetwork
+        >>> student = nn.Linear(4, 3)
+        >>> past = PastNetwork(every=1)
+        >>> past.ready
+        False
+        >>> past.after_epochs(before=0, finished=1, student=student)
+        >>> past.ready, past.predict(torch.zeros(2, 4)).shape
+        (True, torch.Size([2, 3]))
     """
 
     def __init__(self, every: int) -> None:
@@ -89,6 +101,17 @@ class AveragedNetwork(PastNetwork):
 
     Args:
         decay: what remains of the average in every step.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.modules.parts.past_network import AveragedNetwork
+        >>> student = nn.Linear(1, 1)
+        >>> average = AveragedNetwork(decay=0.75)
+        >>> for weight in (0.0, 1.0):
+        ...     _ = nn.init.constant_(student.weight, weight)
+        ...     average.after_step(student)
+        >>> average.network.weight.item()
+        0.25
     """
 
     def __init__(self, decay: float) -> None:
@@ -116,7 +139,15 @@ class AveragedNetwork(PastNetwork):
 
 
 def uncompiled(network: nn.Module) -> nn.Module:
-    """The network itself, where ``torch.compile(network)`` was given."""
+    """The network itself, where ``torch.compile(network)`` was given.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.modules.parts.past_network import uncompiled
+        >>> network = nn.Linear(1, 1)
+        >>> uncompiled(network) is network
+        True
+    """
     return cast("nn.Module", getattr(network, "_orig_mod", network))
 
 

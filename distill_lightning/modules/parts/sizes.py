@@ -1,4 +1,4 @@
-"""Features of different shapes: what is a site, what is a channel, and how sizes are brought together."""
+"""Features of different shapes: their grids, their channels, and how their sizes are brought together."""
 
 from __future__ import annotations
 
@@ -13,22 +13,52 @@ from distill_lightning.choices import Choice
 from distill_lightning.errors import InputError
 
 
-def sites(shape: Sequence[int]) -> tuple[int, ...]:
-    """Where a feature has values: rows and columns of ``(N, C, H, W)``, the length of ``(N, L, C)``, nothing else."""
+def grid_of(shape: Sequence[int]) -> tuple[int, ...]:
+    """Rows and columns of ``(N, C, H, W)``, length of ``(N, L, C)``; a feature ``(N, C)`` has neither.
+
+    Args:
+        shape: of a feature.
+
+    Example:
+        >>> from distill_lightning.modules.parts.sizes import grid_of
+        >>> grid_of((8, 64, 7, 5)), grid_of((8, 196, 64)), grid_of((8, 64))
+        ((7, 5), (196,), ())
+    """
     return tuple(shape[2:] if len(shape) == 4 else shape[1:-1])
 
 
-def width(shape: Sequence[int]) -> int:
-    """Channels of a feature: the second dimension of ``(N, C, H, W)``, the last of ``(N, C)`` or ``(N, L, C)``."""
+def channels_of(shape: Sequence[int]) -> int:
+    """Channels of a feature: the second dimension of ``(N, C, H, W)``, the last of ``(N, C)`` or ``(N, L, C)``.
+
+    Args:
+        shape: of the feature.
+
+    Example:
+        >>> from distill_lightning.modules.parts.sizes import channels_of
+        >>> channels_of((8, 64, 7, 5)), channels_of((8, 196, 64)), channels_of((8, 64))
+        (64, 64, 64)
+    """
     return shape[1] if len(shape) == 4 else shape[-1]
 
 
 def resized(feature: Tensor, size: Sequence[int]) -> Tensor:
-    """A feature map at another size: averages where it is smaller, else bilinear."""
-    height, width = size
-    if height <= feature.shape[2] and width <= feature.shape[3]:
-        return F.adaptive_avg_pool2d(feature, (height, width))
-    return F.interpolate(feature, size=(height, width), mode="bilinear", align_corners=False)
+    """A feature map at another size: averages where it is smaller, else bilinear.
+
+    Args:
+        feature: ``(N, C, H, W)``.
+        size: rows and columns of the result.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.modules.parts.sizes import resized
+        >>> feature = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+        >>> resized(feature, (1, 2))
+        tensor([[[[2., 3.]]]])
+    """
+    rows, columns = size
+    if rows <= feature.shape[2] and columns <= feature.shape[3]:
+        return F.adaptive_avg_pool2d(feature, (rows, columns))
+    return F.interpolate(feature, size=(rows, columns), mode="bilinear", align_corners=False)
 
 
 class Sizes(Choice):
@@ -52,13 +82,21 @@ class Sizes(Choice):
         Raises:
             InputError: they cannot.
         """
-        if sites(student) != sites(teacher) and (len(student) != 4 or len(teacher) != 4):
+        if grid_of(student) != grid_of(teacher) and (len(student) != 4 or len(teacher) != 4):
             raise _mismatch(where)
 
 
 @dataclass(frozen=True)
 class EqualSizes(Sizes):
-    """The sizes must be equal."""
+    """The sizes must be equal.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning import EqualSizes
+        >>> student, teacher = EqualSizes()(torch.zeros(2, 8, 4, 4), torch.zeros(2, 8, 4, 4))
+        >>> student.shape == teacher.shape
+        True
+    """
 
     def __call__(self, translated: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Both as they are.
@@ -71,28 +109,44 @@ class EqualSizes(Sizes):
 
     def check(self, student: Sequence[int], teacher: Sequence[int], where: str) -> None:
         """Refuse different sizes."""
-        if sites(student) != sites(teacher):
+        if grid_of(student) != grid_of(teacher):
             raise _mismatch(where)
 
 
 @dataclass(frozen=True)
 class TeacherSize(Sizes):
-    """The teacher's: the translated feature is averaged down to it, or interpolated up."""
+    """The teacher's: the translated feature is averaged down to it, or interpolated up.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning import TeacherSize
+        >>> student, teacher = TeacherSize()(torch.zeros(2, 8, 8, 8), torch.zeros(2, 8, 4, 4))
+        >>> student.shape, teacher.shape
+        (torch.Size([2, 8, 4, 4]), torch.Size([2, 8, 4, 4]))
+    """
 
     def __call__(self, translated: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The translated feature at the target's size."""
-        if sites(translated.shape) == sites(target.shape):
+        if grid_of(translated.shape) == grid_of(target.shape):
             return translated, target
         return resized(translated, target.shape[2:]), target
 
 
 @dataclass(frozen=True)
 class StudentSize(Sizes):
-    """The student's: the teacher's feature is averaged down to it, or interpolated up."""
+    """The student's: the teacher's feature is averaged down to it, or interpolated up.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning import StudentSize
+        >>> student, teacher = StudentSize()(torch.zeros(2, 8, 8, 8), torch.zeros(2, 8, 4, 4))
+        >>> student.shape, teacher.shape
+        (torch.Size([2, 8, 8, 8]), torch.Size([2, 8, 8, 8]))
+    """
 
     def __call__(self, translated: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The target at the translated feature's size."""
-        if sites(translated.shape) == sites(target.shape):
+        if grid_of(translated.shape) == grid_of(target.shape):
             return translated, target
         return translated, resized(target, translated.shape[2:])
 
@@ -106,6 +160,13 @@ class PooledSize(Sizes):
 
     Raises:
         InputError: the size is not positive; from `check`: it is larger than a feature map.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning import PooledSize
+        >>> student, teacher = PooledSize(2)(torch.zeros(2, 8, 8, 8), torch.zeros(2, 8, 2, 2))
+        >>> student.shape, teacher.shape
+        (torch.Size([2, 8, 2, 2]), torch.Size([2, 8, 2, 2]))
     """
 
     pooled: int = 1
@@ -120,7 +181,7 @@ class PooledSize(Sizes):
         return F.adaptive_avg_pool2d(translated, (self.pooled, self.pooled)), target
 
     def check(self, student: Sequence[int], teacher: Sequence[int], where: str) -> None:
-        """Refuse features that are no maps, or smaller than the size."""
+        """Refuse a feature that is not a map, or is smaller than the size."""
         for who, shape in (("student's", student), ("teacher's", teacher)):
             if len(shape) != 4 or min(shape[2:]) < self.pooled:
                 raise InputError(

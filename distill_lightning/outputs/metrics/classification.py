@@ -22,6 +22,15 @@ class Accuracy(SampleMean):
 
     Raises:
         InputError: ``top`` is not positive.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import Accuracy
+        >>> logits, target = tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), tensor([0, 0, 1, 1])
+        >>> metric = Accuracy()
+        >>> metric.update(logits, target)
+        >>> metric.compute()
+        tensor(0.7500)
     """
 
     higher_is_better = True
@@ -42,7 +51,17 @@ class Accuracy(SampleMean):
 
 
 class NegativeLogLikelihood(SampleMean):
-    """Mean of ``-log p(target)`` in nats, from logits ``(N, K)`` and classes ``(N,)``."""
+    """Mean of ``-log p(target)`` in nats, from logits ``(N, K)`` and classes ``(N,)``.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import NegativeLogLikelihood
+        >>> logits, target = tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), tensor([0, 0, 1, 1])
+        >>> metric = NegativeLogLikelihood()
+        >>> metric.update(logits, target)
+        >>> metric.compute()
+        tensor(0.5167)
+    """
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add a batch."""
@@ -54,6 +73,15 @@ class BrierScore(SampleMean):
     """`distill_lightning.functional.brier_score` over all batches, in ``[0, 2]``.
 
     From logits ``(N, K)`` and classes ``(N,)``.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import BrierScore
+        >>> logits, target = tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), tensor([0, 0, 1, 1])
+        >>> metric = BrierScore()
+        >>> metric.update(logits, target)
+        >>> metric.compute()
+        tensor(0.3467)
     """
 
     def update(self, logits: Tensor, target: Tensor) -> None:
@@ -65,6 +93,15 @@ class MeanDivergence(SampleMean):
     r"""Mean over the samples of :math:`\mathrm{KL}(\text{teacher} \,\|\, \text{student})` at temperature 1, in nats.
 
     From the student's logits ``(N, K)`` and the teacher's log-probabilities ``(N, K)``, minus infinity allowed.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import MeanDivergence
+        >>> student_logits, teacher_probs = tensor([[0.0, 0.0]]), tensor([[0.9, 0.1]])
+        >>> metric = MeanDivergence()
+        >>> metric.update(student_logits, teacher_probs.log())
+        >>> metric.compute()
+        tensor(0.3681)
     """
 
     def update(self, student_logits: Tensor, teacher_log_probs: Tensor) -> None:
@@ -82,6 +119,15 @@ class CalibrationError(Metric):
 
     Args:
         bins: number of equally wide bins.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import CalibrationError
+        >>> logits, target = tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), tensor([0, 0, 1, 1])
+        >>> metric = CalibrationError()
+        >>> metric.update(logits, target)
+        >>> metric.compute()
+        tensor(0.0781)
     """
 
     is_differentiable = False
@@ -107,7 +153,17 @@ class CalibrationError(Metric):
 
 
 class Confidences(Metric):
-    """How sure a network is of each sample, and whether it is right: 8 bytes a sample, from all processes."""
+    """How sure a network is of each sample, and whether it is right: 8 bytes a sample, from all processes.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import Confidences
+        >>> logits, target = tensor([[2.0, 0.0], [1.0, 0.0]]), tensor([0, 1])
+        >>> metric = Confidences()
+        >>> metric.update(logits, target)
+        >>> metric.compute()
+        (tensor([0.8808, 0.7311]), tensor([1., 0.]))
+    """
 
     is_differentiable = False
     full_state_update = False
@@ -145,6 +201,15 @@ class AURC(Confidences):
     Args:
         excess: E-AURC instead, `distill_lightning.functional.excess_area_under_risk_coverage`: only what a better order
             of the same answers would avoid.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import AURC
+        >>> logits, target = tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), tensor([0, 0, 1, 1])
+        >>> metric = AURC()
+        >>> metric.update(logits, target)
+        >>> metric.compute()
+        tensor(62.5000)
     """
 
     higher_is_better = False
@@ -159,29 +224,26 @@ class AURC(Confidences):
         return 1000 * area(*self.joined())
 
 
-class Agreement(Metric):
-    """Share of samples on which two networks name the same class, from their outputs ``(N, K)``."""
+class Agreement(SampleMean):
+    """Share of samples on which two networks name the same class, from their outputs ``(N, K)``.
 
-    is_differentiable = False
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import Agreement
+        >>> student_logits = tensor([[2.0, 0.0], [1.0, 0.0]])
+        >>> teacher_logits = tensor([[3.0, 0.0], [0.0, 3.0]])
+        >>> metric = Agreement()
+        >>> metric.update(student_logits, teacher_logits)
+        >>> metric.compute()
+        tensor(0.5000)
+    """
+
     higher_is_better = True
-    full_state_update = False
-    same: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("same", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, first: Tensor, second: Tensor) -> None:
         """Add a batch."""
-        self.same += (first.argmax(dim=-1) == second.argmax(dim=-1)).sum()
+        self.total += (first.argmax(dim=-1) == second.argmax(dim=-1)).sum()
         self.count += len(first)
-
-    def compute(self) -> Tensor:
-        """The share over everything added."""
-        share: Tensor = self.same / self.count
-        return share
 
 
 def classification_metrics(num_classes: int) -> MetricCollection:
@@ -189,6 +251,18 @@ def classification_metrics(num_classes: int) -> MetricCollection:
 
     ``accuracy`` (the plain share of samples that are right), ``nll`` (nats), ``ece`` (15 bins), ``brier``, ``aurc`` and
     ``eaurc`` (both times 1000), and ``top5`` beyond five classes.
+
+    Args:
+        num_classes: ``K``.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import classification_metrics
+        >>> logits, target = tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), tensor([0, 0, 1, 1])
+        >>> metrics = classification_metrics(2)
+        >>> values = metrics(logits, target)
+        >>> {name: round(float(value), 4) for name, value in values.items()}
+        {'accuracy': 0.75, 'aurc': 62.5, 'brier': 0.3467, 'eaurc': 0.0, 'ece': 0.0781, 'nll': 0.5167}
     """
     metrics: dict[str, Metric | MetricCollection] = {
         "accuracy": Accuracy(),

@@ -15,15 +15,22 @@ class GapReduction(WrapperMetric):
     """`distill_lightning.functional.gap_reduction` of another metric's value: 0 at the baseline, 1 at the teacher.
 
     It works for accuracies and for errors, and is not clipped. It is updated with what the other metric is updated
-    with::
-
-        metrics = classification_metrics(10)
-        metrics.add_metrics({"gap": GapReduction(0.912, 0.947, of=Accuracy())})
+    with.
 
     Args:
         baseline: the value of what the student is compared with, plain distillation for example.
         teacher: the value of the teacher. Where it is the baseline's, there is no gap, and the result is NaN.
         of: the metric.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import Accuracy, GapReduction, classification_metrics
+        >>> metrics = classification_metrics(2)
+        >>> metrics.add_metrics({"gap": GapReduction(0.5, 1.0, of=Accuracy())})
+        >>> logits, target = tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), tensor([0, 0, 1, 1])
+        >>> values = metrics(logits, target)
+        >>> values["accuracy"], values["gap"]
+        (tensor(0.7500), tensor(0.5000))
     """
 
     is_differentiable = False

@@ -8,7 +8,22 @@ from torchmetrics import Metric
 
 
 class SampleMean(Metric):
-    """A mean over samples: their sum and their number. A metric calls `add` from its ``update``."""
+    """A mean over samples: their sum and their number.
+
+    A metric's ``update`` adds to ``total`` and ``count``; `add` does so from a batch's mean.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics.mean import SampleMean
+        >>> class MeanSquare(SampleMean):
+        ...     def update(self, values):
+        ...         self.add(values.square().mean(), len(values))
+        >>> metric = MeanSquare()
+        >>> metric.update(tensor([1.0, 1.0, 1.0]))
+        >>> metric.update(tensor([3.0]))
+        >>> metric.compute()
+        tensor(3.)
+    """
 
     is_differentiable = False
     higher_is_better = False

@@ -25,6 +25,15 @@ class GaussianMeanAbsoluteError(MeanAbsoluteError):
 
     Args:
         num_targets: ``d``.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import GaussianMeanAbsoluteError
+        >>> output, target = tensor([[0.0, 0.0], [1.0, 0.0]]), tensor([[0.5], [3.0]])
+        >>> metric = GaussianMeanAbsoluteError(num_targets=1)
+        >>> metric.update(output, target)
+        >>> metric.compute()
+        tensor(1.2500)
     """
 
     def __init__(self, *, num_targets: int) -> None:
@@ -44,6 +53,15 @@ class GaussianRootMeanSquaredError(MeanSquaredError):
 
     Args:
         num_targets: ``d``.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import GaussianRootMeanSquaredError
+        >>> output, target = tensor([[0.0, 0.0], [1.0, 0.0]]), tensor([[0.5], [3.0]])
+        >>> metric = GaussianRootMeanSquaredError(num_targets=1)
+        >>> metric.update(output, target)
+        >>> metric.compute()
+        tensor(1.4577)
     """
 
     def __init__(self, *, num_targets: int) -> None:
@@ -64,6 +82,15 @@ class GaussianNegativeLogLikelihood(SampleMean):
 
     Args:
         num_targets: ``d``.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import GaussianNegativeLogLikelihood
+        >>> output, target = tensor([[0.0, 0.0], [1.0, 0.0]]), tensor([[0.5], [3.0]])
+        >>> metric = GaussianNegativeLogLikelihood(num_targets=1)
+        >>> metric.update(output, target)
+        >>> metric.compute()
+        tensor(1.9814)
     """
 
     def __init__(self, *, num_targets: int) -> None:
@@ -83,6 +110,15 @@ class IntervalCalibration(Metric):
 
     Args:
         num_targets: ``d``.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import IntervalCalibration
+        >>> output, target = tensor([[0.0, 0.0], [1.0, 0.0]]), tensor([[0.5], [3.0]])
+        >>> metric = IntervalCalibration(num_targets=1)
+        >>> metric.update(output, target)
+        >>> metric.compute()
+        tensor(0.1889)
     """
 
     is_differentiable = False
@@ -112,6 +148,15 @@ class GaussianDivergence(SampleMean):
 
     `distill_lightning.functional.gaussian_kl` over all batches, summed over the targets; from the student's and the
     teacher's outputs, both ``(N, 2 d)``.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import GaussianDivergence
+        >>> student, teacher = tensor([[0.0, 0.0]]), tensor([[1.0, 0.0]])
+        >>> metric = GaussianDivergence()
+        >>> metric.update(student, teacher)
+        >>> metric.compute()
+        tensor(0.5000)
     """
 
     def update(self, student: Tensor, teacher: Tensor) -> None:
@@ -131,6 +176,15 @@ class AngularError(SampleMean):
 
     Raises:
         InputError: the unit is unknown.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import AngularError
+        >>> prediction, target = tensor([[0.0, 0.0]]), tensor([[0.0, 0.5]])
+        >>> metric = AngularError()
+        >>> metric.update(prediction, target)
+        >>> metric.compute()
+        tensor(28.6479)
     """
 
     def __init__(self, *, unit: Literal["degrees", "radians"] = "degrees") -> None:
@@ -155,6 +209,21 @@ def regression_metrics(num_targets: int) -> MetricCollection:
 
     ``mae`` and ``rmse`` (over samples and targets), ``nll`` (nats a sample) and ``calibration_error`` (see
     `IntervalCalibration`).
+
+    Args:
+        num_targets: ``d``.
+
+    Raises:
+        InputError: ``num_targets`` is not positive.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.outputs.metrics import regression_metrics
+        >>> output, target = tensor([[0.0, 0.0], [1.0, 0.0]]), tensor([[0.5], [3.0]])
+        >>> metrics = regression_metrics(1)
+        >>> values = metrics(output, target)
+        >>> {name: round(float(value), 4) for name, value in values.items()}
+        {'calibration_error': 0.1889, 'mae': 1.25, 'nll': 1.9814, 'rmse': 1.4577}
     """
     if num_targets < 1:
         raise InputError(f"num_targets must be at least 1, got {num_targets}")

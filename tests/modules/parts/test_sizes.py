@@ -5,16 +5,16 @@ import torch
 from torch.nn import functional as F
 
 from distill_lightning import EqualSizes, InputError, PooledSize, StudentSize, TeacherSize
-from distill_lightning.modules.parts.sizes import resized, sites, width
+from distill_lightning.modules.parts.sizes import channels_of, grid_of, resized
 
 SMALL, LARGE = torch.rand(2, 3, 2, 2), torch.rand(2, 5, 4, 4)
 
 
 @pytest.mark.parametrize(
-    ("shape", "where", "channels"), [((2, 3, 4, 5), (4, 5), 3), ((2, 7, 3), (7,), 3), ((2, 3), (), 3)]
+    ("shape", "grid", "channels"), [((2, 3, 4, 5), (4, 5), 3), ((2, 7, 3), (7,), 3), ((2, 3), (), 3)]
 )
-def test_sites_and_channels_of_maps_tokens_and_vectors(shape, where, channels):
-    assert (sites(shape), width(shape)) == (where, channels)
+def test_grid_and_channels_of_maps_tokens_and_vectors(shape, grid, channels):
+    assert (grid_of(shape), channels_of(shape)) == (grid, channels)
 
 
 def test_a_map_is_averaged_down_and_interpolated_up():

@@ -15,9 +15,11 @@ def counted_mean(rows: Tensor, counted: Tensor | None = None) -> Tensor:
     Returns:
         A scalar, 0 where nothing counts.
 
-    >>> import torch
-    >>> counted_mean(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([True, True, False]))
-    tensor(1.5000)
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional import counted_mean
+        >>> counted_mean(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([True, True, False]))
+        tensor(1.5000)
     """
     if counted is None:
         return rows.mean()
@@ -35,10 +37,12 @@ def zero_uncounted(values: Tensor, counted: Tensor | None = None) -> Tensor:
     Returns:
         ``(N, ...)``.
 
-    >>> import torch
-    >>> zero_uncounted(torch.tensor([[1.0], [float("nan")]]), torch.tensor([True, False]))
-    tensor([[1.],
-            [0.]])
+    Example:
+        >>> import torch
+        >>> from distill_lightning.functional import zero_uncounted
+        >>> zero_uncounted(torch.tensor([[1.0], [float("nan")]]), torch.tensor([True, False]))
+        tensor([[1.],
+                [0.]])
     """
     if counted is None:
         return values
