@@ -132,7 +132,7 @@ def _made_by(module: Any, teachers: Teachers, data: Any, loader: Any, precision:
         known["precision"] = precision
         known["ensemble"] = teachers.rule._asdict()
     known["transforms"] = [_options_of(transform) for transform in module.transforms]
-    return dict(plain({**known, "num_classes": module.num_classes, **teachers.describe()}))
+    return dict(plain({**known, "num_classes": module.num_classes, "num_targets": module.num_targets, **teachers.describe()}))
 
 
 def _options_of(transform: Any) -> str:

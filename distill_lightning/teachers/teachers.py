@@ -228,7 +228,7 @@ class Teachers(Frozen):
         if self.ensemble is None:
             # The store itself tells of the teachers that filled it.
             asked = {name: value for name, value in asked.items() if name not in ("layers", "paraphrasers")}
-        return {**asked, **about}
+        return {**asked, **about, **self._means.describe_answers()}
 
     @property
     def _means(self) -> Output:

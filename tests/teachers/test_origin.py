@@ -1,5 +1,6 @@
 """A store is refused for whatever would have been answered otherwise."""
 
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +15,7 @@ from distill_lightning import (
     FEEDModule,
     FixedDiscriminator,
     FunctionSampler,
+    Gaussian,
     GeneratorSampler,
     IndexedDataModule,
     InputError,
@@ -67,6 +69,39 @@ def test_the_precision_that_teachers_ran_in_is_a_part_of_their_answers(tmp_path)
         fitted(kd(tmp_path, net(1)))
     # Who has no teachers takes what is there.
     fitted(KDModule(net(), TeacherStore(tmp_path, fill="never"), num_classes=3))
+
+
+def regression(folder, *, networks=True, **options):
+    torch.manual_seed(1)
+    teacher, student = (TinyNet(None, num_targets=2) for _ in range(2))
+    store = TeacherStore(folder, [teacher]) if networks else TeacherStore(folder, fill="never")
+    return KDModule(student, store, num_targets=2, output=Gaussian(2, **options))
+
+
+@pytest.mark.parametrize("networks", [True, False])
+def test_what_a_regressions_outputs_mean_is_a_part_of_the_answers(tmp_path, networks):
+    def fit(**options):
+        fitted(regression(tmp_path, **options), TinyDataModule(num_targets=2, views=2))
+
+    given = {"teacher_variance": 0.1, "log_var_bounds": (-4.0, 4.0)}
+    fit(**given)
+    # One number is that of every target, and the student's own variance is not the teachers'.
+    fit(**(given | {"teacher_variance": [0.1, 0.1], "fixed_variance": 1.0}), networks=networks)
+    for other, message in (
+        ({"teacher_variance": 0.9}, r"teacher_variance is \[0.1, 0.1\], not \[0.9, 0.9\]"),
+        ({"teacher_variance": None}, r"teacher_variance is \[0.1, 0.1\], not None"),
+        ({"log_var_bounds": (-9.0, 4.0)}, r"log_var_bounds is \[-4.0, 4.0\], not \[-9.0, 4.0\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fit(**(given | other), networks=networks)
+
+
+def test_the_number_of_targets_is_a_part_of_the_answers(tmp_path):
+    fitted(regression(tmp_path), TinyDataModule(num_targets=2, views=2))
+    assert json.loads((tmp_path / "header.json").read_text())["made_by"]["num_targets"] == 2
+    module = KDModule(TinyNet(None, num_targets=3), TeacherStore(tmp_path, fill="never"), num_targets=3)
+    with pytest.raises(InputError, match="num_targets is 2, not 3"):
+        fitted(module, TinyDataModule(num_targets=3, views=2))
 
 
 # What is between the loader and the step
