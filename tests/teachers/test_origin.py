@@ -13,6 +13,7 @@ from distill_lightning import (
     Cutout,
     ExtracurricularModule,
     FEEDModule,
+    Features,
     FixedDiscriminator,
     FunctionSampler,
     Gaussian,
@@ -21,8 +22,11 @@ from distill_lightning import (
     InputError,
     KDModule,
     LabelSmoothing,
+    Logits,
     MEALV2Module,
     Mixup,
+    Softened,
+    Teachers,
     TeacherStore,
 )
 from distill_lightning.data.transforms import BatchTransform
@@ -138,6 +142,53 @@ def test_hooks_of_a_wrapped_data_module_are_seen(tmp_path):
 # What is asked
 
 
+class Asking(KDModule):
+    """Asks other questions than it does for its terms."""
+
+    def __init__(self, teachers, ask):
+        super().__init__(net(), teachers, num_classes=3, temperature=1.0)
+        self.teachers = Teachers(teachers, ask=ask)
+
+    def terms(self, batch):
+        """Reads the answers to the first question."""
+        found = {Logits: self.teachers.logits, Features: self.teachers.features, Unnamed: self.teachers.distribution}
+        found[type(self.teachers.questions[0])](batch)
+        return {"ce": self.student(batch.input).mean()}
+
+    def weights(self):
+        return {"ce": 1.0}
+
+
+class Unnamed(Softened):
+    """Does not say what its answers depend on."""
+
+    def describe(self):
+        return {}
+
+
+def test_a_store_without_logits_is_refused_by_who_asks_for_them(tmp_path):
+    fitted(KDModule(net(), TeacherStore(tmp_path, net(1)), num_classes=3, temperature=1.0))
+    for options in ({"networks": net(1)}, {"fill": "never"}):
+        with pytest.raises(InputError, match="logits is None, not True"):
+            fitted(Asking(TeacherStore(tmp_path, **options), [Logits()]))
+
+
+def test_answers_that_a_store_does_not_hold_are_refused_by_name(tmp_path):
+    fitted(KDModule(net(), TeacherStore(tmp_path / "kd", net(1)), num_classes=3, temperature=1.0))
+    message = r"Asking reads the teachers' features, which the store .*kd does not hold: fill another folder"
+    with pytest.raises(InputError, match=message):
+        fitted(Asking(TeacherStore(tmp_path / "kd", fill="never"), [Features("features")]))
+    fitted(Asking(TeacherStore(tmp_path / "logits", net(1)), [Logits()]))
+    message = r"Asking reads the teachers' probabilities, which the store .*logits does not hold: fill another folder"
+    with pytest.raises(InputError, match=message):
+        fitted(Asking(TeacherStore(tmp_path / "logits", fill="never"), [Unnamed(1.0)]))
+
+
+def test_a_store_of_logits_answers_who_asks_for_logits(tmp_path):
+    fitted(kd(tmp_path, net(1), keep="logits"))
+    fitted(Asking(TeacherStore(tmp_path, fill="never", keep="logits"), [Logits()]))
+
+
 def test_a_store_without_mean_logits_is_none_of_meal_v2s(tmp_path):
     fitted(KDModule(net(), TeacherStore(tmp_path, net(1)), num_classes=3, temperature=1.0))
     module = MEALV2Module(
@@ -229,6 +280,16 @@ def test_other_transforms_are_refused(tmp_path):
     # Who transforms nothing asks about nothing that was kept.
     with pytest.raises(InputError, match=r"transforms is .*, not \[\]"):
         transformed(TeacherStore(tmp_path, net(1)))
+
+
+def test_what_leaves_the_inputs_as_they_are_is_no_part_of_the_answers(tmp_path):
+    transformed(TeacherStore(tmp_path, net(1)), Inverted(0.5))
+    smoothed = [Inverted(0.5), LabelSmoothing(0.1)]
+    transformed(TeacherStore(tmp_path, net(1)), *smoothed)
+    transformed(TeacherStore(tmp_path, fill="never"), *smoothed)
+    # Nor has a transform of one's own to tell its options.
+    unknown = type("Relabelling", (BatchTransform,), {"changes_inputs": False, "__call__": lambda self, batch, **_: batch})
+    transformed(TeacherStore(tmp_path, fill="never"), unknown(), Inverted(0.5))
 
 
 def test_a_transform_that_does_not_tell_its_options_cannot_be_known_again(tmp_path):
