@@ -34,6 +34,9 @@ class BatchTransform(Choice):
     device.
     """
 
+    changes_inputs: ClassVar[bool] = True
+    """Whether the inputs are changed, on which the teachers' answers depend."""
+
     @abstractmethod
     def __call__(self, batch: Batch, *, num_classes: int) -> Batch:
         """The transformed batch.
@@ -229,6 +232,8 @@ class LabelSmoothing(BatchTransform):
     tensor([[0.7500, 0.2500],
             [0.2500, 0.7500]])
     """
+
+    changes_inputs: ClassVar[bool] = False
 
     epsilon: float
 

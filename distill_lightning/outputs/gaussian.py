@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,10 @@ class Gaussian(Output):
         """Gaussians are collapsed by their mixture alone."""
         if combine != "probabilities":
             raise InputError("a regression's teachers are collapsed to one Gaussian: combine has no meaning there")
+
+    def describe_answers(self) -> dict[str, Any]:
+        """The variance of teachers that give means only, for each target, and the bounds of log-variances."""
+        return {"teacher_variance": self._teacher_variances(), "log_var_bounds": list(self.log_var_bounds)}
 
     def select(self, output: Tensor, target: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
         """The samples that count."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -63,6 +63,10 @@ class Output(Choice):
         Raises:
             InputError: that has no meaning for this distribution.
         """
+
+    def describe_answers(self) -> dict[str, Any]:
+        """Plain values, by name, of everything here that the teachers' distributions depend on."""
+        return {}
 
     def check_target(self, who: str, target: Tensor | None, *, per_position: bool = False) -> None:
         """Look at a batch's targets; arguments as `check`.

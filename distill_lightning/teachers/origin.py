@@ -131,8 +131,8 @@ def _made_by(module: Any, teachers: Teachers, data: Any, loader: Any, precision:
         known["teachers"] = [_digest_of(fingerprint(network), repr(network)) for network in teachers]
         known["precision"] = precision
         known["ensemble"] = teachers.rule._asdict()
-    known["transforms"] = [_options_of(transform) for transform in module.transforms]
-    return dict(plain({**known, "num_classes": module.num_classes, **teachers.describe()}))
+    known["transforms"] = [_options_of(transform) for transform in module.transforms if transform.changes_inputs]
+    return dict(plain({**known, "num_classes": module.num_classes, "num_targets": module.num_targets, **teachers.describe()}))
 
 
 def _options_of(transform: Any) -> str:

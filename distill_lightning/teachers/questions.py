@@ -91,6 +91,10 @@ class Logits(Question):
         """``(N, M, ...)``."""
         return {"logits": torch.stack(list(said.outputs), dim=1)}
 
+    def describe(self) -> dict[str, Any]:
+        """That they are asked for."""
+        return {"logits": True}
+
 
 class MeanLogits(Question):
     """The weighted mean of the teachers' outputs, whatever the rule: `Teachers.mean_logits`."""

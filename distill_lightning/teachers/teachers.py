@@ -146,7 +146,10 @@ class Teachers(Frozen):
         """`Features`: one for each teacher, ``(N, C_m, H, W)``."""
         self._refuse_undeclared(Features, "features")
         answers = self.answers(batch)
-        return [answers[name] for name in feature_names(answers)]
+        names = feature_names(answers)
+        if not names:
+            raise self._not_held("features")
+        return [answers[name] for name in names]
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The inputs that the teachers are asked about, made once per batch."""
@@ -170,7 +173,10 @@ class Teachers(Frozen):
     def _answer(self, batch: Batch, kind: type[Question], name: str) -> Tensor:
         # A store may know more than it is asked for.
         self._refuse_undeclared(kind, name)
-        return self.answers(batch)[name]
+        answers = self.answers(batch)
+        if name not in answers:
+            raise self._not_held(name)
+        return answers[name]
 
     # Who answers
 
@@ -228,7 +234,7 @@ class Teachers(Frozen):
         if self.ensemble is None:
             # The store itself tells of the teachers that filled it.
             asked = {name: value for name, value in asked.items() if name not in ("layers", "paraphrasers")}
-        return {**asked, **about}
+        return {**asked, **about, **self._means.describe_answers()}
 
     @property
     def _means(self) -> Output:
@@ -249,6 +255,12 @@ class Teachers(Frozen):
             raise InputError(
                 f"{self._who} reads the teachers' {name} but asks for {asked}: add {kind.__name__} to Teachers(ask=...)"
             )
+
+    def _not_held(self, name: str) -> InputError:
+        path = None if self.store is None else self.store.path
+        return InputError(
+            f"{self._who} reads the teachers' {name}, which the store {path} does not hold: fill another folder"
+        )
 
     @staticmethod
     def _nobody() -> InputError:

@@ -1,5 +1,6 @@
 """A store is refused for whatever would have been answered otherwise."""
 
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -12,15 +13,20 @@ from distill_lightning import (
     Cutout,
     ExtracurricularModule,
     FEEDModule,
+    Features,
     FixedDiscriminator,
     FunctionSampler,
+    Gaussian,
     GeneratorSampler,
     IndexedDataModule,
     InputError,
     KDModule,
     LabelSmoothing,
+    Logits,
     MEALV2Module,
     Mixup,
+    Softened,
+    Teachers,
     TeacherStore,
 )
 from distill_lightning.data.transforms import BatchTransform
@@ -69,6 +75,39 @@ def test_the_precision_that_teachers_ran_in_is_a_part_of_their_answers(tmp_path)
     fitted(KDModule(net(), TeacherStore(tmp_path, fill="never"), num_classes=3))
 
 
+def regression(folder, *, networks=True, **options):
+    torch.manual_seed(1)
+    teacher, student = (TinyNet(None, num_targets=2) for _ in range(2))
+    store = TeacherStore(folder, [teacher]) if networks else TeacherStore(folder, fill="never")
+    return KDModule(student, store, num_targets=2, output=Gaussian(2, **options))
+
+
+@pytest.mark.parametrize("networks", [True, False])
+def test_what_a_regressions_outputs_mean_is_a_part_of_the_answers(tmp_path, networks):
+    def fit(**options):
+        fitted(regression(tmp_path, **options), TinyDataModule(num_targets=2, views=2))
+
+    given = {"teacher_variance": 0.1, "log_var_bounds": (-4.0, 4.0)}
+    fit(**given)
+    # One number is that of every target, and the student's own variance is not the teachers'.
+    fit(**(given | {"teacher_variance": [0.1, 0.1], "fixed_variance": 1.0}), networks=networks)
+    for other, message in (
+        ({"teacher_variance": 0.9}, r"teacher_variance is \[0.1, 0.1\], not \[0.9, 0.9\]"),
+        ({"teacher_variance": None}, r"teacher_variance is \[0.1, 0.1\], not None"),
+        ({"log_var_bounds": (-9.0, 4.0)}, r"log_var_bounds is \[-4.0, 4.0\], not \[-9.0, 4.0\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fit(**(given | other), networks=networks)
+
+
+def test_the_number_of_targets_is_a_part_of_the_answers(tmp_path):
+    fitted(regression(tmp_path), TinyDataModule(num_targets=2, views=2))
+    assert json.loads((tmp_path / "header.json").read_text())["made_by"]["num_targets"] == 2
+    module = KDModule(TinyNet(None, num_targets=3), TeacherStore(tmp_path, fill="never"), num_targets=3)
+    with pytest.raises(InputError, match="num_targets is 2, not 3"):
+        fitted(module, TinyDataModule(num_targets=3, views=2))
+
+
 # What is between the loader and the step
 
 
@@ -101,6 +140,53 @@ def test_hooks_of_a_wrapped_data_module_are_seen(tmp_path):
 
 
 # What is asked
+
+
+class Asking(KDModule):
+    """Asks other questions than it does for its terms."""
+
+    def __init__(self, teachers, ask):
+        super().__init__(net(), teachers, num_classes=3, temperature=1.0)
+        self.teachers = Teachers(teachers, ask=ask)
+
+    def terms(self, batch):
+        """Reads the answers to the first question."""
+        found = {Logits: self.teachers.logits, Features: self.teachers.features, Unnamed: self.teachers.distribution}
+        found[type(self.teachers.questions[0])](batch)
+        return {"ce": self.student(batch.input).mean()}
+
+    def weights(self):
+        return {"ce": 1.0}
+
+
+class Unnamed(Softened):
+    """Does not say what its answers depend on."""
+
+    def describe(self):
+        return {}
+
+
+def test_a_store_without_logits_is_refused_by_who_asks_for_them(tmp_path):
+    fitted(KDModule(net(), TeacherStore(tmp_path, net(1)), num_classes=3, temperature=1.0))
+    for options in ({"networks": net(1)}, {"fill": "never"}):
+        with pytest.raises(InputError, match="logits is None, not True"):
+            fitted(Asking(TeacherStore(tmp_path, **options), [Logits()]))
+
+
+def test_answers_that_a_store_does_not_hold_are_refused_by_name(tmp_path):
+    fitted(KDModule(net(), TeacherStore(tmp_path / "kd", net(1)), num_classes=3, temperature=1.0))
+    message = r"Asking reads the teachers' features, which the store .*kd does not hold: fill another folder"
+    with pytest.raises(InputError, match=message):
+        fitted(Asking(TeacherStore(tmp_path / "kd", fill="never"), [Features("features")]))
+    fitted(Asking(TeacherStore(tmp_path / "logits", net(1)), [Logits()]))
+    message = r"Asking reads the teachers' probabilities, which the store .*logits does not hold: fill another folder"
+    with pytest.raises(InputError, match=message):
+        fitted(Asking(TeacherStore(tmp_path / "logits", fill="never"), [Unnamed(1.0)]))
+
+
+def test_a_store_of_logits_answers_who_asks_for_logits(tmp_path):
+    fitted(kd(tmp_path, net(1), keep="logits"))
+    fitted(Asking(TeacherStore(tmp_path, fill="never", keep="logits"), [Logits()]))
 
 
 def test_a_store_without_mean_logits_is_none_of_meal_v2s(tmp_path):
@@ -194,6 +280,16 @@ def test_other_transforms_are_refused(tmp_path):
     # Who transforms nothing asks about nothing that was kept.
     with pytest.raises(InputError, match=r"transforms is .*, not \[\]"):
         transformed(TeacherStore(tmp_path, net(1)))
+
+
+def test_what_leaves_the_inputs_as_they_are_is_no_part_of_the_answers(tmp_path):
+    transformed(TeacherStore(tmp_path, net(1)), Inverted(0.5))
+    smoothed = [Inverted(0.5), LabelSmoothing(0.1)]
+    transformed(TeacherStore(tmp_path, net(1)), *smoothed)
+    transformed(TeacherStore(tmp_path, fill="never"), *smoothed)
+    # Nor has a transform of one's own to tell its options.
+    unknown = type("Relabelling", (BatchTransform,), {"changes_inputs": False, "__call__": lambda self, batch, **_: batch})
+    transformed(TeacherStore(tmp_path, fill="never"), unknown(), Inverted(0.5))
 
 
 def test_a_transform_that_does_not_tell_its_options_cannot_be_known_again(tmp_path):
