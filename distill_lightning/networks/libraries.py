@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, refusing
 from distill_lightning.networks.provenance import recorded
 
 
@@ -41,12 +41,15 @@ def timm_network(name: str, *, num_classes: int, in_channels: int = 3, pretraine
         pretrained: load timm's weights, which are downloaded unless they are cached.
 
     Raises:
-        InputError: timm is not installed, or has no such network.
+        InputError: timm is not installed, or has no such network or no such weights of it.
     """
     timm = _package("timm", extra="timm")
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
         raise InputError(f"timm has no network {name!r}: see timm.list_models()")
-    network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels)
+    with refusing(f"timm_network {name!r}", RuntimeError):
+        network: nn.Module = timm.create_model(
+            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels
+        )
     return network
 
 

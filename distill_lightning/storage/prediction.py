@@ -124,7 +124,7 @@ class PredictionStore:
             on the index's device.
 
         Raises:
-            InputError: on the CPU, an index out of range.
+            InputError: on the CPU, an index of ``N`` or more.
         """
         here = index.to(self.device)
         with refusing(f"num_samples={self.num_samples} does not fit the data's indices", IndexError):

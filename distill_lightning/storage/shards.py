@@ -138,7 +138,7 @@ class ShardedRecords:
         ):
             raise InputError(
                 f"the store {self.folder} has samples 0 to {self.samples - 1} and views 0 to {self.views - 1}, and was "
-                f"asked for samples up to {samples.max()} and views from {views.min()} to {views.max()}"
+                f"asked for samples from {samples.min()} to {samples.max()} and views from {views.min()} to {views.max()}"
             )
         rows = {field.name: np.zeros((count, *field.shape), field.kind.newbyteorder("=")) for field in self.fields}
         known = np.zeros(count, dtype=np.bool_)

@@ -179,14 +179,15 @@ def execute(experiment: Experiment, run: Run, on_epoch: Callable[[int], None]) -
 
 
 def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module]) -> list[nn.Module] | None:
-    """A row's paraphrasers, trained when its first seed needs them."""
+    """A row's paraphrasers: trained once for all seeds under the same teachers, or for each seed under a student."""
     row = cast("Row", run.row)
     torch.manual_seed(_TEACHER_SEED)
     module = experiment.paraphrasers(row, teachers)
     if module is None:
         return None
-    # One training for all seeds of the row.
-    file = run.folder.parent / "paraphrasers.safetensors"
+    # The teachers of the comparison are the same for all seeds of the row; a student that teaches has the run's own seed.
+    place = run.folder.parent if all(teacher.is_teacher for teacher in run.teachers) else run.folder
+    file = place / "paraphrasers.safetensors"
     if file.exists():
         module.paraphrasers.load_state_dict(load_file(file))
     else:

@@ -87,7 +87,7 @@ def run(config: CompressConfig, arguments: Sequence[str], make: Make, *, console
         console.print(line, highlight=False)
     with _telling_of_a_stop(runs, folder, console):
         _execute(runs, parts_of, wanted, first.trainer.max_epochs or 0, console)
-    report = _report(runs, arguments, config.metric)
+    report = _report(runs, arguments, config.metric, higher_is_better=_higher_is_better(first.model, config.metric))
     paths = _write(report, runs[0], folder)
     console.print(_table(report, console.width))
     console.print(report.caption(), style="dim", highlight=False)
@@ -114,6 +114,12 @@ def _check_metric(model: Any, metric: str) -> None:
     names = [name.removeprefix("test/") for name in metrics]
     if metric not in names:
         raise InputError(f"--metric {metric}: {type(model).__name__} has no such score, but {', '.join(names)}")
+
+
+def _higher_is_better(model: Any, metric: str) -> bool:
+    """What the module's own metric says of itself; of what says nothing, more is better."""
+    metrics = getattr(model, "test_metrics", None)
+    return metrics is None or metrics[f"test/{metric}"].higher_is_better is not False
 
 
 def _claim(folder: Path, config: str, overrides: Sequence[str]) -> None:
@@ -192,7 +198,7 @@ def _execute(
             progress.update(bar, completed=done)
 
 
-def _report(runs: Sequence[Run], arguments: Sequence[str], metric: str) -> Report:
+def _report(runs: Sequence[Run], arguments: Sequence[str], metric: str, *, higher_is_better: bool) -> Report:
     by_seed: dict[int, list[Any]] = {}
     reasons = {}
     for run in runs:
@@ -206,8 +212,7 @@ def _report(runs: Sequence[Run], arguments: Sequence[str], metric: str) -> Repor
         **machine(),
         **reasons,
     }
-    higher = metric not in ("nll", "ece", "brier", "aurc", "eaurc", "mae", "rmse")
-    return Report(by_seed, metric=metric, higher_is_better=higher, about=about)
+    return Report(by_seed, metric=metric, higher_is_better=higher_is_better, about=about)
 
 
 def _write(report: Report, first: Run, folder: Path) -> list[Path]:

@@ -145,7 +145,7 @@ def _train_same_size(run: Run, parts: Parts, callback: CompressionCallback, want
     dense = copy_network(network)
     checkpoint = run.folder.parent / f"compressed_{run.seed}" / CHECKPOINT
     callback.steps = []
-    scoring = _Scoring(dense, wanted)
+    scoring = _Scoring(callback.attribute, dense, wanted)
     cast("Any", parts.trainer).callbacks.append(scoring)
     parts.data.prepare_data()
     parts.data.setup("fit")
@@ -171,14 +171,14 @@ class _Epochs(pl.Callback):
 class _Scoring(pl.Callback):
     """Measures a network that was trained and not compressed."""
 
-    def __init__(self, dense: nn.Module, wanted: Measurements) -> None:
-        self.dense, self.wanted = dense, wanted
+    def __init__(self, attribute: str, dense: nn.Module, wanted: Measurements) -> None:
+        self.attribute, self.dense, self.wanted = attribute, dense, wanted
         self.stages: list[Stage] = []
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measure the network beside the dense one."""
         batch = next(iter(cast("Any", trainer.train_dataloader)))
-        compressor = Compressor(pl_module.student, [], Batch.of(batch).input[:2])
+        compressor = Compressor(getattr(pl_module, self.attribute), [], Batch.of(batch).input[:2])
         compressor.dense = self.dense
         self.stages = [measure(trainer, pl_module, compressor, self.wanted, name=CONTROL_SCRATCH, kind="control")]
 
