@@ -25,8 +25,8 @@ class RunKeeper(pl.callbacks.Checkpoint):
     Args:
         folder: the folder for ``last.ckpt`` and ``selected.safetensors``.
         seed: seed of the random state.
-        monitor: the metric; of equal epochs, the first one is selected. An epoch where it is NaN is selected only if it is
-            the first and no other follows that has a number.
+        monitor: the metric; of equal epochs, the first one is selected. An epoch in which it is NaN is selected only if
+            it is NaN in all of them, and then it is the first.
         mode: ``"max"`` if higher values of the metric are better, ``"min"`` if lower ones are.
 
     Raises:

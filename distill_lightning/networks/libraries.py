@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from distill_lightning.errors import InputError, refusing
-from distill_lightning.networks.provenance import recorded
+from distill_lightning.networks.provenance import factory_with_recipe
 
 
-@recorded
+@factory_with_recipe
 def torchvision_network(name: str, *, num_classes: int, in_channels: int = 3) -> nn.Module:
     """A classification network of torchvision, randomly initialised.
 
@@ -30,7 +30,7 @@ def torchvision_network(name: str, *, num_classes: int, in_channels: int = 3) ->
     return network if in_channels == 3 else _with_input_channels(network, in_channels)
 
 
-@recorded
+@factory_with_recipe
 def timm_network(name: str, *, num_classes: int, in_channels: int = 3, pretrained: bool = False) -> nn.Module:
     """A network of timm.
 
@@ -53,7 +53,7 @@ def timm_network(name: str, *, num_classes: int, in_channels: int = 3, pretraine
     return network
 
 
-@recorded
+@factory_with_recipe
 def pytorchcv_network(
     name: str, *, num_classes: int, in_channels: int = 3, image_size: int | None = None, pretrained: bool = False
 ) -> nn.Module:

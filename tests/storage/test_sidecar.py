@@ -347,7 +347,7 @@ def refused(state, folder, **kind):
     with pytest.raises(InputError) as caught:
         store_in(folder, **kind).load_state_dict(state)
     assert "\n" not in str(caught.value)
-    assert "another folder" in str(caught.value)
+    assert "name the folder that holds it" in str(caught.value)
     return str(caught.value)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -109,7 +109,8 @@ def rows_of(config: CompareConfig) -> list[Row]:
     """The students' rows, the student alone first.
 
     Raises:
-        InputError: a row that is called like another, or cannot be called so, or is taught by one that does not come before it.
+        InputError: a row has a name that another has or that is reserved, or names as its teacher or its beginning one
+            that does not come before it.
     """
     rows = {ALONE: Row(ALONE)}
     for method, spec in config.methods.items():
@@ -156,13 +157,10 @@ def parse_config(arguments: Sequence[str]) -> CompareConfig:
     given = list(arguments)
     if given and not given[0].startswith("-"):
         given[:1] = ["--config", given[0]]
-    config = cast("CompareConfig", _build(CompareConfig, parser.instantiate(parser.parse_args(given))))
+    options = vars(parser.instantiate(parser.parse_args(given)))
+    config = CompareConfig(**{name: value for name, value in options.items() if name != "config"})
     _check(config)
     return config
-
-
-def _build(cls: type, options: Any) -> Any:
-    return cls(**{name: value for name, value in vars(options).items() if name != "config"})
 
 
 def _check(config: CompareConfig) -> None:
