@@ -120,7 +120,7 @@ class Gate:
 
     @property
     def holds(self) -> bool:
-        """Whether it does not."""
+        """Whether the ratio is within the limit."""
         return self.ratio <= self.limit
 
 

@@ -235,11 +235,11 @@ class Throughput:
         count = min(self.data.count, 5 * self.batch_size)
         stores = {
             method: Stores(RandomImages(count, batch_size=self.batch_size, partners=method == "extracurricular"))
-            for method in METHODS_NAMES
+            for method in METHOD_NAMES
         }
         peers = {"plain loop": plain_step, "torchdistill": torchdistill_step}
         contestants: dict[str, Turn] = {}
-        cases = [(method, number) for method in METHODS_NAMES for number in self.counts]
+        cases = [(method, number) for method in METHOD_NAMES for number in self.counts]
         for method, number in cases:
             data, case = stores[method].data, f"{method}, {number}"
             contestants[f"{case}, ours online"] = trained(METHODS[method](student(), teachers(number)), data)
@@ -252,7 +252,7 @@ class Throughput:
         for method, number in cases:
             case = f"{method}, {number}"
             times = {who: measured.get(f"{case}, {who}", []) for who in (*peers, "ours online", "ours stored")}
-            row = {"method": METHODS_NAMES[method], "teachers": str(number)}
+            row = {"method": METHOD_NAMES[method], "teachers": str(number)}
             row |= {f"{who}, ms": _milliseconds(values) if values else "" for who, values in times.items()}
             others = {who: times[who] for who in (peers if method in WITH_PEERS else ["ours online"])}
             fastest = min(others, key=lambda who: Figure.of(others[who]).median)
@@ -374,7 +374,7 @@ class Throughput:
         return peak_memory()
 
 
-METHODS_NAMES = {
+METHOD_NAMES = {
     "kd": "KDModule",
     "meal_v2": "MEALV2Module",
     "feed": "FEEDModule",
@@ -386,7 +386,7 @@ MEMORY = ("plain", "supervised", *(f"{how} {method}" for method in WITH_PEERS fo
 
 
 def _stored(method: str, count: int) -> str:
-    return f"{METHODS_NAMES[method]}, store of {count}"
+    return f"{METHOD_NAMES[method]}, store of {count}"
 
 
 def _companions(method: str, count: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def refusing(where: str, *kinds: type[Exception]) -> Iterator[None]:
 
     Args:
         where: the key or file with which the message begins.
-        kinds: the exceptions to turn; all others pass.
+        kinds: the exceptions to convert; all others pass through.
     """
     try:
         yield

@@ -115,6 +115,14 @@ class TrainersBatches:
             self.trainer.state.stage = before
 
 
+def validation_loaders(trainer: Any) -> Any:
+    """What the data gave a training for its validation: a loader, a collection of them, or ``None``."""
+    if trainer.val_dataloaders is None:
+        # Without a sanity check, the Trainer asks for them only when it first validates.
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    return trainer.val_dataloaders
+
+
 def drawing_parts(loader: Any) -> Iterator[Any]:
     """A loader and its samplers: what may have an epoch, or a generator of its own."""
     loader = loader.loader if isinstance(loader, TrainersBatches) else loader

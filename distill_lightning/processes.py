@@ -10,22 +10,22 @@ from torch import distributed as dist
 
 
 def is_alone() -> bool:
-    """Whether this process communicates with no other."""
+    """Whether no process group is initialised."""
     return not (dist.is_available() and dist.is_initialized())
 
 
 def all_reduce(tensor: Tensor, operation: Any) -> None:
     """Reduce a tensor in place over all processes."""
-    _by_way_of_the_backend(tensor, lambda sent: dist.all_reduce(sent, operation))
+    _through_the_backend(tensor, lambda sent: dist.all_reduce(sent, operation))
 
 
 def broadcast(tensor: Tensor) -> None:
     """Copy the first process's tensor to all processes, in place."""
-    _by_way_of_the_backend(tensor, lambda sent: dist.broadcast(sent, src=0))
+    _through_the_backend(tensor, lambda sent: dist.broadcast(sent, src=0))
 
 
-def _by_way_of_the_backend(tensor: Tensor, communicate: Callable[[Tensor], Any]) -> None:
-    # NCCL only takes tensors on the GPU.
+def _through_the_backend(tensor: Tensor, communicate: Callable[[Tensor], Any]) -> None:
+    # NCCL takes only tensors on the GPU.
     sent = tensor.cuda() if dist.get_backend() == "nccl" and not tensor.is_cuda else tensor
     communicate(sent)
     if sent is not tensor:

@@ -11,7 +11,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # The settings cell of each notebook, made small.
 QUICK = {
-    "01_first_distillation": "teachers_number, teacher_width, student_width, epochs, training_images = 2, 3, 2, 2, 64",
+    "01_first_distillation": "num_teachers, teacher_width, student_width, epochs, training_images = 2, 3, 2, 2, 64",
     "02_what_of_a_network_is_needed": (
         "dense_epochs, finetune_epochs, amount, clusters, training_images = 1, 2, 0.5, 8, 64"
     ),

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +16,8 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
-from distill_lightning.callbacks.reshaping import Noting, Restoring, free_path
 from distill_lightning.callbacks.stages import Measurements, check_scored, measure
+from distill_lightning.callbacks.structure_hooks import LoadHook, SaveHook
 from distill_lightning.compression.compressor import Compressor, Moment, has_parameters
 from distill_lightning.compression.measure import count_parameters
 from distill_lightning.compression.recipe import checkpoint_entry, describe
@@ -125,8 +125,8 @@ class CompressionCallback(pl.Callback):
         """
         if not self.steps:
             return
-        pl_module.__dict__["on_load_checkpoint"] = Restoring(pl_module)
-        pl_module.__dict__["on_save_checkpoint"] = Noting(pl_module)
+        pl_module.__dict__["on_load_checkpoint"] = LoadHook(pl_module)
+        pl_module.__dict__["on_save_checkpoint"] = SaveHook(pl_module)
         if stage != "fit":
             return
         network = getattr(pl_module, self.attribute, None)
@@ -279,7 +279,7 @@ class CompressionCallback(pl.Callback):
             if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.dirpath is not None:
                 folder = Path(callback.dirpath)
                 if folder not in written:
-                    written[folder] = trainer.strategy.broadcast(free_path(folder))
+                    written[folder] = trainer.strategy.broadcast(_free_path(folder))
                     trainer.save_checkpoint(written[folder], weights_only=True)
                 path = written[folder]
                 if callback.best_model_score is None or math.isinf(float(callback.best_model_score)):
@@ -501,3 +501,9 @@ def _check_plan(trainer: Any, callback: CompressionCallback, pl_module: pl.Light
             f"two CompressionCallbacks at once, of {callback.attribute!r} and {others[0].attribute!r}: compress one "
             f"network of {type(pl_module).__name__} after the other"
         )
+
+
+def _free_path(folder: Path) -> Path:
+    """Where the compressed network is written: what another run has left there stays, as with `ModelCheckpoint`."""
+    names = (f"compressed{f'-v{version}' if version else ''}.ckpt" for version in count())
+    return next(folder / name for name in names if not (folder / name).exists())

@@ -59,14 +59,14 @@ class ReconstructionErrorProbe(pl.Callback):
 
     Without a Trainer, call `measure`.
 
+    The autoencoder, the default optimiser and about five epochs are those of Factor Transfer,
+    https://arxiv.org/abs/1802.04977; reconstruction errors as an analysis are in FEED,
+    https://arxiv.org/abs/1909.10754.
+
     Attributes:
         table: one dict for each network, target and epoch, with the keys ``network``, ``target``, ``epoch`` (from 1),
             ``absolute`` and ``relative``; names are ``student``, ``teacher_<m>`` and ``control``.
         figure: `distill_lightning.plots.reconstruction_errors` of the table; ``None`` before.
-
-    The autoencoder, the default optimiser and about five epochs are those of Factor Transfer,
-    https://arxiv.org/abs/1802.04977; reconstruction errors as an analysis are in FEED,
-    https://arxiv.org/abs/1909.10754.
 
     Args:
         layer: dotted path (or glob) of the feature map in the student and the control: after the last ReLU, before

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+
+from distill_lightning.errors import InputError
 
 _SEED_STRIDE = 1_000_003
 
@@ -16,13 +19,18 @@ class RunKeeper(pl.callbacks.Checkpoint):
     """Checkpoints a run after every epoch, and keeps its history and the weights of the best validation epoch.
 
     Files only appear under their names when they are complete. Every epoch begins with a random state that depends only
-    on the seed and the epoch, so a resumed run draws the same numbers as an uninterrupted one.
+    on the seed and the epoch, so a resumed run draws the same numbers as an uninterrupted one. It is for
+    trainings in one process.
 
     Args:
         folder: the folder for ``last.ckpt`` and ``selected.safetensors``.
         seed: seed of the random state.
-        monitor: the metric; of equal epochs, the first one is selected.
+        monitor: the metric; of equal epochs, the first one is selected. An epoch in which it is NaN is selected only if
+            it is NaN in all of them, and then it is the first.
         mode: ``"max"`` if higher values of the metric are better, ``"min"`` if lower ones are.
+
+    Raises:
+        InputError: at the end of an epoch in which the metric was not logged.
     """
 
     def __init__(
@@ -64,10 +72,18 @@ class RunKeeper(pl.callbacks.Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add a line to the history, keep the weights if they are the best so far, and checkpoint."""
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
-        best = max((self.sign * line[self.monitor] for line in self.history), default=float("-inf"))
+        if self.monitor not in metrics:
+            raise InputError(
+                f"RunKeeper: {self.monitor} was not logged in this epoch: give monitor= one of {', '.join(metrics)}"
+            )
+        score = self.sign * metrics[self.monitor]
+        before = [self.sign * line[self.monitor] for line in self.history]
+        # A maximum that begins with NaN would stay NaN.
+        best = max((value for value in before if not math.isnan(value)), default=-math.inf)
         epoch = trainer.current_epoch + 1
         self.history.append({"epoch": epoch, "seconds": self._trained - self._started, **metrics})
-        if self.sign * metrics[self.monitor] > best:
+        # The first epoch in any case: there is always a selected one.
+        if not before or score > best:
             self.selected_epoch = epoch
             partial = self.folder / "partial.safetensors"
             pl_module.export_student(partial)  # type: ignore[operator]  # a method of every module with a student

@@ -15,7 +15,7 @@ from distill_lightning.compression.measure import MIN_ROUNDS
 from distill_lightning.compression.recipe import copy_network, describe
 from distill_lightning.compression.stages import SEE, Kind, Onnx, Stage, measure_stage
 from distill_lightning.errors import InputError
-from distill_lightning.lightning_internals import TrainersBatches, undrawn
+from distill_lightning.lightning_internals import TrainersBatches, undrawn, validation_loaders
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,7 @@ def _scored_batches(trainer: Any, pl_module: Any, split: str) -> Iterable[Any]:
         trainer.datamodule.setup("test")
         loaders = trainer.datamodule.test_dataloader()
     else:
-        if trainer.val_dataloaders is None:
-            # There has been no validation so far.
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        loaders = trainer.val_dataloaders
+        loaders = validation_loaders(trainer)
     for number, loader in enumerate(loaders if isinstance(loaders, (list, tuple)) else [loaders]):
         own = TrainersBatches(trainer, pl_module, loader, number=number, training=False)
         with undrawn(loader):

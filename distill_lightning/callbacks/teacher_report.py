@@ -19,7 +19,7 @@ from torchmetrics import MetricCollection
 from distill_lightning.callbacks.figures import log_figure
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.lightning_internals import TrainersBatches, undrawn
+from distill_lightning.lightning_internals import TrainersBatches, undrawn, validation_loaders
 from distill_lightning.outputs import Output
 from distill_lightning.plots import teacher_bars
 from distill_lightning.teachers import Teachers
@@ -41,7 +41,7 @@ class TeacherReport(pl.Callback):
         figure: `distill_lightning.plots.teacher_bars` of the rows, in the first process; ``None`` before.
 
     Args:
-        near_chance: a teacher is warned of whose accuracy is at most this many times that of guessing, ``1 / K``.
+        near_chance: warn of a teacher whose accuracy is at most this many times that of guessing, ``1 / K``.
 
     Raises:
         InputError: when the training starts: the module has no teachers, or there are no validation data.
@@ -88,7 +88,7 @@ def _measured(trainer: pl.Trainer, pl_module: Any) -> dict[str, MetricCollection
     """The metrics of each teacher and, if there are several, of the ensemble, by name."""
     if not hasattr(pl_module, "teacher_predictions") or not isinstance(getattr(pl_module, "output", None), Output):
         raise _without_teachers(pl_module)
-    means: Output = pl_module.output
+    output: Output = pl_module.output
     measured: dict[str, MetricCollection] = {}
     teachers = getattr(pl_module, "teachers", None)
     ensemble = teachers.ensemble if isinstance(teachers, Teachers) else None
@@ -102,8 +102,8 @@ def _measured(trainer: pl.Trainer, pl_module: Any) -> dict[str, MetricCollection
             for name, prediction in predictions.items():
                 if prediction is None:
                     raise _without_teachers(pl_module)
-                metrics = measured.setdefault(name, means.metrics().to(pl_module.device))
-                metrics.update(*means.select(prediction, batch.target, means.counted(prediction, batch)))
+                metrics = measured.setdefault(name, output.metrics().to(pl_module.device))
+                metrics.update(*output.select(prediction, batch.target, output.counted(prediction, batch)))
     return measured
 
 
@@ -139,10 +139,7 @@ def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[
 
 
 def _loaders(trainer: pl.Trainer) -> list[Any]:
-    if trainer.val_dataloaders is None:
-        # Without a sanity check, and before an epoch without validation, the Trainer has not asked for them yet.
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    found = _flat(trainer.val_dataloaders)
+    found = _flat(validation_loaders(trainer))
     if not found:
         raise InputError(
             "TeacherReport runs the teachers over the validation data, and there are none: give the data module a "

@@ -16,7 +16,7 @@ from distill_lightning.studies.compare import config as compare
 from distill_lightning.studies.compress import config as compress
 
 if TYPE_CHECKING:
-    from distill_lightning.studies.compress.runs import Parts
+    from distill_lightning.studies.compress.runs import Setup
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def _run(arguments: list[str]) -> None:
         from distill_lightning.studies.compress import command as compress_command  # noqa: PLC0415
 
         _quiet_down()
-        compress_command.run(compressed, options, _parts_of)
+        compress_command.run(compressed, options, _setup_of)
     elif arguments == ["--version"]:
         print(f"distill-lightning {distill_lightning.__version__}")
     else:
@@ -62,13 +62,13 @@ def _run(arguments: list[str]) -> None:
         DistillCLI(arguments)
 
 
-def _parts_of(arguments: Sequence[str]) -> Parts:
+def _setup_of(arguments: Sequence[str]) -> Setup:
     """What a configuration makes, without running anything."""
     from distill_lightning.cli.lightning_cli import DistillCLI  # noqa: PLC0415
-    from distill_lightning.studies.compress.runs import Parts  # noqa: PLC0415
+    from distill_lightning.studies.compress.runs import Setup  # noqa: PLC0415
 
     cli = DistillCLI(arguments, run=False)
-    return Parts(cli.model, cli.datamodule, cli.trainer)
+    return Setup(cli.model, cli.datamodule, cli.trainer)
 
 
 def _quiet_down() -> None:

@@ -28,7 +28,7 @@ def one_line(error: Exception) -> str:
     # A KeyError shows its message in quotes.
     reason = " ".join(str(last.args[0] if isinstance(last, KeyError) and last.args else last).split())
     keys = dict.fromkeys(re.findall(r'Parser key "([^"]+)"', str(error)))
-    reason = _none_of_union(error, reason) or _unknown_class(reason, [*keys, ""][len(keys) - 1]) or reason
+    reason = _none_of_union(error, reason) or _unknown_class(reason, next(reversed(keys), "")) or reason
     classes = re.findall(r"class_path '([^']+)'", str(error))
     inside = f" of {classes[-1].rpartition('.')[2]}" if classes else ""
     where = ".".join(keys) + inside

@@ -6,7 +6,7 @@ import importlib
 import itertools
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,6 +76,8 @@ class DistillCLI(LightningCLI):
         run: whether a verb is expected and run; ``False``: the objects are only built.
     """
 
+    _checkpoint: dict[str, Any] | None = None
+
     def __init__(self, args: Sequence[str] | None = None, *, run: bool = True) -> None:
         # Classes have short names once they are imported.
         distill_lightning.import_all()
@@ -114,11 +116,15 @@ class DistillCLI(LightningCLI):
         super().parse_arguments(parser, args)
         path = self._checkpoint_path()
         if path is not None:
-            self._check_class(path)
+            self._checkpoint = read_checkpoint(path)
+            self._check_class(path, self._checkpoint)
         self._given = _model_options(self.config)
 
     def before_instantiate_classes(self) -> None:
-        """Warn of each hyper-parameter of the checkpoint that Lightning lets override the command line's."""
+        """Add the keys that are linked to the data.
+
+        Warn where the checkpoint's hyper-parameters override the command line's.
+        """
         self._make_room_for_links()
         for name, value in _model_options(self.config).items():
             given = self._given.get(name, value)
@@ -144,8 +150,7 @@ class DistillCLI(LightningCLI):
             if takes(kind, key) and key not in model.init_args:
                 model.init_args[key] = None
 
-    def _check_class(self, path: Path) -> None:
-        checkpoint = read_checkpoint(path)
+    def _check_class(self, path: Path, checkpoint: Mapping[str, Any]) -> None:
         if "recipes" in checkpoint:
             check_format(checkpoint, str(path))
         made_by = checkpoint["hyper_parameters"].get("_class_path", "")
@@ -166,11 +171,12 @@ class DistillCLI(LightningCLI):
         if isinstance(self.datamodule, ViewDataModule) and self.trainer.world_size == 1:
             self.datamodule.prepare_data()
             self.datamodule.setup()
+        path, checkpoint = self._checkpoint_path(), self._checkpoint
+        # What the Trainer reads itself is not to be in memory twice.
+        self._checkpoint = None
         if not isinstance(self.model, DistillationModule):
             return
-        path = self._checkpoint_path()
-        if path is not None:
-            checkpoint = read_checkpoint(path)
+        if checkpoint is not None:
             restore_structure(self.model, checkpoint)
             check_architecture(self.model, checkpoint["state_dict"], source=str(path))
         if self.config.get("subcommand") == "fit":

@@ -77,4 +77,4 @@ def plain_network(network: nn.Module) -> nn.Module:
     return plain_copy(network) if is_computed(network) else network
 
 
-provenance.add_structure(sys.modules[__name__])
+provenance.register_keeper(sys.modules[__name__])

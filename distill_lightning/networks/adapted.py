@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
-from distill_lightning.networks.provenance import recipe_of, recorded, remember, remembered
+from distill_lightning.networks.provenance import class_with_recipe, factory_with_recipe, recipe_of, set_recipe
 from distill_lightning.networks.weights import load_strictly, read_weights
 
 
-@recorded
+@factory_with_recipe
 def Pretrained(network: nn.Module, checkpoint: str | Path, part: str | None = None) -> nn.Module:  # noqa: N802  (reads as a class in YAML)
     """Load a network's weights from a file; the same network is returned, so its dotted layer paths stay as they are.
 
@@ -49,7 +49,7 @@ def Pretrained(network: nn.Module, checkpoint: str | Path, part: str | None = No
     return network
 
 
-@remembered
+@class_with_recipe
 class AdaptedInput(nn.Module):
     r"""A network whose images are normalised and resized as in its own training, unlike those of the other networks.
 
@@ -139,7 +139,7 @@ class AdaptedInput(nn.Module):
         arguments: dict[str, Any] = {"network": inner, "size": self.size and list(self.size)}
         if mean is not None:
             arguments |= {name: value.tolist() for name, value in values.items()}
-        remember(self, None if inner is None else arguments)
+        set_recipe(self, None if inner is None else arguments)
 
     def extra_repr(self) -> str:
         """The size, shown when the network is printed."""

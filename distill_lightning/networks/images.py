@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from distill_lightning.errors import InputError
 from distill_lightning.layers import GaussianHead
-from distill_lightning.networks.provenance import check_sizes, remember, remembered
+from distill_lightning.networks.provenance import class_with_recipe, set_recipe
+from distill_lightning.networks.sizes import check_sizes
 
 
-@remembered
+@class_with_recipe
 class SmallCNN(nn.Module):
     """A plain convolutional network for small images, without shortcuts.
 
@@ -39,7 +40,7 @@ class SmallCNN(nn.Module):
         super().__init__()
         arguments = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
         check_sizes("SmallCNN", arguments)
-        remember(self, arguments)
+        set_recipe(self, arguments)
         self.features = nn.Sequential(
             *self._convolution(in_channels, width),
             nn.MaxPool2d(2),
@@ -83,7 +84,7 @@ class _Block(nn.Module):
         return outputs
 
 
-@remembered
+@class_with_recipe
 class SmallResNet(nn.Module):
     """A residual network for small images on a CPU, used in the demos and the tests.
 
@@ -126,7 +127,7 @@ class SmallResNet(nn.Module):
             raise InputError("SmallResNet needs either num_classes (a classifier) or num_targets (a regression)")
         arguments = {**outputs, "in_channels": in_channels, "width": width, "depth": depth}
         check_sizes("SmallResNet", arguments)
-        remember(self, arguments)
+        set_recipe(self, arguments)
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from distill_lightning.errors import InputError
-from distill_lightning.networks.provenance import recorded
+from distill_lightning.errors import InputError, refusing
+from distill_lightning.networks.provenance import factory_with_recipe
 
 
-@recorded
+@factory_with_recipe
 def torchvision_network(name: str, *, num_classes: int, in_channels: int = 3) -> nn.Module:
     """A classification network of torchvision, randomly initialised.
 
@@ -36,7 +36,7 @@ def torchvision_network(name: str, *, num_classes: int, in_channels: int = 3) ->
     return network if in_channels == 3 else _with_input_channels(network, in_channels)
 
 
-@recorded
+@factory_with_recipe
 def timm_network(name: str, *, num_classes: int, in_channels: int = 3, pretrained: bool = False) -> nn.Module:
     """A network of timm.
 
@@ -47,16 +47,19 @@ def timm_network(name: str, *, num_classes: int, in_channels: int = 3, pretraine
         pretrained: load timm's weights, which are downloaded unless they are cached.
 
     Raises:
-        InputError: timm is not installed, or has no such network.
+        InputError: timm is not installed, or has no such network or no such weights of it.
     """
     timm = _package("timm", extra="timm")
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
         raise InputError(f"timm has no network {name!r}: see timm.list_models()")
-    network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels)
+    with refusing(f"timm_network {name!r}", RuntimeError):
+        network: nn.Module = timm.create_model(
+            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels
+        )
     return network
 
 
-@recorded
+@factory_with_recipe
 def pytorchcv_network(
     name: str, *, num_classes: int, in_channels: int = 3, image_size: int | None = None, pretrained: bool = False
 ) -> nn.Module:

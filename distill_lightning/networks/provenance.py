@@ -54,7 +54,7 @@ def build_from(recipe: Recipe) -> nn.Module:
     return _FACTORIES[recipe["factory"]](**arguments)
 
 
-def recorded(factory: Callable[P, nn.Module]) -> Callable[P, nn.Module]:
+def factory_with_recipe(factory: Callable[P, nn.Module]) -> Callable[P, nn.Module]:
     """Make a factory store its recipe on the networks that it returns."""
     name = factory.__name__
     names = factory.__code__.co_varnames
@@ -73,42 +73,25 @@ def recorded(factory: Callable[P, nn.Module]) -> Callable[P, nn.Module]:
     return recording
 
 
-def remembered(network_class: NetworkClass) -> NetworkClass:
-    """Make a class known to `build_from`; its constructor has to call `remember`."""
+def class_with_recipe(network_class: NetworkClass) -> NetworkClass:
+    """Make a class known to `build_from`; its constructor has to call `set_recipe`."""
     _FACTORIES[network_class.__name__] = network_class
     return network_class
 
 
-def remember(network: nn.Module, arguments: Mapping[str, Any] | None) -> None:
+def set_recipe(network: nn.Module, arguments: Mapping[str, Any] | None) -> None:
     """Store the arguments of a network's constructor on it, in plain types; ``None``: it cannot be built again.
 
     Example:
         >>> from torch import nn
-        >>> from distill_lightning.networks.provenance import recipe_of, remember
+        >>> from distill_lightning.networks.provenance import recipe_of, set_recipe
         >>> network = nn.Linear(4, 3)
-        >>> remember(network, {"in_features": 4, "out_features": 3})
+        >>> set_recipe(network, {"in_features": 4, "out_features": 3})
         >>> recipe_of(network)
         {'factory': 'Linear', 'arguments': {'in_features': 4, 'out_features': 3}}
     """
     recipe = None if arguments is None else {"factory": type(network).__name__, "arguments": dict(arguments)}
     network.__dict__["_recipe"] = recipe
-
-
-def check_sizes(who: str, sizes: Mapping[str, int | None]) -> None:
-    """Refuse sizes below 1.
-
-    Raises:
-        InputError: a size is below 1 or missing; the message begins with ``who``.
-
-    Example:
-        >>> from distill_lightning.networks.provenance import check_sizes
-        >>> check_sizes("SmallCNN", {"num_classes": 10, "width": 0})
-        Traceback (most recent call last):
-        distill_lightning.errors.InputError: SmallCNN: width must be at least 1, got 0
-    """
-    for name, value in sizes.items():
-        if value is None or value < 1:
-            raise InputError(f"{who}: {name} must be at least 1, got {value}")
 
 
 def _plain(value: Any) -> Any:
@@ -120,8 +103,8 @@ def _plain(value: Any) -> Any:
 # What became of a network after it was built
 
 
-class Structure(Protocol):
-    """Tells and restores what was done to networks since they were built; `distill_lightning.compression` is one."""
+class StructureKeeper(Protocol):
+    """Notes in checkpoints, and restores, what was changed in networks after they were built."""
 
     def note_structure(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Note in a checkpoint what was done to a module's network."""
@@ -133,19 +116,19 @@ class Structure(Protocol):
         """The network, or a copy whose weights are no longer computed from others."""
 
 
-_STRUCTURES: list[Structure] = []
+_KEEPERS: list[StructureKeeper] = []
 
 
-def add_structure(structure: Structure) -> None:
-    """Have networks told and restored by what changes them; `distill_lightning.compression` calls this as it loads."""
-    _STRUCTURES.append(structure)
+def register_keeper(keeper: StructureKeeper) -> None:
+    """Register what notes and restores changes of networks; `distill_lightning.compression` calls this as it loads."""
+    _KEEPERS.append(keeper)
 
 
 def note_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Note in a checkpoint what was done to a module's network since it was built, if anything was."""
     # What was never loaded has changed no network.
-    for structure in _STRUCTURES:
-        structure.note_structure(module, checkpoint)
+    for keeper in _KEEPERS:
+        keeper.note_structure(module, checkpoint)
 
 
 def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
@@ -154,14 +137,14 @@ def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         InputError: it is changed in another way already.
     """
-    if checkpoint.get("compression") is not None and not _STRUCTURES:
+    if checkpoint.get("compression") is not None and not _KEEPERS:
         importlib.import_module("distill_lightning.compression.structure")
-    for structure in _STRUCTURES:
-        structure.restore_structure(module, checkpoint)
+    for keeper in _KEEPERS:
+        keeper.restore_structure(module, checkpoint)
 
 
 def plain_network(network: nn.Module) -> nn.Module:
     """The network, or a copy of it whose weights have the values that it computes them to be."""
-    for structure in _STRUCTURES:
-        network = structure.plain_network(network)
+    for keeper in _KEEPERS:
+        network = keeper.plain_network(network)
     return network

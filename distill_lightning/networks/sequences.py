@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from distill_lightning.errors import InputError
-from distill_lightning.networks.provenance import check_sizes, remember, remembered
+from distill_lightning.networks.provenance import class_with_recipe, set_recipe
+from distill_lightning.networks.sizes import check_sizes
 
 
-@remembered
+@class_with_recipe
 class SmallLSTM(nn.Module):
     """An LSTM that classifies a sequence of rows, or predicts the token after each token of a text.
 
@@ -51,7 +52,7 @@ class SmallLSTM(nn.Module):
         read = _one_of("SmallLSTM", input_size, vocabulary)
         arguments = {"num_classes": num_classes, **read, "width": width, "depth": depth}
         check_sizes("SmallLSTM", arguments)
-        remember(self, arguments)
+        set_recipe(self, arguments)
         self.embed = nn.Identity() if vocabulary is None else nn.Embedding(vocabulary, width)
         self.lstm = nn.LSTM(input_size or width, width, depth, batch_first=True)
         self.head = nn.Linear(width, num_classes)
@@ -64,7 +65,7 @@ class SmallLSTM(nn.Module):
         return logits
 
 
-@remembered
+@class_with_recipe
 class SmallTransformer(nn.Module):
     """A Transformer encoder that classifies a sequence of rows, or predicts the token after each token of a text.
 
@@ -121,7 +122,7 @@ class SmallTransformer(nn.Module):
             raise InputError(f"SmallTransformer: width={width} is not a multiple of heads={heads}: change one of them")
         if not 0 <= dropout < 1:
             raise InputError(f"SmallTransformer: dropout must be in [0, 1), got {dropout}")
-        remember(self, arguments | {"dropout": dropout})
+        set_recipe(self, arguments | {"dropout": dropout})
         self.embed = nn.Linear(input_size, width) if input_size else nn.Embedding(vocabulary or 1, width)
         self.positions = nn.Embedding(length, width)
         nn.init.normal_(self.positions.weight, std=0.02)
@@ -140,12 +141,13 @@ class SmallTransformer(nn.Module):
         """Logits ``(N, K)`` of images ``(N, C, H, W)``, or ``(N, T, K)`` of tokens ``(N, T)``."""
         hidden = self.embed(inputs if self.reads_tokens else _rows(inputs))
         hidden = hidden + self.positions(_places(hidden, self.length))
-        if not self.reads_tokens:
-            logits: Tensor = self.head(self.encoder(hidden).mean(dim=1))
-            return logits
-        # Without is_causal, PyTorch would compare the mask with a causal one, and wait for the device.
-        causal: Tensor = self.head(self.encoder(hidden, mask=_later(hidden), is_causal=True))
-        return causal
+        if self.reads_tokens:
+            # Without is_causal, PyTorch would compare the mask with a causal one, and wait for the device.
+            hidden = self.encoder(hidden, mask=_later(hidden), is_causal=True)
+        else:
+            hidden = self.encoder(hidden).mean(dim=1)
+        logits: Tensor = self.head(hidden)
+        return logits
 
 
 def _one_of(who: str, input_size: int | None, vocabulary: int | None) -> dict[str, int]:

@@ -36,22 +36,7 @@ def read_weights(path: Path, *, part: str | None = None) -> dict[str, Tensor]:
         >>> sorted(weights)
         ['bias', 'weight']
     """
-    if not path.is_file():
-        raise InputError(f"no checkpoint at {path}: give the path of a .safetensors, .pt or .ckpt file")
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else _load_tensors(path)
-    except InputError:
-        raise
-    except Exception as error:  # a damaged file may make the readers raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path} cannot be read as weights ({type(error).__name__}: {reason}): is it complete?"
-        ) from error
-    weights = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    if not isinstance(weights, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
-    ):
-        raise InputError(f"{path} holds no state dict: save network.state_dict(), or use export_student(path)")
+    _, weights = _read(path)
     prefix = "student." if part is None else f"{part}."
     inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     if part is not None and not inside:
@@ -102,8 +87,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, damaged or unsafe, or holds only weights.
     """
-    read_weights(path)
-    content = load_file(path) if path.suffix == ".safetensors" else _load_tensors(path)
+    content, _ = _read(path)
     missing = [key for key in ("state_dict", "pytorch-lightning_version") if key not in content]
     if missing:
         raise InputError(
@@ -157,6 +141,27 @@ def check_architecture(network: nn.Module, weights: Mapping[str, Tensor], *, sou
             f"{source} is a checkpoint of another architecture than {type(network).__name__}: it {problems[0]}{more}; "
             "build the network with the arguments it was trained with"
         )
+
+
+def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """All that a file holds, and the state dict in it."""
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}: give the path of a .safetensors, .pt or .ckpt file")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _load_tensors(path)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file may make the readers raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path} cannot be read as weights ({type(error).__name__}: {reason}): is it complete?"
+        ) from error
+    weights = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    ):
+        raise InputError(f"{path} holds no state dict: save network.state_dict(), or use export_student(path)")
+    return content, weights
 
 
 def _load_tensors(path: Path) -> Any:

@@ -11,7 +11,7 @@ from distill_lightning.storage.files import (
 from distill_lightning.storage.header import FORMAT, read_header
 from distill_lightning.storage.prediction import PredictionStore
 from distill_lightning.storage.rows import Field, Rows
-from distill_lightning.storage.shards import ShardedRecords, sweep
+from distill_lightning.storage.shards import ShardedRecords, sweep_records
 from distill_lightning.storage.sidecar import Sidecar
 from distill_lightning.storage.top_k import largest, spread
 
@@ -27,8 +27,8 @@ __all__ = [
     "largest",
     "read_header",
     "spread",
-    "sweep",
     "sweep_partial",
+    "sweep_records",
     "whole_file",
     "with_checksum",
     "write_whole",

@@ -19,8 +19,9 @@ def exchange_rows(columns: Mapping[str, Tensor], written: Tensor) -> tuple[Tenso
     and needs no equal numbers of rows.
 
     Args:
-        columns: rows ``(N, ...)`` by field, changed in place.
-        written: int64 ``(N,)``, when this process wrote a row, counted from 1; 0: before the last exchange; -1: not.
+        columns: rows ``(N, k)`` by field, changed in place.
+        written: int64 ``(N,)``: when this process last wrote a row, counted from 1; 0 if before the last exchange; -1
+            if never.
 
     Returns:
         ``written`` after the exchange, 0 or -1, and whether any process has written since the last one.

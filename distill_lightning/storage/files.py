@@ -25,7 +25,7 @@ def write_all(file: Any, content: Any) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Have a file written beside its place, and move it there once it is complete and on the disk.
+    """Write a file under a temporary name, and rename it once it is complete and on the disk.
 
     ::
 

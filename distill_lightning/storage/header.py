@@ -1,4 +1,4 @@
-"""What a store's folder and files say of themselves, and how that is held against what is expected."""
+"""Headers of stores: what a folder or file states about itself, and its comparison with what is expected."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ class PredictionStore:
 
     A row that is not written in an epoch keeps what it held. With several processes every one writes its own samples;
     `advance` and `state_dict` exchange them, must be called by all, and leave the same rows everywhere. The tensors are
-    no buffers of a module, which DDP would overwrite with rank 0's; they live where `to` puts them. Reading and writing
-    with an index on that device never wait for it; with an index elsewhere, rows are copied over.
+    not buffers of a module, because DDP would overwrite those with rank 0's; they live where `to` puts them. Reading
+    and writing with an index on that device never wait for it; with an index elsewhere, rows are copied over.
 
     A row takes ``K`` numbers, or with ``top_k`` that many numbers and class indices (2 bytes each up to 32,768 classes,
     then 4); both buffers together twice that, see `nbytes`.
@@ -69,12 +69,12 @@ class PredictionStore:
                 f"PredictionStore needs at least 1 sample and 2 classes, got num_samples={num_samples} and "
                 f"num_classes={num_classes}"
             )
-        self._format = PredictionRows(num_classes, dtype=dtype, top_k=top_k)
+        self._row_format = PredictionRows(num_classes, dtype=dtype, top_k=top_k)
         self.num_samples, self.num_classes, self.dtype, self.top_k = num_samples, num_classes, dtype, top_k
         self.sidecar = sidecar
-        self._next = self._format.zeros(num_samples)
+        self._next = self._row_format.zeros(num_samples)
         # Empty where the file is read instead, which is not there before anything is readable.
-        self._now = self._format.zeros(num_samples) if sidecar is None else {}
+        self._now = self._row_format.zeros(num_samples) if sidecar is None else {}
         self._file: RowFile | None = None
         self._pending_file: RowFile | None = None
         self._known = torch.zeros(num_samples, dtype=torch.bool)
@@ -94,7 +94,7 @@ class PredictionStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors; a mapped file is none."""
+        """Bytes of all tensors; mapped files do not count."""
         return sum(tensor.nbytes for tensor in (*self._now.values(), *self._next.values(), self._known, self._written))
 
     def to(self, device: torch.device | str) -> Self:
@@ -106,7 +106,7 @@ class PredictionStore:
             self._now = {}
         elif not self._now:
             self._now = {name: torch.zeros_like(rows) for name, rows in self._next.items()}
-            self._fill(self._now, torch.arange(self.num_samples), self._file)
+            self._copy_into(self._now, torch.arange(self.num_samples), self._file)
         return self
 
     @property
@@ -124,12 +124,12 @@ class PredictionStore:
             on the index's device.
 
         Raises:
-            InputError: on the CPU, an index out of range.
+            InputError: on the CPU, an index of ``N`` or more.
         """
         here = index.to(self.device)
         with refusing(f"num_samples={self.num_samples} does not fit the data's indices", IndexError):
             known = self._known[here].to(index.device)
-        probs = self._format.unpack({name: rows.to(index.device) for name, rows in self._rows(here).items()})
+        probs = self._row_format.unpack({name: rows.to(index.device) for name, rows in self._readable(here).items()})
         # In place, since what was read is a copy.
         return probs.masked_fill_(~known[:, None], 1 / self.num_classes), known
 
@@ -165,7 +165,7 @@ class PredictionStore:
         self._written.scatter_reduce_(0, index, order, "amax")
         # A sample that stands in the batch twice gets its last row both times, so the order of writing cannot matter.
         last = self._written[index] - self._count
-        packed = self._format.pack(probs.detach()[last.clamp_min(0).to(probs.device)])
+        packed = self._row_format.pack(probs.detach()[last.clamp_min(0).to(probs.device)])
         for name, rows in packed.items():
             new = rows.to(self.device)
             if keep is not None:
@@ -184,8 +184,8 @@ class PredictionStore:
         written = self._written >= 0
         if not bool(written.any()):
             return
-        for piece in in_pieces((~written).nonzero()[:, 0], self._format.nbytes):
-            for name, rows in self._rows(piece).items():
+        for piece in in_pieces((~written).nonzero()[:, 0], self._row_format.nbytes):
+            for name, rows in self._readable(piece).items():
                 self._next[name][piece] = rows
         if self.sidecar is not None:
             self._write_file(self.sidecar)
@@ -211,7 +211,7 @@ class PredictionStore:
         if len(pending) and (fresh or self._pending_file is None):
             self._pending_file = self.sidecar.pend(self._layout(len(pending)), self._columns(pending))
         files = self.sidecar.state_dict(self._file, self._pending_file)
-        return {**state, **self._kind(), "sidecar": files}
+        return {**state, **self._description(), "sidecar": files}
 
     def load_state_dict(self, state: Mapping[str, Any], *, folder: str | Path | None = None) -> None:
         """Take the rows of a store that was made with the same arguments, but for the sidecar.
@@ -236,16 +236,16 @@ class PredictionStore:
                 self.sidecar.load_state_dict(state["sidecar"])
                 self._file, self._pending_file = file, pending_file
         else:
-            now = {field.name: state[field.name] for field in self._format.fields}
-            coming = {field.name: state[f"pending_{field.name}"] for field in self._format.fields}
+            now = {field.name: state[field.name] for field in self._row_format.fields}
+            coming = {field.name: state[f"pending_{field.name}"] for field in self._row_format.fields}
         self._known.copy_(state["known"])
         if not self._reads_the_file:
-            self._fill(self._now, torch.arange(self.num_samples), now)
+            self._copy_into(self._now, torch.arange(self.num_samples), now)
         if self.sidecar is not None and self._file is None and bool(self._known.any()):
             # The checkpoint holds the rows themselves.
-            self._fill(self._next, torch.arange(self.num_samples), now)
+            self._copy_into(self._next, torch.arange(self.num_samples), now)
             self._write_file(self.sidecar)
-        self._fill(self._next, state["pending"], coming)
+        self._copy_into(self._next, state["pending"], coming)
         # Older than anything that will be written from now on.
         self._written.fill_(-1)
         self._written[state["pending"].to(self.device)] = 0
@@ -272,7 +272,7 @@ class PredictionStore:
                 "that saved it, or begin the training again"
             )
         if "sidecar" in state:
-            saved = {name: state[name] for name in self._kind()}
+            saved = {name: state[name] for name in self._description()}
         else:
             kept = state["probabilities"]
             saved = {
@@ -281,19 +281,21 @@ class PredictionStore:
                 "top_k": kept.shape[1] if "classes" in state else None,
                 "dtype": dtype_name(kept.dtype),
             }
-        different = [f"{name}={saved[name]} and not {own}" for name, own in self._kind().items() if saved[name] != own]
+        different = [
+            f"{name}={saved[name]} and not {own}" for name, own in self._description().items() if saved[name] != own
+        ]
         if different:
             raise InputError(
                 f"the saved PredictionStore has {', '.join(different)}: go on with the data and the settings that it "
                 "was saved with"
             )
 
-    def _kind(self) -> dict[str, Any]:
-        return {"num_samples": self.num_samples, **self._format.as_plain()}
+    def _description(self) -> dict[str, Any]:
+        return {"num_samples": self.num_samples, **self._row_format.as_plain()}
 
     def _layout(self, count: int) -> Layout:
         """Of a file of so many rows."""
-        return Layout(self._format.fields, count, self._kind())
+        return Layout(self._row_format.fields, count, self._description())
 
     def _columns(self, index: Tensor | None = None) -> dict[str, Iterator[NDArray[Any]]]:
         """Some of the rows that will be readable, or all of them, in pieces for a file."""
@@ -304,29 +306,29 @@ class PredictionStore:
                 return (field.array(piece) for piece in in_pieces(rows, field.nbytes))
             return (field.array(rows[piece]) for piece in in_pieces(index, field.nbytes))
 
-        return {field.name: pieces(field) for field in self._format.fields}
+        return {field.name: pieces(field) for field in self._row_format.fields}
 
-    def _rows(self, index: Tensor) -> dict[str, Tensor]:
+    def _readable(self, index: Tensor) -> dict[str, Tensor]:
         """Readable rows as they are kept, by an index on the device."""
         if not self._reads_the_file:
-            return self._chosen(self._now, index)
-        return self._format.zeros(len(index)) if self._file is None else self._format.taken(self._file, index)
+            return self._take(self._now, index)
+        return self._row_format.zeros(len(index)) if self._file is None else self._row_format.take(self._file, index)
 
-    def _fill(self, rows: dict[str, Tensor], index: Tensor, values: _Rows | None) -> None:
-        """Put values into some rows, one after the other; without any, nothing."""
-        for numbers in in_pieces(torch.arange(len(index)), self._format.nbytes):
-            for name, piece in ({} if values is None else self._chosen(values, numbers)).items():
-                rows[name][index[numbers].to(self.device)] = piece.to(self.device)
+    def _copy_into(self, target: dict[str, Tensor], index: Tensor, source: _Rows | None) -> None:
+        """Copy all rows of the source, in order, to rows of the target; without a source, nothing."""
+        for numbers in in_pieces(torch.arange(len(index)), self._row_format.nbytes):
+            for name, piece in ({} if source is None else self._take(source, numbers)).items():
+                target[name][index[numbers].to(self.device)] = piece.to(self.device)
 
     def _write_file(self, sidecar: Sidecar) -> None:
         """Make a file of the rows that will be readable."""
         self._file = sidecar.advance(self._layout(self.num_samples), self._columns())
         self._pending_file = None
 
-    def _chosen(self, rows: _Rows, index: Tensor) -> dict[str, Tensor]:
-        if isinstance(rows, RowFile):
-            return self._format.taken(rows, index)
-        return {name: values[index.to(values.device)] for name, values in rows.items()}
+    def _take(self, source: _Rows, index: Tensor) -> dict[str, Tensor]:
+        if isinstance(source, RowFile):
+            return self._row_format.take(source, index)
+        return {name: rows[index.to(rows.device)] for name, rows in source.items()}
 
     def _exchange(self) -> bool:
         """Bring what every process has written to all, and tell whether there was any since the last time."""

@@ -52,7 +52,7 @@ class PredictionRows:
         """Rows by field, of zeros."""
         return {field.name: field.zeros(count) for field in self.fields}
 
-    def taken(self, file: RowFile, index: Tensor) -> dict[str, Tensor]:
+    def take(self, file: RowFile, index: Tensor) -> dict[str, Tensor]:
         """Some rows of a file by field, copies; the index is on the CPU."""
         rows = file.take(index.numpy())
         return {field.name: field.tensor(rows[field.name]) for field in self.fields}

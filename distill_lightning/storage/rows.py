@@ -144,7 +144,7 @@ class DamagedError(InputError):
 class RowFile:
     """Rows by their number, in a file that is mapped read-only and never changes.
 
-    On disk: JSON that says what the rows are, filled up with blanks to whole pages of 4096 bytes; the rows, one field
+    On disk: JSON that says what the rows are, padded with spaces to whole pages of 4096 bytes; the rows, one field
     after the other; the CRC-32 of everything before.
 
     Opening a file looks at what it says of itself and at its size; `verify` reads all of it.
@@ -169,7 +169,7 @@ class RowFile:
             if path.stat().st_size < _PAGE_BYTES + CHECKSUM_BYTES:
                 raise self._damaged()
             self._bytes: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
-        begin = self._compare()
+        begin = self._check_header()
         end = begin + layout.nbytes
         self.nbytes = end + CHECKSUM_BYTES
         if len(self._bytes) != self.nbytes:
@@ -234,8 +234,8 @@ class RowFile:
         field = next(field for field in self.layout.fields if field.name == name)
         return field.typed(self._columns[name])
 
-    def _compare(self) -> int:
-        """Hold the file's header against what it must say, and tell where the rows begin."""
+    def _check_header(self) -> int:
+        """Compare the file's header with the layout; return where the rows begin."""
         text = self._bytes[:_LARGEST_HEADER].tobytes().decode("latin-1")
         try:
             found, end = json.JSONDecoder().raw_decode(text)

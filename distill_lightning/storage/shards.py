@@ -41,9 +41,6 @@ class ShardedRecords:
         fields: the parts of a record.
         shard_size: number of samples in a shard.
         made_by: what the records depend on, plain values by name; kept in the header and compared with it.
-
-    Raises:
-        InputError: the folder holds records of another kind, or made by something else; the message names what differs.
     """
 
     def __init__(
@@ -92,7 +89,7 @@ class ShardedRecords:
         """Make the folder, or go on with what is there.
 
         Raises:
-            InputError: it holds other records.
+            InputError: it holds records of another kind, or made by something else; the message names what differs.
         """
         if (self.folder / HEADER).exists():
             self.check(read_header(self.folder))
@@ -108,7 +105,9 @@ class ShardedRecords:
         Raises:
             InputError: they differ; the message names in what.
         """
-        different = differences(*({**header, **header["made_by"], "made_by": None} for header in (header, self.header)))
+        found = {**header, **header["made_by"], "made_by": None}
+        wanted = {**self.header, **self.header["made_by"], "made_by": None}
+        different = differences(found, wanted)
         if different:
             raise InputError(
                 f"the store {self.folder} was made by something else: {'; '.join(different)}. Go on with what made it, "
@@ -138,7 +137,8 @@ class ShardedRecords:
         ):
             raise InputError(
                 f"the store {self.folder} has samples 0 to {self.samples - 1} and views 0 to {self.views - 1}, and was "
-                f"asked for samples up to {samples.max()} and views from {views.min()} to {views.max()}"
+                f"asked for samples from {samples.min()} to {samples.max()} and views from {views.min()} to "
+                f"{views.max()}"
             )
         rows = {field.name: np.zeros((count, *field.shape), field.kind.newbyteorder("=")) for field in self.fields}
         known = np.zeros(count, dtype=np.bool_)
@@ -283,7 +283,7 @@ class ShardedRecords:
         blocks = [(rows[_SAMPLE.name], rows) for path in logs for rows in self._log(path).blocks()]
         samples_of_all = np.concatenate([np.zeros(0, np.int64), *(samples for samples, _ in blocks)])
         for shard in np.unique(samples_of_all // self.shard_size).tolist():
-            whole, known = self._copied(view, shard)
+            whole, known = self._contents(view, shard)
             for samples, rows in blocks:
                 chosen = np.flatnonzero(samples // self.shard_size == shard)
                 within = samples[chosen] % self.shard_size
@@ -294,7 +294,7 @@ class ShardedRecords:
         for path in logs:
             path.unlink()
 
-    def _copied(self, view: int, shard: int) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
+    def _contents(self, view: int, shard: int) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
         """What a shard holds, and which of it is known."""
         before = self._shard(view, shard)
         if before is not None:
@@ -315,7 +315,7 @@ class ShardedRecords:
         return RecordLog(path, (_SAMPLE, *self.fields))
 
 
-def sweep(folder: Path) -> None:
+def sweep_records(folder: Path) -> None:
     """Remove the unfinished files that killed processes left in a folder of records; called while nobody writes."""
     # By their full names: what else lies in the folder is not the store's.
     sweep_partial(folder, HEADER, "view_*/*.shard")

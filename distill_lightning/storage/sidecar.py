@@ -72,14 +72,14 @@ class Sidecar:
         Raises:
             InputError: the disk is full or refuses; then nothing has changed.
         """
-        file = self._written(self.generation + 1, 0, layout, columns)
+        file = self._write_and_map(self.generation + 1, 0, layout, columns)
         self.generation, self._pendings = self.generation + 1, 0
         all_or_none(self._tidy)
         return file
 
     def pend(self, layout: Layout, columns: Mapping[str, Iterable[NDArray[Any]]]) -> RowFile:
         """Write and map the rows that are not readable yet; arguments and errors as for `advance`."""
-        file = self._written(self.generation, self._pendings + 1, layout, columns)
+        file = self._write_and_map(self.generation, self._pendings + 1, layout, columns)
         self._pendings += 1
         all_or_none(self._tidy)
         return file
@@ -101,7 +101,7 @@ class Sidecar:
         self.training, self.generation, self._pendings = state["training"], state["generation"], state["pendings"]
         self._saved = list(state["saved"])
 
-    def _written(
+    def _write_and_map(
         self, generation: int, pending: int, layout: Layout, columns: Mapping[str, Iterable[NDArray[Any]]]
     ) -> RowFile:
         """The file of a generation, or one that is pending in it, written by one process and mapped by all."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def class_dtype(num_classes: int) -> torch.dtype:
-    """The smallest type that holds every class index, which every device can index with after a cast."""
+    """The smallest integer type that holds every class index; indexing needs a cast to int64."""
     return torch.int16 if num_classes <= 2**15 else torch.int32
 
 

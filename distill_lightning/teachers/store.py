@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.storage import Field, Rows, ShardedRecords, read_header, sweep
+from distill_lightning.storage import Field, Rows, ShardedRecords, read_header, sweep_records
 from distill_lightning.teachers.packing import Answers, Packing, shapes
 from distill_lightning.teachers.questions import feature_names
 
@@ -164,7 +164,7 @@ class TeacherStore:
     def resume(self) -> None:
         """Take up what a killed process had kept, and remove what it was writing; one calls it, and nobody writes."""
         # Its first file may have been the one that it did not finish.
-        sweep(self.path)
+        sweep_records(self.path)
         self.finish()
 
     def write(self, view: int, shard: int, answers: Answers) -> None:

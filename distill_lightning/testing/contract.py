@@ -1,4 +1,4 @@
-"""What every module of the package keeps, as checks that can be run over any of them.
+"""The contract that every module of the package keeps: one check per promise.
 
 One long file, because the points are read, and broken, one by one.
 """
@@ -25,7 +25,9 @@ from distill_lightning.testing.tiny import TinyDataModule, TinyNet, tiny_trainer
 
 
 class Build(Protocol):
-    """Makes the module under test; must be a function of a module (not a lambda), because processes may be spawned.
+    """Makes the module under test.
+
+    It must be a function at the top level of a file, not a lambda: other processes import it.
 
     A function with an attribute ``num_targets`` makes a regression: its networks give that many means and as many
     log-variances, and ``num_classes`` says nothing. One with an attribute ``partners`` gets training views with

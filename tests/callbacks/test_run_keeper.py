@@ -6,7 +6,10 @@ from safetensors.torch import load_file
 
 from distill_lightning import SupervisedModule
 from distill_lightning.callbacks import RunKeeper
+from distill_lightning.errors import InputError
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
+
+NAN = float("nan")
 
 
 class Scripted(SupervisedModule):
@@ -35,6 +38,28 @@ def test_the_first_of_the_best_epochs_is_selected(kept):
     module, keeper, folder = kept
     assert keeper.selected_epoch == 2
     assert torch.equal(load_file(folder / "selected.safetensors")["head.weight"], module.remembered[1])
+
+
+@pytest.mark.parametrize(
+    ("script", "selected"),
+    [((NAN, 0.5, 0.8, 0.6), 3), ((0.5, NAN, 0.8, 0.6), 3), ((0.8, 0.5, NAN, NAN), 1), ((NAN, NAN, NAN, NAN), 1)],
+)
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_an_epoch_without_a_number_hides_no_other(tmp_path, script, selected, mode):
+    sign = 1 if mode == "max" else -1
+    module, keeper = Scripted(TinyNet(), num_classes=3), RunKeeper(tmp_path, seed=3, mode=mode)
+    module.script = tuple(sign * value for value in script)
+    tiny_trainer(max_epochs=4, callbacks=[keeper], enable_checkpointing=True).fit(module, datamodule=TinyDataModule())
+    assert keeper.selected_epoch == selected
+    weight = load_file(tmp_path / "selected.safetensors")["head.weight"]
+    assert torch.equal(weight, module.remembered[selected - 1])
+
+
+def test_a_metric_that_is_not_logged_is_named(tmp_path):
+    keeper = RunKeeper(tmp_path, seed=3, monitor="val/acuracy")
+    trainer = tiny_trainer(max_epochs=1, callbacks=[keeper], enable_checkpointing=True)
+    with pytest.raises(InputError, match=r"val/acuracy was not logged .* one of .*val/accuracy"):
+        trainer.fit(Scripted(TinyNet(), num_classes=3), datamodule=TinyDataModule())
 
 
 def test_the_history_has_a_line_per_epoch(kept):

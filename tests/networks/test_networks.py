@@ -181,6 +181,11 @@ def test_an_unknown_name_is_refused(factory, message):
         factory("resnet19", num_classes=3)
 
 
+def test_timms_own_refusal_is_one_line():
+    with pytest.raises(InputError, match=r"timm_network 'resnet10t.nowhere': .*nowhere"):
+        timm_network("resnet10t.nowhere", num_classes=3)
+
+
 def test_torchvision_networks_that_do_not_classify_are_refused():
     with pytest.raises(InputError, match="torchvision has no network 'fcn_resnet50'"):
         torchvision_network("fcn_resnet50", num_classes=3)

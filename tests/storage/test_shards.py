@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from distill_lightning import InputError
-from distill_lightning.storage import FORMAT, Field, ShardedRecords, files, read_header, sweep
+from distill_lightning.storage import FORMAT, Field, ShardedRecords, files, read_header, sweep_records
 
 FIELDS = (Field("probs", "float16", (3,)), Field("classes", "int16", (2,)), Field("map", "float32", (2, 2)))
 SAMPLES, VIEWS, SIZE = 11, 2, 4
@@ -219,7 +219,7 @@ def test_a_file_that_was_being_written_is_no_shard(tmp_path):
     for other in others:
         (tmp_path / other).parent.mkdir(exist_ok=True)
         (tmp_path / other).touch()
-    sweep(tmp_path)
+    sweep_records(tmp_path)
     assert files_of(tmp_path).keys() == others | {"header.json"}
 
 
@@ -370,7 +370,7 @@ def test_a_store_that_was_filled_through_kills_is_the_undisturbed_one(tmp_path):
         killed += os.WIFSIGNALED(status)
     assert killed
     fill(tmp_path / "killed", lambda: None)
-    sweep(tmp_path / "killed")
+    sweep_records(tmp_path / "killed")
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 

@@ -347,7 +347,7 @@ def refused(state, folder, **kind):
     with pytest.raises(InputError) as caught:
         store_in(folder, **kind).load_state_dict(state)
     assert "\n" not in str(caught.value)
-    assert "a larger keep keeps the files of more checkpoints" in str(caught.value)
+    assert "name the folder that holds it" in str(caught.value)
     return str(caught.value)
 
 

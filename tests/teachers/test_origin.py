@@ -288,7 +288,9 @@ def test_what_leaves_the_inputs_as_they_are_is_no_part_of_the_answers(tmp_path):
     transformed(TeacherStore(tmp_path, net(1)), *smoothed)
     transformed(TeacherStore(tmp_path, fill="never"), *smoothed)
     # Nor has a transform of one's own to tell its options.
-    unknown = type("Relabelling", (BatchTransform,), {"changes_inputs": False, "__call__": lambda self, batch, **_: batch})
+    unknown = type(
+        "Relabelling", (BatchTransform,), {"changes_inputs": False, "__call__": lambda self, batch, **_: batch}
+    )
     transformed(TeacherStore(tmp_path, fill="never"), unknown(), Inverted(0.5))
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from distill_lightning.errors import InputError, refusing
@@ -24,6 +23,7 @@ from distill_lightning.studies.compare.runner import (
     make_trainer,
     plan,
 )
+from distill_lightning.studies.progress import OnEpoch, train_missing
 
 _CONFIG_FILE = "compare.yaml"
 
@@ -99,33 +99,12 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
 
 
 def _train(experiment: Experiment, runs: Sequence[Run], console: Console) -> None:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs"),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    with Progress(*columns, console=console) as progress:
-        done = sum(run.epochs for run in runs if run.result_file.exists())
-        bar = progress.add_task("compare", total=sum(run.epochs for run in runs), completed=done)
-        for run in runs:
-            if run.result_file.exists():
-                continue
-            progress.update(bar, description=run.title)
-            start = done
+    def train(run: Run, on_epoch: OnEpoch) -> None:
+        execute(experiment, run, on_epoch)
+        score = experiment.task.validation_score(run.result().history[-1])
+        console.print(f"{run.title}: {score}", highlight=False)
 
-            def advance(epoch: int, start: int = start) -> None:
-                progress.update(bar, completed=start + epoch)
-
-            execute(experiment, run, advance)
-            done += run.epochs
-            progress.update(bar, completed=done)
-            score = experiment.task.validation_score(run.result().history[-1])
-            progress.console.print(f"{run.title}: {score}", highlight=False)
+    train_missing(runs, train, name="compare", epochs=lambda run: run.epochs, console=console)
 
 
 def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Run]) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -17,6 +17,8 @@ Spec = dict
 """A ``class_path`` with its ``init_args``, as everywhere in the YAML files."""
 
 ALONE = "alone"
+# A row has a folder of its name, which must not be hidden or stand elsewhere.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 _METHOD_KEYS = ("class_path", "init_args", "teachers", "stages", "initial", "paraphrasers")
 
 
@@ -107,13 +109,19 @@ def rows_of(config: CompareConfig) -> list[Row]:
     """The students' rows, the student alone first.
 
     Raises:
-        InputError: a row that is called like another, or is taught by one that does not come before it.
+        InputError: a row has a name that another has or that is reserved, or names as its teacher or its beginning one
+            that does not come before it.
     """
     rows = {ALONE: Row(ALONE)}
     for method, spec in config.methods.items():
         names = [f"{method}_{stage}" for stage in range(1, spec.get("stages", 0) + 1)] or [method]
         teachers = ALONE if "stages" in spec else spec.get("teachers", config.teachers.number)
         initial = spec.get("initial")
+        for name in (method, *names):
+            if not _NAME.fullmatch(name) or name in (ALONE, "ensemble") or name.startswith("teacher_"):
+                raise InputError(
+                    f"methods: {name!r} cannot be a method's name: letters, digits and _.+-, not a row's own"
+                )
         for name in names:
             for key, earlier in (("teachers", teachers), ("initial", initial)):
                 if isinstance(earlier, str) and earlier not in rows:
@@ -149,13 +157,10 @@ def parse_config(arguments: Sequence[str]) -> CompareConfig:
     given = list(arguments)
     if given and not given[0].startswith("-"):
         given[:1] = ["--config", given[0]]
-    config = cast("CompareConfig", _build(CompareConfig, parser.instantiate(parser.parse_args(given))))
+    options = vars(parser.instantiate(parser.parse_args(given)))
+    config = CompareConfig(**{name: value for name, value in options.items() if name != "config"})
     _check(config)
     return config
-
-
-def _build(cls: type, options: Any) -> Any:
-    return cls(**{name: value for name, value in vars(options).items() if name != "config"})
 
 
 def _check(config: CompareConfig) -> None:
@@ -174,8 +179,6 @@ def _check(config: CompareConfig) -> None:
 
 
 def _check_method(name: str, spec: Spec, available: int) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9_.+-]+", name) or name in (ALONE, "ensemble") or name.startswith("teacher_"):
-        raise InputError(f"methods: {name!r} cannot be a method's name: letters, digits and _.+-, not a row's own")
     unknown = spec.keys() - set(_METHOD_KEYS)
     if unknown:
         raise InputError(f"methods.{name}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(_METHOD_KEYS)}")

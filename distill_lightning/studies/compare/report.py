@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distill_lightning.plots import learning_curves, score_bars
 from distill_lightning.storage import whole_file, write_whole
+from distill_lightning.studies.compare.config import ALONE
 from distill_lightning.studies.compare.runner import Run
 from distill_lightning.studies.compare.tasks import Column, Task
 
@@ -66,7 +67,7 @@ class Report:
         teachers = [run for run in self.runs if run.is_teacher]
         self.ensemble = task.combine([self._outputs[run.folder]["last"] for run in teachers])
         self.ensemble_score = task.score(self.ensemble, targets)
-        alone = [task.score(self._outputs[run.folder]["last"], targets) for run in self.runs if run.name == "alone"]
+        alone = [task.score(self._outputs[run.folder]["last"], targets) for run in self.runs if run.name == ALONE]
         self._alone = statistics.fmean(alone)
         self.teachers = [self._score(run) for run in teachers]
         self.students = [self._score(run) for run in self.runs if not run.is_teacher]

@@ -6,7 +6,7 @@ import datetime
 import json
 import platform
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ from distill_lightning.networks.weights import read_checkpoint
 from distill_lightning.storage import whole_file, write_whole
 from distill_lightning.studies.compare.config import CompareConfig, Row
 from distill_lightning.studies.compare.experiment import Experiment
+from distill_lightning.studies.progress import EpochCounter, OnEpoch
 
 # Teachers' seeds begin far from the students', so that no teacher shares its initial weights with a student.
 _TEACHER_SEED = 1000
@@ -75,6 +76,11 @@ class Run:
         return self.folder / "result.json"
 
     @property
+    def is_finished(self) -> bool:
+        """Whether it has left its result."""
+        return self.result_file.exists()
+
+    @property
     def checkpoint(self) -> Path:
         """Of the last complete epoch, while the run is not finished."""
         return self.folder / "last.ckpt"
@@ -94,13 +100,16 @@ class Run:
             return RunResult(**json.loads(self.result_file.read_text()))
 
     def outputs(self) -> dict[str, Tensor]:
-        """The outputs on the test images with the weights after the ``"last"`` and at the ``"selected"`` epoch."""
+        """The outputs on the test samples, with the weights after the ``"last"`` and at the ``"selected"`` epoch.
+
+        They are those of a regression, too, whatever the file is called.
+        """
         return load_file(self.folder / "test_logits.safetensors")
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run is remembered by, besides its weights and test logits."""
+    """What is kept of a finished run, besides its weights and its outputs on the test samples."""
 
     parameters: int
     selected_epoch: int
@@ -131,7 +140,7 @@ def plan(experiment: Experiment, folder: Path) -> list[Run]:
     return runs
 
 
-def execute(experiment: Experiment, run: Run, on_epoch: Callable[[int], None]) -> None:
+def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
     """Train a run, from its last checkpoint if it has one, and evaluate it on the test images.
 
     Args:
@@ -155,7 +164,7 @@ def execute(experiment: Experiment, run: Run, on_epoch: Callable[[int], None]) -
         module = experiment.method(run.row, student, networks, paraphrasers)
     task = experiment.task
     keeper = RunKeeper(run.folder, seed=run.seed, monitor=task.monitor, mode=task.mode)
-    trainer = make_trainer(experiment.config, max_epochs=run.epochs, callbacks=[keeper, _Ticker(on_epoch)])
+    trainer = make_trainer(experiment.config, max_epochs=run.epochs, callbacks=[keeper, EpochCounter(on_epoch)])
     checkpoint = str(run.checkpoint) if run.checkpoint.exists() else None
     if checkpoint is not None:
         read_checkpoint(run.checkpoint)
@@ -173,20 +182,21 @@ def execute(experiment: Experiment, run: Run, on_epoch: Callable[[int], None]) -
     outputs["selected"] = _test_outputs(experiment, module)
     with whole_file(run.folder / "test_logits.safetensors") as partial:
         save_file(outputs, partial)
-    result = RunResult(count_parameters(module.student), keeper.selected_epoch, keeper.history, made=provenance())
+    result = RunResult(count_parameters(module.student), keeper.selected_epoch, keeper.history, made=made_with())
     write_whole(run.result_file, [json.dumps(asdict(result), indent=1).encode()])
     run.checkpoint.unlink(missing_ok=True)
 
 
 def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module]) -> list[nn.Module] | None:
-    """A row's paraphrasers, trained when its first seed needs them."""
+    """A row's paraphrasers: trained once for all seeds under the same teachers, or for each seed under a student."""
     row = cast("Row", run.row)
     torch.manual_seed(_TEACHER_SEED)
     module = experiment.paraphrasers(row, teachers)
     if module is None:
         return None
-    # One training for all seeds of the row.
-    file = run.folder.parent / "paraphrasers.safetensors"
+    # The comparison's teachers are the same for all seeds of the row; a student that teaches has the run's own seed.
+    place = run.folder.parent if all(teacher.is_teacher for teacher in run.teachers) else run.folder
+    file = place / "paraphrasers.safetensors"
     if file.exists():
         module.paraphrasers.load_state_dict(load_file(file))
     else:
@@ -211,7 +221,7 @@ def load_test_targets(experiment: Experiment) -> Tensor:
     return experiment.task.flat_targets(targets)
 
 
-def provenance() -> str:
+def made_with() -> str:
     """The day, and what numbers are made with."""
     return (
         f"{datetime.datetime.now(tz=datetime.UTC).date()}, distill_lightning {distill_lightning.__version__}, "
@@ -242,13 +252,3 @@ def make_trainer(config: CompareConfig, **options: Any) -> pl.Trainer:
             num_sanity_val_steps=0,
             **options,
         )
-
-
-class _Ticker(pl.Callback):
-    """Reports how many epochs are done."""
-
-    def __init__(self, on_epoch: Callable[[int], None]) -> None:
-        self.on_epoch = on_epoch
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.on_epoch(trainer.current_epoch + 1)

@@ -87,18 +87,18 @@ class Task(ABC):
         return {}
 
     @abstractmethod
-    def _meaning(self, output: Tensor) -> Output:
-        """What predictions like these mean."""
+    def _output_kind(self, output: Tensor) -> Output:
+        """The kind of output that predictions like these are."""
 
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
         """The ensemble's prediction from its members', in the form that `measure` reads."""
-        meaning = self._meaning(outputs[0])
-        return meaning.as_prediction(meaning.collapse(outputs))
+        kind = self._output_kind(outputs[0])
+        return kind.as_prediction(kind.collapse(outputs))
 
     def measure(self, output: Tensor, targets: Tensor, ensemble: Tensor) -> dict[str, float]:
         """The values of all columns, by name."""
-        meaning = self._meaning(output)
-        values = {**meaning.metrics()(output, targets), **meaning.teacher_metrics()(output, ensemble)}
+        kind = self._output_kind(output)
+        values = {**kind.metrics()(output, targets), **kind.teacher_metrics()(output, ensemble)}
         values[self.headline.name] = values[self.monitor.removeprefix("val/")]
         names = [column.name for column in (self.headline, *self.columns)]
         # No fifth place among five classes or fewer.
@@ -106,7 +106,7 @@ class Task(ABC):
 
     def score(self, output: Tensor, targets: Tensor) -> float:
         """The headline's value alone."""
-        return float(self._meaning(output).metrics()(output, targets)[self.monitor.removeprefix("val/")])
+        return float(self._output_kind(output).metrics()(output, targets)[self.monitor.removeprefix("val/")])
 
     def gap_closed(self, value: float, alone: float, ensemble: float) -> float:
         """How much of the way from the student alone to the ensemble; NaN where the ensemble is no better."""
@@ -135,7 +135,7 @@ class Classification(Task):
     legend = f"""\
 test: accuracy on the test images with the weights after the last epoch, which all columns but the next describe
 sel.: test accuracy with the weights of the epoch that was best on the validation images
-NLL: mean negative log-likelihood (nats); ECE: expected calibration error (15 bins)
+NLL: mean negative log-likelihood (nats); ECE: expected calibration error ({ECE_BINS} bins)
 agree: test images on which the ensemble names the same class
 gap: how much of the way from the student alone (mean over its seeds) to the ensemble is closed
 {_TIMES}"""
@@ -157,7 +157,7 @@ gap: how much of the way from the student alone (mean over its seeds) to the ens
         bins = {name: _bins(outputs, targets) for name, outputs in rows.items()}
         return {"reliability.png": reliability_diagram(bins, {"ensemble": _bins([ensemble], targets)})}
 
-    def _meaning(self, output: Tensor) -> Output:
+    def _output_kind(self, output: Tensor) -> Output:
         return Categorical(output.shape[1])
 
 
@@ -196,7 +196,7 @@ gap: how much of the way from the student alone (mean over its seeds) to the ens
         """The mean absolute error."""
         return f"validation error {metrics[self.monitor]:.3f}"
 
-    def _meaning(self, output: Tensor) -> Output:
+    def _output_kind(self, output: Tensor) -> Output:
         # The predictions are within their module's bounds, whichever these are.
         return Gaussian(output.shape[1] // 2, log_var_bounds=(-math.inf, math.inf))
 

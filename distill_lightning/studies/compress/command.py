@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from distill_lightning.callbacks import Measurements
@@ -30,12 +29,12 @@ from distill_lightning.studies.compress.runs import (
     ONNX,
     ONNX_INT8,
     PACKED,
-    Parts,
     Run,
+    Setup,
     execute,
     plan,
-    title,
 )
+from distill_lightning.studies.progress import OnEpoch, train_missing
 
 _KNOWN = "compress.yaml"
 _ABSENT = {"same_size": "control of the same size", "random": "control with a random criterion"}
@@ -43,7 +42,7 @@ _ABSENT = {"same_size": "control of the same size", "random": "control with a ra
 _NARROW = 110
 _INTERRUPTED = 130
 
-Make = Callable[[Sequence[str]], Parts]
+Make = Callable[[Sequence[str]], Setup]
 """Makes a module, its data and a Trainer from arguments of the command line."""
 
 
@@ -53,7 +52,7 @@ def run(config: CompressConfig, arguments: Sequence[str], make: Make, *, console
     Args:
         config: which configuration is compressed, and how often.
         arguments: what follows the verb, for the report.
-        make: what builds a configuration's parts.
+        make: what builds a configuration's setup.
         console: where the progress and the table are shown.
 
     Returns:
@@ -70,24 +69,24 @@ def run(config: CompressConfig, arguments: Sequence[str], make: Make, *, console
         console.width = max(console.width, 132)
     folder = Path(config.output)
 
-    def parts_of(seed: int, root: Path) -> Parts:
+    def setup_of(seed: int, root: Path) -> Setup:
         own = ["--seed_everything", str(seed), "--trainer.default_root_dir", str(root)]
         quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
         return make(["--config", config.module, *config.overrides, *own, *quiet])
 
-    first = parts_of(config.seeds[0], folder)
+    first = setup_of(config.seeds[0], folder)
     _check_metric(first.model, config.metric)
     # A configuration that cannot be used claims no folder.
-    _claim(folder, config.module, config.overrides)
+    _reserve_folder(folder, config.module, config.overrides)
     wanted = first.callback.measurements or Measurements()
     if wanted.onnx == "none" and find_spec("onnxruntime"):
         wanted = replace(wanted, onnx="float")
     runs = plan(folder, config.seeds, config.controls)
     for line in _warnings(first):
         console.print(line, highlight=False)
-    with _telling_of_a_stop(runs, folder, console):
-        _execute(runs, parts_of, wanted, first.trainer.max_epochs or 0, console)
-    report = _report(runs, arguments, config.metric)
+    with _reporting_interrupts(runs, folder, console):
+        _execute(runs, setup_of, wanted, first.trainer.max_epochs or 0, console)
+    report = _report(runs, arguments, config.metric, higher_is_better=_higher_is_better(first.model, config.metric))
     paths = _write(report, runs[0], folder)
     console.print(_table(report, console.width))
     console.print(report.caption(), style="dim", highlight=False)
@@ -116,7 +115,13 @@ def _check_metric(model: Any, metric: str) -> None:
         raise InputError(f"--metric {metric}: {type(model).__name__} has no such score, but {', '.join(names)}")
 
 
-def _claim(folder: Path, config: str, overrides: Sequence[str]) -> None:
+def _higher_is_better(model: Any, metric: str) -> bool:
+    """What the module's own metric says of itself; of what says nothing, more is better."""
+    metrics = getattr(model, "test_metrics", None)
+    return metrics is None or metrics[f"test/{metric}"].higher_is_better is not False
+
+
+def _reserve_folder(folder: Path, config: str, overrides: Sequence[str]) -> None:
     """Refuse an output folder of another configuration; only seeds and controls may be added to finished runs."""
     known = folder / _KNOWN
     content = yaml.safe_dump({"config": Path(config).read_text(), "overrides": list(overrides)}, sort_keys=False)
@@ -135,9 +140,9 @@ def _claim(folder: Path, config: str, overrides: Sequence[str]) -> None:
         write_whole(known, [content.encode()])
 
 
-def _warnings(parts: Parts) -> list[str]:
+def _warnings(setup: Setup) -> list[str]:
     """What the user should know before the training starts."""
-    network = getattr(parts.model, parts.callback.attribute, None)
+    network = getattr(setup.model, setup.callback.attribute, None)
     if network is None or recipe_of(network) is not None:
         return []
     return [
@@ -147,7 +152,7 @@ def _warnings(parts: Parts) -> list[str]:
 
 
 @contextmanager
-def _telling_of_a_stop(runs: Sequence[Run], folder: Path, console: Console) -> Iterator[None]:
+def _reporting_interrupts(runs: Sequence[Run], folder: Path, console: Console) -> Iterator[None]:
     """After Ctrl-C, print what is kept, and exit with the status that shells give to it."""
     try:
         yield
@@ -155,7 +160,7 @@ def _telling_of_a_stop(runs: Sequence[Run], folder: Path, console: Console) -> I
         # Lightning leaves the process once it has seen the interrupt.
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        done = sum(run.stages_file.exists() for run in runs)
+        done = sum(run.is_finished for run in runs)
         console.print(
             f"Interrupted: {done} of {len(runs)} runs are finished and kept in {folder}; the same command goes on "
             "with the others.",
@@ -166,33 +171,18 @@ def _telling_of_a_stop(runs: Sequence[Run], folder: Path, console: Console) -> I
 
 
 def _execute(
-    runs: Sequence[Run], make: Callable[[int, Path], Parts], wanted: Measurements, epochs: int, console: Console
+    runs: Sequence[Run], make: Callable[[int, Path], Setup], wanted: Measurements, epochs: int, console: Console
 ) -> None:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
-        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        done = sum(epochs for run in runs if run.stages_file.exists())
-        bar = progress.add_task("compress", total=epochs * len(runs), completed=done)
-        for run in runs:
-            if run.stages_file.exists():
-                continue
-            progress.update(bar, description=title(run))
-            start = done
+    def train(run: Run, on_epoch: OnEpoch) -> None:
+        # An interrupted run is made again from its beginning.
+        shutil.rmtree(run.folder, ignore_errors=True)
+        run.folder.mkdir(parents=True)
+        execute(run, make, wanted, on_epoch)
 
-            def advance(epoch: int, start: int = start) -> None:
-                progress.update(bar, completed=start + epoch)
-
-            # What an interrupted run has left is not gone on with.
-            shutil.rmtree(run.folder, ignore_errors=True)
-            run.folder.mkdir(parents=True)
-            execute(run, make, wanted, advance)
-            done += epochs
-            progress.update(bar, completed=done)
+    train_missing(runs, train, name="compress", epochs=lambda _: epochs, console=console)
 
 
-def _report(runs: Sequence[Run], arguments: Sequence[str], metric: str) -> Report:
+def _report(runs: Sequence[Run], arguments: Sequence[str], metric: str, *, higher_is_better: bool) -> Report:
     by_seed: dict[int, list[Any]] = {}
     reasons = {}
     for run in runs:
@@ -206,8 +196,7 @@ def _report(runs: Sequence[Run], arguments: Sequence[str], metric: str) -> Repor
         **machine(),
         **reasons,
     }
-    higher = metric not in ("nll", "ece", "brier", "aurc", "eaurc", "mae", "rmse")
-    return Report(by_seed, metric=metric, higher_is_better=higher, about=about)
+    return Report(by_seed, metric=metric, higher_is_better=higher_is_better, about=about)
 
 
 def _write(report: Report, first: Run, folder: Path) -> list[Path]:

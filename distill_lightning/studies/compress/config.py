@@ -71,6 +71,6 @@ def parse_config(arguments: Sequence[str]) -> CompressConfig:
         overrides=overrides,
         output=options.output or str(Path("results") / "compress" / Path(options.config).stem),
         seeds=options.seeds,
-        controls=list(options.controls),
+        controls=list(dict.fromkeys(options.controls)),
         metric=options.metric,
     )

@@ -22,13 +22,14 @@ from distill_lightning.compression.stages import CONTROL_RANDOM, CONTROL_SCRATCH
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.storage.files import write_whole
+from distill_lightning.studies.progress import EpochCounter, OnEpoch
 
-Kind = Literal["compressed", "same_size", "random"]
+RunKind = Literal["compressed", "same_size", "random"]
 PACKED, CHECKPOINT, ONNX, ONNX_INT8 = "network.dlpk", "compressed.ckpt", "network.onnx", "network_int8.onnx"
 
 
 @dataclass(frozen=True)
-class Parts:
+class Setup:
     """The objects that a configuration describes, all new: a module, its data and a Trainer."""
 
     model: Any
@@ -62,9 +63,19 @@ class Run:
         folder: where its files are.
     """
 
-    kind: Kind
+    kind: RunKind
     seed: int
     folder: Path
+
+    @property
+    def title(self) -> str:
+        """For the progress bar."""
+        return f"{self.kind.replace('_', ' ')}, seed {self.seed}"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has left its measurements."""
+        return self.stages_file.exists()
 
     @property
     def stages_file(self) -> Path:
@@ -86,26 +97,24 @@ class Run:
         return reason
 
 
-def execute(
-    run: Run, make: Callable[[int, Path], Parts], wanted: Measurements, on_epoch: Callable[[int], None]
-) -> None:
+def execute(run: Run, make: Callable[[int, Path], Setup], wanted: Measurements, on_epoch: OnEpoch) -> None:
     """Make a run and keep what it measured.
 
     Args:
         run: which; the compression of its seed is finished before its controls begin.
-        make: makes the parts for a seed and a folder.
+        make: makes the setup for a seed and a folder.
         wanted: what is measured of every stage.
         on_epoch: called with the number of epochs that are done, after each.
     """
-    parts = make(run.seed, run.folder)
-    callback = parts.callback
-    cast("Any", parts.trainer).callbacks.append(_Epochs(on_epoch))
-    if getattr(parts.data, "order_seed", run.seed) is None:
-        parts.data.order_seed = run.seed  # type: ignore[attr-defined]
+    setup = make(run.seed, run.folder)
+    callback = setup.callback
+    cast("Any", setup.trainer).callbacks.append(EpochCounter(on_epoch))
+    if getattr(setup.data, "order_seed", run.seed) is None:
+        setup.data.order_seed = run.seed  # type: ignore[attr-defined]
     reason = None
     try:
         stages = {"compressed": _compress, "same_size": _train_same_size, "random": _compress_at_random}[run.kind](
-            run, parts, callback, wanted
+            run, setup, callback, wanted
         )
     except InputError as error:
         if run.kind == "compressed":
@@ -116,11 +125,11 @@ def execute(
     write_whole(run.stages_file, [content.encode()])
 
 
-def _compress(run: Run, parts: Parts, callback: CompressionCallback, wanted: Measurements) -> list[Stage]:
+def _compress(run: Run, setup: Setup, callback: CompressionCallback, wanted: Measurements) -> list[Stage]:
     callback.measurements = wanted
-    parts.trainer.fit(parts.model, datamodule=parts.data)
+    setup.trainer.fit(setup.model, datamodule=setup.data)
     compressor = cast("Compressor", callback.compressor)
-    parts.trainer.save_checkpoint(run.folder / CHECKPOINT, weights_only=True)
+    setup.trainer.save_checkpoint(run.folder / CHECKPOINT, weights_only=True)
     write_artefact(compressor.network, run.folder / PACKED, coding=compressor.piece.coding)
     if "onnx" in callback.stages[-1].nbytes:
         network = load_compressed(run.folder / PACKED, copy_network(compressor.dense))
@@ -132,62 +141,46 @@ def _compress(run: Run, parts: Parts, callback: CompressionCallback, wanted: Mea
     return callback.stages
 
 
-def _compress_at_random(_: Run, parts: Parts, callback: CompressionCallback, wanted: Measurements) -> list[Stage]:
+def _compress_at_random(_: Run, setup: Setup, callback: CompressionCallback, wanted: Measurements) -> list[Stage]:
     callback.steps = random_steps(callback.steps)
     callback.measurements = replace(wanted, onnx="none")
-    parts.trainer.fit(parts.model, datamodule=parts.data)
+    setup.trainer.fit(setup.model, datamodule=setup.data)
     final = next(stage for stage in callback.stages if stage.name == FINAL)
     return [replace(final, name=CONTROL_RANDOM, kind="control")]
 
 
-def _train_same_size(run: Run, parts: Parts, callback: CompressionCallback, wanted: Measurements) -> list[Stage]:
-    network = cast("nn.Module", getattr(parts.model, callback.attribute))
+def _train_same_size(run: Run, setup: Setup, callback: CompressionCallback, wanted: Measurements) -> list[Stage]:
+    network = cast("nn.Module", getattr(setup.model, callback.attribute))
     dense = copy_network(network)
     checkpoint = run.folder.parent / f"compressed_{run.seed}" / CHECKPOINT
     callback.steps = []
-    scoring = _Scoring(dense, wanted)
-    cast("Any", parts.trainer).callbacks.append(scoring)
-    parts.data.prepare_data()
-    parts.data.setup("fit")
-    inputs = Batch.of(next(iter(parts.data.train_dataloader()))).input[:2]
+    scoring = _Scoring(callback.attribute, dense, wanted)
+    cast("Any", setup.trainer).callbacks.append(scoring)
+    setup.data.prepare_data()
+    setup.data.setup("fit")
+    inputs = Batch.of(next(iter(setup.data.train_dataloader()))).input[:2]
     # Not the packed file: what quantization has rounded to zero there was not pruned.
     compressed = load_compressed(checkpoint, copy_network(dense), bake=False)
     same_size_network(network, compressed, inputs, seed=run.seed)
-    parts.trainer.fit(parts.model, datamodule=parts.data)
+    setup.trainer.fit(setup.model, datamodule=setup.data)
     return scoring.stages
-
-
-class _Epochs(pl.Callback):
-    """Reports how many epochs are done."""
-
-    def __init__(self, on_epoch: Callable[[int], None]) -> None:
-        self.on_epoch = on_epoch
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report the epoch."""
-        self.on_epoch(trainer.current_epoch + 1)
 
 
 class _Scoring(pl.Callback):
     """Measures a network that was trained and not compressed."""
 
-    def __init__(self, dense: nn.Module, wanted: Measurements) -> None:
-        self.dense, self.wanted = dense, wanted
+    def __init__(self, attribute: str, dense: nn.Module, wanted: Measurements) -> None:
+        self.attribute, self.dense, self.wanted = attribute, dense, wanted
         self.stages: list[Stage] = []
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measure the network beside the dense one."""
         batch = next(iter(cast("Any", trainer.train_dataloader)))
-        compressor = Compressor(pl_module.student, [], Batch.of(batch).input[:2])
+        compressor = Compressor(getattr(pl_module, self.attribute), [], Batch.of(batch).input[:2])
         compressor.dense = self.dense
         self.stages = [measure(trainer, pl_module, compressor, self.wanted, name=CONTROL_SCRATCH, kind="control")]
 
 
-def title(run: Run) -> str:
-    """For the progress bar."""
-    return f"{run.kind.replace('_', ' ')}, seed {run.seed}"
-
-
-def plan(folder: Path, seeds: Sequence[int], controls: Sequence[Kind]) -> list[Run]:
+def plan(folder: Path, seeds: Sequence[int], controls: Sequence[RunKind]) -> list[Run]:
     """All runs in the order they are made."""
     return [Run(kind, seed, folder / "runs" / f"{kind}_{seed}") for seed in seeds for kind in ("compressed", *controls)]

@@ -563,6 +563,12 @@ def test_the_cells_are_means_and_sample_deviations(finished):
         (lambda c: c["teachers"].update(epochs=0), "epochs must be at least 1"),
         (lambda c: c["methods"].update(teacher_3=c["methods"]["feed"]), "'teacher_3' cannot be a method's name"),
         (lambda c: c["methods"].update({"a/b": c["methods"]["feed"]}), "'a/b' cannot be a method's name"),
+        (lambda c: c["methods"].update({"..": c["methods"]["feed"]}), "'..' cannot be a method's name"),
+        (lambda c: c["methods"].update({".feed": c["methods"]["feed"]}), "'.feed' cannot be a method's name"),
+        (
+            lambda c: c["methods"].update(teacher={"class_path": "KDModule", "stages": 2}),
+            "'teacher_1' cannot be a method's name",
+        ),
     ],
 )
 def test_numbers_and_names_that_cannot_be_used_are_named(tmp_path, capsys, change, message):
@@ -800,6 +806,32 @@ def test_factor_transfer_trains_its_paraphrasers_once(tmp_path, monkeypatch):
     student = load_file(tmp_path / "out/runs/ft/seed_1/student.safetensors")
     for key, value in module.student.state_dict().items():
         assert torch.allclose(value.double(), student[key].double(), rtol=1e-4, atol=1e-6), key
+
+
+def test_paraphrasers_of_a_student_that_teaches_are_those_of_its_seed(tmp_path, monkeypatch):
+    def transfer(config):
+        config.update(epochs=1, seeds=[0, 1])
+        config["teachers"].update(number=1, epochs=1)
+        config["methods"] = {
+            "ft": {
+                "class_path": "FEEDModule",
+                "init_args": {"student_layer": "stage3", "beta": 20.0},
+                "teachers": "alone",
+                "paraphrasers": {"epochs": 1, "init_args": {"rate": 0.5}},
+            }
+        }
+
+    fits = []
+    fit = ParaphraserModule.on_fit_start
+    monkeypatch.setattr(ParaphraserModule, "on_fit_start", lambda self: (fits.append(self), fit(self)))
+    compare(written(tmp_path, transfer), tmp_path / "out")
+    assert len(fits) == 2
+    for seed, module in enumerate(fits):
+        stored = load_file(tmp_path / f"out/runs/ft/seed_{seed}/paraphrasers.safetensors")
+        for key, value in module.paraphrasers.state_dict().items():
+            assert torch.equal(value, stored[key])
+    first, second = (module.paraphrasers.state_dict() for module in fits)
+    assert any(not torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("given", [5, {"epochs": 0}, {"epochs": 1, "rate": 0.5}])

@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import nn
 
-from distill_lightning import SmallCNN, SmallLSTM, SmallTransformer
+from distill_lightning import RegressionModule, SmallCNN, SmallLSTM, SmallTransformer, SupervisedModule
 from distill_lightning.callbacks import Measurements
 from distill_lightning.cli import main
 from distill_lightning.compression import (
@@ -27,6 +27,7 @@ from distill_lightning.compression.controls import random_steps, same_size_netwo
 from distill_lightning.compression.measure import count_parameters
 from distill_lightning.errors import InputError
 from distill_lightning.studies.compress import command, runs
+from distill_lightning.studies.compress.config import parse_config
 
 pytestmark = pytest.mark.slow
 
@@ -367,6 +368,26 @@ def test_a_fit_of_the_command_line_can_be_evaluated(tmp_path, monkeypatch, capsy
     for verb in ("validate", "test"):
         assert main([verb, "--config", "tiny.yaml", "--ckpt_path", str(checkpoint)]) == 0
         assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("module", "metric", "higher"),
+    [
+        (SupervisedModule(SmallCNN(10), num_classes=10), "accuracy", True),
+        (SupervisedModule(SmallCNN(10), num_classes=10), "ece", False),
+        (SupervisedModule(SmallCNN(10), num_classes=10), "eaurc", False),
+        (RegressionModule(SmallCNN(4), num_targets=2), "rmse", False),
+        (RegressionModule(SmallCNN(4), num_targets=2), "calibration_error", False),
+    ],
+)
+def test_the_metric_itself_says_whether_more_is_better(module, metric, higher):
+    assert command._higher_is_better(module, metric) is higher
+
+
+def test_a_control_that_is_named_twice_is_made_once(tmp_path):
+    (tmp_path / "tiny.yaml").write_text("")
+    config = parse_config([str(tmp_path / "tiny.yaml"), "--controls", "random", "random"])
+    assert config.controls == ["random"]
 
 
 def test_a_control_that_cannot_be_made_is_explained(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import count
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,8 +9,10 @@ import pytorch_lightning as pl
 from distill_lightning.compression.structure import note_structure, restore_structure
 
 
-class Restoring:
-    """A module's ``on_load_checkpoint`` that first gives its network the structure it had: of any module.
+class LoadHook:
+    """The ``on_load_checkpoint`` of a module of any class.
+
+    It first gives the module's network the structure that it had in the checkpoint.
 
     Args:
         module: that is loaded.
@@ -27,16 +27,13 @@ class Restoring:
         type(self.module).on_load_checkpoint(self.module, checkpoint)
 
 
-class Noting(Restoring):
-    """Its ``on_save_checkpoint``: Lightning does not ask callbacks about checkpoints of weights alone."""
+class SaveHook(LoadHook):
+    """The ``on_save_checkpoint`` of a module of any class: adds the network's structure.
+
+    Lightning does not call callbacks' hooks for checkpoints of weights alone.
+    """
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         """What the module's class does, then the note."""
         type(self.module).on_save_checkpoint(self.module, checkpoint)
         note_structure(self.module, checkpoint)
-
-
-def free_path(folder: Path) -> Path:
-    """Where the compressed network is written: what another run has left there stays, as with `ModelCheckpoint`."""
-    names = (f"compressed{f'-v{version}' if version else ''}.ckpt" for version in count())
-    return next(folder / name for name in names if not (folder / name).exists())
