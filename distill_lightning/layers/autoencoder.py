@@ -84,6 +84,6 @@ class ImageDecoder(nn.Module):
         )
 
     def forward(self, codes: Tensor) -> Tensor:
-        """The images."""
+        """Images ``(N, C, H, W)`` within ``output_range``, for codes ``(N, L)``."""
         pixels = self.layers(codes)[:, :, : self.rows, : self.columns]
         return self.low + (self.high - self.low) * torch.sigmoid(pixels)

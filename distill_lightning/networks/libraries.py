@@ -48,6 +48,12 @@ def timm_network(name: str, *, num_classes: int, in_channels: int = 3, pretraine
 
     Raises:
         InputError: timm is not installed, or has no such network or no such weights of it.
+
+    Example:
+        >>> from distill_lightning.networks import timm_network
+        >>> network = timm_network("resnet10t", num_classes=10)
+        >>> network.fc.out_features
+        10
     """
     timm = _package("timm", extra="timm")
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
@@ -74,6 +80,13 @@ def pytorchcv_network(
 
     Raises:
         InputError: pytorchcv is not installed, or has no such network.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.networks import pytorchcv_network
+        >>> network = pytorchcv_network("resnet20_cifar10", num_classes=10)
+        >>> network(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
     provider = _package("pytorchcv.model_provider", extra="pytorchcv")
     options: dict[str, Any] = {"pretrained": pretrained, "in_channels": in_channels}

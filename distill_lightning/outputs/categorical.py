@@ -133,12 +133,12 @@ class Categorical(Output):
         return functional.mean_probabilities(mean[None], temperature=temperature)
 
     def uncertainty(self, distribution: Tensor) -> Tensor:
-        """Entropy in nats."""
+        """Entropy of each sample or position in nats."""
         entropy: Tensor = torch.special.entr(distribution).sum(dim=-1)
         return entropy
 
     def prediction(self, output: Tensor) -> Tensor:
-        """The logits."""
+        """The logits, as they are."""
         return output
 
     def as_prediction(self, distribution: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class Gaussian(Output):
         return (output, target) if counted is None else (output[counted], target[counted])
 
     def counted(self, output: Tensor, batch: Batch) -> Tensor | None:
-        """Bool ``(N,)``."""
+        """Which samples count, bool ``(N,)``; ``None``: all."""
         return batch.counted
 
     def label_loss(self, output: Tensor, batch: Batch) -> Tensor:
@@ -147,7 +147,7 @@ class Gaussian(Output):
         return functional.join_gaussian(mean, variance.log())
 
     def uncertainty(self, distribution: Tensor) -> Tensor:
-        """Total variance."""
+        """Total variance of each sample, ``(N,)``: the sum over the targets."""
         return distribution.chunk(2, dim=1)[1].exp().sum(dim=1)
 
     def prediction(self, output: Tensor) -> Tensor:

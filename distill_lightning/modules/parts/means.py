@@ -58,7 +58,7 @@ class RunningMeans(Part):
             yield name, total / counted, counted
 
     def forget(self) -> None:
-        """Begin again."""
+        """Drop the sums."""
         self._sums = {}
 
     def fit_starts(self, module: Any) -> None:

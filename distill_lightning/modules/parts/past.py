@@ -68,7 +68,7 @@ class RunningPast(Part):
 
     @abstractmethod
     def forget(self) -> None:
-        """Begin again."""
+        """Have no past, as before the first epoch."""
 
     @abstractmethod
     def advance(self, module: Any, before: int, epochs: int) -> None:

@@ -81,7 +81,7 @@ class PastNetwork:
             self.network.to(device)
 
     def forget(self) -> None:
-        """Begin again."""
+        """Drop the copy, as before the first epoch."""
         self.network, self.ready = None, False
 
     def state_dict(self) -> dict[str, Any]:
