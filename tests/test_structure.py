@@ -130,7 +130,7 @@ ROOMS = {
         command
     """,
     "teachers": """
-        about ensemble frozen packing
+        about ensemble frozen row_codec
         origin questions
         store
         teachers

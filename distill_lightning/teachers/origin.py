@@ -39,8 +39,8 @@ def begin_store(module: Any, teachers: Teachers, store: TeacherStore) -> None:
     trainer = module.trainer
     # Lightning sets it where a data module was given.
     data: Any = trainer.datamodule
-    about = describe(module, teachers, data, trainer.train_dataloader, str(trainer.precision))
-    store.begin(**about, rank=trainer.global_rank)
+    origin = describe(module, teachers, data, trainer.train_dataloader, str(trainer.precision))
+    store.begin(**origin, rank=trainer.global_rank)
     # Who only reads must not disturb another training that is filling the store.
     if trainer.is_global_zero and store.fill == "online":
         store.resume()
@@ -132,7 +132,9 @@ def _made_by(module: Any, teachers: Teachers, data: Any, loader: Any, precision:
         known["precision"] = precision
         known["ensemble"] = teachers.rule._asdict()
     known["transforms"] = [_options_of(transform) for transform in module.transforms if transform.changes_inputs]
-    return dict(plain({**known, "num_classes": module.num_classes, "num_targets": module.num_targets, **teachers.describe()}))
+    return dict(
+        plain({**known, "num_classes": module.num_classes, "num_targets": module.num_targets, **teachers.describe()})
+    )
 
 
 def _options_of(transform: Any) -> str:
