@@ -68,7 +68,7 @@ def reads(path: Path, *, samples: int, classes: int, top_k: int, rounds: int) ->
         with stopwatch() as seconds:
             for index in order.split(_BATCH_SIZE):
                 batch = Batch(index, index, index, torch.zeros_like(index))
-                store.told(batch, None, device="cpu")
+                store.read_or_ask(batch, None, device="cpu")
         rates.append(samples / seconds())
     on_disk = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return {"reads_per_second": Figure.of(rates[1:]), "bytes": on_disk / samples, "samples": samples}

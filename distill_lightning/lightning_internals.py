@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -121,6 +121,17 @@ def validation_loaders(trainer: Any) -> Any:
         # Without a sanity check, the Trainer asks for them only when it first validates.
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
     return trainer.val_dataloaders
+
+
+def step_precision(trainer: Any) -> AbstractContextManager[Any]:
+    """The precision in which a Trainer's validation steps compute."""
+    context: AbstractContextManager[Any] = trainer.precision_plugin.val_step_context()
+    return context
+
+
+def spawns(trainer: Any) -> bool:
+    """Whether what a Trainer's processes do to their modules is lost with them."""
+    return getattr(trainer.strategy, "_start_method", "popen") != "popen"
 
 
 def drawing_parts(loader: Any) -> Iterator[Any]:

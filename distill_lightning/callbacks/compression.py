@@ -34,6 +34,7 @@ from distill_lightning.lightning_internals import (
     keep_patience,
     new_optimizer,
     refuse_reshaping,
+    spawns,
     stand_last,
     undrawn,
 )
@@ -195,7 +196,7 @@ class CompressionCallback(pl.Callback):
         self._begin_epoch(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Likewise, of an epoch that Lightning begins silently: after a checkpoint of the last batch before it."""
+        """End and begin phases of an epoch that Lightning begins silently, after a checkpoint of the last batch."""
         if trainer.current_epoch != self._epoch:
             self._begin_epoch(trainer, pl_module)
 
@@ -300,7 +301,7 @@ class CompressionCallback(pl.Callback):
         self.teardown(trainer, pl_module, "")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Likewise."""
+        """Leave the module as it was found."""
         self._fit = None
         pl_module.__dict__.pop("on_load_checkpoint", None)
         pl_module.__dict__.pop("on_save_checkpoint", None)
@@ -462,7 +463,7 @@ class CompressionCallback(pl.Callback):
         if reshaping:
             refuse_reshaping(trainer, reshaping[0].name)
         at_end = [phase for phase in compressor.phases if phase.step.gives_other_parameters]
-        if at_end and trainer.world_size > 1 and getattr(trainer.strategy, "_start_method", "popen") != "popen":
+        if at_end and trainer.world_size > 1 and spawns(trainer):
             raise InputError(
                 f"step {at_end[0].name} gives the network other parameters, which do not come back from spawned "
                 "processes: give the Trainer strategy='ddp', or devices=1"

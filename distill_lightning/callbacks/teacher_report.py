@@ -19,7 +19,7 @@ from torchmetrics import MetricCollection
 from distill_lightning.callbacks.figures import log_figure
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.lightning_internals import TrainersBatches, undrawn, validation_loaders
+from distill_lightning.lightning_internals import TrainersBatches, step_precision, undrawn, validation_loaders
 from distill_lightning.outputs import Output
 from distill_lightning.plots import teacher_bars
 from distill_lightning.teachers import Teachers
@@ -126,7 +126,7 @@ def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[
         for loader in loaders:
             stack.enter_context(undrawn(loader))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(trainer.precision_plugin.val_step_context())
+        stack.enter_context(step_precision(trainer))
         for network in (pl_module, *frozen):
             network.eval()
         yield chain.from_iterable(

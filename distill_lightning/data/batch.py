@@ -155,7 +155,7 @@ class Batch:
         return pinned
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The batch with a function applied to each of its tensors, for functions that keep the rows: so the key stays."""
+        """The batch with a function that keeps the rows applied to each of its tensors; the key stays as it is."""
         moved = {
             name: map_tensors(function, getattr(self, name))
             for name in ("input", "target", "index", "view", "counted", "mixture")

@@ -3,7 +3,7 @@
 from distill_lightning.teachers.about import About
 from distill_lightning.teachers.ensemble import EnsembleRule, TeacherEnsemble
 from distill_lightning.teachers.frozen import Frozen
-from distill_lightning.teachers.questions import Features, Logits, MeanLogits, Question, Said, Softened
+from distill_lightning.teachers.questions import Features, Logits, MeanLogits, Question, Softened, TeacherOutputs
 from distill_lightning.teachers.store import TeacherStore
 from distill_lightning.teachers.teachers import Given, Teachers
 
@@ -16,9 +16,9 @@ __all__ = [
     "Logits",
     "MeanLogits",
     "Question",
-    "Said",
     "Softened",
     "TeacherEnsemble",
+    "TeacherOutputs",
     "TeacherStore",
     "Teachers",
 ]

@@ -48,18 +48,18 @@ class About:
         return {}
 
 
-def split_rows(answers: Mapping[str, Tensor], ends: list[str], size: int) -> dict[str, Tensor]:
+def split_rows(answers: Mapping[str, Tensor], suffixes: list[str], size: int) -> dict[str, Tensor]:
     """Answers about several inputs as answers about a sample each, ``(N, ...)``, which a store can keep."""
     return {
-        f"{name}{end}": rows
+        f"{name}{suffix}": rows
         for name, whole in answers.items()
-        for end, rows in zip(ends, torch.split(whole, size), strict=True)
+        for suffix, rows in zip(suffixes, torch.split(whole, size), strict=True)
     }
 
 
-def join_rows(answers: Mapping[str, Tensor], ends: list[str]) -> dict[str, Tensor]:
+def join_rows(answers: Mapping[str, Tensor], suffixes: list[str]) -> dict[str, Tensor]:
     """What `split_rows` was given."""
-    if len(ends) == 1:
+    if len(suffixes) == 1:
         return dict(answers)
-    names = [name for name in answers if not name.endswith(tuple(ends[1:]))]
-    return {name: torch.cat([answers[f"{name}{end}"] for end in ends]) for name in names}
+    names = [name for name in answers if not name.endswith(tuple(suffixes[1:]))]
+    return {name: torch.cat([answers[f"{name}{suffix}"] for suffix in suffixes]) for name in names}

@@ -30,8 +30,8 @@ class EnsembleRule(NamedTuple):
 
     def combined(self, logits: Tensor, *, temperature: float = 1.0) -> Tensor:
         """The ensemble's prediction ``(N, K)`` from its members' logits ``(M, N, K)``."""
-        means = Categorical(logits.shape[-1])
-        return means.collapse(logits.unbind(), weights=self.weights, combine=self.combine, temperature=temperature)
+        output = Categorical(logits.shape[-1])
+        return output.collapse(logits.unbind(), weights=self.weights, combine=self.combine, temperature=temperature)
 
 
 class TeacherEnsemble(nn.Module):

@@ -39,8 +39,8 @@ def begin_store(module: Any, teachers: Teachers, store: TeacherStore) -> None:
     trainer = module.trainer
     # Lightning sets it where a data module was given.
     data: Any = trainer.datamodule
-    about = describe(module, teachers, data, trainer.train_dataloader, str(trainer.precision))
-    store.begin(**about, rank=trainer.global_rank)
+    origin = describe(module, teachers, data, trainer.train_dataloader, str(trainer.precision))
+    store.begin(**origin, rank=trainer.global_rank)
     # Who only reads must not disturb another training that is filling the store.
     if trainer.is_global_zero and store.fill == "online":
         store.resume()

@@ -19,7 +19,7 @@ from distill_lightning.teachers.ensemble import EnsembleRule
 _FEATURE = "feature_"
 
 
-class Said(NamedTuple):
+class TeacherOutputs(NamedTuple):
     """What the teachers gave for a batch, each of them run once.
 
     Attributes:
@@ -45,7 +45,7 @@ class Question(ABC):
     needs_features = False
 
     @abstractmethod
-    def answers(self, said: Said) -> dict[str, Tensor]:
+    def answers(self, given: TeacherOutputs) -> dict[str, Tensor]:
         """The answers, ``(N, ...)`` each, by name."""
 
     def describe(self) -> dict[str, Any]:
@@ -72,12 +72,12 @@ class Softened(Question):
             raise InputError(f"temperature must be positive, got {temperature}")
         self.temperature = temperature
 
-    def answers(self, said: Said) -> dict[str, Tensor]:
+    def answers(self, given: TeacherOutputs) -> dict[str, Tensor]:
         """The collapsed ensemble."""
-        distribution = said.output.collapse(
-            said.outputs, weights=said.rule.weights, combine=said.rule.combine, temperature=self.temperature
+        distribution = given.output.collapse(
+            given.outputs, weights=given.rule.weights, combine=given.rule.combine, temperature=self.temperature
         )
-        return {said.output.name: distribution}
+        return {given.output.name: distribution}
 
     def describe(self) -> dict[str, Any]:
         """The temperature."""
@@ -87,9 +87,9 @@ class Softened(Question):
 class Logits(Question):
     """Every teacher's output: `Teachers.logits`."""
 
-    def answers(self, said: Said) -> dict[str, Tensor]:
+    def answers(self, given: TeacherOutputs) -> dict[str, Tensor]:
         """``(N, M, ...)``."""
-        return {"logits": torch.stack(list(said.outputs), dim=1)}
+        return {"logits": torch.stack(list(given.outputs), dim=1)}
 
     def describe(self) -> dict[str, Any]:
         """That they are asked for."""
@@ -99,9 +99,9 @@ class Logits(Question):
 class MeanLogits(Question):
     """The weighted mean of the teachers' outputs, whatever the rule: `Teachers.mean_logits`."""
 
-    def answers(self, said: Said) -> dict[str, Tensor]:
+    def answers(self, given: TeacherOutputs) -> dict[str, Tensor]:
         """``(N, K)``."""
-        return {"mean_logits": functional.weighted_mean(wide(torch.stack(list(said.outputs))), said.rule.weights)}
+        return {"mean_logits": functional.weighted_mean(wide(torch.stack(list(given.outputs))), given.rule.weights)}
 
     def describe(self) -> dict[str, Any]:
         """That they are asked for."""
@@ -131,9 +131,9 @@ class Features(Question):
         self.paraphrasers: list[Paraphraser] = [one for one in paraphrasers if isinstance(one, Paraphraser)]
         self.size = size
 
-    def answers(self, said: Said) -> dict[str, Tensor]:
+    def answers(self, given: TeacherOutputs) -> dict[str, Tensor]:
         """``feature_<m>``, ``(N, C_m, H, W)`` each."""
-        features = list(said.features)
+        features = list(given.features)
         if self.paraphrasers:
             features = [one.encoder(feature) for one, feature in zip(self.paraphrasers, features, strict=True)]
         return {f"{_FEATURE}{number}": self.reduced(feature) for number, feature in enumerate(features)}
@@ -187,6 +187,6 @@ def feature_names(names: Iterable[str]) -> list[str]:
 
 
 @torch.no_grad()
-def answered(questions: Iterable[Question], said: Said) -> dict[str, Tensor]:
+def answered(questions: Iterable[Question], given: TeacherOutputs) -> dict[str, Tensor]:
     """The answers to several questions, by name."""
-    return {name: rows for question in questions for name, rows in question.answers(said).items()}
+    return {name: rows for question in questions for name, rows in question.answers(given).items()}

@@ -85,8 +85,8 @@ class _Recorder(pl.LightningModule):
         self.trainer.strategy.barrier("prepare_data")
         self.data.setup("fit")
         loader: Any = self.data.train_dataloader()
-        about = describe(self.module, self.teachers, self.data, loader, str(self.trainer.precision))
-        self.store.begin(**about, rank=self.trainer.global_rank)
+        origin = describe(self.module, self.teachers, self.data, loader, str(self.trainer.precision))
+        self.store.begin(**origin, rank=self.trainer.global_rank)
         if self.trainer.is_global_zero:
             self.store.resume()
         self.trainer.strategy.barrier("store")
@@ -108,7 +108,7 @@ class _Recorder(pl.LightningModule):
                 f"record asked for the training samples {samples[0]} to {samples[-1]} and got others, by their "
                 "own index: let a sample's index be its place in the data set"
             )
-        self._parts.append(self.store.packing.narrow(self.teachers.kept(batch)))
+        self._parts.append(self.store.codec.narrow(self.teachers.rows_to_store(batch)))
         self.answers += batch.size
         if is_last:
             names = self._parts[0]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.storage import Field, Rows, ShardedRecords, read_header, sweep_records
-from distill_lightning.teachers.packing import Answers, Packing, shapes
 from distill_lightning.teachers.questions import feature_names
+from distill_lightning.teachers.row_codec import Answers, RowCodec, shapes
 
 
 class TeacherStore:
@@ -90,7 +90,7 @@ class TeacherStore:
         self.networks = networks
         self.path, self.fill, self.keep, self.dtype = Path(path), fill, keep, dtype
         self.top_k, self.shard_size, self.data = top_k, shard_size, data
-        self.packing = Packing(dtype, top_k)
+        self.codec = RowCodec(dtype, top_k)
         # The header of the store that `begin` has found.
         self.found: dict[str, Any] = {}
         self._records: ShardedRecords | None = None
@@ -121,7 +121,9 @@ class TeacherStore:
             self.found = header = read_header(self.path)
             self._make([Field.of(field) for field in header["fields"]])
 
-    def told(self, batch: Batch, ask: Callable[[], Answers] | None, *, device: torch.device | str) -> dict[str, Tensor]:
+    def read_or_ask(
+        self, batch: Batch, ask: Callable[[], Answers] | None, *, device: torch.device | str
+    ) -> dict[str, Tensor]:
         """The teachers' answers about a batch: from the store if all of it is known, else from themselves.
 
         Args:
@@ -144,7 +146,7 @@ class TeacherStore:
                 return self._unpacked(rows, device)
         if ask is None or self.fill == "never":
             raise self._unknown(index, view, known)
-        packed = self.packing.pack(ask())
+        packed = self.codec.pack(ask())
         self._keep(index, view, known, packed)
         return self._unpacked(packed, device)
 
@@ -178,7 +180,7 @@ class TeacherStore:
         Raises:
             InputError: the disk is full, or the answers are of other shapes than those before.
         """
-        packed = self.packing.pack(answers)
+        packed = self.codec.pack(answers)
         self._made(packed).write_shard(view, shard, packed)
 
     def unfinished(self) -> list[tuple[int, int]]:
@@ -257,7 +259,7 @@ class TeacherStore:
             )
 
     def _unpacked(self, rows: Rows, device: torch.device | str) -> dict[str, Tensor]:
-        return self.packing.unpack(rows, self._plan["made_by"].get("num_classes"), device)
+        return self.codec.unpack(rows, self._plan["made_by"].get("num_classes"), device)
 
     def _keys(self, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if batch.key is None:

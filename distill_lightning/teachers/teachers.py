@@ -24,8 +24,8 @@ from distill_lightning.teachers.questions import (
     Logits,
     MeanLogits,
     Question,
-    Said,
     Softened,
+    TeacherOutputs,
     answered,
     feature_names,
 )
@@ -101,7 +101,7 @@ class Teachers(Frozen):
         Raises:
             InputError: it does not fit the module's.
         """
-        self._means.check_teacher(f"teacher {number}", network, shape, per_position=self._per_position)
+        self._known_output.check_teacher(f"teacher {number}", network, shape, per_position=self._per_position)
 
     def shapes(self, input_shape: Sequence[int]) -> list[tuple[int, ...]]:
         """Shapes ``(1, C, H, W)`` of the teachers' tapped features, from one dry forward or as a store tells them."""
@@ -120,7 +120,7 @@ class Teachers(Frozen):
 
     def distribution(self, batch: Batch) -> Tensor:
         """`Softened`: the ensemble's distribution ``(N, K)`` or ``(N, 2 d)``, of every input it is asked about."""
-        return self._answer(batch, Softened, self._means.name)
+        return self._answer(batch, Softened, self._known_output.name)
 
     def probabilities(self, batch: Batch) -> Tensor:
         """`Softened`, of a classification: ``(N, K)`` or ``(N, T, K)``.
@@ -128,9 +128,9 @@ class Teachers(Frozen):
         Raises:
             InputError: the networks' outputs are no logits.
         """
-        if self._means.name != "probabilities":
+        if self._known_output.name != "probabilities":
             raise InputError(
-                f"{self._who} reads probabilities of {type(self._means).__name__}: read distribution(batch)"
+                f"{self._who} reads probabilities of {type(self._known_output).__name__}: read distribution(batch)"
             )
         return self._answer(batch, Softened, "probabilities")
 
@@ -145,7 +145,7 @@ class Teachers(Frozen):
     def features(self, batch: Batch) -> list[Tensor]:
         """`Features`: one for each teacher, ``(N, C_m, H, W)``."""
         self._refuse_undeclared(Features, "features")
-        answers = self.answers(batch)
+        answers = self._answers(batch)
         names = feature_names(answers)
         if not names:
             raise self._not_held("features")
@@ -157,7 +157,7 @@ class Teachers(Frozen):
             self._last = (batch, self.about.inputs(batch), None)
         return self._last[1]
 
-    def answers(self, batch: Batch) -> dict[str, Tensor]:
+    def _answers(self, batch: Batch) -> dict[str, Tensor]:
         """All answers about a training batch, by name: from the store as far as it knows them, else asked.
 
         Raises:
@@ -166,43 +166,44 @@ class Teachers(Frozen):
         inputs = self.inputs(batch)
         known = self._last[2] if self._last is not None else None
         if known is None:
-            known = self.ask(batch) if self.store is None else self._told(batch, self.store)
+            known = self.run(batch) if self.store is None else self._from_store(batch, self.store)
             self._last = (batch, inputs, known)
         return known
 
     def _answer(self, batch: Batch, kind: type[Question], name: str) -> Tensor:
         # A store may know more than it is asked for.
         self._refuse_undeclared(kind, name)
-        answers = self.answers(batch)
+        answers = self._answers(batch)
         if name not in answers:
             raise self._not_held(name)
         return answers[name]
 
     # Who answers
 
-    def ask(self, batch: Batch) -> dict[str, Tensor]:
+    def run(self, batch: Batch) -> dict[str, Tensor]:
         """Run the networks and answer every question."""
-        return answered(self.questions, self._said(batch))
+        return answered(self.questions, self._outputs_of(batch))
 
-    def kept(self, batch: Batch) -> dict[str, Tensor]:
+    def rows_to_store(self, batch: Batch) -> dict[str, Tensor]:
         """What the store keeps about a batch: an answer ``(N, ...)`` for each question and input, or the logits alone.
 
         Raises:
             InputError: the inputs are none that a store can know again.
         """
-        ends = self.about.suffixes(batch, self.inputs(batch))
+        suffixes = self.about.suffixes(batch, self.inputs(batch))
         questions = [Logits()] if self._are_logits_kept() else self.questions
-        return split_rows(answered(questions, self._said(batch)), ends, batch.size)
+        return split_rows(answered(questions, self._outputs_of(batch)), suffixes, batch.size)
 
-    def _told(self, batch: Batch, store: TeacherStore) -> dict[str, Tensor]:
-        ends = self.about.suffixes(batch, self.inputs(batch))
-        ask = None if self.ensemble is None else partial(self.kept, batch)
-        told = store.told(batch, ask, device=batch.device)
+    def _from_store(self, batch: Batch, store: TeacherStore) -> dict[str, Tensor]:
+        suffixes = self.about.suffixes(batch, self.inputs(batch))
+        ask = None if self.ensemble is None else partial(self.rows_to_store, batch)
+        found = store.read_or_ask(batch, ask, device=batch.device)
         if self._are_logits_kept():
-            return answered(self.questions, Said(told["logits"].transpose(0, 1).unbind(), (), self.rule, self._means))
-        return join_rows(told, ends)
+            logits = found["logits"].transpose(0, 1).unbind()
+            return answered(self.questions, TeacherOutputs(logits, (), self.rule, self._known_output))
+        return join_rows(found, suffixes)
 
-    def _said(self, batch: Batch) -> Said:
+    def _outputs_of(self, batch: Batch) -> TeacherOutputs:
         if self.ensemble is None:
             raise self._nobody()
         every = list(self.inputs(batch).values())
@@ -211,10 +212,10 @@ class Teachers(Frozen):
             outputs = self.ensemble.each(inputs)
             for number, (network, output) in enumerate(zip(self, outputs, strict=True)):
                 self.check(number, network, output.shape)
-            return Said(outputs, (), self.rule, self._means)
+            return TeacherOutputs(outputs, (), self.rule, self._known_output)
         pairs = self.ensemble.each(inputs, self.taps)
         features = [features[tap.layers[0]] for tap, (_, features) in zip(self.taps, pairs, strict=True)]
-        return Said([output for output, _ in pairs], features, self.rule, self._means)
+        return TeacherOutputs([output for output, _ in pairs], features, self.rule, self._known_output)
 
     @property
     def rule(self) -> EnsembleRule:
@@ -234,10 +235,10 @@ class Teachers(Frozen):
         if self.ensemble is None:
             # The store itself tells of the teachers that filled it.
             asked = {name: value for name, value in asked.items() if name not in ("layers", "paraphrasers")}
-        return {**asked, **about, **self._means.describe_answers()}
+        return {**asked, **about, **self._known_output.describe_answers()}
 
     @property
-    def _means(self) -> Output:
+    def _known_output(self) -> Output:
         if self.output is None:
             raise RuntimeError("Teachers is asked before it became an attribute of a DistillationModule")
         return self.output
@@ -272,18 +273,18 @@ class Teachers(Frozen):
         """The ensemble's prediction in the form that metrics read; ``None``: there are no networks to ask."""
         if self.ensemble is None:
             return None
-        rule, means = self.rule, self._means
+        rule, output = self.rule, self._known_output
         with torch.no_grad():
-            distribution = means.collapse(self._outputs(inputs), weights=rule.weights, combine=rule.combine)
-            return means.as_prediction(distribution)
+            distribution = output.collapse(self._each(inputs), weights=rule.weights, combine=rule.combine)
+            return output.as_prediction(distribution)
 
     def predictions(self, inputs: Any) -> list[Tensor]:
         """Each teacher's prediction in the form that metrics read."""
-        means = self._means
+        output = self._known_output
         with torch.no_grad():
-            return [means.teacher_prediction(output) for output in self._outputs(inputs)]
+            return [output.teacher_prediction(one) for one in self._each(inputs)]
 
-    def _outputs(self, inputs: Any) -> list[Tensor]:
+    def _each(self, inputs: Any) -> list[Tensor]:
         return [] if self.ensemble is None else self.ensemble.each(inputs)
 
     # What happens when

@@ -206,7 +206,7 @@ class NotingStore:
     def __init__(self):
         self.asked, self.keep = [], "answers"
 
-    def told(self, batch, ask, *, device):
+    def read_or_ask(self, batch, ask, *, device):
         self.asked.append(batch)
         return {"probabilities": torch.zeros(batch.size, 3, device=device)}
 

@@ -711,7 +711,7 @@ def naive_pool(feature, size):
 def test_reduced_terms_equal_the_naive_reference(size, loss):
     module = wide_module(sizes=EqualSizes() if size is None else PooledSize(size), distance=DISTANCES[loss]()).eval()
     batch = batch_of()
-    terms, told = module.terms(batch), module.teachers.ask(batch)
+    terms, told = module.terms(batch), module.teachers.run(batch)
     student_feature = module.student.features(batch.input)
     for number, teacher in enumerate(module.teachers):
         target = teacher.features(batch.input).detach()
@@ -743,7 +743,7 @@ def test_a_code_can_be_pooled():
     torch.manual_seed(1)
     paraphrasers = [Paraphraser(8), Paraphraser(12)]
     module = wide_module(paraphrasers=paraphrasers, sizes=PooledSize(2))
-    told = module.teachers.ask(batch_of())
+    told = module.teachers.run(batch_of())
     assert [told[f"feature_{number}"].shape for number in range(2)] == [(4, 4, 2, 2), (4, 6, 2, 2)]
 
 
@@ -761,7 +761,7 @@ def test_maps_of_other_sizes_meet_at_the_reduced_one():
     with pytest.raises(InputError, match="tap layers of the same spatial size"):
         FEEDModule(TinyNet(), teacher, **options)
     module = FEEDModule(TinyNet(), teacher, sizes=PooledSize(4), **options)
-    assert module.teachers.ask(batch_of())["feature_0"].shape == (4, 6, 4, 4)
+    assert module.teachers.run(batch_of())["feature_0"].shape == (4, 6, 4, 4)
 
 
 def test_features_smaller_than_the_pooled_size_are_refused():

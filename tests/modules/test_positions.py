@@ -237,7 +237,7 @@ def test_the_largest_probabilities_of_every_position_are_kept(data, tmp_path):
     store = module.teachers.store
     record(tiny_trainer(), module, data)
     batch = next(iter(data.train_dataloader()))
-    kept = store.told(batch, None, device="cpu")["probabilities"]
+    kept = store.read_or_ask(batch, None, device="cpu")["probabilities"]
     exact = module.teachers.ensemble.probabilities(batch.input, temperature=2.0)
     assert kept.shape == exact.shape == (7, LENGTH, CLASSES)
     for found, row in zip(kept.flatten(0, 1), exact.flatten(0, 1), strict=True):

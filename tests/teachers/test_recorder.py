@@ -45,7 +45,7 @@ def test_everything_is_asked_once_and_kept(tmp_path):
     # Shards of 7 in batches of at most 8: no batch reaches into another shard.
     assert sizes == 2 * [7, 7, 7, 3]
     batch = TinyDataModule().dataset("train", augment=True).__getitems__([(5, 0), (23, 1), (5, 1)])
-    told = store.told(batch, None, device="cpu")["probabilities"]
+    told = store.read_or_ask(batch, None, device="cpu")["probabilities"]
     with torch.no_grad():
         expected = torch.stack([F.softmax(network.eval()(batch.input) / 2, dim=1) for network in networks]).mean(0)
     assert torch.allclose(told, expected, atol=1e-3)
@@ -62,7 +62,7 @@ def test_it_leaves_what_training_would_have_filled_up_to_the_last_bit(tmp_path):
     told = []
     for folder in ("ahead", "online"):
         _, found = recorded(tmp_path / folder, size=8)
-        told.append(found.told(batch, None, device="cpu")["probabilities"])
+        told.append(found.read_or_ask(batch, None, device="cpu")["probabilities"])
     # The batches were others, and so may be the last bits of their arithmetic.
     assert torch.allclose(*told, atol=1e-3)
 
@@ -272,7 +272,9 @@ def test_samples_without_views_are_recorded_however_they_are_fetched(tmp_path, m
     with torch.no_grad():
         expected = torch.stack([F.softmax(network(images) / 2, dim=1) for network in networks]).mean(0)
     batch = Batch(images, None, torch.arange(24))
-    assert torch.allclose(module.teachers.store.told(batch, None, device="cpu")["probabilities"], expected, atol=1e-3)
+    assert torch.allclose(
+        module.teachers.store.read_or_ask(batch, None, device="cpu")["probabilities"], expected, atol=1e-3
+    )
 
 
 def test_any_data_with_indices_and_a_name_are_filled_online_and_read(tmp_path):

@@ -225,7 +225,7 @@ def test_answers_are_those_of_the_teachers_about_the_very_view(tmp_path):
     dataset = data.dataset("train", augment=True)
     keys = [(index, view) for index in (0, 7, 23) for view in range(3)]
     batch = dataset.__getitems__(keys)
-    told = module.teachers.store.told(batch, None, device="cpu")
+    told = module.teachers.store.read_or_ask(batch, None, device="cpu")
     with torch.no_grad():
         expected = torch.stack([F.softmax(network.eval()(batch.input) / 2, dim=1) for network in networks]).mean(0)
     assert told.keys() == {"probabilities"}
@@ -237,7 +237,7 @@ def test_the_largest_probabilities_are_kept_and_the_rest_spread(tmp_path, top_k)
     networks, data = teachers_of(), with_partners(views=1)
     _, module = run(kd, TeacherStore(tmp_path, networks, top_k=top_k), epochs=1, views=1)
     batch = data.dataset("train", augment=True).__getitems__([(index, 0) for index in range(24)])
-    told = module.teachers.store.told(batch, None, device="cpu")["probabilities"]
+    told = module.teachers.store.read_or_ask(batch, None, device="cpu")["probabilities"]
     exact = TeacherEnsemble(networks).probabilities(batch.input, temperature=2.0)
     for row, expected in zip(told.tolist(), exact.tolist(), strict=True):
         kept = sorted(range(3), key=lambda k, expected=expected: -expected[k])[:top_k]
@@ -253,12 +253,12 @@ def test_ten_of_a_thousand_classes_take_forty_bytes(tmp_path):
     store.begin(samples=4, views=1, made_by={"num_classes": 1000})
     probs = torch.softmax(torch.randn(4, 1000), dim=1)
     batch = Batch(torch.zeros(4, 1), None, torch.arange(4), torch.zeros(4, dtype=torch.long))
-    store.told(batch, lambda: {"probabilities": probs}, device="cpu")
+    store.read_or_ask(batch, lambda: {"probabilities": probs}, device="cpu")
     assert store.nbytes == 40
     store.finish()
     store.refresh()
     assert store.shapes() == {"probabilities": (1000,)}
-    told = store.told(batch, None, device="cpu")["probabilities"]
+    told = store.read_or_ask(batch, None, device="cpu")["probabilities"]
     assert torch.equal(told.topk(10).indices, probs.topk(10).indices)
     assert store.is_complete
 
@@ -309,12 +309,12 @@ def test_what_another_process_has_kept_is_finished_too(tmp_path):
     probs = torch.softmax(torch.randn(2, 3), dim=1)
     for store, rows, view in ((first, [0, 1], 0), (second, [2, 3], 1)):
         batch = Batch(torch.zeros(2, 1), None, torch.tensor(rows), torch.full((2,), view))
-        store.told(batch, lambda: {"probabilities": probs}, device="cpu")
+        store.read_or_ask(batch, lambda: {"probabilities": probs}, device="cpu")
     first.finish()
     for store in (first, second):
         store.refresh()
         batch = Batch(torch.zeros(2, 1), None, torch.tensor([2, 3]), torch.tensor([1, 1]))
-        told = store.told(batch, None, device="cpu")["probabilities"]
+        told = store.read_or_ask(batch, None, device="cpu")["probabilities"]
         assert torch.allclose(told, probs, atol=1e-3)
 
 
@@ -499,11 +499,11 @@ def test_a_store_is_sent_to_other_processes_without_what_is_in_its_files(tmp_pat
     _, module = run(kd, TeacherStore(tmp_path, teachers_of()), epochs=2)
     store = module.teachers.store
     batch = with_partners(views=2).dataset("train", augment=True).__getitems__([(3, 1), (20, 0)])
-    told = store.told(batch, None, device="cpu")["probabilities"]
+    told = store.read_or_ask(batch, None, device="cpu")["probabilities"]
     assert store._records._open
     sent = pickle.loads(pickle.dumps(store))
     assert not sent._records._open
-    assert torch.equal(sent.told(batch, None, device="cpu")["probabilities"], told)
+    assert torch.equal(sent.read_or_ask(batch, None, device="cpu")["probabilities"], told)
     assert store._records._open
 
 

@@ -91,7 +91,7 @@ def test_what_is_kept_are_every_teachers_logits(tmp_path):
     done = record(tiny_trainer(), kd(store), TinyDataModule(views=2))
     assert done.nbytes == 48 * 2 * 3 * 4
     batch = TinyDataModule().dataset("train", augment=True).__getitems__([(5, 0), (23, 1)])
-    told = store.told(batch, None, device="cpu")["logits"]
+    told = store.read_or_ask(batch, None, device="cpu")["logits"]
     with torch.no_grad():
         expected = torch.stack([network.eval()(batch.input) for network in networks()[1]], dim=1)
     assert torch.allclose(told, expected, atol=1e-5)

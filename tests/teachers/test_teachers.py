@@ -210,7 +210,7 @@ def test_the_answers_are_about_the_inputs_that_are_asked_about():
     assert len(calls) == 2
     inputs = torch.cat([batch.input, batch.input / 2, batch.input / 4])
     assert torch.allclose(answer, TeacherEnsemble(found).probabilities(inputs), atol=1e-6)
-    kept = teachers.kept(batch)
+    kept = teachers.rows_to_store(batch)
     assert list(kept) == ["probabilities", "probabilities_less_0", "probabilities_less_1"]
     assert torch.equal(torch.cat(list(kept.values())), answer)
 
@@ -367,17 +367,16 @@ def test_a_copied_module_has_teachers_of_its_own_that_say_the_same(copied, ask):
     other = copied(module)
     assert other.teachers is not module.teachers
     assert not {id(network) for network in other.teachers} & {id(network) for network in module.teachers}
-    before = module.teachers.answers(batch)
-    answers = other.teachers.answers(batch)
+    before, answers = module.teachers.run(batch), other.teachers.run(batch)
     assert answers.keys() == before.keys()
     assert all(torch.equal(answer, before[name]) for name, answer in answers.items())
     for network in other.teachers:
         for parameter in network.parameters():
             parameter.data.zero_()
     # The copy reads its own networks, and the original reads its own.
-    changed = other.teachers.answers(batch_of())
+    changed = other.teachers.run(batch_of())
     assert not torch.equal(changed["probabilities"], before["probabilities"])
-    again = module.teachers.answers(batch_of())
+    again = module.teachers.run(batch_of())
     assert all(torch.equal(answer, before[name]) for name, answer in again.items())
 
 

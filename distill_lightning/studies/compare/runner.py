@@ -216,9 +216,14 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def load_test_targets(experiment: Experiment) -> Tensor:
-    """The test samples' classes ``(N,)``, of sequences those of all positions, or a regression's targets ``(N, d)``."""
-    targets = torch.cat([Batch.of(batch).target for batch in experiment.sample.test_dataloader()])
-    return experiment.task.flat_targets(targets)
+    """Classes ``(N,)`` of the test samples that count, of sequences all positions'; a regression's targets ``(N, d)``."""
+    batches = [Batch.of(batch) for batch in experiment.sample.test_dataloader()]
+    # Predictions leave out the samples that do not count.
+    alone = [batch.counted is not None and batch.counted.ndim == 1 for batch in batches]
+    targets = [
+        batch.target[batch.counted] if some else batch.target for batch, some in zip(batches, alone, strict=True)
+    ]
+    return experiment.task.flat_targets(torch.cat(targets))
 
 
 def made_with() -> str:

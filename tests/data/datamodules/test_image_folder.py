@@ -632,7 +632,7 @@ def told_by(store_folder, data):
     batch = dataset.__getitems__([(index, view) for index in range(len(dataset)) for view in range(data.views)])
     module = kd(TeacherStore(store_folder, fill="never", shard_size=7))
     tiny_trainer(limit_train_batches=1, limit_val_batches=0).fit(module, datamodule=data)
-    told = module.teachers.store.told(batch, None, device="cpu")["probabilities"]
+    told = module.teachers.store.read_or_ask(batch, None, device="cpu")["probabilities"]
     with torch.no_grad():
         asked = [F.softmax(network.eval()(batch.input) / 2, dim=1) for network in teachers_of()]
     return told, torch.stack(asked).mean(0)

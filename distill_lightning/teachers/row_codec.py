@@ -18,7 +18,7 @@ Answers = Mapping[str, Tensor]
 _CLASSES = "_classes"
 
 
-class Packing(NamedTuple):
+class RowCodec(NamedTuple):
     """Answers as a `TeacherStore` keeps them.
 
     Attributes:
