@@ -247,8 +247,9 @@ def _complete(value: Any) -> Any:
     if isinstance(value, list):
         return [_complete(part) for part in value]
     if isinstance(value, dict) and is_choice(value.get("class_path")):
-        known = arguments_of(choice_class(value["class_path"]))
+        kind = choice_class(value["class_path"])
+        known = arguments_of(kind)
         defaults = {name: plain(known[name].default) for name in known if is_plain(known[name].default)}
         given = {name: _complete(part) for name, part in (value.get("init_args") or {}).items()}
-        return {"class_path": value["class_path"], "init_args": defaults | given}
+        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": defaults | given}
     return plain(value) if is_plain(value) else value

@@ -216,7 +216,7 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def load_test_targets(experiment: Experiment) -> Tensor:
-    """Classes ``(N,)`` of the test samples that count, of sequences all positions'; a regression's targets ``(N, d)``."""
+    """Classes ``(N,)`` of the test samples that count, of sequences all positions'; or real targets ``(N, d)``."""
     batches = [Batch.of(batch) for batch in experiment.sample.test_dataloader()]
     # Predictions leave out the samples that do not count.
     alone = [batch.counted is not None and batch.counted.ndim == 1 for batch in batches]
