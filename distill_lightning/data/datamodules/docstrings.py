@@ -70,7 +70,7 @@ class DocstringsDataModule(ViewDataModule):
 
     Raises:
         InputError: a size that is not positive, or, from ``setup``, one that is larger than the text, a folder without
-            documentation strings, or a file in it that is no Python.
+            documentation strings, or a file in it that is not Python.
     """
 
     num_classes = 256
@@ -158,7 +158,7 @@ def read_docstrings(folder: Path) -> tuple[bytes, ...]:
         Of each file its strings without their indentation, in the order of the file, empty lines between them, UTF-8.
 
     Raises:
-        InputError: there are no such strings, or a file is no Python.
+        InputError: there are no such strings, or a file is not Python.
     """
     relative = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
     texts = [_docstrings(folder / name) for name in relative if not _SKIPPED.intersection(name.split("/"))]
