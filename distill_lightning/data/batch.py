@@ -47,6 +47,12 @@ class Key(NamedTuple):
     Attributes:
         index: which sample of the training set each row is, int64 ``(N,)``.
         view: which augmented view of that sample each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning import Batch
+        >>> Batch(torch.zeros(2, 1), index=torch.tensor([4, 7])).key
+        Key(index=tensor([4, 7]), view=None)
     """
 
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index
@@ -61,6 +67,15 @@ class Mixture(NamedTuple):
         first: target distribution of the first sample, ``(N, K)``.
         second: target distribution of the second sample, ``(N, K)``.
         index: index of the second sample, int64 ``(N,)``; ``None`` if the data module cannot tell.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.batch import Mixture
+        >>> first, second = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> mixture = Mixture(torch.tensor([0.75]), first, second, torch.tensor([3]))
+        >>> share = mixture.share[:, None]
+        >>> share * mixture.first + (1 - share) * mixture.second
+        tensor([[0.7500, 0.2500]])
     """
 
     share: Tensor
@@ -91,6 +106,15 @@ class Batch:
         key: ``index`` and ``view`` on the host.
         when: epoch, and the batch's place in it, by which samples without an index or a view draw random numbers.
         is_checked: whether targets of -100 have been looked for.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning import Batch
+        >>> batch = Batch(torch.zeros(2, 3), torch.tensor([1, -100]), index=torch.tensor([4, 7]))
+        >>> batch.size
+        2
+        >>> batch.counted
+        tensor([ True, False])
     """
 
     input: Any
@@ -189,6 +213,13 @@ class Batch:
 
         Raises:
             InputError: the batch is none of these, or its ``counted`` is not a tensor of booleans.
+
+        Example:
+            >>> import torch
+            >>> from distill_lightning import Batch
+            >>> batch = Batch.of({"image": torch.zeros(2, 3), "label": torch.tensor([0, 1])})
+            >>> batch.target
+            tensor([0, 1])
         """
         if isinstance(batch, cls):
             return batch
@@ -224,7 +255,14 @@ def _holds_classes(target: Any) -> bool:
 
 
 def spread(rows: Tensor, like: Tensor) -> Tensor:
-    """One value per row in a shape that broadcasts with a tensor of more dimensions: ``(N,)`` to ``(N, 1, ..., 1)``."""
+    """One value per row in a shape that broadcasts with a tensor of more dimensions: ``(N,)`` to ``(N, 1, ..., 1)``.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.batch import spread
+        >>> spread(torch.tensor([1, 2]), torch.zeros(2, 3, 4)).shape
+        torch.Size([2, 1, 1])
+    """
     return rows.view(*rows.shape, *[1] * (like.ndim - rows.ndim))
 
 
@@ -238,6 +276,12 @@ def map_tensors(function: Callable[..., Tensor], value: Any, *others: Any) -> An
 
     Raises:
         InputError: the nests differ in structure.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.batch import map_tensors
+        >>> map_tensors(torch.add, {"image": torch.tensor(1)}, {"image": torch.tensor(2)})
+        {'image': tensor(3)}
     """
     if isinstance(value, Tensor):
         if not all(isinstance(other, Tensor) for other in others):
@@ -269,6 +313,12 @@ def first_tensor(value: Any) -> Tensor:
 
     Raises:
         InputError: there is none.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.batch import first_tensor
+        >>> first_tensor({"name": "a", "pair": (torch.tensor(1), torch.tensor(2))})
+        tensor(1)
     """
     found = next(tensors_of(value), None)
     if found is None:
@@ -277,7 +327,14 @@ def first_tensor(value: Any) -> Tensor:
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """The tensors in a nest of dicts, tuples and lists, in their order."""
+    """The tensors in a nest of dicts, tuples and lists, in their order.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.batch import tensors_of
+        >>> list(tensors_of({"name": "a", "pair": (torch.tensor(1), torch.tensor(2))}))
+        [tensor(1), tensor(2)]
+    """
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (Mapping, tuple, list)):

@@ -25,6 +25,11 @@ def beta_quantiles(alpha: float) -> Tensor:
 
     Returns:
         float32 ``(4097,)``, on the host.
+
+    Example:
+        >>> from distill_lightning.data.mixing import beta_quantiles
+        >>> beta_quantiles(0.5)[[0, 1024, 2048, 4096]]
+        tensor([0.0000, 0.1464, 0.5000, 1.0000])
     """
     levels = torch.linspace(0, 1, _QUANTILES + 1, dtype=torch.float64)
     return torch.from_numpy(betaincinv(alpha, alpha, levels.numpy())).float()
@@ -39,6 +44,12 @@ def beta_shares(quantiles: Tensor, levels: Tensor) -> Tensor:
 
     Returns:
         ``(N,)``, interpolated between the quantiles, in float32 or wider.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.mixing import beta_quantiles, beta_shares
+        >>> beta_shares(beta_quantiles(0.5), torch.tensor([0.25, 0.5]))
+        tensor([0.1464, 0.5000])
     """
     place = levels * _QUANTILES
     below = place.long()
@@ -61,6 +72,12 @@ def mixup(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
         InputError: the inputs are whole numbers, which have nothing in between.
 
     Zhang, Cisse, Dauphin, Lopez-Paz: *mixup: Beyond Empirical Risk Minimization*, https://arxiv.org/abs/1710.09412
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.mixing import mixup
+        >>> mixup(torch.tensor([[8.0, 0.0]]), torch.tensor([[4.0, 2.0]]), torch.tensor([0.25]))
+        tensor([[5.0000, 1.5000]])
     """
     if not first.is_floating_point():
         raise InputError(f"Mixup needs inputs of a floating type, got {first.dtype}: convert them first")
@@ -85,10 +102,23 @@ def cutmix(first: Tensor, second: Tensor, share: Tensor, centre: Tensor) -> tupl
         The images, and the share ``(N,)`` of pixels that are still ``first``'s.
 
     Raises:
-        InputError: the inputs are no images.
+        InputError: the inputs are not images.
 
     Yun et al.: *CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features*,
     https://arxiv.org/abs/1905.04899
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.mixing import cutmix
+        >>> first, second = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
+        >>> images, share = cutmix(first, second, torch.tensor([0.75]), torch.tensor([[0.5, 0.5]]))
+        >>> images[0, 0]
+        tensor([[0., 0., 0., 0.],
+                [0., 1., 1., 0.],
+                [0., 1., 1., 0.],
+                [0., 0., 0., 0.]])
+        >>> share
+        tensor([0.7500])
     """
     side = (1 - share).clamp_min(0).sqrt()
     inside = _rectangle("CutMix", first, side[:, None].expand(-1, 2), centre)
@@ -108,12 +138,20 @@ def mixup_inputs(first: Any, second: Any, share: Tensor) -> Any:
 
     Raises:
         InputError: a tensor holds whole numbers, or the structures differ.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.mixing import mixup_inputs
+        >>> first = {"image": torch.zeros(1, 2), "pose": torch.ones(1, 1)}
+        >>> second = {"image": torch.ones(1, 2), "pose": torch.zeros(1, 1)}
+        >>> mixup_inputs(first, second, torch.tensor([0.25]))
+        {'image': tensor([[0.7500, 0.7500]]), 'pose': tensor([[0.2500]])}
     """
     return map_tensors(lambda one, other: mixup(one, other, share), first, second)
 
 
 def cutmix_inputs(first: Any, second: Any, share: Tensor, centre: Tensor) -> tuple[Any, Tensor]:
-    """`cutmix` of inputs of several tensors: images get the same rectangle, what is no image is mixed linearly.
+    """`cutmix` of inputs of several tensors: images get the same rectangle, what is not an image is mixed linearly.
 
     Args:
         first: a tensor ``(N, ...)``, or a dict, tuple or list of such.
@@ -126,7 +164,17 @@ def cutmix_inputs(first: Any, second: Any, share: Tensor, centre: Tensor) -> tup
         pixels.
 
     Raises:
-        InputError: there is no image ``(N, C, H, W)``, another tensor holds whole numbers, or the structures differ.
+        InputError: none of them is an image ``(N, C, H, W)``, another tensor holds whole numbers, or the structures
+            differ.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.mixing import cutmix_inputs
+        >>> first = {"image": torch.zeros(1, 1, 4, 4), "pose": torch.zeros(1, 2)}
+        >>> second = {"image": torch.ones(1, 1, 4, 4), "pose": torch.ones(1, 2)}
+        >>> inputs, share = cutmix_inputs(first, second, torch.tensor([0.75]), torch.tensor([[0.5, 0.5]]))
+        >>> inputs["pose"], share
+        (tensor([[0.2500, 0.2500]]), tensor([0.7500]))
     """
     shares: list[Tensor] = []
 
@@ -158,19 +206,30 @@ def cutout(images: Tensor, size: int, centre: Tensor) -> Tensor:
         The images.
 
     Raises:
-        InputError: the inputs are no images.
+        InputError: the inputs are not images.
 
     DeVries, Taylor: *Improved Regularization of Convolutional Neural Networks with Cutout*,
     https://arxiv.org/abs/1708.04552
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.mixing import cutout
+        >>> cutout(torch.ones(1, 1, 4, 4), 2, torch.tensor([[0.25, 0.25]]))[0, 0]
+        tensor([[0., 0., 1., 1.],
+                [0., 0., 1., 1.],
+                [1., 1., 1., 1.],
+                [1., 1., 1., 1.]])
     """
     if images.ndim != 4:
-        raise InputError(f"Cutout needs images (N, C, H, W), got inputs of shape {tuple(images.shape)}")
+        raise InputError(
+            f"Cutout needs images (N, C, H, W), got inputs of shape {tuple(images.shape)}: leave it out, or use Mixup"
+        )
     side = torch.stack([torch.full_like(centre[:, 0], size / length) for length in images.shape[2:]], dim=1)
     return images.masked_fill(_rectangle("Cutout", images, side, centre), 0)
 
 
 def cutout_inputs(inputs: Any, size: int, centre: Tensor) -> Any:
-    """`cutout` of inputs of several tensors: images get the same square, what is no image stays as it is.
+    """`cutout` of inputs of several tensors: images get the same square, what is not an image stays as it is.
 
     Args:
         inputs: a tensor ``(N, ...)``, or a dict, tuple or list of such.
@@ -181,7 +240,15 @@ def cutout_inputs(inputs: Any, size: int, centre: Tensor) -> Any:
         Inputs of the same structure.
 
     Raises:
-        InputError: there is no image ``(N, C, H, W)``.
+        InputError: none of them is an image ``(N, C, H, W)``.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.mixing import cutout_inputs
+        >>> inputs = {"image": torch.ones(1, 1, 4, 4), "pose": torch.ones(1, 2)}
+        >>> cut = cutout_inputs(inputs, 2, torch.tensor([[0.25, 0.25]]))
+        >>> cut["image"].sum(), cut["pose"]
+        (tensor(12.), tensor([[1., 1.]]))
     """
     images: list[Tensor] = []
 
@@ -200,7 +267,9 @@ def cutout_inputs(inputs: Any, size: int, centre: Tensor) -> Any:
 def _rectangle(name: str, images: Tensor, side: Tensor, centre: Tensor) -> Tensor:
     """Where each row's rectangle lies, boolean ``(N, 1, H, W)``; ``side`` ``(N, 2)`` in parts of height and width."""
     if images.ndim != 4:
-        raise InputError(f"{name} needs images (N, C, H, W), got inputs of shape {tuple(images.shape)}")
+        raise InputError(
+            f"{name} needs images (N, C, H, W), got inputs of shape {tuple(images.shape)}: leave it out, or use Mixup"
+        )
     covered = []
     for axis, length in enumerate(images.shape[2:]):
         pixels = torch.arange(length, device=images.device)

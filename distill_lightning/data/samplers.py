@@ -27,9 +27,19 @@ InputsT = TypeVar("InputsT", bound=Inputs)
 
 
 class Sampler(Protocol):
-    """Makes inputs from a batch's inputs; any function with this signature can stand for one.
+    """Makes inputs from a batch's inputs; a function with this signature becomes one by `FunctionSampler`.
 
     It runs without a graph.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.samplers import FunctionSampler
+        >>> from distill_lightning.data.views import Draws
+        >>> draws = Draws(0, torch.arange(3), torch.zeros(3, dtype=torch.int64))
+        >>> def negative(inputs, draws):
+        ...     return -inputs
+        >>> FunctionSampler(negative)(torch.ones(3, 1), draws).tolist()
+        [[-1.0], [-1.0], [-1.0]]
     """
 
     def __call__(self, inputs: Inputs, draws: Draws) -> Inputs:
@@ -44,6 +54,17 @@ class Mixed(NamedTuple):
         first: which row of the batch each began as, int64 ``(S,)``.
         second: which row of the batch, or of the ``pool``, was mixed in, int64 ``(S,)``.
         share: the part of the first in it, ``(S,)``.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.samplers import MixupSampler
+        >>> from distill_lightning.data.views import Draws
+        >>> draws = Draws(0, torch.arange(3), torch.zeros(3, dtype=torch.int64))
+        >>> mixed = MixupSampler().mix(torch.tensor([[0.0], [1.0], [2.0]]), draws)
+        >>> mixed.first, mixed.second
+        (tensor([0, 1, 2]), tensor([2, 0, 1]))
+        >>> mixed.share
+        tensor([0.1881, 0.6900, 0.5687])
     """
 
     inputs: Inputs
@@ -53,7 +74,16 @@ class Mixed(NamedTuple):
 
 
 class EmpiricalSampler(nn.Module):
-    """The batch itself: the training set is the approximation, as in standard knowledge distillation."""
+    """The batch itself: the training set is the approximation, as in standard knowledge distillation.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.samplers import EmpiricalSampler
+        >>> from distill_lightning.data.views import Draws
+        >>> draws = Draws(0, torch.arange(3), torch.zeros(3, dtype=torch.int64))
+        >>> EmpiricalSampler()(torch.tensor([[5.0], [6.0]]), draws).tolist()
+        [[5.0], [6.0], [5.0]]
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,6 +104,17 @@ class PairSampler(nn.Module):
 
     Raises:
         InputError: ``alpha`` is not positive and finite.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.samplers import PairSampler
+        >>> from distill_lightning.data.views import Draws
+        >>> draws = Draws(0, torch.arange(3), torch.zeros(3, dtype=torch.int64))
+        >>> class Halves(PairSampler):
+        ...     def blend(self, first, second, share, draws):
+        ...         return (first + second) / 2, torch.full_like(share, 0.5)
+        >>> Halves()(torch.tensor([[0.0], [1.0], [2.0]]), draws).tolist()
+        [[1.0], [0.5], [1.5]]
     """
 
     quantiles: Tensor
@@ -123,6 +164,16 @@ class MixupSampler(PairSampler):
 
     Raises:
         InputError: ``alpha`` is not positive and finite, or, when called, an input holds whole numbers.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.samplers import MixupSampler
+        >>> from distill_lightning.data.views import Draws
+        >>> draws = Draws(0, torch.arange(3), torch.zeros(3, dtype=torch.int64))
+        >>> MixupSampler()(torch.tensor([[0.0], [1.0], [2.0]]), draws)
+        tensor([[1.6239],
+                [0.6900],
+                [1.5687]])
     """
 
     def blend(self, first: Inputs, second: Inputs, share: Tensor, draws: Draws) -> tuple[Inputs, Tensor]:
@@ -131,13 +182,21 @@ class MixupSampler(PairSampler):
 
 
 class CutMixSampler(PairSampler):
-    """CutMix of two rows, see `distill_lightning.data.mixing.cutmix`; inputs that are no images are mixed linearly.
+    """CutMix of two rows, see `distill_lightning.data.mixing.cutmix`; inputs that are not images are mixed linearly.
 
     Args:
         alpha: of the Beta distribution that the share is drawn from; 1 is uniform.
 
     Raises:
-        InputError: ``alpha`` is not positive and finite, or, when called, there is no image among the inputs.
+        InputError: ``alpha`` is not positive and finite, or, when called, none of the inputs is an image.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.samplers import CutMixSampler
+        >>> from distill_lightning.data.views import Draws
+        >>> draws = Draws(0, torch.arange(3), torch.zeros(3, dtype=torch.int64))
+        >>> CutMixSampler()(torch.rand(3, 1, 8, 8), draws).shape
+        torch.Size([3, 1, 8, 8])
     """
 
     def blend(self, first: Inputs, second: Inputs, share: Tensor, draws: Draws) -> tuple[Inputs, Tensor]:
@@ -158,6 +217,16 @@ class GeneratorSampler(nn.Module):
     Raises:
         InputError: ``latent_dim`` is not positive, or, when called, the generator's outputs are not shaped like the
             batch's inputs.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning.data.samplers import GeneratorSampler
+        >>> from distill_lightning.data.views import Draws
+        >>> draws = Draws(0, torch.arange(3), torch.zeros(3, dtype=torch.int64))
+        >>> generator = nn.Linear(2, 5)
+        >>> GeneratorSampler(generator, latent_dim=2)(torch.rand(3, 5), draws).shape
+        torch.Size([3, 5])
     """
 
     def __init__(self, generator: nn.Module, latent_dim: int) -> None:
@@ -176,7 +245,9 @@ class GeneratorSampler(nn.Module):
     def forward(self, inputs: Inputs, draws: Draws) -> Inputs:
         """As many samples as ``draws`` has rows."""
         if not isinstance(inputs, Tensor):
-            raise InputError("GeneratorSampler makes one tensor, but the batch's inputs are several: use a function")
+            raise InputError(
+                "GeneratorSampler makes one tensor, but the batch's inputs are several: use FunctionSampler(function)"
+            )
         sample: Tensor = self.generator(draws.normal(self.latent_dim).to(inputs.dtype))
         if sample.shape[1:] != inputs.shape[1:]:
             raise InputError(
@@ -191,6 +262,14 @@ class FunctionSampler(nn.Module):
 
     Args:
         function: as `Sampler`.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.samplers import FunctionSampler
+        >>> from distill_lightning.data.views import Draws
+        >>> draws = Draws(0, torch.arange(3), torch.zeros(3, dtype=torch.int64))
+        >>> FunctionSampler(lambda inputs, draws: inputs + 1)(torch.zeros(3, 1), draws).tolist()
+        [[1.0], [1.0], [1.0]]
     """
 
     def __init__(self, function: Callable[[Inputs, Draws], Inputs]) -> None:
@@ -218,12 +297,27 @@ def _partners(draws: Draws, count: int) -> Tensor:
 
 
 def count_rows(inputs: Inputs) -> int:
-    """Number of samples in a batch's inputs."""
+    """Number of samples in a batch's inputs.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.samplers import count_rows
+        >>> count_rows({"image": torch.zeros(4, 1, 8, 8), "pose": torch.zeros(4, 2)})
+        4
+    """
     return len(first_tensor(inputs))
 
 
 def take(inputs: InputsT, rows: Tensor) -> InputsT:
-    """The samples at ``rows``."""
+    """The samples at ``rows``.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.samplers import take
+        >>> take({"pose": torch.tensor([[5], [6], [7]])}, torch.tensor([2, 0]))
+        {'pose': tensor([[7],
+                [5]])}
+    """
     return cast("InputsT", map_tensors(lambda values: values[rows], inputs))
 
 
@@ -232,6 +326,12 @@ def join(parts: Sequence[InputsT]) -> InputsT:
 
     Raises:
         InputError: they have another structure than the first.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.samplers import join
+        >>> join([torch.tensor([5, 6]), torch.tensor([7])])
+        tensor([5, 6, 7])
     """
     try:
         return cast("InputsT", map_tensors(lambda *tensors: torch.cat(tensors), *parts))

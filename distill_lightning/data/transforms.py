@@ -32,10 +32,26 @@ class BatchTransform(Choice):
 
     Transforms are applied one after the other, on the device. They change no tensor in place and never wait for the
     device.
+
+    Example:
+        >>> import torch
+        >>> from dataclasses import dataclass
+        >>> from distill_lightning import Batch
+        >>> from distill_lightning.data.transforms import BatchTransform
+        >>> @dataclass(frozen=True)
+        ... class Brighter(BatchTransform):
+        ...     by: float
+        ...
+        ...     def __call__(self, batch, *, num_classes):
+        ...         return batch.replace(input=batch.input + self.by)
+        >>> Brighter(0.5)(Batch(torch.zeros(2, 1)), num_classes=3).input.tolist()
+        [[0.5], [0.5]]
     """
 
     changes_inputs: ClassVar[bool] = True
-    """Whether the inputs are changed, on which the teachers' answers depend."""
+    """Whether the inputs are others afterwards; where not, what a teacher says about them stays true."""
+    needs_classes: ClassVar[bool] = True
+    """Whether the targets must be classes or distributions; where not, a regression's batches will do, too."""
 
     @abstractmethod
     def __call__(self, batch: Batch, *, num_classes: int) -> Batch:
@@ -43,7 +59,7 @@ class BatchTransform(Choice):
 
         Args:
             batch: on any device.
-            num_classes: ``K``.
+            num_classes: ``K``; 0 of a regression.
         """
 
 
@@ -115,15 +131,18 @@ class Mixup(_Mixing):
         seed: of the draws.
 
     Raises:
-        InputError: an option is out of range; or, when called, the inputs are no floating-point numbers, the targets
-            neither classes nor distributions, or the batch is mixed already and has no partners.
+        InputError: an option is out of range; or, when called, the inputs are not floating-point numbers, the
+            targets neither classes nor distributions, or the batch is mixed already and has no partners.
 
     Zhang, Cisse, Dauphin, Lopez-Paz: *mixup: Beyond Empirical Risk Minimization*, https://arxiv.org/abs/1710.09412
 
-    >>> batch = Batch(torch.eye(4), torch.tensor([0, 1, 2, 0]), torch.arange(4), torch.zeros(4))
-    >>> mixed = Mixup(alpha=0.2)(batch, num_classes=3)
-    >>> mixed.target.shape, mixed.mixture.share.shape
-    (torch.Size([4, 3]), torch.Size([4]))
+    Example:
+        >>> import torch
+        >>> from distill_lightning import Batch, Mixup
+        >>> batch = Batch(torch.eye(4), torch.tensor([0, 1, 2, 0]), torch.arange(4), torch.zeros(4, dtype=torch.int64))
+        >>> mixed = Mixup(alpha=0.2)(batch, num_classes=3)
+        >>> mixed.target.shape, mixed.mixture.share.shape
+        (torch.Size([4, 3]), torch.Size([4]))
     """
 
     alpha: float = 1.0
@@ -140,7 +159,7 @@ class Mixup(_Mixing):
 class CutMix(_Mixing):
     r"""CutMix: a rectangle of each image is that of a second one; the target is mixed by the shares of the pixels.
 
-    What is mixed in, and which rows stay as they are, is as in `Mixup`. Inputs that are no images are mixed linearly.
+    Partners and untouched rows are chosen as in `Mixup`. Inputs that are not images are mixed linearly.
 
     Args:
         alpha: of the distribution :math:`\mathrm{Beta}(\alpha, \alpha)` that the shares are drawn from; 1 is uniform.
@@ -148,15 +167,19 @@ class CutMix(_Mixing):
         seed: of the draws.
 
     Raises:
-        InputError: an option is out of range; or, when called, there is no image among the inputs, the targets are
+        InputError: an option is out of range; or, when called, none of the inputs is an image, the targets are
             neither classes nor distributions, or the batch is mixed already and has no partners.
 
     Yun et al.: *CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features*,
     https://arxiv.org/abs/1905.04899
 
-    >>> batch = Batch(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]), torch.arange(4), torch.zeros(4))
-    >>> CutMix()(batch, num_classes=3).target.shape
-    torch.Size([4, 3])
+    Example:
+        >>> import torch
+        >>> from distill_lightning import Batch, CutMix
+        >>> view = torch.zeros(4, dtype=torch.int64)
+        >>> batch = Batch(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]), torch.arange(4), view)
+        >>> CutMix()(batch, num_classes=3).target.shape
+        torch.Size([4, 3])
     """
 
     alpha: float = 1.0
@@ -173,23 +196,28 @@ class CutMix(_Mixing):
 class Cutout(BatchTransform):
     """Cutout: a square of each image is set to zero, the mean of normalised pixels; targets stay as they are.
 
-    The images of partners lose a square, too, each by its own draws: before `Mixup` both samples are cut, after it the
-    mixed image is.
+    So the targets may be those of a regression. The images of partners lose a square, too, each by its own draws:
+    before `Mixup` both samples are cut, after it the mixed image is.
 
     Args:
         size: pixels of the square's side; parts outside the image are cut off.
         seed: of the draws.
 
     Raises:
-        InputError: ``size`` is not positive; or, when called, there is no image among the inputs.
+        InputError: ``size`` is not positive; or, when called, none of the inputs is an image.
 
     DeVries, Taylor: *Improved Regularization of Convolutional Neural Networks with Cutout*,
     https://arxiv.org/abs/1708.04552
 
-    >>> batch = Batch(torch.ones(1, 1, 8, 8), torch.tensor([0]), torch.tensor([0]), torch.tensor([4]))
-    >>> int((Cutout(size=2)(batch, num_classes=3).input == 0).sum())
-    4
+    Example:
+        >>> import torch
+        >>> from distill_lightning import Batch, Cutout
+        >>> batch = Batch(torch.ones(1, 1, 8, 8), torch.tensor([0]), torch.tensor([0]), torch.tensor([4]))
+        >>> int((Cutout(size=2)(batch, num_classes=3).input == 0).sum())
+        4
     """
+
+    needs_classes: ClassVar[bool] = False
 
     size: int
     seed: int = 0
@@ -204,7 +232,7 @@ class Cutout(BatchTransform):
         """The batch with a square less in each image.
 
         Raises:
-            InputError: there is no image among the inputs.
+            InputError: none of the inputs is an image.
         """
         return _with_partner(self._cut, batch)
 
@@ -228,9 +256,13 @@ class LabelSmoothing(BatchTransform):
 
     Szegedy et al.: *Rethinking the Inception Architecture for Computer Vision*, https://arxiv.org/abs/1512.00567
 
-    >>> LabelSmoothing(0.5)(Batch(torch.zeros(2, 1), torch.tensor([0, 1])), num_classes=2).target
-    tensor([[0.7500, 0.2500],
-            [0.2500, 0.7500]])
+    Example:
+        >>> import torch
+        >>> from distill_lightning import Batch, LabelSmoothing
+        >>> batch = Batch(torch.zeros(2, 1), torch.tensor([0, 1]))
+        >>> LabelSmoothing(0.5)(batch, num_classes=2).target
+        tensor([[0.7500, 0.2500],
+                [0.2500, 0.7500]])
     """
 
     changes_inputs: ClassVar[bool] = False

@@ -54,6 +54,13 @@ def uniform_draws(seed: int, index: Tensor, view: Tensor, count: int, *, first: 
 
     Returns:
         float64 ``(N, count)`` (float32 on Apple's devices), uniform on ``[0, 1)``.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.views import uniform_draws
+        >>> uniform_draws(0, torch.tensor([3, 4]), torch.zeros(2, dtype=torch.int64), 2)
+        tensor([[0.7122, 0.2167],
+                [0.4035, 0.0044]], dtype=torch.float64)
     """
     key = _mix(torch.full_like(index, _signed(seed + _GOLDEN)))
     for part in (index, view):
@@ -77,6 +84,19 @@ class Draws:
         index: which sample each row is, int64 ``(N,)``.
         view: which view of it, int64 ``(N,)``.
         copy: number of the row among the copies of one view, int64 ``(N,)``; ``None``: there is one each.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.views import Draws
+        >>> draws = Draws(0, torch.tensor([3, 4]), torch.zeros(2, dtype=torch.int64))
+        >>> draws.uniform(1)
+        tensor([[0.7122],
+                [0.4035]], dtype=torch.float64)
+        >>> draws.uniform(1)
+        tensor([[0.2167],
+                [0.0044]], dtype=torch.float64)
+        >>> draws.normal(3).shape, draws.order().shape
+        (torch.Size([2, 3]), torch.Size([2]))
     """
 
     def __init__(self, seed: int, index: Tensor, view: Tensor, *, copy: Tensor | None = None) -> None:
@@ -121,6 +141,15 @@ def crop_and_flip(images: Tensor, draws: Tensor, *, padding: int, flip: bool) ->
 
     Returns:
         A new tensor of the same shape and dtype.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.views import crop_and_flip
+        >>> image = torch.arange(9).view(1, 1, 3, 3)
+        >>> crop_and_flip(image, torch.tensor([[0.0, 0.5, 0.9]]), padding=1, flip=False)[0, 0]
+        tensor([[0, 0, 0],
+                [0, 1, 2],
+                [3, 4, 5]])
     """
     count, channels, height, width = images.shape
     offsets = (draws[:, :2] * (2 * padding + 1)).long()
@@ -134,7 +163,13 @@ def crop_and_flip(images: Tensor, draws: Tensor, *, padding: int, flip: bool) ->
 
 
 class Box(NamedTuple):
-    """A part of an image, in pixels."""
+    """A part of an image, in pixels.
+
+    Example:
+        >>> from distill_lightning.data.views import Box
+        >>> Box(top=1, left=1, height=6, width=6).height
+        6
+    """
 
     top: int
     left: int
@@ -165,6 +200,11 @@ def random_box(
         draws: `CROP_DRAWS` numbers, uniform on ``[0, 1)``; each trial has four: area, ratio, top, left.
         scale: smallest and largest part of the area.
         ratio: smallest and largest ratio of width to height.
+
+    Example:
+        >>> from distill_lightning.data.views import CROP_DRAWS, random_box
+        >>> random_box(8, 8, [0.5] * CROP_DRAWS, scale=(0.25, 1.0), ratio=(0.75, 4 / 3))
+        Box(top=1, left=1, height=6, width=6)
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for trial in range(_CROP_TRIALS):

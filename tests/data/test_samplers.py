@@ -366,7 +366,7 @@ def test_a_generator_of_other_inputs_is_refused(shape):
 
 
 def test_a_generator_makes_one_tensor():
-    with pytest.raises(InputError, match="the batch's inputs are several: use a function"):
+    with pytest.raises(InputError, match="the batch's inputs are several: use FunctionSampler.function."):
         GeneratorSampler(nn.Identity(), 3)((images_of(2), poses_of(2)), draws_of(2))
 
 

@@ -378,6 +378,19 @@ def test_cutout_before_mixing_cuts_both_samples_and_after_it_one(kind):
     assert torch.equal(after.target, before.target)
 
 
+@pytest.mark.parametrize("partners", [False, True])
+def test_cutout_leaves_the_targets_of_a_regression_alone(partners):
+    plain, target = batch_of(5, partners=partners), torch.randn(5, 2)
+    batch = plain.replace(target=target)
+    if partners:
+        batch = batch.replace(partner=plain.partner.replace(target=target + 1))
+    cut = Cutout(3)(batch, num_classes=0)
+    assert cut.target is target
+    assert torch.equal(cut.input, Cutout(3)(plain, num_classes=K).input)
+    if partners:
+        assert torch.equal(cut.partner.target, target + 1)
+
+
 # label smoothing
 
 
@@ -436,6 +449,18 @@ def test_label_smoothing_of_positions():
 # all of them
 
 ALL = [Mixup(0.4), CutMix(1.0, 1.0), Cutout(3), LabelSmoothing(0.1)]
+
+
+@pytest.mark.parametrize("transform", ALL, ids=lambda one: type(one).__name__)
+def test_a_transform_says_what_it_changes_and_needs(transform):
+    batch = batch_of(9)
+    assert transform.changes_inputs is not torch.equal(transform(batch, num_classes=K).input, batch.input)
+    without = batch.replace(target=torch.randn(9, 2))
+    if transform.needs_classes:
+        with pytest.raises(InputError, match="needs classes"):
+            transform(without, num_classes=0)
+    else:
+        assert transform(without, num_classes=0).target is without.target
 
 
 @pytest.mark.parametrize("transform", ALL, ids=lambda one: type(one).__name__)

@@ -16,9 +16,9 @@ from distill_lightning.errors import InputError
 class DigitsDataModule(InMemoryImageDataModule):
     """Handwritten digits, 1,797 grey images of 8x8 pixels, 10 classes; no download.
 
-    The images are shuffled by ``seed``; the first ``test_size`` are for test, the next ``val_size`` for validation, the
-    rest for training. Alpaydin, Kaynak: *Optical Recognition of Handwritten Digits*, UCI, as in
-    `sklearn.datasets.load_digits`.
+    The images are shuffled by ``seed``; the first ``test_size`` are for test. The validation images are drawn by
+    ``seed`` from the rest, and what remains is for training. Alpaydin, Kaynak: *Optical Recognition of Handwritten
+    Digits*, UCI, as in `sklearn.datasets.load_digits`.
 
     Args:
         val_size: number of validation images.
@@ -29,8 +29,17 @@ class DigitsDataModule(InMemoryImageDataModule):
 
     Raises:
         InputError: a size that is not positive, or, from ``setup``, one that is larger than the data.
+
+    Example:
+        >>> from distill_lightning import DigitsDataModule
+        >>> data = DigitsDataModule(batch_size=8)
+        >>> len(data.dataset("train"))
+        1000
+        >>> next(iter(data.val_dataloader())).input.shape
+        torch.Size([8, 1, 16, 16])
     """
 
+    test_size: int  # without test files, a number there must be
     num_classes = 10
     class_names = tuple("0123456789")
     mean = 0.305
@@ -45,13 +54,12 @@ class DigitsDataModule(InMemoryImageDataModule):
         padding: int = 1,
         **options: Unpack[ViewOptions],
     ) -> None:
-        # A mirrored digit is no digit.
+        # A mirrored digit is not a digit.
         super().__init__(val_size=val_size, test_size=test_size, padding=padding, flip=False, **options)
         if image_size < 1:
             raise InputError(f"image_size must be at least 1, got {image_size}")
         if test_size is None:
             raise InputError("DigitsDataModule has no test files of its own: test_size must be a number")
-        self.test_count = test_size
         self.image_size = image_size
         self.input_shape = (1, image_size, image_size)
 
@@ -63,6 +71,6 @@ class DigitsDataModule(InMemoryImageDataModule):
             pixels = F.interpolate(pixels, size=self.input_shape[1:], mode="bilinear", align_corners=False)
         every = Images(pixels.round().to(torch.uint8), torch.from_numpy(data.target).long())
         order = torch.randperm(len(every.targets), generator=torch.Generator().manual_seed(self.seed))
-        if self.test_count >= len(order):
-            raise InputError(f"test_size={self.test_count} leaves none of {len(order)} digits to train on")
-        return every.take(order[self.test_count :]), every.take(order[: self.test_count])
+        if self.test_size >= len(order):
+            raise InputError(f"test_size={self.test_size} leaves none of {len(order)} digits to train on")
+        return every.take(order[self.test_size :]), every.take(order[: self.test_size])

@@ -70,9 +70,10 @@ class DocstringsDataModule(ViewDataModule):
 
     Raises:
         InputError: a size that is not positive, or, from ``setup``, one that is larger than the text, a folder without
-            documentation strings, or a file in it that is no Python.
+            documentation strings, or a file in it that is not Python.
     """
 
+    test_size: int  # without test files, a number there must be
     num_classes = 256
 
     def __init__(
@@ -90,7 +91,6 @@ class DocstringsDataModule(ViewDataModule):
         self.length = length
         self.input_shape = (length,)
         self.data_dir = Path(sysconfig.get_path("stdlib") if data_dir is None else data_dir)
-        self.test_count = test_size
         self._splits: dict[str, ByteWindows] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -100,7 +100,7 @@ class DocstringsDataModule(ViewDataModule):
         files = read_docstrings(self.data_dir)
         generator = torch.Generator().manual_seed(self.seed)
         undealt = [files[place] for place in torch.randperm(len(files), generator=generator).tolist()]
-        test = self._deal(undealt, "test_size", self.test_count)
+        test = self._deal(undealt, "test_size", self.test_size)
         val = self._deal(undealt, "val_size", self.val_size)
         train = self._windows(_BETWEEN.join(undealt))
         if not len(train):
@@ -158,7 +158,7 @@ def read_docstrings(folder: Path) -> tuple[bytes, ...]:
         Of each file its strings without their indentation, in the order of the file, empty lines between them, UTF-8.
 
     Raises:
-        InputError: there are no such strings, or a file is no Python.
+        InputError: there are no such strings, or a file is not Python.
     """
     relative = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
     texts = [_docstrings(folder / name) for name in relative if not _SKIPPED.intersection(name.split("/"))]

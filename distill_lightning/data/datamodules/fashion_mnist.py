@@ -83,7 +83,10 @@ class FashionMNISTDataModule(InMemoryImageDataModule):
                 f"{tuple(targets.shape)}, not (N, 28, 28) and (N,): these are not Fashion-MNIST's files"
             )
         if len(targets) and int(targets.max()) >= len(self.class_names):
-            raise InputError(f"{self.data_dir}: the {part} labels go up to {int(targets.max())}, not 9")
+            raise InputError(
+                f"{self.data_dir}: the {part} labels go up to {int(targets.max())}, not 9: these are not "
+                "Fashion-MNIST's files"
+            )
         return Images(images[:, None], targets)
 
     def _find(self, name: str) -> Path:
@@ -110,8 +113,10 @@ def read_idx(path: Path) -> Tensor:
     rank = content[3] if len(content) > 3 else 0
     start = 4 + 4 * rank
     if content[:3] != b"\x00\x00\x08" or len(content) < start:
-        raise InputError(f"{path} is no IDX file of bytes: fetch it again")
+        raise InputError(f"{path} is not an IDX file of bytes: fetch it again")
     shape = np.frombuffer(content, dtype=">u4", count=rank, offset=4).tolist()
     if len(content) - start != math.prod(shape):
-        raise InputError(f"{path} is damaged: {len(content) - start} bytes of data for shape {tuple(shape)}")
+        raise InputError(
+            f"{path} is damaged: {len(content) - start} bytes of data for shape {tuple(shape)}: fetch it again"
+        )
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())

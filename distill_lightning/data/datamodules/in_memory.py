@@ -17,7 +17,15 @@ from distill_lightning.errors import InputError
 
 
 class Images(NamedTuple):
-    """Images ``(N, C, H, W)`` as uint8, and their classes ``(N,)`` as int64 or a regression's targets ``(N, d)``."""
+    """Images ``(N, C, H, W)`` as uint8, and their classes ``(N,)`` as int64 or a regression's targets ``(N, d)``.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.datamodules import Images
+        >>> images = Images(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2]))
+        >>> images.take(torch.tensor([2, 0])).targets
+        tensor([2, 0])
+    """
 
     images: Tensor
     targets: Tensor
@@ -38,6 +46,14 @@ class ImageTensors(ViewDataset):
         padding: pixels of zeros around the image that a random crop may take in; 0 crops nothing.
         flip: whether half of the views are mirrored.
         partners: whether each view comes with another sample in the same view, drawn from the view's own key.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.datamodules import Images, ImageTensors
+        >>> images = Images(torch.full((3, 1, 8, 8), 255, dtype=torch.uint8), torch.tensor([0, 1, 2]))
+        >>> batch = ImageTensors(images, mean=0.5, std=0.25).__getitems__([(2, 0), (0, 1)])
+        >>> batch.target, batch.input.unique()
+        (tensor([2, 0]), tensor([2.]))
     """
 
     depends_on = ("mean", "std", "seed", "padding", "flip", "partners")
@@ -86,6 +102,21 @@ class InMemoryImageDataModule(ImageDataModule):
 
     Raises:
         InputError: a size that is not positive, or, from `setup`, one that is larger than the data.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning import InMemoryImageDataModule
+        >>> from distill_lightning.data.datamodules import Images
+        >>> class Noise(InMemoryImageDataModule):
+        ...     num_classes, input_shape, class_names, mean, std = 2, (1, 8, 8), ("a", "b"), 0.5, 0.3
+        ...
+        ...     def read(self):
+        ...         pixels = torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8)
+        ...         every = Images(pixels, torch.arange(40) % 2)
+        ...         return every.take(torch.arange(30)), every.take(torch.arange(30, 40))
+        >>> data = Noise(val_size=10)
+        >>> {split: len(data.dataset(split)) for split in ("train", "val", "test")}
+        {'train': 20, 'val': 10, 'test': 10}
     """
 
     mean: float

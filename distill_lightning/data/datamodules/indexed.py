@@ -53,6 +53,17 @@ class IndexedDataModule(pl.LightningDataModule):
     Raises:
         InputError: from ``train_dataloader``, or when a batch is made: the training data cannot be indexed, or a
             ``collate_fn`` drops or adds samples.
+
+    Example:
+        >>> import torch
+        >>> import pytorch_lightning as pl
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from distill_lightning import IndexedDataModule
+        >>> class Pairs(pl.LightningDataModule):
+        ...     def train_dataloader(self):
+        ...         return DataLoader(TensorDataset(torch.zeros(4, 2), torch.tensor([0, 1, 1, 0])), batch_size=2)
+        >>> [batch.index for batch in IndexedDataModule(Pairs()).train_dataloader()]
+        [tensor([0, 1]), tensor([2, 3])]
     """
 
     datamodule: pl.LightningDataModule

@@ -157,7 +157,7 @@ def test_a_truncated_gz_is_refused(tmp_path, name, kept):
     path = write(tmp_path) / f"{name}.gz"
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(InputError, match=rf"{path} is (damaged .*|no IDX file of bytes): fetch it again"):
+    with pytest.raises(InputError, match=rf"{path} is (damaged .*|not an IDX file of bytes): fetch it again"):
         data_of(tmp_path).setup()
 
 
@@ -206,14 +206,14 @@ LABELS = torch.arange(10, dtype=torch.uint8)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no IDX file of bytes"),
-        (b"\0\0\x08", "no IDX file of bytes"),
-        (b"\0\0\x08\x01\0\0", "no IDX file of bytes"),
-        (b"<html>not found</html>", "no IDX file of bytes"),
-        (idx_bytes(LABELS, kind=0x0D), "no IDX file of bytes"),
-        (b"\1" + idx_bytes(LABELS)[1:], "no IDX file of bytes"),
-        (b"\0\1" + idx_bytes(LABELS)[2:], "no IDX file of bytes"),
-        (idx_bytes(LABELS)[:-1], r"is damaged: 9 bytes of data for shape \(10,\)"),
+        (b"", "not an IDX file of bytes"),
+        (b"\0\0\x08", "not an IDX file of bytes"),
+        (b"\0\0\x08\x01\0\0", "not an IDX file of bytes"),
+        (b"<html>not found</html>", "not an IDX file of bytes"),
+        (idx_bytes(LABELS, kind=0x0D), "not an IDX file of bytes"),
+        (b"\1" + idx_bytes(LABELS)[1:], "not an IDX file of bytes"),
+        (b"\0\1" + idx_bytes(LABELS)[2:], "not an IDX file of bytes"),
+        (idx_bytes(LABELS)[:-1], r"is damaged: 9 bytes of data for shape \(10,\): fetch it again"),
         (idx_bytes(LABELS) + b"\0", r"is damaged: 11 bytes of data for shape \(10,\)"),
         (idx_bytes(LABELS, shape=(11,)), r"is damaged: 10 bytes of data for shape \(11,\)"),
         (idx_bytes(LABELS, shape=(2, 6)), r"is damaged: 10 bytes of data for shape \(2, 6\)"),
@@ -260,7 +260,9 @@ def test_labels_out_of_range_are_refused(tmp_path, part, label):
     labels = ARRAYS[part, "labels"].clone()
     labels[3] = label
     write(tmp_path, **{f"{part}_labels": idx_bytes(labels)})
-    with pytest.raises(InputError, match=rf"{tmp_path}: the {part} labels go up to {label}, not 9"):
+    with pytest.raises(
+        InputError, match=rf"{tmp_path}: the {part} labels go up to {label}, not 9: these are not Fashion-MNIST's files"
+    ):
         data_of(tmp_path).setup()
 
 
