@@ -48,12 +48,6 @@ def timm_network(name: str, *, num_classes: int, in_channels: int = 3, pretraine
 
     Raises:
         InputError: timm is not installed, or has no such network.
-
-    Example:
-        >>> from distill_lightning.networks import timm_network
-        >>> network = timm_network("resnet10t", num_classes=10)
-        >>> network.fc.out_features
-        10
     """
     timm = _package("timm", extra="timm")
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
