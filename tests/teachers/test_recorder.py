@@ -182,7 +182,7 @@ def test_the_command_says_in_one_line_what_is_missing(tmp_path, capsys):
 def test_a_module_without_teachers_has_nothing_to_record(tmp_path):
     from distill_lightning.cli.lightning_cli import RecordingTrainer
 
-    with pytest.raises(InputError, match="record needs a method with teachers and a store, got LightningModule"):
+    with pytest.raises(InputError, match="needs a method whose teachers are a TeacherStore, got LightningModule"):
         RecordingTrainer(accelerator="cpu", logger=False).record(pl.LightningModule(), TinyDataModule())
 
 
@@ -272,9 +272,8 @@ def test_samples_without_views_are_recorded_however_they_are_fetched(tmp_path, m
     with torch.no_grad():
         expected = torch.stack([F.softmax(network(images) / 2, dim=1) for network in networks]).mean(0)
     batch = Batch(images, None, torch.arange(24))
-    assert torch.allclose(
-        module.teachers.store.read_or_ask(batch, None, device="cpu")["probabilities"], expected, atol=1e-3
-    )
+    answers = module.teachers.store.read_or_ask(batch, None, device="cpu")
+    assert torch.allclose(answers["probabilities"], expected, atol=1e-3)
 
 
 def test_any_data_with_indices_and_a_name_are_filled_online_and_read(tmp_path):
