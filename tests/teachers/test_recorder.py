@@ -131,9 +131,9 @@ def test_feature_maps_are_recorded(tmp_path):
     tiny_trainer(max_epochs=2).fit(alone, datamodule=TinyDataModule(views=2))
 
 
-@pytest.mark.parametrize("missing", ["store", "networks", "both"])
+@pytest.mark.parametrize("missing", ["store", "networks"])
 def test_without_networks_or_a_store_there_is_nothing_to_record(tmp_path, missing):
-    given = {"store": teachers_of(), "networks": TeacherStore(tmp_path), "both": None}[missing]
+    given = {"store": teachers_of(), "networks": TeacherStore(tmp_path)}[missing]
     with pytest.raises(InputError, match="record needs a TeacherStore with networks that fill it: give KDModule one"):
         record(tiny_trainer(), kd(given), TinyDataModule(views=2))
 

@@ -15,6 +15,7 @@ from distill_lightning import (
     DistillationModule,
     ExtracurricularModule,
     Features,
+    FixedDiscriminator,
     InputError,
     KDModule,
     Logits,
@@ -161,12 +162,15 @@ def test_without_teachers_nothing_is_answered():
             refused()
 
 
-@pytest.mark.parametrize("kind", [KDModule, MEALV2Module, ExtracurricularModule])
-def test_who_has_nobody_to_ask_is_refused_at_once(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(KDModule, {}), (MEALV2Module, {"discriminator": FixedDiscriminator()}), (ExtracurricularModule, {})],
+)
+def test_who_has_nobody_to_ask_is_refused_at_once(tmp_path, kind, options):
     with pytest.raises(InputError, match="there are no teachers: give networks, or a complete TeacherStore"):
-        kind(TinyNet(), None, num_classes=3)
+        kind(TinyNet(), None, num_classes=3, **options)
     # A store may be complete, which is not known before it is read.
-    assert kind(TinyNet(), TeacherStore(tmp_path), num_classes=3).teachers
+    assert kind(TinyNet(), TeacherStore(tmp_path), num_classes=3, **options).teachers
 
 
 def test_a_temperature_that_is_not_positive_is_refused():
