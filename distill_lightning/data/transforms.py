@@ -35,7 +35,7 @@ class BatchTransform(Choice):
     """
 
     changes_inputs: ClassVar[bool] = True
-    """Whether the inputs are changed, on which the teachers' answers depend."""
+    """Whether the inputs are others afterwards; where not, what a teacher says about them stays true."""
 
     @abstractmethod
     def __call__(self, batch: Batch, *, num_classes: int) -> Batch:
