@@ -98,7 +98,8 @@ class CompressionBaseline(DistillationModule):
         )
 
     def _taught_by(self, given: nn.Module | Sequence[nn.Module] | TeacherStore | None) -> Teachers:
-        return Teachers(given, ask=[Softened(self.temperature)])
+        question = Softened(self.temperature)
+        return Teachers(given, ask=[] if given is None else [question])
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """What does the steps.

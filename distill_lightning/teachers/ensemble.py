@@ -40,6 +40,8 @@ class TeacherEnsemble(nn.Module):
     Frozen means: eval mode whatever mode the ensemble is put in, no gradient, no graph. Where teachers predict a class
     for each of ``T`` positions, ``(N, T, K)`` stands for ``(N, K)`` everywhere.
 
+    The networks are frozen, converted and laid out in place; give copies to keep them trainable.
+
     Args:
         networks: one network or several; each maps ``(N, ...)`` to logits ``(N, K)``.
         weights: one non-negative number per teacher, divided by their sum; ``None`` weighs all alike.
@@ -49,6 +51,17 @@ class TeacherEnsemble(nn.Module):
 
     Raises:
         InputError: no teacher, the same teacher twice, or weights or options that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning import TeacherEnsemble
+        >>> ensemble = TeacherEnsemble([nn.Linear(4, 3), nn.Linear(4, 3)], weights=[1, 3])
+        >>> probs = ensemble.probabilities(torch.rand(2, 4), temperature=2.0)
+        >>> probs.shape, probs.requires_grad
+        (torch.Size([2, 3]), False)
+        >>> torch.allclose(probs.sum(dim=1), torch.ones(2))
+        True
     """
 
     def __init__(

@@ -18,8 +18,17 @@ class Frozen(Part):
     They stand in no state dict, optimiser or average of weights, and no ``train()`` reaches them; the module moves them
     with itself. Frozen means: eval mode, no gradient, bitwise unchanged.
 
+    The networks are frozen and moved in place; give copies to keep them trainable.
+
     Args:
         networks: that are frozen; may be empty.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.teachers import Frozen
+        >>> frozen = Frozen([nn.Linear(4, 3)])
+        >>> frozen, frozen[0].training, frozen[0].weight.requires_grad
+        (Frozen(Linear), False, False)
     """
 
     def __init__(self, networks: Sequence[nn.Module] = ()) -> None:

@@ -104,7 +104,7 @@ def finish_epoch(trainer: Any, store: TeacherStore) -> None:
 
 
 def _refuse_hooks(module: Any, data: Any) -> None:
-    """Hooks between the loader and the step are none of the loader's: nobody can know what they do to a view."""
+    """Hooks between the loader and the step are not part of the data: nobody can know what they do to a view."""
     for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
         for who, base in ((module, pl.LightningModule), (data, pl.LightningDataModule)):
             own = getattr(getattr(who, hook, None), "__func__", None)
@@ -132,9 +132,8 @@ def _made_by(module: Any, teachers: Teachers, data: Any, loader: Any, precision:
         known["precision"] = precision
         known["ensemble"] = teachers.rule._asdict()
     known["transforms"] = [_options_of(transform) for transform in module.transforms if transform.changes_inputs]
-    return dict(
-        plain({**known, "num_classes": module.num_classes, "num_targets": module.num_targets, **teachers.describe()})
-    )
+    known |= {"num_classes": module.num_classes, "num_targets": module.num_targets}
+    return dict(plain({**known, **teachers.describe()}))
 
 
 def _options_of(transform: Any) -> str:

@@ -65,6 +65,12 @@ class Softened(Question):
 
     Raises:
         InputError: ``temperature`` is not positive.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning import Softened, Teachers
+        >>> Teachers(nn.Linear(4, 3), ask=[Softened(temperature=4.0)]).questions[0].describe()
+        {'temperature': 4.0}
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
@@ -117,7 +123,15 @@ class Features(Question):
         size: rows and columns that each feature map is brought to by adaptive average pooling; ``None``: it stays.
 
     Raises:
-        InputError: a paraphraser is none.
+        InputError: one of ``paraphrasers`` is not a `Paraphraser`.
+
+    Example:
+        >>> from distill_lightning import Features
+        >>> question = Features("layer?.conv", size=4)
+        >>> question.layer_of_each(2)
+        ['layer?.conv', 'layer?.conv']
+        >>> question.shape_of(0, (1, 16, 8, 8))
+        (1, 16, 4, 4)
     """
 
     needs_features = True

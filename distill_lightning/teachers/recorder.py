@@ -67,7 +67,7 @@ class _Recorder(pl.LightningModule):
 
     def __init__(self, module: Any, datamodule: pl.LightningDataModule) -> None:
         super().__init__()
-        teachers = getattr(module, "teachers", None)
+        teachers = module.teachers
         if not isinstance(teachers, Teachers) or teachers.store is None or teachers.ensemble is None:
             raise InputError(
                 f"record needs a TeacherStore with networks that fill it: give {type(module).__name__} one as teachers"

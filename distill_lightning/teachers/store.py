@@ -61,6 +61,18 @@ class TeacherStore:
 
     Raises:
         InputError: an option is out of range.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from distill_lightning import KDModule, TeacherStore
+        >>> from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
+        >>> store = TeacherStore(mkdtemp(), TinyNet())
+        >>> trainer = tiny_trainer(max_epochs=2)
+        >>> trainer.fit(KDModule(TinyNet(), store, num_classes=3), datamodule=TinyDataModule(views=2))
+        >>> store.is_complete, store.shapes()
+        (True, {'probabilities': (3,)})
+        >>> alone = KDModule(TinyNet(), TeacherStore(store.path), num_classes=3)
+        >>> tiny_trainer().fit(alone, datamodule=TinyDataModule(views=2))
     """
 
     def __init__(
@@ -271,14 +283,20 @@ class TeacherStore:
         if batch.key.view is not None:
             return index, batch.key.view.cpu().numpy().astype(np.int64, copy=False)
         if self._plan.get("views") != 1:
-            raise InputError("a TeacherStore of several views needs batches that tell the view of each sample")
+            raise InputError(
+                "a TeacherStore of several views needs batches that tell the view of each sample: give the data module "
+                "views=1, or yield Batch(..., view=...)"
+            )
         return index, np.zeros_like(index)
 
     def _unknown(self, index: NDArray[np.int64], view: NDArray[np.int64], known: NDArray[np.bool_]) -> InputError:
         row = int(np.flatnonzero(~known)[0])
         where = f"view {view[row]} of sample {index[row]}"
         if self._records is None:
-            return InputError(f"there is no store in {self.path} and there are no teachers to fill it")
+            return InputError(
+                f"there is no store in {self.path} and there are no teachers to fill it: give networks, or the path of "
+                "a filled store"
+            )
         shard = int(index[row]) // self.shard_size
         state = self._records.state_of(int(view[row]), shard)
         return InputError(

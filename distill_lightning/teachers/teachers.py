@@ -51,6 +51,16 @@ class Teachers(Frozen):
             ``None``: there are no teachers, and nothing may be asked.
         ask: the questions, each of a kind of its own.
         about: which inputs they are about; ``None``: each batch's own.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning import Batch, KDModule, MeanLogits, Softened, Teachers
+        >>> module = KDModule(nn.Linear(4, 3), [nn.Linear(4, 3), nn.Linear(4, 3)], num_classes=3)
+        >>> module.teachers = Teachers(module.teachers, ask=[Softened(temperature=4.0), MeanLogits()])
+        >>> batch = Batch(torch.rand(2, 4))
+        >>> module.teachers.probabilities(batch).shape, module.teachers.mean_logits(batch).shape
+        (torch.Size([2, 3]), torch.Size([2, 3]))
     """
 
     def __init__(self, given: Given | Teachers, ask: Sequence[Question], *, about: About | None = None) -> None:
@@ -87,7 +97,13 @@ class Teachers(Frozen):
         return f"Teachers({', '.join(type(network).__name__ for network in self) or self.store})"
 
     def joined(self, module: Any) -> None:
-        """Look at the networks' outputs, where the module knows the shape of an input."""
+        """Look at the networks' outputs, where the module knows the shape of an input.
+
+        Raises:
+            InputError: there are questions and nobody to answer them, or a network does not fit.
+        """
+        if self.questions and not self:
+            raise self._nobody()
         self.output, self._who, self._per_position = module.output, type(module).__name__, module.per_position
         if self.ensemble is not None:
             self.output.check_rule(self.ensemble.rule.combine)
@@ -126,7 +142,7 @@ class Teachers(Frozen):
         """`Softened`, of a classification: ``(N, K)`` or ``(N, T, K)``.
 
         Raises:
-            InputError: the networks' outputs are no logits.
+            InputError: the networks' outputs are not logits.
         """
         if self._known_output.name != "probabilities":
             raise InputError(
@@ -188,7 +204,7 @@ class Teachers(Frozen):
         """What the store keeps about a batch: an answer ``(N, ...)`` for each question and input, or the logits alone.
 
         Raises:
-            InputError: the inputs are none that a store can know again.
+            InputError: a store cannot know the inputs again.
         """
         suffixes = self.about.suffixes(batch, self.inputs(batch))
         questions = [Logits()] if self._are_logits_kept() else self.questions
@@ -265,7 +281,7 @@ class Teachers(Frozen):
 
     @staticmethod
     def _nobody() -> InputError:
-        return InputError("teachers is null and there is no store: give teachers, or a complete TeacherStore")
+        return InputError("there are no teachers: give networks, or a complete TeacherStore")
 
     # Predictions for validation and test
 

@@ -238,6 +238,6 @@ def asked_on_another_device(module):
 
 
 def test_a_store_reads_the_index_that_is_still_on_the_host():
-    index = asked_on_another_device(MovedBatches(TinyNet(), None, num_classes=3))
+    index = asked_on_another_device(MovedBatches(TinyNet(), TinyNet(), num_classes=3))
     assert {part.device.type for part in index} == {"cpu"}
     assert sorted(torch.cat(index).tolist()) == list(range(24))

@@ -282,16 +282,22 @@ def test_other_transforms_are_refused(tmp_path):
         transformed(TeacherStore(tmp_path, net(1)))
 
 
+class Relabelling(BatchTransform):
+    """Changes targets only."""
+
+    changes_inputs = False
+
+    def __call__(self, batch, *, num_classes):
+        return batch
+
+
 def test_what_leaves_the_inputs_as_they_are_is_no_part_of_the_answers(tmp_path):
     transformed(TeacherStore(tmp_path, net(1)), Inverted(0.5))
     smoothed = [Inverted(0.5), LabelSmoothing(0.1)]
     transformed(TeacherStore(tmp_path, net(1)), *smoothed)
     transformed(TeacherStore(tmp_path, fill="never"), *smoothed)
     # Nor has a transform of one's own to tell its options.
-    unknown = type(
-        "Relabelling", (BatchTransform,), {"changes_inputs": False, "__call__": lambda self, batch, **_: batch}
-    )
-    transformed(TeacherStore(tmp_path, fill="never"), unknown(), Inverted(0.5))
+    transformed(TeacherStore(tmp_path, fill="never"), Relabelling(), Inverted(0.5))
 
 
 def test_a_transform_that_does_not_tell_its_options_cannot_be_known_again(tmp_path):

@@ -131,9 +131,9 @@ def test_feature_maps_are_recorded(tmp_path):
     tiny_trainer(max_epochs=2).fit(alone, datamodule=TinyDataModule(views=2))
 
 
-@pytest.mark.parametrize("missing", ["store", "networks", "both"])
+@pytest.mark.parametrize("missing", ["store", "networks"])
 def test_without_networks_or_a_store_there_is_nothing_to_record(tmp_path, missing):
-    given = {"store": teachers_of(), "networks": TeacherStore(tmp_path), "both": None}[missing]
+    given = {"store": teachers_of(), "networks": TeacherStore(tmp_path)}[missing]
     with pytest.raises(InputError, match="record needs a TeacherStore with networks that fill it: give KDModule one"):
         record(tiny_trainer(), kd(given), TinyDataModule(views=2))
 
@@ -272,9 +272,8 @@ def test_samples_without_views_are_recorded_however_they_are_fetched(tmp_path, m
     with torch.no_grad():
         expected = torch.stack([F.softmax(network(images) / 2, dim=1) for network in networks]).mean(0)
     batch = Batch(images, None, torch.arange(24))
-    assert torch.allclose(
-        module.teachers.store.read_or_ask(batch, None, device="cpu")["probabilities"], expected, atol=1e-3
-    )
+    answers = module.teachers.store.read_or_ask(batch, None, device="cpu")
+    assert torch.allclose(answers["probabilities"], expected, atol=1e-3)
 
 
 def test_any_data_with_indices_and_a_name_are_filled_online_and_read(tmp_path):

@@ -420,16 +420,19 @@ def test_a_damaged_file_is_filled_again_and_alone(tmp_path):
     assert changed == ["view_00001/00001.shard"]
 
 
-def test_neither_teachers_nor_a_store_is_an_error_in_training_alone():
-    module = KDModule(TinyNet(), None, num_classes=3)
-    tiny_trainer().validate(module, datamodule=TinyDataModule(), verbose=False)
-    with pytest.raises(InputError, match="teachers is null and there is no store"):
-        fitted(module)
-
-
 def test_a_store_that_is_to_be_read_must_be_there(tmp_path):
     with pytest.raises(InputError, match="there is no store in"):
         fitted(kd(TeacherStore(tmp_path, teachers_of(), fill="never")))
+
+
+def test_who_finds_no_answer_says_the_way_out(tmp_path):
+    store = TeacherStore(tmp_path)
+    store.begin(samples=4, views=2, made_by={"num_classes": 3})
+    batch = Batch(torch.zeros(4, 1, 8, 8), None, torch.arange(4))
+    with pytest.raises(InputError, match=r"give the data module views=1, or yield Batch\(..., view=...\)"):
+        store.read_or_ask(batch, None, device="cpu")
+    with pytest.raises(InputError, match="no teachers to fill it: give networks, or the path of a filled store"):
+        store.read_or_ask(batch.replace(view=torch.zeros(4, dtype=torch.long)), None, device="cpu")
 
 
 # Data that cannot be told apart

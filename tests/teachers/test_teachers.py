@@ -13,10 +13,13 @@ from torch.nn import functional as F
 from distill_lightning import (
     Batch,
     DistillationModule,
+    ExtracurricularModule,
     Features,
+    FixedDiscriminator,
     InputError,
     KDModule,
     Logits,
+    MEALV2Module,
     MeanLogits,
     Softened,
     TeacherEnsemble,
@@ -146,7 +149,7 @@ def test_a_question_that_was_not_declared_is_refused_though_the_store_knows_the_
 
 def test_without_teachers_nothing_is_answered():
     module = asking([TinyNet()])
-    module.teachers = Teachers(None, ask=[Softened()])
+    module.teachers = Teachers(None, ask=[])
     assert not module.teachers
     assert len(module.teachers) == 0
     assert list(module.teachers) == []
@@ -154,8 +157,20 @@ def test_without_teachers_nothing_is_answered():
     assert module.teachers.store is None
     assert module.teachers.prediction(batch_of().input) is None
     assert module.teachers.predictions(batch_of().input) == []
-    with pytest.raises(InputError, match="teachers is null and there is no store: give teachers, or a complete"):
-        module.teachers.probabilities(batch_of())
+    for refused in (lambda: module.teachers.run(batch_of()), lambda: module.teachers.shapes((1, 8, 8))):
+        with pytest.raises(InputError, match="there are no teachers: give networks, or a complete TeacherStore"):
+            refused()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(KDModule, {}), (MEALV2Module, {"discriminator": FixedDiscriminator()}), (ExtracurricularModule, {})],
+)
+def test_who_has_nobody_to_ask_is_refused_at_once(tmp_path, kind, options):
+    with pytest.raises(InputError, match="there are no teachers: give networks, or a complete TeacherStore"):
+        kind(TinyNet(), None, num_classes=3, **options)
+    # A store may be complete, which is not known before it is read.
+    assert kind(TinyNet(), TeacherStore(tmp_path), num_classes=3, **options).teachers
 
 
 def test_a_temperature_that_is_not_positive_is_refused():
