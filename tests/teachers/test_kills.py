@@ -29,8 +29,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
 ]
 
-# Forked from here, where everything is imported, children start at once.
-processes = multiprocessing.get_context("fork")
+
+# Children are forked by a server that has imported everything and run nothing: they start at once, and may fork, too.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["distill_lightning.testing", "distill_lightning.teachers.recorder"])
 
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.truncate")
 sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
