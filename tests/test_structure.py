@@ -413,13 +413,13 @@ def lines_of_code(path):
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "modules").glob("*.py")), ids=lambda path: path.stem)
 def test_a_method_fits_on_two_screens(path):
-    assert lines_of_code(path) <= (210 if path.stem == "base" else 135)
+    assert lines_of_code(path) <= (200 if path.stem == "base" else 120)
 
 
 @pytest.mark.parametrize("module", METHODS)
 def test_a_method_has_few_arguments_of_its_own(module):
     own = [name for name in inspect.signature(module.__init__).parameters if name not in ("self", "options")]
-    assert len(own) <= 15, own
+    assert len(own) <= 13, own
 
 
 def test_a_plain_method_loads_no_compression():

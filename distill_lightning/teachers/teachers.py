@@ -100,10 +100,8 @@ class Teachers(Frozen):
         """Look at the networks' outputs, where the module knows the shape of an input.
 
         Raises:
-            InputError: there are questions and nobody to answer them, or a network does not fit.
+            InputError: a network does not fit.
         """
-        if self.questions and not self:
-            raise self._nobody()
         self.output, self._who, self._per_position = module.output, type(module).__name__, module.per_position
         if self.ensemble is not None:
             self.output.check_rule(self.ensemble.rule.combine)
@@ -304,6 +302,16 @@ class Teachers(Frozen):
         return [] if self.ensemble is None else self.ensemble.each(inputs)
 
     # What happens when
+
+    def fit_starts(self, module: Any) -> None:
+        """Move to the module's device.
+
+        Raises:
+            InputError: there are questions and nobody to answer them; without a training, nobody need be there.
+        """
+        if self.questions and not self:
+            raise self._nobody()
+        super().fit_starts(module)
 
     def training_starts(self, module: Any) -> None:
         """Tell the store what it is about, and take up what a killed training has left in it."""
