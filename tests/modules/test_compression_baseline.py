@@ -547,7 +547,7 @@ def test_what_cannot_be_is_refused_in_one_line(options, message):
         ({"temperature": 0.0, "teacher": "dense"}, "temperature must be positive"),
         ({"hard_label_weight": 1.5, "teacher": "dense"}, r"hard_label_weight must be in \[0, 1\]"),
         ({"teacher": "nobody"}, "teacher must be 'none', 'dense' or networks, got 'nobody'"),
-        ({"temperature": 2.0}, "temperature would do nothing without a teacher"),
+        ({"temperature": 2.0}, "temperature=.* would do nothing without a teacher"),
         ({"calibration_batches": 0}, "calibration_batches must be at least 1"),
     ],
 )
