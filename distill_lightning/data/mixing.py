@@ -222,7 +222,7 @@ def cutout(images: Tensor, size: int, centre: Tensor) -> Tensor:
     """
     if images.ndim != 4:
         raise InputError(
-            f"Cutout needs images (N, C, H, W), got inputs of shape {tuple(images.shape)}: leave it out, or use Mixup"
+            f"Cutout needs images (N, C, H, W), got inputs of shape {tuple(images.shape)}: leave it out"
         )
     side = torch.stack([torch.full_like(centre[:, 0], size / length) for length in images.shape[2:]], dim=1)
     return images.masked_fill(_rectangle("Cutout", images, side, centre), 0)

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from distill_lightning import Batch, TeacherStore
+from distill_lightning.data.transforms import LabelSmoothing, Mixup
 from distill_lightning.teachers.recorder import record
 from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
 
@@ -53,6 +54,14 @@ def test_its_terms_are_the_papers():
     assert torch.allclose(terms["tckd"], tckd, rtol=1e-4, atol=1e-6)
     assert torch.allclose(terms["nckd"], nckd, rtol=1e-4, atol=1e-6)
     assert torch.allclose(terms["ce"], F.cross_entropy(logits, batch.target))
+
+
+def test_it_takes_the_shared_transforms():
+    transforms = [Mixup(probability=0.5), LabelSmoothing(0.1)]
+    module = DKDModule(TinyNet(), [TinyNet()], num_classes=3, transforms=transforms)
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=TinyDataModule())
+    assert torch.isfinite(trainer.callback_metrics["train/nckd"])
 
 
 def test_a_store_takes_its_teachers_place(tmp_path):
