@@ -330,13 +330,17 @@ def test_on_the_host_a_target_of_minus_100_does_not_count():
         torch.tensor([-100.0, 1.0, 0.0]),
         # What -100 would be in a byte.
         torch.tensor([156, 1, 0], dtype=torch.uint8),
-        torch.full((3,), -100, device="meta"),
         torch.zeros(0, dtype=torch.long),
         None,
     ],
 )
 def test_all_count_where_no_class_is_minus_100_or_none_can_be_read(target):
     assert Batch(torch.zeros(3), target).counted is None
+
+
+def test_on_another_device_a_mask_tells_what_counts_without_a_look():
+    counted = Batch(torch.zeros(3), torch.full((3,), -100, device="meta")).counted
+    assert (counted.shape, counted.dtype, counted.device.type) == ((3,), torch.bool, "meta")
 
 
 # random numbers

@@ -1284,7 +1284,7 @@ def test_training_goes_on_from_a_checkpoint_that_builds_the_module(tmp_path, tar
 def test_a_checkpoint_keeps_every_option(tmp_path):
     options = {
         "extra_ratio": 0.5, "kl_weight": 0.7, "label_weight": 0.2, "match": MatchPoint(variance=0.3),
-        "bn_mode": "separate", "temperature": 2.0, "seed": 9,
+        "bn_mode": "separate", "seed": 9,
         "output": Gaussian(2, teacher_variance=[0.5, 2.0], log_var_bounds=(-4.0, 3.0)),
     }  # fmt: skip
     module = small_module(2, **options)
@@ -1294,8 +1294,8 @@ def test_a_checkpoint_keeps_every_option(tmp_path):
     loaded = ExtracurricularModule.load_from_checkpoint(tmp_path / "xcl.ckpt", teachers=module.teachers.ensemble)
     kept = {
         "extra_ratio": loaded.samplers.ratio, "kl_weight": loaded.kl_weight, "label_weight": loaded.label_weight,
-        "match": loaded.match, "bn_mode": loaded.bn_mode, "temperature": loaded.temperature,
-        "seed": loaded.samplers.seed, "output": dataclasses.replace(loaded.output, fixed_variance=None),
+        "match": loaded.match, "bn_mode": loaded.bn_mode, "seed": loaded.samplers.seed,
+        "output": dataclasses.replace(loaded.output, fixed_variance=None),
     }  # fmt: skip
     assert kept == options
     assert (loaded.output.fixed_variance, loaded.num_targets) == (0.3, 2)

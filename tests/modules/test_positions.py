@@ -143,7 +143,7 @@ def naive_metrics(module, loader):
     hits = nll = squares = top = same = divergence = count = 0
     for batch in loader:
         student = positions(module.student(batch.input))
-        teacher = None if not hasattr(module, "teachers") else positions(module.teachers.ensemble(batch.input))
+        teacher = None if not module.teachers else positions(module.teachers.ensemble(batch.input))
         for place, label in enumerate(positions(batch.target)):
             probs, row = softmax(student[place]), student[place]
             count += 1
@@ -250,7 +250,7 @@ def test_the_largest_probabilities_of_every_position_are_kept(data, tmp_path):
 def test_samples_that_fill_up_a_share_do_not_count(monkeypatch):
     module, batch = kd(), batch_of(4).replace(counted=torch.tensor([True, False, True, False]))
     monkeypatch.setattr(module, "log_dict", lambda *args, **options: None)
-    module.trainer = SimpleNamespace(num_val_batches=[1, 1])
+    module.trainer = SimpleNamespace(num_val_batches=[1, 1], state=SimpleNamespace(fn="fit"))
     with torch.no_grad():
         outputs = module.eval().validation_step(batch, 0)
     assert module.val_metrics["accuracy"].count == module.val_teacher_metrics["agreement"].count == 2 * LENGTH
