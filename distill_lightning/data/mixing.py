@@ -221,9 +221,7 @@ def cutout(images: Tensor, size: int, centre: Tensor) -> Tensor:
                 [1., 1., 1., 1.]])
     """
     if images.ndim != 4:
-        raise InputError(
-            f"Cutout needs images (N, C, H, W), got inputs of shape {tuple(images.shape)}: leave it out"
-        )
+        raise InputError(f"Cutout needs images (N, C, H, W), got inputs of shape {tuple(images.shape)}: leave it out")
     side = torch.stack([torch.full_like(centre[:, 0], size / length) for length in images.shape[2:]], dim=1)
     return images.masked_fill(_rectangle("Cutout", images, side, centre), 0)
 
