@@ -95,6 +95,7 @@ def step_of(peer, given):
     return peers.torchdistill_step(**given)
 
 
+@pytest.mark.slow
 @both_peers
 @every_kind
 def test_the_first_loss_is_that_of_our_module(peer, kind, count):
@@ -114,6 +115,7 @@ def test_the_loss_is_that_of_our_module_with_the_networks_of_the_benchmark(peer,
     torch.testing.assert_close(loss(images, labels), our_loss(ours, images, labels), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @both_peers
 @every_kind
 def test_steps_change_every_weight_as_our_module_does(peer, kind, count):

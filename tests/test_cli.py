@@ -176,6 +176,7 @@ def test_an_unknown_verb_gets_one_line(write, tmp_path, capsys):
     assert "fti" in refused(capsys, tmp_path, "fti")
 
 
+@pytest.mark.slow
 def test_a_corrupt_data_file_gets_one_line(write, tmp_path, capsys):
     def change(config):
         config["data"] = {"class_path": "FashionMNISTDataModule", "init_args": {"data_dir": "fashion"}}
@@ -218,6 +219,7 @@ def test_a_bad_checkpoint_gets_one_line(write, tmp_path, capsys, content, messag
     assert message in refused(capsys, tmp_path, "fit", "--config", config, "--ckpt_path", "some.ckpt")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_would_run_code_is_refused(write, tmp_path, capsys):
     class Attack:
         def __reduce__(self):
@@ -245,6 +247,7 @@ def test_a_checkpoint_of_another_architecture_gets_one_line(write, tmp_path, cap
     assert "plain.ckpt is a checkpoint of SupervisedModule, not of FEEDModule" in line
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_older_version_gets_one_line(write, tmp_path, capsys):
     config = write()
     trainer = tiny_trainer()
@@ -273,6 +276,7 @@ def test_an_exported_student_is_no_checkpoint(write, tmp_path, capsys, name):
     assert "Pretrained" in line
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_of_another_process_is_refused(write, tmp_path, capsys):
     assert "give its path" in refused(capsys, tmp_path, "validate", "--config", write(), "--ckpt_path", "best")
 

@@ -40,6 +40,7 @@ def test_importing_the_package_loads_neither_torch_nor_lightning():
     assert not {"torch", "pytorch_lightning", "numpy", "jsonargparse", "matplotlib"} & set(loaded)
 
 
+@pytest.mark.slow
 def test_names_and_sub_packages_are_imported_when_they_are_asked_for():
     code = """
 import json, sys, distill_lightning as d
@@ -88,6 +89,7 @@ def test_dir_lists_the_public_names():
     assert {*distill_lightning.__all__, "__version__", "__doc__"} <= set(fresh(code))
 
 
+@pytest.mark.slow
 def test_import_all_imports_every_public_part():
     code = "import json, distill_lightning as d; d.import_all(); print(json.dumps(sorted(vars(d))))"
     assert set(distill_lightning.__all__) <= set(fresh(code))

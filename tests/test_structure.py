@@ -207,6 +207,7 @@ def imports_within(folder):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: name_of(folder) or "package")
 def test_a_room_has_an_order(folder):
     name, used = name_of(folder), imports_within(folder)
@@ -233,6 +234,7 @@ def test_a_room_says_what_is_in_it(folder):
     assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_who_may_come_in(path):
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
@@ -296,6 +298,7 @@ def test_the_public_names_of_the_design_are_there():
     assert all(hasattr(distill_lightning, name) for name in distill_lightning.__all__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", PUBLIC)
 def test_public_things_are_annotated_documented_and_take_no_surplus(value):
     assert inspect.getdoc(value), f"{value} has no docstring"
@@ -311,6 +314,7 @@ def test_public_things_are_annotated_documented_and_take_no_surplus(value):
             assert "Unpack[" in str(parameter.annotation), f"{value} takes **{name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [param for param in PUBLIC if inspect.isclass(param.values[0])])
 def test_constructor_arguments_are_documented(value):
     documented = inspect.getdoc(value)
@@ -422,6 +426,7 @@ def test_a_method_has_few_arguments_of_its_own(module):
     assert len(own) <= 13, own
 
 
+@pytest.mark.slow
 def test_a_plain_method_loads_no_compression():
     code = (
         "import sys, distill_lightning as d; d.KDModule; print(*[m for m in sys.modules if 'distill_lightning' in m])"

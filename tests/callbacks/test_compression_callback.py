@@ -102,6 +102,7 @@ class Seen(Callback):
 # Masks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [sgd, partial(Adam, lr=0.01, weight_decay=1e-2), partial(AdamW, lr=0.01)])
 @pytest.mark.parametrize(
     "options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}]
@@ -141,6 +142,7 @@ def test_pruned_weights_stay_zero_and_so_does_what_the_optimiser_remembers(optim
             assert (final[path] != kept[path])[mask].float().mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "averaging",
     [
@@ -173,6 +175,7 @@ def test_averaged_weights_are_pruned_too(tmp_path, averaging):
     assert not under_masks(compressor, {name.removeprefix("student."): value for name, value in state.items()}).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("averaging", [EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.01)])
 @pytest.mark.parametrize("first", [True, False])
 def test_the_order_of_the_callbacks_does_not_matter(averaging, first):
@@ -183,6 +186,7 @@ def test_the_order_of_the_callbacks_does_not_matter(averaging, first):
     assert not under_masks(callback.compressor, weights_of(module.student)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("averaging", [EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.01)])
 @pytest.mark.parametrize(
     "steps",
@@ -203,6 +207,7 @@ def test_averages_of_other_parameters_are_refused_before_the_training(averaging,
     assert not began
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("averaging", [EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.01)])
 def test_a_teacher_that_comes_later_is_no_part_of_averages(averaging):
     """The dense network stands beside the module, so an average of what learns can go on."""
@@ -297,6 +302,7 @@ def test_a_fresh_process_resumes_and_reloads_bit_for_bit(tmp_path):
         assert torch.equal(output, ends[f"{kind}, output"]["output"])
 
 
+@pytest.mark.slow
 def test_a_fit_in_the_same_process_goes_on_from_an_earlier_checkpoint(tmp_path):
     """Also into a network that was compressed since; it stays the same object."""
     module = uninterrupted("channels", tmp_path)
@@ -307,6 +313,7 @@ def test_a_fit_in_the_same_process_goes_on_from_an_earlier_checkpoint(tmp_path):
         assert_same(whole, weights_of(network))
 
 
+@pytest.mark.slow
 def test_other_steps_than_the_checkpoints_are_refused(tmp_path):
     uninterrupted("chain", tmp_path)
     with pytest.raises(InputError, match="steps into compression, but there are 1: give the steps"):
@@ -316,6 +323,7 @@ def test_other_steps_than_the_checkpoints_are_refused(tmp_path):
 # Nothing to do
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [None, OneCycle])
 def test_without_steps_it_is_ordinary_training(schedule):
     plain, empty = supervised(lr_scheduler=schedule), baseline([], lr_scheduler=schedule)
@@ -327,6 +335,7 @@ def test_without_steps_it_is_ordinary_training(schedule):
     assert_same(weights_of(plain.student), weights_of(with_callback.student))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step",
     [
@@ -365,6 +374,7 @@ def compressed_by(make, steps, **options):
     return module, callback
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["masks", "channels", "low rank", "qat", "chain"])
 def test_the_callback_on_ordinary_training_is_the_baseline(kind):
     module, _ = compressed_by(
@@ -375,6 +385,7 @@ def test_the_callback_on_ordinary_training_is_the_baseline(kind):
     assert_same(weights_of(module.student), weights_of(own.student))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["masks", "channels"])
 def test_the_callback_on_distillation_is_the_baseline_under_teachers(kind):
     module, _ = compressed_by(
@@ -456,6 +467,7 @@ class Elsewhere(LightningModule):
         return sgd(self.net.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["channels", "chain"])
 def test_a_module_from_elsewhere_is_resumed_and_validated(tmp_path, kind):
     def callbacks(*others):
@@ -472,6 +484,7 @@ def test_a_module_from_elsewhere_is_resumed_and_validated(tmp_path, kind):
     assert "on_load_checkpoint" not in vars(fresh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("report", [None, Measurements(batch_sizes=())])
 def test_a_resume_after_the_last_epoch_does_the_steps_that_are_left(tmp_path, report):
     def make(seed):
@@ -489,6 +502,7 @@ def test_a_resume_after_the_last_epoch_does_the_steps_that_are_left(tmp_path, re
     assert len(stages[0]) == (0 if report is None else 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["masks", "channels"])
 def test_a_second_fit_of_what_is_compressed_is_refused(kind):
     module = baseline(STEPS[kind](), dense_epochs=1, report=Measurements(batch_sizes=()))
@@ -503,6 +517,7 @@ def test_a_second_fit_of_what_is_compressed_is_refused(kind):
     assert module.callback.report()
 
 
+@pytest.mark.slow
 def test_a_fit_that_broke_before_the_first_step_can_begin_again():
     def explode(trainer, pl_module):
         raise RuntimeError("broken")
@@ -516,6 +531,7 @@ def test_a_fit_that_broke_before_the_first_step_can_begin_again():
     assert module.student.features[0].out_channels < 4
 
 
+@pytest.mark.slow
 def test_a_module_is_copied_and_pickled_while_it_is_trained():
     copies = []
 
@@ -529,6 +545,7 @@ def test_a_module_is_copied_and_pickled_while_it_is_trained():
     assert len(copies) == 2
 
 
+@pytest.mark.slow
 def test_a_training_that_ends_before_its_steps_says_so():
     def stop(trainer, pl_module):
         trainer.should_stop = trainer.current_epoch == 1
@@ -555,6 +572,7 @@ def test_early_stopping_waits_for_the_last_step():
     assert max(epochs) == 7
 
 
+@pytest.mark.slow
 def test_epochs_after_the_last_step_are_told():
     module = baseline([Prune(amount=0.5, finetune_epochs=1)], report=Measurements(batch_sizes=()))
     with pytest.warns(UserWarning, match="over after 1 epochs, and the training goes on to max_epochs=3"):
@@ -597,6 +615,7 @@ def test_what_would_end_too_early_or_twice_is_refused():
         CompressionCallback(steps, dense_epochs=-1)
 
 
+@pytest.mark.slow
 def test_a_callback_beside_a_baseline_without_steps_compresses():
     module, callback = baseline([]), CompressionCallback(STEPS["channels"](), dense_epochs=1)
     fit(module, callbacks=[callback])
@@ -612,6 +631,7 @@ def test_a_report_on_validation_samples_needs_some():
     assert module.callback.stages[0].scores.keys() >= {"accuracy"}
 
 
+@pytest.mark.slow
 def test_an_untrained_network_that_would_teach_is_told():
     steps = [Prune(amount=0.5, finetune_epochs=1)]
     with pytest.warns(UserWarning, match="has not been trained when the first step begins"):

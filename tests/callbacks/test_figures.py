@@ -122,6 +122,7 @@ def test_the_risk_coverage_curve_is_that_of_the_test():
     assert label.startswith("test: AURC ")
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_samples_of_both(tmp_path, start_method):
     # Nine samples in batches of four: the second process's last batch holds nothing but a sample of the first's.
     module, data = supervised(norm="group"), TinyDataModule(val_size=9, batch_size=4)
@@ -264,6 +265,7 @@ def test_known_loggers_get_the_figure_itself(kind, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_csv_logger_gets_a_file(tmp_path):
     callback = ReliabilityDiagram()
     logger = CSVLogger(tmp_path, name="run")

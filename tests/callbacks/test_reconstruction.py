@@ -71,6 +71,7 @@ def naive_rows(head, source, target, train, val, *, epochs, weight, normalise):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["self", "teacher"])
 def test_the_table_is_that_of_probes_trained_by_hand(kind):
     networks, teachers = networks_of(4, 4), {"teacher_0": TinyNet(width=6), "teacher_1": TinyNet(width=4)}
@@ -101,6 +102,7 @@ def test_the_table_is_that_of_probes_trained_by_hand(kind):
     assert probe.table is table
 
 
+@pytest.mark.slow
 def test_a_probe_on_the_teacher_itself_ends_below_one_on_a_random_network():
     data = TinyDataModule(samples=48)
     teacher, stranger = networks_of(4, 4).values()
@@ -174,6 +176,7 @@ def test_networks_and_random_numbers_are_left_as_they_were(kind):
     assert (np.random.get_state()[1].tolist(), random.getstate()) == states[1:]  # noqa: NPY002
 
 
+@pytest.mark.slow
 def test_the_seed_decides_alone_and_the_company_does_not_matter():
     networks = networks_of(4, 4)
     data = TensorDataset(torch.rand(16, 1, 8, 8), torch.zeros(16).long())
@@ -240,6 +243,7 @@ def test_another_optimiser_can_be_given():
 # In a Trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["self", "teacher"])
 def test_after_fit_it_holds_the_table_of_measure(kind):
     module, data, control = feed_module(), TinyDataModule(), TinyNet()
@@ -268,6 +272,7 @@ def test_after_fit_it_holds_the_table_of_measure(kind):
         assert axes.lines[0].get_ydata().tolist() == [row[key] for row in first]
 
 
+@pytest.mark.slow
 def test_the_training_is_the_same_with_and_without_it():
     ends = []
     for callbacks in ([], [ReconstructionErrorProbe("features", kind="teacher", epochs=1)]):
@@ -278,6 +283,7 @@ def test_the_training_is_the_same_with_and_without_it():
     assert torch.equal(ends[0][1], ends[1][1])
 
 
+@pytest.mark.slow
 def test_the_trainers_limits_hold():
     module, data = feed_module(), TinyDataModule()
     probe = ReconstructionErrorProbe("features", epochs=1)
@@ -289,6 +295,7 @@ def test_the_trainers_limits_hold():
     assert probe.table[0] == expected[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["self", "teacher"])
 def test_the_figure_goes_to_the_logger(kind, tmp_path):
     probe = ReconstructionErrorProbe("features", kind=kind, epochs=1)
@@ -320,6 +327,7 @@ def test_any_module_with_a_student_will_do():
     assert [row["network"] for row in probe.table] == ["student"]
 
 
+@pytest.mark.slow
 def test_of_two_processes_the_first_measures(tmp_path, start_method):
     probe = ReconstructionErrorProbe("features", epochs=1)
     trainer = tiny_trainer(
@@ -350,6 +358,7 @@ class Different(pl.LightningModule):
         return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_module", "options", "data", "limits", "message"),
     [

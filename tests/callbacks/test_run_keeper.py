@@ -40,6 +40,7 @@ def test_the_first_of_the_best_epochs_is_selected(kept):
     assert torch.equal(load_file(folder / "selected.safetensors")["head.weight"], module.remembered[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "selected"),
     [((NAN, 0.5, 0.8, 0.6), 3), ((0.5, NAN, 0.8, 0.6), 3), ((0.8, 0.5, NAN, NAN), 1), ((NAN, NAN, NAN, NAN), 1)],
@@ -77,6 +78,7 @@ def test_only_whole_files_are_left_and_the_checkpoint_is_safe(kept):
     assert state["history"] == keeper.history
 
 
+@pytest.mark.slow
 def test_random_numbers_depend_on_seed_and_epoch_alone(tmp_path):
     drawn = []
 

@@ -92,6 +92,7 @@ def test_numbers_and_figure_are_logged_before_the_first_step(tmp_path):
     assert [path.name for path in (folder / "figures").iterdir()] == ["teachers_0.png"]
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.parametrize("limit", [2, 1.0])
 def test_the_limit_of_validation_batches_holds(limit):
@@ -144,6 +145,7 @@ class Dropping(nn.Module):
         return self.drop(self.net(images))
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled")
 @pytest.mark.parametrize("sanity", [0, 2])
@@ -235,6 +237,7 @@ def test_a_teacher_near_chance_is_warned_of_and_only_that_one():
     assert messages[0].startswith(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("near_chance", "warned"), [(1.5, True), (1.49, False)])
 def test_the_threshold_is_a_multiple_of_guessing(near_chance, warned):
     # Half of the images of two classes, of three that there are: an accuracy of 0.5, which is 1.5 / 3.
@@ -349,6 +352,7 @@ def test_several_validation_loaders_are_read_together():
         assert row == {"name": "teacher_0", **numbers(networks[0](images), targets)}
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_it_runs_in_the_trainers_precision(precision):

@@ -131,6 +131,7 @@ SCHEMES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_quantized_networks_reload_bit_for_bit(kind, scheme, tmp_path):
@@ -176,6 +177,7 @@ def test_a_fresh_process_loads_files_from_nothing_but_their_path(tmp_path):
     assert done.stdout.split() == [word for kind in BUILDERS for word in ("equal", kind)], done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4, 2, 1])
 def test_files_of_few_bits_have_the_size_of_their_codes(bits, tmp_path):
     """Within 3 % of weights * bits / 8, and what is known besides: scales, biases, and a little for each tensor."""
@@ -216,6 +218,7 @@ def test_every_tensor_takes_its_smallest_form(tmp_path):
     assert dense.weight.is_leaf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coding", ["deflate", "huffman"])
 def test_coding_makes_pruned_and_quantized_files_smaller(coding, tmp_path):
     torch.manual_seed(0)
@@ -265,6 +268,7 @@ def test_codes_without_one_zero_are_not_sparse():
             packing.pack_codes(q.codes(weight, scheme), scheme, sparse=True)
 
 
+@pytest.mark.slow
 def test_pruned_shared_and_coded(tmp_path):
     network = build("resnet")
     with torch.no_grad():
@@ -314,6 +318,7 @@ def test_ties_that_came_apart_are_refused(tmp_path):
         write_artefact(network, tmp_path / "a.dlpk")
 
 
+@pytest.mark.slow
 def test_files_of_networks_with_another_structure_load(tmp_path):
     """Channels removed, then a layer factored, then quantized: one after the other, all in one file."""
     network = build("resnet")
@@ -349,6 +354,7 @@ PIPELINES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_what_several_steps_made_loads(pipeline, tmp_path):
     kind, steps = PIPELINES[pipeline]
@@ -397,6 +403,7 @@ def checkpoint_of(network, path, **changes):
     torch.save({**content, **changes}, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coding", ["quantized", "lsq", "shared", "hashed", "plain"])
 def test_checkpoints_of_a_training_load_as_plain_networks(coding, tmp_path):
     network = build("resnet")

@@ -77,6 +77,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 2, 3])
 @pytest.mark.parametrize("kind", STEPS)
 def test_a_loop_that_is_gone_on_with_ends_like_the_whole_one(tmp_path, kind, stop):
@@ -207,6 +208,7 @@ TRANSFORMER = lambda: SmallTransformer(3, length=8, input_size=8, width=16, feed
 CNN = lambda: SmallCNN(3, width=4)  # noqa: E731
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "steps"),
     [

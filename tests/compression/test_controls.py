@@ -61,6 +61,7 @@ def stored(network):
 # The same size from scratch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amount", [0.3, 0.6])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_dense_network_has_at_most_as_many_parameters_and_nearly_as_many(name, amount):
@@ -72,6 +73,7 @@ def test_a_dense_network_has_at_most_as_many_parameters_and_nearly_as_many(name,
     assert fresh(inputs).shape == make()(inputs).shape
 
 
+@pytest.mark.slow
 def test_one_unit_more_would_be_too_many():
     """Of one hidden layer every width has its size: the widest that fits is taken."""
 
@@ -85,6 +87,7 @@ def test_one_unit_more_would_be_too_many():
         assert stored(same_size_network(make(), compressed, torch.rand(2, 5), seed=0)) == widest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}])
 def test_every_layer_and_direction_is_thinned_alike(options):
     inputs = torch.rand(2, 5, 8)
@@ -98,6 +101,7 @@ def test_every_layer_and_direction_is_thinned_alike(options):
     assert {weight.shape[0] for weight in layer.parameters()} == {4 * layer.hidden_size}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(
     "steps",
@@ -135,6 +139,7 @@ def test_what_cannot_initialise_itself_is_refused():
         same_size_network(copy.deepcopy(network), network, torch.rand(2, 4), seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_what_quantization_rounds_to_zero_was_not_pruned(bits):
     def make():

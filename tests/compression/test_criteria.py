@@ -118,6 +118,7 @@ def test_obd_is_the_mean_square_of_every_samples_gradient():
         assert torch.allclose(scores[path], fisher * network.get_parameter(path) ** 2 / 2, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_obds_fisher_is_the_hessian_at_the_optimum_of_a_likelihood():
     # Logistic regression whose labels are drawn from its own probabilities: E[g^2] is the Hessian's diagonal.
     network = nn.Linear(2, 2, bias=False).double()

@@ -126,6 +126,7 @@ def run(layer, given):
 every_layer = pytest.mark.parametrize("kind", list(layers()))
 
 
+@pytest.mark.slow
 @every_layer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_weight_is_its_naive_one_and_trains(kind, dtype):

@@ -138,6 +138,7 @@ def test_full_rank_reproduces_a_convolution(options, method):
     assert (found.layer(images) - layer(images)).abs().max().item() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["svd_channel", "svd_spatial", "tucker2", "cp", "tt"])
 @pytest.mark.parametrize("options", CONV_OPTIONS, ids=str)
 def test_a_chain_is_the_convolution_with_the_recomposed_kernel(options, method):
@@ -202,6 +203,7 @@ def test_a_linear_layer_keeps_a_budget_of_multiply_accumulates(method, fraction)
     assert fraction / 3 < counts[1] / counts[0] <= fraction
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["svd_channel", "svd_spatial", "tucker2", "cp", "tt"])
 @pytest.mark.parametrize("fraction", [0.3, 0.6])
 def test_a_budget_of_parameters_is_kept_and_used(method, fraction):
@@ -219,6 +221,7 @@ def test_ranks_that_the_others_cannot_use_are_lowered():
 # data-aware
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 3, 6, 9])
 @pytest.mark.parametrize("damping", [1e-6, 0.01, 10.0])
 @pytest.mark.parametrize("number", range(3))
@@ -615,6 +618,7 @@ def test_moments_of_other_layers_and_of_nothing_are_refused():
         input_moment(nn.Sequential(nn.Linear(2, 2)), "0", [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", ["energy:0.9", "evbmf", "params:0.5", 0.5])
 def test_every_rule_serves_every_layer_that_it_can(rank):
     torch.manual_seed(1)

@@ -158,6 +158,7 @@ def test_tucker_of_its_own_ranks_is_exact():
 # CP
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 2, 4, 12])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_error_of_cp_never_rises(seed, rank):
@@ -189,6 +190,7 @@ def test_cp_of_rank_1_is_no_worse_than_random_ones():
         assert relative_error(fitted, kernel) > error
 
 
+@pytest.mark.slow
 def test_cp_shares_the_sizes_and_repeats_itself():
     kernel = double(5, 4, 3, 3)
     first, second = canonical(kernel, 6), canonical(kernel, 6)
@@ -282,6 +284,7 @@ def test_tensorly_finds_the_same_train(tensorly):
     assert torch.allclose(tensor_train(tensor, [2, 3, 2]).full(), theirs, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_tensorly_finds_no_better_cp(tensorly):
     from tensorly.decomposition import parafac
 

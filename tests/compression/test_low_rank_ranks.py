@@ -157,6 +157,7 @@ def test_the_free_energy_is_the_sum_of_the_paper(rows, columns):
     assert differences == pytest.approx([differences[0]] * 5, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (50, 50), (20, 200)])
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("noise", [0.1, 1.0])
@@ -172,6 +173,7 @@ def test_evbmf_finds_nothing_in_noise_alone(shape, seed):
     assert rank_of(matrix) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_evbmf_agrees_with_the_brute_search_where_the_signal_is_weak(seed):
     matrix = planted(24, 30, 6, 2.0, seed=seed) + planted(24, 30, 2, 0.0, seed=seed + 50)

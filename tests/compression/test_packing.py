@@ -96,6 +96,7 @@ def streams():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(streams()))
 def test_huffman_codes_come_back_and_keep_shannons_bounds(name):
     symbols = streams()[name]

@@ -495,6 +495,7 @@ torch.save((losses, network.state_dict(), compressor.masks.state_dict()), {path!
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_that_was_killed_resumes_bit_for_bit(name):
     def begun():
@@ -777,6 +778,7 @@ def test_masks_come_after_structure():
         applied(Prune(amount=0.5), Prune(amount=0.5, granularity="channel"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_step_can_be_used_again(name):
     step = Prune(**RESUMED[name], at=1, finetune_epochs=2)

@@ -137,6 +137,7 @@ def assert_rebuilds(kind, network):
 # amounts and shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "granularity"), KINDS)
 @pytest.mark.parametrize("criterion", ["magnitude", "random", "gradient", "taylor", "obd", "snip"])
 def test_units_leave_the_tensors_and_the_network_can_be_rebuilt(kind, granularity, criterion):
@@ -171,6 +172,7 @@ def test_half_of_the_channels_is_a_quarter_of_the_parameters():
     assert 0.2 < sizes(network) / sizes(build("cnn")) < 0.3
 
 
+@pytest.mark.slow
 def test_a_resnet18_with_half_of_its_channels_has_the_published_size():
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
@@ -277,6 +279,7 @@ def test_patterns_targets_and_exclude_choose_groups():
         applied("cnn", Prune(amount=0.5, granularity="channel", targets="stage9"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["macs:0.8", "params:0.6"])
 def test_a_budget_is_met_by_the_smallest_amount(budget):
     measure, share = budget.split(":")
@@ -294,6 +297,7 @@ def test_a_budget_out_of_reach_says_so():
         applied("cnn", Prune(budget="params:0.001", granularity="channel"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "granularity"), KINDS)
 def test_a_sensitivity_scope(kind, granularity):
     step = Prune(scope=Sensitivity(target=0.4, levels=[0.25, 0.5]), granularity=granularity)
@@ -318,6 +322,7 @@ def test_torch_pruning_finds_the_same_channels():
 # masked and shrunk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "granularity"), MASKABLE)
 @pytest.mark.parametrize("schedule", [Cubic(), Iterative(2), Threshold(0.12, end=0.5)])
 def test_what_was_masked_leaves_and_the_outputs_stay(kind, granularity, schedule):
@@ -366,6 +371,7 @@ def test_amounts_of_masked_units_follow_the_schedule():
     assert network.lstm.hidden_size == 4
 
 
+@pytest.mark.slow
 def test_a_budget_under_a_schedule_is_met_in_the_end():
     network = build("cnn")
     step = Prune(budget="params:0.4", granularity="channel", schedule=Cubic(), finetune_epochs=2, criterion="taylor")
@@ -387,6 +393,7 @@ def test_the_whole_phase_needs_another_optimiser_when_units_leave():
     assert once.begin_epoch(0, steps_per_epoch=1, optimizer=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "granularity"), KINDS)
 def test_one_shot_leaves_the_sizes_alone_while_training_goes_on(kind, granularity):
     network = build(kind)
@@ -452,6 +459,7 @@ def test_several_structural_steps_one_after_the_other():
 # lottery tickets that are smaller
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "granularity"), KINDS)
 def test_a_shrunk_ticket_is_the_shrunk_beginning(kind, granularity):
     network = build(kind)

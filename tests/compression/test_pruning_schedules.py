@@ -20,6 +20,7 @@ def amounts(schedule, final, steps):
     return [schedule.amount(final, step=step, steps=steps) for step in range(steps + 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
 @pytest.mark.parametrize("final", [0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("steps", [0, 1, 3, 50, 101])

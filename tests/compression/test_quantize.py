@@ -81,6 +81,7 @@ def trained():
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["conv", "lstm", "transformer", "resnet"])
 def test_int8_stays_near_the_float_network(kind):
     network, inputs = build(kind), inputs_for(kind)
@@ -171,6 +172,7 @@ def bytes_of_codes(network):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"scheme": "affine"}, {"per": "group:7"}, {"first_last_bits": 8}])
 def test_mixed_precision_keeps_to_its_budget_and_grows_with_it(options):
     last, sizes = None, []
@@ -230,6 +232,7 @@ def test_mixed_precision_by_ratio_and_its_choices():
         compress(build("lstm"), inputs_for("lstm"), Quantize(bits=MixedPrecision(budget_bytes=100)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["symmetric", "affine", "pow2", "ternary", "ttq"])
 def test_pruned_weights_stay_zero_while_it_trains(scheme, trained):
     network = copy.deepcopy(trained)
@@ -258,6 +261,7 @@ def test_schemes_without_zero_refuse_pruned_weights(scheme, trained):
     assert not recipe.is_computed(network)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["ste", "lsq"])
 def test_training_with_quantizers_beats_none_at_two_bits(estimator, trained):
     plain = copy.deepcopy(trained)
@@ -276,6 +280,7 @@ def test_training_with_quantizers_beats_none_at_two_bits(estimator, trained):
         assert all(len(row.unique()) <= 3 for row in layer.weight.detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["pact", "dorefa"])
 def test_activations_by_pact_and_dorefa_train_and_have_few_values(estimator, trained):
     network = copy.deepcopy(trained)
@@ -304,6 +309,7 @@ def test_binary_connect_clips_its_weights_while_it_trains(trained):
     assert network[0].weight.abs().max() > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -481,6 +487,7 @@ def test_ties():
     assert torch.equal(network.out.weight, network.embed.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 5, 2])
 @pytest.mark.parametrize("seed", range(3))
 def test_tied_affine_weights_are_rounded_once_in_the_file(bits, seed, tmp_path):

@@ -307,6 +307,7 @@ def naive_kl_threshold(values, levels):
     return min(losses, key=losses.get) * largest / len(histogram)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize(
     ("kind", "signs", "levels"),
@@ -579,6 +580,7 @@ QUANTIZERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", QUANTIZERS, ids=str)
 @pytest.mark.parametrize("kind", list(layers()))
 def test_quantized_layers_use_describe_rebuild_and_bake_their_codes(kind, options):
@@ -957,6 +959,7 @@ def test_bias_correction_takes_the_mean_error_away():
 # Usefulness
 
 
+@pytest.mark.slow
 def test_on_digits_eight_bits_cost_nothing_and_training_repairs_two_bits():
     images, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
     images = images.float() / 16

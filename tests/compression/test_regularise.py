@@ -149,6 +149,7 @@ def test_l1_prunes_what_falls_below_the_threshold_exactly(kind):
     assert weaker.masks.sparsity() < 0.8 * compressor.masks.sparsity()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "granularity"),
     [("cnn", "channel"), ("lstm", "hidden_unit"), ("transformer", "head"), ("transformer", "neuron")],
@@ -175,6 +176,7 @@ def test_rows_of_small_weights_are_masked():
         assert (means[kept[:, 0]] >= 0.1).sum() >= kept[:, 0].sum() - 1
 
 
+@pytest.mark.slow
 def test_slimming_removes_channels_of_small_scale():
     network = build()
     step = Regularise(penalty="bn_gamma", weight=0.2, threshold=0.85, targets=["*.conv1"], finetune_epochs=5)
@@ -218,6 +220,7 @@ def test_weight_zero_is_ordinary_training_bit_for_bit():
         assert all(torch.equal(value, network.state_dict()[name]) for name, value in plain.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", ["l1", "l0", "bn_gamma"])
 def test_a_run_that_was_killed_goes_on(penalty):
     def begun():

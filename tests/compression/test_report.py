@@ -236,6 +236,7 @@ def test_one_seed_has_no_deviation_and_another_metric_no_percent():
 # the files
 
 
+@pytest.mark.slow
 def test_markdown_csv_and_json_hold_all_of_it(tmp_path):
     stages = three_seeds()
     stages[0][3] = replace(

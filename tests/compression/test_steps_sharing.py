@@ -82,6 +82,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("k", [2, 7, 16])
 def test_each_weight_has_k_values_before_and_after_training_and_the_same_members(optimizer, k):

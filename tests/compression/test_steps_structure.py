@@ -109,6 +109,7 @@ def test_full_rank_is_the_same_network(name):
     torch.testing.assert_close(network(inputs), expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["svd", "svd_spatial", "tucker2", "cp", "tt"])
 @pytest.mark.parametrize("fraction", [0.4, 0.7])
 def test_no_layer_is_above_its_budget(method, fraction):
@@ -256,6 +257,7 @@ def test_wrong_options_of_low_rank_are_one_line(options, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_factors_train_in_a_plain_loop(name):
     network, inputs = build(name)
@@ -356,6 +358,7 @@ ONLY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "name"), [(change, name) for change in CHANGES for name in ONLY.get(change, NETWORKS)]
 )

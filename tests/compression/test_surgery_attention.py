@@ -58,6 +58,7 @@ def masks(name, *, batched=True):
 MASKS = ["none", "bool", "float", "per head", "padding", "padding and bool", "both float"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("need_weights", [False, True, "per head"])

@@ -113,6 +113,7 @@ NAMES = ["SmallResNet", "TinyNet", "flat", "dense", "inverted", "BasicBlock", "B
 every_network = pytest.mark.parametrize("make", NETWORKS, ids=NAMES)
 
 
+@pytest.mark.slow
 @every_network
 def test_shrunk_is_masked(make):
     network = alive(make())
@@ -128,6 +129,7 @@ def test_shrunk_is_masked(make):
     assert found == {name: size for name, size in wanted.items() if size > 1}
 
 
+@pytest.mark.slow
 @every_network
 def test_shrunk_is_masked_in_float64(make):
     network = alive(make().double())
@@ -369,6 +371,7 @@ def written(network):
     return len(file.getvalue())
 
 
+@pytest.mark.slow
 @every_network
 def test_training_goes_on(make):
     network = make()
@@ -389,6 +392,7 @@ def test_training_goes_on(make):
     assert any(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @every_network
 def test_a_described_network_is_rebuilt_and_loads_strictly(make):
     network = alive(make())

@@ -66,6 +66,7 @@ def masked(network, masks):
     return network
 
 
+@pytest.mark.slow
 @every_kind
 @every_shape
 def test_shrunk_is_masked(name, shape):
@@ -213,6 +214,7 @@ def test_one_rnn_reads_another_and_a_linear_layer_reads_channels():
     assert torch.allclose(network(steps), reference(steps), atol=2e-7, rtol=0)
 
 
+@pytest.mark.slow
 @every_kind
 @every_shape
 def test_rebuilt_trained_and_saved(name, shape):

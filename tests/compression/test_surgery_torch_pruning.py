@@ -80,6 +80,7 @@ def told(groups):
     ]
 
 
+@pytest.mark.slow
 @every_network
 def test_the_groups_are_ours_and_shrunk_is_masked(name):
     make, shape = (NETWORKS | SLOW)[name]
@@ -102,6 +103,7 @@ def test_the_groups_are_ours_and_shrunk_is_masked(name):
         assert torch.equal(rebuilt(images), output)
 
 
+@pytest.mark.slow
 def test_half_of_resnet18():
     network = torchvision.models.resnet18()
     groups = channel_groups_by_torch_pruning(network, torch.randn(1, 3, 64, 64))

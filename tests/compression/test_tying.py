@@ -163,6 +163,7 @@ def test_it_remains_one_object_through_training():
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == count(network)
 
 
+@pytest.mark.slow
 def test_an_exported_program_has_it_once():
     network = tie_layers(build(), GROUPS).eval()
     program = torch.export.export(network, (IMAGES,))

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import distill_lightning
 
 # Without the package's own __init__, which is another matter.
@@ -18,6 +20,7 @@ print(sorted(sys.modules.keys() & heavy))
 """
 
 
+@pytest.mark.slow
 def test_a_batch_and_its_transforms_need_no_data_sets():
     folder = str(Path(distill_lightning.__file__).parent)
     found = subprocess.run([sys.executable, "-c", CHECK, folder], capture_output=True, text=True, check=True)

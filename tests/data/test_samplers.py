@@ -116,6 +116,7 @@ def test_every_row_is_mixed_in_as_often_as_it_is_begun_with(sampler, count, rows
     assert all(len(part.unique()) == len(part) for part in torch.split(mixed.second, count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", PAIRS)
 def test_a_round_that_is_not_whole_takes_its_partners_from_the_whole_pool(sampler):
     counts = Counter()

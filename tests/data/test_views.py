@@ -420,6 +420,7 @@ def test_a_box_is_the_one_that_the_definition_gives(height, width, scale, ratio)
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (375, 500), (30, 90), (200, 60), (224, 224)])
 def test_boxes_are_distributed_as_torchvisions(height, width):
     count = 4000

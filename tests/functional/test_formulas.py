@@ -439,6 +439,7 @@ def test_the_gradient_is_that_of_finite_differences(normalize, p):
     assert torch.autograd.gradcheck(lambda z: factor_distance(z, teacher, p=p, normalize=normalize), student)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entries", [1, 2, 16, 900])
 @pytest.mark.parametrize("seed", range(5))
 def test_factor_distance_keeps_its_bounds(entries, seed):

@@ -88,6 +88,7 @@ def test_only_the_official_outputs_are_never_negative():
     assert Discriminator(300, kind="fixed")(rows).min() < 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [64, 100])
 def test_half_of_the_official_networks_have_a_dead_output_with_few_classes_and_no_fixed_one(num_classes):
     rows = torch.randn(128, num_classes, generator=torch.Generator().manual_seed(0)) * 3
@@ -122,6 +123,7 @@ def test_enough_classes_and_the_fixed_kind_are_silent():
     Discriminator(2, kind="fixed")
 
 
+@pytest.mark.slow
 def test_the_fixed_network_learns_what_the_official_one_cannot():
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(128, 300, generator=generator)

@@ -471,6 +471,7 @@ def test_a_tap_works_when_an_unhooked_twin_was_compiled_first(fresh_dynamo):
     assert torch.allclose(tap(images())[1]["stage3"], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_taps_of_two_compiled_networks_of_one_shape_keep_apart(fresh_dynamo):
     networks = [network_of(seed).eval() for seed in (0, 1)]
     expected = [hooked(network, ["stage3"], images())[1]["stage3"] for network in networks]
@@ -482,6 +483,7 @@ def test_taps_of_two_compiled_networks_of_one_shape_keep_apart(fresh_dynamo):
             assert torch.allclose(tap(images())[1]["stage3"], feature, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_trains_through_its_tap(fresh_dynamo):
     network = network_of().train()
     plain = copy.deepcopy(network)

@@ -86,6 +86,7 @@ def test_a_new_head_begins_where_it_has_a_gradient(bounds, begins):
     assert (head.weight.grad[2:] != 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", [(-8.0, -2.0), (2.0, 8.0), (-10.0, 10.0)])
 def test_a_head_learns_the_deviation_of_its_targets(bounds):
     middle = sum(bounds) / 2

@@ -23,6 +23,7 @@ def build(student, teachers, num_classes):
     return DKDModule(student, teachers, num_classes=num_classes, beta=2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", [name for name in CONTRACT if name != "two_processes_equal_one"])
 def test_contract(point):
     CONTRACT[point](build)
@@ -64,6 +65,7 @@ def test_it_takes_the_shared_transforms():
     assert torch.isfinite(trainer.callback_metrics["train/nckd"])
 
 
+@pytest.mark.slow
 def test_a_store_takes_its_teachers_place(tmp_path):
     def trained(teachers):
         torch.manual_seed(0)

@@ -142,6 +142,7 @@ def test_a_users_method_keeps_the_contract():
     assert_module_contract(build_users)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -189,6 +190,7 @@ def feed_on_small_nets(**options):
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_rebuilds_the_module_alone(tmp_path):
     module = feed_on_small_nets()
     trainer = tiny_trainer()
@@ -210,6 +212,7 @@ def small_linear(student_channels, teacher_channels):
     return nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("translator", [LinearTranslator(), FunctionTranslator(small_linear)])
 def test_a_checkpoint_keeps_the_kind_of_translator(tmp_path, translator):
     distance = FactorDistance(translator=translator)
@@ -320,6 +323,7 @@ def test_objects_that_a_checkpoint_could_not_hold_are_named_when_training_goes_o
         tiny_trainer().fit(loaded, datamodule=TinyDataModule())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [None, 1])
 def test_calls_follow_one_another_in_any_order(targets):
     def value(trainer):
@@ -376,6 +380,7 @@ def test_a_checkpoint_of_a_users_own_module_is_told_from_ours(tmp_path):
     assert torch.equal(taken.head.weight, own.net.head.weight)
 
 
+@pytest.mark.slow
 def test_loading_the_right_teachers_late_is_noticed(tmp_path, recwarn):
     module = feed_on_small_nets()
     trainer = tiny_trainer()
@@ -405,6 +410,7 @@ def test_a_checkpoint_of_another_module_is_refused(tmp_path):
         SupervisedModule.load_from_checkpoint(tmp_path / "feed.ckpt")
 
 
+@pytest.mark.slow
 def test_a_wrapped_compiled_student_is_exported_and_tapped_plainly(tmp_path):
     student, teacher = (torch.compile(TinyNet(), backend="eager") for _ in range(2))
     module = FEEDModule(student, teacher, num_classes=3, student_layer="features", input_shape=(1, 8, 8))
@@ -460,6 +466,7 @@ def test_other_data_modules_pairs_are_read():
     assert {"val/accuracy", "val/nll", "val/ece", "train/kd"} <= trainer.callback_metrics.keys()
 
 
+@pytest.mark.slow
 def test_training_learns_the_tiny_data():
     module = SupervisedModule(TinyNet(), num_classes=3)
     trainer = tiny_trainer(max_epochs=15)
@@ -475,6 +482,7 @@ def test_numpys_numbers_are_kept_as_pythons(tmp_path):
     assert SupervisedModule.load_from_checkpoint(tmp_path / "smooth.ckpt").transforms == (LabelSmoothing(0.25),)
 
 
+@pytest.mark.slow
 def test_one_cycle_goes_on_in_the_middle_of_an_epoch(tmp_path):
     """To know its length it has the data set up, before Lightning knows where in them the checkpoint was made."""
 
@@ -498,6 +506,7 @@ def test_one_cycle_goes_on_in_the_middle_of_an_epoch(tmp_path):
 # Frozen networks stand outside of the registry
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [None, 3])
 def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, version):
     trainer = tiny_trainer(limit_train_batches=1, limit_val_batches=0)
@@ -603,6 +612,7 @@ def test_teachers_follow_a_conversion_by_hand():
     assert module.to("meta").teachers[0].head.weight.device.type == "meta"
 
 
+@pytest.mark.slow
 def test_compiled_teachers_outside_of_the_registry_say_the_same(monkeypatch):
     compile_in_place = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: compile_in_place(module, backend="eager"))

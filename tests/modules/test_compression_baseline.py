@@ -89,6 +89,7 @@ def one_cycle(steps, peak=0.05):
 # Optimiser and schedule
 
 
+@pytest.mark.slow
 def test_every_phase_has_a_cycle_of_its_own_length():
     steps = [Prune(amount=0.5, finetune_epochs=2), ShareWeights(k=4, finetune_epochs=1), Encode()]
     rates = Rates()
@@ -100,6 +101,7 @@ def test_every_phase_has_a_cycle_of_its_own_length():
     assert rates.rates[4] == pytest.approx(one_cycle(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [Prune(amount=0.5, finetune_epochs=2), LowRank(rank=2, finetune_epochs=2)], ids=repr)
 def test_without_restart_one_cycle_goes_on(step):
     rates = Rates()
@@ -116,6 +118,7 @@ def test_accumulated_batches_count_as_one_step_of_the_cycle():
     assert rates.rates[1] + rates.rates[2] == pytest.approx(one_cycle(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [sgd, partial(AdamW, lr=0.01)])
 @pytest.mark.parametrize("restart", [True, False])
 @pytest.mark.parametrize(
@@ -157,6 +160,7 @@ def test_the_optimiser_trains_exactly_what_there_is_now(step, restart, optimizer
 # Penalties
 
 
+@pytest.mark.slow
 def test_a_penalty_is_as_if_it_stood_in_the_loss():
     """Under accumulation, clipping and weight decay, against a loop that has it there."""
     steps = [Regularise(penalty="l1", weight=0.01, finetune_epochs=2)]
@@ -208,6 +212,7 @@ class Scores(Callback):
             self.scores.append(float(trainer.callback_metrics["val/accuracy"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top", [1, 3, -1])
 def test_the_best_checkpoint_is_no_dense_epoch(tmp_path, top):
     scores = Scores()
@@ -233,6 +238,7 @@ def test_the_best_checkpoint_is_no_dense_epoch(tmp_path, top):
     assert not any(state[f"student.{path}"][~keeps].any() for path, keeps in masks.kept.items())
 
 
+@pytest.mark.slow
 def test_an_epoch_of_a_schedule_that_still_prunes_is_not_the_best_either(tmp_path):
     steps = [Prune(amount=0.95, schedule=Cubic(end=0.75), finetune_epochs=4)]
     module = baseline(steps, dense_epochs=3, network=partial(TinyNet, 3))
@@ -244,6 +250,7 @@ def test_an_epoch_of_a_schedule_that_still_prunes_is_not_the_best_either(tmp_pat
     assert kept.best_model_path in (str(tmp_path / "epoch=5.ckpt"), str(tmp_path / "epoch=6.ckpt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps",
     [
@@ -267,6 +274,7 @@ def test_what_is_done_at_the_end_is_the_best(tmp_path, steps):
     assert_same(expected, weights_of(module.student))
 
 
+@pytest.mark.slow
 def test_encoding_alone_keeps_the_best_epoch(tmp_path):
     kept = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="val/accuracy", mode="max")
     steps = [Prune(amount=0.5, finetune_epochs=2), Encode()]
@@ -274,6 +282,7 @@ def test_encoding_alone_keeps_the_best_epoch(tmp_path):
     assert kept.best_model_path in (str(tmp_path / "epoch=1.ckpt"), str(tmp_path / "epoch=2.ckpt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("monitor", "mode"), [("val/accuracy", "max"), ("val/nll", "min")])
 def test_early_stopping_does_not_compare_with_the_dense_network(monitor, mode):
     scores = Scores()
@@ -334,6 +343,7 @@ def reload(folder):
     torch.save(outputs, folder / "outputs.pt")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_builds_given_teachers_again(tmp_path):
     teachers = [SmallCNN(3, width=2), SmallCNN(3, width=3)]
     module = baseline([Prune(amount=0.5)], teacher=TeacherEnsemble(teachers, weights=[1, 3]), temperature=2.0)
@@ -347,6 +357,7 @@ def test_a_checkpoint_builds_given_teachers_again(tmp_path):
     assert_same(weights_of(given.teachers.ensemble), weights_of(TeacherEnsemble(teachers)))
 
 
+@pytest.mark.slow
 def test_an_ordinary_modules_checkpoint_holds_nothing_of_compression(tmp_path):
     kept = ModelCheckpoint(tmp_path, filename="{epoch}")
     torch.manual_seed(0)
@@ -373,6 +384,7 @@ def test_the_loss_is_the_labels_and_the_teachers():
     assert module.weights() == {"ce": 0.3, "kd": 0.7}
 
 
+@pytest.mark.slow
 def test_the_dense_network_teaches_from_the_first_step_on():
     """Its weights are those at the end of the dense epochs, and they never move."""
     seen = []
@@ -396,6 +408,7 @@ def test_the_dense_network_teaches_from_the_first_step_on():
     assert {"train/ce", "train/kd", "val/agreement"} <= trainer.callback_metrics.keys()
 
 
+@pytest.mark.slow
 def test_given_teachers_are_those_of_kd():
     torch.manual_seed(3)
     teachers = [TinyNet(3) for _ in range(2)]
@@ -411,6 +424,7 @@ def test_given_teachers_are_those_of_kd():
 # What is measured
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_report_are_recomputed():
     steps = [
         Prune(amount=0.5, granularity="channel", finetune_epochs=1),
@@ -452,6 +466,7 @@ def test_the_rows_of_a_report_are_recomputed():
     assert set(final.differences.values()) == {0.0}
 
 
+@pytest.mark.slow
 def test_the_bytes_of_a_report_are_sizes_of_files(tmp_path):
     module = baseline([Prune(amount=0.5, finetune_epochs=1), Encode("huffman")], report=Measurements(batch_sizes=()))
     fit(module, epochs=1)
@@ -469,6 +484,7 @@ class Dropping(TinyNet):
         return super().forward(F.dropout(images, 0.1, self.training))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["test", "val"])
 def test_measuring_does_not_touch_the_training(split):
     def steps():
@@ -487,6 +503,7 @@ def test_measuring_does_not_touch_the_training(split):
     assert [row.batch for row in told.callback.stages[-1].latency] == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_stages_survive_a_resume(tmp_path):
     def make(seed):
@@ -516,6 +533,7 @@ def test_a_report_without_measurements_is_refused():
 # What cannot be
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -599,6 +617,7 @@ def test_the_networks_docs_name_what_writes_a_quantized_one(tmp_path):
         assert torch.equal(again(inputs), module.student.eval()(inputs))
 
 
+@pytest.mark.slow
 def test_a_schedule_after_the_last_step_begins_anew():
     """Its length is not that of the last phase and of what follows."""
     rates = Rates()

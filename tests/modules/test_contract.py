@@ -44,6 +44,7 @@ def under_teachers(student, teachers, num_classes):
     return CompressionBaseline(student, num_classes=num_classes, steps=steps, teacher=teachers, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [supervised, kd, feed, no_steps, under_dense, under_teachers])
 @pytest.mark.parametrize("point", CONTRACT)
 def test_contract(point, build):
@@ -85,6 +86,7 @@ def compressing(name):
     return build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("point", [point for point in CONTRACT if point != "two_processes_equal_one"])
 def test_contract_of_a_network_that_changes(point, name):

@@ -230,6 +230,7 @@ ENSEMBLES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("members", "weights", "combine"), ENSEMBLES)
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
@@ -420,6 +421,7 @@ def test_the_label_term_of_a_regression_is_the_likelihood_of_the_clean_rows(matc
     assert float(module.terms(batch.replace(target=target))["label"]) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [None, 2])
 def test_labels_do_not_matter_where_they_have_no_weight(targets):
     states = []
@@ -464,6 +466,7 @@ def run_of_standard_distillation(temperature):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize(
     "options",
@@ -492,6 +495,7 @@ def test_additional_inputs_change_the_training():
     assert not torch.equal(states[0]["head.weight"], states[1]["head.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [None, 2])
 def test_with_labels_alone_it_is_plain_training(targets):
     module = tiny_module(targets=targets, kl_weight=0.0, label_weight=1.0, extra_ratio=0.0)
@@ -610,6 +614,7 @@ class Noise(nn.Module):
         return self.network(inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Noise, lambda: FunctionSampler(Noise())])
 def test_a_users_sampler_with_weights_is_frozen_too(make):
     sampler = make()
@@ -850,6 +855,7 @@ def test_a_pose_is_mixed_by_the_share_of_the_image_that_is_left():
     assert int((image[8:].flatten(1).std(dim=1) > 0).sum()) >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dict", "tuple"])
 @pytest.mark.parametrize("targets", [None, 2])
 def test_inputs_of_several_tensors_are_trained_and_validated_on(kind, targets):
@@ -1014,6 +1020,7 @@ def test_extreme_gaussians_stay_finite(dtype, match):
     assert torch.isfinite(module.student.outputs.grad).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("targets", [None, 2])
 @pytest.mark.parametrize("match", ["forward", "point"])
@@ -1112,6 +1119,7 @@ def test_joint_normalises_all_inputs_together():
     assert_same(twin.state_dict(), module.student.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [None, 2])
 def test_separate_keeps_the_running_statistics_of_a_run_without_additional_inputs(targets):
     states = []
@@ -1261,6 +1269,7 @@ class Stop(pl.callbacks.Checkpoint):
         trainer.should_stop = True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [None, 2])
 def test_training_goes_on_from_a_checkpoint_that_builds_the_module(tmp_path, targets, recwarn):
     options = {"label_weight": 0.1, "seed": 5, "extra_ratio": 0.5, "bn_mode": "separate"}
@@ -1301,6 +1310,7 @@ def test_a_checkpoint_keeps_every_option(tmp_path):
     assert (loaded.output.fixed_variance, loaded.num_targets) == (0.3, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samplers", [None, [MixupSampler(0.5)], [MixupSampler(), MixupSampler()]])
 def test_a_checkpoint_notices_other_samplers(tmp_path, samplers):
     module = small_module(samplers=[CutMixSampler()])
@@ -1315,6 +1325,7 @@ def test_a_checkpoint_notices_other_samplers(tmp_path, samplers):
 # Refusals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

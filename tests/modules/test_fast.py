@@ -78,6 +78,7 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_channels_last_trains_the_same_student(method):
     plain, _ = losses_of(method)
@@ -93,6 +94,7 @@ def test_a_regression_takes_both_options_too():
     assert module.student.features[3].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_networks_train_as_plain_ones(method, graphs):
     plain, _ = losses_of(method)
@@ -106,6 +108,7 @@ def test_compiled_networks_train_as_plain_ones(method, graphs):
     assert module.student.state_dict().keys() == TinyNet().state_dict().keys()
 
 
+@pytest.mark.slow
 def test_taps_see_what_compiled_teachers_compute(graphs):
     _, module = losses_of("feed", compile=True, epochs=1)
     inputs = torch.rand(8, 1, 8, 8)
@@ -117,6 +120,7 @@ def test_taps_see_what_compiled_teachers_compute(graphs):
         assert torch.allclose(output, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_second_fit_compiles_nothing_again(graphs):
     _, module = losses_of("kd", compile=True, epochs=1)
     before = module.student._compiled_call_impl
@@ -126,6 +130,7 @@ def test_a_second_fit_compiles_nothing_again(graphs):
     assert len(graphs) == count
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("graphs")
 def test_what_a_compiled_run_saves_is_plain(tmp_path):
     torch.manual_seed(0)
@@ -160,6 +165,7 @@ def test_inductor_trains_the_same_student():
     assert torch.allclose(plain, fast, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"channels_last": True}])
 @pytest.mark.parametrize("method", ["kd", "meal_v2", "extracurricular"])
 def test_faster_teachers_teach_the_same(method, options):
@@ -168,6 +174,7 @@ def test_faster_teachers_teach_the_same(method, options):
     assert torch.allclose(plain, fast, rtol=1e-2 if "dtype" in options else 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"channels_last": True}])
 def test_faster_teachers_show_the_same_features(options):
     plain, _ = losses_of("feed")
@@ -192,6 +199,7 @@ def fast_kd(student, teachers, num_classes):
     return KDModule(student, ensemble, num_classes=num_classes, channels_last=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", CONTRACT)
 def test_the_contract_holds(point):
     CONTRACT[point](fast_kd)

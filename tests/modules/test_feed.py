@@ -83,6 +83,7 @@ def naive_terms(module, batch, *, p, reduction, weights):
     return ce, sum(w * d for w, d in zip(weights, distances, strict=True)), distances
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("translator", [Conv3Translator(), Conv1x1Translator(), LinearTranslator(), NoTranslator()])
 @pytest.mark.parametrize(("p", "reduction"), [(1, "mean"), (1, "sum"), (2, "mean"), (2, "sum")])
 def test_terms_equal_the_naive_reference(translator, p, reduction):
@@ -201,6 +202,7 @@ def test_beta_zero_is_plain_training_bit_for_bit(epochs):
         assert torch.equal(value, states[1][name]), name
 
 
+@pytest.mark.slow
 def test_learns_on_one_batch_better_with_the_student_than_with_translators_alone():
     ends = {}
     for frozen in (True, False):
@@ -542,6 +544,7 @@ def test_other_feature_losses_match_sizes_where_asked(loss, sizes):
         FEEDModule(SmallResNet(3, width=4), SmallResNet(3, width=4), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["hint", "attention"])
 def test_gradients_of_other_feature_losses_go_where_they_belong(loss):
     module = module_of(2, distance=DISTANCES[loss]())

@@ -81,6 +81,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
     assert torch.equal(loaded(codes), first(codes))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one():
     single, double = generator_of(), generator_of()
     tiny_trainer(max_epochs=2).fit(single, datamodule=TinyDataModule(batch_size=8))

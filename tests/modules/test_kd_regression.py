@@ -106,6 +106,7 @@ def test_it_logs_both_terms_and_how_close_the_student_is():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["answers", "logits"])
 def test_a_complete_store_stands_for_the_teachers(tmp_path, keep):
     def module(teachers):

@@ -110,6 +110,7 @@ def naive_discriminator_loss(scores):
 # the terms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("shown", ["logits", "probabilities", "log_probabilities"])
 @pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
@@ -324,6 +325,7 @@ def fitted_student(**options):
     return module
 
 
+@pytest.mark.slow
 def test_without_a_discriminator_and_with_one_that_only_watches_the_student_is_the_same_bit_for_bit():
     detached = partial(FixedDiscriminator, mode="detached")
     modules = {
@@ -414,6 +416,7 @@ def test_a_dead_discriminator_is_at_chance_and_a_perfect_one_right():
         assert float(module._observed["discriminator_dead"]) == dead
 
 
+@pytest.mark.slow
 def test_a_training_logs_what_it_promises():
     names = {"similarity", "kl", "teacher_entropy", "agreement", "loss"}
     watched = {"discriminator", "discriminator_accuracy"}
@@ -456,6 +459,7 @@ class Kill(pl.Callback):
                 pl_module.discriminator[2].weight[self.columns] = 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [0, 2])
 @pytest.mark.parametrize(
     ("columns", "name"), [((0,), "for 'student' was"), ((1,), "'teacher' was"), ((0, 1), "'student' and 'teacher' was")]
@@ -495,6 +499,7 @@ def test_an_output_that_is_zero_for_all_rows_but_one_is_not_dead():
     assert rows == [16, 16, 16]
 
 
+@pytest.mark.slow
 def test_living_and_fixed_discriminators_are_not_warned_about():
     for discriminator in (OwnDiscriminator(rectified()), FixedDiscriminator(), NoDiscriminator()):
         module = tiny_module(seed=2, discriminator=discriminator)
@@ -524,6 +529,7 @@ def test_a_student_that_looks_untrained_is_hinted_at_once():
     assert "(1.00 ln K)" in found[0]
 
 
+@pytest.mark.slow
 def test_the_hint_is_silent_with_labels_unsure_teachers_a_better_or_worse_student_and_later():
     assert hinted(hard_label_weight=0.5)[0] == []
     assert hinted(teacher_scale=1.0)[0] == []
@@ -561,6 +567,7 @@ def trained_rates(epochs, **options):
     return module, trainer, rates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("own", "expected"), [(None, [0.01, 0.001]), (1e-4, [1e-4, 1e-4]), (0.5, [0.5, 0.5])])
 def test_the_discriminators_effective_rate_is_its_own_also_after_the_schedules_step(own, expected):
     module, _, rates = trained_rates(
@@ -593,6 +600,7 @@ def test_the_groups_hold_every_parameter_once():
     assert "lr" not in scheduled[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -617,6 +625,7 @@ def test_rates_and_schedules_by_epoch(options, expected):
         assert found == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_the_published_schedule_has_101_epochs_at_the_first_rate():
     module = tiny_module(
         optimizer=partial(SGD, lr=0.01, momentum=0.9, weight_decay=0.0),
@@ -671,6 +680,7 @@ def halving(optimizer):
     return LambdaLR(optimizer, lambda epoch: 0.5**epoch)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_discriminator_its_momenta_and_both_rates(tmp_path):
     options = {
         "discriminator": FixedDiscriminator(lr=0.02, lr_scheduler=halving),
@@ -795,6 +805,7 @@ def test_half_precision_is_computed_in_float32(shown, dtype):
         assert float(term) == pytest.approx(float(wide[name]), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shown", ["logits", "probabilities", "log_probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
@@ -818,6 +829,7 @@ def test_weights_in_bfloat16_train():
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_its_teachers_alone():
     torch.manual_seed(0)
     teacher = TinyNet()
@@ -914,6 +926,7 @@ TEACHER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "discriminator",
     [
@@ -988,6 +1001,7 @@ def without(student, teachers, num_classes):
     return MEALV2Module(student, teachers, num_classes=num_classes, discriminator=NoDiscriminator())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [cooperative, adversarial, detached, without])
 @pytest.mark.parametrize("point", [point for point in CONTRACT if point != "two_processes_equal_one"])
 def test_contract(point, build):

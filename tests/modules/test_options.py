@@ -82,6 +82,7 @@ def loaded(tmp_path):
         return FEEDModule.load_from_checkpoint(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["yaml", "line"])
 def test_yaml_and_command_line_refuse_an_unknown_key(tmp_path, capsys, where):
     arguments, options = ([], {"optimiser": 1}) if where == "yaml" else (["--model.optimiser=1"], {})
@@ -89,17 +90,20 @@ def test_yaml_and_command_line_refuse_an_unknown_key(tmp_path, capsys, where):
     assert "optimiser" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_choice_by_its_name_and_its_options_on_the_line(tmp_path, capsys):
     assert run(tmp_path, distance="HintDistance") == 0, capsys.readouterr().err
     assert loaded(tmp_path).distance == HintDistance()
 
 
+@pytest.mark.slow
 def test_an_option_of_the_default_choice_on_the_line(tmp_path, capsys):
     assert run(tmp_path, "--model.distance.p", "2", "--model.channels_last=true") == 0, capsys.readouterr().err
     module = loaded(tmp_path)
     assert (module.distance.p, module.hparams["channels_last"]) == (2, True)
 
 
+@pytest.mark.slow
 def test_the_data_tell_the_shape_of_an_input(tmp_path, capsys):
     assert run(tmp_path) == 0, capsys.readouterr().err
     assert loaded(tmp_path).input_shape == (1, 16, 16)

@@ -98,6 +98,7 @@ def test_together_each_paraphraser_learns_as_alone():
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
+@pytest.mark.slow
 def test_training_lowers_the_error():
     module, data = module_of(4, optimizer=partial(torch.optim.Adam, lr=3e-3)), TinyDataModule(samples=48)
     ends = []

@@ -161,6 +161,7 @@ def naive_metrics(module, loader):
     return count, {name: value / count for name, value in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [supervised, kd])
 def test_training_validation_and_test_count_positions(data, build):
     module = build()
@@ -181,6 +182,7 @@ def test_training_validation_and_test_count_positions(data, build):
     assert predictions.shape == (11, LENGTH, CLASSES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [supervised, kd])
 def test_training_lowers_the_loss(data, build):
     module = build(optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.02))
@@ -221,6 +223,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(data, tmp_path):
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"top_k": 256}, {"keep": "logits"}], ids=["answers", "top_k", "logits"])
 def test_a_store_answers_for_the_teachers_at_every_position(data, tmp_path, options):
     online = kd()
@@ -276,6 +279,7 @@ def test_callbacks_see_positions(data):
     assert rows.keys() == {"teacher_0", "teacher_1", "ensemble"}
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_a_language_model(data, tmp_path):
     main([
         "fit", "--model=SupervisedModule", "--model.student=distill_lightning.SmallTransformer",

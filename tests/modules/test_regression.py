@@ -193,6 +193,7 @@ class Recorder(RegressionModule):
         return weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("burn_in", [0, 1, 2, 5])
 def test_the_burn_in_switches_at_its_epoch(burn_in):
     module = Recorder(TinyNet(None, num_targets=1), num_targets=1, burn_in_epochs=burn_in)
@@ -314,6 +315,7 @@ def test_plateau_watches_the_likelihood():
     assert trainer.lr_scheduler_configs[0].monitor == "val/nll"
 
 
+@pytest.mark.slow
 def test_the_deviation_is_learnt_where_the_noise_is():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.rand(1024, 1, generator=generator) * 2 - 1

@@ -262,6 +262,7 @@ class NaiveSelfKD:
                     value.copy_(self.decay * value + (1 - self.decay) * self.student.state_dict()[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("past", PASTS)
 @pytest.mark.parametrize(
     ("transforms", "temperature"),
@@ -310,6 +311,7 @@ def test_a_rarely_refreshed_past_is_the_hand_written_loop(targets):
 # The limits: plain cross entropy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("past", PASTS)
 @pytest.mark.parametrize(
     ("options", "epochs"),
@@ -348,6 +350,7 @@ def test_label_smoothing_alone_is_cross_entropys():
 # The stored past
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"seed": 0}, {"seed": 3, "batch_size": 5}, {"batch_size": 1}, {"samples": 23}, {"batch_size": 100}],
@@ -364,6 +367,7 @@ def test_with_a_network_that_stands_still_the_store_is_its_prediction(options):
         assert torch.allclose(probs, module.student(batch.input).softmax(1), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing():
     rows = []
     for workers in (0, 2):
@@ -781,6 +785,7 @@ class OneBatch(Foreign):
         return DataLoader(self.images(), batch_size=11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [lambda: Plain(samples=8), OneBatch, lambda: IndexedDataModule(OneBatch())])
 def test_mixed_inputs_change_with_the_epoch_and_not_with_the_global_seed(data):
     class Inputs(pl.Callback):
@@ -953,6 +958,7 @@ def saved_everywhere(request, tmp_path_factory):
     return request.param, whole, logged, folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", range(len(PLACES)), ids=lambda number: f"{PLACES[number][0].__name__} {PLACES[number][1]}"
 )
@@ -1029,6 +1035,7 @@ def test_a_checkpoint_of_an_older_format_is_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_method_gives_no_past(tmp_path):
     other = SupervisedModule(TinyNet(norm="group"), num_classes=3, optimizer=sgd)
     trainer = fitted(other, max_epochs=1)
@@ -1053,6 +1060,7 @@ def test_another_length_than_the_checkpoints_is_warned_about(tmp_path):
     fitted(module_of(total_epochs=4), ckpt_path=path, max_epochs=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("past", PASTS)
 def test_a_training_that_begins_has_no_past_whatever_the_module_was_before(past, tmp_path, targets):
     path = saved(tmp_path, past=PASTS[past])
@@ -1119,6 +1127,7 @@ def files_of(folder):
     return sorted(path.name.split(".", 1)[1] for path in folder.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "transforms"),
     [({}, []), ({"dtype": "float16", "top_k": 2}, []), ({}, [Mixup(probability=0.5)])],
@@ -1158,6 +1167,7 @@ def test_every_training_has_files_of_its_own(tmp_path):
     assert not torch.equal(*rows)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_may_be_moved_with_its_files_and_its_store_into_or_out_of_them(tmp_path):
     whole = module_of()
     fitted(whole, max_epochs=4)
@@ -1180,6 +1190,7 @@ def test_a_checkpoint_may_be_moved_with_its_files_and_its_store_into_or_out_of_t
         assert same(past_of(whole), past_of(resumed)), name
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_kept_any_more_is_refused_but_for_the_last_checkpoints(tmp_path):
     paths = {}
 
@@ -1329,6 +1340,7 @@ mixed_with_partners.partners = True
 BUILDS = [stored, stored_small, stored_in_files, past_model, average, mixed, mixed_with_partners]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("point", CONTRACT)
 def test_contract(point, build, tmp_path, monkeypatch):

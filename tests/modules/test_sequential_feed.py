@@ -62,6 +62,7 @@ def recorded(**options):
     return stages, recorder.seen
 
 
+@pytest.mark.slow
 def test_every_stage_has_a_new_student_and_the_student_before_it_as_its_only_teacher():
     stages, seen = recorded(stages=3)
     assert [stage.number for stage in stages] == [0, 1, 2, 3]
@@ -96,6 +97,7 @@ def test_stage_0_is_plain_training():
     assert first.metrics["val/nll"] == float(trainer.callback_metrics["val/nll"])
 
 
+@pytest.mark.slow
 def test_stage_1_is_parallel_feed_with_one_teacher():
     first, second = run(stages=1, seed=5)
     torch.manual_seed(6)
@@ -126,6 +128,7 @@ def test_the_loss_of_stage_1_is_the_formula():
     )
 
 
+@pytest.mark.slow
 def test_the_seed_decides_and_none_leaves_the_random_state_alone():
     first, second, other = (run(stages=1, seed=seed) for seed in (3, 3, 4))
     for one, two in zip(first, second, strict=True):

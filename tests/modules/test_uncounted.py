@@ -102,6 +102,7 @@ def test_it_is_as_if_the_sample_were_not_there(method):
         torch.testing.assert_close(gradient, gradients_alone[name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fill", [-30.0, 0.0, 50.0])
 def test_its_contents_move_nothing(method, fill):

@@ -110,6 +110,7 @@ class Run:
         return torch.cat([batch.target for batch in self.batches])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("partners", [False, True])
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("build", METHODS)
@@ -141,6 +142,7 @@ def run_labels(run, which):
     return torch.cat([getattr(batch.mixture, which).argmax(dim=1) for batch in run.batches])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("build", [*TAUGHT, compression])
 def test_teachers_are_asked_about_what_the_student_reads(build, name):

@@ -127,6 +127,7 @@ def test_a_small_resnet_refuses_a_size_that_is_not_positive(name, size):
 # factories
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factory", "name"), FACTORIES)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_factory_gives_three_classes_and_the_channels_asked_for(factory, name, channels):

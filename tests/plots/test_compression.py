@@ -28,6 +28,7 @@ def points(axes):
     }
 
 
+@pytest.mark.slow
 def test_pareto_has_a_panel_for_each_cost_with_dense_marked_and_controls_hollow():
     scores = {"dense": [0.9, 0.8], "final": [0.8], "control: random criterion": [0.5]}
     costs = {

@@ -440,6 +440,7 @@ def two_processes(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_same_complete_store(tmp_path, start_method):
     multiprocessing.start_processes(two_processes, args=(str(tmp_path),), nprocs=2, start_method=start_method)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]

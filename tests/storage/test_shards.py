@@ -352,6 +352,7 @@ def fill(folder, log):
         log()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")  # the child does nothing but write files
 def test_a_store_that_was_filled_through_kills_is_the_undisturbed_one(tmp_path):
     filled(tmp_path / "whole")

@@ -179,6 +179,7 @@ def test_unknown_samples_are_refused(tmp_path):
 # Checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("into", ["files", "other files", "memory"])
 @pytest.mark.parametrize("come_from", ["files", "memory"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -619,6 +620,7 @@ def two_processes(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_leave_what_one_leaves(tmp_path, start_method):
     multiprocessing.start_processes(two_processes, args=(str(tmp_path),), nprocs=2, start_method=start_method)
     told = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -158,6 +158,7 @@ def test_logits_are_those_of_each_teacher_in_order():
         assert torch.equal(member, network(images()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combine", ["probabilities", "logits"])
 @pytest.mark.parametrize("weights", [None, [1, 1, 1], [0.2, 3.0, 0.0]])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])

@@ -52,6 +52,7 @@ def fitted(module, data=None, **options):
 # The teachers
 
 
+@pytest.mark.slow
 def test_what_no_state_dict_tells_is_a_part_of_a_teacher(tmp_path):
     plain = {"size": (8, 8), "mean": 0.4, "std": 0.25, "source_mean": 0.4, "source_std": 0.25}
     fitted(kd(tmp_path, AdaptedInput(net(1), **plain)))
@@ -82,6 +83,7 @@ def regression(folder, *, networks=True, **options):
     return KDModule(student, store, num_targets=2, output=Gaussian(2, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("networks", [True, False])
 def test_what_a_regressions_outputs_mean_is_a_part_of_the_answers(tmp_path, networks):
     def fit(**options):
@@ -247,6 +249,7 @@ def transformed(teachers, *transforms, partners=True, **options):
     return losses.values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "transforms", [[Mixup()], [Cutout(3), CutMix(probability=0.7)], [Inverted(0.5)], [LabelSmoothing(0.1)]], ids=str
 )
@@ -291,6 +294,7 @@ class Relabelling(BatchTransform):
         return batch
 
 
+@pytest.mark.slow
 def test_what_leaves_the_inputs_as_they_are_is_no_part_of_the_answers(tmp_path):
     transformed(TeacherStore(tmp_path, net(1)), Inverted(0.5))
     smoothed = [Inverted(0.5), LabelSmoothing(0.1)]

@@ -86,6 +86,7 @@ def test_only_a_damaged_shard_is_asked_about_again(tmp_path):
     assert files_of(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", range(1, 8))
 def test_a_recording_that_was_killed_is_continued(tmp_path, last, monkeypatch):
     recorded(tmp_path / "whole")
@@ -162,6 +163,7 @@ def written(tmp_path, *, store=True, networks=True):
     return str(tmp_path / "config.yaml")
 
 
+@pytest.mark.slow
 def test_the_command_fills_the_store_and_fit_needs_no_teachers(tmp_path, capsys):
     config = written(tmp_path)
     assert main(["record", "--config", config]) == 0
@@ -171,6 +173,7 @@ def test_the_command_fills_the_store_and_fit_needs_no_teachers(tmp_path, capsys)
     assert main(["fit", "--config", written(tmp_path, networks=False)]) == 0
 
 
+@pytest.mark.slow
 def test_the_command_says_in_one_line_what_is_missing(tmp_path, capsys):
     assert main(["record", "--config", written(tmp_path, store=False)]) == 2
     assert (
@@ -276,6 +279,7 @@ def test_samples_without_views_are_recorded_however_they_are_fetched(tmp_path, m
     assert torch.allclose(answers["probabilities"], expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_any_data_with_indices_and_a_name_are_filled_online_and_read(tmp_path):
     class Losses(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, *args):

@@ -147,6 +147,7 @@ def online_losses(name):
     return run(METHODS[name], teachers_of())[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
 def test_a_stored_run_is_the_online_run_loss_for_loss(tmp_path, name, dtype, tolerance):
@@ -177,6 +178,7 @@ def test_reduced_feature_maps_take_fewer_bytes(tmp_path, sizes, numbers):
     assert (tmp_path / "view_00000/00000.shard").stat().st_size == 4096 + 24 * (2 * 2 * numbers + 1) + 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("teachers", "sizes", "message"),
     [
@@ -268,6 +270,7 @@ def regression(teachers):
     return ExtracurricularModule(student, teachers, num_targets=2, optimizer=partial(torch.optim.SGD, lr=0.01))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 5e-3)])
 def test_a_regressions_distributions_are_kept_too(tmp_path, dtype, tolerance):
     def data():
@@ -327,6 +330,7 @@ def changed_weights():
     return networks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("teachers", "options", "store", "data", "message"),
     [
@@ -364,6 +368,7 @@ def test_without_teachers_the_data_are_still_held_against_the_store(tmp_path):
         fitted(kd(TeacherStore(tmp_path)), data=with_partners(views=2, seed=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arranged", "message"),
     [
@@ -457,6 +462,7 @@ class Kill(pl.Callback):
             raise RuntimeError("killed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, 7))
 def test_a_store_whose_filling_was_killed_is_the_undisturbed_one(tmp_path, step):
     run(kd, TeacherStore(tmp_path / "whole", teachers_of(), shard_size=7), epochs=2)
@@ -466,6 +472,7 @@ def test_a_store_whose_filling_was_killed_is_the_undisturbed_one(tmp_path, step)
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [kd, feed, partial(xcl, temperature=3.0), meal], ids=["kd", "feed", "xcl", "meal"])
 def test_a_checkpoint_that_is_older_than_the_store_is_continued_as_if_nothing_had_been_kept(tmp_path, method):
     steps = [1, 2, 4, 5, 7]
@@ -510,6 +517,7 @@ def test_a_store_is_sent_to_other_processes_without_what_is_in_its_files(tmp_pat
     assert store._records._open
 
 
+@pytest.mark.slow
 def test_the_order_of_the_batches_does_not_matter(tmp_path):
     # In float16 the last bits of a batch's arithmetic are gone.
     for name, seed in (("one", 1), ("two", 2)):

@@ -62,6 +62,7 @@ def logits_in(folder, teachers=None, **options):
     return TeacherStore(folder, teachers, keep="logits", dtype="float32", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [{}, {"weights": [1, 3]}, {"combine": "logits"}], ids=["mean", "weights", "logits"])
 @pytest.mark.parametrize("method", [kd, meal_v2])
 def test_a_stored_run_is_the_online_run_loss_for_loss(tmp_path, method, rule):
@@ -78,6 +79,7 @@ def test_half_precision_is_close(tmp_path):
     assert torch.allclose(online, stored, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_another_temperature_and_another_method_read_the_same_store(tmp_path):
     record(tiny_trainer(), kd(logits_in(tmp_path, ensemble()), temperature=2.0), TinyDataModule(views=2))
     for method in (kd, meal_v2):

@@ -275,6 +275,7 @@ def test_live_stored_and_recorded_answers_are_equal(tmp_path):
     assert_same(live, read_all(tmp_path, alone.teachers.store))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 7.0])
 @pytest.mark.parametrize("rule", [{}, {"weights": [1, 3]}, {"combine": "logits"}], ids=["mean", "weights", "logits"])
 def test_kept_logits_answer_whatever_can_be_made_of_them(tmp_path, temperature, rule):

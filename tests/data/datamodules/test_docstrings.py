@@ -271,6 +271,7 @@ def test_the_fingerprint_is_of_the_training_windows(library):
     assert all(fingerprint != first for fingerprint in known)
 
 
+@pytest.mark.slow
 def test_a_language_model_learns_more_than_how_often_a_byte_comes(tmp_path):
     for number in range(30):
         (tmp_path / f"module_{number}.py").write_text(f'"""{"abcdefghij" * 8}"""\n')

@@ -686,6 +686,7 @@ def fitted(folder, store_folder, *, checkpoint=None, callbacks=()):
 
 
 # An epoch has 5 steps: in the middle of the first one, and of the second one, and at the ends of them.
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 5, 7, 10])
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_training_that_was_killed_goes_on_as_the_undisturbed_one(folder, tmp_path, step):
@@ -700,6 +701,7 @@ def test_a_training_that_was_killed_goes_on_as_the_undisturbed_one(folder, tmp_p
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_fill_a_store_together(folder, tmp_path, start_method):
     trainer = tiny_trainer(max_epochs=2, limit_val_batches=0, devices=2, strategy=f"ddp_{start_method}")
     trainer.fit(kd(TeacherStore(tmp_path, teachers_of(), shard_size=7)), datamodule=several_views(folder))
@@ -707,6 +709,7 @@ def test_two_processes_fill_a_store_together(folder, tmp_path, start_method):
     assert torch.allclose(told, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_store_is_recorded_with_and_without_workers(folder, tmp_path):
     for workers in (0, 2):
         store = TeacherStore(tmp_path / str(workers), teachers_of(), shard_size=7)
@@ -805,6 +808,7 @@ def test_the_command_line_records_a_store_and_trains_from_it(folder, tmp_path, c
     assert main(["fit", "--config", configuration(tmp_path, folder, teachers=False, **views)]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_image_is_one_line_on_the_command_line(folder, tmp_path, capfd, workers):
     config = configuration(tmp_path, damaged(folder, b"hello"), num_workers=workers, views=2)
@@ -814,6 +818,7 @@ def test_a_damaged_image_is_one_line_on_the_command_line(folder, tmp_path, capfd
     assert line.endswith("): mend it, or take it out of the folder")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -521,6 +521,7 @@ def test_with_another_sampler_it_is_an_ordinary_loader():
     assert plain.state_dict() == {"epoch": 0, "batches": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, 12))
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_training_goes_on_from_any_step(tmp_path, step, wrapped):

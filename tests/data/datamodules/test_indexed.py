@@ -163,6 +163,7 @@ def test_every_kind_of_batch_gets_its_index(make, shuffle):
             assert set(batch.weather.tolist()) == {7}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -28,6 +28,7 @@ class Logged(pl.Callback):
         self.epochs.append(float(trainer.callback_metrics["train/alpha"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "alpha"), [(1, 0.8), (3, 0.8), (7, 0.3), (12, 1.0)])
 def test_alpha_grows_by_equal_steps_to_exactly_alpha_t(epochs, alpha):
     logged = Logged()
@@ -58,6 +59,7 @@ def test_alpha_by_step_follows_the_optimiser(accumulate, expected):
     assert alphas.seen[-1] == 0.7
 
 
+@pytest.mark.slow
 def test_alpha_by_a_function_by_a_constant_and_beyond_its_end():
     def after_warm_up(progress):
         return max(0.0, 2 * progress - 1)
@@ -78,6 +80,7 @@ def test_a_function_that_leaves_the_range_is_refused():
         fitted(module_of(alpha_T=1.0, alpha_schedule=lambda progress: 3 * progress), max_epochs=2)
 
 
+@pytest.mark.slow
 def test_a_training_of_unknown_length_is_refused_unless_alpha_is_constant():
     with pytest.raises(InputError, match=r"length is not known: give total_epochs or Trainer\(max_epochs\)"):
         fitted(module_of(), max_epochs=-1, max_steps=4)
@@ -86,6 +89,7 @@ def test_a_training_of_unknown_length_is_refused_unless_alpha_is_constant():
         fitted(module_of(total_epochs=2), max_epochs=-1, max_steps=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "trainer", "reason"),
     [
@@ -106,6 +110,7 @@ def test_what_keeps_alpha_from_its_end_is_warned_about_once(options, trainer, re
     assert len([line for line in caught if "alpha reaches" in str(line.message)]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "trainer"),
     [

@@ -147,6 +147,7 @@ def test_a_batch_that_cannot_be_told_is_neither_kept_nor_recalled(missing):
 # the metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combine", ["probabilities", "logits"])
 @pytest.mark.parametrize("weights", [None, [1, 3]])
 def test_agreement_and_divergence_are_those_of_the_loop(combine, weights):
@@ -230,6 +231,7 @@ def test_in_a_fit_the_teachers_are_asked_once_about_each_validation_sample():
     assert asked == [8, 8, 5]
 
 
+@pytest.mark.slow
 def test_validating_within_an_epoch_asks_no_more():
     module = kd()
     asked = watch(module)
@@ -263,6 +265,7 @@ def test_two_validation_loaders_are_asked_about_every_time():
     assert len(asked) == 2 * batches
 
 
+@pytest.mark.slow
 def test_a_prediction_that_is_the_modules_own_is_kept_where_its_teachers_are_frozen_alone():
     class Asking(KDModule):
         def teacher_prediction(self, batch):
@@ -286,6 +289,7 @@ def test_a_prediction_that_is_the_modules_own_is_kept_where_its_teachers_are_fro
         assert asked == times * [8]
 
 
+@pytest.mark.slow
 def test_kept_answers_give_the_metrics_that_fresh_ones_give(monkeypatch):
     found = []
     for kept in (True, False):
@@ -312,6 +316,7 @@ def test_validation_and_test_do_not_take_each_others_answers():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["validate", "test"])
 @pytest.mark.parametrize("before", ["fit", "validate", "test"])
 def test_another_call_may_bring_other_data(verb, before):
@@ -375,6 +380,7 @@ BATCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BATCHES)
 def test_data_in_another_order_are_asked_about_again(kind):
     module, data = kd(), Changing(BATCHES[kind])
@@ -400,6 +406,7 @@ def test_plain_pairs_of_a_tensor_data_set_are_asked_about_in_every_epoch():
     check(trainer.callback_metrics, "val", expected)
 
 
+@pytest.mark.slow
 def test_answers_stay_out_of_the_state_dict_and_a_module_that_has_some_is_copied_and_pickled():
     module, data = kd(), TinyDataModule()
     names = list(module.state_dict())
@@ -448,6 +455,7 @@ def test_an_observed_value_is_logged_as_its_mean_over_the_epochs_samples():
     assert metrics["train/brightness"].item() == pytest.approx(total / (24 * 64), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_observed_value_is_no_term_and_changes_nothing_else():
     module, metrics, _ = fitted(max_epochs=2)
     plain, plain_metrics, _ = fitted(SupervisedModule, max_epochs=2)

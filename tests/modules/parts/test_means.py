@@ -88,6 +88,7 @@ def test_a_checkpoint_can_be_chosen_by_a_training_mean(tmp_path):
     assert float(best.best_model_score) <= float(trainer.callback_metrics["train/loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -45,6 +45,7 @@ def config(tmp_path, monkeypatch):
     return "config.yaml"
 
 
+@pytest.mark.slow
 def test_a_compression_with_a_dense_teacher_is_tested_and_resumed(config, tmp_path, monkeypatch):
     callbacks = []
     setup = CompressionCallback.setup
