@@ -138,6 +138,7 @@ def test_steps_change_every_weight_as_our_module_does(peer, kind, count):
     assert not [name for name, tensor in their.state_dict().items() if torch.equal(tensor, before[name])]
 
 
+@pytest.mark.slow
 @both_peers
 @every_kind
 def test_teachers_stay_as_they_are_and_the_student_learns(peer, kind, count):

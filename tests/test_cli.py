@@ -167,11 +167,13 @@ def test_a_missing_configuration_gets_one_line(write, tmp_path, capsys):
     assert "nope.yaml" in refused(capsys, tmp_path, "fit", "--config", "nope.yaml")
 
 
+@pytest.mark.slow
 def test_a_broken_yaml_gets_one_line(write, tmp_path, capsys):
     (tmp_path / "broken.yaml").write_text("model: [\n")
     assert "line 2" in refused(capsys, tmp_path, "fit", "--config", "broken.yaml")
 
 
+@pytest.mark.slow
 def test_an_unknown_verb_gets_one_line(write, tmp_path, capsys):
     assert "fti" in refused(capsys, tmp_path, "fti")
 
@@ -304,6 +306,7 @@ def test_a_bug_keeps_its_traceback(write, monkeypatch):
         main(["fit", "--config", config])
 
 
+@pytest.mark.slow
 def test_help_names_compare(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])

@@ -35,6 +35,7 @@ def rates_of(schedule, steps):
     return rates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("total", [2, 3, 10, 97])
 @pytest.mark.parametrize("warmup", [0.1, 0.3, 0.5, 0.99])
 @pytest.mark.parametrize(("start", "end"), [(0.04, 1e-4), (0.5, 0.01), (1.0, 1.0)])

@@ -335,6 +335,7 @@ EXAMPLES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", EXAMPLES)
 def test_public_names_of_formulas_layers_and_outputs_have_an_example(value):
     # Its own docstring: inspect.getdoc would take a base class's.
@@ -363,6 +364,7 @@ def test_only_networks_are_positional(module):
         assert networks_first == (parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", METHODS)
 def test_no_tensor_hides_outside_the_buffers(module):
     options = {"num_classes": 3, "student_layer": "features", "input_shape": (1, 8, 8)}

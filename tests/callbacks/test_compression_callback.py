@@ -438,6 +438,7 @@ def test_other_methods_train_what_is_compressed(tmp_path, name, kind):
         assert torch.equal(load_compressed(tmp_path / "compressed.ckpt", TinyNet(3))(inputs), module.eval()(inputs))
 
 
+@pytest.mark.slow
 def test_a_tap_whose_channels_leave_is_named():
     torch.manual_seed(0)
     steps = [Prune(amount=0.5, granularity="channel", finetune_epochs=1)]
@@ -559,6 +560,7 @@ def test_a_training_that_ends_before_its_steps_says_so():
     assert not module.callback.compressor.waiting
 
 
+@pytest.mark.slow
 def test_early_stopping_waits_for_the_last_step():
     # A metric that never gets better.
     stop = EarlyStopping("val/loss", patience=1, min_delta=1e9)
@@ -581,6 +583,7 @@ def test_epochs_after_the_last_step_are_told():
     assert "trained for 2 epochs after the last step" in module.callback.stages[-1].notes
 
 
+@pytest.mark.slow
 def test_a_second_run_leaves_the_first_ones_network(tmp_path):
     for name, others in (("compressed.ckpt", 0), ("compressed-v1.ckpt", 1)):
         # Two that save into one folder write one.
@@ -622,6 +625,7 @@ def test_a_callback_beside_a_baseline_without_steps_compresses():
     assert module.student.features[0].out_channels < 4
 
 
+@pytest.mark.slow
 def test_a_report_on_validation_samples_needs_some():
     module = baseline([Prune(amount=0.5, finetune_epochs=1)], report=Measurements(split="val", batch_sizes=()))
     with pytest.raises(InputError, match="split='val' needs validation batches"):

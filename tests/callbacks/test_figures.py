@@ -50,6 +50,7 @@ def expected(module, loader):
     return confidences, hits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["val", "test"])
 def test_every_sample_of_a_stage_is_drawn_once(stage):
     module, data, callback = supervised(), TinyDataModule(val_size=21), Kept()
@@ -70,6 +71,7 @@ def test_one_sample_is_enough():
     assert confidence.shape == correct.shape == (1,)
 
 
+@pytest.mark.slow
 def test_a_figure_is_drawn_after_every_validation_and_not_in_the_sanity_check():
     callback, seen = Kept(), []
 
@@ -84,6 +86,7 @@ def test_a_figure_is_drawn_after_every_validation_and_not_in_the_sanity_check():
     assert isinstance(callback.figure, Figure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stages", "drawn"), [(["val"], ["val"]), (["test"], ["test"])])
 def test_only_the_stages_asked_for_are_drawn(stages, drawn):
     module, callback = supervised(), Kept(stages=stages)
@@ -97,6 +100,7 @@ def lines(figure):
     return [(line.get_xdata().tolist(), line.get_ydata().tolist()) for axes in figure.axes for line in axes.lines]
 
 
+@pytest.mark.slow
 def test_the_reliability_diagram_is_that_of_the_validation():
     module, data, callback = supervised(), TinyDataModule(val_size=60, samples=60), ReliabilityDiagram(bins=4)
     tiny_trainer(callbacks=[callback]).validate(module, datamodule=data, verbose=False)

@@ -157,6 +157,7 @@ def require_same(first, second):
     assert first[1:] == second[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["self", "teacher"])
 def test_networks_and_random_numbers_are_left_as_they_were(kind):
     networks, teachers = networks_of(4, 4), {"teacher_0": TinyNet()}
@@ -321,6 +322,7 @@ class Plain(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.slow
 def test_any_module_with_a_student_will_do():
     probe = ReconstructionErrorProbe("features", epochs=1)
     tiny_trainer(callbacks=[probe]).fit(Plain(), datamodule=TinyDataModule())
@@ -410,6 +412,7 @@ def test_measure_refuses_a_name_that_stands_twice_and_no_batches():
         ReconstructionErrorProbe("features", kind="teacher").measure(networks, batches(1), batches(1))
 
 
+@pytest.mark.slow
 def test_batches_go_through_the_hooks_of_the_module_and_the_data():
     stages = []
 

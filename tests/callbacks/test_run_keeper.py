@@ -63,6 +63,7 @@ def test_a_metric_that_is_not_logged_is_named(tmp_path):
         trainer.fit(Scripted(TinyNet(), num_classes=3), datamodule=TinyDataModule())
 
 
+@pytest.mark.slow
 def test_the_history_has_a_line_per_epoch(kept):
     _, keeper, _ = kept
     assert [line["epoch"] for line in keeper.history] == [1, 2, 3, 4]
@@ -70,6 +71,7 @@ def test_the_history_has_a_line_per_epoch(kept):
     assert all(line["seconds"] > 0 and line["train/loss"] > 0 for line in keeper.history)
 
 
+@pytest.mark.slow
 def test_only_whole_files_are_left_and_the_checkpoint_is_safe(kept):
     _, keeper, folder = kept
     assert {path.name for path in folder.iterdir()} == {"last.ckpt", "selected.safetensors"}

@@ -45,6 +45,7 @@ def numbers(outputs, targets):
     return {name: pytest.approx(value.item(), rel=1e-4, abs=1e-6) for name, value in metrics.compute().items()}
 
 
+@pytest.mark.slow
 @quiet
 def test_the_rows_are_the_teachers_and_their_ensemble_on_the_validation_data():
     networks, data = teachers(), TinyDataModule(val_size=21)
@@ -62,12 +63,14 @@ def test_the_rows_are_the_teachers_and_their_ensemble_on_the_validation_data():
     assert len({row["nll"] for row in rows}) == 3
 
 
+@pytest.mark.slow
 @quiet
 def test_a_single_teacher_has_no_ensemble():
     module = KDModule(TinyNet(), TinyNet(), num_classes=3)
     assert [row["name"] for row in report(module).rows] == ["teacher_0"]
 
 
+@pytest.mark.slow
 @quiet
 def test_the_figure_shows_the_rows():
     callback = report(kd())
@@ -177,6 +180,7 @@ def test_a_training_is_the_same_with_and_without_the_report(sanity):
     assert logs[: len(logs) // 2] == logs[len(logs) // 2 :]
 
 
+@pytest.mark.slow
 @quiet
 def test_modes_that_were_set_by_hand_come_back():
     module = kd()
@@ -226,6 +230,7 @@ class Knowing(nn.Module):
         return 20 * (corners - corners.mean(dim=1, keepdim=True))[:, self.order]
 
 
+@pytest.mark.slow
 def test_a_teacher_near_chance_is_warned_of_and_only_that_one():
     with pytest.warns(UserWarning, match="guessing") as caught:
         rows = report(kd([Knowing([0, 1, 2]), Knowing([1, 2, 0])])).rows
@@ -312,6 +317,7 @@ def regression_data():
     return TensorDataset(inputs, inputs[:, :1] + 0.3 * torch.randn(20, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", [1, 3])
 def test_a_regression_reports_each_teacher_and_the_ensemble(answers):
     data, callback = regression_data(), TeacherReport()
@@ -333,6 +339,7 @@ def test_a_regression_without_teachers_is_refused():
         tiny_trainer(callbacks=[TeacherReport()]).fit(Gauss(0), loader, loader)
 
 
+@pytest.mark.slow
 @quiet
 def test_several_validation_loaders_are_read_together():
     class Two(TinyDataModule):

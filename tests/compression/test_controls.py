@@ -266,6 +266,7 @@ def mask_of(steps, seed=0):
     return {name: value != 0 for name, value in network.named_parameters() if value.dim() > 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("amount", [0.3, 0.8])
 def test_as_much_is_pruned_at_random(amount, scope):

@@ -318,6 +318,7 @@ def test_what_cannot_be_hashed_is_one_line_and_changes_nothing():
 # Packed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (5, 3), (4, 3, 3, 3), (0, 4)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_packed_weights_come_back_bit_for_bit(tmp_path, shape, dtype):

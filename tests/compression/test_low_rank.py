@@ -171,6 +171,7 @@ def test_svd_of_a_convolution_is_by_channel_and_the_border_is_right():
     assert [stage.kernel_size for stage in found.layer] == [(3, 3), (1, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["svd_channel", "svd_spatial", "tucker2", "cp", "tt"])
 def test_a_budget_of_multiply_accumulates_is_kept_and_used(method):
     layer = nn.Conv2d(16, 24, 3, stride=2, padding=1)
@@ -339,6 +340,7 @@ RECURRENT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", RECURRENT)
 @pytest.mark.parametrize("rank", [2, 100])
 def test_a_factored_recurrent_layer_is_the_dense_one_with_multiplied_weights(make, rank):
@@ -423,6 +425,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "options", "shape"), EVERY)
 def test_a_factored_layer_is_rebuilt_from_plain_values_and_loads_strictly(make, options, shape, tmp_path):
     layer = make().eval()
@@ -452,6 +455,7 @@ def test_a_factored_layer_is_rebuilt_from_plain_values_and_loads_strictly(make, 
     assert sum(p.numel() for p in found.layer.parameters()) < sum(p.numel() for p in layer.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "options", "shape"), EVERY)
 def test_every_factor_has_a_gradient_and_a_frozen_layer_stays_frozen(make, options, shape):
     layer = make()

@@ -125,6 +125,7 @@ def test_inputs_that_leave_directions_out_need_damping():
 # Tucker
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 3), (4, 2), (5, 7)])
 @pytest.mark.parametrize("shape", [(7, 5, 3, 3), (7, 5, 1, 2)])
 def test_tucker_is_within_its_bounds_and_iterating_never_hurts(shape, ranks):
@@ -171,6 +172,7 @@ def test_the_error_of_cp_never_rises(seed, rank):
     assert found.errors[-1] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("rank", "window"), [(1, 3), (2, 3), (3, 3), (2, 1)])
 def test_cp_of_its_own_rank_is_exact(rank, window, seed):

@@ -42,6 +42,7 @@ def test_a_transformer_encoder_is_the_formula(norm_first):
     assert counted.uncounted == ()
 
 
+@pytest.mark.slow
 def test_resnet18_at_224_is_the_known_number():
     network = torchvision.models.resnet18(weights=None)
     counted = count_macs(network, torch.zeros(1, 3, 224, 224))

@@ -77,6 +77,7 @@ def assert_zero_under(masks, network, optimizer=None):
 # what training does to pruned weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_pruned_weights_and_their_state_stay_zero_and_the_others_move(name, accumulate):

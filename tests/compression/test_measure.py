@@ -227,6 +227,7 @@ def test_the_bootstrap_is_the_loop():
     assert found.high == pytest.approx(quantile(0.975))
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     generator = torch.Generator().manual_seed(1)
     inside = 0

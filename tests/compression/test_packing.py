@@ -40,6 +40,7 @@ def owns_its_memory(tensor):
 # Bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("number", [0, 1, 3, 7, 8, 9, 1000, 1001])
 def test_packed_bits_are_those_of_one_big_integer(bits, number):
@@ -305,6 +306,7 @@ def test_a_layer_that_cannot_be_shared_is_one_line():
 SHAPES = [(), (0,), (1,), (7,), (5, 3), (4, 3, 3, 3), (0, 4), (3, 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("pack", [p.pack_dense, p.pack_bitmask, p.pack_csr, p.pack_shared])
 def test_packed_tensors_come_back_bit_for_bit_and_own_their_memory(shape, pack):

@@ -337,6 +337,7 @@ def test_optimal_brain_surgeon_leaves_out_what_does_not_run_as_a_layer():
     assert set(compressor.masks.kept) == {path for path in WEIGHTS["transformer"] if "self_attn" not in path}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_movement_ends_in_plain_masks_of_the_exact_amount(kind, scope):

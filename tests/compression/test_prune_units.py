@@ -148,6 +148,7 @@ def test_units_leave_the_tensors_and_the_network_can_be_rebuilt(kind, granularit
     assert network.head.out_features == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_exactly_the_share_leaves(scope):
     network, _ = applied("cnn", Prune(amount=0.5, granularity="channel", scope=scope))
@@ -309,6 +310,7 @@ def test_a_sensitivity_scope(kind, granularity):
     assert sizes(network) == sizes(build(kind))
 
 
+@pytest.mark.slow
 def test_torch_pruning_finds_the_same_channels():
     pytest.importorskip("torch_pruning")
     own, _ = applied("cnn", Prune(amount=0.5, granularity="channel", scope="layer"))
@@ -381,6 +383,7 @@ def test_a_budget_under_a_schedule_is_met_in_the_end():
     assert 0.3 * sizes(build("cnn")) < sizes(network) <= 0.4 * sizes(build("cnn"))
 
 
+@pytest.mark.slow
 def test_the_whole_phase_needs_another_optimiser_when_units_leave():
     network = build("cnn")
     step = Prune(amount=0.5, granularity="channel", schedule=Cubic(), finetune_epochs=1)

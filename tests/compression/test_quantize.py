@@ -93,6 +93,7 @@ def test_int8_stays_near_the_float_network(kind):
     assert 0 < relative(outputs(network, kind), before) < 0.06
 
 
+@pytest.mark.slow
 def test_every_weight_is_what_its_function_makes_of_it():
     network = build("conv")
     weights = {path: layer.weight.detach().clone() for path, layer in network.named_modules() if q.weight_names(layer)}
@@ -105,6 +106,7 @@ def test_every_weight_is_what_its_function_makes_of_it():
     assert q.channel_axis(network[6]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "values"), [("binary", 2), ("binaryconnect", 2), ("ternary", 3), ("ttq", 3)])
 def test_few_values_for_each_scale(scheme, values):
     network = build("resnet")
@@ -346,6 +348,7 @@ def test_training_resumes_bit_for_bit(options, trained):
         assert torch.equal(value, whole.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_one_step_serves_two_networks():
     step = Quantize(weight_bits=3, bits=MixedPrecision(ratio=0.2), first_last_bits=8)
     networks = [build("resnet"), build("resnet")]
@@ -459,6 +462,7 @@ def test_the_padding_of_an_embedding_stays_zero(options):
             compress(Padded(), tokens, Quantize(targets="*", **options))
 
 
+@pytest.mark.slow
 def test_the_report_says_what_was_not_equalised_or_rounded():
     network = build("resnet")
     piece = compress(network, inputs_for("resnet"), Quantize(equalise=True)).piece

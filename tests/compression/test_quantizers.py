@@ -82,6 +82,7 @@ def naive_fake(weight, scheme):
 # Grids and codes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_fake_quantization_is_the_loop_and_the_codes_give_it_back(scheme):
     weight = draw(6, 4, 3, dtype=torch.float64)
@@ -146,6 +147,7 @@ def test_the_straight_through_gradient_is_one_inside_and_zero_outside():
         assert bool((gradient == 1).all()), "a range that holds everything cuts nothing off"
 
 
+@pytest.mark.slow
 def test_finer_groups_are_never_worse_and_more_bits_are_better():
     weight = draw(16, 64, seed=3) * torch.linspace(0.1, 3, 16)[:, None]
 
@@ -159,6 +161,7 @@ def test_finer_groups_are_never_worse_and_more_bits_are_better():
         assert error(q.Scheme(8, kind), rule) < error(q.Scheme(4, kind), rule) < error(q.Scheme(2, kind), rule)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "full", "clipped"), [(8, 39.7, 40.5), (4, 14.5, 18.9), (2, 0.3, 7.2)])
 def test_the_signal_to_noise_ratio_of_a_gaussian_is_that_of_the_books(bits, full, clipped):
     weight, scheme = draw(1, 100_000, dtype=torch.float64), q.Scheme(bits, "symmetric", "tensor")
@@ -241,6 +244,7 @@ def test_the_mse_range_is_the_best_of_the_grid(kind):
         assert found == pytest.approx(best, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_percentiles_are_those_of_a_sorted_list_with_and_without_counts():
     values = draw(3, 1000, seed=2, dtype=torch.float64)
     symmetric, affine = q.Scheme(8, "symmetric", "channel"), q.Scheme(8, "affine", "channel")
@@ -448,6 +452,7 @@ def test_dorefa_is_its_formula():
     assert torch.allclose(found, wanted, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_binary_weights_are_two_values_a_filter_and_the_best_of_them():
     weight = draw(5, 3, 2, 2, dtype=torch.float64)
     weight[0, 0, 0, 0] = 0

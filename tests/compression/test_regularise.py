@@ -83,6 +83,7 @@ def naive_penalty(penalty, network):
     return sum(row.norm() * row.numel() ** 0.5 for name in MATRICES for row in network.get_parameter(name).flatten(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", ["l1", "group_lasso", "bn_gamma"])
 def test_the_weighted_penalty_is_added_to_the_gradient(penalty):
     network, other = build(), build()
@@ -135,6 +136,7 @@ def test_group_lasso_of_channels_is_that_of_every_group():
     assert torch.autograd.grad(compressor.penalty(), network.stage1[0].conv1.weight)[0].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_l1_prunes_what_falls_below_the_threshold_exactly(kind):
     network = build(kind)
@@ -211,6 +213,7 @@ def test_l0_gates_close_and_leave_masks(kind, granularity):
             assert ((kept.flatten(1).sum(1) == 0) | kept.flatten(1).all(1)).all()
 
 
+@pytest.mark.slow
 def test_weight_zero_is_ordinary_training_bit_for_bit():
     plain = build()
     train(plain, epochs=2)

@@ -138,6 +138,7 @@ def encoder(layers=2, *, batch_first=True, norm_first=False, dropout=0.0, heads=
     return network.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")  # PyTorch's own encoder
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -322,6 +323,7 @@ def smaller():
     return shrink(network, {**keep, **{group: range(number, 16, 3) for number, group in enumerate(neurons)}})
 
 
+@pytest.mark.slow
 def test_a_smaller_encoder_is_described_rebuilt_trained_and_saved():
     network = smaller()
     description = json.loads(json.dumps(describe(network)))

@@ -193,6 +193,7 @@ def test_the_groups_of_a_residual_network():
     assert "16 channels: stage2.0.conv2:out" in repr(groups[4])
 
 
+@pytest.mark.slow
 def test_half_of_resnet18():
     network = torchvision.models.resnet18()
     groups = channel_groups(network, torch.randn(1, 3, 32, 32))

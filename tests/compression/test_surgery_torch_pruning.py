@@ -256,6 +256,7 @@ PARTLY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARTLY)
 def test_only_what_can_be_removed_is_in_a_group(name):
     make, inputs, wanted = PARTLY[name]

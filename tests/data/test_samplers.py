@@ -235,6 +235,7 @@ def test_a_sampler_leaves_the_batch_and_the_global_generator_alone(number):
     assert torch.equal(images, copy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [0, 1, 3, 8])
 @pytest.mark.parametrize("number", range(4))

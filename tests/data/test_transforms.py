@@ -94,6 +94,7 @@ def naive_mixed(transform, batch):
 # Mixup and CutMix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("partners", [False, True])
 @pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("alpha", [0.5, 1.0])

@@ -257,6 +257,7 @@ def test_normal_numbers_are_finite_at_both_ends_of_the_uniform_ones(dtype, step,
     assert abs(middle) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_order_is_a_permutation_and_every_one_is_equally_likely():
     counts = dict.fromkeys(itertools.permutations(range(3)), 0)
     index = torch.arange(3)
@@ -310,6 +311,7 @@ def test_crop_and_flip_is_the_loop(padding, flip, channels, height, width):
     assert torch.equal(crop_and_flip(images, draws, padding=padding, flip=flip), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", [0, 1, 2, 3, 4, 8, 12])
 @pytest.mark.parametrize("row", [0.0, LAST])
 @pytest.mark.parametrize("column", [0.0, LAST])
@@ -410,6 +412,7 @@ def naive_box(height, width, draws, scale, ratio):
     return (height - tall) // 2, (width - wide) // 2, tall, wide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.5, 0.5), (0.9, 1.0)])
 @pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (1.0, 1.0), (0.2, 3.0)])
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (375, 500), (224, 224), (7, 90), (90, 7), (1, 1), (1, 300)])

@@ -266,6 +266,7 @@ def minimised(loss):
     return log_var.item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variance", "offset"), [(1.0, 1.0), (1.0, 0.1), (0.25, 2.0), (4.0, 0.0)])
 def test_the_best_student_variance_is_the_teachers_and_the_squared_offset(variance, offset):
     zero = torch.zeros(1, 1, dtype=torch.float64)

@@ -85,6 +85,7 @@ class InPlace(nn.Module):
 # values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [["stage3"], ["stem", "stage2.0.conv1", "head"], ["pool", "stem.0"]])
 @pytest.mark.parametrize("training", [False, True])
 def test_the_features_are_those_of_hand_registered_hooks(layers, training):

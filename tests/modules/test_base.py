@@ -229,6 +229,7 @@ def test_a_checkpoint_keeps_the_kind_of_translator(tmp_path, translator):
             FEEDModule.load_from_checkpoint(tmp_path / "feed.ckpt", teachers=module.teachers.ensemble)
 
 
+@pytest.mark.slow
 def test_the_same_teachers_are_recognised(tmp_path, recwarn):
     module = feed_on_small_nets()
     trainer = tiny_trainer()
@@ -238,6 +239,7 @@ def test_the_same_teachers_are_recognised(tmp_path, recwarn):
     assert not [warning for warning in recwarn if "the weights are not those" in str(warning.message)]
 
 
+@pytest.mark.slow
 def test_a_network_from_elsewhere_must_be_given(tmp_path):
     module = SupervisedModule(TinyNet(), num_classes=3)
     trainer = tiny_trainer()
@@ -251,6 +253,7 @@ def test_a_network_from_elsewhere_must_be_given(tmp_path):
     assert torch.equal(loaded.student.head.weight, module.student.head.weight)
 
 
+@pytest.mark.slow
 def test_another_architecture_is_named(tmp_path):
     module = SupervisedModule(SmallResNet(3, width=4), num_classes=3)
     trainer = tiny_trainer()
@@ -275,6 +278,7 @@ class Passing(SupervisedModule):
         super().__init__(student, num_classes=num_classes, **options)
 
 
+@pytest.mark.slow
 def test_options_that_a_subclass_hands_on_are_kept(tmp_path):
     trainer = tiny_trainer()
     trainer.fit(
@@ -311,6 +315,7 @@ def test_weights_of_any_kind_are_kept_as_numbers(tmp_path):
     assert torch.load(tmp_path / "kd.ckpt", weights_only=True)["recipes"]["teachers"]["weights"] == [1.0, 3.0]
 
 
+@pytest.mark.slow
 def test_objects_that_a_checkpoint_could_not_hold_are_named_when_training_goes_on(tmp_path):
     options = {"optimizer": partial(torch.optim.SGD, lr=0.1), "metrics": classification_metrics(3)}
     trainer = tiny_trainer()
@@ -401,6 +406,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content):
         SupervisedModule.load_from_checkpoint(tmp_path / "some.ckpt")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_module_is_refused(tmp_path):
     module = feed_on_small_nets()
     trainer = tiny_trainer()
@@ -474,6 +480,7 @@ def test_training_learns_the_tiny_data():
     assert trainer.callback_metrics["val/accuracy"] > 0.9
 
 
+@pytest.mark.slow
 def test_numpys_numbers_are_kept_as_pythons(tmp_path):
     module = SupervisedModule(SmallResNet(3, width=2), num_classes=3, transforms=[LabelSmoothing(np.float64(0.25))])
     trainer = tiny_trainer()
@@ -524,6 +531,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, versio
         tiny_trainer(max_epochs=2).fit(resumed, datamodule=TinyDataModule(), ckpt_path=str(tmp_path / "old.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_choice_that_no_checkpoint_holds_must_be_given_again(tmp_path):
     teacher = SmallResNet(3, width=2)
     chosen = FixedDiscriminator(lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1))
@@ -596,6 +604,7 @@ def test_a_copy_has_teachers_of_its_own_that_say_the_same(copied):
     assert not torch.equal(module.teachers.logits(batch.replace()), other.teachers.logits(batch.replace()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
 def test_teachers_follow_the_modules_precision(precision, dtype):
     module = Asking(TinyNet(), [TinyNet(), TinyNet()], num_classes=3)

@@ -109,6 +109,7 @@ def test_without_restart_one_cycle_goes_on(step):
     assert [rate for epoch in rates.rates.values() for rate in epoch] == pytest.approx(one_cycle(12))
 
 
+@pytest.mark.slow
 def test_accumulated_batches_count_as_one_step_of_the_cycle():
     rates = Rates()
     module = baseline([Prune(amount=0.5, finetune_epochs=2)], dense_epochs=1, lr_scheduler=OneCycle)
@@ -559,6 +560,7 @@ def test_what_cannot_be_is_refused_in_one_line(options, message):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -579,6 +581,7 @@ def test_nothing_is_trained_after_the_end():
         Prune(amount=0.5, at="end", finetune_epochs=1)
 
 
+@pytest.mark.slow
 def test_what_a_trainer_cannot_do_is_refused():
     steps = [Prune(amount=0.5, finetune_epochs=1)]
     module = baseline(steps)
@@ -598,6 +601,7 @@ def test_what_a_trainer_cannot_do_is_refused():
         tiny_trainer().fit(told, data.train_dataloader(), data.val_dataloader())
 
 
+@pytest.mark.slow
 def test_channels_that_leave_at_once_are_chosen_once():
     """Once more at the first update, half of the half went, too."""
     module = baseline([Prune(amount=0.5, granularity="channel", scope="layer", finetune_epochs=2)], network=tiny_cnn)
@@ -605,6 +609,7 @@ def test_channels_that_leave_at_once_are_chosen_once():
     assert [layer.out_channels for layer in module.student.features if isinstance(layer, nn.Conv2d)] == [1, 2, 4]
 
 
+@pytest.mark.slow
 def test_the_networks_docs_name_what_writes_a_quantized_one(tmp_path):
     """PyTorch pickles no parametrized layer; a copy of plain weights can be."""
     module = baseline([Quantize(weight_bits=4)], dense_epochs=1)

@@ -97,6 +97,7 @@ def test_contract_of_a_network_that_changes(point, name):
         CONTRACT[point](compressing(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_a_network_that_changes_is_refused_in_two_processes(name):
     module = compressing(name)(TinyNet(3), [], 3)

@@ -291,6 +291,7 @@ def test_matched_at_a_point_classification_is_the_cross_entropy_to_the_likeliest
 # The divergence, regression
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("members", "weights"), [(1, None), (2, None), (3, [1.0, 3.0, 0.5])])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("targets", [1, 3])
@@ -357,6 +358,7 @@ def test_matched_at_a_point_regression_is_the_squared_error_of_the_means(columns
 # Ensembles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [None, [1.0, 4.0, 2.0]])
 @pytest.mark.parametrize("targets", [None, 2])
 def test_an_ensembles_gradient_is_the_mean_of_its_members_gradients(targets, weights):
@@ -490,6 +492,7 @@ def test_without_additional_inputs_it_is_standard_distillation(temperature, opti
     assert_same(evaluated, {name: logged[name] for name in evaluated})
 
 
+@pytest.mark.slow
 def test_additional_inputs_change_the_training():
     states = [run(tiny_module(extra_ratio=ratio))[0] for ratio in (0.0, 1.0)]
     assert not torch.equal(states[0]["head.weight"], states[1]["head.weight"])
@@ -587,6 +590,7 @@ def test_samplers_run_without_a_graph():
     assert all(p.grad is None for p in network.parameters())
 
 
+@pytest.mark.slow
 def test_teachers_and_generator_keep_every_bit_of_weights_and_buffers():
     module = tiny_module(samplers=[GeneratorSampler(generator_of(), 3), MixupSampler()])
     frozen = (*module.teachers, module.samplers[0].generator)
@@ -632,6 +636,7 @@ def test_a_users_sampler_with_weights_is_frozen_too(make):
 # How many inputs, from whom
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "ratio", "extra"), [(8, 0.0, 0), (8, 0.5, 4), (5, 1.0, 5), (3, 2.0, 6), (4, 0.1, 0)])
 @pytest.mark.parametrize("sampler", [MixupSampler, lambda: GeneratorSampler(generator_of(), 3)])
 def test_the_ratio_is_that_of_additional_to_training_inputs(count, ratio, extra, sampler):
@@ -885,6 +890,7 @@ def draws_in_a_fit(*, draws_seed=0, epochs=2, **fields):
     return torch.stack([numbers for *_, numbers in notes])
 
 
+@pytest.mark.slow
 def test_data_without_indices_draw_anew_in_every_batch_and_epoch():
     first = draws_in_a_fit(index=None, view=None)
     assert first.shape == (6, 4, 2)
@@ -928,6 +934,7 @@ def test_data_with_indices_alone_draw_anew_in_every_epoch():
     assert not set(drawn[0].flatten().tolist()) & set(drawn[3].flatten().tolist())
 
 
+@pytest.mark.slow
 def test_data_with_views_draw_what_belongs_to_the_view():
     drawn = draws_in_a_fit()
     assert all(torch.equal(drawn[0], numbers) for numbers in drawn)
@@ -963,6 +970,7 @@ def test_a_generator_makes_the_same_for_a_sample_wherever_it_stands():
     assert len({tuple(image.flatten().tolist()) for image in seen[0]}) == 24
 
 
+@pytest.mark.slow
 def test_draws_come_from_the_seed_the_index_and_the_view_and_touch_no_global_generator():
     def extra(view=0, shift=0, seed=0):
         torch.manual_seed(0)
@@ -993,6 +1001,7 @@ def test_uncertain_rows_are_not_dropped():
 # Extreme inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("match", MATCHES)
 def test_extreme_logits_stay_finite(dtype, match):
@@ -1006,6 +1015,7 @@ def test_extreme_logits_stay_finite(dtype, match):
     assert torch.isfinite(module.student.outputs.grad).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("match", MATCHES)
 def test_extreme_gaussians_stay_finite(dtype, match):
@@ -1056,6 +1066,7 @@ def test_log_variances_of_both_sides_are_clamped(bounds):
 # Deterministic teachers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variance", "per_target"), [(0.5, [0.5, 0.5]), ([0.5, 2.0], [0.5, 2.0]), (3, [3, 3])])
 @pytest.mark.parametrize("members", [1, 2])
 def test_deterministic_teachers_get_the_given_variance(variance, per_target, members):
@@ -1229,6 +1240,7 @@ def test_validation_of_a_regression_compares_with_the_mixture(options):
 # Export and checkpoints
 
 
+@pytest.mark.slow
 def test_an_exported_student_is_a_plain_network(tmp_path):
     module = tiny_module(samplers=[GeneratorSampler(generator_of(), 3)])
     tiny_trainer().fit(module, datamodule=TinyDataModule())
@@ -1290,6 +1302,7 @@ def test_training_goes_on_from_a_checkpoint_that_builds_the_module(tmp_path, tar
     assert not [warning for warning in recwarn if "samplers" in str(warning.message)]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_keeps_every_option(tmp_path):
     options = {
         "extra_ratio": 0.5, "kl_weight": 0.7, "label_weight": 0.2, "match": MatchPoint(variance=0.3),

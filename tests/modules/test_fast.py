@@ -182,6 +182,7 @@ def test_faster_teachers_show_the_same_features(options):
     assert torch.allclose(plain, fast, rtol=1e-2 if "dtype" in options else 1e-4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_knows_how_its_teachers_ran(tmp_path):
     torch.manual_seed(0)
     teachers = TeacherEnsemble([SmallResNet(3, width=2) for _ in range(2)], [1, 2], channels_last=True)

@@ -183,6 +183,7 @@ def test_every_network_runs_once_a_step_and_teachers_have_no_graph():
     assert graphs == [False, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [2])
 def test_beta_zero_is_plain_training_bit_for_bit(epochs):
     states = []
@@ -324,6 +325,7 @@ def test_sizes_are_matched_where_asked(sizes):
     assert float(module.terms(batch)["feed"]) == pytest.approx(naive_distance(translated, teacher, 1, "mean"), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -396,6 +398,7 @@ def test_no_translator_and_a_shared_one_refuse_other_channels():
         FEEDModule(TinyNet(), [TinyNet(), TinyNet(width=2)], distance=shared, **options)
 
 
+@pytest.mark.slow
 def test_huge_translators_are_warned_about():
     class Wide(nn.Module):
         def __init__(self):
@@ -429,6 +432,7 @@ def test_size_of_the_term_is_as_documented():
     assert float(factor_distance(student, teacher)) == pytest.approx(0.8 / np.sqrt(4096), rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_compiled_student_gives_the_same_terms():
     module = module_of(2).eval()
     plain = module.terms(batch_of())
@@ -709,6 +713,7 @@ def naive_pool(feature, size):
     return pooled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [None, 1, 2, 4])
 @pytest.mark.parametrize("loss", ["feed", "hint"])
 def test_reduced_terms_equal_the_naive_reference(size, loss):

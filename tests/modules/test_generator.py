@@ -67,6 +67,7 @@ def test_everything_learns():
     assert all(not torch.equal(value, before[name]) for name, value in module.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
     whole, _ = fitted(max_epochs=3)
     first, trainer = fitted(max_epochs=1)
@@ -107,6 +108,7 @@ def test_draws_differ_without_indices_too():
     assert len(drawn.flatten().unique()) == drawn.numel()
 
 
+@pytest.mark.slow
 def test_schedules_are_stepped_as_in_every_module():
     rates = []
 

@@ -52,6 +52,7 @@ def test_weights_share_the_loss():
     assert module.weights() == {"ce": 0.25, "kd": 0.75}
 
 
+@pytest.mark.slow
 def test_only_hard_labels_is_plain_training_bit_for_bit():
     states = []
     for distil in (True, False):

@@ -225,6 +225,7 @@ def test_an_ensemble_that_combines_logits_gives_that_target():
 # the labels
 
 
+@pytest.mark.slow
 def test_without_hard_labels_the_labels_are_never_looked_at():
     states = []
     for labels in ("right", "permuted", "unusable"):
@@ -707,6 +708,7 @@ def test_a_resumed_run_has_the_discriminator_its_momenta_and_both_rates(tmp_path
         assert all(torch.equal(value, second["state"][key][name]) for name, value in state.items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_rebuilds_the_module_with_adapted_teachers_alone(tmp_path):
     teachers = TeacherEnsemble(
         [SmallResNet(3, width=2), AdaptedInput(SmallResNet(3, width=2), size=(12, 12), mean=0.3, std=0.5)],

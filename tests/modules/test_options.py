@@ -127,6 +127,7 @@ def checkpoints(tmp_path_factory):
     return folder, networks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name", "choice"),
     [

@@ -85,6 +85,7 @@ def test_validation_logs_the_errors_over_all_images():
     assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_together_each_paraphraser_learns_as_alone():
     ends = []
     for both in (True, False):
@@ -151,6 +152,7 @@ def test_teachers_run_once_a_step_without_a_graph():
     assert graphs == [False, False]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_no_teacher_and_rebuilds_the_paraphrasers(tmp_path):
     module = module_of(4, 6, rate=0.25, batch_norm=True)
     trainer = tiny_trainer()
@@ -177,6 +179,7 @@ def test_other_teachers_are_warned_of(tmp_path):
         ParaphraserModule.load_from_checkpoint(tmp_path / "stage.ckpt", teachers=TinyNet())
 
 
+@pytest.mark.slow
 def test_a_resumed_stage_equals_the_uninterrupted_one(tmp_path):
     whole, resumed = module_of(4), module_of(4)
     teacher = copy.deepcopy(resumed.teachers[0].state_dict())
@@ -191,6 +194,7 @@ def test_a_resumed_stage_equals_the_uninterrupted_one(tmp_path):
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["steps", "cycle", "plateau"])
 def test_schedules_are_stepped_at_their_own_pace(schedule):
     makers = {

@@ -261,6 +261,7 @@ def test_samples_that_fill_up_a_share_do_not_count(monkeypatch):
     torch.testing.assert_close(outputs["output"], module(batch.input)[[0, 2]].flatten(0, 1).detach())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* little better than guessing:UserWarning")
 def test_callbacks_see_positions(data):
     diagram, report = ReliabilityDiagram(), TeacherReport()
@@ -334,6 +335,7 @@ def test_other_methods_refuse_networks_that_predict_every_position(build):
         build(lstm(), loud(1), input_shape=(LENGTH,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"limit_val_batches": 0}], ids=["validated", "not validated"])
 @pytest.mark.parametrize("build", OTHERS[1:])
 def test_other_methods_refuse_targets_of_every_position(data, build, options):

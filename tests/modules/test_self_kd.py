@@ -297,6 +297,7 @@ def test_a_whole_run_is_the_hand_written_loop(past, transforms, temperature, tar
             assert past_of(module)["known"].tolist() == [number in naive.rows for number in range(20)]
 
 
+@pytest.mark.slow
 def test_a_rarely_refreshed_past_is_the_hand_written_loop(targets):
     module = module_of(past=PastModel(refresh_epochs=2))
     naive = NaiveSelfKD(copy.deepcopy(module.student), epochs=5, past="past_model", every=2)
@@ -378,6 +379,7 @@ def test_worker_processes_change_nothing():
     assert torch.equal(*rows)
 
 
+@pytest.mark.slow
 def test_stored_and_past_model_agree_where_nothing_moves(targets):
     for past in (StoredPast(), PastModel()):
         fitted(module_of(past=past, optimizer=still), Plain(), max_epochs=3)
@@ -460,6 +462,7 @@ def test_samples_that_were_left_out_fall_back_to_their_labels(targets):
     assert fell_back > 0
 
 
+@pytest.mark.slow
 def test_the_store_is_of_the_kind_that_was_asked_for():
     for options, kind in (
         ({}, (24, 3, torch.float32, None)),
@@ -481,6 +484,7 @@ def test_a_half_precision_store_moves_the_target_by_less_than_its_last_bit(targe
     assert 0 < max(differences) <= 0.8 * 2**-11
 
 
+@pytest.mark.slow
 def test_a_batch_without_an_index_is_refused_but_by_the_other_pasts():
     with pytest.raises(InputError, match=r"have no index: wrap the data in IndexedDataModule\(datamodule\)"):
         fitted(module_of(past=StoredPast(num_samples=11)), Foreign())
@@ -549,6 +553,7 @@ def test_the_past_model_is_the_student_of_the_epoch_before_bit_for_bit():
     assert set(module.state_dict()) == {f"student.{name}" for name in module.student.state_dict()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("past", PASTS)
 def test_no_gradient_flows_into_the_past(past):
     module = module_of(past=PASTS[past])
@@ -605,6 +610,7 @@ def test_the_average_is_taken_after_every_optimiser_step(accumulate, moments):
                 assert torch.allclose(value, averages[moment][name], atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_a_loaded_module_says_in_fit_what_its_checkpoint_could_not_hold(tmp_path, recwarn):
     def slowly(progress):
         return progress**2
@@ -1013,6 +1019,7 @@ def test_a_checkpoint_of_another_training_set_is_refused(tmp_path):
         fitted(module_of(past=StoredPast(top_k=2)), ckpt_path=path, max_epochs=4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_past_is_refused(tmp_path):
     path = saved(tmp_path)
     for past in (MovingAverage(), PastModel()):
@@ -1053,6 +1060,7 @@ def test_a_checkpoint_of_another_method_gives_no_past(tmp_path):
     assert logged.epochs[0]["train/known_fraction"] == 1
 
 
+@pytest.mark.slow
 def test_another_length_than_the_checkpoints_is_warned_about(tmp_path):
     path = saved(tmp_path, epochs=4)
     with pytest.warns(UserWarning, match="trained towards 4 epochs, now they are 5: .* set total_epochs to keep it"):
@@ -1075,6 +1083,7 @@ def test_a_training_that_begins_has_no_past_whatever_the_module_was_before(past,
         targets.clear()
 
 
+@pytest.mark.slow
 def test_a_training_that_goes_on_in_the_same_process_keeps_its_past():
     # Without momentum, which the second call would lose.
     once, twice = (module_of(total_epochs=4, optimizer=plain_sgd) for _ in range(2))
@@ -1099,6 +1108,7 @@ def test_a_checkpoint_of_weights_alone_holds_no_past(tmp_path):
         assert kept[0]["parts"]["alpha"]["length"] == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_only_passed_on_keeps_its_past(tmp_path):
     path = saved(tmp_path)
     trainer = tiny_trainer()
@@ -1145,6 +1155,7 @@ def test_a_run_with_its_store_in_files_is_the_run_without_bit_for_bit(tmp_path, 
     assert files_of(tmp_path / "rows") == ["000003.rows", "000004.rows"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "beside"), [(24 * 3 * 4, False), (24 * 3 * 4 - 1, True), (2**26, False)])
 def test_what_is_larger_than_the_limit_is_in_files_of_the_trainers_folder(tmp_path, limit, beside):
     module = module_of(past=StoredPast(in_checkpoint=limit))

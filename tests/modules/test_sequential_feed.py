@@ -76,6 +76,7 @@ def test_every_stage_has_a_new_student_and_the_student_before_it_as_its_only_tea
     assert all(len(line["module"].translators) == 1 for line in seen[1:])
 
 
+@pytest.mark.slow
 def test_later_stages_do_not_touch_an_earlier_student():
     stages, seen = recorded(stages=3)
     assert [fingerprint(stage.student) for stage in stages] == [line["end"] for line in seen]
@@ -87,6 +88,7 @@ def test_later_stages_do_not_touch_an_earlier_student():
         assert not any(network is stage.student for network in line["module"].teachers)
 
 
+@pytest.mark.slow
 def test_stage_0_is_plain_training():
     (first, *_) = run(stages=1, seed=5)
     torch.manual_seed(5)
@@ -143,6 +145,7 @@ def test_the_seed_decides_and_none_leaves_the_random_state_alone():
     assert len({line["student"] for line in seen}) == 3
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_validation_and_where_asked_of_test():
     plain, tested = run(stages=1), run(stages=1, test=True)
     for stage, with_test in zip(plain, tested, strict=True):
@@ -163,6 +166,7 @@ def test_beta_beside_a_module_of_ones_own_is_refused():
         run(make_module=partial(KDModule, num_classes=3), beta=5.0)
 
 
+@pytest.mark.slow
 def test_another_method_makes_generations_of_it():
     stages, seen = recorded(make_module=partial(KDModule, num_classes=3, temperature=1.0))
     assert [line["kind"] for line in seen] == [SupervisedModule, KDModule, KDModule]
@@ -173,6 +177,7 @@ def test_another_method_makes_generations_of_it():
     assert seen[1]["module"].distance == HintDistance()
 
 
+@pytest.mark.slow
 def test_options_reach_every_stage():
     optimizer = partial(torch.optim.SGD, lr=0.02)
     schedule = partial(StepLR, step_size=1, gamma=0.5)

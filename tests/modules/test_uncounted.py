@@ -90,6 +90,7 @@ def evaluated(module, batch):
     return values, {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_it_is_as_if_the_sample_were_not_there(method):
     module = METHODS[method]()
@@ -113,6 +114,7 @@ def test_its_contents_move_nothing(method, fill):
     assert all(torch.equal(gradient, other_gradients[name]) for name, gradient in gradients.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_of_nothing_that_counts_has_finite_terms_and_no_gradient(method):
     module = METHODS[method]()

@@ -138,6 +138,7 @@ def test_a_factory_gives_three_classes_and_the_channels_asked_for(factory, name,
     assert torch.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_replacing_the_first_convolution_of_torchvision_changes_nothing_but_its_input_channels():
     three, one = (torchvision_network("resnet18", num_classes=3, in_channels=channels) for channels in (3, 1))
     different = {
@@ -221,6 +222,7 @@ def weights_file(network, path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
     [
@@ -323,6 +325,7 @@ FILES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_pretrained_reads_every_kind_of_file(tmp_path, name):
     source, network = SmallResNet(3, width=2), SmallResNet(3, width=2)
@@ -355,6 +358,7 @@ def write_trapped_pickle(trap, path):
     path.write_bytes(pickle.dumps(trap, protocol=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [write_trapped_torch_file, write_trapped_legacy_file, write_trapped_pickle])
 @pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".bin"])
 @pytest.mark.parametrize("way", ["system", "touch"])
@@ -390,6 +394,7 @@ def test_a_missing_file_is_named(tmp_path):
             Pretrained(SmallResNet(3, width=2), path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.2, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("name", ["plain.pt", "legacy.pt", "weights.safetensors"])
 def test_a_truncated_file_is_refused_and_the_network_unchanged(tmp_path, name, kept):

@@ -87,6 +87,7 @@ def test_spectra_begin_at_one_and_mark_the_last_value_that_is_kept():
     assert texts == ["fc: rank 2 of 3", "conv: not factored"]
 
 
+@pytest.mark.slow
 def test_a_codebook_shows_all_weights_and_each_level_once():
     weights = {name: np.linspace(-1, 1, 100).reshape(10, 10) for name in "abcd"}
     figure = plot_codebook(weights, {name: np.array([[-0.5, 0.5], [0.5, 0.5]]) for name in weights})

@@ -375,6 +375,7 @@ def test_a_store_that_was_filled_through_kills_is_the_undisturbed_one(tmp_path):
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_store_that_was_filled_through_a_kill_at_each_step_is_the_undisturbed_one(tmp_path):
     class Kill(BaseException):
         pass

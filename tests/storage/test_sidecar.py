@@ -84,6 +84,7 @@ def where(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_it_is_the_store_without_files(tmp_path, kind, where, monkeypatch):
     # Several pieces of everything.
@@ -367,6 +368,7 @@ def test_a_file_that_is_gone_is_named_with_the_way_out(tmp_path, name):
     assert f"are not in {tmp_path / 'other'} or {tmp_path}: " in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rows", "pending"])
 @pytest.mark.parametrize("kind", ["cut", "longer", "empty", "page", *range(20)])
 def test_a_damaged_file_is_named(tmp_path, name, kind):
@@ -532,6 +534,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
         filled(tmp_path / "file/rows")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")  # the child does nothing but write files
 @pytest.mark.parametrize("last", range(5))
 def test_killed_while_it_writes_it_goes_on_from_the_generation_before(tmp_path, last, monkeypatch):

@@ -68,6 +68,7 @@ def test_a_fingerprint_counts_buffers_that_are_in_no_file():
     assert fingerprint(first) != fingerprint(second)
 
 
+@pytest.mark.slow
 def test_the_precision_that_teachers_ran_in_is_a_part_of_their_answers(tmp_path):
     fitted(kd(tmp_path, net(1)), precision="bf16-mixed")
     with pytest.raises(InputError, match="precision is bf16-mixed, not 32-true"):
@@ -175,6 +176,7 @@ def test_a_store_without_logits_is_refused_by_who_asks_for_them(tmp_path):
             fitted(Asking(TeacherStore(tmp_path, **options), [Logits()]))
 
 
+@pytest.mark.slow
 def test_answers_that_a_store_does_not_hold_are_refused_by_name(tmp_path):
     fitted(KDModule(net(), TeacherStore(tmp_path / "kd", net(1)), num_classes=3, temperature=1.0))
     message = r"Asking reads the teachers' features, which the store .*kd does not hold: fill another folder"
@@ -186,6 +188,7 @@ def test_answers_that_a_store_does_not_hold_are_refused_by_name(tmp_path):
         fitted(Asking(TeacherStore(tmp_path / "logits", fill="never"), [Unnamed(1.0)]))
 
 
+@pytest.mark.slow
 def test_a_store_of_logits_answers_who_asks_for_logits(tmp_path):
     fitted(kd(tmp_path, net(1), keep="logits"))
     fitted(Asking(TeacherStore(tmp_path, fill="never", keep="logits"), [Logits()]))
@@ -276,6 +279,7 @@ def test_samples_that_are_mixed_with_others_of_their_batch_are_refused(tmp_path)
         record(tiny_trainer(), module, TinyDataModule(views=2))
 
 
+@pytest.mark.slow
 def test_other_transforms_are_refused(tmp_path):
     transformed(TeacherStore(tmp_path, net(1)), Inverted(0.5))
     with pytest.raises(InputError, match=r"transforms is \['Inverted\(scale=0.5\)'\], not \['Inverted\(scale=2.0\)'\]"):
@@ -385,6 +389,7 @@ def test_two_processes_mend_one_shard(tmp_path):
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_shard_that_stays_is_checked_once(tmp_path, monkeypatch):
     fitted(kd(tmp_path, net(1), shard_size=8))
     checked = []

@@ -51,6 +51,7 @@ def test_everything_is_asked_once_and_kept(tmp_path):
     assert torch.allclose(told, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_it_leaves_what_training_would_have_filled_up_to_the_last_bit(tmp_path):
     recorded(tmp_path / "ahead", size=8)
     store = TeacherStore(tmp_path / "online", teachers_of(), shard_size=8)
@@ -107,6 +108,7 @@ def test_a_recording_that_was_killed_is_continued(tmp_path, last, monkeypatch):
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(tmp_path):
     recorded(tmp_path / "whole")
     data = TinyDataModule(views=2)
@@ -122,6 +124,7 @@ def test_two_processes_write_what_one_writes(tmp_path):
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_feature_maps_are_recorded(tmp_path):
     torch.manual_seed(0)
     options = {"num_classes": 3, "student_layer": "features", "beta": 10.0, "input_shape": (1, 8, 8)}
@@ -247,6 +250,7 @@ def named(folder, teachers=None, **options):
     return kd(TeacherStore(folder, teachers or teachers_of(), shard_size=7, data="rows", **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -303,6 +307,7 @@ def test_any_data_with_indices_and_a_name_are_filled_online_and_read(tmp_path):
     assert alone.teachers.store.is_complete
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [

@@ -161,6 +161,7 @@ def test_a_stored_run_is_the_online_run_loss_for_loss(tmp_path, name, dtype, tol
     assert len(module.teachers) == 0
 
 
+@pytest.mark.slow
 def test_a_complete_store_leaves_the_teachers_alone(tmp_path):
     networks = teachers_of()
     run(kd, TeacherStore(tmp_path, networks))
@@ -169,6 +170,7 @@ def test_a_complete_store_leaves_the_teachers_alone(tmp_path):
     assert calls == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "numbers"), [(EqualSizes(), 256), (PooledSize(2), 64)])
 def test_reduced_feature_maps_take_fewer_bytes(tmp_path, sizes, numbers):
     store = TeacherStore(tmp_path, teachers_of(), shard_size=24)
@@ -204,6 +206,7 @@ def test_the_first_views_epochs_ask_and_the_others_read(tmp_path):
     assert len(calls) == 6
 
 
+@pytest.mark.slow
 def test_in_training_only_the_training_images_are_kept_and_validation_asks_the_teachers(tmp_path):
     networks = teachers_of(1)
     _, module = run(kd, TeacherStore(tmp_path, networks), epochs=2)
@@ -234,6 +237,7 @@ def test_answers_are_those_of_the_teachers_about_the_very_view(tmp_path):
     assert torch.allclose(told["probabilities"], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_the_largest_probabilities_are_kept_and_the_rest_spread(tmp_path, top_k):
     networks, data = teachers_of(), with_partners(views=1)
@@ -394,6 +398,7 @@ def test_data_in_another_order_and_parts_of_them_are_refused(tmp_path, arranged,
 # Gaps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fill", ["online", "never"])
 def test_without_teachers_a_gap_is_named(tmp_path, fill):
     run(kd, TeacherStore(tmp_path, teachers_of()), epochs=1)
@@ -403,6 +408,7 @@ def test_without_teachers_a_gap_is_named(tmp_path, fill):
         fitted(kd(TeacherStore(tmp_path, fill=fill)))
 
 
+@pytest.mark.slow
 def test_never_filling_does_not_ask_the_teachers_that_are_there(tmp_path):
     run(kd, TeacherStore(tmp_path, teachers_of()), epochs=1)
     before = files_of(tmp_path)
@@ -411,6 +417,7 @@ def test_never_filling_does_not_ask_the_teachers_that_are_there(tmp_path):
     assert files_of(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_filled_again_and_alone(tmp_path):
     run(kd, TeacherStore(tmp_path, teachers_of(), shard_size=10), epochs=2)
     before = files_of(tmp_path)

@@ -73,6 +73,7 @@ def test_a_stored_run_is_the_online_run_loss_for_loss(tmp_path, method, rule):
     assert torch.allclose(online, reading, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_is_close(tmp_path):
     online = losses_of(kd(ensemble()))
     stored = losses_of(kd(TeacherStore(tmp_path, ensemble(), keep="logits")))

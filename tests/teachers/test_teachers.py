@@ -258,6 +258,7 @@ def assert_same(first, second):
                 assert torch.allclose(one, other, rtol=1e-5, atol=1e-6), (key, name)
 
 
+@pytest.mark.slow
 def test_live_stored_and_recorded_answers_are_equal(tmp_path):
     found = networks()
     live = read_all(tmp_path, found)

@@ -45,6 +45,7 @@ def test_images_are_16x16_by_default():
     assert DigitsDataModule().input_shape == (1, 16, 16)
 
 
+@pytest.mark.slow
 def test_enlarged_images_are_bilinear_in_the_small_ones():
     small, large = (images_of(DigitsDataModule(image_size=size), "test")[:20, 0].double() for size in (8, 16))
     # At twice the size every pixel mixes its two nearest in each direction 3 to 1, the border repeating itself.

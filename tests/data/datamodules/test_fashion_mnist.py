@@ -151,6 +151,7 @@ def test_a_missing_folder_is_refused(tmp_path):
         data_of(tmp_path / "none").setup()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES.values())
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])
 def test_a_truncated_gz_is_refused(tmp_path, name, kept):
@@ -161,6 +162,7 @@ def test_a_truncated_gz_is_refused(tmp_path, name, kept):
         data_of(tmp_path).setup()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES.values())
 @pytest.mark.parametrize("place", [0, 0.5, -6, -2])
 def test_a_bit_flipped_in_a_gz_is_noticed(tmp_path, name, place):

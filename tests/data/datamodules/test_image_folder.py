@@ -420,6 +420,7 @@ def test_views_seeds_and_epochs_differ(folder):
     assert by_key(epoch_of(data, 1)).view.tolist() == [1] * 18
 
 
+@pytest.mark.slow
 def test_a_view_is_the_same_bit_for_bit_in_any_batch_order_and_worker(folder):
     keys = [(index, view) for index in range(18) for view in (0, 3)]
     dataset = data_of(folder).dataset("train", augment=True)
@@ -642,6 +643,7 @@ def several_views(folder, **options):
     return data_of(folder, views=4, views_per_load=2, **options)
 
 
+@pytest.mark.slow
 def test_a_store_is_filled_while_training_and_says_what_the_teachers_say(folder, tmp_path):
     teachers, asked = teachers_of(), []
     teachers[0].register_forward_hook(lambda _, args, __: asked.append(len(args[0])))

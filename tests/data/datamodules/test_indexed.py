@@ -397,6 +397,7 @@ def test_what_the_data_module_does_not_have_is_not_invented():
     assert trainer.num_val_batches == []
 
 
+@pytest.mark.slow
 def test_two_processes_with_lightnings_own_sampler_get_the_right_indices(tmp_path, start_method):
     data = IndexedDataModule(Data(TensorDataset(10.0 * torch.arange(N)[:, None], torch.zeros(N)), shuffle=True))
     tiny_trainer(devices=2, strategy=f"ddp_{start_method}", max_epochs=2).fit(Noting(str(tmp_path)), datamodule=data)

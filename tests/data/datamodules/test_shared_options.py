@@ -110,6 +110,7 @@ def test_the_defaults_are_those_of_the_base(kind, folder):
     assert kind(**needed(kind, folder), num_workers=0).num_workers == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("way", ["line", "yaml"])
 def test_the_options_are_read_from_yaml_and_the_command_line(kind, way, folder):

@@ -47,6 +47,7 @@ class Alphas(pl.Callback):
         self.seen.append(pl_module.alpha.at(trainer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("accumulate", "expected"),
     [(1, [step / 6 for step in (1, 2, 3, 4, 5, 6)]), (2, [step / 4 for step in (1, 1, 2, 3, 3, 4)])],

@@ -29,6 +29,7 @@ def test_another_format_is_refused_by_both_numbers(checkpoint, version):
         check_format(checkpoint, "here")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_notes_format_class_recipes_fingerprints_and_parts(tmp_path):
     module = KDModule(SmallResNet(3, width=2), [SmallResNet(3, width=4)], num_classes=3)
     trainer = tiny_trainer(limit_train_batches=1, limit_val_batches=0)

@@ -199,6 +199,7 @@ class GaussianFollower(DistillationModule):
         return join_gaussian(*split_gaussian(self.teacher[0](batch.input)))
 
 
+@pytest.mark.slow
 def test_a_regressions_divergence_is_that_of_the_loop():
     torch.manual_seed(0)
     teacher = TinyNet(None, num_targets=2)
@@ -222,6 +223,7 @@ def test_a_regressions_divergence_is_that_of_the_loop():
 # how often the teachers are asked
 
 
+@pytest.mark.slow
 def test_in_a_fit_the_teachers_are_asked_once_about_each_validation_sample():
     # The check before training asks about the first two batches.
     module = kd()
@@ -239,6 +241,7 @@ def test_validating_within_an_epoch_asks_no_more():
     assert asked == [8, 8, 5]
 
 
+@pytest.mark.slow
 def test_two_validation_loaders_are_asked_about_every_time():
     class Two(TinyDataModule):
         def val_dataloader(self):
@@ -305,6 +308,7 @@ def test_kept_answers_give_the_metrics_that_fresh_ones_give(monkeypatch):
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
+@pytest.mark.slow
 def test_validation_and_test_do_not_take_each_others_answers():
     # Both number their samples from 0.
     module, data = kd(), TinyDataModule()
@@ -335,6 +339,7 @@ def test_another_call_may_bring_other_data(verb, before):
     check(found, prefix, expected)
 
 
+@pytest.mark.slow
 def test_another_fit_may_bring_other_data():
     module, other = kd(), TinyDataModule(seed=5)
     tiny_trainer().fit(module, datamodule=TinyDataModule())
@@ -345,6 +350,7 @@ def test_another_fit_may_bring_other_data():
     check(trainer.callback_metrics, "val", naive_metrics(module, other.dataset("val")))
 
 
+@pytest.mark.slow
 def test_another_teacher_may_come_between_two_calls():
     module, data = kd(), TinyDataModule()
     trainer = tiny_trainer()
@@ -394,6 +400,7 @@ def test_data_in_another_order_are_asked_about_again(kind):
     check(trainer.callback_metrics, "val", naive_metrics(module, [dataset[int(row)] for row in data.shown]))
 
 
+@pytest.mark.slow
 def test_plain_pairs_of_a_tensor_data_set_are_asked_about_in_every_epoch():
     module = kd()
     asked = watch(module)
@@ -445,6 +452,7 @@ def fitted(build=Watching, **options):
     return module, trainer.callback_metrics, data
 
 
+@pytest.mark.slow
 def test_an_observed_value_is_logged_as_its_mean_over_the_epochs_samples():
     _, metrics, data = fitted(max_epochs=2)
     loader = data.train_dataloader()
@@ -465,6 +473,7 @@ def test_an_observed_value_is_no_term_and_changes_nothing_else():
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+@pytest.mark.slow
 def test_an_observed_value_keeps_no_graph():
     class Graph(Watching):
         def look(self, batch, terms):

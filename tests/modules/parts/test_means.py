@@ -68,6 +68,7 @@ class Seen(pl.Callback):
         self.values.append(dict(trainer.callback_metrics))
 
 
+@pytest.mark.slow
 def test_the_module_logs_what_lightning_would_have_logged():
     torch.manual_seed(0)
     module = AlsoLogged(TinyNet(), num_classes=3)
@@ -80,6 +81,7 @@ def test_the_module_logs_what_lightning_would_have_logged():
         assert float(metrics["train/ce"]) == float(metrics["train/loss"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_can_be_chosen_by_a_training_mean(tmp_path):
     torch.manual_seed(0)
     best = pl.callbacks.ModelCheckpoint(dirpath=tmp_path, monitor="train/loss", save_top_k=1)

@@ -321,6 +321,7 @@ def in_a_process(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path, start_method):
     multiprocessing.start_processes(in_a_process, args=(str(tmp_path),), nprocs=2, start_method=start_method)
     alone = measured(batches([9, 4, 2], 6))
