@@ -32,6 +32,8 @@ class Evaluation(Part):
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], _Answer] = {}
+        # Whether the comparison with the teachers was logged for the current loader.
+        self._compared = False
 
     def update(self, module: Any, batch: Batch, batch_idx: int, stage: str) -> dict[str, Tensor]:
         """Add a batch to the metrics of a stage, ``"val"`` or ``"test"``.
@@ -45,7 +47,11 @@ class Evaluation(Part):
         counted = module.output.counted(output, batch)
         selected, target = module.output.select(output, batch.target, counted)
         metrics.update(selected, target)
-        module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=batch.size)
+        # Lightning computes a metric at the end of the epoch, however often it was logged, and a `log` takes longer
+        # than a small network. Every loader begins with batch 0.
+        if batch_idx == 0:
+            self._compared = False
+            module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=batch.size)
         answer = self._recalled(stage, batch_idx, batch)
         if answer is None:
             answer = module.teacher_prediction(batch)
@@ -53,7 +59,9 @@ class Evaluation(Part):
                 self._keep(stage, batch_idx, batch, answer)
         if answer is not None:
             teacher_metrics.update(*module.output.select(output, answer, counted))
-            module.log_dict(teacher_metrics, on_step=False, on_epoch=True, batch_size=batch.size)
+            if not self._compared:
+                self._compared = True
+                module.log_dict(teacher_metrics, on_step=False, on_epoch=True, batch_size=batch.size)
         return {"output": selected, "target": target}
 
     @torch.no_grad()
