@@ -23,8 +23,8 @@ T = TypeVar("T")
 # The training, the generation, and a pending file's number.
 _NAME = r"[^.]+\.(\d+)(?:\.rows|\.(\d+)\.pending)"
 _WAY_OUT = (
-    "name the folder that holds it, with load_state_dict(state, folder=...) or in a training StoredPast(folder=...), or "
-    "resume from a later checkpoint; a larger keep keeps the files of more checkpoints"
+    "name the folder that holds it, with load_state_dict(state, folder=...) or in a training StoredPast(folder=...), "
+    "or resume from a later checkpoint; a larger keep keeps the files of more checkpoints"
 )
 _FULL = "make room and resume from the last checkpoint, whose files are kept, or name another folder"
 _NOT_SHARED = "let all processes of a node see one folder"
