@@ -27,7 +27,7 @@ class Evaluation(Part):
 
     The metrics are the module's own submodules, ``val_metrics`` and so on, so that they move with it. What the teachers
     predict for a validation batch is kept for the rest of the ``fit`` where its samples can be recognised by index and
-    view: frozen teachers say the same again.
+    view, and the module's ``teachers`` are frozen networks, which say the same again.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,9 @@ class Evaluation(Part):
     @staticmethod
     def _comes_again(module: Any, stage: str) -> bool:
         """Whether the next epoch validates on the same batches, and frozen networks are asked again."""
-        if stage != "val" or module.trainer.state.fn != "fit" or not isinstance(module.teachers, Frozen):
+        # A base class's `Teachers` holds nobody where a subclass answers by other networks, which may change.
+        is_frozen = isinstance(module.teachers, Frozen) and len(module.teachers) > 0
+        if stage != "val" or module.trainer.state.fn != "fit" or not is_frozen:
             return False
         # A subclass may take several loaders, which may have other samples under the same indices.
         return len(module.trainer.num_val_batches) == 1
