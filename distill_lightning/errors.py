@@ -26,6 +26,14 @@ class InputError(ValueError):
         InputError.latest = message
 
 
+class NonFiniteError(InputError):
+    """A loss or an output of a network that is nan or infinite.
+
+    Args:
+        message: the line, which names the term or network and the samples.
+    """
+
+
 @contextmanager
 def refusing(where: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turn an exception that another library raises because of an argument into an `InputError`.

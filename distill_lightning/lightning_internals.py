@@ -129,6 +129,11 @@ def step_precision(trainer: Any) -> AbstractContextManager[Any]:
     return context
 
 
+def scales_gradients(trainer: Any) -> bool:
+    """Whether a gradient scaler skips the steps whose gradients are not finite, as with ``precision="16-mixed"``."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
 def spawns(trainer: Any) -> bool:
     """Whether the Trainer spawns processes, whose changes to the module are lost."""
     return getattr(trainer.strategy, "_start_method", "popen") != "popen"

@@ -92,7 +92,7 @@ ROOMS = {
     """,
     "modules/parts": """
         adversary alpha checkpoints data_wait distances evaluation extra_inputs
-        holds_frozen means optimization past_network sizes
+        guard holds_frozen means optimization past_network sizes
         past
     """,
     "networks": """

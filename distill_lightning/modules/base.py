@@ -23,6 +23,7 @@ from distill_lightning.modules.parts import checkpoints
 from distill_lightning.modules.parts.checkpoints import RemembersArguments
 from distill_lightning.modules.parts.data_wait import DataWait
 from distill_lightning.modules.parts.evaluation import Evaluation
+from distill_lightning.modules.parts.guard import Guard, with_targets
 from distill_lightning.modules.parts.holds_frozen import HoldsFrozen
 from distill_lightning.modules.parts.means import RunningMeans
 from distill_lightning.modules.parts.optimization import compile_networks, with_schedule
@@ -95,6 +96,11 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
 
     per_position: ClassVar[bool] = False
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether `terms` reads the labels, whose values are looked at then."""
+        return True
+
     def __init__(
         self,
         student: nn.Module,
@@ -136,6 +142,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
             comparison.clone(prefix="test/"),
         )
         self.means, self.data_wait, self.evaluation = RunningMeans(), DataWait(), Evaluation()
+        self.guard = Guard()
         # No teachers by default.
         self.teachers = Teachers(None, ask=[])
         self._observed: dict[str, Tensor] = {}
@@ -200,8 +207,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
 
     def prepared(self, batch: Any, batch_idx: int = 0) -> Batch:
         """The training batch of any data module as `terms` gets it, transformed."""
-        ready = Batch.of(batch)
-        self.output.check_target(type(self).__name__, ready.target, per_position=self.per_position)
+        ready = with_targets(self, Batch.of(batch))
         epoch, place = place_of(self, batch_idx)
         # Without views, a store holds one answer per sample, so draws must not depend on the epoch.
         has_store = isinstance(self.teachers, Teachers) and self.teachers.store is not None
@@ -233,7 +239,9 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
             logs |= {f"{name}_share": weighted[name] / loss for name in terms if weights[name] != 0}
         if self._observed.keys() & logs.keys():
             raise KeyError(f"{sorted(self._observed.keys() & logs.keys())}: observed under the name of a term")
-        self.means.add(logs | self._observed, batch.size)
+        sums = self.means.add(logs | self._observed, batch.size)
+        # Shares of a loss that is 0 are not finite.
+        self.guard.hold(self, sums[: 1 + len(terms)], ["loss", *terms], batch)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -261,9 +269,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         return self.evaluation.score(self, map(self._evaluated, batches))
 
     def _evaluated(self, batch: Any) -> Batch:
-        ready = Batch.of(batch)
-        self.output.check_target(type(self).__name__, ready.target, per_position=self.per_position)
-        return ready
+        return with_targets(self, Batch.of(batch), is_evaluated=True)
 
     def configure_optimizers(self) -> Any:
         """The optimiser over `parameter_groups` and, if there is one, its schedule.
@@ -336,7 +342,8 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self._tell("epoch_starts")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Call the parts' ``batch_starts``."""
+        """Look at the labels, and call the parts' ``batch_starts``."""
+        self.guard.look(self, batch, batch_idx, "train")
         self._tell("batch_starts")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -166,6 +166,11 @@ class ExtracurricularModule(DistillationModule):
         self.samplers = ExtraInputs(given, weights=sampler_weights, ratio=extra_ratio, seed=seed)
         self.teachers = Teachers(teachers, ask=[Softened(temperature)], about=self.samplers)
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the labels have a weight."""
+        return self.label_weight > 0
+
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The divergence from the teachers over all inputs and, with ``label_weight``, the labels' likelihood."""
         inputs = self.teachers.inputs(batch)

@@ -64,6 +64,11 @@ class KDModule(DistillationModule):
         self.teachers = Teachers(teachers, ask=[Softened(temperature)])
         self.temperature, self.hard_label_weight = temperature, hard_label_weight
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the labels have a weight."""
+        return self.hard_label_weight > 0
+
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The labels' likelihood and the divergence from the teachers' one distribution."""
         output = call(self.student, batch.input)

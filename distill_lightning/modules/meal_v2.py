@@ -127,6 +127,11 @@ class MEALV2Module(DistillationModule):
         others = [parameter for parameter in groups[0]["params"] if id(parameter) not in places]
         return [{"params": others}, {"params": parameters, **own}]
 
+    @property
+    def reads_labels(self) -> bool:
+        """Never."""
+        return False
+
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The similarity to the ensemble's prediction, the discriminator's loss, and the labels' cross entropy."""
         logits = call(self.student, batch.input)

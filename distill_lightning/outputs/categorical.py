@@ -66,19 +66,58 @@ class Categorical(Output):
                 "build it with the data's number of classes"
             )
 
-    def check_target(self, who: str, target: Tensor | None, *, per_position: bool = False) -> None:
-        """One class for each sample, unless ``per_position``."""
-        of_positions = isinstance(target, Tensor) and target.ndim > 1 and not target.is_floating_point()
-        if of_positions and not per_position:
+    def check_values(self, who: str, output: Tensor) -> None:
+        """Rows between 0 and 1 that sum to 1 are no logits."""
+        rows = output.detach().float().flatten(0, -2)
+        # Of logits that happens by chance for a row, not for all of several.
+        if len(rows) > 1 and (rows >= 0).all() and ((rows.sum(dim=1) - 1).abs() < 1e-3).all():
+            raise InputError(f"{who} gives probabilities where logits are needed: leave out its softmax")
+
+    def check_target(
+        self, who: str, target: Tensor | None, *, per_position: bool = False, is_evaluated: bool = False
+    ) -> None:
+        """One class for each sample, unless ``per_position``; or, for a loss, a distribution ``(N, K)``."""
+        if not isinstance(target, Tensor):
+            return
+        found = f"{who}: the targets are {str(target.dtype).removeprefix('torch.')} of shape {tuple(target.shape)}"
+        if target.is_floating_point():
+            if target.ndim < 2 or target.shape[-1] != self.num_classes:
+                raise InputError(f"{found}: give classes as integers (N,), or distributions (N, {self.num_classes})")
+            if is_evaluated:
+                raise InputError(f"{found}, and metrics need classes: give integers, target.argmax(-1) for example")
+        elif target.is_complex() or target.ndim == 0:
+            raise InputError(f"{found}: give classes as integers (N,)")
+        elif target.ndim > 1 and not per_position:
+            ways = {1: "give target.squeeze(1), or ", self.num_classes: "give target.argmax(1) or floats, or "}
             raise InputError(
-                f"{who} takes one class for each sample, and the targets have shape {tuple(target.shape)}: "  # type: ignore[union-attr]
-                "use a module that takes positions: SupervisedModule, KDModule or CompressionBaseline"
+                f"{who} takes one class for each sample, and the targets have shape {tuple(target.shape)}: "
+                f"{ways.get(target.shape[-1], '')}use a module that takes positions: SupervisedModule, KDModule or "
+                "CompressionBaseline"
             )
+
+    def as_target(self, target: Tensor) -> Tensor:
+        """Classes in int64, which `torch.nn.functional.one_hot` insists on."""
+        return target if target.is_floating_point() or target.is_complex() else target.long()
+
+    def target_rule(self, target: Tensor) -> str:
+        """The range of classes, or what a distribution is."""
+        if target.is_floating_point():
+            return "distributions, not negative and of sum 1"
+        return f"classes from 0 to {self.num_classes - 1}, or {IGNORED} where none counts"
+
+    def wrong_targets(self, target: Tensor) -> Tensor:
+        """Classes out of range, ``(N,)`` or ``(N, T)``, and rows that are no distributions."""
+        if target.is_floating_point():
+            # Half precision rounds each of K numbers.
+            return ~((target >= 0).all(dim=-1) & ((target.float().sum(dim=-1) - 1).abs() < 0.01))
+        classes = target.long()
+        return ((classes < 0) | (classes >= self.num_classes)) & (classes != IGNORED)
 
     def select(self, output: Tensor, target: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows ``(R, K)``, and ``(R,)`` classes or ``(R, K)``."""
         if counted is not None and counted.ndim == 1:
             output, target = output[counted], target[counted]
+        _check_pair(output, target)
         rows, targets = functional.by_position(output, target)
         if counted is not None and counted.ndim > 1:
             counted = counted.flatten()
@@ -98,6 +137,11 @@ class Categorical(Output):
 
     def label_loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Cross entropy to classes ``(N,)``, ``(N, T)``, or to distributions ``(N, K)``."""
+        if batch.target is None:
+            raise InputError(
+                "the labels have a weight in the loss, and the batch has none: let the data module give them"
+            )
+        _check_pair(output, batch.target)
         logits, target = functional.by_position(wide(output), batch.target)
         if batch.counted is None:
             return F.cross_entropy(logits, target)
@@ -158,3 +202,12 @@ class Categorical(Output):
     def teacher_metrics(self) -> MetricCollection:
         """``agreement``, and ``teacher_kl`` in nats."""
         return MetricCollection({"agreement": Agreement(), "teacher_kl": MeanDivergence()}, compute_groups=False)
+
+
+def _check_pair(output: Tensor, target: Tensor) -> None:
+    """Refuse integers that are no class for each sample; those of positions are looked at where they are unfolded."""
+    if output.ndim == 2 and not target.is_floating_point() and target.ndim != 1:
+        raise InputError(
+            f"an output of shape {tuple(output.shape)} needs classes of shape {tuple(output.shape[:1])}, and the "
+            f"targets have {tuple(target.shape)}: reshape them, or choose a network that predicts what they are"
+        )

@@ -104,6 +104,24 @@ class Gaussian(Output):
         """The variance of teachers that give means only, for each target, and the bounds of log-variances."""
         return {"teacher_variance": self._teacher_variances(), "log_var_bounds": list(self.log_var_bounds)}
 
+    def check_target(
+        self, who: str, target: Tensor | None, *, per_position: bool = False, is_evaluated: bool = False
+    ) -> None:
+        """``(N, d)`` is needed."""
+        if isinstance(target, Tensor) and (target.ndim != 2 or target.shape[1] != self.num_targets):
+            raise InputError(
+                f"{who}: the targets have shape {tuple(target.shape)} where num_targets={self.num_targets} needs "
+                f"(N, {self.num_targets}): reshape them"
+            )
+
+    def target_rule(self, target: Tensor) -> str:
+        """They must be finite."""
+        return "finite numbers"
+
+    def wrong_targets(self, target: Tensor) -> Tensor:
+        """Rows that hold a number that is not finite."""
+        return ~target.isfinite().all(dim=-1)
+
     def select(self, output: Tensor, target: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
         """The samples that count."""
         return (output, target) if counted is None else (output[counted], target[counted])

@@ -68,12 +68,43 @@ class Output(Choice):
         """Plain values, by name, of everything here that the teachers' distributions depend on."""
         return {}
 
-    def check_target(self, who: str, target: Tensor | None, *, per_position: bool = False) -> None:
-        """Look at a batch's targets; arguments as `check`.
+    def check_values(self, who: str, output: Tensor) -> None:
+        """Look at the numbers of an output, which is waited for.
+
+        Args:
+            who: what the message begins with.
+            output: of a network.
+
+        Raises:
+            InputError: they seem to be of another kind, probabilities in the place of logits for example.
+        """
+
+    def check_target(
+        self, who: str, target: Tensor | None, *, per_position: bool = False, is_evaluated: bool = False
+    ) -> None:
+        """Look at kind and shape of a batch's targets, not at their values.
+
+        Args:
+            who: what the message begins with.
+            target: of the batch.
+            per_position: as of `check`.
+            is_evaluated: whether metrics are to read them, and not a loss.
 
         Raises:
             InputError: they are of a kind that the method does not take.
         """
+
+    def as_target(self, target: Tensor) -> Tensor:
+        """Targets in the type of numbers that losses and metrics need."""
+        return target
+
+    @abstractmethod
+    def target_rule(self, target: Tensor) -> str:
+        """What targets of this kind must be, in words."""
+
+    @abstractmethod
+    def wrong_targets(self, target: Tensor) -> Tensor:
+        """Which targets cannot be right, bool: one for each class or, of rows of numbers, for each row."""
 
     def as_point(self, variance: float | None) -> Output:
         """The output of a student trained on the teacher's point prediction alone.

@@ -77,6 +77,8 @@ class Teachers(Frozen):
         self.taps: list[FeatureTap] = []
         self.output: Output | None = None
         self._who, self._per_position = "", False
+        self.heard: Sequence[Tensor] = ()
+        """What each network has just given for a batch, until the batch ends."""
         self._last: tuple[Batch, dict[str, Any], dict[str, Tensor] | None] | None = None
         own = [] if self.ensemble is None else [self.ensemble]
         super().__init__([*own, *(network for question in ask for network in question.networks())])
@@ -226,13 +228,14 @@ class Teachers(Frozen):
         every = list(self.inputs(batch).values())
         inputs = every[0] if len(every) == 1 else join(every)
         if not self.taps:
-            outputs = self.ensemble.each(inputs)
+            self.heard = outputs = self.ensemble.each(inputs)
             for number, (network, output) in enumerate(zip(self, outputs, strict=True)):
                 self.check(number, network, output.shape)
             return TeacherOutputs(outputs, (), self.rule, self._known_output)
         pairs = self.ensemble.each(inputs, self.taps)
         features = [features[tap.layers[0]] for tap, (_, features) in zip(self.taps, pairs, strict=True)]
-        return TeacherOutputs([output for output, _ in pairs], features, self.rule, self._known_output)
+        self.heard = [output for output, _ in pairs]
+        return TeacherOutputs(self.heard, features, self.rule, self._known_output)
 
     @property
     def rule(self) -> EnsembleRule:
@@ -323,7 +326,7 @@ class Teachers(Frozen):
 
     def batch_ends(self, module: Any) -> None:
         """Let go of the answers, which may be large."""
-        self._last = None
+        self._last, self.heard = None, ()
 
     def epoch_ends(self, module: Any) -> None:
         """What the teachers have said in this epoch can be read from now on."""

@@ -30,6 +30,7 @@ from distill_lightning import (
     StudentSize,
     TeacherEnsemble,
 )
+from distill_lightning.errors import NonFiniteError
 from distill_lightning.layers import Paraphraser
 from distill_lightning.teachers import TeacherStore
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
@@ -568,3 +569,21 @@ def test_options_out_of_range_are_refused(tmp_path, options, message):
 def test_more_of_a_rows_largest_than_there_are_classes_is_refused(tmp_path):
     with pytest.raises(InputError, match="top_k=4 of 3 classes: lower it"):
         fitted(kd(TeacherStore(tmp_path, teachers_of(), top_k=4)))
+
+
+class Infinite(TinyNet):
+    def forward(self, images):
+        return super().forward(images) + torch.where(images.amax(dim=(1, 2, 3)) > 1e6, torch.inf, 0.0)[:, None]
+
+
+@pytest.mark.parametrize("keep", ["answers", "logits"])
+def test_answers_that_are_not_finite_are_not_kept(tmp_path, keep):
+    store = TeacherStore(tmp_path, Infinite(), keep=keep, dtype="float32")
+    images = torch.zeros(4, 1, 8, 8)
+    images[2] = 1e7
+    module = kd(store)
+    store.begin(samples=24, views=1, made_by={"num_classes": 3})
+    batch = Batch(images, torch.zeros(4, dtype=torch.int64), index=torch.arange(10, 14), view=torch.zeros(4).long())
+    with pytest.raises(NonFiniteError, match=r"of 1 samples \(12\) hold nan or inf, and a store would keep them"):
+        module.terms(batch)
+    assert not files_of(tmp_path)

@@ -43,7 +43,9 @@ class Evaluation(Part):
         """
         metrics: MetricCollection = getattr(module, f"{stage}_metrics")
         teacher_metrics: MetricCollection = getattr(module, f"{stage}_teacher_metrics")
+        module.guard.look(module, batch, batch_idx, stage)
         output = module.output.prediction(call(module, batch.input))
+        module.guard.look_at_output(module, output, batch_idx, stage)
         counted = module.output.counted(output, batch)
         selected, target = module.output.select(output, batch.target, counted)
         metrics.update(selected, target)

@@ -27,7 +27,9 @@ class RunningMeans(Part):
         >>> from distill_lightning.modules.parts.means import RunningMeans
         >>> means = RunningMeans()
         >>> means.add({"ce": tensor(1.0)}, samples=3)
+        tensor([1.])
         >>> means.add({"ce": tensor(5.0)}, samples=1)
+        tensor([5.])
         >>> list(means.means())
         [('ce', tensor(2.), 4)]
     """
@@ -36,8 +38,12 @@ class RunningMeans(Part):
         # By the names that came together; there is more than one such set only where a term comes or goes.
         self._sums: dict[tuple[str, ...], _Sums] = {}
 
-    def add(self, values: Mapping[str, Tensor], samples: int) -> None:
-        """Count the scalars of a batch of so many samples; no graph is kept."""
+    def add(self, values: Mapping[str, Tensor], samples: int) -> Tensor:
+        """Count the scalars of a batch of so many samples; no graph is kept.
+
+        Returns:
+            The scalars, ``(S,)``.
+        """
         names = tuple(values)
         new = torch.stack([value.detach().float() for value in values.values()])
         before = self._sums.get(names)
@@ -46,6 +52,7 @@ class RunningMeans(Part):
         else:
             before.values.add_(new, alpha=samples)
             self._sums[names] = _Sums(before.values, before.samples + samples)
+        return new
 
     def means(self) -> Iterator[tuple[str, Tensor, int]]:
         """Name, mean and number of samples of each scalar, over the batches that had it."""

@@ -1,0 +1,250 @@
+"""What stops a run before wrong labels or broken numbers spoil it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill_lightning.data.batch import Batch, first_tensor, tensors_of
+from distill_lightning.errors import InputError, NonFiniteError
+from distill_lightning.lightning_internals import scales_gradients
+from distill_lightning.part import Part
+
+_FIRST = 2
+"""Batches at the start of an epoch that a device is waited for."""
+
+_EVERY = 50
+"""Batches after which a device is asked whether all its losses were finite."""
+
+_STAGES = {"train": "training", "val": "validation", "test": "test"}
+
+_SHOWN = 8
+"""Samples that a message names."""
+
+
+def with_targets(module: Any, batch: Batch, *, is_evaluated: bool = False) -> Batch:
+    """A batch with targets in the type that losses and metrics need.
+
+    Args:
+        module: that reads them.
+        batch: of a data module.
+        is_evaluated: whether metrics are to read them, and not a loss.
+
+    Raises:
+        InputError: they are of a kind or shape that the module does not take.
+    """
+    if not isinstance(batch.target, Tensor):
+        return batch
+    module.output.check_target(
+        type(module).__name__, batch.target, per_position=module.per_position, is_evaluated=is_evaluated
+    )
+    target = module.output.as_target(batch.target)
+    partner = None if batch.partner is None else with_targets(module, batch.partner)
+    if target is batch.target and partner is batch.partner:
+        return batch
+    return batch.replace(target=target, partner=partner)
+
+
+class Guard(Part):
+    """Stops a run on labels that cannot be right, and on numbers that are not finite.
+
+    Labels are looked at before a batch is used, losses and teachers' outputs after its step. On the CPU that is done
+    with every batch. Any other device would have to be waited for: there, labels and teachers are looked at in an
+    epoch's first two batches, and which loss was the first that is not finite is kept on the device and read after
+    every 50 batches and at the epoch's end.
+
+    A step that a gradient scaler skips, as happens with ``precision="16-mixed"``, is none to stop for, unless it skips
+    every step of an epoch; at the epoch's end the user is told how many there were.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        # Number of the batch in which each scalar was first not finite, -1 for none, by the names that came together.
+        self._first: dict[tuple[str, ...], Tensor] = {}
+        self._skipped: Tensor | None = None
+        self._batches, self._unread = 0, 0
+        # Of the batches that are not read yet, the samples' indices.
+        self._samples: dict[int, Tensor | None] = {}
+        self._batch: Batch | None = None
+
+    # Labels
+
+    def look(self, module: Any, batch: Any, number: int, stage: str) -> None:
+        """Look at the labels of a batch that is on the module's device.
+
+        Args:
+            module: whose output tells what its labels may be.
+            batch: of any data module.
+            number: of the batch in its epoch.
+            stage: ``"train"``, ``"val"`` or ``"test"``.
+
+        Raises:
+            InputError: a label that counts cannot be right; the message names the sample.
+        """
+        ready, who = Batch.of(batch), type(module).__name__
+        target, is_evaluated = ready.target, stage != "train"
+        module.output.check_target(who, target, per_position=module.per_position, is_evaluated=is_evaluated)
+        is_of_use = is_evaluated or module.reads_labels
+        if not is_of_use or not isinstance(target, Tensor) or not _is_read(target, number):
+            return
+        wrong = module.output.wrong_targets(target)
+        if ready.counted is not None:
+            wrong = wrong & (ready.counted if wrong.ndim >= ready.counted.ndim else ready.counted.flatten(1).any(1))
+        if wrong.any():
+            row = int(wrong.flatten(1).any(1).nonzero()[0]) if wrong.ndim > 1 else int(wrong.nonzero()[0])
+            value = target[row][wrong[row]][0] if wrong.ndim > 1 else target[row]
+            raise InputError(
+                f"{who}: the label of sample {_named(ready, [row])} in {_STAGES[stage]} batch {number} is "
+                f"{value.tolist()}, and labels must be {module.output.target_rule(target)}: mend the data module"
+            )
+
+    def look_at_output(self, module: Any, output: Tensor, number: int, stage: str) -> None:
+        """Look at the student's output for a batch of an evaluation.
+
+        Raises:
+            InputError: the student seems to give probabilities in the place of logits.
+            NonFiniteError: it is not finite.
+        """
+        if not _is_read(output, number):
+            return
+        who = f"{type(module).__name__}: the student ({type(module.student).__name__})"
+        if not output.isfinite().all():
+            raise NonFiniteError(f"{who} gives nan or inf in {_STAGES[stage]} batch {number}: {_WAY_OUT}")
+        if number < _FIRST:
+            module.output.check_values(who, output)
+
+    # Numbers
+
+    def hold(self, module: Any, values: Tensor, names: Sequence[str], batch: Batch) -> None:
+        """Note which of a batch's scalars are not finite, without waiting for the device.
+
+        Args:
+            module: that is trained.
+            values: the loss and its terms, ``(S,)``.
+            names: of each.
+            batch: that they are of.
+        """
+        bad = ~values.isfinite()
+        first = self._first.setdefault(tuple(names), torch.full_like(bad, -1, dtype=torch.int64))
+        self._first[tuple(names)] = torch.where((first < 0) & bad, self._batches, first)
+        self._skipped = bad.any().long() + (0 if self._skipped is None else self._skipped)
+        self._samples[self._batches] = None if batch.key is None else batch.key.index
+        self._batch = batch
+        self._batches += 1
+        self._unread += 1
+
+    def batch_ends(self, module: Any) -> None:
+        """Read what is not finite, where that takes no waiting or is due.
+
+        Raises:
+            InputError: a teacher seems to give probabilities in the place of logits.
+            NonFiniteError: something is not finite.
+        """
+        if self._batch is None:
+            return
+        batch, self._batch = self._batch, None
+        if _is_read(first_tensor(batch.input), self._batches - 1):
+            self._look_at_teachers(module, batch)
+            self._read(module, batch)
+        elif self._unread >= _EVERY:
+            self._read(module, batch)
+
+    def epoch_ends(self, module: Any) -> None:
+        """Read what was not read yet, and tell of the steps that a gradient scaler has skipped."""
+        self._read(module, None)
+        skipped, batches = 0 if self._skipped is None else int(self._skipped), self._batches
+        self._forget()
+        if skipped == 0 or not scales_gradients(module.trainer):
+            return
+        told = f"{type(module).__name__}: the loss was not finite in {skipped} of {batches} batches of the epoch"
+        if skipped == batches:
+            raise NonFiniteError(f"{told}, and every step was skipped: {_WAY_OUT}")
+        warnings.warn(f"{told}, whose steps the gradient scaler has skipped", stacklevel=2)
+
+    def fit_starts(self, module: Any) -> None:
+        """An interrupted ``fit`` may have left something."""
+        self._forget()
+
+    def epoch_starts(self, module: Any) -> None:
+        """Batches are counted within an epoch."""
+        self._forget()
+
+    def _read(self, module: Any, batch: Batch | None) -> None:
+        samples, self._samples, self._unread = self._samples, {}, 0
+        if scales_gradients(module.trainer):
+            return
+        for names, first in self._first.items():
+            numbers = first.tolist()
+            bad = [(number, name) for number, name in zip(numbers, names, strict=True) if number >= 0]
+            if bad:
+                number, name = min(bad, key=lambda found: (found[0], found[1] == "loss"))
+                index = samples.get(number)
+                of = "" if index is None else f" (samples {_listed(index.tolist())})"
+                raise NonFiniteError(
+                    f"{type(module).__name__}: train/{name} is not finite in batch {number} of epoch "
+                    f"{module.trainer.current_epoch}{of}: {_reason(batch)}"
+                )
+
+    @staticmethod
+    def _look_at_teachers(module: Any, batch: Batch) -> None:
+        for number, output in enumerate(getattr(module.teachers, "heard", ())):
+            who = f"{type(module).__name__}: teacher {number} ({type(module.teachers[number]).__name__})"
+            rows = ~output.isfinite().flatten(1).all(1)
+            if rows.any():
+                # With further inputs of each sample there are more rows than samples.
+                bad = sorted({row % batch.size for row in rows.nonzero().flatten().tolist()})
+                inputs = " (their inputs do, too)" if _has_bad_input(batch) else ""
+                raise NonFiniteError(
+                    f"{who} answers nan or inf for samples {_named(batch, bad)}{inputs}: mend or replace it"
+                )
+            module.output.check_values(who, output)
+
+
+def _is_read(tensor: Tensor, number: int) -> bool:
+    """Whether numbers of a batch are looked at: at once on the CPU, elsewhere of an epoch's first batches."""
+    return tensor.device.type == "cpu" or (number < _FIRST and tensor.device.type != "meta")
+
+
+_WAY_OUT = "lower the learning rate, or clip the gradients (Trainer(gradient_clip_val=1))"
+
+
+def _reason(batch: Batch | None) -> str:
+    """Why a loss is not finite, as far as its batch tells, and the way out."""
+    if batch is None:
+        return _WAY_OUT
+    rows = _bad_rows(batch)
+    if rows:
+        return f"the inputs of samples {_named(batch, rows)} hold nan or inf: mend them or leave them out"
+    return f"the inputs are finite: {_WAY_OUT}"
+
+
+def _bad_rows(batch: Batch) -> list[int]:
+    """The rows of a batch whose inputs are not finite."""
+    found: set[int] = set()
+    for tensor in tensors_of(batch.input):
+        if tensor.is_floating_point() and tensor.ndim:
+            rows = ~tensor.isfinite().flatten(1).all(1) if tensor.ndim > 1 else ~tensor.isfinite()
+            found |= set(rows.nonzero().flatten().tolist())
+    return sorted(found)
+
+
+def _has_bad_input(batch: Batch) -> bool:
+    return bool(_bad_rows(batch))
+
+
+def _named(batch: Batch, rows: Sequence[int]) -> str:
+    """Samples by their index in the data set or, where the data module does not tell it, by their row."""
+    if batch.key is None:
+        return f"{_listed(rows)} of the batch"
+    return _listed(batch.key.index[list(rows)].tolist())
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:_SHOWN]))
+    return shown if len(numbers) <= _SHOWN else f"{shown} and {len(numbers) - _SHOWN} more"

@@ -1,0 +1,361 @@
+import math
+import warnings
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from distill_lightning import (
+    Batch,
+    CompressionBaseline,
+    ExtracurricularModule,
+    FEEDModule,
+    FixedDiscriminator,
+    KDModule,
+    MEALV2Module,
+    PastModel,
+    RegressionModule,
+    SelfKDModule,
+    SupervisedModule,
+)
+from distill_lightning.errors import InputError, NonFiniteError
+from distill_lightning.testing import TinyNet, tiny_trainer
+
+CLASSES = 3
+INPUTS = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(24) % CLASSES
+
+
+def sgd(lr=0.1):
+    return lambda parameters: torch.optim.SGD(parameters, lr=lr)
+
+
+def supervised(**options):
+    return SupervisedModule(TinyNet(), num_classes=CLASSES, optimizer=sgd(), **options)
+
+
+def kd(**options):
+    teachers = options.pop("teachers", None) or TinyNet()
+    return KDModule(TinyNet(), teachers, num_classes=CLASSES, optimizer=sgd(), **options)
+
+
+def feed(**options):
+    return FEEDModule(
+        TinyNet(),
+        TinyNet(),
+        num_classes=CLASSES,
+        student_layer="features",
+        teacher_layers="features",
+        input_shape=(1, 8, 8),
+        optimizer=sgd(),
+        **options,
+    )
+
+
+def self_kd(**options):
+    return SelfKDModule(TinyNet(), num_classes=CLASSES, past=PastModel(), optimizer=sgd(), **options)
+
+
+def baseline(**options):
+    return CompressionBaseline(TinyNet(), num_classes=CLASSES, optimizer=sgd(), **options)
+
+
+def meal(**options):
+    teachers = options.pop("teachers", None) or TinyNet()
+    return MEALV2Module(TinyNet(), teachers, num_classes=CLASSES, discriminator=FixedDiscriminator(), **options)
+
+
+def xcl(**options):
+    return ExtracurricularModule(TinyNet(), options.pop("teachers", None) or TinyNet(), num_classes=CLASSES, **options)
+
+
+READERS = [supervised, kd, feed, self_kd, baseline]
+NO_READERS = [meal, xcl]
+
+
+def loader(targets, inputs=INPUTS):
+    return DataLoader(TensorDataset(inputs, targets), batch_size=8)
+
+
+class Indexed(torch.utils.data.Dataset):
+    """Which tells the samples' numbers, backwards from 123."""
+
+    def __init__(self, inputs, targets):
+        self.inputs, self.targets = inputs, targets
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, number):
+        return {"input": self.inputs[number], "target": self.targets[number], "index": 123 - number}
+
+
+def indexed(targets=LABELS, inputs=INPUTS):
+    return DataLoader(Indexed(inputs, targets), batch_size=8)
+
+
+def train(module, data, **options):
+    """Without validation, whose loader is there."""
+    trainer = tiny_trainer(limit_val_batches=0, **options)
+    trainer.fit(module, data, data)
+    return trainer
+
+
+def one_hot(labels):
+    return nn.functional.one_hot(labels, CLASSES)
+
+
+def sum_of_two(labels):
+    return (one_hot(labels) + one_hot((labels + 1) % CLASSES)).float()
+
+
+# Labels
+
+
+@pytest.mark.parametrize("build", READERS)
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (LABELS + 1, r"label of sample 2 of the batch in training batch 0 is 3, .* classes from 0 to 2, or -100"),
+        (LABELS - 1, r"label of sample 0 of the batch in training batch 0 is -1, "),
+        (sum_of_two(LABELS), r"label of sample 0 .* is \[1.0, 1.0, 0.0\], .* distributions, not negative and of sum 1"),
+        (one_hot(LABELS) * math.nan, r"label of sample 0 .* is \[nan, nan, nan\]"),
+        (one_hot(LABELS) * 2.0 - torch.tensor([1.0, 0, 0]), r"label of sample 1 of the batch .* is \[-1.0, 2.0, 0.0\]"),
+        (LABELS.float(), r"targets are float32 of shape \(8,\): give classes as integers"),
+        (one_hot(LABELS).float()[:, :2], r"targets are float32 of shape \(8, 2\): give classes as integers"),
+        (one_hot(LABELS), r"targets have (shape )?\(8, 3\)"),
+        (LABELS[:, None], r"\(8, 1\)"),
+        (LABELS.to(torch.complex64), r"targets are complex64 of shape"),
+    ],
+    ids=["from 1", "-1", "multi-hot", "nan", "negative", "float", "two of 3", "one-hot", "column", "complex"],
+)
+def test_labels_that_cannot_be_right_are_refused_in_training(build, targets, message):
+    with pytest.raises(InputError, match=message) as caught:
+        train(build(), loader(targets))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("build", READERS + NO_READERS)
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (LABELS + 1, "label of sample 2 of the batch in validation batch 0 is 3"),
+        (one_hot(LABELS).float(), "metrics need classes"),
+        (LABELS[:, None], r"\(8, 1\)"),
+    ],
+    ids=["from one", "soft", "column"],
+)
+def test_labels_that_cannot_be_right_are_refused_in_validation_and_test(build, targets, message):
+    with pytest.raises(InputError, match=message):
+        tiny_trainer().fit(build(), loader(LABELS), loader(targets))
+    with pytest.raises(InputError, match=message.replace("validation", "test")):
+        tiny_trainer().test(build(), loader(targets), verbose=False)
+
+
+@pytest.mark.parametrize("build", NO_READERS)
+def test_a_method_that_reads_no_label_takes_any_class(build):
+    train(build(), loader(torch.full_like(LABELS, -1)))
+
+
+def test_labels_without_a_weight_are_not_looked_at():
+    train(kd(hard_label_weight=0.0), loader(LABELS + 1))
+
+
+def test_missing_labels_are_named():
+    module = supervised()
+    with pytest.raises(InputError, match="the labels have a weight in the loss, and the batch has none"):
+        module.training_step(Batch(INPUTS[:4]), 0)
+    assert kd(hard_label_weight=0.0).training_step(Batch(INPUTS[:4]), 0).isfinite()
+
+
+@pytest.mark.parametrize("build", READERS + NO_READERS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_integers_of_every_size_are_classes(build, dtype):
+    logged = []
+    for targets in (LABELS, LABELS.to(dtype)):
+        torch.manual_seed(0)
+        trainer = tiny_trainer(max_epochs=1)
+        trainer.fit(build(), loader(targets), loader(targets))
+        logged.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+    assert logged[0] == logged[1]
+
+
+@pytest.mark.parametrize("build", [supervised, kd, self_kd, baseline])
+def test_soft_labels_train_as_cross_entropy_to_them(build):
+    soft = torch.rand(24, CLASSES, generator=torch.Generator().manual_seed(1)).softmax(dim=1)
+    train(build(), loader(soft))
+    train(build(), loader(soft.half()))
+
+
+def test_the_index_of_a_wrong_label_is_named():
+    labels = LABELS.clone()
+    labels[13] = 7
+    with pytest.raises(InputError, match="label of sample 110 in training batch 1 is 7"):
+        train(supervised(), indexed(labels))
+
+
+def test_a_label_that_does_not_count_may_be_anything():
+    batch = Batch(INPUTS[:4], torch.tensor([0, 9, 1, 2]), counted=torch.tensor([True, False, True, True]))
+    module = supervised()
+    module.guard.look(module, batch, 0, "train")
+    with pytest.raises(InputError, match="label of sample 1 "):
+        module.guard.look(module, batch.replace(counted=None), 0, "train")
+
+
+def regression():
+    return RegressionModule(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), num_targets=2, optimizer=sgd(0.01))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.zeros(24), r"targets have shape \(8,\) where num_targets=2 needs \(N, 2\)"),
+        (torch.zeros(24, 1), r"targets have shape \(8, 1\) where num_targets=2 needs"),
+        (torch.full((24, 2), math.inf), r"label of sample 0 .* is \[inf, inf\], and labels must be finite"),
+    ],
+    ids=["flat", "one", "infinite"],
+)
+def test_targets_of_a_regression(targets, message):
+    with pytest.raises(InputError, match=message):
+        train(regression(), loader(targets))
+    train(regression(), loader(torch.zeros(24, 2)))
+
+
+# Numbers
+
+
+class Broken(TinyNet):
+    """Gives nan for inputs that are marked by their first pixel."""
+
+    def forward(self, inputs):
+        return super().forward(inputs) + torch.where(inputs[:, 0, 0, 0] == 0.5, math.nan, 0.0)[:, None]
+
+
+def marked(*rows):
+    inputs = INPUTS.clone()
+    inputs[list(rows), 0, 0, 0] = 0.5
+    return inputs
+
+
+@pytest.mark.parametrize("build", [supervised, kd, feed, self_kd, meal, xcl, baseline])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_input_that_is_not_finite_stops_training(build, value):
+    inputs = INPUTS.clone()
+    inputs[10] = value
+    with pytest.raises(NonFiniteError) as caught:
+        train(build(), indexed(inputs=inputs))
+    message = str(caught.value)
+    assert "113" in message
+    assert "hold nan or inf" in message or "their inputs do, too" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("build", [kd, meal, xcl])
+def test_a_teacher_that_is_not_finite_is_named(build):
+    module = build(teachers=[TinyNet(), Broken()])
+    with pytest.raises(NonFiniteError, match=r"teacher 1 \(Broken\) answers nan or inf for samples 120, 106"):
+        train(module, DataLoader(Indexed(marked(3, 17), LABELS), batch_size=24))
+
+
+def test_a_loss_that_overflows_is_named_with_batch_and_epoch():
+    class Exploding(SupervisedModule):
+        def terms(self, batch):
+            terms = super().terms(batch)
+            after = self.trainer.current_epoch == 1 and self.trainer.fit_loop.batch_idx == 2
+            return {"ce": terms["ce"], "more": terms["ce"] * (math.inf if after else 1.0)}
+
+        def weights(self):
+            return {"ce": 1.0, "more": 1.0}
+
+    module = Exploding(TinyNet(), num_classes=CLASSES, optimizer=sgd())
+    message = r"Exploding: train/more is not finite in batch 2 of epoch 1 \(samples 107, .*\): the inputs are finite"
+    with pytest.raises(NonFiniteError, match=message):
+        train(module, indexed(), max_epochs=2)
+
+
+def test_a_student_that_is_not_finite_stops_an_evaluation():
+    module = SupervisedModule(Broken(), num_classes=CLASSES)
+    with pytest.raises(NonFiniteError, match=r"the student \(Broken\) gives nan or inf in validation batch 1"):
+        tiny_trainer().validate(module, loader(LABELS, marked(9)), verbose=False)
+    with pytest.raises(NonFiniteError, match="in test batch 2"):
+        tiny_trainer().test(module, loader(LABELS, marked(20)), verbose=False)
+
+
+def test_a_share_of_a_loss_of_zero_is_no_reason_to_stop():
+    trainer = train(kd(), loader(torch.full_like(LABELS, -100)))
+    assert trainer.callback_metrics["train/loss"] == 0
+
+
+def test_another_device_is_read_at_the_end_of_an_epoch(monkeypatch):
+    module = supervised()
+    monkeypatch.setattr("distill_lightning.modules.parts.guard._is_read", lambda tensor, number: False)
+    inputs = INPUTS.clone()
+    inputs[10] = math.nan
+    with pytest.raises(NonFiniteError, match=r"train/ce is not finite in batch 1 of epoch 0 \(samples 115, 114, "):
+        train(module, indexed(inputs=inputs))
+    # All batches were trained on.
+    assert module.trainer.global_step == 3
+
+
+def test_another_device_is_read_every_so_many_batches(monkeypatch):
+    monkeypatch.setattr("distill_lightning.modules.parts.guard._is_read", lambda tensor, number: False)
+    monkeypatch.setattr("distill_lightning.modules.parts.guard._EVERY", 2)
+    module, inputs = supervised(), INPUTS.clone()
+    inputs[1] = math.nan
+    with pytest.raises(NonFiniteError, match="train/ce is not finite in batch 0 of epoch 0"):
+        train(module, indexed(inputs=inputs))
+    assert module.trainer.global_step == 2
+
+
+def train_scaled(module, data):
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    train(module, data, plugins=[plugin])
+
+
+def test_steps_that_a_gradient_scaler_skips_are_counted():
+    inputs = INPUTS.clone()
+    inputs[1] = math.nan
+    # Without BatchNorm, whose statistics would carry the nan on.
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES))
+    module = SupervisedModule(network, num_classes=CLASSES, optimizer=sgd())
+    with pytest.warns(UserWarning, match="the loss was not finite in 1 of 3 batches of the epoch, whose steps"):
+        train_scaled(module, loader(LABELS, inputs))
+    assert all(parameter.isfinite().all() for parameter in network.parameters())
+
+
+def test_a_gradient_scaler_that_skips_every_step_is_stopped():
+    with pytest.raises(NonFiniteError, match="not finite in 3 of 3 batches of the epoch, and every step was skipped"):
+        train_scaled(supervised(), loader(LABELS, INPUTS * math.nan))
+
+
+# Probabilities in the place of logits
+
+
+class Softmaxed(TinyNet):
+    def forward(self, inputs):
+        return super().forward(inputs).softmax(dim=-1)
+
+
+@pytest.mark.parametrize("build", [kd, meal, xcl])
+def test_a_teacher_that_gives_probabilities_is_refused(build):
+    module = build(teachers=[TinyNet(), Softmaxed()])
+    with pytest.raises(InputError, match=r"teacher 1 \(Softmaxed\) gives probabilities where logits are needed"):
+        train(module, loader(LABELS))
+
+
+def test_a_student_that_gives_probabilities_is_refused_where_it_is_evaluated():
+    module = SupervisedModule(Softmaxed(), num_classes=CLASSES)
+    with pytest.raises(InputError, match=r"the student \(Softmaxed\) gives probabilities where logits are needed"):
+        tiny_trainer().validate(module, loader(LABELS), verbose=False)
+
+
+def test_the_guard_warns_of_nothing_in_an_ordinary_training():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer = tiny_trainer(max_epochs=2)
+        trainer.fit(kd(), indexed(), indexed())
+    assert isinstance(trainer, pl.Trainer)
+    assert trainer.global_step == 6
