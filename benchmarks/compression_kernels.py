@@ -31,31 +31,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from distill_lightning.compression.onnx_export import at_batch, export_onnx, quantize_onnx
-from distill_lightning.compression.packing import (
-    Packed,
-    codebooks,
-    pack_codebook,
-    pack_codes,
-    pack_dense,
-    read_packed,
-    share_weights,
-    write_packed,
-)
-from distill_lightning.compression.quantizers import Scheme, quantize_weights, weight_codes, weight_names
-from distill_lightning.compression.report import LEGEND, Stage, claim_of, machine, measure_stage
-from distill_lightning.compression.surgery import (
-    Group,
-    channel_groups,
-    convert_attention,
-    describe,
-    head_groups,
-    in_blocks,
-    neuron_groups,
-    rebuild,
-    shrink,
-    unit_groups,
-)
+from distill_lightning.compression.report.onnx import (at_batch, export_onnx, quantize_onnx)
+from distill_lightning.compression.file.packed import (Packed, pack_codebook, pack_codes, pack_dense)
+from distill_lightning.compression.values.codebook import (codebooks, share_weights)
+from distill_lightning.compression.file.format import (read_packed, write_packed)
+from distill_lightning.compression.values.scheme import Scheme
+from distill_lightning.compression.values.quantizer import (quantize_weights, weight_codes, weight_names)
+from distill_lightning.compression.report.report import (LEGEND, Stage, claim_of, machine, measure_stage)
+from distill_lightning.compression.shrink.groups import (Group, shrink)
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.attention import convert_attention
+from distill_lightning.compression.shrink.sizes import (describe, rebuild)
+from distill_lightning.compression.shrink.transformer import (head_groups, neuron_groups)
+from distill_lightning.compression.shrink.recurrent import (in_blocks, unit_groups)
 from distill_lightning.networks import SmallResNet
 from distill_lightning.networks.weights import load_strictly
 

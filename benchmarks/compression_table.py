@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.timing import machine, stopwatch
-from distill_lightning.compression import Compressor, Cubic, LowRank, Prune, Quantize, ShareWeights, Step
-from distill_lightning.compression.measure import count_parameters
-from distill_lightning.compression.recipe import copy_network, plain_copy
+from distill_lightning.compression import (Compressor, Cubic, LowRank, Prune, Quantize, ShareWeights, Step)
+from distill_lightning.compression.report.measure import count_parameters
+from distill_lightning.compression.structure.changes import (copy_network, plain_copy)
 from distill_lightning.functional import softened_kl
 from distill_lightning.networks import SmallCNN, SmallLSTM, SmallTransformer
 

@@ -18,14 +18,14 @@ from torch.optim import Optimizer
 
 from distill_lightning.callbacks.stages import Measurements, check_scored, measure
 from distill_lightning.callbacks.structure_hooks import LoadHook, SaveHook
-from distill_lightning.compression.compressor import Compressor, Moment, has_parameters
-from distill_lightning.compression.measure import count_parameters
-from distill_lightning.compression.recipe import checkpoint_entry, describe
-from distill_lightning.compression.report import Report, machine
-from distill_lightning.compression.stages import DENSE, FINAL, Kind, Stage
-from distill_lightning.compression.steps import Order, Step
-from distill_lightning.compression.structure import NOTHING
-from distill_lightning.compression.timeline import Phase, check_order
+from distill_lightning.compression.run.compressor import (Compressor, Moment, has_parameters)
+from distill_lightning.compression.report.measure import count_parameters
+from distill_lightning.compression.structure.changes import (checkpoint_entry, describe)
+from distill_lightning.compression.report.report import (Report, machine)
+from distill_lightning.compression.report.stages import (DENSE, FINAL, Kind, Stage)
+from distill_lightning.compression.steps import (Order, Step)
+from distill_lightning.compression.structure.checkpoints import NOTHING
+from distill_lightning.compression.run.phases import (Phase, check_order)
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.lightning_internals import (

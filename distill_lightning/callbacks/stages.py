@@ -9,11 +9,11 @@ from typing import Any, Literal, get_args
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.seed import isolate_rng
 
-from distill_lightning.compression.artefact import load_compressed, write_artefact
-from distill_lightning.compression.compressor import Compressor
-from distill_lightning.compression.measure import MIN_ROUNDS
-from distill_lightning.compression.recipe import copy_network, describe
-from distill_lightning.compression.stages import SEE, Kind, Onnx, Stage, measure_stage
+from distill_lightning.compression.file.artefact import (load_compressed, write_artefact)
+from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.report.measure import MIN_ROUNDS
+from distill_lightning.compression.structure.changes import (copy_network, describe)
+from distill_lightning.compression.report.stages import (SEE, Kind, Onnx, Stage, measure_stage)
 from distill_lightning.errors import InputError
 from distill_lightning.lightning_internals import TrainersBatches, undrawn, validation_loaders
 

@@ -33,18 +33,7 @@ from distill_lightning import (
     SupervisedModule,
 )
 from distill_lightning.callbacks import CompressionCallback, Measurements
-from distill_lightning.compression import (
-    Cubic,
-    Encode,
-    HashShare,
-    Iterative,
-    LowRank,
-    Prune,
-    Quantize,
-    Regularise,
-    ShareWeights,
-    load_compressed,
-)
+from distill_lightning.compression import (Cubic, Encode, HashShare, Iterative, LowRank, Prune, Quantize, Regularise, ShareWeights, load_compressed)
 from distill_lightning.errors import InputError
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 

@@ -9,21 +9,9 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from distill_lightning import SmallCNN, SmallLSTM, SmallTransformer
-from distill_lightning.compression import (
-    Compressor,
-    Cubic,
-    Encode,
-    HashShare,
-    LowRank,
-    Prune,
-    Quantize,
-    Regularise,
-    ShareWeights,
-    TieLayers,
-    load_compressed,
-)
-from distill_lightning.compression.measure import count_parameters
-from distill_lightning.compression.recipe import copy_network, describe, plain_copy, rebuild
+from distill_lightning.compression import (Compressor, Cubic, Encode, HashShare, LowRank, Prune, Quantize, Regularise, ShareWeights, TieLayers, load_compressed)
+from distill_lightning.compression.report.measure import count_parameters
+from distill_lightning.compression.structure.changes import (copy_network, describe, plain_copy, rebuild)
 from distill_lightning.errors import InputError
 from distill_lightning.testing import TinyNet
 

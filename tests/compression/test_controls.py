@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError, SmallCNN, SmallLSTM, SmallTransformer
-from distill_lightning.compression.artefact import load_compressed, write_artefact
-from distill_lightning.compression.compressor import Compressor
-from distill_lightning.compression.controls import random_steps, same_size_network
-from distill_lightning.compression.low_rank import TrainEmbedding, TrainLinear, rebuild
-from distill_lightning.compression.recipe import plain_copy
-from distill_lightning.compression.schedules import Threshold
-from distill_lightning.compression.steps import LowRank, Prune, Quantize, Regularise
+from distill_lightning.compression.file.artefact import (load_compressed, write_artefact)
+from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.report.controls import (random_steps, same_size_network)
+from distill_lightning.compression.factor.layers import (TrainEmbedding, TrainLinear)
+from distill_lightning.compression.factor.factoring import rebuild
+from distill_lightning.compression.structure.changes import plain_copy
+from distill_lightning.compression.steps.schedules import Threshold
+from distill_lightning.compression.steps import (LowRank, Prune, Quantize, Regularise)
 
 IMAGES = torch.rand(2, 1, 8, 8)
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression import criteria
-from distill_lightning.compression.calibration import calibrating
+from distill_lightning.compression.mask import criteria
+from distill_lightning.compression.access.calibration import calibrating
 from distill_lightning.testing import TinyNet
 
 

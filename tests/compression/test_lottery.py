@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression.criteria import magnitude
-from distill_lightning.compression.lottery import Snapshot, reinitialize
-from distill_lightning.compression.masks import Masks
-from distill_lightning.compression.selection import select
+from distill_lightning.compression.mask.criteria import magnitude
+from distill_lightning.compression.mask.lottery import (Snapshot, reinitialize)
+from distill_lightning.compression.mask.masks import Masks
+from distill_lightning.compression.mask.selection import select
 from distill_lightning.testing import TinyNet
 
 PATHS = ["features.0.weight", "features.3.weight", "head.weight"]

@@ -11,14 +11,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill_lightning import InputError
-from distill_lightning.compression.low_rank import (
-    LowRankLinear,
-    describe,
-    factorize,
-    input_moment,
-    rebuild,
-    replace_layer,
-)
+from distill_lightning.compression.factor.layers import LowRankLinear
+from distill_lightning.compression.factor.factoring import (describe, factorize, input_moment, rebuild, replace_layer)
 from distill_lightning.layers import GaussianHead
 
 # The dense layer says so, too: an even window is padded by one more on one side.

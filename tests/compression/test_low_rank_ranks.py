@@ -7,18 +7,8 @@ import pytest
 import torch
 
 from distill_lightning import InputError
-from distill_lightning.compression.low_rank import (
-    balanced_factors,
-    budget_ranks,
-    covering_factors,
-    energy_rank,
-    evbmf_free_energy,
-    evbmf_rank,
-    evbmf_threshold,
-    fraction_ranks,
-    number_ranks,
-    rank_rule,
-)
+from distill_lightning.compression.factor.layers import (balanced_factors, covering_factors)
+from distill_lightning.compression.factor.ranks import (budget_ranks, energy_rank, evbmf_free_energy, evbmf_rank, evbmf_threshold, fraction_ranks, number_ranks, rank_rule)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill_lightning import InputError, SmallResNet
-from distill_lightning.compression.criteria import magnitude
-from distill_lightning.compression.low_rank import rebuild
-from distill_lightning.compression.macs import Cost, count_macs
-from distill_lightning.compression.movement import learn
-from distill_lightning.compression.selection import select
+from distill_lightning.compression.mask.criteria import magnitude
+from distill_lightning.compression.factor.factoring import rebuild
+from distill_lightning.compression.costs.macs import (Cost, count_macs)
+from distill_lightning.compression.mask.learned import learn
+from distill_lightning.compression.mask.selection import select
 
 
 class Encoder(nn.Module):

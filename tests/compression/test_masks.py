@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from distill_lightning import InputError
-from distill_lightning.compression.masks import Masks, lowest, regrow, splice
-from distill_lightning.compression.selection import Granularity, Slice, choose, select, select_below, select_groups
+from distill_lightning.compression.mask.masks import (Masks, lowest, regrow, splice)
+from distill_lightning.compression.mask.selection import (Granularity, Slice, choose, select, select_below, select_groups)
 
 
 class Mixed(nn.Module):

@@ -10,16 +10,7 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression.measure import (
-    NO_SPEED_UP,
-    Clocks,
-    Latency,
-    Ratio,
-    bootstrap_ratio,
-    compare_latency,
-    count_parameters,
-    measure_file,
-)
+from distill_lightning.compression.report.measure import (NO_SPEED_UP, Clocks, Latency, Ratio, bootstrap_ratio, compare_latency, count_parameters, measure_file)
 from distill_lightning.networks.weights import load_strictly, read_weights, write_weights
 from distill_lightning.testing import TinyNet
 

@@ -9,17 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression.movement import (
-    HardConcrete,
-    SoftThreshold,
-    TopK,
-    bake,
-    describe,
-    learn,
-    learned,
-    rebuild,
-    set_amount,
-)
+from distill_lightning.compression.mask.learned import (HardConcrete, SoftThreshold, TopK, bake, describe, learn, learned, rebuild, set_amount)
 
 
 class Net(nn.Module):

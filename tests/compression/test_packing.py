@@ -13,8 +13,13 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression import packing as p
-from distill_lightning.compression import quantizers as q
+from distill_lightning.compression.file.bits import (huffman_decode, huffman_encode, huffman_lengths, pack_bits, unpack_bits)
+from distill_lightning.compression.values.codebook import (bake_shared, codebooks, describe_shared, kmeans, rebuild_shared, share_weights)
+from distill_lightning.compression.values.quantizer import (quantize_weights, weight_codes, weight_names)
+from distill_lightning.compression.file.packed import (encode, pack_bitmask, pack_codebook, pack_codes, pack_csr, pack_dense, pack_shared, unpack, unpack_codes)
+from distill_lightning.compression.values.scheme import (Scheme, dequantize)
+from distill_lightning.compression.values.estimators import (codes as quantizers_codes, ttq, ttq_codes)
+from distill_lightning.compression.file.format import (read_packed, read_parts, write_packed)
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -45,22 +50,22 @@ def owns_its_memory(tensor):
 @pytest.mark.parametrize("number", [0, 1, 3, 7, 8, 9, 1000, 1001])
 def test_packed_bits_are_those_of_one_big_integer(bits, number):
     values = np.random.default_rng(number).integers(0, 2**bits, number)
-    content = p.pack_bits(values, bits)
+    content = pack_bits(values, bits)
     whole = sum(int(value) << (bits * place) for place, value in enumerate(values))
     assert content == whole.to_bytes(math.ceil(number * bits / 8), "little")
-    assert p.unpack_bits(content, bits, number).tolist() == values.tolist()
+    assert unpack_bits(content, bits, number).tolist() == values.tolist()
 
 
 def test_bits_that_do_not_fit_are_one_line():
-    assert p.pack_bits(np.zeros(5, int), 0) == b""
-    assert p.unpack_bits(b"", 0, 5).tolist() == [0] * 5
+    assert pack_bits(np.zeros(5, int), 0) == b""
+    assert unpack_bits(b"", 0, 5).tolist() == [0] * 5
     for values, bits in (([4], 2), ([-1], 3), ([256], 8), ([1], 0)):
         with pytest.raises(InputError, match="do not fit"):
-            p.pack_bits(np.array(values), bits)
+            pack_bits(np.array(values), bits)
     with pytest.raises(InputError, match="0 to 8"):
-        p.pack_bits(np.zeros(3, int), 9)
+        pack_bits(np.zeros(3, int), 9)
     with pytest.raises(InputError, match="are 2 bytes, got 3"):
-        p.unpack_bits(b"abc", 3, 5)
+        unpack_bits(b"abc", 3, 5)
 
 
 # Huffman codes
@@ -101,9 +106,9 @@ def streams():
 @pytest.mark.parametrize("name", list(streams()))
 def test_huffman_codes_come_back_and_keep_shannons_bounds(name):
     symbols = streams()[name]
-    content = p.huffman_encode(symbols)
-    assert p.huffman_decode(content, len(symbols)).tolist() == symbols.tolist()
-    lengths = p.huffman_lengths(np.bincount(symbols))
+    content = huffman_encode(symbols)
+    assert huffman_decode(content, len(symbols)).tolist() == symbols.tolist()
+    lengths = huffman_lengths(np.bincount(symbols))
     counts = np.bincount(symbols)
     bits = int((lengths * counts).sum())
     assert bits == naive_bits(counts[counts > 0].tolist()), "no prefix code is shorter"
@@ -114,12 +119,12 @@ def test_huffman_codes_come_back_and_keep_shannons_bounds(name):
 
 
 def test_nothing_and_damaged_codes():
-    assert p.huffman_encode(np.zeros(0, np.uint8)) == b""
-    assert len(p.huffman_decode(b"", 0)) == 0
-    content = p.huffman_encode(streams()["skewed"])
+    assert huffman_encode(np.zeros(0, np.uint8)) == b""
+    assert len(huffman_decode(b"", 0)) == 0
+    content = huffman_encode(streams()["skewed"])
     for damaged in (content[:-1], content[:1], b"\x05\x00abcde" + content, content + b"x"):
         with pytest.raises(InputError, match="damaged"):
-            p.huffman_decode(damaged, 20_000)
+            huffman_decode(damaged, 20_000)
 
 
 # k-means
@@ -133,7 +138,7 @@ def objective(values, centroids):
 @pytest.mark.parametrize("k", [2, 5, 16])
 def test_kmeans_has_k_values_falls_and_beats_uniform_levels(init, k):
     values = draw(40, 10, dtype=torch.float64)
-    found = p.kmeans(values, k, init=init)
+    found = kmeans(values, k, init=init)
     flat, centroids = values.flatten().tolist(), found.centroids.tolist()
     assert len(centroids) == len(found.indices.unique()) == k
     assert centroids == sorted(centroids)
@@ -152,7 +157,7 @@ def test_kmeans_has_k_values_falls_and_beats_uniform_levels(init, k):
 
 def test_kmeans_finds_the_best_clusters_of_a_few_values():
     values = torch.tensor([0.0, 0.1, 0.2, 5.0, 5.1, 9.0, 9.2, 9.3])
-    found = p.kmeans(values, 3)
+    found = kmeans(values, 3)
     splits = itertools.combinations(range(1, 8), 2)
     best = min(
         sum(
@@ -166,13 +171,13 @@ def test_kmeans_finds_the_best_clusters_of_a_few_values():
 
 def test_kmeans_gives_a_lost_cluster_another_place_and_knows_when_there_are_fewer_values():
     values = torch.cat([torch.linspace(0, 1, 50), torch.tensor([100.0])])
-    found = p.kmeans(values, 8)
+    found = kmeans(values, 8)
     assert len(found.centroids) == len(found.indices.unique()) == 8
-    few = p.kmeans(torch.tensor([1.0, 2.0, 2.0, -3.0]), 16)
+    few = kmeans(torch.tensor([1.0, 2.0, 2.0, -3.0]), 16)
     assert few.centroids.tolist() == [-3, 1, 2]
     assert few.indices.tolist() == [1, 2, 2, 0]
-    assert p.kmeans(torch.ones(4), 1).centroids.tolist() == [1]
-    assert p.kmeans(draw(100), 1).centroids.item() == pytest.approx(draw(100).mean().item(), abs=1e-6)
+    assert kmeans(torch.ones(4), 1).centroids.tolist() == [1]
+    assert kmeans(draw(100), 1).centroids.item() == pytest.approx(draw(100).mean().item(), abs=1e-6)
 
 
 def test_zero_stays_the_value_of_exactly_the_pruned_weights():
@@ -180,12 +185,12 @@ def test_zero_stays_the_value_of_exactly_the_pruned_weights():
     pruned = weight.abs() < 0.8
     weight[pruned] = 0
     for init, k in itertools.product(("linear", "density", "random"), (2, 4, 16)):
-        found = p.kmeans(weight, k, init=init, keep_zero=True)
+        found = kmeans(weight, k, init=init, keep_zero=True)
         assert len(found.centroids) == k
         assert torch.equal(found.centroids[found.indices] == 0, pruned)
         assert (found.centroids == 0).sum() == 1
-    assert p.kmeans(torch.zeros(5), 4, keep_zero=True).centroids.tolist() == [0]
-    assert len(p.kmeans(draw(50), 4, keep_zero=True).centroids) == 4, "there is no zero to keep"
+    assert kmeans(torch.zeros(5), 4, keep_zero=True).centroids.tolist() == [0]
+    assert len(kmeans(draw(50), 4, keep_zero=True).centroids) == 4, "there is no zero to keep"
 
 
 def test_what_cannot_be_clustered_is_one_line():
@@ -194,11 +199,11 @@ def test_what_cannot_be_clustered_is_one_line():
         (torch.ones(3), 0, "too small"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
-            p.kmeans(values, k)
+            kmeans(values, k)
     with pytest.raises(InputError, match="at least 2"):
-        p.kmeans(torch.tensor([0.0, 1.0]), 1, keep_zero=True)
+        kmeans(torch.tensor([0.0, 1.0]), 1, keep_zero=True)
     with pytest.raises(InputError, match="init must be"):
-        p.kmeans(draw(30), 3, init="best")
+        kmeans(draw(30), 3, init="best")
 
 
 # Codebooks of layers
@@ -223,7 +228,7 @@ def run(layer, given):
 @pytest.mark.parametrize("pruned", [False, True])
 def test_shared_layers_train_their_values_and_keep_their_zeros(kind, pruned):
     layer, given = layers()[kind]
-    names = q.weight_names(layer)
+    names = weight_names(layer)
     if pruned:
         with torch.no_grad():
             for name in names:
@@ -231,8 +236,8 @@ def test_shared_layers_train_their_values_and_keep_their_zeros(kind, pruned):
                 weight[weight.abs() < weight.abs().median()] = 0
     zeros = {name: getattr(layer, name) == 0 for name in names}
     fresh = copy.deepcopy(layer)
-    assert p.share_weights(layer, k=6, keep_zero=pruned) == names
-    indices = {name: book.indices.clone() for name, (book, _) in p.codebooks(layer).items()}
+    assert share_weights(layer, k=6, keep_zero=pruned) == names
+    indices = {name: book.indices.clone() for name, (book, _) in codebooks(layer).items()}
     assert all(layer.parametrizations[name].original.shape == (6,) for name in names)
 
     before = {name: getattr(layer, name).detach().clone() for name in names}
@@ -246,18 +251,18 @@ def test_shared_layers_train_their_values_and_keep_their_zeros(kind, pruned):
         assert len(weight.unique()) == 6
         assert not torch.equal(weight, before[name])
         assert torch.equal(weight == 0, zeros[name])
-        assert torch.equal(p.codebooks(layer)[name][0].indices, indices[name])
-        book, values = p.codebooks(layer)[name]
-        assert same_bits(p.unpack(p.pack_codebook(book.indices, values)), weight)
+        assert torch.equal(codebooks(layer)[name][0].indices, indices[name])
+        book, values = codebooks(layer)[name]
+        assert same_bits(unpack(pack_codebook(book.indices, values)), weight)
 
-    description = json.loads(json.dumps(p.describe_shared(layer)))
-    rebuilt = p.rebuild_shared(copy.deepcopy(fresh), description)
+    description = json.loads(json.dumps(describe_shared(layer)))
+    rebuilt = rebuild_shared(copy.deepcopy(fresh), description)
     rebuilt.load_state_dict(layer.state_dict(), strict=True)
     assert torch.equal(run(rebuilt, given), run(layer, given))
-    assert p.describe_shared(fresh) == {}
+    assert describe_shared(fresh) == {}
 
     output = run(layer, given)
-    assert p.bake_shared(layer) == names
+    assert bake_shared(layer) == names
     fresh.load_state_dict(layer.state_dict(), strict=True)
     assert torch.equal(run(fresh, given), output)
 
@@ -265,19 +270,19 @@ def test_shared_layers_train_their_values_and_keep_their_zeros(kind, pruned):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_gradient_of_a_value_is_the_sum_over_its_members(dtype):
     layer = nn.Linear(20, 10).to(dtype)
-    p.share_weights(layer, k=4)
+    share_weights(layer, k=4)
     # Small integers, whose sums are exact in any order.
     upstream = torch.randint(-9, 9, (10, 20), generator=torch.Generator().manual_seed(0)).to(dtype)
     (layer.weight * upstream).sum().backward()
-    indices = p.codebooks(layer)["weight"][0].indices
+    indices = codebooks(layer)["weight"][0].indices
     expected = [sum(upstream[indices == value].tolist()) for value in range(4)]
     assert layer.parametrizations.weight.original.grad.tolist() == expected
 
 
 def test_sharing_changes_a_weight_to_its_clusters_bit_for_bit():
     layer = nn.Linear(33, 9)
-    found = p.kmeans(layer.weight, 7, init="density")
-    p.share_weights(layer, k=7, init="density")
+    found = kmeans(layer.weight, 7, init="density")
+    share_weights(layer, k=7, init="density")
     assert same_bits(layer.weight, found.centroids[found.indices])
     with torch.no_grad():
         layer.weight = layer.weight + 1
@@ -287,14 +292,14 @@ def test_sharing_changes_a_weight_to_its_clusters_bit_for_bit():
 def test_a_layer_that_cannot_be_shared_is_one_line():
     layer = nn.Linear(30, 30)
     with pytest.raises(InputError, match="1 to 256"):
-        p.share_weights(layer, k=300)
-    p.share_weights(layer, k=4)
+        share_weights(layer, k=300)
+    share_weights(layer, k=4)
     for action, words in (
-        (lambda: p.share_weights(layer, k=4), "already"),
-        (lambda: q.quantize_weights(layer, scheme=q.Scheme()), "already"),
-        (lambda: p.share_weights(nn.ReLU(), k=4), "has the weights"),
-        (lambda: p.share_weights(nn.Linear(2, 2), k=2, names=["bias"]), "cannot share"),
-        (lambda: p.rebuild_shared(nn.ReLU(), p.describe_shared(layer)), "right layer"),
+        (lambda: share_weights(layer, k=4), "already"),
+        (lambda: quantize_weights(layer, scheme=Scheme()), "already"),
+        (lambda: share_weights(nn.ReLU(), k=4), "has the weights"),
+        (lambda: share_weights(nn.Linear(2, 2), k=2, names=["bias"]), "cannot share"),
+        (lambda: rebuild_shared(nn.ReLU(), describe_shared(layer)), "right layer"),
     ):
         with pytest.raises(InputError, match=words):
             action()
@@ -308,15 +313,15 @@ SHAPES = [(), (0,), (1,), (7,), (5, 3), (4, 3, 3, 3), (0, 4), (3, 0)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("pack", [p.pack_dense, p.pack_bitmask, p.pack_csr, p.pack_shared])
+@pytest.mark.parametrize("pack", [pack_dense, pack_bitmask, pack_csr, pack_shared])
 def test_packed_tensors_come_back_bit_for_bit_and_own_their_memory(shape, pack):
     weight = draw(*shape).round(decimals=1)
     if weight.ndim:
         weight[weight.abs() < 0.5] = 0
     for coding in (None, "deflate", "huffman"):
         packed = pack(weight + 0.0)
-        packed = p.encode(packed, coding) if coding else packed
-        again = p.unpack(packed)
+        packed = encode(packed, coding) if coding else packed
+        again = unpack(packed)
         assert same_bits(again, weight + 0.0)
         assert owns_its_memory(again)
 
@@ -330,59 +335,59 @@ def test_packed_tensors_come_back_bit_for_bit_and_own_their_memory(shape, pack):
 )  # fmt: skip
 def test_every_type_is_stored(dtype):
     tensor = (3 * draw(4, 5)).to(dtype)
-    assert same_bits(p.unpack(p.pack_dense(tensor)), tensor)
-    assert same_bits(p.unpack(p.pack_dense(tensor.t()[1:3])), tensor.t()[1:3])
-    assert p.pack_dense(tensor[1:2]).nbytes == 5 * tensor.element_size()
+    assert same_bits(unpack(pack_dense(tensor)), tensor)
+    assert same_bits(unpack(pack_dense(tensor.t()[1:3])), tensor.t()[1:3])
+    assert pack_dense(tensor[1:2]).nbytes == 5 * tensor.element_size()
 
 
 def test_a_codebook_has_the_bytes_that_it_must_have():
     for number, k in itertools.product((1000, 1003), (1, 2, 3, 4, 5, 16, 17, 256)):
         indices = torch.arange(number) % k
-        packed = p.pack_codebook(indices, draw(k))
+        packed = pack_codebook(indices, draw(k))
         assert packed.nbytes == math.ceil(number * math.ceil(math.log2(k)) / 8) + 4 * k
-        assert same_bits(p.unpack(packed), draw(k)[indices])
+        assert same_bits(unpack(packed), draw(k)[indices])
     with pytest.raises(InputError, match="at most 256"):
-        p.pack_shared(draw(300))
+        pack_shared(draw(300))
 
 
 def test_sparse_tensors_have_the_bytes_that_they_must_have():
     weight = draw(40, 100)
     weight[weight.abs() < 1.6] = 0
     number = int((weight != 0).sum())
-    assert p.pack_bitmask(weight).nbytes == 500 + 4 * number
-    assert p.pack_csr(weight).nbytes == 41 * 2 + number + 4 * number
+    assert pack_bitmask(weight).nbytes == 500 + 4 * number
+    assert pack_csr(weight).nbytes == 41 * 2 + number + 4 * number
     wide = torch.zeros(2, 70_000)
     wide[1, 69_999] = 3
-    assert p.pack_csr(wide).nbytes == 3 + 4 + 4
-    assert same_bits(p.unpack(p.pack_csr(wide)), wide)
+    assert pack_csr(wide).nbytes == 3 + 4 + 4
+    assert same_bits(unpack(pack_csr(wide)), wide)
     full = torch.ones(2, 256)
-    assert p.pack_csr(full).nbytes == 3 * 2 + 512 * 2 + 512 * 4
+    assert pack_csr(full).nbytes == 3 * 2 + 512 * 2 + 512 * 4
 
 
 def test_the_values_of_a_sparse_tensor_can_be_packed_themselves():
     weight = draw(40, 100)
     weight[weight.abs() < 1] = 0
-    clusters = p.kmeans(weight, 16, keep_zero=True)
+    clusters = kmeans(weight, 16, keep_zero=True)
     shared = clusters.centroids[clusters.indices]
     rest = shared[shared != 0]
-    for pack, coding in itertools.product((p.pack_bitmask, p.pack_csr), ("deflate", "huffman")):
-        packed = p.encode(pack(shared, p.pack_shared(rest)), coding)
-        assert same_bits(p.unpack(packed), shared)
-        assert packed.nbytes < p.pack_bitmask(shared).nbytes / 2
-    scheme = q.Scheme(4, "symmetric", "tensor")
-    codes = q.codes(weight[weight != 0], scheme)
-    packed = p.pack_csr(weight, p.pack_codes(codes, scheme))
+    for pack, coding in itertools.product((pack_bitmask, pack_csr), ("deflate", "huffman")):
+        packed = encode(pack(shared, pack_shared(rest)), coding)
+        assert same_bits(unpack(packed), shared)
+        assert packed.nbytes < pack_bitmask(shared).nbytes / 2
+    scheme = Scheme(4, "symmetric", "tensor")
+    codes = quantizers_codes(weight[weight != 0], scheme)
+    packed = pack_csr(weight, pack_codes(codes, scheme))
     expected = torch.zeros_like(weight)
-    expected[weight != 0] = q.dequantize(codes, scheme)
-    assert same_bits(p.unpack(packed), expected)
+    expected[weight != 0] = dequantize(codes, scheme)
+    assert same_bits(unpack(packed), expected)
     with pytest.raises(InputError, match="are not zero"):
-        p.pack_bitmask(weight, p.pack_dense(torch.ones(3)))
+        pack_bitmask(weight, pack_dense(torch.ones(3)))
 
 
 QUANTIZED = [
-    q.Scheme(8), q.Scheme(4, "affine"), q.Scheme(3, "affine", "group:7"), q.Scheme(2), q.Scheme(7, "pow2", "tensor"),
-    q.Scheme(5, "symmetric", "channel", 1), q.Scheme(3, "dorefa", "tensor"), q.Scheme(1, "binary"),
-    q.Scheme(1, "binaryconnect", "tensor"), q.Scheme(2, "ternary"),
+    Scheme(8), Scheme(4, "affine"), Scheme(3, "affine", "group:7"), Scheme(2), Scheme(7, "pow2", "tensor"),
+    Scheme(5, "symmetric", "channel", 1), Scheme(3, "dorefa", "tensor"), Scheme(1, "binary"),
+    Scheme(1, "binaryconnect", "tensor"), Scheme(2, "ternary"),
 ]  # fmt: skip
 
 
@@ -390,52 +395,52 @@ QUANTIZED = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_codes_come_back_with_their_scheme(scheme, dtype):
     weight = draw(6, 5, 3, dtype=dtype)
-    codes = q.codes(weight, scheme)
-    packed = p.pack_codes(codes, scheme, dtype=dtype)
+    codes = quantizers_codes(weight, scheme)
+    packed = pack_codes(codes, scheme, dtype=dtype)
     assert json.loads(json.dumps(packed.options)) == packed.options
-    assert same_bits(p.unpack(packed), q.dequantize(codes, scheme, dtype=dtype))
-    found, told = p.unpack_codes(packed)
+    assert same_bits(unpack(packed), dequantize(codes, scheme, dtype=dtype))
+    found, told = unpack_codes(packed)
     assert told == scheme
     assert all(torch.equal(one, other) for one, other in zip(found, codes, strict=True))
     assert packed.parts["codes"].number * scheme.bits <= 8 * len(packed.parts["codes"].content) < 90 * scheme.bits + 8
     with pytest.raises(InputError, match="no codes"):
-        p.unpack_codes(p.pack_dense(weight))
+        unpack_codes(pack_dense(weight))
 
 
 def test_trained_ternary_codes_come_back():
-    scheme = q.Scheme(2, "ttq", "tensor")
+    scheme = Scheme(2, "ttq", "tensor")
     weight, up, down = draw(6, 5), torch.tensor(0.3), torch.tensor(0.8)
-    packed = p.pack_codes(q.ttq_codes(weight, up, down), scheme)
-    assert same_bits(p.unpack(packed), q.ttq(weight, up, down) + 0.0)
+    packed = pack_codes(ttq_codes(weight, up, down), scheme)
+    assert same_bits(unpack(packed), ttq(weight, up, down) + 0.0)
 
 
 def test_coding_never_makes_a_part_larger_and_huffman_counts_symbols_not_bytes():
-    noise = p.pack_dense(torch.randint(0, 256, (5000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    noise = pack_dense(torch.randint(0, 256, (5000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
     for coding in ("deflate", "huffman"):
-        assert p.encode(noise, coding).nbytes == noise.nbytes
-        assert p.encode(noise, coding).parts["values"].coding == "plain"
+        assert encode(noise, coding).nbytes == noise.nbytes
+        assert encode(noise, coding).parts["values"].coding == "plain"
     random = np.random.default_rng(0)
     skewed = torch.from_numpy(np.minimum(random.geometric(0.6, 30_000) - 1, 7))
-    packed = p.pack_codebook(skewed, torch.arange(8.0))
-    coded = p.encode(packed, "huffman")
+    packed = pack_codebook(skewed, torch.arange(8.0))
+    coded = encode(packed, "huffman")
     assert coded.parts["indices"].coding == "huffman"
     bits = 8 * len(coded.parts["indices"].content) / 30_000
     assert entropy(skewed.numpy()) <= bits < entropy(skewed.numpy()) + 0.2
-    assert same_bits(p.unpack(coded), skewed.float())
-    back = p.encode(coded, "deflate")
-    assert same_bits(p.unpack(back), skewed.float())
+    assert same_bits(unpack(coded), skewed.float())
+    back = encode(coded, "deflate")
+    assert same_bits(unpack(back), skewed.float())
     with pytest.raises(InputError, match="coding must be"):
-        p.encode(packed, "zip")
+        encode(packed, "zip")
 
 
 # The file
 
 
 def quantized_network(bits, kind="symmetric"):
-    scheme = q.Scheme(bits, kind)
+    scheme = Scheme(bits, kind)
     weights = {f"layer{n}.weight": draw(64, 300 + n, seed=n) for n in range(6)}
-    packed = {name: p.pack_codes(q.codes(weight, scheme), scheme) for name, weight in weights.items()}
-    packed |= {name.replace("weight", "bias"): p.pack_dense(draw(64)) for name in weights}
+    packed = {name: pack_codes(quantizers_codes(weight, scheme), scheme) for name, weight in weights.items()}
+    packed |= {name.replace("weight", "bias"): pack_dense(draw(64)) for name in weights}
     return weights, packed, scheme
 
 
@@ -444,60 +449,60 @@ def test_files_are_as_small_as_their_bits_and_come_back_bit_for_bit(tmp_path, bi
     weights, packed, scheme = quantized_network(bits, "binary" if bits == 1 else "symmetric")
     path = tmp_path / "network.dlpk"
     header = {"steps": [{"bits": bits, "at": 0.5}], "name": "naïve", "none": None, "yes": True}
-    written = p.write_packed(path, packed, header)
+    written = write_packed(path, packed, header)
     assert written == path.stat().st_size
     number = sum(weight.numel() for weight in weights.values())
     known = 6 * 64 * 4 + 6 * 64 * 4
     assert number * bits / 8 + known <= written <= 1.03 * (number * bits / 8 + known)
-    told, tensors = p.read_packed(path)
+    told, tensors = read_packed(path)
     assert told == header
     assert list(tensors) == list(packed)
     for name, weight in weights.items():
-        assert same_bits(tensors[name], q.dequantize(q.codes(weight, scheme), scheme))
+        assert same_bits(tensors[name], dequantize(quantizers_codes(weight, scheme), scheme))
     assert all(owns_its_memory(tensor) for tensor in tensors.values())
     assert list(tmp_path.iterdir()) == [path]
-    assert p.write_packed(tmp_path / "again.dlpk", packed, header) == written
+    assert write_packed(tmp_path / "again.dlpk", packed, header) == written
     assert (tmp_path / "again.dlpk").read_bytes() == path.read_bytes()
 
 
 def test_four_bits_are_half_of_eight(tmp_path):
-    sizes = {bits: p.write_packed(tmp_path / f"{bits}", quantized_network(bits)[1], {}) for bits in (8, 4, 2)}
+    sizes = {bits: write_packed(tmp_path / f"{bits}", quantized_network(bits)[1], {}) for bits in (8, 4, 2)}
     assert 0.5 <= sizes[4] / sizes[8] < 0.52
     assert 0.25 <= sizes[2] / sizes[8] < 0.28
 
 
 def test_small_tensors_cost_little_beside_their_bytes(tmp_path):
-    tensors = {f"blocks.{n}.attention.weight": p.pack_dense(draw(4)) for n in range(100)}
-    assert p.write_packed(tmp_path / "small", tensors, {}) < 100 * 16 + 1000
+    tensors = {f"blocks.{n}.attention.weight": pack_dense(draw(4)) for n in range(100)}
+    assert write_packed(tmp_path / "small", tensors, {}) < 100 * 16 + 1000
 
 
 def test_a_network_comes_back_with_equal_outputs(tmp_path):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 10))
     fresh, images = copy.deepcopy(network), draw(4, 1, 8, 8)
-    q.quantize_weights(network[0], scheme=q.Scheme(4))
-    p.share_weights(network[4], k=16)
+    quantize_weights(network[0], scheme=Scheme(4))
+    share_weights(network[4], k=16)
     network.eval()
-    packed = {f"0.{name}": p.pack_codes(*found) for name, found in q.weight_codes(network[0]).items()}
+    packed = {f"0.{name}": pack_codes(*found) for name, found in weight_codes(network[0]).items()}
     packed |= {
-        f"4.{name}": p.encode(p.pack_codebook(book.indices, values), "huffman")
-        for name, (book, values) in p.codebooks(network[4]).items()
+        f"4.{name}": encode(pack_codebook(book.indices, values), "huffman")
+        for name, (book, values) in codebooks(network[4]).items()
     }
     rest = {name: value for name, value in network.state_dict().items() if "parametrizations" not in name}
-    packed |= {name: p.pack_dense(value) for name, value in rest.items()}
-    p.write_packed(tmp_path / "network", packed, {})
-    fresh.load_state_dict(p.read_packed(tmp_path / "network")[1], strict=True)
+    packed |= {name: pack_dense(value) for name, value in rest.items()}
+    write_packed(tmp_path / "network", packed, {})
+    fresh.load_state_dict(read_packed(tmp_path / "network")[1], strict=True)
     assert torch.equal(fresh.eval()(images), network(images))
 
 
 def test_damaged_and_foreign_files_are_one_line(tmp_path):
     path = tmp_path / "network.dlpk"
-    p.write_packed(path, {"weight": p.pack_dense(draw(5, 5)), "mask": p.pack_bitmask(draw(3))}, {"a": 1})
+    write_packed(path, {"weight": pack_dense(draw(5, 5)), "mask": pack_bitmask(draw(3))}, {"a": 1})
     content = path.read_bytes()
     for place in range(len(content)):
         path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
         with pytest.raises(InputError, match="network.dlpk") as caught:
-            p.read_packed(path)
+            read_packed(path)
         assert "\n" not in str(caught.value)
     for damaged in (
         b"",
@@ -510,14 +515,14 @@ def test_damaged_and_foreign_files_are_one_line(tmp_path):
     ):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match="network.dlpk"):
-            p.read_packed(path)
+            read_packed(path)
     path.write_bytes(content[:4] + (2).to_bytes(4, "little") + content[8:])
     with pytest.raises(InputError, match="format 2"):
-        p.read_packed(path)
+        read_packed(path)
     with pytest.raises(InputError, match="there is no file"):
-        p.read_packed(tmp_path / "none")
+        read_packed(tmp_path / "none")
     path.write_bytes(content)
-    assert p.read_packed(path)[0] == {"a": 1}
+    assert read_packed(path)[0] == {"a": 1}
 
 
 def forged(told):
@@ -544,7 +549,7 @@ def test_headers_that_do_not_fit_are_one_line(tmp_path, told):
     path = tmp_path / "network.dlpk"
     path.write_bytes(forged(told))
     with pytest.raises(InputError, match="network.dlpk") as caught:
-        p.read_packed(path)
+        read_packed(path)
     assert "\n" not in str(caught.value)
 
 
@@ -555,11 +560,11 @@ def test_headers_are_plain_values_and_a_file_that_cannot_be_written_leaves_none(
         ({"a": math.inf}, "inf"), ({"a": np.float64(1)}, "float64"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
-            p.write_packed(path, {}, header)
+            write_packed(path, {}, header)
     with pytest.raises(InputError, match="cannot be written"):
-        p.write_packed(tmp_path / "nowhere" / "network", {}, {})
+        write_packed(tmp_path / "nowhere" / "network", {}, {})
     assert not list(tmp_path.iterdir())
-    assert p.write_packed(path, {}, {}) < 100
-    assert p.read_packed(path) == ({}, {})
-    p.write_packed(path, {"w": p.pack_dense(draw(2))}, {})
-    assert list(p.read_parts(path)[1]) == ["w"]
+    assert write_packed(path, {}, {}) < 100
+    assert read_packed(path) == ({}, {})
+    write_packed(path, {"w": pack_dense(draw(2))}, {})
+    assert list(read_parts(path)[1]) == ["w"]

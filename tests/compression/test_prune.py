@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from distill_lightning import InputError
-from distill_lightning.compression import recipe
-from distill_lightning.compression.compressor import Compressor
-from distill_lightning.compression.schedules import Cubic, Iterative, OneShot, Threshold
-from distill_lightning.compression.steps import Order, Prune, Sensitivity
+from distill_lightning.compression.structure import changes as recipe
+from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.steps.schedules import (Cubic, Iterative, OneShot, Threshold)
+from distill_lightning.compression.steps import (Order, Prune, Sensitivity)
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),

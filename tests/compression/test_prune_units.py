@@ -10,13 +10,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression import criteria, recipe
-from distill_lightning.compression.compressor import Compressor
-from distill_lightning.compression.lottery import Snapshot
-from distill_lightning.compression.macs import count_macs
-from distill_lightning.compression.schedules import Cubic, Iterative, Threshold
-from distill_lightning.compression.steps import Prune, Sensitivity
-from distill_lightning.compression.surgery import Attention, channel_groups, unit_groups
+from distill_lightning.compression.mask import criteria
+from distill_lightning.compression.structure import changes as recipe
+from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.mask.lottery import Snapshot
+from distill_lightning.compression.costs.macs import count_macs
+from distill_lightning.compression.steps.schedules import (Cubic, Iterative, Threshold)
+from distill_lightning.compression.steps import (Prune, Sensitivity)
+from distill_lightning.compression.shrink.attention import Attention
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.recurrent import unit_groups
 from distill_lightning.networks import SmallResNet
 
 

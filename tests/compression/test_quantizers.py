@@ -14,9 +14,15 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from distill_lightning import InputError
-from distill_lightning.compression import quantizers as q
-from distill_lightning.compression.quantizers import ranges
-from distill_lightning.compression.quantizers.ranges import kl_divergence_of_clipping
+from distill_lightning.compression.values.scheme import (Codes, Scheme, dequantize, fake_quantize, grid)
+from distill_lightning.compression.values.ranges import (Observer, find_range, weight_grid)
+from distill_lightning.compression.values.estimators import (binary as quantizers_binary, binary_connect, codes as quantizers_codes, dorefa_activation, dorefa_weight, lsq, lsq_start, pact, ternary as quantizers_ternary, ttq, ttq_codes, ttq_start)
+from distill_lightning.compression.values.quantizer import (bake as quantizers_bake, channel_axis, describe as quantizers_describe, quantize_weights, rebuild as quantizers_rebuild, weight_codes, weight_names)
+from distill_lightning.compression.values.activations import (ActivationQuantizer, calibrating as quantizers_calibrating, describe_input, quantize_input, rebuild_input)
+from distill_lightning.compression.values.corrections import (correct_biases, equalisable_pairs, equalise, fold_batch_norm, foldable_pairs)
+from distill_lightning.compression.values.allocation import (allocate_bits, weight_errors)
+from distill_lightning.compression.values import ranges
+from distill_lightning.compression.values.ranges import kl_divergence_of_clipping
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -31,16 +37,16 @@ def same_bits(one, other):
 
 
 SCHEMES = [
-    q.Scheme(bits, kind, per, axis)
+    Scheme(bits, kind, per, axis)
     for bits, kind, per, axis in itertools.product(
         (2, 4, 8), ("symmetric", "affine", "pow2"), ("tensor", "channel", "group:5"), (0, 1)
     )
 ]
-SCHEMES.append(q.Scheme(3, "affine", "group:100"))
+SCHEMES.append(Scheme(3, "affine", "group:100"))
 OTHERS = [
-    q.Scheme(3, "dorefa", "tensor"), q.Scheme(1, "binary"), q.Scheme(1, "binary", "tensor"),
-    q.Scheme(1, "binary", "group:4"), q.Scheme(1, "binaryconnect", "tensor"), q.Scheme(2, "ternary"),
-    q.Scheme(2, "ternary", "tensor"), q.Scheme(2, "ternary", "group:7", 1), q.Scheme(2, "ttq", "tensor"),
+    Scheme(3, "dorefa", "tensor"), Scheme(1, "binary"), Scheme(1, "binary", "tensor"),
+    Scheme(1, "binary", "group:4"), Scheme(1, "binaryconnect", "tensor"), Scheme(2, "ternary"),
+    Scheme(2, "ternary", "tensor"), Scheme(2, "ternary", "group:7", 1), Scheme(2, "ttq", "tensor"),
 ]  # fmt: skip
 
 
@@ -86,14 +92,14 @@ def naive_fake(weight, scheme):
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_fake_quantization_is_the_loop_and_the_codes_give_it_back(scheme):
     weight = draw(6, 4, 3, dtype=torch.float64)
-    fake = q.fake_quantize(weight, *q.weight_grid(weight, scheme), scheme)
+    fake = fake_quantize(weight, *weight_grid(weight, scheme), scheme)
     assert torch.allclose(fake, naive_fake(weight, scheme), rtol=1e-12, atol=1e-12)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         given = weight.to(dtype)
-        found = q.codes(given, scheme)
-        again = q.dequantize(found, scheme, dtype=dtype)
+        found = quantizers_codes(given, scheme)
+        again = dequantize(found, scheme, dtype=dtype)
         grid = (found.scales, found.zero_points)
-        as_numbers = q.fake_quantize(given, *grid, scheme)
+        as_numbers = fake_quantize(given, *grid, scheme)
         assert torch.equal(again.view(torch.uint8), as_numbers.contiguous().view(torch.uint8))
         assert found.values.min() >= scheme.lowest
         assert found.values.max() <= scheme.highest
@@ -103,47 +109,47 @@ def test_fake_quantization_is_the_loop_and_the_codes_give_it_back(scheme):
 def test_errors_are_half_a_step_rounding_twice_is_rounding_once_and_zero_is_zero(scheme):
     weight = draw(6, 4, 3)
     weight[0, 0, 0] = weight[2, 1, 1] = 0
-    scale, zero_point = q.weight_grid(weight, scheme)
-    fake = q.fake_quantize(weight, scale, zero_point, scheme)
-    steps = q.dequantize(q.Codes(torch.ones_like(weight, dtype=torch.int8), scale, torch.zeros_like(scale)), scheme)
+    scale, zero_point = weight_grid(weight, scheme)
+    fake = fake_quantize(weight, scale, zero_point, scheme)
+    steps = dequantize(Codes(torch.ones_like(weight, dtype=torch.int8), scale, torch.zeros_like(scale)), scheme)
     assert bool(((fake - weight).abs() <= steps / 2 * (1 + 1e-5)).all())
-    assert same_bits(q.fake_quantize(fake, scale, zero_point, scheme), fake)
+    assert same_bits(fake_quantize(fake, scale, zero_point, scheme), fake)
     assert fake[0, 0, 0] == fake[2, 1, 1] == 0
     assert torch.equal(zero_point, zero_point.round())
     if scheme.kind != "affine":
-        assert q.codes(weight, scheme).values.min() > -(2 ** (scheme.bits - 1))
+        assert quantizers_codes(weight, scheme).values.min() > -(2 ** (scheme.bits - 1))
         assert bool((zero_point == 0).all())
     if scheme.kind == "pow2":
         assert torch.equal(scale, 2 ** scale.log2().round())
 
 
 def test_a_power_of_two_is_its_own_scale_and_the_smallest_that_cuts_nothing_off():
-    scheme = q.Scheme(8, "pow2", "tensor")
+    scheme = Scheme(8, "pow2", "tensor")
     for reach, scale in ((127.0, 1.0), (127.01, 2.0), (126.0, 1.0), (63.5, 0.5), (0.0, 1.0)):
-        assert q.weight_grid(torch.tensor([[reach, -1.0 if reach else 0.0]]), scheme)[0].item() == scale
+        assert weight_grid(torch.tensor([[reach, -1.0 if reach else 0.0]]), scheme)[0].item() == scale
 
 
 def test_a_weight_of_zeros_stays_and_has_scale_one():
     for scheme in SCHEMES:
-        scale, _ = q.weight_grid(torch.zeros(6, 4, 3), scheme)
+        scale, _ = weight_grid(torch.zeros(6, 4, 3), scheme)
         assert bool((scale == 1).all())
-        assert not q.dequantize(q.codes(torch.zeros(6, 4, 3), scheme), scheme).any()
+        assert not dequantize(quantizers_codes(torch.zeros(6, 4, 3), scheme), scheme).any()
 
 
 def test_ranges_of_one_sign_spend_no_code_on_the_other():
-    assert q.weight_grid(draw(1, 500).abs(), q.Scheme(4, "affine", "tensor"))[1].item() == 0
-    assert q.weight_grid(-draw(1, 500).abs(), q.Scheme(4, "affine", "tensor"))[1].item() == 15
+    assert weight_grid(draw(1, 500).abs(), Scheme(4, "affine", "tensor"))[1].item() == 0
+    assert weight_grid(-draw(1, 500).abs(), Scheme(4, "affine", "tensor"))[1].item() == 15
 
 
 def test_the_straight_through_gradient_is_one_inside_and_zero_outside():
-    scheme = q.Scheme(4, "symmetric", "tensor")
+    scheme = Scheme(4, "symmetric", "tensor")
     values = torch.tensor([-9.0, -7.6, -7.0, -0.2, 0.0, 3.3, 7.0, 7.4, 7.6, 100.0], requires_grad=True)
-    q.fake_quantize(values, torch.ones(1, 1), torch.zeros(1, 1), scheme).sum().backward()
+    fake_quantize(values, torch.ones(1, 1), torch.zeros(1, 1), scheme).sum().backward()
     assert values.grad.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
     weight = draw(5, 7).requires_grad_()
     for kind in ("symmetric", "affine", "pow2"):
-        own = q.Scheme(3, kind)
-        (gradient,) = torch.autograd.grad(q.fake_quantize(weight, *q.weight_grid(weight, own), own).sum(), weight)
+        own = Scheme(3, kind)
+        (gradient,) = torch.autograd.grad(fake_quantize(weight, *weight_grid(weight, own), own).sum(), weight)
         assert bool((gradient == 1).all()), "a range that holds everything cuts nothing off"
 
 
@@ -152,33 +158,33 @@ def test_finer_groups_are_never_worse_and_more_bits_are_better():
     weight = draw(16, 64, seed=3) * torch.linspace(0.1, 3, 16)[:, None]
 
     def error(scheme, rule="minmax"):
-        return (q.dequantize(q.codes(weight, scheme, rule=rule), scheme) - weight).square().sum().item()
+        return (dequantize(quantizers_codes(weight, scheme, rule=rule), scheme) - weight).square().sum().item()
 
     for kind, rule in itertools.product(("symmetric", "affine"), ("minmax", "mse")):
         for bits in (2, 4, 8):
-            tensor, channel = (error(q.Scheme(bits, kind, per), rule) for per in ("tensor", "channel"))
+            tensor, channel = (error(Scheme(bits, kind, per), rule) for per in ("tensor", "channel"))
             assert channel < tensor
-        assert error(q.Scheme(8, kind), rule) < error(q.Scheme(4, kind), rule) < error(q.Scheme(2, kind), rule)
+        assert error(Scheme(8, kind), rule) < error(Scheme(4, kind), rule) < error(Scheme(2, kind), rule)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "full", "clipped"), [(8, 39.7, 40.5), (4, 14.5, 18.9), (2, 0.3, 7.2)])
 def test_the_signal_to_noise_ratio_of_a_gaussian_is_that_of_the_books(bits, full, clipped):
-    weight, scheme = draw(1, 100_000, dtype=torch.float64), q.Scheme(bits, "symmetric", "tensor")
+    weight, scheme = draw(1, 100_000, dtype=torch.float64), Scheme(bits, "symmetric", "tensor")
     for rule, expected in (("minmax", full), ("mse", clipped)):
-        noise = q.dequantize(q.codes(weight, scheme, rule=rule), scheme) - weight
+        noise = dequantize(quantizers_codes(weight, scheme, rule=rule), scheme) - weight
         ratio = 10 * math.log10(weight.square().sum() / noise.square().sum())
         assert ratio == pytest.approx(expected, abs=1)
 
 
 def test_integer_arithmetic_is_fake_quantization():
     activations, weight = draw(32, 64).relu(), draw(24, 64, seed=1)
-    of_inputs, of_weights = q.Scheme(8, "symmetric", "tensor"), q.Scheme(8, "symmetric", "channel")
-    left, right = q.codes(activations, of_inputs), q.codes(weight, of_weights)
+    of_inputs, of_weights = Scheme(8, "symmetric", "tensor"), Scheme(8, "symmetric", "channel")
+    left, right = quantizers_codes(activations, of_inputs), quantizers_codes(weight, of_weights)
     products = torch._int_mm(left.values, right.values.t().contiguous())
     assert products.dtype == torch.int32
     exact = products.double() * left.scales.double() * right.scales.double().t()
-    fakes = (q.dequantize(left, of_inputs), q.dequantize(right, of_weights))
+    fakes = (dequantize(left, of_inputs), dequantize(right, of_weights))
     fake = fakes[0] @ fakes[1].t()
     assert ((fake - exact).norm() / exact.norm()).item() < 5e-7
 
@@ -194,26 +200,26 @@ def test_integer_arithmetic_is_fake_quantization():
 )  # fmt: skip
 def test_schemes_that_cannot_be_are_one_line(options, words):
     with pytest.raises(InputError, match=words) as caught:
-        q.Scheme(**options)
+        Scheme(**options)
     assert "\n" not in str(caught.value)
 
 
 def test_weights_without_a_range_or_channels_are_one_line():
-    scheme = q.Scheme()
+    scheme = Scheme()
     for weight in (torch.tensor([[1.0, math.nan]]), torch.tensor([[math.inf, 0.0]]), torch.empty(0, 3)):
         with pytest.raises(InputError, match="no range"):
-            q.codes(weight, scheme)
+            quantizers_codes(weight, scheme)
     with pytest.raises(InputError, match="per='tensor'"):
-        q.codes(torch.ones(3), scheme)
+        quantizers_codes(torch.ones(3), scheme)
     with pytest.raises(InputError, match="rule must be"):
-        q.codes(torch.ones(3, 3), scheme, rule="best")
+        quantizers_codes(torch.ones(3, 3), scheme, rule="best")
     with pytest.raises(InputError, match="ttq_codes"):
-        q.codes(torch.ones(3, 3), q.Scheme(2, "ttq", "tensor"))
+        quantizers_codes(torch.ones(3, 3), Scheme(2, "ttq", "tensor"))
 
 
 def test_schemes_are_plain_values():
     for scheme in (*SCHEMES, *OTHERS):
-        assert q.Scheme(**json.loads(json.dumps(scheme.describe()))) == scheme
+        assert Scheme(**json.loads(json.dumps(scheme.describe()))) == scheme
 
 
 # Ranges
@@ -221,9 +227,9 @@ def test_schemes_are_plain_values():
 
 @pytest.mark.parametrize("kind", ["symmetric", "affine", "pow2"])
 def test_the_mse_range_is_the_best_of_the_grid(kind):
-    scheme = q.Scheme(3, kind, "channel")
+    scheme = Scheme(3, kind, "channel")
     weight = draw(4, 50, seed=5, dtype=torch.float64) + 0.3
-    low, high = q.find_range(weight, scheme, rule="mse", candidates=40)
+    low, high = find_range(weight, scheme, rule="mse", candidates=40)
     for row in range(4):
         values = weight[row].tolist()
         best = math.inf
@@ -238,19 +244,19 @@ def test_the_mse_range_is_the_best_of_the_grid(kind):
                 scale = 2.0 ** math.ceil(math.log2(scale)) if kind == "pow2" else scale
                 bounds = (-3, 3)
             best = min(best, sum((min(max(round(v / scale), bounds[0]), bounds[1]) * scale - v) ** 2 for v in values))
-        own = q.Scheme(3, kind, "tensor")
-        grid = q.grid(low[row : row + 1, None], high[row : row + 1, None], own)
-        found = (q.fake_quantize(weight[row], *grid, own) - weight[row]).square().sum().item()
+        own = Scheme(3, kind, "tensor")
+        grid = grid(low[row : row + 1, None], high[row : row + 1, None], own)
+        found = (fake_quantize(weight[row], *grid, own) - weight[row]).square().sum().item()
         assert found == pytest.approx(best, rel=1e-9)
 
 
 @pytest.mark.slow
 def test_percentiles_are_those_of_a_sorted_list_with_and_without_counts():
     values = draw(3, 1000, seed=2, dtype=torch.float64)
-    symmetric, affine = q.Scheme(8, "symmetric", "channel"), q.Scheme(8, "affine", "channel")
-    _, high = q.find_range(values, symmetric, rule="percentile", percentile=99)
+    symmetric, affine = Scheme(8, "symmetric", "channel"), Scheme(8, "affine", "channel")
+    _, high = find_range(values, symmetric, rule="percentile", percentile=99)
     assert high.tolist() == [sorted(abs(v) for v in row.tolist())[989] for row in values]
-    low, high = q.find_range(values, affine, rule="percentile", percentile=98)
+    low, high = find_range(values, affine, rule="percentile", percentile=98)
     assert high.tolist() == [sorted(row.tolist())[989] for row in values]
     assert low.tolist() == [sorted(row.tolist())[10] for row in values]
     counts = torch.randint(0, 4, (1, 30), generator=torch.Generator().manual_seed(1))
@@ -258,13 +264,13 @@ def test_percentiles_are_those_of_a_sorted_list_with_and_without_counts():
     repeated = few[0].repeat_interleave(counts[0])[None]
     for rule in ("minmax", "percentile", "mse", "kl"):
         for scheme in (symmetric, affine):
-            one = q.find_range(few, scheme, rule=rule, counts=counts, percentile=90)
-            other = q.find_range(repeated, scheme, rule=rule, percentile=90)
+            one = find_range(few, scheme, rule=rule, counts=counts, percentile=90)
+            other = find_range(repeated, scheme, rule=rule, percentile=90)
             assert torch.allclose(torch.stack(one), torch.stack(other), rtol=1e-6)
     with pytest.raises(InputError, match="percentile"):
-        q.find_range(values, symmetric, rule="percentile", percentile=40)
+        find_range(values, symmetric, rule="percentile", percentile=40)
     with pytest.raises(InputError, match="candidates"):
-        q.find_range(values, symmetric, rule="mse", candidates=0)
+        find_range(values, symmetric, rule="mse", candidates=0)
 
 
 def naive_kl(histogram, kept, levels):
@@ -293,7 +299,7 @@ def test_the_kl_divergence_is_the_loop_and_outliers_are_cut_off():
     assert kl_divergence_of_clipping(histogram, 4, 8).isinf().all()
     values = torch.cat([draw(1, 20_000), torch.tensor([[60.0]])], dim=1)
     for kind in ("symmetric", "affine"):
-        low, high = q.find_range(values, q.Scheme(8, kind, "tensor"), rule="kl")
+        low, high = find_range(values, Scheme(8, kind, "tensor"), rule="kl")
         assert 2.5 < high.item() < 30
         assert -6 < low.item() < -2.5
 
@@ -326,7 +332,7 @@ def test_the_kl_threshold_is_the_best_for_the_levels_that_a_sign_has(kind, signs
     values = draw(1, 600, seed=4).double() ** 3
     values = values.abs() if signs == "one" else values
     expected = naive_kl_threshold(values[0].tolist(), levels(bits))
-    low, high = q.find_range(values, q.Scheme(bits, kind, "tensor"), rule="kl")
+    low, high = find_range(values, Scheme(bits, kind, "tensor"), rule="kl")
     reached = max(high.item(), -low.item())
     assert reached == pytest.approx(expected, rel=1e-6)
     # With other numbers of levels the best one is another.
@@ -335,30 +341,30 @@ def test_the_kl_threshold_is_the_best_for_the_levels_that_a_sign_has(kind, signs
 
 def test_observers_do_not_depend_on_the_order_or_division_of_batches():
     values = torch.cat([draw(4000), 5 * draw(1000, seed=1), torch.zeros(500)])
-    scheme = q.Scheme(8, "affine", "tensor")
+    scheme = Scheme(8, "affine", "tensor")
     for rule in ("minmax", "percentile", "mse", "kl"):
         ranges = []
         for pieces in (values.split(5500), values.split(700), values.flip(0).split(91)):
-            observer = q.Observer(rule)
+            observer = Observer(rule)
             for piece in pieces:
                 assert observer(piece) is piece
             ranges.append(torch.stack(observer.range(scheme)))
         assert torch.equal(ranges[0], ranges[1])
         assert torch.equal(ranges[0], ranges[2])
-        exact = torch.stack(q.find_range(values[None], scheme, rule=rule, percentile=99.99))[:, 0]
+        exact = torch.stack(find_range(values[None], scheme, rule=rule, percentile=99.99))[:, 0]
         assert torch.allclose(ranges[0], exact, rtol=0.02), rule
 
 
 def test_an_observer_of_zeros_first_still_resolves_small_values():
-    observer = q.Observer("percentile", percentile=99.0)
+    observer = Observer("percentile", percentile=99.0)
     observer(torch.zeros(10))
     observer(1e-3 * draw(1000))
-    _, high = observer.range(q.Scheme(8, "symmetric", "tensor"))
+    _, high = observer.range(Scheme(8, "symmetric", "tensor"))
     assert 1e-3 < high.item() < 4e-3
 
 
 def test_the_moving_average_is_the_loop():
-    observer = q.Observer("ema", momentum=0.25)
+    observer = Observer("ema", momentum=0.25)
     low = high = None
     for seed in range(5):
         batch = draw(50, seed=seed)
@@ -366,19 +372,19 @@ def test_the_moving_average_is_the_loop():
         low = smallest if low is None else 0.75 * low + 0.25 * smallest
         high = largest if high is None else 0.75 * high + 0.25 * largest
         observer(batch)
-    found = observer.range(q.Scheme(8, "affine", "tensor"))
+    found = observer.range(Scheme(8, "affine", "tensor"))
     assert [edge.item() for edge in found] == pytest.approx([low, high], rel=1e-6)
 
 
 def test_observers_refuse_in_one_line():
     with pytest.raises(InputError, match="seen nothing"):
-        q.Observer().range(q.Scheme(8, "affine", "tensor"))
+        Observer().range(Scheme(8, "affine", "tensor"))
     with pytest.raises(InputError, match="observer must be"):
-        q.Observer("mean")
+        Observer("mean")
     with pytest.raises(InputError, match="momentum"):
-        q.Observer("ema", momentum=0)
+        Observer("ema", momentum=0)
     with pytest.raises(InputError, match="NaN"):
-        q.Observer("mse")(torch.tensor([1.0, math.nan]))
+        Observer("mse")(torch.tensor([1.0, math.nan]))
 
 
 # Estimators
@@ -391,42 +397,42 @@ def definition_of_lsq(values, scale, low, high):
 
 @pytest.mark.parametrize("per", ["tensor", "channel", "group:4"])
 def test_lsq_has_the_gradient_of_its_definition(per):
-    scheme = q.Scheme(3, "symmetric", per)
+    scheme = Scheme(3, "symmetric", per)
     weight = draw(4, 10, dtype=torch.float64).requires_grad_()
-    scale = (q.lsq_start(weight, scheme) * 0.7).requires_grad_()
+    scale = (lsq_start(weight, scheme) * 0.7).requires_grad_()
     upstream = draw(4, 10, seed=1, dtype=torch.float64)
     factor = 1 / math.sqrt(weight.numel() / scale.numel() * 3)
-    found = torch.autograd.grad((q.lsq(weight, scale, scheme) * upstream).sum(), (weight, scale))
+    found = torch.autograd.grad((lsq(weight, scale, scheme) * upstream).sum(), (weight, scale))
     spread = {"tensor": lambda s: s.expand(4, 10), "channel": lambda s: s.expand(4, 10)}.get(
         per, lambda s: s.repeat_interleave(4, dim=1)[:, :10]
     )
     value = definition_of_lsq(weight, spread(scale), -3, 3)
     expected = torch.autograd.grad((value * upstream).sum(), (weight, scale))
-    assert torch.allclose(q.lsq(weight, scale, scheme), value, rtol=1e-12)
+    assert torch.allclose(lsq(weight, scale, scheme), value, rtol=1e-12)
     assert torch.allclose(found[0], expected[0], rtol=1e-12)
     assert torch.allclose(found[1], factor * expected[1], rtol=1e-12)
 
 
 def test_lsq_clips_before_it_rounds_as_the_paper_has_it():
-    scheme = q.Scheme(3, "symmetric", "tensor")
+    scheme = Scheme(3, "symmetric", "tensor")
     for value, slope, passes in ((3.3, 3, 0), (3.0, 3, 0), (2.8, 0.2, 1), (-3.4, -3, 0), (0.4, -0.4, 1), (9.0, 3, 0)):
         scale, given = torch.ones(1, 1, requires_grad=True), torch.tensor([value], requires_grad=True)
-        q.lsq(given, scale, scheme, factor=1.0).sum().backward()
+        lsq(given, scale, scheme, factor=1.0).sum().backward()
         assert scale.grad.item() == pytest.approx(slope, abs=1e-6)
         assert given.grad.item() == passes
 
 
 def test_lsq_starts_as_the_paper_has_it():
     weight = draw(5, 6)
-    start = q.lsq_start(weight, q.Scheme(4, "symmetric", "channel"))
+    start = lsq_start(weight, Scheme(4, "symmetric", "channel"))
     assert torch.allclose(start[:, 0], 2 * weight.abs().mean(dim=1) / math.sqrt(7))
-    assert bool((q.lsq_start(torch.zeros(5, 6), q.Scheme(4)) == 1).all())
+    assert bool((lsq_start(torch.zeros(5, 6), Scheme(4)) == 1).all())
 
 
 def test_pact_is_its_formula_with_its_gradient():
     values = torch.tensor([-1.0, 0.4, 1.0, 1.9, 2.0, 5.0], requires_grad=True)
     alpha = torch.tensor(2.0, requires_grad=True)
-    result = q.pact(values, alpha, bits=2)
+    result = pact(values, alpha, bits=2)
     assert result.tolist() == pytest.approx([0, 2 / 3, 4 / 3, 2, 2, 2], abs=1e-6)
     result.backward(torch.arange(1.0, 7.0))
     assert values.grad.tolist() == [0, 2, 3, 4, 0, 0]
@@ -435,7 +441,7 @@ def test_pact_is_its_formula_with_its_gradient():
 
 def test_dorefa_is_its_formula():
     values = torch.tensor([-1.0, 0.1, 0.4, 0.9, 3.0], requires_grad=True)
-    result = q.dorefa_activation(values, bits=2)
+    result = dorefa_activation(values, bits=2)
     assert result.tolist() == pytest.approx([0, 0, 1 / 3, 1, 1], abs=1e-6)
     result.sum().backward()
     assert values.grad.tolist() == [0, 1, 1, 1, 0]
@@ -444,7 +450,7 @@ def test_dorefa_is_its_formula():
     expected = [
         2 * round((math.tanh(w) / (2 * largest) + 0.5) * 7) / 7 - 1 for w in weight.flatten().tolist()
     ]  # fmt: skip
-    levels = q.dorefa_weight(weight, bits=3)
+    levels = dorefa_weight(weight, bits=3)
     assert levels.flatten().tolist() == pytest.approx(expected, abs=1e-12)
     smooth = weight.tanh() / weight.tanh().abs().max()
     upstream = draw(4, 5, seed=1, dtype=torch.float64)
@@ -456,7 +462,7 @@ def test_dorefa_is_its_formula():
 def test_binary_weights_are_two_values_a_filter_and_the_best_of_them():
     weight = draw(5, 3, 2, 2, dtype=torch.float64)
     weight[0, 0, 0, 0] = 0
-    levels = q.binary(weight, q.Scheme(1, "binary"))
+    levels = quantizers_binary(weight, Scheme(1, "binary"))
     for filters, rounded in zip(weight, levels, strict=True):
         alpha = sum(abs(w) for w in filters.flatten().tolist()) / filters.numel()
         assert sorted(set(rounded.flatten().tolist())) == pytest.approx([-alpha, alpha])
@@ -469,17 +475,17 @@ def test_binary_weights_are_two_values_a_filter_and_the_best_of_them():
 def test_binary_weights_have_the_gradient_of_their_scale_and_of_the_sign():
     weight = torch.tensor([[0.5, -2.0, 0.1]], dtype=torch.float64, requires_grad=True)
     upstream = torch.tensor([[1.0, 10.0, 100.0]], dtype=torch.float64)
-    (q.binary(weight, q.Scheme(1, "binary")) * upstream).sum().backward()
+    (quantizers_binary(weight, Scheme(1, "binary")) * upstream).sum().backward()
     alpha, towards = 2.6 / 3, (1 - 10 + 100) / 3
     assert weight.grad[0].tolist() == pytest.approx([alpha + towards, -towards, 100 * alpha + towards])
 
 
 def test_binary_connect_draws_signs_with_the_right_expectation():
     weight = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.25, 1.0, 3.0])
-    assert q.binary_connect(weight).tolist() == [-1, -1, -1, 1, 1, 1, 1]
+    assert binary_connect(weight).tolist() == [-1, -1, -1, 1, 1, 1, 1]
     generator = torch.Generator().manual_seed(0)
     many = weight.repeat(10_000, 1).requires_grad_()
-    drawn = q.binary_connect(many, stochastic=True, generator=generator)
+    drawn = binary_connect(many, stochastic=True, generator=generator)
     assert set(drawn.flatten().tolist()) == {-1.0, 1.0}
     assert torch.allclose(drawn.mean(dim=0), weight.clamp(-1, 1), atol=0.04)
     drawn.sum().backward()
@@ -488,7 +494,7 @@ def test_binary_connect_draws_signs_with_the_right_expectation():
 
 def test_ternary_weights_are_the_best_for_their_threshold():
     weight = draw(4, 20, dtype=torch.float64).requires_grad_()
-    levels = q.ternary(weight, q.Scheme(2, "ternary"))
+    levels = quantizers_ternary(weight, Scheme(2, "ternary"))
     for values, rounded in zip(weight.tolist(), levels.tolist(), strict=True):
         limit = 0.7 * sum(abs(v) for v in values) / len(values)
         beyond = [abs(v) for v in values if abs(v) > limit]
@@ -499,19 +505,19 @@ def test_ternary_weights_are_the_best_for_their_threshold():
     upstream = draw(4, 20, seed=1, dtype=torch.float64)
     (levels * upstream).sum().backward()
     assert torch.equal(weight.grad, upstream)
-    assert not q.ternary(torch.zeros(2, 3), q.Scheme(2, "ternary")).any()
+    assert not quantizers_ternary(torch.zeros(2, 3), Scheme(2, "ternary")).any()
 
 
 def test_trained_ternary_weights_have_the_gradients_of_the_paper():
     weight = torch.tensor([2.0, 0.05, -0.3, 0.4, -1.0, 0.0], dtype=torch.float64, requires_grad=True)
     up, down = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.7, 1.3))
-    result = q.ttq(weight, up, down, threshold=0.05)
+    result = ttq(weight, up, down, threshold=0.05)
     assert result.tolist() == pytest.approx([0.7, 0, -1.3, 0.7, -1.3, 0])
     result.backward(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64))
     assert up.grad.item() == 5
     assert down.grad.item() == -8
     assert weight.grad.tolist() == pytest.approx([0.7, 2, 3.9, 2.8, 6.5, 6])
-    starts = q.ttq_start(weight)
+    starts = ttq_start(weight)
     assert [start.item() for start in starts] == pytest.approx([1.2, 0.65])
 
 
@@ -522,15 +528,15 @@ def test_the_codes_of_every_kind_give_back_its_values_in_every_type(scheme, dtyp
     weight[0, 0, 0] = 0
     up, down = (torch.tensor(value, dtype=torch.promote_types(dtype, torch.float32)) for value in (0.3, 0.7))
     values = {
-        "dorefa": lambda: q.dorefa_weight(weight, bits=scheme.bits),
-        "binary": lambda: q.binary(weight, scheme),
-        "binaryconnect": lambda: q.binary_connect(weight),
-        "ternary": lambda: q.ternary(weight, scheme),
-        "ttq": lambda: q.ttq(weight, up, down),
+        "dorefa": lambda: dorefa_weight(weight, bits=scheme.bits),
+        "binary": lambda: quantizers_binary(weight, scheme),
+        "binaryconnect": lambda: binary_connect(weight),
+        "ternary": lambda: quantizers_ternary(weight, scheme),
+        "ttq": lambda: ttq(weight, up, down),
     }[scheme.kind]()
-    found = q.ttq_codes(weight, up, down) if scheme.kind == "ttq" else q.codes(weight, scheme)
+    found = ttq_codes(weight, up, down) if scheme.kind == "ttq" else quantizers_codes(weight, scheme)
     assert values.dtype == dtype
-    assert torch.equal(q.dequantize(found, scheme, dtype=dtype), values)
+    assert torch.equal(dequantize(found, scheme, dtype=dtype), values)
     assert scheme.lowest <= found.values.min()
     assert found.values.max() <= scheme.highest
 
@@ -576,12 +582,12 @@ def options_of(scheme, **options):
 
 
 QUANTIZERS = [
-    *(options_of(scheme) for scheme in (q.Scheme(4), q.Scheme(3, "affine", "group:3"), q.Scheme(5, "pow2", "tensor"))),
-    options_of(q.Scheme(3), rule="mse"), options_of(q.Scheme(4, "affine"), rule="percentile"),
-    options_of(q.Scheme(4, "symmetric", "tensor"), rule="kl"),
-    options_of(q.Scheme(3), estimator="lsq"), options_of(q.Scheme(3, "symmetric", "group:2"), estimator="lsq"),
+    *(options_of(scheme) for scheme in (Scheme(4), Scheme(3, "affine", "group:3"), Scheme(5, "pow2", "tensor"))),
+    options_of(Scheme(3), rule="mse"), options_of(Scheme(4, "affine"), rule="percentile"),
+    options_of(Scheme(4, "symmetric", "tensor"), rule="kl"),
+    options_of(Scheme(3), estimator="lsq"), options_of(Scheme(3, "symmetric", "group:2"), estimator="lsq"),
     *(options_of(scheme) for scheme in OTHERS),
-    options_of(q.Scheme(1, "binaryconnect", "tensor"), stochastic=True),
+    options_of(Scheme(1, "binaryconnect", "tensor"), stochastic=True),
 ]  # fmt: skip
 
 
@@ -591,26 +597,26 @@ QUANTIZERS = [
 def test_quantized_layers_use_describe_rebuild_and_bake_their_codes(kind, options):
     layer, names, given = layers()[kind]
     fresh, dense = copy.deepcopy(layer), run(layer, given)
-    assert q.weight_names(layer) == names
-    assert q.quantize_weights(layer, **options) == names
-    assert q.weight_names(layer) == names
+    assert weight_names(layer) == names
+    assert quantize_weights(layer, **options) == names
+    assert weight_names(layer) == names
     layer.eval()
     output = run(layer, given)
     assert not torch.equal(output, dense)
 
-    for name, (found, scheme) in q.weight_codes(layer).items():
-        assert same_bits(q.dequantize(found, scheme, dtype=torch.float32), getattr(layer, name))
+    for name, (found, scheme) in weight_codes(layer).items():
+        assert same_bits(dequantize(found, scheme, dtype=torch.float32), getattr(layer, name))
     used = copy.deepcopy(fresh)
     with torch.no_grad():
         for name in names:
             getattr(used, name).copy_(getattr(layer, name))
     assert torch.equal(run(used, given), output), "the layer computes with the quantized values"
 
-    description = json.loads(json.dumps(q.describe(layer)))
-    rebuilt = q.rebuild(copy.deepcopy(fresh), description).eval()
+    description = json.loads(json.dumps(quantizers_describe(layer)))
+    rebuilt = quantizers_rebuild(copy.deepcopy(fresh), description).eval()
     rebuilt.load_state_dict(layer.state_dict(), strict=True)
     assert torch.equal(run(rebuilt, given), output)
-    assert q.describe(rebuilt) == q.describe(layer)
+    assert quantizers_describe(rebuilt) == quantizers_describe(layer)
 
     layer.train()
     run(layer, given).square().sum().backward()
@@ -619,15 +625,15 @@ def test_quantized_layers_use_describe_rebuild_and_bake_their_codes(kind, option
         assert gradient.isfinite().all()
         assert gradient.abs().sum() > 0
 
-    assert q.bake(rebuilt) == names
+    assert quantizers_bake(rebuilt) == names
     assert rebuilt.state_dict().keys() == fresh.state_dict().keys()
     assert torch.equal(run(rebuilt, given), output)
-    assert q.describe(rebuilt) == {}
+    assert quantizers_describe(rebuilt) == {}
 
 
 def test_learned_scales_are_trained_and_grids_follow_the_weight():
     layer = nn.Linear(6, 4)
-    q.quantize_weights(layer, scheme=q.Scheme(3), estimator="lsq")
+    quantize_weights(layer, scheme=Scheme(3), estimator="lsq")
     names = {name for name, _ in layer.named_parameters()}
     assert "parametrizations.weight.0.scale" in names
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -637,8 +643,8 @@ def test_learned_scales_are_trained_and_grids_follow_the_weight():
     assert not torch.equal(before, layer.parametrizations.weight[0].scale)
 
     following, fixed = nn.Linear(6, 4), nn.Linear(6, 4)
-    q.quantize_weights(following, scheme=q.Scheme(8))
-    q.quantize_weights(fixed, scheme=q.Scheme(8), rule="mse")
+    quantize_weights(following, scheme=Scheme(8))
+    quantize_weights(fixed, scheme=Scheme(8), rule="mse")
     for layer, factor in ((following, 2.0), (fixed, 1.0)):
         reach = layer.weight.abs().max().item()
         with torch.no_grad():
@@ -648,44 +654,44 @@ def test_learned_scales_are_trained_and_grids_follow_the_weight():
 
 def test_signs_are_drawn_in_train_mode_only():
     layer = nn.Linear(20, 20)
-    q.quantize_weights(layer, scheme=q.Scheme(1, "binaryconnect", "tensor"), stochastic=True)
+    quantize_weights(layer, scheme=Scheme(1, "binaryconnect", "tensor"), stochastic=True)
     assert not torch.equal(layer.weight, layer.weight)
     assert torch.equal(layer.eval().weight, layer.weight)
 
 
 def test_quantizing_works_in_float64_and_on_transposed_channels():
     layer = nn.ConvTranspose2d(4, 6, 3).double()
-    q.quantize_weights(layer, scheme=q.Scheme(4, axis=q.channel_axis(layer)), rule="mse")
+    quantize_weights(layer, scheme=Scheme(4, axis=channel_axis(layer)), rule="mse")
     assert layer.weight.dtype == torch.float64
     assert layer.parametrizations.weight[0].scale.shape == (6, 1)
-    assert q.channel_axis(nn.Conv2d(1, 1, 1)) == 0
-    assert q.weight_names(nn.LSTM(4, 3, proj_size=2)) == ["weight_hh_l0", "weight_hr_l0", "weight_ih_l0"]
+    assert channel_axis(nn.Conv2d(1, 1, 1)) == 0
+    assert weight_names(nn.LSTM(4, 3, proj_size=2)) == ["weight_hh_l0", "weight_hr_l0", "weight_ih_l0"]
 
 
 def test_a_layer_that_cannot_be_quantized_is_one_line():
     layer = nn.Linear(3, 3)
-    q.quantize_weights(layer, scheme=q.Scheme())
+    quantize_weights(layer, scheme=Scheme())
     with pytest.raises(InputError, match="already"):
-        q.quantize_weights(layer, scheme=q.Scheme())
+        quantize_weights(layer, scheme=Scheme())
     with pytest.raises(InputError, match="has the weights"):
-        q.quantize_weights(nn.ReLU(), scheme=q.Scheme())
+        quantize_weights(nn.ReLU(), scheme=Scheme())
     with pytest.raises(InputError, match="cannot quantize"):
-        q.quantize_weights(nn.Linear(3, 3), scheme=q.Scheme(), names=["bias"])
+        quantize_weights(nn.Linear(3, 3), scheme=Scheme(), names=["bias"])
     with pytest.raises(InputError, match="symmetric"):
-        q.quantize_weights(nn.Linear(3, 3), scheme=q.Scheme(4, "affine"), estimator="lsq")
+        quantize_weights(nn.Linear(3, 3), scheme=Scheme(4, "affine"), estimator="lsq")
     with pytest.raises(InputError, match="'ste' or 'lsq'"):
-        q.quantize_weights(nn.Linear(3, 3), scheme=q.Scheme(4), estimator="pact")
+        quantize_weights(nn.Linear(3, 3), scheme=Scheme(4), estimator="pact")
     with pytest.raises(InputError, match="stochastic"):
-        q.quantize_weights(nn.Linear(3, 3), scheme=q.Scheme(4), stochastic=True)
+        quantize_weights(nn.Linear(3, 3), scheme=Scheme(4), stochastic=True)
     with pytest.raises(InputError, match="right layer"):
-        q.rebuild(nn.ReLU(), q.describe(layer))
+        quantizers_rebuild(nn.ReLU(), quantizers_describe(layer))
 
 
 # Activations
 
 
 ACTIVATIONS = [
-    {"scheme": q.Scheme(bits, kind, "tensor"), "estimator": estimator, "observer": observer}
+    {"scheme": Scheme(bits, kind, "tensor"), "estimator": estimator, "observer": observer}
     for bits, kind, estimator, observer in (
         (8, "affine", "ste", "minmax"), (8, "symmetric", "ste", "ema"), (4, "affine", "ste", "percentile"),
         (4, "pow2", "ste", "mse"), (8, "affine", "ste", "kl"), (4, "affine", "lsq", "minmax"),
@@ -699,12 +705,12 @@ def test_quantized_inputs_are_calibrated_described_rebuilt_and_trained(options):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     fresh = copy.deepcopy(network)
-    q.quantize_input(network[2], q.ActivationQuantizer(**options))
+    quantize_input(network[2], ActivationQuantizer(**options))
     batches = [draw(16, 6, seed=seed) for seed in range(4)]
     if options["estimator"] != "dorefa":
         with pytest.raises(InputError, match="calibrating"):
             network.eval()(batches[0])
-    with q.calibrating(network):
+    with quantizers_calibrating(network):
         for batch in batches:
             assert torch.equal(network(batch), fresh(batch)), "calibration changes nothing"
     network.eval()
@@ -712,16 +718,16 @@ def test_quantized_inputs_are_calibrated_described_rebuilt_and_trained(options):
     quantizer = network[2].input_quantizer
     levels = quantizer(hidden)
     assert len(levels.unique()) <= 2 ** options["scheme"].bits
-    assert torch.equal(q.dequantize(quantizer.codes(hidden), options["scheme"]), levels)
+    assert torch.equal(dequantize(quantizer.codes(hidden), options["scheme"]), levels)
     assert torch.equal(network(batches[0]), fresh[2](levels))
 
-    description = json.loads(json.dumps(q.describe_input(network[2])))
+    description = json.loads(json.dumps(describe_input(network[2])))
     again = copy.deepcopy(fresh)
-    q.rebuild_input(again[2], description)
+    rebuild_input(again[2], description)
     again.load_state_dict(network.state_dict(), strict=True)
     assert torch.equal(again.eval()(batches[0]), network(batches[0]))
     assert torch.equal(copy.deepcopy(network)(batches[0]), network(batches[0]))
-    assert q.describe_input(fresh[2]) is None
+    assert describe_input(fresh[2]) is None
 
     network.train()
     # Beyond what was seen in calibration, so that something is cut off.
@@ -733,18 +739,18 @@ def test_quantized_inputs_are_calibrated_described_rebuilt_and_trained(options):
 
 
 def test_learned_scales_of_affine_grids_keep_negative_activations():
-    scheme, values = q.Scheme(4, "affine", "tensor"), draw(500) - 0.5
-    quantizer = q.ActivationQuantizer(scheme=scheme, estimator="lsq")
-    with q.calibrating(quantizer):
+    scheme, values = Scheme(4, "affine", "tensor"), draw(500) - 0.5
+    quantizer = ActivationQuantizer(scheme=scheme, estimator="lsq")
+    with quantizers_calibrating(quantizer):
         quantizer(values)
     levels = quantizer(values)
     assert bool(((levels - values).abs() <= quantizer.scale / 2 * (1 + 1e-5)).all())
-    assert torch.equal(q.dequantize(quantizer.codes(values), scheme), levels)
+    assert torch.equal(dequantize(quantizer.codes(values), scheme), levels)
 
 
 def test_the_moving_average_follows_in_train_mode_only():
-    quantizer = q.ActivationQuantizer(scheme=q.Scheme(8, "affine", "tensor"), observer="ema", momentum=0.5)
-    with q.calibrating(quantizer):
+    quantizer = ActivationQuantizer(scheme=Scheme(8, "affine", "tensor"), observer="ema", momentum=0.5)
+    with quantizers_calibrating(quantizer):
         quantizer(draw(50).clamp(-1, 1))
     before = quantizer.scale.clone()
     quantizer.eval()(10 * draw(50))
@@ -758,40 +764,40 @@ def test_eight_bits_come_close_on_recurrent_and_attention_layers():
         layer, _, given = layers()[kind]
         layer.eval()
         dense = run(layer, given).detach()
-        q.quantize_weights(layer, scheme=q.Scheme(8))
-        q.quantize_input(layer, q.ActivationQuantizer(scheme=q.Scheme(8, "affine", "tensor")))
-        with q.calibrating(layer):
+        quantize_weights(layer, scheme=Scheme(8))
+        quantize_input(layer, ActivationQuantizer(scheme=Scheme(8, "affine", "tensor")))
+        with quantizers_calibrating(layer):
             run(layer, given)
         relative = ((run(layer, given) - dense).norm() / dense.norm()).item()
         assert 0 < relative < 0.06, kind
     packed = pack_padded_sequence(torch.randn(5, 2, 4), torch.tensor([5, 3]))
     lstm = nn.LSTM(4, 3)
-    q.quantize_input(lstm, q.ActivationQuantizer(scheme=q.Scheme(2, "affine", "tensor")))
-    with q.calibrating(lstm):
+    quantize_input(lstm, ActivationQuantizer(scheme=Scheme(2, "affine", "tensor")))
+    with quantizers_calibrating(lstm):
         lstm(packed)
     rounded = packed._replace(data=lstm.input_quantizer(packed.data))
     assert torch.equal(lstm(packed)[0].data, nn.LSTM.forward(lstm, rounded)[0].data)
 
 
 def test_activation_quantizers_refuse_in_one_line():
-    affine = q.Scheme(8, "affine", "tensor")
+    affine = Scheme(8, "affine", "tensor")
     for options, words in (
-        ({"scheme": q.Scheme(8, "affine", "channel")}, "per='tensor'"),
-        ({"scheme": q.Scheme(8, "symmetric", "tensor"), "estimator": "pact"}, "kind='affine'"),
-        ({"scheme": q.Scheme(8, "pow2", "tensor"), "estimator": "lsq"}, "any scale"),
+        ({"scheme": Scheme(8, "affine", "channel")}, "per='tensor'"),
+        ({"scheme": Scheme(8, "symmetric", "tensor"), "estimator": "pact"}, "kind='affine'"),
+        ({"scheme": Scheme(8, "pow2", "tensor"), "estimator": "lsq"}, "any scale"),
         ({"scheme": affine, "estimator": "twn"}, "estimator must be"),
     ):
         with pytest.raises(InputError, match=words):
-            q.ActivationQuantizer(**options)
+            ActivationQuantizer(**options)
     layer = nn.Linear(3, 3)
-    q.quantize_input(layer, q.ActivationQuantizer(scheme=affine, estimator="pact"))
+    quantize_input(layer, ActivationQuantizer(scheme=affine, estimator="pact"))
     with pytest.raises(InputError, match="already"):
-        q.quantize_input(layer, q.ActivationQuantizer(scheme=affine))
-    with pytest.raises(InputError, match="no positive"), q.calibrating(layer):
+        quantize_input(layer, ActivationQuantizer(scheme=affine))
+    with pytest.raises(InputError, match="no positive"), quantizers_calibrating(layer):
         layer(-torch.ones(2, 3))
     with (
         pytest.raises(InputError, match="seen nothing"),
-        q.calibrating(nn.Sequential(q.ActivationQuantizer(scheme=affine))),
+        quantizers_calibrating(nn.Sequential(ActivationQuantizer(scheme=affine))),
     ):
         pass
 
@@ -830,14 +836,14 @@ def test_folding_batch_norms_keeps_the_outputs_and_the_network():
     torch.manual_seed(0)
     network = moved_statistics(Residual())
     before = copy.deepcopy(network.state_dict())
-    pairs = q.foldable_pairs(network)
+    pairs = foldable_pairs(network)
     assert pairs == [("conv1", "bn1"), ("conv2", "bn2"), ("up", "bn3"), ("head", "bn4")]
-    folded = q.fold_batch_norm(network)
+    folded = fold_batch_norm(network)
     images = draw(4, 3, 6, 6, seed=9)
     assert ((folded(images) - network(images)).norm() / network(images).norm()).item() < 1e-6
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules()) == 1
-    rebuilt = q.fold_batch_norm(Residual(), pairs=[tuple(pair) for pair in json.loads(json.dumps(pairs))])
+    rebuilt = fold_batch_norm(Residual(), pairs=[tuple(pair) for pair in json.loads(json.dumps(pairs))])
     rebuilt.load_state_dict(folded.state_dict(), strict=True)
     assert torch.equal(rebuilt.eval()(images), folded(images))
 
@@ -846,17 +852,17 @@ def test_what_cannot_be_folded_is_one_line():
     network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False))
     for pairs, words in (([("0", "7")], "cannot fold"), ([("1", "1")], "in float"), ([("0", "2")], "statistics")):
         with pytest.raises(InputError, match=words):
-            q.fold_batch_norm(network, pairs=pairs)
-    q.quantize_weights(network[0], scheme=q.Scheme())
+            fold_batch_norm(network, pairs=pairs)
+    quantize_weights(network[0], scheme=Scheme())
     with pytest.raises(InputError, match="in float"):
-        q.fold_batch_norm(network, pairs=[("0", "1")])
+        fold_batch_norm(network, pairs=[("0", "1")])
 
     class Branching(nn.Module):
         def forward(self, values):
             return values if values.sum() > 0 else -values
 
     with pytest.raises(InputError, match="cannot be traced") as caught:
-        q.foldable_pairs(Branching())
+        foldable_pairs(Branching())
     assert "\n" not in str(caught.value)
 
 
@@ -878,8 +884,8 @@ def test_equalisation_keeps_outputs_and_equalises_ranges():
     network = chain()
     images = draw(4, 3, 8, 8, dtype=torch.float64)
     before = network(images)
-    assert q.equalisable_pairs(network) == [("0", "2"), ("2", "5"), ("5", "8"), ("8", "11")]
-    q.equalise(network, sweeps=200)
+    assert equalisable_pairs(network) == [("0", "2"), ("2", "5"), ("5", "8"), ("8", "11")]
+    equalise(network, sweeps=200)
     assert ((network(images) - before).norm() / before.norm()).item() < 1e-6
 
     reach = network[8].weight.abs().amax(dim=1)
@@ -907,11 +913,11 @@ def test_equalisation_undoes_unequal_channels_before_per_tensor_quantization():
     def loss(one):
         one = copy.deepcopy(one)
         for layer in (one[0], one[2]):
-            q.quantize_weights(layer, scheme=q.Scheme(6, "symmetric", "tensor"))
+            quantize_weights(layer, scheme=Scheme(6, "symmetric", "tensor"))
         return ((one(values) - dense).norm() / dense.norm()).item()
 
     unequal = loss(network)
-    q.equalise(network)
+    equalise(network)
     assert loss(network) < 0.06 < 0.5 < unequal
 
 
@@ -920,18 +926,18 @@ def test_equalisation_stops_leaves_dead_channels_alone_and_refuses_in_one_line()
     with torch.no_grad():
         network[0].weight[1] = 0
     kept = network[2].weight[:, 1].clone()
-    assert q.equalise(network) <= 3
+    assert equalise(network) <= 3
     assert torch.equal(network[2].weight[:, 1], kept)
     assert all(value.isfinite().all() for value in network.state_dict().values())
     for pairs, words in (([("0", "1")], "in float"), ([("0", "9")], "in float"), ([("2", "2")], None)):
         if words:
             with pytest.raises(InputError, match=words):
-                q.equalise(network, pairs=pairs)
+                equalise(network, pairs=pairs)
     odd = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Conv2d(4, 2, 1))
     with pytest.raises(InputError, match="which has other inputs"):
-        q.equalise(odd, pairs=[("0", "1")])
-    assert q.equalisable_pairs(nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Linear(4, 2))) == []
-    assert q.equalisable_pairs(nn.Sequential(nn.Linear(2, 4), nn.Flatten(), nn.Linear(8, 2))) == []
+        equalise(odd, pairs=[("0", "1")])
+    assert equalisable_pairs(nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Linear(4, 2))) == []
+    assert equalisable_pairs(nn.Sequential(nn.Linear(2, 4), nn.Flatten(), nn.Linear(8, 2))) == []
 
 
 def test_bias_correction_takes_the_mean_error_away():
@@ -941,7 +947,7 @@ def test_bias_correction_takes_the_mean_error_away():
     ).double()  # fmt: skip
     network = copy.deepcopy(reference)
     for layer in [network[0], network[2], network[5]]:
-        q.quantize_weights(layer, scheme=q.Scheme(3, "symmetric", "tensor"))
+        quantize_weights(layer, scheme=Scheme(3, "symmetric", "tensor"))
     batches = [draw(5, 3, 6, 6, seed=seed, dtype=torch.float64) + 0.5 for seed in range(3)]
 
     def mean_error(layers):
@@ -952,13 +958,13 @@ def test_bias_correction_takes_the_mean_error_away():
 
     assert min(mean_error(layers) for layers in (1, 3, 6)) > 1e-3
     network.train()
-    assert q.correct_biases(network, reference, batches) == ["0", "2", "5"]
+    assert correct_biases(network, reference, batches) == ["0", "2", "5"]
     assert network.training
     assert max(mean_error(layers) for layers in (1, 3, 6)) < 1e-6
     with pytest.raises(InputError, match="at least one batch"):
-        q.correct_biases(network, reference, [])
+        correct_biases(network, reference, [])
     with pytest.raises(InputError, match="same linear"):
-        q.correct_biases(nn.Sequential(nn.ReLU()), reference, batches)
+        correct_biases(nn.Sequential(nn.ReLU()), reference, batches)
 
 
 # Usefulness
@@ -983,24 +989,24 @@ def test_on_digits_eight_bits_cost_nothing_and_training_repairs_two_bits():
     def quantized(scheme, **options):
         network = copy.deepcopy(dense)
         for layer in (network[0], network[2]):
-            q.quantize_weights(layer, scheme=scheme, **options)
+            quantize_weights(layer, scheme=scheme, **options)
         return network
 
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
     fit(dense, 100)
-    eight = quantized(q.Scheme(8))
+    eight = quantized(Scheme(8))
     assert right(eight) >= right(dense) - 1
     assert ((eight(test[0]) - dense(test[0])).norm() / dense(test[0]).norm()).item() < 0.06
     for options in (
-        {"scheme": q.Scheme(2)}, {"scheme": q.Scheme(2), "estimator": "lsq"},
-        {"scheme": q.Scheme(1, "binary")}, {"scheme": q.Scheme(2, "ttq", "tensor")},
+        {"scheme": Scheme(2)}, {"scheme": Scheme(2), "estimator": "lsq"},
+        {"scheme": Scheme(1, "binary")}, {"scheme": Scheme(2, "ttq", "tensor")},
     ):  # fmt: skip
         network = quantized(**options)
         before = right(network)
         fit(network, 100)
         assert right(network) >= before + 54, options
-    assert right(quantized(q.Scheme(2))) < right(dense) - 54
+    assert right(quantized(Scheme(2))) < right(dense) - 54
 
 
 # Mixed precision
@@ -1008,7 +1014,7 @@ def test_on_digits_eight_bits_cost_nothing_and_training_repairs_two_bits():
 
 def errors_and_counts(seed=0):
     weights = {f"layer{n}": draw(4, 10 + 7 * n, seed=seed + n) * (1 + n) for n in range(5)}
-    return q.weight_errors(weights, rule="minmax"), {name: weight.numel() for name, weight in weights.items()}
+    return weight_errors(weights, rule="minmax"), {name: weight.numel() for name, weight in weights.items()}
 
 
 def test_mixed_precision_keeps_the_budget_and_more_of_it_never_takes_bits_away():
@@ -1017,13 +1023,13 @@ def test_mixed_precision_keeps_the_budget_and_more_of_it_never_takes_bits_away()
     least = sum(-(-count * 2 // 8) + 16 for count in counts.values())
     before = None
     for budget in range(least, sum(counts.values()) + 16 * 5 + 40, 3):
-        chosen = q.allocate_bits(errors, counts, budget=budget, overhead=overhead)
+        chosen = allocate_bits(errors, counts, budget=budget, overhead=overhead)
         assert sum(-(-counts[name] * bits // 8) + 16 for name, bits in chosen.items()) <= budget
         assert before is None or all(bits >= before[name] for name, bits in chosen.items())
         before = chosen
     assert set(before.values()) == {8}
     with pytest.raises(InputError, match=f"need {least}"):
-        q.allocate_bits(errors, counts, budget=least - 1, overhead=overhead)
+        allocate_bits(errors, counts, budget=least - 1, overhead=overhead)
 
 
 def test_mixed_precision_is_the_best_where_bits_cost_the_same_and_help_less_and_less():
@@ -1033,29 +1039,29 @@ def test_mixed_precision_is_the_best_where_bits_cost_the_same_and_help_less_and_
     }
     counts = dict.fromkeys(errors, 64)
     for budget in range(64, 193, 8):
-        chosen = q.allocate_bits(errors, counts, budget=budget)
+        chosen = allocate_bits(errors, counts, budget=budget)
         best = min(
             sum(errors[name][width] for name, width in zip(errors, widths, strict=True))
             for widths in itertools.product(range(2, 7), repeat=4)
             if sum(8 * width for width in widths) <= budget
         )
         assert sum(errors[name][width] for name, width in chosen.items()) == pytest.approx(best)
-    assert len(set(q.allocate_bits(errors, counts, budget=128).values())) > 1
+    assert len(set(allocate_bits(errors, counts, budget=128).values())) > 1
 
 
 def test_bits_that_do_not_help_are_not_bought():
     errors = {"flat": {2: 1.0, 4: 1.0, 8: 1.5}, "steep": {2: 5.0, 3: 5.5, 8: 0.1}}
-    assert q.allocate_bits(errors, {"flat": 10, "steep": 10}, budget=1000) == {"flat": 2, "steep": 8}
+    assert allocate_bits(errors, {"flat": 10, "steep": 10}, budget=1000) == {"flat": 2, "steep": 8}
     with pytest.raises(InputError, match="same weights"):
-        q.allocate_bits(errors, {"flat": 10}, budget=1000)
+        allocate_bits(errors, {"flat": 10}, budget=1000)
     with pytest.raises(InputError, match="'none'"):
-        q.allocate_bits({"none": {}}, {"none": 3}, budget=10)
+        allocate_bits({"none": {}}, {"none": 3}, budget=10)
 
 
 def test_parametrized_layers_stay_of_this_package():
     layer = nn.Linear(3, 3)
-    assert q.describe(layer) == {}
-    q.quantize_weights(layer, scheme=q.Scheme(4))
+    assert quantizers_describe(layer) == {}
+    quantize_weights(layer, scheme=Scheme(4))
     assert parametrize.is_parametrized(layer, "weight")
     assert "4 bit symmetric" in repr(layer)
 
@@ -1065,7 +1071,7 @@ def test_weights_that_several_layers_share_are_not_equalised():
     network[2].weight = network[0].weight
     inputs = torch.randn(5, 6)
     before = network(inputs)
-    q.equalise(network)
+    equalise(network)
     torch.testing.assert_close(network(inputs), before)
     with pytest.raises(InputError, match="one shares its weight with another layer"):
-        q.equalise(network, pairs=[("0", "2")])
+        equalise(network, pairs=[("0", "2")])

@@ -9,12 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression import penalties, recipe
-from distill_lightning.compression.compressor import Compressor
-from distill_lightning.compression.schedules import Cubic, Iterative
-from distill_lightning.compression.selection import Slice
-from distill_lightning.compression.steps import Order, Prune, Regularise, Sensitivity, Step
-from distill_lightning.compression.surgery import axes, channel_groups
+from distill_lightning.compression.mask import penalties
+from distill_lightning.compression.structure import changes as recipe
+from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.steps.schedules import (Cubic, Iterative)
+from distill_lightning.compression.mask.selection import Slice
+from distill_lightning.compression.steps import (Order, Prune, Regularise, Sensitivity, Step)
+from distill_lightning.compression.shrink import axes
+from distill_lightning.compression.shrink.channels import channel_groups
 from distill_lightning.networks import SmallResNet
 
 

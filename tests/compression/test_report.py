@@ -10,16 +10,8 @@ import pytest
 import torch
 
 from distill_lightning import InputError
-from distill_lightning.compression.macs import DEFINITION
-from distill_lightning.compression.report import (
-    CONTROL_RANDOM,
-    CONTROL_SCRATCH,
-    LatencyRow,
-    Report,
-    Stage,
-    claim_of,
-    machine,
-)
+from distill_lightning.compression.costs.macs import DEFINITION
+from distill_lightning.compression.report.report import (CONTROL_RANDOM, CONTROL_SCRATCH, LatencyRow, Report, Stage, claim_of, machine)
 
 
 def row(ratio, low, high, *, batch=32, runtime="torch", baseline=None):

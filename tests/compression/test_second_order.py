@@ -8,16 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression.masks import Masks
-from distill_lightning.compression.second_order import (
-    inverse,
-    layer_hessians,
-    layer_obd,
-    obs,
-    obs_remove,
-    prune_layers,
-    sweep,
-)
+from distill_lightning.compression.mask.masks import Masks
+from distill_lightning.compression.mask.second_order import (inverse, layer_hessians, layer_obd, obs, obs_remove, prune_layers, sweep)
 
 
 def drawn(*shape, seed=0):

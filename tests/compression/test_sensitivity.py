@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression import quantizers as q
-from distill_lightning.compression.sensitivity import amounts_within, prune_lowest, scan
+from distill_lightning.compression.values.allocation import (allocate_bits)
+from distill_lightning.compression.values.quantizer import (quantize_weights)
+from distill_lightning.compression.values.scheme import (Scheme)
+from distill_lightning.compression.mask.sensitivity import (amounts_within, prune_lowest, scan)
 
 LAYERS = ["0.weight", "2.weight", "4.weight"]
 LEVELS = [0.25, 0.5, 0.75, 1.0]
@@ -142,7 +144,7 @@ def test_bits_are_levels_too_and_give_what_allocate_bits_takes():
     network = build()
 
     def change(copied, layer, bits):
-        q.quantize_weights(copied.get_submodule(layer), scheme=q.Scheme(int(bits)))
+        quantize_weights(copied.get_submodule(layer), scheme=Scheme(int(bits)))
 
     evaluate = closeness(build())
     curves = scan(network, ["0", "2", "4"], [2, 4, 8], change=change, evaluate=evaluate)
@@ -150,7 +152,7 @@ def test_bits_are_levels_too_and_give_what_allocate_bits_takes():
         assert curves[layer][8] > curves[layer][4] > curves[layer][2]
     counts = {layer: network.get_submodule(layer).weight.numel() for layer in curves}
     errors = {layer: {int(bits): -score for bits, score in scores.items()} for layer, scores in curves.items()}
-    chosen = q.allocate_bits(errors, counts, budget=sum(counts.values()) // 2)
+    chosen = allocate_bits(errors, counts, budget=sum(counts.values()) // 2)
     assert set(chosen) == set(curves)
 
 

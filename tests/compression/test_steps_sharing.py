@@ -9,11 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression import packing, recipe
-from distill_lightning.compression.compressor import Compressor
-from distill_lightning.compression.masks import Masks
-from distill_lightning.compression.quantizers.weights import weight_names
-from distill_lightning.compression.steps import HashShare, LowRank, Order, ShareWeights, Step
+from distill_lightning.compression.values.codebook import (codebooks)
+from distill_lightning.compression.values.hashed import (hashed)
+from distill_lightning.compression.structure import changes as recipe
+from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.mask.masks import Masks
+from distill_lightning.compression.values.quantizer import weight_names
+from distill_lightning.compression.steps import (HashShare, LowRank, Order, ShareWeights, Step)
 
 
 def build(seed=0):
@@ -130,7 +132,7 @@ def test_the_gradient_of_a_value_is_the_sum_of_its_members():
         one(inputs).square().mean().backward()
     for path in ("0", "3", "5"):
         layer = network.get_submodule(path)
-        codebook, values = packing.codebooks(layer)["weight"]
+        codebook, values = codebooks(layer)["weight"]
         gradient = plain.get_submodule(path).weight.grad
         expected = [sum(gradient[codebook.indices == index].tolist()) for index in range(len(values))]
         found = layer.parametrizations["weight"].original.grad
@@ -160,8 +162,8 @@ def test_as_many_values_as_a_pattern_says():
     assert [len(weight.unique()) for weight in weights_of(network).values()] == [9, 9, 3]
     network, _ = build()
     Compressor(network, [ShareWeights(k={"0": 3})], inputs).apply()
-    assert packing.codebooks(network[0])
-    assert not packing.codebooks(network[3])
+    assert codebooks(network[0])
+    assert not codebooks(network[3])
     with pytest.raises(InputError, match="no pattern of k matches '3'"):
         Compressor(build()[0], [ShareWeights(k={"0": 3}, targets="Conv2d")], inputs).apply()
     with pytest.raises(InputError, match="matches none of"):
@@ -251,7 +253,7 @@ def test_hashed_weights_train_and_remain_few_values_of_two_signs(optimizer):
     for name, weight in weights_of(network).items():
         assert len(weight.abs().unique()) <= round(weight.numel() / 8)
         assert not torch.equal(weight, seen[0][name])
-    places = [packing.hashed(network.get_submodule(path))["weight"][0].places for path in ("0", "3")]
+    places = [hashed(network.get_submodule(path))["weight"][0].places for path in ("0", "3")]
     assert places[0].tolist() != places[1][: len(places[0])].tolist()
     rebuilt = recipe.rebuild(build(seed=3)[0], json.loads(json.dumps(recipe.describe(network)))).eval()
     rebuilt.load_state_dict(network.state_dict(), strict=True)

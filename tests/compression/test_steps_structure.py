@@ -10,12 +10,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression import recipe, surgery
-from distill_lightning.compression.compressor import Compressor
-from distill_lightning.compression.low_rank import ConvChain, LowRankLinear
-from distill_lightning.compression.macs import count_macs
-from distill_lightning.compression.measure import count_parameters
-from distill_lightning.compression.steps import HashShare, LowRank, Order, ShareWeights, Step, TieLayers
+from distill_lightning.compression.shrink.groups import (shrink)
+from distill_lightning.compression.shrink.transformer import (neuron_groups)
+from distill_lightning.compression.shrink.channels import (channel_groups)
+from distill_lightning.compression.shrink.recurrent import (unit_groups)
+from distill_lightning.compression.structure import changes as recipe
+from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.factor.convolutions import ConvChain
+from distill_lightning.compression.factor.layers import LowRankLinear
+from distill_lightning.compression.costs.macs import count_macs
+from distill_lightning.compression.report.measure import count_parameters
+from distill_lightning.compression.steps import (HashShare, LowRank, Order, ShareWeights, Step, TieLayers)
 
 
 class Sequences(nn.Module):
@@ -78,12 +83,12 @@ class Shrink(Step):
     def begin(self, piece):
         network, inputs = piece.network, piece.example_inputs
         if isinstance(network, Encoder):
-            groups = surgery.neuron_groups(network)
+            groups = neuron_groups(network)
         elif isinstance(network, nn.Sequential):
-            groups = surgery.channel_groups(network, inputs)
+            groups = channel_groups(network, inputs)
         else:
-            groups = surgery.unit_groups(network, inputs)
-        surgery.shrink(network, {group: torch.arange((group.size + 1) // 2) for group in groups})
+            groups = unit_groups(network, inputs)
+        shrink(network, {group: torch.arange((group.size + 1) // 2) for group in groups})
         recipe.note_change(network, "sizes")
         piece.changed = True
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distill_lightning.compression.surgery.attention import Attention, convert_attention
-from distill_lightning.compression.surgery.groups import shrink
-from distill_lightning.compression.surgery.rebuilding import describe, describe_layer, rebuild, rebuild_layer
-from distill_lightning.compression.surgery.transformer import head_groups, neuron_groups, remove_layers
+from distill_lightning.compression.shrink.attention import (Attention, convert_attention)
+from distill_lightning.compression.shrink.groups import shrink
+from distill_lightning.compression.shrink.sizes import (describe, describe_layer, rebuild, rebuild_layer)
+from distill_lightning.compression.shrink.transformer import (head_groups, neuron_groups, remove_layers)
 from distill_lightning.errors import InputError
 
 SAMPLES, QUERIES, KEYS, WIDTH, HEADS = 3, 5, 7, 8, 4

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from distill_lightning.compression.surgery.batch_norm import recalibrate
-from distill_lightning.compression.surgery.channels import channel_groups
-from distill_lightning.compression.surgery.groups import shrink
+from distill_lightning.compression.run.batch_norm import recalibrate
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.groups import shrink
 from distill_lightning.errors import InputError
 from distill_lightning.networks import SmallResNet
 

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from distill_lightning.compression.macs import count_macs
-from distill_lightning.compression.surgery.channels import channel_groups
-from distill_lightning.compression.surgery.groups import Group, Member, shrink
-from distill_lightning.compression.surgery.rebuilding import describe, rebuild, rebuild_layer
+from distill_lightning.compression.costs.macs import count_macs
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.groups import (Group, Member, shrink)
+from distill_lightning.compression.shrink.sizes import (describe, rebuild, rebuild_layer)
 from distill_lightning.errors import InputError
 from distill_lightning.layers import GaussianHead
 from distill_lightning.networks import SmallResNet

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distill_lightning.compression.surgery.channels import channel_groups
-from distill_lightning.compression.surgery.groups import shrink
-from distill_lightning.compression.surgery.rebuilding import describe, rebuild
-from distill_lightning.compression.surgery.recurrent import gate_masks, in_blocks, unit_group, unit_groups
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.groups import shrink
+from distill_lightning.compression.shrink.sizes import (describe, rebuild)
+from distill_lightning.compression.shrink.recurrent import (gate_masks, in_blocks, unit_group, unit_groups)
 from distill_lightning.errors import InputError
 
 

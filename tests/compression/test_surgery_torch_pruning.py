@@ -12,15 +12,12 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from distill_lightning import InputError
-from distill_lightning.compression.macs import count_macs
-from distill_lightning.compression.surgery import (
-    channel_groups,
-    channel_groups_by_torch_pruning,
-    convert_attention,
-    describe,
-    rebuild,
-    shrink,
-)
+from distill_lightning.compression.costs.macs import count_macs
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.torch_pruning import channel_groups_by_torch_pruning
+from distill_lightning.compression.shrink.attention import convert_attention
+from distill_lightning.compression.shrink.sizes import (describe, rebuild)
+from distill_lightning.compression.shrink.groups import shrink
 from distill_lightning.networks import SmallResNet
 
 torch_pruning = pytest.importorskip("torch_pruning")

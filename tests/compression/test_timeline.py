@@ -5,19 +5,8 @@ import itertools
 
 import pytest
 
-from distill_lightning.compression import (
-    Cubic,
-    Encode,
-    HashShare,
-    LowRank,
-    OneShot,
-    Prune,
-    Quantize,
-    Regularise,
-    ShareWeights,
-    TieLayers,
-)
-from distill_lightning.compression.timeline import plan
+from distill_lightning.compression import (Cubic, Encode, HashShare, LowRank, OneShot, Prune, Quantize, Regularise, ShareWeights, TieLayers)
+from distill_lightning.compression.run.phases import plan
 from distill_lightning.errors import InputError
 
 

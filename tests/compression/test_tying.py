@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from distill_lightning import InputError, SupervisedModule
-from distill_lightning.compression.tying import describe_tied, parameter_ties, rebuild_tied, tie_layers
+from distill_lightning.compression.shrink.tying import (describe_tied, parameter_ties, rebuild_tied, tie_layers)
 from distill_lightning.testing import tiny_trainer
 
 

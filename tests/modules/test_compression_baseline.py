@@ -16,18 +16,9 @@ from torch.optim import SGD, AdamW
 
 from distill_lightning import CompressionBaseline, KDModule, OneCycle, SmallCNN, SupervisedModule, TeacherEnsemble
 from distill_lightning.callbacks import CompressionCallback, Measurements
-from distill_lightning.compression import (
-    Cubic,
-    Encode,
-    LowRank,
-    Prune,
-    Quantize,
-    Regularise,
-    ShareWeights,
-    load_compressed,
-)
-from distill_lightning.compression.penalties import l1
-from distill_lightning.compression.recipe import plain_copy
+from distill_lightning.compression import (Cubic, Encode, LowRank, Prune, Quantize, Regularise, ShareWeights, load_compressed)
+from distill_lightning.compression.mask.penalties import l1
+from distill_lightning.compression.structure.changes import plain_copy
 from distill_lightning.errors import InputError
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 

@@ -3,7 +3,7 @@
 import pytest
 
 from distill_lightning import CompressionBaseline, FEEDModule, KDModule, LogitTerm, SupervisedModule, TeacherEnsemble
-from distill_lightning.compression import Cubic, HashShare, LowRank, Prune, Quantize, Regularise, ShareWeights
+from distill_lightning.compression import (Cubic, HashShare, LowRank, Prune, Quantize, Regularise, ShareWeights)
 from distill_lightning.errors import InputError
 from distill_lightning.testing import CONTRACT, TinyNet, tiny_trainer
 

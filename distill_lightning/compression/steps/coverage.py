@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.targets import Targets
-from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.compression.access.targets import Targets
+from distill_lightning.compression.steps.base import Step
+from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
 
 
 def check_coverage(
-    piece: Workpiece, step: object, weights: Iterable[str], *, targets: Targets | None, refuse: bool = True
+    piece: Workpiece, step: Step, weights: Iterable[str], *, targets: Targets | None, refuse: bool = True
 ) -> None:
     """Note the share of the network's weights that a step works on.
 
@@ -35,8 +36,8 @@ def check_coverage(
     covered = sum(dict(known[name] for name in weights if name in known).values())
     share = f"{covered / total:.0%} of {type(piece.network).__name__}'s weights"
     if refuse and 2 * covered < total:
-        raise InputError(f"{step!r} would only work on {share}: name the layers as targets if that is what you want")
-    piece.note(f"{step!r} works on {share}")
+        raise InputError(f"{step.title} would only work on {share}: name the layers as targets if that is what you want")
+    piece.note(f"{step.title} works on {share}")
 
 
 def _weights_of(network: nn.Module) -> dict[str, tuple[object, int]]:

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Literal
 
-from distill_lightning.compression.steps.base import At, Order, Step
-from distill_lightning.compression.workpiece import Workpiece
-from distill_lightning.errors import InputError
+from distill_lightning.compression.steps.base import At, Once, Order, Step, Work
+from distill_lightning.compression.steps.workpiece import Workpiece
 
 
+@dataclass(frozen=True)
 class Encode(Step):
     """Codes the bytes of the network's packed files wherever that makes them smaller. No weight changes.
 
     Args:
         method: ``"deflate"`` (zlib) or ``"huffman"``.
-        at: see `Step`.
+        at: see `TrainedStep`.
 
     Raises:
         InputError: the method is unknown.
     """
 
-    order = Order.STORAGE
+    method: Literal["deflate", "huffman"] = "deflate"
+    at: At | None = field(default=None, kw_only=True)
 
-    def __init__(self, method: Literal["deflate", "huffman"] = "deflate", *, at: At | None = None) -> None:
-        super().__init__(at=at)
-        if method not in ("deflate", "huffman"):
-            raise InputError(f"Encode: method must be 'deflate' or 'huffman', got {method!r}")
-        self.method = method
+    def __post_init__(self) -> None:
+        known = ("deflate", "huffman")
+        self.refuse((self.method not in known, f"method must be 'deflate' or 'huffman', got {self.method!r}"))
 
-    def __repr__(self) -> str:
+    @property
+    def title(self) -> str:
+        """The class and the method."""
         return f"Encode {self.method}"
 
-    def begin(self, piece: Workpiece) -> None:
+    @property
+    def order(self) -> Order:
+        """Storage."""
+        return Order.STORAGE
+
+    def start(self) -> Work:
+        """The work of this step in one run."""
+        return Once(self._encode)
+
+    def _encode(self, piece: Workpiece) -> None:
         """Code files from now on."""
         piece.coding = self.method

@@ -8,14 +8,19 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression import low_rank, recipe
-from distill_lightning.compression.calibration import calibrating, inputs_of
-from distill_lightning.compression.low_rank import Method, UnfactorableError
-from distill_lightning.compression.steps.base import At, Order, Step
+from distill_lightning.compression.factor.convolutions import (ConvChain)
+from distill_lightning.compression.factor.layers import (LowRankEmbedding, LowRankLinear, TrainEmbedding, TrainLinear)
+from distill_lightning.compression.factor.factoring import (Factored, METHODS, check_replaceable, describe as low_rank_describe, factorize, input_moment, replace_layer)
+from distill_lightning.compression.factor.ranks import (rank_rule)
+from distill_lightning.compression.structure import changes as recipe
+from distill_lightning.compression.access.calibration import (calibrating, inputs_of)
+from distill_lightning.compression.factor.factoring import Method
+from distill_lightning.compression.factor.ranks import UnfactorableError
+from distill_lightning.compression.steps.base import (At, Order, Step)
 from distill_lightning.compression.steps.coverage import check_coverage
-from distill_lightning.compression.surgery import convert_attention
-from distill_lightning.compression.targets import Targets, match_layers
-from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.compression.shrink.attention import convert_attention
+from distill_lightning.compression.access.targets import (Targets, match_layers)
+from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
 
 _METHODS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -28,11 +33,12 @@ _METHODS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 _NAMES = {kind.__name__: kind for kind in _METHODS}
 _FACTORS = (
-    low_rank.ConvChain, low_rank.LowRankLinear, low_rank.LowRankEmbedding, low_rank.TrainLinear, low_rank.TrainEmbedding
+    ConvChain, LowRankLinear, LowRankEmbedding, TrainLinear, TrainEmbedding
 )  # fmt: skip
 
 
-class LowRank(Step):
+@dataclass(frozen=True, kw_only=True)
+class LowRank(TargetedStep):
     """Replaces weights of `Linear`, `Conv2d`, `Embedding`, `LSTM`, `GRU` and `RNN` by factors, see `factorize`.
 
     With ``targets``, a layer that cannot be factored is an error; without, it is left out, and the report says why:
@@ -57,52 +63,58 @@ class LowRank(Step):
         parts: number of cores in the tensor train of a linear layer or an embedding; ``None`` for 3.
         convert_attention: whether to replace every `nn.MultiheadAttention` first by an `Attention`, whose linear layers
             can be factored.
-        at: see `Step`.
-        targets: see `Step`.
-        exclude: see `Step`.
-        finetune_epochs: see `Step`.
 
     Raises:
         InputError: the method, class or rank is invalid, ``data_aware`` does not fit the method, or ``damping`` or
             ``parts`` would have no effect.
     """
 
-    order = Order.STRUCTURE
+    rank: int | float | str
+    method: Method | dict[str, Method] = "svd"
+    data_aware: bool = False
+    damping: float | None = None
+    only_if_smaller: bool = True
+    parts: int | None = None
+    convert_attention: bool = False
 
-    def __init__(
-        self,
-        *,
-        rank: int | float | str,
-        method: Method | dict[str, Method] = "svd",
-        data_aware: bool = False,
-        damping: float | None = None,
-        only_if_smaller: bool = True,
-        parts: int | None = None,
-        convert_attention: bool = False,
-        at: At | None = None,
-        targets: Targets | None = None,
-        exclude: Targets = (),
-        finetune_epochs: int = 0,
-    ) -> None:
-        super().__init__(at=at, targets=targets, exclude=exclude, finetune_epochs=finetune_epochs)
-        low_rank.rank_rule(rank)
-        self._methods = _methods_of(method)
-        trains = any(name == "tt" and kind is not nn.Conv2d for kind, name in self._methods.items())
-        for wrong, message in (
-            (parts is not None and parts < 2, f"parts must be at least 2, got {parts}"),
-            (parts is not None and not trains, f"parts is for method 'tt' of Linear and Embedding, not {method!r}"),
-            (damping is not None and damping < 0, f"damping must not be negative, got {damping}"),
-            (damping is not None and not data_aware, "damping is for data_aware=True: set it, or leave damping out"),
-        ):
-            if wrong:
-                raise InputError(f"LowRank: {message}")
-        self.rank, self.method, self.data_aware = rank, method, data_aware
-        self.damping, self.parts = 0.01 if damping is None else damping, 3 if parts is None else parts
-        self.only_if_smaller, self.convert_attention = only_if_smaller, convert_attention
-        if data_aware and not any(_is_data_aware(kind, name) for kind, name in self._methods.items()):
-            raise InputError(f"LowRank: data_aware=True is for method 'svd' of Linear and Conv2d, not for {method!r}")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rank_rule(self.rank)
+        method, methods = self.method, self._methods
+        trains = any(name == "tt" and kind is not nn.Conv2d for kind, name in methods.items())
+        aware = any(_is_data_aware(kind, name) for kind, name in methods.items())
+        self.refuse(
+            (self.parts is not None and self.parts < 2, f"parts must be at least 2, got {self.parts}"),
+            (self.parts is not None and not trains, f"parts is for method 'tt' of Linear and Embedding, not {method!r}"),
+            (
+                self.damping is not None and self.damping < 0,
+                f"damping must not be negative, got {self.damping}",
+            ),
+            (
+                self.damping is not None and not self.data_aware,
+                "damping is for data_aware=True: set it, or leave damping out",
+            ),
+            (
+                self.data_aware and not aware,
+                f"data_aware=True is for method 'svd' of Linear and Conv2d, not for {method!r}",
+            ),
+        )
 
-    def begin(self, piece: Workpiece) -> None:
+    @property
+    def order(self) -> Order:
+        """Structure."""
+        return Order.STRUCTURE
+
+    def start(self) -> Work:
+        """The work of this step in one run."""
+        return Once(self._factor)
+
+    @property
+    def _methods(self) -> dict[type[nn.Module], str]:
+        """The classes that are factored, and their methods."""
+        return _methods_of(self.method)
+
+    def _factor(self, piece: Workpiece) -> None:
         """Factor the layers, all of them from the current network."""
         network = piece.network
         if self.convert_attention and any(isinstance(module, nn.MultiheadAttention) for module in network.modules()):
@@ -122,11 +134,11 @@ class LowRank(Step):
         for path, one in factored.items():
             piece.note(f"{path}: {one.note}")
         if not made:
-            piece.note(f"{self!r} has factored no layer: no factors were smaller or within the budget")
+            piece.note(f"{self.title} has factored no layer: no factors were smaller or within the budget")
             return
         for path, layer in made.items():
-            low_rank.replace_layer(network, path, layer)
-        recipe.note_change(network, "low_rank", {path: low_rank.describe(layer) for path, layer in made.items()})
+            replace_layer(network, path, layer)
+        recipe.note_change(network, "low_rank", {path: layer.description for path, layer in made.items()})
         piece.changed = True
 
     def _paths(self, piece: Workpiece) -> list[str]:
@@ -143,7 +155,7 @@ class LowRank(Step):
         )
         if self.targets is not None:
             for path in paths:
-                low_rank.check_replaceable(network, path)
+                check_replaceable(network, path)
             return paths
         free = []
         for path in paths:
@@ -156,7 +168,7 @@ class LowRank(Step):
         check_coverage(piece, self, weights, targets=None)
         return free
 
-    def _factored(self, piece: Workpiece, path: str, input_size: Sequence[int] | None) -> low_rank.Factored | None:
+    def _factored(self, piece: Workpiece, path: str, input_size: Sequence[int] | None) -> Factored | None:
         """The factors of a layer, or ``None`` if it has none."""
         layer = piece.network.get_submodule(path)
         method = self._methods[type(layer)]
@@ -166,16 +178,16 @@ class LowRank(Step):
                 if isinstance(layer, nn.Conv2d) and layer.groups != 1:
                     raise UnfactorableError(f"a convolution with groups={layer.groups} cannot be factored")
                 batches = piece.batches("LowRank(data_aware=True)")
-                moment = low_rank.input_moment(piece.network, path, [inputs for inputs, _ in batches])
-            return low_rank.factorize(
+                moment = input_moment(piece.network, path, [inputs for inputs, _ in batches])
+            return factorize(
                 layer,
                 rank=self.rank,
                 method=cast("Method", method),
                 only_if_smaller=self.only_if_smaller,
                 moment=moment,
-                damping=self.damping,
+                damping=0.01 if self.damping is None else self.damping,
                 input_size=input_size,
-                parts=self.parts,
+                parts=3 if self.parts is None else self.parts,
             )
         except InputError as error:
             if self.targets is None and isinstance(error, UnfactorableError):
@@ -185,7 +197,7 @@ class LowRank(Step):
 
     def _input_sizes(self, piece: Workpiece, paths: Sequence[str]) -> dict[str, tuple[int, int]]:
         """Height and width of each convolution's input; the largest if it runs several times."""
-        if low_rank.rank_rule(self.rank).kind != "macs":
+        if rank_rule(self.rank).kind != "macs":
             return {}
         sizes: dict[str, tuple[int, int]] = {}
         handles = []
@@ -212,8 +224,8 @@ class LowRank(Step):
 def _methods_of(method: Method | Mapping[str, Method]) -> dict[type[nn.Module], str]:
     """The classes that are factored, and their methods."""
     if isinstance(method, str):
-        if method not in low_rank.METHODS:
-            raise InputError(f"LowRank: method must be one of {', '.join(low_rank.METHODS)}, got {method!r}")
+        if method not in METHODS:
+            raise InputError(f"LowRank: method must be one of {', '.join(METHODS)}, got {method!r}")
         return {kind: method for kind, known in _METHODS.items() if method in known}
     if not method:
         raise InputError("LowRank: method is empty: give one method, or one for each class of layers")

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from distill_lightning.compression.macs import count_macs
-from distill_lightning.compression.measure import count_parameters
-from distill_lightning.compression.recipe import copy_network
-from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
-from distill_lightning.compression.steps.units import Family, Kept, UnitKind, choose_units, remove, score_units
-from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.compression.costs.macs import count_macs
+from distill_lightning.compression.report.measure import count_parameters
+from distill_lightning.compression.structure.changes import copy_network
+from distill_lightning.compression.steps.sensitivity import Sensitivity
+from distill_lightning.compression.steps.units import (Family, Kept, UnitKind, choose_units, remove, score_units)
+from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
 
 
@@ -79,7 +79,7 @@ def smallest_amount(
     low, high = 0, total
     if not fits(high):
         raise InputError(
-            f"Prune: budget {budget!r} cannot be met: with one {kind} left in each of {len(families)} layers the "
+            f"budget {budget!r} cannot be met: with one {kind} left in each of {len(families)} layers the "
             "network is still larger: raise it, or prune more layers"
         )
     while low < high:

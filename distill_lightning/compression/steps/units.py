@@ -10,16 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distill_lightning.compression import surgery
-from distill_lightning.compression.calibration import inputs_of
-from distill_lightning.compression.masks import Masks
-from distill_lightning.compression.recipe import copy_network, note_change
-from distill_lightning.compression.selection import Amount, Scope, choose
-from distill_lightning.compression.steps.weights import REDUCE, SCORERS
-from distill_lightning.compression.surgery.axes import blocks
-from distill_lightning.compression.surgery.torch_pruning import channel_groups_by_torch_pruning
-from distill_lightning.compression.targets import Targets, match_layers
-from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.compression.shrink.groups import (Group, shrink)
+from distill_lightning.compression.shrink.attention import (convert_attention)
+from distill_lightning.compression.shrink.transformer import (head_groups, neuron_groups, remove_layers)
+from distill_lightning.compression.shrink.recurrent import (unit_groups)
+from distill_lightning.compression.shrink.channels import (channel_groups)
+from distill_lightning.compression.access.calibration import inputs_of
+from distill_lightning.compression.mask.masks import Masks
+from distill_lightning.compression.structure.changes import (copy_network, note_change)
+from distill_lightning.compression.mask.selection import (Amount, Scope, choose)
+from distill_lightning.compression.steps.weights import (REDUCE, SCORERS)
+from distill_lightning.compression.shrink.axes import blocks
+from distill_lightning.compression.shrink.torch_pruning import channel_groups_by_torch_pruning
+from distill_lightning.compression.access.targets import (Targets, match_layers)
+from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 
@@ -44,12 +48,12 @@ class Family:
     name: str
     size: int
     blocks: int = 1
-    group: surgery.Group | None = None
+    group: Group | None = None
 
 
 def prepare(network: nn.Module, kind: UnitKind) -> nn.Module:
     """Convert a network's layers, in place, so that they can lose such units."""
-    return surgery.convert_attention(network) if kind == "head" else network
+    return convert_attention(network) if kind == "head" else network
 
 
 def find_families(
@@ -196,8 +200,8 @@ def remove(
     for family in families:
         encoder = network.get_submodule(family.name)
         if family.group is None and isinstance(encoder, nn.TransformerEncoder):
-            surgery.remove_layers(encoder, kept[family.name])
-    surgery.shrink(network, {family.group: kept[family.name] for family in families if family.group is not None})
+            remove_layers(encoder, kept[family.name])
+    shrink(network, {family.group: kept[family.name] for family in families if family.group is not None})
 
 
 def change(piece: Workpiece, act: Callable[[nn.Module], object]) -> None:
@@ -261,15 +265,15 @@ def _share(amount: Amount | None, name: str) -> float:
     return amount[name] if isinstance(amount, Mapping) else amount or 0.0
 
 
-def _groups(network: nn.Module, kind: UnitKind, inputs: tuple[Any, ...], backend: Backend) -> list[surgery.Group]:
+def _groups(network: nn.Module, kind: UnitKind, inputs: tuple[Any, ...], backend: Backend) -> list[Group]:
     if kind == "head":
-        return surgery.head_groups(network)
+        return head_groups(network)
     if kind == "neuron":
-        return surgery.neuron_groups(network)
+        return neuron_groups(network)
     if kind == "hidden_unit":
-        return surgery.unit_groups(network, inputs)
+        return unit_groups(network, inputs)
     if backend == "own":
-        return surgery.channel_groups(network, inputs)
+        return channel_groups(network, inputs)
     if backend == "torch_pruning":
         return channel_groups_by_torch_pruning(network, inputs)
     raise InputError(f"backend must be 'own' or 'torch_pruning', got {backend!r}")

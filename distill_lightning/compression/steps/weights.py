@@ -8,41 +8,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression import criteria, second_order
-from distill_lightning.compression.masks import Masks, regrow
-from distill_lightning.compression.parameters import parameter_of
-from distill_lightning.compression.quantizers import weight_names
-from distill_lightning.compression.selection import Amount, Granularity, Reduce, Scope, select, select_below
-from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
-from distill_lightning.compression.targets import Targets, match_layers
-from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.compression.mask import (criteria, second_order)
+from distill_lightning.compression.mask.masks import (Masks, regrow)
+from distill_lightning.compression.access.parameters import parameter_of
+from distill_lightning.compression.values.quantizer import weight_names
+from distill_lightning.compression.mask.selection import (Amount, Granularity, Reduce, Scope, select, select_below)
+from distill_lightning.compression.steps.sensitivity import Sensitivity
+from distill_lightning.compression.access.targets import (Targets, match_layers)
+from distill_lightning.compression.steps.workpiece import Workpiece
 
 Scorer = Callable[[Workpiece, Sequence[str]], dict[str, Tensor]]
 """A function that scores the parameters at some paths, in their shapes."""
 
 
-def _magnitude(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
-    return criteria.magnitude(piece.network, paths)
+def _by_loss(criterion: Callable[..., dict[str, Tensor]]) -> Scorer:
+    """A scorer that needs calibration data and the loss."""
 
+    def score(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
+        name = f"criterion {criterion.__name__!r}"
+        return criterion(piece.network, paths, piece.batches(name), piece.loss)
 
-def _random(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
-    return criteria.random(piece.network, paths, seed=piece.seed)
-
-
-def _gradient(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
-    return criteria.gradient(piece.network, paths, piece.batches("criterion 'gradient'"), piece.loss)
-
-
-def _taylor(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
-    return criteria.taylor(piece.network, paths, piece.batches("criterion 'taylor'"), piece.loss)
-
-
-def _obd(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
-    return criteria.obd(piece.network, paths, piece.batches("criterion 'obd'"), piece.loss)
-
-
-def _snip(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
-    return criteria.snip(piece.network, paths, piece.batches("criterion 'snip'"), piece.loss)
+    return score
 
 
 def _obs(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
@@ -50,12 +36,12 @@ def _obs(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
 
 
 SCORERS: dict[str, Scorer] = {
-    "magnitude": _magnitude,
-    "random": _random,
-    "gradient": _gradient,
-    "taylor": _taylor,
-    "obd": _obd,
-    "snip": _snip,
+    "magnitude": lambda piece, paths: criteria.magnitude(piece.network, paths),
+    "random": lambda piece, paths: criteria.random(piece.network, paths, seed=piece.seed),
+    "gradient": _by_loss(criteria.gradient),
+    "taylor": _by_loss(criteria.taylor),
+    "obd": _by_loss(criteria.obd),
+    "snip": _by_loss(criteria.snip),
     "obs": _obs,
     "obs_update": _obs,
 }
@@ -106,7 +92,7 @@ def weight_paths(
     paths: dict[int, str] = {}
     for layer in match_layers(network, targets, exclude, fits=fits, what=what):
         for name in _prunable(network.get_submodule(layer)):
-            path = f"{layer}.{name}" if layer else name
+            path = join_path(layer, name)
             paths.setdefault(id(parameter_of(network, path)), path)
     return list(paths.values())
 
@@ -132,6 +118,13 @@ def per_layer(network: nn.Module, patterns: Mapping[str, float], layers: Sequenc
             if path in layers:
                 amounts.setdefault(path, amount)
     return amounts
+
+
+def amounts_by_path(network: nn.Module, patterns: Mapping[str, float], paths: Sequence[str]) -> dict[str, float]:
+    """`per_layer` for weights: amounts by path of the weight, of those whose layer a pattern matches."""
+    layers = {path: split_path(path)[0] for path in paths}
+    own = per_layer(network, patterns, list(layers.values()))
+    return {path: own[layer] for path, layer in layers.items() if layer in own}
 
 
 def prune_weights(

@@ -14,17 +14,9 @@ from torch import nn
 from distill_lightning import RegressionModule, SmallCNN, SmallLSTM, SmallTransformer, SupervisedModule
 from distill_lightning.callbacks import Measurements
 from distill_lightning.cli import main
-from distill_lightning.compression import (
-    Compressor,
-    LowRank,
-    Prune,
-    Quantize,
-    ShareWeights,
-    Stage,
-    load_compressed,
-)
-from distill_lightning.compression.controls import random_steps, same_size_network
-from distill_lightning.compression.measure import count_parameters
+from distill_lightning.compression import (Compressor, LowRank, Prune, Quantize, ShareWeights, Stage, load_compressed)
+from distill_lightning.compression.report.controls import (random_steps, same_size_network)
+from distill_lightning.compression.report.measure import count_parameters
 from distill_lightning.errors import InputError
 from distill_lightning.studies.compress import command, runs
 from distill_lightning.studies.compress.config import parse_config
@@ -486,6 +478,6 @@ def test_a_network_of_the_same_size_has_at_most_as_many_parameters(make, steps):
 
 
 def load_plain(network):
-    from distill_lightning.compression.recipe import plain_copy
+    from distill_lightning.compression.structure.changes import plain_copy
 
     return plain_copy(network)

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from distill_lightning.compression.report import LatencyRow, Report, Stage
+from distill_lightning.compression.report.report import (LatencyRow, Report, Stage)
 from distill_lightning.studies.compress.command import _claims, _table
 
 

@@ -1,0 +1,61 @@
+"""Parameters of a network by their paths."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from torch import nn
+
+from distill_lightning.errors import InputError
+
+
+def parameter_of(network: nn.Module, path: str) -> nn.Parameter:
+    """The parameter at a dotted path, as in ``network.named_parameters()``; a tied parameter has several paths.
+
+    Raises:
+        InputError: there is none; the message lists similar names.
+    """
+    # In the wrapper of torch.compile the same parameters have other names.
+    plain: nn.Module = getattr(network, "_orig_mod", network)
+    try:
+        return plain.get_parameter(path)
+    except AttributeError as error:
+        names = [name for name, _ in plain.named_parameters(remove_duplicate=False)]
+        near = difflib.get_close_matches(path, names, n=5, cutoff=0.4) or names[:5]
+        raise InputError(
+            f"{type(plain).__name__} has no parameter {path!r}; similar names: {', '.join(near) or 'it has none'}"
+        ) from error
+
+
+def parameters_of(network: nn.Module, paths: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters at some paths, in their order.
+
+    Raises:
+        InputError: a path names none, two name the same tied parameter, or there is no path at all.
+    """
+    found = {path: parameter_of(network, path) for path in paths}
+    if not found:
+        raise InputError(f"{type(network).__name__}: no parameter is named: name at least one")
+    first: dict[int, str] = {}
+    for path, parameter in found.items():
+        other = first.setdefault(id(parameter), path)
+        if other != path:
+            raise InputError(f"{path!r} and {other!r} are one tied parameter: name it once")
+    return found
+
+
+def cuda_devices(network: nn.Module) -> list[int]:
+    """The CUDA devices of the parameters, whose random states a fork has to include."""
+    return sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})
+
+
+def join_path(module: str, name: str) -> str:
+    """The path of a parameter or layer in a module, which may be the network itself: ``""``."""
+    return f"{module}.{name}" if module else name
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """The path of the module and the parameter's own name: ``"a.b.weight"`` gives ``("a.b", "weight")``."""
+    module, _, name = path.rpartition(".")
+    return module, name

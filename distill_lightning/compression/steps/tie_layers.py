@@ -1,0 +1,59 @@
+"""The step that ties layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression.shrink import tying
+from distill_lightning.compression.steps.base import Once, Order, TrainedStep, Work
+from distill_lightning.compression.steps.workpiece import Workpiece
+from distill_lightning.compression.structure.changes import note_change
+
+
+@dataclass(frozen=True, kw_only=True)
+class TieLayers(TrainedStep):
+    """Replaces several layers by one, see `tie_layers`: fewer parameters and bytes, the same time.
+
+    ::
+
+        {class_path: TieLayers, init_args: {groups: [[encoder.layers.0, encoder.layers.1]], finetune_epochs: 5}}
+
+    Args:
+        groups: groups of two or more paths, of layers or of whole parts of the network with the same structure, which
+            become one.
+        init: the initial weights: ``"first"``: those of the first one; ``"mean"``: the mean of all.
+
+    Raises:
+        InputError: there is no group, or ``init`` is unknown; see also `TrainedStep`.
+    """
+
+    groups: list[list[str]]
+    init: tying.Init = "first"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.refuse(
+            (not self.groups, "groups is empty: give lists of two or more paths each"),
+            (self.init not in ("first", "mean"), f"init must be 'first' or 'mean', got {self.init!r}"),
+        )
+
+    @property
+    def order(self) -> Order:
+        """Structure."""
+        return Order.STRUCTURE
+
+    def start(self) -> Work:
+        """The work of this step in one run."""
+        return Once(self._tie)
+
+    def _tie(self, piece: Workpiece) -> None:
+        before = count_parameters(piece.network).stored
+        tying.tie_layers(piece.network, self.groups, init=self.init)
+        note_change(piece.network, "tied")
+        after = count_parameters(piece.network).stored
+        piece.note(
+            f"{self.title} has left {after:,} parameters of {before:,}; time and multiply-accumulates stay, because a "
+            "tied layer runs as often as before"
+        )
+        piece.changed = True
