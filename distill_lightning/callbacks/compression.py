@@ -18,14 +18,13 @@ from torch.optim import Optimizer
 
 from distill_lightning.callbacks.stages import Measurements, check_scored, measure
 from distill_lightning.callbacks.structure_hooks import LoadHook, SaveHook
-from distill_lightning.compression.run.compressor import (Compressor, Moment, has_parameters)
-from distill_lightning.compression.report.measure import count_parameters
-from distill_lightning.compression.structure.changes import (checkpoint_entry, describe)
-from distill_lightning.compression.report.report import (Report, machine)
-from distill_lightning.compression.report.stages import (DENSE, FINAL, Kind, Stage)
-from distill_lightning.compression.steps import (Order, Step)
-from distill_lightning.compression.structure.checkpoints import NOTHING
-from distill_lightning.compression.run.phases import (Phase, check_order)
+from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression.report.report import Report, machine
+from distill_lightning.compression.report.stages import DENSE, FINAL, Kind, Stage
+from distill_lightning.compression.run.compressor import Compressor, Moment, has_parameters
+from distill_lightning.compression.run.phases import Phase, check_order
+from distill_lightning.compression.steps import Order, Step
+from distill_lightning.compression.structure.changes import NOTHING, checkpoint_entry, structure_of
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.lightning_internals import (
@@ -57,7 +56,7 @@ class CompressionCallback(pl.Callback):
     last step are a phase of their own.
 
     Weights that are quantized, shared or learned masks are parametrizations, which PyTorch does not pickle whole:
-    `write_artefact` writes the network, `compression.recipe.plain_copy` makes one of plain weights.
+    `write_artefact` writes the network, `plain_copy` makes one of plain weights.
     A module from elsewhere is resumed and tested from its checkpoints with this callback in the Trainer;
     its own ``load_from_checkpoint`` knows nothing of compression.
 
@@ -137,7 +136,7 @@ class CompressionCallback(pl.Callback):
             )
         _check_plan(trainer, self, pl_module)
         # A checkpoint that is loaded later says how far the compression is.
-        self._is_begun = describe(network) != NOTHING or self._has_begun(network)
+        self._is_begun = structure_of(network) != NOTHING or self._has_begun(network)
         self._fit, self._epoch, self._pruned, self._is_over = (trainer, pl_module), -1, 0, False
         if self.measurements is not None:
             check_scored(trainer, pl_module, self.measurements.split)
@@ -163,7 +162,7 @@ class CompressionCallback(pl.Callback):
             )
         # Checkpoints of other phases are loaded into what it was at first.
         kept = pl_module.__dict__.setdefault("_uncompressed", {})
-        if describe(network) == NOTHING:
+        if structure_of(network) == NOTHING:
             kept.setdefault(self.attribute, self.compressor.dense)
         self.compressor.dense = kept.get(self.attribute, self.compressor.dense)
         stand_last(trainer, self)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.seed import isolate_rng
 
-from distill_lightning.compression.file.artefact import (load_compressed, write_artefact)
-from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.access.computed import fewest_bits
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.file.artefact import load_compressed, write_artefact
 from distill_lightning.compression.report.measure import MIN_ROUNDS
-from distill_lightning.compression.structure.changes import (copy_network, describe)
-from distill_lightning.compression.report.stages import (SEE, Kind, Onnx, Stage, measure_stage)
+from distill_lightning.compression.report.stages import SEE, Kind, Onnx, Stage, measure_stage
+from distill_lightning.compression.run.compressor import Compressor
 from distill_lightning.errors import InputError
 from distill_lightning.lightning_internals import TrainersBatches, undrawn, validation_loaders
 
@@ -96,7 +97,7 @@ def measure(
             rounds=wanted.rounds,
             onnx=onnx,
             calibration=[_on_cpu(given) for given, _ in batches],
-            weight_bits=fewest_bits(describe(network)),
+            weight_bits=fewest_bits(network),
             notes=notes,
         )
     if timed_as is not None:
@@ -116,21 +117,6 @@ def check_scored(trainer: Any, pl_module: Any, split: str) -> None:
         raise InputError("a report on test samples needs a data module: give one, or split='val'")
     if split == "val" and not trainer.enable_validation:
         raise InputError("a report with split='val' needs validation batches: give them (limit_val_batches), or 'test'")
-
-
-def fewest_bits(description: Mapping[str, Any]) -> int | None:
-    """Bits of the smallest codes of a described network's weights; ``None`` if all are floats."""
-    bits = [
-        told["scheme"]["bits"]
-        for layer in description["layers"].values()
-        for told in layer.get("quantized", {}).values()
-    ]
-    bits += [
-        max(int(told["k"]) - 1, 1).bit_length()
-        for layer in description["layers"].values()
-        for told in layer.get("shared", {}).values()
-    ]
-    return min(bits, default=None)
 
 
 def _scored_batches(trainer: Any, pl_module: Any, split: str) -> Iterable[Any]:

@@ -51,7 +51,7 @@ def _unknown_class(reason: str, key: str) -> str | None:
         return None
     # What looked for the class has imported them; no other message needs to wait for them.
     from distill_lightning import callbacks, compression  # noqa: PLC0415
-    from distill_lightning.compression import (Step, steps)
+    from distill_lightning.compression import Step, steps
     from distill_lightning.data import datamodules  # noqa: PLC0415
 
     name = reason.removeprefix(prefix)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill_lightning.callbacks.compression import CompressionCallback
 from distill_lightning.callbacks.stages import Measurements
-from distill_lightning.compression.structure.changes import copy_network
+from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.steps import Step
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.access.parameters import (cuda_devices, parameters_of)
+from distill_lightning.compression.access.parameters import cuda_devices, parameters_of
 from distill_lightning.errors import InputError
 
 Batches = Iterable[tuple[Any, Any]]

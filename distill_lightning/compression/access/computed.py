@@ -70,6 +70,11 @@ class ComputedWeight(nn.Module, ABC):
         """The number of entries of the weight that are held at zero."""
         return 0
 
+    @property
+    def bits(self) -> int | None:
+        """Bits in which an entry of the weight can be stored; ``None``: those of a float."""
+        return None
+
 
 def compute(layer: nn.Module, name: str, entry: ComputedWeight) -> None:
     """Have a layer's weight computed, in place.
@@ -132,6 +137,12 @@ def computed_in(network: nn.Module) -> dict[str, ComputedWeight]:
         for path, layer in network.named_modules()
         for name, entry in computed(layer).items()
     }
+
+
+def fewest_bits(network: nn.Module) -> int | None:
+    """Bits of the smallest codes of a network's weights; ``None`` if all are floats."""
+    bits = [entry.bits for entry in computed_in(network).values() if entry.bits is not None]
+    return min(bits, default=None)
 
 
 def is_computed(network: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from distill_lightning.compression.access.calibration import (calibrating, inputs_of)
+from distill_lightning.compression.access.calibration import calibrating, inputs_of
 from distill_lightning.errors import InputError
 
 DEFINITION = (

@@ -9,8 +9,16 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.factor.decompositions import (canonical, exact, fit_train_ranks, relative_error, tensor_train, tucker2, unfold)
-from distill_lightning.compression.factor.layers import (copy_into, product_of, take_over)
+from distill_lightning.compression.factor.decompositions import (
+    canonical,
+    exact,
+    fit_train_ranks,
+    relative_error,
+    tensor_train,
+    tucker2,
+    unfold,
+)
+from distill_lightning.compression.factor.layers import copy_into, product_of, take_over
 from distill_lightning.compression.factor.ranks import UnfactorableError
 from distill_lightning.errors import InputError
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.access.calibration import (calibrating, inputs_of)
-from distill_lightning.compression.factor.convolutions import (ConvChain, patches)
-from distill_lightning.compression.factor.layers import (LowRankEmbedding, LowRankLinear, TrainEmbedding, TrainLinear)
-from distill_lightning.compression.factor.plans import (chosen_ranks, kind_of, plan_matrix, plan_of, without_macs)
-from distill_lightning.compression.factor.ranks import (Rank, RankRule, UnfactorableError, rank_rule)
-from distill_lightning.compression.factor.recurrent import (FactoredGRU, FactoredLSTM, FactoredRNN)
+from distill_lightning.compression.access.calibration import calibrating, inputs_of
+from distill_lightning.compression.factor.convolutions import ConvChain, patches
+from distill_lightning.compression.factor.layers import LowRankEmbedding, LowRankLinear, TrainEmbedding, TrainLinear
+from distill_lightning.compression.factor.plans import chosen_ranks, kind_of, plan_matrix, plan_of, without_macs
+from distill_lightning.compression.factor.ranks import Rank, RankRule, UnfactorableError, rank_rule
+from distill_lightning.compression.factor.recurrent import FactoredGRU, FactoredLSTM, FactoredRNN
 from distill_lightning.errors import InputError
 
 Method = Literal["svd", "svd_channel", "svd_spatial", "tucker2", "cp", "tt"]

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.factor.decompositions import (Product, fit_train_ranks, relative_error, tensor_train, truncated_svd, whitened_svd)
+from distill_lightning.compression.factor.decompositions import (
+    Product,
+    fit_train_ranks,
+    relative_error,
+    tensor_train,
+    truncated_svd,
+    whitened_svd,
+)
 from distill_lightning.compression.factor.decompositions import exact as exactly
 from distill_lightning.compression.factor.ranks import UnfactorableError
 

@@ -9,10 +9,26 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.factor.convolutions import (ConvMethod, Cost, chain_cost, chain_stages, chain_unfoldings, dense_stages, fit_chain_ranks, full_ranks)
-from distill_lightning.compression.factor.decompositions import (exact, fit_train_ranks)
-from distill_lightning.compression.factor.layers import (balanced_factors, covering_factors, train_matrix)
-from distill_lightning.compression.factor.ranks import (RankRule, budget_ranks, energy_rank, evbmf_rank, fraction_ranks, number_ranks)
+from distill_lightning.compression.factor.convolutions import (
+    ConvMethod,
+    Cost,
+    chain_cost,
+    chain_stages,
+    chain_unfoldings,
+    dense_stages,
+    fit_chain_ranks,
+    full_ranks,
+)
+from distill_lightning.compression.factor.decompositions import exact, fit_train_ranks
+from distill_lightning.compression.factor.layers import balanced_factors, covering_factors, train_matrix
+from distill_lightning.compression.factor.ranks import (
+    RankRule,
+    budget_ranks,
+    energy_rank,
+    evbmf_rank,
+    fraction_ranks,
+    number_ranks,
+)
 from distill_lightning.errors import InputError
 
 

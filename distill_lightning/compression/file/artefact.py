@@ -25,12 +25,7 @@ from distill_lightning.compression.file.packed import (
     pack_stored,
     unpack,
 )
-from distill_lightning.compression.structure.changes import (
-    plain_copy,
-    plain_structure,
-    rebuild_structure,
-    structure_of,
-)
+from distill_lightning.compression.structure.changes import plain_copy, plain_structure, rebuild_structure, structure_of
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.networks import Recipe, build_from, recipe_of
 from distill_lightning.networks.weights import load_strictly, read_checkpoint

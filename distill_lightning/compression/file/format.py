@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distill_lightning.compression.file.packed import (Packed, Part, unpack)
+from distill_lightning.compression.file.packed import Packed, Part, unpack
 from distill_lightning.errors import InputError
 from distill_lightning.storage.files import CHECKSUM_BYTES, checksum_fits, with_checksum, write_whole
 

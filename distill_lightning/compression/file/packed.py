@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill_lightning.compression.access.computed import Stored
-from distill_lightning.compression.file.bits import (Bytes, huffman_decode, huffman_encode, pack_bits, unpack_bits)
+from distill_lightning.compression.file.bits import Bytes, huffman_decode, huffman_encode, pack_bits, unpack_bits
 from distill_lightning.compression.values.codebook import distinct_values
-from distill_lightning.compression.values.hashed import (hash_places, hashed_weight)
-from distill_lightning.compression.values.scheme import (Codes, Scheme, dequantize)
+from distill_lightning.compression.values.hashed import hash_places, hashed_weight
+from distill_lightning.compression.values.scheme import Codes, Scheme, dequantize
 from distill_lightning.errors import InputError
 
 Coding = Literal["plain", "deflate", "huffman"]

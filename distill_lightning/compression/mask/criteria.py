@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from distill_lightning.compression.access.calibration import (Batches, Loss, gradients)
-from distill_lightning.compression.access.parameters import (parameters_of, split_path)
+from distill_lightning.compression.access.calibration import Batches, Loss, gradients
+from distill_lightning.compression.access.parameters import parameters_of
 from distill_lightning.errors import InputError
 
 Scores = dict[str, Tensor]

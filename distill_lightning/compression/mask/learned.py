@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from distill_lightning.compression.access.computed import ComputedWeight, bake_layer, compute, computed_in
-from distill_lightning.compression.mask.masks import (Masks, lowest)
-from distill_lightning.compression.access.parameters import (parameters_of, split_path)
-from distill_lightning.compression.mask.selection import (Scope, choose)
+from distill_lightning.compression.access.parameters import parameters_of, split_path
+from distill_lightning.compression.mask.masks import Masks, lowest
+from distill_lightning.compression.mask.selection import Scope, choose
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.compression.access.parameters import cuda_devices
+from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.errors import InputError
 from distill_lightning.networks.weights import load_strictly
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distill_lightning.compression.mask.learned import (HardConcrete, SoftThreshold, learned)
-from distill_lightning.compression.access.parameters import (parameter_of, parameters_of)
-from distill_lightning.compression.mask.selection import Group
+from distill_lightning.compression.access.parameters import parameters_of
+from distill_lightning.compression.mask.learned import HardConcrete, SoftThreshold, learned
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill_lightning.compression.access.calibration import (Batches, calibrating, inputs_of)
-from distill_lightning.compression.mask.masks import (Masks, lowest)
-from distill_lightning.compression.access.parameters import (parameters_of, split_path)
+from distill_lightning.compression.access.calibration import Batches, calibrating, inputs_of
+from distill_lightning.compression.access.parameters import parameters_of, split_path
+from distill_lightning.compression.mask.masks import Masks, lowest
 from distill_lightning.compression.mask.selection import Granularity
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from distill_lightning.compression.mask.masks import (Masks, lowest)
-from distill_lightning.compression.access.parameters import parameter_of
+from distill_lightning.compression.mask.masks import Masks, lowest
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 

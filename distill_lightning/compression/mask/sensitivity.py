@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill_lightning.compression.mask.masks import lowest
-from distill_lightning.compression.access.parameters import (cuda_devices, parameter_of)
-from distill_lightning.compression.structure.changes import copy_network
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.access.parameters import cuda_devices
 from distill_lightning.errors import InputError
 
 Curves = Mapping[str, Mapping[float, float]]

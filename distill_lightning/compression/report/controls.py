@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence, Set
 from typing import Any, cast
 
@@ -10,19 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.file.artefact import without_weights
-from distill_lightning.compression.mask.lottery import (LISTS, reinitialize, reset_layer)
-from distill_lightning.compression.report.measure import count_parameters
+from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.access.parameters import cuda_devices
-from distill_lightning.compression.values.quantizer import WeightQuantizer
-from distill_lightning.compression.structure.changes import (changes_of, copy_network, note_change, plain_copy, rebuild)
-from distill_lightning.compression.steps.schedules import Threshold
-from distill_lightning.compression.steps import (Prune, Regularise, Step)
-from distill_lightning.compression.shrink.groups import (Group, shrink)
-from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression.file.artefact import without_weights
+from distill_lightning.compression.mask.lottery import LISTS, reinitialize, reset_layer
 from distill_lightning.compression.shrink.attention import convert_attention
-from distill_lightning.compression.shrink.transformer import (head_groups, neuron_groups)
-from distill_lightning.compression.shrink.recurrent import (in_blocks, unit_groups)
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.groups import Group, shrink
+from distill_lightning.compression.shrink.recurrent import in_blocks, unit_groups
+from distill_lightning.compression.shrink.transformer import head_groups, neuron_groups
+from distill_lightning.compression.steps import Step
+from distill_lightning.compression.structure.changes import NOTHING, changes_of, note_change, plain_copy, rebuild_structure
+from distill_lightning.compression.values.quantizer import WeightQuantizer
 from distill_lightning.errors import InputError
 from distill_lightning.networks import build_from, recipe_of
 from distill_lightning.networks.weights import load_strictly
@@ -68,7 +67,7 @@ def same_size_network(fresh: nn.Module, compressed: nn.Module, example_inputs: A
     target = _unpruned(compressed)
     is_drawn = _draw(fresh, seed=seed)
     shapes = {name: parameter.shape for name, parameter in fresh.named_parameters()}
-    rebuild(fresh, {"changes": changes_of(compressed), "layers": {}})
+    rebuild_structure(fresh, {**NOTHING, "changes": changes_of(compressed)})
     if count_parameters(fresh).stored > target:
         _thin(fresh, target, example_inputs)
     changed = _layers_of(fresh, {name for name, p in fresh.named_parameters() if shapes.get(name) != p.shape})

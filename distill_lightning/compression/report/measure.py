@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill_lightning.compression.access.calibration import inputs_of
 from distill_lightning.errors import InputError

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.access.calibration import (calibrating, inputs_of)
-from distill_lightning.compression.report.measure import (Latency, compare_latency)
+from distill_lightning.compression.access.calibration import calibrating, inputs_of
+from distill_lightning.compression.report.measure import Latency, compare_latency
 from distill_lightning.errors import InputError
 from distill_lightning.layers import eval_mode
 

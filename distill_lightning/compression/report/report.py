@@ -20,7 +20,17 @@ from matplotlib.figure import Figure
 
 from distill_lightning.compression.costs.macs import DEFINITION
 from distill_lightning.compression.report.measure import NO_SPEED_UP
-from distill_lightning.compression.report.stages import (CONTROL_RANDOM, CONTROL_SCRATCH, DENSE, FINAL, MARGIN, SEE, LatencyRow, Stage, measure_stage)
+from distill_lightning.compression.report.stages import (
+    CONTROL_RANDOM,
+    CONTROL_SCRATCH,
+    DENSE,
+    FINAL,
+    MARGIN,
+    SEE,
+    LatencyRow,
+    Stage,
+    measure_stage,
+)
 from distill_lightning.errors import InputError
 from distill_lightning.plots import plot_latency, plot_pareto
 from distill_lightning.storage.files import write_whole

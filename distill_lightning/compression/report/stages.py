@@ -16,10 +16,20 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.access.calibration import (calibrating, inputs_of)
-from distill_lightning.compression.costs.macs import (Macs, count_macs)
-from distill_lightning.compression.report.measure import (NO_SPEED_UP, Latency, compare_latency, count_parameters, measure_file)
-from distill_lightning.compression.report.onnx import (TOLERANCE, at_batch, export_onnx, onnx_latency, onnx_session, outputs_of, quantize_onnx, tensors_of)
+from distill_lightning.compression.access.calibration import calibrating, inputs_of
+from distill_lightning.compression.costs.macs import Macs, count_macs
+from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression.report.measure import NO_SPEED_UP, Latency, compare_latency, measure_file
+from distill_lightning.compression.report.onnx import (
+    TOLERANCE,
+    at_batch,
+    export_onnx,
+    onnx_latency,
+    onnx_session,
+    outputs_of,
+    quantize_onnx,
+    tensors_of,
+)
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.layers import eval_mode
 from distill_lightning.networks.weights import load_strictly, read_weights, write_weights

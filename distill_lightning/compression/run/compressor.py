@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from distill_lightning.compression.file.artefact import write_artefact
 from distill_lightning.compression.access.calibration import Loss
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.access.parameters import cuda_devices
+from distill_lightning.compression.access.targets import check_patterns
+from distill_lightning.compression.file.artefact import write_artefact
 from distill_lightning.compression.mask.learned import LearnedMask, learned
 from distill_lightning.compression.mask.masks import Masks
-from distill_lightning.compression.access.parameters import (cuda_devices, restore_order)
-from distill_lightning.compression.structure.changes import copy_network
-from distill_lightning.compression.steps.base import Step
 from distill_lightning.compression.run.batch_norm import recalibrate
-from distill_lightning.compression.access.targets import check_patterns
-from distill_lightning.compression.run.phases import (Phase, check_order, plan)
-from distill_lightning.compression.steps.workpiece import (Workpiece, cross_entropy)
+from distill_lightning.compression.run.phases import Phase, check_order, plan
+from distill_lightning.compression.steps.base import Step
+from distill_lightning.compression.steps.workpiece import Workpiece, cross_entropy
 from distill_lightning.errors import InputError
 
 Moment = str

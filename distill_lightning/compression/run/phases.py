@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from distill_lightning.compression.steps.base import (Order, Step)
+from distill_lightning.compression.steps.base import Order, Step
 from distill_lightning.errors import InputError
 
 _REASONS = {

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.shrink.groups import (Group, GroupKind, Member)
-from distill_lightning.compression.shrink.tracing import (Channels, Dependencies, follow)
+from distill_lightning.compression.shrink.groups import Group, GroupKind, Member
+from distill_lightning.compression.shrink.tracing import Channels, Dependencies, follow
 from distill_lightning.errors import InputError
 
 

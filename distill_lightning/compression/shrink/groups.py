@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.shrink.axes import (check_cut, cut, length, slices)
+from distill_lightning.compression.shrink.axes import check_cut, cut, length, slices
 from distill_lightning.errors import InputError
 
 GroupKind = Literal["channels", "units", "heads", "neurons"]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.shrink.axes import (blocks, length, slices)
+from distill_lightning.compression.shrink.axes import blocks
 from distill_lightning.compression.shrink.channels import make_group
-from distill_lightning.compression.shrink.groups import (Group, Keep, Member, get_layer, kept_mask)
+from distill_lightning.compression.shrink.groups import Group, get_layer
 from distill_lightning.compression.shrink.tracing import follow
 from distill_lightning.errors import InputError
 

@@ -9,7 +9,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from distill_lightning.compression.shrink.attention import (Attention, describe_attention, forbid_nested, rebuild_attention)
+from distill_lightning.compression.shrink.attention import (
+    Attention,
+    describe_attention,
+    forbid_nested,
+    rebuild_attention,
+)
 from distill_lightning.compression.shrink.axes import Conv
 from distill_lightning.errors import InputError
 

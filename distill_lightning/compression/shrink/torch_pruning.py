@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from distill_lightning.compression.shrink.attention import Attention
-from distill_lightning.compression.shrink.axes import (Conv, is_depthwise, length)
-from distill_lightning.compression.shrink.groups import (Group, Member, shrink, tied_modules)
+from distill_lightning.compression.shrink.axes import Conv, is_depthwise, length
+from distill_lightning.compression.shrink.groups import Group, Member, shrink, tied_modules
 from distill_lightning.errors import InputError
 
 _OPAQUE = (nn.MultiheadAttention, Attention, nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from distill_lightning.compression.shrink.attention import Attention
-from distill_lightning.compression.shrink.axes import (Conv, blocks, is_depthwise)
+from distill_lightning.compression.shrink.axes import Conv, blocks, is_depthwise
 from distill_lightning.compression.shrink.groups import tied_modules
 from distill_lightning.errors import InputError
 from distill_lightning.layers import eval_mode

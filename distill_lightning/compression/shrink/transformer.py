@@ -8,7 +8,7 @@ from torch import nn
 
 from distill_lightning.compression.shrink.attention import Attention
 from distill_lightning.compression.shrink.axes import TransformerLayer
-from distill_lightning.compression.shrink.groups import (Group, whole)
+from distill_lightning.compression.shrink.groups import Group, whole
 from distill_lightning.errors import InputError
 
 

@@ -36,7 +36,9 @@ def check_coverage(
     covered = sum(dict(known[name] for name in weights if name in known).values())
     share = f"{covered / total:.0%} of {type(piece.network).__name__}'s weights"
     if refuse and 2 * covered < total:
-        raise InputError(f"{step.title} would only work on {share}: name the layers as targets if that is what you want")
+        raise InputError(
+            f"{step.title} would only work on {share}: name the layers as targets if that is what you want"
+        )
     piece.note(f"{step.title} works on {share}")
 
 

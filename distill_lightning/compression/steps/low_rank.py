@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.factor.convolutions import (ConvChain)
-from distill_lightning.compression.factor.layers import (LowRankEmbedding, LowRankLinear, TrainEmbedding, TrainLinear)
-from distill_lightning.compression.factor.factoring import (Factored, METHODS, check_replaceable, describe as low_rank_describe, factorize, input_moment, replace_layer)
-from distill_lightning.compression.factor.ranks import (rank_rule)
-from distill_lightning.compression.structure import changes as recipe
-from distill_lightning.compression.access.calibration import (calibrating, inputs_of)
-from distill_lightning.compression.factor.factoring import Method
-from distill_lightning.compression.factor.ranks import UnfactorableError
-from distill_lightning.compression.steps.base import (At, Order, Step)
-from distill_lightning.compression.steps.coverage import check_coverage
+from distill_lightning.compression.access.calibration import calibrating, inputs_of
+from distill_lightning.compression.access.targets import match_layers
+from distill_lightning.compression.factor.convolutions import ConvChain
+from distill_lightning.compression.factor.factoring import (
+    METHODS,
+    Factored,
+    Method,
+    check_replaceable,
+    factorize,
+    input_moment,
+    replace_layer,
+)
+from distill_lightning.compression.factor.layers import LowRankEmbedding, LowRankLinear, TrainEmbedding, TrainLinear
+from distill_lightning.compression.factor.ranks import UnfactorableError, rank_rule
 from distill_lightning.compression.shrink.attention import convert_attention
-from distill_lightning.compression.access.targets import (Targets, match_layers)
+from distill_lightning.compression.steps.base import Once, Order, TargetedStep, Work
+from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.workpiece import Workpiece
+from distill_lightning.compression.structure import changes as recipe
 from distill_lightning.errors import InputError
 
 _METHODS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -85,7 +92,10 @@ class LowRank(TargetedStep):
         aware = any(_is_data_aware(kind, name) for kind, name in methods.items())
         self.refuse(
             (self.parts is not None and self.parts < 2, f"parts must be at least 2, got {self.parts}"),
-            (self.parts is not None and not trains, f"parts is for method 'tt' of Linear and Embedding, not {method!r}"),
+            (
+                self.parts is not None and not trains,
+                f"parts is for method 'tt' of Linear and Embedding, not {method!r}",
+            ),
             (
                 self.damping is not None and self.damping < 0,
                 f"damping must not be negative, got {self.damping}",

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from distill_lightning.choices import Choice
-from distill_lightning.compression.values.ranges import (weight_grid)
-from distill_lightning.compression.values.allocation import (allocate_bits, weight_errors)
-from distill_lightning.compression.values.ranges import RangeRule
-from distill_lightning.compression.values.scheme import (Kind, Scheme)
+from distill_lightning.compression.values.allocation import allocate_bits, weight_errors
+from distill_lightning.compression.values.ranges import RangeRule, weight_grid
+from distill_lightning.compression.values.scheme import Kind, Scheme
 from distill_lightning.errors import InputError
 
 

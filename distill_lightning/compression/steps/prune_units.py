@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.mask.lottery import Snapshot
 from distill_lightning.compression.steps import unit_amounts, units, weights
 from distill_lightning.compression.steps.base import Order, Work

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-from distill_lightning.compression.access.parameters import split_path
 from distill_lightning.compression.mask.selection import Granularity
 from distill_lightning.compression.steps import weights
 from distill_lightning.compression.steps.base import Order, Work
@@ -120,9 +118,7 @@ class _PruningWeights(PruningWork):
         step = self.step
         if isinstance(step.schedule, Threshold):
             threshold = cast("float", level)
-            weights.prune_below(
-                piece, self.paths, threshold, criterion=step.criterion, granularity=step.granularity
-            )
+            weights.prune_below(piece, self.paths, threshold, criterion=step.criterion, granularity=step.granularity)
             return
         weights.prune_weights(
             piece,

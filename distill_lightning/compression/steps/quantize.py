@@ -5,26 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.values.activations import (ActivationQuantizer, calibrating as quantizers_calibrating, quantize_input)
-from distill_lightning.compression.values.quantizer import (channel_axis, quantize_weights, weight_names)
-from distill_lightning.compression.values.corrections import (correct_biases, equalisable_pairs, equalise)
 from distill_lightning.compression.access import calibration
-from distill_lightning.compression.values.activations import (NAME, ActivationEstimator)
-from distill_lightning.compression.values.ranges import (ObserverRule, RangeRule)
-from distill_lightning.compression.values.scheme import (FIXED_BITS, UNIFORM, WHOLE_TENSOR, WITHOUT_ZERO, Kind, Scheme)
-from distill_lightning.compression.values.quantizer import (Estimator, WeightQuantizer)
-from distill_lightning.compression.structure.changes import copy_network
-from distill_lightning.compression.steps.base import (At, Order, Step)
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.access.targets import match_layers
+from distill_lightning.compression.access.weights import channel_axis, weight_names
+from distill_lightning.compression.steps.base import Order, TargetedStep, Work
 from distill_lightning.compression.steps.coverage import check_coverage
-from distill_lightning.compression.steps.precision import MixedPrecision
-from distill_lightning.compression.access.targets import (Targets, match_layers)
+from distill_lightning.compression.steps.mixed_precision import MixedPrecision
 from distill_lightning.compression.steps.workpiece import Workpiece
+from distill_lightning.compression.values.activations import (
+    NAME,
+    ActivationEstimator,
+    ActivationQuantizer,
+    quantize_input,
+)
+from distill_lightning.compression.values.activations import calibrating as quantizers_calibrating
+from distill_lightning.compression.values.corrections import correct_biases, equalisable_pairs, equalise
+from distill_lightning.compression.values.quantizer import Estimator, WeightQuantizer, quantize_weights
+from distill_lightning.compression.values.ranges import ObserverRule, RangeRule
+from distill_lightning.compression.values.scheme import FIXED_BITS, UNIFORM, WHOLE_TENSOR, WITHOUT_ZERO, Kind, Scheme
 from distill_lightning.errors import InputError
 from distill_lightning.layers import eval_mode
 
@@ -227,7 +232,11 @@ class _Quantizing(Work):
             piece.note("Quantize has neither weight_bits nor act_bits, so it does nothing")
             return
         layers = match_layers(
-            piece.network, self.step.targets, self.step.exclude, fits=lambda layer: bool(_own_weights(layer)), what=_WHAT
+            piece.network,
+            self.step.targets,
+            self.step.exclude,
+            fits=lambda layer: bool(_own_weights(layer)),
+            what=_WHAT,
         )
         order = _running_order(piece)
         layers = self._without_paddings(piece, layers, self._ends(order))

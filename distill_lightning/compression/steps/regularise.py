@@ -132,9 +132,7 @@ class Regularise(TargetedStep):
             return None
         schedule = Threshold(self.threshold)
         if self.unit is None:
-            return PruneWeights(
-                schedule=schedule, granularity=self.per, targets=self.targets, exclude=self.exclude
-            )
+            return PruneWeights(schedule=schedule, granularity=self.per, targets=self.targets, exclude=self.exclude)
         return PruneUnits(
             unit=self.unit,
             criterion="bn_scale" if self.penalty == "bn_gamma" else "magnitude",

@@ -9,10 +9,10 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from distill_lightning.compression.access.calibration import (calibrating, inputs_of)
-from distill_lightning.compression.mask.sensitivity import (amounts_within, scan)
-from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.choices import Choice
+from distill_lightning.compression.access.calibration import calibrating, inputs_of
+from distill_lightning.compression.mask.sensitivity import amounts_within, scan
+from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
 
 

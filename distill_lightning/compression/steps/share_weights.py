@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.values.hashed import (hash_weights)
-from distill_lightning.compression.values.codebook import (freeze_shared, share_weights)
-from distill_lightning.compression.values.codebook import Init
-from distill_lightning.compression.values.quantizer import weight_names
-from distill_lightning.compression.steps.base import (At, Order, Step)
+from distill_lightning.compression.access.parameters import join_path
+from distill_lightning.compression.access.targets import Targets, match_layers
+from distill_lightning.compression.access.weights import weight_names
+from distill_lightning.compression.steps.base import Once, Order, Step, TargetedStep, Work
 from distill_lightning.compression.steps.coverage import check_coverage
-from distill_lightning.compression.access.targets import (Targets, match_layers)
 from distill_lightning.compression.steps.workpiece import Workpiece
+from distill_lightning.compression.values.codebook import Init, share_weights
+from distill_lightning.compression.values.hashed import hash_weights
 from distill_lightning.errors import InputError
 
 
@@ -98,7 +99,9 @@ class ShareWeights(TargetedStep):
                     raise InputError(f"{where}: {error}") from error
                 kept_zero += [where] if masked else []
         if kept_zero:
-            piece.note(f"{self.title} keeps the zeros of {len(kept_zero)} pruned weights as shared values, without masks")
+            piece.note(
+                f"{self.title} keeps the zeros of {len(kept_zero)} pruned weights as shared values, without masks"
+            )
         piece.changed = True
 
     def _values_of(self, piece: Workpiece, paths: list[str]) -> dict[str, int]:

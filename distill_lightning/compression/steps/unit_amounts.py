@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.costs.macs import count_macs
-from distill_lightning.compression.report.measure import count_parameters
-from distill_lightning.compression.structure.changes import copy_network
+from distill_lightning.compression.costs.parameters import count_parameters
 from distill_lightning.compression.steps.sensitivity import Sensitivity
-from distill_lightning.compression.steps.units import (Family, Kept, UnitKind, choose_units, remove, score_units)
+from distill_lightning.compression.steps.units import Family, Kept, UnitKind, choose_units, remove, score_units
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
 

@@ -10,20 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distill_lightning.compression.shrink.groups import (Group, shrink)
-from distill_lightning.compression.shrink.attention import (convert_attention)
-from distill_lightning.compression.shrink.transformer import (head_groups, neuron_groups, remove_layers)
-from distill_lightning.compression.shrink.recurrent import (unit_groups)
-from distill_lightning.compression.shrink.channels import (channel_groups)
 from distill_lightning.compression.access.calibration import inputs_of
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.access.targets import Targets, match_layers
 from distill_lightning.compression.mask.masks import Masks
-from distill_lightning.compression.structure.changes import (copy_network, note_change)
-from distill_lightning.compression.mask.selection import (Amount, Scope, choose)
-from distill_lightning.compression.steps.weights import (REDUCE, SCORERS)
+from distill_lightning.compression.mask.selection import Amount, Scope, choose
+from distill_lightning.compression.shrink.attention import convert_attention
 from distill_lightning.compression.shrink.axes import blocks
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.groups import Group, shrink
+from distill_lightning.compression.shrink.recurrent import unit_groups
 from distill_lightning.compression.shrink.torch_pruning import channel_groups_by_torch_pruning
-from distill_lightning.compression.access.targets import (Targets, match_layers)
+from distill_lightning.compression.shrink.transformer import head_groups, neuron_groups, remove_layers
+from distill_lightning.compression.steps.weights import REDUCE, SCORERS
 from distill_lightning.compression.steps.workpiece import Workpiece
+from distill_lightning.compression.structure.changes import note_change
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 

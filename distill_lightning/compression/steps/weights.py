@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.mask import (criteria, second_order)
-from distill_lightning.compression.mask.masks import (Masks, regrow)
-from distill_lightning.compression.access.parameters import parameter_of
-from distill_lightning.compression.values.quantizer import weight_names
-from distill_lightning.compression.mask.selection import (Amount, Granularity, Reduce, Scope, select, select_below)
+from distill_lightning.compression.access.parameters import join_path, parameter_of, split_path
+from distill_lightning.compression.access.targets import Targets, match_layers
+from distill_lightning.compression.access.weights import weight_names
+from distill_lightning.compression.mask import criteria, second_order
+from distill_lightning.compression.mask.masks import Masks, regrow
+from distill_lightning.compression.mask.selection import Amount, Granularity, Reduce, Scope, select, select_below
 from distill_lightning.compression.steps.sensitivity import Sensitivity
-from distill_lightning.compression.access.targets import (Targets, match_layers)
 from distill_lightning.compression.steps.workpiece import Workpiece
 
 Scorer = Callable[[Workpiece, Sequence[str]], dict[str, Tensor]]

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from distill_lightning.compression.access.calibration import Loss
-from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.compression.file.packed import Coding
+from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.errors import InputError
 
 

@@ -13,16 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+import distill_lightning
+
 # The families of computed weights are known once they are imported.
 from distill_lightning.compression.access.computed import bake, describe_weights, rebuild_weights
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.factor.factoring import build_factors, replace_layer
-from distill_lightning.compression.mask import learned as _learned  # noqa: F401
 from distill_lightning.compression.shrink.sizes import set_sizes, sizes_of
 from distill_lightning.compression.shrink.tying import restore_ties, ties_of
-from distill_lightning.compression.values import codebook as _codebook  # noqa: F401
-from distill_lightning.compression.values import hashed as _hashed  # noqa: F401
-from distill_lightning.compression.values import quantizer as _quantizer  # noqa: F401
 from distill_lightning.compression.values.activations import describe_input, rebuild_input
 from distill_lightning.errors import InputError
 from distill_lightning.networks import recipe_of
@@ -99,7 +97,7 @@ def rebuild_structure(network: nn.Module, structure: Mapping[str, Any]) -> nn.Mo
     if structure.get("format") != FORMAT:
         raise InputError(
             f"the structure of a compressed network is in format {structure.get('format', 1)}, but this version of "
-            f"distill_lightning ({__version__}) reads format {FORMAT}: compress the network again"
+            f"distill_lightning ({distill_lightning.__version__}) reads format {FORMAT}: compress the network again"
         )
     if changes_of(network):
         raise InputError(f"{type(network).__name__} is compressed already: build a new one with the same arguments")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from distill_lightning.compression.values.estimators import (dorefa_activation, dorefa_activation_codes, lsq, pact)
-from distill_lightning.compression.values.ranges import (Observer, ObserverRule)
-from distill_lightning.compression.values.scheme import (Codes, Scheme, fake_quantize, grid, quantize)
+from distill_lightning.compression.values.estimators import dorefa_activation, dorefa_activation_codes, lsq, pact
+from distill_lightning.compression.values.ranges import Observer, ObserverRule
+from distill_lightning.compression.values.scheme import Codes, Scheme, fake_quantize, grid, quantize
 from distill_lightning.errors import InputError
 
 ActivationEstimator = Literal["ste", "lsq", "pact", "dorefa"]

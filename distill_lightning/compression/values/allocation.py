@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from distill_lightning.compression.values.ranges import (RangeRule, weight_grid)
-from distill_lightning.compression.values.scheme import (Kind, Scheme, dequantize, quantize)
+from distill_lightning.compression.values.ranges import RangeRule, weight_grid
+from distill_lightning.compression.values.scheme import Kind, Scheme, dequantize, quantize
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 

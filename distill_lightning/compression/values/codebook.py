@@ -197,6 +197,11 @@ class Codebook(ComputedWeight):
         """The number of weights whose value is held at zero."""
         return 0 if self.zero is None else int((self.indices == self.zero).sum())
 
+    @property
+    def bits(self) -> int:
+        """Bits of an index."""
+        return max(self.k - 1, 1).bit_length()
+
     def extra_repr(self) -> str:
         """The shape and number of values, shown when the module is printed."""
         return f"{tuple(self.indices.shape)}, k={self.k}" + ("" if self.zero is None else ", with a fixed zero")

@@ -8,8 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_lightning.compression.values.ranges import (RangeRule, weight_grid)
-from distill_lightning.compression.values.scheme import (Codes, Scheme, as_codes, cut, from_rows, over_entries, quantize, to_rows)
+from distill_lightning.compression.values.ranges import RangeRule, weight_grid
+from distill_lightning.compression.values.scheme import (
+    Codes,
+    Scheme,
+    as_codes,
+    cut,
+    from_rows,
+    over_entries,
+    quantize,
+    to_rows,
+)
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 

@@ -13,9 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.compression.access.computed import ComputedWeight, Stored, compute, free_weights
-from distill_lightning.compression.values.estimators import (binary, binary_connect, codes, dorefa_weight, lsq, lsq_start, ternary, ttq, ttq_codes, ttq_start)
-from distill_lightning.compression.values.ranges import (RangeRule, weight_grid)
-from distill_lightning.compression.values.scheme import (UNIFORM, Codes, Scheme, fake_quantize, quantize)
+from distill_lightning.compression.values.estimators import (
+    binary,
+    binary_connect,
+    codes,
+    dorefa_weight,
+    lsq,
+    lsq_start,
+    ternary,
+    ttq,
+    ttq_codes,
+    ttq_start,
+)
+from distill_lightning.compression.values.ranges import RangeRule, weight_grid
+from distill_lightning.compression.values.scheme import UNIFORM, Codes, Scheme, fake_quantize, quantize
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 
@@ -125,6 +136,11 @@ class WeightQuantizer(ComputedWeight):
     def stored(self, original: Tensor) -> Stored:
         """The integer codes with their scales."""
         return Stored("codes", {"codes": self.codes(original), "scheme": self.scheme, "dtype": original.dtype})
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.scheme.bits
 
     def extra_repr(self) -> str:
         """The scheme and estimator, shown when the module is printed."""

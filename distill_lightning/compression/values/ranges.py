@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.values.scheme import (Scheme, cut, dequantize, grid, quantize, to_rows)
+from distill_lightning.compression.values.scheme import Scheme, cut, dequantize, grid, quantize, to_rows
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 

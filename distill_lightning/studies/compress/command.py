@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distill_lightning.callbacks import Measurements
-from distill_lightning.compression.report.report import (Report, machine)
+from distill_lightning.compression.report.report import Report, machine
 from distill_lightning.compression.report.stages import FINAL
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.networks import recipe_of

@@ -13,12 +13,12 @@ from torch import nn
 
 from distill_lightning.callbacks import CompressionCallback, Measurements
 from distill_lightning.callbacks.stages import measure
-from distill_lightning.compression.file.artefact import (load_compressed, write_artefact)
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.file.artefact import load_compressed, write_artefact
+from distill_lightning.compression.report.controls import random_steps, same_size_network
+from distill_lightning.compression.report.onnx import export_onnx, quantize_onnx
+from distill_lightning.compression.report.stages import CONTROL_RANDOM, CONTROL_SCRATCH, FINAL, Stage
 from distill_lightning.compression.run.compressor import Compressor
-from distill_lightning.compression.report.controls import (random_steps, same_size_network)
-from distill_lightning.compression.report.onnx import (export_onnx, quantize_onnx)
-from distill_lightning.compression.structure.changes import copy_network
-from distill_lightning.compression.report.stages import (CONTROL_RANDOM, CONTROL_SCRATCH, FINAL, Stage)
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.storage.files import write_whole
