@@ -36,8 +36,10 @@ from distill_lightning.compression.file.packed import (Packed, pack_codebook, pa
 from distill_lightning.compression.values.codebook import (codebooks, share_weights)
 from distill_lightning.compression.file.format import (read_packed, write_packed)
 from distill_lightning.compression.values.scheme import Scheme
-from distill_lightning.compression.values.quantizer import (quantize_weights, weight_codes, weight_names)
-from distill_lightning.compression.report.report import (LEGEND, Stage, claim_of, machine, measure_stage)
+from distill_lightning.compression.values.quantizer import (quantize_weights, weight_codes)
+from distill_lightning.compression.access.weights import weight_names
+from distill_lightning.compression.report.report import (LEGEND, claim_of, machine)
+from distill_lightning.compression.report.stages import (Stage, measure_stage)
 from distill_lightning.compression.shrink.groups import (Group, shrink)
 from distill_lightning.compression.shrink.channels import channel_groups
 from distill_lightning.compression.shrink.attention import convert_attention

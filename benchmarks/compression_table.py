@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.timing import machine, stopwatch
-from distill_lightning.compression import (Compressor, Cubic, LowRank, Prune, Quantize, ShareWeights, Step)
-from distill_lightning.compression.report.measure import count_parameters
-from distill_lightning.compression.structure.changes import (copy_network, plain_copy)
+from distill_lightning.compression import (Compressor, Cubic, LowRank, PruneWeights, Quantize, ShareWeights, Step)
+from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.structure.changes import plain_copy
 from distill_lightning.functional import softened_kl
 from distill_lightning.networks import SmallCNN, SmallLSTM, SmallTransformer
 
@@ -124,7 +125,7 @@ def _prune(**options: Any) -> StepMaker:
     # Movement and the cubic schedule spend the last 30 % of their epochs at the final amount.
     if options.get("criterion") == "movement":
         options["schedule"] = Cubic(end=0.7)
-    return lambda _, when: Prune(**options, **when)
+    return lambda _, when: PruneWeights(**options, **when)
 
 
 def _of_pruning() -> list[Condition]:

@@ -33,7 +33,7 @@ from distill_lightning import (
     SupervisedModule,
 )
 from distill_lightning.callbacks import CompressionCallback, Measurements
-from distill_lightning.compression import (Cubic, Encode, HashShare, Iterative, LowRank, Prune, Quantize, Regularise, ShareWeights, load_compressed)
+from distill_lightning.compression import (Cubic, Encode, HashShare, Iterative, LowRank, LearnMask, Movement, PruneUnits, PruneWeights, SoftMovement, Quantize, Regularise, ShareWeights, load_compressed)
 from distill_lightning.errors import InputError
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
@@ -98,7 +98,7 @@ class Seen(Callback):
 )
 @pytest.mark.parametrize("schedule", [None, Cubic(end=0.5)])
 def test_pruned_weights_stay_zero_and_so_does_what_the_optimiser_remembers(optimizer, options, schedule):
-    step = Prune(amount=0.6, schedule=schedule, finetune_epochs=3)
+    step = PruneWeights(amount=0.6, schedule=schedule, finetune_epochs=3)
     # The momentum of the dense epoch must not come back, either.
     module = baseline([step], dense_epochs=1, optimizer=optimizer, restart=False)
     looked = []
@@ -150,7 +150,7 @@ def test_averaged_weights_are_pruned_too(tmp_path, averaging):
                 validated.append(int(under_masks(compressor, weights_of(module.student)).count_nonzero()))
 
     # The average begins among dense weights.
-    module = baseline([Prune(amount=0.6, finetune_epochs=2)], dense_epochs=2)
+    module = baseline([PruneWeights(amount=0.6, finetune_epochs=2)], dense_epochs=2)
     callbacks = [averaging(), Look(), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)]
     plain = supervised()
     fit(module, callbacks=callbacks, enable_checkpointing=True)
@@ -168,7 +168,7 @@ def test_averaged_weights_are_pruned_too(tmp_path, averaging):
 @pytest.mark.parametrize("averaging", [EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.01)])
 @pytest.mark.parametrize("first", [True, False])
 def test_the_order_of_the_callbacks_does_not_matter(averaging, first):
-    module, callback = supervised(), CompressionCallback([Prune(amount=0.6, finetune_epochs=2)], dense_epochs=2)
+    module, callback = supervised(), CompressionCallback([PruneWeights(amount=0.6, finetune_epochs=2)], dense_epochs=2)
     callbacks = [callback, averaging()]
     fit(module, callbacks=callbacks if first else callbacks[::-1])
     assert callback.compressor.masks.pruned == round(0.6 * callback.compressor.masks.total)
@@ -180,11 +180,11 @@ def test_the_order_of_the_callbacks_does_not_matter(averaging, first):
 @pytest.mark.parametrize(
     "steps",
     [
-        [Prune(amount=0.5, granularity="channel", finetune_epochs=1)],
+        [PruneUnits(amount=0.5, unit="channel", finetune_epochs=1)],
         [LowRank(rank=2, finetune_epochs=1)],
         [ShareWeights(k=4, finetune_epochs=1)],
         [Quantize(weight_bits=4, finetune_epochs=1)],
-        [Prune(amount=0.5, criterion="movement", finetune_epochs=1)],
+        [LearnMask(Movement(0.5), finetune_epochs=1)],
         [Regularise(penalty="l0", weight=1e-3, finetune_epochs=1)],
     ],
     ids=lambda steps: repr(steps[0]),
@@ -200,7 +200,7 @@ def test_averages_of_other_parameters_are_refused_before_the_training(averaging,
 @pytest.mark.parametrize("averaging", [EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.01)])
 def test_a_teacher_that_comes_later_is_no_part_of_averages(averaging):
     """The dense network stands beside the module, so an average of what learns can go on."""
-    module = baseline([Prune(amount=0.5, finetune_epochs=1)], dense_epochs=1, teacher="dense")
+    module = baseline([PruneWeights(amount=0.5, finetune_epochs=1)], dense_epochs=1, teacher="dense")
     trainer = fit(module, callbacks=[averaging()])
     assert len(module.teachers) == 1
     assert not any("teachers" in name for name in module.state_dict())
@@ -210,22 +210,22 @@ def test_a_teacher_that_comes_later_is_no_part_of_averages(averaging):
 # Resuming
 
 STEPS = {
-    "masks": lambda: [Prune(amount=0.6, schedule=Cubic(), finetune_epochs=3)],
-    "lottery": lambda: [Prune(amount=0.6, schedule=Iterative(2), rewind="start", finetune_epochs=3)],
-    "channels": lambda: [Prune(amount=0.5, granularity="channel", finetune_epochs=3)],
-    "masked channels": lambda: [Prune(amount=0.5, granularity="channel", schedule=Cubic(), finetune_epochs=3)],
+    "masks": lambda: [PruneWeights(amount=0.6, schedule=Cubic(), finetune_epochs=3)],
+    "lottery": lambda: [PruneWeights(amount=0.6, schedule=Iterative(2), rewind="start", finetune_epochs=3)],
+    "channels": lambda: [PruneUnits(amount=0.5, unit="channel", finetune_epochs=3)],
+    "masked channels": lambda: [PruneUnits(amount=0.5, unit="channel", schedule=Cubic(), finetune_epochs=3)],
     "low rank": lambda: [LowRank(rank=2, finetune_epochs=3)],
     "shared": lambda: [ShareWeights(k=4, finetune_epochs=3)],
     "hashed": lambda: [HashShare(ratio=4, finetune_epochs=3)],
     "qat": lambda: [Quantize(weight_bits=4, act_bits=4, mode="qat", estimator="lsq", finetune_epochs=3)],
-    "movement": lambda: [Prune(amount=0.6, criterion="movement", finetune_epochs=3)],
-    "soft movement": lambda: [Prune(criterion="soft_movement", finetune_epochs=3)],
+    "movement": lambda: [LearnMask(Movement(0.6), finetune_epochs=3)],
+    "soft movement": lambda: [LearnMask(SoftMovement(), finetune_epochs=3)],
     "lasso": lambda: [
         Regularise(penalty="group_lasso", granularity="channel", weight=1e-2, threshold=0.05, finetune_epochs=3)
     ],
     "chain": lambda: [
-        Prune(amount=0.5, granularity="channel", finetune_epochs=1),
-        Prune(amount=0.5, finetune_epochs=1),
+        PruneUnits(amount=0.5, unit="channel", finetune_epochs=1),
+        PruneWeights(amount=0.5, finetune_epochs=1),
         ShareWeights(k=4, finetune_epochs=1),
         Encode("huffman"),
     ],
@@ -328,9 +328,9 @@ def test_without_steps_it_is_ordinary_training(schedule):
 @pytest.mark.parametrize(
     "step",
     [
-        Prune(amount=0.0, finetune_epochs=2),
-        Prune(amount=0.0, schedule=Cubic(), finetune_epochs=2),
-        Prune(amount=0.0, granularity="channel", finetune_epochs=2),
+        PruneWeights(amount=0.0, finetune_epochs=2),
+        PruneWeights(amount=0.0, schedule=Cubic(), finetune_epochs=2),
+        PruneUnits(amount=0.0, unit="channel", finetune_epochs=2),
         Regularise(penalty="l1", weight=0.0, finetune_epochs=2),
         Regularise(penalty="l0", weight=0.0, finetune_epochs=2),
         LowRank(rank=10_000, finetune_epochs=2),
@@ -430,7 +430,7 @@ def test_other_methods_train_what_is_compressed(tmp_path, name, kind):
 @pytest.mark.slow
 def test_a_tap_whose_channels_leave_is_named():
     torch.manual_seed(0)
-    steps = [Prune(amount=0.5, granularity="channel", finetune_epochs=1)]
+    steps = [PruneUnits(amount=0.5, unit="channel", finetune_epochs=1)]
     message = r"'features' gives 5 channels, and the translators read 8: .*exclude"
     with pytest.raises(InputError, match=message):
         fit(OTHERS["feed"](TinyNet(3)), callbacks=[CompressionCallback(steps, dense_epochs=1)])
@@ -478,7 +478,7 @@ def test_a_module_from_elsewhere_is_resumed_and_validated(tmp_path, kind):
 @pytest.mark.parametrize("report", [None, Measurements(batch_sizes=())])
 def test_a_resume_after_the_last_epoch_does_the_steps_that_are_left(tmp_path, report):
     def make(seed):
-        steps = [Prune(amount=0.5, finetune_epochs=2), Quantize(weight_bits=4)]
+        steps = [PruneWeights(amount=0.5, finetune_epochs=2), Quantize(weight_bits=4)]
         return baseline(steps, seed=seed, report=report)
 
     whole, resumed = make(0), make(9)
@@ -540,7 +540,7 @@ def test_a_training_that_ends_before_its_steps_says_so():
     def stop(trainer, pl_module):
         trainer.should_stop = trainer.current_epoch == 1
 
-    steps = [Prune(amount=0.5, finetune_epochs=2), ShareWeights(k=4, finetune_epochs=2)]
+    steps = [PruneWeights(amount=0.5, finetune_epochs=2), ShareWeights(k=4, finetune_epochs=2)]
     module = baseline(steps, report=Measurements(batch_sizes=()))
     with pytest.warns(UserWarning, match="ended after 2 epochs: not fine-tuned were 2 ShareWeights"):
         fit(module, callbacks=[Seen(stop)])
@@ -554,7 +554,7 @@ def test_early_stopping_waits_for_the_last_step():
     # A metric that never gets better.
     stop = EarlyStopping("val/loss", patience=1, min_delta=1e9)
     epochs = []
-    steps = [Prune(amount=0.5, finetune_epochs=3), Prune(amount=0.7, finetune_epochs=4)]
+    steps = [PruneWeights(amount=0.5, finetune_epochs=3), PruneWeights(amount=0.7, finetune_epochs=4)]
     callbacks = [stop, CompressionCallback(steps, attribute="net", dense_epochs=3)]
     callbacks.append(Seen(lambda trainer, _: epochs.append(trainer.current_epoch)))
     fit(Elsewhere(), epochs=10, callbacks=callbacks)
@@ -565,7 +565,7 @@ def test_early_stopping_waits_for_the_last_step():
 
 @pytest.mark.slow
 def test_epochs_after_the_last_step_are_told():
-    module = baseline([Prune(amount=0.5, finetune_epochs=1)], report=Measurements(batch_sizes=()))
+    module = baseline([PruneWeights(amount=0.5, finetune_epochs=1)], report=Measurements(batch_sizes=()))
     with pytest.warns(UserWarning, match="over after 1 epochs, and the training goes on to max_epochs=3"):
         fit(module, epochs=3)
     assert module.callback.stages[-1].name == "final"
@@ -580,7 +580,7 @@ def test_a_second_run_leaves_the_first_ones_network(tmp_path):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             fit(
-                baseline([Prune(amount=0.5, finetune_epochs=1)]),
+                baseline([PruneWeights(amount=0.5, finetune_epochs=1)]),
                 epochs=1,
                 callbacks=callbacks,
                 enable_checkpointing=True,
@@ -602,7 +602,7 @@ def test_what_would_end_too_early_or_twice_is_refused():
     with pytest.raises(InputError, match="CompressionBaseline does its own steps"):
         fit(baseline(steps, dense_epochs=1), callbacks=[CompressionCallback(steps)])
     with pytest.raises(InputError, match="cannot come after step 1"):
-        CompressionCallback([Quantize(), Prune(amount=0.5)])
+        CompressionCallback([Quantize(), PruneWeights(amount=0.5)])
     with pytest.raises(InputError, match="dense_epochs must not be negative, got -1"):
         CompressionCallback(steps, dense_epochs=-1)
 
@@ -616,7 +616,7 @@ def test_a_callback_beside_a_baseline_without_steps_compresses():
 
 @pytest.mark.slow
 def test_a_report_on_validation_samples_needs_some():
-    module = baseline([Prune(amount=0.5, finetune_epochs=1)], report=Measurements(split="val", batch_sizes=()))
+    module = baseline([PruneWeights(amount=0.5, finetune_epochs=1)], report=Measurements(split="val", batch_sizes=()))
     with pytest.raises(InputError, match="split='val' needs validation batches"):
         fit(module, epochs=1, limit_val_batches=0)
     # Before the first of them was read.
@@ -626,7 +626,7 @@ def test_a_report_on_validation_samples_needs_some():
 
 @pytest.mark.slow
 def test_an_untrained_network_that_would_teach_is_told():
-    steps = [Prune(amount=0.5, finetune_epochs=1)]
+    steps = [PruneWeights(amount=0.5, finetune_epochs=1)]
     with pytest.warns(UserWarning, match="has not been trained when the first step begins"):
         fit(baseline(steps, teacher="dense"), epochs=1)
     trained = baseline([])

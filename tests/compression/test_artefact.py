@@ -10,20 +10,21 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError, Pretrained, SmallResNet
-from distill_lightning.compression.values.quantizer import (quantize_weights, weight_codes, weight_names)
-from distill_lightning.compression.values.codebook import (share_weights)
-from distill_lightning.compression.values.hashed import (hash_weights)
+from distill_lightning.compression.values.quantizer import (quantize_weights, weight_codes)
+from distill_lightning.compression.access.weights import weight_names
+from distill_lightning.compression.values.codebook import share_weights
+from distill_lightning.compression.values.hashed import hash_weights
 from distill_lightning.compression.file.format import (read_parts, write_packed)
 from distill_lightning.compression.file.packed import (pack_codes, unpack, unpack_codes)
-from distill_lightning.compression.shrink.channels import (channel_groups)
-from distill_lightning.compression.shrink.groups import (shrink)
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.groups import shrink
 from distill_lightning.compression.factor.factoring import (describe as low_rank_describe, factorize, replace_layer)
-from distill_lightning.compression.values.scheme import (Scheme)
-from distill_lightning.compression.values.estimators import (codes as quantizers_codes)
+from distill_lightning.compression.values.scheme import Scheme
+from distill_lightning.compression.values.estimators import codes as quantizers_codes
 from distill_lightning.compression.structure import changes as recipe
 from distill_lightning.compression import (Compressor, Encode, Quantize, load_compressed, write_artefact)
 from distill_lightning.compression.mask.masks import Masks
-from distill_lightning.compression.steps import (HashShare, LowRank, Prune, ShareWeights)
+from distill_lightning.compression.steps import (HashShare, LowRank, PruneUnits, PruneWeights, ShareWeights)
 from distill_lightning.networks import recipe_of
 
 
@@ -341,15 +342,15 @@ def test_files_of_networks_with_another_structure_load(tmp_path):
 
 PIPELINES = {
     "shrunk, factored, quantized": ("resnet", lambda: [
-        Prune(amount=0.5, granularity="channel"), LowRank(rank=4, targets="stage3"), Quantize(weight_bits=4),
+        PruneUnits(amount=0.5, unit="channel"), LowRank(rank=4, targets="stage3"), Quantize(weight_bits=4),
         Encode("huffman"),
     ]),
-    "pruned, shared": ("resnet", lambda: [Prune(amount=0.8), ShareWeights(), Encode("huffman")]),
-    "pruned, quantized": ("resnet", lambda: [Prune(amount=0.8), Quantize(weight_bits=4), Encode()]),
+    "pruned, shared": ("resnet", lambda: [PruneWeights(amount=0.8), ShareWeights(), Encode("huffman")]),
+    "pruned, quantized": ("resnet", lambda: [PruneWeights(amount=0.8), Quantize(weight_bits=4), Encode()]),
     "hashed": ("resnet", lambda: [HashShare(ratio=8), Encode()]),
-    "units": ("lstm", lambda: [Prune(amount=0.5, granularity="hidden_unit"), Quantize()]),
+    "units": ("lstm", lambda: [PruneUnits(amount=0.5, unit="hidden_unit"), Quantize()]),
     "heads": ("transformer", lambda: [
-        Prune(amount=0.5, granularity="head"), Prune(amount=0.5, granularity="neuron"), Quantize(act_bits=8),
+        PruneUnits(amount=0.5, unit="head"), PruneUnits(amount=0.5, unit="neuron"), Quantize(act_bits=8),
     ]),
 }  # fmt: skip
 

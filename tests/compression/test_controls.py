@@ -14,7 +14,7 @@ from distill_lightning.compression.factor.layers import (TrainEmbedding, TrainLi
 from distill_lightning.compression.factor.factoring import rebuild
 from distill_lightning.compression.structure.changes import plain_copy
 from distill_lightning.compression.steps.schedules import Threshold
-from distill_lightning.compression.steps import (LowRank, Prune, Quantize, Regularise)
+from distill_lightning.compression.steps import (LowRank, PruneUnits, PruneWeights, Quantize, Regularise)
 
 IMAGES = torch.rand(2, 1, 8, 8)
 
@@ -67,7 +67,7 @@ def stored(network):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_dense_network_has_at_most_as_many_parameters_and_nearly_as_many(name, amount):
     make, inputs = NETWORKS[name]
-    compressed = compressed_by(make, [Prune(amount=amount)], inputs)
+    compressed = compressed_by(make, [PruneWeights(amount=amount)], inputs)
     size = nonzero(compressed)
     fresh = same_size_network(make(), compressed, inputs, seed=3)
     assert 0.8 * size < stored(fresh) <= size < stored(make())
@@ -82,7 +82,7 @@ def test_one_unit_more_would_be_too_many():
         return nn.Sequential(nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 3))
 
     for amount in (0.2, 0.51, 0.83):
-        compressed = compressed_by(make, [Prune(amount=amount)], torch.rand(2, 5))
+        compressed = compressed_by(make, [PruneWeights(amount=amount)], torch.rand(2, 5))
         sizes = [units * (5 + 1) + units * 3 + 3 for units in range(1, 65)]
         widest = max(size for size in sizes if size <= nonzero(compressed))
         assert stored(same_size_network(make(), compressed, torch.rand(2, 5), seed=0)) == widest
@@ -96,7 +96,7 @@ def test_every_layer_and_direction_is_thinned_alike(options):
     def make():
         return Sequences(nn.LSTM, **options)
 
-    compressed = compressed_by(make, [Prune(amount=0.7)], inputs)
+    compressed = compressed_by(make, [PruneWeights(amount=0.7)], inputs)
     layer = same_size_network(make(), compressed, inputs, seed=3).layer
     assert 1 < layer.hidden_size < 16
     assert {weight.shape[0] for weight in layer.parameters()} == {4 * layer.hidden_size}
@@ -106,7 +106,7 @@ def test_every_layer_and_direction_is_thinned_alike(options):
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(
     "steps",
-    [[Prune(amount=0.5)], [Quantize(weight_bits=4)], [LowRank(rank=4)]],
+    [[PruneWeights(amount=0.5)], [Quantize(weight_bits=4)], [LowRank(rank=4)]],
     ids=["pruned", "quantized", "factored"],
 )
 def test_nothing_of_what_was_trained_is_left(name, steps):
@@ -150,8 +150,8 @@ def test_what_quantization_rounds_to_zero_was_not_pruned(bits):
     compressed = compressed_by(make, [Quantize(weight_bits=bits)], IMAGES)
     assert nonzero(compressed) < stored(make())
     assert stored(same_size_network(make(), compressed, IMAGES, seed=0)) == stored(make())
-    both = compressed_by(make, [Prune(amount=0.5), Quantize(weight_bits=bits)], IMAGES)
-    pruned = compressed_by(make, [Prune(amount=0.5)], IMAGES)
+    both = compressed_by(make, [PruneWeights(amount=0.5), Quantize(weight_bits=bits)], IMAGES)
+    pruned = compressed_by(make, [PruneWeights(amount=0.5)], IMAGES)
     sizes = [stored(same_size_network(make(), network, IMAGES, seed=0)) for network in (both, pruned)]
     assert sizes[0] == sizes[1] < stored(make())
 
@@ -193,7 +193,7 @@ def test_the_row_of_a_padding_was_not_pruned():
 def test_a_width_that_cannot_shrink_is_named():
     """A Transformer can lose heads and neurons, and its width stays."""
     make, inputs = NETWORKS["transformer"]
-    compressed = compressed_by(make, [Prune(amount=0.97)], inputs)
+    compressed = compressed_by(make, [PruneWeights(amount=0.97)], inputs)
     with pytest.raises(InputError, match=r"SmallTransformer: \d+ parameters are fewer .*heads, neurons.* no dense"):
         same_size_network(make(), compressed, inputs, seed=0)
 
@@ -271,7 +271,7 @@ def mask_of(steps, seed=0):
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("amount", [0.3, 0.8])
 def test_as_much_is_pruned_at_random(amount, scope):
-    steps = [Prune(amount=amount, scope=scope)]
+    steps = [PruneWeights(amount=amount, scope=scope)]
     ours, drawn = mask_of(steps), mask_of(random_steps(steps))
     kept = [sum(int(mask.sum()) for mask in masks.values()) for masks in (ours, drawn)]
     assert kept[0] == kept[1]
@@ -289,7 +289,7 @@ def test_as_much_is_pruned_at_random(amount, scope):
 
 
 def test_as_many_channels_leave_at_random():
-    steps = [Prune(amount=0.5, granularity="channel", scope="layer")]
+    steps = [PruneUnits(amount=0.5, unit="channel", scope="layer")]
     ours, drawn = (compressed_by(lambda: SmallCNN(10), chosen, IMAGES) for chosen in (steps, random_steps(steps)))
     shapes = [{name: value.shape for name, value in network.named_parameters()} for network in (ours, drawn)]
     assert shapes[0] == shapes[1]
@@ -297,7 +297,7 @@ def test_as_many_channels_leave_at_random():
 
 
 def test_other_steps_are_not_touched():
-    steps = [Regularise(penalty="l1", weight=0.1, finetune_epochs=1), Prune(amount=0.5), Quantize(weight_bits=4)]
+    steps = [Regularise(penalty="l1", weight=0.1, finetune_epochs=1), PruneWeights(amount=0.5), Quantize(weight_bits=4)]
     before = [dict(vars(step)) for step in steps]
     drawn = random_steps(steps)
     assert [vars(step) for step in steps] == before
@@ -315,11 +315,11 @@ def test_other_steps_are_not_touched():
         (Regularise(penalty="l1", weight=0.1, threshold=0.01, finetune_epochs=1), "Regularise l1 prunes by its own"),
         (Regularise(penalty="l0", weight=0.1, finetune_epochs=1), "Regularise l0 prunes by its own penalty"),
         (Regularise(penalty="bn_gamma", weight=0.1, threshold=0.1, finetune_epochs=1), "Regularise bn_gamma prunes"),
-        (Prune(schedule=Threshold(0.1)), "threshold is one of the criterion's scores"),
+        (PruneWeights(schedule=Threshold(0.1)), "threshold is one of the criterion's scores"),
     ],
 )
 def test_what_prunes_as_much_as_its_scores_say_has_no_random_control(step, reason):
-    for steps in ([step], [step, Prune(amount=0.5)]):
+    for steps in ([step], [step, PruneWeights(amount=0.5)]):
         with pytest.raises(InputError, match=reason):
             random_steps(steps)
 
@@ -338,7 +338,7 @@ def test_a_factorys_own_initialisation_is_kept_where_sizes_are():
     network = SmallTransformer(10, input_size=8, length=8)
     images = torch.rand(2, 1, 8, 8)
     compressed = copy.deepcopy(network)
-    Compressor(compressed, [Prune(amount=0.5, granularity="neuron")], images).apply()
+    Compressor(compressed, [PruneUnits(amount=0.5, unit="neuron")], images).apply()
     fresh = same_size_network(network, compressed, images, seed=5)
     torch.manual_seed(5)
     own = SmallTransformer(10, input_size=8, length=8)

@@ -15,9 +15,10 @@ from distill_lightning import InputError
 from distill_lightning.compression.values.hashed import (Hashed, bake_hashed, describe_hashed, hash_weights, hashed, rebuild_hashed)
 from distill_lightning.compression.file.packed import (Packed, Part, encode, pack_hashed, unpack)
 from distill_lightning.compression.file.format import (read_packed, write_packed)
-from distill_lightning.compression.values.quantizer import (quantize_weights, weight_names)
-from distill_lightning.compression.values.codebook import (share_weights)
-from distill_lightning.compression.values.scheme import (Scheme)
+from distill_lightning.compression.values.quantizer import quantize_weights
+from distill_lightning.compression.access.weights import weight_names
+from distill_lightning.compression.values.codebook import share_weights
+from distill_lightning.compression.values.scheme import Scheme
 from distill_lightning.compression.values.hashed import hash_places
 
 M64 = 2**64

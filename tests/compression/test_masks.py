@@ -12,7 +12,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from distill_lightning import InputError
 from distill_lightning.compression.mask.masks import (Masks, lowest, regrow, splice)
-from distill_lightning.compression.mask.selection import (Granularity, Slice, choose, select, select_below, select_groups)
+from distill_lightning.compression.mask.selection import (Granularity, choose, select, select_below, select_groups)
+from distill_lightning.compression.shrink.axes import Slice
 
 
 class Mixed(nn.Module):

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression.mask.learned import (HardConcrete, SoftThreshold, TopK, bake, describe, learn, learned, rebuild, set_amount)
+from distill_lightning.compression.mask.learned import (HardConcrete, SoftThreshold, TopK, describe, learn, learned, rebuild, set_amount)
+from distill_lightning.compression.access.computed import bake
 
 
 class Net(nn.Module):

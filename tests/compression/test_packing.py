@@ -15,7 +15,8 @@ from torch import nn
 from distill_lightning import InputError
 from distill_lightning.compression.file.bits import (huffman_decode, huffman_encode, huffman_lengths, pack_bits, unpack_bits)
 from distill_lightning.compression.values.codebook import (bake_shared, codebooks, describe_shared, kmeans, rebuild_shared, share_weights)
-from distill_lightning.compression.values.quantizer import (quantize_weights, weight_codes, weight_names)
+from distill_lightning.compression.values.quantizer import (quantize_weights, weight_codes)
+from distill_lightning.compression.access.weights import weight_names
 from distill_lightning.compression.file.packed import (encode, pack_bitmask, pack_codebook, pack_codes, pack_csr, pack_dense, pack_shared, unpack, unpack_codes)
 from distill_lightning.compression.values.scheme import (Scheme, dequantize)
 from distill_lightning.compression.values.estimators import (codes as quantizers_codes, ttq, ttq_codes)

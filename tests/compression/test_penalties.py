@@ -9,7 +9,7 @@ from torch import nn
 from distill_lightning import InputError
 from distill_lightning.compression.mask import penalties
 from distill_lightning.compression.mask.learned import learn
-from distill_lightning.compression.mask.selection import Slice
+from distill_lightning.compression.shrink.axes import Slice
 from distill_lightning.testing import TinyNet
 
 PATHS = ["features.0.weight", "features.3.weight", "head.weight"]

@@ -16,7 +16,7 @@ from distill_lightning import InputError
 from distill_lightning.compression.structure import changes as recipe
 from distill_lightning.compression.run.compressor import Compressor
 from distill_lightning.compression.steps.schedules import (Cubic, Iterative, OneShot, Threshold)
-from distill_lightning.compression.steps import (Order, Prune, Sensitivity)
+from distill_lightning.compression.steps import (Order, LearnMask, Movement, PruneUnits, PruneWeights, SoftMovement, Sensitivity)
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
@@ -154,7 +154,7 @@ def assert_zero_under(masks, network, optimizer):
 @pytest.mark.parametrize("amount", [0.3, 1 / 3, 0.6])
 def test_the_weights_of_lowest_magnitude_go_exactly_so_many_and_no_bias_or_norm(kind, amount):
     dense = build(kind)
-    network, compressor = applied(Prune(amount=amount), kind=kind)
+    network, compressor = applied(PruneWeights(amount=amount), kind=kind)
     assert set(compressor.masks.kept) == WEIGHTS[kind]
     wanted = round(amount * count(dense, WEIGHTS[kind]))
     assert compressor.masks.pruned == zeros(network, WEIGHTS[kind]) == wanted
@@ -168,17 +168,17 @@ def test_the_weights_of_lowest_magnitude_go_exactly_so_many_and_no_bias_or_norm(
 
 
 def test_within_layers_and_by_patterns():
-    network, _ = applied(Prune(amount=0.5, scope="layer"))
+    network, _ = applied(PruneWeights(amount=0.5, scope="layer"))
     for path in WEIGHTS["cnn"]:
         assert zeros(network, [path]) == round(0.5 * count(network, [path]))
-    network, compressor = applied(Prune(amount={"conv": 0.25, "h*": 0.75, "head": 0.1}))
+    network, compressor = applied(PruneWeights(amount={"conv": 0.25, "h*": 0.75, "head": 0.1}))
     amounts = {"conv.weight": 0.25, "hidden.weight": 0.75, "head.weight": 0.75}  # the first pattern that matches
     for path, amount in amounts.items():
         assert zeros(network, [path]) == round(amount * count(network, [path]))
-    network, compressor = applied(Prune(amount={"hidden": 0.5}))
+    network, compressor = applied(PruneWeights(amount={"hidden": 0.5}))
     assert set(compressor.masks.kept) == {"hidden.weight"}
     with pytest.raises(InputError, match="'missing' matches none"):
-        applied(Prune(amount={"missing": 0.5}))
+        applied(PruneWeights(amount={"missing": 0.5}))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -186,17 +186,17 @@ def test_equal_weights_do_not_overshoot(value):
     network = build()
     with torch.no_grad():
         network.hidden.weight.fill_(value)
-    compressor = compressor_of(network, Prune(amount=0.3, targets="hidden"))
+    compressor = compressor_of(network, PruneWeights(amount=0.3, targets="hidden"))
     compressor.apply()
     assert compressor.masks.pruned == round(0.3 * network.hidden.weight.numel())
 
 
 def test_amount_zero_is_the_identity():
     for step in (
-        Prune(amount=0.0),
-        Prune(amount={"*": 0.0}),
-        Prune(schedule=Threshold(0.0)),
-        Prune(amount=0.0, granularity="channel"),
+        PruneWeights(amount=0.0),
+        PruneWeights(amount={"*": 0.0}),
+        PruneWeights(schedule=Threshold(0.0)),
+        PruneUnits(amount=0.0, unit="channel"),
     ):
         network, compressor = applied(step)
         assert compressor.masks.kept == {}
@@ -204,14 +204,14 @@ def test_amount_zero_is_the_identity():
             assert torch.equal(network.state_dict()[name], value), name
     network = build()
     losses, _ = train(
-        compressor_of(network, Prune(amount=0.0, criterion="movement", finetune_epochs=2), epochs=2),
+        compressor_of(network, LearnMask(Movement(0.0), finetune_epochs=2), epochs=2),
         OPTIMIZERS["sgd"],
         epochs=2,
     )
     assert losses == train(compressor_of(build(), epochs=2), OPTIMIZERS["sgd"], epochs=2)[0]
     # A conversion alone would change the outputs' last bits.
     for schedule in (None, Cubic()):
-        step = Prune(amount=0.0, granularity="head", schedule=schedule, finetune_epochs=1)
+        step = PruneUnits(amount=0.0, unit="head", schedule=schedule, finetune_epochs=1)
         network = build("transformer")
         compressor = compressor_of(network, step, kind="transformer", epochs=1)
         train(compressor, OPTIMIZERS["sgd"], epochs=1, kind="transformer")
@@ -220,16 +220,16 @@ def test_amount_zero_is_the_identity():
 
 
 def test_a_second_step_counts_what_the_first_has_pruned():
-    network, compressor = applied(Prune(amount=0.4), Prune(amount=0.6))
+    network, compressor = applied(PruneWeights(amount=0.4), PruneWeights(amount=0.6))
     assert compressor.masks.pruned == round(0.6 * count(network, WEIGHTS["cnn"]))
-    first = applied(Prune(amount=0.4))[1].masks
+    first = applied(PruneWeights(amount=0.4))[1].masks
     for path, kept in compressor.masks.kept.items():
         assert not (kept & ~first.kept[path]).any()
 
 
 @pytest.mark.parametrize("granularity", ["row", "block:2x4", "2:4"])
 def test_rows_blocks_and_n_of_m(granularity):
-    step = Prune(amount=None if granularity == "2:4" else 0.5, granularity=granularity, scope="layer")
+    step = PruneWeights(amount=None if granularity == "2:4" else 0.5, granularity=granularity, scope="layer")
     network, compressor = applied(step)
     hidden = network.hidden.weight
     if granularity == "row":
@@ -238,7 +238,7 @@ def test_rows_blocks_and_n_of_m(granularity):
         assert ((hidden.view(8, 32, 4) == 0).sum(2) == 2).all()
         assert set(compressor.masks.kept) == {"hidden.weight", "head.weight"}  # one input is no multiple of four
         with pytest.raises(InputError, match="'conv' matches none"):
-            applied(Prune(granularity="2:4", targets="conv"))
+            applied(PruneWeights(granularity="2:4", targets="conv"))
     else:
         blocks = (hidden.view(4, 2, 32, 4) == 0).sum((1, 3))
         assert set(blocks.unique().tolist()) == {0, 8}
@@ -246,7 +246,7 @@ def test_rows_blocks_and_n_of_m(granularity):
 
 
 def test_a_threshold_prunes_what_is_below_it():
-    network, _ = applied(Prune(schedule=Threshold(0.05)))
+    network, _ = applied(PruneWeights(schedule=Threshold(0.05)))
     for path in WEIGHTS["cnn"]:
         old = build().get_parameter(path)
         assert torch.equal(network.get_parameter(path), torch.where(old.abs() < 0.05, 0.0, old))
@@ -274,19 +274,19 @@ def naive_scores(criterion, network, path):
 
 @pytest.mark.parametrize("criterion", ["gradient", "taylor", "obd", "snip"])
 def test_criteria_of_the_data_agree_with_a_naive_ranking(criterion):
-    _, compressor = applied(Prune(amount=0.5, criterion=criterion, targets="hidden"))
+    _, compressor = applied(PruneWeights(amount=0.5, criterion=criterion, targets="hidden"))
     scores = naive_scores(criterion, build(), "hidden.weight")
     kept = compressor.masks.kept["hidden.weight"]
     assert scores[~kept].max() <= scores[kept].min()
     with pytest.raises(InputError, match=f"'{criterion}' needs calibration data: give batches"):
-        applied(Prune(amount=0.5, criterion=criterion), batches=None)
+        applied(PruneWeights(amount=0.5, criterion=criterion), batches=None)
 
 
 def test_random_is_a_control_of_its_own_draws():
-    _, first = applied(Prune(amount=0.5, criterion="random"))
+    _, first = applied(PruneWeights(amount=0.5, criterion="random"))
     state = torch.random.get_rng_state()
-    _, same = applied(Prune(amount=0.5, criterion="random"))
-    _, other = applied(Prune(amount=0.5, criterion="random"), seed=1)
+    _, same = applied(PruneWeights(amount=0.5, criterion="random"))
+    _, other = applied(PruneWeights(amount=0.5, criterion="random"), seed=1)
     overlap = sum(int((~first.masks.kept[path] & ~other.masks.kept[path]).sum()) for path in WEIGHTS["cnn"])
     assert all(torch.equal(first.masks.kept[path], same.masks.kept[path]) for path in WEIGHTS["cnn"])
     assert 0.4 < overlap / first.masks.pruned < 0.6
@@ -307,7 +307,7 @@ def layer_error(network):
 def test_optimal_brain_surgeon_loses_less_and_less(scope):
     errors = {}
     for criterion in ("random", "magnitude", "obs", "obs_update"):
-        network, compressor = applied(Prune(amount=0.5, criterion=criterion, scope=scope, targets="hidden"))
+        network, compressor = applied(PruneWeights(amount=0.5, criterion=criterion, scope=scope, targets="hidden"))
         assert compressor.masks.pruned == zeros(network, ["hidden.weight"]) == 512
         errors[criterion] = layer_error(network)
     assert errors["obs_update"] < errors["obs"] < errors["random"]
@@ -316,16 +316,16 @@ def test_optimal_brain_surgeon_loses_less_and_less(scope):
 
 @pytest.mark.parametrize(("granularity", "zeros_of_four"), [("2:4", 2), ("1:4", 3)])
 def test_optimal_brain_surgeon_of_n_of_m(granularity, zeros_of_four):
-    network, compressor = applied(Prune(criterion="obs_update", granularity=granularity, targets="hidden"))
+    network, compressor = applied(PruneWeights(criterion="obs_update", granularity=granularity, targets="hidden"))
     assert ((network.hidden.weight.view(8, 32, 4) == 0).sum(2) == zeros_of_four).all()
     assert compressor.masks.pruned == zeros(network, ["hidden.weight"])
-    plain, _ = applied(Prune(granularity=granularity, targets="hidden"))
+    plain, _ = applied(PruneWeights(granularity=granularity, targets="hidden"))
     assert layer_error(network) < 0.5 * layer_error(plain)
 
 
 def test_optimal_brain_surgeon_moves_what_is_left_at_every_update():
     network = build()
-    step = Prune(amount=0.6, criterion="obs_update", schedule=Iterative(3), targets="hidden", finetune_epochs=3)
+    step = PruneWeights(amount=0.6, criterion="obs_update", schedule=Iterative(3), targets="hidden", finetune_epochs=3)
     compressor = compressor_of(network, step, epochs=3)
     found = []
     train(compressor, OPTIMIZERS["sgd"], epochs=3, watch=lambda *_: found.append(zeros(network, ["hidden.weight"])))
@@ -333,7 +333,7 @@ def test_optimal_brain_surgeon_moves_what_is_left_at_every_update():
 
 
 def test_optimal_brain_surgeon_leaves_out_what_does_not_run_as_a_layer():
-    _, compressor = applied(Prune(amount=0.5, criterion="obs_update", targets="Linear"), kind="transformer")
+    _, compressor = applied(PruneWeights(amount=0.5, criterion="obs_update", targets="Linear"), kind="transformer")
     assert set(compressor.masks.kept) == {path for path in WEIGHTS["transformer"] if "self_attn" not in path}
 
 
@@ -342,7 +342,7 @@ def test_optimal_brain_surgeon_leaves_out_what_does_not_run_as_a_layer():
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_movement_ends_in_plain_masks_of_the_exact_amount(kind, scope):
     network = build(kind)
-    step = Prune(amount=0.5, criterion="movement", scope=scope, finetune_epochs=2)
+    step = LearnMask(Movement(0.5, scope=scope), finetune_epochs=2)
     compressor = compressor_of(network, step, kind=kind, epochs=2)
     train(compressor, OPTIMIZERS["sgd"], epochs=2, kind=kind)
     compressor.finish()
@@ -357,7 +357,7 @@ def test_movement_ends_in_plain_masks_of_the_exact_amount(kind, scope):
 
 def test_movement_goes_on_from_what_was_pruned_before():
     network = build()
-    steps = [Prune(amount=0.4, at="start"), Prune(amount=0.6, criterion="movement", scope="layer", finetune_epochs=2)]
+    steps = [PruneWeights(amount=0.4, at="start"), LearnMask(Movement(0.6, scope="layer"), finetune_epochs=2)]
     compressor = compressor_of(network, *steps, epochs=2)
     first = {}
 
@@ -378,7 +378,7 @@ def test_soft_movement_prunes_by_its_penalty():
     pruned = []
     for weight in (0.0, 100.0):
         network = build()
-        step = Prune(criterion="soft_movement", schedule=Threshold(0.48), penalty_weight=weight, finetune_epochs=4)
+        step = LearnMask(SoftMovement(Threshold(0.48), penalty_weight=weight), finetune_epochs=4)
         compressor = compressor_of(network, step, epochs=4)
         train(compressor, OPTIMIZERS["adam"], epochs=4)
         compressor.finish()
@@ -393,7 +393,7 @@ def test_soft_movement_prunes_by_its_penalty():
 
 def test_a_cubic_schedule_is_the_formula_at_every_update():
     network, found = build(), []
-    step = Prune(amount=0.8, schedule=Cubic(end=0.8, every=2), finetune_epochs=4)
+    step = PruneWeights(amount=0.8, schedule=Cubic(end=0.8, every=2), finetune_epochs=4)
     compressor = compressor_of(network, step, epochs=4)
     train(compressor, OPTIMIZERS["sgd"], epochs=4, watch=lambda *_: found.append(compressor.masks.pruned))
     total, last = count(network, WEIGHTS["cnn"]), 0.8 * 12
@@ -407,7 +407,7 @@ def test_a_cubic_schedule_is_the_formula_at_every_update():
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_iterative_amounts_are_never_compounded_and_nested(scope):
     network, found = build(), []
-    step = Prune(amount=0.5, schedule=Iterative(3), scope=scope, finetune_epochs=3)
+    step = PruneWeights(amount=0.5, schedule=Iterative(3), scope=scope, finetune_epochs=3)
     compressor = compressor_of(network, step, epochs=3)
     train(compressor, OPTIMIZERS["sgd"], epochs=3, watch=lambda *_: found.append(copy.deepcopy(compressor.masks)))
     amounts = [1 / 6, 1 / 6, 1 / 3, 1 / 3, 1 / 3, 1 / 2, 1 / 2, 1 / 2, 1 / 2]
@@ -422,7 +422,7 @@ def test_iterative_amounts_are_never_compounded_and_nested(scope):
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_regrowth_brings_some_back_and_keeps_the_amount(scope):
     network, found = build(), []
-    step = Prune(amount=0.6, schedule=Iterative(3), scope=scope, regrow=0.2, finetune_epochs=3)
+    step = PruneWeights(amount=0.6, schedule=Iterative(3), scope=scope, regrow=0.2, finetune_epochs=3)
     compressor = compressor_of(network, step, epochs=3)
     train(compressor, OPTIMIZERS["sgd"], epochs=3, watch=lambda *_: found.append(copy.deepcopy(compressor.masks)))
     total = count(network, WEIGHTS["cnn"])
@@ -443,7 +443,7 @@ def test_regrowth_brings_some_back_and_keeps_the_amount(scope):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_pruned_weights_and_their_state_are_zero_after_every_step(name, accumulate):
     network = build()
-    step = Prune(amount=0.6, schedule=Iterative(2), at=1, finetune_epochs=2)
+    step = PruneWeights(amount=0.6, schedule=Iterative(2), at=1, finetune_epochs=2)
     compressor = compressor_of(network, step, epochs=4)
     averaged = AveragedModel(network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
     moved = []
@@ -463,7 +463,7 @@ def test_pruned_weights_and_their_state_are_zero_after_every_step(name, accumula
 
 
 def test_a_nan_under_the_mask_does_not_survive():
-    network, compressor = applied(Prune(amount=0.5))
+    network, compressor = applied(PruneWeights(amount=0.5))
     with torch.no_grad():
         network.hidden.weight[~compressor.masks.kept["hidden.weight"]] = torch.nan
     compressor.project()
@@ -500,7 +500,7 @@ torch.save((losses, network.state_dict(), compressor.masks.state_dict()), {path!
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_that_was_killed_resumes_bit_for_bit(name):
     def begun():
-        step = Prune(**RESUMED[name], at=2, finetune_epochs=3)
+        step = PruneWeights(at=2, finetune_epochs=3, **RESUMED[name])
         network = build()
         return network, compressor_of(network, step, epochs=5)
 
@@ -536,11 +536,11 @@ def test_a_run_that_was_killed_resumes_bit_for_bit(name):
 def test_a_run_resumes_in_a_fresh_process(tmp_path, request):
     name, path = "cubic", tmp_path / "state.pt"
     network = build()
-    whole = compressor_of(network, Prune(**RESUMED[name], at=2, finetune_epochs=3), epochs=5)
+    whole = compressor_of(network, PruneWeights(at=2, finetune_epochs=3, **RESUMED[name]), epochs=5)
     expected, _ = train(whole, OPTIMIZERS["adam"], epochs=5)
     whole.finish()
     partly = build()
-    first = compressor_of(partly, Prune(**RESUMED[name], at=2, finetune_epochs=3), epochs=5)
+    first = compressor_of(partly, PruneWeights(at=2, finetune_epochs=3, **RESUMED[name]), epochs=5)
     losses, optimizer = train(first, OPTIMIZERS["adam"], epochs=3)
     state = {"recipe": recipe.describe(partly), "network": partly.state_dict(), "compressor": first.state_dict()}
     torch.save({**state, "optimizer": optimizer.state_dict(), "epoch": 3}, path)
@@ -558,7 +558,7 @@ def test_a_run_resumes_in_a_fresh_process(tmp_path, request):
 @pytest.mark.parametrize(("rewind", "epoch"), [("start", 0), (1, 1), (2, 2)])
 def test_survivors_go_back_to_the_epoch_bit_for_bit(rewind, epoch):
     network, states, rewound = build(), {}, {}
-    compressor = compressor_of(network, Prune(amount=0.7, rewind=rewind, at=3, finetune_epochs=1), epochs=4)
+    compressor = compressor_of(network, PruneWeights(amount=0.7, rewind=rewind, at=3, finetune_epochs=1), epochs=4)
     optimizer = OPTIMIZERS["adam"](network.parameters())
     network.train()
     for number in range(4):
@@ -587,7 +587,7 @@ def test_survivors_go_back_to_the_epoch_bit_for_bit(rewind, epoch):
 
 def test_iterative_tickets_go_back_at_every_round():
     network, found = build(), []
-    step = Prune(amount=0.75, schedule=Iterative(2, spacing="geometric"), rewind="start", at=1, finetune_epochs=2)
+    step = PruneWeights(amount=0.75, schedule=Iterative(2, spacing="geometric"), rewind="start", at=1, finetune_epochs=2)
     compressor = compressor_of(network, step, epochs=3)
 
     def watch(trained, optimizer):
@@ -608,7 +608,7 @@ def test_every_round_of_iterative_tickets_begins_with_an_optimiser_of_its_own():
     """Rounds 2 and 3 are drawn in `update`, after the last step of the epoch before them."""
 
     def compressor_with(network):
-        step = Prune(amount=0.75, schedule=Iterative(3), rewind="start", at=1, finetune_epochs=6)
+        step = PruneWeights(amount=0.75, schedule=Iterative(3), rewind="start", at=1, finetune_epochs=6)
         return compressor_of(network, step, epochs=7)
 
     network = build()
@@ -634,7 +634,7 @@ def test_the_random_control_has_the_ticket_and_other_weights():
     networks = {}
     for rewind in ("start", "random"):
         network = build()
-        compressor = compressor_of(network, Prune(amount=0.7, rewind=rewind, at=1, finetune_epochs=1), epochs=2)
+        compressor = compressor_of(network, PruneWeights(amount=0.7, rewind=rewind, at=1, finetune_epochs=1), epochs=2)
         train(compressor, OPTIMIZERS["sgd"], epochs=1)
         compressor.begin_epoch(1, steps_per_epoch=3)
         networks[rewind] = network, compressor.masks
@@ -653,7 +653,7 @@ def test_a_sensitivity_scope_spares_the_layer_that_cannot_bear_it():
     nn.init.normal_(network.head.weight, std=5.0, generator=torch.Generator().manual_seed(0))
     dense = copy.deepcopy(network).eval()
     batches = [(inputs, dense(inputs).argmax(1)) for inputs, _ in images()]  # its own answers, which pruning spoils
-    compressor = compressor_of(network, Prune(scope=Sensitivity(max_drop=0.1)), batches=batches)
+    compressor = compressor_of(network, PruneWeights(scope=Sensitivity(max_drop=0.1)), batches=batches)
     compressor.apply()
     amounts = compressor.masks.sparsities()
     losses = {}
@@ -667,7 +667,7 @@ def test_a_sensitivity_scope_spares_the_layer_that_cannot_bear_it():
         within = [level for level in losses if level is not None and losses[level] - losses[None] <= 0.1]
         assert amounts[path] == pytest.approx(max(within, default=0), abs=1 / network.get_parameter(path).numel())
     assert len({round(amount, 1) for amount in amounts.values()}) > 1
-    _, compressor = applied(Prune(scope=Sensitivity(target=0.5, levels=[0.25, 0.5, 0.75]), criterion="taylor"))
+    _, compressor = applied(PruneWeights(scope=Sensitivity(target=0.5, levels=[0.25, 0.5, 0.75]), criterion="taylor"))
     assert 0.5 <= compressor.masks.sparsity() <= 0.75
     for wrong in ({}, {"max_drop": 0.1, "target": 0.5}, {"max_drop": 0.1, "levels": [0.5, 0.3]}):
         with pytest.raises(InputError, match="Sensitivity"):
@@ -682,18 +682,18 @@ def test_a_step_that_would_hardly_do_anything_says_so():
 
     network = nn.Sequential(nn.Linear(4, 4), Unknown(), nn.Linear(4, 4))
     with pytest.raises(InputError, match=r"would only work on 2% of Sequential's weights: name the layers"):
-        Compressor(network, [Prune(amount=0.5)], drawn(2, 4)).apply()
-    Compressor(network, [Prune(amount=0.5, targets="Linear")], drawn(2, 4)).apply()
+        Compressor(network, [PruneWeights(amount=0.5)], drawn(2, 4)).apply()
+    Compressor(network, [PruneWeights(amount=0.5, targets="Linear")], drawn(2, 4)).apply()
     assert (network[0].weight == 0).sum() + (network[2].weight == 0).sum() == 16
-    network, compressor = applied(Prune(amount=0.5))
+    network, compressor = applied(PruneWeights(amount=0.5))
     name = type(network).__name__
-    assert compressor.piece.notes == [f"Prune weight works on 100% of {name}'s weights"]
+    assert compressor.piece.notes == [f"PruneWeights works on 100% of {name}'s weights"]
 
 
 def test_tied_weights_are_pruned_once():
     network = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False))
     network[2].weight = network[0].weight
-    compressor = Compressor(network, [Prune(amount=0.5)], drawn(2, 4))
+    compressor = Compressor(network, [PruneWeights(amount=0.5)], drawn(2, 4))
     compressor.apply()
     assert list(compressor.masks.kept) == ["0.weight"]
     assert (network[2].weight == 0).sum() == 8
@@ -744,7 +744,7 @@ def test_tied_weights_are_pruned_once():
 )
 def test_options_that_do_not_go_together_are_refused_in_one_line(options, message):
     with pytest.raises(InputError, match=message) as caught:
-        Prune(**options)
+        PruneWeights(**options)
     assert "\n" not in str(caught.value)
 
 
@@ -759,30 +759,30 @@ def test_options_that_do_not_go_together_are_refused_in_one_line(options, messag
     ],
 )
 def test_what_needs_training_says_so(options):
-    with pytest.raises(InputError, match=r"step 1 \(Prune weight\): .*train"):
-        applied(Prune(**options))
+    with pytest.raises(InputError, match=r"step 1 \(PruneWeights\): .*train"):
+        applied(PruneWeights(**options))
     with pytest.raises(InputError, match="give it finetune_epochs"):
-        compressor_of(build(), Prune(**options), epochs=2)
+        compressor_of(build(), PruneWeights(**options), epochs=2)
 
 
 def test_an_epoch_that_has_not_been_cannot_be_gone_back_to():
-    compressor = compressor_of(build(), Prune(amount=0.5, rewind=3, at=1, finetune_epochs=2), epochs=3)
+    compressor = compressor_of(build(), PruneWeights(amount=0.5, rewind=3, at=1, finetune_epochs=2), epochs=3)
     with pytest.raises(InputError, match="epoch 3 did not begin before"):
         train(compressor, OPTIMIZERS["sgd"], epochs=3)
 
 
 def test_masks_come_after_structure():
-    assert Prune(amount=0.5).order is Order.MASKS
-    assert Prune(amount=0.5, granularity="head").order is Order.STRUCTURE
-    applied(Prune(amount=0.5, granularity="channel"), Prune(amount=0.5))
+    assert PruneWeights(amount=0.5).order is Order.MASKS
+    assert PruneUnits(amount=0.5, unit="head").order is Order.STRUCTURE
+    applied(PruneUnits(amount=0.5, unit="channel"), PruneWeights(amount=0.5))
     with pytest.raises(InputError, match="cannot come after"):
-        applied(Prune(amount=0.5), Prune(amount=0.5, granularity="channel"))
+        applied(PruneWeights(amount=0.5), PruneUnits(amount=0.5, unit="channel"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_step_can_be_used_again(name):
-    step = Prune(**RESUMED[name], at=1, finetune_epochs=2)
+    step = PruneWeights(at=1, finetune_epochs=2, **RESUMED[name])
     found = []
     for _ in range(2):
         network = build()

@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from distill_lightning import InputError
-from distill_lightning.compression.values.allocation import (weight_errors)
-from distill_lightning.compression.values.codebook import (share_weights)
+from distill_lightning.compression.values.allocation import weight_errors
+from distill_lightning.compression.values.codebook import share_weights
 from distill_lightning.compression.values.scheme import (Scheme, fake_quantize)
-from distill_lightning.compression.values.quantizer import (channel_axis, describe as quantizers_describe, weight_codes, weight_names)
-from distill_lightning.compression.values.activations import (describe_input)
-from distill_lightning.compression.values.ranges import (weight_grid)
-from distill_lightning.compression.file.packed import (pack_codes)
+from distill_lightning.compression.access.weights import (channel_axis, weight_names)
+from distill_lightning.compression.values.quantizer import (describe as quantizers_describe, weight_codes)
+from distill_lightning.compression.values.activations import describe_input
+from distill_lightning.compression.values.ranges import weight_grid
+from distill_lightning.compression.file.packed import pack_codes
 from distill_lightning.compression.structure import changes as recipe
 from distill_lightning.compression import (Compressor, Encode, MixedPrecision, Quantize, Step, load_compressed)
 from distill_lightning.compression.mask.masks import Masks

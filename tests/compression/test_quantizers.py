@@ -17,7 +17,9 @@ from distill_lightning import InputError
 from distill_lightning.compression.values.scheme import (Codes, Scheme, dequantize, fake_quantize, grid)
 from distill_lightning.compression.values.ranges import (Observer, find_range, weight_grid)
 from distill_lightning.compression.values.estimators import (binary as quantizers_binary, binary_connect, codes as quantizers_codes, dorefa_activation, dorefa_weight, lsq, lsq_start, pact, ternary as quantizers_ternary, ttq, ttq_codes, ttq_start)
-from distill_lightning.compression.values.quantizer import (bake as quantizers_bake, channel_axis, describe as quantizers_describe, quantize_weights, rebuild as quantizers_rebuild, weight_codes, weight_names)
+from distill_lightning.compression.access.computed import bake as quantizers_bake
+from distill_lightning.compression.access.weights import (channel_axis, weight_names)
+from distill_lightning.compression.values.quantizer import (describe as quantizers_describe, quantize_weights, rebuild as quantizers_rebuild, weight_codes)
 from distill_lightning.compression.values.activations import (ActivationQuantizer, calibrating as quantizers_calibrating, describe_input, quantize_input, rebuild_input)
 from distill_lightning.compression.values.corrections import (correct_biases, equalisable_pairs, equalise, fold_batch_norm, foldable_pairs)
 from distill_lightning.compression.values.allocation import (allocate_bits, weight_errors)

@@ -13,7 +13,7 @@ from distill_lightning.compression.mask import penalties
 from distill_lightning.compression.structure import changes as recipe
 from distill_lightning.compression.run.compressor import Compressor
 from distill_lightning.compression.steps.schedules import (Cubic, Iterative)
-from distill_lightning.compression.mask.selection import Slice
+from distill_lightning.compression.shrink.axes import Slice
 from distill_lightning.compression.steps import (Order, Prune, Regularise, Sensitivity, Step)
 from distill_lightning.compression.shrink import axes
 from distill_lightning.compression.shrink.channels import channel_groups

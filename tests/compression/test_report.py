@@ -11,7 +11,8 @@ import torch
 
 from distill_lightning import InputError
 from distill_lightning.compression.costs.macs import DEFINITION
-from distill_lightning.compression.report.report import (CONTROL_RANDOM, CONTROL_SCRATCH, LatencyRow, Report, Stage, claim_of, machine)
+from distill_lightning.compression.report.stages import (CONTROL_RANDOM, CONTROL_SCRATCH, LatencyRow, Stage)
+from distill_lightning.compression.report.report import (Report, claim_of, machine)
 
 
 def row(ratio, low, high, *, batch=32, runtime="torch", baseline=None):

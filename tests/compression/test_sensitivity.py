@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression.values.allocation import (allocate_bits)
-from distill_lightning.compression.values.quantizer import (quantize_weights)
-from distill_lightning.compression.values.scheme import (Scheme)
+from distill_lightning.compression.values.allocation import allocate_bits
+from distill_lightning.compression.values.quantizer import quantize_weights
+from distill_lightning.compression.values.scheme import Scheme
 from distill_lightning.compression.mask.sensitivity import (amounts_within, prune_lowest, scan)
 
 LAYERS = ["0.weight", "2.weight", "4.weight"]

@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression.values.codebook import (codebooks)
-from distill_lightning.compression.values.hashed import (hashed)
+from distill_lightning.compression.values.codebook import codebooks
+from distill_lightning.compression.values.hashed import hashed
 from distill_lightning.compression.structure import changes as recipe
 from distill_lightning.compression.run.compressor import Compressor
 from distill_lightning.compression.mask.masks import Masks
-from distill_lightning.compression.values.quantizer import weight_names
+from distill_lightning.compression.access.weights import weight_names
 from distill_lightning.compression.steps import (HashShare, LowRank, Order, ShareWeights, Step)
 
 

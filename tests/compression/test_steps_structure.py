@@ -10,16 +10,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression.shrink.groups import (shrink)
-from distill_lightning.compression.shrink.transformer import (neuron_groups)
-from distill_lightning.compression.shrink.channels import (channel_groups)
-from distill_lightning.compression.shrink.recurrent import (unit_groups)
+from distill_lightning.compression.shrink.groups import shrink
+from distill_lightning.compression.shrink.transformer import neuron_groups
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.recurrent import unit_groups
 from distill_lightning.compression.structure import changes as recipe
 from distill_lightning.compression.run.compressor import Compressor
 from distill_lightning.compression.factor.convolutions import ConvChain
 from distill_lightning.compression.factor.layers import LowRankLinear
 from distill_lightning.compression.costs.macs import count_macs
-from distill_lightning.compression.report.measure import count_parameters
+from distill_lightning.compression.costs.parameters import count_parameters
 from distill_lightning.compression.steps import (HashShare, LowRank, Order, ShareWeights, Step, TieLayers)
 
 

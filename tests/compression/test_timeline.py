@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from distill_lightning.compression import (Cubic, Encode, HashShare, LowRank, OneShot, Prune, Quantize, Regularise, ShareWeights, TieLayers)
+from distill_lightning.compression import (Cubic, Encode, HashShare, LowRank, OneShot, LearnMask, Movement, PruneUnits, PruneWeights, Quantize, Regularise, ShareWeights, TieLayers)
 from distill_lightning.compression.run.phases import plan
 from distill_lightning.errors import InputError
 
@@ -15,9 +15,9 @@ def times(steps, **options):
 
 
 def test_phases_follow_each_other():
-    steps = [Prune(amount=0.5, finetune_epochs=3), ShareWeights(finetune_epochs=2), Encode()]
+    steps = [PruneWeights(amount=0.5, finetune_epochs=3), ShareWeights(finetune_epochs=2), Encode()]
     assert times(steps, epochs=10, dense_epochs=4) == [(4, 7), (7, 9), (9, 9)]
-    assert [phase.name for phase in plan(steps, epochs=10)] == ["1 Prune weight", f"2 {steps[1]!r}", f"3 {steps[2]!r}"]
+    assert [phase.name for phase in plan(steps, epochs=10)] == ["1 PruneWeights", f"2 {steps[1]!r}", f"3 {steps[2]!r}"]
 
 
 @pytest.mark.parametrize(
@@ -26,22 +26,22 @@ def test_phases_follow_each_other():
 def test_at_is_an_epoch_a_share_or_an_end(at, begin):
     # What says when it begins does not wait for the dense epochs that the others have.
     dense = 0 if begin < 2 else 2
-    assert times([Prune(amount=0.5, at=at)], epochs=10, dense_epochs=dense) == [(begin, begin)]
+    assert times([PruneWeights(amount=0.5, at=at)], epochs=10, dense_epochs=dense) == [(begin, begin)]
 
 
 @pytest.mark.parametrize("at", [-1, 1.5, -0.5, "middle", True])
 def test_another_at_is_refused(at):
     with pytest.raises(InputError, match="at is an epoch, a fraction of all epochs, 'start' or 'end'"):
-        Prune(amount=0.5, at=at)
+        PruneWeights(amount=0.5, at=at)
 
 
 @pytest.mark.parametrize(
     ("steps", "options", "message"),
     [
-        ([Prune(amount=0.5, finetune_epochs=3), Encode()], {"epochs": 2}, "ends at 2: give the Trainer max_epochs=3"),
-        ([Prune(amount=0.5, at=5)], {"epochs": 4}, "lasts from epoch 5 to 5"),
-        ([Prune(amount=0.5, finetune_epochs=3), Encode(at=2)], {"epochs": 4}, "begins at epoch 2, and step 1"),
-        ([Prune(amount=0.5, criterion="movement")], {"epochs": 4}, "learned while the network trains: give it"),
+        ([PruneWeights(amount=0.5, finetune_epochs=3), Encode()], {"epochs": 2}, "ends at 2: give the Trainer max_epochs=3"),
+        ([PruneWeights(amount=0.5, at=5)], {"epochs": 4}, "lasts from epoch 5 to 5"),
+        ([PruneWeights(amount=0.5, finetune_epochs=3), Encode(at=2)], {"epochs": 4}, "begins at epoch 2, and step 1"),
+        ([LearnMask(Movement(0.5))], {"epochs": 4}, "learned while the network trains: give it"),
         (
             [Regularise(penalty="l1", weight=1.0)],
             {"epochs": 4},
@@ -56,8 +56,8 @@ def test_what_does_not_fit_is_refused(steps, options, message):
         plan(steps, **options)
 
 
-STRUCTURE = [Prune(amount=0.5, granularity="channel"), LowRank(rank=2), TieLayers(groups=[["a", "b"]])]
-MASKS = [Prune(amount=0.5)]
+STRUCTURE = [PruneUnits(amount=0.5, unit="channel"), LowRank(rank=2), TieLayers(groups=[["a", "b"]])]
+MASKS = [PruneWeights(amount=0.5)]
 VALUES = [ShareWeights(), HashShare(), Quantize()]
 STORAGE = [Encode()]
 
@@ -78,7 +78,7 @@ def test_every_order_is_allowed_or_refused_by_what_it_does():
 @pytest.mark.parametrize("penalty", ["l1", "group_lasso", "bn_gamma"])
 def test_a_penalty_comes_before_its_weights_are_computed_or_stored(penalty):
     free = Regularise(penalty=penalty, weight=1.0, finetune_epochs=1)
-    assert len(plan([Prune(amount=0.5), free, Quantize(), Encode()], epochs=1)) == 4
+    assert len(plan([PruneWeights(amount=0.5), free, Quantize(), Encode()], epochs=1)) == 4
     with pytest.raises(InputError, match=r"step 2 \(Regularise.* cannot come after step 1 \(Encode.*exchange them"):
         plan([Encode(), free], epochs=1)
     if penalty == "bn_gamma":  # scales of BatchNorm stay float
@@ -91,20 +91,20 @@ def test_a_penalty_comes_before_its_weights_are_computed_or_stored(penalty):
 
 def test_heads_are_regularised_before_masks_because_attention_is_converted():
     heads = Regularise(penalty="group_lasso", granularity="head", weight=1.0, finetune_epochs=1)
-    assert len(plan([Prune(amount=0.5, granularity="head"), heads], epochs=1)) == 2
+    assert len(plan([PruneUnits(amount=0.5, unit="head"), heads], epochs=1)) == 2
     with pytest.raises(InputError, match="masks belong to weights"):
-        plan([Prune(amount=0.5), heads], epochs=1)
+        plan([PruneWeights(amount=0.5), heads], epochs=1)
 
 
 @pytest.mark.parametrize("first", STRUCTURE)
 def test_a_ticket_of_before_the_structure_changed_is_refused(first):
     def ticket(rewind):
-        return Prune(amount=0.5, rewind=rewind, at=4, finetune_epochs=1)
+        return PruneWeights(amount=0.5, rewind=rewind, at=4, finetune_epochs=1)
 
     first = copy.copy(first)
     first.at = 2
     for rewind in ("start", 1, 2):
-        with pytest.raises(InputError, match=r"step 2 \(Prune weight\) goes back to .* step 1 .* rewind=3 or later"):
+        with pytest.raises(InputError, match=r"step 2 \(PruneWeights\) goes back to .* step 1 .* rewind=3 or later"):
             plan([first, ticket(rewind)], epochs=5)
     for rewind in (3, "random"):
         assert len(plan([first, ticket(rewind)], epochs=5)) == 2
@@ -112,8 +112,8 @@ def test_a_ticket_of_before_the_structure_changed_is_refused(first):
 
 def test_units_that_leave_at_the_end_make_a_ticket_of_before_useless():
     def steps(rewind, schedule):
-        shrink = Prune(amount=0.5, granularity="channel", schedule=schedule, at=1, finetune_epochs=2)
-        return [shrink, Prune(amount=0.5, rewind=rewind, at=4, finetune_epochs=1)]
+        shrink = PruneUnits(amount=0.5, unit="channel", schedule=schedule, at=1, finetune_epochs=2)
+        return [shrink, PruneWeights(amount=0.5, rewind=rewind, at=4, finetune_epochs=1)]
 
     assert len(plan(steps(2, OneShot()), epochs=5)) == len(plan(steps(4, Cubic()), epochs=5)) == 2
     for rewind, schedule in ((1, OneShot()), (2, Cubic()), (3, Cubic())):
@@ -123,8 +123,8 @@ def test_units_that_leave_at_the_end_make_a_ticket_of_before_useless():
 
 def test_a_ticket_is_not_of_a_phase_with_learned_masks():
     def steps(rewind):
-        movement = Prune(amount=0.3, criterion="movement", at=1, finetune_epochs=2)
-        return [movement, Prune(amount=0.5, rewind=rewind, at=4, finetune_epochs=1)]
+        movement = LearnMask(Movement(0.3), at=1, finetune_epochs=2)
+        return [movement, PruneWeights(amount=0.5, rewind=rewind, at=4, finetune_epochs=1)]
 
     for rewind in (2, 3):
         with pytest.raises(InputError, match="rewind=4 or later"):
@@ -135,7 +135,7 @@ def test_a_ticket_is_not_of_a_phase_with_learned_masks():
 
 def test_a_penalty_may_stand_before_and_after_masks():
     free = Regularise(penalty="l1", weight=1.0, finetune_epochs=1)
-    for steps in itertools.permutations([free, Prune(amount=0.5), Quantize()]):
+    for steps in itertools.permutations([free, PruneWeights(amount=0.5), Quantize()]):
         if steps.index(free) > next(place for place, step in enumerate(steps) if isinstance(step, Quantize)):
             continue
         if steps.index(next(s for s in steps if isinstance(s, Prune))) < steps.index(

@@ -3,7 +3,7 @@
 import pytest
 
 from distill_lightning import CompressionBaseline, FEEDModule, KDModule, LogitTerm, SupervisedModule, TeacherEnsemble
-from distill_lightning.compression import (Cubic, HashShare, LowRank, Prune, Quantize, Regularise, ShareWeights)
+from distill_lightning.compression import (Cubic, HashShare, LowRank, LearnMask, Movement, PruneUnits, PruneWeights, Quantize, Regularise, ShareWeights)
 from distill_lightning.errors import InputError
 from distill_lightning.testing import CONTRACT, TinyNet, tiny_trainer
 
@@ -35,12 +35,12 @@ def no_steps(student, teachers, num_classes):
 
 def under_dense(student, teachers, num_classes):
     """Masks that grow, under the network itself as it was."""
-    steps = [Prune(amount=0.5, schedule=Cubic(), finetune_epochs=1)]
+    steps = [PruneWeights(amount=0.5, schedule=Cubic(), finetune_epochs=1)]
     return CompressionBaseline(student, num_classes=num_classes, steps=steps, teacher="dense", seed=0)
 
 
 def under_teachers(student, teachers, num_classes):
-    steps = [Prune(amount=0.5, schedule=Cubic(), finetune_epochs=1)]
+    steps = [PruneWeights(amount=0.5, schedule=Cubic(), finetune_epochs=1)]
     return CompressionBaseline(student, num_classes=num_classes, steps=steps, teacher=teachers, seed=0)
 
 
@@ -53,12 +53,12 @@ def test_contract(point, build):
 
 # The last layer keeps its name, which a point of the contract looks for.
 STEPS = {
-    "channels": lambda: Prune(amount=0.5, granularity="channel", finetune_epochs=1),
+    "channels": lambda: PruneUnits(amount=0.5, unit="channel", finetune_epochs=1),
     "low rank": lambda: LowRank(rank=2, targets="features.*", finetune_epochs=1),
     "shared": lambda: ShareWeights(k=4, targets="features.*", finetune_epochs=1),
     "hashed": lambda: HashShare(ratio=4, targets="features.*", finetune_epochs=1),
     "quantized": lambda: Quantize(weight_bits=4, estimator="lsq", targets="features.*", finetune_epochs=1),
-    "movement": lambda: Prune(amount=0.5, criterion="movement", targets="features.*", finetune_epochs=1),
+    "movement": lambda: LearnMask(Movement(0.5), targets="features.*", finetune_epochs=1),
     "gates": lambda: Regularise(penalty="l0", weight=1e-3, targets="features.*", finetune_epochs=1),
 }
 OTHER_SIZES = "the file is of the compressed network's sizes, which a freshly built one has not"

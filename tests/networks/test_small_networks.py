@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError, SmallCNN, SmallLSTM, SmallTransformer
-from distill_lightning.compression.shrink.groups import (shrink)
+from distill_lightning.compression.shrink.groups import shrink
 from distill_lightning.compression.shrink.recurrent import (in_blocks, unit_groups)
-from distill_lightning.compression.shrink.attention import (convert_attention)
+from distill_lightning.compression.shrink.attention import convert_attention
 from distill_lightning.compression.shrink.transformer import (head_groups, neuron_groups, remove_layers)
-from distill_lightning.compression.shrink.channels import (channel_groups)
+from distill_lightning.compression.shrink.channels import channel_groups
 from distill_lightning.compression.shrink.sizes import (describe as surgery_describe, rebuild as surgery_rebuild)
 from distill_lightning.compression.costs.macs import count_macs
 from distill_lightning.layers import FeatureTap, dry_forward

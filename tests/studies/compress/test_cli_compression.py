@@ -6,7 +6,7 @@ import yaml
 
 from distill_lightning import SmallCNN, cli
 from distill_lightning.callbacks import CompressionCallback
-from distill_lightning.compression.report.measure import count_parameters
+from distill_lightning.compression.costs.parameters import count_parameters
 
 # A configuration may be resumed without the callbacks that have written its checkpoints, and into their folder.
 pytestmark = [

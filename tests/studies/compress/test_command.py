@@ -14,9 +14,9 @@ from torch import nn
 from distill_lightning import RegressionModule, SmallCNN, SmallLSTM, SmallTransformer, SupervisedModule
 from distill_lightning.callbacks import Measurements
 from distill_lightning.cli import main
-from distill_lightning.compression import (Compressor, LowRank, Prune, Quantize, ShareWeights, Stage, load_compressed)
+from distill_lightning.compression import (Compressor, LowRank, LearnMask, PruneUnits, PruneWeights, SoftMovement, Quantize, ShareWeights, Stage, load_compressed)
 from distill_lightning.compression.report.controls import (random_steps, same_size_network)
-from distill_lightning.compression.report.measure import count_parameters
+from distill_lightning.compression.costs.parameters import count_parameters
 from distill_lightning.errors import InputError
 from distill_lightning.studies.compress import command, runs
 from distill_lightning.studies.compress.config import parse_config
@@ -421,12 +421,12 @@ def test_quantization_alone_is_compared_with_a_network_of_the_dense_size(tmp_pat
 
 
 def test_the_random_control_draws_what_is_pruned():
-    steps = [Prune(amount=0.5), LowRank(rank=2), Prune(amount=0.5, granularity="channel", criterion="taylor")]
+    steps = [PruneWeights(amount=0.5), LowRank(rank=2), PruneUnits(amount=0.5, unit="channel", criterion="taylor")]
     drawn = random_steps(steps)
     assert [getattr(step, "criterion", None) for step in drawn] == ["random", None, "random"]
     assert [getattr(step, "criterion", None) for step in steps] == ["magnitude", None, "taylor"]
     with pytest.raises(InputError, match="threshold is one of the criterion's scores"):
-        random_steps([Prune(criterion="soft_movement", finetune_epochs=1)])
+        random_steps([LearnMask(SoftMovement(), finetune_epochs=1)])
     with pytest.raises(InputError, match="no step prunes: there is no criterion to compare with a random one"):
         random_steps([Quantize()])
 
@@ -434,7 +434,7 @@ def test_the_random_control_draws_what_is_pruned():
 def test_the_random_control_is_random_in_the_network():
     """The largest weights stay by magnitude, and go as often as any by chance."""
     survivors = {}
-    for name, steps in (("magnitude", [Prune(amount=0.5)]), ("random", random_steps([Prune(amount=0.5)]))):
+    for name, steps in (("magnitude", [PruneWeights(amount=0.5)]), ("random", random_steps([PruneWeights(amount=0.5)]))):
         torch.manual_seed(0)
         network = SmallCNN(10)
         before = torch.cat([p.detach().abs().flatten() for p in network.parameters() if p.dim() > 1])
@@ -449,12 +449,12 @@ def test_the_random_control_is_random_in_the_network():
 @pytest.mark.parametrize(
     ("make", "steps"),
     [
-        (lambda: SmallCNN(10), [Prune(amount=0.9)]),
-        (lambda: SmallCNN(10), [Prune(amount=0.5, granularity="channel"), Prune(amount=0.5)]),
+        (lambda: SmallCNN(10), [PruneWeights(amount=0.9)]),
+        (lambda: SmallCNN(10), [PruneUnits(amount=0.5, unit="channel"), PruneWeights(amount=0.5)]),
         (lambda: SmallCNN(10), [LowRank(rank=4)]),
-        (lambda: SmallLSTM(10, input_size=8), [Prune(amount=0.8)]),
-        (lambda: SmallLSTM(10, input_size=8), [Prune(amount=0.5, granularity="hidden_unit")]),
-        (lambda: SmallTransformer(10, length=8, input_size=8), [Prune(amount=0.5)]),
+        (lambda: SmallLSTM(10, input_size=8), [PruneWeights(amount=0.8)]),
+        (lambda: SmallLSTM(10, input_size=8), [PruneUnits(amount=0.5, unit="hidden_unit")]),
+        (lambda: SmallTransformer(10, length=8, input_size=8), [PruneWeights(amount=0.5)]),
         (lambda: SmallCNN(10), [ShareWeights(k=16)]),
     ],
 )

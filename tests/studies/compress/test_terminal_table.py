@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from distill_lightning.compression.report.report import (LatencyRow, Report, Stage)
+from distill_lightning.compression.report.stages import (LatencyRow, Stage)
+from distill_lightning.compression.report.report import Report
 from distill_lightning.studies.compress.command import _claims, _table
 
 
@@ -28,7 +29,7 @@ def report():
             seed: [
                 stage("dense", "dense", 0.98 + seed / 100),
                 stage(
-                    "1 Prune hidden_unit, before fine-tuning", "before", 0.5, missing={"latency": "see final"}, **small
+                    "1 PruneUnits hidden_unit, before fine-tuning", "before", 0.5, missing={"latency": "see final"}, **small
                 ),
                 stage("final", "after", 0.97, latency=times, **small),
             ]
