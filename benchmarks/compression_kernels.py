@@ -10,6 +10,8 @@ both networks. ``--small`` runs everything on tiny networks, ``--only`` one of t
 
 from __future__ import annotations
 
+from distill_lightning.compression.shrink.sizes import set_sizes
+from distill_lightning.compression.shrink.sizes import sizes_of
 import argparse
 import copy
 import json
@@ -43,7 +45,7 @@ from distill_lightning.compression.report.stages import (Stage, measure_stage)
 from distill_lightning.compression.shrink.groups import (Group, shrink)
 from distill_lightning.compression.shrink.channels import channel_groups
 from distill_lightning.compression.shrink.attention import convert_attention
-from distill_lightning.compression.shrink.sizes import (describe, rebuild)
+
 from distill_lightning.compression.shrink.transformer import (head_groups, neuron_groups)
 from distill_lightning.compression.shrink.recurrent import (in_blocks, unit_groups)
 from distill_lightning.networks import SmallResNet
@@ -150,7 +152,7 @@ def write(network: nn.Module, path: Path) -> None:
             tensors[prefix + key] = pack_codes(codes, scheme)
         for key, (book, values) in codebooks(module).items():
             tensors[prefix + key] = pack_codebook(book.indices, values)
-    write_packed(path, tensors, {"sizes": describe(network)})
+    write_packed(path, tensors, {"sizes": sizes_of(network)})
 
 
 def reader(build: Callable[[], nn.Module]) -> Callable[[Path], nn.Module]:
@@ -158,7 +160,7 @@ def reader(build: Callable[[], nn.Module]) -> Callable[[Path], nn.Module]:
 
     def read(path: Path) -> nn.Module:
         header, tensors = read_packed(path)
-        network = rebuild(build(), header["sizes"])
+        network = set_sizes(build(), header["sizes"])
         load_strictly(network, tensors, source=str(path))
         return network
 

@@ -1,5 +1,6 @@
 """Whole networks in packed files, and back, here and in a fresh process."""
 
+from distill_lightning.compression.structure.changes import structure_of
 import json
 import subprocess
 import sys
@@ -399,7 +400,7 @@ def checkpoint_of(network, path, **changes):
         "state_dict": {f"student.{name}": value for name, value in network.state_dict().items()}
         | {"other.weight": torch.zeros(2)},
         "recipes": {"student": recipe_of(network)},
-        "compression": {"attribute": "student", "description": recipe.describe(network)},
+        "compression": {"attribute": "student", "description": structure_of(network)},
     }
     torch.save({**content, **changes}, path)
 

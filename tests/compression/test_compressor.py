@@ -1,5 +1,7 @@
 """The Compressor in a loop of one's own, and at once; descriptions from which a network is made again."""
 
+from distill_lightning.compression.structure.changes import rebuild_structure
+from distill_lightning.compression.structure.changes import structure_of
 import json
 
 import pytest
@@ -12,7 +14,7 @@ from distill_lightning import SmallCNN, SmallLSTM, SmallTransformer
 from distill_lightning.compression import (Compressor, Cubic, Encode, HashShare, LowRank, LearnMask, Movement, PruneUnits, PruneWeights, Quantize, Regularise, ShareWeights, TieLayers, load_compressed)
 from distill_lightning.compression.costs.parameters import count_parameters
 from distill_lightning.compression.access.copies import copy_network
-from distill_lightning.compression.structure.changes import (describe, plain_copy, rebuild)
+from distill_lightning.compression.structure.changes import (plain_copy)
 from distill_lightning.errors import InputError
 from distill_lightning.testing import TinyNet
 
@@ -31,7 +33,7 @@ def train(network, steps, *, epochs=4, stop=None, go_on=None, watch=None, **opti
     compressor = Compressor(network, steps, data[0][0], epochs=epochs, batches=data, watch=watch, **options)
     optimizer = SGD(network.parameters(), lr=0.05, momentum=0.9)
     if go_on is not None:
-        rebuild(network, go_on["description"])
+        rebuild_structure(network, go_on["description"])
         network.load_state_dict(go_on["network"])
         compressor.load_state_dict(go_on["compressor"])
         optimizer = SGD(network.parameters(), lr=0.05, momentum=0.9)
@@ -39,7 +41,7 @@ def train(network, steps, *, epochs=4, stop=None, go_on=None, watch=None, **opti
     for epoch in range(0 if go_on is None else go_on["epoch"], epochs):
         if epoch == stop:
             state = {"network": network.state_dict(), "compressor": compressor.state_dict(), "epoch": epoch}
-            return state | {"optimizer": optimizer.state_dict(), "description": describe(network)}
+            return state | {"optimizer": optimizer.state_dict(), "description": structure_of(network)}
         if compressor.begin_epoch(epoch, steps_per_epoch=len(data), optimizer=optimizer):
             optimizer = SGD(network.parameters(), lr=0.05, momentum=0.9)
         for inputs, targets in data:
@@ -220,9 +222,9 @@ def test_a_description_makes_the_structure_again(tmp_path, make, steps):
     compressor = Compressor(network, steps, data[0][0], batches=data)
     compressor.apply()
     # In plain values only.
-    description = json.loads(json.dumps(describe(network)))
+    description = json.loads(json.dumps(structure_of(network)))
     torch.manual_seed(9)
-    again = rebuild(make(), description)
+    again = rebuild_structure(make(), description)
     again.load_state_dict(network.state_dict(), strict=True)
     inputs = data[1][0]
     with torch.no_grad():
@@ -232,7 +234,7 @@ def test_a_description_makes_the_structure_again(tmp_path, make, steps):
         assert torch.equal(plain_copy(network)(inputs), output)
         compressor.write(tmp_path / "network.dlpk")
         assert torch.equal(load_compressed(tmp_path / "network.dlpk")(inputs), output)
-    assert describe(again) == describe(network)
+    assert structure_of(again) == structure_of(network)
     assert [name for name, _ in again.named_parameters()] == [name for name, _ in network.named_parameters()]
     assert count_parameters(plain_copy(again)) == count_parameters(plain_copy(network))
 
@@ -241,6 +243,6 @@ def test_a_network_is_rebuilt_once():
     network = SmallCNN(3, width=4)
     Compressor(network, [LowRank(rank=2)], torch.rand(2, 1, 8, 8), bn_batches=0).apply()
     with pytest.raises(InputError, match="SmallCNN is compressed already: build a new one"):
-        rebuild(network, describe(network))
+        rebuild_structure(network, structure_of(network))
     with pytest.raises(InputError, match="has no layer"):
-        rebuild(nn.Sequential(nn.Linear(2, 2)), describe(network))
+        rebuild_structure(nn.Sequential(nn.Linear(2, 2)), structure_of(network))

@@ -1,5 +1,6 @@
 """What a compressed network is compared with: a dense one of its size, and one pruned at random."""
 
+from distill_lightning.compression.factor.factoring import build_factors
 import copy
 
 import pytest
@@ -11,7 +12,7 @@ from distill_lightning.compression.file.artefact import (load_compressed, write_
 from distill_lightning.compression.run.compressor import Compressor
 from distill_lightning.compression.report.controls import (random_steps, same_size_network)
 from distill_lightning.compression.factor.layers import (TrainEmbedding, TrainLinear)
-from distill_lightning.compression.factor.factoring import rebuild
+
 from distill_lightning.compression.structure.changes import plain_copy
 from distill_lightning.compression.steps.schedules import Threshold
 from distill_lightning.compression.steps import (LowRank, PruneUnits, PruneWeights, Quantize, Regularise)
@@ -231,7 +232,7 @@ def test_an_embedding_train_begins_with_the_spread_of_a_dense_table():
 def test_factored_recurrent_weights_begin_with_the_spread_of_dense_ones(kind):
     torch.manual_seed(0)
     dense = kind(8, 64)
-    factored = rebuild(dense, {"kind": "recurrent", "ranks": {"weight_hh_l0": 4}})
+    factored = build_factors(dense, {"kind": "recurrent", "ranks": {"weight_hh_l0": 4}})
     products = []
     for _ in range(20):
         factored.reset_parameters()

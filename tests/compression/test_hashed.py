@@ -1,5 +1,8 @@
 """Weights that share values by a hash of their places, and the file that holds nothing but the values."""
 
+from distill_lightning.compression.access.computed import bake_layer
+from distill_lightning.compression.access.computed import describe_weights
+from distill_lightning.compression.access.computed import rebuild_weights
 import copy
 import hashlib
 import json
@@ -12,7 +15,7 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression.values.hashed import (Hashed, bake_hashed, describe_hashed, hash_weights, hashed, rebuild_hashed)
+from distill_lightning.compression.values.hashed import (Hashed, hash_weights, hashed)
 from distill_lightning.compression.file.packed import (Packed, Part, encode, pack_hashed, unpack)
 from distill_lightning.compression.file.format import (read_packed, write_packed)
 from distill_lightning.compression.values.quantizer import quantize_weights
@@ -161,7 +164,7 @@ def test_a_weight_is_its_naive_one_and_trains(kind, dtype):
 
     # Baked it is an ordinary layer, of the same outputs.
     output = run(layer, given)
-    assert bake_hashed(layer) == names
+    assert bake_layer(layer) == names
     assert hashed(layer) == {}
     plain.load_state_dict(layer.state_dict(), strict=True)
     assert torch.equal(run(plain, given), output)
@@ -176,17 +179,17 @@ def test_a_description_and_the_values_make_the_layer_again(kind):
     state = layer.state_dict()
     stored = {name: value for name, value in state.items() if name.startswith("parametrizations")}
     assert sorted(stored) == sorted(f"parametrizations.{name}.original" for name in names)
-    description = json.loads(json.dumps(describe_hashed(layer)))
+    description = json.loads(json.dumps(describe_weights(layer)))
     for parameter in fresh.parameters():
         parameter.zero_()
-    rebuilt = rebuild_hashed(fresh, description)
+    rebuilt = rebuild_weights(fresh, description)
     rebuilt.load_state_dict(state, strict=True)
     for name in names:
         assert same_bits(getattr(rebuilt, name), getattr(layer, name))
     assert torch.equal(run(rebuilt, given), run(layer, given))
     copied = copy.deepcopy(layer)
     assert torch.equal(run(copied, given), run(layer, given))
-    assert describe_hashed(nn.Linear(2, 2)) == {}
+    assert describe_weights(nn.Linear(2, 2)) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -237,7 +240,7 @@ def test_hashing_a_hashed_weight_again_changes_no_bit(dtype):
     with torch.no_grad():
         layer.weight = weight
     assert same_bits(layer.weight, weight)
-    bake_hashed(layer)
+    bake_layer(layer)
     hash_weights(layer, ratio=0.07, seed=8)
     assert same_bits(layer.weight, weight)
     assert layer.parametrizations.weight.original.dtype == dtype
@@ -257,7 +260,7 @@ def test_buckets_without_members_are_zero_and_one_value_is_enough():
 
 def test_gradients_of_another_shape_do_not_stay():
     layer, given = nn.Linear(6, 5), torch.randn(3, 6)
-    for change in (lambda: None, lambda: hash_weights(layer, ratio=0.2), lambda: bake_hashed(layer)):
+    for change in (lambda: None, lambda: hash_weights(layer, ratio=0.2), lambda: bake_layer(layer)):
         change()
         assert layer.bias.grad is None or layer.bias.grad.shape == (5,)
         for _ in range(2):
@@ -311,7 +314,7 @@ def test_what_cannot_be_hashed_is_one_line_and_changes_nothing():
         (lambda: quantize_weights(layer, scheme=Scheme()), "already"),
         (lambda: hash_weights(nn.ReLU(), ratio=0.5), "has the weights"),
         (lambda: hash_weights(nn.Linear(2, 2), ratio=0.5, names=["bias"]), "cannot hash"),
-        (lambda: rebuild_hashed(nn.ReLU(), describe_hashed(layer)), "right layer"),
+        (lambda: rebuild_weights(nn.ReLU(), describe_weights(layer)), "right layer"),
         (lambda: pack_hashed(torch.zeros(2, 2), (4, 4), 0), "one dimension"),
         (lambda: pack_hashed(torch.zeros(0), (4, 4), 0), "values"),
         (lambda: pack_hashed(torch.zeros(3), (4, 4), -1), "seed"),

@@ -1,5 +1,6 @@
 """Layers made of factors against the dense layers with the recomposed weight, and their structure as plain values."""
 
+from distill_lightning.compression.factor.factoring import build_factors
 import copy
 import json
 import pickle
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill_lightning import InputError
 from distill_lightning.compression.factor.layers import LowRankLinear
-from distill_lightning.compression.factor.factoring import (describe, factorize, input_moment, rebuild, replace_layer)
+from distill_lightning.compression.factor.factoring import (describe, factorize, input_moment, replace_layer)
 from distill_lightning.layers import GaussianHead
 
 # The dense layer says so, too: an even window is padded by one more on one side.
@@ -432,7 +433,7 @@ def test_a_factored_layer_is_rebuilt_from_plain_values_and_loads_strictly(make, 
     torch.save({"recipe": description, "state": found.layer.state_dict()}, state_file)
     loaded = torch.load(state_file, weights_only=True)
     random_state = torch.get_rng_state()
-    rebuilt = rebuild(layer, loaded["recipe"])
+    rebuilt = build_factors(layer, loaded["recipe"])
     assert torch.equal(torch.get_rng_state(), random_state), "building factors drew random numbers"
     assert type(rebuilt) is type(found.layer)
     assert all(not value.any() for value in rebuilt.state_dict().values())
@@ -442,7 +443,7 @@ def test_a_factored_layer_is_rebuilt_from_plain_values_and_loads_strictly(make, 
         assert torch.equal(ours, theirs)
     assert not rebuilt.training
     with torch.device("meta"):
-        shell = rebuild(make(), description)
+        shell = build_factors(make(), description)
     assert {name: value.shape for name, value in shell.state_dict().items()} == {
         name: value.shape for name, value in rebuilt.state_dict().items()
     }
@@ -489,7 +490,7 @@ def test_a_description_is_a_copy():
 )
 def test_a_description_that_does_not_fit_is_refused(layer, description, message):
     with pytest.raises(InputError, match=message):
-        rebuild(layer, description)
+        build_factors(layer, description)
 
 
 # in a network

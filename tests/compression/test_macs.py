@@ -1,5 +1,6 @@
 """Multiply-accumulates against formulas written out by hand, and against torch's own counter where that is right."""
 
+from distill_lightning.compression.factor.factoring import build_factors
 import copy
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill_lightning import InputError, SmallResNet
 from distill_lightning.compression.mask.criteria import magnitude
-from distill_lightning.compression.factor.factoring import rebuild
+
 from distill_lightning.compression.costs.macs import (Cost, count_macs)
 from distill_lightning.compression.mask.learned import learn
 from distill_lightning.compression.mask.selection import select
@@ -220,7 +221,7 @@ def test_a_factored_recurrent_layer_counts_as_the_dense_one_and_the_products_of_
     layer, inputs = kind(5, 6, **options), torch.zeros(7, 3, 5)
     recurrent = {name: weight for name, weight in layer.named_parameters() if name.startswith("weight_hh")}
     products = {name: weight.shape[0] * 2 * weight.shape[1] for name, weight in recurrent.items()}
-    factored = rebuild(layer, {"kind": "recurrent", "ranks": dict.fromkeys(products, 2)})
+    factored = build_factors(layer, {"kind": "recurrent", "ranks": dict.fromkeys(products, 2)})
     factored.fill(layer)
     counted = count_macs(factored, inputs)
     assert counted.dense == counted.effective == count_macs(layer, inputs).dense + sum(products.values())

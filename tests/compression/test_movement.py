@@ -1,5 +1,7 @@
 """Learned masks: gradients by hand, exact numbers, and plain networks in the end."""
 
+from distill_lightning.compression.access.computed import describe_weights
+from distill_lightning.compression.access.computed import rebuild_weights
 import copy
 import math
 
@@ -9,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression.mask.learned import (HardConcrete, SoftThreshold, TopK, describe, learn, learned, rebuild, set_amount)
+from distill_lightning.compression.mask.learned import (HardConcrete, SoftThreshold, TopK, learn, learned, set_amount)
 from distill_lightning.compression.access.computed import bake
 
 
@@ -137,12 +139,12 @@ def test_a_described_layer_is_rebuilt_and_loads_strictly(kind):
     learn(network, PATHS, kind=kind, **options)
     randomised(network)
     for name in ("conv", "lstm", "attention", "head"):
-        description = describe(network.get_submodule(name))
+        description = describe_weights(network.get_submodule(name))
         assert {type(value) for entry in description.values() for value in entry.values()} <= {str, float}
-        assert rebuild(other.get_submodule(name), description) is other.get_submodule(name)
+        assert rebuild_weights(other.get_submodule(name), description) is other.get_submodule(name)
     other.load_state_dict(network.state_dict(), strict=True)
     assert torch.equal(other.eval()(images()), network.eval()(images()))
-    assert describe(nn.Linear(2, 2)) == {}
+    assert describe_weights(nn.Linear(2, 2)) == {}
 
 
 def test_the_amount_of_all_layers_is_set_each_or_together():
@@ -216,7 +218,7 @@ def test_tied_weights_are_refused_and_a_layer_in_two_places_is_not(kind):
         (lambda: learn(Net(), ["head.weight"], kind="hard", amount=1.2), "amount must be between 0 and 1, got 1.2"),
         (lambda: learn(Net(), ["head.weight"], kind="soft", amount=-1), "amount must be between 0 and 1, got -1"),
         (lambda: set_amount(Net(), 0.5), "Net has no movement pruning whose amount could be set"),
-        (lambda: rebuild(nn.Linear(2, 2), {"weight": {"kind": "tt"}}), "names no kind of learned mask"),
+        (lambda: rebuild_weights(nn.Linear(2, 2), {"weight": {"kind": "tt"}}), "names no kind of learned mask"),
     ],
 )
 def test_what_cannot_be_learned_is_refused(call, message):

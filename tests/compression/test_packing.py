@@ -1,5 +1,8 @@
 """Packed bits, Huffman codes, codebooks, packed tensors, and the file of them."""
 
+from distill_lightning.compression.access.computed import bake_layer
+from distill_lightning.compression.access.computed import describe_weights
+from distill_lightning.compression.access.computed import rebuild_weights
 import copy
 import itertools
 import json
@@ -14,7 +17,7 @@ from torch import nn
 
 from distill_lightning import InputError
 from distill_lightning.compression.file.bits import (huffman_decode, huffman_encode, huffman_lengths, pack_bits, unpack_bits)
-from distill_lightning.compression.values.codebook import (bake_shared, codebooks, describe_shared, kmeans, rebuild_shared, share_weights)
+from distill_lightning.compression.values.codebook import (codebooks, kmeans, share_weights)
 from distill_lightning.compression.values.quantizer import (quantize_weights, weight_codes)
 from distill_lightning.compression.access.weights import weight_names
 from distill_lightning.compression.file.packed import (encode, pack_bitmask, pack_codebook, pack_codes, pack_csr, pack_dense, pack_shared, unpack, unpack_codes)
@@ -256,14 +259,14 @@ def test_shared_layers_train_their_values_and_keep_their_zeros(kind, pruned):
         book, values = codebooks(layer)[name]
         assert same_bits(unpack(pack_codebook(book.indices, values)), weight)
 
-    description = json.loads(json.dumps(describe_shared(layer)))
-    rebuilt = rebuild_shared(copy.deepcopy(fresh), description)
+    description = json.loads(json.dumps(describe_weights(layer)))
+    rebuilt = rebuild_weights(copy.deepcopy(fresh), description)
     rebuilt.load_state_dict(layer.state_dict(), strict=True)
     assert torch.equal(run(rebuilt, given), run(layer, given))
-    assert describe_shared(fresh) == {}
+    assert describe_weights(fresh) == {}
 
     output = run(layer, given)
-    assert bake_shared(layer) == names
+    assert bake_layer(layer) == names
     fresh.load_state_dict(layer.state_dict(), strict=True)
     assert torch.equal(run(fresh, given), output)
 
@@ -300,7 +303,7 @@ def test_a_layer_that_cannot_be_shared_is_one_line():
         (lambda: quantize_weights(layer, scheme=Scheme()), "already"),
         (lambda: share_weights(nn.ReLU(), k=4), "has the weights"),
         (lambda: share_weights(nn.Linear(2, 2), k=2, names=["bias"]), "cannot share"),
-        (lambda: rebuild_shared(nn.ReLU(), describe_shared(layer)), "right layer"),
+        (lambda: rebuild_weights(nn.ReLU(), describe_weights(layer)), "right layer"),
     ):
         with pytest.raises(InputError, match=words):
             action()

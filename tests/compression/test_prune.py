@@ -1,5 +1,7 @@
 """The step that prunes weights: exact amounts, by every criterion, and zeros that stay in any training."""
 
+from distill_lightning.compression.structure.changes import rebuild_structure
+from distill_lightning.compression.structure.changes import structure_of
 import copy
 import io
 import itertools
@@ -512,13 +514,13 @@ def test_a_run_that_was_killed_resumes_bit_for_bit(name):
         losses, optimizer = train(first, OPTIMIZERS["adam"], epochs=until)
         file = io.BytesIO()
         torch.save(
-            [recipe.describe(partly_trained), partly_trained.state_dict(), first.state_dict(), optimizer.state_dict()],
+            [structure_of(partly_trained), partly_trained.state_dict(), first.state_dict(), optimizer.state_dict()],
             file,
         )
         file.seek(0)
         described, weights, state, moments = torch.load(file, weights_only=True)
         resumed, second = begun()
-        recipe.rebuild(resumed, described)
+        rebuild_structure(resumed, described)
         resumed.load_state_dict(weights)
         second.load_state_dict(state)
         optimizer = OPTIMIZERS["adam"](resumed.parameters())
@@ -542,7 +544,7 @@ def test_a_run_resumes_in_a_fresh_process(tmp_path, request):
     partly = build()
     first = compressor_of(partly, PruneWeights(at=2, finetune_epochs=3, **RESUMED[name]), epochs=5)
     losses, optimizer = train(first, OPTIMIZERS["adam"], epochs=3)
-    state = {"recipe": recipe.describe(partly), "network": partly.state_dict(), "compressor": first.state_dict()}
+    state = {"recipe": structure_of(partly), "network": partly.state_dict(), "compressor": first.state_dict()}
     torch.save({**state, "optimizer": optimizer.state_dict(), "epoch": 3}, path)
     code = RESUME.format(folder=str(request.path.parent), path=str(path), name=name)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,5 +1,7 @@
 """The step that prunes channels, hidden units, neurons, heads and layers: what is masked is what leaves."""
 
+from distill_lightning.compression.structure.changes import rebuild_structure
+from distill_lightning.compression.structure.changes import structure_of
 import copy
 import io
 import json
@@ -120,7 +122,7 @@ def sizes(network):
 
 def assert_rebuilds(kind, network):
     """A network built anew takes the description and the weights, strictly, and gives the same, for other sizes too."""
-    description = json.loads(json.dumps(recipe.describe(network)))
+    description = json.loads(json.dumps(structure_of(network)))
     file = io.BytesIO()
     torch.save(network.state_dict(), file)
     file.seek(0)
@@ -129,7 +131,7 @@ def assert_rebuilds(kind, network):
         len(file.getvalue())
         < 4 * sum(v.numel() for v in network.state_dict().values()) + 600 * len(network.state_dict()) + 4000
     )
-    again = recipe.rebuild(NETWORKS[kind](), description)
+    again = rebuild_structure(NETWORKS[kind](), description)
     again.load_state_dict(torch.load(file, weights_only=True), strict=True)
     extra = [drawn(1, *SHAPES[kind]), drawn(3, *SHAPES[kind], seed=1)]
     extra += [drawn(2, 1, 12, 12)] if kind == "cnn" else [drawn(2, 3, 6)]

@@ -1,5 +1,9 @@
 """The steps Quantize and Encode, in a Compressor."""
 
+from distill_lightning.compression.access.computed import bake
+from distill_lightning.compression.access.computed import describe_weights
+from distill_lightning.compression.structure.changes import rebuild_structure
+from distill_lightning.compression.structure.changes import structure_of
 import copy
 import math
 
@@ -16,7 +20,7 @@ from distill_lightning.compression.values.allocation import weight_errors
 from distill_lightning.compression.values.codebook import share_weights
 from distill_lightning.compression.values.scheme import (Scheme, fake_quantize)
 from distill_lightning.compression.access.weights import (channel_axis, weight_names)
-from distill_lightning.compression.values.quantizer import (describe as quantizers_describe, weight_codes)
+from distill_lightning.compression.values.quantizer import (weight_codes)
 from distill_lightning.compression.values.activations import describe_input
 from distill_lightning.compression.values.ranges import weight_grid
 from distill_lightning.compression.file.packed import pack_codes
@@ -137,14 +141,14 @@ def test_first_and_last_are_those_that_run_first_and_last():
         batches=[(torch.randn(4, 8), None)],
     )
     bits = {
-        path: quantizers_describe(getattr(network, path))["weight"]["scheme"]["bits"] for path in ("first", "middle", "last")
+        path: describe_weights(getattr(network, path))["weight"]["scheme"]["bits"] for path in ("first", "middle", "last")
     }
     assert bits == {"first": 8, "middle": 2, "last": 8}
     inputs = {path: describe_input(getattr(network, path))["scheme"]["bits"] for path in bits}
     assert inputs == {"first": 8, "middle": 3, "last": 8}
     network = Backwards()
     compress(network, torch.randn(2, 8), Quantize(scheme="binary", first_last_bits=8))
-    kinds = {path: quantizers_describe(getattr(network, path))["weight"]["scheme"]["kind"] for path in bits}
+    kinds = {path: describe_weights(getattr(network, path))["weight"]["scheme"]["kind"] for path in bits}
     assert kinds == {"first": "symmetric", "middle": "binary", "last": "symmetric"}
 
 
@@ -153,9 +157,9 @@ def test_bits_by_pattern_and_what_the_report_is_told():
     step = Quantize(weight_bits=4, bits={"Conv2d": 3, "stage2": 6, "stem.0": 8})
     piece = compress(network, inputs_for("resnet"), step).piece
     schemes = {
-        path: quantizers_describe(layer)["weight"]["scheme"]["bits"]
+        path: describe_weights(layer)["weight"]["scheme"]["bits"]
         for path, layer in network.named_modules()
-        if quantizers_describe(layer)
+        if describe_weights(layer)
     }
     assert {schemes[path] for path in schemes if path.startswith("stage2")} == {6}
     assert (schemes["stem.0"], schemes["head"], schemes["stage1.0.conv1"]) == (8, 4, 3)
@@ -189,7 +193,7 @@ def test_mixed_precision_keeps_to_its_budget_and_grows_with_it(options):
         compress(network, inputs_for("resnet"), Quantize(bits=MixedPrecision(budget_bytes=budget), **options))
         sizes.append(bytes_of_codes(network))
         assert sizes[-1] <= budget
-        bits = [quantizers_describe(layer)["weight"]["scheme"]["bits"] for layer in layers_of(network)]
+        bits = [describe_weights(layer)["weight"]["scheme"]["bits"] for layer in layers_of(network)]
         assert last is None or all(now >= before for now, before in zip(bits, last, strict=True))
         last = bits
     assert set(last) == {8}
@@ -227,7 +231,7 @@ def test_mixed_precision_by_ratio_and_its_choices():
     total = 4 * sum(getattr(layer, name).numel() for layer in layers_of(network) for name in weight_names(layer))
     compress(network, inputs_for("lstm"), Quantize(bits=MixedPrecision(ratio=0.2, choices=[2, 4, 8])))
     assert 0.1 * total < bytes_of_codes(network) <= 0.2 * total
-    bits = {told["scheme"]["bits"] for layer in layers_of(network) for told in quantizers_describe(layer).values()}
+    bits = {told["scheme"]["bits"] for layer in layers_of(network) for told in describe_weights(layer).values()}
     assert bits <= {2, 4, 8}
     with pytest.raises(InputError, match="too small"):
         compress(build("lstm"), inputs_for("lstm"), Quantize(bits=MixedPrecision(budget_bytes=100)))
@@ -330,13 +334,13 @@ def test_training_resumes_bit_for_bit(options, trained):
     network, compressor = begun()
     optimizer = train(network, compressor, epochs=3)
     saved = copy.deepcopy(
-        (recipe.describe(network), network.state_dict(), compressor.state_dict(), optimizer.state_dict())
+        (structure_of(network), network.state_dict(), compressor.state_dict(), optimizer.state_dict())
     )
     network, compressor = begun()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.zero_()
-    recipe.rebuild(network, saved[0])
+    rebuild_structure(network, saved[0])
     network.load_state_dict(saved[1])
     compressor.load_state_dict(saved[2])
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
@@ -500,7 +504,7 @@ def test_tied_affine_weights_are_rounded_once_in_the_file(bits, seed, tmp_path):
     compressor = compress(network, inputs_for("tied"), Quantize(weight_bits=bits, scheme="affine"))
     expected, weight = outputs(network, "tied"), network.embed.weight.detach().clone()
     network.train()
-    baked = recipe.bake(recipe.copy_network(network))
+    baked = bake(recipe.copy_network(network))
     assert all(module.training for module in baked.modules())
     assert torch.equal(baked.embed.weight, weight)
     assert baked.out.weight is baked.embed.weight

@@ -1,5 +1,7 @@
 """Grids, codes, ranges, quantizers that train, and what helps without training."""
 
+from distill_lightning.compression.access.computed import describe_weights
+from distill_lightning.compression.access.computed import rebuild_weights
 import copy
 import itertools
 import json
@@ -19,7 +21,7 @@ from distill_lightning.compression.values.ranges import (Observer, find_range, w
 from distill_lightning.compression.values.estimators import (binary as quantizers_binary, binary_connect, codes as quantizers_codes, dorefa_activation, dorefa_weight, lsq, lsq_start, pact, ternary as quantizers_ternary, ttq, ttq_codes, ttq_start)
 from distill_lightning.compression.access.computed import bake as quantizers_bake
 from distill_lightning.compression.access.weights import (channel_axis, weight_names)
-from distill_lightning.compression.values.quantizer import (describe as quantizers_describe, quantize_weights, rebuild as quantizers_rebuild, weight_codes)
+from distill_lightning.compression.values.quantizer import (quantize_weights, weight_codes)
 from distill_lightning.compression.values.activations import (ActivationQuantizer, calibrating as quantizers_calibrating, describe_input, quantize_input, rebuild_input)
 from distill_lightning.compression.values.corrections import (correct_biases, equalisable_pairs, equalise, fold_batch_norm, foldable_pairs)
 from distill_lightning.compression.values.allocation import (allocate_bits, weight_errors)
@@ -614,11 +616,11 @@ def test_quantized_layers_use_describe_rebuild_and_bake_their_codes(kind, option
             getattr(used, name).copy_(getattr(layer, name))
     assert torch.equal(run(used, given), output), "the layer computes with the quantized values"
 
-    description = json.loads(json.dumps(quantizers_describe(layer)))
-    rebuilt = quantizers_rebuild(copy.deepcopy(fresh), description).eval()
+    description = json.loads(json.dumps(describe_weights(layer)))
+    rebuilt = rebuild_weights(copy.deepcopy(fresh), description).eval()
     rebuilt.load_state_dict(layer.state_dict(), strict=True)
     assert torch.equal(run(rebuilt, given), output)
-    assert quantizers_describe(rebuilt) == quantizers_describe(layer)
+    assert describe_weights(rebuilt) == describe_weights(layer)
 
     layer.train()
     run(layer, given).square().sum().backward()
@@ -630,7 +632,7 @@ def test_quantized_layers_use_describe_rebuild_and_bake_their_codes(kind, option
     assert quantizers_bake(rebuilt) == names
     assert rebuilt.state_dict().keys() == fresh.state_dict().keys()
     assert torch.equal(run(rebuilt, given), output)
-    assert quantizers_describe(rebuilt) == {}
+    assert describe_weights(rebuilt) == {}
 
 
 def test_learned_scales_are_trained_and_grids_follow_the_weight():
@@ -686,7 +688,7 @@ def test_a_layer_that_cannot_be_quantized_is_one_line():
     with pytest.raises(InputError, match="stochastic"):
         quantize_weights(nn.Linear(3, 3), scheme=Scheme(4), stochastic=True)
     with pytest.raises(InputError, match="right layer"):
-        quantizers_rebuild(nn.ReLU(), quantizers_describe(layer))
+        rebuild_weights(nn.ReLU(), describe_weights(layer))
 
 
 # Activations
@@ -1062,7 +1064,7 @@ def test_bits_that_do_not_help_are_not_bought():
 
 def test_parametrized_layers_stay_of_this_package():
     layer = nn.Linear(3, 3)
-    assert quantizers_describe(layer) == {}
+    assert describe_weights(layer) == {}
     quantize_weights(layer, scheme=Scheme(4))
     assert parametrize.is_parametrized(layer, "weight")
     assert "4 bit symmetric" in repr(layer)

@@ -1,5 +1,7 @@
 """The step that trains with a penalty: what is added to the gradient, and what is pruned in the end."""
 
+from distill_lightning.compression.structure.changes import rebuild_structure
+from distill_lightning.compression.structure.changes import structure_of
 import copy
 
 import jsonargparse
@@ -163,7 +165,7 @@ def test_group_lasso_empties_units_which_then_leave(kind, granularity):
     step = Regularise(penalty="group_lasso", granularity=granularity, weight=0.02, threshold=0.15, finetune_epochs=8)
     train(network, step, epochs=8)
     assert sum(p.numel() for p in network.parameters()) < 0.9 * sum(p.numel() for p in build(kind).parameters())
-    again = recipe.rebuild(build(kind), recipe.describe(network))
+    again = rebuild_structure(build(kind), structure_of(network))
     again.load_state_dict(network.state_dict())
     assert torch.equal(again.eval()(DATA[0][0]), network.eval()(DATA[0][0]))
     assert step.order is Order.STRUCTURE
@@ -202,12 +204,12 @@ def test_l0_gates_close_and_leave_masks(kind, granularity):
 
     def watch(moment, _):
         if moment == "before":
-            before["gates"] = copy.deepcopy(recipe.describe(network)["layers"])
+            before["gates"] = copy.deepcopy(structure_of(network)["layers"])
 
     compressor = train(network, step, epochs=60, watch=watch, make=lambda p: torch.optim.Adam(p, lr=0.05))
     assert [name for name, _ in network.named_parameters()] == names
     assert before["gates"]
-    assert recipe.describe(network)["layers"] == {}
+    assert structure_of(network)["layers"] == {}
     assert 0.5 < compressor.masks.sparsity() <= 1
     for path, kept in compressor.masks.kept.items():
         assert network.get_parameter(path)[~kept].count_nonzero() == 0
@@ -253,7 +255,7 @@ def test_a_run_that_was_killed_goes_on(penalty):
     partly, first = begun()
     optimizer = go_on(partly, first, make(partly.parameters()), range(2))
     resumed, second = begun()
-    recipe.rebuild(resumed, recipe.describe(partly)).load_state_dict(partly.state_dict())
+    rebuild_structure(resumed, structure_of(partly)).load_state_dict(partly.state_dict())
     second.load_state_dict(first.state_dict())
     moments = make(resumed.parameters())
     moments.load_state_dict(optimizer.state_dict())

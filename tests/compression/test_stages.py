@@ -1,5 +1,6 @@
 """A stage holds what was measured, recomputed here by hand, and says why where nothing was."""
 
+from distill_lightning.compression.factor.factoring import build_factors
 import copy
 import statistics
 import zlib
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression.factor.factoring import (rebuild as low_rank_rebuild, replace_layer)
+from distill_lightning.compression.factor.factoring import (replace_layer)
 from distill_lightning.compression.report import stages
 from distill_lightning.compression.report.measure import (Latency, Ratio)
 from distill_lightning.compression.file.packed import (pack_codes, pack_dense)
@@ -266,7 +267,7 @@ def test_outputs_in_a_structure_have_an_onnx_file(made, monkeypatch):
 def test_factored_recurrent_layers_are_measured_like_others():
     network = nn.Sequential(nn.LSTM(8, 16, batch_first=True))
     piece = copy.deepcopy(network)
-    layer = low_rank_rebuild(piece[0], {"kind": "recurrent", "ranks": {"weight_hh_l0": 2}})
+    layer = build_factors(piece[0], {"kind": "recurrent", "ranks": {"weight_hh_l0": 2}})
     layer.fill(piece[0])
     replace_layer(piece, "0", layer)
     stage = measure_stage("x", piece, network, torch.randn(2, 5, 8), kind="after", batch_sizes=(), scores={})

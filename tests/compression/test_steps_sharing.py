@@ -1,5 +1,8 @@
 """The steps ShareWeights and HashShare, at once and in training."""
 
+from distill_lightning.compression.access.computed import bake
+from distill_lightning.compression.structure.changes import rebuild_structure
+from distill_lightning.compression.structure.changes import structure_of
 import copy
 import json
 
@@ -127,7 +130,7 @@ def test_the_zeros_of_pruned_weights_stay_without_masks(optimizer):
 def test_the_gradient_of_a_value_is_the_sum_of_its_members():
     network, inputs = build()
     Compressor(network, [ShareWeights(k=5)], inputs).apply()
-    plain = recipe.bake(recipe.copy_network(network))
+    plain = bake(recipe.copy_network(network))
     for one in (network, plain):
         one(inputs).square().mean().backward()
     for path in ("0", "3", "5"):
@@ -150,7 +153,7 @@ def test_frozen_values_stay_and_everything_else_learns():
     train(compressor, inputs, torch.arange(16) % 5, OPTIMIZERS["sgd"], epochs=2, watch=watch)
     assert all(torch.equal(weight, seen[0][0][name]) for name, weight in weights_of(network).items())
     assert not torch.equal(network[5].bias, seen[0][1])
-    rebuilt = recipe.rebuild(build()[0], json.loads(json.dumps(recipe.describe(network))))
+    rebuilt = rebuild_structure(build()[0], json.loads(json.dumps(structure_of(network))))
     assert [p.requires_grad for p in rebuilt.parameters()] == [p.requires_grad for p in network.parameters()]
     assert not rebuilt[0].parametrizations["weight"].original.requires_grad
 
@@ -255,7 +258,7 @@ def test_hashed_weights_train_and_remain_few_values_of_two_signs(optimizer):
         assert not torch.equal(weight, seen[0][name])
     places = [hashed(network.get_submodule(path))["weight"][0].places for path in ("0", "3")]
     assert places[0].tolist() != places[1][: len(places[0])].tolist()
-    rebuilt = recipe.rebuild(build(seed=3)[0], json.loads(json.dumps(recipe.describe(network)))).eval()
+    rebuilt = rebuild_structure(build(seed=3)[0], json.loads(json.dumps(structure_of(network)))).eval()
     rebuilt.load_state_dict(network.state_dict(), strict=True)
     for other in (rebuilt, recipe.plain_copy(rebuilt), copy.deepcopy(rebuilt)):
         assert torch.equal(other(inputs), network.eval()(inputs))
@@ -296,10 +299,10 @@ def test_a_run_goes_on_in_a_fresh_network_bit_for_bit():
 
         optimizer = go(compressor, optimizer, 0)
         saved = copy.deepcopy(
-            (recipe.describe(network), network.state_dict(), compressor.state_dict(), optimizer.state_dict())
+            (structure_of(network), network.state_dict(), compressor.state_dict(), optimizer.state_dict())
         )
         go(compressor, optimizer, 1)
-        fresh = recipe.rebuild(build(seed=5)[0], saved[0])
+        fresh = rebuild_structure(build(seed=5)[0], saved[0])
         fresh.load_state_dict(saved[1], strict=True)
         other = Compressor(fresh, steps, inputs, epochs=2)
         other.load_state_dict(saved[2])

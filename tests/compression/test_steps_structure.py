@@ -1,5 +1,9 @@
 """The steps LowRank and TieLayers, and what they leave for the recipe."""
 
+from distill_lightning.compression.access.computed import bake
+from distill_lightning.compression.structure.changes import plain_structure
+from distill_lightning.compression.structure.changes import rebuild_structure
+from distill_lightning.compression.structure.changes import structure_of
 import copy
 import json
 
@@ -137,7 +141,7 @@ def test_what_would_not_shrink_stays_untouched_and_that_is_said():
     network, inputs = build("conv")
     state = copy.deepcopy(network.state_dict())
     compressor = compress(network, inputs, LowRank(rank=1.0), batches=[(inputs, torch.zeros(4, dtype=torch.long))])
-    assert recipe.describe(network) == {"changes": [], "layers": {}}
+    assert structure_of(network) == {"changes": [], "layers": {}}
     assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
     assert "LowRank has factored no layer: no factors were smaller or within the budget" in compressor.piece.notes
     assert any("3: Conv2d as svd of rank 32 would have" in note for note in compressor.piece.notes)
@@ -326,10 +330,10 @@ def test_wrong_ties_are_one_line():
 
 def rebuilt_of(name, network):
     """From another start, by way of JSON and a strictly loaded state dict."""
-    description = json.loads(json.dumps(recipe.describe(network)))
-    rebuilt = recipe.rebuild(build(name, seed=1)[0], description)
+    description = json.loads(json.dumps(structure_of(network)))
+    rebuilt = rebuild_structure(build(name, seed=1)[0], description)
     rebuilt.load_state_dict(network.state_dict(), strict=True)
-    assert recipe.describe(rebuilt) == description
+    assert structure_of(rebuilt) == description
     return rebuilt
 
 
@@ -383,7 +387,7 @@ def test_a_network_is_rebuilt_bit_for_bit(change, name, values):
     assert frozen == [parameter.requires_grad for parameter in network.parameters()]
     plain = recipe.plain_copy(rebuilt)
     assert not recipe.is_computed(plain)
-    again = recipe.rebuild(build(name, seed=2)[0], recipe.structure_only(recipe.describe(rebuilt))).eval()
+    again = rebuild_structure(build(name, seed=2)[0], plain_structure(structure_of(rebuilt))).eval()
     again.load_state_dict(plain.state_dict(), strict=True)
     assert all(parameter.requires_grad for parameter in plain.parameters())
     expected = frozen_outputs(network, inputs)
@@ -397,11 +401,11 @@ def test_baking_a_copy_leaves_the_network_its_weights():
     compress(network, inputs, ShareWeights(k=8))
     expected = network(inputs)
     for copied in (recipe.copy_network(network), copy.deepcopy(network)):
-        recipe.bake(copied)
+        bake(copied)
         assert torch.equal(copied(inputs), expected)
         assert torch.equal(network(inputs), expected)
     other = recipe.copy_network(network)
-    recipe.bake(network)
+    bake(network)
     assert torch.equal(other(inputs), expected)
 
 

@@ -1,5 +1,9 @@
 """Attention whose heads can be removed: first equal to PyTorch's, then to itself with heads masked."""
 
+from distill_lightning.compression.shrink.sizes import layer_sizes
+from distill_lightning.compression.shrink.sizes import resize_layer
+from distill_lightning.compression.shrink.sizes import set_sizes
+from distill_lightning.compression.shrink.sizes import sizes_of
 import copy
 import io
 import itertools
@@ -13,7 +17,7 @@ from torch.nn import functional as F
 
 from distill_lightning.compression.shrink.attention import (Attention, convert_attention)
 from distill_lightning.compression.shrink.groups import shrink
-from distill_lightning.compression.shrink.sizes import (describe, describe_layer, rebuild, rebuild_layer)
+
 from distill_lightning.compression.shrink.transformer import (head_groups, neuron_groups, remove_layers)
 from distill_lightning.errors import InputError
 
@@ -209,7 +213,7 @@ def test_a_shared_layer_stays_shared():
     network = convert_attention(Shared())
     assert isinstance(network.first, Attention)
     assert network.first is network.second
-    assert rebuild(Shared(), describe(network)).first.num_heads == HEADS
+    assert set_sizes(Shared(), sizes_of(network)).first.num_heads == HEADS
 
 
 # Without some of the heads and neurons.
@@ -326,11 +330,11 @@ def smaller():
 @pytest.mark.slow
 def test_a_smaller_encoder_is_described_rebuilt_trained_and_saved():
     network = smaller()
-    description = json.loads(json.dumps(describe(network)))
-    again = rebuild(build(), description)
+    description = json.loads(json.dumps(sizes_of(network)))
+    again = set_sizes(build(), description)
     assert again.load_state_dict(network.state_dict(), strict=True)
     assert str(again) == str(network)
-    assert describe(again) == description
+    assert sizes_of(again) == description
     steps, padding = torch.randn(3, 5, 3), torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 5])
     with torch.no_grad():
         for inputs in (steps, steps[:1], steps[:, :2]):
@@ -371,13 +375,13 @@ def test_one_layer_is_described_and_rebuilt(batch_first, sizes):
 
     attention = convert_attention(make())
     shrink(attention, {head_groups(attention)[0]: [1, 2, 3]})
-    description = describe_layer(attention)
-    again = rebuild_layer(make().eval(), json.loads(json.dumps(description)))
+    description = layer_sizes(attention)
+    again = resize_layer(make().eval(), json.loads(json.dumps(description)))
     again.load_state_dict(attention.state_dict(), strict=True)
-    assert describe_layer(again) == description
+    assert layer_sizes(again) == description
     assert description["num_heads"] == 3
     assert (again.dropout, again.q_proj.weight.dtype, again.training) == (0.25, torch.float64, False)
-    assert rebuild_layer(attention, description) is attention
+    assert resize_layer(attention, description) is attention
 
 
 def test_layers_are_the_objects_that_they_were():
@@ -414,4 +418,4 @@ def test_what_cannot_be_used_is_one_line():
     with pytest.raises(InputError, match="num_heads must be at least 1, got 0"):
         Attention(embed_dim=8, num_heads=0, head_dim=2)
     with pytest.raises(InputError, match="2 layers cannot be rebuilt with 3"):
-        rebuild(network, {"": {"kind": "encoder", "num_layers": 3}})
+        set_sizes(network, {"": {"kind": "encoder", "num_layers": 3}})

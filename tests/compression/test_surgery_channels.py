@@ -1,5 +1,8 @@
 """Channels that go together are found, and a network without them gives what one with them masked gives."""
 
+from distill_lightning.compression.shrink.sizes import resize_layer
+from distill_lightning.compression.shrink.sizes import set_sizes
+from distill_lightning.compression.shrink.sizes import sizes_of
 import copy
 import io
 import json
@@ -14,7 +17,7 @@ from torch.nn.utils import parametrizations
 from distill_lightning.compression.costs.macs import count_macs
 from distill_lightning.compression.shrink.channels import channel_groups
 from distill_lightning.compression.shrink.groups import (Group, Member, shrink)
-from distill_lightning.compression.shrink.sizes import (describe, rebuild, rebuild_layer)
+
 from distill_lightning.errors import InputError
 from distill_lightning.layers import GaussianHead
 from distill_lightning.networks import SmallResNet
@@ -398,14 +401,14 @@ def test_training_goes_on(make):
 def test_a_described_network_is_rebuilt_and_loads_strictly(make):
     network = alive(make())
     shrink(network, half(channel_groups(network, torch.randn(1, 1, 8, 8))))
-    description = json.loads(json.dumps(describe(network)))
+    description = json.loads(json.dumps(sizes_of(network)))
     again = make()
-    assert rebuild(again, description) is again
+    assert set_sizes(again, description) is again
     assert again.load_state_dict(network.state_dict(), strict=True)
     images = torch.randn(3, 1, 8, 8)
     assert torch.equal(again.eval()(images), network(images))
     assert str(again) == str(network)
-    assert describe(again) == description
+    assert sizes_of(again) == description
 
 
 def test_keeping_everything_changes_nothing():
@@ -495,8 +498,8 @@ def test_a_network_that_cannot_be_followed_is_one_line():
 
 def test_a_description_of_another_network_is_refused():
     with pytest.raises(InputError, match="no layer 'stem' to rebuild"):
-        rebuild(nn.Linear(2, 2), {"stem": {"kind": "linear", "in_features": 1, "out_features": 1}})
+        set_sizes(nn.Linear(2, 2), {"stem": {"kind": "linear", "in_features": 1, "out_features": 1}})
     with pytest.raises(InputError, match="Linear cannot be rebuilt as 'norm'"):
-        rebuild_layer(nn.Linear(2, 2), {"kind": "norm", "num_features": 1})
+        resize_layer(nn.Linear(2, 2), {"kind": "norm", "num_features": 1})
     with pytest.raises(InputError, match="ReLU cannot be rebuilt as 'linear'"):
-        rebuild_layer(nn.ReLU(), {"kind": "linear", "in_features": 1, "out_features": 1})
+        resize_layer(nn.ReLU(), {"kind": "linear", "in_features": 1, "out_features": 1})

@@ -1,5 +1,7 @@
 """RNN, GRU and LSTM without some of their hidden units give what they give with these units at zero."""
 
+from distill_lightning.compression.shrink.sizes import set_sizes
+from distill_lightning.compression.shrink.sizes import sizes_of
 import copy
 import io
 import itertools
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 
 from distill_lightning.compression.shrink.channels import channel_groups
 from distill_lightning.compression.shrink.groups import shrink
-from distill_lightning.compression.shrink.sizes import (describe, rebuild)
+
 from distill_lightning.compression.shrink.recurrent import (gate_masks, in_blocks, unit_group, unit_groups)
 from distill_lightning.errors import InputError
 
@@ -224,7 +226,7 @@ def test_rebuilt_trained_and_saved(name, shape):
     steps = torch.randn(4, 6, 5)
     (group,) = unit_groups(network, steps)
     shrink(network, {group: choose(network, group)})
-    again = rebuild(Sequences(kind, final, **options, **shape), json.loads(json.dumps(describe(network))))
+    again = set_sizes(Sequences(kind, final, **options, **shape), json.loads(json.dumps(sizes_of(network))))
     assert again.load_state_dict(network.state_dict(), strict=True)
     assert torch.equal(again(steps), network(steps))
     assert str(again) == str(network)

@@ -1,5 +1,7 @@
 """The groups that torch-pruning finds are ours where both know the network, and hold where ours does not."""
 
+from distill_lightning.compression.shrink.sizes import set_sizes
+from distill_lightning.compression.shrink.sizes import sizes_of
 import copy
 import json
 import sys
@@ -16,7 +18,7 @@ from distill_lightning.compression.costs.macs import count_macs
 from distill_lightning.compression.shrink.channels import channel_groups
 from distill_lightning.compression.shrink.torch_pruning import channel_groups_by_torch_pruning
 from distill_lightning.compression.shrink.attention import convert_attention
-from distill_lightning.compression.shrink.sizes import (describe, rebuild)
+
 from distill_lightning.compression.shrink.groups import shrink
 from distill_lightning.networks import SmallResNet
 
@@ -94,7 +96,7 @@ def test_the_groups_are_ours_and_shrunk_is_masked(name):
     assert (output - wanted).norm() < 1e-4 * wanted.norm()
     assert wanted.std(0).max() > 0
 
-    rebuilt = rebuild(make().eval(), json.loads(json.dumps(describe(network))))
+    rebuilt = set_sizes(make().eval(), json.loads(json.dumps(sizes_of(network))))
     rebuilt.load_state_dict(network.state_dict(), strict=True)
     with torch.no_grad():
         assert torch.equal(rebuilt(images), output)

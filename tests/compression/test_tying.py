@@ -1,5 +1,7 @@
 """Tied layers are one object, and remain it whatever happens to the network."""
 
+from distill_lightning.compression.shrink.tying import restore_ties
+from distill_lightning.compression.shrink.tying import ties_of
 import copy
 import io
 import json
@@ -10,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from distill_lightning import InputError, SupervisedModule
-from distill_lightning.compression.shrink.tying import (describe_tied, parameter_ties, rebuild_tied, tie_layers)
+from distill_lightning.compression.shrink.tying import (parameter_ties, tie_layers)
 from distill_lightning.testing import tiny_trainer
 
 
@@ -174,31 +176,31 @@ def test_an_exported_program_has_it_once():
 
 def test_a_description_ties_a_fresh_network():
     network = tie_layers(build(), GROUPS)
-    description = json.loads(json.dumps(describe_tied(network)))
+    description = json.loads(json.dumps(ties_of(network)))
     assert description == GROUPS
     fresh = build(4)
-    assert rebuild_tied(fresh, description) is fresh
+    assert restore_ties(fresh, description) is fresh
     assert_tied(fresh)
     fresh.load_state_dict(network.state_dict(), strict=True)
     assert torch.equal(fresh.eval()(IMAGES), network.eval()(IMAGES))
-    assert describe_tied(fresh) == description
+    assert ties_of(fresh) == description
     # What is tied already, by the constructor say, remains so.
-    assert rebuild_tied(fresh, description) is fresh
-    assert describe_tied(fresh) == description
-    assert describe_tied(build()) == []
+    assert restore_ties(fresh, description) is fresh
+    assert ties_of(fresh) == description
+    assert ties_of(build()) == []
     activation = nn.ReLU()
-    assert describe_tied(nn.Sequential(nn.Linear(2, 2), activation, nn.Linear(2, 2), activation)) == []
+    assert ties_of(nn.Sequential(nn.Linear(2, 2), activation, nn.Linear(2, 2), activation)) == []
 
 
 def test_what_was_tied_before_comes_along():
     network = tie_layers(build(), [["1", "2"]])
     tie_layers(network, [["3", "2"]])
     assert network[1] is network[2] is network[3]
-    assert describe_tied(network) == [["1", "2", "3"]]
+    assert ties_of(network) == [["1", "2", "3"]]
     inner = tie_layers(build(), [["1.conv", "2.conv"]])
     tie_layers(inner, [["1", "2"]])
     assert inner[1] is inner[2]
-    assert describe_tied(inner) == [["1", "2"]]
+    assert ties_of(inner) == [["1", "2"]]
 
 
 def test_parameter_ties_are_names_of_one_tensor():

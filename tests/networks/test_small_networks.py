@@ -1,5 +1,7 @@
 """SmallCNN, SmallLSTM and SmallTransformer: what they compute, their sizes, and that they can be shrunk."""
 
+from distill_lightning.compression.shrink.sizes import set_sizes
+from distill_lightning.compression.shrink.sizes import sizes_of
 import copy
 import math
 
@@ -13,7 +15,7 @@ from distill_lightning.compression.shrink.recurrent import (in_blocks, unit_grou
 from distill_lightning.compression.shrink.attention import convert_attention
 from distill_lightning.compression.shrink.transformer import (head_groups, neuron_groups, remove_layers)
 from distill_lightning.compression.shrink.channels import channel_groups
-from distill_lightning.compression.shrink.sizes import (describe as surgery_describe, rebuild as surgery_rebuild)
+
 from distill_lightning.compression.costs.macs import count_macs
 from distill_lightning.layers import FeatureTap, dry_forward
 from distill_lightning.networks import build_from, recipe_of
@@ -355,7 +357,7 @@ def check_shrinking(network, groups, keep, inputs, build):
     size = count(network)
     shrink(network, keep)
     assert count(network) < 0.8 * size
-    again = surgery_rebuild(made(build), surgery_describe(network)).eval()
+    again = set_sizes(made(build), sizes_of(network)).eval()
     again.load_state_dict(network.state_dict())
     with torch.no_grad():
         for samples in (1, 2, 5):

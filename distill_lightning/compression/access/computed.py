@@ -162,8 +162,11 @@ def describe_weights(layer: nn.Module) -> dict[str, Any]:
     return {name: {"family": entry.family, **entry.describe()} for name, entry in computed(layer).items()}
 
 
-def rebuild_weights(layer: nn.Module, description: Mapping[str, Any]) -> None:
+def rebuild_weights(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module:
     """Give a plain layer the described structure, in place; the described layer's state dict then loads strictly.
+
+    Returns:
+        The layer.
 
     Raises:
         InputError: the layer has no weight of that name, or the description is of another version.
@@ -176,6 +179,7 @@ def rebuild_weights(layer: nn.Module, description: Mapping[str, Any]) -> None:
             raise InputError(f"{type(layer).__name__} has no weight {name!r} to compute: is it the right layer?")
         options = {key: value for key, value in told.items() if key != "family"}
         compute(layer, name, family.from_description(getattr(layer, name), options))
+    return layer
 
 
 @torch.no_grad()
