@@ -32,9 +32,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.timing import machine, stopwatch
-from distill_lightning.compression import (Compressor, Cubic, LowRank, PruneWeights, Quantize, ShareWeights, Step)
-from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression import (
+    Compressor,
+    Cubic,
+    LearnMask,
+    LowRank,
+    Movement,
+    PruneUnits,
+    PruneWeights,
+    Quantize,
+    ShareWeights,
+    Step,
+)
 from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.costs.parameters import count_parameters
 from distill_lightning.compression.structure.changes import plain_copy
 from distill_lightning.functional import softened_kl
 from distill_lightning.networks import SmallCNN, SmallLSTM, SmallTransformer
@@ -121,11 +132,11 @@ def conditions() -> list[Condition]:
     return [*_of_pruning(), *_of_values(), *_of_rank(), *_of_tickets(), *_of_channels()]
 
 
-def _prune(**options: Any) -> StepMaker:
+def _prune(*, amount: float, criterion: Any = "magnitude", **options: Any) -> StepMaker:
     # Movement and the cubic schedule spend the last 30 % of their epochs at the final amount.
-    if options.get("criterion") == "movement":
-        options["schedule"] = Cubic(end=0.7)
-    return lambda _, when: PruneWeights(**options, **when)
+    if criterion == "movement":
+        return lambda _, when: LearnMask(Movement(amount, schedule=Cubic(end=0.7)), **when)
+    return lambda _, when: PruneWeights(amount=amount, criterion=criterion, **options, **when)
 
 
 def _of_pruning() -> list[Condition]:
@@ -231,8 +242,8 @@ def _of_channels() -> list[Condition]:
     return [*rows, *tuned]
 
 
-def _channels(amount: float, criterion: str) -> StepMaker:
-    return _prune(amount=amount, criterion=criterion, granularity="channel", scope="layer")
+def _channels(amount: float, criterion: Any) -> StepMaker:
+    return lambda _, when: PruneUnits(unit="channel", amount=amount, criterion=criterion, scope="layer", **when)
 
 
 # Running a condition

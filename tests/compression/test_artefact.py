@@ -1,6 +1,5 @@
 """Whole networks in packed files, and back, here and in a fresh process."""
 
-from distill_lightning.compression.structure.changes import structure_of
 import json
 import subprocess
 import sys
@@ -11,21 +10,22 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError, Pretrained, SmallResNet
-from distill_lightning.compression.values.quantizer import (quantize_weights, weight_codes)
+from distill_lightning.compression import Compressor, Encode, Quantize, load_compressed, write_artefact
+from distill_lightning.compression.access.computed import is_computed, original_of
 from distill_lightning.compression.access.weights import weight_names
-from distill_lightning.compression.values.codebook import share_weights
-from distill_lightning.compression.values.hashed import hash_weights
-from distill_lightning.compression.file.format import (read_parts, write_packed)
-from distill_lightning.compression.file.packed import (pack_codes, unpack, unpack_codes)
+from distill_lightning.compression.factor.factoring import factorize, replace_layer
+from distill_lightning.compression.file.format import read_parts, write_packed
+from distill_lightning.compression.file.packed import pack_codes, unpack, unpack_codes
+from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.compression.shrink.channels import channel_groups
 from distill_lightning.compression.shrink.groups import shrink
-from distill_lightning.compression.factor.factoring import (describe as low_rank_describe, factorize, replace_layer)
+from distill_lightning.compression.steps import HashShare, LowRank, PruneUnits, PruneWeights, ShareWeights
+from distill_lightning.compression.structure.changes import note_change, plain_copy, structure_of
+from distill_lightning.compression.values.codebook import share_weights
+from distill_lightning.compression.values.estimators import codes as codes_of
+from distill_lightning.compression.values.hashed import hash_weights
+from distill_lightning.compression.values.quantizer import quantize_weights
 from distill_lightning.compression.values.scheme import Scheme
-from distill_lightning.compression.values.estimators import codes as quantizers_codes
-from distill_lightning.compression.structure import changes as recipe
-from distill_lightning.compression import (Compressor, Encode, Quantize, load_compressed, write_artefact)
-from distill_lightning.compression.mask.masks import Masks
-from distill_lightning.compression.steps import (HashShare, LowRank, PruneUnits, PruneWeights, ShareWeights)
 from distill_lightning.networks import recipe_of
 
 
@@ -115,7 +115,7 @@ def assert_reloads(network, path, kind, coding="plain"):
     with_network = None if kind == "resnet" else BUILDERS[kind]()
     loaded = load_compressed(path, with_network)
     assert not loaded.training
-    assert not recipe.is_computed(loaded)
+    assert not is_computed(loaded)
     assert torch.equal(outputs(loaded, kind), outputs(network, kind))
     inputs = inputs_for(kind)
     assert torch.equal(loaded(inputs), network(inputs))
@@ -248,7 +248,7 @@ def test_codes_of_pruned_weights_are_left_out(scheme, tmp_path):
     with torch.no_grad():
         network[0].weight[torch.rand(31, 53) < 0.85] = 0
     quantize_weights(network[0], scheme=scheme)
-    codes, _ = weight_codes(network[0])["weight"]
+    codes = network[0].parametrizations.weight[0].codes(original_of(network[0], "weight"))
     packed = pack_codes(codes, scheme, sparse=True)
     assert torch.equal(unpack(packed), network[0].weight)
     assert torch.equal(unpack_codes(packed)[0].values, codes.values)
@@ -267,7 +267,7 @@ def test_codes_without_one_zero_are_not_sparse():
     weight = torch.randn(4, 9) + torch.arange(4)[:, None]
     for scheme in (Scheme(4, "affine"), Scheme(1, "binary")):
         with pytest.raises(InputError, match="different codes of zero"):
-            pack_codes(quantizers_codes(weight, scheme), scheme, sparse=True)
+            pack_codes(codes_of(weight, scheme), scheme, sparse=True)
 
 
 @pytest.mark.slow
@@ -327,11 +327,11 @@ def test_files_of_networks_with_another_structure_load(tmp_path):
     inputs = inputs_for("resnet")
     groups = channel_groups(network, inputs)
     shrink(network, {group: torch.arange(group.size // 2) for group in groups})
-    recipe.note_change(network, "sizes")
+    note_change(network, "sizes")
     assert_reloads(network, tmp_path / "a.dlpk", "resnet")
     factored = factorize(network.stage3[0].conv2, rank=2).layer
     replace_layer(network, "stage3.0.conv2", factored)
-    recipe.note_change(network, "low_rank", {"stage3.0.conv2": low_rank_describe(factored)})
+    note_change(network, "low_rank", {"stage3.0.conv2": factored.description})
     before = assert_reloads(network, tmp_path / "a.dlpk", "resnet")
     Compressor(network, [Quantize(weight_bits=5, act_bits=6)], inputs, batches=[(inputs, None)]).apply()
     after = assert_reloads(network, tmp_path / "a.dlpk", "resnet", "deflate")
@@ -400,7 +400,7 @@ def checkpoint_of(network, path, **changes):
         "state_dict": {f"student.{name}": value for name, value in network.state_dict().items()}
         | {"other.weight": torch.zeros(2)},
         "recipes": {"student": recipe_of(network)},
-        "compression": {"attribute": "student", "description": structure_of(network)},
+        "compression": {"attribute": "student", "structure": structure_of(network)},
     }
     torch.save({**content, **changes}, path)
 
@@ -418,7 +418,7 @@ def test_checkpoints_of_a_training_load_as_plain_networks(coding, tmp_path):
             hash_weights(layer, ratio=0.2)
     checkpoint_of(network, tmp_path / "last.ckpt")
     loaded = load_compressed(tmp_path / "last.ckpt")
-    assert not recipe.is_computed(loaded)
+    assert not is_computed(loaded)
     assert torch.equal(outputs(loaded, "resnet"), outputs(network, "resnet"))
     checkpoint_of(network, tmp_path / "last.ckpt", recipes={"student": None})
     with pytest.raises(InputError, match="does not say how its network 'student' was built"):
@@ -442,9 +442,7 @@ def test_files_that_cannot_be_used_say_why_in_one_line(tmp_path):
     cases["cannot be read as weights|is refused"] = (tmp_path / "text", conv_net())
     write_packed(tmp_path / "tensors", {}, {})
     cases["holds packed tensors but no network"] = (tmp_path / "tensors", conv_net())
-    write_packed(tmp_path / "newer", {}, {"kind": "network", "format": 9})
-    cases["has format 9"] = (tmp_path / "newer", conv_net())
-    write_packed(tmp_path / "foreign", {}, {"kind": "network", "format": 1})
+    write_packed(tmp_path / "foreign", {}, {"kind": "network"})
     cases["foreign is damaged"] = (tmp_path / "foreign", conv_net())
     torch.save(network.state_dict(), tmp_path / "weights.pt")
     cases["is not a checkpoint of a training"] = (tmp_path / "weights.pt", conv_net())
@@ -465,7 +463,7 @@ def test_files_that_cannot_be_used_say_why_in_one_line(tmp_path):
 
 def recipe_changed():
     network = conv_net()
-    recipe.note_change(network, "sizes")
+    note_change(network, "sizes")
     return network
 
 
@@ -474,10 +472,10 @@ def test_writing_leaves_the_network_alone_even_where_a_copy_shares_its_classes(t
     for layer in layers_of(network):
         quantize_weights(layer, scheme=Scheme(4))
     kinds = [type(module) for module in network.modules()]
-    recipe.plain_copy(network)
+    plain_copy(network)
     write_artefact(network, tmp_path / "a.dlpk")
     assert network.training
     assert [type(module) for module in network.modules()] == kinds
-    assert recipe.is_computed(network)
+    assert is_computed(network)
     network(inputs_for("lstm")).sum().backward()
     assert network.head.parametrizations.weight.original.grad is not None

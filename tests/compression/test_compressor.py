@@ -1,7 +1,5 @@
 """The Compressor in a loop of one's own, and at once; descriptions from which a network is made again."""
 
-from distill_lightning.compression.structure.changes import rebuild_structure
-from distill_lightning.compression.structure.changes import structure_of
 import json
 
 import pytest
@@ -11,10 +9,25 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from distill_lightning import SmallCNN, SmallLSTM, SmallTransformer
-from distill_lightning.compression import (Compressor, Cubic, Encode, HashShare, LowRank, LearnMask, Movement, PruneUnits, PruneWeights, Quantize, Regularise, ShareWeights, TieLayers, load_compressed)
-from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression import (
+    Compressor,
+    Cubic,
+    Encode,
+    HashShare,
+    LearnMask,
+    LowRank,
+    Movement,
+    PruneUnits,
+    PruneWeights,
+    Quantize,
+    Regularise,
+    ShareWeights,
+    TieLayers,
+    load_compressed,
+)
 from distill_lightning.compression.access.copies import copy_network
-from distill_lightning.compression.structure.changes import (plain_copy)
+from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression.structure.changes import plain_copy, rebuild_structure, structure_of
 from distill_lightning.errors import InputError
 from distill_lightning.testing import TinyNet
 
@@ -63,7 +76,11 @@ STEPS = {
     "masks": lambda: [PruneWeights(amount=0.6, schedule=Cubic(), finetune_epochs=3)],
     "channels": lambda: [PruneUnits(amount=0.5, unit="channel", schedule=Cubic(), finetune_epochs=3)],
     "low rank": lambda: [LowRank(rank=2, finetune_epochs=3)],
-    "values": lambda: [PruneWeights(amount=0.5, finetune_epochs=1), Quantize(weight_bits=4, finetune_epochs=2), Encode()],
+    "values": lambda: [
+        PruneWeights(amount=0.5, finetune_epochs=1),
+        Quantize(weight_bits=4, finetune_epochs=2),
+        Encode(),
+    ],
     "movement": lambda: [LearnMask(Movement(0.5), finetune_epochs=2), ShareWeights(finetune_epochs=1)],
 }
 
@@ -203,7 +220,15 @@ CNN = lambda: SmallCNN(3, width=4)  # noqa: E731
 @pytest.mark.parametrize(
     ("make", "steps"),
     [
-        (CNN, [PruneUnits(amount=0.5, unit="channel"), LowRank(rank=2), PruneWeights(amount=0.5), Quantize(weight_bits=3)]),
+        (
+            CNN,
+            [
+                PruneUnits(amount=0.5, unit="channel"),
+                LowRank(rank=2),
+                PruneWeights(amount=0.5),
+                Quantize(weight_bits=3),
+            ],
+        ),
         (CNN, [LowRank(rank=2), PruneUnits(amount=0.3, unit="channel"), ShareWeights(k=4), Encode()]),
         (CNN, [HashShare(ratio=4)]),
         (CNN, [Quantize(weight_bits=4, act_bits=8)]),

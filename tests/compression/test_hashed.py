@@ -1,8 +1,5 @@
 """Weights that share values by a hash of their places, and the file that holds nothing but the values."""
 
-from distill_lightning.compression.access.computed import bake_layer
-from distill_lightning.compression.access.computed import describe_weights
-from distill_lightning.compression.access.computed import rebuild_weights
 import copy
 import hashlib
 import json
@@ -15,14 +12,20 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression.values.hashed import (Hashed, hash_weights, hashed)
-from distill_lightning.compression.file.packed import (Packed, Part, encode, pack_hashed, unpack)
-from distill_lightning.compression.file.format import (read_packed, write_packed)
-from distill_lightning.compression.values.quantizer import quantize_weights
+from distill_lightning.compression.access.computed import (
+    bake_layer,
+    computed,
+    describe_weights,
+    original_of,
+    rebuild_weights,
+)
 from distill_lightning.compression.access.weights import weight_names
+from distill_lightning.compression.file.format import read_packed, write_packed
+from distill_lightning.compression.file.packed import Packed, Part, encode, pack_hashed, unpack
 from distill_lightning.compression.values.codebook import share_weights
+from distill_lightning.compression.values.hashed import Hashed, hash_places, hash_weights
+from distill_lightning.compression.values.quantizer import quantize_weights
 from distill_lightning.compression.values.scheme import Scheme
-from distill_lightning.compression.values.hashed import hash_places
 
 M64 = 2**64
 
@@ -38,6 +41,11 @@ def naive_place(index, buckets, seed):
     key = naive_scramble((seed + 1) * 0x9E3779B97F4A7C15 % M64)
     number = naive_scramble(naive_scramble(index * 0x9E3779B97F4A7C15 % M64) ^ key)
     return (number >> 1) % buckets, -1 if number % 2 else 1
+
+
+def hashed(layer):
+    """What hashes each weight, and the values."""
+    return {name: (entry, original_of(layer, name).detach()) for name, entry in computed(layer).items()}
 
 
 def naive_weight(values, shape, seed):
@@ -100,7 +108,7 @@ def test_two_seeds_are_independent():
 @pytest.mark.slow
 def test_another_process_hashes_alike():
     code = (
-        "import hashlib; from distill_lightning.compression.packing.hashed import hash_places;"
+        "import hashlib; from distill_lightning.compression.values.hashed import hash_places;"
         "print(hashlib.sha256(hash_places(5000, 77, 3).numpy().astype('<i4').tobytes()).hexdigest())"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
@@ -353,7 +361,7 @@ def test_the_file_holds_the_values_and_another_process_reads_it(tmp_path):
     assert size < 4 * 4096 + 200
     assert len(values) / layer.weight.numel() == 1 / 32
     code = (
-        "import hashlib, sys; from distill_lightning.compression.packing import read_packed;"
+        "import hashlib, sys; from distill_lightning.compression.file.format import read_packed;"
         "print(hashlib.sha256(read_packed(sys.argv[1])[1]['weight'].numpy().tobytes()).hexdigest())"
     )
     told = subprocess.run(

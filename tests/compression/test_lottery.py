@@ -9,7 +9,7 @@ from torch import nn
 
 from distill_lightning import InputError
 from distill_lightning.compression.mask.criteria import magnitude
-from distill_lightning.compression.mask.lottery import (Snapshot, reinitialize)
+from distill_lightning.compression.mask.lottery import Snapshot, reinitialize
 from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.compression.mask.selection import select
 from distill_lightning.testing import TinyNet

@@ -1,6 +1,5 @@
 """Multiply-accumulates against formulas written out by hand, and against torch's own counter where that is right."""
 
-from distill_lightning.compression.factor.factoring import build_factors
 import copy
 
 import pytest
@@ -12,9 +11,9 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill_lightning import InputError, SmallResNet
+from distill_lightning.compression.costs.macs import Cost, count_macs
+from distill_lightning.compression.factor.factoring import build_factors
 from distill_lightning.compression.mask.criteria import magnitude
-
-from distill_lightning.compression.costs.macs import (Cost, count_macs)
 from distill_lightning.compression.mask.learned import learn
 from distill_lightning.compression.mask.selection import select
 

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from distill_lightning import InputError
-from distill_lightning.compression.mask.masks import (Masks, lowest, regrow, splice)
-from distill_lightning.compression.mask.selection import (Granularity, choose, select, select_below, select_groups)
-from distill_lightning.compression.shrink.axes import Slice
+from distill_lightning.compression.mask.masks import Masks, lowest, regrow
+from distill_lightning.compression.mask.selection import Granularity, choose, select, select_below
 
 
 class Mixed(nn.Module):
@@ -431,118 +430,6 @@ def test_a_threshold_prunes_what_is_below_and_leaves_one():
         select_below(scores, 1.0, granularity="2:4")
 
 
-# groups
-
-
-def channels(number):
-    return [
-        [
-            Slice("conv.weight", 0, [j]),
-            Slice("conv.bias", 0, [j]),
-            Slice("norm.weight", 0, [j]),
-            Slice("norm.bias", 0, [j]),
-        ]
-        for j in range(number)
-    ]
-
-
-def test_a_masked_channel_is_the_networks_without_it():
-    network = Mixed().eval()
-    nn.init.normal_(network.norm.bias)
-    scores = {"conv.weight": network.conv.weight.detach().abs()}
-    masks = select_groups(network, scores, {"conv": channels(4)}, 0.5)
-    sums = network.conv.weight.detach().abs().sum((1, 2, 3))
-    lower = sums.argsort()[:2].tolist()
-    masks.project(network)
-    outputs = network.norm(network.conv(images(0)[0]))
-    assert outputs[:, lower].count_nonzero() == 0
-    assert [j for j in range(4) if outputs[:, j].count_nonzero() == 0] == sorted(lower)
-    assert masks.kept.keys() == {"conv.weight", "conv.bias", "norm.weight", "norm.bias"}
-
-
-def units(hidden):
-    """The hidden units of the LSTM: gate rows, biases, recurrent columns, and the columns of who reads them."""
-    gates = [[k * hidden + j for k in range(4)] for j in range(hidden)]
-    return [
-        [
-            Slice("lstm.weight_ih_l0", 0, gates[j]),
-            Slice("lstm.weight_hh_l0", 0, gates[j]),
-            Slice("lstm.bias_ih_l0", 0, gates[j]),
-            Slice("lstm.bias_hh_l0", 0, gates[j]),
-            Slice("lstm.weight_hh_l0", 1, [j]),
-            Slice("head.weight", 1, [j]),
-        ]
-        for j in range(hidden)
-    ]
-
-
-def test_a_masked_hidden_unit_is_always_zero():
-    network = Mixed().double()
-    masks = select_groups(network, magnitudes(network), {"lstm": units(5)}, 0.4)
-    masks.project(network)
-    hidden, _ = network.lstm(drawn(3, 7, 16))
-    silent = (hidden.abs().sum((0, 1)) == 0).nonzero()[:, 0].tolist()
-    assert len(silent) == 2
-    assert network.head.weight[:, silent].count_nonzero() == 0
-    total = [
-        sum(
-            network.get_parameter(part.parameter).abs().index_select(part.dim, torch.tensor(part.indices)).sum().item()
-            for part in group
-            if part.parameter in PATHS
-        )
-        for group in units(5)
-    ]
-    assert sorted(range(5), key=lambda j: total[j])[:2] == silent
-
-
-def test_groups_are_summed_or_averaged_by_the_map():
-    network = nn.Linear(3, 2, bias=False)
-    scores = {"weight": torch.tensor([[1.0, 2.0, 6.0], [1.0, 2.0, 4.0]])}
-    groups = {"a": [[Slice("weight", 1, [0, 1])], [Slice("weight", 1, [2])]]}
-    assert select_groups(network, scores, groups, 0.5).kept["weight"][0].tolist() == [False, False, True]
-    assert select_groups(network, scores, groups, 0.5, reduce="mean").kept["weight"][0].tolist() == [False, False, True]
-    scores = {"weight": torch.tensor([[3.0, 3.0, 4.0], [3.0, 3.0, 4.0]])}
-    assert select_groups(network, scores, groups, 0.5).kept["weight"][0].tolist() == [True, True, False]
-    assert select_groups(network, scores, groups, 0.5, reduce="mean").kept["weight"][0].tolist() == [False, False, True]
-
-
-def test_groups_of_all_layers_compete_or_each_layers_alone():
-    network = Mixed()
-    groups = {"conv": channels(4), "lstm": units(5)}
-    scores = {"conv.weight": torch.ones(4, 1, 3, 3) * 100, "head.weight": torch.ones(3, 5)}
-    everywhere = select_groups(network, scores, groups, 1 / 3)
-    assert everywhere.sparsities()["conv.weight"] == 0
-    assert everywhere.sparsities()["head.weight"] == pytest.approx(3 / 5)
-    each = select_groups(network, scores, groups, {"conv": 0.5, "lstm": 0.2})
-    assert each.sparsities()["conv.weight"] == 0.5
-    assert each.sparsities()["head.weight"] == pytest.approx(1 / 5)
-    assert select_groups(network, scores, groups, 1.0).sparsities()["conv.bias"] == 0.75
-
-
-def test_groups_stay_pruned():
-    network = Mixed()
-    scores = {"conv.weight": torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 1, 3, 3)}
-    first = select_groups(network, scores, {"conv": channels(4)}, 0.25)
-    reversed_scores = {"conv.weight": scores["conv.weight"].flip(0)}
-    second = select_groups(network, reversed_scores, {"conv": channels(4)}, 0.5, previous=first)
-    assert second.kept["conv.bias"].tolist() == [False, True, True, False]
-
-
-@pytest.mark.parametrize(
-    ("part", "message"),
-    [
-        (Slice("conv.weight", 0, [4]), r"indices \[4\] of dimension 0 of 'conv.weight', whose shape is \(4, 1, 3, 3\)"),
-        (Slice("conv.weight", 4, [0]), "of dimension 4"),
-        (Slice("conv.weight", 0, []), r"indices \[\]"),
-        (Slice("conv.wait", 0, [0]), "no parameter 'conv.wait'"),
-        (Slice("conv.bias", 0, [0]), "no parameter of a group of 'conv' has scores: score 'conv.bias'"),
-    ],
-)
-def test_groups_that_cannot_be_are_refused(part, message):
-    with pytest.raises(InputError, match=message):
-        select_groups(Mixed(), {"conv.weight": torch.ones(4, 1, 3, 3)}, {"conv": [[part]]}, 0.5)
-
-
 # regrowth
 
 
@@ -557,12 +444,6 @@ def test_regrowth_takes_exactly_the_most_promising():
     assert regrow(masks, scores, 1.0).pruned == 0
     assert regrow(Masks(), {}, 0.5).total == 0
     assert regrow(masks, {path: torch.zeros_like(score) for path, score in scores.items()}, 0.5).pruned == 3
-
-
-def test_splicing_moves_only_what_leaves_the_band():
-    masks = Masks({"a": torch.tensor([True, True, False, False, True])})
-    scores = {"a": torch.tensor([0.1, 0.5, 0.5, 0.9, 0.9])}
-    assert splice(masks, scores, low=0.3, high=0.7).kept["a"].tolist() == [False, True, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -585,7 +466,6 @@ def test_splicing_moves_only_what_leaves_the_band():
         (lambda s: choose({"a": torch.ones(2)}, -0.1), "got -0.1"),
         (lambda s: regrow(Masks({"a": torch.zeros(2, 3, dtype=torch.bool)}), s, 2), "between 0 and 1, got 2"),
         (lambda s: regrow(Masks({"b": torch.zeros(2, dtype=torch.bool)}), s, 0.5), "'b' has no scores of its shape"),
-        (lambda s: splice(Masks(), s, low=2, high=1), "low must not exceed high, got 2 and 1"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_one_line(call, message):

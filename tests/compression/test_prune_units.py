@@ -1,7 +1,5 @@
 """The step that prunes channels, hidden units, neurons, heads and layers: what is masked is what leaves."""
 
-from distill_lightning.compression.structure.changes import rebuild_structure
-from distill_lightning.compression.structure.changes import structure_of
 import copy
 import io
 import json
@@ -12,16 +10,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression.mask import criteria
-from distill_lightning.compression.structure import changes as recipe
-from distill_lightning.compression.run.compressor import Compressor
-from distill_lightning.compression.mask.lottery import Snapshot
 from distill_lightning.compression.costs.macs import count_macs
-from distill_lightning.compression.steps.schedules import (Cubic, Iterative, Threshold)
-from distill_lightning.compression.steps import (PruneUnits, PruneWeights, Sensitivity)
+from distill_lightning.compression.mask import criteria
+from distill_lightning.compression.mask.lottery import Snapshot
+from distill_lightning.compression.run.compressor import Compressor
 from distill_lightning.compression.shrink.attention import Attention
 from distill_lightning.compression.shrink.channels import channel_groups
 from distill_lightning.compression.shrink.recurrent import unit_groups
+from distill_lightning.compression.steps import PruneUnits, PruneWeights, Sensitivity
+from distill_lightning.compression.steps.schedules import Cubic, Iterative, Threshold
+from distill_lightning.compression.structure.changes import rebuild_structure, structure_of
 from distill_lightning.networks import SmallResNet
 
 
@@ -289,12 +287,12 @@ def test_patterns_targets_and_exclude_choose_groups():
 @pytest.mark.parametrize("budget", ["macs:0.8", "params:0.6"])
 def test_a_budget_is_met_by_the_smallest_amount(budget):
     measure, share = budget.split(":")
-    inputs, chosen = data("cnn")[0][0], {"granularity": "channel", "targets": ["stage2.0.conv1", "stage3.0.conv1"]}
+    inputs, chosen = data("cnn")[0][0], {"unit": "channel", "targets": ["stage2.0.conv1", "stage3.0.conv1"]}
     cost = sizes if measure == "params" else lambda network: count_macs(network, inputs).dense
-    network, _ = applied("cnn", PruneWeights(budget=budget, **chosen))
+    network, _ = applied("cnn", PruneUnits(budget=budget, **chosen))
     limit = float(share) * cost(build("cnn"))
     assert cost(network) <= limit
-    costs = (cost(applied("cnn", PruneWeights(amount=n / 48, **chosen))[0]) for n in range(48))
+    costs = (cost(applied("cnn", PruneUnits(amount=n / 48, **chosen))[0]) for n in range(48))
     assert cost(network) == next(value for value in costs if value <= limit)
 
 
@@ -491,7 +489,9 @@ def test_a_shrunk_ticket_is_the_shrunk_beginning(kind, granularity):
 
 def test_iterative_tickets_of_heads_go_back_through_the_conversion():
     network = build("transformer")
-    step = PruneUnits(amount=0.5, unit="head", schedule=Iterative(2), rewind="start", at=1, finetune_epochs=2, scope="layer")
+    step = PruneUnits(
+        amount=0.5, unit="head", schedule=Iterative(2), rewind="start", at=1, finetune_epochs=2, scope="layer"
+    )
     compressor = compressor_of("transformer", network, step, epochs=3)
     train("transformer", compressor, epochs=3)
     compressor.finish()

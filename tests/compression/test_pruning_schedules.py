@@ -3,7 +3,7 @@
 import pytest
 
 from distill_lightning import InputError
-from distill_lightning.compression.steps.schedules import (Cubic, Iterative, OneShot, Threshold)
+from distill_lightning.compression.steps.schedules import Cubic, Iterative, OneShot, Threshold
 
 SCHEDULES = [
     OneShot(),

@@ -1,9 +1,5 @@
 """The steps Quantize and Encode, in a Compressor."""
 
-from distill_lightning.compression.access.computed import bake
-from distill_lightning.compression.access.computed import describe_weights
-from distill_lightning.compression.structure.changes import rebuild_structure
-from distill_lightning.compression.structure.changes import structure_of
 import copy
 import math
 
@@ -16,17 +12,18 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from distill_lightning import InputError
+from distill_lightning.compression import Compressor, Encode, MixedPrecision, Quantize, Step, load_compressed
+from distill_lightning.compression.access.computed import bake, computed, describe_weights, is_computed, original_of
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.access.weights import channel_axis, weight_names
+from distill_lightning.compression.file.packed import pack_codes
+from distill_lightning.compression.mask.masks import Masks
+from distill_lightning.compression.structure.changes import rebuild_structure, structure_of
+from distill_lightning.compression.values.activations import describe_input
 from distill_lightning.compression.values.allocation import weight_errors
 from distill_lightning.compression.values.codebook import share_weights
-from distill_lightning.compression.values.scheme import (Scheme, fake_quantize)
-from distill_lightning.compression.access.weights import (channel_axis, weight_names)
-from distill_lightning.compression.values.quantizer import (weight_codes)
-from distill_lightning.compression.values.activations import describe_input
 from distill_lightning.compression.values.ranges import weight_grid
-from distill_lightning.compression.file.packed import pack_codes
-from distill_lightning.compression.structure import changes as recipe
-from distill_lightning.compression import (Compressor, Encode, MixedPrecision, Quantize, Step, load_compressed)
-from distill_lightning.compression.mask.masks import Masks
+from distill_lightning.compression.values.scheme import Scheme, fake_quantize
 
 
 def compress(network, inputs, *steps, batches=None, **options):
@@ -141,7 +138,8 @@ def test_first_and_last_are_those_that_run_first_and_last():
         batches=[(torch.randn(4, 8), None)],
     )
     bits = {
-        path: describe_weights(getattr(network, path))["weight"]["scheme"]["bits"] for path in ("first", "middle", "last")
+        path: describe_weights(getattr(network, path))["weight"]["scheme"]["bits"]
+        for path in ("first", "middle", "last")
     }
     assert bits == {"first": 8, "middle": 2, "last": 8}
     inputs = {path: describe_input(getattr(network, path))["scheme"]["bits"] for path in bits}
@@ -171,9 +169,9 @@ def test_bits_by_pattern_and_what_the_report_is_told():
 def bytes_of_codes(network):
     """Of codes, scales and zero points, packed."""
     return sum(
-        pack_codes(codes, scheme).nbytes
+        pack_codes(entry.codes(original_of(layer, name)), entry.scheme).nbytes
         for layer in network.modules()
-        for codes, scheme in weight_codes(layer).values()
+        for name, entry in computed(layer).items()
     )
 
 
@@ -263,7 +261,7 @@ def test_schemes_without_zero_refuse_pruned_weights(scheme, trained):
     compressor.piece.prune(Masks({"2.weight": torch.rand(32, 32) > 0.5}))
     with pytest.raises(InputError, match="'2.weight' is pruned, and .* has no zero"):
         compressor.apply()
-    assert not recipe.is_computed(network)
+    assert not is_computed(network)
 
 
 @pytest.mark.slow
@@ -504,7 +502,7 @@ def test_tied_affine_weights_are_rounded_once_in_the_file(bits, seed, tmp_path):
     compressor = compress(network, inputs_for("tied"), Quantize(weight_bits=bits, scheme="affine"))
     expected, weight = outputs(network, "tied"), network.embed.weight.detach().clone()
     network.train()
-    baked = bake(recipe.copy_network(network))
+    baked = bake(copy_network(network))
     assert all(module.training for module in baked.modules())
     assert torch.equal(baked.embed.weight, weight)
     assert baked.out.weight is baked.embed.weight

@@ -1,6 +1,5 @@
 """A stage holds what was measured, recomputed here by hand, and says why where nothing was."""
 
-from distill_lightning.compression.factor.factoring import build_factors
 import copy
 import statistics
 import zlib
@@ -10,14 +9,15 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression.factor.factoring import (replace_layer)
+from distill_lightning.compression.access.computed import computed, original_of
+from distill_lightning.compression.factor.factoring import build_factors, replace_layer
+from distill_lightning.compression.file.format import read_packed, write_packed
+from distill_lightning.compression.file.packed import pack_codes, pack_dense
 from distill_lightning.compression.report import stages
-from distill_lightning.compression.report.measure import (Latency, Ratio)
-from distill_lightning.compression.file.packed import (pack_codes, pack_dense)
-from distill_lightning.compression.file.format import (read_packed, write_packed)
+from distill_lightning.compression.report.measure import Latency, Ratio
+from distill_lightning.compression.report.stages import LatencyRow, Stage, measure_stage
+from distill_lightning.compression.values.quantizer import quantize_weights
 from distill_lightning.compression.values.scheme import Scheme
-from distill_lightning.compression.values.quantizer import (quantize_weights, weight_codes)
-from distill_lightning.compression.report.stages import (LatencyRow, Stage, measure_stage)
 from distill_lightning.networks import SmallLSTM, SmallTransformer
 from distill_lightning.networks.weights import load_strictly, write_weights
 
@@ -36,8 +36,8 @@ def write(network, path):
     """Codes where a weight is quantized, else the tensor."""
     tensors = {}
     for name, module in network.named_children():
-        codes = weight_codes(module)
-        tensors |= {f"{name}.{key}": pack_codes(*value) for key, value in codes.items()}
+        for key, entry in computed(module).items():
+            tensors[f"{name}.{key}"] = pack_codes(entry.codes(original_of(module, key)), entry.scheme)
         for key, value in module.state_dict().items():
             if not key.startswith("parametrizations.weight"):
                 tensors[f"{name}.{key}"] = pack_dense(value)

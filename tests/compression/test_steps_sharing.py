@@ -1,10 +1,8 @@
 """The steps ShareWeights and HashShare, at once and in training."""
 
-from distill_lightning.compression.access.computed import bake
-from distill_lightning.compression.structure.changes import rebuild_structure
-from distill_lightning.compression.structure.changes import structure_of
 import copy
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,13 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression.values.codebook import codebooks
-from distill_lightning.compression.values.hashed import hashed
-from distill_lightning.compression.structure import changes as recipe
-from distill_lightning.compression.run.compressor import Compressor
-from distill_lightning.compression.mask.masks import Masks
+from distill_lightning.compression.access.computed import bake, computed, original_of
+from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.access.weights import weight_names
-from distill_lightning.compression.steps import (HashShare, LowRank, Order, ShareWeights, Step)
+from distill_lightning.compression.mask.masks import Masks
+from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.steps import HashShare, LowRank, Once, Order, ShareWeights, TrainedStep
+from distill_lightning.compression.structure.changes import plain_copy, rebuild_structure, structure_of
 
 
 def build(seed=0):
@@ -42,12 +40,16 @@ class Words(nn.Module):
         return self.out(self.rnn(self.table(words))[0])
 
 
-class PruneSome(Step):
+@dataclass(frozen=True, kw_only=True)
+class PruneSome(TrainedStep):
     """A share of each weight, the smallest."""
 
     order = Order.MASKS
 
-    def begin(self, piece):
+    def start(self):
+        return Once(self.prune)
+
+    def prune(self, piece):
         kept = {}
         for path in ("0", "3"):
             weight = piece.network.get_parameter(f"{path}.weight").detach()
@@ -130,12 +132,13 @@ def test_the_zeros_of_pruned_weights_stay_without_masks(optimizer):
 def test_the_gradient_of_a_value_is_the_sum_of_its_members():
     network, inputs = build()
     Compressor(network, [ShareWeights(k=5)], inputs).apply()
-    plain = bake(recipe.copy_network(network))
+    plain = bake(copy_network(network))
     for one in (network, plain):
         one(inputs).square().mean().backward()
     for path in ("0", "3", "5"):
         layer = network.get_submodule(path)
-        codebook, values = codebooks(layer)["weight"]
+        codebook = computed(layer)["weight"]
+        values = codebook.values(original_of(layer, "weight"))
         gradient = plain.get_submodule(path).weight.grad
         expected = [sum(gradient[codebook.indices == index].tolist()) for index in range(len(values))]
         found = layer.parametrizations["weight"].original.grad
@@ -165,8 +168,8 @@ def test_as_many_values_as_a_pattern_says():
     assert [len(weight.unique()) for weight in weights_of(network).values()] == [9, 9, 3]
     network, _ = build()
     Compressor(network, [ShareWeights(k={"0": 3})], inputs).apply()
-    assert codebooks(network[0])
-    assert not codebooks(network[3])
+    assert computed(network[0])
+    assert not computed(network[3])
     with pytest.raises(InputError, match="no pattern of k matches '3'"):
         Compressor(build()[0], [ShareWeights(k={"0": 3}, targets="Conv2d")], inputs).apply()
     with pytest.raises(InputError, match="matches none of"):
@@ -256,11 +259,11 @@ def test_hashed_weights_train_and_remain_few_values_of_two_signs(optimizer):
     for name, weight in weights_of(network).items():
         assert len(weight.abs().unique()) <= round(weight.numel() / 8)
         assert not torch.equal(weight, seen[0][name])
-    places = [hashed(network.get_submodule(path))["weight"][0].places for path in ("0", "3")]
+    places = [computed(network.get_submodule(path))["weight"].places for path in ("0", "3")]
     assert places[0].tolist() != places[1][: len(places[0])].tolist()
     rebuilt = rebuild_structure(build(seed=3)[0], json.loads(json.dumps(structure_of(network)))).eval()
     rebuilt.load_state_dict(network.state_dict(), strict=True)
-    for other in (rebuilt, recipe.plain_copy(rebuilt), copy.deepcopy(rebuilt)):
+    for other in (rebuilt, plain_copy(rebuilt), copy.deepcopy(rebuilt)):
         assert torch.equal(other(inputs), network.eval()(inputs))
 
 

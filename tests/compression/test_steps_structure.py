@@ -1,11 +1,8 @@
-"""The steps LowRank and TieLayers, and what they leave for the recipe."""
+"""The steps LowRank and TieLayers, and the structure that they leave."""
 
-from distill_lightning.compression.access.computed import bake
-from distill_lightning.compression.structure.changes import plain_structure
-from distill_lightning.compression.structure.changes import rebuild_structure
-from distill_lightning.compression.structure.changes import structure_of
 import copy
 import json
+from dataclasses import dataclass
 
 import jsonargparse
 import pytest
@@ -14,17 +11,36 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression.shrink.groups import shrink
-from distill_lightning.compression.shrink.transformer import neuron_groups
-from distill_lightning.compression.shrink.channels import channel_groups
-from distill_lightning.compression.shrink.recurrent import unit_groups
-from distill_lightning.compression.structure import changes as recipe
-from distill_lightning.compression.run.compressor import Compressor
-from distill_lightning.compression.factor.convolutions import ConvChain
-from distill_lightning.compression.factor.layers import LowRankLinear
+from distill_lightning.compression.access.computed import bake, is_computed
+from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.costs.macs import count_macs
 from distill_lightning.compression.costs.parameters import count_parameters
-from distill_lightning.compression.steps import (HashShare, LowRank, Order, ShareWeights, Step, TieLayers)
+from distill_lightning.compression.factor.convolutions import ConvChain
+from distill_lightning.compression.factor.layers import LowRankLinear
+from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.groups import shrink
+from distill_lightning.compression.shrink.recurrent import unit_groups
+from distill_lightning.compression.shrink.transformer import neuron_groups
+from distill_lightning.compression.steps import (
+    HashShare,
+    LowRank,
+    Once,
+    Order,
+    ShareWeights,
+    Step,
+    TieLayers,
+    TrainedStep,
+)
+from distill_lightning.compression.structure.changes import (
+    NOTHING,
+    changes_of,
+    note_change,
+    plain_copy,
+    plain_structure,
+    rebuild_structure,
+    structure_of,
+)
 
 
 class Sequences(nn.Module):
@@ -79,12 +95,16 @@ def compress(network, inputs, *steps, **options):
     return compressor
 
 
-class Shrink(Step):
+@dataclass(frozen=True, kw_only=True)
+class Shrink(TrainedStep):
     """Half of everything that can be removed."""
 
     order = Order.STRUCTURE
 
-    def begin(self, piece):
+    def start(self):
+        return Once(self.shrink)
+
+    def shrink(self, piece):
         network, inputs = piece.network, piece.example_inputs
         if isinstance(network, Encoder):
             groups = neuron_groups(network)
@@ -93,7 +113,7 @@ class Shrink(Step):
         else:
             groups = unit_groups(network, inputs)
         shrink(network, {group: torch.arange((group.size + 1) // 2) for group in groups})
-        recipe.note_change(network, "sizes")
+        note_change(network, "sizes")
         piece.changed = True
 
 
@@ -107,7 +127,7 @@ def test_every_layer_that_fits_is_factored_and_the_report_names_it():
     assert network[0].method == "tucker2"
     assert [note for note in compressor.piece.notes if note.startswith("7: Linear as svd of rank 2: 276 weights")]
     assert "LowRank works on 100% of Sequential's weights" in compressor.piece.notes
-    assert list(recipe.changes_of(network)[0]["layers"]) == ["0", "3", "7"]
+    assert list(changes_of(network)[0]["layers"]) == ["0", "3", "7"]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -141,7 +161,7 @@ def test_what_would_not_shrink_stays_untouched_and_that_is_said():
     network, inputs = build("conv")
     state = copy.deepcopy(network.state_dict())
     compressor = compress(network, inputs, LowRank(rank=1.0), batches=[(inputs, torch.zeros(4, dtype=torch.long))])
-    assert structure_of(network) == {"changes": [], "layers": {}}
+    assert structure_of(network) == NOTHING
     assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
     assert "LowRank has factored no layer: no factors were smaller or within the budget" in compressor.piece.notes
     assert any("3: Conv2d as svd of rank 32 would have" in note for note in compressor.piece.notes)
@@ -160,7 +180,7 @@ def test_on_the_calibration_data_a_data_aware_layer_is_no_worse():
         outputs = layer(given[0])
         errors = []
         for aware in (False, True):
-            other = recipe.copy_network(network)
+            other = copy_network(network)
             step = LowRank(rank=3, targets=path, data_aware=aware, damping=0.0 if aware else None)
             compress(other, inputs, step, batches=[(inputs, None)], bn_batches=0)
             errors.append(float((other.get_submodule(path)(given[0]) - outputs).detach().norm()))
@@ -298,7 +318,7 @@ def test_tied_layers_are_one_after_everything():
     one = sum(parameter.numel() for parameter in network.encoder.layers[0].parameters())
     compressor = compress(network, inputs, TieLayers(groups=[["encoder.layers.0", "encoder.layers.1"]]))
     assert any(f"has left {before - one:,} parameters of {before:,}" in note for note in compressor.piece.notes)
-    for other in (network, copy.deepcopy(network), recipe.plain_copy(network), rebuilt_of("encoder", network)):
+    for other in (network, copy.deepcopy(network), plain_copy(network), rebuilt_of("encoder", network)):
         assert other.encoder.layers[0] is other.encoder.layers[1]
         assert count_parameters(other).stored == before - one
         assert torch.equal(other(inputs), network(inputs))
@@ -325,7 +345,7 @@ def test_wrong_ties_are_one_line():
         compress(network, inputs, TieLayers(groups=[["encoder.layers.0", "encoder.layers.7"]]))
 
 
-# The recipe
+# The structure
 
 
 def rebuilt_of(name, network):
@@ -385,13 +405,13 @@ def test_a_network_is_rebuilt_bit_for_bit(change, name, values):
     assert count_parameters(rebuilt) == count_parameters(network)
     frozen = [parameter.requires_grad for parameter in rebuilt.parameters()]
     assert frozen == [parameter.requires_grad for parameter in network.parameters()]
-    plain = recipe.plain_copy(rebuilt)
-    assert not recipe.is_computed(plain)
+    plain = plain_copy(rebuilt)
+    assert not is_computed(plain)
     again = rebuild_structure(build(name, seed=2)[0], plain_structure(structure_of(rebuilt))).eval()
     again.load_state_dict(plain.state_dict(), strict=True)
     assert all(parameter.requires_grad for parameter in plain.parameters())
     expected = frozen_outputs(network, inputs)
-    for other in (rebuilt, recipe.copy_network(network), plain, again):
+    for other in (rebuilt, copy_network(network), plain, again):
         assert torch.equal(frozen_outputs(other, inputs), expected)
 
 
@@ -400,11 +420,11 @@ def test_baking_a_copy_leaves_the_network_its_weights():
     network, inputs = build("conv")
     compress(network, inputs, ShareWeights(k=8))
     expected = network(inputs)
-    for copied in (recipe.copy_network(network), copy.deepcopy(network)):
+    for copied in (copy_network(network), copy.deepcopy(network)):
         bake(copied)
         assert torch.equal(copied(inputs), expected)
         assert torch.equal(network(inputs), expected)
-    other = recipe.copy_network(network)
+    other = copy_network(network)
     bake(network)
     assert torch.equal(other(inputs), expected)
 

@@ -1,7 +1,5 @@
 """Tied layers are one object, and remain it whatever happens to the network."""
 
-from distill_lightning.compression.shrink.tying import restore_ties
-from distill_lightning.compression.shrink.tying import ties_of
 import copy
 import io
 import json
@@ -12,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from distill_lightning import InputError, SupervisedModule
-from distill_lightning.compression.shrink.tying import (parameter_ties, tie_layers)
+from distill_lightning.compression.shrink.tying import restore_ties, tie_layers, ties_of
 from distill_lightning.testing import tiny_trainer
 
 
@@ -201,17 +199,6 @@ def test_what_was_tied_before_comes_along():
     tie_layers(inner, [["1", "2"]])
     assert inner[1] is inner[2]
     assert ties_of(inner) == [["1", "2"]]
-
-
-def test_parameter_ties_are_names_of_one_tensor():
-    assert parameter_ties(build()) == []
-    assert parameter_ties(tie_layers(build(), [["2.conv", "4.conv"]])) == [
-        ["2.conv.weight", "4.conv.weight"],
-        ["2.conv.bias", "4.conv.bias"],
-    ]
-    network = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5), "more": nn.Linear(3, 5)})
-    network["head"].weight = network["more"].weight = network["embedding"].weight
-    assert parameter_ties(network) == [["embedding.weight", "head.weight", "more.weight"]]
 
 
 def hooked():

@@ -16,7 +16,19 @@ from torch.optim import SGD, AdamW
 
 from distill_lightning import CompressionBaseline, KDModule, OneCycle, SmallCNN, SupervisedModule, TeacherEnsemble
 from distill_lightning.callbacks import CompressionCallback, Measurements
-from distill_lightning.compression import (Cubic, Encode, LowRank, LearnMask, Movement, PruneUnits, PruneWeights, Quantize, Regularise, ShareWeights, load_compressed)
+from distill_lightning.compression import (
+    Cubic,
+    Encode,
+    LearnMask,
+    LowRank,
+    Movement,
+    PruneUnits,
+    PruneWeights,
+    Quantize,
+    Regularise,
+    ShareWeights,
+    load_compressed,
+)
 from distill_lightning.compression.mask.penalties import l1
 from distill_lightning.compression.structure.changes import plain_copy
 from distill_lightning.errors import InputError
@@ -93,7 +105,9 @@ def test_every_phase_has_a_cycle_of_its_own_length():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [PruneWeights(amount=0.5, finetune_epochs=2), LowRank(rank=2, finetune_epochs=2)], ids=repr)
+@pytest.mark.parametrize(
+    "step", [PruneWeights(amount=0.5, finetune_epochs=2), LowRank(rank=2, finetune_epochs=2)], ids=repr
+)
 def test_without_restart_one_cycle_goes_on(step):
     rates = Rates()
     fit(baseline([step], dense_epochs=1, lr_scheduler=OneCycle, restart=False), callbacks=[rates])
@@ -387,7 +401,9 @@ def test_the_dense_network_teaches_from_the_first_step_on():
             seen.append((weights_of(pl_module.student), known))
 
     trainer = fit(
-        baseline([PruneWeights(amount=0.6, finetune_epochs=2)], dense_epochs=1, teacher="dense"), epochs=3, callbacks=[Look()]
+        baseline([PruneWeights(amount=0.6, finetune_epochs=2)], dense_epochs=1, teacher="dense"),
+        epochs=3,
+        callbacks=[Look()],
     )
     module = trainer.lightning_module
     assert [teacher is not None for _, teacher in seen] == [False] * 3 + [True] * 6
@@ -432,7 +448,12 @@ def test_the_rows_of_a_report_are_recomputed():
 
     trainer = fit(module, epochs=3, callbacks=[Look()])
     stages = module.callback.stages
-    names = ["dense", "1 PruneUnits channel, before fine-tuning", "1 PruneUnits channel", "2 PruneWeights, before fine-tuning"]
+    names = [
+        "dense",
+        "1 PruneUnits channel, before fine-tuning",
+        "1 PruneUnits channel",
+        "2 PruneWeights, before fine-tuning",
+    ]
     assert [stage.name for stage in stages] == [*names, "2 PruneWeights", "3 Encode deflate", "final"]
     assert [stage.kind for stage in stages] == ["dense", "before", "after", "before", "after", "after", "after"]
     dense, before, after, masked, final = (stages[n] for n in (0, 1, 2, 3, -1))
@@ -460,7 +481,9 @@ def test_the_rows_of_a_report_are_recomputed():
 
 @pytest.mark.slow
 def test_the_bytes_of_a_report_are_sizes_of_files(tmp_path):
-    module = baseline([PruneWeights(amount=0.5, finetune_epochs=1), Encode("huffman")], report=Measurements(batch_sizes=()))
+    module = baseline(
+        [PruneWeights(amount=0.5, finetune_epochs=1), Encode("huffman")], report=Measurements(batch_sizes=())
+    )
     fit(module, epochs=1)
     final = module.callback.stages[-1]
     assert module.callback.compressor.write(tmp_path / "network.dlpk") == final.nbytes["artefact"]
@@ -529,8 +552,14 @@ def test_a_report_without_measurements_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": [Quantize(finetune_epochs=1), PruneWeights(amount=0.5)]}, "step 2 .PruneWeights. cannot come after step 1"),
-        ({"steps": [PruneWeights(amount=0.5, finetune_epochs=1), LowRank(rank=2)]}, "LowRank.* cannot come after step 1"),
+        (
+            {"steps": [Quantize(finetune_epochs=1), PruneWeights(amount=0.5)]},
+            "step 2 .PruneWeights. cannot come after step 1",
+        ),
+        (
+            {"steps": [PruneWeights(amount=0.5, finetune_epochs=1), LowRank(rank=2)]},
+            "LowRank.* cannot come after step 1",
+        ),
         ({"steps": [Encode(), PruneWeights(amount=0.5)]}, "encoding comes last"),
         ({"steps": [PruneWeights(amount=0.5, at=3, finetune_epochs=2)]}, "lasts from epoch 3 to 5.* max_epochs=5"),
         ({"steps": [PruneWeights(amount=0.5, at=9)]}, "lasts from epoch 9 to 9, and the training ends at 4"),
@@ -538,9 +567,15 @@ def test_a_report_without_measurements_is_refused():
             {"steps": [PruneWeights(amount=0.5, finetune_epochs=2), Quantize(at=1)]},
             "begins at epoch 1, and step 1 .* ends at 2",
         ),
-        ({"steps": [PruneWeights(amount=0.5, schedule=Cubic())]}, "prunes while the network trains: give it finetune_epochs"),
+        (
+            {"steps": [PruneWeights(amount=0.5, schedule=Cubic())]},
+            "prunes while the network trains: give it finetune_epochs",
+        ),
         ({"steps": [Quantize(mode="qat")]}, "trains the network with its quantizers: give it finetune_epochs"),
-        ({"steps": [PruneWeights(amount=0.5)], "dense_epochs": 5}, "dense_epochs=5 of max_epochs=4: give the Trainer more"),
+        (
+            {"steps": [PruneWeights(amount=0.5)], "dense_epochs": 5},
+            "dense_epochs=5 of max_epochs=4: give the Trainer more",
+        ),
         ({"steps": [PruneWeights(amount=0.5, targets="nowhere")]}, "targets 'nowhere' matches none of SmallCNN's"),
         ({"steps": [PruneWeights(amount=0.5, exclude="nowhere")]}, "exclude 'nowhere' matches none of SmallCNN's"),
     ],

@@ -1,7 +1,5 @@
 """SmallCNN, SmallLSTM and SmallTransformer: what they compute, their sizes, and that they can be shrunk."""
 
-from distill_lightning.compression.shrink.sizes import set_sizes
-from distill_lightning.compression.shrink.sizes import sizes_of
 import copy
 import math
 
@@ -10,13 +8,13 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError, SmallCNN, SmallLSTM, SmallTransformer
-from distill_lightning.compression.shrink.groups import shrink
-from distill_lightning.compression.shrink.recurrent import (in_blocks, unit_groups)
-from distill_lightning.compression.shrink.attention import convert_attention
-from distill_lightning.compression.shrink.transformer import (head_groups, neuron_groups, remove_layers)
-from distill_lightning.compression.shrink.channels import channel_groups
-
 from distill_lightning.compression.costs.macs import count_macs
+from distill_lightning.compression.shrink.attention import convert_attention
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.groups import shrink
+from distill_lightning.compression.shrink.recurrent import in_blocks, unit_groups
+from distill_lightning.compression.shrink.sizes import set_sizes, sizes_of
+from distill_lightning.compression.shrink.transformer import head_groups, neuron_groups, remove_layers
 from distill_lightning.layers import FeatureTap, dry_forward
 from distill_lightning.networks import build_from, recipe_of
 

@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 STEPS = [
-    {"class_path": "Prune", "init_args": {"amount": 0.5, "granularity": "channel", "finetune_epochs": 2}},
+    {"class_path": "PruneUnits", "init_args": {"amount": 0.5, "unit": "channel", "finetune_epochs": 2}},
     {"class_path": "Quantize", "init_args": {"weight_bits": 4}},
 ]
 

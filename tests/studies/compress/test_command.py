@@ -14,9 +14,20 @@ from torch import nn
 from distill_lightning import RegressionModule, SmallCNN, SmallLSTM, SmallTransformer, SupervisedModule
 from distill_lightning.callbacks import Measurements
 from distill_lightning.cli import main
-from distill_lightning.compression import (Compressor, LowRank, LearnMask, PruneUnits, PruneWeights, SoftMovement, Quantize, ShareWeights, Stage, load_compressed)
-from distill_lightning.compression.report.controls import (random_steps, same_size_network)
+from distill_lightning.compression import (
+    Compressor,
+    LearnMask,
+    LowRank,
+    PruneUnits,
+    PruneWeights,
+    Quantize,
+    ShareWeights,
+    SoftMovement,
+    Stage,
+    load_compressed,
+)
 from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression.report.controls import random_steps, same_size_network
 from distill_lightning.errors import InputError
 from distill_lightning.studies.compress import command, runs
 from distill_lightning.studies.compress.config import parse_config
@@ -37,7 +48,7 @@ CNN = {"class_path": "SmallCNN", "init_args": {"num_classes": 10, "width": 4}}
 
 def configuration(change=lambda config: None):
     steps = [
-        {"class_path": "Prune", "init_args": {"amount": 0.5, "granularity": "channel", "finetune_epochs": 1}},
+        {"class_path": "PruneUnits", "init_args": {"amount": 0.5, "unit": "channel", "finetune_epochs": 1}},
         {"class_path": "Encode", "init_args": {"method": "deflate"}},
     ]
     config = {
@@ -273,7 +284,7 @@ def changed_steps(*steps):
 
 
 def prune(**options):
-    return {"class_path": "Prune", "init_args": options}
+    return {"class_path": "PruneWeights", "init_args": options}
 
 
 @pytest.mark.filterwarnings("ignore:the last step of the compression is over")
@@ -295,12 +306,12 @@ def prune(**options):
         ),
         (
             changed_steps(prune(amount=0.5, at="middle")),
-            "model.steps.at of Prune: Expected int, float, 'start', 'end'. Got value: middle",
+            "model.steps.at of PruneWeights: Expected int, float, 'start', 'end'. Got value: middle",
         ),
         (
             changed_steps({"class_path": "Prun"}),
-            "there is no step Prun: known ones are Encode, HashShare, LowRank, Prune, Quantize, Regularise, "
-            "ShareWeights, TieLayers",
+            "there is no step Prun: known ones are Encode, HashShare, LearnMask, LowRank, PruneUnits, PruneWeights, "
+            "Quantize, Regularise, ShareWeights, TieLayers",
         ),
         (
             lambda config: config["model"]["init_args"].update(network={"class_path": "SmalCNN"}),
@@ -425,7 +436,7 @@ def test_the_random_control_draws_what_is_pruned():
     drawn = random_steps(steps)
     assert [getattr(step, "criterion", None) for step in drawn] == ["random", None, "random"]
     assert [getattr(step, "criterion", None) for step in steps] == ["magnitude", None, "taylor"]
-    with pytest.raises(InputError, match="threshold is one of the criterion's scores"):
+    with pytest.raises(InputError, match="threshold is one of the learned scores"):
         random_steps([LearnMask(SoftMovement(), finetune_epochs=1)])
     with pytest.raises(InputError, match="no step prunes: there is no criterion to compare with a random one"):
         random_steps([Quantize()])
@@ -434,7 +445,10 @@ def test_the_random_control_draws_what_is_pruned():
 def test_the_random_control_is_random_in_the_network():
     """The largest weights stay by magnitude, and go as often as any by chance."""
     survivors = {}
-    for name, steps in (("magnitude", [PruneWeights(amount=0.5)]), ("random", random_steps([PruneWeights(amount=0.5)]))):
+    for name, steps in (
+        ("magnitude", [PruneWeights(amount=0.5)]),
+        ("random", random_steps([PruneWeights(amount=0.5)])),
+    ):
         torch.manual_seed(0)
         network = SmallCNN(10)
         before = torch.cat([p.detach().abs().flatten() for p in network.parameters() if p.dim() > 1])

@@ -1,7 +1,5 @@
 """Grids, codes, ranges, quantizers that train, and what helps without training."""
 
-from distill_lightning.compression.access.computed import describe_weights
-from distill_lightning.compression.access.computed import rebuild_weights
 import copy
 import itertools
 import json
@@ -16,17 +14,41 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from distill_lightning import InputError
-from distill_lightning.compression.values.scheme import (Codes, Scheme, dequantize, fake_quantize, grid)
-from distill_lightning.compression.values.ranges import (Observer, find_range, weight_grid)
-from distill_lightning.compression.values.estimators import (binary as quantizers_binary, binary_connect, codes as quantizers_codes, dorefa_activation, dorefa_weight, lsq, lsq_start, pact, ternary as quantizers_ternary, ttq, ttq_codes, ttq_start)
-from distill_lightning.compression.access.computed import bake as quantizers_bake
-from distill_lightning.compression.access.weights import (channel_axis, weight_names)
-from distill_lightning.compression.values.quantizer import (quantize_weights, weight_codes)
-from distill_lightning.compression.values.activations import (ActivationQuantizer, calibrating as quantizers_calibrating, describe_input, quantize_input, rebuild_input)
-from distill_lightning.compression.values.corrections import (correct_biases, equalisable_pairs, equalise, fold_batch_norm, foldable_pairs)
-from distill_lightning.compression.values.allocation import (allocate_bits, weight_errors)
+from distill_lightning.compression.access.computed import (
+    bake_layer,
+    computed,
+    describe_weights,
+    original_of,
+    rebuild_weights,
+)
+from distill_lightning.compression.access.weights import channel_axis, weight_names
 from distill_lightning.compression.values import ranges
-from distill_lightning.compression.values.ranges import kl_divergence_of_clipping
+from distill_lightning.compression.values.activations import (
+    ActivationQuantizer,
+    calibrating,
+    describe_input,
+    quantize_input,
+    rebuild_input,
+)
+from distill_lightning.compression.values.allocation import allocate_bits, weight_errors
+from distill_lightning.compression.values.corrections import correct_biases, equalisable_pairs, equalise
+from distill_lightning.compression.values.estimators import (
+    binary,
+    binary_connect,
+    codes,
+    dorefa_activation,
+    dorefa_weight,
+    lsq,
+    lsq_start,
+    pact,
+    ternary,
+    ttq,
+    ttq_codes,
+    ttq_start,
+)
+from distill_lightning.compression.values.quantizer import quantize_weights
+from distill_lightning.compression.values.ranges import Observer, find_range, kl_divergence_of_clipping, weight_grid
+from distill_lightning.compression.values.scheme import Codes, Scheme, dequantize, fake_quantize, grid
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -100,10 +122,9 @@ def test_fake_quantization_is_the_loop_and_the_codes_give_it_back(scheme):
     assert torch.allclose(fake, naive_fake(weight, scheme), rtol=1e-12, atol=1e-12)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         given = weight.to(dtype)
-        found = quantizers_codes(given, scheme)
+        found = codes(given, scheme)
         again = dequantize(found, scheme, dtype=dtype)
-        grid = (found.scales, found.zero_points)
-        as_numbers = fake_quantize(given, *grid, scheme)
+        as_numbers = fake_quantize(given, found.scales, found.zero_points, scheme)
         assert torch.equal(again.view(torch.uint8), as_numbers.contiguous().view(torch.uint8))
         assert found.values.min() >= scheme.lowest
         assert found.values.max() <= scheme.highest
@@ -121,7 +142,7 @@ def test_errors_are_half_a_step_rounding_twice_is_rounding_once_and_zero_is_zero
     assert fake[0, 0, 0] == fake[2, 1, 1] == 0
     assert torch.equal(zero_point, zero_point.round())
     if scheme.kind != "affine":
-        assert quantizers_codes(weight, scheme).values.min() > -(2 ** (scheme.bits - 1))
+        assert codes(weight, scheme).values.min() > -(2 ** (scheme.bits - 1))
         assert bool((zero_point == 0).all())
     if scheme.kind == "pow2":
         assert torch.equal(scale, 2 ** scale.log2().round())
@@ -137,7 +158,7 @@ def test_a_weight_of_zeros_stays_and_has_scale_one():
     for scheme in SCHEMES:
         scale, _ = weight_grid(torch.zeros(6, 4, 3), scheme)
         assert bool((scale == 1).all())
-        assert not dequantize(quantizers_codes(torch.zeros(6, 4, 3), scheme), scheme).any()
+        assert not dequantize(codes(torch.zeros(6, 4, 3), scheme), scheme).any()
 
 
 def test_ranges_of_one_sign_spend_no_code_on_the_other():
@@ -162,7 +183,7 @@ def test_finer_groups_are_never_worse_and_more_bits_are_better():
     weight = draw(16, 64, seed=3) * torch.linspace(0.1, 3, 16)[:, None]
 
     def error(scheme, rule="minmax"):
-        return (dequantize(quantizers_codes(weight, scheme, rule=rule), scheme) - weight).square().sum().item()
+        return (dequantize(codes(weight, scheme, rule=rule), scheme) - weight).square().sum().item()
 
     for kind, rule in itertools.product(("symmetric", "affine"), ("minmax", "mse")):
         for bits in (2, 4, 8):
@@ -176,7 +197,7 @@ def test_finer_groups_are_never_worse_and_more_bits_are_better():
 def test_the_signal_to_noise_ratio_of_a_gaussian_is_that_of_the_books(bits, full, clipped):
     weight, scheme = draw(1, 100_000, dtype=torch.float64), Scheme(bits, "symmetric", "tensor")
     for rule, expected in (("minmax", full), ("mse", clipped)):
-        noise = dequantize(quantizers_codes(weight, scheme, rule=rule), scheme) - weight
+        noise = dequantize(codes(weight, scheme, rule=rule), scheme) - weight
         ratio = 10 * math.log10(weight.square().sum() / noise.square().sum())
         assert ratio == pytest.approx(expected, abs=1)
 
@@ -184,7 +205,7 @@ def test_the_signal_to_noise_ratio_of_a_gaussian_is_that_of_the_books(bits, full
 def test_integer_arithmetic_is_fake_quantization():
     activations, weight = draw(32, 64).relu(), draw(24, 64, seed=1)
     of_inputs, of_weights = Scheme(8, "symmetric", "tensor"), Scheme(8, "symmetric", "channel")
-    left, right = quantizers_codes(activations, of_inputs), quantizers_codes(weight, of_weights)
+    left, right = codes(activations, of_inputs), codes(weight, of_weights)
     products = torch._int_mm(left.values, right.values.t().contiguous())
     assert products.dtype == torch.int32
     exact = products.double() * left.scales.double() * right.scales.double().t()
@@ -212,13 +233,13 @@ def test_weights_without_a_range_or_channels_are_one_line():
     scheme = Scheme()
     for weight in (torch.tensor([[1.0, math.nan]]), torch.tensor([[math.inf, 0.0]]), torch.empty(0, 3)):
         with pytest.raises(InputError, match="no range"):
-            quantizers_codes(weight, scheme)
+            codes(weight, scheme)
     with pytest.raises(InputError, match="per='tensor'"):
-        quantizers_codes(torch.ones(3), scheme)
+        codes(torch.ones(3), scheme)
     with pytest.raises(InputError, match="rule must be"):
-        quantizers_codes(torch.ones(3, 3), scheme, rule="best")
+        codes(torch.ones(3, 3), scheme, rule="best")
     with pytest.raises(InputError, match="ttq_codes"):
-        quantizers_codes(torch.ones(3, 3), Scheme(2, "ttq", "tensor"))
+        codes(torch.ones(3, 3), Scheme(2, "ttq", "tensor"))
 
 
 def test_schemes_are_plain_values():
@@ -249,8 +270,8 @@ def test_the_mse_range_is_the_best_of_the_grid(kind):
                 bounds = (-3, 3)
             best = min(best, sum((min(max(round(v / scale), bounds[0]), bounds[1]) * scale - v) ** 2 for v in values))
         own = Scheme(3, kind, "tensor")
-        grid = grid(low[row : row + 1, None], high[row : row + 1, None], own)
-        found = (fake_quantize(weight[row], *grid, own) - weight[row]).square().sum().item()
+        ends = low[row : row + 1, None], high[row : row + 1, None]
+        found = (fake_quantize(weight[row], *grid(*ends, own), own) - weight[row]).square().sum().item()
         assert found == pytest.approx(best, rel=1e-9)
 
 
@@ -466,7 +487,7 @@ def test_dorefa_is_its_formula():
 def test_binary_weights_are_two_values_a_filter_and_the_best_of_them():
     weight = draw(5, 3, 2, 2, dtype=torch.float64)
     weight[0, 0, 0, 0] = 0
-    levels = quantizers_binary(weight, Scheme(1, "binary"))
+    levels = binary(weight, Scheme(1, "binary"))
     for filters, rounded in zip(weight, levels, strict=True):
         alpha = sum(abs(w) for w in filters.flatten().tolist()) / filters.numel()
         assert sorted(set(rounded.flatten().tolist())) == pytest.approx([-alpha, alpha])
@@ -479,7 +500,7 @@ def test_binary_weights_are_two_values_a_filter_and_the_best_of_them():
 def test_binary_weights_have_the_gradient_of_their_scale_and_of_the_sign():
     weight = torch.tensor([[0.5, -2.0, 0.1]], dtype=torch.float64, requires_grad=True)
     upstream = torch.tensor([[1.0, 10.0, 100.0]], dtype=torch.float64)
-    (quantizers_binary(weight, Scheme(1, "binary")) * upstream).sum().backward()
+    (binary(weight, Scheme(1, "binary")) * upstream).sum().backward()
     alpha, towards = 2.6 / 3, (1 - 10 + 100) / 3
     assert weight.grad[0].tolist() == pytest.approx([alpha + towards, -towards, 100 * alpha + towards])
 
@@ -498,7 +519,7 @@ def test_binary_connect_draws_signs_with_the_right_expectation():
 
 def test_ternary_weights_are_the_best_for_their_threshold():
     weight = draw(4, 20, dtype=torch.float64).requires_grad_()
-    levels = quantizers_ternary(weight, Scheme(2, "ternary"))
+    levels = ternary(weight, Scheme(2, "ternary"))
     for values, rounded in zip(weight.tolist(), levels.tolist(), strict=True):
         limit = 0.7 * sum(abs(v) for v in values) / len(values)
         beyond = [abs(v) for v in values if abs(v) > limit]
@@ -509,7 +530,7 @@ def test_ternary_weights_are_the_best_for_their_threshold():
     upstream = draw(4, 20, seed=1, dtype=torch.float64)
     (levels * upstream).sum().backward()
     assert torch.equal(weight.grad, upstream)
-    assert not quantizers_ternary(torch.zeros(2, 3), Scheme(2, "ternary")).any()
+    assert not ternary(torch.zeros(2, 3), Scheme(2, "ternary")).any()
 
 
 def test_trained_ternary_weights_have_the_gradients_of_the_paper():
@@ -533,12 +554,12 @@ def test_the_codes_of_every_kind_give_back_its_values_in_every_type(scheme, dtyp
     up, down = (torch.tensor(value, dtype=torch.promote_types(dtype, torch.float32)) for value in (0.3, 0.7))
     values = {
         "dorefa": lambda: dorefa_weight(weight, bits=scheme.bits),
-        "binary": lambda: quantizers_binary(weight, scheme),
+        "binary": lambda: binary(weight, scheme),
         "binaryconnect": lambda: binary_connect(weight),
-        "ternary": lambda: quantizers_ternary(weight, scheme),
+        "ternary": lambda: ternary(weight, scheme),
         "ttq": lambda: ttq(weight, up, down),
     }[scheme.kind]()
-    found = ttq_codes(weight, up, down) if scheme.kind == "ttq" else quantizers_codes(weight, scheme)
+    found = ttq_codes(weight, up, down) if scheme.kind == "ttq" else codes(weight, scheme)
     assert values.dtype == dtype
     assert torch.equal(dequantize(found, scheme, dtype=dtype), values)
     assert scheme.lowest <= found.values.min()
@@ -608,8 +629,10 @@ def test_quantized_layers_use_describe_rebuild_and_bake_their_codes(kind, option
     output = run(layer, given)
     assert not torch.equal(output, dense)
 
-    for name, (found, scheme) in weight_codes(layer).items():
-        assert same_bits(dequantize(found, scheme, dtype=torch.float32), getattr(layer, name))
+    assert list(computed(layer)) == names
+    for name, entry in computed(layer).items():
+        found = entry.codes(original_of(layer, name))
+        assert same_bits(dequantize(found, entry.scheme, dtype=torch.float32), getattr(layer, name))
     used = copy.deepcopy(fresh)
     with torch.no_grad():
         for name in names:
@@ -629,7 +652,7 @@ def test_quantized_layers_use_describe_rebuild_and_bake_their_codes(kind, option
         assert gradient.isfinite().all()
         assert gradient.abs().sum() > 0
 
-    assert quantizers_bake(rebuilt) == names
+    assert bake_layer(rebuilt) == names
     assert rebuilt.state_dict().keys() == fresh.state_dict().keys()
     assert torch.equal(run(rebuilt, given), output)
     assert describe_weights(rebuilt) == {}
@@ -714,7 +737,7 @@ def test_quantized_inputs_are_calibrated_described_rebuilt_and_trained(options):
     if options["estimator"] != "dorefa":
         with pytest.raises(InputError, match="calibrating"):
             network.eval()(batches[0])
-    with quantizers_calibrating(network):
+    with calibrating(network):
         for batch in batches:
             assert torch.equal(network(batch), fresh(batch)), "calibration changes nothing"
     network.eval()
@@ -745,7 +768,7 @@ def test_quantized_inputs_are_calibrated_described_rebuilt_and_trained(options):
 def test_learned_scales_of_affine_grids_keep_negative_activations():
     scheme, values = Scheme(4, "affine", "tensor"), draw(500) - 0.5
     quantizer = ActivationQuantizer(scheme=scheme, estimator="lsq")
-    with quantizers_calibrating(quantizer):
+    with calibrating(quantizer):
         quantizer(values)
     levels = quantizer(values)
     assert bool(((levels - values).abs() <= quantizer.scale / 2 * (1 + 1e-5)).all())
@@ -754,7 +777,7 @@ def test_learned_scales_of_affine_grids_keep_negative_activations():
 
 def test_the_moving_average_follows_in_train_mode_only():
     quantizer = ActivationQuantizer(scheme=Scheme(8, "affine", "tensor"), observer="ema", momentum=0.5)
-    with quantizers_calibrating(quantizer):
+    with calibrating(quantizer):
         quantizer(draw(50).clamp(-1, 1))
     before = quantizer.scale.clone()
     quantizer.eval()(10 * draw(50))
@@ -770,14 +793,14 @@ def test_eight_bits_come_close_on_recurrent_and_attention_layers():
         dense = run(layer, given).detach()
         quantize_weights(layer, scheme=Scheme(8))
         quantize_input(layer, ActivationQuantizer(scheme=Scheme(8, "affine", "tensor")))
-        with quantizers_calibrating(layer):
+        with calibrating(layer):
             run(layer, given)
         relative = ((run(layer, given) - dense).norm() / dense.norm()).item()
         assert 0 < relative < 0.06, kind
     packed = pack_padded_sequence(torch.randn(5, 2, 4), torch.tensor([5, 3]))
     lstm = nn.LSTM(4, 3)
     quantize_input(lstm, ActivationQuantizer(scheme=Scheme(2, "affine", "tensor")))
-    with quantizers_calibrating(lstm):
+    with calibrating(lstm):
         lstm(packed)
     rounded = packed._replace(data=lstm.input_quantizer(packed.data))
     assert torch.equal(lstm(packed)[0].data, nn.LSTM.forward(lstm, rounded)[0].data)
@@ -797,77 +820,16 @@ def test_activation_quantizers_refuse_in_one_line():
     quantize_input(layer, ActivationQuantizer(scheme=affine, estimator="pact"))
     with pytest.raises(InputError, match="already"):
         quantize_input(layer, ActivationQuantizer(scheme=affine))
-    with pytest.raises(InputError, match="no positive"), quantizers_calibrating(layer):
+    with pytest.raises(InputError, match="no positive"), calibrating(layer):
         layer(-torch.ones(2, 3))
     with (
         pytest.raises(InputError, match="seen nothing"),
-        quantizers_calibrating(nn.Sequential(ActivationQuantizer(scheme=affine))),
+        calibrating(nn.Sequential(ActivationQuantizer(scheme=affine))),
     ):
         pass
 
 
 # Without training
-
-
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
-        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1, groups=2), nn.BatchNorm2d(6, affine=False)
-        self.up, self.bn3 = nn.ConvTranspose2d(6, 4, 2, groups=2), nn.BatchNorm2d(4)
-        self.head, self.bn4 = nn.Linear(4, 5), nn.BatchNorm1d(5)
-        self.seen, self.bn5 = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
-
-    def forward(self, images):
-        first = torch.relu(self.bn1(self.conv1(images)))
-        raw = self.seen(images)
-        hidden = torch.relu(self.bn2(self.conv2(first)) + first + self.bn5(raw) + raw)
-        return self.bn4(self.head(torch.relu(self.bn3(self.up(hidden))).mean(dim=(2, 3))))
-
-
-def moved_statistics(network):
-    network.train()
-    for seed in range(3):
-        network(2 * draw(8, 3, 6, 6, seed=seed, dtype=next(network.parameters()).dtype) + 1)
-    for norm in network.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine:
-            nn.init.uniform_(norm.weight, -1, 2)
-            nn.init.normal_(norm.bias)
-    return network.eval()
-
-
-def test_folding_batch_norms_keeps_the_outputs_and_the_network():
-    torch.manual_seed(0)
-    network = moved_statistics(Residual())
-    before = copy.deepcopy(network.state_dict())
-    pairs = foldable_pairs(network)
-    assert pairs == [("conv1", "bn1"), ("conv2", "bn2"), ("up", "bn3"), ("head", "bn4")]
-    folded = fold_batch_norm(network)
-    images = draw(4, 3, 6, 6, seed=9)
-    assert ((folded(images) - network(images)).norm() / network(images).norm()).item() < 1e-6
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules()) == 1
-    rebuilt = fold_batch_norm(Residual(), pairs=[tuple(pair) for pair in json.loads(json.dumps(pairs))])
-    rebuilt.load_state_dict(folded.state_dict(), strict=True)
-    assert torch.equal(rebuilt.eval()(images), folded(images))
-
-
-def test_what_cannot_be_folded_is_one_line():
-    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False))
-    for pairs, words in (([("0", "7")], "cannot fold"), ([("1", "1")], "in float"), ([("0", "2")], "statistics")):
-        with pytest.raises(InputError, match=words):
-            fold_batch_norm(network, pairs=pairs)
-    quantize_weights(network[0], scheme=Scheme())
-    with pytest.raises(InputError, match="in float"):
-        fold_batch_norm(network, pairs=[("0", "1")])
-
-    class Branching(nn.Module):
-        def forward(self, values):
-            return values if values.sum() > 0 else -values
-
-    with pytest.raises(InputError, match="cannot be traced") as caught:
-        foldable_pairs(Branching())
-    assert "\n" not in str(caught.value)
 
 
 def chain():

@@ -1,7 +1,5 @@
 """The groups that torch-pruning finds are ours where both know the network, and hold where ours does not."""
 
-from distill_lightning.compression.shrink.sizes import set_sizes
-from distill_lightning.compression.shrink.sizes import sizes_of
 import copy
 import json
 import sys
@@ -15,11 +13,11 @@ from torch.nn.utils import parametrizations
 
 from distill_lightning import InputError
 from distill_lightning.compression.costs.macs import count_macs
-from distill_lightning.compression.shrink.channels import channel_groups
-from distill_lightning.compression.shrink.torch_pruning import channel_groups_by_torch_pruning
 from distill_lightning.compression.shrink.attention import convert_attention
-
+from distill_lightning.compression.shrink.channels import channel_groups
 from distill_lightning.compression.shrink.groups import shrink
+from distill_lightning.compression.shrink.sizes import set_sizes, sizes_of
+from distill_lightning.compression.shrink.torch_pruning import channel_groups_by_torch_pruning
 from distill_lightning.networks import SmallResNet
 
 torch_pruning = pytest.importorskip("torch_pruning")

@@ -1,7 +1,5 @@
 """Learned masks: gradients by hand, exact numbers, and plain networks in the end."""
 
-from distill_lightning.compression.access.computed import describe_weights
-from distill_lightning.compression.access.computed import rebuild_weights
 import copy
 import math
 
@@ -11,8 +9,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression.mask.learned import (HardConcrete, SoftThreshold, TopK, learn, learned, set_amount)
-from distill_lightning.compression.access.computed import bake
+from distill_lightning.compression.access.computed import describe_weights, rebuild_weights
+from distill_lightning.compression.mask.learned import (
+    HardConcrete,
+    LearnedMask,
+    SoftThreshold,
+    TopK,
+    bake_masks,
+    learn,
+    learned,
+    set_amount,
+)
 
 
 class Net(nn.Module):
@@ -29,7 +36,7 @@ class Net(nn.Module):
 
 
 PATHS = ["conv.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "attention.in_proj_weight", "head.weight"]
-OPTIONS = {"hard": {"amount": 0.4}, "soft": {"amount": 0.5, "initial": 0.1}, "l0": {"initial": 0.6}}
+OPTIONS = {TopK: {"amount": 0.4}, SoftThreshold: {"amount": 0.5, "initial": 0.1}, HardConcrete: {"initial": 0.6}}
 
 
 def images(number=0):
@@ -38,15 +45,15 @@ def images(number=0):
 
 def randomised(network):
     """Scores as after some training."""
-    for mask in learned(network).values():
+    for mask in learned(network, LearnedMask).values():
         nn.init.normal_(mask.location if isinstance(mask, HardConcrete) else mask.scores, std=4)
     return network
 
 
-@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize("kind", [TopK, SoftThreshold])
 def test_the_scores_gradient_is_that_of_the_masked_weight_times_the_weight(kind):
     network = nn.Linear(5, 4).double()
-    mask = learn(network, ["weight"], kind=kind, amount=0.5)["weight"]
+    mask = learn(network, ["weight"], kind, amount=0.5)["weight"]
     randomised(network)
     inputs = torch.randn(7, 5, dtype=torch.float64)
     effective = network.weight.detach().clone().requires_grad_()
@@ -93,8 +100,8 @@ def test_soft_movement_follows_its_threshold_and_its_penalty_pushes_down():
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_all_kinds_of_layers_train_through_their_masks(kind):
     network = Net()
-    masks = learn(network, PATHS, kind=kind, **OPTIONS[kind])
-    assert learned(network).keys() == set(PATHS)
+    masks = learn(network, PATHS, kind, **OPTIONS[kind])
+    assert learned(network, LearnedMask).keys() == set(PATHS)
     randomised(network)
     begin = copy.deepcopy(network.state_dict())
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
@@ -104,7 +111,7 @@ def test_all_kinds_of_layers_train_through_their_masks(kind):
         optimizer.step()
     for path, mask in masks.items():
         module, name = path.rsplit(".", 1)
-        scores = "location" if kind == "l0" else "scores"
+        scores = "location" if kind is HardConcrete else "scores"
         key = f"{module}.parametrizations.{name}"
         for part in ("original", f"0.{scores}"):
             assert not torch.equal(network.state_dict()[f"{key}.{part}"], begin[f"{key}.{part}"])
@@ -117,16 +124,16 @@ def test_all_kinds_of_layers_train_through_their_masks(kind):
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_baking_gives_a_plain_network_with_the_same_outputs_bit_for_bit(kind):
     network, plain = Net(), Net()
-    learn(network, PATHS, kind=kind, **OPTIONS[kind])
+    learn(network, PATHS, kind, **OPTIONS[kind])
     randomised(network).eval()
     expected = network(images())
-    masks = bake(network.train())
+    masks = bake_masks(network.train())
     network.eval()
     assert torch.equal(network(images()), expected)
     plain.load_state_dict(network.state_dict(), strict=True)
     assert torch.equal(plain.eval()(images()), expected)
     assert network.state_dict().keys() == plain.state_dict().keys()
-    assert not learned(network)
+    assert not learned(network, LearnedMask)
     assert 0.1 < masks.sparsity() < 0.95
     masks.project(network)
     assert torch.equal(network(images()), expected)
@@ -134,9 +141,9 @@ def test_baking_gives_a_plain_network_with_the_same_outputs_bit_for_bit(kind):
 
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_a_described_layer_is_rebuilt_and_loads_strictly(kind):
-    options = OPTIONS[kind] | ({"per": "row"} if kind == "l0" else {})
+    options = OPTIONS[kind] | ({"per": "row"} if kind is HardConcrete else {})
     network, other = Net(), Net()
-    learn(network, PATHS, kind=kind, **options)
+    learn(network, PATHS, kind, **options)
     randomised(network)
     for name in ("conv", "lstm", "attention", "head"):
         description = describe_weights(network.get_submodule(name))
@@ -149,7 +156,7 @@ def test_a_described_layer_is_rebuilt_and_loads_strictly(kind):
 
 def test_the_amount_of_all_layers_is_set_each_or_together():
     network = Net()
-    masks = learn(network, ["conv.weight", "head.weight"], kind="hard")
+    masks = learn(network, ["conv.weight", "head.weight"], TopK)
     nn.init.constant_(masks["conv.weight"].scores, 5)
     set_amount(network, 0.5)
     assert [mask.kept().sum().item() for mask in masks.values()] == [18, 9]
@@ -185,24 +192,24 @@ def test_gates_are_open_as_often_as_their_probability_says():
 
 def test_row_gates_go_together_and_carry_gradients():
     layer = nn.Conv2d(2, 5, 3)
-    gates = learn(layer, ["weight"], kind="l0", per="row", initial=0.5)["weight"]
+    gates = learn(layer, ["weight"], HardConcrete, per="row", initial=0.5)["weight"]
     assert gates.location.shape == (5, 1, 1, 1)
     layer(torch.randn(1, 2, 4, 4)).square().sum().backward()
     assert gates.location.grad.count_nonzero() > 0
     nn.init.constant_(gates.location[:2], -9)
-    assert bake(layer).kept["weight"].flatten(1).float().mean(1).tolist() == [0, 0, 1, 1, 1]
+    assert bake_masks(layer).kept["weight"].flatten(1).float().mean(1).tolist() == [0, 0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("kind", ["hard", "soft", "l0"])
+@pytest.mark.parametrize("kind", [TopK, SoftThreshold, HardConcrete])
 def test_tied_weights_are_refused_and_a_layer_in_two_places_is_not(kind):
     network = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 7))
     network[3].weight = network[0].weight
     with pytest.raises(InputError, match=r"'0.weight' is a tied weight.*exclude its layers"):
-        learn(network, ["1.weight", "0.weight"], kind=kind)
-    assert learned(network) == {}
+        learn(network, ["1.weight", "0.weight"], kind)
+    assert learned(network, LearnedMask) == {}
     twice = nn.Linear(5, 5)
     network = nn.Sequential(twice, nn.ReLU(), twice)
-    mask = learn(network, ["0.weight"], kind="hard")["0.weight"]
+    mask = learn(network, ["0.weight"], TopK)["0.weight"]
     mask.amount = 1.0
     inputs = torch.randn(3, 5)
     assert torch.equal(network(inputs), twice.bias.expand(3, 5))
@@ -211,14 +218,16 @@ def test_tied_weights_are_refused_and_a_layer_in_two_places_is_not(kind):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: learn(Net(), ["head.wait"], kind="hard"), "no parameter 'head.wait'"),
-        (lambda: learn(Net(), ["head.weight"], kind="firm"), "kind must be one of hard, soft, l0, got 'firm'"),
-        (lambda: learn(Net(), ["head.weight"], kind="l0", per="column"), "per must be 'weight' or 'row', got 'column'"),
-        (lambda: learn(Net(), ["head.weight"], kind="l0", initial=1.0), "initial is a probability"),
-        (lambda: learn(Net(), ["head.weight"], kind="hard", amount=1.2), "amount must be between 0 and 1, got 1.2"),
-        (lambda: learn(Net(), ["head.weight"], kind="soft", amount=-1), "amount must be between 0 and 1, got -1"),
+        (lambda: learn(Net(), ["head.wait"], TopK), "no parameter 'head.wait'"),
+        (
+            lambda: learn(Net(), ["head.weight"], HardConcrete, per="column"),
+            "per must be 'weight' or 'row', got 'column'",
+        ),
+        (lambda: learn(Net(), ["head.weight"], HardConcrete, initial=1.0), "initial is a probability"),
+        (lambda: learn(Net(), ["head.weight"], TopK, amount=1.2), "amount must be between 0 and 1, got 1.2"),
+        (lambda: learn(Net(), ["head.weight"], SoftThreshold, amount=-1), "amount must be between 0 and 1, got -1"),
         (lambda: set_amount(Net(), 0.5), "Net has no movement pruning whose amount could be set"),
-        (lambda: rebuild_weights(nn.Linear(2, 2), {"weight": {"kind": "tt"}}), "names no kind of learned mask"),
+        (lambda: rebuild_weights(nn.Linear(2, 2), {"weight": {"family": "tt"}}), "weights of the unknown family 'tt'"),
     ],
 )
 def test_what_cannot_be_learned_is_refused(call, message):

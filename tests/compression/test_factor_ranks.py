@@ -7,8 +7,17 @@ import pytest
 import torch
 
 from distill_lightning import InputError
-from distill_lightning.compression.factor.layers import (balanced_factors, covering_factors)
-from distill_lightning.compression.factor.ranks import (budget_ranks, energy_rank, evbmf_free_energy, evbmf_rank, evbmf_threshold, fraction_ranks, number_ranks, rank_rule)
+from distill_lightning.compression.factor.layers import balanced_factors, covering_factors
+from distill_lightning.compression.factor.ranks import (
+    budget_ranks,
+    energy_rank,
+    evbmf_free_energy,
+    evbmf_rank,
+    evbmf_threshold,
+    fraction_ranks,
+    number_ranks,
+    rank_rule,
+)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Layers made of factors against the dense layers with the recomposed weight, and their structure as plain values."""
 
-from distill_lightning.compression.factor.factoring import build_factors
 import copy
 import json
 import pickle
@@ -12,8 +11,13 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill_lightning import InputError
+from distill_lightning.compression.factor.factoring import (
+    build_factors,
+    factorize,
+    input_moment,
+    replace_layer,
+)
 from distill_lightning.compression.factor.layers import LowRankLinear
-from distill_lightning.compression.factor.factoring import (describe, factorize, input_moment, replace_layer)
 from distill_lightning.layers import GaussianHead
 
 # The dense layer says so, too: an even window is padded by one more on one side.
@@ -427,13 +431,13 @@ def test_a_factored_layer_is_rebuilt_from_plain_values_and_loads_strictly(make, 
     before = copy.deepcopy(layer.state_dict())
     found = factorize(layer, **options)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
-    description = json.loads(json.dumps(describe(found.layer)))
+    description = json.loads(json.dumps(found.layer.description))
     assert description == found.description
     state_file = tmp_path / "state.pt"
-    torch.save({"recipe": description, "state": found.layer.state_dict()}, state_file)
+    torch.save({"description": description, "state": found.layer.state_dict()}, state_file)
     loaded = torch.load(state_file, weights_only=True)
     random_state = torch.get_rng_state()
-    rebuilt = build_factors(layer, loaded["recipe"])
+    rebuilt = build_factors(layer, loaded["description"])
     assert torch.equal(torch.get_rng_state(), random_state), "building factors drew random numbers"
     assert type(rebuilt) is type(found.layer)
     assert all(not value.any() for value in rebuilt.state_dict().values())
@@ -469,10 +473,9 @@ def test_saved_factors_own_their_memory(make, options, shape):
         assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
 
 
-def test_a_description_is_a_copy():
+def test_a_description_names_every_weight_that_is_factored():
     layer = factorize(nn.GRU(6, 16), rank=3).layer
-    describe(layer)["ranks"].clear()
-    assert describe(layer)["ranks"] == {"weight_ih_l0": 3, "weight_hh_l0": 3}
+    assert layer.description["ranks"] == {"weight_ih_l0": 3, "weight_hh_l0": 3}
 
 
 @pytest.mark.parametrize(
@@ -605,11 +608,6 @@ def test_a_weight_that_diverged_is_refused():
         factorize(layer, rank=1)
 
 
-def test_what_is_no_factored_layer_has_no_description():
-    with pytest.raises(InputError, match="Linear is not a factored layer: give one that factorize"):
-        describe(nn.Linear(2, 2))
-
-
 def test_moments_of_other_layers_and_of_nothing_are_refused():
     with pytest.raises(InputError, match="'0' is ReLU: moments are only for Linear and ungrouped Conv2d layers"):
         input_moment(nn.Sequential(nn.ReLU()), "0", [])
@@ -625,7 +623,7 @@ def test_every_rule_serves_every_layer_that_it_can(rank):
         if options.get("method") == "cp" and rank in ("energy:0.9", "evbmf"):
             continue
         found = factorize(make(), **{**options, "rank": rank}, only_if_smaller=False)
-        assert describe(found.layer) == found.description
+        assert found.layer.description == found.description
 
 
 def test_half_precision_is_factored_and_stays_half():

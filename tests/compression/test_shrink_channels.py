@@ -1,8 +1,5 @@
 """Channels that go together are found, and a network without them gives what one with them masked gives."""
 
-from distill_lightning.compression.shrink.sizes import resize_layer
-from distill_lightning.compression.shrink.sizes import set_sizes
-from distill_lightning.compression.shrink.sizes import sizes_of
 import copy
 import io
 import json
@@ -16,8 +13,8 @@ from torch.nn.utils import parametrizations
 
 from distill_lightning.compression.costs.macs import count_macs
 from distill_lightning.compression.shrink.channels import channel_groups
-from distill_lightning.compression.shrink.groups import (Group, Member, shrink)
-
+from distill_lightning.compression.shrink.groups import Group, Member, shrink
+from distill_lightning.compression.shrink.sizes import resize_layer, set_sizes, sizes_of
 from distill_lightning.errors import InputError
 from distill_lightning.layers import GaussianHead
 from distill_lightning.networks import SmallResNet

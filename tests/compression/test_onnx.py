@@ -9,15 +9,24 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression.report import onnx as onnx_export
-from distill_lightning.compression.report.measure import (Latency, compare_latency)
-from distill_lightning.compression.report.onnx import (at_batch, export_onnx, has_vnni, int8_share, onnx_latency, onnx_session, outputs_of, quantize_onnx)
-from distill_lightning.compression.values.scheme import Scheme
 from distill_lightning.compression.access.computed import bake
-from distill_lightning.compression.values.quantizer import quantize_weights
+from distill_lightning.compression.report import onnx as onnx_export
+from distill_lightning.compression.report.measure import Latency, compare_latency
+from distill_lightning.compression.report.onnx import (
+    at_batch,
+    export_onnx,
+    has_vnni,
+    int8_share,
+    onnx_latency,
+    onnx_session,
+    outputs_of,
+    quantize_onnx,
+)
 from distill_lightning.compression.shrink.attention import convert_attention
-from distill_lightning.compression.shrink.transformer import head_groups
 from distill_lightning.compression.shrink.groups import shrink
+from distill_lightning.compression.shrink.transformer import head_groups
+from distill_lightning.compression.values.quantizer import quantize_weights
+from distill_lightning.compression.values.scheme import Scheme
 from distill_lightning.networks import SmallResNet
 
 onnx = pytest.importorskip("onnx")

@@ -1,12 +1,11 @@
 """The step that prunes weights: exact amounts, by every criterion, and zeros that stay in any training."""
 
-from distill_lightning.compression.structure.changes import rebuild_structure
-from distill_lightning.compression.structure.changes import structure_of
 import copy
 import io
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +14,18 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from distill_lightning import InputError
-from distill_lightning.compression.structure import changes as recipe
 from distill_lightning.compression.run.compressor import Compressor
-from distill_lightning.compression.steps.schedules import (Cubic, Iterative, OneShot, Threshold)
-from distill_lightning.compression.steps import (Order, LearnMask, Movement, PruneUnits, PruneWeights, SoftMovement, Sensitivity)
+from distill_lightning.compression.steps import (
+    LearnMask,
+    Movement,
+    Order,
+    PruneUnits,
+    PruneWeights,
+    Sensitivity,
+    SoftMovement,
+)
+from distill_lightning.compression.steps.schedules import Cubic, Iterative, OneShot, Threshold
+from distill_lightning.compression.structure.changes import rebuild_structure, structure_of
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
@@ -212,7 +219,7 @@ def test_amount_zero_is_the_identity():
     )
     assert losses == train(compressor_of(build(), epochs=2), OPTIMIZERS["sgd"], epochs=2)[0]
     # A conversion alone would change the outputs' last bits.
-    for schedule in (None, Cubic()):
+    for schedule in (OneShot(), Cubic()):
         step = PruneUnits(amount=0.0, unit="head", schedule=schedule, finetune_epochs=1)
         network = build("transformer")
         compressor = compressor_of(network, step, kind="transformer", epochs=1)
@@ -339,57 +346,6 @@ def test_optimal_brain_surgeon_leaves_out_what_does_not_run_as_a_layer():
     assert set(compressor.masks.kept) == {path for path in WEIGHTS["transformer"] if "self_attn" not in path}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_movement_ends_in_plain_masks_of_the_exact_amount(kind, scope):
-    network = build(kind)
-    step = LearnMask(Movement(0.5, scope=scope), finetune_epochs=2)
-    compressor = compressor_of(network, step, kind=kind, epochs=2)
-    train(compressor, OPTIMIZERS["sgd"], epochs=2, kind=kind)
-    compressor.finish()
-    # In the old order, too, by which an optimiser's state finds its parameters again.
-    assert [name for name, _ in network.named_parameters()] == [name for name, _ in build(kind).named_parameters()]
-    if scope == "layer":
-        for path in WEIGHTS[kind]:
-            assert zeros(network, [path]) == round(0.5 * count(network, [path]))
-    assert zeros(network, WEIGHTS[kind]) == compressor.masks.pruned
-    assert compressor.masks.pruned == pytest.approx(0.5 * count(network, WEIGHTS[kind]), abs=1)
-
-
-def test_movement_goes_on_from_what_was_pruned_before():
-    network = build()
-    steps = [PruneWeights(amount=0.4, at="start"), LearnMask(Movement(0.6, scope="layer"), finetune_epochs=2)]
-    compressor = compressor_of(network, *steps, epochs=2)
-    first = {}
-
-    def watch(moment, phase):
-        if moment == "after" and phase.number == 1:
-            first.update(copy.deepcopy(compressor.masks.kept))
-
-    compressor.watch = watch
-    train(compressor, OPTIMIZERS["sgd"], epochs=2)
-    compressor.finish()
-    for path, kept in compressor.masks.kept.items():
-        assert not (kept & ~first[path]).any()
-        wanted = max(round(0.6 * kept.numel()), int((~first[path]).sum()))
-        assert int((~kept).sum()) == wanted == zeros(network, [path])
-
-
-def test_soft_movement_prunes_by_its_penalty():
-    pruned = []
-    for weight in (0.0, 100.0):
-        network = build()
-        step = LearnMask(SoftMovement(Threshold(0.48), penalty_weight=weight), finetune_epochs=4)
-        compressor = compressor_of(network, step, epochs=4)
-        train(compressor, OPTIMIZERS["adam"], epochs=4)
-        compressor.finish()
-        assert zeros(network, WEIGHTS["cnn"]) == compressor.masks.pruned
-        pruned.append(compressor.masks.sparsity())
-    assert pruned[0] < 0.5
-    assert pruned[1] > 0.9
-
-
 # schedules
 
 
@@ -473,22 +429,22 @@ def test_a_nan_under_the_mask_does_not_survive():
 
 
 RESUMED = {
-    "cubic": {"amount": 0.6, "schedule": Cubic(), "criterion": "taylor"},
-    "iterative": {"amount": {"hidden": 0.6}, "schedule": Iterative(4)},
-    "rewound": {"amount": 0.6, "schedule": Iterative(3), "rewind": 1},
-    "movement": {"amount": 0.6, "criterion": "movement"},
-    "soft": {"criterion": "soft_movement", "schedule": Threshold(0.45, end=1.0), "penalty_weight": 10.0},
-    "channels": {"amount": 0.5, "granularity": "channel", "schedule": Cubic()},
-    "budget": {"budget": "params:0.5", "granularity": "channel", "schedule": Iterative(2)},
+    "cubic": PruneWeights(amount=0.6, schedule=Cubic(), criterion="taylor"),
+    "iterative": PruneWeights(amount={"hidden": 0.6}, schedule=Iterative(4)),
+    "rewound": PruneWeights(amount=0.6, schedule=Iterative(3), rewind=1),
+    "movement": LearnMask(Movement(0.6)),
+    "soft": LearnMask(SoftMovement(Threshold(0.45, end=1.0), penalty_weight=10.0)),
+    "channels": PruneUnits(amount=0.5, unit="channel", schedule=Cubic()),
+    "budget": PruneUnits(budget="params:0.5", unit="channel", schedule=Iterative(2)),
 }
 RESUME = """
 import sys, torch
 sys.path.insert(0, {folder!r})
-from test_prune import *
+from test_prune_weights import *
 state = torch.load({path!r}, weights_only=True)
-network = recipe.rebuild(build(), state["recipe"])
+network = rebuild_structure(build(), state["structure"])
 network.load_state_dict(state["network"])
-compressor = compressor_of(network, Prune(**RESUMED[{name!r}], at=2, finetune_epochs=3), epochs=5)
+compressor = compressor_of(network, replace(RESUMED[{name!r}], at=2, finetune_epochs=3), epochs=5)
 compressor.load_state_dict(state["compressor"])
 optimizer = OPTIMIZERS["adam"](network.parameters())
 optimizer.load_state_dict(state["optimizer"])
@@ -502,7 +458,7 @@ torch.save((losses, network.state_dict(), compressor.masks.state_dict()), {path!
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_that_was_killed_resumes_bit_for_bit(name):
     def begun():
-        step = PruneWeights(at=2, finetune_epochs=3, **RESUMED[name])
+        step = replace(RESUMED[name], at=2, finetune_epochs=3)
         network = build()
         return network, compressor_of(network, step, epochs=5)
 
@@ -538,13 +494,13 @@ def test_a_run_that_was_killed_resumes_bit_for_bit(name):
 def test_a_run_resumes_in_a_fresh_process(tmp_path, request):
     name, path = "cubic", tmp_path / "state.pt"
     network = build()
-    whole = compressor_of(network, PruneWeights(at=2, finetune_epochs=3, **RESUMED[name]), epochs=5)
+    whole = compressor_of(network, replace(RESUMED[name], at=2, finetune_epochs=3), epochs=5)
     expected, _ = train(whole, OPTIMIZERS["adam"], epochs=5)
     whole.finish()
     partly = build()
-    first = compressor_of(partly, PruneWeights(at=2, finetune_epochs=3, **RESUMED[name]), epochs=5)
+    first = compressor_of(partly, replace(RESUMED[name], at=2, finetune_epochs=3), epochs=5)
     losses, optimizer = train(first, OPTIMIZERS["adam"], epochs=3)
-    state = {"recipe": structure_of(partly), "network": partly.state_dict(), "compressor": first.state_dict()}
+    state = {"structure": structure_of(partly), "network": partly.state_dict(), "compressor": first.state_dict()}
     torch.save({**state, "optimizer": optimizer.state_dict(), "epoch": 3}, path)
     code = RESUME.format(folder=str(request.path.parent), path=str(path), name=name)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -589,7 +545,9 @@ def test_survivors_go_back_to_the_epoch_bit_for_bit(rewind, epoch):
 
 def test_iterative_tickets_go_back_at_every_round():
     network, found = build(), []
-    step = PruneWeights(amount=0.75, schedule=Iterative(2, spacing="geometric"), rewind="start", at=1, finetune_epochs=2)
+    step = PruneWeights(
+        amount=0.75, schedule=Iterative(2, spacing="geometric"), rewind="start", at=1, finetune_epochs=2
+    )
     compressor = compressor_of(network, step, epochs=3)
 
     def watch(trained, optimizer):
@@ -707,29 +665,18 @@ def test_tied_weights_are_pruned_once():
         ({}, "exactly one of"),
         ({"amount": 0.5, "granularity": "2:4"}, "exactly one of"),
         ({"amount": 0.5, "schedule": Threshold(0.1)}, "exactly one of"),
-        ({"amount": 0.5, "budget": "macs:0.5", "granularity": "channel"}, "exactly one of"),
         ({"amount": 1.5}, "between 0 and 1"),
         ({"amount": {"a": -0.5}}, "between 0 and 1"),
         ({"amount": {}}, "between 0 and 1"),
         ({"amount": 0.5, "granularity": "channels"}, "granularity must be"),
+        ({"amount": 0.5, "granularity": "channel"}, "granularity must be"),
         ({"amount": 0.5, "granularity": "4x8"}, "granularity must be"),
         ({"amount": 0.5, "criterion": "size"}, "criterion must be one of magnitude"),
+        ({"amount": 0.5, "criterion": "bn_scale"}, "criterion must be one of magnitude"),
+        ({"amount": 0.5, "criterion": "movement"}, "criterion must be one of magnitude"),
+        ({"criterion": "obs_update", "schedule": Threshold(0.1)}, "needs an amount"),
         ({"amount": 0.5, "scope": "all"}, "scope must be"),
-        ({"budget": "macs:0.5"}, "budget is for channels"),
-        ({"budget": "time:0.5", "granularity": "channel"}, "budget must be a share of the cost such as 'macs:0.5'"),
-        ({"amount": 0.5, "criterion": "bn_scale"}, "granularity 'channel'"),
-        ({"amount": 0.5, "criterion": "movement", "granularity": "channel"}, "use 'taylor'"),
-        ({"amount": 0.5, "criterion": "obs", "granularity": "head"}, "use 'taylor'"),
-        ({"amount": 0.5, "criterion": "movement", "granularity": "row"}, "needs granularity 'weight'"),
-        ({"amount": 0.5, "criterion": "soft_movement", "schedule": OneShot()}, "needs a Threshold"),
-        ({"criterion": "movement", "schedule": Threshold(0.1)}, "needs an amount"),
-        ({"amount": 0.5, "criterion": "movement", "schedule": OneShot()}, "a schedule that begins at 0"),
-        ({"amount": 0.5, "criterion": "movement", "schedule": Iterative(3)}, "a schedule that begins at 0"),
-        ({"amount": 0.5, "criterion": "movement", "schedule": Cubic(initial=0.1)}, "a schedule that begins at 0"),
         ({"granularity": "2:4", "schedule": Cubic()}, "needs OneShot"),
-        ({"amount": 0.5, "granularity": "layer", "schedule": Cubic()}, "no mask skips a layer"),
-        ({"amount": 0.5, "round_to": 4}, "round_to needs granularity"),
-        ({"amount": 0.5, "granularity": "channel", "round_to": 0}, "at least 1"),
         ({"amount": 0.5, "regrow": 0.5}, "several updates"),
         ({"amount": 0.5, "regrow": 1.0, "schedule": Cubic()}, "below 1"),
         ({"amount": 0.5, "rewind": "start", "schedule": Cubic()}, "OneShot or Iterative"),
@@ -737,11 +684,6 @@ def test_tied_weights_are_pruned_once():
         ({"amount": 0.5, "rewind": -1}, "rewind must be an epoch"),
         ({"scope": Sensitivity(max_drop=0.1), "amount": 0.5}, "exactly one of"),
         ({"scope": "layer", "schedule": Threshold(0.1)}, "has no effect with a Threshold"),
-        ({"amount": 0.5, "penalty_weight": 0.1}, "penalty_weight is for criterion 'soft_movement'"),
-        ({"criterion": "soft_movement", "penalty_weight": -0.1}, "must not be negative"),
-        ({"amount": 0.5, "backend": "nope"}, "backend must be own or torch_pruning, got 'nope'"),
-        ({"amount": 0.5, "backend": "torch_pruning"}, "backend 'torch_pruning' needs granularity 'channel'"),
-        ({"amount": 0.5, "backend": "torch_pruning", "granularity": "head"}, "needs granularity 'channel'"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_in_one_line(options, message):
@@ -751,20 +693,45 @@ def test_options_that_do_not_go_together_are_refused_in_one_line(options, messag
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"amount": 0.5, "criterion": "movement"},
-        {"criterion": "soft_movement"},
-        {"amount": 0.5, "schedule": Cubic()},
-        {"schedule": Threshold(0.1, end=0.5)},
-        {"amount": 0.5, "rewind": "start"},
+        ({"unit": "channel"}, "exactly one of"),
+        ({"amount": 0.5, "budget": "macs:0.5", "unit": "channel"}, "exactly one of"),
+        ({"amount": 0.5, "unit": "channels"}, "unit must be one of channel"),
+        ({"budget": "time:0.5", "unit": "channel"}, "budget must be a share of the cost such as 'macs:0.5'"),
+        ({"amount": 0.5, "criterion": "bn_scale", "unit": "neuron"}, "needs unit 'channel'"),
+        ({"amount": 0.5, "criterion": "movement", "unit": "channel"}, "criterion must be one of magnitude"),
+        ({"amount": 0.5, "criterion": "obs", "unit": "head"}, "criterion must be one of magnitude"),
+        ({"amount": 0.5, "unit": "layer", "schedule": Cubic()}, "no mask skips a layer"),
+        ({"amount": 0.5, "unit": "head", "round_to": 4}, "round_to needs unit 'channel'"),
+        ({"amount": 0.5, "unit": "channel", "round_to": 0}, "at least 1"),
+        ({"amount": 0.5, "unit": "channel", "backend": "nope"}, "backend must be own or torch_pruning, got 'nope'"),
+        ({"amount": 0.5, "unit": "neuron", "backend": "torch_pruning"}, "'torch_pruning' needs unit 'channel'"),
+        ({"amount": 0.5, "unit": "head", "backend": "torch_pruning"}, "needs unit 'channel'"),
     ],
 )
-def test_what_needs_training_says_so(options):
-    with pytest.raises(InputError, match=r"step 1 \(PruneWeights\): .*train"):
-        applied(PruneWeights(**options))
+def test_options_of_units_that_do_not_go_together_are_refused_in_one_line(options, message):
+    with pytest.raises(InputError, match=message) as caught:
+        PruneUnits(**options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        LearnMask(Movement(0.5)),
+        LearnMask(SoftMovement()),
+        PruneWeights(amount=0.5, schedule=Cubic()),
+        PruneWeights(schedule=Threshold(0.1, end=0.5)),
+        PruneWeights(amount=0.5, rewind="start"),
+    ],
+    ids=repr,
+)
+def test_what_needs_training_says_so(step):
+    with pytest.raises(InputError, match=rf"step 1 \({step.title}\): .*train"):
+        applied(step)
     with pytest.raises(InputError, match="give it finetune_epochs"):
-        compressor_of(build(), PruneWeights(**options), epochs=2)
+        compressor_of(build(), step, epochs=2)
 
 
 def test_an_epoch_that_has_not_been_cannot_be_gone_back_to():
@@ -784,7 +751,7 @@ def test_masks_come_after_structure():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_step_can_be_used_again(name):
-    step = PruneWeights(at=1, finetune_epochs=2, **RESUMED[name])
+    step = replace(RESUMED[name], at=1, finetune_epochs=2)
     found = []
     for _ in range(2):
         network = build()

@@ -1,9 +1,5 @@
 """Attention whose heads can be removed: first equal to PyTorch's, then to itself with heads masked."""
 
-from distill_lightning.compression.shrink.sizes import layer_sizes
-from distill_lightning.compression.shrink.sizes import resize_layer
-from distill_lightning.compression.shrink.sizes import set_sizes
-from distill_lightning.compression.shrink.sizes import sizes_of
 import copy
 import io
 import itertools
@@ -15,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distill_lightning.compression.shrink.attention import (Attention, convert_attention)
+from distill_lightning.compression.shrink.attention import Attention, convert_attention
 from distill_lightning.compression.shrink.groups import shrink
-
-from distill_lightning.compression.shrink.transformer import (head_groups, neuron_groups, remove_layers)
+from distill_lightning.compression.shrink.sizes import layer_sizes, resize_layer, set_sizes, sizes_of
+from distill_lightning.compression.shrink.transformer import head_groups, neuron_groups, remove_layers
 from distill_lightning.errors import InputError
 
 SAMPLES, QUERIES, KEYS, WIDTH, HEADS = 3, 5, 7, 8, 4

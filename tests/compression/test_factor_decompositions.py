@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from distill_lightning import InputError
-from distill_lightning.compression.factor.decompositions import (canonical, fit_train_ranks, relative_error, tensor_train, truncated_svd, tucker2, whitened_svd)
+from distill_lightning.compression.factor.decompositions import (
+    canonical,
+    fit_train_ranks,
+    relative_error,
+    tensor_train,
+    truncated_svd,
+    tucker2,
+    whitened_svd,
+)
 
 
 def double(*shape):
