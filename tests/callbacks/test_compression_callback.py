@@ -205,7 +205,7 @@ def test_the_order_of_the_callbacks_does_not_matter(averaging, first):
         [LearnMask(Movement(0.5), finetune_epochs=1)],
         [LearnMask(L0(1e-3), finetune_epochs=1)],
     ],
-    ids=lambda steps: repr(steps[0]),
+    ids=lambda steps: steps[0].title,
 )
 def test_averages_of_other_parameters_are_refused_before_the_training(averaging, steps):
     module, began = baseline(steps, dense_epochs=1), []

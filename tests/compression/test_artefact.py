@@ -449,8 +449,13 @@ def test_files_that_cannot_be_used_say_why_in_one_line(tmp_path):
     resnet = build("resnet")
     checkpoint_of(resnet, tmp_path / "plain.ckpt", compression=None)
     cases["compressed nothing"] = (tmp_path / "plain.ckpt", None)
-    checkpoint_of(resnet, tmp_path / "odd.ckpt", compression={"attribute": "student"})
+    checkpoint_of(resnet, tmp_path / "odd.ckpt", compression={"attribute": "student", "structure": {"format": 2}})
     cases["odd.ckpt is damaged"] = (tmp_path / "odd.ckpt", None)
+    checkpoint_of(resnet, tmp_path / "old.ckpt", compression={"attribute": "student", "description": {}})
+    cases["is in format 1, but this version .* reads format 2: compress the network again"] = (
+        tmp_path / "old.ckpt",
+        None,
+    )
     for message, (file, given) in cases.items():
         with pytest.raises(InputError, match=message) as caught:
             load_compressed(file, given)

@@ -14,7 +14,7 @@ from distill_lightning import InputError, SmallResNet
 from distill_lightning.compression.costs.macs import Cost, count_macs
 from distill_lightning.compression.factor.factoring import build_factors
 from distill_lightning.compression.mask.criteria import magnitude
-from distill_lightning.compression.mask.learned import learn
+from distill_lightning.compression.mask.learned import TopK, learn
 from distill_lightning.compression.mask.selection import select
 
 
@@ -204,7 +204,7 @@ def test_zeros_of_learned_masks_count_and_their_computation_does_not():
             return weight @ self.other.T @ self.other
 
     network = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 5))
-    learn(network, ["0.weight"], kind="hard", amount=0.25)
+    learn(network, ["0.weight"], TopK, amount=0.25)
     parametrize.register_parametrization(network[1], "bias", nn.Identity())
     lstm = nn.LSTM(5, 6)
     parametrize.register_parametrization(lstm, "weight_ih_l0", Factors())

@@ -597,7 +597,7 @@ def test_steps_are_read_from_yaml():
     assert (first.bits, first.at, first.targets) == ({"head": 8}, "end", ["Conv2d", "head"])
     assert second.bits.ratio == pytest.approx(0.1)
     assert third.method == "huffman"
-    assert [repr(step) for step in (first, second, third)] == [
+    assert [step.title for step in (first, second, third)] == [
         "Quantize symmetric mixed", "Quantize symmetric mixed inputs 8 bit", "Encode huffman",
     ]  # fmt: skip
     assert math.isclose(second.finetune_epochs, 2)
