@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from distill_lightning.callbacks.stages import Measurements, check_scored, measure
 from distill_lightning.callbacks.structure_hooks import LoadHook, SaveHook
+from distill_lightning.compression.access.calibration import first_samples
 from distill_lightning.compression.costs.parameters import count_parameters
 from distill_lightning.compression.report.report import Report, machine
 from distill_lightning.compression.report.stages import DENSE, FINAL, Kind, Stage
@@ -110,6 +111,8 @@ class CompressionCallback(pl.Callback):
         self._seen = 0
         # The last epoch that has begun, and how many weights were pruned when the network was validated.
         self._epoch, self._pruned = -1, 0
+        # The share of zeros of each pruned weight after each epoch.
+        self._sparsity: dict[str, list[float]] = {}
         # Whether the training has come to its end, with the last steps, and whether it began with a compressed network.
         self._is_over = self._is_begun = False
         # The Trainer and the module of the fit that is under way.
@@ -180,12 +183,12 @@ class CompressionCallback(pl.Callback):
                 f"{type(pl_module).__name__}.{self.attribute} is compressed already: make the module anew, or go on "
                 "from a checkpoint with fit(ckpt_path=...)"
             )
-        self.stages = []
+        self.stages, self._sparsity = [], {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See what the network is given."""
         if self.compressor is not None:
-            self.compressor.piece.example_inputs = self._draw(1)[0][0][:2]
+            self.compressor.piece.example_inputs = first_samples(self._draw(1)[0][0], 2)
             self._seen = trainer.global_step
 
     # In the training
@@ -254,6 +257,11 @@ class CompressionCallback(pl.Callback):
             "compress/sparsity": compressor.masks.sparsity(),
         }
         pl_module.log_dict(logs, on_step=False, on_epoch=True, sync_dist=True)
+        for path, share in compressor.masks.sparsities().items():
+            name = path.replace("parametrizations.", "").removesuffix(".original")
+            # It was dense until it was pruned for the first time.
+            shares = self._sparsity.setdefault(name, [])
+            shares += [0.0] * (trainer.current_epoch - len(shares)) + [share]
         self._forget_if_pruned(trainer, compressor)
         if _untrained(compressor):
             keep_patience(trainer)
@@ -336,6 +344,7 @@ class CompressionCallback(pl.Callback):
             "stages": [stage.as_plain() for stage in self.stages],
             "epoch": self._epoch,
             "pruned": self._pruned,
+            "sparsity": self._sparsity,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -344,6 +353,7 @@ class CompressionCallback(pl.Callback):
             self.compressor.load_state_dict(state_dict["compressor"])
             self.stages = [Stage.of_plain(plain) for plain in state_dict["stages"]]
             self._epoch, self._pruned = state_dict["epoch"], state_dict["pruned"]
+            self._sparsity = {path: list(shares) for path, shares in state_dict["sparsity"].items()}
 
     def report(self, *, metric: str = "accuracy", higher_is_better: bool = True) -> Report:
         """The stages of the fit as a table, with its files.
@@ -404,7 +414,7 @@ class CompressionCallback(pl.Callback):
         self.stages.append(
             measure(
                 trainer, pl_module, compressor, cast("Measurements", self.measurements),
-                name=name, kind=kind, final=final, timed_as=timed_as, notes=notes,
+                name=name, kind=kind, final=final, timed_as=timed_as, notes=notes, sparsity=self._sparsity,
             )
         )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,6 +12,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from distill_lightning.compression.access.computed import fewest_bits
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.file.artefact import load_compressed, write_artefact
+from distill_lightning.compression.report.details import details_of
 from distill_lightning.compression.report.measure import MIN_ROUNDS
 from distill_lightning.compression.report.stages import SEE, Kind, Onnx, Stage, measure_stage
 from distill_lightning.compression.run.compressor import Compressor
@@ -63,6 +64,7 @@ def measure(
     final: bool = False,
     timed_as: str | None = None,
     notes: Sequence[str] = (),
+    sparsity: Mapping[str, Sequence[float]] | None = None,
 ) -> Stage:
     """Score and measure a network as it is now; random states and the Trainer's data are left as they were.
 
@@ -76,6 +78,7 @@ def measure(
         final: whether it is the final network, for which ONNX files are made as for the dense one.
         timed_as: the row whose time is measured instead, because this one has the same structure.
         notes: notes on the row.
+        sparsity: share of zeros of each pruned weight after each epoch, for the final network's figures.
     """
     with isolate_rng():
         scores = pl_module.score(_scored_batches(trainer, pl_module, wanted.split))
@@ -100,6 +103,8 @@ def measure(
             weight_bits=fewest_bits(network),
             notes=notes,
         )
+        if final:
+            stage.details.update(details_of(dense, network, compressor.piece, sparsity or {}))
     if timed_as is not None:
         stage.missing["latency"] = f"{SEE}{timed_as}"
     return stage

@@ -29,12 +29,13 @@ from distill_lightning.compression.steps import (
     TieLayers,
     TrainedStep,
 )
+from distill_lightning.compression.steps.preview import Preview, preview
 from distill_lightning.compression.steps.schedules import Cubic, Iterative, OneShot, Threshold
 from distill_lightning.compression.structure import checkpoints as _checkpoints  # noqa: F401  (provenance asks it)
 
 __all__ = [
     "L0", "Compressor", "Cubic", "Encode", "HashShare", "Iterative", "LearnMask", "LowRank", "Masks",
-    "MixedPrecision", "Movement", "OneShot", "PruneUnits", "PruneWeights", "Quantize", "Regularise", "Report",
-    "Sensitivity", "ShareWeights", "SoftMovement", "Stage", "Step", "TargetedStep", "Threshold", "TieLayers",
-    "TrainedStep", "load_compressed", "write_artefact",
+    "MixedPrecision", "Movement", "OneShot", "Preview", "PruneUnits", "PruneWeights", "Quantize", "Regularise",
+    "Report", "Sensitivity", "ShareWeights", "SoftMovement", "Stage", "Step", "TargetedStep", "Threshold",
+    "TieLayers", "TrainedStep", "load_compressed", "preview", "write_artefact",
 ]  # fmt: skip

@@ -25,6 +25,26 @@ def inputs_of(inputs: Any) -> tuple[Any, ...]:
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
 
 
+def first_samples(inputs: Any, count: int) -> Any:
+    """The first samples of a batch's inputs.
+
+    Args:
+        inputs: a tensor ``(N, ...)``, or a tuple of arguments, whose tensors have the batch as their first dimension.
+        count: number of samples.
+
+    Raises:
+        InputError: the inputs are neither, and no network is called with them here.
+    """
+    if isinstance(inputs, Tensor):
+        return inputs[:count]
+    if isinstance(inputs, (tuple, list)):
+        return tuple(part[:count] if isinstance(part, Tensor) else part for part in inputs)
+    raise InputError(
+        f"compression calls networks with a tensor or a tuple of arguments, and the batches have inputs of type "
+        f"{type(inputs).__name__}: wrap the network in one that takes such arguments"
+    )
+
+
 @contextmanager
 def calibrating(network: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Restore modes, buffers, ``requires_grad`` and the global random state after this context.

@@ -1,4 +1,4 @@
-"""Weights that are computed from other parameters: one protocol for learned masks, shared, hashed and quantized ones."""
+"""Weights that are computed from other parameters: one protocol for masked, shared, hashed and quantized ones."""
 
 from __future__ import annotations
 

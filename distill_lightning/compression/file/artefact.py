@@ -30,7 +30,6 @@ from distill_lightning.errors import InputError, refusing
 from distill_lightning.networks import Recipe, build_from, recipe_of
 from distill_lightning.networks.weights import load_strictly, read_checkpoint
 
-FORMAT = 2
 _KIND = "network"
 _MAGIC = b"DLPK"
 # A file's content may be wrong in any of these ways although its checksum fits, if something else wrote it.
@@ -79,7 +78,6 @@ def write_artefact(network: nn.Module, path: Path | str, *, coding: Coding = "pl
         packed[same[0]] = _smallest(value, known, coding)
     header = {
         "kind": _KIND,
-        "format": FORMAT,
         "class": type(network).__name__,
         "recipe": _plain(without_weights(recipe_of(network))),
         "structure": _plain(plain_structure(structure_of(network))),
@@ -124,11 +122,6 @@ def _from_packed(path: Path, network: nn.Module | None) -> nn.Module:
     header, tensors = read_packed(path)
     if header.get("kind") != _KIND:
         raise InputError(f"{path} holds packed tensors but no network: read it with read_packed")
-    if header.get("format") != FORMAT:
-        raise InputError(
-            f"{path} has format {header.get('format')} of networks, but this version reads {FORMAT}: update "
-            "distill_lightning"
-        )
     with refusing(f"{path} is damaged", *_DAMAGES):
         tensors |= {name: tensors[first] for name, first in header["same"].items()}
         network = _built(path, network, header["recipe"], header["class"])

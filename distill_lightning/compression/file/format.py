@@ -17,11 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
+import distill_lightning
 from distill_lightning.compression.file.packed import Packed, Part, unpack
 from distill_lightning.errors import InputError
 from distill_lightning.storage.files import CHECKSUM_BYTES, checksum_fits, with_checksum, write_whole
 
-FORMAT = 1
+FORMAT = 2
 _MAGIC = b"DLPK"
 _FIXED = 12
 _ALIGNED = 8
@@ -95,7 +96,10 @@ def read_parts(path: Path | str) -> tuple[dict[str, Any], dict[str, Packed]]:
         raise InputError(f"{path} is not a file of packed tensors: give one that write_packed wrote")
     version, length = (int.from_bytes(content[place : place + 4], "little") for place in (4, 8))
     if len(content) >= _FIXED and version != FORMAT:
-        raise InputError(f"{path} has format {version}, but this version reads {FORMAT}: update distill_lightning")
+        raise InputError(
+            f"{path} has format {version}, but distill_lightning {distill_lightning.__version__} reads {FORMAT}: "
+            "compress the network again, or read the file with the version that wrote it"
+        )
     if len(content) < _FIXED + CHECKSUM_BYTES or not checksum_fits(content):
         raise InputError(f"{path} is damaged or incomplete: write it again, or copy it again")
     with _reading(path):

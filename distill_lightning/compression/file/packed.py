@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill_lightning.compression.access.computed import Stored
-from distill_lightning.compression.file.bits import Bytes, huffman_decode, huffman_encode, pack_bits, unpack_bits
+from distill_lightning.compression.file.bits import Bytes, pack_bits, unpack_bits
 from distill_lightning.compression.values.codebook import distinct_values
 from distill_lightning.compression.values.hashed import hash_places, hashed_weight
 from distill_lightning.compression.values.scheme import Codes, Scheme, dequantize
 from distill_lightning.errors import InputError
 
 Coding = Literal["plain", "deflate", "huffman"]
+# Without the header and checksum of zlib: the file has its own.
+_RAW = -15
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -39,8 +41,8 @@ class Part:
         content: the bytes.
         number: how many numbers these hold.
         bits: bits of each number.
-        coding: how the bytes are coded; ``"huffman"`` codes the numbers if 8 is not a multiple of their bits, and
-            otherwise the bytes.
+        coding: how the bytes are coded; ``"huffman"`` (zlib's, without a search for repetitions) codes the numbers if
+            8 is not a multiple of their bits, and otherwise the bytes.
     """
 
     content: bytes
@@ -53,7 +55,8 @@ class Part:
         if self.coding == "deflate":
             return zlib.decompress(self.content)
         if self.coding == "huffman":
-            return pack_bits(huffman_decode(self.content, self._symbols()), self._symbol_bits())
+            symbols = np.frombuffer(zlib.decompress(self.content, wbits=_RAW), np.uint8)
+            return pack_bits(symbols, self._symbol_bits())
         return self.content
 
     def encoded(self, coding: Coding) -> Part:
@@ -62,7 +65,9 @@ class Part:
         if coding == "deflate":
             coded = zlib.compress(content, 9)
         elif coding == "huffman":
-            coded = huffman_encode(unpack_bits(content, self._symbol_bits(), self._symbols()))
+            coder = zlib.compressobj(9, wbits=_RAW, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+            symbols = unpack_bits(content, self._symbol_bits(), self._symbols())
+            coded = coder.compress(symbols.tobytes()) + coder.flush()
         else:
             raise InputError(f"coding must be 'deflate' or 'huffman', got {coding!r}")
         better = len(coded) < len(content)

@@ -267,7 +267,7 @@ def bake_masks(network: nn.Module) -> Masks:
         Masks of the parameters that were pruned.
     """
     kept = {}
-    for path, mask in learned(network, LearnedMask).items():
+    for path, mask in learned(network, LearnedMask).items():  # type: ignore[type-abstract]
         module, name = split_path(path)
         layer = network.get_submodule(module)
         kept[path] = mask.kept().expand(getattr(layer, name).shape)

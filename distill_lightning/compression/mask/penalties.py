@@ -51,28 +51,26 @@ def bn_gamma(network: nn.Module) -> Tensor:
 
 
 def l0(network: nn.Module) -> Tensor:
-    """The expected number of non-zero weights, over all `movement.HardConcrete` gates.
+    """The expected number of non-zero weights, over all `HardConcrete` gates.
 
     Raises:
         InputError: the network has none.
     """
-    gates = [(path, mask) for path, mask in learned(network).items() if isinstance(mask, HardConcrete)]
+    gates = learned(network, HardConcrete).values()
     if not gates:
-        raise InputError(f"l0: {type(network).__name__} has no gates: call movement.learn(..., kind='l0') first")
-    return _total([wide(mask.open_probability()).sum() * mask.size for _, mask in gates])
+        raise InputError(f"l0: {type(network).__name__} has no gates: call learn(..., HardConcrete) first")
+    return _total([wide(mask.open_probability()).sum() * mask.size for mask in gates])
 
 
 def soft_movement(network: nn.Module) -> Tensor:
-    """The mean over layers of the mean sigmoid of `movement.SoftThreshold` scores.
+    """The mean over layers of the mean sigmoid of `SoftThreshold` scores.
 
     Raises:
         InputError: the network has none.
     """
-    masks = [mask for mask in learned(network).values() if isinstance(mask, SoftThreshold)]
+    masks = learned(network, SoftThreshold).values()
     if not masks:
-        raise InputError(
-            f"soft_movement: {type(network).__name__} has no scores: call movement.learn(..., kind='soft') first"
-        )
+        raise InputError(f"soft_movement: {type(network).__name__} has no scores: call learn(..., SoftThreshold) first")
     return torch.stack([mask.penalty() for mask in masks]).mean()
 
 

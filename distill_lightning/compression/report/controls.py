@@ -20,7 +20,13 @@ from distill_lightning.compression.shrink.groups import Group, shrink
 from distill_lightning.compression.shrink.recurrent import in_blocks, unit_groups
 from distill_lightning.compression.shrink.transformer import head_groups, neuron_groups
 from distill_lightning.compression.steps import Step
-from distill_lightning.compression.structure.changes import NOTHING, changes_of, note_change, plain_copy, rebuild_structure
+from distill_lightning.compression.structure.changes import (
+    NOTHING,
+    changes_of,
+    note_change,
+    plain_copy,
+    rebuild_structure,
+)
 from distill_lightning.compression.values.quantizer import WeightQuantizer
 from distill_lightning.errors import InputError
 from distill_lightning.networks import build_from, recipe_of

@@ -19,6 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from distill_lightning.compression.costs.macs import DEFINITION
+from distill_lightning.compression.report.details import draw_details
 from distill_lightning.compression.report.measure import NO_SPEED_UP
 from distill_lightning.compression.report.stages import (
     CONTROL_RANDOM,
@@ -435,6 +436,8 @@ class Report:
                 logarithmic={title for title in costs if title.startswith("bytes")},
             )
         }
+        if FINAL in shown:
+            figures |= draw_details(shown[FINAL].details)
         rows = [row for row in shown[FINAL].latency if row.is_alike] if FINAL in shown else []
         if rows:
             figures["latency.png"] = plot_latency(

@@ -152,6 +152,7 @@ class Stage:
         notes: what a reader has to know about this row.
         missing: the reason for each measurement that is missing ("artefact", "latency" and so on).
         weight_bits: bits of the smallest weights that are stored; ``None`` if all are floats.
+        details: what figures show of single layers, see `details_of`.
     """
 
     name: str
@@ -168,6 +169,7 @@ class Stage:
     notes: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     weight_bits: int | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):

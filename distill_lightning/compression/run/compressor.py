@@ -19,7 +19,7 @@ from distill_lightning.compression.file.artefact import write_artefact
 from distill_lightning.compression.mask.learned import LearnedMask, learned
 from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.compression.run.batch_norm import recalibrate
-from distill_lightning.compression.run.phases import Phase, check_order, plan
+from distill_lightning.compression.run.phases import Phase, check_order, plan, step_of
 from distill_lightning.compression.steps.base import Step
 from distill_lightning.compression.steps.workpiece import Workpiece, cross_entropy
 from distill_lightning.errors import InputError
@@ -113,7 +113,7 @@ class Compressor:
     @property
     def pruned(self) -> int:
         """Number of weights that a mask sets to zero, learned masks included."""
-        learned_masks = learned(self.network, LearnedMask).values()
+        learned_masks = learned(self.network, LearnedMask).values()  # type: ignore[type-abstract]
         return self.masks.pruned + sum(mask.pruned() for mask in learned_masks)
 
     @property
@@ -242,6 +242,7 @@ class Compressor:
             "masks": self.masks.state_dict(),
             "coding": self.piece.coding,
             "notes": list(self.piece.notes),
+            "curves": self.piece.curves,
             "restart": self.piece.restart,
             "works": {number: work.state_dict() for number, work in enumerate(self.works) if number >= self._finished},
         }
@@ -261,7 +262,7 @@ class Compressor:
         self._step, self._steps = state["step"], state["steps"]
         self.masks.load_state_dict(state["masks"])
         self.piece.coding, self.piece.notes = state["coding"], list(state["notes"])
-        self.piece.restart = state.get("restart", False)
+        self.piece.curves, self.piece.restart = state["curves"], state["restart"]
         for number, told in state["works"].items():
             self.works[number].load_state_dict(told)
 
@@ -315,7 +316,7 @@ def _at_once(steps: Sequence[Step]) -> list[Phase]:
     for number, step in enumerate(steps, start=1):
         reason = step.reason_to_train()
         if reason is not None:
-            raise InputError(f"step {number} ({step.title}): {reason}: give the Compressor epochs, and train")
+            raise InputError(f"{step_of(number, step)}: {reason}: give the Compressor epochs, and train")
     check_order(steps)
     return [Phase(number, step, 0, 0) for number, step in enumerate(steps, start=1)]
 
@@ -327,7 +328,7 @@ def _check_targets(network: nn.Module, steps: Sequence[Step]) -> None:
             check_patterns(network, step.targets or (), "targets")
             check_patterns(network, step.exclude, "exclude")
         except InputError as error:
-            raise InputError(f"step {number} ({step.title}): {error}") from error
+            raise InputError(f"{step_of(number, step)}: {error}") from error
         if step.gives_other_parameters:
             return
 

@@ -33,6 +33,11 @@ class Phase(NamedTuple):
         return f"{self.number} {self.step.title}"
 
 
+def step_of(number: int, step: Step) -> str:
+    """A step of a list in messages: ``"step 2 (Quantize)"``."""
+    return f"step {number} ({step.title})"
+
+
 def plan(steps: Sequence[Step], *, epochs: int, dense_epochs: int = 0) -> list[Phase]:
     """Plan the phases of some steps.
 
@@ -54,18 +59,18 @@ def plan(steps: Sequence[Step], *, epochs: int, dense_epochs: int = 0) -> list[P
         begin = _begin(step, now, epochs)
         if begin < now and phases:
             raise InputError(
-                f"step {number} ({step.title}) begins at epoch {begin}, and step {number - 1} ({steps[number - 2].title}) ends "
+                f"{step_of(number, step)} begins at epoch {begin}, and {step_of(number - 1, steps[number - 2])} ends "
                 f"at {now}: give it a later at, or leave at out"
             )
         end = begin + step.finetune_epochs
         if end > epochs:
             raise InputError(
-                f"step {number} ({step.title}) lasts from epoch {begin} to {end}, and the training ends at {epochs}: "
+                f"{step_of(number, step)} lasts from epoch {begin} to {end}, and the training ends at {epochs}: "
                 f"give the Trainer max_epochs={end}"
             )
         reason = step.reason_to_train()
         if reason is not None and not step.finetune_epochs:
-            raise InputError(f"step {number} ({step.title}): {reason}: give it finetune_epochs")
+            raise InputError(f"{step_of(number, step)}: {reason}: give it finetune_epochs")
         phases.append(Phase(number, step, begin, end))
         _check_rewind(phases)
         now = end
@@ -86,8 +91,8 @@ def _check_rewind(phases: Sequence[Phase]) -> None:
         since = phase.begin + 1 if phase.step.order is Order.MASKS else 0
         if since <= epoch <= until:
             raise InputError(
-                f"step {last.number} ({last.step.title}) goes back to the network of epoch {epoch}, which has other "
-                f"parameters than it will find, by step {phase.number} ({phase.step.title}): give it rewind={until + 1} or "
+                f"{step_of(last.number, last.step)} goes back to the network of epoch {epoch}, which has other "
+                f"parameters than it will find, by {step_of(phase.number, phase.step)}: give it rewind={until + 1} or "
                 "later, or 'random'"
             )
 
@@ -103,9 +108,7 @@ def check_order(steps: Sequence[Step]) -> None:
         before, after = None if last is None else last[1].order, step.latest_after
         if last is not None and before is not None and after is not None and after < before:
             reason = _REASONS.get((before, after), "encoding comes last, because it changes no weight")
-            raise InputError(
-                f"step {number} ({step.title}) cannot come after step {last[0]} ({last[1].title}): {reason}; exchange them"
-            )
+            raise InputError(f"{step_of(number, step)} cannot come after {step_of(*last)}: {reason}; exchange them")
         if step.order is not None:
             last = number, step
 

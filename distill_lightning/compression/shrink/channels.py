@@ -38,7 +38,7 @@ def channel_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -
     families = _families(found, makers)
     # Hidden units that are added to channels: the whole RNN would have to shrink, so neither does.
     units = {root for place in found.made if place[1] == "units" for root in found.bindings[place]}
-    fixed = found.fixed | units
+    fixed = found.fixed.keys() | units
     groups = [
         make_group(found, roots, name=path, kind="channels")
         for path, roots in families.items()
@@ -50,6 +50,18 @@ def channel_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -
             f"{type(network).__name__} has no channels that can be removed: see channel_groups for what can"
         )
     return groups
+
+
+def fixed_channels(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> dict[str, str]:
+    """Why layers keep all of their channels, by path; layers whose channels can be removed are left out."""
+    found = follow(network, example_inputs)
+    return {
+        path: f"its channels stay: {reason}"
+        for path, axis in found.made
+        if axis == "out"
+        for reason in [next((found.fixed[root] for root in found.bindings[path, axis] if root in found.fixed), None)]
+        if reason is not None
+    }
 
 
 def make_group(found: Dependencies, roots: list[int], *, name: str, kind: GroupKind) -> Group:

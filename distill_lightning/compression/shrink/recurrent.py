@@ -42,7 +42,7 @@ def unit_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> l
     for place, roots in made.items():
         others = {root for other, own in made.items() if other != place for root in own}
         alone = len(set(roots)) == len(roots) and not others.intersection(roots)
-        if place[1] == "units" and alone and not found.fixed.intersection(roots):
+        if place[1] == "units" and alone and found.fixed.keys().isdisjoint(roots):
             groups.append(make_group(found, roots, name=place[0], kind="units"))
     if not groups:
         raise InputError(

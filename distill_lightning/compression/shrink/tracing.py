@@ -49,7 +49,7 @@ class Channels:
 
     def __init__(self) -> None:
         self._parents: list[int] = []
-        self._fixed: set[int] = set()
+        self._fixed: dict[int, str] = {}
 
     def new(self, count: int) -> Tensor:
         """Numbers ``(count,)`` of new channels."""
@@ -73,13 +73,14 @@ class Channels:
         for a, b in zip(first.tolist(), second.tolist(), strict=True):
             self._parents[self.root(a)] = self.root(b)
 
-    def fix(self, numbers: Tensor) -> None:
-        """Mark channels that are never removed."""
-        self._fixed.update(_unrepeated(numbers).flatten().tolist())
+    def fix(self, numbers: Tensor, reason: str) -> None:
+        """Mark channels that are never removed, with the reason."""
+        for number in _unrepeated(numbers).flatten().tolist():
+            self._fixed.setdefault(number, reason)
 
-    def fixed_roots(self) -> set[int]:
-        """Roots of all that are fixed."""
-        return {self.root(number) for number in self._fixed}
+    def fixed_roots(self) -> dict[int, str]:
+        """Roots of all that are fixed, with the first reason."""
+        return {self.root(number): reason for number, reason in reversed(self._fixed.items())}
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,12 @@ class Dependencies:
     Args:
         bindings: the channels along each axis of each layer, by path and axis; equal numbers are the same channel.
         made: the bindings whose layers make the channels, in the order of the forward pass.
-        fixed: the channels that are never removed.
+        fixed: the channels that are never removed, with the reason.
     """
 
     bindings: dict[tuple[str, str], list[int]]
     made: list[tuple[str, str]]
-    fixed: set[int]
+    fixed: dict[int, str]
 
 
 def follow(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Dependencies:
@@ -174,8 +175,12 @@ class _Follower(fx.Interpreter):
         tied = tied_modules(self.network)
         for (path, _), numbers in self.bindings.items():
             layer = self.network.get_submodule(path)
-            if layer in tied or path in self.read_directly or parametrize.is_parametrized(layer):
-                self.channels.fix(numbers)
+            if layer in tied:
+                self.channels.fix(numbers, f"{path} shares its weights with another layer")
+            elif path in self.read_directly:
+                self.channels.fix(numbers, f"the network reads the weights of {path} itself")
+            elif parametrize.is_parametrized(layer):
+                self.channels.fix(numbers, f"the weights of {path} are computed from others")
 
     # What a node does.
 
@@ -188,7 +193,7 @@ class _Follower(fx.Interpreter):
         if node.op == "output":
             for layout in _flat(self._layout_of(node.args)):
                 if not layout.state:
-                    self.channels.fix(layout.numbers)
+                    self.channels.fix(layout.numbers, "they are the network's outputs")
             return None
         if node.op == "call_module":
             return self._module(node, self.network.get_submodule(str(node.target)), value)
@@ -240,7 +245,7 @@ class _Follower(fx.Interpreter):
         """Fix the channels that go into the node; those that come out are unknown."""
         for source in node.all_input_nodes:
             for layout in _flat(self.layouts.get(source)):
-                self.channels.fix(layout.numbers)
+                self.channels.fix(layout.numbers, f"they go through {_named(node)}")
         return None
 
     # Layers.
@@ -265,9 +270,10 @@ class _Follower(fx.Interpreter):
         units = self._make(path, "units", blocks(rnn) * rnn.hidden_size).view(-1, rnn.hidden_size)
         given = [*node.args[1:], *(value for name, value in node.kwargs.items() if name != "input")]
         if not all(self._from_caller(part) for part in given):
-            self.channels.fix(units)
+            reason = f"the network makes the initial state of {path}"
+            self.channels.fix(units, reason)
             for layout in _flat(self._layout_of(given)):
-                self.channels.fix(layout.numbers)
+                self.channels.fix(layout.numbers, reason)
         last = units[-2 if rnn.bidirectional else -1 :].flatten()
         final = state[0] if isinstance(state, tuple) else state
         numbers = units if final.dim() == 2 else units[:, None].expand(final.shape)
@@ -298,12 +304,12 @@ class _Follower(fx.Interpreter):
             if line is not None:
                 self.channels.same(line[1], numbers)
             elif own >= 0 and tensor.shape[own] != 1:
-                self.channels.fix(numbers)  # its size cannot be changed
+                self.channels.fix(numbers, f"{_named(node)} meets a tensor of fixed size")
         # A tensor that is broadcast along the channels has one channel of its own, which stays.
         for layout, tensor in tensors:
             if layout is not None and _aligned(layout, tensor, value) is None:
                 for part in _flat(layout):
-                    self.channels.fix(part.numbers)
+                    self.channels.fix(part.numbers, f"{_named(node)} spreads them over other channels")
         return _spread(numbers, value, dim)
 
     def _moved(self, node: fx.Node, value: Tensor) -> _Layout | None:
@@ -350,7 +356,7 @@ class _Follower(fx.Interpreter):
             line = layout.line() if isinstance(layout, _Layout) else None
             if line is None:  # for example an input of the network: it stays next to channels that may be removed
                 line = self.channels.new(self._value(source).shape[dim])
-                self.channels.fix(line)
+                self.channels.fix(line, "they are not made by a layer")
             pieces.append(line)
         return _spread(torch.cat(pieces), value, dim)
 
@@ -388,7 +394,7 @@ class _Follower(fx.Interpreter):
                 return line
         self._unknown(node)
         numbers = self.channels.new(size)
-        self.channels.fix(numbers)
+        self.channels.fix(numbers, "they are not made by a layer")
         return numbers
 
     def _bind(self, path: str, axis: str, numbers: Tensor) -> None:
@@ -415,6 +421,12 @@ class _Follower(fx.Interpreter):
         else:
             moved = node.target(numbers, *args[1:], **rest)  # type: ignore[operator]
         return moved  # type: ignore[no-any-return]
+
+
+def _named(node: fx.Node) -> str:
+    """An operation or module, for messages."""
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return f"{target}()" if node.op != "call_module" else target
 
 
 def _is_plain(module: nn.Module) -> bool:

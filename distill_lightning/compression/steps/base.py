@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_lightning.choices import Choice
 from distill_lightning.compression.access.targets import Targets
+from distill_lightning.compression.steps.preview import Preview, preview
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
 
@@ -36,6 +37,9 @@ class Work:
 
     def watch_epoch(self, piece: Workpiece, epoch: int) -> None:
         """Called at the beginning of every epoch up to that in which the phase begins."""
+
+    def explain(self, piece: Workpiece) -> None:
+        """Called by `preview` before `begin`, to say in ``piece.left`` why layers cannot be changed."""
 
     def begin(self, piece: Workpiece) -> None:
         """Called before the phase's first training step."""
@@ -103,6 +107,10 @@ class Step(Choice):
     @abstractmethod
     def start(self) -> Work:
         """The work of this step in one run."""
+
+    def preview(self, network: nn.Module, example_inputs: Any, **options: Any) -> Preview:
+        """What this step alone would take out of a network, which is not touched; see `preview`."""
+        return preview(network, [self], example_inputs, **options)
 
     @property
     def title(self) -> str:

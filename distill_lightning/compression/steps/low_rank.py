@@ -171,7 +171,7 @@ class LowRank(TargetedStep):
         for path in paths:
             shared = _sharing(network, path)
             if shared:
-                piece.note(f"{path}: shares a weight with {shared}: left as it is")
+                piece.leave(path, f"shares a weight with {shared}")
             else:
                 free.append(path)
         weights = [f"{path}.{name}" for path in free for name, _ in network.get_submodule(path).named_parameters()]
@@ -201,7 +201,7 @@ class LowRank(TargetedStep):
             )
         except InputError as error:
             if self.targets is None and isinstance(error, UnfactorableError):
-                piece.note(f"{path}: {error}: left as it is")
+                piece.leave(path, str(error))
                 return None
             raise type(error)(f"{path}: {error}") from error
 

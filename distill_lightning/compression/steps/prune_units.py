@@ -9,7 +9,9 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from distill_lightning.compression.access.calibration import inputs_of
 from distill_lightning.compression.mask.lottery import Snapshot
+from distill_lightning.compression.shrink.channels import fixed_channels
 from distill_lightning.compression.steps import unit_amounts, units, weights
 from distill_lightning.compression.steps.base import Order, Work
 from distill_lightning.compression.steps.coverage import check_coverage
@@ -112,6 +114,11 @@ class PruningUnits(PruningWork):
         self.kept: units.Kept | None = None
         self.limit: float | None = None
         self._found: list[units.Family] | None = None
+
+    def explain(self, piece: Workpiece) -> None:
+        """Say why layers keep all of their channels."""
+        if self.step.unit == "channel" and self.step.backend == "own":
+            piece.left |= fixed_channels(piece.network, inputs_of(piece.example_inputs))
 
     def begin(self, piece: Workpiece) -> None:
         """Find the units, and remove them or mask the schedule's first amount."""

@@ -284,7 +284,7 @@ class _Quantizing(Work):
             reason = f"scheme={self.step.scheme!r} has no zero for the row of its padding"
             if self.step.targets is not None:
                 raise InputError(f"Quantize: {path!r}: {reason}: exclude it")
-            piece.note(f"{path}: {reason}: left as it is")
+            piece.leave(path, reason)
         return left
 
     def _weights(self, piece: Workpiece, layers: list[str]) -> list[_Weight]:

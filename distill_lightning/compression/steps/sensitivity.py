@@ -18,7 +18,7 @@ from distill_lightning.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity(Choice):
-    """A scope of a step that prunes: each layer is pruned as much as it tolerates alone, by the loss on the calibration data.
+    """A scope of pruning: each layer is pruned as much as it tolerates alone, by the loss on the calibration data.
 
     Args:
         max_drop: how much the loss may rise when only one layer is pruned.
@@ -63,6 +63,10 @@ class Sensitivity(Choice):
             return -sum(losses) / len(losses)
 
         curves = scan(piece.network, list(counts), self.levels, change=change, evaluate=evaluate)
-        return amounts_within(
-            curves, dense=evaluate(piece.network), max_drop=self.max_drop, target=self.target, counts=counts
-        )
+        dense = evaluate(piece.network)
+        piece.curves = {
+            "dense": -dense,
+            "levels": list(self.levels),
+            "curves": {name: [-score for score in curve.values()] for name, curve in curves.items()},
+        }
+        return amounts_within(curves, dense=dense, max_drop=self.max_drop, target=self.target, counts=counts)

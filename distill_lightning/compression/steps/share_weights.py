@@ -216,7 +216,7 @@ def _free_layers(
         elif targets is not None:
             raise InputError(f"{step.title}: {path!r}: {reason}: exclude it")
         else:
-            piece.note(f"{path}: {reason}: left as it is")
+            piece.leave(path, reason)
     weights = [join_path(path, name) for path in free for name in weight_names(network.get_submodule(path))]
     check_coverage(piece, step, weights, targets=targets)
     if not free:

@@ -37,6 +37,8 @@ class Workpiece:
         loss: a function of the network's output and the targets, a mean over the samples.
         coding: coding of a packed file's bytes: ``"plain"``, ``"deflate"`` or ``"huffman"``.
         notes: sentences about the steps, for the report.
+        left: why layers are left alone, by path.
+        curves: what a `Sensitivity` has measured, in plain values; empty if there was none.
         changed: set by a step that has changed weights or structure.
         restart: set by a step after which the training starts again, with a new optimiser and the initial learning
             rate.
@@ -51,6 +53,8 @@ class Workpiece:
     loss: Loss = cross_entropy
     coding: Coding = "plain"
     notes: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    curves: dict[str, Any] = field(default_factory=dict)
     changed: bool = False
     restart: bool = False
     _drawn: Sequence[tuple[Any, Any]] | None = None
@@ -86,6 +90,11 @@ class Workpiece:
         """Move a parameter's mask to another path, such as that under a parametrization."""
         if path in self.masks.kept:
             self.masks.kept[new] = self.masks.kept.pop(path)
+
+    def leave(self, path: str, reason: str) -> None:
+        """Note why a layer is left alone."""
+        self.left[path] = reason
+        self.note(f"{path}: {reason}: left as it is")
 
     def note(self, sentence: str) -> None:
         """Add a sentence to the report's notes, once."""

@@ -27,7 +27,7 @@ from distill_lightning.networks import recipe_of
 
 ChangeKind = Literal["sizes", "low_rank", "tied"]
 Structure = dict[str, Any]
-"""``{"format": 2, "changes": [{"kind": ..., "layers": {...}}, ...], "layers": {path: {"weights": {...}, "input": ...}}}``
+"""``{"format": 2, "changes": [{"kind": ..., "layers": {...}}], "layers": {path: {"weights": {...}, "input": ...}}}``,
 of str, int, float, bool, lists and dicts, which JSON and ``torch.load(weights_only=True)`` accept."""
 FORMAT = 2
 """The format of `Structure`."""

@@ -20,6 +20,7 @@ from rich.table import Table
 from distill_lightning.callbacks import Measurements
 from distill_lightning.compression.report.report import Report, machine
 from distill_lightning.compression.report.stages import FINAL
+from distill_lightning.compression.steps.preview import Preview
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.networks import recipe_of
 from distill_lightning.storage.files import write_whole
@@ -33,6 +34,7 @@ from distill_lightning.studies.compress.runs import (
     Setup,
     execute,
     plan,
+    preview_of,
 )
 from distill_lightning.studies.progress import OnEpoch, train_missing
 
@@ -46,8 +48,10 @@ Make = Callable[[Sequence[str]], Setup]
 """Makes a module, its data and a Trainer from arguments of the command line."""
 
 
-def run(config: CompressConfig, arguments: Sequence[str], make: Make, *, console: Console | None = None) -> Report:
-    """Run ``distill-lightning compress CONFIG [--output FOLDER] [--seeds 0 1 2] [--controls ...] [--key value ...]``.
+def run(
+    config: CompressConfig, arguments: Sequence[str], make: Make, *, console: Console | None = None
+) -> Report | None:
+    """Run ``distill-lightning compress CONFIG [--preview] [--output FOLDER] [--seeds 0 1] [--key value ...]``.
 
     Args:
         config: which configuration is compressed, and how often.
@@ -56,7 +60,7 @@ def run(config: CompressConfig, arguments: Sequence[str], make: Make, *, console
         console: where the progress and the table are shown.
 
     Returns:
-        The report that was written.
+        The report that was written; ``None`` if there was only to be a preview.
 
     Raises:
         ArgumentError: the configuration cannot be parsed.
@@ -75,6 +79,9 @@ def run(config: CompressConfig, arguments: Sequence[str], make: Make, *, console
         return make(["--config", config.module, *config.overrides, *own, *quiet])
 
     first = setup_of(config.seeds[0], folder)
+    if config.preview:
+        _show(preview_of(first), console)
+        return None
     _check_metric(first.model, config.metric)
     # A configuration that cannot be used claims no folder.
     _reserve_folder(folder, config.module, config.overrides)
@@ -103,6 +110,19 @@ def run(config: CompressConfig, arguments: Sequence[str], make: Make, *, console
     for path in paths:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
     return report
+
+
+def _show(preview: Preview, console: Console) -> None:
+    """Print what the steps would take out of the network."""
+    header, *body = preview.table()
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number in (3, 4) else "left", overflow="fold")
+    for cells in body:
+        table.add_row(*cells)
+    console.print(table)
+    for note in preview.notes:
+        console.print(note, style="dim", highlight=False)
 
 
 def _check_metric(model: Any, metric: str) -> None:
