@@ -35,7 +35,7 @@ class PreviewRow:
         after: the same after the steps, with the share of zeros and the bits of a weight; ``""`` if it stays as it is.
         parameters: numbers of its parameters, before and after.
         macs: its multiply-accumulates of one sample, before and after.
-        reason: why it is left alone; ``""`` if it is not.
+        reason: why it is left alone, or keeps all of its channels; ``""`` if there is nothing to say.
     """
 
     layer: str
@@ -140,16 +140,18 @@ def preview(
         told, parameters = before[path]
         now = places.get(layer, path)
         here = _at(copied, now)
+        if here is not layer and here in layers.values():
+            # Another layer has taken its place: those after a removed one are numbered anew.
+            here = None
         # A layer that was replaced by several may hold another one that is shown by itself.
-        inner = [place for place in layers if place.startswith(join_path(path, ""))] if path else []
+        inner = [place for place in layers if path and place.startswith(f"{path}.") and here is not layer]
         seen = "removed" if here is None else _told(here, piece.masks, now)
         left = 0 if here is None else _own_parameters(here) - sum(_parameters_at(copied, place) for place in inner)
         counted = [place for place in after_macs if _is_in(place, now) and not any(_is_in(place, one) for one in inner)]
         own = sum(after_macs[place] for place in counted)
-        reason = piece.left.get(path, reason_of_others) if seen == told else ""
-        rows.append(
-            PreviewRow(path, told, "" if reason else seen, (parameters, left), (macs.get(path, 0), own), reason)
-        )
+        after = "" if seen == told else seen
+        reason = piece.left.get(path, "" if after else reason_of_others)
+        rows.append(PreviewRow(path, told, after, (parameters, left), (macs.get(path, 0), own), reason))
     return Preview(rows, list(piece.notes))
 
 
