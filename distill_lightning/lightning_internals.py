@@ -130,7 +130,7 @@ def step_precision(trainer: Any) -> AbstractContextManager[Any]:
 
 
 def spawns(trainer: Any) -> bool:
-    """Whether what a Trainer's processes do to their modules is lost with them."""
+    """Whether the Trainer spawns processes, whose changes to the module are lost."""
     return getattr(trainer.strategy, "_start_method", "popen") != "popen"
 
 

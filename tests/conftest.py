@@ -1,5 +1,7 @@
 """Settings that every test shares."""
 
+import functools
+import gc
 import os
 
 # One thread each: the workers of a parallel run and the spawned processes would otherwise wait for one another.
@@ -7,6 +9,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from lightning_fabric.utilities import registry
+
+# Every Trainer looks through the metadata of all installed packages, which takes longer than most of these trainings.
+registry.entry_points = functools.cache(registry.entry_points)
+
+
+def pytest_collection_finish(session):
+    """The imported modules and collected tests stay to the end: the garbage collector need not look at them again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

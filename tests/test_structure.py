@@ -165,12 +165,13 @@ ROOMS = {
         sequential_feed
     """,
     "modules/parts": """
-        adversary alpha checkpoints data_wait distances evaluation extra_inputs means optimization past_network sizes
+        adversary alpha checkpoints data_wait distances evaluation extra_inputs
+        holds_frozen means optimization past_network sizes
         past
     """,
     "networks": """
         provenance sizes weights
-        adapted images libraries sequences
+        adapted images libraries pretrained sequences
     """,
     "outputs": """
         metrics output
@@ -192,7 +193,7 @@ ROOMS = {
         prediction shards
     """,
     "studies": """
-        progress
+        output progress
         compare compress
     """,
     "studies/compare": """

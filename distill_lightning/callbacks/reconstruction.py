@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -20,9 +20,9 @@ from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 
 from distill_lightning import functional
 from distill_lightning.callbacks.figures import log_figure
-from distill_lightning.data.batch import Batch, first_tensor
+from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.layers import FeatureTap, Paraphraser, Translator, freeze, resolve_layer
+from distill_lightning.layers import FeatureTap, Paraphraser, Translator, freeze, resolve_layer, uncompiled
 from distill_lightning.lightning_internals import TrainersBatches, drawing_parts, undrawn
 from distill_lightning.plots import reconstruction_errors
 
@@ -52,10 +52,10 @@ class ReconstructionErrorProbe(pl.Callback):
     there is nothing to compare the numbers with.
 
     The probes learn from the training loader, with its augmentation, for some epochs; the errors are measured on the
-    validation loader after each epoch. All networks see the same batches, and probes of equal shape begin with equal
-    weights. ``limit_train_batches`` and ``limit_val_batches`` apply. Copies are probed in float32: the networks, their
-    modes and the random state are left as they were. Of several processes, the first one measures, on its share of the
-    data.
+    validation loader after each epoch, both on the samples that count. All networks see the same batches, and probes of
+    equal shape begin with equal weights. ``limit_train_batches`` and ``limit_val_batches`` apply. Copies are probed in
+    float32: the networks, their modes and the random state are left as they were. Of several processes, the first one
+    measures, on its share of the data.
 
     Without a Trainer, call `measure`.
 
@@ -180,13 +180,13 @@ class ReconstructionErrorProbe(pl.Callback):
             torch.manual_seed(self.seed)
             for epoch in range(1, self.epochs + 1):
                 _set_epoch(loader, epoch - 1)
-                for batch in islice(loader, train_batches):
-                    features = _features(taps, batch, device)
+                for inputs in _counted_inputs(loader, train_batches):
+                    features = _features(taps, inputs, device)
                     optimizer.zero_grad()
                     torch.autograd.backward([probe.loss(features) for probe in probes])
                     optimizer.step()
-                for batch in islice(val_loader, val_batches):
-                    features = _features(taps, batch, device)
+                for inputs in _counted_inputs(val_loader, val_batches):
+                    features = _features(taps, inputs, device)
                     for probe in probes:
                         probe.observe(features)
                 rows += [{"network": p.network, "target": p.target, "epoch": epoch, **p.errors()} for p in probes]
@@ -285,8 +285,7 @@ class _Probe(nn.Module):
 
 
 def _copy(network: nn.Module, device: torch.device) -> nn.Module:
-    # The module that torch.compile(network) returns holds the plain network.
-    return freeze(copy.deepcopy(getattr(network, "_orig_mod", network)).float().to(device))
+    return freeze(copy.deepcopy(uncompiled(network)).float().to(device))
 
 
 def _device(network: nn.Module) -> torch.device:
@@ -303,14 +302,29 @@ def _map_shape(name: str, tap: FeatureTap, example: Tensor) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _features(taps: Mapping[str, FeatureTap], batch: Any, device: torch.device) -> dict[str, Tensor]:
-    inputs = Batch.of(batch).input.to(device, torch.float32)
+def _features(taps: Mapping[str, FeatureTap], inputs: Tensor, device: torch.device) -> dict[str, Tensor]:
+    inputs = inputs.to(device, torch.float32)
     return {name: tap(inputs)[1][tap.layers[0]] for name, tap in taps.items()}
+
+
+def _counted_inputs(loader: Iterable[Any], limit: int | None) -> Iterator[Tensor]:
+    """The inputs of the samples that count, batch by batch, where there are any."""
+    for batch in map(Batch.of, islice(loader, limit)):
+        whole = batch.counted is None or batch.counted.ndim > 1
+        inputs = batch.input if whole else batch.input[batch.counted]
+        if len(inputs):
+            yield inputs
 
 
 def _first_input(loader: Iterable[Any]) -> Tensor:
     for batch in loader:
-        return first_tensor(Batch.of(batch).input)
+        inputs = Batch.of(batch).input
+        if not isinstance(inputs, Tensor):
+            raise InputError(
+                f"ReconstructionErrorProbe reads inputs that are one tensor, got {type(inputs).__name__}: leave it out "
+                "for networks of several inputs"
+            )
+        return inputs
     raise InputError("ReconstructionErrorProbe: the validation loader has no batch to measure errors on")
 
 

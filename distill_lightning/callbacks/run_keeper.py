@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 
 from distill_lightning.errors import InputError
+from distill_lightning.storage import whole_file
 
 _SEED_STRIDE = 1_000_003
 
@@ -85,9 +86,7 @@ class RunKeeper(pl.callbacks.Checkpoint):
         # The first epoch in any case: there is always a selected one.
         if not before or score > best:
             self.selected_epoch = epoch
-            partial = self.folder / "partial.safetensors"
-            pl_module.export_student(partial)  # type: ignore[operator]  # a method of every module with a student
-            partial.replace(self.folder / "selected.safetensors")
-        partial = self.folder / "partial.ckpt"
-        trainer.save_checkpoint(partial)
-        partial.replace(self.folder / "last.ckpt")
+            with whole_file(self.folder / "selected.safetensors") as partial:
+                pl_module.export_student(partial)  # type: ignore[operator]  # a method of every module with a student
+        with whole_file(self.folder / "last.ckpt") as partial:
+            trainer.save_checkpoint(partial)

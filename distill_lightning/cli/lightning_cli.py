@@ -19,7 +19,6 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 
 import distill_lightning
-from distill_lightning import callbacks
 from distill_lightning.arguments import arguments_of, takes
 from distill_lightning.choices import choice_class, is_choice, is_plain, plain
 from distill_lightning.data.datamodules import ViewDataModule
@@ -34,8 +33,6 @@ from distill_lightning.teachers import TeacherStore
 from distill_lightning.teachers.recorder import Recorded, record
 
 _FROM_DATA = ("num_classes", "input_shape")
-# Classes are found by their short names once they are imported.
-__all__ = ["DistillCLI", "RecordingTrainer", "callbacks"]
 _DESCRIPTION = """Train, evaluate and compare the methods of distill_lightning.
 
 Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER], distill-lightning compress CONFIG."""

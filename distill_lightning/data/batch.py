@@ -89,7 +89,8 @@ class Batch:
     """One batch; ``x, y, *_ = batch`` works, too.
 
     ``to`` and ``pin_memory`` are what Lightning and PyTorch's loaders move a batch by. ``key`` stays on the host, where
-    stores can read it without waiting for the device.
+    stores can read it without waiting for the device. Only a batch that is made on the device, as a dict is read after
+    its transfer, has it there.
 
     Attributes:
         input: what the networks read: ``(N, C, H, W)`` for images, int64 ``(N, T)`` for tokens; a tuple of such tensors

@@ -73,7 +73,7 @@ class _Mixing(BatchTransform):
     _stream: ClassVar[int]
 
     def __post_init__(self) -> None:
-        """Refuse what no distribution has."""
+        """Check the options."""
         name = type(self).__name__
         if not 0 < self.alpha < math.inf:
             raise InputError(f"{name}: alpha must be positive and finite, got {self.alpha}")
@@ -270,7 +270,7 @@ class LabelSmoothing(BatchTransform):
     epsilon: float
 
     def __post_init__(self) -> None:
-        """Refuse what leaves no label."""
+        """Check the options."""
         if not 0 <= self.epsilon < 1:
             raise InputError(f"LabelSmoothing: epsilon must be in [0, 1), got {self.epsilon}")
 

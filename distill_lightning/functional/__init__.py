@@ -7,6 +7,7 @@ Probabilities and norms are computed in float32 or wider, whatever the dtype of 
 from distill_lightning.functional.adversarial import discriminator_loss, reverse_gradient
 from distill_lightning.functional.calibration import (
     area_under_risk_coverage,
+    binned_calibration_error,
     brier_score,
     calibration_bins,
     excess_area_under_risk_coverage,
@@ -56,6 +57,7 @@ __all__ = [
     "Reduction",
     "area_under_risk_coverage",
     "attention_distance",
+    "binned_calibration_error",
     "brier_score",
     "by_position",
     "calibration_bins",

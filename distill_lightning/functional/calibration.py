@@ -11,8 +11,11 @@ from torch.nn import functional as F
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 
+ECE_BINS = 15
+"""Bins of the calibration error where no other number is given."""
 
-def expected_calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> Tensor:
+
+def expected_calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = ECE_BINS) -> Tensor:
     r"""Expected calibration error, :math:`\sum_b \frac{n_b}{N} \lvert \mathrm{acc}_b - \mathrm{conf}_b \rvert`.
 
     The bins are equally wide and closed on the right, ``((b - 1) / B, b / B]``; confidence 0 counts in the first bin
@@ -36,11 +39,31 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, *, bins: int
 
     Guo, Pleiss, Sun, Weinberger: *On Calibration of Modern Neural Networks*, https://arxiv.org/abs/1706.04599
     """
-    counts, confidences, hits = calibration_bins(confidence, correct, bins=bins)
+    return binned_calibration_error(*calibration_bins(confidence, correct, bins=bins))
+
+
+def binned_calibration_error(counts: Tensor, confidences: Tensor, hits: Tensor) -> Tensor:
+    """`expected_calibration_error` from `calibration_bins`, which can be summed over batches.
+
+    Args:
+        counts: number of samples in each bin, ``(bins,)``.
+        confidences: sum of their confidences.
+        hits: number of those that were right.
+
+    Returns:
+        A scalar in ``[0, 1]``; NaN for no samples.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import binned_calibration_error, calibration_bins
+        >>> bins = calibration_bins(tensor([0.25, 0.75, 1.0]), tensor([0, 1, 1]), bins=2)
+        >>> binned_calibration_error(*bins)
+        tensor(0.1667, dtype=torch.float64)
+    """
     return (hits - confidences).abs().sum() / counts.sum()
 
 
-def calibration_bins(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
+def calibration_bins(confidence: Tensor, correct: Tensor, *, bins: int = ECE_BINS) -> tuple[Tensor, Tensor, Tensor]:
     """Counts, confidences and hits by bin: what a reliability diagram and the calibration error are computed from.
 
     Args:

@@ -5,8 +5,8 @@ from distill_lightning.layers.batch_norm import kept_statistics
 from distill_lightning.layers.call import call
 from distill_lightning.layers.discriminator import Discriminator, DiscriminatorKind
 from distill_lightning.layers.feature_tap import FeatureTap, dry_forward, resolve_layer, resolve_layers
-from distill_lightning.layers.gaussian_head import GaussianHead, without_deviation
-from distill_lightning.layers.modes import eval_mode, fingerprint, freeze
+from distill_lightning.layers.gaussian_head import GaussianHead
+from distill_lightning.layers.modes import eval_mode, fingerprint, freeze, uncompiled
 from distill_lightning.layers.translator import Paraphraser, Translator
 
 __all__ = [
@@ -26,5 +26,5 @@ __all__ = [
     "kept_statistics",
     "resolve_layer",
     "resolve_layers",
-    "without_deviation",
+    "uncompiled",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.errors import InputError
-from distill_lightning.layers.modes import eval_mode
+from distill_lightning.layers.modes import eval_mode, uncompiled
 
 
 class FeatureTap:
@@ -46,7 +46,8 @@ class FeatureTap:
         self._recording = False
         self._features: dict[str, list[Any]] = {}
         self._handles = [
-            _plain(network).get_submodule(name).register_forward_hook(partial(self._keep, name)) for name in self.layers
+            uncompiled(network).get_submodule(name).register_forward_hook(partial(self._keep, name))
+            for name in self.layers
         ]
 
     def __repr__(self) -> str:
@@ -54,7 +55,10 @@ class FeatureTap:
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> tuple[Any, dict[str, Tensor]]:
         """Run the network once, and return its output and the tapped features by path."""
-        if self.network is not _plain(self.network) or getattr(self.network, "_compiled_call_impl", None) is not None:
+        if (
+            self.network is not uncompiled(self.network)
+            or getattr(self.network, "_compiled_call_impl", None) is not None
+        ):
             _guard_hooks()
         self._features = {name: [] for name in self.layers}
         self._recording = True
@@ -76,7 +80,7 @@ class FeatureTap:
         """
         versions: dict[str, int] = {}
         watches = [
-            _plain(self.network)
+            uncompiled(self.network)
             .get_submodule(name)
             .register_forward_hook(
                 lambda _module, _inputs, output, name=name: versions.update({name: _version(output)})
@@ -119,12 +123,6 @@ class FeatureTap:
                 "not a tensor; tap a layer that returns one tensor"
             )
         return outputs[0]
-
-
-def _plain(network: nn.Module) -> nn.Module:
-    """The network itself, taken out of the wrapper of `torch.compile` if it has one."""
-    wrapped: nn.Module = getattr(network, "_orig_mod", network)
-    return wrapped
 
 
 def _guard_hooks() -> None:
@@ -195,7 +193,7 @@ def resolve_layers(network: nn.Module, layers: str | Sequence[str]) -> tuple[str
         >>> resolve_layers(network, "[02]")
         ('0', '2')
     """
-    names = [name for name, _ in _plain(network).named_modules() if name]
+    names = [name for name, _ in uncompiled(network).named_modules() if name]
     if not isinstance(layers, str) and not layers:
         raise InputError(f"no layer of {type(network).__name__} to tap: name at least one")
     found: dict[str, None] = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -65,37 +63,3 @@ def _inside(low: float, high: float) -> float:
     if low < 0 < high:
         return 0.0
     return low + inset if low >= 0 else high - inset
-
-
-def without_deviation(network: nn.Module) -> nn.Module:
-    """A copy of a network that returns only the means of its Gaussian, ``(N, d)``, the same up to rounding.
-
-    Args:
-        network: ends in a `GaussianHead`.
-
-    Raises:
-        InputError: the network has no such head, or several.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from distill_lightning.layers import GaussianHead, without_deviation
-        >>> network = nn.Sequential(nn.Linear(8, 4), GaussianHead(4, num_targets=2))
-        >>> network(torch.zeros(3, 8)).shape
-        torch.Size([3, 4])
-        >>> without_deviation(network)(torch.zeros(3, 8)).shape
-        torch.Size([3, 2])
-    """
-    heads = [name for name, module in network.named_modules() if isinstance(module, GaussianHead)]
-    if len(heads) != 1:
-        raise InputError(f"{type(network).__name__} has {len(heads)} GaussianHead layers where one is needed")
-    head = network.get_submodule(heads[0])
-    if head is network:
-        return network.means()  # type: ignore[operator,no-any-return]  # the network is the head
-    plain = copy.deepcopy(network)
-    parent, _, name = heads[0].rpartition(".")
-    setattr(plain.get_submodule(parent), name, head.means())  # type: ignore[operator]  # checked above
-    for module in plain.modules():
-        # The recipe of a network (distill_lightning.networks) would build it with the head.
-        module.__dict__.pop("_recipe", None)
-    return plain

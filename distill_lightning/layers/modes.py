@@ -1,4 +1,4 @@
-"""Networks in eval mode: for good, or for a while; and telling whether one has stayed the same."""
+"""Networks in eval mode, for good or for a while; without their compilation; and whether one has stayed the same."""
 
 from __future__ import annotations
 
@@ -48,6 +48,20 @@ def eval_mode(*networks: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def uncompiled(network: nn.Module) -> nn.Module:
+    """The network itself, taken out of the wrapper of ``torch.compile(network)`` if it has one.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.layers import uncompiled
+        >>> network = nn.Linear(1, 1)
+        >>> uncompiled(network) is network
+        True
+    """
+    plain: nn.Module = getattr(network, "_orig_mod", network)
+    return plain
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -24,16 +23,17 @@ from distill_lightning.modules.parts import checkpoints
 from distill_lightning.modules.parts.checkpoints import RemembersArguments
 from distill_lightning.modules.parts.data_wait import DataWait
 from distill_lightning.modules.parts.evaluation import Evaluation
+from distill_lightning.modules.parts.holds_frozen import HoldsFrozen
 from distill_lightning.modules.parts.means import RunningMeans
 from distill_lightning.modules.parts.optimization import compile_networks, with_schedule
 from distill_lightning.networks.provenance import plain_network
 from distill_lightning.networks.weights import write_weights
 from distill_lightning.outputs import Output, output_of
 from distill_lightning.part import Part
-from distill_lightning.teachers import Frozen, Teachers
+from distill_lightning.teachers import Teachers
 
 
-class DistillationModule(RemembersArguments, pl.LightningModule):
+class DistillationModule(RemembersArguments, HoldsFrozen):
     r"""A student and a loss that is a weighted sum of named terms, :math:`L = \sum_t w_t L_t`.
 
     A method defines its arguments, `terms` and `weights`::
@@ -55,7 +55,9 @@ class DistillationModule(RemembersArguments, pl.LightningModule):
             def terms(self, batch: Batch) -> dict[str, Tensor]:
                 logits = call(self.student, batch.input)
                 teacher = self.teachers.logits(batch).mean(dim=0)
-                return {"ce": self.output.label_loss(logits, batch), "mse": F.mse_loss(logits, teacher)}
+                errors = (logits - teacher).square().mean(dim=1)
+                mse = functional.counted_mean(errors, batch.counted)
+                return {"ce": self.output.label_loss(logits, batch), "mse": mse}
 
             def weights(self) -> dict[str, float]:
                 return {"ce": 1.0, "mse": self.beta}
@@ -111,9 +113,9 @@ class DistillationModule(RemembersArguments, pl.LightningModule):
         super().__init__()
         given = self.given_arguments()
         self.save_hyperparameters(checkpoints.hyperparameters(type(self), given))
-        self.objects = checkpoints.objects(type(self), given)
+        self._objects = checkpoints.objects(type(self), given)
         # Names of arguments that the checkpoint could not hold, which have their defaults now.
-        self.missing: list[str] = []
+        self._missing: list[str] = []
         self.output = self._checked_output(output, num_classes, num_targets)
         self.num_classes: int | None = getattr(self.output, "num_classes", None)
         self.num_targets: int | None = getattr(self.output, "num_targets", None)
@@ -134,7 +136,7 @@ class DistillationModule(RemembersArguments, pl.LightningModule):
             comparison.clone(prefix="test/"),
         )
         self.means, self.data_wait, self.evaluation = RunningMeans(), DataWait(), Evaluation()
-        # Nobody, until a method says whom.
+        # No teachers by default.
         self.teachers = Teachers(None, ask=[])
         self._observed: dict[str, Tensor] = {}
         self._fingerprints: dict[str, str] | None = None
@@ -289,21 +291,6 @@ class DistillationModule(RemembersArguments, pl.LightningModule):
         """The attributes that are called at the moments of a training, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Part)}
 
-    @property
-    def frozen(self) -> dict[str, Frozen]:
-        """The attributes that hold frozen networks, by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Frozen) and len(value)}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002  (nn.Module's signature)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for frozen in self.frozen.values():
-            frozen.apply(fn)
-        return self
-
-    def extra_repr(self) -> str:
-        """The frozen networks, which the printed module would not show."""
-        return "\n".join(f"({name}, frozen): {frozen!r}" for name, frozen in self.frozen.items())
-
     def fingerprints(self) -> dict[str, str]:
         """What tells the frozen networks from others; computed once in a ``fit``, because large ones take a while."""
         if self._fingerprints is not None:
@@ -313,6 +300,10 @@ class DistillationModule(RemembersArguments, pl.LightningModule):
             found |= frozen.fingerprints(name)
         return found
 
+    def forget_fingerprints(self) -> None:
+        """Compute them anew when they are next asked for: the networks may be others."""
+        self._fingerprints = None
+
     # Moments
 
     def _tell(self, moment: str) -> None:
@@ -320,16 +311,16 @@ class DistillationModule(RemembersArguments, pl.LightningModule):
             getattr(part, moment)(self)
 
     def on_fit_start(self) -> None:
-        """Train mode, whatever mode the module came in; then the parts, compilation and the frozen fingerprints."""
-        self._fingerprints = None
+        """Call the parts' ``fit_starts``; then train mode, whatever mode the module came in, and compilation."""
+        self.forget_fingerprints()
         self._tell("fit_starts")
         self.train()
         if self.compiles:
             compile_networks(self)
-        if self.missing:
+        if self._missing:
             warnings.warn(
                 f"this {type(self).__name__} was loaded from a checkpoint, which cannot hold every argument: "
-                f"{', '.join(self.missing)} are the defaults now, not those of the training before; give them to "
+                f"{', '.join(self._missing)} are the defaults now, not those of the training before; give them to "
                 "load_from_checkpoint",
                 stacklevel=2,
             )
@@ -372,6 +363,7 @@ class DistillationModule(RemembersArguments, pl.LightningModule):
     def on_fit_end(self) -> None:
         """Call the parts' ``fit_ends``."""
         self._tell("fit_ends")
+        self.forget_fingerprints()
 
     # Checkpoints
 

@@ -32,7 +32,7 @@ class Match(Choice):
         return output
 
     def divergence_rows(self, output: Output, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Of every sample, ``(N + M,)``."""
+        """The divergence of each sample, ``(N + M,)``."""
         return output.divergence_rows(student, teacher, temperature=temperature)
 
 
@@ -65,7 +65,7 @@ class MatchPoint(Match):
         return output.as_point(self.variance)
 
     def divergence_rows(self, output: Output, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Of every sample, ``(N + M,)``."""
+        """The divergence of each sample, ``(N + M,)``."""
         return output.point_divergence_rows(student, teacher)
 
 
@@ -186,7 +186,7 @@ class ExtracurricularModule(DistillationModule):
 
     @staticmethod
     def _counted(batch: Batch, rows: int) -> Tensor | None:
-        """Additional inputs always count."""
+        """Which inputs count: all additional ones, and the batch's own that do."""
         if batch.counted is None:
             return None
         return torch.cat([batch.counted, batch.counted.new_ones(rows - batch.size)])

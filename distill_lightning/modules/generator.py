@@ -18,7 +18,12 @@ from distill_lightning.errors import InputError
 from distill_lightning.layers import ImageDecoder, ImageEncoder
 from distill_lightning.lightning_internals import place_of
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable
-from distill_lightning.modules.parts.checkpoints import RemembersArguments, hyperparameters
+from distill_lightning.modules.parts.checkpoints import (
+    RemembersArguments,
+    check_format,
+    hyperparameters,
+    note_format,
+)
 from distill_lightning.modules.parts.optimization import with_schedule
 from distill_lightning.networks.weights import write_weights
 
@@ -53,7 +58,7 @@ class GeneratorModule(RemembersArguments, pl.LightningModule):
         output_range: smallest and largest value of a pixel, as the data module gives them.
         width: channels of the encoder's first and the decoder's last hidden layer.
         seed: of the draws.
-        optimizer: makes the optimiser from the parameters; Adam with a rate of 0.001 without.
+        optimizer: makes the optimiser from the parameters; default: Adam with learning rate 0.001.
         lr_scheduler: makes the schedule from the optimiser. It is stepped after every epoch, `OneCycle` after every
             batch; `ReduceLROnPlateau` watches ``val/loss``.
 
@@ -131,6 +136,18 @@ class GeneratorModule(RemembersArguments, pl.LightningModule):
         """The optimiser and, if there is one, its schedule."""
         optimizer = self.optimizer(self.parameters())
         return with_schedule(self, optimizer, self.lr_scheduler, monitor="val/loss")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the version of the checkpoint."""
+        note_format(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check the version.
+
+        Raises:
+            InputError: the checkpoint is of another version of this package.
+        """
+        check_format(checkpoint, "the checkpoint")
 
     def export_generator(self, path: str | Path) -> Path:
         """Write the decoder's state dict; a fresh `layers.ImageDecoder` of its sizes loads it with ``strict=True``.

@@ -137,7 +137,13 @@ class MEALV2Module(DistillationModule):
         terms = {"similarity": cross_entropy * self.temperature**2}
         if self.discriminator is not None:
             student, teacher = self._shown(batch, logits, softened, probs)
-            terms["discriminator"] = discriminator_term(self, student, teacher, batch.counted)
+            terms["discriminator"], observed, alive = discriminator_term(
+                self.discriminator, self.adversary.mode, student, teacher, batch.counted
+            )
+            for name, value in observed.items():
+                self.observe(name, value)
+            if alive is not None:
+                self.liveness.see(alive)
         if self.hard_label_weight:
             terms["ce"] = self.output.label_loss(logits, batch)
         return terms

@@ -33,7 +33,7 @@ class TrainingOptions(TypedDict, total=False):
         lr_scheduler: makes the schedule from the optimiser; ``None`` by default. It is stepped after every epoch,
             `OneCycle` after every batch; `ReduceLROnPlateau` watches ``val/nll``.
         transforms: what is done to each training batch of a classifier, in this order: `Mixup`, `CutMix`, `Cutout`,
-            `LabelSmoothing`. None by default.
+            `LabelSmoothing`. Empty by default.
         metrics: of the student's output and the target; by default those of the output,
             `outputs.metrics.classification_metrics` or `outputs.metrics.regression_metrics`.
         compile: whether a ``fit`` compiles the student and the teachers, in place: their names, hooks and state dicts

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MetricCollection
@@ -16,9 +15,16 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import FeatureTap, Paraphraser
+from distill_lightning.lightning_internals import summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
-from distill_lightning.modules.parts.checkpoints import RemembersArguments, hyperparameters
+from distill_lightning.modules.parts.checkpoints import (
+    RemembersArguments,
+    check_format,
+    hyperparameters,
+    note_format,
+)
 from distill_lightning.modules.parts.distances import FactorDistance
+from distill_lightning.modules.parts.holds_frozen import HoldsFrozen
 from distill_lightning.modules.parts.optimization import with_schedule
 from distill_lightning.networks import likely_input_shape
 from distill_lightning.teachers import Frozen, TeacherEnsemble
@@ -27,7 +33,7 @@ from distill_lightning.teachers import Frozen, TeacherEnsemble
 _ERROR = FactorDistance(normalize="none")
 
 
-class ParaphraserModule(RemembersArguments, pl.LightningModule):
+class ParaphraserModule(RemembersArguments, HoldsFrozen):
     r"""Trains the `Paraphraser` of each teacher, which `FEEDModule` then takes as Factor Transfer does.
 
     .. math:: L = \sum_{m=1}^{M} \frac{1}{N D_m} \sum_{i,d} \left| G_m(E_m(F_m))_{id} - F_{m,id} \right|
@@ -55,7 +61,7 @@ class ParaphraserModule(RemembersArguments, pl.LightningModule):
             or one each.
         rate: factor channels per channel.
         batch_norm: BatchNorm in the paraphrasers.
-        input_shape: shape of one input, ``(C, H, W)``; without, the first convolution's channels at 32x32. One forward
+        input_shape: shape of one input, ``(C, H, W)``; ``None``: the first convolution's channels at 32x32. One forward
             of zeros through every teacher finds the channel counts.
         optimizer: makes the optimiser from the paraphrasers' parameters. The default, Factor Transfer's, is made for
             thousands of steps; where there are few hundred, ``Adam`` with rate 0.001 gets further.
@@ -134,23 +140,25 @@ class ParaphraserModule(RemembersArguments, pl.LightningModule):
         optimizer = self.optimizer(self.paraphrasers.parameters())
         return with_schedule(self, optimizer, self.lr_scheduler, monitor="val/loss")
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002  (nn.Module's signature)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.teachers.apply(fn)
-        return self
-
     def on_fit_start(self) -> None:
         """A module that enters ``fit`` in eval mode would train in it."""
         self.teachers.fit_starts(self)
         self.train()
+        summarise_frozen(self, self.extra_repr().splitlines())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note whose features these are."""
+        note_format(checkpoint)
         checkpoint["hyper_parameters"] = dict(checkpoint.get("hyper_parameters", {}))
         checkpoint["fingerprints"] = self.teachers.fingerprints("teachers")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Warn of other teachers."""
+        """Warn of other teachers.
+
+        Raises:
+            InputError: the checkpoint is of another version of this package.
+        """
+        check_format(checkpoint, "the checkpoint")
         if checkpoint["fingerprints"] != self.teachers.fingerprints("teachers"):
             warnings.warn(
                 "teachers: the weights are not those that these paraphrasers were trained with: train them anew",

@@ -45,7 +45,7 @@ class SupervisedModule(DistillationModule):
         return {self.output.label_term: 1.0}
 
 
-class RegressionModule(SupervisedModule):
+class RegressionModule(DistillationModule):
     r"""Maximum likelihood of a diagonal Gaussian: how teachers of a regression are trained, and its row to beat.
 
     .. math:: L = \frac{1}{N} \sum_i \sum_j \tfrac12 \left[ s_{ij} + (y_{ij} - m_{ij})^2 e^{-s_{ij}}
@@ -61,14 +61,12 @@ class RegressionModule(SupervisedModule):
         student: the network that learns; gives means, then log-variances, ``(N, 2 d)``.
         num_targets: ``d``.
         burn_in_epochs: epochs with the squared error.
-        num_classes: must be ``None``; the data of a regression say so.
+        num_classes: accepted for the command line's link with the data; must be ``None``.
         options: see `TrainingOptions`; ``output: Gaussian`` sets the log-variances' bounds.
 
     Raises:
         InputError: an option is out of range, the data have classes, or the student does not fit.
     """
-
-    per_position = False
 
     def __init__(
         self,
@@ -79,7 +77,7 @@ class RegressionModule(SupervisedModule):
         num_classes: int | None = None,
         **options: Unpack[TrainingOptions],
     ) -> None:
-        super(SupervisedModule, self).__init__(student, num_classes=num_classes, num_targets=num_targets, **options)
+        super().__init__(student, num_classes=num_classes, num_targets=num_targets, **options)
         if burn_in_epochs < 0:
             raise InputError(f"burn_in_epochs cannot be negative, got {burn_in_epochs}")
         self.burn_in_epochs = burn_in_epochs

@@ -1,8 +1,9 @@
 """Students and teachers by name, typed so that YAML can configure them, and networks with weights from a file."""
 
-from distill_lightning.networks.adapted import AdaptedInput, Pretrained, likely_input_shape
+from distill_lightning.networks.adapted import AdaptedInput, likely_input_shape, without_deviation
 from distill_lightning.networks.images import SmallCNN, SmallResNet
 from distill_lightning.networks.libraries import pytorchcv_network, timm_network, torchvision_network
+from distill_lightning.networks.pretrained import Pretrained
 from distill_lightning.networks.provenance import Recipe, build_from, recipe_of
 from distill_lightning.networks.sequences import SmallLSTM, SmallTransformer
 
@@ -20,4 +21,5 @@ __all__ = [
     "recipe_of",
     "timm_network",
     "torchvision_network",
+    "without_deviation",
 ]

@@ -1,9 +1,9 @@
-"""Networks with weights from a file, and networks whose inputs differ from those of the others."""
+"""Networks whose inputs or outputs differ from those of the others."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,41 +12,8 @@ from torch.nn import functional as F
 
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
-from distill_lightning.networks.provenance import class_with_recipe, factory_with_recipe, recipe_of, set_recipe
-from distill_lightning.networks.weights import load_strictly, read_weights
-
-
-@factory_with_recipe
-def Pretrained(network: nn.Module, checkpoint: str | Path, part: str | None = None) -> nn.Module:  # noqa: N802  (reads as a class in YAML)
-    """Load a network's weights from a file; the same network is returned, so its dotted layer paths stay as they are.
-
-    The file is ``.safetensors``, or a PyTorch file that is a plain state dict, has one under ``"state_dict"``, or is a
-    checkpoint of this package (whose student's weights are then loaded). Only tensors are read: a file that would run
-    code when unpickled is refused.
-
-    Args:
-        network: built with the same arguments as the saved one.
-        checkpoint: path of the file.
-        part: the saved submodule whose weights are loaded, instead of the student: ``"generator"`` of a
-            `GeneratorModule`'s checkpoint, ``"paraphrasers.0"`` of a `ParaphraserModule`'s.
-
-    Raises:
-        InputError: the file is missing, damaged, unsafe, has no such part, or holds another architecture's weights.
-
-    Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> import torch
-        >>> from distill_lightning.networks import Pretrained, SmallCNN
-        >>> teacher = SmallCNN(num_classes=10)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     torch.save(teacher.state_dict(), Path(folder, "teacher.pt"))
-        ...     network = Pretrained(SmallCNN(num_classes=10), Path(folder, "teacher.pt"))
-        >>> torch.equal(network.head.weight, teacher.head.weight)
-        True
-    """
-    load_strictly(network, read_weights(Path(checkpoint), part=part), source=str(checkpoint))
-    return network
+from distill_lightning.layers import GaussianHead
+from distill_lightning.networks.provenance import class_with_recipe, drop_recipes, recipe_of, set_recipe
 
 
 @class_with_recipe
@@ -179,6 +146,40 @@ def likely_input_shape(network: nn.Module) -> tuple[int, int, int]:
     raise InputError(
         f"{type(network).__name__} has no convolution that shows its input's shape: give input_shape=(C, H, W)"
     )
+
+
+def without_deviation(network: nn.Module) -> nn.Module:
+    """A copy of a network that returns only the means of its Gaussian, ``(N, d)``, the same up to rounding.
+
+    Args:
+        network: ends in a `GaussianHead`.
+
+    Raises:
+        InputError: the network has no such head, or several.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning.layers import GaussianHead
+        >>> from distill_lightning.networks import without_deviation
+        >>> network = nn.Sequential(nn.Linear(8, 4), GaussianHead(4, num_targets=2))
+        >>> network(torch.zeros(3, 8)).shape
+        torch.Size([3, 4])
+        >>> without_deviation(network)(torch.zeros(3, 8)).shape
+        torch.Size([3, 2])
+    """
+    heads = [name for name, module in network.named_modules() if isinstance(module, GaussianHead)]
+    if len(heads) != 1:
+        raise InputError(f"{type(network).__name__} has {len(heads)} GaussianHead layers where one is needed")
+    head = network.get_submodule(heads[0])
+    if head is network:
+        return network.means()  # type: ignore[operator,no-any-return]  # the network is the head
+    plain = copy.deepcopy(network)
+    parent, _, name = heads[0].rpartition(".")
+    setattr(plain.get_submodule(parent), name, head.means())  # type: ignore[operator]  # checked above
+    # They would build the network with the head.
+    drop_recipes(plain)
+    return plain
 
 
 def _per_channel(value: float | Sequence[float]) -> Tensor:

@@ -94,6 +94,21 @@ def set_recipe(network: nn.Module, arguments: Mapping[str, Any] | None) -> None:
     network.__dict__["_recipe"] = recipe
 
 
+def drop_recipes(network: nn.Module) -> None:
+    """Forget how a network and its submodules were built, where they were changed since.
+
+    Example:
+        >>> from distill_lightning.networks import SmallCNN, recipe_of
+        >>> from distill_lightning.networks.provenance import drop_recipes
+        >>> network = SmallCNN(num_classes=10)
+        >>> drop_recipes(network)
+        >>> recipe_of(network) is None
+        True
+    """
+    for module in network.modules():
+        module.__dict__.pop("_recipe", None)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return recipe_of(value)
@@ -110,10 +125,10 @@ class StructureKeeper(Protocol):
         """Note in a checkpoint what was done to a module's network."""
 
     def restore_structure(self, module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-        """Give a module's network the structure that a checkpoint tells."""
+        """Give a module's network the structure recorded in a checkpoint."""
 
     def plain_network(self, network: nn.Module) -> nn.Module:
-        """The network, or a copy whose weights are no longer computed from others."""
+        """The network, or a copy of it with computed weights replaced by their values."""
 
 
 _KEEPERS: list[StructureKeeper] = []
@@ -132,7 +147,7 @@ def note_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Give a module's network the structure that it had when a checkpoint was made, so that its weights fit.
+    """Give a module's network the structure recorded in a checkpoint, so that its weights fit.
 
     Raises:
         InputError: it is changed in another way already.
@@ -144,7 +159,7 @@ def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
 
 def plain_network(network: nn.Module) -> nn.Module:
-    """The network, or a copy of it whose weights have the values that it computes them to be."""
+    """The network, or a copy of it with computed weights replaced by their values."""
     for keeper in _KEEPERS:
         network = keeper.plain_network(network)
     return network

@@ -92,6 +92,7 @@ class Categorical(Output):
             counted = spread(counted, places).expand(places.shape)
         if output.ndim < 3 or target is None or target.is_floating_point():
             return counted
+        # Where all count, a batch on the CPU has no mask: with one, means are those of other devices to the last bit.
         known: Tensor = target != IGNORED
         return known if counted is None else known & counted
 

@@ -76,7 +76,7 @@ class Output(Choice):
         """
 
     def as_point(self, variance: float | None) -> Output:
-        """What a student's output means that learns what is most probable, and not how probable it is.
+        """The output of a student trained on the teacher's point prediction alone.
 
         Args:
             variance: that its distribution has then; ``None``: the output's own way.

@@ -13,7 +13,7 @@ from distill_lightning.storage.prediction import PredictionStore
 from distill_lightning.storage.rows import Field, Rows
 from distill_lightning.storage.shards import ShardedRecords, sweep_records
 from distill_lightning.storage.sidecar import Sidecar
-from distill_lightning.storage.top_k import largest, spread
+from distill_lightning.storage.top_k import largest, spread_rest
 
 __all__ = [
     "CHECKSUM_BYTES",
@@ -26,7 +26,7 @@ __all__ = [
     "checksum_fits",
     "largest",
     "read_header",
-    "spread",
+    "spread_rest",
     "sweep_partial",
     "sweep_records",
     "whole_file",

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and one line for what the disk refuses."""
+"""Files that are written whole or not at all, and disk errors in one line."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def checksum_fits(content: Any) -> bool:
 def explaining_disk_errors(
     folder: Path, *, way_out: str = "make room and call again, what is written is kept"
 ) -> Iterator[None]:
-    """Say in one line what the disk refuses.
+    """Report disk errors in one line.
 
     Args:
         folder: of the store.

@@ -134,7 +134,7 @@ class PredictionStore:
         return probs.masked_fill_(~known[:, None], 1 / self.num_classes), known
 
     def write(self, index: Tensor, probs: Tensor, keep: Tensor | None = None) -> None:
-        """Keep the rows of some samples for `advance`; of several for one sample the last one wins.
+        """Keep the rows of some samples for `advance`; if a sample occurs more than once, the last row wins.
 
         Args:
             index: int64 ``(N,)``.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill_lightning.errors import InputError
 from distill_lightning.storage.rows import Field, RowFile, bytes_of, dtype_name
-from distill_lightning.storage.top_k import class_dtype, largest, spread
+from distill_lightning.storage.top_k import class_dtype, largest, spread_rest
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -68,6 +68,6 @@ class PredictionRows:
         """Probabilities, float32 ``(N, K)``, of rows by field."""
         probs = rows["probabilities"].float()
         if self.top_k is not None:
-            probs = spread(probs, rows["classes"], self.num_classes)
+            probs = spread_rest(probs, rows["classes"], self.num_classes)
         # What half precision has rounded away or added must not become mass of the target.
         return probs if self.dtype == torch.float32 else probs / probs.sum(dim=1, keepdim=True)

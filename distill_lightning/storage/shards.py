@@ -100,7 +100,7 @@ class ShardedRecords:
             write_header(self.folder, self.header)
 
     def check(self, header: Mapping[str, Any]) -> None:
-        """Hold a header against these records.
+        """Compare a header with these rows.
 
         Raises:
             InputError: they differ; the message names in what.

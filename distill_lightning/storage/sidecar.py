@@ -23,8 +23,8 @@ T = TypeVar("T")
 # The training, the generation, and a pending file's number.
 _NAME = r"[^.]+\.(\d+)(?:\.rows|\.(\d+)\.pending)"
 _WAY_OUT = (
-    "name the folder that holds it as StoredPast's folder, or resume from a later checkpoint; a larger keep keeps the "
-    "files of more checkpoints"
+    "name the folder that holds it, with load_state_dict(state, folder=...) or in a training StoredPast(folder=...), "
+    "or resume from a later checkpoint; a larger keep keeps the files of more checkpoints"
 )
 _FULL = "make room and resume from the last checkpoint, whose files are kept, or name another folder"
 _NOT_SHARED = "let all processes of a node see one folder"
@@ -42,8 +42,8 @@ class Sidecar:
     training left is written over. So two trainings that are resumed at once from one checkpoint need two folders. Files
     of other trainings are never touched.
 
-    Kept are the rows of the last ``keep`` generations and of the last ``keep - 1`` that a checkpoint was made of, and
-    the last ``keep`` pending files that belong to them. All methods must be called by all processes.
+    The folder keeps the rows of the last ``keep`` generations and of the last ``keep - 1`` that a checkpoint was made
+    of, and the last ``keep`` pending files that belong to them. All methods must be called by all processes.
 
     Args:
         folder: where the files are; made when the first one is written.

@@ -17,7 +17,7 @@ def largest(probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return values, classes.to(class_dtype(probs.shape[-1]))
 
 
-def spread(values: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+def spread_rest(values: Tensor, classes: Tensor, num_classes: int) -> Tensor:
     """Rows ``(..., K)`` of what `largest` kept; the rest of each row's mass is spread evenly over its other classes."""
     top_k = values.shape[-1]
     rest = (1 - values.sum(dim=-1, keepdim=True)).clamp_min(0) / max(num_classes - top_k, 1)

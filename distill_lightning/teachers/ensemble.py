@@ -18,11 +18,11 @@ from distill_lightning.outputs import Categorical
 
 
 class EnsembleRule(NamedTuple):
-    """How the predictions of several teachers become one.
+    """How the predictions of several teachers are combined into one.
 
     Attributes:
         combine: ``"probabilities"``: weighted mean of the softmaxes; ``"logits"``: softmax of the weighted mean.
-        weights: one number per teacher, divided by their sum; ``None`` weighs all alike.
+        weights: one number per teacher, divided by their sum; ``None`` weights all equally.
     """
 
     combine: str = "probabilities"
@@ -35,7 +35,7 @@ class EnsembleRule(NamedTuple):
 
 
 class TeacherEnsemble(nn.Module):
-    """Some frozen teachers and the rule that makes one prediction of theirs.
+    """Some frozen teachers and the rule that combines their predictions into one.
 
     Frozen means: eval mode whatever mode the ensemble is put in, no gradient, no graph. Where teachers predict a class
     for each of ``T`` positions, ``(N, T, K)`` stands for ``(N, K)`` everywhere.
@@ -44,7 +44,7 @@ class TeacherEnsemble(nn.Module):
 
     Args:
         networks: one network or several; each maps ``(N, ...)`` to logits ``(N, K)``.
-        weights: one non-negative number per teacher, divided by their sum; ``None`` weighs all alike.
+        weights: one non-negative number per teacher, divided by their sum; ``None`` weights all equally.
         combine: ``"probabilities"``: weighted mean of the softmaxes; ``"logits"``: softmax of the weighted mean.
         dtype: that the teachers are converted to, ``"float16"`` or ``"bfloat16"``; ``None``: they stay as they are.
         channels_last: whether their weights are laid out channels last, which most convolutions are faster in.

@@ -42,7 +42,7 @@ def begin_store(module: Any, teachers: Teachers, store: TeacherStore) -> None:
     origin = describe(module, teachers, data, trainer.train_dataloader, str(trainer.precision))
     store.begin(**origin, rank=trainer.global_rank)
     # Who only reads must not disturb another training that is filling the store.
-    if trainer.is_global_zero and store.fill == "online":
+    if trainer.is_global_zero and store.fills:
         store.resume()
     trainer.strategy.barrier("store")
     store.refresh()
@@ -97,7 +97,7 @@ def fetched(loader: Any, samples: Sequence[int], *, view: int | None) -> Any:
 def finish_epoch(trainer: Any, store: TeacherStore) -> None:
     """Make readable what all processes have kept in an epoch."""
     trainer.strategy.barrier("store")
-    if trainer.is_global_zero and store.fill == "online":
+    if trainer.is_global_zero and store.fills:
         store.finish()
     trainer.strategy.barrier("store")
     store.refresh()
@@ -123,8 +123,8 @@ def _made_by(module: Any, teachers: Teachers, data: Any, loader: Any, precision:
         known = {"data": teachers.store.data, "some_samples": _digest_of_some(data, loader)}
     else:
         raise InputError(
-            f"a TeacherStore must know the data again, and {type(data).__name__} has no fingerprint(): name the data "
-            "with the store's data"
+            f"a TeacherStore must be able to identify the data, and {type(data).__name__} has no fingerprint(): name "
+            "the data with the store's data"
         )
     if teachers.ensemble is not None:
         # The weights do not tell a stride, or the size that an AdaptedInput brings its input to.
@@ -139,7 +139,8 @@ def _made_by(module: Any, teachers: Teachers, data: Any, loader: Any, precision:
 def _options_of(transform: Any) -> str:
     if not dataclasses.is_dataclass(transform):
         raise InputError(
-            f"a TeacherStore cannot know {type(transform).__name__} again: make it a frozen dataclass of its options"
+            f"a TeacherStore cannot tell whether {type(transform).__name__} is unchanged: make it a frozen dataclass "
+            "of its options"
         )
     return repr(transform)
 

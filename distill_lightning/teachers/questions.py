@@ -135,6 +135,8 @@ class Features(Question):
     """
 
     needs_features = True
+    OF_NETWORKS = ("layers", "paraphrasers")
+    """What `describe` tells of the teachers and their paraphrasers, which a store without networks knows itself."""
 
     def __init__(
         self, layers: str | Sequence[str], *, paraphrasers: Sequence[nn.Module] = (), size: int | None = None
@@ -185,7 +187,7 @@ class Features(Question):
     def describe(self) -> dict[str, Any]:
         """Size, layers and paraphrasers."""
         return {
-            "target_size": self.size,
+            "feature_size": self.size,
             "layers": self.layers,
             "paraphrasers": fingerprint(nn.ModuleList(self.paraphrasers)),
         }

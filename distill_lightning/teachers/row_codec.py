@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill_lightning.errors import InputError
-from distill_lightning.storage import largest, spread
+from distill_lightning.storage import largest, spread_rest
 
 Answers = Mapping[str, Tensor]
 """What the teachers say about a batch: tensors ``(N, ...)`` by name; ``probabilities...`` are rows of such."""
@@ -58,7 +58,7 @@ class RowCodec(NamedTuple):
             if _are_probabilities(name):
                 if self.top_k is not None:
                     classes = _moved(rows[f"{name}{_CLASSES}"], device)
-                    kept = spread(kept, classes, num_classes or 0)
+                    kept = spread_rest(kept, classes, num_classes or 0)
                 # What rounding has added or taken away must not become mass of the target.
                 kept = kept / kept.sum(dim=-1, keepdim=True)
             answers[name] = kept

@@ -55,9 +55,9 @@ class TeacherStore:
         top_k: how many of a row's largest probabilities are kept, the rest being spread evenly over the other classes;
             ``None``: all.
         shard_size: samples in a file.
-        data: names the data, where their data module has no ``fingerprint()``; a few samples are then held against the
-            store, besides the name and their number. Their samples must always be the same: what is not augmented, or
-            in numbered views.
+        data: names the data, where their data module has no ``fingerprint()``; a few samples are then compared with
+            the store, besides the name and their number. Their samples must always be the same: what is not augmented,
+            or in numbered views.
 
     Raises:
         InputError: an option is out of range.
@@ -111,7 +111,7 @@ class TeacherStore:
         self._new: set[int] = set()
 
     def begin(self, *, samples: int, views: int, made_by: Mapping[str, Any], rank: int = 0) -> None:
-        """Say what the answers are about; a store that is there is held against it.
+        """Say what the answers are about; a store that is there is compared with it.
 
         Args:
             samples: size of the training set.
@@ -176,7 +176,10 @@ class TeacherStore:
             self._records.refresh()
 
     def resume(self) -> None:
-        """Take up what a killed process had kept, and remove what it was writing; one calls it, and nobody writes."""
+        """Take up what a killed process had kept, and remove what it was writing.
+
+        Call it from one process, while no other writes.
+        """
         # Its first file may have been the one that it did not finish.
         sweep_records(self.path)
         self.finish()
@@ -205,6 +208,11 @@ class TeacherStore:
     def samples_of(self, shard: int) -> range:
         """The samples in a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self._plan["samples"]))
+
+    @property
+    def fills(self) -> bool:
+        """Whether a training adds to the store; one that only reads leaves all files as they are."""
+        return self.fill == "online" and self.networks is not None
 
     @property
     def is_complete(self) -> bool:

@@ -46,6 +46,9 @@ class Teachers(Frozen):
     Every network runs once per batch, however many questions there are. Where a `TeacherStore` was given, its answers
     take the networks' place as soon as it knows them, and the method does not notice.
 
+    ``len``, iteration and indexing are about the teachers alone; ``networks`` holds everything that is frozen, the
+    `TeacherEnsemble` as one network and those of the questions, paraphrasers for example.
+
     Args:
         given: a network, several, a `TeacherEnsemble`, a `TeacherStore`, which may hold the networks that fill it, or
             ``None``: there are no teachers, and nothing may be asked.
@@ -70,7 +73,7 @@ class Teachers(Frozen):
         networks = self.given.networks if isinstance(self.given, TeacherStore) else self.given
         self.ensemble = None if networks is None else TeacherEnsemble.of(networks)
         self.questions = list(ask)
-        self.about = about or About()
+        self.about = About() if about is None else about
         self.taps: list[FeatureTap] = []
         self.output: Output | None = None
         self._who, self._per_position = "", False
@@ -202,7 +205,7 @@ class Teachers(Frozen):
         """What the store keeps about a batch: an answer ``(N, ...)`` for each question and input, or the logits alone.
 
         Raises:
-            InputError: a store cannot know the inputs again.
+            InputError: no store can reproduce the inputs.
         """
         suffixes = self.about.suffixes(batch, self.inputs(batch))
         questions = [Logits()] if self._are_logits_kept() else self.questions
@@ -248,7 +251,7 @@ class Teachers(Frozen):
         asked = {name: value for question in self.questions for name, value in question.describe().items()}
         if self.ensemble is None:
             # The store itself tells of the teachers that filled it.
-            asked = {name: value for name, value in asked.items() if name not in ("layers", "paraphrasers")}
+            asked = {name: value for name, value in asked.items() if name not in Features.OF_NETWORKS}
         return {**asked, **about, **self._known_output.describe_answers()}
 
     @property

@@ -30,7 +30,7 @@ class Build(Protocol):
     It must be a function at the top level of a file, not a lambda: other processes import it.
 
     A function with an attribute ``num_targets`` makes a regression: its networks give that many means and as many
-    log-variances, and ``num_classes`` says nothing. One with an attribute ``partners`` gets training views with
+    log-variances, and ``num_classes`` is ignored. One with an attribute ``partners`` gets training views with
     partners to be mixed with.
     """
 

@@ -54,9 +54,9 @@ class TinyDataModule(InMemoryImageDataModule):
 
     Args:
         num_classes: up to 4.
-        num_targets: ``d`` of a regression instead: its targets ``(N, d)`` are noisy functions of the class.
+        num_targets: ``d`` of a regression, in place of classes; its targets ``(N, d)`` are noisy functions of a class.
         samples: number of training images; there are as many for validation and for test.
-        val_size: number of validation images; ``None``: as many.
+        val_size: number of validation images; ``None``: as many as training images.
         batch_size: samples per batch and process.
         views: number of different views of a training image; ``None``: a new one every epoch.
         partners: whether each training view comes with another image to be mixed with.

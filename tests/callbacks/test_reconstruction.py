@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from distill_lightning import FEEDModule, InputError, SupervisedModule
+from distill_lightning import Batch, FEEDModule, InputError, SupervisedModule
 from distill_lightning.callbacks import ReconstructionErrorProbe
 from distill_lightning.callbacks.reconstruction import _Probe
 from distill_lightning.layers import Paraphraser, Translator
@@ -449,3 +449,20 @@ def test_a_network_in_another_precision_is_probed_in_float32():
     double = copy.deepcopy(network).double()
     assert ReconstructionErrorProbe("features", epochs=1).measure({"a": double}, batches(2), batches(1)) == expected
     assert double.head.weight.dtype == torch.float64
+
+
+def test_samples_that_do_not_count_are_left_out():
+    networks = networks_of(4)
+    train, val = batches(2), batches(1, seed=1)
+    noise = [Batch(1e3 * torch.rand(2, 1, 8, 8), torch.full((2,), -100))]
+    padded = [
+        Batch(torch.cat([images, 1e3 * images[:1]]), torch.cat([target, target[:1] - 100])) for images, target in val
+    ]
+    probe = ReconstructionErrorProbe("features", epochs=2)
+    assert probe.measure(networks, train + noise, padded + noise) == probe.measure(networks, train, val)
+
+
+def test_inputs_of_several_tensors_are_refused():
+    several = [((images, images), target) for images, target in batches(1)]
+    with pytest.raises(InputError, match="reads inputs that are one tensor, got tuple: leave it out"):
+        ReconstructionErrorProbe("features").measure(networks_of(4), several, several)

@@ -9,8 +9,8 @@ from torch import nn
 
 from distill_lightning import AdaptedInput, InputError, SmallResNet
 from distill_lightning.functional import gaussian_nll, split_gaussian
-from distill_lightning.layers import GaussianHead, without_deviation
-from distill_lightning.networks import recipe_of
+from distill_lightning.layers import GaussianHead
+from distill_lightning.networks import recipe_of, without_deviation
 from distill_lightning.testing import TinyNet
 
 

@@ -57,6 +57,13 @@ def test_its_terms_are_the_papers():
     assert torch.allclose(terms["ce"], F.cross_entropy(logits, batch.target))
 
 
+def test_samples_that_do_not_count_change_nothing():
+    module = DKDModule(TinyNet(4), [TinyNet(4)], num_classes=4).eval()
+    images, target = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, -100, -100])
+    alone, padded = module.terms(Batch(images[:4], target[:4])), module.terms(Batch(images, target))
+    assert all(torch.allclose(alone[name], padded[name], rtol=1e-5) for name in ("ce", "tckd", "nckd"))
+
+
 def test_it_takes_the_shared_transforms():
     transforms = [Mixup(probability=0.5), LabelSmoothing(0.1)]
     module = DKDModule(TinyNet(), [TinyNet()], num_classes=3, transforms=transforms)

@@ -33,8 +33,9 @@ from distill_lightning import (
 )
 from distill_lightning.data.mixing import mixup
 from distill_lightning.data.views import uniform_draws
-from distill_lightning.layers import GaussianHead, without_deviation
+from distill_lightning.layers import GaussianHead
 from distill_lightning.modules.extracurricular import Match, MatchDistribution
+from distill_lightning.networks import without_deviation
 from distill_lightning.networks.weights import read_weights
 from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
 

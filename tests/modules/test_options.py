@@ -144,4 +144,4 @@ def test_choices_are_hyper_parameters_and_come_back(checkpoints, kind, name, cho
         key: value for key, value in vars(choice).items() if key != "translator"
     }
     assert choice in vars(module).values()
-    assert not module.missing
+    assert not module._missing

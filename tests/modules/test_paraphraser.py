@@ -300,3 +300,7 @@ def test_two_processes_equal_one():
 def test_refusals_name_what_is_wrong(options, message):
     with pytest.raises(InputError, match=message):
         module_of(4, 6, **options)
+
+
+def test_the_frozen_teachers_are_printed():
+    assert "(teachers, frozen): Frozen(TeacherEnsemble)" in repr(module_of(4))

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from distill_lightning import Batch, Categorical, Gaussian, InputError, RegressionModule, SmallResNet, SupervisedModule
-from distill_lightning.layers import GaussianHead, without_deviation
+from distill_lightning.layers import GaussianHead
+from distill_lightning.networks import without_deviation
 from distill_lightning.networks.weights import read_weights
 from distill_lightning.testing import CONTRACT, TinyDataModule, TinyNet, tiny_trainer
 

@@ -71,7 +71,7 @@ def module_of(*, norm="group", weights=0, **options):
 def past_of(module):
     """What is known of the past: rows, or a network's weights."""
     if module.past.kind != "StoredPast":
-        return state_of(module.past.network.network)
+        return state_of(module.past.network.model)
     store = module.past.store
     return dict(zip(("probs", "known"), store.read(torch.arange(store.num_samples)), strict=True))
 
@@ -523,11 +523,11 @@ class Copies(pl.Callback):
         self.students, self.pasts, self.later = [], [], []
 
     def on_train_epoch_start(self, trainer, pl_module):
-        network = pl_module.past.network.network
+        network = pl_module.past.network.model
         self.pasts.append(None if network is None else state_of(network))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        network = pl_module.past.network.network
+        network = pl_module.past.network.model
         if network is not None:
             assert not any(child.training for child in network.modules())
             assert not any(parameter.requires_grad or parameter.grad is not None for parameter in network.parameters())
@@ -545,9 +545,9 @@ def test_the_past_model_is_the_student_of_the_epoch_before_bit_for_bit():
         assert same(copies.pasts[epoch], copies.students[epoch - 1])
         assert all(same(copies.pasts[epoch], later) for later in copies.later[3 * epoch - 3 : 3 * epoch])
     assert not same(*copies.students[:2])
-    assert same(state_of(module.past.network.network), copies.students[2])
+    assert same(state_of(module.past.network.model), copies.students[2])
     held = {id(parameter) for group in trainer.optimizers[0].param_groups for parameter in group["params"]}
-    theirs = list(module.past.network.network.parameters())
+    theirs = list(module.past.network.model.parameters())
     assert held.isdisjoint(map(id, theirs))
     assert {id(parameter) for parameter in module.parameters()}.isdisjoint(map(id, theirs))
     assert set(module.state_dict()) == {f"student.{name}" for name in module.student.state_dict()}
@@ -593,7 +593,7 @@ class Steps(pl.Callback):
         if trainer.global_step > self.steps:
             self.steps = trainer.global_step
             self.students.append(state_of(pl_module.student))
-        self.averages.append(state_of(pl_module.past.network.network) if self.steps else None)
+        self.averages.append(state_of(pl_module.past.network.model) if self.steps else None)
 
 
 @pytest.mark.parametrize(("accumulate", "moments"), [(1, [0, 1, 2, 3, 4, 5]), (2, [-1, 0, 1, 1, 2, 3])])
@@ -744,7 +744,7 @@ def test_a_network_predicts_for_the_mixed_input(past, targets):
             if trainer.current_epoch:
                 mixed = pl_module.prepared(batch)
                 with torch.no_grad():
-                    said = pl_module.past.network.network(mixed.input).softmax(1)
+                    said = pl_module.past.network.model(mixed.input).softmax(1)
                 wanted.append((mixed.target + said) / 2)
                 assert not torch.equal(mixed.input, batch.input)
 
@@ -1244,7 +1244,7 @@ class Tell(pl.Callback):
     def on_train_end(self, trainer, pl_module):
         network = getattr(pl_module.past, "network", None)
         past = past_of(pl_module)
-        shared = {} if network is None else dict(network.network.named_buffers())
+        shared = {} if network is None else dict(network.model.named_buffers())
         told = {"past": past, "state": state_of(pl_module), "buffers": shared}
         torch.save(told, Path(self.folder) / f"{trainer.global_rank}.pt")
 

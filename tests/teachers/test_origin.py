@@ -219,7 +219,7 @@ def test_a_store_of_predictions_holds_no_feature_maps(tmp_path):
 def test_a_function_cannot_be_known_again(tmp_path):
     sampler = FunctionSampler(lambda inputs, draws: inputs)
     module = ExtracurricularModule(net(), TeacherStore(tmp_path, net(1)), num_classes=3, samplers=[sampler])
-    with pytest.raises(InputError, match="a store cannot know FunctionSampler's function again"):
+    with pytest.raises(InputError, match="no store can tell whether FunctionSampler's function is unchanged"):
         fitted(module)
 
 
@@ -313,7 +313,9 @@ def test_a_transform_that_does_not_tell_its_options_cannot_be_known_again(tmp_pa
         def __call__(self, batch, *, num_classes):
             return batch
 
-    with pytest.raises(InputError, match="cannot know Secret again: make it a frozen dataclass of its options"):
+    with pytest.raises(
+        InputError, match="cannot tell whether Secret is unchanged: make it a frozen dataclass of its opt"
+    ):
         transformed(TeacherStore(tmp_path, net(1)), Secret())
 
 

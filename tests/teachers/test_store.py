@@ -184,10 +184,10 @@ def test_reduced_feature_maps_take_fewer_bytes(tmp_path, sizes, numbers):
 @pytest.mark.parametrize(
     ("teachers", "sizes", "message"),
     [
-        (True, EqualSizes(), "target_size is 2, not None"),
-        (True, PooledSize(4), "target_size is 2, not 4"),
-        (False, PooledSize(1), "target_size is 2, not 1"),
-        (False, StudentSize(), "target_size is 2, not None"),
+        (True, EqualSizes(), "feature_size is 2, not None"),
+        (True, PooledSize(4), "feature_size is 2, not 4"),
+        (False, PooledSize(1), "feature_size is 2, not 1"),
+        (False, StudentSize(), "feature_size is 2, not None"),
         (False, PooledSize(4), r"teacher 0's 'feature in the store' gives \(16, 2, 2\).*at least as large"),
         (False, EqualSizes(), r"teacher 0's 'feature in the store' gives \(16, 2, 2\)"),
     ],
@@ -510,6 +510,17 @@ def test_what_a_process_was_writing_first_is_removed(tmp_path):
     (tmp_path / "killed/partial.7.header.json").write_text("{")
     run(kd, TeacherStore(tmp_path / "killed", teachers_of()), epochs=2)
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_training_that_only_reads_leaves_what_another_is_writing(tmp_path):
+    run(kd, TeacherStore(tmp_path, teachers_of()), epochs=2)
+    (tmp_path / "partial.7.header.json").write_text("{")
+    before = files_of(tmp_path)
+    for store in (TeacherStore(tmp_path), TeacherStore(tmp_path, teachers_of(), fill="never")):
+        assert not store.fills
+        run(kd, store, epochs=2)
+        assert files_of(tmp_path) == before
 
 
 def test_a_store_is_sent_to_other_processes_without_what_is_in_its_files(tmp_path):

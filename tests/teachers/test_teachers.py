@@ -27,6 +27,7 @@ from distill_lightning import (
     TeacherStore,
 )
 from distill_lightning.layers import Paraphraser
+from distill_lightning.modules.parts.extra_inputs import ExtraInputs
 from distill_lightning.teachers import About
 from distill_lightning.teachers.recorder import record
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
@@ -407,3 +408,8 @@ def test_a_module_is_copied_and_pickled_with_its_store(tmp_path):
         trainer = tiny_trainer(max_epochs=2, limit_val_batches=0)
         trainer.fit(other, datamodule=TinyDataModule(views=2))
         assert calls == []
+
+
+def test_about_that_is_empty_is_kept():
+    about = ExtraInputs([], weights=None, ratio=1.0, seed=0)
+    assert Teachers(TinyNet(), ask=[], about=about).about is about

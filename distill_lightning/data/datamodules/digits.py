@@ -39,7 +39,7 @@ class DigitsDataModule(InMemoryImageDataModule):
         torch.Size([8, 1, 16, 16])
     """
 
-    test_size: int  # without test files, a number there must be
+    test_size: int  # required: there is no separate test set
     num_classes = 10
     class_names = tuple("0123456789")
     mean = 0.305

@@ -58,8 +58,8 @@ class DocstringsDataModule(ViewDataModule):
     stand there. The files are dealt out by ``seed``: to test until they fill ``test_size`` windows, then to validation,
     the rest to training; so no split knows a file of another one. The windows of a split do not overlap.
 
-    **The text depends on the version of Python**, and a little on who packed it: numbers of one version do not compare
-    with those of another one. With 3.11 there are 1.6 million bytes.
+    **The text depends on the version of Python**, and slightly on the distribution: results of different versions are
+    not comparable. With 3.11 there are 1.6 million bytes.
 
     Args:
         length: bytes of a window, ``T``.
@@ -73,7 +73,7 @@ class DocstringsDataModule(ViewDataModule):
             documentation strings, or a file in it that is not Python.
     """
 
-    test_size: int  # without test files, a number there must be
+    test_size: int  # required: there is no separate test set
     num_classes = 256
 
     def __init__(
@@ -170,7 +170,7 @@ def read_docstrings(folder: Path) -> tuple[bytes, ...]:
 
 def _docstrings(path: Path) -> bytes:
     with warnings.catch_warnings(), refusing(str(path), SyntaxError, ValueError):
-        # About strings such as "\d", which are nobody's business here.
+        # About strings such as "\d", which are irrelevant here.
         warnings.simplefilter("ignore")
         tree = ast.parse(path.read_bytes())
     documented = [node for node in ast.walk(tree) if isinstance(node, _Documented)]

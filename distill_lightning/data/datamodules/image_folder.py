@@ -213,7 +213,7 @@ class ImageFolderDataModule(ImageDataModule):
             raise InputError(f"std must be above 0 in every channel, got {std}")
         self.data_dir = Path(data_dir)
         self.image_size, self.resize_size = image_size, resize_size
-        # As floats, because a store holds them against those of another run as they are written.
+        # As floats, because a store compares them, as they are written, with those of another run.
         self.crop_scale = (float(crop_scale[0]), float(crop_scale[1]))
         self.crop_ratio = (float(crop_ratio[0]), float(crop_ratio[1]))
         self.flip = flip

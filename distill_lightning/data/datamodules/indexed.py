@@ -43,6 +43,9 @@ class IndexedDataModule(pl.LightningDataModule):
     key ``"index"``; a NamedTuple with a field ``index`` gets it there; a `Batch` that has indices keeps them. The rest
     is the data module's own: its other loaders, hooks, attributes and state.
 
+    A dict or a NamedTuple becomes a `Batch` only on the training's device, its index with it: a `TeacherStore` then
+    waits for a GPU in every step. Data that yield a `Batch` or a tuple do not make it wait.
+
     The training loader is built again with the same options, around a data set that notes what it was asked for. So any
     sampler, batch sampler, ``collate_fn`` and number of workers will do, and also the distributed sampler that
     Lightning puts in. With ``batch_size=None`` the sampler must yield lists of indices.

@@ -44,7 +44,7 @@ class ViewDataModule(pl.LightningDataModule):
     num_classes: int | None
     num_targets: int | None = None
     input_shape: tuple[int, ...]
-    # None where a batch is so cheap that handing it over costs more than making it.
+    # Zero workers: a batch made in memory costs less than handing it over from another process.
     default_workers: int = 0
 
     def __init__(

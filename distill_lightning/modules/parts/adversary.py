@@ -50,8 +50,8 @@ class Adversary(Choice):
         """Whether its parameters are a parameter group of their own."""
         return self.lr is not None or self.lr_scheduler is not None
 
-    def check(self) -> None:
-        """Refuse options out of range."""
+    def __post_init__(self) -> None:
+        """Check the options."""
         name = type(self).__name__
         for key, value, known in (
             ("shown", self.shown, ("logits", "probabilities", "log_probabilities")),
@@ -74,6 +74,9 @@ class NoDiscriminator(Adversary):
     weight = 0.0
     lr = None
     lr_scheduler = None
+
+    def __post_init__(self) -> None:
+        """There are no options."""
 
     def make(self, num_classes: int) -> nn.Module | None:
         """There is no network."""
@@ -105,10 +108,6 @@ class OfficialDiscriminator(Adversary):
     lr: float | None = None
     lr_scheduler: LRSchedulerCallable | None = None
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        self.check()
-
     def make(self, num_classes: int) -> nn.Module | None:
         """A `layers.Discriminator` of the official kind."""
         return _drawn(num_classes, "official")
@@ -119,11 +118,11 @@ class FixedDiscriminator(Adversary):
     """A network that does not die, for fewer than 256 classes, see `layers.Discriminator`.
 
     Args:
-        shown: as of `OfficialDiscriminator`.
-        mode: as of `OfficialDiscriminator`.
-        weight: as of `OfficialDiscriminator`.
-        lr: as of `OfficialDiscriminator`.
-        lr_scheduler: as of `OfficialDiscriminator`.
+        shown: see `OfficialDiscriminator`.
+        mode: see `OfficialDiscriminator`.
+        weight: see `OfficialDiscriminator`.
+        lr: see `OfficialDiscriminator`.
+        lr_scheduler: see `OfficialDiscriminator`.
 
     Raises:
         InputError: an option is out of range.
@@ -134,10 +133,6 @@ class FixedDiscriminator(Adversary):
     weight: float = 1.0
     lr: float | None = None
     lr_scheduler: LRSchedulerCallable | None = None
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        self.check()
 
     def make(self, num_classes: int) -> nn.Module | None:
         """A `layers.Discriminator` of the fixed kind."""
@@ -150,11 +145,11 @@ class OwnDiscriminator(Adversary):
 
     Args:
         network: from predictions ``(N, K)`` to scores ``(N, 2)``, of "student" and of "teacher".
-        shown: as of `OfficialDiscriminator`.
-        mode: as of `OfficialDiscriminator`.
-        weight: as of `OfficialDiscriminator`.
-        lr: as of `OfficialDiscriminator`.
-        lr_scheduler: as of `OfficialDiscriminator`.
+        shown: see `OfficialDiscriminator`.
+        mode: see `OfficialDiscriminator`.
+        weight: see `OfficialDiscriminator`.
+        lr: see `OfficialDiscriminator`.
+        lr_scheduler: see `OfficialDiscriminator`.
 
     Raises:
         InputError: an option is out of range, or the network does not fit.
@@ -166,10 +161,6 @@ class OwnDiscriminator(Adversary):
     weight: float = 1.0
     lr: float | None = None
     lr_scheduler: LRSchedulerCallable | None = None
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        self.check()
 
     def make(self, num_classes: int) -> nn.Module | None:
         """The network."""
@@ -191,35 +182,41 @@ def _drawn(num_classes: int, kind: Literal["official", "fixed"]) -> Discriminato
         return Discriminator(num_classes, kind=kind)
 
 
-def discriminator_term(module: Any, student: Tensor, teacher: Tensor, counted: Tensor | None) -> Tensor:
+def discriminator_term(
+    discriminator: nn.Module, mode: Mode, student: Tensor, teacher: Tensor, counted: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
     """The discriminator's loss for the student's and the teachers' predictions ``(N, K)``, one batch of both.
 
     Args:
-        module: a `MEALV2Module` with a discriminator; it observes ``discriminator_accuracy`` and, of a network that can
-            die, ``discriminator_dead``.
+        discriminator: from rows of predictions to two scores.
+        mode: see `Adversary`.
         student: the student's predictions.
         teacher: the teachers'.
         counted: which samples count, bool ``(N,)``; ``None``: all.
+
+    Returns:
+        The loss; the scalars ``discriminator_accuracy`` and, of a network that can die, ``discriminator_dead``; and of
+        such a network whether each of its two outputs was other than zero, bool ``(2,)``, else ``None``.
     """
-    discriminator: nn.Module = module.discriminator
-    if module.adversary.mode == "adversarial":
+    if mode == "adversarial":
         student = functional.reverse_gradient(student)
-    elif module.adversary.mode == "detached":
+    elif mode == "detached":
         student = student.detach()
     # Networks give half precision or float32, whatever the discriminator's weights are.
     dtype = next(discriminator.parameters(), student).dtype
     scores = discriminator(torch.cat([student.to(dtype), teacher.to(dtype)]))
     of_student, of_teacher = scores.chunk(2)
     both = None if counted is None else torch.cat([counted, counted])
+    alive = None
     with torch.no_grad():
         margin = torch.cat([of_student[:, 0] - of_student[:, 1], of_teacher[:, 1] - of_teacher[:, 0]])
         # A tie is half right: so chance is 0.5, and a dead discriminator is at chance.
-        module.observe("discriminator_accuracy", functional.counted_mean((1 + margin.sign()) / 2, both))
+        observed = {"discriminator_accuracy": functional.counted_mean((1 + margin.sign()) / 2, both)}
         if not (isinstance(discriminator, Discriminator) and discriminator.kind == "fixed"):
-            module.observe("discriminator_dead", functional.counted_mean((scores == 0).float().mean(dim=1), both))
-            alive = scores != 0
-            module.liveness.see((alive if both is None else alive & both[:, None]).any(dim=0))
-    return functional.discriminator_loss(of_student, of_teacher, counted)
+            observed["discriminator_dead"] = functional.counted_mean((scores == 0).float().mean(dim=1), both)
+            nonzero = scores != 0
+            alive = (nonzero if both is None else nonzero & both[:, None]).any(dim=0)
+    return functional.discriminator_loss(of_student, of_teacher, counted), observed, alive
 
 
 class Liveness(Part):

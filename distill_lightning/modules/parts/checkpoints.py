@@ -59,12 +59,12 @@ def note(module: Any, checkpoint: dict[str, Any]) -> None:
     # LightningCLI notes the class itself; here it is noted for a module that was made in Python, too. A plain dict,
     # because older Lightning versions save a class of their own, which weights_only=True refuses.
     made_by = f"{type(module).__module__}.{type(module).__qualname__}"
-    checkpoint[_FORMAT_KEY] = FORMAT
+    note_format(checkpoint)
     checkpoint["hyper_parameters"] = {"_class_path": made_by, **dict(checkpoint.get("hyper_parameters", {}))}
     checkpoint["fingerprints"] = module.fingerprints()
     recipes = {name: frozen.recipe() for name, frozen in module.frozen.items()}
     checkpoint["recipes"] = {"student": recipe_of(module.student)} | {k: v for k, v in recipes.items() if v is not None}
-    checkpoint["objects"] = module.objects
+    checkpoint["objects"] = module._objects  # noqa: SLF001
     note_structure(module, checkpoint)
     if "optimizer_states" in checkpoint:
         # A checkpoint of weights alone, which no training can go on from, needs no more.
@@ -81,6 +81,8 @@ def take(module: Any, checkpoint: dict[str, Any]) -> None:
     check_format(checkpoint, "the checkpoint")
     restore_structure(module, checkpoint)
     check_architecture(module, checkpoint["state_dict"], source="what is being loaded")
+    # Lightning restores before `on_fit_start`, and a training before may have had other teachers.
+    module.forget_fingerprints()
     fingerprints = module.fingerprints()
     for name, known in checkpoint.get("fingerprints", {}).items():
         if fingerprints.get(name) != known:
@@ -92,6 +94,11 @@ def take(module: Any, checkpoint: dict[str, Any]) -> None:
     for name, state in checkpoint.get("parts", {}).items():
         if name in module.parts:
             module.parts[name].load_state_dict(state)
+
+
+def note_format(checkpoint: dict[str, Any]) -> None:
+    """Note in a checkpoint the version of what it holds."""
+    checkpoint[_FORMAT_KEY] = FORMAT
 
 
 def check_format(checkpoint: Mapping[str, Any], source: str) -> None:
@@ -137,7 +144,7 @@ def rebuilt(kind: type, path: Path, overrides: Mapping[str, Any]) -> Any:
     module: Any = kind(**{**known, **{name: _network(name, recipe) for name, recipe in recipes.items()}, **overrides})
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
-    module.missing = missing
+    module._missing = missing  # noqa: SLF001
     return module
 
 

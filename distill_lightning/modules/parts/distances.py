@@ -1,4 +1,4 @@
-"""How a student's feature and a teacher's are compared: FEED's distance, and those of other papers."""
+"""How a student's feature is made comparable, and compared with a teacher's, as in FEED and in other papers."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ class HintDistance(Distance):
     Its ``beta`` depends on the scale of the teachers' features; read ``train/hint_share``.
 
     Args:
-        reduction: as of `FactorDistance`.
+        reduction: see `FactorDistance`.
         translator: makes the student's feature comparable.
 
     Raises:
@@ -239,7 +239,7 @@ class AttentionDistance(Distance):
     Its ``beta`` is attention transfer's for maps of 8x8 and more; smaller maps need less.
 
     Args:
-        reduction: as of `FactorDistance`.
+        reduction: see `FactorDistance`.
 
     Raises:
         InputError: a name is unknown.

@@ -27,11 +27,13 @@ class Evaluation(Part):
 
     The metrics are the module's own submodules, ``val_metrics`` and so on, so that they move with it. What the teachers
     predict for a validation batch is kept for the rest of the ``fit`` where its samples can be recognised by index and
-    view: frozen teachers say the same again.
+    view, and the module's ``teachers`` are frozen networks, which say the same again.
     """
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], _Answer] = {}
+        # Whether the comparison with the teachers was logged for the current loader.
+        self._compared = False
 
     def update(self, module: Any, batch: Batch, batch_idx: int, stage: str) -> dict[str, Tensor]:
         """Add a batch to the metrics of a stage, ``"val"`` or ``"test"``.
@@ -45,7 +47,11 @@ class Evaluation(Part):
         counted = module.output.counted(output, batch)
         selected, target = module.output.select(output, batch.target, counted)
         metrics.update(selected, target)
-        module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=batch.size)
+        # Lightning computes a metric at the end of the epoch, however often it was logged, and a `log` takes longer
+        # than a small network. Every loader begins with batch 0.
+        if batch_idx == 0:
+            self._compared = False
+            module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=batch.size)
         answer = self._recalled(stage, batch_idx, batch)
         if answer is None:
             answer = module.teacher_prediction(batch)
@@ -53,7 +59,9 @@ class Evaluation(Part):
                 self._keep(stage, batch_idx, batch, answer)
         if answer is not None:
             teacher_metrics.update(*module.output.select(output, answer, counted))
-            module.log_dict(teacher_metrics, on_step=False, on_epoch=True, batch_size=batch.size)
+            if not self._compared:
+                self._compared = True
+                module.log_dict(teacher_metrics, on_step=False, on_epoch=True, batch_size=batch.size)
         return {"output": selected, "target": target}
 
     @torch.no_grad()
@@ -91,7 +99,9 @@ class Evaluation(Part):
     @staticmethod
     def _comes_again(module: Any, stage: str) -> bool:
         """Whether the next epoch validates on the same batches, and frozen networks are asked again."""
-        if stage != "val" or module.trainer.state.fn != "fit" or not isinstance(module.teachers, Frozen):
+        # A base class's `Teachers` holds nobody where a subclass answers by other networks, which may change.
+        is_frozen = isinstance(module.teachers, Frozen) and len(module.teachers) > 0
+        if stage != "val" or module.trainer.state.fn != "fit" or not is_frozen:
             return False
         # A subclass may take several loaders, which may have other samples under the same indices.
         return len(module.trainer.num_val_batches) == 1

@@ -67,7 +67,7 @@ class ExtraInputs(Frozen, About):
         """The additional rows from ``start`` to ``end``, by one sampler."""
         rows, sampler = torch.arange(start, end, device=batch.device), self.networks[number]
         sampled = rows % batch.size
-        # What mixes two inputs finds the second beside the first, or else, where it has some rows alone, among all.
+        # Pair samplers mix each row with its partner or, without partners, with rows of the whole batch.
         pool: dict[str, Any] = {}
         if isinstance(sampler, PairSampler) and batch.partner is not None:
             pool = {"pool": take(batch.partner.input, sampled), "paired": True}
@@ -83,7 +83,7 @@ class ExtraInputs(Frozen, About):
         return name if kinds.count(kinds[number]) == 1 else f"{name}_{number}"
 
     def check_storable(self, batch: Batch, inputs: Mapping[str, Any]) -> None:
-        """Refuse inputs that no store could know again.
+        """Refuse inputs that no store can reproduce.
 
         Raises:
             InputError: a sampler's inputs are no functions of the rows' indices and views, or not as many as rows.
@@ -91,13 +91,13 @@ class ExtraInputs(Frozen, About):
         paired = [type(sampler).__name__ for sampler in self.networks if isinstance(sampler, PairSampler)]
         if paired and batch.partner is None:
             raise InputError(
-                f"{paired[0]} finds a row's partner in its batch, which no store can know again: give the data module "
+                f"{paired[0]} finds a row's partner in its batch, which no store can reproduce: give the data module "
                 "partners=True"
             )
         if any(isinstance(sampler, FunctionSampler) for sampler in self.networks):
             raise InputError(
-                "a store cannot know FunctionSampler's function again: make it a sampler of its own, an nn.Module "
-                "whose extra_repr tells its options"
+                "no store can tell whether FunctionSampler's function is unchanged: make it a sampler of its own, an "
+                "nn.Module whose extra_repr tells its options"
             )
         for name, values in inputs.items():
             if count_rows(values) % batch.size:

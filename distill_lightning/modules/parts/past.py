@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ class Past(Choice):
         """The past of one module."""
 
 
-class RunningPast(Part):
+class RunningPast(Part, ABC):
     """What a module has of its past, through a training and its checkpoints.
 
     Args:
@@ -271,11 +271,11 @@ class RunningStore(RunningPast):
             raise InputError(f"StoredPast: top_k cannot be larger than num_classes={module.num_classes}, got {top_k}")
 
     def read(self, batch: Batch, like: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-        """Rows by the samples' indices; of mixed inputs mixed, the labels in the place of what is not known."""
+        """Rows by the samples' indices; of mixed inputs mixed, the two labels in the place of what is not known."""
         past, known = self._rows(batch.index, temperature)
         mixture = batch.mixture
         if mixture is None:
-            return past, known
+            return torch.where(known[:, None], past, like), known
         other, other_known = self._rows(mixture.index, temperature)
         own = torch.where(known[:, None], past, mixture.first)
         other = torch.where(other_known[:, None], other, mixture.second)

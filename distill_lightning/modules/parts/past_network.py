@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from distill_lightning.functional.common import wide
-from distill_lightning.layers import freeze
+from distill_lightning.layers import freeze, uncompiled
 from distill_lightning.layers.call import call
 from distill_lightning.processes import broadcast, is_alone
 
@@ -41,15 +41,15 @@ class PastNetwork:
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.network: nn.Module | None = None
+        self.model: nn.Module | None = None
         self.ready = False
 
     @torch.no_grad()
     def predict(self, inputs: Any) -> Tensor:
         """Probabilities ``(N, K)``, from the network in eval mode."""
-        if self.network is None:
+        if self.model is None:
             raise RuntimeError("there is no past network before the end of the first epoch")
-        return wide(call(self.network, inputs)).softmax(dim=-1)
+        return wide(call(self.model, inputs)).softmax(dim=-1)
 
     def after_step(self, student: nn.Module) -> None:
         """Called after every optimiser step."""
@@ -57,7 +57,7 @@ class PastNetwork:
     def after_epochs(self, before: int, finished: int, student: nn.Module) -> None:
         """Called when ``finished`` epochs are done, of which ``before`` were at the last call."""
         if finished // self.every > before // self.every:
-            self.network = self.copy_of(student)
+            self.model = self.copy_of(student)
             self.share_buffers()
             self.ready = True
 
@@ -73,27 +73,27 @@ class PastNetwork:
 
     def buffers(self) -> Iterator[Tensor]:
         """What the processes' copies may differ in."""
-        return iter(()) if self.network is None else self.network.buffers()
+        return iter(()) if self.model is None else self.model.buffers()
 
     def to(self, device: torch.device | str) -> None:
         """Move the copy; its module does not know it, and does not take it along."""
-        if self.network is not None:
-            self.network.to(device)
+        if self.model is not None:
+            self.model.to(device)
 
     def forget(self) -> None:
         """Drop the copy, as before the first epoch."""
-        self.network, self.ready = None, False
+        self.model, self.ready = None, False
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, and whether it predicts yet."""
-        return {"ready": self.ready, "network": {} if self.network is None else self.network.state_dict()}
+        return {"ready": self.ready, "network": {} if self.model is None else self.model.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], student: nn.Module) -> None:
         """Take the weights of a copy of such a student."""
         self.ready = state["ready"]
         if state["network"]:
-            self.network = self.copy_of(student)
-            self.network.load_state_dict(state["network"])
+            self.model = self.copy_of(student)
+            self.model.load_state_dict(state["network"])
 
 
 class AveragedNetwork(PastNetwork):
@@ -110,7 +110,7 @@ class AveragedNetwork(PastNetwork):
         >>> for weight in (0.0, 1.0):
         ...     _ = nn.init.constant_(student.weight, weight)
         ...     average.after_step(student)
-        >>> average.network.weight.item()
+        >>> average.model.weight.item()
         0.25
     """
 
@@ -120,10 +120,10 @@ class AveragedNetwork(PastNetwork):
 
     def after_step(self, student: nn.Module) -> None:
         """Average; the weights after the first step are the first average."""
-        if self.network is None:
-            self.network = self.copy_of(student)
+        if self.model is None:
+            self.model = self.copy_of(student)
             return
-        pairs = list(zip(_tensors(self.network), _tensors(uncompiled(student)), strict=True))
+        pairs = list(zip(_tensors(self.model), _tensors(uncompiled(student)), strict=True))
         moving = [(kept, now) for kept, now in pairs if kept.is_floating_point()]
         # Not torch's AveragedModel, which copies its counter to the device and back in every step.
         average = get_ema_multi_avg_fn(self.decay)  # type: ignore[no-untyped-call]
@@ -135,20 +135,7 @@ class AveragedNetwork(PastNetwork):
     def after_epochs(self, before: int, finished: int, student: nn.Module) -> None:
         """The average predicts from the end of the first epoch on."""
         self.share_buffers()
-        self.ready = self.network is not None
-
-
-def uncompiled(network: nn.Module) -> nn.Module:
-    """The network itself, where ``torch.compile(network)`` was given.
-
-    Example:
-        >>> from torch import nn
-        >>> from distill_lightning.modules.parts.past_network import uncompiled
-        >>> network = nn.Linear(1, 1)
-        >>> uncompiled(network) is network
-        True
-    """
-    return cast("nn.Module", getattr(network, "_orig_mod", network))
+        self.ready = self.model is not None
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

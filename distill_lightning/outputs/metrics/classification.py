@@ -9,6 +9,7 @@ from torchmetrics import Metric, MetricCollection
 
 from distill_lightning import functional
 from distill_lightning.errors import InputError
+from distill_lightning.functional.calibration import ECE_BINS
 from distill_lightning.outputs.metrics.mean import SampleMean
 
 
@@ -135,7 +136,7 @@ class CalibrationError(Metric):
     full_state_update = False
     binned: Tensor
 
-    def __init__(self, *, bins: int = 15) -> None:
+    def __init__(self, *, bins: int = ECE_BINS) -> None:
         super().__init__()
         self.bins = bins
         self.add_state("binned", torch.zeros(3, bins), dist_reduce_fx="sum")
@@ -148,8 +149,7 @@ class CalibrationError(Metric):
 
     def compute(self) -> Tensor:
         """The error over everything added."""
-        counts, confidences, hits = self.binned.unbind()
-        return (hits - confidences).abs().sum() / counts.sum()
+        return functional.binned_calibration_error(*self.binned.unbind())
 
 
 class Confidences(Metric):

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.storage import sweep_partial, write_whole
@@ -23,6 +22,7 @@ from distill_lightning.studies.compare.runner import (
     make_trainer,
     plan,
 )
+from distill_lightning.studies.output import print_written, refuse_foreign_folder, table_of, wide_console
 from distill_lightning.studies.progress import OnEpoch, train_missing
 
 _CONFIG_FILE = "compare.yaml"
@@ -43,10 +43,7 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
         ArgumentError: a class cannot be found or does not take what it is given.
         InputError: the configuration cannot be used, or the output folder belongs to another one.
     """
-    console = console or Console()
-    if not console.is_terminal:
-        # A log file has no edge to wrap at.
-        console.width = max(console.width, 132)
+    console = wide_console(console)
     folder = Path(config.output)
     _check_folder(folder, config)
     experiment = Experiment(config)
@@ -58,25 +55,20 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     write_whole(folder / _CONFIG_FILE, [yaml.safe_dump(config.as_plain(), sort_keys=False).encode()])
     runs = plan(experiment, folder)
     _train(experiment, runs, console)
-    report = Report(runs, load_test_targets(experiment), experiment.task)
+    targets, counted = load_test_targets(experiment)
+    report = Report(runs, targets, experiment.task, counted=counted)
     paths = report.write(folder, heading=_heading(experiment, arguments, runs))
-    console.print(_table(report.rows()))
+    console.print(table_of(report.rows()))
     console.print(experiment.task.legend, style="dim", highlight=False)
-    console.print("Written:")
-    for path in paths:
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
+    print_written(console, paths)
     return report
 
 
 def _check_folder(folder: Path, config: CompareConfig) -> None:
     """Refuse an output folder of another configuration; only methods and seeds may be added."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output {folder} is a file: give the path of a folder with --output")
+    refuse_foreign_folder(folder, known=_CONFIG_FILE)
     known = folder / _CONFIG_FILE
     if not known.exists():
-        # A call killed at its very start leaves a partial file.
-        if folder.exists() and any(not path.name.startswith("partial.") for path in folder.iterdir()):
-            raise InputError(f"output folder {folder} holds something else: give an empty or new one with --output")
         return
     with refusing(f"{known} is damaged, remove the folder or give another with --output", yaml.YAMLError, UnicodeError):
         stored = yaml.safe_load(known.read_text())
@@ -131,14 +123,3 @@ def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Ru
 def _called(spec: dict[str, Any]) -> str:
     arguments = ", ".join(f"{name}={value}" for name, value in (spec.get("init_args") or {}).items())
     return f"{spec['class_path'].rpartition('.')[2]}({arguments})"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Table:
-    header, *body = rows
-    # Narrow enough for a terminal of 80 columns, where only "± sd" moves to a second line.
-    table = Table(box=None, pad_edge=False, collapse_padding=True)
-    for number, title in enumerate(header):
-        table.add_column(title, justify="right" if number else "left", no_wrap=number == 0, overflow="fold")
-    for row in body:
-        table.add_row(*row)
-    return table

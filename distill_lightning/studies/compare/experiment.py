@@ -56,17 +56,23 @@ class Experiment:
             "optimizer": config.optimizer,
             "lr_scheduler": config.lr_scheduler,
         }
-        self._teacher = _parsed("teachers.network", nn.Module, _filled(config.teachers.network, known))
-        self._student = _parsed("student", nn.Module, _filled(config.student, known))
+        self._teacher = _parsed(
+            "teachers.network", nn.Module, _filled("teachers.network", config.teachers.network, known)
+        )
+        self._student = _parsed("student", nn.Module, _filled("student", config.student, known))
         supervised = config.supervised or {"class_path": f"distill_lightning.{self.task.module.__name__}"}
-        self._supervised = _parsed("supervised", Callable[[nn.Module], DistillationModule], _filled(supervised, known))
+        self._supervised = _parsed(
+            "supervised", Callable[[nn.Module], DistillationModule], _filled("supervised", supervised, known)
+        )
         self._methods = {
             name: _parsed(
                 f"methods.{name}",
                 Callable[[nn.Module, Sequence[nn.Module]], DistillationModule]
                 if self._takes_teachers(name)
                 else Callable[[nn.Module], DistillationModule],
-                _filled({key: spec[key] for key in ("class_path", "init_args") if key in spec}, known),
+                _filled(
+                    f"methods.{name}", {key: spec[key] for key in ("class_path", "init_args") if key in spec}, known
+                ),
             )
             for name, spec in config.methods.items()
         }
@@ -74,7 +80,7 @@ class Experiment:
             name: _parsed(
                 f"methods.{name}.paraphrasers",
                 Callable[[Sequence[nn.Module]], ParaphraserModule],
-                _filled(_paraphraser_spec(name, spec), known),
+                _filled(f"methods.{name}.paraphrasers", _paraphraser_spec(name, spec), known),
             )
             for name, spec in config.methods.items()
             if "paraphrasers" in spec
@@ -151,6 +157,9 @@ def _paraphraser_spec(name: str, spec: Spec) -> Spec:
     given = spec["paraphrasers"]
     if not isinstance(given, Mapping) or not is_count(given.get("epochs")) or given.keys() - {"epochs", "init_args"}:
         raise InputError(f"methods.{name}.paraphrasers: expected epochs, at least 1, and init_args, got {given}")
+    target = _find(str(spec.get("class_path")))
+    if target is not None and not takes(target, "paraphrasers"):
+        raise InputError(f"methods.{name}: {spec['class_path']} takes no paraphrasers: leave them out")
     taps = spec.get("init_args") or {}
     layers = taps.get("teacher_layers") or taps.get("student_layer")
     arguments = {"layers": layers, **(given.get("init_args") or {})}
@@ -168,11 +177,11 @@ def _parsed(key: str, kind: Any, spec: Spec) -> Callable[[], Any]:
     return lambda: parser.instantiate(parsed)[key]
 
 
-def _filled(spec: Spec, known: Mapping[str, Any]) -> Spec:
+def _filled(key: str, spec: Spec, known: Mapping[str, Any]) -> Spec:
     """A spec with the known values that its class takes and its ``init_args`` leave out."""
     arguments = spec.get("init_args") or {}
     if not isinstance(spec.get("class_path"), str) or not isinstance(arguments, Mapping):
-        raise InputError(f"expected a class_path and init_args with its arguments, got {spec!r}")
+        raise InputError(f"{key}: expected a class_path and init_args with its arguments, got {spec!r}")
     target = _find(spec["class_path"])
     accepted = {} if target is None else arguments_of(target)
     missing = {name: value for name, value in known.items() if name in accepted and value is not None}

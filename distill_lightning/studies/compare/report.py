@@ -57,13 +57,14 @@ class Report:
         runs: the finished runs, teachers first.
         targets: the test images' targets.
         task: how they are measured.
+        counted: which of the runs' outputs, and of the targets, count, bool ``(R,)``.
     """
 
-    def __init__(self, runs: Sequence[Run], targets: Tensor, task: Task) -> None:
+    def __init__(self, runs: Sequence[Run], targets: Tensor, task: Task, *, counted: Tensor) -> None:
         self.runs = list(runs)
-        self.targets = targets
+        self.targets = targets = targets[counted]
         self.task = task
-        self._outputs = {run.folder: run.outputs() for run in runs}
+        self._outputs = {run.folder: {name: output[counted] for name, output in run.outputs().items()} for run in runs}
         teachers = [run for run in self.runs if run.is_teacher]
         self.ensemble = task.combine([self._outputs[run.folder]["last"] for run in teachers])
         self.ensemble_score = task.score(self.ensemble, targets)

@@ -102,7 +102,7 @@ class Run:
     def outputs(self) -> dict[str, Tensor]:
         """The outputs on the test samples, with the weights after the ``"last"`` and at the ``"selected"`` epoch.
 
-        They are those of a regression, too, whatever the file is called.
+        Despite the file's name, these are a regression's outputs as well.
         """
         return load_file(self.folder / "test_logits.safetensors")
 
@@ -215,15 +215,22 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def load_test_targets(experiment: Experiment) -> Tensor:
-    """Classes ``(N,)`` of the test samples that count, of sequences all positions'; or real targets ``(N, d)``."""
-    batches = [Batch.of(batch) for batch in experiment.sample.test_dataloader()]
-    # Predictions leave out the samples that do not count.
-    alone = [batch.counted is not None and batch.counted.ndim == 1 for batch in batches]
-    targets = [
-        batch.target[batch.counted] if some else batch.target for batch, some in zip(batches, alone, strict=True)
-    ]
-    return experiment.task.flat_targets(torch.cat(targets))
+def load_test_targets(experiment: Experiment) -> tuple[Tensor, Tensor]:
+    """The test targets row by row as the runs' outputs, and which of them count.
+
+    Returns:
+        Classes ``(R,)``, one for each position of a sequence, or real targets ``(R, d)``; and bool ``(R,)``.
+    """
+    targets, counted = [], []
+    for batch in map(Batch.of, experiment.sample.test_dataloader()):
+        target, known = batch.target, batch.counted
+        if known is not None and known.ndim == 1:
+            # Predictions leave out the samples that do not count.
+            target, known = target[known], None
+        flat = experiment.task.flat_targets(target)
+        targets.append(flat)
+        counted.append(torch.ones(len(flat), dtype=torch.bool) if known is None else known.flatten())
+    return torch.cat(targets), torch.cat(counted)
 
 
 def made_with() -> str:

@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill_lightning import functional
+from distill_lightning.functional.calibration import ECE_BINS
 from distill_lightning.modules import DistillationModule, RegressionModule, SupervisedModule
 from distill_lightning.outputs import Categorical, Gaussian, Output
 from distill_lightning.plots import reliability_diagram
-
-ECE_BINS = 15
 
 _TIMES = """\
 params: parameters of the network that is used at test time; s/epoch: median over the epochs, training only"""
@@ -66,7 +65,7 @@ class Task(ABC):
 
     @abstractmethod
     def flat_targets(self, targets: Tensor) -> Tensor:
-        """Targets as `measure` reads them, one per row; every position of a sequence counts."""
+        """Targets as `measure` reads them, one per row, each position of a sequence a row of its own."""
 
     @abstractmethod
     def flat_output(self, output: Tensor) -> Tensor:

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from distill_lightning import FEEDModule, HintDistance, InputError, KDModule, SmallResNet
+from distill_lightning import (
+    FEEDModule,
+    GeneratorModule,
+    HintDistance,
+    InputError,
+    KDModule,
+    ParaphraserModule,
+    SmallResNet,
+    Teachers,
+)
 from distill_lightning.modules.parts.checkpoints import FORMAT, check_format, hyperparameters, objects
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
@@ -47,3 +56,29 @@ def test_a_checkpoint_notes_format_class_recipes_fingerprints_and_parts(tmp_path
         assert all(name.startswith("student.") for name in checkpoint["state_dict"])
     assert "parts" in found[False]
     assert "parts" not in found[True]
+
+
+@pytest.mark.slow
+def test_teachers_that_were_replaced_between_two_fits_are_warned_of(tmp_path):
+    module = KDModule(TinyNet(), TinyNet(), num_classes=3)
+    trainer = tiny_trainer()
+    trainer.fit(module, datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "kd.ckpt")
+    module.teachers = Teachers(TinyNet(), ask=module.teachers.questions)
+    with pytest.warns(UserWarning, match="teachers: the weights are not those that this checkpoint was trained with"):
+        tiny_trainer(max_epochs=2).fit(module, datamodule=TinyDataModule(), ckpt_path=str(tmp_path / "kd.ckpt"))
+
+
+@pytest.mark.parametrize("kind", [ParaphraserModule, GeneratorModule], ids=lambda kind: kind.__name__)
+def test_every_module_of_the_package_notes_and_checks_the_format(kind):
+    if kind is ParaphraserModule:
+        module = kind(TinyNet(), layers="features", input_shape=(1, 8, 8))
+    else:
+        module = kind(input_shape=(1, 8, 8), output_range=(0, 1), width=4)
+    checkpoint = {}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint["distill_lightning"] == FORMAT
+    module.on_load_checkpoint(checkpoint)
+    del checkpoint["distill_lightning"]
+    with pytest.raises(InputError, match="the checkpoint has format 1"):
+        module.on_load_checkpoint(checkpoint)

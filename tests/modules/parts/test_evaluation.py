@@ -284,7 +284,16 @@ def test_a_prediction_that_is_the_modules_own_is_kept_where_its_teachers_are_fro
             asked.append(len(batch.input))
             return self.teachers(batch.input)
 
-    for kind, times in ((Moving, 3), (Asking, 1)):
+    class Following(SupervisedModule):
+        def __init__(self, student, peer, *, num_classes):
+            super().__init__(student, num_classes=num_classes)
+            self.peer = peer
+
+        def teacher_prediction(self, batch):
+            asked.append(len(batch.input))
+            return self.peer(batch.input)
+
+    for kind, times in ((Moving, 3), (Following, 3), (Asking, 1)):
         asked = []
         torch.manual_seed(0)
         module = kind(TinyNet(), TinyNet(), num_classes=3)

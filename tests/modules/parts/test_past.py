@@ -8,6 +8,7 @@ import torch
 
 from distill_lightning import InputError, MovingAverage, PastModel, SelfKDModule, StoredPast
 from distill_lightning.choices import from_plain, plain
+from distill_lightning.modules.parts.past import RunningPast
 from distill_lightning.modules.parts.past_network import PastNetwork
 from distill_lightning.storage import PredictionStore
 from distill_lightning.testing import TinyNet
@@ -92,4 +93,9 @@ def test_a_past_network_moves_with_what_it_is_told():
     past.to("meta")
     past.after_epochs(0, 1, TinyNet())
     past.to("meta")
-    assert {parameter.device.type for parameter in past.network.parameters()} == {"meta"}
+    assert {parameter.device.type for parameter in past.model.parameters()} == {"meta"}
+
+
+def test_a_past_that_says_nothing_cannot_be_made():
+    with pytest.raises(TypeError, match="abstract"):
+        RunningPast("nothing")

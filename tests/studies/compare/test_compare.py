@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 from distill_lightning import (
     DigitsDataModule,
@@ -34,6 +35,7 @@ from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.studies.compare import command, runner
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
+from distill_lightning.studies.output import table_of
 from distill_lightning.testing import tiny_trainer
 
 pytestmark = pytest.mark.slow
@@ -102,7 +104,7 @@ def test_results_have_a_row_per_method_and_seed(finished):
 def test_the_scores_equal_naive_ones(finished):
     folder, _ = finished
     experiment = Experiment(parse_config([written(folder), "--output", str(folder / "out")]))
-    targets = runner.load_test_targets(experiment).tolist()
+    targets = runner.load_test_targets(experiment)[0].tolist()
 
     def outputs(name, which="last"):
         return load_file(folder / "out/runs" / name / "test_logits.safetensors")[which].double().numpy()
@@ -284,7 +286,7 @@ def test_the_folder_of_another_configuration_is_refused(finished, tmp_path, caps
         (lambda c: c.update(precision="17"), "accelerator or precision: .*17"),
         (lambda c: c["optimizer"]["init_args"].update(lr=-1.0), "optimizer: Invalid learning rate"),
         (lambda c: c["lr_scheduler"].update(init_args={"warmup": 30}), "warmup is a share of the training"),
-        (lambda c: c["student"].update(init_args=[1]), "expected a class_path and init_args with its arguments"),
+        (lambda c: c["student"].update(init_args=[1]), "student: expected a class_path and init_args with its arg"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_line_and_writes_nothing(tmp_path, capsys, change, message):
@@ -459,7 +461,7 @@ def test_the_table_fits_a_narrow_terminal():
     header = ["row", "test %", "sel. %", "NLL", "ECE %", "agree %", "gap %", "params", "s/epoch"]
     row = ["kd_one_teacher", "85.49 ± 0.07", "85.56 ± 0.16", "0.402 ± 0.003", "10.84 ± 0.10", "94.0 ± 0.2", "146 ± 14"]
     shown = io.StringIO()
-    Console(file=shown, width=80).print(command._table([header, [*row, "233,262", "11.75 ± 0.05"]]))
+    Console(file=shown, width=80).print(table_of([header, [*row, "233,262", "11.75 ± 0.05"]]))
     assert "…" not in shown.getvalue()
     assert "kd_one_teacher" in shown.getvalue()
     assert "233,262" in shown.getvalue()
@@ -545,7 +547,7 @@ def test_the_cells_are_means_and_sample_deviations(finished):
     ]  # fmt: skip
     logits = [load_file(folder / f"out/runs/teacher_{n}/test_logits.safetensors")["last"].double() for n in (1, 2)]
     probs = sum(torch.softmax(value, dim=1) for value in logits) / 2
-    targets = runner.load_test_targets(Experiment(parse_config([written(folder)])))
+    targets, _ = runner.load_test_targets(Experiment(parse_config([written(folder)])))
     nll = -probs[torch.arange(len(targets)), targets].log().mean()
     parameters = 2 * sum(p.numel() for p in SmallResNet(10, width=4).parameters())
     accuracy = 100 * (probs.argmax(dim=1) == targets).double().mean()
@@ -698,7 +700,7 @@ def regression(tmp_path_factory):
 def test_a_regression_is_compared_by_its_errors(regression):
     folder, config, shown = regression
     experiment = Experiment(parse_config([config]))
-    targets = runner.load_test_targets(experiment).double().numpy()[:, 0]
+    targets = runner.load_test_targets(experiment)[0].double().numpy()[:, 0]
 
     def gaussian(name, which="last"):
         output = load_file(folder / "out/runs" / name / "test_logits.safetensors")[which].double().numpy()
@@ -735,7 +737,8 @@ def test_a_regression_is_compared_by_its_errors(regression):
     assert "mean absolute error on the test images" in (folder / "out/results.md").read_text()
 
 
-def test_language_models_are_compared_at_every_position(tmp_path):
+def language_models(tmp_path):
+    """The data's options, and what changes the configuration."""
     (tmp_path / "library").mkdir()
     for number in range(20):
         (tmp_path / f"library/module_{number}.py").write_text(f'"""Text {number}, {"and so on, " * 5}."""\n')
@@ -749,6 +752,11 @@ def test_language_models_are_compared_at_every_position(tmp_path):
         config["student"] = {"class_path": "SmallLSTM", "init_args": reads}
         config["methods"] = {"kd": {"class_path": "KDModule"}}
 
+    return options, texts
+
+
+def test_language_models_are_compared_at_every_position(tmp_path):
+    options, texts = language_models(tmp_path)
     compare(written(tmp_path, texts), tmp_path / "out")
     targets = torch.cat([batch.target for batch in DocstringsDataModule(**options).test_dataloader()])
     for row in lines_of(tmp_path / "out/results.csv"):
@@ -759,6 +767,29 @@ def test_language_models_are_compared_at_every_position(tmp_path):
         nll = [-probs[n, t, targets[n, t]].log() for n in range(22) for t in range(8)]
         assert float(row["test_accuracy"]) == pytest.approx(np.mean(hits), abs=1e-6)
         assert float(row["nll"]) == pytest.approx(np.mean(nll), rel=1e-4)
+    assert (tmp_path / "out/figures/reliability.png").stat().st_size > 0
+
+
+def test_positions_that_do_not_count_are_not_scored(tmp_path, monkeypatch):
+    options, texts = language_models(tmp_path)
+    plain = DocstringsDataModule.test_dataloader
+
+    def masked(data):
+        hidden = torch.arange(8) % 3 == 1
+        found = [batch.replace(target=batch.target.masked_fill(hidden, -100)) for batch in plain(data)]
+        return DataLoader(found, batch_size=None)
+
+    monkeypatch.setattr(DocstringsDataModule, "test_dataloader", masked)
+    compare(written(tmp_path, texts), tmp_path / "out")
+    targets = torch.cat([batch.target for batch in DocstringsDataModule(**options).test_dataloader()]).flatten()
+    for row in lines_of(tmp_path / "out/results.csv"):
+        logits = load_file(tmp_path / "out/runs" / row["method"] / "seed_0/test_logits.safetensors")["last"]
+        scored = [(z.double().softmax(0), int(y)) for z, y in zip(logits, targets, strict=True) if y != -100]
+        assert len(scored) == 22 * 5
+        assert float(row["test_accuracy"]) == pytest.approx(
+            np.mean([int(p.argmax()) == y for p, y in scored]), abs=1e-6
+        )
+        assert float(row["nll"]) == pytest.approx(np.mean([-float(p[y].log()) for p, y in scored]), rel=1e-4)
     assert (tmp_path / "out/figures/reliability.png").stat().st_size > 0
 
 
@@ -839,6 +870,12 @@ def test_paraphrasers_that_cannot_be_are_named(tmp_path, capsys, given):
     config = written(tmp_path, lambda config: config["methods"]["feed"].update(paraphrasers=given))
     assert main(["compare", config, "--output", str(tmp_path / "out")]) == 2
     assert "methods.feed.paraphrasers: expected epochs, at least 1, and init_args" in capsys.readouterr().err
+
+
+def test_paraphrasers_of_a_method_that_takes_none_are_refused(tmp_path, capsys):
+    config = written(tmp_path, lambda config: config["methods"]["kd_one"].update(paraphrasers={"epochs": 1}))
+    assert main(["compare", config, "--output", str(tmp_path / "out")]) == 2
+    assert "methods.kd_one: KDModule takes no paraphrasers: leave them out" in capsys.readouterr().err
 
 
 def test_a_row_can_begin_with_another_rows_student(tmp_path):
