@@ -36,7 +36,7 @@ from distill_lightning.compression.access.weights import weight_names
 from distill_lightning.compression.file.format import read_packed, write_packed
 from distill_lightning.compression.file.packed import Packed, pack_dense, pack_stored
 from distill_lightning.compression.report.onnx import at_batch, export_onnx, quantize_onnx
-from distill_lightning.compression.report.report import LEGEND, claim_of, machine
+from distill_lightning.compression.report.report import LEGEND, circumstances, claim_of
 from distill_lightning.compression.report.stages import Stage, measure_stage
 from distill_lightning.compression.shrink.attention import convert_attention
 from distill_lightning.compression.shrink.channels import channel_groups
@@ -419,7 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     about = {
         "command": f"python -m benchmarks.compression_kernels {shlex.join(told)}".strip(),
         "date": time.strftime("%Y-%m-%d"),
-        **machine(),
+        **circumstances(),
     }
     content: dict[str, Any] = {"about": about, "gates": [], "profiles": {}, "stages": {}}
     gates: list[Gate] = []

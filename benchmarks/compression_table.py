@@ -31,7 +31,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.timing import machine, stopwatch
+from benchmarks.timing import circumstances, stopwatch
 from distill_lightning.compression import (
     Compressor,
     Cubic,
@@ -601,7 +601,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "about": {
             "command": f"python -m benchmarks.compression_table {shlex.join(told)}".strip(),
             "date": time.strftime("%Y-%m-%d"),
-            **machine(),
+            **circumstances(),
             "seeds": ", ".join(str(seed) for seed in given.seeds),
             "settings": ", ".join(f"{key} {value}" for key, value in asdict(settings).items() if value is not None),
             "minutes of all runs": round(seconds / 60, 1),

@@ -41,7 +41,7 @@ ROOMS = {
     "": """
         errors part processes plots
         arguments choices functional schedules storage
-        layers
+        layers pages
         networks data
         outputs lightning_internals compression
         teachers

@@ -20,7 +20,7 @@ from distill_lightning.callbacks.stages import Measurements, check_scored, measu
 from distill_lightning.callbacks.structure_hooks import LoadHook, SaveHook
 from distill_lightning.compression.access.calibration import first_samples
 from distill_lightning.compression.costs.parameters import count_parameters
-from distill_lightning.compression.report.report import Report, machine
+from distill_lightning.compression.report.report import Report, circumstances
 from distill_lightning.compression.report.stages import DENSE, FINAL, Kind, Stage
 from distill_lightning.compression.run.compressor import Compressor, Moment, has_parameters
 from distill_lightning.compression.run.phases import Phase, check_order
@@ -367,7 +367,7 @@ class CompressionCallback(pl.Callback):
         """
         if not self.stages:
             raise InputError("nothing was measured: give CompressionCallback report=Measurements(), and fit")
-        return Report({0: self.stages}, metric=metric, higher_is_better=higher_is_better, about=machine())
+        return Report({0: self.stages}, metric=metric, higher_is_better=higher_is_better, about=circumstances())
 
     # What the compressor asks
 

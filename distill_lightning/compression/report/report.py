@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import importlib.metadata
-import io
 import json
 import math
-import os
-import platform
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +28,12 @@ from distill_lightning.compression.report.stages import (
     measure_stage,
 )
 from distill_lightning.errors import InputError
+from distill_lightning.pages import csv_text, machine, markdown_table, write_pages
 from distill_lightning.plots import plot_latency, plot_pareto
-from distill_lightning.storage.files import write_whole
 
 __all__ = [
-    "CONTROL_RANDOM", "CONTROL_SCRATCH", "DENSE", "FINAL", "LEGEND", "LatencyRow", "Report", "Stage", "claim_of",
-    "machine", "measure_stage",
+    "CONTROL_RANDOM", "CONTROL_SCRATCH", "DENSE", "FINAL", "LEGEND", "LatencyRow", "Report", "Stage",
+    "circumstances", "claim_of", "measure_stage",
 ]  # fmt: skip
 
 FILES = {
@@ -63,17 +58,9 @@ _RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "onnxruntime int
 _PACKAGES = ("distill-lightning", "torchvision", "pytorch-lightning", "onnxruntime", "numpy")
 
 
-def machine() -> dict[str, str | int]:
+def circumstances() -> dict[str, str | int]:
     """Versions, processor, threads and engine, on which this machine's figures depend. The caller adds the date."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{name: _version(name) for name in _PACKAGES},
-        "cpu": _cpu(),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "quantized engine": torch.backends.quantized.engine,
-    }
+    return {**machine(*_PACKAGES), "quantized engine": torch.backends.quantized.engine}
 
 
 def claim_of(dense: Stage, stage: Stage) -> str:
@@ -366,12 +353,12 @@ class Report:
         parts = [
             "# Compression",
             "\n".join(f"- {key}: {value}" for key, value in self.about.items()),
-            _table(self.rows()),
+            markdown_table(self.rows()),
             f"{seeds} {LEGEND}",
             "\n".join(f"- {line}" for line in self.notes()),
-            f"## Files\n\n{_table(self.file_rows())}",
-            f"## Times\n\n{_table(self.latency_rows())}",
-            f"## Scores\n\n{_table(self.score_rows())}",
+            f"## Files\n\n{markdown_table(self.file_rows())}",
+            f"## Times\n\n{markdown_table(self.latency_rows())}",
+            f"## Scores\n\n{markdown_table(self.score_rows())}",
         ]
         return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
@@ -471,18 +458,12 @@ class Report:
         Returns:
             The paths.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         pages = {
             "report.md": self.markdown(),
-            "report.csv": _as_csv(self.lines()),
+            "report.csv": csv_text(self.lines(), last=("claim", "missing")),
             "report.json": json.dumps(_finite(self.as_plain()), indent=1, allow_nan=False, default=str) + "\n",
         }
-        content = {name: text.encode() for name, text in pages.items()}
-        content |= {f"figures/{name}": _as_png(figure) for name, figure in self.figures().items()}
-        (folder / "figures").mkdir(exist_ok=True)
-        for name, part in content.items():
-            write_whole(folder / name, [part])
-        return [folder / name for name in content]
+        return write_pages(folder, pages, self.figures())
 
 
 def _size(dense: Stage, stage: Stage) -> tuple[str, float | None]:
@@ -545,29 +526,6 @@ def _one_line(reason: str) -> str:
     return " ".join(reason.split())
 
 
-def _as_png(figure: Figure) -> bytes:
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
-    return png.getvalue()
-
-
-def _as_csv(lines: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    # Claim and reasons come last, whatever was measured for the first stage.
-    last = ("claim", "missing")
-    names = [name for name in dict.fromkeys(name for line in lines for name in line) if name not in last]
-    writer = csv.DictWriter(text, [*names, *last], restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
-
-
-def _table(rows: Iterable[Sequence[str]]) -> str:
-    header, *body = rows
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
-    return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
-
-
 def _finite(value: Any) -> Any:
     """The value with NaN and infinity as text, because JSON has neither."""
     if isinstance(value, dict):
@@ -575,16 +533,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
