@@ -16,12 +16,14 @@ from distill_lightning.compression.steps import (
     L0,
     LearnMask,
     LowRank,
+    Movement,
     PruneUnits,
     PruneWeights,
     Quantize,
     Regularise,
+    SoftMovement,
 )
-from distill_lightning.compression.steps.schedules import Threshold
+from distill_lightning.compression.steps.schedules import Cubic, Threshold
 from distill_lightning.compression.structure.changes import plain_copy
 
 IMAGES = torch.rand(2, 1, 8, 8)
@@ -315,12 +317,20 @@ def test_other_steps_are_not_touched():
     assert drawn[1] == PruneWeights(amount=0.5, criterion="random")
 
 
+def test_a_learned_mask_is_compared_with_random_scores_under_its_schedule():
+    options = {"schedule": Cubic(end=0.7), "scope": "layer"}
+    drawn = random_steps([LearnMask(Movement(0.5, **options), targets="Conv2d", at=1, finetune_epochs=2)])
+    expected = PruneWeights(amount=0.5, criterion="random", targets="Conv2d", at=1, finetune_epochs=2, **options)
+    assert drawn == [expected]
+
+
 @pytest.mark.parametrize(
     ("step", "reason"),
     [
         (Regularise(penalty="l1", weight=0.1, threshold=0.01, finetune_epochs=1), "Regularise l1 prunes by its own"),
         (LearnMask(L0(0.1), finetune_epochs=1), "the gates of LearnMask L0 fix no amount to draw"),
         (Regularise(penalty="bn_gamma", weight=0.1, threshold=0.1, finetune_epochs=1), "Regularise bn_gamma prunes"),
+        (LearnMask(SoftMovement(), finetune_epochs=1), "threshold is one of the learned scores"),
         (PruneWeights(schedule=Threshold(0.1)), "threshold is one of the criterion's scores"),
     ],
 )

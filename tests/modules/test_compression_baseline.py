@@ -16,6 +16,7 @@ from torch.optim import SGD, AdamW
 
 from distill_lightning import CompressionBaseline, KDModule, OneCycle, SmallCNN, SupervisedModule, TeacherEnsemble
 from distill_lightning.callbacks import CompressionCallback, Measurements
+from distill_lightning.choices import plain
 from distill_lightning.compression import (
     Cubic,
     Encode,
@@ -330,6 +331,11 @@ def test_a_checkpoint_opens_without_any_argument(tmp_path):
         assert torch.equal(outputs[name], expected), name
     assert torch.equal(outputs["module"], expected)
     assert torch.equal(outputs["dense"], module.teachers.ensemble.logits(inputs)[0])
+    # Its steps stand in it as plain values.
+    given = torch.load(tmp_path / "compressed.ckpt", weights_only=True)["hyper_parameters"]["steps"]
+    assert given[0]["class_path"].endswith(".PruneUnits")
+    loaded = CompressionBaseline.load_from_checkpoint(tmp_path / "compressed.ckpt", teacher="none")
+    assert [plain(step) for step in loaded.callback.steps] == given == [plain(step) for step in steps]
     # The first epoch was that of the dense network, which fits what is compressed by now, too.
     tiny_trainer().validate(
         module, datamodule=TinyDataModule(), ckpt_path=str(tmp_path / "epoch=0.ckpt"), verbose=False
