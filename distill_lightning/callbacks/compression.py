@@ -16,7 +16,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
-from distill_lightning.callbacks.stages import Measurements, check_scored, measure
+from distill_lightning.callbacks.stages import Measurements, check_scored, measure, on_cpu
 from distill_lightning.callbacks.structure_hooks import LoadHook, SaveHook
 from distill_lightning.compression.access.calibration import first_samples
 from distill_lightning.compression.costs.parameters import count_parameters
@@ -257,11 +257,7 @@ class CompressionCallback(pl.Callback):
             "compress/sparsity": compressor.masks.sparsity(),
         }
         pl_module.log_dict(logs, on_step=False, on_epoch=True, sync_dist=True)
-        for path, share in compressor.masks.sparsities().items():
-            name = path.replace("parametrizations.", "").removesuffix(".original")
-            # It was dense until it was pruned for the first time.
-            shares = self._sparsity.setdefault(name, [])
-            shares += [0.0] * (trainer.current_epoch - len(shares)) + [share]
+        self._note_sparsity(compressor)
         self._forget_if_pruned(trainer, compressor)
         if _untrained(compressor):
             keep_patience(trainer)
@@ -280,7 +276,7 @@ class CompressionCallback(pl.Callback):
             forget_best(trainer)
         if self.measurements is not None:
             if self.measurements.onnx == "static":
-                self.calibration = [inputs.cpu() for inputs, _ in self._draw()]
+                self.calibration = [on_cpu(inputs) for inputs, _ in self._draw()]
             self._measure(FINAL, "after", final=True)
         written: dict[Path, Path] = {}
         for callback in trainer.checkpoint_callbacks:
@@ -339,6 +335,7 @@ class CompressionCallback(pl.Callback):
         """Where the compression is."""
         if self.compressor is None:
             return {}
+        self._note_sparsity(self.compressor)
         return {
             "compressor": self.compressor.state_dict(),
             "stages": [stage.as_plain() for stage in self.stages],
@@ -368,6 +365,15 @@ class CompressionCallback(pl.Callback):
         if not self.stages:
             raise InputError("nothing was measured: give CompressionCallback report=Measurements(), and fit")
         return Report({0: self.stages}, metric=metric, higher_is_better=higher_is_better, about=circumstances())
+
+    def _note_sparsity(self, compressor: Compressor) -> None:
+        """Keep the share of zeros of each pruned weight in this epoch, also if it is saved before it ends here."""
+        for path, share in compressor.masks.sparsities().items():
+            name = path.replace("parametrizations.", "").removesuffix(".original")
+            # It was dense until it was pruned for the first time.
+            shares = self._sparsity.setdefault(name, [])
+            shares += [0.0] * (self._epoch - len(shares))
+            shares[self._epoch :] = [share]
 
     # What the compressor asks
 

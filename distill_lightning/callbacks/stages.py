@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor
 
 from distill_lightning.compression.access.computed import fewest_bits
 from distill_lightning.compression.access.copies import copy_network
@@ -84,7 +85,7 @@ def measure(
         scores = pl_module.score(_scored_batches(trainer, pl_module, wanted.split))
         network, dense = (copy_network(one).cpu() for one in (compressor.network, compressor.dense))
         onnx = wanted.onnx if final or kind == "dense" else "none"
-        inputs = _on_cpu(compressor.piece.example_inputs)
+        inputs = on_cpu(compressor.piece.example_inputs)
         batches = compressor.piece.batches("ONNX") if onnx == "static" else ()
         compressor.piece.forget_batches()
         stage = measure_stage(
@@ -99,12 +100,12 @@ def measure(
             batch_sizes=wanted.batch_sizes if timed_as is None else (),
             rounds=wanted.rounds,
             onnx=onnx,
-            calibration=[_on_cpu(given) for given, _ in batches],
+            calibration=[on_cpu(given) for given, _ in batches],
             weight_bits=fewest_bits(network),
             notes=notes,
         )
         if final:
-            stage.details.update(details_of(dense, network, compressor.piece, sparsity or {}))
+            stage.details.update(details_of(network, compressor.piece, sparsity or {}))
     if timed_as is not None:
         stage.missing["latency"] = f"{SEE}{timed_as}"
     return stage
@@ -136,5 +137,8 @@ def _scored_batches(trainer: Any, pl_module: Any, split: str) -> Iterable[Any]:
             yield from own
 
 
-def _on_cpu(values: Any) -> Any:
-    return tuple(part.cpu() for part in values) if isinstance(values, (tuple, list)) else values.cpu()
+def on_cpu(values: Any) -> Any:
+    """A network's inputs on the CPU."""
+    if isinstance(values, (tuple, list)):
+        return tuple(on_cpu(part) for part in values)
+    return values.cpu() if isinstance(values, Tensor) else values

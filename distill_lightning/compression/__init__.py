@@ -9,6 +9,7 @@ from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.compression.report.report import Report
 from distill_lightning.compression.report.stages import Stage
 from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.run.preview import Preview, preview
 from distill_lightning.compression.steps import (
     L0,
     Encode,
@@ -29,7 +30,6 @@ from distill_lightning.compression.steps import (
     TieLayers,
     TrainedStep,
 )
-from distill_lightning.compression.steps.preview import Preview, preview
 from distill_lightning.compression.steps.schedules import Cubic, Iterative, OneShot, Threshold
 from distill_lightning.compression.structure import checkpoints as _checkpoints  # noqa: F401  (provenance asks it)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
@@ -29,3 +29,10 @@ def weight_names(layer: nn.Module) -> list[str]:
 def channel_axis(layer: nn.Module) -> int:
     """The dimension of a weight's output channels: 1 for transposed convolutions, otherwise 0."""
     return int(isinstance(layer, _ConvTransposeNd))
+
+
+def sample_of(weight: Tensor, count: int = 2000) -> list[float]:
+    """Evenly spaced entries of a weight, at most so many, for a histogram."""
+    flat = weight.detach().flatten()
+    entries: list[float] = flat[:: -(-len(flat) // count) or 1].tolist()
+    return entries

@@ -12,14 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from distill_lightning.compression.access.calibration import Loss
+from distill_lightning.compression.access.computed import computed_in
 from distill_lightning.compression.access.copies import copy_network
-from distill_lightning.compression.access.parameters import cuda_devices
-from distill_lightning.compression.access.targets import check_patterns
+from distill_lightning.compression.access.parameters import cuda_devices, split_path
 from distill_lightning.compression.file.artefact import write_artefact
-from distill_lightning.compression.mask.learned import LearnedMask, learned
 from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.compression.run.batch_norm import recalibrate
-from distill_lightning.compression.run.phases import Phase, check_order, plan, step_of
+from distill_lightning.compression.run.phases import Phase, check_order, check_targets, plan, step_of
 from distill_lightning.compression.steps.base import Step
 from distill_lightning.compression.steps.workpiece import Workpiece, cross_entropy
 from distill_lightning.errors import InputError
@@ -89,7 +88,7 @@ class Compressor:
         self.phases = (
             plan(self.steps, epochs=epochs, dense_epochs=dense_epochs) if self.trains else _at_once(self.steps)
         )
-        _check_targets(network, self.steps)
+        check_targets(network, self.steps)
         draw = batches if callable(batches) or batches is None else _kept(batches)
         self.piece = Workpiece(network, example_inputs, seed=seed, draw=draw, loss=loss)
         self.works = [phase.step.start() for phase in self.phases]
@@ -112,9 +111,14 @@ class Compressor:
 
     @property
     def pruned(self) -> int:
-        """Number of weights that a mask sets to zero, learned masks included."""
-        learned_masks = learned(self.network, LearnedMask).values()  # type: ignore[type-abstract]
-        return self.masks.pruned + sum(mask.pruned() for mask in learned_masks)
+        """Number of weights that are held at zero, by masks, learned masks or shared values."""
+        # A learned mask holds at zero what earlier masks did, too.
+        entries = computed_in(self.network)
+        inner = {
+            f"{split_path(path)[0]}.parametrizations.{split_path(path)[1]}.original".lstrip(".") for path in entries
+        }
+        others = Masks({path: kept for path, kept in self.masks.kept.items() if path not in inner})
+        return others.pruned + sum(entry.pruned() for entry in entries.values())
 
     @property
     def phase(self) -> Phase | None:
@@ -235,6 +239,7 @@ class Compressor:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs besides the network's structure and weights, as tensors and plain values."""
         return {
+            "phases": [phase.name for phase in self.phases],
             "begun": self._begun,
             "finished": self._finished,
             "step": self._step,
@@ -242,7 +247,7 @@ class Compressor:
             "masks": self.masks.state_dict(),
             "coding": self.piece.coding,
             "notes": list(self.piece.notes),
-            "curves": self.piece.curves,
+            "details": self.piece.details,
             "restart": self.piece.restart,
             "works": {number: work.state_dict() for number, work in enumerate(self.works) if number >= self._finished},
         }
@@ -253,16 +258,17 @@ class Compressor:
         Raises:
             InputError: the other one had other steps.
         """
-        if not state["finished"] <= state["begun"] <= len(self.phases):
+        names = [phase.name for phase in self.phases]
+        if state["phases"] != names:
             raise InputError(
-                f"the checkpoint is {state['begun']} steps into compression, but there are {len(self.phases)}: "
-                "give the steps that it was made with"
+                f"the checkpoint was made with the steps {', '.join(state['phases']) or 'of no phase'}, and this is "
+                f"{', '.join(names) or 'no step'}: give the steps that it was made with"
             )
         self._begun, self._finished = state["begun"], state["finished"]
         self._step, self._steps = state["step"], state["steps"]
         self.masks.load_state_dict(state["masks"])
         self.piece.coding, self.piece.notes = state["coding"], list(state["notes"])
-        self.piece.curves, self.piece.restart = state["curves"], state["restart"]
+        self.piece.details, self.piece.restart = state["details"], state["restart"]
         for number, told in state["works"].items():
             self.works[number].load_state_dict(told)
 
@@ -319,18 +325,6 @@ def _at_once(steps: Sequence[Step]) -> list[Phase]:
             raise InputError(f"{step_of(number, step)}: {reason}: give the Compressor epochs, and train")
     check_order(steps)
     return [Phase(number, step, 0, 0) for number, step in enumerate(steps, start=1)]
-
-
-def _check_targets(network: nn.Module, steps: Sequence[Step]) -> None:
-    """Refuse patterns that match nothing before their phase begins, as far as the layers are known."""
-    for number, step in enumerate(steps, start=1):
-        try:
-            check_patterns(network, step.targets or (), "targets")
-            check_patterns(network, step.exclude, "exclude")
-        except InputError as error:
-            raise InputError(f"{step_of(number, step)}: {error}") from error
-        if step.gives_other_parameters:
-            return
 
 
 def _kept(batches: Iterable[tuple[Any, Any]]) -> Callable[[], Sequence[tuple[Any, Any]]]:

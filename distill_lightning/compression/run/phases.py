@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch import nn
+
+from distill_lightning.compression.access.targets import check_patterns
 from distill_lightning.compression.steps.base import Order, Step
 from distill_lightning.errors import InputError
 
@@ -111,6 +114,22 @@ def check_order(steps: Sequence[Step]) -> None:
             raise InputError(f"{step_of(number, step)} cannot come after {step_of(*last)}: {reason}; exchange them")
         if step.order is not None:
             last = number, step
+
+
+def check_targets(network: nn.Module, steps: Sequence[Step]) -> None:
+    """Refuse patterns that match nothing before their phase begins, as far as the layers are known.
+
+    Raises:
+        InputError: a pattern matches no part of the network.
+    """
+    for number, step in enumerate(steps, start=1):
+        try:
+            check_patterns(network, step.targets or (), "targets")
+            check_patterns(network, step.exclude, "exclude")
+        except InputError as error:
+            raise InputError(f"{step_of(number, step)}: {error}") from error
+        if step.gives_other_parameters:
+            return
 
 
 def _begin(step: Step, now: int, epochs: int) -> int:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill_lightning.choices import Choice
 from distill_lightning.compression.access.targets import Targets
-from distill_lightning.compression.steps.preview import Preview, preview
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
 
@@ -107,10 +106,6 @@ class Step(Choice):
     @abstractmethod
     def start(self) -> Work:
         """The work of this step in one run."""
-
-    def preview(self, network: nn.Module, example_inputs: Any, **options: Any) -> Preview:
-        """What this step alone would take out of a network, which is not touched; see `preview`."""
-        return preview(network, [self], example_inputs, **options)
 
     @property
     def title(self) -> str:

@@ -38,6 +38,11 @@ _PAST = -1e9
 class MaskRule(Choice):
     """How a mask is learned: what is trained beside the weights, and what it means for them."""
 
+    @property
+    @abstractmethod
+    def prunes_nothing(self) -> bool:
+        """Whether no weight can ever be pruned, so that no mask is needed."""
+
     @abstractmethod
     def put_on(self, network: nn.Module, paths: Sequence[str]) -> Mapping[str, LearnedMask]:
         """Put the masks on the weights at some paths, in place."""
@@ -90,6 +95,11 @@ class Movement(MaskRule):
         if self.scope not in ("global", "layer"):
             raise InputError(f"Movement: scope must be 'global' or 'layer', got {self.scope!r}")
 
+    @property
+    def prunes_nothing(self) -> bool:
+        """Whether all amounts are zero."""
+        return not any(self.amount.values()) if isinstance(self.amount, dict) else self.amount == 0
+
     def put_on(self, network: nn.Module, paths: Sequence[str]) -> Mapping[str, TopK]:
         """Scores of zero."""
         return learn(network, paths, TopK)
@@ -99,8 +109,8 @@ class Movement(MaskRule):
         if isinstance(final, dict):
             for path, mask in learned(network, TopK).items():
                 mask.amount = self.schedule.amount(final[path], step=step, steps=steps)
-        else:
-            set_amount(network, self.schedule.amount(final or 0.0, step=step, steps=steps), scope=self.scope)
+            return
+        set_amount(network, self.schedule.amount(final or 0.0, step=step, steps=steps), scope=self.scope)
 
     def penalty(self, network: nn.Module) -> Tensor | None:
         """None."""
@@ -138,6 +148,13 @@ class SoftMovement(MaskRule):
     def __post_init__(self) -> None:
         if self.penalty_weight < 0:
             raise InputError(f"SoftMovement: penalty_weight must not be negative, got {self.penalty_weight}")
+        if self.threshold.value > 1:
+            raise InputError(f"SoftMovement: no sigmoid exceeds a threshold above 1, got {self.threshold.value}")
+
+    @property
+    def prunes_nothing(self) -> bool:
+        """Whether the threshold is zero."""
+        return self.threshold.value == 0
 
     def put_on(self, network: nn.Module, paths: Sequence[str]) -> Mapping[str, SoftThreshold]:
         """Scores of zero, whose sigmoids are one half."""
@@ -184,16 +201,21 @@ class L0(MaskRule):
         if self.per not in ("weight", "row"):
             raise InputError(f"L0: per must be 'weight' or 'row', got {self.per!r}")
 
+    @property
+    def prunes_nothing(self) -> bool:
+        """Whether the gates would have no weight in the loss."""
+        return self.weight == 0
+
     def put_on(self, network: nn.Module, paths: Sequence[str]) -> Mapping[str, HardConcrete]:
         """Gates that are open with probability 0.9."""
-        return learn(network, paths, HardConcrete, per=self.per) if self.weight else {}
+        return learn(network, paths, HardConcrete, per=self.per)
 
     def set_level(self, network: nn.Module, final: Level, *, step: int, steps: int) -> None:
         """Nothing: the gates decide."""
 
     def penalty(self, network: nn.Module) -> Tensor | None:
         """The weighted number of open gates."""
-        return self.weight * penalties.l0(network) if self.weight else None
+        return self.weight * penalties.l0(network)
 
     def at_random(self, step: LearnMask) -> Step:
         """There is none.
@@ -259,6 +281,8 @@ class _LearningMask(Work):
 
     def begin(self, piece: Workpiece) -> None:
         """Put the masks on; those of before are kept under the new paths."""
+        if self.rule.prunes_nothing:
+            return
         step, amount = self.step, getattr(self.rule, "amount", None)
         self.paths = weights.weight_paths(piece.network, step.targets, step.exclude)
         self.final = amount

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distill_lightning.compression.access.calibration import calibrating, inputs_of
 from distill_lightning.compression.access.targets import match_layers
 from distill_lightning.compression.factor.convolutions import ConvChain
+from distill_lightning.compression.factor.decompositions import exact
 from distill_lightning.compression.factor.factoring import (
     METHODS,
     Factored,
@@ -189,7 +190,7 @@ class LowRank(TargetedStep):
                     raise UnfactorableError(f"a convolution with groups={layer.groups} cannot be factored")
                 batches = piece.batches("LowRank(data_aware=True)")
                 moment = input_moment(piece.network, path, [inputs for inputs, _ in batches])
-            return factorize(
+            found = factorize(
                 layer,
                 rank=self.rank,
                 method=cast("Method", method),
@@ -204,6 +205,11 @@ class LowRank(TargetedStep):
                 piece.leave(path, str(error))
                 return None
             raise type(error)(f"{path}: {error}") from error
+        if found.description is not None and method in ("svd", "svd_channel") and not isinstance(layer, nn.RNNBase):
+            values = torch.linalg.svdvals(exact(cast("Tensor", layer.weight)).flatten(1))
+            ranks = found.description.get("ranks") or [found.description["rank"]]
+            piece.record("spectra", path, {"values": values.tolist(), "rank": ranks[0]})
+        return found
 
     def _input_sizes(self, piece: Workpiece, paths: Sequence[str]) -> dict[str, tuple[int, int]]:
         """Height and width of each convolution's input; the largest if it runs several times."""

@@ -151,8 +151,11 @@ class PruningUnits(PruningWork):
 
     def finish(self, piece: Workpiece) -> None:
         """Remove what is masked."""
-        if self.step.at_once or self.step.prunes_nothing:
-            return
+        if not self.step.at_once and not self.step.prunes_nothing:
+            self._remove_masked(piece)
+        super().finish(piece)
+
+    def _remove_masked(self, piece: Workpiece) -> None:
         families = self._families(piece)
         if self.step.budget is not None:
             # Other units are pruned than those with which the amount was found.

@@ -112,6 +112,7 @@ class _PruningWeights(PruningWork):
         """Prune the rest."""
         if self.paths:
             self.advance(piece, self.level(step=1, steps=1))
+        super().finish(piece)
 
     def prune(self, piece: Workpiece, level: Level | None, *, more: bool) -> None:
         """Add to the masks."""

@@ -182,6 +182,10 @@ class PruningWork(Work):
                 f"{self.step.title}: epoch {self.step.rewind!r} did not begin before this phase: give an earlier rewind"
             )
 
+    def finish(self, piece: Workpiece) -> None:
+        """Forget the network to rewind to, which is as large as the network itself."""
+        self.snapshot = None
+
     def state_dict(self) -> dict[str, Any]:
         """The amounts, and the network to rewind to."""
         return {"final": self.final, "now": self.now, "snapshot": self.snapshot}

@@ -64,9 +64,7 @@ class Sensitivity(Choice):
 
         curves = scan(piece.network, list(counts), self.levels, change=change, evaluate=evaluate)
         dense = evaluate(piece.network)
-        piece.curves = {
-            "dense": -dense,
-            "levels": list(self.levels),
-            "curves": {name: [-score for score in curve.values()] for name, curve in curves.items()},
-        }
+        for name, curve in curves.items():
+            losses = [-score for score in curve.values()]
+            piece.record("sensitivity", name, {"levels": list(self.levels), "losses": losses, "dense": -dense})
         return amounts_within(curves, dense=dense, max_drop=self.max_drop, target=self.target, counts=counts)

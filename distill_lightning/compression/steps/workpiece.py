@@ -15,6 +15,9 @@ from distill_lightning.compression.file.packed import Coding
 from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.errors import InputError
 
+SHOWN_LAYERS = 12
+"""The number of layers that a figure can show."""
+
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     """Cross entropy of logits ``(N, ..., K)`` with classes ``(N, ...)``, mean over samples and positions."""
@@ -38,7 +41,7 @@ class Workpiece:
         coding: coding of a packed file's bytes: ``"plain"``, ``"deflate"`` or ``"huffman"``.
         notes: sentences about the steps, for the report.
         left: why layers are left alone, by path.
-        curves: what a `Sensitivity` has measured, in plain values; empty if there was none.
+        details: what steps have seen in single layers, in plain values, for figures; see `record`.
         changed: set by a step that has changed weights or structure.
         restart: set by a step after which the training starts again, with a new optimiser and the initial learning
             rate.
@@ -54,7 +57,7 @@ class Workpiece:
     coding: Coding = "plain"
     notes: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
-    curves: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
     changed: bool = False
     restart: bool = False
     _drawn: Sequence[tuple[Any, Any]] | None = None
@@ -90,6 +93,19 @@ class Workpiece:
         """Move a parameter's mask to another path, such as that under a parametrization."""
         if path in self.masks.kept:
             self.masks.kept[new] = self.masks.kept.pop(path)
+
+    def record(self, kind: str, path: str, value: Any) -> None:
+        """Keep what a step has seen in a layer, for as many layers as a figure can show.
+
+        Args:
+            kind: ``"sensitivity"`` (the loss at each level), ``"spectra"`` (singular values and rank) or ``"codebook"``
+                (weights).
+            path: path of the layer or weight.
+            value: plain values.
+        """
+        layers = self.details.setdefault(kind, {})
+        if path in layers or len(layers) < SHOWN_LAYERS:
+            layers[path] = value
 
     def leave(self, path: str, reason: str) -> None:
         """Note why a layer is left alone."""

@@ -21,7 +21,7 @@ from distill_lightning.compression.report.controls import random_steps, same_siz
 from distill_lightning.compression.report.onnx import export_onnx, quantize_onnx
 from distill_lightning.compression.report.stages import CONTROL_RANDOM, CONTROL_SCRATCH, FINAL, Stage
 from distill_lightning.compression.run.compressor import Compressor
-from distill_lightning.compression.steps.preview import Preview, preview
+from distill_lightning.compression.run.preview import Preview, preview
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.storage.files import write_whole

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.access.calibration import Loss
+from distill_lightning.compression.access.calibration import Loss, first_samples
 from distill_lightning.compression.access.computed import computed_in
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.access.parameters import cuda_devices, join_path
+from distill_lightning.compression.access.targets import Targets, match_layers
 from distill_lightning.compression.access.weights import weight_names
 from distill_lightning.compression.costs.macs import count_macs
 from distill_lightning.compression.mask.masks import Masks
+from distill_lightning.compression.run.phases import check_order, check_targets
+from distill_lightning.compression.steps.base import Step
 from distill_lightning.compression.steps.workpiece import Workpiece, cross_entropy
 from distill_lightning.errors import InputError
-
-if TYPE_CHECKING:
-    from distill_lightning.compression.steps.base import Step
 
 HEADER = ("layer", "before", "after", "parameters", "MACs", "why it is left alone")
 
@@ -84,7 +84,7 @@ class Preview:
 
 def preview(
     network: nn.Module,
-    steps: Sequence[Step],
+    steps: Step | Sequence[Step],
     example_inputs: Any,
     *,
     batches: Iterable[tuple[Any, Any]] | Callable[[], Sequence[tuple[Any, Any]]] | None = None,
@@ -104,38 +104,39 @@ def preview(
 
     Args:
         network: any network.
-        steps: the steps in their order.
+        steps: one step, or several in their order.
         example_inputs: a tensor ``(N, ...)`` that the network takes, or a tuple of its arguments.
         batches: calibration data, see `Compressor`; only for steps that need it.
         loss: see `Compressor`.
         seed: see `Compressor`.
 
     Raises:
-        InputError: what the steps raise for this network, such as missing calibration data.
+        InputError: what `Compressor` and the steps raise for this network, such as missing calibration data.
     """
+    steps = [steps] if isinstance(steps, Step) else list(steps)
+    check_order(steps)
+    check_targets(network, steps)
     copied = copy_network(network)
     known = list(batches) if batches is not None and not callable(batches) else None
     draw = batches if callable(batches) else None if known is None else lambda: known
     piece = Workpiece(copied, example_inputs, seed=seed, draw=draw, loss=loss)
     layers = {path: layer for path, layer in copied.named_modules() if weight_names(layer)}
     before = {path: (_told(layer, Masks(), path), _own_parameters(layer)) for path, layer in layers.items()}
-    macs = _macs(copied, example_inputs)
+    sample = first_samples(example_inputs, 1)
+    macs = _macs(copied, sample, piece)
     with torch.random.fork_rng(devices=cuda_devices(copied)):
         torch.manual_seed(seed)
         for step in steps:
             work = step.start()
             if step.rewinds_to is not None:
                 work.watch_epoch(piece, step.rewinds_to)
-            work.explain(piece)
+                work.explain(piece)
             work.begin(piece)
             work.finish(piece)
             piece.forget_batches()
-    after_macs = _macs(copied, example_inputs)
+    after_macs = _macs(copied, sample, piece)
     places = {layer: path for path, layer in copied.named_modules()}
     rows = []
-    reason_of_others = (
-        "not among the targets" if any(_is_aimed(step) for step in steps) else "not changed by these steps"
-    )
     for path, layer in layers.items():
         told, parameters = before[path]
         now = places.get(layer, path)
@@ -150,16 +151,16 @@ def preview(
         counted = [place for place in after_macs if _is_in(place, now) and not any(_is_in(place, one) for one in inner)]
         own = sum(after_macs[place] for place in counted)
         after = "" if seen == told else seen
-        reason = piece.left.get(path, "" if after else reason_of_others)
+        reason = piece.left.get(path, "" if after else _reason(network, path, steps))
         rows.append(PreviewRow(path, told, after, (parameters, left), (macs.get(path, 0), own), reason))
     return Preview(rows, list(piece.notes))
 
 
-def _macs(network: nn.Module, example_inputs: Any) -> Mapping[str, int]:
+def _macs(network: nn.Module, sample: Any, piece: Workpiece) -> Mapping[str, int]:
     try:
-        return count_macs(network, example_inputs).by_module
-    except InputError:
-        # Nothing in it is counted.
+        return count_macs(network, sample).by_module
+    except InputError as error:
+        piece.note(f"multiply-accumulates are not counted: {error}")
         return {}
 
 
@@ -167,8 +168,19 @@ def _is_in(place: str, path: str) -> bool:
     return place == path or place.startswith(f"{path}.")
 
 
-def _is_aimed(step: Step) -> bool:
-    return step.targets is not None or bool(step.exclude)
+def _reason(network: nn.Module, path: str, steps: Sequence[Step]) -> str:
+    """Why a layer is as it was, of which no step has said why."""
+    named = any(step.targets is None or _matches(network, step.targets, path) for step in steps)
+    return "not changed by these steps" if named else "not among the targets"
+
+
+def _matches(network: nn.Module, targets: Targets, path: str) -> bool:
+    """Whether targets name a layer."""
+    layer = network.get_submodule(path)
+    try:
+        return path in match_layers(network, targets, fits=lambda module: module is layer, what="layers")
+    except InputError:
+        return False
 
 
 def _parameters_at(network: nn.Module, path: str) -> int:
@@ -193,7 +205,14 @@ def _told(layer: nn.Module, masks: Masks, path: str) -> str:
     kind = type(layer).__name__.removeprefix("Parametrized")
     words = [kind, *("x".join(map(str, shape)) for shape in shapes if len(shape) > 1)]
     words += [f"{bits} bit" for bits in sorted({entry.bits for entry in computed_in(layer).values() if entry.bits})]
-    own = [mask for name, mask in masks.kept.items() if name.startswith(join_path(path, ""))]
+    # The masks of a layer's own weights, or of everything in what has replaced it.
+    prefix = join_path(path, "")
+    own = [
+        mask
+        for name, mask in masks.kept.items()
+        if name.startswith(prefix)
+        and (not names or name.removeprefix(prefix).replace("parametrizations.", "").removesuffix(".original") in names)
+    ]
     zeros = sum(int((~mask).sum()) for mask in own)
     return " ".join([*words, *([f"{zeros / sum(mask.numel() for mask in own):.0%} zeros"] if zeros else [])])
 
