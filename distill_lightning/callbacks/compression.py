@@ -41,11 +41,11 @@ from distill_lightning.lightning_internals import (
 
 
 class CompressionCallback(pl.Callback):
-    """Compresses a network of any module, step by step, while the module trains it as it always does.
+    """Compresses a network of any module, step by step, while the module trains it as usual.
 
     ::
 
-        steps = [Prune(amount=0.9, finetune_epochs=10), ShareWeights(k=16, finetune_epochs=5), Encode("huffman")]
+        steps = [PruneWeights(amount=0.9, finetune_epochs=10), ShareWeights(k=16, finetune_epochs=5), Encode("huffman")]
         Trainer(max_epochs=35, callbacks=[CompressionCallback(steps, dense_epochs=20)]).fit(KDModule(...), data)
 
     Each phase of a step begins with an epoch. Where the network has other parameters then, and by default with every
@@ -66,9 +66,9 @@ class CompressionCallback(pl.Callback):
     ``compress/sparsity`` are logged.
 
     Args:
-        steps: what is done, in this order.
+        steps: the steps, in order.
         attribute: the module's network that is compressed.
-        dense_epochs: of ordinary training before a first step that does not say when.
+        dense_epochs: number of epochs of ordinary training before the first step, if that step has no ``at``.
         calibration_batches: of training data, for criteria, ranges and BatchNorm's statistics; each step that needs
             them has so many in memory.
         restart: whether every phase begins with a new optimiser and a new schedule, else only those that must, whose

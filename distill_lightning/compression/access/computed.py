@@ -174,7 +174,7 @@ def rebuild_weights(layer: nn.Module, description: Mapping[str, Any]) -> nn.Modu
     for name, told in description.items():
         family = _FAMILIES.get(told.get("family"))
         if family is None:
-            raise InputError(f"weights of the unknown family {told.get('family')!r}: another version makes them")
+            raise InputError(f"weights of the family {told.get('family')!r}, which another version wrote")
         if name not in weight_names(layer) and not hasattr(layer, name):
             raise InputError(f"{type(layer).__name__} has no weight {name!r} to compute: is it the right layer?")
         options = {key: value for key, value in told.items() if key != "family"}

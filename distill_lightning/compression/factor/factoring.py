@@ -114,7 +114,7 @@ def build_factors(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module
 
     Args:
         layer: the dense layer that was factored; its weights are not read, and may be on the meta device.
-        description: what `describe` returned.
+        description: the ``description`` of the factored layer.
 
     Raises:
         InputError: the description is for another kind of layer, or incomplete.

@@ -2,7 +2,7 @@
 
 Each function takes a network and the paths of some parameters, leaves the network as it was, and returns for each path
 a detached tensor of the parameter's shape. Those with calibration data run the network in eval mode, unless they say
-otherwise. `second_order` has the criteria of single layers, `movement` those that are learned.
+otherwise. `second_order` has the criteria of single layers, `learned` the masks that are trained.
 """
 
 from __future__ import annotations
@@ -89,8 +89,7 @@ def obd(network: nn.Module, paths: Iterable[str], batches: Batches, loss: Loss) 
     r"""Optimal Brain Damage: the second-order rise of the loss without the weight, :math:`\tfrac12 h w^2`.
 
     The curvature :math:`h` is the diagonal of the empirical Fisher matrix: the mean of the squared gradients of the
-    samples. Every sample has a backward pass of its own, so use a few hundred samples. The exact diagonal of a
-    single layer is `second_order.layer_obd`.
+    samples. Every sample has a backward pass of its own, so use a few hundred samples.
 
     LeCun, Denker, Solla: *Optimal Brain Damage*, NIPS 1989
 

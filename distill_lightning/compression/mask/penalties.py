@@ -39,7 +39,7 @@ def group_lasso(network: nn.Module, paths: Iterable[str]) -> Tensor:
 
 
 def bn_gamma(network: nn.Module) -> Tensor:
-    r"""The sum of BatchNorm's absolute scales, :math:`\sum |\gamma|`; `criteria.bn_scale` then scores their groups.
+    r"""The sum of BatchNorm's absolute scales, :math:`\sum |\gamma|`.
 
     Raises:
         InputError: the network has no BatchNorm with a scale.

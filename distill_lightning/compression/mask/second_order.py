@@ -71,7 +71,7 @@ def layer_hessians(network: nn.Module, paths: Iterable[str], batches: Batches) -
 def obs(network: nn.Module, paths: Iterable[str], batches: Batches, *, damping: float = 0.01) -> dict[str, Tensor]:
     r"""Optimal Brain Surgeon within the layer: :math:`w_q^2 / (2 [H^{-1}]_{qq})`.
 
-    This is the rise of the layer's error without one weight when the others of its row are adjusted (`obs_remove`).
+    This is the rise of the layer's error without one weight when the others of its row are adjusted.
 
     Hassibi, Stork: *Second Order Derivatives for Network Pruning: Optimal Brain Surgeon*, NIPS 1992
 
@@ -259,7 +259,7 @@ def _layer_of(network: nn.Module, path: str) -> nn.Module:
     layer = network.get_submodule(module)
     if name != "weight" or not isinstance(layer, (nn.Linear, nn.Conv2d)):
         raise InputError(
-            f"{path!r} is a parameter of {type(layer).__name__}: only weights of Linear and Conv2d can be pruned so"
+            f"{path!r} is a parameter of {type(layer).__name__}: only Linear and Conv2d can be pruned in this way"
         )
     return layer
 

@@ -32,15 +32,14 @@ def scan(
     Each evaluation has its own copy of the network and begins with the same random state. The network and the random
     states of Python, numpy and PyTorch are left as they were, bit for bit. ::
 
-        curves = scan(network, ["0.weight", "2.weight"], [0.3, 0.6, 0.9], change=prune_lowest, evaluate=accuracy)
+        curves = scan(network, ["0.weight", "2.weight"], [0.3, 0.6, 0.9], change=change, evaluate=accuracy)
         amounts = amounts_within(curves, dense=accuracy(network), max_drop=0.01)
 
     Args:
         network: the network, which is not changed.
         layers: names that ``change`` understands: of parameters, modules or groups of channels.
         levels: levels of the change, for example shares of weights to prune, or numbers of bits.
-        change: changes the layer of a network by a level, in place: ``change(copy, layer, level)``, for example
-            `prune_lowest`.
+        change: changes the layer of a network by a level, in place: ``change(copy, layer, level)``.
         evaluate: returns the score of a network; larger is better. It has to set the mode it needs (``eval()``).
 
     Returns:

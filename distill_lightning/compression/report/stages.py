@@ -137,12 +137,12 @@ class Stage:
     """One row of a compression run: scores and measurements of the network at one moment.
 
     Args:
-        name: name of the row: "dense", "1 Prune", "final", "control: random criterion" and so on.
+        name: name of the row: "dense", "1 PruneWeights", "final", "control: random criterion" and so on.
         kind: "dense", "before" fine-tuning, "after" it, or "control".
         scores: scores by metric.
         parameters: number of stored parameters; tied ones count once.
         nonzero: number of those that are not zero.
-        macs: multiply-accumulates of one sample, as `distill_lightning.compression.macs.DEFINITION` counts them.
+        macs: multiply-accumulates of one sample, as `distill_lightning.compression.costs.macs.DEFINITION` counts them.
         effective_macs: those whose weight is not zero; a theoretical number.
         uncounted: layers whose multiply-accumulates could not be counted.
         nbytes: bytes by kind of file, each written and read again with equal outputs: "state_dict", "artefact",
@@ -230,7 +230,7 @@ def measure_stage(
         batch_sizes: batch sizes at which time is measured; none for a stage with the structure of another one.
         rounds: number of turns, at least 50.
         onnx: ``"float"``: an ONNX file, too; ``"static"`` or ``"dynamic"``: also its int8 version, by that mode of
-            `distill_lightning.compression.onnx_export.quantize_onnx`, and the time of both in ONNX Runtime, each
+            `distill_lightning.compression.report.onnx.quantize_onnx`, and the time of both in ONNX Runtime, each
             against the dense network in float32.
         calibration: inputs from the training set for ``onnx="static"``.
         weight_bits: bits of the smallest weights in the artefact; ``None`` if all are floats.

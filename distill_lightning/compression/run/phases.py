@@ -111,7 +111,7 @@ def check_order(steps: Sequence[Step]) -> None:
         before, after = None if last is None else last[1].order, step.latest_after
         if last is not None and before is not None and after is not None and after < before:
             reason = _REASONS.get((before, after), "encoding comes last, because it changes no weight")
-            raise InputError(f"{step_of(number, step)} cannot come after {step_of(*last)}: {reason}; exchange them")
+            raise InputError(f"{step_of(number, step)} cannot come after {step_of(*last)}: {reason}; swap them")
         if step.order is not None:
             last = number, step
 

@@ -130,7 +130,7 @@ def preview(
             work = step.start()
             if step.rewinds_to is not None:
                 work.watch_epoch(piece, step.rewinds_to)
-                work.explain(piece)
+            work.explain(piece)
             work.begin(piece)
             work.finish(piece)
             piece.forget_batches()

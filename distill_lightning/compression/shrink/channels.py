@@ -47,7 +47,7 @@ def channel_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -
     groups = [group for group in groups if group.size > 1]
     if not groups:
         raise InputError(
-            f"{type(network).__name__} has no channels that can be removed: see channel_groups for what can"
+            f"{type(network).__name__} has no channels that can be removed: preview() says why each layer keeps its own"
         )
     return groups
 

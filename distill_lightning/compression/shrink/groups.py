@@ -23,7 +23,7 @@ class Member:
 
     Args:
         path: path of the layer in the network.
-        axis: see `distill_lightning.compression.surgery.axes`.
+        axis: see `distill_lightning.compression.shrink.axes`.
         channels: the index in the group of each position on the axis, -1 for none; int64.
     """
 

@@ -26,7 +26,7 @@ def unit_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> l
     initial state the network makes itself is left out.
 
     Args:
-        network: a network that `torch.fx` can trace (for others see `unit_group`); it is left as it was.
+        network: a network that `torch.fx` can trace; it is left as it was.
         example_inputs: its input, or a tuple of its inputs.
 
     Returns:
@@ -46,8 +46,8 @@ def unit_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> l
             groups.append(make_group(found, roots, name=place[0], kind="units"))
     if not groups:
         raise InputError(
-            f"{type(network).__name__} has no RNN, GRU or LSTM that can be shrunk: see unit_groups for what can, and "
-            "unit_group to name the layers that read its output"
+            f"{type(network).__name__} has no RNN, GRU or LSTM that can be shrunk: one with proj_size, with a part of "
+            "its output returned, or whose units go through an unknown operation cannot"
         )
     return groups
 

@@ -24,7 +24,7 @@ _ROUNDING = 1e-3
 def channel_groups_by_torch_pruning(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> list[Group]:
     """Find the channels that can be removed from a network with torch-pruning's dependency graph.
 
-    An alternative to `channel_groups` for the same `shrink`, scores, masks and `rebuild`. It reads the graph of
+    An alternative to `channel_groups` for the same `shrink`, scores, masks and sizes. It reads the graph of
     autograd instead of the code, so branches and loops in Python do not matter. Because the library treats unknown
     operations as elementwise (a softmax over channels, for example), every group is tested: it is left out if removing
     its channels and masking their weights give different outputs on the example inputs. Prefer `channel_groups`, which

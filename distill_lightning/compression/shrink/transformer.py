@@ -45,7 +45,7 @@ def neuron_groups(network: nn.Module) -> list[Group]:
 def remove_layers(encoder: nn.TransformerEncoder, keep: Sequence[int]) -> nn.TransformerEncoder:
     """Remove layers of an encoder, in place; those that stay are the same objects, in their order.
 
-    `rebuild` uses the first layers of the encoder that it is given, so all layers must be built with the same
+    `set_sizes` uses the first layers of the encoder that it is given, so all layers must be built with the same
     arguments, as `nn.TransformerEncoder` does.
 
     Args:

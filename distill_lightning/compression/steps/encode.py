@@ -21,6 +21,8 @@ class Encode(Step):
         InputError: the method is unknown.
     """
 
+    order = Order.STORAGE
+
     method: Literal["deflate", "huffman"] = "deflate"
     at: At | None = field(default=None, kw_only=True)
 
@@ -32,11 +34,6 @@ class Encode(Step):
     def title(self) -> str:
         """The class and the method."""
         return f"Encode {self.method}"
-
-    @property
-    def order(self) -> Order:
-        """Storage."""
-        return Order.STORAGE
 
     def start(self) -> Work:
         """The work of this step in one run."""

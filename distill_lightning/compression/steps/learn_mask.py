@@ -113,7 +113,7 @@ class Movement(MaskRule):
         set_amount(network, self.schedule.amount(final or 0.0, step=step, steps=steps), scope=self.scope)
 
     def penalty(self, network: nn.Module) -> Tensor | None:
-        """None."""
+        """There is none."""
         return None
 
     def at_random(self, step: LearnMask) -> Step:
@@ -176,7 +176,8 @@ class SoftMovement(MaskRule):
             InputError: always.
         """
         raise InputError(
-            f"the threshold is one of the learned scores, and {step.title} would prune otherwise by random ones"
+            f"the threshold is one of the learned scores, and with random scores {step.title} would prune a different "
+            "amount"
         )
 
 
@@ -211,7 +212,7 @@ class L0(MaskRule):
         return learn(network, paths, HardConcrete, per=self.per)
 
     def set_level(self, network: nn.Module, final: Level, *, step: int, steps: int) -> None:
-        """Nothing: the gates decide."""
+        """Leave the gates as they are: training decides what they let through."""
 
     def penalty(self, network: nn.Module) -> Tensor | None:
         """The weighted number of open gates."""
@@ -238,17 +239,14 @@ class LearnMask(TargetedStep):
         mask: `Movement`, `SoftMovement` or `L0`.
     """
 
+    order = Order.MASKS
+
     mask: MaskRule = field(kw_only=False)
 
     @property
     def title(self) -> str:
         """The class and the rule."""
         return f"LearnMask {type(self.mask).__name__}"
-
-    @property
-    def order(self) -> Order:
-        """Masks."""
-        return Order.MASKS
 
     @property
     def gives_other_parameters(self) -> bool:

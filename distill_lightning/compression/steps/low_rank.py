@@ -77,6 +77,8 @@ class LowRank(TargetedStep):
             ``parts`` would have no effect.
     """
 
+    order = Order.STRUCTURE
+
     rank: int | float | str
     method: Method | dict[str, Method] = "svd"
     data_aware: bool = False
@@ -110,11 +112,6 @@ class LowRank(TargetedStep):
                 f"data_aware=True is for method 'svd' of Linear and Conv2d, not for {method!r}",
             ),
         )
-
-    @property
-    def order(self) -> Order:
-        """Structure."""
-        return Order.STRUCTURE
 
     def start(self) -> Work:
         """The work of this step in one run."""

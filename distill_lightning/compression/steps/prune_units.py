@@ -49,6 +49,8 @@ class PruneUnits(Pruning):
         InputError: options that cannot be combined.
     """
 
+    order = Order.STRUCTURE
+
     unit: units.UnitKind
     criterion: UnitCriterion = "magnitude"
     budget: str | None = None
@@ -68,12 +70,15 @@ class PruneUnits(Pruning):
         self.refuse_amounts({"a budget": self.budget is not None})
         channel = self.unit == "channel"
         self.refuse(
-            (self.criterion == "bn_scale" and not channel, "criterion 'bn_scale' needs unit 'channel'"),
+            (
+                self.criterion == "bn_scale" and not channel,
+                "criterion='bn_scale' scores BatchNorm's channels: set unit='channel'",
+            ),
             (self.unit == "layer" and not self.at_once, "unit 'layer' needs OneShot: no mask skips a layer"),
             (self.backend not in backends, f"backend must be {' or '.join(backends)}, got {self.backend!r}"),
-            (self.backend != "own" and not channel, f"backend {self.backend!r} needs unit 'channel'"),
+            (self.backend != "own" and not channel, f"backend={self.backend!r} finds channels: set unit='channel'"),
             (self.round_to < 1, f"round_to must be at least 1, got {self.round_to}"),
-            (self.round_to > 1 and not channel, "round_to needs unit 'channel'"),
+            (self.round_to > 1 and not channel, "round_to rounds numbers of channels: set unit='channel'"),
             (
                 self.rewind is not None and self.budget is not None and not self.at_once,
                 "rewind with a budget needs OneShot",
@@ -86,11 +91,6 @@ class PruneUnits(Pruning):
     def title(self) -> str:
         """The class and the kind of units."""
         return f"PruneUnits {self.unit}"
-
-    @property
-    def order(self) -> Order:
-        """Structure."""
-        return Order.STRUCTURE
 
     @property
     def changes_at_end(self) -> bool:

@@ -36,6 +36,8 @@ class PruneWeights(Pruning):
         InputError: options that cannot be combined.
     """
 
+    order = Order.MASKS
+
     criterion: WeightCriterion = "magnitude"
     granularity: str = "weight"
     regrow: float = 0.0
@@ -66,11 +68,6 @@ class PruneWeights(Pruning):
     def title(self) -> str:
         """The class and what is pruned as a whole."""
         return "PruneWeights" if self.granularity == "weight" else f"PruneWeights {self.granularity}"
-
-    @property
-    def order(self) -> Order:
-        """Masks."""
-        return Order.MASKS
 
     def start(self) -> Work:
         """The work of this step in one run."""

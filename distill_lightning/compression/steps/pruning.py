@@ -137,7 +137,8 @@ class Pruning(TargetedStep):
         """
         if isinstance(self.schedule, Threshold):
             raise InputError(
-                f"the threshold is one of the criterion's scores, and {self.title} would prune otherwise by random ones"
+                f"the threshold is one of the criterion's scores, and with random scores {self.title} would prune a "
+                "different amount"
             )
         return replace(self, criterion="random")  # type: ignore[call-arg]  # of every step below this one
 

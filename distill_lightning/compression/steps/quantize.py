@@ -33,7 +33,7 @@ from distill_lightning.compression.values.scheme import FIXED_BITS, UNIFORM, WHO
 from distill_lightning.errors import InputError
 from distill_lightning.layers import eval_mode
 
-_UNEQUALISED = ": nowhere is there but ReLU, pooling or the like between two (BatchNorm is in the way)"
+_UNEQUALISED = ": no two layers have only ReLU or pooling between them (BatchNorm does not count)"
 _WHAT = "linear, convolutional, recurrent, attention and embedding layers"
 
 
@@ -63,7 +63,7 @@ class Quantize(TargetedStep):
         act_bits: bits of the inputs of the same layers, 2 to 8; ``None`` leaves them in float. Their ranges are
             measured on calibration data. (Embeddings have no input to quantize, and the input of PyTorch's attention
             output projection stays float.)
-        scheme: scheme of the weights, see `quantizers.Scheme`.
+        scheme: scheme of the weights, see `Scheme`.
         act_scheme: scheme of activations, per tensor: ``"affine"`` (also for ``None``), ``"symmetric"`` or ``"pow2"``.
         per: what has its own scale: ``"channel"``, ``"tensor"`` or ``"group:n"``; ``None`` for the channel, or for the
             tensor if the scheme has one scale for all.
@@ -86,6 +86,8 @@ class Quantize(TargetedStep):
     Raises:
         InputError: options that cannot be combined, for a reason that the message gives.
     """
+
+    order = Order.VALUES
 
     # Quantization changes little, and the ranges were measured with these statistics.
     recalibrates: ClassVar[bool] = False
@@ -133,11 +135,6 @@ class Quantize(TargetedStep):
         told = "mixed" if self.bits is not None else f"{self.width} bit"
         weights = "" if self.width is None else f" {self.scheme} {told}"
         return f"Quantize{weights}" + ("" if self.act_bits is None else f" inputs {self.act_bits} bit")
-
-    @property
-    def order(self) -> Order:
-        """Values."""
-        return Order.VALUES
 
     def start(self) -> Work:
         """The work of this step in one run."""

@@ -47,6 +47,8 @@ class ShareWeights(TargetedStep):
     Han, Mao, Dally: *Deep Compression*, https://arxiv.org/abs/1510.00149
     """
 
+    order = Order.VALUES
+
     k: int | dict[str, int] = 16
     init: Init = "linear"
     finetune: bool = True
@@ -61,11 +63,6 @@ class ShareWeights(TargetedStep):
             (self.k == {}, "k is empty: give a number, or one for each pattern"),
             (self.init not in known, f"init must be 'linear', 'density' or 'random', got {self.init!r}"),
         )
-
-    @property
-    def order(self) -> Order:
-        """Values."""
-        return Order.VALUES
 
     def start(self) -> Work:
         """The work of this step in one run."""
@@ -138,17 +135,14 @@ class HashShare(TargetedStep):
     https://arxiv.org/abs/1504.04788
     """
 
+    order = Order.VALUES
+
     ratio: float = 8.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         wrong = not 1 <= self.ratio < math.inf
         self.refuse((wrong, f"ratio is the number of weights per value, at least 1, got {self.ratio}"))
-
-    @property
-    def order(self) -> Order:
-        """Values."""
-        return Order.VALUES
 
     def start(self) -> Work:
         """The work of this step in one run."""

@@ -28,6 +28,8 @@ class TieLayers(TrainedStep):
         InputError: there is no group, or ``init`` is unknown; see also `TrainedStep`.
     """
 
+    order = Order.STRUCTURE
+
     groups: list[list[str]]
     init: tying.Init = "first"
 
@@ -37,11 +39,6 @@ class TieLayers(TrainedStep):
             (not self.groups, "groups is empty: give lists of two or more paths each"),
             (self.init not in ("first", "mean"), f"init must be 'first' or 'mean', got {self.init!r}"),
         )
-
-    @property
-    def order(self) -> Order:
-        """Structure."""
-        return Order.STRUCTURE
 
     def start(self) -> Work:
         """The work of this step in one run."""

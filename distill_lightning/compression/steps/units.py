@@ -239,7 +239,7 @@ def unit_masks(network: nn.Module, families: Sequence[Family], kept: Mapping[str
 
 
 def group_norms(network: nn.Module, families: Sequence[Family]) -> Tensor:
-    r"""`penalties.group_lasso_of` of all units, with a graph: the sum of the root of their size times their norm.
+    r"""The sum over all units of the square root of their size times their norm, with a graph.
 
     Args:
         network: the network of the families.

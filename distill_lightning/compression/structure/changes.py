@@ -15,7 +15,7 @@ from torch import nn
 
 import distill_lightning
 
-# The families of computed weights are known once they are imported.
+# The imports below that are not used make the families of computed weights known.
 from distill_lightning.compression.access.computed import bake, describe_weights, rebuild_weights
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.factor.factoring import build_factors, replace_layer

@@ -67,16 +67,13 @@ def _keeps_factors(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in _HOMOGENEOUS_METHODS
 
 
-# BatchNorm
-
-
 # Cross-layer equalisation
 
 
 def equalisable_pairs(network: nn.Module) -> Pairs:
     """The names of pairs of layers with nothing but ReLU, pooling and similar operations between them.
 
-    There must be no BatchNorm between them (`fold_batch_norm` makes a copy without), and no shared weights.
+    There must be no BatchNorm between them, and no shared weights.
 
     Raises:
         InputError: the network cannot be traced, because its forward depends on data.
@@ -205,7 +202,7 @@ def correct_biases(network: nn.Module, reference: nn.Module, batches: Sequence[A
     """Correct the biases of a quantized network, in place, so that every layer's mean output is the float network's.
 
     Layers are corrected in the order in which they first run, because each changes the inputs of the next ones. Both
-    networks run in eval mode. Layers without a bias are left alone: `fold_batch_norm` gives them one.
+    networks run in eval mode. Layers without a bias are left alone.
 
     Args:
         network: the quantized one, whose layers have the names of the reference's.
