@@ -9,7 +9,7 @@ import yaml
 from distill_lightning import CompressionBaseline, DigitsDataModule, InputError, SmallCNN
 from distill_lightning.cli import main
 from distill_lightning.compression import Compressor, Encode, Quantize, TrainedStep
-from distill_lightning.compression.steps import Once, Order, Work
+from distill_lightning.compression.steps import Order
 from distill_lightning.testing import tiny_trainer
 
 
@@ -31,10 +31,7 @@ class ClampWeights(TrainedStep):
     def order(self):
         return Order.MASKS
 
-    def start(self) -> Work:
-        return Once(self.clamp)
-
-    def clamp(self, piece):
+    def act(self, piece):
         with torch.no_grad():
             for parameter in piece.network.parameters():
                 parameter.clamp_(-self.limit, self.limit)

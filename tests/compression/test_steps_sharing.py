@@ -15,7 +15,7 @@ from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.access.weights import weight_names
 from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.compression.run.compressor import Compressor
-from distill_lightning.compression.steps import HashShare, LowRank, Once, Order, ShareWeights, TrainedStep
+from distill_lightning.compression.steps import HashShare, LowRank, Order, ShareWeights, TrainedStep
 from distill_lightning.compression.structure.changes import plain_copy, rebuild_structure, structure_of
 
 
@@ -46,10 +46,7 @@ class PruneSome(TrainedStep):
 
     order = Order.MASKS
 
-    def start(self):
-        return Once(self.prune)
-
-    def prune(self, piece):
+    def act(self, piece):
         kept = {}
         for path in ("0", "3"):
             weight = piece.network.get_parameter(f"{path}.weight").detach()

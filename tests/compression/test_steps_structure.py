@@ -25,7 +25,6 @@ from distill_lightning.compression.shrink.transformer import neuron_groups
 from distill_lightning.compression.steps import (
     HashShare,
     LowRank,
-    Once,
     Order,
     ShareWeights,
     Step,
@@ -101,10 +100,7 @@ class Shrink(TrainedStep):
 
     order = Order.STRUCTURE
 
-    def start(self):
-        return Once(self.shrink)
-
-    def shrink(self, piece):
+    def act(self, piece):
         network, inputs = piece.network, piece.example_inputs
         if isinstance(network, Encoder):
             groups = neuron_groups(network)

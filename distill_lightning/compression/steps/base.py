@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Literal
@@ -31,8 +30,15 @@ class Order(IntEnum):
 class Work:
     """The work of one step in one run. A step's phase begins and ends; between, the network trains under the step.
 
-    This class does nothing; a step that acts more than once has a class below it, which `Step.start` makes.
+    This class does what `Step.act` says when the phase begins; a step that does more has a class below it, which its
+    `start` makes.
+
+    Args:
+        step: the description.
     """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
 
     def watch_epoch(self, piece: Workpiece, epoch: int) -> None:
         """Called at the beginning of every epoch up to that in which the phase begins."""
@@ -42,6 +48,7 @@ class Work:
 
     def begin(self, piece: Workpiece) -> None:
         """Called before the phase's first training step."""
+        self.step.act(piece)
 
     def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
         """Called after optimiser step ``step`` (from 1) of the phase's ``steps``."""
@@ -61,34 +68,17 @@ class Work:
         """Load what `state_dict` returned."""
 
 
-class Once(Work):
-    """The work of a step that does everything when its phase begins.
-
-    Args:
-        act: what it does.
-    """
-
-    def __init__(self, act: Callable[[Workpiece], None]) -> None:
-        self.act = act
-
-    def begin(self, piece: Workpiece) -> None:
-        """Do it."""
-        self.act(piece)
-
-
 class Step(Choice):
     """One entry of the list of steps: a description of plain values, which is never changed and may be shared.
 
-    Steps are frozen dataclasses; most extend `TrainedStep`. `start` makes the `Work` of a run::
+    Steps are frozen dataclasses; most extend `TrainedStep`. A step that does everything when its phase begins defines
+    `act`, any other one a `Work` and a `start` that makes it::
 
         @dataclass(frozen=True, kw_only=True)
         class ClampWeights(TrainedStep):
             limit: float = 1.0
 
-            def start(self) -> Work:
-                return Once(self.clamp)
-
-            def clamp(self, piece: Workpiece) -> None:
+            def act(self, piece: Workpiece) -> None:
                 with torch.no_grad():
                     for parameter in piece.network.parameters():
                         parameter.clamp_(-self.limit, self.limit)
@@ -103,9 +93,13 @@ class Step(Choice):
     exclude: Targets = ()
     finetune_epochs: int = 0
 
-    @abstractmethod
     def start(self) -> Work:
         """The work of this step in one run."""
+        return Work(self)
+
+    def act(self, piece: Workpiece) -> None:
+        """Called when the phase begins, unless the step has a `Work` of its own."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither act nor start")
 
     @property
     def title(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distill_lightning.compression.steps.base import At, Once, Order, Step, Work
+from distill_lightning.compression.steps.base import At, Order, Step
 from distill_lightning.compression.steps.workpiece import Workpiece
 
 
@@ -35,10 +35,6 @@ class Encode(Step):
         """The class and the method."""
         return f"Encode {self.method}"
 
-    def start(self) -> Work:
-        """The work of this step in one run."""
-        return Once(self._encode)
-
-    def _encode(self, piece: Workpiece) -> None:
+    def act(self, piece: Workpiece) -> None:
         """Code files from now on."""
         piece.coding = self.method

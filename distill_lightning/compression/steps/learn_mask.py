@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -38,6 +38,9 @@ _PAST = -1e9
 class MaskRule(Choice):
     """How a mask is learned: what is trained beside the weights, and what it means for them."""
 
+    no_control: ClassVar[str] = "{} fixes no amount that could be pruned at random"
+    """Why no random choice can be compared with the step, whose title is put into the braces."""
+
     @property
     @abstractmethod
     def prunes_nothing(self) -> bool:
@@ -61,7 +64,7 @@ class MaskRule(Choice):
         Raises:
             InputError: no amount is fixed that could be drawn.
         """
-        raise InputError(f"{step.title} fixes no amount that could be pruned at random")
+        raise InputError(self.no_control.format(step.title))
 
 
 Level = float | dict[str, float] | None
@@ -142,6 +145,8 @@ class SoftMovement(MaskRule):
         InputError: a negative weight.
     """
 
+    no_control = "the threshold is one of the learned scores, and with random scores {} would prune a different amount"
+
     threshold: Threshold = Threshold(0.1)
     penalty_weight: float = field(default=1.0, kw_only=True)
 
@@ -169,17 +174,6 @@ class SoftMovement(MaskRule):
         """The weighted mean of the sigmoids."""
         return self.penalty_weight * penalties.soft_movement(network)
 
-    def at_random(self, step: LearnMask) -> Step:
-        """There is none.
-
-        Raises:
-            InputError: always.
-        """
-        raise InputError(
-            f"the threshold is one of the learned scores, and with random scores {step.title} would prune a different "
-            "amount"
-        )
-
 
 @dataclass(frozen=True)
 class L0(MaskRule):
@@ -192,6 +186,8 @@ class L0(MaskRule):
     Raises:
         InputError: a negative weight, or an unknown ``per``.
     """
+
+    no_control = "the gates of {} fix no amount to draw: prune with PruneWeights instead"
 
     weight: float
     per: Literal["weight", "row"] = field(default="weight", kw_only=True)
@@ -217,14 +213,6 @@ class L0(MaskRule):
     def penalty(self, network: nn.Module) -> Tensor | None:
         """The weighted number of open gates."""
         return self.weight * penalties.l0(network)
-
-    def at_random(self, step: LearnMask) -> Step:
-        """There is none.
-
-        Raises:
-            InputError: always.
-        """
-        raise InputError(f"the gates of {step.title} fix no amount to draw: prune with PruneWeights instead")
 
 
 @dataclass(frozen=True)
@@ -272,8 +260,11 @@ class LearnMask(TargetedStep):
 
 
 class _LearningMask(Work):
+    step: LearnMask
+
     def __init__(self, step: LearnMask) -> None:
-        self.rule, self.step = step.mask, step
+        super().__init__(step)
+        self.rule = step.mask
         self.paths: list[str] = []
         self.final: Level = None
 

@@ -25,7 +25,7 @@ from distill_lightning.compression.factor.factoring import (
 from distill_lightning.compression.factor.layers import LowRankEmbedding, LowRankLinear, TrainEmbedding, TrainLinear
 from distill_lightning.compression.factor.ranks import UnfactorableError, rank_rule
 from distill_lightning.compression.shrink.attention import convert_attention
-from distill_lightning.compression.steps.base import Once, Order, TargetedStep, Work
+from distill_lightning.compression.steps.base import Order, TargetedStep
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.compression.structure import changes as recipe
@@ -113,16 +113,12 @@ class LowRank(TargetedStep):
             ),
         )
 
-    def start(self) -> Work:
-        """The work of this step in one run."""
-        return Once(self._factor)
-
     @property
     def _methods(self) -> dict[type[nn.Module], str]:
         """The classes that are factored, and their methods."""
         return _methods_of(self.method)
 
-    def _factor(self, piece: Workpiece) -> None:
+    def act(self, piece: Workpiece) -> None:
         """Factor the layers, all of them from the current network."""
         network = piece.network
         if self.convert_attention and any(isinstance(module, nn.MultiheadAttention) for module in network.modules()):

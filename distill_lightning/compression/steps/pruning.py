@@ -144,14 +144,12 @@ class Pruning(TargetedStep):
 
 
 class PruningWork(Work):
-    """Prunes more whenever the schedule says so, and rewinds what is left.
+    """Prunes more whenever the schedule says so, and rewinds what is left."""
 
-    Args:
-        step: the description.
-    """
+    step: Pruning
 
     def __init__(self, step: Pruning) -> None:
-        self.step = step
+        super().__init__(step)
         # The amounts at the end of the phase, the current ones, and the network to rewind to.
         self.final: Level | None = step.amount
         self.now: Level | None = None

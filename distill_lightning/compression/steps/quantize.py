@@ -220,8 +220,7 @@ class Quantize(TargetedStep):
 
 
 class _Quantizing(Work):
-    def __init__(self, step: Quantize) -> None:
-        self.step = step
+    step: Quantize
 
     def begin(self, piece: Workpiece) -> None:
         """Add the quantizers, and measure the ranges of activations."""

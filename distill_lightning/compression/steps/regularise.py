@@ -147,8 +147,10 @@ class Regularise(TargetedStep):
 
 
 class _Regularising(Work):
+    step: Regularise
+
     def __init__(self, step: Regularise) -> None:
-        self.step = step
+        super().__init__(step)
         self.paths: list[str] = []
         self._families: list[units.Family] | None = None
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from distill_lightning.compression.access.parameters import join_path
 from distill_lightning.compression.access.targets import Targets, match_layers
 from distill_lightning.compression.access.weights import sample_of, weight_names
-from distill_lightning.compression.steps.base import Once, Order, Step, TargetedStep, Work
+from distill_lightning.compression.steps.base import Order, Step, TargetedStep
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.compression.values.codebook import Init, share_weights
@@ -64,11 +64,7 @@ class ShareWeights(TargetedStep):
             (self.init not in known, f"init must be 'linear', 'density' or 'random', got {self.init!r}"),
         )
 
-    def start(self) -> Work:
-        """The work of this step in one run."""
-        return Once(self._share)
-
-    def _share(self, piece: Workpiece) -> None:
+    def act(self, piece: Workpiece) -> None:
         """Cluster the weights."""
         targets = list(self.k) if isinstance(self.k, dict) and self.targets is None else self.targets
         paths = _free_layers(piece, self, targets)
@@ -144,11 +140,7 @@ class HashShare(TargetedStep):
         wrong = not 1 <= self.ratio < math.inf
         self.refuse((wrong, f"ratio is the number of weights per value, at least 1, got {self.ratio}"))
 
-    def start(self) -> Work:
-        """The work of this step in one run."""
-        return Once(self._hash)
-
-    def _hash(self, piece: Workpiece) -> None:
+    def act(self, piece: Workpiece) -> None:
         """Replace the weights by values."""
         paths = _free_layers(piece, self, self.targets, reason_of=_no_hash)
         for path in paths:

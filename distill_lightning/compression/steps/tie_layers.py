@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from distill_lightning.compression.costs.parameters import count_parameters
 from distill_lightning.compression.shrink import tying
-from distill_lightning.compression.steps.base import Once, Order, TrainedStep, Work
+from distill_lightning.compression.steps.base import Order, TrainedStep
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.compression.structure.changes import note_change
 
@@ -40,11 +40,8 @@ class TieLayers(TrainedStep):
             (self.init not in ("first", "mean"), f"init must be 'first' or 'mean', got {self.init!r}"),
         )
 
-    def start(self) -> Work:
-        """The work of this step in one run."""
-        return Once(self._tie)
-
-    def _tie(self, piece: Workpiece) -> None:
+    def act(self, piece: Workpiece) -> None:
+        """Tie the layers, and say what that saves."""
         before = count_parameters(piece.network).stored
         tying.tie_layers(piece.network, self.groups, init=self.init)
         note_change(piece.network, "tied")
