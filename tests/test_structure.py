@@ -104,7 +104,7 @@ ROOMS = {
     """,
     "compression/run": """
         batch_norm phases
-        compressor
+        compressor preview
     """,
     "compression/shrink": """
         attention tying
@@ -116,7 +116,7 @@ ROOMS = {
     """,
     "compression/steps": """
         mixed_precision schedules workpiece
-        preview sensitivity
+        sensitivity
         base weights
         coverage encode pruning tie_layers units
         low_rank prune_weights quantize share_weights unit_amounts
