@@ -72,7 +72,7 @@ def test_soft_movement_prunes_by_its_penalty():
         (lambda: Movement(0.5, schedule=Cubic(initial=0.1)), "a schedule that begins at 0"),
         (lambda: SoftMovement(penalty_weight=-0.1), "must not be negative"),
         (lambda: L0(-0.1), "must not be negative"),
-        (lambda: L0(0.1, per="channel"), "per must be 'weight' or 'row'"),
+        (lambda: L0(0.1, per="channel"), "per must be one of weight, row"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_in_one_line(make, message):

@@ -358,7 +358,7 @@ def test_wrong_calls_are_told_the_way_out(tmp_path):
         quantize_onnx(conv, out, batches=[])
     with pytest.raises(InputError, match="takes 1 inputs, but a calibration batch has 2"):
         quantize_onnx(conv, out, batches=[(torch.randn(2, 1, 8, 8), torch.zeros(2))])
-    with pytest.raises(InputError, match="mode must be 'static' or 'dynamic', got 'qat'"):
+    with pytest.raises(InputError, match="mode must be one of static, dynamic, got 'qat'"):
         quantize_onnx(conv, out, mode="qat")
     with pytest.raises(InputError, match="there is no file .*nothing.onnx"):
         quantize_onnx(tmp_path / "nothing.onnx", out, mode="dynamic")

@@ -265,7 +265,7 @@ def test_what_cannot_be_tied_is_one_line_and_changes_nothing(name):
 
 
 def test_the_initialisation_is_one_of_two_and_borrowed_weights_may_come_first():
-    with pytest.raises(InputError, match="'first' or 'mean'"):
+    with pytest.raises(InputError, match="init must be one of first, mean"):
         tie_layers(build(), GROUPS, init="last")
     network = tie_layers(borrowed(), [["3", "1"]])
     assert network[8].weight is network[1].conv.weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from distill_lightning.compression.file.packed import (
     unpack,
 )
 from distill_lightning.compression.structure.changes import plain_copy, plain_structure, rebuild_structure, structure_of
-from distill_lightning.errors import InputError, refusing
+from distill_lightning.errors import InputError, check_one_of, refusing
 from distill_lightning.networks import Recipe, build_from, recipe_of
 from distill_lightning.networks.weights import load_strictly, read_checkpoint
 
@@ -59,8 +59,7 @@ def write_artefact(network: nn.Module, path: Path | str, *, coding: Coding = "pl
         InputError: the coding is unknown, the network holds numbers of a type that is not stored, a weight is computed
             from one that another layer uses as it is, or the file cannot be written.
     """
-    if coding not in ("plain", "deflate", "huffman"):
-        raise InputError(f"coding must be 'plain', 'deflate' or 'huffman', got {coding!r}")
+    check_one_of("coding", coding, get_args(Coding))
     network = getattr(network, "_orig_mod", network)
     _check_ties(network)
     stored = _stored(network)

@@ -18,7 +18,7 @@ from distill_lightning.compression.file.bits import Bytes, pack_bits, unpack_bit
 from distill_lightning.compression.values.codebook import distinct_values
 from distill_lightning.compression.values.hashed import hash_places, hashed_weight
 from distill_lightning.compression.values.scheme import Codes, Scheme, dequantize
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_one_of
 
 Coding = Literal["plain", "deflate", "huffman"]
 # Without the header and checksum of zlib: the file has its own.
@@ -61,15 +61,14 @@ class Part:
 
     def encoded(self, coding: Coding) -> Part:
         """The same part in another coding, if that makes it smaller."""
+        check_one_of("coding", coding, ("deflate", "huffman"))
         content = self.plain()
         if coding == "deflate":
             coded = zlib.compress(content, 9)
-        elif coding == "huffman":
+        else:
             coder = zlib.compressobj(9, wbits=_RAW, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
             symbols = unpack_bits(content, self._symbol_bits(), self._symbols())
             coded = coder.compress(symbols.tobytes()) + coder.flush()
-        else:
-            raise InputError(f"coding must be 'deflate' or 'huffman', got {coding!r}")
         better = len(coded) < len(content)
         return replace(self, content=coded if better else content, coding=coding if better else "plain")
 

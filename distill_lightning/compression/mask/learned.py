@@ -20,7 +20,7 @@ from distill_lightning.compression.access.computed import ComputedWeight, bake_l
 from distill_lightning.compression.access.parameters import parameters_of, split_path
 from distill_lightning.compression.mask.masks import Masks, lowest
 from distill_lightning.compression.mask.selection import Scope, choose
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_one_of
 from distill_lightning.functional.common import wide
 
 
@@ -157,8 +157,7 @@ class HardConcrete(LearnedMask):
 
     def __init__(self, weight: Tensor, *, per: Literal["weight", "row"] = "weight", initial: float = 0.9) -> None:
         super().__init__()
-        if per not in ("weight", "row"):
-            raise InputError(f"HardConcrete: per must be 'weight' or 'row', got {per!r}")
+        check_one_of("HardConcrete: per", per, ("weight", "row"))
         if not 0 < initial < 1:
             raise InputError(f"HardConcrete: initial is a probability, between 0 and 1, got {initial}")
         self.per = per

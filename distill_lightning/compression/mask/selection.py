@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from distill_lightning.compression.mask.masks import Masks, lowest
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_one_of
 from distill_lightning.functional.common import wide
 
 Amount = float | Mapping[str, float]
@@ -168,8 +168,7 @@ def choose(
     Raises:
         InputError: an amount is outside ``[0, 1]`` or missing, or the scope is unknown.
     """
-    if scope not in ("global", "layer"):
-        raise InputError(f"scope must be 'global' or 'layer', got {scope!r}")
+    check_one_of("scope", scope, get_args(Scope))
     each = isinstance(amount, Mapping) or scope == "layer"
     pools = [[layer] for layer in scores] if each else [list(scores)]
     kept: dict[str, Tensor] = {}
@@ -270,8 +269,7 @@ def _own(value: float | Mapping[str, float], path: str, name: str) -> float:
 
 
 def _check(scores: Mapping[str, Tensor], reduce: str) -> None:
-    if reduce not in ("mean", "sum"):
-        raise InputError(f"reduce must be 'mean' or 'sum', got {reduce!r}")
+    check_one_of("reduce", reduce, get_args(Reduce))
     if not scores:
         raise InputError("no scores are given: score at least one parameter")
     for path, score in scores.items():

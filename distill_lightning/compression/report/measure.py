@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distill_lightning.compression.access.calibration import inputs_of
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_one_of
 
 MIN_ROUNDS = 50
 """The smallest number of turns for an interval of a ratio of times."""
@@ -161,8 +161,7 @@ def compare_latency(
             f"compare_latency needs rounds >= {MIN_ROUNDS}, warm_up >= 0 and resamples >= 1, "
             f"got {rounds}, {warm_up} and {resamples}"
         )
-    if by not in ("thread", "wall"):
-        raise InputError(f"compare_latency: by must be 'thread' or 'wall', got {by!r}")
+    check_one_of("compare_latency: by", by, ("thread", "wall"))
     clocks = clocks or Clocks()
     turns: list[tuple[float, ...]] = []
     with _one_thread(), torch.inference_mode():

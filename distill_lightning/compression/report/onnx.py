@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from distill_lightning.compression.access.calibration import calibrating, inputs_of
 from distill_lightning.compression.report.measure import Latency, compare_latency
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_one_of
 from distill_lightning.layers import eval_mode
 
 TOLERANCE = 1e-5
@@ -179,8 +179,7 @@ def quantize_onnx(
     """
     onnx = _package("onnx")
     _package("onnxruntime")
-    if mode not in ("static", "dynamic"):
-        raise InputError(f"quantize_onnx: mode must be 'static' or 'dynamic', got {mode!r}")
+    check_one_of("quantize_onnx: mode", mode, ("static", "dynamic"))
     if (mode == "static") != (batches is not None):
         raise InputError(f"quantize_onnx: mode={mode!r} {'needs' if mode == 'static' else 'takes no'} batches")
     if not path.is_file():

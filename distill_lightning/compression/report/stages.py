@@ -30,7 +30,7 @@ from distill_lightning.compression.report.onnx import (
     quantize_onnx,
     tensors_of,
 )
-from distill_lightning.errors import InputError, refusing
+from distill_lightning.errors import InputError, check_one_of, refusing
 from distill_lightning.layers import eval_mode
 from distill_lightning.networks.weights import load_strictly, read_weights, write_weights
 
@@ -172,8 +172,7 @@ class Stage:
     details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise InputError(f"stage {self.name!r}: kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        check_one_of(f"stage {self.name!r}: kind", self.kind, get_args(Kind))
 
     def as_plain(self) -> dict[str, Any]:
         """The stage as str, int, float, list and dict (and ``None``), which ``torch.load(weights_only=True)`` reads."""
@@ -245,8 +244,7 @@ def measure_stage(
             raise InputError(f"stage {name!r}: time and files are measured on the CPU: move the networks with .cpu()")
     if (write is None) != (read is None):
         raise InputError(f"stage {name!r}: give write and read, or neither")
-    if onnx not in get_args(Onnx):
-        raise InputError(f"stage {name!r}: onnx must be one of {', '.join(get_args(Onnx))}, got {onnx!r}")
+    check_one_of(f"stage {name!r}: onnx", onnx, get_args(Onnx))
     measuring = _Measuring(network, dense, example_inputs, rounds=rounds, seed=seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_one_of
 from distill_lightning.functional.common import wide
 
 Init = Literal["first", "mean"]
@@ -43,8 +43,7 @@ def tie_layers(network: nn.Module, groups: Sequence[Sequence[str]], *, init: Ini
             modules differ, have hooks or parametrizations, or share weights with a module outside the group. Nothing
             is changed then.
     """
-    if init not in ("first", "mean"):
-        raise InputError(f"init must be 'first' or 'mean', got {init!r}")
+    check_one_of("init", init, get_args(Init))
     for group in groups:
         if isinstance(group, str) or len(group) < 2:
             raise InputError(f"a group of tied layers needs at least two paths, got {group!r}")

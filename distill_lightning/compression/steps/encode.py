@@ -27,8 +27,7 @@ class Encode(Step):
     at: At | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        known = ("deflate", "huffman")
-        self.refuse((self.method not in known, f"method must be 'deflate' or 'huffman', got {self.method!r}"))
+        self.check_known(method=("deflate", "huffman"))
 
     @property
     def title(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -95,8 +95,7 @@ class Movement(MaskRule):
             raise InputError(
                 "Movement needs a schedule that begins at 0, Cubic(initial=0): before training all scores are equal"
             )
-        if self.scope not in ("global", "layer"):
-            raise InputError(f"Movement: scope must be 'global' or 'layer', got {self.scope!r}")
+        self.check_known(scope=get_args(Scope))
 
     @property
     def prunes_nothing(self) -> bool:
@@ -195,8 +194,7 @@ class L0(MaskRule):
     def __post_init__(self) -> None:
         if self.weight < 0:
             raise InputError(f"L0: weight must not be negative, got {self.weight}")
-        if self.per not in ("weight", "row"):
-            raise InputError(f"L0: per must be 'weight' or 'row', got {self.per!r}")
+        self.check_known(per=("weight", "row"))
 
     @property
     def prunes_nothing(self) -> bool:

@@ -29,7 +29,7 @@ from distill_lightning.compression.steps.base import Order, TargetedStep
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.compression.structure import changes as recipe
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_one_of
 
 _METHODS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: get_args(Method),
@@ -233,17 +233,13 @@ class LowRank(TargetedStep):
 def _methods_of(method: Method | Mapping[str, Method]) -> dict[type[nn.Module], str]:
     """The classes that are factored, and their methods."""
     if isinstance(method, str):
-        if method not in METHODS:
-            raise InputError(f"LowRank: method must be one of {', '.join(METHODS)}, got {method!r}")
+        check_one_of("LowRank: method", method, METHODS)
         return {kind: method for kind, known in _METHODS.items() if method in known}
     if not method:
         raise InputError("LowRank: method is empty: give one method, or one for each class of layers")
     for name, own in method.items():
-        if name not in _NAMES:
-            raise InputError(f"LowRank: method names the unknown class {name!r}: choose from {', '.join(_NAMES)}")
-        if own not in _METHODS[_NAMES[name]]:
-            known = ", ".join(_METHODS[_NAMES[name]])
-            raise InputError(f"LowRank: method of {name} must be one of {known}, got {own!r}")
+        check_one_of("LowRank: class in method", name, list(_NAMES))
+        check_one_of(f"LowRank: method of {name}", own, _METHODS[_NAMES[name]])
     return {_NAMES[name]: own for name, own in method.items()}
 
 

@@ -59,14 +59,7 @@ class PruneUnits(Pruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kinds, criteria, backends = units.UNITS, get_args(UnitCriterion), get_args(units.Backend)
-        self.refuse(
-            (self.unit not in kinds, f"unit must be one of {', '.join(kinds)}, got {self.unit!r}"),
-            (
-                self.criterion not in criteria,
-                f"criterion must be one of {', '.join(criteria)}, got {self.criterion!r}",
-            ),
-        )
+        self.check_known(unit=units.UNITS, criterion=get_args(UnitCriterion), backend=get_args(units.Backend))
         self.refuse_amounts({"a budget": self.budget is not None})
         channel = self.unit == "channel"
         self.refuse(
@@ -75,7 +68,6 @@ class PruneUnits(Pruning):
                 "criterion='bn_scale' scores BatchNorm's channels: set unit='channel'",
             ),
             (self.unit == "layer" and not self.at_once, "unit 'layer' needs OneShot: no mask skips a layer"),
-            (self.backend not in backends, f"backend must be {' or '.join(backends)}, got {self.backend!r}"),
             (self.backend != "own" and not channel, f"backend={self.backend!r} finds channels: set unit='channel'"),
             (self.round_to < 1, f"round_to must be at least 1, got {self.round_to}"),
             (self.round_to > 1 and not channel, "round_to rounds numbers of channels: set unit='channel'"),

@@ -44,12 +44,9 @@ class PruneWeights(Pruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = get_args(WeightCriterion)
+        self.check_known(criterion=get_args(WeightCriterion))
         fixed = Granularity.parse(self.granularity).kind == "n:m"
         by_threshold = isinstance(self.schedule, Threshold)
-        self.refuse(
-            (self.criterion not in known, f"criterion must be one of {', '.join(known)}, got {self.criterion!r}")
-        )
         self.refuse_amounts({"a granularity such as '2:4'": fixed})
         self.refuse(
             (

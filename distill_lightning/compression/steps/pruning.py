@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from torch import Tensor, nn
 
@@ -52,13 +52,13 @@ class Pruning(TargetedStep):
         super().__post_init__()
         amounts = list(self.amount.values()) if isinstance(self.amount, dict) else [self.amount or 0.0]
         rewind, by_threshold = self.rewind, isinstance(self.schedule, Threshold)
-        is_scope = isinstance(self.scope, Sensitivity) or self.scope in ("global", "layer")
+        if not isinstance(self.scope, Sensitivity):
+            self.check_known(scope=get_args(Scope))
         self.refuse(
             (
                 min(amounts, default=-1) < 0 or max(amounts, default=1) > 1,
                 f"amount must be between 0 and 1, got {self.amount}",
             ),
-            (not is_scope, f"scope must be 'global' or 'layer', got {self.scope!r}"),
             (
                 by_threshold and self.scope == "layer",
                 "scope='layer' has no effect with a Threshold, under which units do not compete: leave it out",

@@ -30,7 +30,7 @@ from distill_lightning.compression.values.corrections import correct_biases, equ
 from distill_lightning.compression.values.quantizer import Estimator, WeightQuantizer, quantize_weights
 from distill_lightning.compression.values.ranges import ObserverRule, RangeRule
 from distill_lightning.compression.values.scheme import FIXED_BITS, UNIFORM, WHOLE_TENSOR, WITHOUT_ZERO, Kind, Scheme
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_one_of
 from distill_lightning.layers import eval_mode
 
 _UNEQUALISED = ": no two layers have only ReLU or pooling between them (BatchNorm does not count)"
@@ -107,6 +107,8 @@ class Quantize(TargetedStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_known(mode=("ptq", "qat"), scheme=get_args(Kind))
+        check_one_of("Quantize: act_scheme", self.act_scheme or "affine", UNIFORM)
         self.refuse(*self._misfits())
         self._check_numbers()
         if self.width is not None:
@@ -160,8 +162,6 @@ class Quantize(TargetedStep):
         clipped = estimator in ("pact", "dorefa")
         observer = "it is for activations, give act_bits" if self.observer == "ema" else "leave it out"
         return [
-            (self.mode not in ("ptq", "qat"), f"mode must be 'ptq' or 'qat', got {self.mode!r}"),
-            (scheme not in get_args(Kind), f"scheme must be one of {', '.join(get_args(Kind))}, got {scheme!r}"),
             (
                 not inputs and self.act_scheme is not None,
                 f"act_scheme={self.act_scheme!r} has no effect here: give act_bits",
@@ -182,7 +182,6 @@ class Quantize(TargetedStep):
                 estimator == "lsq" and weights and scheme != "symmetric",
                 f"estimator='lsq' learns symmetric weights, not {scheme!r}: use estimator='ste'",
             ),
-            (act_scheme not in UNIFORM, f"act_scheme must be one of {', '.join(UNIFORM)}, got {act_scheme!r}"),
             (
                 inputs and clipped and act_scheme != "affine",
                 f"estimator={estimator!r} has codes from 0: give act_scheme='affine', not {act_scheme!r}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -56,17 +56,14 @@ class Regularise(TargetedStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = _GRANULARITIES
+        self.check_known(penalty=get_args(PenaltyKind))
+        allowed = _GRANULARITIES[self.penalty]
         self.refuse(
-            (self.penalty not in known, f"penalty must be one of {', '.join(known)}, got {self.penalty!r}"),
             (self.weight < 0, f"weight must not be negative, got {self.weight}"),
-        )
-        allowed = known[self.penalty]
-        self.refuse(
             (
                 self.granularity is not None and self.granularity not in allowed,
                 f"penalty {self.penalty!r} needs granularity {' or '.join(allowed)}, got {self.granularity!r}",
-            )
+            ),
         )
         # Refuses a wrong threshold.
         self.pruning()

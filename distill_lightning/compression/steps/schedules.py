@@ -57,8 +57,7 @@ class Iterative(Schedule):
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise InputError(f"Iterative: rounds must be at least 1, got {self.rounds}")
-        if self.spacing not in ("linear", "geometric"):
-            raise InputError(f"Iterative: spacing must be 'linear' or 'geometric', got {self.spacing!r}")
+        self.check_known(spacing=("linear", "geometric"))
 
     def amount(self, final: float, *, step: int, steps: int) -> float:
         """The share after the round of ``step``; `final` in the last round."""

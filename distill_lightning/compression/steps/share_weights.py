@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -57,11 +58,10 @@ class ShareWeights(TargetedStep):
         super().__post_init__()
         numbers = list(self.k.values()) if isinstance(self.k, dict) else [self.k]
         wrong = [number for number in numbers if isinstance(number, bool) or number not in range(1, 257)]
-        known = ("linear", "density", "random")
+        self.check_known(init=get_args(Init))
         self.refuse(
             (bool(wrong), f"k must be 1 to 256 values, got {wrong[:1]}"),
             (self.k == {}, "k is empty: give a number, or one for each pattern"),
-            (self.init not in known, f"init must be 'linear', 'density' or 'random', got {self.init!r}"),
         )
 
     def act(self, piece: Workpiece) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from distill_lightning.compression.costs.parameters import count_parameters
 from distill_lightning.compression.shrink import tying
@@ -35,10 +36,8 @@ class TieLayers(TrainedStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse(
-            (not self.groups, "groups is empty: give lists of two or more paths each"),
-            (self.init not in ("first", "mean"), f"init must be 'first' or 'mean', got {self.init!r}"),
-        )
+        self.check_known(init=get_args(tying.Init))
+        self.refuse((not self.groups, "groups is empty: give lists of two or more paths each"))
 
     def act(self, piece: Workpiece) -> None:
         """Tie the layers, and say what that saves."""

@@ -273,11 +273,7 @@ def _groups(network: nn.Module, kind: UnitKind, inputs: tuple[Any, ...], backend
         return neuron_groups(network)
     if kind == "hidden_unit":
         return unit_groups(network, inputs)
-    if backend == "own":
-        return channel_groups(network, inputs)
-    if backend == "torch_pruning":
-        return channel_groups_by_torch_pruning(network, inputs)
-    raise InputError(f"backend must be 'own' or 'torch_pruning', got {backend!r}")
+    return channel_groups(network, inputs) if backend == "own" else channel_groups_by_torch_pruning(network, inputs)
 
 
 def _blocks(network: nn.Module, path: str) -> int:

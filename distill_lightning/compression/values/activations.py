@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from distill_lightning.compression.values.estimators import dorefa_activation, dorefa_activation_codes, lsq, pact
 from distill_lightning.compression.values.ranges import Observer, ObserverRule
 from distill_lightning.compression.values.scheme import Codes, Scheme, fake_quantize, grid, quantize
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_one_of
 
 ActivationEstimator = Literal["ste", "lsq", "pact", "dorefa"]
 
@@ -58,8 +58,7 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         if scheme.kind not in ("symmetric", "affine", "pow2") or scheme.per != "tensor":
             raise InputError(f"activations are quantized uniformly, per='tensor', not {scheme.kind} per {scheme.per}")
-        if estimator not in ("ste", "lsq", "pact", "dorefa"):
-            raise InputError(f"estimator must be 'ste', 'lsq', 'pact' or 'dorefa', got {estimator!r}")
+        check_one_of("estimator", estimator, get_args(ActivationEstimator))
         if estimator in ("pact", "dorefa") and scheme.kind != "affine":
             raise InputError(f"estimator={estimator!r} has codes from 0: give kind='affine', not {scheme.kind!r}")
         if estimator == "lsq" and scheme.kind == "pow2":

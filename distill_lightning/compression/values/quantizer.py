@@ -7,7 +7,7 @@ keep working. Learned scales are new parameters: build the optimiser after quant
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from distill_lightning.compression.values.estimators import (
 )
 from distill_lightning.compression.values.ranges import RangeRule, weight_grid
 from distill_lightning.compression.values.scheme import UNIFORM, Codes, Scheme, fake_quantize, quantize
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_one_of
 from distill_lightning.functional.common import wide
 
 Estimator = Literal["ste", "lsq"]
@@ -67,8 +67,7 @@ class WeightQuantizer(ComputedWeight):
         calibrate: bool = True,
     ) -> None:
         super().__init__()
-        if estimator not in ("ste", "lsq"):
-            raise InputError(f"estimator of weights must be 'ste' or 'lsq', got {estimator!r}")
+        check_one_of("estimator of weights", estimator, get_args(Estimator))
         if estimator == "lsq" and scheme.kind != "symmetric":
             raise InputError(f"estimator='lsq' learns symmetric grids, not kind={scheme.kind!r}: give 'symmetric'")
         if stochastic and scheme.kind != "binaryconnect":

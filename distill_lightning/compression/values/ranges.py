@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.compression.values.scheme import Scheme, cut, dequantize, grid, quantize, to_rows
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_one_of
 from distill_lightning.functional.common import wide
 
 RangeRule = Literal["minmax", "percentile", "mse", "kl"]
@@ -211,8 +211,7 @@ class Observer(nn.Module):
 
     def __init__(self, rule: ObserverRule = "minmax", *, momentum: float = 0.1, percentile: float = 99.99) -> None:
         super().__init__()
-        if rule not in get_args(ObserverRule):
-            raise InputError(f"observer must be one of {', '.join(get_args(ObserverRule))}, got {rule!r}")
+        check_one_of("observer", rule, get_args(ObserverRule))
         if not 0 < momentum <= 1:
             raise InputError(f"momentum must be above 0 and at most 1, got {momentum}")
         self.rule, self.momentum, self.percentile = rule, momentum, percentile

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_one_of
 from distill_lightning.functional.common import wide
 
 Kind = Literal["symmetric", "affine", "pow2", "dorefa", "binary", "binaryconnect", "ternary", "ttq"]
@@ -52,8 +52,7 @@ class Scheme:
     axis: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise InputError(f"kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        check_one_of("kind", self.kind, get_args(Kind))
         fixed = FIXED_BITS.get(self.kind)
         if fixed is not None and self.bits != fixed:
             raise InputError(f"kind={self.kind!r} has codes of {fixed} bit: give bits={fixed}, not {self.bits}")
