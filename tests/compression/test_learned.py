@@ -221,13 +221,16 @@ def test_tied_weights_are_refused_and_a_layer_in_two_places_is_not(kind):
         (lambda: learn(Net(), ["head.wait"], TopK), "no parameter 'head.wait'"),
         (
             lambda: learn(Net(), ["head.weight"], HardConcrete, per="column"),
-            "per must be 'weight' or 'row', got 'column'",
+            "per must be one of weight, row, got 'column'",
         ),
         (lambda: learn(Net(), ["head.weight"], HardConcrete, initial=1.0), "initial is a probability"),
         (lambda: learn(Net(), ["head.weight"], TopK, amount=1.2), "amount must be between 0 and 1, got 1.2"),
         (lambda: learn(Net(), ["head.weight"], SoftThreshold, amount=-1), "amount must be between 0 and 1, got -1"),
         (lambda: set_amount(Net(), 0.5), "Net has no movement pruning whose amount could be set"),
-        (lambda: rebuild_weights(nn.Linear(2, 2), {"weight": {"family": "tt"}}), "weights of the unknown family 'tt'"),
+        (
+            lambda: rebuild_weights(nn.Linear(2, 2), {"weight": {"family": "tt"}}),
+            "weights of the family 'tt', which another version wrote",
+        ),
     ],
 )
 def test_what_cannot_be_learned_is_refused(call, message):

@@ -89,7 +89,7 @@ def test_every_order_is_allowed_or_refused_by_what_it_does():
         if a <= b:
             assert len(plan([first, second], epochs=1)) == 2
         else:
-            with pytest.raises(InputError, match=r"step 2 .* cannot come after step 1 .*: .*; exchange them"):
+            with pytest.raises(InputError, match=r"step 2 .* cannot come after step 1 .*: .*; swap them"):
                 plan([first, second], epochs=1)
 
 
@@ -97,13 +97,13 @@ def test_every_order_is_allowed_or_refused_by_what_it_does():
 def test_a_penalty_comes_before_its_weights_are_computed_or_stored(penalty):
     free = Regularise(penalty=penalty, weight=1.0, finetune_epochs=1)
     assert len(plan([PruneWeights(amount=0.5), free, Quantize(), Encode()], epochs=1)) == 4
-    with pytest.raises(InputError, match=r"step 2 \(Regularise.* cannot come after step 1 \(Encode.*exchange them"):
+    with pytest.raises(InputError, match=r"step 2 \(Regularise.* cannot come after step 1 \(Encode.*swap them"):
         plan([Encode(), free], epochs=1)
     if penalty == "bn_gamma":  # scales of BatchNorm stay float
         assert len(plan([Quantize(), free], epochs=1)) == 2
         return
     for first in (Quantize(), ShareWeights()):
-        with pytest.raises(InputError, match="no values of their own to prune or to regularise; exchange them"):
+        with pytest.raises(InputError, match="no values of their own to prune or to regularise; swap them"):
             plan([first, free], epochs=1)
 
 

@@ -524,15 +524,21 @@ def test_networks_without_such_units_are_refused():
         ({"amount": 0.5, "budget": "macs:0.5", "unit": "channel"}, "exactly one of"),
         ({"amount": 0.5, "unit": "channels"}, "unit must be one of channel"),
         ({"budget": "time:0.5", "unit": "channel"}, "budget must be a share of the cost such as 'macs:0.5'"),
-        ({"amount": 0.5, "criterion": "bn_scale", "unit": "neuron"}, "needs unit 'channel'"),
+        ({"amount": 0.5, "criterion": "bn_scale", "unit": "neuron"}, "set unit='channel'"),
         ({"amount": 0.5, "criterion": "movement", "unit": "channel"}, "criterion must be one of magnitude"),
         ({"amount": 0.5, "criterion": "obs", "unit": "head"}, "criterion must be one of magnitude"),
         ({"amount": 0.5, "unit": "layer", "schedule": Cubic()}, "no mask skips a layer"),
-        ({"amount": 0.5, "unit": "head", "round_to": 4}, "round_to needs unit 'channel'"),
+        ({"amount": 0.5, "unit": "head", "round_to": 4}, "round_to .* set unit='channel'"),
         ({"amount": 0.5, "unit": "channel", "round_to": 0}, "at least 1"),
-        ({"amount": 0.5, "unit": "channel", "backend": "nope"}, "backend must be own or torch_pruning, got 'nope'"),
-        ({"amount": 0.5, "unit": "neuron", "backend": "torch_pruning"}, "'torch_pruning' needs unit 'channel'"),
-        ({"amount": 0.5, "unit": "head", "backend": "torch_pruning"}, "needs unit 'channel'"),
+        (
+            {"amount": 0.5, "unit": "channel", "backend": "nope"},
+            "backend must be one of own, torch_pruning, got 'nope'",
+        ),
+        (
+            {"amount": 0.5, "unit": "neuron", "backend": "torch_pruning"},
+            "'torch_pruning' finds channels: set unit='channel'",
+        ),
+        ({"amount": 0.5, "unit": "head", "backend": "torch_pruning"}, "set unit='channel'"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_in_one_line(options, message):

@@ -11,7 +11,7 @@ import torch
 
 from distill_lightning import InputError
 from distill_lightning.compression.costs.macs import DEFINITION
-from distill_lightning.compression.report.report import Report, claim_of, machine
+from distill_lightning.compression.report.report import Report, circumstances, claim_of
 from distill_lightning.compression.report.stages import CONTROL_RANDOM, CONTROL_SCRATCH, LatencyRow, Stage
 
 
@@ -303,7 +303,7 @@ def test_the_figure_shows_scores_against_bytes_macs_and_milliseconds():
 
 
 def test_the_machine_is_described_without_a_date():
-    about = machine()
+    about = circumstances()
     assert about["torch"] == torch.__version__
     assert about["threads"] == torch.get_num_threads()
     assert about["quantized engine"] == torch.backends.quantized.engine
