@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from distill_lightning import InputError
 from distill_lightning.compression.costs.macs import count_macs
 from distill_lightning.compression.mask import criteria
-from distill_lightning.compression.mask.lottery import Snapshot
+from distill_lightning.compression.mask.lottery import copy_state
 from distill_lightning.compression.run.compressor import Compressor
 from distill_lightning.compression.shrink.attention import Attention
 from distill_lightning.compression.shrink.channels import channel_groups
@@ -469,7 +469,7 @@ def test_several_structural_steps_one_after_the_other():
 @pytest.mark.parametrize(("kind", "granularity"), KINDS)
 def test_a_shrunk_ticket_is_the_shrunk_beginning(kind, granularity):
     network = build(kind)
-    begun = Snapshot(network)
+    begun = copy_state(network)
     step = PruneUnits(amount=0.5, unit=granularity, rewind="start", at=1, finetune_epochs=1)
     compressor = compressor_of(kind, network, step, epochs=2)
     train(kind, compressor, epochs=1)
@@ -480,7 +480,7 @@ def test_a_shrunk_ticket_is_the_shrunk_beginning(kind, granularity):
     assert {n: v.shape for n, v in trained.state_dict().items()} == {
         n: v.shape for n, v in network.state_dict().items()
     }
-    old = torch.cat([value.flatten() for value in begun.state.values() if value.is_floating_point()])
+    old = torch.cat([value.flatten() for value in begun.values() if value.is_floating_point()])
     for name, value in network.state_dict().items():
         if value.is_floating_point():
             assert torch.isin(value.flatten(), old).all(), name

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from distill_lightning.compression.access.calibration import inputs_of
-from distill_lightning.compression.mask.lottery import Snapshot
+from distill_lightning.compression.mask.lottery import copy_state
 from distill_lightning.compression.shrink.channels import fixed_channels
 from distill_lightning.compression.steps import unit_amounts, units, weights
 from distill_lightning.compression.steps.base import Order, Work
@@ -217,7 +217,7 @@ class PruningUnits(PruningWork):
         """Convert attention so that it can lose heads, also in the network to rewind to."""
         act = partial(units.prepare, kind="head")
         if self.snapshot is not None:
-            self.snapshot = Snapshot(act(self.earlier(piece))).state_dict()
+            self.snapshot = copy_state(act(self.earlier(piece)))
         units.change(piece, act)
         piece.changed = False
 

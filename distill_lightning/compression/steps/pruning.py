@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.access.targets import Targets
-from distill_lightning.compression.mask.lottery import Snapshot, reinitialize
+from distill_lightning.compression.mask.lottery import copy_state, reinitialize
 from distill_lightning.compression.mask.selection import Scope
 from distill_lightning.compression.steps.base import TargetedStep, Work
 from distill_lightning.compression.steps.schedules import Cubic, OneShot, Schedule, Threshold
@@ -168,7 +168,7 @@ class PruningWork(Work):
     def watch_epoch(self, piece: Workpiece, epoch: int) -> None:
         """Remember the network of the epoch to rewind to."""
         if epoch == self.step.rewinds_to:
-            self.snapshot = Snapshot(piece.network).state_dict()
+            self.snapshot = copy_state(piece.network)
 
     def begin(self, piece: Workpiece) -> None:
         """Check that there is a network to rewind to.
