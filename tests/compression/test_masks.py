@@ -254,9 +254,13 @@ def test_masks_that_do_not_fit_are_refused(kept, message):
 
 
 def naive(scores, amount):
-    """Positions of the lowest, by a stable sort of everything."""
-    flat = torch.cat([score.flatten() for score in scores.values()]).tolist()
-    order = sorted(range(len(flat)), key=lambda i: flat[i])
+    """Positions of the lowest, by a stable sort of everything but the last of the best of each."""
+    flat, best = [], set()
+    for score in scores.values():
+        own = score.flatten().tolist()
+        best.add(len(flat) + max(range(len(own)), key=lambda i: (own[i], i)))
+        flat += own
+    order = sorted(set(range(len(flat))) - best, key=lambda i: flat[i])
     return set(order[: round(amount * len(flat))])
 
 
@@ -268,15 +272,15 @@ def pruned_positions(masks):
 @pytest.mark.parametrize("amount", [0.0, 0.123, 0.3, 1 / 3, 0.5, 0.9, 1.0])
 def test_global_selection_is_the_stable_sort_and_exact(amount):
     scores = {"a": drawn(7, 5).abs(), "b": drawn(3, 4, seed=1).abs(), "c": drawn(11, seed=2).abs()}
-    masks = select(scores, amount, keep_one=False)
+    masks = select(scores, amount)
     assert pruned_positions(masks) == naive(scores, amount)
-    assert masks.pruned == round(amount * 58)
+    assert masks.pruned == min(round(amount * 58), 58 - 3)
 
 
 @pytest.mark.parametrize("amount", [0.0, 0.123, 0.3, 1 / 3, 0.5, 0.9, 1.0])
 def test_selection_within_layers_is_exact_in_each(amount):
     scores = {"a": drawn(7, 5).abs(), "b": drawn(3, 4, seed=1).abs()}
-    masks = select(scores, amount, scope="layer", keep_one=False)
+    masks = select(scores, amount, scope="layer")
     for path, score in scores.items():
         assert pruned_positions(Masks({path: masks.kept[path]})) == naive({path: score}, amount)
 
@@ -291,7 +295,6 @@ def test_each_layer_has_its_own_ratio():
 @pytest.mark.parametrize("amount", [0.1, 0.5, 0.77])
 def test_ties_never_overshoot(value, amount):
     scores = {"a": torch.full((10, 10), value), "b": torch.full((30,), value)}
-    assert select(scores, amount, keep_one=False).pruned == round(amount * 130)
     assert select(scores, amount).pruned == round(amount * 130)
 
 
@@ -332,14 +335,6 @@ def test_one_unit_of_each_layer_stays(scope):
     assert [kept.nonzero()[:, 0].tolist() for kept in masks.kept.values()] == [[1], [99]]
     assert select(scores, 0.5, scope="global").kept["a"].tolist() == [False, True, False]
     assert select(scores, 0.5, scope="global").pruned == round(0.5 * 103)
-    assert select(scores, 0.5, scope="global", keep_one=False).kept["a"].any().item() is False
-
-
-def test_keeping_one_changes_nothing_where_one_stays_anyway():
-    scores = {"a": torch.ones(4), "b": torch.full((4,), 5.0)}
-    for amount in (0.125, 0.25, 0.375):
-        kept, free = (select(scores, amount, keep_one=keep_one).kept for keep_one in (True, False))
-        assert all(torch.equal(kept[path], free[path]) for path in scores)
 
 
 def test_units_that_are_gone_do_not_return_for_a_smaller_amount():
@@ -361,7 +356,7 @@ def test_rows_go_as_a_whole_by_their_mean_or_sum():
     assert select({"a": score}, 0.5, granularity="row").kept["a"].all(1).tolist() == [False, True, False, True]
     means = select({"a": score, "b": wide}, 0.5, granularity="row", reduce="mean")
     assert means.kept["b"].all(1).tolist() == [True, False]
-    sums = select({"a": score, "b": wide}, 0.5, granularity="row", reduce="sum", keep_one=False)
+    sums = select({"a": score, "b": wide}, 0.5, granularity="row", reduce="sum")
     assert sums.kept["b"].all(1).tolist() == [True, False]
     assert sums.kept["a"].all(1).tolist() == [False, True, False, True]
 
@@ -420,12 +415,9 @@ def test_a_threshold_prunes_what_is_below_and_leaves_one():
     masks = select_below(scores, 2.0)
     assert masks.kept["a"].tolist() == [[False, True], [True, True]]
     assert masks.kept["b"].tolist() == [False, True, False]
-    assert select_below(scores, 2.0, keep_one=False).kept["b"].sum() == 0
-    assert select_below(scores, {"a": 0.0, "b": 0.2}).kept["b"].tolist() == [False, True, True]
+    assert select_below(scores, 0.2).kept["b"].tolist() == [False, True, True]
     rows = select_below({"a": scores["a"]}, 2.0, granularity="row", previous=masks)
     assert rows.kept["a"].tolist() == [[False, True], [True, True]]
-    with pytest.raises(InputError, match="threshold has no entry for 'b'"):
-        select_below(scores, {"a": 1.0})
     with pytest.raises(InputError, match="so there is no threshold"):
         select_below(scores, 1.0, granularity="2:4")
 

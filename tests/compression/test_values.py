@@ -505,16 +505,11 @@ def test_binary_weights_have_the_gradient_of_their_scale_and_of_the_sign():
     assert weight.grad[0].tolist() == pytest.approx([alpha + towards, -towards, 100 * alpha + towards])
 
 
-def test_binary_connect_draws_signs_with_the_right_expectation():
+def test_binary_connect_takes_signs_and_passes_gradients_straight_through():
     weight = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.25, 1.0, 3.0])
     assert binary_connect(weight).tolist() == [-1, -1, -1, 1, 1, 1, 1]
-    generator = torch.Generator().manual_seed(0)
-    many = weight.repeat(10_000, 1).requires_grad_()
-    drawn = binary_connect(many, stochastic=True, generator=generator)
-    assert set(drawn.flatten().tolist()) == {-1.0, 1.0}
-    assert torch.allclose(drawn.mean(dim=0), weight.clamp(-1, 1), atol=0.04)
-    drawn.sum().backward()
-    assert many.grad[0].tolist() == [0, 1, 1, 1, 1, 1, 0]
+    binary_connect(weight.requires_grad_()).sum().backward()
+    assert weight.grad.tolist() == [0, 1, 1, 1, 1, 1, 0]
 
 
 def test_ternary_weights_are_the_best_for_their_threshold():
@@ -612,7 +607,6 @@ QUANTIZERS = [
     options_of(Scheme(4, "symmetric", "tensor"), rule="kl"),
     options_of(Scheme(3), estimator="lsq"), options_of(Scheme(3, "symmetric", "group:2"), estimator="lsq"),
     *(options_of(scheme) for scheme in OTHERS),
-    options_of(Scheme(1, "binaryconnect", "tensor"), stochastic=True),
 ]  # fmt: skip
 
 
@@ -679,13 +673,6 @@ def test_learned_scales_are_trained_and_grids_follow_the_weight():
         assert layer.weight.abs().max().item() == pytest.approx(factor * reach, rel=0.01)
 
 
-def test_signs_are_drawn_in_train_mode_only():
-    layer = nn.Linear(20, 20)
-    quantize_weights(layer, scheme=Scheme(1, "binaryconnect", "tensor"), stochastic=True)
-    assert not torch.equal(layer.weight, layer.weight)
-    assert torch.equal(layer.eval().weight, layer.weight)
-
-
 def test_quantizing_works_in_float64_and_on_transposed_channels():
     layer = nn.ConvTranspose2d(4, 6, 3).double()
     quantize_weights(layer, scheme=Scheme(4, axis=channel_axis(layer)), rule="mse")
@@ -708,8 +695,6 @@ def test_a_layer_that_cannot_be_quantized_is_one_line():
         quantize_weights(nn.Linear(3, 3), scheme=Scheme(4, "affine"), estimator="lsq")
     with pytest.raises(InputError, match="one of ste, lsq"):
         quantize_weights(nn.Linear(3, 3), scheme=Scheme(4), estimator="pact")
-    with pytest.raises(InputError, match="stochastic"):
-        quantize_weights(nn.Linear(3, 3), scheme=Scheme(4), stochastic=True)
     with pytest.raises(InputError, match="right layer"):
         rebuild_weights(nn.ReLU(), describe_weights(layer))
 
@@ -745,7 +730,6 @@ def test_quantized_inputs_are_calibrated_described_rebuilt_and_trained(options):
     quantizer = network[2].input_quantizer
     levels = quantizer(hidden)
     assert len(levels.unique()) <= 2 ** options["scheme"].bits
-    assert torch.equal(dequantize(quantizer.codes(hidden), options["scheme"]), levels)
     assert torch.equal(network(batches[0]), fresh[2](levels))
 
     description = json.loads(json.dumps(describe_input(network[2])))
@@ -772,7 +756,7 @@ def test_learned_scales_of_affine_grids_keep_negative_activations():
         quantizer(values)
     levels = quantizer(values)
     assert bool(((levels - values).abs() <= quantizer.scale / 2 * (1 + 1e-5)).all())
-    assert torch.equal(dequantize(quantizer.codes(values), scheme), levels)
+    assert torch.equal(fake_quantize(values, quantizer.scale.detach(), quantizer.zero_point, scheme), levels)
 
 
 def test_the_moving_average_follows_in_train_mode_only():

@@ -58,14 +58,12 @@ def select(
     granularity: str = "weight",
     scope: Scope = "global",
     reduce: Reduce = "mean",
-    keep_one: bool = True,
     previous: Masks | None = None,
 ) -> Masks:
     """Prune an exact share of the units, those with the lowest scores.
 
     Exactly ``round(amount * units)`` of them are pruned, however many scores are equal (of equal scores, the first).
-    There are two exceptions: where ``keep_one`` keeps a unit that would have been pruned, and where more units had been
-    pruned before.
+    There are two exceptions: the best unit of each parameter always stays, and more units may have been pruned before.
 
     Args:
         scores: a tensor for each parameter's path, in the parameter's shape.
@@ -75,7 +73,6 @@ def select(
         scope: whether units compete with those of all parameters, or only with those of their own.
         reduce: how a unit's score is computed from those of its entries. The mean makes units of different sizes
             comparable; the sum is for criteria that estimate a change of the loss.
-        keep_one: whether the best unit of each parameter always stays.
         previous: current masks: what they prune stays pruned and counts towards the amount. With ``None`` every unit
             may return, which is regrowth if the scores belong to weights that kept learning.
 
@@ -101,35 +98,33 @@ def select(
         units = {path: _unit_scores(score, unit, reduce) for path, score in scores.items()}
         # A unit is pruned when all its entries are.
         gone = {path: _unit_scores(mask.float(), unit, "sum") == 0 for path, mask in before.items()}
-        staying = choose(units, amount, scope=scope, keep_one=keep_one, gone=gone)
+        staying = choose(units, amount, scope=scope, gone=gone)
         kept = {path: _entries(staying[path], score.shape, unit) for path, score in scores.items()}
     return Masks({path: mask & before[path] for path, mask in kept.items()})
 
 
 def select_below(
     scores: Mapping[str, Tensor],
-    threshold: float | Mapping[str, float],
+    threshold: float,
     *,
     granularity: str = "weight",
     reduce: Reduce = "mean",
-    keep_one: bool = True,
     previous: Masks | None = None,
 ) -> Masks:
-    """Prune the units whose scores are below a threshold, however many they are.
+    """Prune the units whose scores are below a threshold, however many, except for the best of each parameter.
 
     Args:
         scores: as in `select`.
-        threshold: one threshold for all, or one for each path, such as a multiple of a layer's standard deviation.
+        threshold: in the units of the scores.
         granularity: ``"weight"``, ``"row"`` or ``"block:4x8"``.
         reduce: as in `select`.
-        keep_one: as in `select`.
         previous: as in `select`.
 
     Returns:
         Masks of all the parameters.
 
     Raises:
-        InputError: an option is unknown, a score is NaN, or a threshold is missing.
+        InputError: an option is unknown, or a score is NaN.
     """
     unit = Granularity.parse(granularity)
     _check(scores, reduce)
@@ -138,8 +133,8 @@ def select_below(
     masks = {}
     for path, score in scores.items():
         units = _unit_scores(score, unit, reduce)
-        kept = units >= _own(threshold, path, "threshold")
-        if keep_one and not kept.any():
+        kept = units >= threshold
+        if not kept.any():
             kept[_last_best(units)] = True
         masks[path] = _entries(kept, score.shape, unit) & _previous(previous, path, score)
     return Masks(masks)
@@ -150,7 +145,6 @@ def choose(
     amount: Amount,
     *,
     scope: Scope = "global",
-    keep_one: bool = True,
     gone: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Choose the units that stay by their scores.
@@ -159,7 +153,6 @@ def choose(
         scores: ``(U,)`` scores of the units, for each layer.
         amount: share of pruned units; see `select`.
         scope: see `select`.
-        keep_one: see `select`.
         gone: bool ``(U,)`` for each layer: units that are pruned already and stay pruned.
 
     Returns:
@@ -173,15 +166,15 @@ def choose(
     pools = [[layer] for layer in scores] if each else [list(scores)]
     kept: dict[str, Tensor] = {}
     for pool in pools:
-        share = _own(amount, pool[0], "amount")
+        share = _own(amount, pool[0])
         if not 0 <= share <= 1:
             raise InputError(f"amount is a share of all units, between 0 and 1, got {share}")
         before = [torch.zeros_like(scores[layer], dtype=torch.bool) if gone is None else gone[layer] for layer in pool]
-        kept.update(zip(pool, _stay([scores[layer] for layer in pool], before, share, keep_one=keep_one), strict=True))
+        kept.update(zip(pool, _stay([scores[layer] for layer in pool], before, share), strict=True))
     return kept
 
 
-def _stay(scores: Sequence[Tensor], gone: Sequence[Tensor], amount: float, *, keep_one: bool) -> Sequence[Tensor]:
+def _stay(scores: Sequence[Tensor], gone: Sequence[Tensor], amount: float) -> Sequence[Tensor]:
     """Which units of competing layers stay."""
     ranked = [
         wide(score).masked_fill(own.to(score.device), -torch.inf) for score, own in zip(scores, gone, strict=True)
@@ -190,7 +183,7 @@ def _stay(scores: Sequence[Tensor], gone: Sequence[Tensor], amount: float, *, ke
     pruned = sum(int(own.sum()) for own in gone)
     most = total
     for score, own in zip(ranked, gone, strict=True):
-        if keep_one and not own.all():
+        if not own.all():
             score[_last_best(score)] = torch.inf
             most -= 1
     count = max(min(round(amount * total), most), pruned)
@@ -259,13 +252,13 @@ def _previous(previous: Masks | None, path: str, like: Tensor) -> Tensor:
     return mask.to(like.device, copy=True)
 
 
-def _own(value: float | Mapping[str, float], path: str, name: str) -> float:
-    """The value for one path."""
-    if not isinstance(value, Mapping):
-        return value
-    if path not in value:
-        raise InputError(f"{name} has no entry for {path!r}: give one number for all, or one for each")
-    return value[path]
+def _own(amount: Amount, path: str) -> float:
+    """The amount for one path."""
+    if not isinstance(amount, Mapping):
+        return amount
+    if path not in amount:
+        raise InputError(f"amount has no entry for {path!r}: give one number for all, or one for each")
+    return amount[path]
 
 
 def _check(scores: Mapping[str, Tensor], reduce: str) -> None:

@@ -154,10 +154,10 @@ def quantize_onnx(
     *,
     mode: Literal["static", "dynamic"] = "static",
     batches: Iterable[Any] | None = None,
-    reduce_range: bool | None = None,
-    per_channel: bool = True,
 ) -> Path:
-    """Write the int8 version of an ONNX file.
+    """Write the int8 version of an ONNX file, with a scale for each output channel.
+
+    Weights have 7 bits on processors without VNNI, where 8 overflow and errors are ten times as large.
 
     Args:
         path: path of a file that `export_onnx` wrote.
@@ -165,9 +165,6 @@ def quantize_onnx(
         mode: ``"static"`` for convolutional networks: activations have fixed ranges, found on ``batches``;
             ``"dynamic"`` for LSTMs and Transformers: ranges are found at every call.
         batches: inputs from the training set, each a tensor or a tuple of tensors; only for ``"static"``.
-        reduce_range: whether weights have 7 bits, because 8 overflow on processors without VNNI, where errors are ten
-            times as large; ``None``: only if this processor lacks VNNI.
-        per_channel: whether each output channel has its own scale.
 
     Returns:
         The path of the quantized file.
@@ -195,8 +192,8 @@ def quantize_onnx(
     quantization = _package("onnxruntime.quantization")
     preprocess = _package("onnxruntime.quantization.shape_inference").quant_pre_process
     options = {
-        "per_channel": per_channel,
-        "reduce_range": not has_vnni() if reduce_range is None else reduce_range,
+        "per_channel": True,
+        "reduce_range": not has_vnni(),
         "weight_type": quantization.QuantType.QInt8,
     }
     with tempfile.TemporaryDirectory() as folder:

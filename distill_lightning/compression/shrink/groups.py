@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,16 +57,13 @@ class Group:
     def __repr__(self) -> str:
         return f"Group({self.name!r}, {self.size} {self.kind}: {', '.join(map(repr, self.members))})"
 
-    def scores(
-        self, network: nn.Module, values: Mapping[str, Tensor], *, axes: Collection[str] | None = None
-    ) -> Tensor:
+    def scores(self, network: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
         """The score of each channel: the sum of the values of all weights that would be removed with it.
 
         Args:
             network: the network of the group.
             values: a value per weight, by name in ``network.named_parameters()``, in the parameter's shape; missing
                 names are left out.
-            axes: axes of the members that count, ``{"out"}`` for the filters only; ``None`` for all.
 
         Returns:
             ``(size,)``, of the values' type.
@@ -76,7 +73,7 @@ class Group:
         """
         total: Tensor | None = None
         for member in self.members:
-            for tensor, dim, positions in _slices(network, member) if axes is None or member.axis in axes else ():
+            for tensor, dim, positions in _slices(network, member):
                 if tensor not in values:
                     continue
                 value = values[tensor].movedim(dim, 0).reshape(len(positions), -1).sum(1)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from distill_lightning.compression.values.estimators import dorefa_activation, dorefa_activation_codes, lsq, pact
+from distill_lightning.compression.values.estimators import dorefa_activation, lsq, pact
 from distill_lightning.compression.values.ranges import Observer, ObserverRule
-from distill_lightning.compression.values.scheme import Codes, Scheme, fake_quantize, grid, quantize
+from distill_lightning.compression.values.scheme import Scheme, fake_quantize, grid
 from distill_lightning.errors import InputError, check_one_of
 
 ActivationEstimator = Literal["ste", "lsq", "pact", "dorefa"]
@@ -95,16 +95,6 @@ class ActivationQuantizer(nn.Module):
             factor = 1 / math.sqrt(max(values[0].numel() if values.ndim else 1, 1) * self.scheme.highest)
             return lsq(values, _positive(self.scale), self.scheme, zero_point=self.zero_point, factor=factor)
         return fake_quantize(values, self.scale, self.zero_point, self.scheme)
-
-    def codes(self, values: Tensor) -> Codes:
-        """The integer codes of activations; `dequantize` of them equals `forward`."""
-        self._check_ready()
-        if self.estimator == "dorefa":
-            return dorefa_activation_codes(values, self.scheme)
-        scale = self.scale.detach() if self.estimator != "pact" else self.alpha.detach() / self.scheme.highest
-        if self.estimator != "ste":
-            scale = _positive(scale)
-        return quantize(values, scale, self.zero_point, self.scheme)
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -151,14 +151,6 @@ def dorefa_activation(activations: Tensor, *, bits: int) -> Tensor:
     return (steps * values.new_full((), 1 / levels)).to(activations.dtype)
 
 
-def dorefa_activation_codes(activations: Tensor, scheme: Scheme) -> Codes:
-    """The codes of what `dorefa_activation` returns; the scheme is affine per tensor."""
-    values = wide(activations.detach())
-    scale = values.new_full((1, 1), 1 / scheme.highest)
-    steps = (values.clamp(0, 1) * scheme.highest).round()
-    return Codes(as_codes(steps, scheme), scale, torch.zeros_like(scale))
-
-
 def dorefa_weight(weight: Tensor, *, bits: int) -> Tensor:
     r"""DoReFa: weights squashed by tanh, and rounded to ``2 ** bits`` levels from -1 to 1, none of which is zero.
 
@@ -196,26 +188,15 @@ def binary(weight: Tensor, scheme: Scheme) -> Tensor:
     return from_rows(signs * alpha, weight.shape, scheme).to(weight.dtype)
 
 
-def binary_connect(weight: Tensor, *, stochastic: bool = False, generator: torch.Generator | None = None) -> Tensor:
-    r"""BinaryConnect: the weight's sign; or 1 with probability :math:`\mathrm{clip}((w + 1) / 2, 0, 1)`, else -1.
+def binary_connect(weight: Tensor) -> Tensor:
+    r"""BinaryConnect: the weight's sign, with a straight-through gradient where :math:`|w| \le 1`.
 
-    The gradient is straight-through where :math:`|w| \le 1`; the paper clips the weights to this range after every
-    step.
-
-    Args:
-        weight: any shape.
-        stochastic: whether signs are drawn at random.
-        generator: the generator for the draws; ``None`` for PyTorch's default.
+    The paper clips the weights to this range after every step.
 
     Courbariaux, Bengio, David: *BinaryConnect*, https://arxiv.org/abs/1511.00363
     """
     signs: Tensor = _SignStraightThrough.apply(weight)
-    if not stochastic:
-        return signs
-    draws = torch.rand(weight.shape, generator=generator, device=weight.device, dtype=wide(weight).dtype)
-    drawn = torch.where(draws < (wide(weight) + 1) / 2, 1, -1).to(weight.dtype)
-    # Shifted by a constant, so that the sign's own gradient can be used.
-    return signs + (drawn - signs).detach()
+    return signs
 
 
 class _Ternary(torch.autograd.Function):

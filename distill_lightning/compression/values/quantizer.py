@@ -44,12 +44,10 @@ class WeightQuantizer(ComputedWeight):
         rule: see `find_range`. With ``"minmax"`` the grid follows the weight at every use; the other rules are too slow
             for that and keep the grid of the given weight. With 2 or 3 bits use ``"mse"`` or LSQ: a range that contains
             everything leaves most weights at zero.
-        stochastic: for ``"binaryconnect"``, whether signs are drawn in train mode.
         calibrate: whether scales are initialised; ``False`` leaves them at 1 for a state dict that is loaded later.
 
     Raises:
-        InputError: the estimator is unknown, the estimator or ``stochastic`` is not for this kind of scheme, or the
-            weight has no range.
+        InputError: the estimator is unknown or not for this kind of scheme, or the weight has no range.
     """
 
     family = "quantized"
@@ -63,16 +61,13 @@ class WeightQuantizer(ComputedWeight):
         scheme: Scheme,
         estimator: Estimator = "ste",
         rule: RangeRule = "minmax",
-        stochastic: bool = False,
         calibrate: bool = True,
     ) -> None:
         super().__init__()
         check_one_of("estimator of weights", estimator, get_args(Estimator))
         if estimator == "lsq" and scheme.kind != "symmetric":
             raise InputError(f"estimator='lsq' learns symmetric grids, not kind={scheme.kind!r}: give 'symmetric'")
-        if stochastic and scheme.kind != "binaryconnect":
-            raise InputError(f"stochastic=True is for kind='binaryconnect', not {scheme.kind!r}")
-        self.scheme, self.estimator, self.rule, self.stochastic = scheme, estimator, rule, stochastic
+        self.scheme, self.estimator, self.rule = scheme, estimator, rule
         if scheme.kind == "ttq":
             starts = ttq_start(weight) if calibrate else (weight.new_ones(()), weight.new_ones(()))
             self.positive, self.negative = (nn.Parameter(wide(start).clone()) for start in starts)
@@ -92,7 +87,7 @@ class WeightQuantizer(ComputedWeight):
             case "binary":
                 levels = binary(weight, self.scheme)
             case "binaryconnect":
-                levels = binary_connect(weight, stochastic=self.stochastic and self.training)
+                levels = binary_connect(weight)
             case "ternary":
                 levels = ternary(weight, self.scheme)
             case "ttq":
@@ -104,7 +99,7 @@ class WeightQuantizer(ComputedWeight):
         return levels
 
     def codes(self, weight: Tensor) -> Codes:
-        """The codes of what `forward` returns in eval mode.
+        """The codes of what `forward` returns.
 
         Args:
             weight: the float weight.
@@ -120,12 +115,7 @@ class WeightQuantizer(ComputedWeight):
 
     def describe(self) -> dict[str, Any]:
         """Plain values from which `from_description` makes the same structure."""
-        return {
-            "scheme": self.scheme.describe(),
-            "estimator": self.estimator,
-            "rule": self.rule,
-            "stochastic": self.stochastic,
-        }
+        return {"scheme": self.scheme.describe(), "estimator": self.estimator, "rule": self.rule}
 
     @classmethod
     def from_description(cls, weight: Tensor, told: Mapping[str, Any]) -> Self:
@@ -161,7 +151,6 @@ def quantize_weights(
     scheme: Scheme,
     estimator: Estimator = "ste",
     rule: RangeRule = "minmax",
-    stochastic: bool = False,
     names: Sequence[str] | None = None,
 ) -> list[str]:
     """Quantize the weights of a layer, in place; see `WeightQuantizer`.
@@ -173,7 +162,6 @@ def quantize_weights(
         scheme: the scheme of the weights.
         estimator: see `WeightQuantizer`.
         rule: see `WeightQuantizer`.
-        stochastic: see `WeightQuantizer`.
         names: names of the weights; ``None`` for all.
 
     Returns:
@@ -184,8 +172,5 @@ def quantize_weights(
     """
     chosen = free_weights(layer, names, act="quantize")
     for name in chosen:
-        quantizer = WeightQuantizer(
-            getattr(layer, name), scheme=scheme, estimator=estimator, rule=rule, stochastic=stochastic
-        )
-        compute(layer, name, quantizer)
+        compute(layer, name, WeightQuantizer(getattr(layer, name), scheme=scheme, estimator=estimator, rule=rule))
     return chosen
