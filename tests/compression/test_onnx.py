@@ -13,12 +13,12 @@ from distill_lightning.compression.access.computed import bake
 from distill_lightning.compression.report import onnx as onnx_export
 from distill_lightning.compression.report.measure import Latency, compare_latency
 from distill_lightning.compression.report.onnx import (
+    OnnxNetwork,
     at_batch,
     export_onnx,
     has_vnni,
     int8_share,
     onnx_latency,
-    onnx_session,
     outputs_of,
     quantize_onnx,
 )
@@ -102,7 +102,7 @@ def exported(request, tmp_path_factory):
 @torch.no_grad()
 def test_a_float_file_computes_the_same_at_every_batch_size(exported):
     network, inputs, path, _ = exported
-    run = onnx_session(path)
+    run = OnnxNetwork(path)
     for size in (1, 2, 3, 7):
         given = torch.randn(size, *inputs.shape[1:])
         assert (run(given) - network(given)).abs().max() <= 1e-5
@@ -127,7 +127,7 @@ def test_int8_is_near_float_and_a_quarter_of_its_weights(exported, tmp_path):
     batches = [torch.randn_like(inputs) for _ in range(4)] if mode == "static" else None
     out = quantize_onnx(path, tmp_path / "int8.onnx", mode=mode, batches=batches)
     given = torch.randn(32, *inputs.shape[1:])
-    expected, found = network(given), onnx_session(out)(given)
+    expected, found = network(given), OnnxNetwork(out)(given)
     assert (found - expected).norm() < 0.06 * expected.norm()
     assert not torch.equal(found, expected)
     # By hand: biases, norms and scales remain in float.
@@ -194,7 +194,7 @@ def test_int8_accuracy_on_separable_data_stays(tmp_path):
     path = export_onnx(network, tmp_path / "net.onnx", images[:2])
     out = quantize_onnx(path, tmp_path / "int8.onnx", batches=images[:100].split(25))
     accuracies = [
-        (run(images[100:]).argmax(1) == quarters[100:]).float().mean() for run in map(onnx_session, (path, out))
+        (run(images[100:]).argmax(1) == quarters[100:]).float().mean() for run in map(OnnxNetwork, (path, out))
     ]
     assert accuracies == [1, 1]
 
@@ -213,7 +213,7 @@ def test_what_was_shrunk_or_baked_is_exported(tmp_path):
     rows = torch.randn(3, 8, 8)
     path = export_onnx(network, tmp_path / "net.onnx", rows)
     with torch.no_grad():
-        torch.testing.assert_close(onnx_session(path)(rows), network(rows), atol=1e-5, rtol=0)
+        torch.testing.assert_close(OnnxNetwork(path)(rows), network(rows), atol=1e-5, rtol=0)
 
 
 class Tied(nn.Module):
@@ -238,7 +238,7 @@ def test_tied_weights_are_stored_once_and_fresh_transformer_layers_as_one(tmp_pa
     weights = 4 * sum(parameter.numel() for parameter in network.parameters())
     assert weights <= path.stat().st_size <= weights + 20_000
     with torch.no_grad():
-        torch.testing.assert_close(onnx_session(path)(tokens[:1]), network(tokens[:1]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(OnnxNetwork(path)(tokens[:1]), network(tokens[:1]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
@@ -252,14 +252,14 @@ def test_a_fixed_batch_and_several_inputs_and_outputs(tmp_path):
             return self.layer(left + right), right.sum(1)
 
     network, given = Two(), (torch.randn(2, 4), torch.randn(2, 4))
-    run = onnx_session(export_onnx(network, tmp_path / "two.onnx", given))
+    run = OnnxNetwork(export_onnx(network, tmp_path / "two.onnx", given))
     wide = at_batch(given, 5)
     assert torch.equal(wide[1][4], given[1][0])
     for found, expected in zip(run(*wide), network(*wide), strict=True):
         torch.testing.assert_close(found, expected.detach())
     with pytest.raises(InputError, match=r"takes 2 inputs \(left, right\), got 1"):
         run(given[0])
-    fixed = onnx_session(export_onnx(network, tmp_path / "fixed.onnx", given, dynamic_batch=False))
+    fixed = OnnxNetwork(export_onnx(network, tmp_path / "fixed.onnx", given, dynamic_batch=False))
     assert fixed(*given)[0].shape == (2, 3)
     with pytest.raises(InputError, match=r"fixed.onnx does not take these inputs: .*dimensions"):
         fixed(*wide)
@@ -291,7 +291,7 @@ class Nested(nn.Module):
 def test_outputs_in_one_another_come_in_their_order(made, count, tmp_path):
     torch.manual_seed(0)
     network, inputs = Nested(made), torch.randn(2, 5, 4)
-    found = outputs_of(onnx_session(export_onnx(network, tmp_path / "net.onnx", inputs))(inputs))
+    found = outputs_of(OnnxNetwork(export_onnx(network, tmp_path / "net.onnx", inputs))(inputs))
     expected = outputs_of(network(inputs))
     assert len(found) == len(expected) == count
     for one, other in zip(found, expected, strict=True):
@@ -360,10 +360,10 @@ def test_wrong_calls_are_told_the_way_out(tmp_path):
     with pytest.raises(InputError, match="there is no file .*nothing.onnx"):
         quantize_onnx(tmp_path / "nothing.onnx", out, mode="dynamic")
     with pytest.raises(InputError, match="there is no file .*nothing.onnx"):
-        onnx_session(tmp_path / "nothing.onnx")
+        OnnxNetwork(tmp_path / "nothing.onnx")
     (tmp_path / "text.onnx").write_text("no protobuf")
     with pytest.raises(InputError, match="text.onnx cannot be read by ONNX Runtime"):
-        onnx_session(tmp_path / "text.onnx")
+        OnnxNetwork(tmp_path / "text.onnx")
     with pytest.raises(InputError, match="have no sample"):
         at_batch(torch.zeros(0, 3), 2)
 

@@ -19,21 +19,14 @@ from distill_lightning.errors import InputError
 Method = Literal["svd", "svd_channel", "svd_spatial", "tucker2", "cp", "tt"]
 METHODS: tuple[str, ...] = get_args(Method)
 
-_FACTORED: dict[str, type[nn.Module]] = {
-    "low_rank_linear": LowRankLinear,
-    "tt_linear": TrainLinear,
-    "low_rank_embedding": LowRankEmbedding,
-    "tt_embedding": TrainEmbedding,
-    "conv_chain": ConvChain,
-}
 _RECURRENT: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: FactoredLSTM, nn.GRU: FactoredGRU, nn.RNN: FactoredRNN}
-_BUILT_FROM: dict[str, tuple[type[nn.Module], ...]] = {
-    "low_rank_linear": (nn.Linear,),
-    "tt_linear": (nn.Linear,),
-    "low_rank_embedding": (nn.Embedding,),
-    "tt_embedding": (nn.Embedding,),
-    "conv_chain": (nn.Conv2d,),
-    "recurrent": tuple(_RECURRENT),
+_FACTORED: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
+    "low_rank_linear": {nn.Linear: LowRankLinear},
+    "tt_linear": {nn.Linear: TrainLinear},
+    "low_rank_embedding": {nn.Embedding: LowRankEmbedding},
+    "tt_embedding": {nn.Embedding: TrainEmbedding},
+    "conv_chain": {nn.Conv2d: ConvChain},
+    "recurrent": _RECURRENT,
 }
 
 
@@ -121,12 +114,12 @@ def build_factors(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module
     """
     values = dict(description)
     kind = values.pop("kind", None)
-    if kind not in _BUILT_FROM:
-        raise InputError(f"kind {kind!r} is not a factored layer: it must be one of {', '.join(_BUILT_FROM)}")
-    if type(layer) not in _BUILT_FROM[kind]:
-        wanted = " or ".join(made.__name__ for made in _BUILT_FROM[kind])
+    if kind not in _FACTORED:
+        raise InputError(f"kind {kind!r} is not a factored layer: it must be one of {', '.join(_FACTORED)}")
+    if type(layer) not in _FACTORED[kind]:
+        wanted = " or ".join(dense.__name__ for dense in _FACTORED[kind])
         raise InputError(f"a {kind} layer is built from {wanted}, not from {kind_of(layer)}: is it another network?")
-    made: Any = _RECURRENT[type(layer)] if kind == "recurrent" else _FACTORED[kind]
+    made: Any = _FACTORED[kind][type(layer)]
     try:
         rebuilt: nn.Module = made(layer, **values)
     except TypeError as error:

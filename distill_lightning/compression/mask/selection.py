@@ -166,7 +166,7 @@ def choose(
     pools = [[layer] for layer in scores] if each else [list(scores)]
     kept: dict[str, Tensor] = {}
     for pool in pools:
-        share = _own(amount, pool[0])
+        share = amount_of(amount, pool[0])
         if not 0 <= share <= 1:
             raise InputError(f"amount is a share of all units, between 0 and 1, got {share}")
         before = [torch.zeros_like(scores[layer], dtype=torch.bool) if gone is None else gone[layer] for layer in pool]
@@ -252,7 +252,7 @@ def _previous(previous: Masks | None, path: str, like: Tensor) -> Tensor:
     return mask.to(like.device, copy=True)
 
 
-def _own(amount: Amount, path: str) -> float:
+def amount_of(amount: Amount, path: str) -> float:
     """The amount for one path."""
     if not isinstance(amount, Mapping):
         return amount

@@ -83,19 +83,6 @@ class OnnxNetwork:
         return tensors[0] if len(tensors) == 1 else tensors
 
 
-def onnx_session(path: Path, threads: int = 1) -> OnnxNetwork:
-    """Load an ONNX file as a callable.
-
-    Args:
-        path: path of the file.
-        threads: see `OnnxNetwork`.
-
-    Raises:
-        InputError: the extra ``onnx`` is not installed, or the file cannot be read.
-    """
-    return OnnxNetwork(path, threads=threads)
-
-
 def export_onnx(network: nn.Module, path: Path, example_inputs: Any, *, dynamic_batch: bool = True) -> Path:
     """Write a network as an ONNX file in float32, and check that ONNX Runtime computes the same as PyTorch.
 
@@ -139,7 +126,7 @@ def export_onnx(network: nn.Module, path: Path, example_inputs: Any, *, dynamic_
     checked = [at_batch(inputs, size) for size in _BATCHES] if dynamic_batch else [inputs]
     try:
         _strip(path)
-        session = onnx_session(path)
+        session = OnnxNetwork(path)
         for given in checked:
             _check_equal(network, session, inputs_of(given))
     except BaseException:
@@ -255,7 +242,7 @@ def onnx_latency(
         InputError: a file cannot be read, or the arguments do not suit `compare_latency`.
     """
     arguments = inputs_of(example_inputs)
-    ours, theirs = onnx_session(compressed), onnx_session(dense)
+    ours, theirs = OnnxNetwork(compressed), OnnxNetwork(dense)
     arrays = [_array(value) for value in tensors_of(arguments)]
     with eval_mode(network):
         return {

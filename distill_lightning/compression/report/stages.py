@@ -22,10 +22,10 @@ from distill_lightning.compression.costs.parameters import count_parameters
 from distill_lightning.compression.report.measure import NO_SPEED_UP, Latency, compare_latency, measure_file
 from distill_lightning.compression.report.onnx import (
     TOLERANCE,
+    OnnxNetwork,
     at_batch,
     export_onnx,
     onnx_latency,
-    onnx_session,
     outputs_of,
     quantize_onnx,
     tensors_of,
@@ -362,7 +362,7 @@ class _Measuring:
             outputs = outputs_of(self._expected(self.plain))
         # Flat, as ONNX Runtime returns them.
         expected = outputs[0] if len(outputs) == 1 else outputs
-        options = {"expected": expected, "example_inputs": tensors_of(self.example_inputs), "read": onnx_session}
+        options = {"expected": expected, "example_inputs": tensors_of(self.example_inputs), "read": OnnxNetwork}
         largest = max((float(output.double().abs().max()) for output in outputs), default=0.0)
         exact = folder / _ONNX_FILES["onnx"][0]
         self._measure(

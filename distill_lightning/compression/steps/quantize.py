@@ -230,7 +230,7 @@ class _Quantizing(Work):
             piece.network,
             self.step.targets,
             self.step.exclude,
-            fits=lambda layer: bool(_own_weights(layer)),
+            fits=lambda layer: bool(weight_names(layer)),
             what=_WHAT,
         )
         order = _running_order(piece)
@@ -289,7 +289,7 @@ class _Quantizing(Work):
         found: list[_Weight] = []
         for path in layers:
             layer = piece.network.get_submodule(path)
-            for name in _own_weights(layer):
+            for name in weight_names(layer):
                 if not parametrize.is_parametrized(layer, name):
                     found.append(_Weight(path, name, getattr(layer, name)))
                 elif self.step.targets is None:
@@ -310,7 +310,7 @@ class _Quantizing(Work):
         others = False
         for path in layers:
             layer = piece.network.get_submodule(path)
-            for name in _own_weights(layer):
+            for name in weight_names(layer):
                 if parametrize.is_parametrized(layer, name):
                     others = True
                 else:
@@ -320,7 +320,7 @@ class _Quantizing(Work):
     def _check_ties(self, network: nn.Module, weights: list[_Weight]) -> None:
         chosen = {weight.path: weight for weight in weights}
         values = {id(weight.value): weight.path for weight in weights}
-        layers = {module for module in network.modules() if _own_weights(module)}
+        layers = {module for module in network.modules() if weight_names(module)}
         places: dict[int, set[tuple[nn.Module, str]]] = {}
         for layer in layers:
             for name, parameter in layer.named_parameters(recurse=False):
@@ -358,7 +358,7 @@ class _Quantizing(Work):
                 given,
                 kind=self.step.scheme,
                 per=self.step.grain,
-                axes={weight.path: _channel_axis(piece.network, weight) for weight in once.values()},
+                axes={weight.path: channel_axis(piece.network.get_submodule(weight.layer)) for weight in once.values()},
                 rule="mse" if self.step.estimator == "lsq" else self.step.rule,
             )
             numbers |= {weight.path: numbers[once[id(weight.value)].path] for weight in weights}
@@ -372,7 +372,7 @@ class _Quantizing(Work):
         }
 
     def _scheme(self, piece: Workpiece, weight: _Weight, number: int, *, at_end: bool) -> Scheme:
-        axis = _channel_axis(piece.network, weight)
+        axis = channel_axis(piece.network.get_submodule(weight.layer))
         if at_end and self.step.scheme in FIXED_BITS:
             return Scheme(number, "symmetric", "channel", axis)
         return Scheme(number, self.step.scheme, self.step.grain, axis)
@@ -427,14 +427,6 @@ class _Quantizing(Work):
                 piece.note("inputs of attention's output projections are not rounded: nn.MultiheadAttention calls none")
 
 
-def _channel_axis(network: nn.Module, weight: _Weight) -> int:
-    return channel_axis(network.get_submodule(weight.layer))
-
-
-def _own_weights(layer: nn.Module) -> list[str]:
-    return weight_names(layer)
-
-
 def _is_binary_connect(module: nn.Module) -> bool:
     return isinstance(module, WeightQuantizer) and module.scheme.kind == "binaryconnect"
 
@@ -450,7 +442,7 @@ def _running_order(piece: Workpiece) -> list[str]:
     seen: dict[str, None] = {}
     handles = []
     for path, module in piece.network.named_modules():
-        if _own_weights(module) and "parametrizations" not in path.split("."):
+        if weight_names(module) and "parametrizations" not in path.split("."):
             handles.append(module.register_forward_pre_hook(lambda *_, path=path: seen.setdefault(path)))
     try:
         with calibration.calibrating(piece.network), torch.no_grad():

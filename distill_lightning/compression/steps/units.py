@@ -14,7 +14,7 @@ from distill_lightning.compression.access.calibration import inputs_of
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.access.targets import Targets, match_layers
 from distill_lightning.compression.mask.masks import Masks
-from distill_lightning.compression.mask.selection import Amount, Scope, choose
+from distill_lightning.compression.mask.selection import Amount, Scope, amount_of, choose
 from distill_lightning.compression.shrink.attention import convert_attention
 from distill_lightning.compression.shrink.axes import blocks
 from distill_lightning.compression.shrink.channels import channel_groups
@@ -171,7 +171,7 @@ def choose_units(
             left = values[family.name][~away[family.name]]
             values[family.name] = values[family.name] / left.mean().clamp(min=torch.finfo(left.dtype).tiny)
     if by_threshold:
-        worth = {family.name: _share(amount, family.name) * family.blocks for family in families}
+        worth = {family.name: amount_of(amount or 0.0, family.name) * family.blocks for family in families}
         staying = {name: (values[name] >= worth[name]) & ~away[name] for name in values}
     else:
         staying = choose(values, amount or 0.0, scope=scope, gone=away)
@@ -260,10 +260,6 @@ def group_norms(network: nn.Module, families: Sequence[Family]) -> Tensor:
 def on_copy(piece: Workpiece, kind: UnitKind) -> Workpiece:
     """The workpiece with a copy of its network after `prepare`; the workpiece itself if that changes nothing."""
     return replace(piece, network=prepare(copy_network(piece.network), kind)) if kind == "head" else piece
-
-
-def _share(amount: Amount | None, name: str) -> float:
-    return amount[name] if isinstance(amount, Mapping) else amount or 0.0
 
 
 def _groups(network: nn.Module, kind: UnitKind, inputs: tuple[Any, ...], backend: Backend) -> list[Group]:
