@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from distill_lightning.compression.access.copies import separate_classes
+from distill_lightning.compression.access.parameters import join_path
 from distill_lightning.compression.access.weights import weight_names
 from distill_lightning.errors import InputError
 from distill_lightning.layers import eval_mode
@@ -133,7 +134,7 @@ def computed(layer: nn.Module) -> dict[str, ComputedWeight]:
 def computed_in(network: nn.Module) -> dict[str, ComputedWeight]:
     """What computes the weights of a network, by the path of the weight."""
     return {
-        f"{path}.{name}" if path else name: entry
+        join_path(path, name): entry
         for path, layer in network.named_modules()
         for name, entry in computed(layer).items()
     }

@@ -45,6 +45,26 @@ def parameters_of(network: nn.Module, paths: Iterable[str]) -> dict[str, nn.Para
     return found
 
 
+def names_of_parameters(network: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """The names of each parameter: several, if modules are tied, or one of them has it under several names."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for path, module in network.named_modules():
+        for name, parameter in module._parameters.items():  # noqa: SLF001  # the public iterators skip repetitions
+            if parameter is not None:
+                names.setdefault(parameter, []).append(join_path(path, name))
+    return names
+
+
+def shared_outside(network: nn.Module, layer: nn.Module, *others: nn.Module) -> str | None:
+    """The name of a layer's parameter in a module that is outside this layer and others; ``None`` if there is none."""
+    own, inside = set(layer.parameters()), (layer, *others)
+    homes = [path for path, module in network.named_modules(remove_duplicate=False) if module in inside]
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        if parameter in own and not any(name.startswith(f"{home}.") for home in homes):
+            return name
+    return None
+
+
 def cuda_devices(network: nn.Module) -> list[int]:
     """The CUDA devices of the parameters, whose random states a fork has to include."""
     return sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})

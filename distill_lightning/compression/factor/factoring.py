@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.compression.access.calibration import calibrating, inputs_of
+from distill_lightning.compression.access.parameters import shared_outside
 from distill_lightning.compression.factor.convolutions import ConvChain, patches
 from distill_lightning.compression.factor.layers import LowRankEmbedding, LowRankLinear, TrainEmbedding, TrainLinear
 from distill_lightning.compression.factor.plans import chosen_ranks, kind_of, plan_matrix, plan_of, without_macs
@@ -175,7 +176,11 @@ def check_replaceable(network: nn.Module, path: str) -> None:
             f"{path!r} is inside a MultiheadAttention, which uses its weight without calling it: "
             "exclude it, or convert the attention into separate layers first"
         )
-    _refuse_shared(network, path, modules[path], places)
+    other = shared_outside(network, modules[path])
+    if other is not None:
+        raise InputError(
+            f"{path!r} shares a weight with {other!r}, which factoring would untie: exclude both, or untie them first"
+        )
 
 
 @torch.no_grad()
@@ -256,13 +261,3 @@ def _places(modules: Mapping[str, nn.Module], layer: nn.Module) -> list[str]:
 def _above(modules: Mapping[str, nn.Module], path: str) -> list[nn.Module]:
     """The modules along a path, from the network to the parent of the layer."""
     return [modules[".".join(path.split(".")[:depth])] for depth in range(path.count(".") + 1)]
-
-
-def _refuse_shared(network: nn.Module, path: str, layer: nn.Module, places: Sequence[str]) -> None:
-    own = {id(parameter) for parameter in layer.parameters()}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        if id(parameter) in own and not any(name.startswith(f"{place}.") for place in places):
-            raise InputError(
-                f"{path!r} shares a weight with {name!r}, which factoring would untie: "
-                "exclude both, or untie them first"
-            )

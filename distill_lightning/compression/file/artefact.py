@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from distill_lightning.compression.access.computed import bake as bake_weights
 from distill_lightning.compression.access.computed import computed, original_of
+from distill_lightning.compression.access.parameters import join_path, names_of_parameters
 from distill_lightning.compression.file.format import read_packed, write_packed
 from distill_lightning.compression.file.packed import (
     Coding,
@@ -207,15 +207,13 @@ def _plain(value: Any) -> Any:
 
 def _check_ties(network: nn.Module) -> None:
     """Refuse ties that a plain network cannot have."""
-    plain: dict[int, str] = {}
-    for path, module in network.named_modules():
-        if not isinstance(module, parametrize.ParametrizationList):
-            plain |= {id(value): f"{path}.{name}" for name, value in module.named_parameters(recurse=False)}
-    for path, module in network.named_modules():
-        if isinstance(module, parametrize.ParametrizationList) and id(module.original) in plain:
+    for names in names_of_parameters(network).values():
+        computed_names = [name for name in names if "parametrizations" in name.split(".")]
+        plain = [name for name in names if name not in computed_names]
+        if plain and computed_names:
+            other = computed_names[0].replace("parametrizations.", "").removesuffix(".original")
             raise InputError(
-                f"{plain[id(module.original)]!r} is tied to {path.replace('parametrizations.', '')!r}, and only "
-                "that one is quantized or shared: compress both or neither"
+                f"{plain[0]!r} is tied to {other!r}, and only that one is quantized or shared: compress both or neither"
             )
 
 
@@ -226,7 +224,7 @@ def _stored(network: nn.Module) -> dict[str, list[Packed]]:
         for name, entry in computed(layer).items():
             stored = entry.stored(original_of(layer, name))
             if stored is not None:
-                found[f"{path}.{name}" if path else name] = pack_stored(stored)
+                found[join_path(path, name)] = pack_stored(stored)
     return found
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, TypeVar, cast
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from distill_lightning.compression.access.computed import ComputedWeight, bake_layer, compute, computed_in
-from distill_lightning.compression.access.parameters import parameters_of, split_path
+from distill_lightning.compression.access.parameters import names_of_parameters, parameters_of, split_path
 from distill_lightning.compression.mask.masks import Masks, lowest
 from distill_lightning.compression.mask.selection import Scope, choose
 from distill_lightning.errors import InputError, check_one_of
@@ -219,9 +218,9 @@ def learn(network: nn.Module, paths: Iterable[str], mask: type[Mask], **options:
         InputError: a path names no parameter or a tied one.
     """
     weights = parameters_of(network, paths)
-    places = Counter(id(own) for module in network.modules() for own in module.parameters(recurse=False))
+    names = names_of_parameters(network)
     for path, weight in weights.items():
-        if places[id(weight)] > 1:
+        if len(names[weight]) > 1:
             raise InputError(
                 f"{path!r} is a tied weight, and a learned mask sees only one of its uses: exclude its layers"
             )

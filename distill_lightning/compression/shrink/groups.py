@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from distill_lightning.compression.access.parameters import join_path, names_of_parameters, split_path
 from distill_lightning.compression.shrink.axes import check_cut, cut, length, slices
 from distill_lightning.errors import InputError
 
@@ -203,12 +204,8 @@ def get_layer(network: nn.Module, path: str) -> nn.Module:
 
 def tied_modules(network: nn.Module) -> set[nn.Module]:
     """The modules with a parameter that also belongs to another module, or has another name in the same module."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in network.modules():
-        for parameter in module._parameters.values():  # noqa: SLF001  # all names: the public iterators skip repetitions
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(module)
-    return {module for modules in owners.values() if len(modules) > 1 for module in modules}
+    shared = [names for names in names_of_parameters(network).values() if len(names) > 1]
+    return {network.get_submodule(split_path(name)[0]) for names in shared for name in names}
 
 
 def _positions_kept(member: Member, kept: Tensor) -> Tensor:
@@ -217,4 +214,4 @@ def _positions_kept(member: Member, kept: Tensor) -> Tensor:
 
 def _slices(network: nn.Module, member: Member) -> Iterable[tuple[str, int, Tensor]]:
     for tensor, dim, positions in slices(get_layer(network, member.path), member.axis):
-        yield f"{member.path}.{tensor}" if member.path else tensor, dim, positions
+        yield join_path(member.path, tensor), dim, positions

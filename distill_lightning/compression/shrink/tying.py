@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from distill_lightning.compression.access.parameters import join_path, shared_outside
 from distill_lightning.errors import InputError, check_one_of
 from distill_lightning.functional.common import wide
 
@@ -70,7 +71,7 @@ def ties_of(network: nn.Module) -> list[list[str]]:
     for path, parent in network.named_modules():
         for name, child in parent._modules.items():  # noqa: SLF001  # the public iterators skip repeats
             if child is not None:
-                places.setdefault(child, []).append(f"{path}.{name}" if path else name)
+                places.setdefault(child, []).append(join_path(path, name))
     return [paths for module, paths in places.items() if len(paths) > 1 and next(_tensors(module), None) is not None]
 
 
@@ -137,17 +138,13 @@ def _check_group(network: nn.Module, group: dict[str, nn.Module]) -> None:
 
 def _check_outside(network: nn.Module, group: dict[str, nn.Module]) -> None:
     """Refuse to replace a module whose weights are used elsewhere: that tie would be lost silently."""
-    members = set(group.values())
-    homes = [path for path, module in network.named_modules(remove_duplicate=False) if module in members]
-    names = _names_of(network)
     for path, module in list(group.items())[1:]:
-        for parameter in module.parameters():
-            for name in names[parameter]:
-                if not any(name.startswith(f"{home}.") for home in homes):
-                    raise InputError(
-                        f"{path!r} shares weights with {name!r}, which would be left with the old ones: put it first "
-                        "in its group, or untie them"
-                    )
+        name = shared_outside(network, module, *group.values())
+        if name is not None:
+            raise InputError(
+                f"{path!r} shares weights with {name!r}, which would be left with the old ones: put it first in its "
+                "group, or untie them"
+            )
 
 
 def _difference(one: nn.Module, other: nn.Module) -> str:
@@ -214,11 +211,3 @@ def _replace(network: nn.Module, modules: Sequence[nn.Module]) -> None:
         for name, child in parent._modules.items():  # noqa: SLF001  # all names of a module that has several
             if any(child is other for other in others):
                 parent._modules[name] = first  # noqa: SLF001
-
-
-def _names_of(network: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """All names of each parameter."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    return names

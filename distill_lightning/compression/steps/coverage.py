@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from distill_lightning.compression.access.parameters import join_path
 from distill_lightning.compression.access.targets import Targets
 from distill_lightning.compression.steps.base import Step
 from distill_lightning.compression.steps.workpiece import Workpiece
@@ -53,7 +54,7 @@ def _weights_of(network: nn.Module) -> dict[str, tuple[object, int]]:
             continue
         computed: Any = module.parametrizations if parametrize.is_parametrized(module) else ()
         for name in [name for name, _ in module.named_parameters(recurse=False)] + list(computed):
-            whole, tensor = f"{path}.{name}" if path else name, getattr(module, name)
+            whole, tensor = join_path(path, name), getattr(module, name)
             if tensor.ndim > 1:
                 # A computed weight does not outlive this loop, and another may get its id.
                 found[whole] = whole if name in computed else id(tensor), tensor.numel()

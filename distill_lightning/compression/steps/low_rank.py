@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.compression.access.calibration import calibrating, inputs_of
+from distill_lightning.compression.access.parameters import join_path, shared_outside
 from distill_lightning.compression.access.targets import match_layers
 from distill_lightning.compression.factor.convolutions import ConvChain
 from distill_lightning.compression.factor.decompositions import exact
@@ -163,12 +164,12 @@ class LowRank(TargetedStep):
             return paths
         free = []
         for path in paths:
-            shared = _sharing(network, path)
+            shared = shared_outside(network, network.get_submodule(path))
             if shared:
                 piece.leave(path, f"shares a weight with {shared}")
             else:
                 free.append(path)
-        weights = [f"{path}.{name}" for path in free for name, _ in network.get_submodule(path).named_parameters()]
+        weights = [join_path(path, name) for path in free for name, _ in network.get_submodule(path).named_parameters()]
         check_coverage(piece, self, weights, targets=None)
         return free
 
@@ -245,14 +246,3 @@ def _methods_of(method: Method | Mapping[str, Method]) -> dict[type[nn.Module], 
 
 def _is_data_aware(kind: type[nn.Module], method: str) -> bool:
     return kind in (nn.Linear, nn.Conv2d) and method in ("svd", "svd_channel")
-
-
-def _sharing(network: nn.Module, path: str) -> str | None:
-    """The name of a parameter of another layer that is also a parameter of this layer, if there is one."""
-    layer = network.get_submodule(path)
-    own = {id(parameter) for parameter in layer.parameters()}
-    places = [place for place, module in network.named_modules(remove_duplicate=False) if module is layer]
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        if id(parameter) in own and not any(name.startswith(f"{place}.") for place in places):
-            return name
-    return None

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from distill_lightning.compression.access import calibration
 from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.access.parameters import join_path
 from distill_lightning.compression.access.targets import match_layers
 from distill_lightning.compression.access.weights import channel_axis, weight_names
 from distill_lightning.compression.steps.base import Order, TargetedStep, Work
@@ -47,7 +48,7 @@ class _Weight:
 
     @property
     def path(self) -> str:
-        return f"{self.layer}.{self.name}" if self.layer else self.name
+        return join_path(self.layer, self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +315,7 @@ class _Quantizing(Work):
                 if parametrize.is_parametrized(layer, name):
                     others = True
                 else:
-                    names[id(getattr(layer, name))] = f"{path}.{name}" if path else name
+                    names[id(getattr(layer, name))] = join_path(path, name)
         check_coverage(piece, self.step, names.values(), targets=self.step.targets, refuse=not others)
 
     def _check_ties(self, network: nn.Module, weights: list[_Weight]) -> None:
@@ -393,8 +394,7 @@ class _Quantizing(Work):
         estimator: Estimator = "lsq" if self.step.estimator == "lsq" and scheme.kind == "symmetric" else "ste"
         rule = self.step.rule if scheme.kind in UNIFORM and estimator == "ste" else "minmax"
         quantize_weights(layer, scheme=scheme, estimator=estimator, rule=rule, names=[weight.name])
-        prefix = f"{weight.layer}." if weight.layer else ""
-        piece.rename_mask(weight.path, f"{prefix}parametrizations.{weight.name}.original")
+        piece.rename_mask(weight.path, join_path(weight.layer, f"parametrizations.{weight.name}.original"))
 
     def _quantize_inputs(self, piece: Workpiece, layers: list[str], order: list[str]) -> None:
         ends = self._ends(order)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.access.parameters import join_path
+from distill_lightning.compression.access.parameters import join_path, names_of_parameters
 from distill_lightning.compression.access.targets import Targets, match_layers
 from distill_lightning.compression.access.weights import sample_of, weight_names
 from distill_lightning.compression.steps.base import Order, Step, TargetedStep
@@ -186,7 +186,7 @@ def _free_layers(
     """
     network = piece.network
     paths = match_layers(network, targets, step.exclude, fits=_has_weights, what=_WHAT)
-    tied = _tied(network)
+    known = names_of_parameters(network)
     free: list[str] = []
     for path in paths:
         layer = network.get_submodule(path)
@@ -195,7 +195,7 @@ def _free_layers(
         if reason is None and any(parametrize.is_parametrized(layer, name) for name in names):
             reason = "its weights are computed already (quantized or shared)"
         if reason is None:
-            others = [tied[id(getattr(layer, name))] for name in names if id(getattr(layer, name)) in tied]
+            others = [known[getattr(layer, name)] for name in names if len(known[getattr(layer, name)]) > 1]
             if others:
                 reason = f"it shares a weight with another layer ({' and '.join(others[0])}), which would be untied"
         if reason is None:
@@ -209,12 +209,3 @@ def _free_layers(
     if not free:
         raise InputError(f"{step.title}: no layer of {type(network).__name__} is left whose weights are its own")
     return free
-
-
-def _tied(network: nn.Module) -> Mapping[int, list[str]]:
-    """The names of each parameter that has several, in different modules."""
-    names: dict[int, list[str]] = {}
-    for path, module in network.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            names.setdefault(id(parameter), []).append(join_path(path, name))
-    return {key: found for key, found in names.items() if len(found) > 1}
