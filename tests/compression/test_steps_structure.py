@@ -337,7 +337,7 @@ def test_wrong_ties_are_one_line():
     with pytest.raises(InputError, match="init must be"):
         TieLayers(groups=[["a", "b"]], init="last")
     network, inputs = build("encoder")
-    with pytest.raises(InputError, match="has no layer 'encoder.layers.7' to tie"):
+    with pytest.raises(InputError, match="has no layer 'encoder.layers.7'"):
         compress(network, inputs, TieLayers(groups=[["encoder.layers.0", "encoder.layers.7"]]))
 
 

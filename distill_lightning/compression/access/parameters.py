@@ -10,6 +10,20 @@ from torch import nn
 from distill_lightning.errors import InputError
 
 
+def layer_at(network: nn.Module, path: str) -> nn.Module:
+    """The layer at a dotted path; the network itself at ``""``.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return network.get_submodule(path)
+    except AttributeError as error:
+        raise InputError(
+            f"{type(network).__name__} has no layer {path!r}: see named_modules(), or build it as before"
+        ) from error
+
+
 def parameter_of(network: nn.Module, path: str) -> nn.Parameter:
     """The parameter at a dotted path, as in ``network.named_parameters()``; a tied parameter has several paths.
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.access.parameters import join_path, names_of_parameters, split_path
+from distill_lightning.compression.access.parameters import join_path, layer_at, names_of_parameters, split_path
 from distill_lightning.compression.shrink.axes import check_cut, cut, length, slices
 from distill_lightning.errors import InputError
 
@@ -141,7 +141,7 @@ def shrink(network: nn.Module, keep: Mapping[Group, Keep]) -> nn.Module:
         for member in group.members:
             own = _positions_kept(member, kept)
             place = (member.path, member.axis)
-            here = length(get_layer(network, member.path), member.axis)
+            here = length(layer_at(network, member.path), member.axis)
             if len(own) != here:
                 raise InputError(
                     f"{group.name} was found when {member!r} had {len(own)} positions, but it has {here}: find the "
@@ -186,20 +186,8 @@ def whole(network: nn.Module, path: str, *, axis: str, kind: GroupKind) -> Group
         axis: axis of the layer.
         kind: the kind of the units.
     """
-    size = length(get_layer(network, path), axis)
+    size = length(layer_at(network, path), axis)
     return Group(path, kind, size, (Member(path, axis, torch.arange(size)),))
-
-
-def get_layer(network: nn.Module, path: str) -> nn.Module:
-    """The layer at a path.
-
-    Raises:
-        InputError: there is none.
-    """
-    try:
-        return network.get_submodule(path)
-    except AttributeError as error:
-        raise InputError(f"{type(network).__name__} has no layer {path!r}: see named_modules()") from error
 
 
 def tied_modules(network: nn.Module) -> set[nn.Module]:
@@ -213,5 +201,5 @@ def _positions_kept(member: Member, kept: Tensor) -> Tensor:
 
 
 def _slices(network: nn.Module, member: Member) -> Iterable[tuple[str, int, Tensor]]:
-    for tensor, dim, positions in slices(get_layer(network, member.path), member.axis):
+    for tensor, dim, positions in slices(layer_at(network, member.path), member.axis):
         yield join_path(member.path, tensor), dim, positions

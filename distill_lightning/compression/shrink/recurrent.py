@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from distill_lightning.compression.access.parameters import layer_at
 from distill_lightning.compression.shrink.axes import blocks
 from distill_lightning.compression.shrink.channels import make_group
-from distill_lightning.compression.shrink.groups import Group, get_layer
+from distill_lightning.compression.shrink.groups import Group
 from distill_lightning.compression.shrink.tracing import follow
 from distill_lightning.errors import InputError
 
@@ -63,7 +64,7 @@ def in_blocks(network: nn.Module, group: Group, keep: Sequence[Sequence[int]]) -
     Raises:
         InputError: the number of blocks is wrong, or a unit does not exist.
     """
-    rnn: Any = get_layer(network, group.name)
+    rnn: Any = layer_at(network, group.name)
     if len(keep) != blocks(rnn):
         raise InputError(f"{group.name} has {blocks(rnn)} layers times directions, got units for {len(keep)}")
     for units in keep:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from distill_lightning.compression.access.parameters import layer_at
 from distill_lightning.compression.shrink.attention import (
     Attention,
     describe_attention,
@@ -60,12 +61,7 @@ def set_sizes(network: nn.Module, description: Mapping[str, Mapping[str, Any]]) 
     """
     # Parents come before their children, so that a layer exists when the sizes of its parts are set.
     for path, entry in description.items():
-        try:
-            original = network.get_submodule(path)
-        except AttributeError as error:
-            raise InputError(
-                f"{type(network).__name__} has no layer {path!r} to rebuild: build the network as it was before"
-            ) from error
+        original = layer_at(network, path)
         layer = resize_layer(original, entry)
         if layer is original:
             continue

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.access.parameters import join_path, shared_outside
+from distill_lightning.compression.access.parameters import join_path, layer_at, shared_outside
 from distill_lightning.errors import InputError, check_one_of
 from distill_lightning.functional.common import wide
 
@@ -99,12 +99,9 @@ def restore_ties(network: nn.Module, description: Sequence[Sequence[str]]) -> nn
 
 
 def _module_at(network: nn.Module, path: str) -> nn.Module:
-    try:
-        module = network.get_submodule(path)
-    except AttributeError:
-        module = network
+    module = layer_at(network, path)
     if module is network:
-        raise InputError(f"{type(network).__name__} has no layer {path!r} to tie: see named_modules()")
+        raise InputError(f"{type(network).__name__} cannot be tied as a whole: name layers in it, see named_modules()")
     return module
 
 

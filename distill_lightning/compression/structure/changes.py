@@ -18,6 +18,7 @@ import distill_lightning
 # The imports below that are not used make the families of computed weights known.
 from distill_lightning.compression.access.computed import bake, describe_weights, rebuild_weights
 from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.access.parameters import layer_at
 from distill_lightning.compression.factor.factoring import build_factors, replace_layer
 from distill_lightning.compression.shrink.sizes import set_sizes, sizes_of
 from distill_lightning.compression.shrink.tying import restore_ties, ties_of
@@ -104,7 +105,7 @@ def rebuild_structure(network: nn.Module, structure: Mapping[str, Any]) -> nn.Mo
     for change in structure["changes"]:
         _rebuild_change(network, change["kind"], change["layers"])
     for path, told in structure["layers"].items():
-        layer = _layer_at(network, path)
+        layer = layer_at(network, path)
         rebuild_weights(layer, told.get("weights", {}))
         if "input" in told:
             rebuild_input(layer, told["input"])
@@ -130,17 +131,8 @@ def _rebuild_change(network: nn.Module, kind: str, layers: Mapping[str, Any]) ->
             raise InputError(f"{type(network).__name__} is a single layer that was replaced: put it into a module")
     elif kind == "low_rank":
         for path, told in layers.items():
-            replace_layer(network, path, build_factors(_layer_at(network, path), told))
+            replace_layer(network, path, build_factors(layer_at(network, path), told))
     elif kind == "tied":
         restore_ties(network, layers["groups"])
     else:
         raise InputError(f"a change of the unknown kind {kind!r}: a newer version of this package makes it")
-
-
-def _layer_at(network: nn.Module, path: str) -> nn.Module:
-    try:
-        return network.get_submodule(path)
-    except AttributeError as error:
-        raise InputError(
-            f"{type(network).__name__} has no layer {path!r} to rebuild: build the network like the described one"
-        ) from error
