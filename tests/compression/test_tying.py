@@ -231,7 +231,7 @@ REFUSED = {
     "text": (build, ["13"], "at least two"),
     "no module": (build, [["1", "31"]], "no layer '31'"),
     "a parameter": (build, [["1.conv.weight", "2.conv.weight"]], "no layer"),
-    "the network": (build, [["", "1"]], "no layer ''"),
+    "the network": (build, [["", "1"]], "cannot be tied as a whole"),
     "twice": (build, [["1", "1"]], "is named twice"),
     "two groups": (build, [["1", "2"], ["2", "3"]], "is named twice"),
     "inside": (build, [["1", "2"], ["1.conv", "3.conv"]], "'1.conv' is inside '1'"),
