@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,10 +47,21 @@ def first_samples(inputs: Any, count: int) -> Any:
 
 
 @contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Let Transformer layers run through their submodules, which their fast path bypasses in eval mode."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextmanager
 def calibrating(network: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Restore modes, buffers, ``requires_grad`` and the global random state after this context.
 
-    Transformer layers run through their submodules, without the fast path that bypasses these in eval mode.
+    Transformer layers run through their submodules, see `without_fast_path`.
 
     Args:
         network: the network to run inside the context.
@@ -61,14 +73,11 @@ def calibrating(network: nn.Module, *, training: bool = False) -> Iterator[None]
     # cuDNN's recurrent layers have no backward in eval mode.
     recurrent = any(isinstance(module, nn.RNNBase) for module in modes)
     cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         network.train(training)
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.random.fork_rng(devices=cuda_devices(network)), cudnn:
+        with torch.random.fork_rng(devices=cuda_devices(network)), cudnn, without_fast_path():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, mode in modes.items():
             module.training = mode
         for parameter, need in needed.items():
@@ -76,6 +85,28 @@ def calibrating(network: nn.Module, *, training: bool = False) -> Iterator[None]
         with torch.no_grad():
             for buffer, before in buffers.items():
                 buffer.copy_(before)
+
+
+@contextmanager
+def watching(layers: Mapping[str, nn.Module], look: Callable[..., None], *, outputs: bool = False) -> Iterator[None]:
+    """Inside this context ``look(path, layer, arguments)`` is called before each call of a layer.
+
+    Args:
+        layers: the layers by path.
+        look: a function that returns nothing.
+        outputs: whether it is called after the layer instead, also with what that returned.
+    """
+    hooks = [
+        layer.register_forward_hook(partial(look, path))
+        if outputs
+        else layer.register_forward_pre_hook(partial(look, path))
+        for path, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def gradients(

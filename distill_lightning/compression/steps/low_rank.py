@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.access.calibration import calibrating, inputs_of
+from distill_lightning.compression.access.calibration import calibrating, inputs_of, watching
 from distill_lightning.compression.access.parameters import join_path, shared_outside
 from distill_lightning.compression.access.targets import match_layers
 from distill_lightning.compression.factor.convolutions import ConvChain
@@ -210,24 +210,15 @@ class LowRank(TargetedStep):
         if rank_rule(self.rank).kind != "macs":
             return {}
         sizes: dict[str, tuple[int, int]] = {}
-        handles = []
-        for path in paths:
-            layer = piece.network.get_submodule(path)
-            if isinstance(layer, nn.Conv2d):
 
-                def look(_: nn.Module, inputs: tuple[Any, ...], path: str = path) -> None:
-                    high, wide = inputs[0].shape[-2:]
-                    sizes[path] = max(
-                        sizes.get(path, (0, 0)), (int(high), int(wide)), key=lambda size: size[0] * size[1]
-                    )
+        def look(path: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+            high, wide = inputs[0].shape[-2:]
+            sizes[path] = max(sizes.get(path, (0, 0)), (int(high), int(wide)), key=lambda size: size[0] * size[1])
 
-                handles.append(layer.register_forward_pre_hook(look))
-        try:
-            with calibrating(piece.network), torch.no_grad():
-                piece.network(*inputs_of(piece.example_inputs))
-        finally:
-            for handle in handles:
-                handle.remove()
+        layers = {path: piece.network.get_submodule(path) for path in paths}
+        convolutions = {path: layer for path, layer in layers.items() if isinstance(layer, nn.Conv2d)}
+        with watching(convolutions, look), calibrating(piece.network), torch.no_grad():
+            piece.network(*inputs_of(piece.example_inputs))
         return sizes
 
 

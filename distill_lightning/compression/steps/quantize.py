@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -408,7 +407,12 @@ class _Quantizing(Work):
                 raise InputError(f"Quantize: the input of {path!r} is quantized already: leave it out")
             quantize_input(layer, self.step.activation_quantizer(number or 8))
         batches = piece.batches("Quantize with act_bits")
-        with quantizers_calibrating(piece.network), _without_fast_path(piece.network):
+        with (
+            quantizers_calibrating(piece.network),
+            calibration.without_fast_path(),
+            eval_mode(piece.network),
+            torch.no_grad(),
+        ):
             for inputs, _ in batches:
                 piece.network(*calibration.inputs_of(inputs))
 
@@ -440,26 +444,15 @@ def _matching(network: nn.Module, pattern: str, layers: list[str]) -> list[str]:
 def _running_order(piece: Workpiece) -> list[str]:
     """Paths of the layers with weights, in the order of their first calls, without those that never run as modules."""
     seen: dict[str, None] = {}
-    handles = []
-    for path, module in piece.network.named_modules():
-        if weight_names(module) and "parametrizations" not in path.split("."):
-            handles.append(module.register_forward_pre_hook(lambda *_, path=path: seen.setdefault(path)))
-    try:
-        with calibration.calibrating(piece.network), torch.no_grad():
-            piece.network(*calibration.inputs_of(piece.example_inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = {
+        path: module
+        for path, module in piece.network.named_modules()
+        if weight_names(module) and "parametrizations" not in path.split(".")
+    }
+    with (
+        calibration.watching(layers, lambda path, *_: seen.setdefault(path)),
+        calibration.calibrating(piece.network),
+        torch.no_grad(),
+    ):
+        piece.network(*calibration.inputs_of(piece.example_inputs))
     return list(seen)
-
-
-@contextmanager
-def _without_fast_path(network: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, and without the Transformer's fast path, which would bypass the layers."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with eval_mode(network), torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
+from distill_lightning.compression.access.calibration import inputs_of, watching
 from distill_lightning.compression.shrink.groups import tied_modules
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
@@ -241,22 +242,14 @@ def _mean_outputs(network: nn.Module, layers: dict[str, nn.Module], batches: Ite
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def counting(name: str) -> Callable[..., None]:
-        def count(layer: nn.Module, _: Any, output: Tensor) -> None:
-            unbatched = output.ndim == 1 or (isinstance(layer, _ConvNd) and output.ndim == layer.weight.ndim - 1)
-            channels = -1 if isinstance(layer, nn.Linear) else int(not unbatched)
-            rows = wide(output).double().movedim(channels, -1).flatten(0, -2)
-            sums[name] = sums.get(name, 0) + rows.reshape(-1, rows.shape[-1]).sum(dim=0)
-            counts[name] = counts.get(name, 0) + rows.numel() // rows.shape[-1]
+    def count(name: str, layer: nn.Module, _: Any, output: Tensor) -> None:
+        unbatched = output.ndim == 1 or (isinstance(layer, _ConvNd) and output.ndim == layer.weight.ndim - 1)
+        channels = -1 if isinstance(layer, nn.Linear) else int(not unbatched)
+        rows = wide(output).double().movedim(channels, -1).flatten(0, -2)
+        sums[name] = sums.get(name, 0) + rows.reshape(-1, rows.shape[-1]).sum(dim=0)
+        counts[name] = counts.get(name, 0) + rows.numel() // rows.shape[-1]
 
-        return count
-
-    handles = [layer.register_forward_hook(counting(name)) for name, layer in layers.items()]
-    try:
-        with eval_mode(network):
-            for batch in batches:
-                network(*batch) if isinstance(batch, (tuple, list)) else network(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(layers, count, outputs=True), eval_mode(network):
+        for batch in batches:
+            network(*inputs_of(batch))
     return {name: total / counts[name] for name, total in sums.items()}
