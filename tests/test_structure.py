@@ -72,6 +72,7 @@ ROOMS = {
     "compression/access": """
         copies parameters targets weights
         calibration computed
+        moments
     """,
     "compression/costs": """
         macs parameters

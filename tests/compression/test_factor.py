@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill_lightning import InputError
+from distill_lightning.compression.access.moments import input_moments
 from distill_lightning.compression.factor.factoring import (
     build_factors,
     factorize,
-    input_moment,
     replace_layer,
 )
 from distill_lightning.compression.factor.layers import LowRankLinear
@@ -222,6 +222,10 @@ def test_ranks_that_the_others_cannot_use_are_lowered():
 
 
 @pytest.mark.slow
+def input_moment(network, layer, batches):
+    return input_moments(network, {"layer": layer}, [(batch, None) for batch in batches], exact=True)["layer"][0]
+
+
 @pytest.mark.parametrize("rank", [1, 3, 6, 9])
 @pytest.mark.parametrize("damping", [1e-6, 0.01, 10.0])
 @pytest.mark.parametrize("number", range(3))
@@ -232,7 +236,7 @@ def test_on_its_inputs_a_data_aware_layer_is_no_worse_than_a_plain_one(number, r
         (nn.Conv2d(2, 10, (3, 2), padding=(1, 2), dilation=2), [torch.rand(3, 2, 7, 6) for _ in range(2)]),
     ][number]
     layer, batches = layer.double(), [batch.double() for batch in batches]
-    moment = input_moment(layer, "", batches)
+    moment = input_moment(layer, layer, batches)
     errors = []
     for options in ({}, {"moment": moment, "damping": damping}):
         found = factorize(layer, rank=rank, only_if_smaller=False, **options)
@@ -245,7 +249,7 @@ def test_on_its_inputs_a_data_aware_layer_is_no_worse_than_a_plain_one(number, r
 @pytest.mark.parametrize("options", CONV_OPTIONS, ids=str)
 def test_the_moment_of_a_convolution_is_that_of_its_patches(options):
     layer, images = conv(options), torch.randn(2, 5, 6, 7, dtype=torch.float64)
-    moment = input_moment(nn.Sequential(nn.ReLU(), layer), "1", [images])
+    moment = input_moment(nn.Sequential(nn.ReLU(), layer), layer, [images])
     plain = {name: value for name, value in options.items() if name not in ("bias",)}
     # Row by row of an identity kernel, a convolution tells what is in each place of a patch.
     spy = nn.Conv2d(5, moment.shape[0], **plain, bias=False, dtype=torch.float64)
@@ -259,7 +263,7 @@ def test_taking_a_moment_leaves_the_network_as_it_was():
     network = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3)).train()
     before = copy.deepcopy(network.state_dict())
     batch = torch.randn(6, 4) + 2
-    moment = input_moment(network, "2", [batch[:2], batch[2:]])
+    moment = input_moment(network, network[2], [batch[:2], batch[2:]])
     assert all(module.training for module in network.modules())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     seen = copy.deepcopy(network).eval()[0](batch).double()
@@ -606,13 +610,6 @@ def test_a_weight_that_diverged_is_refused():
         layer.weight[0, 0] = float("nan")
     with pytest.raises(InputError, match="a weight to factor holds NaN or infinity"):
         factorize(layer, rank=1)
-
-
-def test_moments_of_other_layers_and_of_nothing_are_refused():
-    with pytest.raises(InputError, match="'0' is ReLU: moments are only for Linear and ungrouped Conv2d layers"):
-        input_moment(nn.Sequential(nn.ReLU()), "0", [])
-    with pytest.raises(InputError, match="no calibration input reached '0': give at least one batch"):
-        input_moment(nn.Sequential(nn.Linear(2, 2)), "0", [])
 
 
 @pytest.mark.slow

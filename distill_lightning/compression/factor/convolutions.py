@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-import torch
 from torch import Tensor, nn
 
 from distill_lightning.compression.factor.decompositions import (
@@ -253,18 +252,3 @@ def _decompose(
     whole = train.full().permute(3, 0, 1, 2)
     # A core (before, n, after) is a convolution's weight (after, before, n).
     return [cores[0][0].T, cores[1].movedim(2, 0), cores[2].movedim(2, 0), cores[3][..., 0].T, whole]
-
-
-@torch.no_grad()
-def patches(layer: nn.Conv2d, images: Tensor) -> Tensor:
-    """The patches of images ``(N, C, H, W)`` with which a convolution multiplies its kernel, ``(positions, C H W)``."""
-    if isinstance(layer.padding, str):
-        reach = [dilation * (size - 1) for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)]
-        reach = [0, 0] if layer.padding == "valid" else reach
-        high, wide = ((length // 2, length - length // 2) for length in reach)
-    else:
-        high, wide = ((length, length) for length in layer.padding)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = nn.functional.pad(images, (*wide, *high), mode=mode)
-    columns = nn.functional.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-    return columns.transpose(1, 2).flatten(0, 1)

@@ -117,7 +117,7 @@ def whitened_svd(matrix: Tensor, rank: int, *, moment: Tensor, damping: float = 
     Args:
         matrix: ``(M, N)``.
         rank: the rank, at most ``min(M, N)``.
-        moment: second moment of the inputs, ``(N, N)``, as `input_moment` returns it.
+        moment: second moment of the inputs, ``(N, N)``, see `input_moments`.
         damping: :math:`\delta` in units of the inputs' mean square; it preserves directions that the inputs do not use.
 
     Raises:

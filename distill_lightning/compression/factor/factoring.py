@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args
 
-import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.access.calibration import calibrating, inputs_of
 from distill_lightning.compression.access.parameters import shared_outside
-from distill_lightning.compression.factor.convolutions import ConvChain, patches
+from distill_lightning.compression.factor.convolutions import ConvChain
 from distill_lightning.compression.factor.layers import LowRankEmbedding, LowRankLinear, TrainEmbedding, TrainLinear
 from distill_lightning.compression.factor.plans import chosen_ranks, kind_of, plan_matrix, plan_of, without_macs
 from distill_lightning.compression.factor.ranks import Rank, RankRule, UnfactorableError, rank_rule
@@ -68,8 +66,8 @@ def factorize(
             one.
         method: the decomposition; see `ConvChain` for those of convolutions.
         only_if_smaller: whether to leave the layer untouched if the factors would not have fewer weights.
-        moment: second moment of the layer's inputs, from `input_moment`, with which the outputs are approximated
-            instead of the weights; for svd of a `Linear` and a `Conv2d`.
+        moment: second moment ``(D, D)`` of the layer's inputs, see `input_moments`, with which the outputs are
+            approximated instead of the weights; for svd of a `Linear` and a `Conv2d`.
         damping: damping of the moment, see `whitened_svd`.
         input_size: ``(H, W)`` of a convolution's input; needed for ``rank="macs:..."``.
         parts: number of cores in the tensor train of a `Linear` or an `Embedding`.
@@ -181,47 +179,6 @@ def check_replaceable(network: nn.Module, path: str) -> None:
         raise InputError(
             f"{path!r} shares a weight with {other!r}, which factoring would untie: exclude both, or untie them first"
         )
-
-
-@torch.no_grad()
-def input_moment(network: nn.Module, path: str, batches: Iterable[Any]) -> Tensor:
-    """Second moment of a layer's inputs over calibration data, for ``factorize(moment=...)``.
-
-    The network is run in eval mode and left as it was.
-
-    Args:
-        network: the network, called with each batch, which may be a tuple of its arguments.
-        path: dotted path of a `Linear` or an ungrouped `Conv2d`; ``""`` if the network is that layer.
-        batches: inputs of the network, from the training data.
-
-    Returns:
-        The mean of ``x x^T`` over all samples and positions, in float64, ``(I, I)``; for a convolution ``x`` is a patch
-        of ``C H W`` numbers.
-
-    Raises:
-        InputError: the layer is of another kind, or no batch reaches it.
-    """
-    layer = network.get_submodule(path)
-    if not isinstance(layer, nn.Linear | nn.Conv2d) or (isinstance(layer, nn.Conv2d) and layer.groups != 1):
-        raise InputError(f"{path!r} is {kind_of(layer)}: moments are only for Linear and ungrouped Conv2d layers")
-    total, count = torch.zeros((), dtype=torch.float64), 0
-
-    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        nonlocal total, count
-        given = inputs[0].detach().double()
-        rows = patches(module, given) if isinstance(module, nn.Conv2d) else given.reshape(-1, given.shape[-1])
-        total, count = total + (rows.T @ rows).cpu(), count + len(rows)
-
-    handle = layer.register_forward_pre_hook(add)
-    try:
-        with calibrating(network):
-            for batch in batches:
-                network(*inputs_of(batch))
-    finally:
-        handle.remove()
-    if not count:
-        raise InputError(f"no calibration input reached {path!r}: give at least one batch that the layer runs on")
-    return total / count
 
 
 def _factorize_recurrent(

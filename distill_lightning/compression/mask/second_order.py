@@ -11,14 +11,12 @@ convolutions (unfolded, every group with its own Hessian); parts of recurrent an
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from distill_lightning.compression.access.calibration import Batches, calibrating, inputs_of
+from distill_lightning.compression.access.calibration import Batches
+from distill_lightning.compression.access.moments import input_moments
 from distill_lightning.compression.access.parameters import parameters_of, split_path
 from distill_lightning.compression.mask.masks import Masks, lowest
 from distill_lightning.compression.mask.selection import Granularity
@@ -26,46 +24,13 @@ from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 
 
-@torch.no_grad()
 def layer_hessians(network: nn.Module, paths: Iterable[str], batches: Batches) -> dict[str, Tensor]:
-    """The second moments of layers' inputs, one pass over the data for all of them.
-
-    Args:
-        network: run in eval mode, and left as it was.
-        paths: paths of weights of `torch.nn.Linear` or `torch.nn.Conv2d`.
-        batches: calibration data; the targets are not read.
-
-    Returns:
-        Tensors ``(G, D, D)`` by path: ``G`` groups (1 for a linear layer), ``D`` inputs of a row.
+    """The `input_moments` of the layers of some weights, by the weights' paths.
 
     Raises:
         InputError: a path belongs to another kind of layer, or to one that does not run as a module.
     """
-    layers = {path: _layer_of(network, path) for path in parameters_of(network, paths)}
-    sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(layers, 0)
-
-    def add(path: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        rows = _rows(module, wide(inputs[0]))
-        products = rows.mT @ rows
-        sums[path] = sums[path] + products if path in sums else products
-        counts[path] += rows.shape[1]
-
-    handles = [layer.register_forward_pre_hook(partial(add, path)) for path, layer in layers.items()]
-    try:
-        with calibrating(network):
-            for inputs, _ in batches:
-                network(*inputs_of(inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-    silent = [path for path, count in counts.items() if not count]
-    if silent:
-        raise InputError(
-            f"the layer of {silent[0]!r} did not run on the calibration data as a module of its own: prune it by "
-            "another criterion, or give at least one batch"
-        )
-    return {path: sums[path] / counts[path] for path in layers}
+    return input_moments(network, {path: _layer_of(network, path) for path in parameters_of(network, paths)}, batches)
 
 
 def obs(network: nn.Module, paths: Iterable[str], batches: Batches, *, damping: float = 0.01) -> dict[str, Tensor]:
@@ -262,16 +227,3 @@ def _layer_of(network: nn.Module, path: str) -> nn.Module:
             f"{path!r} is a parameter of {type(layer).__name__}: only Linear and Conv2d can be pruned in this way"
         )
     return layer
-
-
-def _rows(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """The inputs that the layer's weight rows are multiplied with: ``(G, samples, D)``."""
-    if not isinstance(layer, nn.Conv2d):
-        return inputs.reshape(1, -1, inputs.shape[-1])
-    batch = inputs if inputs.ndim == 4 else inputs[None]
-    sides = layer._reversed_padding_repeated_twice  # noqa: SLF001  # the one place where "same" has become numbers
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
-    patches = F.unfold(F.pad(batch, sides, mode=mode), kernel, dilation=dilation, stride=stride)
-    grouped = patches.view(len(batch), layer.groups, -1, patches.shape[2])
-    return grouped.permute(1, 0, 3, 2).flatten(1, 2)

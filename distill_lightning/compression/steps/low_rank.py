@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.compression.access.calibration import calibrating, inputs_of, watching
+from distill_lightning.compression.access.moments import input_moments
 from distill_lightning.compression.access.parameters import join_path, shared_outside
 from distill_lightning.compression.access.targets import match_layers
 from distill_lightning.compression.factor.convolutions import ConvChain
@@ -20,7 +21,6 @@ from distill_lightning.compression.factor.factoring import (
     Method,
     check_replaceable,
     factorize,
-    input_moment,
     replace_layer,
 )
 from distill_lightning.compression.factor.layers import LowRankEmbedding, LowRankLinear, TrainEmbedding, TrainLinear
@@ -129,10 +129,10 @@ class LowRank(TargetedStep):
             recipe.note_change(network, "sizes")
             piece.changed = True
         paths = self._paths(piece)
-        sizes = self._input_sizes(piece, paths)
+        sizes, moments = self._input_sizes(piece, paths), self._moments(piece, paths)
         factored = {}
         for path in paths:
-            found = self._factored(piece, path, sizes.get(path))
+            found = self._factored(piece, path, sizes.get(path), moments.get(path))
             if found is not None:
                 factored[path] = found
         made = {path: one.layer for path, one in factored.items() if one.description is not None}
@@ -173,17 +173,26 @@ class LowRank(TargetedStep):
         check_coverage(piece, self, weights, targets=None)
         return free
 
-    def _factored(self, piece: Workpiece, path: str, input_size: Sequence[int] | None) -> Factored | None:
+    def _moments(self, piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
+        """The second moments of the inputs of the layers whose outputs are approximated."""
+        layers = {path: piece.network.get_submodule(path) for path in paths}
+        chosen = {
+            path: layer
+            for path, layer in layers.items()
+            if _is_data_aware(type(layer), self._methods[type(layer)]) and getattr(layer, "groups", 1) == 1
+        }
+        if not self.data_aware or not chosen:
+            return {}
+        batches = piece.batches("LowRank(data_aware=True)")
+        return {path: moment[0] for path, moment in input_moments(piece.network, chosen, batches, exact=True).items()}
+
+    def _factored(
+        self, piece: Workpiece, path: str, input_size: Sequence[int] | None, moment: Tensor | None
+    ) -> Factored | None:
         """The factors of a layer, or ``None`` if it has none."""
         layer = piece.network.get_submodule(path)
         method = self._methods[type(layer)]
-        moment: Tensor | None = None
         try:
-            if self.data_aware and _is_data_aware(type(layer), method):
-                if isinstance(layer, nn.Conv2d) and layer.groups != 1:
-                    raise UnfactorableError(f"a convolution with groups={layer.groups} cannot be factored")
-                batches = piece.batches("LowRank(data_aware=True)")
-                moment = input_moment(piece.network, path, [inputs for inputs, _ in batches])
             found = factorize(
                 layer,
                 rank=self.rank,
