@@ -11,6 +11,7 @@ from torch import nn
 
 from distill_lightning import InputError
 from distill_lightning.compression.mask.sensitivity import amounts_within, scan
+from distill_lightning.compression.steps.sensitivity import Sensitivity
 from distill_lightning.compression.values.allocation import allocate_bits
 from distill_lightning.compression.values.quantizer import quantize_weights
 from distill_lightning.compression.values.scheme import Scheme
@@ -126,8 +127,8 @@ def test_a_planted_useless_layer_gets_the_largest_amount():
     curves = scan(network, layers, levels, change=prune_lowest, evaluate=evaluate)
     assert set(curves["useless.weight"].values()) == set(curves["nothing.weight"].values()) == {0.0}
     counts = {layer: network.get_parameter(layer).numel() for layer in layers}
-    for options in ({"max_drop": 0.0}, {"max_drop": 1e-3}, {"target": 0.55, "counts": counts}):
-        amounts = amounts_within(curves, dense=evaluate(network), **options)
+    for options in ({"max_drop": 0.0}, {"max_drop": 1e-3}, {"target": 0.55}):
+        amounts = amounts_within(curves, counts, dense=evaluate(network), **options)
         assert amounts["useless.weight"] == amounts["nothing.weight"] == 1.0
         assert amounts["used.weight"] < 1
         assert amounts["out.weight"] < 1
@@ -175,13 +176,13 @@ def share(amounts, counts):
 
 
 def test_amounts_are_the_largest_levels_within_the_drop():
-    assert amounts_within(CURVES, dense=0.9, max_drop=0.05) == {"a": 0.5, "b": 0.2, "c": 0.5}
-    assert amounts_within(CURVES, dense=0.9, max_drop=0.0) == {"a": 0.2, "b": 0.2, "c": 0.0}
-    assert amounts_within(CURVES, dense=0.9, max_drop=-0.005) == {"a": 0.0, "b": 0.2, "c": 0.0}
+    assert amounts_within(CURVES, COUNTS, dense=0.9, max_drop=0.05) == {"a": 0.5, "b": 0.2, "c": 0.5}
+    assert amounts_within(CURVES, COUNTS, dense=0.9, max_drop=0.0) == {"a": 0.2, "b": 0.2, "c": 0.0}
+    assert amounts_within(CURVES, COUNTS, dense=0.9, max_drop=-0.005) == {"a": 0.0, "b": 0.2, "c": 0.0}
     # A score that is NaN is never within.
-    assert amounts_within(CURVES, dense=0.9, max_drop=float("inf")) == {"a": 0.8, "b": 0.8, "c": 0.5}
+    assert amounts_within(CURVES, COUNTS, dense=0.9, max_drop=float("inf")) == {"a": 0.8, "b": 0.8, "c": 0.5}
     for drop in np.linspace(-0.1, 1, 100).tolist():
-        assert amounts_within(CURVES, dense=0.9, max_drop=drop) == naive_amounts(drop)
+        assert amounts_within(CURVES, COUNTS, dense=0.9, max_drop=drop) == naive_amounts(drop)
 
 
 def test_a_target_takes_the_smallest_drop_that_reaches_it():
@@ -193,7 +194,7 @@ def test_a_target_takes_the_smallest_drop_that_reaches_it():
             for name in "abcd"
         }
         counts = {name: int(generator.integers(1, 1000)) for name in "abcd"}
-        found = amounts_within(curves, dense=dense, target=target, counts=counts)
+        found = amounts_within(curves, counts, dense=dense, target=target)
         assert share(found, counts) >= target, trial
         # Among all drops of the curves, tried one after another, no smaller one is enough.
         drops = sorted(dense - score for levels in curves.values() for score in levels.values())
@@ -204,8 +205,7 @@ def test_a_target_takes_the_smallest_drop_that_reaches_it():
 
 def test_larger_targets_and_drops_never_give_any_layer_less():
     for option, values in (("max_drop", np.linspace(0, 1, 30)), ("target", np.linspace(0, 0.79, 30))):
-        counts = {} if option == "max_drop" else {"counts": COUNTS}
-        found = [amounts_within(CURVES, dense=0.9, **{option: float(value)}, **counts) for value in values]
+        found = [amounts_within(CURVES, COUNTS, dense=0.9, **{option: float(value)}) for value in values]
         for smaller, larger in itertools.pairwise(found):
             assert all(smaller[layer] <= larger[layer] for layer in CURVES)
 
@@ -218,12 +218,9 @@ def test_what_cannot_be_scanned_or_reached_is_one_line():
         (lambda: scan(network, ["0.weight", "0.weight"], LEVELS, **options), "layers"),
         (lambda: scan(network, LAYERS, [], **options), "levels"),
         (lambda: scan(network, LAYERS, [0.5, 0.5], **options), "levels"),
-        (lambda: amounts_within(CURVES, dense=0.9), "not both"),
-        (lambda: amounts_within(CURVES, dense=0.9, max_drop=0.1, target=0.1, counts=COUNTS), "not both"),
-        (lambda: amounts_within(CURVES, dense=0.9, target=0.1), "counts"),
-        (lambda: amounts_within(CURVES, dense=0.9, target=0.1, counts={"a": 1}), "counts"),
-        (lambda: amounts_within(CURVES, dense=0.9, target=1.1, counts=COUNTS), "0 to 1"),
-        (lambda: amounts_within(CURVES, dense=0.9, target=0.9, counts=COUNTS), "out of reach.* 0.797"),
+        (lambda: Sensitivity(max_drop=0.1, target=0.1), "either max_drop or target"),
+        (lambda: Sensitivity(target=1.1), "between 0 and 1"),
+        (lambda: amounts_within(CURVES, COUNTS, dense=0.9, target=0.9), "out of reach.* 0.797"),
     ):
         with pytest.raises(InputError, match=words) as refused:
             action()

@@ -964,7 +964,8 @@ def test_on_digits_eight_bits_cost_nothing_and_training_repairs_two_bits():
 
 def errors_and_counts(seed=0):
     weights = {f"layer{n}": draw(4, 10 + 7 * n, seed=seed + n) * (1 + n) for n in range(5)}
-    return weight_errors(weights, rule="minmax"), {name: weight.numel() for name, weight in weights.items()}
+    errors = {name: weight_errors(weight, rule="minmax") for name, weight in weights.items()}
+    return errors, {name: weight.numel() for name, weight in weights.items()}
 
 
 def test_mixed_precision_keeps_the_budget_and_more_of_it_never_takes_bits_away():

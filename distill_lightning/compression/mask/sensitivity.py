@@ -65,11 +65,11 @@ def scan(
 
 def amounts_within(
     curves: Curves,
+    counts: Mapping[str, int],
     *,
     dense: float,
     max_drop: float | None = None,
     target: float | None = None,
-    counts: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
     """The largest level of each layer at which the score falls by no more than a drop that is the same for all.
 
@@ -77,26 +77,21 @@ def amounts_within(
 
     Args:
         curves: scores by layer and level, from `scan`; a larger level must mean a stronger change.
+        counts: number of weights by layer.
         dense: the unchanged network's score.
         max_drop: how much the score may fall for each layer.
         target: instead, the share of all weights (0 to 1) to prune: the smallest drop is used at which the levels, as
             shares of their layers' weights, reach it. Between two drops of the curves nothing changes, so the reached
             share may be larger.
-        counts: weights of each layer, which ``target`` needs.
 
     Returns:
         The level by layer; 0 where none is within the drop.
 
     Raises:
-        InputError: not exactly one of ``max_drop`` and ``target``, a target out of range or without the counts of these
-            layers, or one that the largest levels do not reach.
+        InputError: the largest levels do not reach the target.
     """
-    if max_drop is not None and target is None:
-        return _within(curves, dense, max_drop)
-    if target is None or max_drop is not None:
-        raise InputError("give max_drop or target, and not both")
-    if not 0 <= target <= 1 or counts is None or counts.keys() != curves.keys():
-        raise InputError(f"target={target} must be from 0 to 1, and counts must have the layers of the curves")
+    if target is None:
+        return _within(curves, dense, max_drop or 0.0)
     scores = {score for levels in curves.values() for score in levels.values()}
     drops = sorted(dense - score for score in scores if not math.isnan(score))
     total = sum(counts.values())

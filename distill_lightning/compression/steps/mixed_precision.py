@@ -65,13 +65,13 @@ class MixedPrecision(Choice):
         """
         errors = {
             name: weight_errors(
-                {name: weight},
+                weight,
                 bits=[fixed[name]] if name in fixed else sorted(set(self.choices)),
                 kind=kind,
                 per=per,
-                axes=axes,
+                axis=axes[name],
                 rule=rule,
-            )[name]
+            )
             for name, weight in weights.items()
         }
         budget = self.budget_bytes

@@ -27,7 +27,8 @@ class Sensitivity(Choice):
         levels: the amounts that are tried, rising, in ``[0, 1]``.
 
     Raises:
-        InputError: not exactly one of ``max_drop`` and ``target``, or levels that do not rise.
+        InputError: not exactly one of ``max_drop`` and ``target``, a target outside ``[0, 1]``, or levels that do
+            not rise.
     """
 
     max_drop: float | None = None
@@ -37,6 +38,8 @@ class Sensitivity(Choice):
     def __post_init__(self) -> None:
         if (self.max_drop is None) == (self.target is None):
             raise InputError("Sensitivity: give either max_drop or target")
+        if self.target is not None and not 0 <= self.target <= 1:
+            raise InputError(f"Sensitivity: target must be between 0 and 1, got {self.target}")
         levels = list(self.levels)
         rising = all(low < high for low, high in pairwise(levels))
         if not levels or not rising or levels[0] < 0 or levels[-1] > 1:
@@ -67,4 +70,4 @@ class Sensitivity(Choice):
         for name, curve in curves.items():
             losses = [-score for score in curve.values()]
             piece.record("sensitivity", name, {"levels": list(self.levels), "losses": losses, "dense": -dense})
-        return amounts_within(curves, dense=dense, max_drop=self.max_drop, target=self.target, counts=counts)
+        return amounts_within(curves, counts, dense=dense, max_drop=self.max_drop, target=self.target)

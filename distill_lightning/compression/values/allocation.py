@@ -23,31 +23,20 @@ class _Raise(NamedTuple):
 
 
 def weight_errors(
-    weights: Mapping[str, Tensor],
+    weight: Tensor,
     *,
     bits: Sequence[int] = (2, 3, 4, 5, 6, 7, 8),
     kind: Kind = "symmetric",
     per: str = "channel",
-    axes: Mapping[str, int] | None = None,
+    axis: int = 0,
     rule: RangeRule = "mse",
-) -> dict[str, dict[int, float]]:
-    """The squared error of every weight at every number of bits, for `allocate_bits`.
-
-    Args:
-        weights: the weights by name.
-        bits: the numbers of bits to try.
-        kind: kind of the grid, see `Scheme`.
-        per: see `Scheme`.
-        axes: axes of the channels by name, 1 for transposed convolutions (`channel_axis`); missing names have 0.
-        rule: see `find_range`.
-    """
-    errors: dict[str, dict[int, float]] = {}
-    for name, weight in weights.items():
-        errors[name] = {}
-        for width in bits:
-            scheme = Scheme(width, kind, per if weight.ndim > 1 else "tensor", (axes or {}).get(name, 0))
-            rounded = dequantize(quantize(weight, *weight_grid(weight, scheme, rule=rule), scheme), scheme)
-            errors[name][width] = float((rounded - wide(weight.detach())).double().square().sum())
+) -> dict[int, float]:
+    """The squared error of a weight at each of some numbers of bits; the options are those of `Scheme` and a rule."""
+    errors = {}
+    for width in bits:
+        scheme = Scheme(width, kind, per if weight.ndim > 1 else "tensor", axis)
+        rounded = dequantize(quantize(weight, *weight_grid(weight, scheme, rule=rule), scheme), scheme)
+        errors[width] = float((rounded - wide(weight.detach())).double().square().sum())
     return errors
 
 
