@@ -180,12 +180,7 @@ class PruningUnits(PruningWork):
             return self._found
         step = self.step
         families = units.find_families(
-            piece.network,
-            step.unit,
-            piece.example_inputs,
-            targets=step.targets,
-            exclude=step.exclude,
-            backend=step.backend,
+            piece, step.unit, targets=step.targets, exclude=step.exclude, backend=step.backend
         )
         if isinstance(step.amount, dict):
             self.final = weights.per_layer(piece.network, step.amount, [family.name for family in families])

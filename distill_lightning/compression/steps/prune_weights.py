@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from distill_lightning.compression.mask.selection import Granularity
 from distill_lightning.compression.steps import weights
@@ -111,10 +111,6 @@ class _PruningWeights(PruningWork):
     def prune(self, piece: Workpiece, level: Level | None, *, more: bool) -> None:
         """Add to the masks."""
         step = self.step
-        if isinstance(step.schedule, Threshold):
-            threshold = cast("float", level)
-            weights.prune_below(piece, self.paths, threshold, criterion=step.criterion, granularity=step.granularity)
-            return
         weights.prune_weights(
             piece,
             self.paths,
@@ -122,6 +118,7 @@ class _PruningWeights(PruningWork):
             criterion=step.criterion,
             granularity=step.granularity,
             scope=step.competing,
+            by_threshold=isinstance(step.schedule, Threshold),
             growing=step.regrow if more else 0.0,
         )
 

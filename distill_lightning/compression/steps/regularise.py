@@ -201,12 +201,5 @@ class _Regularising(Work):
     def _found(self, piece: Workpiece, unit: units.UnitKind) -> list[units.Family]:
         """The units, which are found once per phase and again after resuming."""
         if self._families is None:
-            self._families = units.find_families(
-                piece.network,
-                unit,
-                piece.example_inputs,
-                targets=self.step.targets,
-                exclude=self.step.exclude,
-                backend="own",
-            )
+            self._families = units.find_families(piece, unit, targets=self.step.targets, exclude=self.step.exclude)
         return self._families

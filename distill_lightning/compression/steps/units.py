@@ -58,28 +58,14 @@ def prepare(network: nn.Module, kind: UnitKind) -> nn.Module:
 
 
 def find_families(
-    network: nn.Module,
-    kind: UnitKind,
-    example_inputs: Any,
-    *,
-    targets: Targets | None,
-    exclude: Targets,
-    backend: Backend,
+    piece: Workpiece, kind: UnitKind, *, targets: Targets | None, exclude: Targets, backend: Backend = "own"
 ) -> list[Family]:
-    """Find the units that can be removed from a network.
-
-    Args:
-        network: after `prepare`.
-        kind: kind of units.
-        example_inputs: a tensor or a tuple of arguments.
-        targets: paths of the layers after which the groups are named; see `match_layers`.
-        exclude: see `match_layers`.
-        backend: the analysis that finds channels.
+    """Find the units that can be removed from a network after `prepare`.
 
     Raises:
         InputError: there are none, or none of them matches.
     """
-    inputs = inputs_of(example_inputs)
+    network, inputs = piece.network, inputs_of(piece.example_inputs)
     if kind == "layer":
         found = [
             Family(path, len(module.layers))

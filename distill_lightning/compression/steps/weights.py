@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +136,7 @@ def prune_weights(
     criterion: str,
     granularity: str,
     scope: Scope,
+    by_threshold: bool = False,
     growing: float = 0.0,
 ) -> None:
     """Prune to a share of the weights; weights pruned before count and, except for ``growing``, stay pruned.
@@ -146,16 +148,20 @@ def prune_weights(
         criterion: a key of `SCORERS`.
         granularity: see `Granularity`.
         scope: see `select`.
+        by_threshold: whether the amount is a threshold of the scores instead, whatever share is below it.
         growing: share of the weights pruned before that return, while others are pruned instead.
 
     Raises:
         InputError: see the criterion and `select`.
     """
-    scores = SCORERS[criterion](piece, paths)
+    scores, reduce = SCORERS[criterion](piece, paths), REDUCE.get(criterion, "mean")
+    if by_threshold:
+        threshold = cast("float", amount)
+        piece.prune(select_below(scores, threshold, granularity=granularity, reduce=reduce, previous=piece.masks))
+        return
     before = Masks({path: mask for path, mask in piece.masks.kept.items() if path in scores})
 
     def chosen(shares: Amount | None, some: Mapping[str, Tensor]) -> Masks:
-        reduce = REDUCE.get(criterion, "mean")
         return select(some, shares, granularity=granularity, scope=scope, reduce=reduce, previous=before)
 
     if growing and before.pruned and amount is not None:
@@ -173,17 +179,6 @@ def prune_weights(
         else:
             second_order.prune_layers(piece.network, paths, batches, masks=masks)
     piece.prune(masks)
-
-
-def prune_below(piece: Workpiece, paths: Sequence[str], threshold: float, *, criterion: str, granularity: str) -> None:
-    """Prune what scores less than a threshold, whatever its share; weights pruned before stay pruned.
-
-    Raises:
-        InputError: see the criterion and `select_below`.
-    """
-    scores = SCORERS[criterion](piece, paths)
-    reduce = REDUCE.get(criterion, "mean")
-    piece.prune(select_below(scores, threshold, granularity=granularity, reduce=reduce, previous=piece.masks))
 
 
 def bearable(
