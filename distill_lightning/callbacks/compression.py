@@ -21,7 +21,7 @@ from distill_lightning.callbacks.structure_hooks import LoadHook, SaveHook
 from distill_lightning.compression.access.calibration import first_samples
 from distill_lightning.compression.costs.parameters import count_parameters
 from distill_lightning.compression.report.report import Report, circumstances
-from distill_lightning.compression.report.stages import DENSE, FINAL, Kind, Stage
+from distill_lightning.compression.report.stages import DENSE, FINAL, Stage, StageKind
 from distill_lightning.compression.run.compressor import Compressor, Moment, has_parameters
 from distill_lightning.compression.run.phases import Phase, check_order
 from distill_lightning.compression.steps import Order, Step
@@ -412,7 +412,7 @@ class CompressionCallback(pl.Callback):
         """The final row has the last phase's time."""
         return FINAL if phase is cast("Compressor", self.compressor).phases[-1] else None
 
-    def _measure(self, name: str, kind: Kind, *, final: bool = False, timed_as: str | None = None) -> None:
+    def _measure(self, name: str, kind: StageKind, *, final: bool = False, timed_as: str | None = None) -> None:
         trainer, pl_module = cast("tuple[pl.Trainer, Any]", self._fit)
         compressor = cast("Compressor", self.compressor)
         told = {note for stage in self.stages for note in stage.notes}

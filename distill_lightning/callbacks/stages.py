@@ -15,7 +15,7 @@ from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.file.artefact import load_compressed, write_artefact
 from distill_lightning.compression.report.details import details_of
 from distill_lightning.compression.report.measure import MIN_ROUNDS
-from distill_lightning.compression.report.stages import SEE, Kind, Onnx, Stage, measure_stage
+from distill_lightning.compression.report.stages import SEE, Onnx, Stage, StageKind, measure_stage
 from distill_lightning.compression.run.compressor import Compressor
 from distill_lightning.errors import InputError
 from distill_lightning.lightning_internals import TrainersBatches, undrawn, validation_loaders
@@ -61,7 +61,7 @@ def measure(
     wanted: Measurements,
     *,
     name: str,
-    kind: Kind,
+    kind: StageKind,
     final: bool = False,
     timed_as: str | None = None,
     notes: Sequence[str] = (),

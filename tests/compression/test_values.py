@@ -25,8 +25,8 @@ from distill_lightning.compression.access.weights import channel_axis, weight_na
 from distill_lightning.compression.values import ranges
 from distill_lightning.compression.values.activations import (
     ActivationQuantizer,
-    calibrating,
     describe_input,
+    observing_inputs,
     quantize_input,
     rebuild_input,
 )
@@ -720,9 +720,9 @@ def test_quantized_inputs_are_calibrated_described_rebuilt_and_trained(options):
     quantize_input(network[2], ActivationQuantizer(**options))
     batches = [draw(16, 6, seed=seed) for seed in range(4)]
     if options["estimator"] != "dorefa":
-        with pytest.raises(InputError, match="calibrating"):
+        with pytest.raises(InputError, match="observing_inputs"):
             network.eval()(batches[0])
-    with calibrating(network):
+    with observing_inputs(network):
         for batch in batches:
             assert torch.equal(network(batch), fresh(batch)), "calibration changes nothing"
     network.eval()
@@ -752,7 +752,7 @@ def test_quantized_inputs_are_calibrated_described_rebuilt_and_trained(options):
 def test_learned_scales_of_affine_grids_keep_negative_activations():
     scheme, values = Scheme(4, "affine", "tensor"), draw(500) - 0.5
     quantizer = ActivationQuantizer(scheme=scheme, estimator="lsq")
-    with calibrating(quantizer):
+    with observing_inputs(quantizer):
         quantizer(values)
     levels = quantizer(values)
     assert bool(((levels - values).abs() <= quantizer.scale / 2 * (1 + 1e-5)).all())
@@ -761,7 +761,7 @@ def test_learned_scales_of_affine_grids_keep_negative_activations():
 
 def test_the_moving_average_follows_in_train_mode_only():
     quantizer = ActivationQuantizer(scheme=Scheme(8, "affine", "tensor"), observer="ema", momentum=0.5)
-    with calibrating(quantizer):
+    with observing_inputs(quantizer):
         quantizer(draw(50).clamp(-1, 1))
     before = quantizer.scale.clone()
     quantizer.eval()(10 * draw(50))
@@ -777,14 +777,14 @@ def test_eight_bits_come_close_on_recurrent_and_attention_layers():
         dense = run(layer, given).detach()
         quantize_weights(layer, scheme=Scheme(8))
         quantize_input(layer, ActivationQuantizer(scheme=Scheme(8, "affine", "tensor")))
-        with calibrating(layer):
+        with observing_inputs(layer):
             run(layer, given)
         relative = ((run(layer, given) - dense).norm() / dense.norm()).item()
         assert 0 < relative < 0.06, kind
     packed = pack_padded_sequence(torch.randn(5, 2, 4), torch.tensor([5, 3]))
     lstm = nn.LSTM(4, 3)
     quantize_input(lstm, ActivationQuantizer(scheme=Scheme(2, "affine", "tensor")))
-    with calibrating(lstm):
+    with observing_inputs(lstm):
         lstm(packed)
     rounded = packed._replace(data=lstm.input_quantizer(packed.data))
     assert torch.equal(lstm(packed)[0].data, nn.LSTM.forward(lstm, rounded)[0].data)
@@ -804,11 +804,11 @@ def test_activation_quantizers_refuse_in_one_line():
     quantize_input(layer, ActivationQuantizer(scheme=affine, estimator="pact"))
     with pytest.raises(InputError, match="already"):
         quantize_input(layer, ActivationQuantizer(scheme=affine))
-    with pytest.raises(InputError, match="no positive"), calibrating(layer):
+    with pytest.raises(InputError, match="no positive"), observing_inputs(layer):
         layer(-torch.ones(2, 3))
     with (
         pytest.raises(InputError, match="seen nothing"),
-        calibrating(nn.Sequential(ActivationQuantizer(scheme=affine))),
+        observing_inputs(nn.Sequential(ActivationQuantizer(scheme=affine))),
     ):
         pass
 

@@ -25,7 +25,7 @@ ConvMethod = Literal["svd_channel", "svd_spatial", "tucker2", "cp", "tt"]
 CONV_METHODS: tuple[str, ...] = get_args(ConvMethod)
 
 
-class Cost(NamedTuple):
+class LayerCost(NamedTuple):
     """The cost of a layer for one sample (for one position if a linear layer has many); biases are not counted."""
 
     weights: int
@@ -133,7 +133,7 @@ def chain_stages(layer: nn.Conv2d, method: ConvMethod, ranks: Sequence[int]) -> 
     ]
 
 
-def chain_cost(stages: Sequence[dict[str, Any]], input_size: Sequence[int] | None) -> Cost:
+def chain_cost(stages: Sequence[dict[str, Any]], input_size: Sequence[int] | None) -> LayerCost:
     """Weights and multiply-accumulates of a chain for one image.
 
     Args:
@@ -146,7 +146,7 @@ def chain_cost(stages: Sequence[dict[str, Any]], input_size: Sequence[int] | Non
         own = stage["out_channels"] * stage["in_channels"] // stage["groups"] * math.prod(stage["kernel_size"])
         size = (_length(stage, size[0], 0), _length(stage, size[1], 1)) if input_size is not None else size
         weights, macs = weights + own, macs + own * math.prod(size)
-    return Cost(weights, macs)
+    return LayerCost(weights, macs)
 
 
 def dense_stages(layer: nn.Conv2d) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill_lightning.compression.factor.convolutions import (
     ConvMethod,
-    Cost,
+    LayerCost,
     chain_cost,
     chain_stages,
     chain_unfoldings,
@@ -36,9 +36,9 @@ class Plan(NamedTuple):
     """How a method would factor a layer, before the ranks are known."""
 
     full: list[int]
-    dense: Cost
+    dense: LayerCost
     unfoldings: Callable[[], list[Tensor]]
-    cost: Callable[[list[int]], Cost]
+    cost: Callable[[list[int]], LayerCost]
     fit: Callable[[list[int]], list[int]]
     describe: Callable[[list[int]], dict[str, Any]]
 
@@ -79,10 +79,10 @@ def _plan_svd(layer: nn.Linear | nn.Embedding) -> Plan:
     linear = isinstance(layer, nn.Linear)
     return Plan(
         full=[min(rows, columns)],
-        dense=Cost(rows * columns, rows * columns if linear else 0),
+        dense=LayerCost(rows * columns, rows * columns if linear else 0),
         unfoldings=lambda: [exact(layer.weight)],
         # Looking up a row of factors costs D R multiply-accumulates; a dense lookup costs none.
-        cost=lambda ranks: Cost(ranks[0] * (rows + columns), ranks[0] * (rows + columns if linear else columns)),
+        cost=lambda ranks: LayerCost(ranks[0] * (rows + columns), ranks[0] * (rows + columns if linear else columns)),
         fit=list,
         describe=lambda ranks: {"kind": "low_rank_linear" if linear else "low_rank_embedding", "rank": ranks[0]},
     )
@@ -102,16 +102,16 @@ def _plan_train(layer: nn.Linear | nn.Embedding, parts: int) -> Plan:
         paired = train_matrix(exact(layer.weight), row_shape, column_shape)
         return [paired.flatten(0, at).reshape(math.prod(sizes[: at + 1]), -1) for at in range(parts - 1)]
 
-    def cost(ranks: list[int]) -> Cost:
+    def cost(ranks: list[int]) -> LayerCost:
         edges = [1, *ranks, 1]
         cores = [edges[at] * sizes[at] * edges[at + 1] for at in range(parts)]
         # When core k is applied, there are the output digits before it and the input digits after it.
         spread = [math.prod(row_shape[:at]) * math.prod(column_shape[at + 1 :]) for at in range(parts)]
-        return Cost(sum(cores), sum(c * s for c, s in zip(cores, spread, strict=True)) if linear else 0)
+        return LayerCost(sum(cores), sum(c * s for c, s in zip(cores, spread, strict=True)) if linear else 0)
 
     return Plan(
         full=fit_train_ranks(sizes, [math.prod(sizes)] * (parts - 1)),
-        dense=Cost(rows * columns, rows * columns if linear else 0),
+        dense=LayerCost(rows * columns, rows * columns if linear else 0),
         unfoldings=unfoldings,
         cost=cost,
         fit=lambda ranks: fit_train_ranks(sizes, ranks),
@@ -148,9 +148,9 @@ def plan_matrix(weight: Tensor) -> Plan:
     rows, columns = weight.shape
     return Plan(
         full=[min(rows, columns)],
-        dense=Cost(rows * columns, 0),
+        dense=LayerCost(rows * columns, 0),
         unfoldings=lambda: [exact(weight)],
-        cost=lambda ranks: Cost(ranks[0] * (rows + columns), 0),
+        cost=lambda ranks: LayerCost(ranks[0] * (rows + columns), 0),
         fit=list,
         describe=lambda ranks: {"ranks": ranks},
     )

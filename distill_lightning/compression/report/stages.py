@@ -45,7 +45,7 @@ SEE = "see "
 MARGIN = 0.02
 """A margin for ratios of times: two equal networks differ by up to a hundredth, because one always runs second."""
 
-Kind = Literal["dense", "before", "after", "control"]
+StageKind = Literal["dense", "before", "after", "control"]
 Onnx = Literal["none", "float", "static", "dynamic"]
 Runtime = Literal["torch", "onnxruntime", "onnxruntime int8"]
 Baseline = Literal["torch", "onnxruntime"]
@@ -156,7 +156,7 @@ class Stage:
     """
 
     name: str
-    kind: Kind
+    kind: StageKind
     scores: dict[str, float]
     parameters: int
     nonzero: int
@@ -172,7 +172,7 @@ class Stage:
     details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_one_of(f"stage {self.name!r}: kind", self.kind, get_args(Kind))
+        check_one_of(f"stage {self.name!r}: kind", self.kind, get_args(StageKind))
 
     def as_plain(self) -> dict[str, Any]:
         """The stage as str, int, float, list and dict (and ``None``), which ``torch.load(weights_only=True)`` reads."""
@@ -196,7 +196,7 @@ def measure_stage(
     dense: nn.Module,
     example_inputs: Any,
     *,
-    kind: Kind,
+    kind: StageKind,
     scores: Mapping[str, float],
     write: Write | None = None,
     read: Read | None = None,

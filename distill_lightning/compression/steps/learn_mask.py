@@ -27,6 +27,7 @@ from distill_lightning.compression.steps import weights
 from distill_lightning.compression.steps.base import Order, Step, TargetedStep, Work
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.prune_weights import PruneWeights
+from distill_lightning.compression.steps.pruning import Level
 from distill_lightning.compression.steps.schedules import Cubic, Schedule, Threshold
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
@@ -51,7 +52,7 @@ class MaskRule(Choice):
         """Put the masks on the weights at some paths, in place."""
 
     @abstractmethod
-    def set_level(self, network: nn.Module, final: Level, *, step: int, steps: int) -> None:
+    def set_level(self, network: nn.Module, final: Level | None, *, step: int, steps: int) -> None:
         """Set how much is pruned after ``step`` of ``steps`` steps."""
 
     @abstractmethod
@@ -65,9 +66,6 @@ class MaskRule(Choice):
             InputError: no amount is fixed that could be drawn.
         """
         raise InputError(self.no_control.format(step.title))
-
-
-Level = float | dict[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class Movement(MaskRule):
         """Scores of zero."""
         return learn(network, paths, TopK)
 
-    def set_level(self, network: nn.Module, final: Level, *, step: int, steps: int) -> None:
+    def set_level(self, network: nn.Module, final: Level | None, *, step: int, steps: int) -> None:
         """Set the shares; those of competing layers change with the scores."""
         if isinstance(final, dict):
             for path, mask in learned(network, TopK).items():
@@ -164,7 +162,7 @@ class SoftMovement(MaskRule):
         """Scores of zero, whose sigmoids are one half."""
         return learn(network, paths, SoftThreshold, amount=0.0)
 
-    def set_level(self, network: nn.Module, final: Level, *, step: int, steps: int) -> None:
+    def set_level(self, network: nn.Module, final: Level | None, *, step: int, steps: int) -> None:
         """Set the threshold."""
         for mask in learned(network, SoftThreshold).values():
             mask.amount = self.threshold.threshold(step=step, steps=steps)
@@ -205,7 +203,7 @@ class L0(MaskRule):
         """Gates that are open with probability 0.9."""
         return learn(network, paths, HardConcrete, per=self.per)
 
-    def set_level(self, network: nn.Module, final: Level, *, step: int, steps: int) -> None:
+    def set_level(self, network: nn.Module, final: Level | None, *, step: int, steps: int) -> None:
         """Leave the gates as they are: training decides what they let through."""
 
     def penalty(self, network: nn.Module) -> Tensor | None:
@@ -264,7 +262,7 @@ class _LearningMask(Work):
         super().__init__(step)
         self.rule = step.mask
         self.paths: list[str] = []
-        self.final: Level = None
+        self.final: Level | None = None
 
     def begin(self, piece: Workpiece) -> None:
         """Put the masks on; those of before are kept under the new paths."""

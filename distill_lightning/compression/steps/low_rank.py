@@ -29,7 +29,7 @@ from distill_lightning.compression.shrink.attention import convert_attention
 from distill_lightning.compression.steps.base import Order, TargetedStep
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.workpiece import Workpiece
-from distill_lightning.compression.structure import changes as recipe
+from distill_lightning.compression.structure.changes import note_change
 from distill_lightning.errors import InputError, check_one_of
 
 _METHODS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -126,7 +126,7 @@ class LowRank(TargetedStep):
             if isinstance(network, nn.MultiheadAttention):
                 raise InputError("LowRank: the network itself is a MultiheadAttention: put it into another module")
             convert_attention(network)
-            recipe.note_change(network, "sizes")
+            note_change(network, "sizes")
             piece.changed = True
         paths = self._paths(piece)
         sizes, moments = self._input_sizes(piece, paths), self._moments(piece, paths)
@@ -143,7 +143,7 @@ class LowRank(TargetedStep):
             return
         for path, layer in made.items():
             replace_layer(network, path, layer)
-        recipe.note_change(network, "low_rank", {path: layer.description for path, layer in made.items()})
+        note_change(network, "low_rank", {path: layer.description for path, layer in made.items()})
         piece.changed = True
 
     def _paths(self, piece: Workpiece) -> list[str]:

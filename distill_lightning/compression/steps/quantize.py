@@ -23,9 +23,9 @@ from distill_lightning.compression.values.activations import (
     NAME,
     ActivationEstimator,
     ActivationQuantizer,
+    observing_inputs,
     quantize_input,
 )
-from distill_lightning.compression.values.activations import calibrating as quantizers_calibrating
 from distill_lightning.compression.values.corrections import correct_biases, equalisable_pairs, equalise
 from distill_lightning.compression.values.quantizer import Estimator, WeightQuantizer, quantize_weights
 from distill_lightning.compression.values.ranges import ObserverRule, RangeRule
@@ -408,7 +408,7 @@ class _Quantizing(Work):
             quantize_input(layer, self.step.activation_quantizer(number or 8))
         batches = piece.batches("Quantize with act_bits")
         with (
-            quantizers_calibrating(piece.network),
+            observing_inputs(piece.network),
             calibration.without_fast_path(),
             eval_mode(piece.network),
             torch.no_grad(),

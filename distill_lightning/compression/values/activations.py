@@ -25,7 +25,7 @@ NAME = "input_quantizer"
 class ActivationQuantizer(nn.Module):
     """Quantizes the activations that pass through it, with one scale.
 
-    First it observes: inside `calibrating`, activations pass unchanged, and the scale starts from what was observed.
+    First it observes: inside `observing_inputs` activations pass unchanged, and the scale starts from what was seen.
     With the ``"ema"`` observer and the straight-through estimator the range also follows the activations in train mode,
     with or without such a calibration.
 
@@ -134,7 +134,7 @@ class ActivationQuantizer(nn.Module):
         if not self.ready:
             raise InputError(
                 "an activation quantizer has no range yet: run training batches through the network inside "
-                "calibrating(network)"
+                "observing_inputs(network)"
             )
 
 
@@ -151,7 +151,7 @@ def _look_whether_ready(quantizer: Any, _: Any) -> None:
 
 
 @contextmanager
-def calibrating(network: nn.Module) -> Iterator[None]:
+def observing_inputs(network: nn.Module) -> Iterator[None]:
     """Inside this context, a network's activation quantizers observe without quantizing; then they set their scales.
 
     Raises:

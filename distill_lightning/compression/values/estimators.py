@@ -13,7 +13,7 @@ from distill_lightning.compression.values.scheme import (
     Codes,
     Scheme,
     as_codes,
-    cut,
+    cut_groups,
     from_rows,
     over_entries,
     quantize,
@@ -326,4 +326,4 @@ def ttq_codes(weight: Tensor, positive: Tensor, negative: Tensor, *, threshold: 
 
 def _group_means(rows: Tensor, scheme: Scheme) -> Tensor:
     """The mean of every group, ``(R, G)``."""
-    return torch.cat([part.mean(dim=1).reshape(len(rows), -1) for part in cut(rows, scheme)], dim=1)
+    return torch.cat([part.mean(dim=1).reshape(len(rows), -1) for part in cut_groups(rows, scheme)], dim=1)

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.values.scheme import Scheme, cut, dequantize, grid, quantize, to_rows
+from distill_lightning.compression.values.scheme import Scheme, cut_groups, dequantize, grid, quantize, to_rows
 from distill_lightning.errors import InputError, check_one_of
 from distill_lightning.functional.common import wide
 
@@ -46,7 +46,7 @@ def weight_grid(
         raise InputError(f"a weight of shape {tuple(weight.shape)} has no range: it is empty, or holds NaN or infinity")
     parts = [
         torch.stack(find_range(part, scheme, rule=rule, percentile=percentile, candidates=candidates))
-        for part in cut(rows, scheme)
+        for part in cut_groups(rows, scheme)
     ]
     low, high = torch.cat([part.reshape(2, len(rows), -1) for part in parts], dim=2)
     return grid(low, high, scheme)

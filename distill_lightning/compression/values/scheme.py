@@ -124,7 +124,7 @@ def from_rows(rows: Tensor, shape: torch.Size, scheme: Scheme) -> Tensor:
     return rows.reshape(shape[scheme.axis], *others).movedim(0, scheme.axis).contiguous()
 
 
-def cut(rows: Tensor, scheme: Scheme) -> list[Tensor]:
+def cut_groups(rows: Tensor, scheme: Scheme) -> list[Tensor]:
     """The groups of ``(R, L)``, stacked by their length: ``(R * full groups, n)`` and, if any, ``(R, rest)``."""
     size = scheme.group
     if size is None or size >= rows.shape[1]:
