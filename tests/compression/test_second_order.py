@@ -312,7 +312,10 @@ def batch():
         (lambda: sweep(torch.ones(2, 4), torch.eye(4)[None], amount=0.5, granularity="2:4"), "exactly one"),
         (lambda: sweep(torch.ones(2, 2), torch.eye(2)[None], amount=1.5), "between 0 and 1, got 1.5"),
         (lambda: sweep(torch.ones(2, 2), torch.eye(2)[None], granularity="2:4"), "2 columns are not a multiple of 4"),
-        (lambda: sweep(torch.ones(2, 2), torch.eye(2)[None], granularity="row"), "prunes 'weight' or 'n:m', not 'row'"),
+        (
+            lambda: sweep(torch.ones(2, 2), torch.eye(2)[None], granularity="row"),
+            "OBS prunes single weights or n of m, not granularity 'row'",
+        ),
         (lambda: prune_layers(Net().double(), PATHS, batch(), masks=Masks()), "there is no mask for 'conv.weight'"),
     ],
 )

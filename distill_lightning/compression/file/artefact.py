@@ -120,7 +120,7 @@ def load_compressed(path: Path | str, network: nn.Module | None = None, *, bake:
 def _from_packed(path: Path, network: nn.Module | None) -> nn.Module:
     header, tensors = read_packed(path)
     if header.get("kind") != _KIND:
-        raise InputError(f"{path} holds packed tensors but no network: read it with read_packed")
+        raise InputError(f"{path} holds packed tensors but no network: give a file that write_artefact wrote")
     with refusing(f"{path} is damaged", *_DAMAGES):
         tensors |= {name: tensors[first] for name, first in header["same"].items()}
         network = _built(path, network, header["recipe"], header["class"])

@@ -251,7 +251,7 @@ def set_amount(network: nn.Module, amount: float, *, scope: Scope = "layer") -> 
     masks = learned(network, TopK)
     if not masks:
         raise InputError(
-            f"{type(network).__name__} has no movement pruning whose amount could be set: call learn(...) first"
+            f"{type(network).__name__} has no movement pruning whose amount could be set: use LearnMask(Movement(...))"
         )
     scores = {path: mask.scores.detach().flatten() for path, mask in masks.items()}
     for path, kept in choose(scores, amount, scope=scope).items():

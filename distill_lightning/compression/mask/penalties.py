@@ -58,7 +58,7 @@ def l0(network: nn.Module) -> Tensor:
     """
     gates = learned(network, HardConcrete).values()
     if not gates:
-        raise InputError(f"l0: {type(network).__name__} has no gates: call learn(..., HardConcrete) first")
+        raise InputError(f"l0: {type(network).__name__} has no gates: use it inside a LearnMask(L0(...)) phase")
     return _total([wide(mask.open_probability()).sum() * mask.size for mask in gates])
 
 
@@ -70,7 +70,9 @@ def soft_movement(network: nn.Module) -> Tensor:
     """
     masks = learned(network, SoftThreshold).values()
     if not masks:
-        raise InputError(f"soft_movement: {type(network).__name__} has no scores: call learn(..., SoftThreshold) first")
+        raise InputError(
+            f"soft_movement: {type(network).__name__} has no scores: use it inside a LearnMask(SoftMovement(...)) phase"
+        )
     return torch.stack([mask.penalty() for mask in masks]).mean()
 
 

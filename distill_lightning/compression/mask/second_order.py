@@ -204,9 +204,11 @@ def prune_layers(
 
 def _check_sweep(unit: Granularity, amount: float | None, mask: Tensor | None, columns: int) -> None:
     if unit.kind not in ("weight", "n:m"):
-        raise InputError(f"a sweep prunes 'weight' or 'n:m', not {unit.kind!r}: choose masks by scores and give them")
+        raise InputError(
+            f"OBS prunes single weights or n of m, not granularity {unit.kind!r}: set granularity='weight' or '2:4'"
+        )
     if (amount is not None) + (mask is not None) + (unit.kind == "n:m") != 1:
-        raise InputError("a sweep needs exactly one of an amount, a granularity such as '2:4', and a mask")
+        raise InputError("OBS needs exactly one of an amount, a granularity such as '2:4', and a mask")
     if amount is not None and not 0 <= amount <= 1:
         raise InputError(f"amount is a share of all weights, between 0 and 1, got {amount}")
     if unit.kind == "n:m" and columns % unit.second:
