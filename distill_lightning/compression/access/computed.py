@@ -164,14 +164,7 @@ def describe_weights(layer: nn.Module) -> dict[str, Any]:
 
 
 def rebuild_weights(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module:
-    """Give a plain layer the described structure, in place; the described layer's state dict then loads strictly.
-
-    Returns:
-        The layer.
-
-    Raises:
-        InputError: the layer has no weight of that name, or the description is of another version.
-    """
+    """Give a plain layer the described structure, in place; the described layer's state dict then loads strictly."""
     for name, told in description.items():
         family = _FAMILIES.get(told.get("family"))
         if family is None:

@@ -136,9 +136,7 @@ def chain_stages(layer: nn.Conv2d, method: ConvMethod, ranks: Sequence[int]) -> 
 def chain_cost(stages: Sequence[dict[str, Any]], input_size: Sequence[int] | None) -> LayerCost:
     """Weights and multiply-accumulates of a chain for one image.
 
-    Args:
-        stages: what `chain_stages` returned.
-        input_size: ``(H, W)`` of the dense layer's input; ``None``: multiply-accumulates are not counted (0).
+    The input size is ``(H, W)`` of the dense layer; without it multiply-accumulates are not counted (0).
     """
     weights = macs = 0
     size = (0, 0) if input_size is None else (input_size[0], input_size[1])
@@ -183,11 +181,7 @@ def fit_chain_ranks(layer: nn.Conv2d, method: ConvMethod, ranks: Sequence[int]) 
 
 
 def chain_unfoldings(kernel: Tensor, method: ConvMethod) -> list[Tensor]:
-    """The matrices whose singular values determine a method's ranks, one for each.
-
-    Raises:
-        InputError: the method is ``"cp"``, which has no such matrix.
-    """
+    """The matrices whose singular values determine a method's ranks, one for each."""
     whole = exact(kernel)
     if method == "svd_channel":
         return [whole.flatten(1)]

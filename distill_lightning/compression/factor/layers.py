@@ -262,12 +262,7 @@ def balanced_factors(number: int, parts: int) -> list[int]:
 
 
 def covering_factors(number: int, parts: int) -> list[int]:
-    """Find ``parts`` integers with a product of ``number`` or a little more, as equal as possible, from small to large.
-
-    Args:
-        number: the smallest product, at least 1.
-        parts: number of integers, at least 1.
-    """
+    """The ``parts`` integers, from small to large and as equal as possible, with a product of ``number`` or more."""
     root = next(side for side in range(1, number + 1) if side**parts >= number)
     factors = [root] * parts
     for at in range(parts):

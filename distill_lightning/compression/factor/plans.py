@@ -44,11 +44,7 @@ class Plan(NamedTuple):
 
 
 def plan_of(layer: nn.Module, method: str, input_size: Sequence[int] | None, parts: int) -> Plan:
-    """The plan of a linear layer, a convolution or an embedding.
-
-    Raises:
-        InputError: the layer cannot be factored, or not by this method.
-    """
+    """The plan of a linear layer, a convolution or an embedding."""
     if type(layer) is nn.Conv2d:
         return _plan_conv(layer, "svd_channel" if method == "svd" else method, input_size)
     if type(layer) not in (nn.Linear, nn.Embedding):

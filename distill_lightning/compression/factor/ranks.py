@@ -61,22 +61,12 @@ def rank_rule(rank: Rank) -> RankRule:
 
 
 def number_ranks(full: Sequence[int], number: int) -> list[int]:
-    """Use ``number`` for every rank, but at most full rank.
-
-    Args:
-        full: the full ranks, one for each rank that the factors have.
-        number: the rank, at least 1.
-    """
+    """Use ``number`` for every rank, but at most full rank."""
     return [min(number, limit) for limit in full]
 
 
 def fraction_ranks(full: Sequence[int], fraction: float) -> list[int]:
-    """Use a fraction of full rank for every rank, rounded, at least 1.
-
-    Args:
-        full: the full ranks.
-        fraction: the fraction, in (0, 1].
-    """
+    """Use a fraction of full rank for every rank, rounded, at least 1."""
     return [max(1, round(fraction * limit)) for limit in full]
 
 

@@ -31,16 +31,8 @@ _ALIGNED = 8
 def write_packed(path: Path | str, tensors: Mapping[str, Packed], header: Mapping[str, Any]) -> int:
     """Write packed tensors to a file, whole or not at all.
 
-    Args:
-        path: path of the file; an existing one is replaced.
-        tensors: the packed tensors, by name.
-        header: plain values: str, int, finite float, bool, ``None``, and lists and dicts of these.
-
-    Returns:
-        The file's bytes.
-
-    Raises:
-        InputError: the header has other values, or the file cannot be written.
+    The header has plain values: str, int, finite float, bool, ``None``, and lists and dicts of these. Returns the
+    file's bytes.
     """
     path = Path(path)
     _check_plain(header, "header")
@@ -72,22 +64,14 @@ def _pieces(header: bytes, tensors: Mapping[str, Packed]) -> Iterator[bytes]:
 
 
 def read_packed(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the header and the tensors of a file, unpacked; each tensor owns its memory.
-
-    Raises:
-        InputError: the file does not exist, is damaged, or is of another kind.
-    """
+    """Read the header and the tensors of a file, unpacked; each tensor owns its memory."""
     header, packed = read_parts(path)
     with _reading(Path(path)):
         return header, {name: unpack(one) for name, one in packed.items()}
 
 
 def read_parts(path: Path | str) -> tuple[dict[str, Any], dict[str, Packed]]:
-    """Read the header and the tensors of a file, still packed.
-
-    Raises:
-        InputError: the file does not exist, is damaged, or is of another kind.
-    """
+    """Read the header and the tensors of a file, still packed."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no file {path}: give the path of a packed network")

@@ -288,11 +288,7 @@ def unpack(packed: Packed) -> Tensor:
 
 
 def unpack_codes(packed: Packed) -> tuple[Codes, Scheme]:
-    """The integer codes of a tensor that `pack_codes` packed, and their scheme.
-
-    Raises:
-        InputError: it was packed in another way.
-    """
+    """The integer codes of a tensor that `pack_codes` packed, and their scheme."""
     if packed.codec != "codes":
         raise InputError(f"a tensor packed as {packed.codec!r} has no codes")
     scheme = Scheme(**packed.options["scheme"])

@@ -20,24 +20,15 @@ Scores = dict[str, Tensor]
 
 
 def magnitude(network: nn.Module, paths: Iterable[str]) -> Scores:
-    """The absolute values of the weights.
-
-    Raises:
-        InputError: a path names no parameter.
-    """
+    """The absolute values of the weights."""
     return {path: parameter.detach().abs() for path, parameter in parameters_of(network, paths).items()}
 
 
 def random(network: nn.Module, paths: Iterable[str], *, seed: int) -> Scores:
     """Random scores, uniform on ``[0, 1)``: the control that every criterion has to beat.
 
-    Args:
-        network: any network.
-        paths: paths of the parameters; a parameter's scores depend on those before it.
-        seed: seed of a separate generator, so the global random state stays as it is.
-
-    Raises:
-        InputError: a path names no parameter.
+    A parameter's scores depend on those before it. The generator is separate, so the global random state stays as it
+    is.
     """
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -50,17 +41,7 @@ def random(network: nn.Module, paths: Iterable[str], *, seed: int) -> Scores:
 
 
 def gradient(network: nn.Module, paths: Iterable[str], batches: Batches, loss: Loss) -> Scores:
-    r"""The absolute gradient of each batch, averaged over the batches: :math:`|g|`.
-
-    Args:
-        network: run in eval mode.
-        paths: paths of the parameters.
-        batches: calibration data.
-        loss: a mean over the samples.
-
-    Raises:
-        InputError: a path names no parameter, there is no batch, or the loss is not a finite scalar.
-    """
+    r"""The absolute gradient of each batch, averaged over the batches: :math:`|g|`."""
     return _mean(gradients(network, paths, batches, loss), lambda _, grad: grad.abs())
 
 
@@ -71,15 +52,6 @@ def taylor(network: nn.Module, paths: Iterable[str], batches: Batches, loss: Los
 
     Molchanov, Tyree, Karras, Aila, Kautz: *Pruning Convolutional Neural Networks for Resource Efficient Inference*,
     https://arxiv.org/abs/1611.06440
-
-    Args:
-        network: run in eval mode.
-        paths: paths of the parameters.
-        batches: calibration data.
-        loss: a mean over the samples.
-
-    Raises:
-        InputError: a path names no parameter, there is no batch, or the loss is not a finite scalar.
     """
     weights = parameters_of(network, paths)
     return _mean(gradients(network, weights, batches, loss), lambda path, grad: (grad * weights[path].detach()).abs())
@@ -89,18 +61,10 @@ def obd(network: nn.Module, paths: Iterable[str], batches: Batches, loss: Loss) 
     r"""Optimal Brain Damage: the second-order rise of the loss without the weight, :math:`\tfrac12 h w^2`.
 
     The curvature :math:`h` is the diagonal of the empirical Fisher matrix: the mean of the squared gradients of the
-    samples. Every sample has a backward pass of its own, so use a few hundred samples.
+    samples. Every sample has a backward pass of its own, so use a few hundred samples. The loss is a mean over the
+    samples, and so the loss of one sample if it is given one.
 
     LeCun, Denker, Solla: *Optimal Brain Damage*, NIPS 1989
-
-    Args:
-        network: run in eval mode.
-        paths: paths of the parameters.
-        batches: calibration data.
-        loss: a mean over the samples, and so the loss of one sample if it is given one.
-
-    Raises:
-        InputError: a path names no parameter, there is no batch, or the loss is not a finite scalar.
     """
     weights = parameters_of(network, paths)
     fisher = _mean(gradients(network, weights, batches, loss, each=True), lambda _, grad: grad.square())
@@ -110,20 +74,11 @@ def obd(network: nn.Module, paths: Iterable[str], batches: Batches, loss: Loss) 
 def snip(network: nn.Module, paths: Iterable[str], batches: Batches, loss: Loss) -> Scores:
     r"""Connection sensitivity before training: :math:`|g w|` over all the data, as a share of the sum over all paths.
 
-    The network runs in train mode, because BatchNorm has no statistics yet; it is left as it was.
+    The network runs in train mode, because BatchNorm has no statistics yet; it is left as it was. The paper takes one
+    batch of about ten samples a class.
 
     Lee, Ajanthan, Torr: *SNIP: Single-shot Network Pruning based on Connection Sensitivity*,
     https://arxiv.org/abs/1810.02340
-
-    Args:
-        network: the network as it was initialised.
-        paths: paths of the parameters.
-        batches: calibration data; the paper takes one batch of about ten samples a class.
-        loss: a mean over the samples.
-
-    Raises:
-        InputError: a path names no parameter, there is no batch, the loss is not a finite scalar, or no weight has any
-            effect.
     """
     weights = parameters_of(network, paths)
     mean = _mean(gradients(network, weights, batches, loss, training=True), lambda _, grad: grad)

@@ -239,14 +239,8 @@ def learned(network: nn.Module, mask: type[Mask]) -> dict[str, Mask]:
 def set_amount(network: nn.Module, amount: float, *, scope: Scope = "layer") -> None:
     """Set the amount of the network's `TopK` masks.
 
-    Args:
-        network: a network with `TopK` masks.
-        amount: share of the weights, in ``[0, 1]``.
-        scope: ``"layer"``: this share in each layer; ``"global"``: in each layer the share of its weights that are
-            among the lowest scores of all layers now.
-
-    Raises:
-        InputError: there is no `TopK`, or the amount is outside ``[0, 1]``.
+    With scope ``"global"`` it is in each layer the share of its weights that are among the lowest scores of all layers
+    now.
     """
     masks = learned(network, TopK)
     if not masks:

@@ -42,11 +42,7 @@ def reinitialize(network: nn.Module, *, seed: int, init: Callable[[nn.Module], N
 
 
 def reset_layer(module: nn.Module) -> None:
-    """Draw a layer's own parameters anew, but not those of its children.
-
-    Raises:
-        InputError: it has parameters of its own, but no ``reset_parameters``.
-    """
+    """Draw a layer's own parameters anew, but not those of its children."""
     reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
     if reset is not None:
         reset()

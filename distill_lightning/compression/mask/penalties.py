@@ -16,11 +16,7 @@ from distill_lightning.functional.common import wide
 
 
 def l1(network: nn.Module, paths: Iterable[str]) -> Tensor:
-    r"""The sum of absolute weights, :math:`\sum |w|`.
-
-    Raises:
-        InputError: a path names no parameter.
-    """
+    r"""The sum of absolute weights, :math:`\sum |w|`."""
     return _total([wide(weight).abs().sum() for weight in parameters_of(network, paths).values()])
 
 
@@ -30,9 +26,6 @@ def group_lasso(network: nn.Module, paths: Iterable[str]) -> Tensor:
     A row is an index of the first dimension: a filter, or the inputs of a neuron.
 
     Wen, Wu, Wang, Chen, Li: *Learning Structured Sparsity in Deep Neural Networks*, https://arxiv.org/abs/1608.03665
-
-    Raises:
-        InputError: a path names no parameter.
     """
     rows = [wide(weight).reshape(len(weight), -1) for weight in parameters_of(network, paths).values()]
     return _total([math.sqrt(row.shape[1]) * torch.linalg.vector_norm(row, dim=1).sum() for row in rows])
@@ -51,11 +44,7 @@ def bn_gamma(network: nn.Module) -> Tensor:
 
 
 def l0(network: nn.Module) -> Tensor:
-    """The expected number of non-zero weights, over all `HardConcrete` gates.
-
-    Raises:
-        InputError: the network has none.
-    """
+    """The expected number of non-zero weights, over all `HardConcrete` gates."""
     gates = learned(network, HardConcrete).values()
     if not gates:
         raise InputError(f"l0: {type(network).__name__} has no gates: use it inside a LearnMask(L0(...)) phase")
@@ -63,11 +52,7 @@ def l0(network: nn.Module) -> Tensor:
 
 
 def soft_movement(network: nn.Module) -> Tensor:
-    """The mean over layers of the mean sigmoid of `SoftThreshold` scores.
-
-    Raises:
-        InputError: the network has none.
-    """
+    """The mean over layers of the mean sigmoid of `SoftThreshold` scores."""
     masks = learned(network, SoftThreshold).values()
     if not masks:
         raise InputError(

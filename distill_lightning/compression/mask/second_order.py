@@ -36,21 +36,10 @@ def layer_hessians(network: nn.Module, paths: Iterable[str], batches: Batches) -
 def obs(network: nn.Module, paths: Iterable[str], batches: Batches, *, damping: float = 0.01) -> dict[str, Tensor]:
     r"""Optimal Brain Surgeon within the layer: :math:`w_q^2 / (2 [H^{-1}]_{qq})`.
 
-    This is the rise of the layer's error without one weight when the others of its row are adjusted.
+    This is the rise of the layer's error without one weight when the others of its row are adjusted. ``damping`` is
+    added to the Hessian's diagonal, as a multiple of its mean.
 
     Hassibi, Stork: *Second Order Derivatives for Network Pruning: Optimal Brain Surgeon*, NIPS 1992
-
-    Args:
-        network: run in eval mode, and left as it was.
-        paths: paths of weights of `torch.nn.Linear` or `torch.nn.Conv2d`.
-        batches: calibration data.
-        damping: added to the Hessian's diagonal, as a multiple of its mean.
-
-    Returns:
-        The rise of the layer's error by path, in the weight's shape.
-
-    Raises:
-        InputError: see `layer_hessians` and `inverse`.
     """
     weights = parameters_of(network, paths)
     found = layer_hessians(network, weights, batches)
@@ -167,21 +156,8 @@ def prune_layers(
 ) -> Masks:
     """`sweep` over layers of a network, in place; each has the inputs from before any of them was pruned.
 
-    Args:
-        network: the network whose weights change.
-        paths: paths of weights of `torch.nn.Linear` or `torch.nn.Conv2d`.
-        batches: calibration data.
-        amount: as in `sweep`, for every layer.
-        granularity: as in `sweep`.
-        masks: masks that were chosen elsewhere; instead of amount and granularity.
-        damping: as in `sweep`.
-        block: as in `sweep`.
-
-    Returns:
-        Masks of the layers.
-
-    Raises:
-        InputError: see `sweep` and `layer_hessians`.
+    Masks that were chosen elsewhere may be given instead of an amount and a granularity; the options are those of
+    `sweep`.
     """
     weights = parameters_of(network, paths)
     missing = [path for path in weights if masks is not None and path not in masks.kept]

@@ -113,18 +113,7 @@ def select_below(
 ) -> Masks:
     """Prune the units whose scores are below a threshold, however many, except for the best of each parameter.
 
-    Args:
-        scores: as in `select`.
-        threshold: in the units of the scores.
-        granularity: ``"weight"``, ``"row"`` or ``"block:4x8"``.
-        reduce: as in `select`.
-        previous: as in `select`.
-
-    Returns:
-        Masks of all the parameters.
-
-    Raises:
-        InputError: an option is unknown, or a score is NaN.
+    The threshold is in the units of the scores. The options are those of `select`, without n:m.
     """
     unit = Granularity.parse(granularity)
     _check(scores, reduce)

@@ -210,11 +210,7 @@ def quantize_onnx(
 
 
 def int8_share(path: Path) -> float:
-    """The share of an ONNX file's weights, by number of entries, that are 8-bit integers.
-
-    Raises:
-        InputError: the extra ``onnx`` is not installed.
-    """
+    """The share of an ONNX file's weights, by number of entries, that are 8-bit integers."""
     onnx = _package("onnx")
     tensors = onnx.load(str(path)).graph.initializer
     small = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)

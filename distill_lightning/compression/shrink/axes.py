@@ -77,16 +77,8 @@ def cut(layer: nn.Module, axis: str, keep: Tensor) -> None:
     """Shrink a layer along an axis, in place.
 
     The layer gets new parameters with their own storage and without gradients: make a new optimiser afterwards. Buffers
-    are replaced in the same way, and the layer's sizes (``out_channels`` ...) are updated.
-
-    Args:
-        layer: the layer to shrink.
-        axis: the axis to shrink along.
-        keep: bool, one per position.
-
-    Raises:
-        InputError: the layer has no such axis or a reparametrized tensor, nothing would stay, or the layers and
-            directions of an RNN would have different numbers of units.
+    are replaced in the same way, and the layer's sizes (``out_channels`` ...) are updated. ``keep`` is bool, one per
+    position.
     """
     check_cut(layer, axis, keep)
     for found in slices(layer, axis):

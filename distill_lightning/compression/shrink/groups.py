@@ -178,14 +178,7 @@ def kept_mask(group: Group, keep: Keep) -> Tensor:
 
 
 def whole(network: nn.Module, path: str, *, axis: str, kind: GroupKind) -> Group:
-    """The group of all positions along a layer's axis that belongs to no other layer.
-
-    Args:
-        network: any network.
-        path: path of the layer.
-        axis: axis of the layer.
-        kind: the kind of the units.
-    """
+    """The group of all positions along a layer's axis that belongs to no other layer."""
     size = length(layer_at(network, path), axis)
     return Group(path, kind, size, (Member(path, axis, torch.arange(size)),))
 

@@ -56,13 +56,8 @@ def unit_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> l
 def in_blocks(network: nn.Module, group: Group, keep: Sequence[Sequence[int]]) -> list[int]:
     """Convert indices of each layer and direction to indices for `shrink`.
 
-    Args:
-        network: the network of the group.
-        group: a group of hidden units.
-        keep: for each block, in the order of ``h_n``, the units that stay, below ``hidden_size``; equally many in each.
-
-    Raises:
-        InputError: the number of blocks is wrong, or a unit does not exist.
+    For each block, in the order of ``h_n``, ``keep`` has the units that stay, below ``hidden_size``; equally many in
+    each.
     """
     rnn: Any = layer_at(network, group.name)
     if len(keep) != blocks(rnn):

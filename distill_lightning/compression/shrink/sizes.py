@@ -35,11 +35,7 @@ _SIZES: list[tuple[str, Any, tuple[str, ...]]] = [
 def sizes_of(network: nn.Module) -> Sizes:
     """The sizes of every layer that this package can shrink, from which `set_sizes` makes the same structure.
 
-    Args:
-        network: shrunk or not.
-
-    Returns:
-        Plain values, which JSON and ``torch.load(weights_only=True)`` accept.
+    They are plain values, which JSON and ``torch.load(weights_only=True)`` accept.
     """
     described = {path: layer_sizes(module) for path, module in network.named_modules()}
     return {path: entry for path, entry in described.items() if entry is not None}
@@ -48,16 +44,8 @@ def sizes_of(network: nn.Module) -> Sizes:
 def set_sizes(network: nn.Module, description: Mapping[str, Mapping[str, Any]]) -> nn.Module:
     """Give a network the described sizes, in place; its weights still have to be loaded afterwards.
 
-    Args:
-        network: built like the described one before it was shrunk.
-        description: what `sizes_of` returned.
-
-    Returns:
-        The same network, or another object if the network itself is a layer that has to be replaced. A state dict of
-        the described network loads into it with ``strict=True``.
-
-    Raises:
-        InputError: the network lacks a layer, or has one of another kind.
+    Another object is returned if the network itself is a layer that has to be replaced. A state dict of the described
+    network loads into it with ``strict=True``.
     """
     # Parents come before their children, so that a layer exists when the sizes of its parts are set.
     for path, entry in description.items():
@@ -90,13 +78,6 @@ def resize_layer(original: nn.Module, description: Mapping[str, Any]) -> nn.Modu
     """A layer of the described sizes: the original one, changed in place if they differ, or a new `Attention`.
 
     Tensors whose shape changes are zero.
-
-    Args:
-        original: the layer before it was shrunk.
-        description: what `layer_sizes` returned.
-
-    Raises:
-        InputError: the original is of another kind, or is a Transformer encoder with too few layers.
     """
     sizes = {name: value for name, value in description.items() if name != "kind"}
     if description["kind"] == "attention" and isinstance(original, (nn.MultiheadAttention, Attention)):

@@ -47,16 +47,6 @@ def remove_layers(encoder: nn.TransformerEncoder, keep: Sequence[int]) -> nn.Tra
 
     `set_sizes` uses the first layers of the encoder that it is given, so all layers must be built with the same
     arguments, as `nn.TransformerEncoder` does.
-
-    Args:
-        encoder: the encoder to change.
-        keep: indices of the layers that stay.
-
-    Returns:
-        The same encoder.
-
-    Raises:
-        InputError: no layer would stay, or an index is out of range or given twice.
     """
     count = len(encoder.layers)
     if not keep or len(set(keep)) != len(keep) or not all(0 <= index < count for index in keep):

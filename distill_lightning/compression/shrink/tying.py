@@ -78,15 +78,8 @@ def ties_of(network: nn.Module) -> list[list[str]]:
 def restore_ties(network: nn.Module, description: Sequence[Sequence[str]]) -> nn.Module:
     """Tie the modules of a network as described, in place; a state dict of the tied network then loads strictly.
 
-    Args:
-        network: built like the described one, before anything else (shrinking, quantizing) is rebuilt.
-        description: what `ties_of` returned. Modules that are tied already remain so.
-
-    Returns:
-        The same network.
-
-    Raises:
-        InputError: see `tie_layers`.
+    The network is built like the described one, before anything else (shrinking, quantizing) is rebuilt. Modules that
+    are tied already remain so.
     """
     groups = []
     for paths in description:

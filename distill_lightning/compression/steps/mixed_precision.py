@@ -52,16 +52,7 @@ class MixedPrecision(Choice):
     ) -> dict[str, int]:
         """Choose the number of bits of every weight.
 
-        Args:
-            weights: the weights by name.
-            fixed: numbers of bits that are given, by name; they count towards the budget.
-            kind: kind of the grid.
-            per: see `Scheme`.
-            axes: axes of the weights' channels by name, see `Scheme`.
-            rule: rule of the ranges, see `find_range`.
-
-        Raises:
-            InputError: the fewest bits do not fit into the budget.
+        Numbers of bits that are given, ``fixed``, count towards the budget.
         """
         errors = {
             name: weight_errors(

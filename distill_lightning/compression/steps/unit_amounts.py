@@ -19,11 +19,7 @@ from distill_lightning.errors import InputError
 def bearable(
     piece: Workpiece, kind: UnitKind, families: Sequence[Family], sensitivity: Sensitivity, *, criterion: str
 ) -> dict[str, float]:
-    """The amounts by family that a `Sensitivity` finds.
-
-    Raises:
-        InputError: see `score_units` and `Sensitivity.amounts`.
-    """
+    """The amounts by family that a `Sensitivity` finds."""
     scores = score_units(piece, families, criterion)
     named = {family.name: family for family in families}
 
@@ -35,13 +31,7 @@ def bearable(
 
 
 def limit_of(budget: str, network: nn.Module, example_inputs: Any) -> float:
-    """The cost that ``"macs:0.5"`` leaves: a share of what the network costs now.
-
-    Args:
-        budget: see `parse_budget`.
-        network: the network as it is now.
-        example_inputs: the inputs for which multiply-accumulates are counted.
-    """
+    """The cost that ``"macs:0.5"`` leaves: a share of what the network costs now."""
     measure, share = parse_budget(budget)
     return share * _cost(measure, network, example_inputs)
 
@@ -57,16 +47,7 @@ def smallest_amount(
 ) -> float:
     """The smallest share of units whose removal brings a network within a budget.
 
-    Args:
-        piece: the workpiece with the network; it is left as it is.
-        kind: kind of the units.
-        families: the families of units.
-        chosen: a function that returns the units that stay at an amount.
-        budget: see `parse_budget`.
-        limit: what `limit_of` returned.
-
-    Raises:
-        InputError: no share is large enough.
+    The function ``chosen`` returns the units that stay at an amount. The workpiece is left as it is.
     """
     measure, _ = parse_budget(budget)
     total = sum(family.size for family in families)

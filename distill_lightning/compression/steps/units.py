@@ -225,12 +225,7 @@ def unit_masks(network: nn.Module, families: Sequence[Family], kept: Mapping[str
 
 
 def group_norms(network: nn.Module, families: Sequence[Family]) -> Tensor:
-    r"""The sum over all units of the square root of their size times their norm, with a graph.
-
-    Args:
-        network: the network of the families.
-        families: the families of units, but not of layers.
-    """
+    r"""The sum over all units of the square root of their size times their norm, with a graph."""
     squares = {name: wide(network.get_parameter(name)).square() for name in parameter_names(network, families)}
     ones = {name: torch.ones_like(square) for name, square in squares.items()}
     total = []

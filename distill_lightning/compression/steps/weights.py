@@ -141,18 +141,8 @@ def prune_weights(
 ) -> None:
     """Prune to a share of the weights; weights pruned before count and, except for ``growing``, stay pruned.
 
-    Args:
-        piece: the workpiece.
-        paths: paths of the weights.
-        amount: share of pruned units; see `select`.
-        criterion: a key of `SCORERS`.
-        granularity: see `Granularity`.
-        scope: see `select`.
-        by_threshold: whether the amount is a threshold of the scores instead, whatever share is below it.
-        growing: share of the weights pruned before that return, while others are pruned instead.
-
-    Raises:
-        InputError: see the criterion and `select`.
+    ``growing`` is the share of the weights pruned before that return, while others are pruned instead. With
+    ``by_threshold`` the amount is a threshold of the scores: what is below it is pruned, whatever its share.
     """
     scores, reduce = SCORERS[criterion](piece, paths), REDUCE.get(criterion, "mean")
     if by_threshold:
@@ -184,11 +174,7 @@ def prune_weights(
 def bearable(
     piece: Workpiece, paths: Sequence[str], sensitivity: Sensitivity, *, criterion: str, granularity: str
 ) -> dict[str, float]:
-    """The amounts by path that a `Sensitivity` finds.
-
-    Raises:
-        InputError: see the criterion and `Sensitivity.amounts`.
-    """
+    """The amounts by path that a `Sensitivity` finds."""
     scores = SCORERS[criterion](piece, paths)
     reduce = REDUCE.get(criterion, "mean")
 

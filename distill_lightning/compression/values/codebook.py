@@ -220,22 +220,8 @@ def share_weights(
     """Make each weight of a layer share ``k`` values, in place.
 
     The values are trained as ``parametrizations.<name>.original``, with another shape than the weight: build the
-    optimiser afterwards.
-
-    Args:
-        layer: a layer that `weight_names` knows.
-        k: see `kmeans`; at most 256.
-        init: see `kmeans`.
-        keep_zero: see `kmeans`.
-        frozen: see `Codebook`.
-        names: names of the weights; ``None`` for all.
-        seed: see `kmeans`.
-
-    Returns:
-        The names of the weights.
-
-    Raises:
-        InputError: the layer has no such weight, the weight is parametrized already, or ``k`` does not fit.
+    optimiser afterwards. The options are those of `kmeans` (``k`` at most 256) and of `Codebook`. Returns the names of
+    the weights, by default all.
     """
     chosen = free_weights(layer, names, act="share values in")
     for name in chosen:

@@ -121,18 +121,8 @@ def equalise(network: nn.Module, *, pairs: Pairs | None = None, sweeps: int = 40
 
     Each output channel of the first layer is divided by :math:`s_i = \sqrt{r^1_i / r^2_i}`, and the second layer's
     weights for it are multiplied by :math:`s_i`, where :math:`r` are the largest absolute weights. Only positively
-    homogeneous functions may lie between them.
-
-    Args:
-        network: a network without BatchNorm between these layers.
-        pairs: pairs of names; ``None`` for `equalisable_pairs`.
-        sweeps: the largest number of sweeps over all pairs; chains need several until the ranges no longer change.
-
-    Returns:
-        The number of sweeps.
-
-    Raises:
-        InputError: a pair does not fit, or the network cannot be traced.
+    homogeneous functions may lie between them. Chains need several sweeps over all pairs until the ranges no longer
+    change. Returns the number of sweeps.
 
     Nagel, van Baalen, Blankevoort, Welling: *Data-Free Quantization Through Weight Equalization and Bias Correction*,
     https://arxiv.org/abs/1906.04721
@@ -203,18 +193,8 @@ def correct_biases(network: nn.Module, reference: nn.Module, batches: Sequence[A
     """Correct the biases of a quantized network, in place, so that every layer's mean output is the float network's.
 
     Layers are corrected in the order in which they first run, because each changes the inputs of the next ones. Both
-    networks run in eval mode. Layers without a bias are left alone.
-
-    Args:
-        network: the quantized one, whose layers have the names of the reference's.
-        reference: the same network in float.
-        batches: inputs from the training set, each a tensor or a tuple of arguments.
-
-    Returns:
-        The names of the layers that were corrected.
-
-    Raises:
-        InputError: there are no batches, or the networks do not have the same layers.
+    networks run in eval mode. Layers without a bias are left alone. Returns the names of the layers that were
+    corrected.
     """
     if not batches:
         raise InputError("bias correction needs at least one batch of training inputs")

@@ -145,21 +145,9 @@ def hash_weights(layer: nn.Module, *, ratio: float, seed: int = 0, names: Sequen
     ``sqrt(ratio)``, because means of independent numbers are small.
 
     The values are trained as ``parametrizations.<name>.original``, with another shape than the weight: build the
-    optimiser afterwards. This unties a weight that another layer also has: that layer keeps it.
-
-    Args:
-        layer: a layer that `weight_names` knows.
-        ratio: values per weight, above 0 and at most 1; a weight of ``n`` entries has ``round(ratio * n)`` values, at
-            least one.
-        seed: seed of the hash, the same for all weights of this layer; give each layer its own.
-        names: names of the weights; ``None`` for all.
-
-    Returns:
-        The names of the weights.
-
-    Raises:
-        InputError: the layer has no such weight, the weight is parametrized already, or the ratio or seed is out of
-            range.
+    optimiser afterwards. This unties a weight that another layer also has: that layer keeps it. A weight of ``n``
+    entries has ``round(ratio * n)`` values, at least one. Give each layer a seed of its own. Returns the names of the
+    weights, by default all.
     """
     if not 0 < ratio <= 1:
         raise InputError(f"ratio must be above 0 and at most 1 value per weight, got {ratio}")

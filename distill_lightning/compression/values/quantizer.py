@@ -155,20 +155,8 @@ def quantize_weights(
 ) -> list[str]:
     """Quantize the weights of a layer, in place; see `WeightQuantizer`.
 
-    Collect the layers of a network before quantizing the first of them: quantizers are modules, too.
-
-    Args:
-        layer: a layer that `weight_names` knows.
-        scheme: the scheme of the weights.
-        estimator: see `WeightQuantizer`.
-        rule: see `WeightQuantizer`.
-        names: names of the weights; ``None`` for all.
-
-    Returns:
-        The names of the weights.
-
-    Raises:
-        InputError: the layer has no such weight, or the weight is quantized already.
+    Collect the layers of a network before quantizing the first of them: quantizers are modules, too. Returns the names
+    of the weights, by default all.
     """
     chosen = free_weights(layer, names, act="quantize")
     for name in chosen:
