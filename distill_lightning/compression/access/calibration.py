@@ -91,10 +91,7 @@ def calibrating(network: nn.Module, *, training: bool = False) -> Iterator[None]
 def watching(layers: Mapping[str, nn.Module], look: Callable[..., None], *, outputs: bool = False) -> Iterator[None]:
     """Inside this context ``look(path, layer, arguments)`` is called before each call of a layer.
 
-    Args:
-        layers: the layers by path.
-        look: a function that returns nothing.
-        outputs: whether it is called after the layer instead, also with what that returned.
+    With ``outputs`` it is called after the layer instead, also with what that returned.
     """
     hooks = [
         layer.register_forward_hook(partial(look, path))

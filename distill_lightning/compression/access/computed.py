@@ -98,13 +98,7 @@ def compute(layer: nn.Module, name: str, entry: ComputedWeight) -> None:
 def free_weights(layer: nn.Module, names: Sequence[str] | None, *, act: str) -> list[str]:
     """The weights of a layer that are to be computed from now on.
 
-    Args:
-        layer: any layer.
-        names: names of the weights; ``None`` for all that the layer has.
-        act: what is done to them, for the message: "quantize".
-
-    Raises:
-        InputError: the layer has no such weight, or the weight is computed already.
+    ``act`` is what is done to them, for the message.
     """
     known = weight_names(layer)
     chosen = known if names is None else list(names)
@@ -180,12 +174,7 @@ def rebuild_weights(layer: nn.Module, description: Mapping[str, Any]) -> nn.Modu
 def bake_layer(layer: nn.Module, names: Sequence[str] | None = None) -> list[str]:
     """Replace computed weights of one layer by their values in eval mode, for good.
 
-    Args:
-        layer: any layer.
-        names: names of the weights; ``None`` for all that are computed.
-
-    Returns:
-        The names of the weights, which are parameters of the shapes that they were used in.
+    Returns their names. They are parameters of the shapes that they were used in.
     """
     entries = computed(layer)
     chosen = list(entries) if names is None else list(names)

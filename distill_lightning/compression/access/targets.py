@@ -51,16 +51,7 @@ def match_layers(
 
 
 def check_patterns(network: nn.Module, patterns: Targets, argument: str) -> None:
-    """Refuse patterns that match no part of a network at all, regardless of what a step can work on.
-
-    Args:
-        network: the network that has the layers.
-        patterns: the patterns, see `Targets`.
-        argument: the name of the argument, for the message.
-
-    Raises:
-        InputError: a pattern matches nothing.
-    """
+    """Refuse patterns that match no part of a network at all, regardless of what a step can work on."""
     _matching(network, dict(network.named_modules()), patterns, argument, "layers")
 
 

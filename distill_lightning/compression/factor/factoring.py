@@ -104,12 +104,7 @@ def factorize(
 def build_factors(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module:
     """Build a factored layer with weights of zero, into which a state dict can be loaded.
 
-    Args:
-        layer: the dense layer that was factored; its weights are not read, and may be on the meta device.
-        description: the ``description`` of the factored layer.
-
-    Raises:
-        InputError: the description is for another kind of layer, or incomplete.
+    The weights of the dense layer are not read, and may be on the meta device.
     """
     values = dict(description)
     kind = values.pop("kind", None)
@@ -130,19 +125,7 @@ def replace_layer(network: nn.Module, path: str, layer: nn.Module) -> nn.Module:
     """Replace a layer at all its places, and stop surrounding modules from bypassing the new one.
 
     ``nn.TransformerEncoderLayer`` reads the weights of its linear layers in eval mode without calling them; if one is
-    replaced, this shortcut is switched off.
-
-    Args:
-        network: changed in place.
-        path: dotted path, as in ``network.named_modules()``.
-        layer: the new layer.
-
-    Returns:
-        The previous layer.
-
-    Raises:
-        InputError: the layer does not exist, is inside an ``nn.MultiheadAttention``, which never calls it, or shares a
-            weight with another layer.
+    replaced, this shortcut is switched off. Returns the previous layer. See `check_replaceable` for what is refused.
     """
     check_replaceable(network, path)
     modules: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))

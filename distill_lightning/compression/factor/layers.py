@@ -243,9 +243,7 @@ class TrainEmbedding(nn.Module):
 def balanced_factors(number: int, parts: int) -> list[int]:
     """Find ``parts`` integers with the product ``number``, as equal as possible, from small to large.
 
-    Args:
-        number: the product, at least 1; a prime number becomes itself and ones.
-        parts: number of integers, at least 1.
+    A prime number becomes itself and ones.
     """
     primes, rest, divisor = [], number, 2
     while divisor * divisor <= rest:

@@ -84,13 +84,7 @@ def energy_rank(singular_values: Tensor, fraction: float) -> int:
 def budget_ranks(full: Sequence[int], budget: float, *, cost: Callable[[list[int]], int]) -> list[int]:
     """The largest ranks, in proportion to the full ones, whose cost is within a budget.
 
-    Args:
-        full: the full ranks.
-        budget: the largest cost, in the unit of ``cost``.
-        cost: the cost of some ranks; it must not fall when a rank grows.
-
-    Raises:
-        UnfactorableError: rank 1 exceeds the budget.
+    The cost must not fall when a rank grows.
     """
 
     def at(step: int) -> list[int]:

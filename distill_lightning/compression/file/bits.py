@@ -39,16 +39,7 @@ def pack_bits(values: NDArray[Any], bits: int) -> bytes:
 
 
 def unpack_bits(content: bytes, bits: int, number: int) -> Bytes:
-    """Unpack the integers that `pack_bits` packed.
-
-    Args:
-        content: the bytes.
-        bits: bits of each integer.
-        number: number of integers.
-
-    Raises:
-        InputError: the number of bytes is wrong.
-    """
+    """Unpack the integers that `pack_bits` packed."""
     if len(content) != -(-number * bits // 8):
         raise InputError(f"{number} integers of {bits} bits are {-(-number * bits // 8)} bytes, got {len(content)}")
     raw = np.frombuffer(content, np.uint8)

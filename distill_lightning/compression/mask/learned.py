@@ -204,18 +204,8 @@ Mask = TypeVar("Mask", bound=LearnedMask)
 def learn(network: nn.Module, paths: Iterable[str], mask: type[Mask], **options: Any) -> dict[str, Mask]:
     """Put a learned mask on parameters, in place. Make a new optimiser afterwards, which includes their scores.
 
-    Args:
-        network: the network whose layers are parametrized; its parameter ``"a.weight"`` becomes
-            ``"a.parametrizations.weight.original"``.
-        paths: paths of the parameters.
-        mask: the class of the masks.
-        options: its arguments besides the weight.
-
-    Returns:
-        The learned masks by path.
-
-    Raises:
-        InputError: a path names no parameter or a tied one.
+    The parameter ``"a.weight"`` becomes ``"a.parametrizations.weight.original"``. The options are arguments of the
+    masks' class besides the weight.
     """
     weights = parameters_of(network, paths)
     names = names_of_parameters(network)

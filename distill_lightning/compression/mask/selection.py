@@ -138,17 +138,8 @@ def choose(
 ) -> dict[str, Tensor]:
     """Choose the units that stay by their scores.
 
-    Args:
-        scores: ``(U,)`` scores of the units, for each layer.
-        amount: share of pruned units; see `select`.
-        scope: see `select`.
-        gone: bool ``(U,)`` for each layer: units that are pruned already and stay pruned.
-
-    Returns:
-        Bool ``(U,)`` for each layer, true where a unit stays.
-
-    Raises:
-        InputError: an amount is outside ``[0, 1]`` or missing, or the scope is unknown.
+    Scores are ``(U,)`` for each layer. Bool ``(U,)`` are ``gone``, the units that are pruned already and stay pruned,
+    and the result, the units that stay.
     """
     check_one_of("scope", scope, get_args(Scope))
     each = isinstance(amount, Mapping) or scope == "layer"

@@ -33,7 +33,7 @@ def scan(
     states of Python, numpy and PyTorch are left as they were, bit for bit. ::
 
         curves = scan(network, ["0.weight", "2.weight"], [0.3, 0.6, 0.9], change=change, evaluate=accuracy)
-        amounts = amounts_within(curves, dense=accuracy(network), max_drop=0.01)
+        amounts = amounts_within(curves, counts, dense=accuracy(network), max_drop=0.01)
 
     Args:
         network: the network, which is not changed.

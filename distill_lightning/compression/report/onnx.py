@@ -278,14 +278,7 @@ def tensors_of(example_inputs: Any) -> tuple[Tensor, ...]:
 
 
 def outputs_of(output: Any) -> tuple[Tensor, ...]:
-    """The tensors of a network's output, in the order of an ONNX file; ``None`` is left out.
-
-    Args:
-        output: a tensor, or nested tuples, lists and dicts of tensors.
-
-    Raises:
-        InputError: the output is something else.
-    """
+    """The tensors of a network's output, in the order of an ONNX file; ``None`` is left out."""
     if isinstance(output, Tensor):
         return (output,)
     if output is None:

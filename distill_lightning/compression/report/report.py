@@ -64,12 +64,7 @@ def circumstances() -> dict[str, str | int]:
 
 
 def claim_of(dense: Stage, stage: Stage) -> str:
-    """What may be said about a stage, in one sentence that follows only from its measurements.
-
-    Args:
-        dense: the stage before compression.
-        stage: any of the same run.
-    """
+    """What may be said about a stage, in one sentence that follows only from its measurements."""
     if stage.kind == "dense":
         return "the baseline"
     key, size = _size(dense, stage)

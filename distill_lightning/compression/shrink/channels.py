@@ -67,11 +67,7 @@ def fixed_channels(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -
 def make_group(found: Dependencies, roots: list[int], *, name: str, kind: GroupKind) -> Group:
     """The group of some channels, with every axis along which any of them lies.
 
-    Args:
-        found: the dependencies in the network.
-        roots: the roots of the channels, in the group's order.
-        name: name of the group.
-        kind: the kind of the units.
+    The roots are those of the channels, in the group's order.
     """
     index = {root: number for number, root in enumerate(roots)}
     members = []

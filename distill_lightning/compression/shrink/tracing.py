@@ -117,15 +117,7 @@ class Dependencies:
 
 
 def follow(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Dependencies:
-    """Run a network once on example inputs, in eval mode, and find which channels go together.
-
-    Args:
-        network: left as it was.
-        example_inputs: its input, or a tuple of its inputs; one sample is enough.
-
-    Raises:
-        InputError: `torch.fx` cannot trace the network, or the network does not accept these inputs.
-    """
+    """Run a network once on example inputs, in eval mode, and find which channels go together."""
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     name = type(network).__name__
     try:

@@ -77,11 +77,7 @@ class Pruning(TargetedStep):
     def refuse_amounts(self, others: Mapping[str, bool]) -> None:
         """Refuse that nothing decides how much is pruned, or more than one thing.
 
-        Args:
-            others: what else may decide, in words, and whether it does.
-
-        Raises:
-            InputError: not exactly one decides.
+        ``others`` says in words what else may decide, and whether it does.
         """
         deciding = {
             "an amount": self.amount is not None,

@@ -95,16 +95,8 @@ def parameter_names(network: nn.Module, families: Sequence[Family]) -> list[str]
 def score_units(piece: Workpiece, families: Sequence[Family], criterion: str) -> dict[str, Tensor]:
     """Score units: the sum over the weights that are removed with each of them, or the mean.
 
-    Args:
-        piece: the workpiece with the network of the families.
-        families: the families of units.
-        criterion: a key of `SCORERS`, but not one of single layers, or ``"bn_scale"``.
-
-    Returns:
-        Scores ``(size,)`` by name of the family.
-
-    Raises:
-        InputError: a group has no BatchNorm for ``"bn_scale"``; see also the criterion.
+    The criterion is a key of `SCORERS`, but not one of single layers, or ``"bn_scale"``. Scores are ``(size,)`` by name
+    of the family.
     """
     if criterion == "random":
         generator = torch.Generator().manual_seed(piece.seed)
