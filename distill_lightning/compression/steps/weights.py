@@ -62,18 +62,8 @@ def weight_paths(
 ) -> list[str]:
     """The weights that can be pruned: no biases, no norms, no computed weights; tied ones once.
 
-    Args:
-        network: any network.
-        targets: patterns of layers, see `match_layers`.
-        exclude: patterns of layers to leave out, see `match_layers`.
-        granularity: see `Granularity`; n:m leaves out layers whose inputs are not a multiple of m.
-        criterion: the criterion; those of single layers leave out all but `Linear` and `Conv2d`.
-
-    Returns:
-        Paths of parameters.
-
-    Raises:
-        InputError: see `match_layers`.
+    For n:m, layers are left out whose inputs are not a multiple of m; for criteria of single layers, all but `Linear`
+    and `Conv2d`.
     """
     unit = Granularity.parse(granularity)
     # PyTorch's attention uses the weight of its output projection without calling it.
@@ -101,16 +91,7 @@ def weight_paths(
 def per_layer(network: nn.Module, patterns: Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
     """Amounts by path of the layer from amounts by pattern, where the first pattern that matches counts.
 
-    Args:
-        network: any network.
-        patterns: amounts by patterns of layers, as in `Targets`.
-        layers: paths of the layers that can be pruned.
-
-    Returns:
-        The amounts of the layers that a pattern matches.
-
-    Raises:
-        InputError: a pattern that matches none of them.
+    A pattern that matches none of the layers is refused; a layer that none matches is left out.
     """
     known = {network.get_submodule(path) for path in layers}
     amounts: dict[str, float] = {}

@@ -73,27 +73,14 @@ def structure_of(network: nn.Module) -> Structure:
 
 
 def checkpoint_entry(network: nn.Module, attribute: str) -> dict[str, Any]:
-    """What a checkpoint holds under ``"compression"``, for `load_compressed` and for resuming.
-
-    Args:
-        network: compressed or not.
-        attribute: the module's attribute that holds the network.
-    """
+    """What a checkpoint holds under ``"compression"``, for `load_compressed` and for resuming."""
     return {"attribute": attribute, "recipe": recipe_of(network), "structure": structure_of(network)}
 
 
 def rebuild_structure(network: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
     """Give a network the described structure, in place; a state dict of the described network then loads strictly.
 
-    Args:
-        network: built like the described one, and not changed since.
-        structure: what `structure_of` returned.
-
-    Returns:
-        The network.
-
-    Raises:
-        InputError: the network has another structure or is changed already, or another version wrote the description.
+    The network is built like the described one, and not changed since.
     """
     if structure.get("format") != FORMAT:
         raise InputError(

@@ -172,14 +172,8 @@ def observing_inputs(network: nn.Module) -> Iterator[None]:
 def quantize_input(layer: nn.Module, quantizer: ActivationQuantizer) -> None:
     """Quantize a layer's input, in place: its first argument, which may be a packed sequence.
 
-    The query, key and value of attention are all quantized.
-
-    Args:
-        layer: the layer, which gets the quantizer as its child ``input_quantizer``.
-        quantizer: a quantizer that no other layer has.
-
-    Raises:
-        InputError: the layer's input is quantized already.
+    The query, key and value of attention are all quantized. The quantizer, which no other layer has, becomes the
+    layer's child ``input_quantizer``.
     """
     if hasattr(layer, NAME):
         raise InputError(f"the input of {type(layer).__name__} is quantized already")

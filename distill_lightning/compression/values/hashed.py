@@ -59,13 +59,7 @@ def _scramble(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def hashed_weight(values: Tensor, places: Tensor, shape: Sequence[int]) -> Tensor:
-    """The weight that some values make.
-
-    Args:
-        values: ``(buckets,)``.
-        places: what `hash_places` returned, on the same device.
-        shape: shape of the weight.
-    """
+    """The weight that some values make."""
     return torch.cat([values, -values]).index_select(0, places).view(tuple(shape))
 
 
