@@ -31,31 +31,22 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from distill_lightning.compression.onnx_export import at_batch, export_onnx, quantize_onnx
-from distill_lightning.compression.packing import (
-    Packed,
-    codebooks,
-    pack_codebook,
-    pack_codes,
-    pack_dense,
-    read_packed,
-    share_weights,
-    write_packed,
-)
-from distill_lightning.compression.quantizers import Scheme, quantize_weights, weight_codes, weight_names
-from distill_lightning.compression.report import LEGEND, Stage, claim_of, machine, measure_stage
-from distill_lightning.compression.surgery import (
-    Group,
-    channel_groups,
-    convert_attention,
-    describe,
-    head_groups,
-    in_blocks,
-    neuron_groups,
-    rebuild,
-    shrink,
-    unit_groups,
-)
+from distill_lightning.compression.access.computed import computed, original_of
+from distill_lightning.compression.access.weights import weight_names
+from distill_lightning.compression.file.format import read_packed, write_packed
+from distill_lightning.compression.file.packed import Packed, pack_dense, pack_stored
+from distill_lightning.compression.report.onnx import at_batch, export_onnx, quantize_onnx
+from distill_lightning.compression.report.report import LEGEND, circumstances, claim_of
+from distill_lightning.compression.report.stages import Stage, measure_stage
+from distill_lightning.compression.shrink.attention import convert_attention
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.groups import Group, shrink
+from distill_lightning.compression.shrink.recurrent import in_blocks, unit_groups
+from distill_lightning.compression.shrink.sizes import set_sizes, sizes_of
+from distill_lightning.compression.shrink.transformer import head_groups, neuron_groups
+from distill_lightning.compression.values.codebook import share_weights
+from distill_lightning.compression.values.quantizer import quantize_weights
+from distill_lightning.compression.values.scheme import Scheme
 from distill_lightning.networks import SmallResNet
 from distill_lightning.networks.weights import load_strictly
 
@@ -156,11 +147,11 @@ def write(network: nn.Module, path: Path) -> None:
         prefix = f"{name}." if name else ""
         own = {key: value for key, value in module.state_dict().items() if "." not in key}
         tensors |= {prefix + key: pack_dense(value) for key, value in own.items()}
-        for key, (codes, scheme) in weight_codes(module).items():
-            tensors[prefix + key] = pack_codes(codes, scheme)
-        for key, (book, values) in codebooks(module).items():
-            tensors[prefix + key] = pack_codebook(book.indices, values)
-    write_packed(path, tensors, {"sizes": describe(network)})
+        for key, entry in computed(module).items():
+            stored = entry.stored(original_of(module, key))
+            if stored is not None:
+                tensors[prefix + key] = pack_stored(stored)[0]
+    write_packed(path, tensors, {"sizes": sizes_of(network)})
 
 
 def reader(build: Callable[[], nn.Module]) -> Callable[[Path], nn.Module]:
@@ -168,7 +159,7 @@ def reader(build: Callable[[], nn.Module]) -> Callable[[Path], nn.Module]:
 
     def read(path: Path) -> nn.Module:
         header, tensors = read_packed(path)
-        network = rebuild(build(), header["sizes"])
+        network = set_sizes(build(), header["sizes"])
         load_strictly(network, tensors, source=str(path))
         return network
 
@@ -428,7 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     about = {
         "command": f"python -m benchmarks.compression_kernels {shlex.join(told)}".strip(),
         "date": time.strftime("%Y-%m-%d"),
-        **machine(),
+        **circumstances(),
     }
     content: dict[str, Any] = {"about": about, "gates": [], "profiles": {}, "stages": {}}
     gates: list[Gate] = []

@@ -31,10 +31,22 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.timing import machine, stopwatch
-from distill_lightning.compression import Compressor, Cubic, LowRank, Prune, Quantize, ShareWeights, Step
-from distill_lightning.compression.measure import count_parameters
-from distill_lightning.compression.recipe import copy_network, plain_copy
+from benchmarks.timing import circumstances, stopwatch
+from distill_lightning.compression import (
+    Compressor,
+    Cubic,
+    LearnMask,
+    LowRank,
+    Movement,
+    PruneUnits,
+    PruneWeights,
+    Quantize,
+    ShareWeights,
+    Step,
+)
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression.structure.changes import plain_copy
 from distill_lightning.functional import softened_kl
 from distill_lightning.networks import SmallCNN, SmallLSTM, SmallTransformer
 
@@ -120,11 +132,11 @@ def conditions() -> list[Condition]:
     return [*_of_pruning(), *_of_values(), *_of_rank(), *_of_tickets(), *_of_channels()]
 
 
-def _prune(**options: Any) -> StepMaker:
+def _prune(*, amount: float, criterion: Any = "magnitude", **options: Any) -> StepMaker:
     # Movement and the cubic schedule spend the last 30 % of their epochs at the final amount.
-    if options.get("criterion") == "movement":
-        options["schedule"] = Cubic(end=0.7)
-    return lambda _, when: Prune(**options, **when)
+    if criterion == "movement":
+        return lambda _, when: LearnMask(Movement(amount, schedule=Cubic(end=0.7)), **when)
+    return lambda _, when: PruneWeights(amount=amount, criterion=criterion, **options, **when)
 
 
 def _of_pruning() -> list[Condition]:
@@ -230,8 +242,8 @@ def _of_channels() -> list[Condition]:
     return [*rows, *tuned]
 
 
-def _channels(amount: float, criterion: str) -> StepMaker:
-    return _prune(amount=amount, criterion=criterion, granularity="channel", scope="layer")
+def _channels(amount: float, criterion: Any) -> StepMaker:
+    return lambda _, when: PruneUnits(unit="channel", amount=amount, criterion=criterion, scope="layer", **when)
 
 
 # Running a condition
@@ -589,7 +601,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "about": {
             "command": f"python -m benchmarks.compression_table {shlex.join(told)}".strip(),
             "date": time.strftime("%Y-%m-%d"),
-            **machine(),
+            **circumstances(),
             "seeds": ", ".join(str(seed) for seed in given.seeds),
             "settings": ", ".join(f"{key} {value}" for key, value in asdict(settings).items() if value is not None),
             "minutes of all runs": round(seconds / 60, 1),

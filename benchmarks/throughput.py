@@ -43,7 +43,7 @@ from benchmarks.contestants import (
     trained,
 )
 from benchmarks.peers import plain_step, torchdistill_step
-from benchmarks.timing import Figure, Turn, machine, peak_memory, ratio, stopwatch, take_turns
+from benchmarks.timing import Figure, Turn, circumstances, peak_memory, ratio, stopwatch, take_turns
 from distill_lightning import SelfKDModule, SupervisedModule
 from distill_lightning.layers import Discriminator, Translator
 from distill_lightning.teachers.recorder import record
@@ -62,7 +62,7 @@ class Report:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.console = Console(width=120)
-        self.content: dict[str, Any] = {"machine": machine(), "ratios": {}, "spread": {}, "sections": {}}
+        self.content: dict[str, Any] = {"machine": circumstances(), "ratios": {}, "spread": {}, "sections": {}}
 
     def ratio(self, name: str, figure: Figure) -> None:
         """Keep a ratio and its quartiles."""

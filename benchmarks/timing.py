@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from distill_lightning.pages import machine
 
 Turn = Callable[[], float]
 """Does some of a contestant's work and returns what was measured of it, seconds per step, say."""
@@ -71,15 +69,11 @@ def stopwatch() -> Iterator[Callable[[], float]]:
     end.append(time.perf_counter())
 
 
-def machine() -> dict[str, str | int]:
+def circumstances() -> dict[str, str | int]:
     """What the figures were measured on and with."""
-    packages = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "pytorchcv", "torchdistill", "numpy")
+    packages = ("torchvision", "pytorch-lightning", "torchmetrics", "pytorchcv", "torchdistill", "numpy")
     return {
-        "python": platform.python_version(),
-        **{name: _version(name) for name in packages},
-        "cpu": _cpu(),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
+        **machine(*packages),
         # By default glibc gives freed memory back to the system, and pays for every page when it asks for it again:
         # what that costs depends on the order of frees more than on what is measured.
         "malloc": os.environ.get("MALLOC_TRIM_THRESHOLD_", "gives memory back"),
@@ -92,16 +86,3 @@ def peak_memory() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = next(line for line in lines if line.startswith("VmHWM:"))
     return int(peak.split()[1]) * 1024
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from benchmarks.contestants import quiet_trainer
-from benchmarks.timing import machine
+from benchmarks.timing import circumstances
 from distill_lightning import (
     DigitsDataModule,
     FashionMNISTDataModule,
@@ -162,7 +162,7 @@ def main() -> None:
             "  ".join(f"{name} {value if isinstance(value, str) else round(value, 2)}" for name, value in row.items())
         )
     path = Path(__file__).parent / "results/views.json"
-    path.write_text(json.dumps({"machine": machine(), **found}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": circumstances(), **found}, indent=1) + "\n")
     print(f"Written: {path}")
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_one_of
 
 _PACKAGE = __name__.partition(".")[0]
 _KEYS = {"class_path", "init_args"}
@@ -23,6 +23,15 @@ class Choice(ABC):  # noqa: B024  (kinds of choices say what their alternatives 
     ``--model.init_args.distance.init_args.p 2``). A checkpoint holds a choice of this package as plain values, from
     which it is made again.
     """
+
+    def check_known(self, **known: Sequence[str]) -> None:
+        """Refuse options whose values are none of the known ones.
+
+        Raises:
+            InputError: one is none of them.
+        """
+        for name, values in known.items():
+            check_one_of(f"{type(self).__name__}: {name}", getattr(self, name), values)
 
 
 def plain(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -32,6 +32,16 @@ class NonFiniteError(InputError):
     Args:
         message: the line, which names the term or network and the samples.
     """
+
+
+def check_one_of(name: str, value: object, known: Sequence[str]) -> None:
+    """Refuse a value that is none of the known ones.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if value not in known:
+        raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def test_compression_fits(path, tmp_path, monkeypatch):
     assert main(["fit", "--config", str(tmp_path / "short.yaml")]) == 0
     (compressed,) = tmp_path.rglob("compressed.ckpt")
     assert type(load_compressed(compressed)).__name__ == config["model"]["init_args"]["network"]["class_path"]
-    done = torch.load(compressed, weights_only=True)["compression"]["description"]
+    done = torch.load(compressed, weights_only=True)["compression"]["structure"]
     assert done["changes"] or done["layers"]
 
 

@@ -16,16 +16,16 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
-from distill_lightning.callbacks.stages import Measurements, check_scored, measure
+from distill_lightning.callbacks.stages import Measurements, check_scored, measure, on_cpu
 from distill_lightning.callbacks.structure_hooks import LoadHook, SaveHook
-from distill_lightning.compression.compressor import Compressor, Moment, has_parameters
-from distill_lightning.compression.measure import count_parameters
-from distill_lightning.compression.recipe import checkpoint_entry, describe
-from distill_lightning.compression.report import Report, machine
-from distill_lightning.compression.stages import DENSE, FINAL, Kind, Stage
+from distill_lightning.compression.access.calibration import first_samples
+from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression.report.report import Report, circumstances
+from distill_lightning.compression.report.stages import DENSE, FINAL, Stage, StageKind
+from distill_lightning.compression.run.compressor import Compressor, Moment, has_parameters
+from distill_lightning.compression.run.phases import Phase, check_order
 from distill_lightning.compression.steps import Order, Step
-from distill_lightning.compression.structure import NOTHING
-from distill_lightning.compression.timeline import Phase, check_order
+from distill_lightning.compression.structure.changes import NOTHING, checkpoint_entry, structure_of
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.lightning_internals import (
@@ -41,11 +41,11 @@ from distill_lightning.lightning_internals import (
 
 
 class CompressionCallback(pl.Callback):
-    """Compresses a network of any module, step by step, while the module trains it as it always does.
+    """Compresses a network of any module, step by step, while the module trains it as usual.
 
     ::
 
-        steps = [Prune(amount=0.9, finetune_epochs=10), ShareWeights(k=16, finetune_epochs=5), Encode("huffman")]
+        steps = [PruneWeights(amount=0.9, finetune_epochs=10), ShareWeights(k=16, finetune_epochs=5), Encode("huffman")]
         Trainer(max_epochs=35, callbacks=[CompressionCallback(steps, dense_epochs=20)]).fit(KDModule(...), data)
 
     Each phase of a step begins with an epoch. Where the network has other parameters then, and by default with every
@@ -57,7 +57,7 @@ class CompressionCallback(pl.Callback):
     last step are a phase of their own.
 
     Weights that are quantized, shared or learned masks are parametrizations, which PyTorch does not pickle whole:
-    `write_artefact` writes the network, `compression.recipe.plain_copy` makes one of plain weights.
+    `write_artefact` writes the network, `plain_copy` makes one of plain weights.
     A module from elsewhere is resumed and tested from its checkpoints with this callback in the Trainer;
     its own ``load_from_checkpoint`` knows nothing of compression.
 
@@ -66,9 +66,9 @@ class CompressionCallback(pl.Callback):
     ``compress/sparsity`` are logged.
 
     Args:
-        steps: what is done, in this order.
+        steps: the steps, in order.
         attribute: the module's network that is compressed.
-        dense_epochs: of ordinary training before a first step that does not say when.
+        dense_epochs: number of epochs of ordinary training before the first step, if that step has no ``at``.
         calibration_batches: of training data, for criteria, ranges and BatchNorm's statistics; each step that needs
             them has so many in memory.
         restart: whether every phase begins with a new optimiser and a new schedule, else only those that must, whose
@@ -111,6 +111,8 @@ class CompressionCallback(pl.Callback):
         self._seen = 0
         # The last epoch that has begun, and how many weights were pruned when the network was validated.
         self._epoch, self._pruned = -1, 0
+        # The share of zeros of each pruned weight after each epoch.
+        self._sparsity: dict[str, list[float]] = {}
         # Whether the training has come to its end, with the last steps, and whether it began with a compressed network.
         self._is_over = self._is_begun = False
         # The Trainer and the module of the fit that is under way.
@@ -137,7 +139,7 @@ class CompressionCallback(pl.Callback):
             )
         _check_plan(trainer, self, pl_module)
         # A checkpoint that is loaded later says how far the compression is.
-        self._is_begun = describe(network) != NOTHING or self._has_begun(network)
+        self._is_begun = structure_of(network) != NOTHING or self._has_begun(network)
         self._fit, self._epoch, self._pruned, self._is_over = (trainer, pl_module), -1, 0, False
         if self.measurements is not None:
             check_scored(trainer, pl_module, self.measurements.split)
@@ -163,7 +165,7 @@ class CompressionCallback(pl.Callback):
             )
         # Checkpoints of other phases are loaded into what it was at first.
         kept = pl_module.__dict__.setdefault("_uncompressed", {})
-        if describe(network) == NOTHING:
+        if structure_of(network) == NOTHING:
             kept.setdefault(self.attribute, self.compressor.dense)
         self.compressor.dense = kept.get(self.attribute, self.compressor.dense)
         stand_last(trainer, self)
@@ -181,12 +183,12 @@ class CompressionCallback(pl.Callback):
                 f"{type(pl_module).__name__}.{self.attribute} is compressed already: make the module anew, or go on "
                 "from a checkpoint with fit(ckpt_path=...)"
             )
-        self.stages = []
+        self.stages, self._sparsity = [], {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See what the network is given."""
         if self.compressor is not None:
-            self.compressor.piece.example_inputs = self._draw(1)[0][0][:2]
+            self.compressor.piece.example_inputs = first_samples(self._draw(1)[0][0], 2)
             self._seen = trainer.global_step
 
     # In the training
@@ -255,6 +257,7 @@ class CompressionCallback(pl.Callback):
             "compress/sparsity": compressor.masks.sparsity(),
         }
         pl_module.log_dict(logs, on_step=False, on_epoch=True, sync_dist=True)
+        self._note_sparsity(compressor)
         self._forget_if_pruned(trainer, compressor)
         if _untrained(compressor):
             keep_patience(trainer)
@@ -273,7 +276,7 @@ class CompressionCallback(pl.Callback):
             forget_best(trainer)
         if self.measurements is not None:
             if self.measurements.onnx == "static":
-                self.calibration = [inputs.cpu() for inputs, _ in self._draw()]
+                self.calibration = [on_cpu(inputs) for inputs, _ in self._draw()]
             self._measure(FINAL, "after", final=True)
         written: dict[Path, Path] = {}
         for callback in trainer.checkpoint_callbacks:
@@ -332,11 +335,13 @@ class CompressionCallback(pl.Callback):
         """Where the compression is."""
         if self.compressor is None:
             return {}
+        self._note_sparsity(self.compressor)
         return {
             "compressor": self.compressor.state_dict(),
             "stages": [stage.as_plain() for stage in self.stages],
             "epoch": self._epoch,
             "pruned": self._pruned,
+            "sparsity": self._sparsity,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -345,6 +350,7 @@ class CompressionCallback(pl.Callback):
             self.compressor.load_state_dict(state_dict["compressor"])
             self.stages = [Stage.of_plain(plain) for plain in state_dict["stages"]]
             self._epoch, self._pruned = state_dict["epoch"], state_dict["pruned"]
+            self._sparsity = {path: list(shares) for path, shares in state_dict["sparsity"].items()}
 
     def report(self, *, metric: str = "accuracy", higher_is_better: bool = True) -> Report:
         """The stages of the fit as a table, with its files.
@@ -358,7 +364,16 @@ class CompressionCallback(pl.Callback):
         """
         if not self.stages:
             raise InputError("nothing was measured: give CompressionCallback report=Measurements(), and fit")
-        return Report({0: self.stages}, metric=metric, higher_is_better=higher_is_better, about=machine())
+        return Report({0: self.stages}, metric=metric, higher_is_better=higher_is_better, about=circumstances())
+
+    def _note_sparsity(self, compressor: Compressor) -> None:
+        """Keep the share of zeros of each pruned weight in this epoch, also if it is saved before it ends here."""
+        for path, share in compressor.masks.sparsities().items():
+            name = path.replace("parametrizations.", "").removesuffix(".original")
+            # It was dense until it was pruned for the first time.
+            shares = self._sparsity.setdefault(name, [])
+            shares += [0.0] * (self._epoch - len(shares))
+            shares[self._epoch :] = [share]
 
     # What the compressor asks
 
@@ -397,7 +412,7 @@ class CompressionCallback(pl.Callback):
         """The final row has the last phase's time."""
         return FINAL if phase is cast("Compressor", self.compressor).phases[-1] else None
 
-    def _measure(self, name: str, kind: Kind, *, final: bool = False, timed_as: str | None = None) -> None:
+    def _measure(self, name: str, kind: StageKind, *, final: bool = False, timed_as: str | None = None) -> None:
         trainer, pl_module = cast("tuple[pl.Trainer, Any]", self._fit)
         compressor = cast("Compressor", self.compressor)
         told = {note for stage in self.stages for note in stage.notes}
@@ -405,7 +420,7 @@ class CompressionCallback(pl.Callback):
         self.stages.append(
             measure(
                 trainer, pl_module, compressor, cast("Measurements", self.measurements),
-                name=name, kind=kind, final=final, timed_as=timed_as, notes=notes,
+                name=name, kind=kind, final=final, timed_as=timed_as, notes=notes, sparsity=self._sparsity,
             )
         )  # fmt: skip
 

@@ -8,12 +8,15 @@ from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor
 
-from distill_lightning.compression.artefact import load_compressed, write_artefact
-from distill_lightning.compression.compressor import Compressor
-from distill_lightning.compression.measure import MIN_ROUNDS
-from distill_lightning.compression.recipe import copy_network, describe
-from distill_lightning.compression.stages import SEE, Kind, Onnx, Stage, measure_stage
+from distill_lightning.compression.access.computed import fewest_bits
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.file.artefact import load_compressed, write_artefact
+from distill_lightning.compression.report.details import details_of
+from distill_lightning.compression.report.measure import MIN_ROUNDS
+from distill_lightning.compression.report.stages import SEE, Onnx, Stage, StageKind, measure_stage
+from distill_lightning.compression.run.compressor import Compressor
 from distill_lightning.errors import InputError
 from distill_lightning.lightning_internals import TrainersBatches, undrawn, validation_loaders
 
@@ -58,10 +61,11 @@ def measure(
     wanted: Measurements,
     *,
     name: str,
-    kind: Kind,
+    kind: StageKind,
     final: bool = False,
     timed_as: str | None = None,
     notes: Sequence[str] = (),
+    sparsity: Mapping[str, Sequence[float]] | None = None,
 ) -> Stage:
     """Score and measure a network as it is now; random states and the Trainer's data are left as they were.
 
@@ -75,12 +79,13 @@ def measure(
         final: whether it is the final network, for which ONNX files are made as for the dense one.
         timed_as: the row whose time is measured instead, because this one has the same structure.
         notes: notes on the row.
+        sparsity: share of zeros of each pruned weight after each epoch, for the final network's figures.
     """
     with isolate_rng():
         scores = pl_module.score(_scored_batches(trainer, pl_module, wanted.split))
         network, dense = (copy_network(one).cpu() for one in (compressor.network, compressor.dense))
         onnx = wanted.onnx if final or kind == "dense" else "none"
-        inputs = _on_cpu(compressor.piece.example_inputs)
+        inputs = on_cpu(compressor.piece.example_inputs)
         batches = compressor.piece.batches("ONNX") if onnx == "static" else ()
         compressor.piece.forget_batches()
         stage = measure_stage(
@@ -95,10 +100,12 @@ def measure(
             batch_sizes=wanted.batch_sizes if timed_as is None else (),
             rounds=wanted.rounds,
             onnx=onnx,
-            calibration=[_on_cpu(given) for given, _ in batches],
-            weight_bits=fewest_bits(describe(network)),
+            calibration=[on_cpu(given) for given, _ in batches],
+            weight_bits=fewest_bits(network),
             notes=notes,
         )
+        if final:
+            stage.details.update(details_of(network, compressor.piece, sparsity or {}))
     if timed_as is not None:
         stage.missing["latency"] = f"{SEE}{timed_as}"
     return stage
@@ -118,21 +125,6 @@ def check_scored(trainer: Any, pl_module: Any, split: str) -> None:
         raise InputError("a report with split='val' needs validation batches: give them (limit_val_batches), or 'test'")
 
 
-def fewest_bits(description: Mapping[str, Any]) -> int | None:
-    """Bits of the smallest codes of a described network's weights; ``None`` if all are floats."""
-    bits = [
-        told["scheme"]["bits"]
-        for layer in description["layers"].values()
-        for told in layer.get("quantized", {}).values()
-    ]
-    bits += [
-        max(int(told["k"]) - 1, 1).bit_length()
-        for layer in description["layers"].values()
-        for told in layer.get("shared", {}).values()
-    ]
-    return min(bits, default=None)
-
-
 def _scored_batches(trainer: Any, pl_module: Any, split: str) -> Iterable[Any]:
     if split == "test":
         trainer.datamodule.setup("test")
@@ -145,5 +137,8 @@ def _scored_batches(trainer: Any, pl_module: Any, split: str) -> Iterable[Any]:
             yield from own
 
 
-def _on_cpu(values: Any) -> Any:
-    return tuple(part.cpu() for part in values) if isinstance(values, (tuple, list)) else values.cpu()
+def on_cpu(values: Any) -> Any:
+    """A network's inputs on the CPU."""
+    if isinstance(values, (tuple, list)):
+        return tuple(on_cpu(part) for part in values)
+    return values.cpu() if isinstance(values, Tensor) else values

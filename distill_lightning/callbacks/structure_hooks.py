@@ -6,7 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from distill_lightning.compression.structure import note_structure, restore_structure
+from distill_lightning.compression.structure.checkpoints import note_structure, restore_structure
 
 
 class LoadHook:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterator
 
@@ -57,7 +58,8 @@ def _unknown_class(reason: str, key: str) -> str | None:
     name = reason.removeprefix(prefix)
     if key == "steps":
         known = (one for one in map(vars(steps).get, steps.__all__) if isinstance(one, type) and issubclass(one, Step))
-        return f"there is no step {name}: known ones are {', '.join(one.__name__ for one in known if one is not Step)}"
+        ready = (one.__name__ for one in known if not inspect.isabstract(one))
+        return f"there is no step {name}: known ones are {', '.join(ready)}"
     modules = (distill_lightning, callbacks, datamodules, compression)
     near = difflib.get_close_matches(name, sorted({one for module in modules for one in module.__all__}), cutoff=0.5)
     way_out = f"similar names: {', '.join(near)}" if near else "give package.module.Class for one of another package"

@@ -1,45 +1,41 @@
-"""Compressing a network in plain PyTorch, by steps that prune, factor, share and quantize its layers."""
+"""Compressing a network in plain PyTorch, by steps that prune, factor, share and quantize its layers.
 
-from distill_lightning.compression import structure as _structure  # noqa: F401  (checkpoints ask it)
-from distill_lightning.compression.artefact import load_compressed, write_artefact
-from distill_lightning.compression.compressor import Compressor
-from distill_lightning.compression.masks import Masks
-from distill_lightning.compression.report import Report, Stage
-from distill_lightning.compression.schedules import Cubic, Iterative, OneShot, Threshold
+Rooms, from the bottom to the top: ``access`` to a network; ``costs``; ``shrink``, ``mask``, ``factor`` and ``values``,
+what can be done to it; ``structure``, what was done; ``file``; ``steps``; ``run``; ``report``.
+"""
+
+from distill_lightning.compression.file.artefact import load_compressed, write_artefact
+from distill_lightning.compression.mask.masks import Masks
+from distill_lightning.compression.report.report import Report
+from distill_lightning.compression.report.stages import Stage
+from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.run.preview import Preview, preview
 from distill_lightning.compression.steps import (
+    L0,
     Encode,
     HashShare,
+    LearnMask,
     LowRank,
     MixedPrecision,
-    Prune,
+    Movement,
+    PruneUnits,
+    PruneWeights,
     Quantize,
     Regularise,
     Sensitivity,
     ShareWeights,
+    SoftMovement,
     Step,
+    TargetedStep,
     TieLayers,
+    TrainedStep,
 )
+from distill_lightning.compression.steps.schedules import Cubic, Iterative, OneShot, Threshold
+from distill_lightning.compression.structure import checkpoints as _checkpoints  # noqa: F401  (provenance asks it)
 
 __all__ = [
-    "Compressor",
-    "Cubic",
-    "Encode",
-    "HashShare",
-    "Iterative",
-    "LowRank",
-    "Masks",
-    "MixedPrecision",
-    "OneShot",
-    "Prune",
-    "Quantize",
-    "Regularise",
-    "Report",
-    "Sensitivity",
-    "ShareWeights",
-    "Stage",
-    "Step",
-    "Threshold",
-    "TieLayers",
-    "load_compressed",
-    "write_artefact",
-]
+    "L0", "Compressor", "Cubic", "Encode", "HashShare", "Iterative", "LearnMask", "LowRank", "Masks",
+    "MixedPrecision", "Movement", "OneShot", "Preview", "PruneUnits", "PruneWeights", "Quantize", "Regularise",
+    "Report", "Sensitivity", "ShareWeights", "SoftMovement", "Stage", "Step", "TargetedStep", "Threshold",
+    "TieLayers", "TrainedStep", "load_compressed", "preview", "write_artefact",
+]  # fmt: skip

@@ -412,7 +412,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         """Write the plain student's state dict; a freshly built network of its kind loads it with ``strict=True``.
 
         Weights that are computed (quantized, shared) are written as the values that they have. A network that was
-        shrunk fits one of its own sizes: `compression.recipe.rebuild`.
+        shrunk fits one of its own sizes: `compression.structure.changes.rebuild_structure`.
 
         Args:
             path: ``.safetensors``, or ``.pt`` / ``.pth`` for `torch.save`.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill_lightning.callbacks.compression import CompressionCallback
 from distill_lightning.callbacks.stages import Measurements
-from distill_lightning.compression.recipe import copy_network
+from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.steps import Step
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
@@ -33,7 +33,7 @@ class CompressionBaseline(DistillationModule):
 
         CompressionBaseline(
             SmallCNN(10), num_classes=10, dense_epochs=20, teacher="dense",
-            steps=[Prune(amount=0.9, finetune_epochs=10), ShareWeights(k=16, finetune_epochs=5), Encode("huffman")],
+            steps=[PruneWeights(amount=0.9, finetune_epochs=10), ShareWeights(finetune_epochs=5), Encode("huffman")],
         )
 
     O'Neill: *An Overview of Neural Network Compression*, https://arxiv.org/abs/2006.03669
@@ -41,8 +41,8 @@ class CompressionBaseline(DistillationModule):
     Args:
         network: compressed in place; ``student`` is another name for it.
         num_classes: ``K``.
-        steps: what is done, in this order; without any, this is ordinary training, bit for bit.
-        dense_epochs: of ordinary training before a first step that does not say when.
+        steps: the steps, in order; without any, this is ordinary training, bit for bit.
+        dense_epochs: number of epochs of ordinary training before the first step, if that step has no ``at``.
         teacher: ``"none"``; ``"dense"``: the network as it is when the first step begins, frozen, which should
             have been trained by then; or a network, several, a `TeacherEnsemble` or a `TeacherStore`, which teach from
             the first epoch on.

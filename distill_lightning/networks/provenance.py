@@ -153,7 +153,7 @@ def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         InputError: it is changed in another way already.
     """
     if checkpoint.get("compression") is not None and not _KEEPERS:
-        importlib.import_module("distill_lightning.compression.structure")
+        importlib.import_module("distill_lightning.compression.structure.checkpoints")
     for keeper in _KEEPERS:
         keeper.restore_structure(module, checkpoint)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, refusing
+from distill_lightning.storage import sweep_partial, write_whole
 
 # Columns of a log file, which has no edge to wrap at.
 _WIDTH = 132
@@ -38,6 +39,23 @@ def refuse_foreign_folder(folder: Path, *, known: str) -> None:
     found = folder.exists() and any(not path.name.startswith("partial.") for path in folder.iterdir())
     if found and not (folder / known).exists():
         raise InputError(f"output folder {folder} holds something else: give an empty or new one with --output")
+
+
+def claim_folder(folder: Path, *, known: str, content: str) -> None:
+    """Make an output folder a study's own, and remove what killed calls have left half-written in it.
+
+    Args:
+        folder: the folder, which may exist.
+        known: see `refuse_foreign_folder`.
+        content: what that file says.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    with refusing(f"output {folder}", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep_partial(folder, "**/*")
+        write_whole(folder / known, [content.encode()])
 
 
 def table_of(rows: Sequence[Sequence[str]]) -> Table:

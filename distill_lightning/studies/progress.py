@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_INTERRUPTED = 130
 
 OnEpoch = Callable[[int], None]
 """Called with the number of finished epochs of a training, after each."""
@@ -29,7 +33,13 @@ T = TypeVar("T", bound=Training)
 
 
 def train_missing(
-    runs: Sequence[T], train: Callable[[T, OnEpoch], None], *, name: str, epochs: Callable[[T], int], console: Console
+    runs: Sequence[T],
+    train: Callable[[T, OnEpoch], None],
+    *,
+    name: str,
+    epochs: Callable[[T], int],
+    folder: Path,
+    console: Console,
 ) -> None:
     """Train the runs that are not finished, in their order, under a progress bar.
 
@@ -38,13 +48,17 @@ def train_missing(
         train: trains a run.
         name: what the bar shows before the first run.
         epochs: the length of a run.
+        folder: the folder of the study, for the message after an interrupt.
         console: where the bar is shown.
+
+    Raises:
+        SystemExit: with status 130, after Ctrl-C.
     """
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
         TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
     )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
+    with _reporting_interrupts(runs, folder, console), Progress(*columns, console=console) as progress:
         done = sum(epochs(run) for run in runs if run.is_finished)
         bar = progress.add_task(name, total=sum(map(epochs, runs)), completed=done)
         for run in runs:
@@ -59,6 +73,25 @@ def train_missing(
             train(run, advance)
             done += epochs(run)
             progress.update(bar, completed=done)
+
+
+@contextmanager
+def _reporting_interrupts(runs: Sequence[Training], folder: Path, console: Console) -> Iterator[None]:
+    """After Ctrl-C, print what is kept, and exit with the status that shells give to it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning leaves the process once it has seen the interrupt.
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        done = sum(run.is_finished for run in runs)
+        console.print(
+            f"Interrupted: {done} of {len(runs)} runs are finished and kept in {folder}; the same command goes on "
+            "with the others.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise SystemExit(_INTERRUPTED) from None
 
 
 class EpochCounter(pl.Callback):

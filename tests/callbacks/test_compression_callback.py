@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import pickle
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -34,15 +35,21 @@ from distill_lightning import (
 )
 from distill_lightning.callbacks import CompressionCallback, Measurements
 from distill_lightning.compression import (
+    L0,
     Cubic,
     Encode,
     HashShare,
     Iterative,
+    LearnMask,
     LowRank,
-    Prune,
+    Movement,
+    OneShot,
+    PruneUnits,
+    PruneWeights,
     Quantize,
     Regularise,
     ShareWeights,
+    SoftMovement,
     load_compressed,
 )
 from distill_lightning.errors import InputError
@@ -107,9 +114,9 @@ class Seen(Callback):
 @pytest.mark.parametrize(
     "options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}]
 )
-@pytest.mark.parametrize("schedule", [None, Cubic(end=0.5)])
+@pytest.mark.parametrize("schedule", [OneShot(), Cubic(end=0.5)])
 def test_pruned_weights_stay_zero_and_so_does_what_the_optimiser_remembers(optimizer, options, schedule):
-    step = Prune(amount=0.6, schedule=schedule, finetune_epochs=3)
+    step = PruneWeights(amount=0.6, schedule=schedule, finetune_epochs=3)
     # The momentum of the dense epoch must not come back, either.
     module = baseline([step], dense_epochs=1, optimizer=optimizer, restart=False)
     looked = []
@@ -161,7 +168,7 @@ def test_averaged_weights_are_pruned_too(tmp_path, averaging):
                 validated.append(int(under_masks(compressor, weights_of(module.student)).count_nonzero()))
 
     # The average begins among dense weights.
-    module = baseline([Prune(amount=0.6, finetune_epochs=2)], dense_epochs=2)
+    module = baseline([PruneWeights(amount=0.6, finetune_epochs=2)], dense_epochs=2)
     callbacks = [averaging(), Look(), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)]
     plain = supervised()
     fit(module, callbacks=callbacks, enable_checkpointing=True)
@@ -179,7 +186,7 @@ def test_averaged_weights_are_pruned_too(tmp_path, averaging):
 @pytest.mark.parametrize("averaging", [EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.01)])
 @pytest.mark.parametrize("first", [True, False])
 def test_the_order_of_the_callbacks_does_not_matter(averaging, first):
-    module, callback = supervised(), CompressionCallback([Prune(amount=0.6, finetune_epochs=2)], dense_epochs=2)
+    module, callback = supervised(), CompressionCallback([PruneWeights(amount=0.6, finetune_epochs=2)], dense_epochs=2)
     callbacks = [callback, averaging()]
     fit(module, callbacks=callbacks if first else callbacks[::-1])
     assert callback.compressor.masks.pruned == round(0.6 * callback.compressor.masks.total)
@@ -191,14 +198,14 @@ def test_the_order_of_the_callbacks_does_not_matter(averaging, first):
 @pytest.mark.parametrize(
     "steps",
     [
-        [Prune(amount=0.5, granularity="channel", finetune_epochs=1)],
+        [PruneUnits(amount=0.5, unit="channel", finetune_epochs=1)],
         [LowRank(rank=2, finetune_epochs=1)],
         [ShareWeights(k=4, finetune_epochs=1)],
         [Quantize(weight_bits=4, finetune_epochs=1)],
-        [Prune(amount=0.5, criterion="movement", finetune_epochs=1)],
-        [Regularise(penalty="l0", weight=1e-3, finetune_epochs=1)],
+        [LearnMask(Movement(0.5), finetune_epochs=1)],
+        [LearnMask(L0(1e-3), finetune_epochs=1)],
     ],
-    ids=lambda steps: repr(steps[0]),
+    ids=lambda steps: steps[0].title,
 )
 def test_averages_of_other_parameters_are_refused_before_the_training(averaging, steps):
     module, began = baseline(steps, dense_epochs=1), []
@@ -211,7 +218,7 @@ def test_averages_of_other_parameters_are_refused_before_the_training(averaging,
 @pytest.mark.parametrize("averaging", [EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.01)])
 def test_a_teacher_that_comes_later_is_no_part_of_averages(averaging):
     """The dense network stands beside the module, so an average of what learns can go on."""
-    module = baseline([Prune(amount=0.5, finetune_epochs=1)], dense_epochs=1, teacher="dense")
+    module = baseline([PruneWeights(amount=0.5, finetune_epochs=1)], dense_epochs=1, teacher="dense")
     trainer = fit(module, callbacks=[averaging()])
     assert len(module.teachers) == 1
     assert not any("teachers" in name for name in module.state_dict())
@@ -221,22 +228,22 @@ def test_a_teacher_that_comes_later_is_no_part_of_averages(averaging):
 # Resuming
 
 STEPS = {
-    "masks": lambda: [Prune(amount=0.6, schedule=Cubic(), finetune_epochs=3)],
-    "lottery": lambda: [Prune(amount=0.6, schedule=Iterative(2), rewind="start", finetune_epochs=3)],
-    "channels": lambda: [Prune(amount=0.5, granularity="channel", finetune_epochs=3)],
-    "masked channels": lambda: [Prune(amount=0.5, granularity="channel", schedule=Cubic(), finetune_epochs=3)],
+    "masks": lambda: [PruneWeights(amount=0.6, schedule=Cubic(), finetune_epochs=3)],
+    "lottery": lambda: [PruneWeights(amount=0.6, schedule=Iterative(2), rewind="start", finetune_epochs=3)],
+    "channels": lambda: [PruneUnits(amount=0.5, unit="channel", finetune_epochs=3)],
+    "masked channels": lambda: [PruneUnits(amount=0.5, unit="channel", schedule=Cubic(), finetune_epochs=3)],
     "low rank": lambda: [LowRank(rank=2, finetune_epochs=3)],
     "shared": lambda: [ShareWeights(k=4, finetune_epochs=3)],
     "hashed": lambda: [HashShare(ratio=4, finetune_epochs=3)],
     "qat": lambda: [Quantize(weight_bits=4, act_bits=4, mode="qat", estimator="lsq", finetune_epochs=3)],
-    "movement": lambda: [Prune(amount=0.6, criterion="movement", finetune_epochs=3)],
-    "soft movement": lambda: [Prune(criterion="soft_movement", finetune_epochs=3)],
+    "movement": lambda: [LearnMask(Movement(0.6), finetune_epochs=3)],
+    "soft movement": lambda: [LearnMask(SoftMovement(), finetune_epochs=3)],
     "lasso": lambda: [
         Regularise(penalty="group_lasso", granularity="channel", weight=1e-2, threshold=0.05, finetune_epochs=3)
     ],
     "chain": lambda: [
-        Prune(amount=0.5, granularity="channel", finetune_epochs=1),
-        Prune(amount=0.5, finetune_epochs=1),
+        PruneUnits(amount=0.5, unit="channel", finetune_epochs=1),
+        PruneWeights(amount=0.5, finetune_epochs=1),
         ShareWeights(k=4, finetune_epochs=1),
         Encode("huffman"),
     ],
@@ -316,7 +323,7 @@ def test_a_fit_in_the_same_process_goes_on_from_an_earlier_checkpoint(tmp_path):
 @pytest.mark.slow
 def test_other_steps_than_the_checkpoints_are_refused(tmp_path):
     uninterrupted("chain", tmp_path)
-    with pytest.raises(InputError, match="steps into compression, but there are 1: give the steps"):
+    with pytest.raises(InputError, match="made with the steps 1 PruneUnits channel, .* give the steps that"):
         fit(resumable("masks"), epochs=5, ckpt_path=str(tmp_path / "end-epoch=3.ckpt"))
 
 
@@ -339,11 +346,11 @@ def test_without_steps_it_is_ordinary_training(schedule):
 @pytest.mark.parametrize(
     "step",
     [
-        Prune(amount=0.0, finetune_epochs=2),
-        Prune(amount=0.0, schedule=Cubic(), finetune_epochs=2),
-        Prune(amount=0.0, granularity="channel", finetune_epochs=2),
+        PruneWeights(amount=0.0, finetune_epochs=2),
+        PruneWeights(amount=0.0, schedule=Cubic(), finetune_epochs=2),
+        PruneUnits(amount=0.0, unit="channel", finetune_epochs=2),
         Regularise(penalty="l1", weight=0.0, finetune_epochs=2),
-        Regularise(penalty="l0", weight=0.0, finetune_epochs=2),
+        LearnMask(L0(0.0), finetune_epochs=2),
         LowRank(rank=10_000, finetune_epochs=2),
         Quantize(weight_bits=None, finetune_epochs=2),
         Encode("huffman"),
@@ -351,8 +358,8 @@ def test_without_steps_it_is_ordinary_training(schedule):
     ids=repr,
 )
 def test_a_step_that_does_nothing_changes_nothing(step):
+    step = replace(step, at=1 if step.finetune_epochs else None)
     plain, compressed = supervised(lr_scheduler=OneCycle), baseline([step], lr_scheduler=OneCycle, restart=False)
-    step.at = 1 if step.finetune_epochs else None
     fit(plain)
     fit(compressed)
     assert_same(weights_of(plain.student), weights_of(compressed.student))
@@ -419,7 +426,7 @@ OTHERS = {
 def test_other_methods_train_what_is_compressed(tmp_path, name, kind):
     steps = STEPS[kind]()
     if name == "feed" and kind == "channels":
-        steps[0].exclude = "features.3"
+        steps = [replace(steps[0], exclude="features.3")]
     moved = []
 
     def look(trainer, pl_module):
@@ -441,7 +448,7 @@ def test_other_methods_train_what_is_compressed(tmp_path, name, kind):
 @pytest.mark.slow
 def test_a_tap_whose_channels_leave_is_named():
     torch.manual_seed(0)
-    steps = [Prune(amount=0.5, granularity="channel", finetune_epochs=1)]
+    steps = [PruneUnits(amount=0.5, unit="channel", finetune_epochs=1)]
     message = r"'features' gives 5 channels, and the translators read 8: .*exclude"
     with pytest.raises(InputError, match=message):
         fit(OTHERS["feed"](TinyNet(3)), callbacks=[CompressionCallback(steps, dense_epochs=1)])
@@ -489,7 +496,7 @@ def test_a_module_from_elsewhere_is_resumed_and_validated(tmp_path, kind):
 @pytest.mark.parametrize("report", [None, Measurements(batch_sizes=())])
 def test_a_resume_after_the_last_epoch_does_the_steps_that_are_left(tmp_path, report):
     def make(seed):
-        steps = [Prune(amount=0.5, finetune_epochs=2), Quantize(weight_bits=4)]
+        steps = [PruneWeights(amount=0.5, finetune_epochs=2), Quantize(weight_bits=4)]
         return baseline(steps, seed=seed, report=report)
 
     whole, resumed = make(0), make(9)
@@ -551,7 +558,7 @@ def test_a_training_that_ends_before_its_steps_says_so():
     def stop(trainer, pl_module):
         trainer.should_stop = trainer.current_epoch == 1
 
-    steps = [Prune(amount=0.5, finetune_epochs=2), ShareWeights(k=4, finetune_epochs=2)]
+    steps = [PruneWeights(amount=0.5, finetune_epochs=2), ShareWeights(k=4, finetune_epochs=2)]
     module = baseline(steps, report=Measurements(batch_sizes=()))
     with pytest.warns(UserWarning, match="ended after 2 epochs: not fine-tuned were 2 ShareWeights"):
         fit(module, callbacks=[Seen(stop)])
@@ -565,7 +572,7 @@ def test_early_stopping_waits_for_the_last_step():
     # A metric that never gets better.
     stop = EarlyStopping("val/loss", patience=1, min_delta=1e9)
     epochs = []
-    steps = [Prune(amount=0.5, finetune_epochs=3), Prune(amount=0.7, finetune_epochs=4)]
+    steps = [PruneWeights(amount=0.5, finetune_epochs=3), PruneWeights(amount=0.7, finetune_epochs=4)]
     callbacks = [stop, CompressionCallback(steps, attribute="net", dense_epochs=3)]
     callbacks.append(Seen(lambda trainer, _: epochs.append(trainer.current_epoch)))
     fit(Elsewhere(), epochs=10, callbacks=callbacks)
@@ -576,7 +583,7 @@ def test_early_stopping_waits_for_the_last_step():
 
 @pytest.mark.slow
 def test_epochs_after_the_last_step_are_told():
-    module = baseline([Prune(amount=0.5, finetune_epochs=1)], report=Measurements(batch_sizes=()))
+    module = baseline([PruneWeights(amount=0.5, finetune_epochs=1)], report=Measurements(batch_sizes=()))
     with pytest.warns(UserWarning, match="over after 1 epochs, and the training goes on to max_epochs=3"):
         fit(module, epochs=3)
     assert module.callback.stages[-1].name == "final"
@@ -591,7 +598,7 @@ def test_a_second_run_leaves_the_first_ones_network(tmp_path):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             fit(
-                baseline([Prune(amount=0.5, finetune_epochs=1)]),
+                baseline([PruneWeights(amount=0.5, finetune_epochs=1)]),
                 epochs=1,
                 callbacks=callbacks,
                 enable_checkpointing=True,
@@ -613,7 +620,7 @@ def test_what_would_end_too_early_or_twice_is_refused():
     with pytest.raises(InputError, match="CompressionBaseline does its own steps"):
         fit(baseline(steps, dense_epochs=1), callbacks=[CompressionCallback(steps)])
     with pytest.raises(InputError, match="cannot come after step 1"):
-        CompressionCallback([Quantize(), Prune(amount=0.5)])
+        CompressionCallback([Quantize(), PruneWeights(amount=0.5)])
     with pytest.raises(InputError, match="dense_epochs must not be negative, got -1"):
         CompressionCallback(steps, dense_epochs=-1)
 
@@ -627,7 +634,7 @@ def test_a_callback_beside_a_baseline_without_steps_compresses():
 
 @pytest.mark.slow
 def test_a_report_on_validation_samples_needs_some():
-    module = baseline([Prune(amount=0.5, finetune_epochs=1)], report=Measurements(split="val", batch_sizes=()))
+    module = baseline([PruneWeights(amount=0.5, finetune_epochs=1)], report=Measurements(split="val", batch_sizes=()))
     with pytest.raises(InputError, match="split='val' needs validation batches"):
         fit(module, epochs=1, limit_val_batches=0)
     # Before the first of them was read.
@@ -637,7 +644,7 @@ def test_a_report_on_validation_samples_needs_some():
 
 @pytest.mark.slow
 def test_an_untrained_network_that_would_teach_is_told():
-    steps = [Prune(amount=0.5, finetune_epochs=1)]
+    steps = [PruneWeights(amount=0.5, finetune_epochs=1)]
     with pytest.warns(UserWarning, match="has not been trained when the first step begins"):
         fit(baseline(steps, teacher="dense"), epochs=1)
     trained = baseline([])

@@ -10,20 +10,22 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError, Pretrained, SmallResNet
-from distill_lightning.compression import (
-    Compressor,
-    Encode,
-    Quantize,
-    load_compressed,
-    low_rank,
-    packing,
-    recipe,
-    surgery,
-    write_artefact,
-)
-from distill_lightning.compression import quantizers as q
-from distill_lightning.compression.masks import Masks
-from distill_lightning.compression.steps import HashShare, LowRank, Prune, ShareWeights
+from distill_lightning.compression import Compressor, Encode, Quantize, load_compressed, write_artefact
+from distill_lightning.compression.access.computed import is_computed, original_of
+from distill_lightning.compression.access.weights import weight_names
+from distill_lightning.compression.factor.factoring import factorize, replace_layer
+from distill_lightning.compression.file.format import read_parts, write_packed
+from distill_lightning.compression.file.packed import pack_codes, unpack, unpack_codes
+from distill_lightning.compression.mask.masks import Masks
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.groups import shrink
+from distill_lightning.compression.steps import HashShare, LowRank, PruneUnits, PruneWeights, ShareWeights
+from distill_lightning.compression.structure.changes import note_change, plain_copy, structure_of
+from distill_lightning.compression.values.codebook import share_weights
+from distill_lightning.compression.values.estimators import codes as codes_of
+from distill_lightning.compression.values.hashed import hash_weights
+from distill_lightning.compression.values.quantizer import quantize_weights
+from distill_lightning.compression.values.scheme import Scheme
 from distill_lightning.networks import recipe_of
 
 
@@ -98,7 +100,7 @@ def build(kind):
 
 
 def layers_of(network):
-    return [layer for layer in network.modules() if q.weight_names(layer)]
+    return [layer for layer in network.modules() if weight_names(layer)]
 
 
 def outputs(network, kind):
@@ -113,7 +115,7 @@ def assert_reloads(network, path, kind, coding="plain"):
     with_network = None if kind == "resnet" else BUILDERS[kind]()
     loaded = load_compressed(path, with_network)
     assert not loaded.training
-    assert not recipe.is_computed(loaded)
+    assert not is_computed(loaded)
     assert torch.equal(outputs(loaded, kind), outputs(network, kind))
     inputs = inputs_for(kind)
     assert torch.equal(loaded(inputs), network(inputs))
@@ -196,15 +198,15 @@ def test_every_tensor_takes_its_smallest_form(tmp_path):
     torch.manual_seed(0)
     network = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(7)))
     dense, codes, shared, hashed, half, few, sparse = network
-    q.quantize_weights(codes, scheme=q.Scheme(8))
-    packing.share_weights(shared, k=16)
-    packing.hash_weights(hashed, ratio=1 / 8)
+    quantize_weights(codes, scheme=Scheme(8))
+    share_weights(shared, k=16)
+    hash_weights(hashed, ratio=1 / 8)
     with torch.no_grad():
         half.weight[torch.rand(64, 64) < 0.6] = 0
         few.weight.copy_(torch.tensor([0, 0, 0, 0, 0, 0, 1, 2.0])[torch.randint(0, 8, (64, 64))])
         sparse.weight[torch.rand(64, 64) < 0.99] = 0
     write_artefact(network, tmp_path / "a.dlpk")
-    _, parts = packing.read_parts(tmp_path / "a.dlpk")
+    _, parts = read_parts(tmp_path / "a.dlpk")
     codecs = {name: packed.codec for name, packed in parts.items()}
     assert list(codecs.values()) == ["dense", "codes", "codebook", "hashed", "bitmask", "bitmask", "csr"]
     assert parts["5.weight"].options["values"]["codec"] == "codebook"
@@ -238,24 +240,24 @@ def test_coding_makes_pruned_and_quantized_files_smaller(coding, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "scheme", [q.Scheme(3), q.Scheme(8, "pow2", "group:7"), q.Scheme(2, "ternary"), q.Scheme(5, "affine", "tensor")]
+    "scheme", [Scheme(3), Scheme(8, "pow2", "group:7"), Scheme(2, "ternary"), Scheme(5, "affine", "tensor")]
 )
 def test_codes_of_pruned_weights_are_left_out(scheme, tmp_path):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(53, 31, bias=False))
     with torch.no_grad():
         network[0].weight[torch.rand(31, 53) < 0.85] = 0
-    q.quantize_weights(network[0], scheme=scheme)
-    codes, _ = q.weight_codes(network[0])["weight"]
-    packed = packing.pack_codes(codes, scheme, sparse=True)
-    assert torch.equal(packing.unpack(packed), network[0].weight)
-    assert torch.equal(packing.unpack_codes(packed)[0].values, codes.values)
+    quantize_weights(network[0], scheme=scheme)
+    codes = network[0].parametrizations.weight[0].codes(original_of(network[0], "weight"))
+    packed = pack_codes(codes, scheme, sparse=True)
+    assert torch.equal(unpack(packed), network[0].weight)
+    assert torch.equal(unpack_codes(packed)[0].values, codes.values)
     number = int((network[0].weight != 0).sum())
     assert 0 < number < 0.2 * 31 * 53
     assert packed.nbytes == -(-31 * 53 // 8) + -(-number * scheme.bits // 8) + 4 * codes.scales.numel()
     if scheme.kind != "ternary":
         write_artefact(network, tmp_path / "a.dlpk")
-        assert "mask" in packing.read_parts(tmp_path / "a.dlpk")[1]["0.weight"].parts
+        assert "mask" in read_parts(tmp_path / "a.dlpk")[1]["0.weight"].parts
     loaded = nn.Sequential(nn.Linear(53, 31, bias=False))
     write_artefact(network, tmp_path / "a.dlpk", coding="deflate")
     assert torch.equal(load_compressed(tmp_path / "a.dlpk", loaded)[0].weight, network[0].weight)
@@ -263,9 +265,9 @@ def test_codes_of_pruned_weights_are_left_out(scheme, tmp_path):
 
 def test_codes_without_one_zero_are_not_sparse():
     weight = torch.randn(4, 9) + torch.arange(4)[:, None]
-    for scheme in (q.Scheme(4, "affine"), q.Scheme(1, "binary")):
+    for scheme in (Scheme(4, "affine"), Scheme(1, "binary")):
         with pytest.raises(InputError, match="different codes of zero"):
-            packing.pack_codes(q.codes(weight, scheme), scheme, sparse=True)
+            pack_codes(codes_of(weight, scheme), scheme, sparse=True)
 
 
 @pytest.mark.slow
@@ -276,7 +278,7 @@ def test_pruned_shared_and_coded(tmp_path):
             layer.weight[torch.rand(layer.weight.shape) < 0.8] = 0
     plain = write_artefact(network, tmp_path / "a.dlpk")
     for layer in layers_of(network):
-        packing.share_weights(layer, k=16, keep_zero=True)
+        share_weights(layer, k=16, keep_zero=True)
     shared = write_artefact(network, tmp_path / "a.dlpk")
     coded = write_artefact(network, tmp_path / "a.dlpk", coding="huffman")
     assert coded < shared < plain
@@ -288,7 +290,7 @@ def test_ties_are_stored_once_and_stay_tied(tmp_path):
     network = Tied()
     tokens = inputs_for("tied")
     size = write_artefact(network, tmp_path / "a.dlpk")
-    header, parts = packing.read_parts(tmp_path / "a.dlpk")
+    header, parts = read_parts(tmp_path / "a.dlpk")
     assert header["same"] == {
         "second.weight": "first.weight", "second.bias": "first.bias", "out.weight": "embed.weight",
     }  # fmt: skip
@@ -300,7 +302,7 @@ def test_ties_are_stored_once_and_stay_tied(tmp_path):
 
     Compressor(network, [Quantize(weight_bits=4)], tokens).apply()
     write_artefact(network, tmp_path / "a.dlpk")
-    assert len(packing.read_parts(tmp_path / "a.dlpk")[1]) == 3
+    assert len(read_parts(tmp_path / "a.dlpk")[1]) == 3
     loaded = load_compressed(tmp_path / "a.dlpk", Tied())
     assert loaded.out.weight is loaded.embed.weight
     assert torch.equal(loaded(tokens), network.eval()(tokens))
@@ -313,7 +315,7 @@ def test_ties_that_came_apart_are_refused(tmp_path):
     with pytest.raises(InputError, match="'embed.weight' and 'out.weight', which are one tied weight"):
         load_compressed(tmp_path / "a.dlpk", Tied())
     network = Tied()
-    q.quantize_weights(network.out, scheme=q.Scheme(2))
+    quantize_weights(network.out, scheme=Scheme(2))
     with pytest.raises(InputError, match="'embed.weight' is tied to 'out.weight', and only that one is quantized"):
         write_artefact(network, tmp_path / "a.dlpk")
 
@@ -323,13 +325,13 @@ def test_files_of_networks_with_another_structure_load(tmp_path):
     """Channels removed, then a layer factored, then quantized: one after the other, all in one file."""
     network = build("resnet")
     inputs = inputs_for("resnet")
-    groups = surgery.channel_groups(network, inputs)
-    surgery.shrink(network, {group: torch.arange(group.size // 2) for group in groups})
-    recipe.note_change(network, "sizes")
+    groups = channel_groups(network, inputs)
+    shrink(network, {group: torch.arange(group.size // 2) for group in groups})
+    note_change(network, "sizes")
     assert_reloads(network, tmp_path / "a.dlpk", "resnet")
-    factored = low_rank.factorize(network.stage3[0].conv2, rank=2).layer
-    low_rank.replace_layer(network, "stage3.0.conv2", factored)
-    recipe.note_change(network, "low_rank", {"stage3.0.conv2": low_rank.describe(factored)})
+    factored = factorize(network.stage3[0].conv2, rank=2).layer
+    replace_layer(network, "stage3.0.conv2", factored)
+    note_change(network, "low_rank", {"stage3.0.conv2": factored.description})
     before = assert_reloads(network, tmp_path / "a.dlpk", "resnet")
     Compressor(network, [Quantize(weight_bits=5, act_bits=6)], inputs, batches=[(inputs, None)]).apply()
     after = assert_reloads(network, tmp_path / "a.dlpk", "resnet", "deflate")
@@ -341,15 +343,15 @@ def test_files_of_networks_with_another_structure_load(tmp_path):
 
 PIPELINES = {
     "shrunk, factored, quantized": ("resnet", lambda: [
-        Prune(amount=0.5, granularity="channel"), LowRank(rank=4, targets="stage3"), Quantize(weight_bits=4),
+        PruneUnits(amount=0.5, unit="channel"), LowRank(rank=4, targets="stage3"), Quantize(weight_bits=4),
         Encode("huffman"),
     ]),
-    "pruned, shared": ("resnet", lambda: [Prune(amount=0.8), ShareWeights(), Encode("huffman")]),
-    "pruned, quantized": ("resnet", lambda: [Prune(amount=0.8), Quantize(weight_bits=4), Encode()]),
+    "pruned, shared": ("resnet", lambda: [PruneWeights(amount=0.8), ShareWeights(), Encode("huffman")]),
+    "pruned, quantized": ("resnet", lambda: [PruneWeights(amount=0.8), Quantize(weight_bits=4), Encode()]),
     "hashed": ("resnet", lambda: [HashShare(ratio=8), Encode()]),
-    "units": ("lstm", lambda: [Prune(amount=0.5, granularity="hidden_unit"), Quantize()]),
+    "units": ("lstm", lambda: [PruneUnits(amount=0.5, unit="hidden_unit"), Quantize()]),
     "heads": ("transformer", lambda: [
-        Prune(amount=0.5, granularity="head"), Prune(amount=0.5, granularity="neuron"), Quantize(act_bits=8),
+        PruneUnits(amount=0.5, unit="head"), PruneUnits(amount=0.5, unit="neuron"), Quantize(act_bits=8),
     ]),
 }  # fmt: skip
 
@@ -371,7 +373,7 @@ def test_numbers_keep_their_types(tmp_path):
     network = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).double()
     network(torch.randn(5, 6, dtype=torch.float64))
     half = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)).bfloat16()
-    q.quantize_weights(half[0], scheme=q.Scheme(4))
+    quantize_weights(half[0], scheme=Scheme(4))
     fresh_ones = (nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)), nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)))
     for net, fresh in zip((network, half), fresh_ones, strict=True):
         write_artefact(net, tmp_path / "a.dlpk")
@@ -398,7 +400,7 @@ def checkpoint_of(network, path, **changes):
         "state_dict": {f"student.{name}": value for name, value in network.state_dict().items()}
         | {"other.weight": torch.zeros(2)},
         "recipes": {"student": recipe_of(network)},
-        "compression": {"attribute": "student", "description": recipe.describe(network)},
+        "compression": {"attribute": "student", "structure": structure_of(network)},
     }
     torch.save({**content, **changes}, path)
 
@@ -409,14 +411,14 @@ def test_checkpoints_of_a_training_load_as_plain_networks(coding, tmp_path):
     network = build("resnet")
     for layer in layers_of(network):
         if coding in ("quantized", "lsq"):
-            q.quantize_weights(layer, scheme=q.Scheme(3), estimator="lsq" if coding == "lsq" else "ste")
+            quantize_weights(layer, scheme=Scheme(3), estimator="lsq" if coding == "lsq" else "ste")
         elif coding == "shared":
-            packing.share_weights(layer, k=8)
+            share_weights(layer, k=8)
         elif coding == "hashed":
-            packing.hash_weights(layer, ratio=0.2)
+            hash_weights(layer, ratio=0.2)
     checkpoint_of(network, tmp_path / "last.ckpt")
     loaded = load_compressed(tmp_path / "last.ckpt")
-    assert not recipe.is_computed(loaded)
+    assert not is_computed(loaded)
     assert torch.equal(outputs(loaded, "resnet"), outputs(network, "resnet"))
     checkpoint_of(network, tmp_path / "last.ckpt", recipes={"student": None})
     with pytest.raises(InputError, match="does not say how its network 'student' was built"):
@@ -438,19 +440,22 @@ def test_files_that_cannot_be_used_say_why_in_one_line(tmp_path):
     cases["damaged or incomplete"] = (tmp_path / "flipped", conv_net())
     (tmp_path / "text").write_text("nothing")
     cases["cannot be read as weights|is refused"] = (tmp_path / "text", conv_net())
-    packing.write_packed(tmp_path / "tensors", {}, {})
+    write_packed(tmp_path / "tensors", {}, {})
     cases["holds packed tensors but no network"] = (tmp_path / "tensors", conv_net())
-    packing.write_packed(tmp_path / "newer", {}, {"kind": "network", "format": 9})
-    cases["has format 9"] = (tmp_path / "newer", conv_net())
-    packing.write_packed(tmp_path / "foreign", {}, {"kind": "network", "format": 1})
+    write_packed(tmp_path / "foreign", {}, {"kind": "network"})
     cases["foreign is damaged"] = (tmp_path / "foreign", conv_net())
     torch.save(network.state_dict(), tmp_path / "weights.pt")
     cases["is not a checkpoint of a training"] = (tmp_path / "weights.pt", conv_net())
     resnet = build("resnet")
     checkpoint_of(resnet, tmp_path / "plain.ckpt", compression=None)
     cases["compressed nothing"] = (tmp_path / "plain.ckpt", None)
-    checkpoint_of(resnet, tmp_path / "odd.ckpt", compression={"attribute": "student"})
+    checkpoint_of(resnet, tmp_path / "odd.ckpt", compression={"attribute": "student", "structure": {"format": 2}})
     cases["odd.ckpt is damaged"] = (tmp_path / "odd.ckpt", None)
+    checkpoint_of(resnet, tmp_path / "old.ckpt", compression={"attribute": "student", "description": {}})
+    cases["is in format 1, but this version .* reads format 2: compress the network again"] = (
+        tmp_path / "old.ckpt",
+        None,
+    )
     for message, (file, given) in cases.items():
         with pytest.raises(InputError, match=message) as caught:
             load_compressed(file, given)
@@ -463,19 +468,19 @@ def test_files_that_cannot_be_used_say_why_in_one_line(tmp_path):
 
 def recipe_changed():
     network = conv_net()
-    recipe.note_change(network, "sizes")
+    note_change(network, "sizes")
     return network
 
 
 def test_writing_leaves_the_network_alone_even_where_a_copy_shares_its_classes(tmp_path):
     network = build("lstm").train()
     for layer in layers_of(network):
-        q.quantize_weights(layer, scheme=q.Scheme(4))
+        quantize_weights(layer, scheme=Scheme(4))
     kinds = [type(module) for module in network.modules()]
-    recipe.plain_copy(network)
+    plain_copy(network)
     write_artefact(network, tmp_path / "a.dlpk")
     assert network.training
     assert [type(module) for module in network.modules()] == kinds
-    assert recipe.is_computed(network)
+    assert is_computed(network)
     network(inputs_for("lstm")).sum().backward()
     assert network.head.parametrizations.weight.original.grad is not None

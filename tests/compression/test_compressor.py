@@ -14,16 +14,20 @@ from distill_lightning.compression import (
     Cubic,
     Encode,
     HashShare,
+    LearnMask,
     LowRank,
-    Prune,
+    Movement,
+    PruneUnits,
+    PruneWeights,
     Quantize,
     Regularise,
     ShareWeights,
     TieLayers,
     load_compressed,
 )
-from distill_lightning.compression.measure import count_parameters
-from distill_lightning.compression.recipe import copy_network, describe, plain_copy, rebuild
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression.structure.changes import plain_copy, rebuild_structure, structure_of
 from distill_lightning.errors import InputError
 from distill_lightning.testing import TinyNet
 
@@ -42,7 +46,7 @@ def train(network, steps, *, epochs=4, stop=None, go_on=None, watch=None, **opti
     compressor = Compressor(network, steps, data[0][0], epochs=epochs, batches=data, watch=watch, **options)
     optimizer = SGD(network.parameters(), lr=0.05, momentum=0.9)
     if go_on is not None:
-        rebuild(network, go_on["description"])
+        rebuild_structure(network, go_on["description"])
         network.load_state_dict(go_on["network"])
         compressor.load_state_dict(go_on["compressor"])
         optimizer = SGD(network.parameters(), lr=0.05, momentum=0.9)
@@ -50,7 +54,7 @@ def train(network, steps, *, epochs=4, stop=None, go_on=None, watch=None, **opti
     for epoch in range(0 if go_on is None else go_on["epoch"], epochs):
         if epoch == stop:
             state = {"network": network.state_dict(), "compressor": compressor.state_dict(), "epoch": epoch}
-            return state | {"optimizer": optimizer.state_dict(), "description": describe(network)}
+            return state | {"optimizer": optimizer.state_dict(), "description": structure_of(network)}
         if compressor.begin_epoch(epoch, steps_per_epoch=len(data), optimizer=optimizer):
             optimizer = SGD(network.parameters(), lr=0.05, momentum=0.9)
         for inputs, targets in data:
@@ -69,11 +73,15 @@ def net(seed=0):
 
 
 STEPS = {
-    "masks": lambda: [Prune(amount=0.6, schedule=Cubic(), finetune_epochs=3)],
-    "channels": lambda: [Prune(amount=0.5, granularity="channel", schedule=Cubic(), finetune_epochs=3)],
+    "masks": lambda: [PruneWeights(amount=0.6, schedule=Cubic(), finetune_epochs=3)],
+    "channels": lambda: [PruneUnits(amount=0.5, unit="channel", schedule=Cubic(), finetune_epochs=3)],
     "low rank": lambda: [LowRank(rank=2, finetune_epochs=3)],
-    "values": lambda: [Prune(amount=0.5, finetune_epochs=1), Quantize(weight_bits=4, finetune_epochs=2), Encode()],
-    "movement": lambda: [Prune(amount=0.5, criterion="movement", finetune_epochs=2), ShareWeights(finetune_epochs=1)],
+    "values": lambda: [
+        PruneWeights(amount=0.5, finetune_epochs=1),
+        Quantize(weight_bits=4, finetune_epochs=2),
+        Encode(),
+    ],
+    "movement": lambda: [LearnMask(Movement(0.5), finetune_epochs=2), ShareWeights(finetune_epochs=1)],
 }
 
 
@@ -97,13 +105,13 @@ def test_parameters_keep_their_order_when_they_were_computed_for_a_while():
     """An optimiser's saved state goes by it."""
     network = net()
     names = [name for name, _ in network.named_parameters()]
-    train(network, [Prune(amount=0.5, criterion="movement", finetune_epochs=1)], epochs=1)
+    train(network, [LearnMask(Movement(0.5), finetune_epochs=1)], epochs=1)
     assert [name for name, _ in network.named_parameters()] == names
 
 
 def test_moments_are_told_in_their_order():
     told = []
-    steps = [Prune(amount=0.5, finetune_epochs=1), Quantize(weight_bits=4, finetune_epochs=1), Encode()]
+    steps = [PruneWeights(amount=0.5, finetune_epochs=1), Quantize(weight_bits=4, finetune_epochs=1), Encode()]
     compressor = train(
         net(), steps, dense_epochs=1, watch=lambda moment, phase: told.append((moment, phase and phase.number))
     )
@@ -118,7 +126,7 @@ def test_the_network_stays_the_same_object_and_random_states_stay():
     network = net()
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    steps = [Prune(amount=0.5, criterion="random", granularity="channel"), HashShare(ratio=4)]
+    steps = [PruneUnits(amount=0.5, criterion="random", unit="channel"), HashShare(ratio=4)]
     compressed = Compressor(network, steps, torch.rand(2, 1, 8, 8, generator=torch.Generator()), bn_batches=0).apply()
     assert compressed is network
     assert torch.equal(torch.get_rng_state(), before)
@@ -128,7 +136,7 @@ def test_another_seed_draws_others():
     kept = []
     for seed in (0, 0, 1):
         network = net()
-        Compressor(network, [Prune(amount=0.5, criterion="random")], torch.rand(2, 1, 8, 8), seed=seed).apply()
+        Compressor(network, [PruneWeights(amount=0.5, criterion="random")], torch.rand(2, 1, 8, 8), seed=seed).apply()
         kept.append(torch.cat([p.flatten() != 0 for p in network.parameters() if p.dim() > 1]))
     assert torch.equal(kept[0], kept[1])
     assert not torch.equal(kept[0], kept[2])
@@ -138,7 +146,7 @@ def test_batch_norm_is_measured_again_on_the_calibration_data():
     network, data = net(), batches()
     for inputs, _ in data:
         network(inputs)
-    steps = [Prune(amount=0.5, targets="features.0")]
+    steps = [PruneWeights(amount=0.5, targets="features.0")]
     Compressor(network, steps, data[0][0], batches=data).apply()
     convolution, norm = network.features[0], network.features[1]
     with torch.no_grad():
@@ -156,22 +164,22 @@ def test_statistics_that_could_not_be_measured_are_told():
         compressor.apply()
         return " ".join(compressor.piece.notes)
 
-    assert told in notes(net(), [Prune(amount=0.5)])
-    assert told not in notes(net(), [Prune(amount=0.5)], bn_batches=0)
-    assert told not in notes(net(), [Prune(amount=0.5)], batches=batches())
-    assert told not in notes(net(), [Prune(amount=0.0)])
+    assert told in notes(net(), [PruneWeights(amount=0.5)])
+    assert told not in notes(net(), [PruneWeights(amount=0.5)], bn_batches=0)
+    assert told not in notes(net(), [PruneWeights(amount=0.5)], batches=batches())
+    assert told not in notes(net(), [PruneWeights(amount=0.0)])
     assert told not in notes(net(), [Quantize(weight_bits=4)])
-    assert told not in notes(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), [Prune(amount=0.5)])
+    assert told not in notes(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), [PruneWeights(amount=0.5)])
 
 
 def test_targets_that_match_nothing_are_refused_before_the_training():
     inputs = torch.rand(2, 1, 8, 8)
     for options in ({"targets": "zz*"}, {"exclude": ["head", "zz*"]}):
-        late = Prune(amount=0.5, at=3, **options)
-        with pytest.raises(InputError, match=r"step 2 \(Prune weight\): (targets|exclude) 'zz\*' matches none of"):
-            Compressor(net(), [Prune(amount=0.1), late], inputs, epochs=5)
+        late = PruneWeights(amount=0.5, at=3, **options)
+        with pytest.raises(InputError, match=r"step 2 \(PruneWeights\): (targets|exclude) 'zz\*' matches none of"):
+            Compressor(net(), [PruneWeights(amount=0.1), late], inputs, epochs=5)
     # These layers are there when their turn comes.
-    Compressor(net(), [LowRank(rank=2), Prune(amount=0.5, targets="features.0.0")], inputs).apply()
+    Compressor(net(), [LowRank(rank=2), PruneWeights(amount=0.5, targets="features.0.0")], inputs).apply()
 
 
 def test_a_penalty_adds_its_gradient():
@@ -192,13 +200,13 @@ def test_a_penalty_adds_its_gradient():
 def test_what_cannot_be_is_refused():
     inputs = torch.rand(2, 1, 8, 8)
     with pytest.raises(InputError, match="leave epochs out to apply it"):
-        Compressor(net(), [Prune(amount=0.5)], inputs, epochs=3).apply()
-    with pytest.raises(InputError, match=r"step 1 \(Prune weight\): .* give the Compressor epochs, and train"):
-        Compressor(net(), [Prune(amount=0.5, schedule=Cubic())], inputs)
+        Compressor(net(), [PruneWeights(amount=0.5)], inputs, epochs=3).apply()
+    with pytest.raises(InputError, match=r"step 1 \(PruneWeights\): .* give the Compressor epochs, and train"):
+        Compressor(net(), [PruneWeights(amount=0.5, schedule=Cubic())], inputs)
     with pytest.raises(InputError, match="bn_batches must not be negative"):
         Compressor(net(), [], inputs, bn_batches=-1)
     with pytest.raises(InputError, match="criterion.*needs calibration data|needs calibration data: give batches"):
-        Compressor(net(), [Prune(amount=0.5, criterion="taylor")], inputs).apply()
+        Compressor(net(), [PruneWeights(amount=0.5, criterion="taylor")], inputs).apply()
 
 
 # Descriptions
@@ -212,15 +220,23 @@ CNN = lambda: SmallCNN(3, width=4)  # noqa: E731
 @pytest.mark.parametrize(
     ("make", "steps"),
     [
-        (CNN, [Prune(amount=0.5, granularity="channel"), LowRank(rank=2), Prune(amount=0.5), Quantize(weight_bits=3)]),
-        (CNN, [LowRank(rank=2), Prune(amount=0.3, granularity="channel"), ShareWeights(k=4), Encode()]),
+        (
+            CNN,
+            [
+                PruneUnits(amount=0.5, unit="channel"),
+                LowRank(rank=2),
+                PruneWeights(amount=0.5),
+                Quantize(weight_bits=3),
+            ],
+        ),
+        (CNN, [LowRank(rank=2), PruneUnits(amount=0.3, unit="channel"), ShareWeights(k=4), Encode()]),
         (CNN, [HashShare(ratio=4)]),
         (CNN, [Quantize(weight_bits=4, act_bits=8)]),
-        (LSTM, [Prune(amount=0.5, granularity="hidden_unit"), LowRank(rank=3), ShareWeights(k=8)]),
-        (LSTM, [Prune(amount=0.5), Quantize(weight_bits=4)]),
+        (LSTM, [PruneUnits(amount=0.5, unit="hidden_unit"), LowRank(rank=3), ShareWeights(k=8)]),
+        (LSTM, [PruneWeights(amount=0.5), Quantize(weight_bits=4)]),
         (
             TRANSFORMER,
-            [Prune(amount=0.5, granularity="head"), Prune(amount=0.5, granularity="neuron"), Quantize(weight_bits=8)],
+            [PruneUnits(amount=0.5, unit="head"), PruneUnits(amount=0.5, unit="neuron"), Quantize(weight_bits=8)],
         ),
         (TRANSFORMER, [TieLayers(groups=[["encoder.layers.0", "encoder.layers.1"]]), ShareWeights(k=8)]),
     ],
@@ -231,9 +247,9 @@ def test_a_description_makes_the_structure_again(tmp_path, make, steps):
     compressor = Compressor(network, steps, data[0][0], batches=data)
     compressor.apply()
     # In plain values only.
-    description = json.loads(json.dumps(describe(network)))
+    description = json.loads(json.dumps(structure_of(network)))
     torch.manual_seed(9)
-    again = rebuild(make(), description)
+    again = rebuild_structure(make(), description)
     again.load_state_dict(network.state_dict(), strict=True)
     inputs = data[1][0]
     with torch.no_grad():
@@ -243,7 +259,7 @@ def test_a_description_makes_the_structure_again(tmp_path, make, steps):
         assert torch.equal(plain_copy(network)(inputs), output)
         compressor.write(tmp_path / "network.dlpk")
         assert torch.equal(load_compressed(tmp_path / "network.dlpk")(inputs), output)
-    assert describe(again) == describe(network)
+    assert structure_of(again) == structure_of(network)
     assert [name for name, _ in again.named_parameters()] == [name for name, _ in network.named_parameters()]
     assert count_parameters(plain_copy(again)) == count_parameters(plain_copy(network))
 
@@ -252,6 +268,6 @@ def test_a_network_is_rebuilt_once():
     network = SmallCNN(3, width=4)
     Compressor(network, [LowRank(rank=2)], torch.rand(2, 1, 8, 8), bn_batches=0).apply()
     with pytest.raises(InputError, match="SmallCNN is compressed already: build a new one"):
-        rebuild(network, describe(network))
+        rebuild_structure(network, structure_of(network))
     with pytest.raises(InputError, match="has no layer"):
-        rebuild(nn.Sequential(nn.Linear(2, 2)), describe(network))
+        rebuild_structure(nn.Sequential(nn.Linear(2, 2)), structure_of(network))

@@ -7,13 +7,24 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError, SmallCNN, SmallLSTM, SmallTransformer
-from distill_lightning.compression.artefact import load_compressed, write_artefact
-from distill_lightning.compression.compressor import Compressor
-from distill_lightning.compression.controls import random_steps, same_size_network
-from distill_lightning.compression.low_rank import TrainEmbedding, TrainLinear, rebuild
-from distill_lightning.compression.recipe import plain_copy
-from distill_lightning.compression.schedules import Threshold
-from distill_lightning.compression.steps import LowRank, Prune, Quantize, Regularise
+from distill_lightning.compression.factor.factoring import build_factors
+from distill_lightning.compression.factor.layers import TrainEmbedding, TrainLinear
+from distill_lightning.compression.file.artefact import load_compressed, write_artefact
+from distill_lightning.compression.report.controls import random_steps, same_size_network
+from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.steps import (
+    L0,
+    LearnMask,
+    LowRank,
+    Movement,
+    PruneUnits,
+    PruneWeights,
+    Quantize,
+    Regularise,
+    SoftMovement,
+)
+from distill_lightning.compression.steps.schedules import Cubic, Threshold
+from distill_lightning.compression.structure.changes import plain_copy
 
 IMAGES = torch.rand(2, 1, 8, 8)
 
@@ -66,7 +77,7 @@ def stored(network):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_dense_network_has_at_most_as_many_parameters_and_nearly_as_many(name, amount):
     make, inputs = NETWORKS[name]
-    compressed = compressed_by(make, [Prune(amount=amount)], inputs)
+    compressed = compressed_by(make, [PruneWeights(amount=amount)], inputs)
     size = nonzero(compressed)
     fresh = same_size_network(make(), compressed, inputs, seed=3)
     assert 0.8 * size < stored(fresh) <= size < stored(make())
@@ -81,7 +92,7 @@ def test_one_unit_more_would_be_too_many():
         return nn.Sequential(nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 3))
 
     for amount in (0.2, 0.51, 0.83):
-        compressed = compressed_by(make, [Prune(amount=amount)], torch.rand(2, 5))
+        compressed = compressed_by(make, [PruneWeights(amount=amount)], torch.rand(2, 5))
         sizes = [units * (5 + 1) + units * 3 + 3 for units in range(1, 65)]
         widest = max(size for size in sizes if size <= nonzero(compressed))
         assert stored(same_size_network(make(), compressed, torch.rand(2, 5), seed=0)) == widest
@@ -95,7 +106,7 @@ def test_every_layer_and_direction_is_thinned_alike(options):
     def make():
         return Sequences(nn.LSTM, **options)
 
-    compressed = compressed_by(make, [Prune(amount=0.7)], inputs)
+    compressed = compressed_by(make, [PruneWeights(amount=0.7)], inputs)
     layer = same_size_network(make(), compressed, inputs, seed=3).layer
     assert 1 < layer.hidden_size < 16
     assert {weight.shape[0] for weight in layer.parameters()} == {4 * layer.hidden_size}
@@ -105,7 +116,7 @@ def test_every_layer_and_direction_is_thinned_alike(options):
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(
     "steps",
-    [[Prune(amount=0.5)], [Quantize(weight_bits=4)], [LowRank(rank=4)]],
+    [[PruneWeights(amount=0.5)], [Quantize(weight_bits=4)], [LowRank(rank=4)]],
     ids=["pruned", "quantized", "factored"],
 )
 def test_nothing_of_what_was_trained_is_left(name, steps):
@@ -149,8 +160,8 @@ def test_what_quantization_rounds_to_zero_was_not_pruned(bits):
     compressed = compressed_by(make, [Quantize(weight_bits=bits)], IMAGES)
     assert nonzero(compressed) < stored(make())
     assert stored(same_size_network(make(), compressed, IMAGES, seed=0)) == stored(make())
-    both = compressed_by(make, [Prune(amount=0.5), Quantize(weight_bits=bits)], IMAGES)
-    pruned = compressed_by(make, [Prune(amount=0.5)], IMAGES)
+    both = compressed_by(make, [PruneWeights(amount=0.5), Quantize(weight_bits=bits)], IMAGES)
+    pruned = compressed_by(make, [PruneWeights(amount=0.5)], IMAGES)
     sizes = [stored(same_size_network(make(), network, IMAGES, seed=0)) for network in (both, pruned)]
     assert sizes[0] == sizes[1] < stored(make())
 
@@ -192,7 +203,7 @@ def test_the_row_of_a_padding_was_not_pruned():
 def test_a_width_that_cannot_shrink_is_named():
     """A Transformer can lose heads and neurons, and its width stays."""
     make, inputs = NETWORKS["transformer"]
-    compressed = compressed_by(make, [Prune(amount=0.97)], inputs)
+    compressed = compressed_by(make, [PruneWeights(amount=0.97)], inputs)
     with pytest.raises(InputError, match=r"SmallTransformer: \d+ parameters are fewer .*heads, neurons.* no dense"):
         same_size_network(make(), compressed, inputs, seed=0)
 
@@ -230,7 +241,7 @@ def test_an_embedding_train_begins_with_the_spread_of_a_dense_table():
 def test_factored_recurrent_weights_begin_with_the_spread_of_dense_ones(kind):
     torch.manual_seed(0)
     dense = kind(8, 64)
-    factored = rebuild(dense, {"kind": "recurrent", "ranks": {"weight_hh_l0": 4}})
+    factored = build_factors(dense, {"kind": "recurrent", "ranks": {"weight_hh_l0": 4}})
     products = []
     for _ in range(20):
         factored.reset_parameters()
@@ -270,7 +281,7 @@ def mask_of(steps, seed=0):
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("amount", [0.3, 0.8])
 def test_as_much_is_pruned_at_random(amount, scope):
-    steps = [Prune(amount=amount, scope=scope)]
+    steps = [PruneWeights(amount=amount, scope=scope)]
     ours, drawn = mask_of(steps), mask_of(random_steps(steps))
     kept = [sum(int(mask.sum()) for mask in masks.values()) for masks in (ours, drawn)]
     assert kept[0] == kept[1]
@@ -288,7 +299,7 @@ def test_as_much_is_pruned_at_random(amount, scope):
 
 
 def test_as_many_channels_leave_at_random():
-    steps = [Prune(amount=0.5, granularity="channel", scope="layer")]
+    steps = [PruneUnits(amount=0.5, unit="channel", scope="layer")]
     ours, drawn = (compressed_by(lambda: SmallCNN(10), chosen, IMAGES) for chosen in (steps, random_steps(steps)))
     shapes = [{name: value.shape for name, value in network.named_parameters()} for network in (ours, drawn)]
     assert shapes[0] == shapes[1]
@@ -296,29 +307,35 @@ def test_as_many_channels_leave_at_random():
 
 
 def test_other_steps_are_not_touched():
-    steps = [Regularise(penalty="l1", weight=0.1, finetune_epochs=1), Prune(amount=0.5), Quantize(weight_bits=4)]
-    before = [dict(vars(step)) for step in steps]
+    steps = [Regularise(penalty="l1", weight=0.1, finetune_epochs=1), PruneWeights(amount=0.5), Quantize(weight_bits=4)]
+    before = list(steps)
     drawn = random_steps(steps)
-    assert [vars(step) for step in steps] == before
-    assert [type(step) for step in drawn] == [Regularise, Prune, Quantize]
-    assert vars(drawn[0]) == before[0]
-    assert vars(drawn[2]) == before[2]
-    assert type(drawn[1].schedule) is type(steps[1].schedule)
-    assert vars(drawn[1]) == before[1] | {"criterion": "random", "schedule": drawn[1].schedule}
-    assert not any(one is other for one, other in zip(steps, drawn, strict=True))
+    assert steps == before
+    assert [type(step) for step in drawn] == [Regularise, PruneWeights, Quantize]
+    assert drawn[0] == steps[0]
+    assert drawn[2] == steps[2]
+    assert drawn[1] == PruneWeights(amount=0.5, criterion="random")
+
+
+def test_a_learned_mask_is_compared_with_random_scores_under_its_schedule():
+    options = {"schedule": Cubic(end=0.7), "scope": "layer"}
+    drawn = random_steps([LearnMask(Movement(0.5, **options), targets="Conv2d", at=1, finetune_epochs=2)])
+    expected = PruneWeights(amount=0.5, criterion="random", targets="Conv2d", at=1, finetune_epochs=2, **options)
+    assert drawn == [expected]
 
 
 @pytest.mark.parametrize(
     ("step", "reason"),
     [
         (Regularise(penalty="l1", weight=0.1, threshold=0.01, finetune_epochs=1), "Regularise l1 prunes by its own"),
-        (Regularise(penalty="l0", weight=0.1, finetune_epochs=1), "Regularise l0 prunes by its own penalty"),
+        (LearnMask(L0(0.1), finetune_epochs=1), "the gates of LearnMask L0 fix no amount to draw"),
         (Regularise(penalty="bn_gamma", weight=0.1, threshold=0.1, finetune_epochs=1), "Regularise bn_gamma prunes"),
-        (Prune(schedule=Threshold(0.1)), "threshold is one of the criterion's scores"),
+        (LearnMask(SoftMovement(), finetune_epochs=1), "threshold is one of the learned scores"),
+        (PruneWeights(schedule=Threshold(0.1)), "threshold is one of the criterion's scores"),
     ],
 )
 def test_what_prunes_as_much_as_its_scores_say_has_no_random_control(step, reason):
-    for steps in ([step], [step, Prune(amount=0.5)]):
+    for steps in ([step], [step, PruneWeights(amount=0.5)]):
         with pytest.raises(InputError, match=reason):
             random_steps(steps)
 
@@ -337,7 +354,7 @@ def test_a_factorys_own_initialisation_is_kept_where_sizes_are():
     network = SmallTransformer(10, input_size=8, length=8)
     images = torch.rand(2, 1, 8, 8)
     compressed = copy.deepcopy(network)
-    Compressor(compressed, [Prune(amount=0.5, granularity="neuron")], images).apply()
+    Compressor(compressed, [PruneUnits(amount=0.5, unit="neuron")], images).apply()
     fresh = same_size_network(network, compressed, images, seed=5)
     torch.manual_seed(5)
     own = SmallTransformer(10, input_size=8, length=8)

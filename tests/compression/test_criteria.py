@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression import criteria
-from distill_lightning.compression.calibration import calibrating
+from distill_lightning.compression.access.calibration import calibrating
+from distill_lightning.compression.mask import criteria
 from distill_lightning.testing import TinyNet
 
 
@@ -58,16 +58,13 @@ def naive_gradients(network, batches, path, *, training=False):
     return found
 
 
-def test_magnitude_and_bn_scale_are_absolute_values():
+def test_magnitudes_are_absolute_values():
     network = network_of()
     with torch.no_grad():
         network.norm.weight[0] = -3
-    assert torch.equal(criteria.magnitude(network, PATHS)["one.weight"], network.one.weight.abs())
-    assert criteria.bn_scale(network, ["norm.weight"])["norm.weight"][0] == 3
-    with pytest.raises(InputError, match="'one.weight' is a parameter of Linear, not the weight of BatchNorm"):
-        criteria.bn_scale(network, ["one.weight"])
-    with pytest.raises(InputError, match="'norm.bias' is a parameter of BatchNorm1d, not the weight"):
-        criteria.bn_scale(network, ["norm.bias"])
+    scores = criteria.magnitude(network, PATHS)
+    assert torch.equal(scores["one.weight"], network.one.weight.abs())
+    assert scores["norm.weight"][0] == 3
 
 
 def test_random_scores_are_uniform_and_the_seeds_alone():

@@ -12,9 +12,20 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression import packing as p
-from distill_lightning.compression import quantizers as q
-from distill_lightning.compression.packing.hashed import hash_places
+from distill_lightning.compression.access.computed import (
+    bake_layer,
+    computed,
+    describe_weights,
+    original_of,
+    rebuild_weights,
+)
+from distill_lightning.compression.access.weights import weight_names
+from distill_lightning.compression.file.format import read_packed, write_packed
+from distill_lightning.compression.file.packed import Packed, Part, encode, pack_hashed, unpack
+from distill_lightning.compression.values.codebook import share_weights
+from distill_lightning.compression.values.hashed import Hashed, hash_places, hash_weights
+from distill_lightning.compression.values.quantizer import quantize_weights
+from distill_lightning.compression.values.scheme import Scheme
 
 M64 = 2**64
 
@@ -30,6 +41,11 @@ def naive_place(index, buckets, seed):
     key = naive_scramble((seed + 1) * 0x9E3779B97F4A7C15 % M64)
     number = naive_scramble(naive_scramble(index * 0x9E3779B97F4A7C15 % M64) ^ key)
     return (number >> 1) % buckets, -1 if number % 2 else 1
+
+
+def hashed(layer):
+    """What hashes each weight, and the values."""
+    return {name: (entry, original_of(layer, name).detach()) for name, entry in computed(layer).items()}
 
 
 def naive_weight(values, shape, seed):
@@ -92,7 +108,7 @@ def test_two_seeds_are_independent():
 @pytest.mark.slow
 def test_another_process_hashes_alike():
     code = (
-        "import hashlib; from distill_lightning.compression.packing.hashed import hash_places;"
+        "import hashlib; from distill_lightning.compression.values.hashed import hash_places;"
         "print(hashlib.sha256(hash_places(5000, 77, 3).numpy().astype('<i4').tobytes()).hexdigest())"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
@@ -133,31 +149,31 @@ def test_a_weight_is_its_naive_one_and_trains(kind, dtype):
     layer, given = layers()[kind]
     layer = layer.to(dtype)
     given = given.to(dtype) if given.is_floating_point() else given
-    names, shapes = q.weight_names(layer), {n: getattr(layer, n).shape for n in q.weight_names(layer)}
+    names, shapes = weight_names(layer), {n: getattr(layer, n).shape for n in weight_names(layer)}
     plain = copy.deepcopy(layer)
-    assert p.hash_weights(layer, ratio=0.25, seed=9) == names
-    before = {name: values.clone() for name, (_, values) in p.hashed(layer).items()}
+    assert hash_weights(layer, ratio=0.25, seed=9) == names
+    before = {name: values.clone() for name, (_, values) in hashed(layer).items()}
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05)
     for _ in range(3):
         optimizer.zero_grad()
         run(layer, given).square().sum().backward()
         optimizer.step()
-    assert list(p.hashed(layer)) == names
-    for name, (entry, values) in p.hashed(layer).items():
+    assert list(hashed(layer)) == names
+    for name, (entry, values) in hashed(layer).items():
         assert values.shape == (max(1, round(0.25 * shapes[name].numel())),)
         assert values.dtype == dtype
         assert not torch.equal(values, before[name])
         weight = getattr(layer, name)
         assert same_bits(weight, naive_weight(values, shapes[name], 9))
         assert len(weight.abs().unique()) <= len(values)
-        packed = p.pack_hashed(values, shapes[name], entry.seed)
+        packed = pack_hashed(values, shapes[name], entry.seed)
         assert packed.nbytes == len(values) * dtype.itemsize
-        assert same_bits(p.unpack(packed), weight)
+        assert same_bits(unpack(packed), weight)
 
     # Baked it is an ordinary layer, of the same outputs.
     output = run(layer, given)
-    assert p.bake_hashed(layer) == names
-    assert p.hashed(layer) == {}
+    assert bake_layer(layer) == names
+    assert hashed(layer) == {}
     plain.load_state_dict(layer.state_dict(), strict=True)
     assert torch.equal(run(plain, given), output)
 
@@ -167,27 +183,27 @@ def test_a_weight_is_its_naive_one_and_trains(kind, dtype):
 def test_a_description_and_the_values_make_the_layer_again(kind):
     layer, given = layers()[kind]
     fresh = copy.deepcopy(layer)
-    names = p.hash_weights(layer, ratio=0.2, seed=3)
+    names = hash_weights(layer, ratio=0.2, seed=3)
     state = layer.state_dict()
     stored = {name: value for name, value in state.items() if name.startswith("parametrizations")}
     assert sorted(stored) == sorted(f"parametrizations.{name}.original" for name in names)
-    description = json.loads(json.dumps(p.describe_hashed(layer)))
+    description = json.loads(json.dumps(describe_weights(layer)))
     for parameter in fresh.parameters():
         parameter.zero_()
-    rebuilt = p.rebuild_hashed(fresh, description)
+    rebuilt = rebuild_weights(fresh, description)
     rebuilt.load_state_dict(state, strict=True)
     for name in names:
         assert same_bits(getattr(rebuilt, name), getattr(layer, name))
     assert torch.equal(run(rebuilt, given), run(layer, given))
     copied = copy.deepcopy(layer)
     assert torch.equal(run(copied, given), run(layer, given))
-    assert p.describe_hashed(nn.Linear(2, 2)) == {}
+    assert describe_weights(nn.Linear(2, 2)) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_gradient_of_a_value_is_the_signed_sum_over_its_members(dtype):
     layer = nn.Linear(20, 10).to(dtype)
-    p.hash_weights(layer, ratio=0.1, seed=4)
+    hash_weights(layer, ratio=0.1, seed=4)
     # Small integers, whose sums are exact in any order.
     upstream = torch.randint(-9, 9, (10, 20), generator=torch.Generator().manual_seed(0)).to(dtype)
     (layer.weight * upstream).sum().backward()
@@ -199,7 +215,7 @@ def test_the_gradient_of_a_value_is_the_signed_sum_over_its_members(dtype):
 
 
 def test_the_gradient_is_that_of_finite_differences():
-    entry = p.Hashed((3, 4, 2), values=7, seed=1)
+    entry = Hashed((3, 4, 2), values=7, seed=1)
     values = torch.randn(7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(entry, values)
 
@@ -207,8 +223,8 @@ def test_the_gradient_is_that_of_finite_differences():
 def test_values_are_the_least_squares_of_a_naive_loop():
     layer = nn.Conv1d(6, 8, 5).double()
     weight = layer.weight.detach().clone()
-    p.hash_weights(layer, ratio=0.1, seed=2)
-    values = p.hashed(layer)["weight"][1]
+    hash_weights(layer, ratio=0.1, seed=2)
+    values = hashed(layer)["weight"][1]
     members = [[] for _ in range(24)]
     for index, entry in enumerate(weight.flatten().tolist()):
         bucket, sign = naive_place(index, 24, 2)
@@ -227,32 +243,32 @@ def test_values_are_the_least_squares_of_a_naive_loop():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_hashing_a_hashed_weight_again_changes_no_bit(dtype):
     layer = nn.Linear(33, 9).to(dtype)
-    p.hash_weights(layer, ratio=0.07, seed=8)
+    hash_weights(layer, ratio=0.07, seed=8)
     weight = layer.weight.detach().clone()
     with torch.no_grad():
         layer.weight = weight
     assert same_bits(layer.weight, weight)
-    p.bake_hashed(layer)
-    p.hash_weights(layer, ratio=0.07, seed=8)
+    bake_layer(layer)
+    hash_weights(layer, ratio=0.07, seed=8)
     assert same_bits(layer.weight, weight)
     assert layer.parametrizations.weight.original.dtype == dtype
 
 
 def test_buckets_without_members_are_zero_and_one_value_is_enough():
     layer = nn.Linear(4, 2)
-    p.hash_weights(layer, ratio=1.0)
-    values = p.hashed(layer)["weight"][1]
+    hash_weights(layer, ratio=1.0)
+    values = hashed(layer)["weight"][1]
     used = {naive_place(index, 8, 0)[0] for index in range(8)}
     assert len(used) < 8
     assert {place for place, value in enumerate(values.tolist()) if value} == used
     tiny = nn.Linear(3, 2)
-    p.hash_weights(tiny, ratio=0.01)
+    hash_weights(tiny, ratio=0.01)
     assert len(tiny.weight.abs().unique()) == 1
 
 
 def test_gradients_of_another_shape_do_not_stay():
     layer, given = nn.Linear(6, 5), torch.randn(3, 6)
-    for change in (lambda: None, lambda: p.hash_weights(layer, ratio=0.2), lambda: p.bake_hashed(layer)):
+    for change in (lambda: None, lambda: hash_weights(layer, ratio=0.2), lambda: bake_layer(layer)):
         change()
         assert layer.bias.grad is None or layer.bias.grad.shape == (5,)
         for _ in range(2):
@@ -265,28 +281,28 @@ def test_a_layer_with_the_same_weight_keeps_it():
     embedding, head = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
     head.weight = embedding.weight
     weight = head.weight.detach().clone()
-    p.hash_weights(embedding, ratio=0.1)
+    hash_weights(embedding, ratio=0.1)
     assert torch.equal(head.weight, weight)
     assert embedding.parametrizations.weight.original is not head.weight
     frozen = nn.Linear(4, 4).requires_grad_(False)
-    p.hash_weights(frozen, ratio=0.5)
+    hash_weights(frozen, ratio=0.5)
     assert not frozen.parametrizations.weight.original.requires_grad
 
 
 def test_types_and_devices_are_kept():
     layer = nn.Linear(8, 4)
-    p.hash_weights(layer, ratio=0.5)
+    hash_weights(layer, ratio=0.5)
     layer.double()
     assert layer.weight.dtype == torch.float64
-    assert p.hashed(layer)["weight"][0].places.dtype == torch.int32
+    assert hashed(layer)["weight"][0].places.dtype == torch.int32
     layer.to("meta")
     assert layer.weight.device.type == "meta"
 
 
 def test_some_weights_only():
     layer = nn.LSTM(8, 6)
-    assert p.hash_weights(layer, ratio=0.5, names=["weight_hh_l0"]) == ["weight_hh_l0"]
-    assert list(p.hashed(layer)) == ["weight_hh_l0"]
+    assert hash_weights(layer, ratio=0.5, names=["weight_hh_l0"]) == ["weight_hh_l0"]
+    assert list(hashed(layer)) == ["weight_hh_l0"]
     assert "weight_ih_l0" in dict(layer.named_parameters())
 
 
@@ -294,22 +310,22 @@ def test_what_cannot_be_hashed_is_one_line_and_changes_nothing():
     layer = nn.Linear(30, 30)
     for ratio in (0, -0.1, 1.5, float("nan")):
         with pytest.raises(InputError, match="ratio"):
-            p.hash_weights(layer, ratio=ratio)
+            hash_weights(layer, ratio=ratio)
     for seed in (-1, 2**63):
         with pytest.raises(InputError, match="seed"):
-            p.hash_weights(layer, ratio=0.5, seed=seed)
-    assert p.hashed(layer) == {}
-    p.hash_weights(layer, ratio=0.5)
+            hash_weights(layer, ratio=0.5, seed=seed)
+    assert hashed(layer) == {}
+    hash_weights(layer, ratio=0.5)
     for action, words in (
-        (lambda: p.hash_weights(layer, ratio=0.5), "already"),
-        (lambda: p.share_weights(layer, k=4), "already"),
-        (lambda: q.quantize_weights(layer, scheme=q.Scheme()), "already"),
-        (lambda: p.hash_weights(nn.ReLU(), ratio=0.5), "has the weights"),
-        (lambda: p.hash_weights(nn.Linear(2, 2), ratio=0.5, names=["bias"]), "cannot hash"),
-        (lambda: p.rebuild_hashed(nn.ReLU(), p.describe_hashed(layer)), "right layer"),
-        (lambda: p.pack_hashed(torch.zeros(2, 2), (4, 4), 0), "one dimension"),
-        (lambda: p.pack_hashed(torch.zeros(0), (4, 4), 0), "values"),
-        (lambda: p.pack_hashed(torch.zeros(3), (4, 4), -1), "seed"),
+        (lambda: hash_weights(layer, ratio=0.5), "already"),
+        (lambda: share_weights(layer, k=4), "already"),
+        (lambda: quantize_weights(layer, scheme=Scheme()), "already"),
+        (lambda: hash_weights(nn.ReLU(), ratio=0.5), "has the weights"),
+        (lambda: hash_weights(nn.Linear(2, 2), ratio=0.5, names=["bias"]), "cannot hash"),
+        (lambda: rebuild_weights(nn.ReLU(), describe_weights(layer)), "right layer"),
+        (lambda: pack_hashed(torch.zeros(2, 2), (4, 4), 0), "one dimension"),
+        (lambda: pack_hashed(torch.zeros(0), (4, 4), 0), "values"),
+        (lambda: pack_hashed(torch.zeros(3), (4, 4), -1), "seed"),
     ):
         with pytest.raises(InputError, match=words):
             action()
@@ -323,13 +339,13 @@ def test_what_cannot_be_hashed_is_one_line_and_changes_nothing():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_packed_weights_come_back_bit_for_bit(tmp_path, shape, dtype):
     values = torch.randn(5, dtype=torch.float64).to(dtype)
-    packed = p.pack_hashed(values, shape, 11)
+    packed = pack_hashed(values, shape, 11)
     assert packed.codec == "hashed"
     assert packed.nbytes == 5 * dtype.itemsize
     wanted = naive_weight(values, shape, 11) if math.prod(shape) else values.new_zeros(shape)
-    assert same_bits(p.unpack(packed), wanted)
-    p.write_packed(tmp_path / "file", {"weight": packed, "coded": p.encode(packed, "deflate")}, {})
-    _, tensors = p.read_packed(tmp_path / "file")
+    assert same_bits(unpack(packed), wanted)
+    write_packed(tmp_path / "file", {"weight": packed, "coded": encode(packed, "deflate")}, {})
+    _, tensors = read_packed(tmp_path / "file")
     assert all(same_bits(tensor, wanted) for tensor in tensors.values())
     assert tensors["weight"].untyped_storage().nbytes() == wanted.numel() * dtype.itemsize
 
@@ -337,15 +353,15 @@ def test_packed_weights_come_back_bit_for_bit(tmp_path, shape, dtype):
 @pytest.mark.slow
 def test_the_file_holds_the_values_and_another_process_reads_it(tmp_path):
     layer = nn.Linear(512, 256, bias=False)
-    p.hash_weights(layer, ratio=1 / 32, seed=5)
-    entry, values = p.hashed(layer)["weight"]
-    packed = p.pack_hashed(values, entry.shape, entry.seed)
-    size = p.write_packed(tmp_path / "file", {"weight": packed}, {})
+    hash_weights(layer, ratio=1 / 32, seed=5)
+    entry, values = hashed(layer)["weight"]
+    packed = pack_hashed(values, entry.shape, entry.seed)
+    size = write_packed(tmp_path / "file", {"weight": packed}, {})
     assert packed.nbytes == 4 * 4096
     assert size < 4 * 4096 + 200
     assert len(values) / layer.weight.numel() == 1 / 32
     code = (
-        "import hashlib, sys; from distill_lightning.compression.packing import read_packed;"
+        "import hashlib, sys; from distill_lightning.compression.file.format import read_packed;"
         "print(hashlib.sha256(read_packed(sys.argv[1])[1]['weight'].numpy().tobytes()).hexdigest())"
     )
     told = subprocess.run(
@@ -355,8 +371,8 @@ def test_the_file_holds_the_values_and_another_process_reads_it(tmp_path):
 
 
 def test_damaged_parts_are_one_line():
-    packed = p.pack_hashed(torch.randn(6), (4, 4), 0)
+    packed = pack_hashed(torch.randn(6), (4, 4), 0)
     part = packed.parts["values"]
-    for wrong in (p.Part(part.content[:-4], 6, 32), p.Part(b"", 0, 32)):
+    for wrong in (Part(part.content[:-4], 6, 32), Part(b"", 0, 32)):
         with pytest.raises(InputError):
-            p.unpack(p.Packed("hashed", (4, 4), "float32", {"seed": 0}, {"values": wrong}))
+            unpack(Packed("hashed", (4, 4), "float32", {"seed": 0}, {"values": wrong}))

@@ -1,17 +1,13 @@
 """Tickets go back to where they began, and their control elsewhere."""
 
 import copy
-import io
 
 import pytest
 import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression.criteria import magnitude
-from distill_lightning.compression.lottery import Snapshot, reinitialize
-from distill_lightning.compression.masks import Masks
-from distill_lightning.compression.selection import select
+from distill_lightning.compression.mask.lottery import copy_state, reinitialize
 from distill_lightning.testing import TinyNet
 
 PATHS = ["features.0.weight", "features.3.weight", "head.weight"]
@@ -27,49 +23,13 @@ def trained(network, steps=4):
     return optimizer
 
 
-def test_a_rewound_ticket_is_the_snapshot_where_it_survives_and_zero_elsewhere():
+def test_a_copied_state_does_not_change_with_its_network():
     network = TinyNet()
-    trained(network, 1)
-    begun = copy.deepcopy(network.state_dict())
-    snapshot = Snapshot(network)
-    optimizer = trained(network)
-    masks = select(magnitude(network, PATHS), 0.8)
-    snapshot.rewind(network, masks, optimizer=optimizer)
-    for name, value in network.state_dict().items():
-        kept = masks.kept.get(name, torch.ones_like(value, dtype=torch.bool))
-        assert torch.equal(value[kept], begun[name][kept]), name
-        assert value[~kept].count_nonzero() == 0
-    assert network.features[1].num_batches_tracked == 1
-    assert masks.sparsity() == pytest.approx(0.8, abs=0.01)
-    assert not optimizer.state
-    assert optimizer.param_groups[0]["lr"] == 0.05
-
-
-def test_a_rewound_ticket_trains_like_a_fresh_one():
-    network = TinyNet()
-    fresh = copy.deepcopy(network)
-    snapshot = Snapshot(network)
-    optimizer = trained(network)
-    snapshot.rewind(network, Masks(), optimizer=optimizer)
+    state, begun = copy_state(network), copy.deepcopy(network.state_dict())
     trained(network)
-    trained(fresh)
-    assert all(
-        torch.equal(a, b) for a, b in zip(network.state_dict().values(), fresh.state_dict().values(), strict=True)
-    )
-
-
-def test_a_snapshot_does_not_change_with_its_network_and_survives_a_file():
-    network = TinyNet()
-    snapshot = Snapshot(network)
-    begun = copy.deepcopy(network.state_dict())
-    trained(network)
-    file = io.BytesIO()
-    torch.save(snapshot.state_dict(), file)
-    file.seek(0)
-    other = Snapshot(network)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    other.rewind(network, Masks())
-    assert all(torch.equal(value, begun[name]) for name, value in network.state_dict().items())
+    assert all(torch.equal(value, begun[name]) for name, value in state.items())
+    assert state.keys() == begun.keys()
+    assert not torch.equal(network.head.weight, begun["head.weight"])
 
 
 def test_the_control_has_new_weights_by_the_seed_alone():
@@ -130,11 +90,3 @@ def test_what_cannot_initialise_itself_needs_a_function():
     network = Bare()
     reinitialize(network, seed=0, init=lambda module: nn.init.constant_(module.gain, 5))
     assert network.gain.tolist() == [5, 5]
-
-
-def test_another_architecture_is_refused():
-    snapshot = Snapshot(TinyNet())
-    with pytest.raises(InputError, match="the snapshot is a checkpoint of another architecture"):
-        snapshot.rewind(TinyNet(width=6), Masks())
-    with pytest.raises(InputError, match="the saved snapshot is of another architecture"):
-        snapshot.load_state_dict(Snapshot(TinyNet(width=6)).state_dict())

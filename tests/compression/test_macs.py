@@ -11,11 +11,11 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill_lightning import InputError, SmallResNet
-from distill_lightning.compression.criteria import magnitude
-from distill_lightning.compression.low_rank import rebuild
-from distill_lightning.compression.macs import Cost, count_macs
-from distill_lightning.compression.movement import learn
-from distill_lightning.compression.selection import select
+from distill_lightning.compression.costs.macs import Cost, count_macs
+from distill_lightning.compression.factor.factoring import build_factors
+from distill_lightning.compression.mask.criteria import magnitude
+from distill_lightning.compression.mask.learned import TopK, learn
+from distill_lightning.compression.mask.selection import select
 
 
 class Encoder(nn.Module):
@@ -204,7 +204,7 @@ def test_zeros_of_learned_masks_count_and_their_computation_does_not():
             return weight @ self.other.T @ self.other
 
     network = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 5))
-    learn(network, ["0.weight"], kind="hard", amount=0.25)
+    learn(network, ["0.weight"], TopK, amount=0.25)
     parametrize.register_parametrization(network[1], "bias", nn.Identity())
     lstm = nn.LSTM(5, 6)
     parametrize.register_parametrization(lstm, "weight_ih_l0", Factors())
@@ -220,7 +220,7 @@ def test_a_factored_recurrent_layer_counts_as_the_dense_one_and_the_products_of_
     layer, inputs = kind(5, 6, **options), torch.zeros(7, 3, 5)
     recurrent = {name: weight for name, weight in layer.named_parameters() if name.startswith("weight_hh")}
     products = {name: weight.shape[0] * 2 * weight.shape[1] for name, weight in recurrent.items()}
-    factored = rebuild(layer, {"kind": "recurrent", "ranks": dict.fromkeys(products, 2)})
+    factored = build_factors(layer, {"kind": "recurrent", "ranks": dict.fromkeys(products, 2)})
     factored.fill(layer)
     counted = count_macs(factored, inputs)
     assert counted.dense == counted.effective == count_macs(layer, inputs).dense + sum(products.values())

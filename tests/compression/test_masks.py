@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from distill_lightning import InputError
-from distill_lightning.compression.masks import Masks, lowest, regrow, splice
-from distill_lightning.compression.selection import Granularity, Slice, choose, select, select_below, select_groups
+from distill_lightning.compression.mask.masks import Masks, lowest, regrow
+from distill_lightning.compression.mask.selection import Granularity, choose, select, select_below
 
 
 class Mixed(nn.Module):
@@ -254,9 +254,13 @@ def test_masks_that_do_not_fit_are_refused(kept, message):
 
 
 def naive(scores, amount):
-    """Positions of the lowest, by a stable sort of everything."""
-    flat = torch.cat([score.flatten() for score in scores.values()]).tolist()
-    order = sorted(range(len(flat)), key=lambda i: flat[i])
+    """Positions of the lowest, by a stable sort of everything but the last of the best of each."""
+    flat, best = [], set()
+    for score in scores.values():
+        own = score.flatten().tolist()
+        best.add(len(flat) + max(range(len(own)), key=lambda i: (own[i], i)))
+        flat += own
+    order = sorted(set(range(len(flat))) - best, key=lambda i: flat[i])
     return set(order[: round(amount * len(flat))])
 
 
@@ -268,15 +272,15 @@ def pruned_positions(masks):
 @pytest.mark.parametrize("amount", [0.0, 0.123, 0.3, 1 / 3, 0.5, 0.9, 1.0])
 def test_global_selection_is_the_stable_sort_and_exact(amount):
     scores = {"a": drawn(7, 5).abs(), "b": drawn(3, 4, seed=1).abs(), "c": drawn(11, seed=2).abs()}
-    masks = select(scores, amount, keep_one=False)
+    masks = select(scores, amount)
     assert pruned_positions(masks) == naive(scores, amount)
-    assert masks.pruned == round(amount * 58)
+    assert masks.pruned == min(round(amount * 58), 58 - 3)
 
 
 @pytest.mark.parametrize("amount", [0.0, 0.123, 0.3, 1 / 3, 0.5, 0.9, 1.0])
 def test_selection_within_layers_is_exact_in_each(amount):
     scores = {"a": drawn(7, 5).abs(), "b": drawn(3, 4, seed=1).abs()}
-    masks = select(scores, amount, scope="layer", keep_one=False)
+    masks = select(scores, amount, scope="layer")
     for path, score in scores.items():
         assert pruned_positions(Masks({path: masks.kept[path]})) == naive({path: score}, amount)
 
@@ -291,7 +295,6 @@ def test_each_layer_has_its_own_ratio():
 @pytest.mark.parametrize("amount", [0.1, 0.5, 0.77])
 def test_ties_never_overshoot(value, amount):
     scores = {"a": torch.full((10, 10), value), "b": torch.full((30,), value)}
-    assert select(scores, amount, keep_one=False).pruned == round(amount * 130)
     assert select(scores, amount).pruned == round(amount * 130)
 
 
@@ -332,14 +335,6 @@ def test_one_unit_of_each_layer_stays(scope):
     assert [kept.nonzero()[:, 0].tolist() for kept in masks.kept.values()] == [[1], [99]]
     assert select(scores, 0.5, scope="global").kept["a"].tolist() == [False, True, False]
     assert select(scores, 0.5, scope="global").pruned == round(0.5 * 103)
-    assert select(scores, 0.5, scope="global", keep_one=False).kept["a"].any().item() is False
-
-
-def test_keeping_one_changes_nothing_where_one_stays_anyway():
-    scores = {"a": torch.ones(4), "b": torch.full((4,), 5.0)}
-    for amount in (0.125, 0.25, 0.375):
-        kept, free = (select(scores, amount, keep_one=keep_one).kept for keep_one in (True, False))
-        assert all(torch.equal(kept[path], free[path]) for path in scores)
 
 
 def test_units_that_are_gone_do_not_return_for_a_smaller_amount():
@@ -361,7 +356,7 @@ def test_rows_go_as_a_whole_by_their_mean_or_sum():
     assert select({"a": score}, 0.5, granularity="row").kept["a"].all(1).tolist() == [False, True, False, True]
     means = select({"a": score, "b": wide}, 0.5, granularity="row", reduce="mean")
     assert means.kept["b"].all(1).tolist() == [True, False]
-    sums = select({"a": score, "b": wide}, 0.5, granularity="row", reduce="sum", keep_one=False)
+    sums = select({"a": score, "b": wide}, 0.5, granularity="row", reduce="sum")
     assert sums.kept["b"].all(1).tolist() == [True, False]
     assert sums.kept["a"].all(1).tolist() == [False, True, False, True]
 
@@ -420,126 +415,11 @@ def test_a_threshold_prunes_what_is_below_and_leaves_one():
     masks = select_below(scores, 2.0)
     assert masks.kept["a"].tolist() == [[False, True], [True, True]]
     assert masks.kept["b"].tolist() == [False, True, False]
-    assert select_below(scores, 2.0, keep_one=False).kept["b"].sum() == 0
-    assert select_below(scores, {"a": 0.0, "b": 0.2}).kept["b"].tolist() == [False, True, True]
+    assert select_below(scores, 0.2).kept["b"].tolist() == [False, True, True]
     rows = select_below({"a": scores["a"]}, 2.0, granularity="row", previous=masks)
     assert rows.kept["a"].tolist() == [[False, True], [True, True]]
-    with pytest.raises(InputError, match="threshold has no entry for 'b'"):
-        select_below(scores, {"a": 1.0})
     with pytest.raises(InputError, match="so there is no threshold"):
         select_below(scores, 1.0, granularity="2:4")
-
-
-# groups
-
-
-def channels(number):
-    return [
-        [
-            Slice("conv.weight", 0, [j]),
-            Slice("conv.bias", 0, [j]),
-            Slice("norm.weight", 0, [j]),
-            Slice("norm.bias", 0, [j]),
-        ]
-        for j in range(number)
-    ]
-
-
-def test_a_masked_channel_is_the_networks_without_it():
-    network = Mixed().eval()
-    nn.init.normal_(network.norm.bias)
-    scores = {"conv.weight": network.conv.weight.detach().abs()}
-    masks = select_groups(network, scores, {"conv": channels(4)}, 0.5)
-    sums = network.conv.weight.detach().abs().sum((1, 2, 3))
-    lower = sums.argsort()[:2].tolist()
-    masks.project(network)
-    outputs = network.norm(network.conv(images(0)[0]))
-    assert outputs[:, lower].count_nonzero() == 0
-    assert [j for j in range(4) if outputs[:, j].count_nonzero() == 0] == sorted(lower)
-    assert masks.kept.keys() == {"conv.weight", "conv.bias", "norm.weight", "norm.bias"}
-
-
-def units(hidden):
-    """The hidden units of the LSTM: gate rows, biases, recurrent columns, and the columns of who reads them."""
-    gates = [[k * hidden + j for k in range(4)] for j in range(hidden)]
-    return [
-        [
-            Slice("lstm.weight_ih_l0", 0, gates[j]),
-            Slice("lstm.weight_hh_l0", 0, gates[j]),
-            Slice("lstm.bias_ih_l0", 0, gates[j]),
-            Slice("lstm.bias_hh_l0", 0, gates[j]),
-            Slice("lstm.weight_hh_l0", 1, [j]),
-            Slice("head.weight", 1, [j]),
-        ]
-        for j in range(hidden)
-    ]
-
-
-def test_a_masked_hidden_unit_is_always_zero():
-    network = Mixed().double()
-    masks = select_groups(network, magnitudes(network), {"lstm": units(5)}, 0.4)
-    masks.project(network)
-    hidden, _ = network.lstm(drawn(3, 7, 16))
-    silent = (hidden.abs().sum((0, 1)) == 0).nonzero()[:, 0].tolist()
-    assert len(silent) == 2
-    assert network.head.weight[:, silent].count_nonzero() == 0
-    total = [
-        sum(
-            network.get_parameter(part.parameter).abs().index_select(part.dim, torch.tensor(part.indices)).sum().item()
-            for part in group
-            if part.parameter in PATHS
-        )
-        for group in units(5)
-    ]
-    assert sorted(range(5), key=lambda j: total[j])[:2] == silent
-
-
-def test_groups_are_summed_or_averaged_by_the_map():
-    network = nn.Linear(3, 2, bias=False)
-    scores = {"weight": torch.tensor([[1.0, 2.0, 6.0], [1.0, 2.0, 4.0]])}
-    groups = {"a": [[Slice("weight", 1, [0, 1])], [Slice("weight", 1, [2])]]}
-    assert select_groups(network, scores, groups, 0.5).kept["weight"][0].tolist() == [False, False, True]
-    assert select_groups(network, scores, groups, 0.5, reduce="mean").kept["weight"][0].tolist() == [False, False, True]
-    scores = {"weight": torch.tensor([[3.0, 3.0, 4.0], [3.0, 3.0, 4.0]])}
-    assert select_groups(network, scores, groups, 0.5).kept["weight"][0].tolist() == [True, True, False]
-    assert select_groups(network, scores, groups, 0.5, reduce="mean").kept["weight"][0].tolist() == [False, False, True]
-
-
-def test_groups_of_all_layers_compete_or_each_layers_alone():
-    network = Mixed()
-    groups = {"conv": channels(4), "lstm": units(5)}
-    scores = {"conv.weight": torch.ones(4, 1, 3, 3) * 100, "head.weight": torch.ones(3, 5)}
-    everywhere = select_groups(network, scores, groups, 1 / 3)
-    assert everywhere.sparsities()["conv.weight"] == 0
-    assert everywhere.sparsities()["head.weight"] == pytest.approx(3 / 5)
-    each = select_groups(network, scores, groups, {"conv": 0.5, "lstm": 0.2})
-    assert each.sparsities()["conv.weight"] == 0.5
-    assert each.sparsities()["head.weight"] == pytest.approx(1 / 5)
-    assert select_groups(network, scores, groups, 1.0).sparsities()["conv.bias"] == 0.75
-
-
-def test_groups_stay_pruned():
-    network = Mixed()
-    scores = {"conv.weight": torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 1, 3, 3)}
-    first = select_groups(network, scores, {"conv": channels(4)}, 0.25)
-    reversed_scores = {"conv.weight": scores["conv.weight"].flip(0)}
-    second = select_groups(network, reversed_scores, {"conv": channels(4)}, 0.5, previous=first)
-    assert second.kept["conv.bias"].tolist() == [False, True, True, False]
-
-
-@pytest.mark.parametrize(
-    ("part", "message"),
-    [
-        (Slice("conv.weight", 0, [4]), r"indices \[4\] of dimension 0 of 'conv.weight', whose shape is \(4, 1, 3, 3\)"),
-        (Slice("conv.weight", 4, [0]), "of dimension 4"),
-        (Slice("conv.weight", 0, []), r"indices \[\]"),
-        (Slice("conv.wait", 0, [0]), "no parameter 'conv.wait'"),
-        (Slice("conv.bias", 0, [0]), "no parameter of a group of 'conv' has scores: score 'conv.bias'"),
-    ],
-)
-def test_groups_that_cannot_be_are_refused(part, message):
-    with pytest.raises(InputError, match=message):
-        select_groups(Mixed(), {"conv.weight": torch.ones(4, 1, 3, 3)}, {"conv": [[part]]}, 0.5)
 
 
 # regrowth
@@ -558,12 +438,6 @@ def test_regrowth_takes_exactly_the_most_promising():
     assert regrow(masks, {path: torch.zeros_like(score) for path, score in scores.items()}, 0.5).pruned == 3
 
 
-def test_splicing_moves_only_what_leaves_the_band():
-    masks = Masks({"a": torch.tensor([True, True, False, False, True])})
-    scores = {"a": torch.tensor([0.1, 0.5, 0.5, 0.9, 0.9])}
-    assert splice(masks, scores, low=0.3, high=0.7).kept["a"].tolist() == [False, True, False, True, True]
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -572,8 +446,8 @@ def test_splicing_moves_only_what_leaves_the_band():
         (lambda s: select(s, None), "granularity 'weight' needs an amount"),
         (lambda s: select(s, 0.5, granularity="2:4"), "fixes the amount: leave amount out"),
         (lambda s: select(s, None, granularity="2:4"), r"shape \(2, 3\), are not a multiple of 4"),
-        (lambda s: select(s, 0.5, scope="net"), "scope must be 'global' or 'layer', got 'net'"),
-        (lambda s: select(s, 0.5, reduce="max"), "reduce must be 'mean' or 'sum', got 'max'"),
+        (lambda s: select(s, 0.5, scope="net"), "scope must be one of global, layer, got 'net'"),
+        (lambda s: select(s, 0.5, reduce="max"), "reduce must be one of mean, sum, got 'max'"),
         (lambda s: select(s, {"b": 0.5}), "amount has no entry for 'a'"),
         (lambda s: select({"a": s["a"] * float("nan")}, 0.5), "the scores of 'a' hold NaN"),
         (lambda s: select({}, 0.5), "no scores are given"),
@@ -584,7 +458,6 @@ def test_splicing_moves_only_what_leaves_the_band():
         (lambda s: choose({"a": torch.ones(2)}, -0.1), "got -0.1"),
         (lambda s: regrow(Masks({"a": torch.zeros(2, 3, dtype=torch.bool)}), s, 2), "between 0 and 1, got 2"),
         (lambda s: regrow(Masks({"b": torch.zeros(2, dtype=torch.bool)}), s, 0.5), "'b' has no scores of its shape"),
-        (lambda s: splice(Masks(), s, low=2, high=1), "low must not exceed high, got 2 and 1"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_one_line(call, message):

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression.measure import (
+from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression.report.measure import (
     NO_SPEED_UP,
     Clocks,
     Latency,
     Ratio,
     bootstrap_ratio,
     compare_latency,
-    count_parameters,
     measure_file,
 )
 from distill_lightning.networks.weights import load_strictly, read_weights, write_weights
@@ -257,7 +257,7 @@ def test_real_clocks_measure_real_work():
         ({"rounds": 49}, "rounds >= 50, warm_up >= 0 and resamples >= 1, got 49, 10 and 2000"),
         ({"warm_up": -1}, "got 50, -1 and 2000"),
         ({"resamples": 0}, "got 50, 10 and 0"),
-        ({"by": "gpu"}, "by must be 'thread' or 'wall', got 'gpu'"),
+        ({"by": "gpu"}, "by must be one of thread, wall, got 'gpu'"),
     ],
 )
 def test_measurements_that_mean_nothing_are_refused(options, message):

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression import penalties
-from distill_lightning.compression.movement import learn
-from distill_lightning.compression.selection import Slice
+from distill_lightning.compression.mask import penalties
+from distill_lightning.compression.mask.learned import HardConcrete, SoftThreshold, learn
 from distill_lightning.testing import TinyNet
 
 PATHS = ["features.0.weight", "features.3.weight", "head.weight"]
@@ -35,17 +34,6 @@ def test_group_lasso_is_the_loop_over_rows():
     assert penalties.group_lasso(network, PATHS).item() == pytest.approx(naive, rel=1e-12)
 
 
-def test_group_lasso_of_given_groups_joins_their_slices():
-    network = nn.Linear(3, 2).double()
-    group = [Slice("weight", 0, [1]), Slice("bias", 0, [1]), Slice("weight", 1, [0, 2])]
-    entries = [*network.weight[1].tolist(), network.bias[1].item(), *network.weight[:, [0, 2]].flatten().tolist()]
-    naive = math.sqrt(8) * math.sqrt(sum(w * w for w in entries))
-    assert penalties.group_lasso_of(network, {"a": [group]}).item() == pytest.approx(naive, rel=1e-12)
-    rows = {"a": [[Slice("weight", 0, [row])] for row in range(2)]}
-    expected = penalties.group_lasso(network, ["weight"])
-    assert torch.allclose(penalties.group_lasso_of(network, rows), expected, rtol=1e-12)
-
-
 def test_rows_that_are_zero_have_no_gradient_that_is_no_number():
     network = nn.Linear(3, 2)
     nn.init.zeros_(network.weight)
@@ -64,8 +52,8 @@ def test_bn_gamma_is_the_sum_of_the_scales():
 
 def test_l0_is_the_expected_number_of_weights():
     network = TinyNet()
-    learn(network, PATHS[:1], kind="l0", initial=0.25)
-    learn(network, PATHS[2:], kind="l0", initial=0.5, per="row")
+    learn(network, PATHS[:1], HardConcrete, initial=0.25)
+    learn(network, PATHS[2:], HardConcrete, initial=0.5, per="row")
     value = penalties.l0(network)
     assert value.item() == pytest.approx(0.25 * 36 + 0.5 * 24, rel=1e-5)
     value.backward()
@@ -76,8 +64,8 @@ def test_l0_is_the_expected_number_of_weights():
 
 def test_soft_movements_penalty_is_the_mean_over_layers():
     network = TinyNet()
-    learn(network, PATHS[:1], kind="soft", initial=0.0)
-    learn(network, PATHS[2:], kind="soft", initial=math.log(3))
+    learn(network, PATHS[:1], SoftThreshold, initial=0.0)
+    learn(network, PATHS[2:], SoftThreshold, initial=math.log(3))
     assert penalties.soft_movement(network).item() == pytest.approx((0.5 + 0.75) / 2)
     with pytest.raises(InputError, match="soft_movement: TinyNet has no scores"):
         penalties.soft_movement(TinyNet())
@@ -88,7 +76,6 @@ def test_soft_movements_penalty_is_the_mean_over_layers():
     [
         (lambda: penalties.l1(TinyNet(), ["head.wait"]), "no parameter 'head.wait'"),
         (lambda: penalties.group_lasso(TinyNet(), []), "no parameter is named"),
-        (lambda: penalties.group_lasso_of(TinyNet(), {}), "there is no group"),
     ],
 )
 def test_penalties_of_nothing_are_refused(call, message):

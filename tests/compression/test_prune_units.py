@@ -10,13 +10,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression import criteria, recipe
-from distill_lightning.compression.compressor import Compressor
-from distill_lightning.compression.lottery import Snapshot
-from distill_lightning.compression.macs import count_macs
-from distill_lightning.compression.schedules import Cubic, Iterative, Threshold
-from distill_lightning.compression.steps import Prune, Sensitivity
-from distill_lightning.compression.surgery import Attention, channel_groups, unit_groups
+from distill_lightning.compression.costs.macs import count_macs
+from distill_lightning.compression.mask import criteria
+from distill_lightning.compression.mask.lottery import copy_state
+from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.shrink.attention import Attention
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.recurrent import unit_groups
+from distill_lightning.compression.steps import PruneUnits, PruneWeights, Sensitivity
+from distill_lightning.compression.steps.schedules import Cubic, Iterative, Threshold
+from distill_lightning.compression.structure.changes import rebuild_structure, structure_of
 from distill_lightning.networks import SmallResNet
 
 
@@ -117,7 +120,7 @@ def sizes(network):
 
 def assert_rebuilds(kind, network):
     """A network built anew takes the description and the weights, strictly, and gives the same, for other sizes too."""
-    description = json.loads(json.dumps(recipe.describe(network)))
+    description = json.loads(json.dumps(structure_of(network)))
     file = io.BytesIO()
     torch.save(network.state_dict(), file)
     file.seek(0)
@@ -126,7 +129,7 @@ def assert_rebuilds(kind, network):
         len(file.getvalue())
         < 4 * sum(v.numel() for v in network.state_dict().values()) + 600 * len(network.state_dict()) + 4000
     )
-    again = recipe.rebuild(NETWORKS[kind](), description)
+    again = rebuild_structure(NETWORKS[kind](), description)
     again.load_state_dict(torch.load(file, weights_only=True), strict=True)
     extra = [drawn(1, *SHAPES[kind]), drawn(3, *SHAPES[kind], seed=1)]
     extra += [drawn(2, 1, 12, 12)] if kind == "cnn" else [drawn(2, 3, 6)]
@@ -141,7 +144,7 @@ def assert_rebuilds(kind, network):
 @pytest.mark.parametrize(("kind", "granularity"), KINDS)
 @pytest.mark.parametrize("criterion", ["magnitude", "random", "gradient", "taylor", "obd", "snip"])
 def test_units_leave_the_tensors_and_the_network_can_be_rebuilt(kind, granularity, criterion):
-    network, compressor = applied(kind, Prune(amount=0.5, granularity=granularity, criterion=criterion))
+    network, compressor = applied(kind, PruneUnits(amount=0.5, unit=granularity, criterion=criterion))
     assert compressor.masks.kept == {}
     assert sizes(network) < 0.9 * sizes(build(kind))
     assert_rebuilds(kind, network)
@@ -151,25 +154,25 @@ def test_units_leave_the_tensors_and_the_network_can_be_rebuilt(kind, granularit
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_exactly_the_share_leaves(scope):
-    network, _ = applied("cnn", Prune(amount=0.5, granularity="channel", scope=scope))
+    network, _ = applied("cnn", PruneUnits(amount=0.5, unit="channel", scope=scope))
     before = channel_groups(build("cnn"), drawn(1, 1, 8, 8))
     left = {group.name: group.size for group in channel_groups(network, drawn(1, 1, 8, 8))}
     if scope == "layer":
         assert left == {group.name: group.size // 2 for group in before}
     else:
         assert sum(left.get(group.name, 1) for group in before) == sum(group.size for group in before) // 2
-    network, _ = applied("lstm", Prune(amount=0.25, granularity="hidden_unit"))
+    network, _ = applied("lstm", PruneUnits(amount=0.25, unit="hidden_unit"))
     assert network.lstm.hidden_size == 6
-    network, _ = applied("transformer", Prune(amount=0.5, granularity="head", scope="layer"))
+    network, _ = applied("transformer", PruneUnits(amount=0.5, unit="head", scope="layer"))
     assert [layer.self_attn.num_heads for layer in network.encoder.layers] == [2, 2, 2]
-    network, _ = applied("transformer", Prune(amount=0.25, granularity="neuron", scope="layer"))
+    network, _ = applied("transformer", PruneUnits(amount=0.25, unit="neuron", scope="layer"))
     assert [layer.linear1.out_features for layer in network.encoder.layers] == [12, 12, 12]
-    network, _ = applied("transformer", Prune(amount=1 / 3, granularity="layer"))
+    network, _ = applied("transformer", PruneUnits(amount=1 / 3, unit="layer"))
     assert len(network.encoder.layers) == 2
 
 
 def test_half_of_the_channels_is_a_quarter_of_the_parameters():
-    network, _ = applied("cnn", Prune(amount=0.5, granularity="channel", scope="layer"))
+    network, _ = applied("cnn", PruneUnits(amount=0.5, unit="channel", scope="layer"))
     assert 0.2 < sizes(network) / sizes(build("cnn")) < 0.3
 
 
@@ -178,17 +181,17 @@ def test_a_resnet18_with_half_of_its_channels_has_the_published_size():
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
     network = torchvision.models.resnet18()
-    Compressor(network, [Prune(amount=0.5, granularity="channel", scope="layer")], drawn(1, 3, 64, 64)).apply()
+    Compressor(network, [PruneUnits(amount=0.5, unit="channel", scope="layer")], drawn(1, 3, 64, 64)).apply()
     assert sizes(network) == 3_055_880  # torch-pruning's README
     with torch.inference_mode():
         assert network.eval()(drawn(3, 3, 64, 64)).shape == network(drawn(3, 3, 96, 80)).shape == (3, 1000)
 
 
 def test_one_unit_stays_in_every_layer():
-    network, _ = applied("cnn", Prune(amount=1.0, granularity="channel"))
+    network, _ = applied("cnn", PruneUnits(amount=1.0, unit="channel"))
     assert all(module.out_channels == 1 for module in network.modules() if isinstance(module, nn.Conv2d))
     assert_rebuilds("cnn", network)
-    assert applied("transformer", Prune(amount=1.0, granularity="layer"))[0].encoder.num_layers == 1
+    assert applied("transformer", PruneUnits(amount=1.0, unit="layer"))[0].encoder.num_layers == 1
 
 
 def test_the_layer_of_least_worth_leaves():
@@ -197,7 +200,7 @@ def test_the_layer_of_least_worth_leaves():
         for parameter in network.encoder.layers[1].parameters():
             parameter.mul_(0.1)
     first, _, third = network.encoder.layers
-    compressor_of("transformer", network, Prune(amount=1 / 3, granularity="layer")).apply()
+    compressor_of("transformer", network, PruneUnits(amount=1 / 3, unit="layer")).apply()
     assert list(network.encoder.layers) == [first, third]
 
 
@@ -226,7 +229,7 @@ def test_the_channels_of_least_magnitude_leave():
     scores = {name: score / score.mean() for name, score in scores.items()}
     limit = torch.cat(list(scores.values())).sort().values
     wanted = {name: int((score >= limit[len(limit) // 2]).sum()) for name, score in scores.items()}
-    network, _ = applied("cnn", Prune(amount=0.5, granularity="channel"))
+    network, _ = applied("cnn", PruneUnits(amount=0.5, unit="channel"))
     left = {group.name: group.size for group in channel_groups(network, drawn(1, 1, 8, 8))}
     assert all(left.get(name, 1) == max(count, 1) for name, count in wanted.items())
     group = groups[0]
@@ -240,7 +243,7 @@ def test_hidden_units_of_least_taylor_score_leave_each_layer_and_direction():
     (group,) = unit_groups(dense, drawn(1, 5, 6))
     names = [name for name, _ in dense.lstm.named_parameters(prefix="lstm")] + ["head.weight"]
     scores = group.scores(dense, criteria.taylor(dense, names, data("lstm"), F.cross_entropy)).view(4, 8)
-    network, _ = applied("lstm", Prune(amount=0.5, granularity="hidden_unit", criterion="taylor"))
+    network, _ = applied("lstm", PruneUnits(amount=0.5, unit="hidden_unit", criterion="taylor"))
     for block, suffix in enumerate(("_l0", "_l0_reverse", "_l1", "_l1_reverse")):
         kept = scores[block].topk(4).indices.sort().values
         bias = getattr(dense.lstm, f"bias_ih{suffix}").view(4, 8)[:, kept].flatten()
@@ -251,61 +254,61 @@ def test_bn_scale_is_the_norms_and_refuses_channels_without_one():
     network = build("cnn")
     network.stem[1].weight.data[:4] = 1e-3
     compressor_of(
-        "cnn", network, Prune(amount=0.5, granularity="channel", criterion="bn_scale", targets="stage1.0.conv1")
+        "cnn", network, PruneUnits(amount=0.5, unit="channel", criterion="bn_scale", targets="stage1.0.conv1")
     ).apply()
     scales = build("cnn").stage1[0].norm1.weight.abs()
     assert torch.equal(network.stage1[0].norm1.weight, scales[scales.topk(4).indices.sort().values])
     mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(InputError, match="'bn_scale': '0' has no BatchNorm"):
-        Compressor(mlp, [Prune(amount=0.5, granularity="channel", criterion="bn_scale")], drawn(1, 4)).apply()
+        Compressor(mlp, [PruneUnits(amount=0.5, unit="channel", criterion="bn_scale")], drawn(1, 4)).apply()
 
 
 def test_a_multiple_stays():
-    network, _ = applied("cnn", Prune(amount=0.6, granularity="channel", round_to=4))
+    network, _ = applied("cnn", PruneUnits(amount=0.6, unit="channel", round_to=4))
     left = [module.out_channels for module in network.modules() if isinstance(module, nn.Conv2d)]
     assert all(count % 4 == 0 for count in left)
     assert sizes(network) < 0.6 * sizes(build("cnn"))
 
 
 def test_patterns_targets_and_exclude_choose_groups():
-    network, _ = applied("cnn", Prune(amount={"stage1*": 0.5, "stage3*": 0.25}, granularity="channel"))
+    network, _ = applied("cnn", PruneUnits(amount={"stage1*": 0.5, "stage3*": 0.25}, unit="channel"))
     assert network.stage1[0].conv1.out_channels == 4
     assert network.stage2[0].conv1.out_channels == 16
     assert network.stage3[0].conv1.out_channels == 24
-    network, _ = applied("cnn", Prune(amount=0.5, granularity="channel", targets="stage1"))
+    network, _ = applied("cnn", PruneUnits(amount=0.5, unit="channel", targets="stage1"))
     assert (network.stage1[0].conv1.out_channels, network.stage2[0].conv1.out_channels) == (4, 16)
-    network, _ = applied("cnn", Prune(amount=0.5, scope="layer", granularity="channel", exclude="stage1"))
+    network, _ = applied("cnn", PruneUnits(amount=0.5, scope="layer", unit="channel", exclude="stage1"))
     assert (network.stage1[0].conv1.out_channels, network.stage2[0].conv1.out_channels) == (8, 8)
     with pytest.raises(InputError, match="'stage9' matches none"):
-        applied("cnn", Prune(amount=0.5, granularity="channel", targets="stage9"))
+        applied("cnn", PruneUnits(amount=0.5, unit="channel", targets="stage9"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", ["macs:0.8", "params:0.6"])
 def test_a_budget_is_met_by_the_smallest_amount(budget):
     measure, share = budget.split(":")
-    inputs, chosen = data("cnn")[0][0], {"granularity": "channel", "targets": ["stage2.0.conv1", "stage3.0.conv1"]}
+    inputs, chosen = data("cnn")[0][0], {"unit": "channel", "targets": ["stage2.0.conv1", "stage3.0.conv1"]}
     cost = sizes if measure == "params" else lambda network: count_macs(network, inputs).dense
-    network, _ = applied("cnn", Prune(budget=budget, **chosen))
+    network, _ = applied("cnn", PruneUnits(budget=budget, **chosen))
     limit = float(share) * cost(build("cnn"))
     assert cost(network) <= limit
-    costs = (cost(applied("cnn", Prune(amount=n / 48, **chosen))[0]) for n in range(48))
+    costs = (cost(applied("cnn", PruneUnits(amount=n / 48, **chosen))[0]) for n in range(48))
     assert cost(network) == next(value for value in costs if value <= limit)
 
 
 def test_a_budget_out_of_reach_says_so():
     with pytest.raises(InputError, match="budget 'params:0.001' cannot be met"):
-        applied("cnn", Prune(budget="params:0.001", granularity="channel"))
+        applied("cnn", PruneUnits(budget="params:0.001", unit="channel"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "granularity"), KINDS)
 def test_a_sensitivity_scope(kind, granularity):
-    step = Prune(scope=Sensitivity(target=0.4, levels=[0.25, 0.5]), granularity=granularity)
+    step = PruneUnits(scope=Sensitivity(target=0.4, levels=[0.25, 0.5]), unit=granularity)
     network, _ = applied(kind, step)
     assert sizes(network) < sizes(build(kind))
     assert_rebuilds(kind, network)
-    step = Prune(scope=Sensitivity(max_drop=-100.0), granularity=granularity)  # none can bear it
+    step = PruneUnits(scope=Sensitivity(max_drop=-100.0), unit=granularity)  # none can bear it
     network, _ = applied(kind, step)
     assert sizes(network) == sizes(build(kind))
 
@@ -313,8 +316,8 @@ def test_a_sensitivity_scope(kind, granularity):
 @pytest.mark.slow
 def test_torch_pruning_finds_the_same_channels():
     pytest.importorskip("torch_pruning")
-    own, _ = applied("cnn", Prune(amount=0.5, granularity="channel", scope="layer"))
-    other, _ = applied("cnn", Prune(amount=0.5, granularity="channel", scope="layer", backend="torch_pruning"))
+    own, _ = applied("cnn", PruneUnits(amount=0.5, unit="channel", scope="layer"))
+    other, _ = applied("cnn", PruneUnits(amount=0.5, unit="channel", scope="layer", backend="torch_pruning"))
     assert {name: value.shape for name, value in own.state_dict().items()} == {
         name: value.shape for name, value in other.state_dict().items()
     }
@@ -334,7 +337,7 @@ def test_what_was_masked_leaves_and_the_outputs_stay(kind, granularity, schedule
         schedule = Threshold(0.32, end=0.5)
     if granularity == "hidden_unit" and amount is None:
         schedule = Threshold(0.18, end=0.5)
-    step = Prune(amount=amount, granularity=granularity, schedule=schedule, finetune_epochs=2)
+    step = PruneUnits(amount=amount, unit=granularity, schedule=schedule, finetune_epochs=2)
     compressor = compressor_of(kind, network, step, epochs=2)
 
     def watch(trained, optimizer):
@@ -353,13 +356,13 @@ def test_what_was_masked_leaves_and_the_outputs_stay(kind, granularity, schedule
         torch.testing.assert_close(network.eval()(inputs), before, atol=1e-5, rtol=1e-5)
     assert_rebuilds(kind, network)
     if amount is not None:
-        once = applied(kind, Prune(amount=0.5, granularity=granularity))[0]
+        once = applied(kind, PruneUnits(amount=0.5, unit=granularity))[0]
         assert sizes(network) == pytest.approx(sizes(once), rel=0.3)
 
 
 def test_amounts_of_masked_units_follow_the_schedule():
     network, found = build("lstm"), []
-    step = Prune(amount=0.5, granularity="hidden_unit", schedule=Iterative(4), finetune_epochs=4)
+    step = PruneUnits(amount=0.5, unit="hidden_unit", schedule=Iterative(4), finetune_epochs=4)
     compressor = compressor_of("lstm", network, step, epochs=4)
 
     def watch(trained, _):
@@ -376,7 +379,7 @@ def test_amounts_of_masked_units_follow_the_schedule():
 @pytest.mark.slow
 def test_a_budget_under_a_schedule_is_met_in_the_end():
     network = build("cnn")
-    step = Prune(budget="params:0.4", granularity="channel", schedule=Cubic(), finetune_epochs=2, criterion="taylor")
+    step = PruneUnits(budget="params:0.4", unit="channel", schedule=Cubic(), finetune_epochs=2, criterion="taylor")
     compressor = compressor_of("cnn", network, step, epochs=2)
     train("cnn", compressor, epochs=2)
     compressor.finish()
@@ -386,13 +389,13 @@ def test_a_budget_under_a_schedule_is_met_in_the_end():
 @pytest.mark.slow
 def test_the_whole_phase_needs_another_optimiser_when_units_leave():
     network = build("cnn")
-    step = Prune(amount=0.5, granularity="channel", schedule=Cubic(), finetune_epochs=1)
+    step = PruneUnits(amount=0.5, unit="channel", schedule=Cubic(), finetune_epochs=1)
     compressor = compressor_of("cnn", network, step, epochs=2)
     optimizer = make(network.parameters())
     assert not compressor.begin_epoch(0, steps_per_epoch=1, optimizer=optimizer)
     compressor.after_optimizer_step(optimizer)
     assert compressor.begin_epoch(1, steps_per_epoch=1, optimizer=optimizer)
-    once = compressor_of("cnn", build("cnn"), Prune(amount=0.5, granularity="channel"), epochs=1)
+    once = compressor_of("cnn", build("cnn"), PruneUnits(amount=0.5, unit="channel"), epochs=1)
     assert once.begin_epoch(0, steps_per_epoch=1, optimizer=None)
 
 
@@ -400,17 +403,17 @@ def test_the_whole_phase_needs_another_optimiser_when_units_leave():
 @pytest.mark.parametrize(("kind", "granularity"), KINDS)
 def test_one_shot_leaves_the_sizes_alone_while_training_goes_on(kind, granularity):
     network = build(kind)
-    compressor = compressor_of(kind, network, Prune(amount=0.5, granularity=granularity, finetune_epochs=2), epochs=2)
+    compressor = compressor_of(kind, network, PruneUnits(amount=0.5, unit=granularity, finetune_epochs=2), epochs=2)
     train(kind, compressor, epochs=2)
     compressor.finish()
-    once = applied(kind, Prune(amount=0.5, granularity=granularity))[0]
+    once = applied(kind, PruneUnits(amount=0.5, unit=granularity))[0]
     assert {n: v.shape for n, v in network.state_dict().items()} == {n: v.shape for n, v in once.state_dict().items()}
     assert compressor.masks.kept == {}
 
 
 def test_masks_of_a_penalty_before_shrink_with_the_weights():
     network = build("cnn")
-    compressor = compressor_of("cnn", network, Prune(amount=0.5, granularity="channel", targets="stage1.0.conv1"))
+    compressor = compressor_of("cnn", network, PruneUnits(amount=0.5, unit="channel", targets="stage1.0.conv1"))
     kept = torch.rand(network.stage1[0].conv1.weight.shape, generator=torch.Generator().manual_seed(0)) > 0.3
     compressor.masks.kept["stage1.0.conv1.weight"] = kept
     compressor.masks.kept["stage3.0.conv1.weight"] = torch.ones(32, 16, 3, 3, dtype=torch.bool)
@@ -425,7 +428,7 @@ def test_masks_of_a_penalty_before_shrink_with_the_weights():
 def test_batch_norm_is_measured_anew_after_the_shrinking():
     means = {}
     for batches in (0, 2):
-        step = Prune(amount=0.5, granularity="channel", targets="stage1.0.conv1")
+        step = PruneUnits(amount=0.5, unit="channel", targets="stage1.0.conv1")
         network, _ = applied("cnn", step, bn_batches=batches)
         means[batches] = network.stage1[0].norm1.running_mean
     # Of batches of equal size the mean is that of all.
@@ -444,15 +447,15 @@ def test_batch_norm_is_measured_anew_after_the_shrinking():
 
 
 def test_attention_is_converted_for_heads_alone():
-    network, _ = applied("transformer", Prune(amount=0.5, granularity="head"))
+    network, _ = applied("transformer", PruneUnits(amount=0.5, unit="head"))
     assert all(isinstance(layer.self_attn, Attention) for layer in network.encoder.layers)
-    network, _ = applied("transformer", Prune(amount=0.5, granularity="neuron"))
+    network, _ = applied("transformer", PruneUnits(amount=0.5, unit="neuron"))
     assert all(isinstance(layer.self_attn, nn.MultiheadAttention) for layer in network.encoder.layers)
 
 
 def test_several_structural_steps_one_after_the_other():
-    steps = [Prune(amount=0.5, granularity=kind, scope="layer") for kind in ("head", "neuron")]
-    steps += [Prune(amount=1 / 3, granularity="layer"), Prune(amount=0.5)]
+    steps = [PruneUnits(amount=0.5, unit=kind, scope="layer") for kind in ("head", "neuron")]
+    steps += [PruneUnits(amount=1 / 3, unit="layer"), PruneWeights(amount=0.5)]
     network, compressor = applied("transformer", *steps)
     assert sizes(network) < 0.45 * sizes(build("transformer"))
     assert_rebuilds("transformer", network)
@@ -466,18 +469,18 @@ def test_several_structural_steps_one_after_the_other():
 @pytest.mark.parametrize(("kind", "granularity"), KINDS)
 def test_a_shrunk_ticket_is_the_shrunk_beginning(kind, granularity):
     network = build(kind)
-    begun = Snapshot(network)
-    step = Prune(amount=0.5, granularity=granularity, rewind="start", at=1, finetune_epochs=1)
+    begun = copy_state(network)
+    step = PruneUnits(amount=0.5, unit=granularity, rewind="start", at=1, finetune_epochs=1)
     compressor = compressor_of(kind, network, step, epochs=2)
     train(kind, compressor, epochs=1)
     trained = copy.deepcopy(network)
     assert compressor.begin_epoch(1, steps_per_epoch=2, optimizer=make(network.parameters()))
     # The same units of the trained network's choice, taken out of the network that was.
-    Compressor(trained, [Prune(amount=0.5, granularity=granularity)], data(kind)[0][0], bn_batches=0).apply()
+    Compressor(trained, [PruneUnits(amount=0.5, unit=granularity)], data(kind)[0][0], bn_batches=0).apply()
     assert {n: v.shape for n, v in trained.state_dict().items()} == {
         n: v.shape for n, v in network.state_dict().items()
     }
-    old = torch.cat([value.flatten() for value in begun.state.values() if value.is_floating_point()])
+    old = torch.cat([value.flatten() for value in begun.values() if value.is_floating_point()])
     for name, value in network.state_dict().items():
         if value.is_floating_point():
             assert torch.isin(value.flatten(), old).all(), name
@@ -486,8 +489,8 @@ def test_a_shrunk_ticket_is_the_shrunk_beginning(kind, granularity):
 
 def test_iterative_tickets_of_heads_go_back_through_the_conversion():
     network = build("transformer")
-    step = Prune(
-        amount=0.5, granularity="head", schedule=Iterative(2), rewind="start", at=1, finetune_epochs=2, scope="layer"
+    step = PruneUnits(
+        amount=0.5, unit="head", schedule=Iterative(2), rewind="start", at=1, finetune_epochs=2, scope="layer"
     )
     compressor = compressor_of("transformer", network, step, epochs=3)
     train("transformer", compressor, epochs=3)
@@ -499,8 +502,8 @@ def test_iterative_tickets_of_heads_go_back_through_the_conversion():
 def test_a_snapshot_of_another_structure_is_refused_in_one_line():
     network = build("cnn")
     steps = [
-        Prune(amount=0.5, granularity="channel", at=1, finetune_epochs=1),
-        Prune(amount=0.5, rewind="start", finetune_epochs=1),
+        PruneUnits(amount=0.5, unit="channel", at=1, finetune_epochs=1),
+        PruneWeights(amount=0.5, rewind="start", finetune_epochs=1),
     ]
     with pytest.raises(InputError, match="give it rewind=2 or later") as caught:
         compressor_of("cnn", network, *steps, epochs=3)
@@ -510,5 +513,35 @@ def test_a_snapshot_of_another_structure_is_refused_in_one_line():
 def test_networks_without_such_units_are_refused():
     for kind, granularity in (("cnn", "head"), ("cnn", "neuron"), ("cnn", "hidden_unit"), ("lstm", "layer")):
         with pytest.raises(InputError) as caught:
-            applied(kind, Prune(amount=0.5, granularity=granularity))
+            applied(kind, PruneUnits(amount=0.5, unit=granularity))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unit": "channel"}, "exactly one of"),
+        ({"amount": 0.5, "budget": "macs:0.5", "unit": "channel"}, "exactly one of"),
+        ({"amount": 0.5, "unit": "channels"}, "unit must be one of channel"),
+        ({"budget": "time:0.5", "unit": "channel"}, "budget must be a share of the cost such as 'macs:0.5'"),
+        ({"amount": 0.5, "criterion": "bn_scale", "unit": "neuron"}, "set unit='channel'"),
+        ({"amount": 0.5, "criterion": "movement", "unit": "channel"}, "criterion must be one of magnitude"),
+        ({"amount": 0.5, "criterion": "obs", "unit": "head"}, "criterion must be one of magnitude"),
+        ({"amount": 0.5, "unit": "layer", "schedule": Cubic()}, "no mask skips a layer"),
+        ({"amount": 0.5, "unit": "head", "round_to": 4}, "round_to .* set unit='channel'"),
+        ({"amount": 0.5, "unit": "channel", "round_to": 0}, "at least 1"),
+        (
+            {"amount": 0.5, "unit": "channel", "backend": "nope"},
+            "backend must be one of own, torch_pruning, got 'nope'",
+        ),
+        (
+            {"amount": 0.5, "unit": "neuron", "backend": "torch_pruning"},
+            "'torch_pruning' finds channels: set unit='channel'",
+        ),
+        ({"amount": 0.5, "unit": "head", "backend": "torch_pruning"}, "set unit='channel'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_in_one_line(options, message):
+    with pytest.raises(InputError, match=message) as caught:
+        PruneUnits(**options)
+    assert "\n" not in str(caught.value)

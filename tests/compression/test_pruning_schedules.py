@@ -3,7 +3,7 @@
 import pytest
 
 from distill_lightning import InputError
-from distill_lightning.compression.schedules import Cubic, Iterative, OneShot, Threshold
+from distill_lightning.compression.steps.schedules import Cubic, Iterative, OneShot, Threshold
 
 SCHEDULES = [
     OneShot(),
@@ -95,7 +95,7 @@ def test_a_threshold_rises_linearly():
     ("make", "message"),
     [
         (lambda: Iterative(0), "rounds must be at least 1, got 0"),
-        (lambda: Iterative(2, spacing="log"), "spacing must be 'linear' or 'geometric', got 'log'"),
+        (lambda: Iterative(2, spacing="log"), "spacing must be one of linear, geometric, got 'log'"),
         (lambda: Cubic(0.5, 0.5), "0 <= start < end <= 1, got 0.5 and 0.5"),
         (lambda: Cubic(-0.1), "got -0.1 and 1.0"),
         (lambda: Cubic(0, 1.1), "got 0 and 1.1"),

@@ -12,18 +12,18 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from distill_lightning import InputError
-from distill_lightning.compression import (
-    Compressor,
-    Encode,
-    MixedPrecision,
-    Quantize,
-    Step,
-    load_compressed,
-    packing,
-    recipe,
-)
-from distill_lightning.compression import quantizers as q
-from distill_lightning.compression.masks import Masks
+from distill_lightning.compression import Compressor, Encode, MixedPrecision, Quantize, Step, load_compressed
+from distill_lightning.compression.access.computed import bake, computed, describe_weights, is_computed, original_of
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.access.weights import channel_axis, weight_names
+from distill_lightning.compression.file.packed import pack_codes
+from distill_lightning.compression.mask.masks import Masks
+from distill_lightning.compression.structure.changes import rebuild_structure, structure_of
+from distill_lightning.compression.values.activations import describe_input
+from distill_lightning.compression.values.allocation import weight_errors
+from distill_lightning.compression.values.codebook import share_weights
+from distill_lightning.compression.values.ranges import weight_grid
+from distill_lightning.compression.values.scheme import Scheme, fake_quantize
 
 
 def compress(network, inputs, *steps, batches=None, **options):
@@ -96,14 +96,14 @@ def test_int8_stays_near_the_float_network(kind):
 @pytest.mark.slow
 def test_every_weight_is_what_its_function_makes_of_it():
     network = build("conv")
-    weights = {path: layer.weight.detach().clone() for path, layer in network.named_modules() if q.weight_names(layer)}
+    weights = {path: layer.weight.detach().clone() for path, layer in network.named_modules() if weight_names(layer)}
     compress(network, inputs_for("conv"), Quantize(weight_bits=4, scheme="affine", per="group:5", observer="mse"))
     for path, weight in weights.items():
         layer = network.get_submodule(path)
-        scheme = q.Scheme(4, "affine", "group:5", q.channel_axis(layer))
-        wanted = q.fake_quantize(weight, *q.weight_grid(weight, scheme, rule="mse"), scheme)
+        scheme = Scheme(4, "affine", "group:5", channel_axis(layer))
+        wanted = fake_quantize(weight, *weight_grid(weight, scheme, rule="mse"), scheme)
         assert torch.equal(layer.weight, wanted)
-    assert q.channel_axis(network[6]) == 1
+    assert channel_axis(network[6]) == 1
 
 
 @pytest.mark.slow
@@ -138,14 +138,15 @@ def test_first_and_last_are_those_that_run_first_and_last():
         batches=[(torch.randn(4, 8), None)],
     )
     bits = {
-        path: q.describe(getattr(network, path))["weight"]["scheme"]["bits"] for path in ("first", "middle", "last")
+        path: describe_weights(getattr(network, path))["weight"]["scheme"]["bits"]
+        for path in ("first", "middle", "last")
     }
     assert bits == {"first": 8, "middle": 2, "last": 8}
-    inputs = {path: q.describe_input(getattr(network, path))["scheme"]["bits"] for path in bits}
+    inputs = {path: describe_input(getattr(network, path))["scheme"]["bits"] for path in bits}
     assert inputs == {"first": 8, "middle": 3, "last": 8}
     network = Backwards()
     compress(network, torch.randn(2, 8), Quantize(scheme="binary", first_last_bits=8))
-    kinds = {path: q.describe(getattr(network, path))["weight"]["scheme"]["kind"] for path in bits}
+    kinds = {path: describe_weights(getattr(network, path))["weight"]["scheme"]["kind"] for path in bits}
     assert kinds == {"first": "symmetric", "middle": "binary", "last": "symmetric"}
 
 
@@ -154,9 +155,9 @@ def test_bits_by_pattern_and_what_the_report_is_told():
     step = Quantize(weight_bits=4, bits={"Conv2d": 3, "stage2": 6, "stem.0": 8})
     piece = compress(network, inputs_for("resnet"), step).piece
     schemes = {
-        path: q.describe(layer)["weight"]["scheme"]["bits"]
+        path: describe_weights(layer)["weight"]["scheme"]["bits"]
         for path, layer in network.named_modules()
-        if q.describe(layer)
+        if describe_weights(layer)
     }
     assert {schemes[path] for path in schemes if path.startswith("stage2")} == {6}
     assert (schemes["stem.0"], schemes["head"], schemes["stage1.0.conv1"]) == (8, 4, 3)
@@ -168,9 +169,9 @@ def test_bits_by_pattern_and_what_the_report_is_told():
 def bytes_of_codes(network):
     """Of codes, scales and zero points, packed."""
     return sum(
-        packing.pack_codes(codes, scheme).nbytes
+        pack_codes(entry.codes(original_of(layer, name)), entry.scheme).nbytes
         for layer in network.modules()
-        for codes, scheme in q.weight_codes(layer).values()
+        for name, entry in computed(layer).items()
     )
 
 
@@ -190,7 +191,7 @@ def test_mixed_precision_keeps_to_its_budget_and_grows_with_it(options):
         compress(network, inputs_for("resnet"), Quantize(bits=MixedPrecision(budget_bytes=budget), **options))
         sizes.append(bytes_of_codes(network))
         assert sizes[-1] <= budget
-        bits = [q.describe(layer)["weight"]["scheme"]["bits"] for layer in layers_of(network)]
+        bits = [describe_weights(layer)["weight"]["scheme"]["bits"] for layer in layers_of(network)]
         assert last is None or all(now >= before for now, before in zip(bits, last, strict=True))
         last = bits
     assert set(last) == {8}
@@ -215,20 +216,20 @@ def test_mixed_precision_counts_the_scales_of_transposed_convolutions():
 def test_errors_of_weights_are_those_of_their_axis():
     torch.manual_seed(0)
     weight = torch.randn(4, 6, 3, 3) * torch.tensor([1, 2, 4, 8, 16, 32.0]).view(1, 6, 1, 1)
-    found = q.weight_errors({"a": weight, "b": weight}, bits=[3], axes={"a": 1}, rule="minmax")
+    found = {axis: weight_errors(weight, bits=[3], axis=axis, rule="minmax")[3] for axis in (0, 1)}
     rounded = torch.stack([
         (part / (part.abs().max() / 3)).round() * (part.abs().max() / 3) for part in weight.unbind(1)
     ], dim=1)  # fmt: skip
-    assert found["a"][3] == pytest.approx(float((rounded - weight).square().sum()), rel=1e-5)
-    assert found["b"][3] > 1.5 * found["a"][3]
+    assert found[1] == pytest.approx(float((rounded - weight).square().sum()), rel=1e-5)
+    assert found[0] > 1.5 * found[1]
 
 
 def test_mixed_precision_by_ratio_and_its_choices():
     network = build("lstm")
-    total = 4 * sum(getattr(layer, name).numel() for layer in layers_of(network) for name in q.weight_names(layer))
+    total = 4 * sum(getattr(layer, name).numel() for layer in layers_of(network) for name in weight_names(layer))
     compress(network, inputs_for("lstm"), Quantize(bits=MixedPrecision(ratio=0.2, choices=[2, 4, 8])))
     assert 0.1 * total < bytes_of_codes(network) <= 0.2 * total
-    bits = {told["scheme"]["bits"] for layer in layers_of(network) for told in q.describe(layer).values()}
+    bits = {told["scheme"]["bits"] for layer in layers_of(network) for told in describe_weights(layer).values()}
     assert bits <= {2, 4, 8}
     with pytest.raises(InputError, match="too small"):
         compress(build("lstm"), inputs_for("lstm"), Quantize(bits=MixedPrecision(budget_bytes=100)))
@@ -260,7 +261,7 @@ def test_schemes_without_zero_refuse_pruned_weights(scheme, trained):
     compressor.piece.prune(Masks({"2.weight": torch.rand(32, 32) > 0.5}))
     with pytest.raises(InputError, match="'2.weight' is pruned, and .* has no zero"):
         compressor.apply()
-    assert not recipe.is_computed(network)
+    assert not is_computed(network)
 
 
 @pytest.mark.slow
@@ -331,13 +332,13 @@ def test_training_resumes_bit_for_bit(options, trained):
     network, compressor = begun()
     optimizer = train(network, compressor, epochs=3)
     saved = copy.deepcopy(
-        (recipe.describe(network), network.state_dict(), compressor.state_dict(), optimizer.state_dict())
+        (structure_of(network), network.state_dict(), compressor.state_dict(), optimizer.state_dict())
     )
     network, compressor = begun()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.zero_()
-    recipe.rebuild(network, saved[0])
+    rebuild_structure(network, saved[0])
     network.load_state_dict(saved[1])
     compressor.load_state_dict(saved[2])
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
@@ -404,7 +405,7 @@ def test_inputs_are_quantized_where_layers_run_as_such():
     network = build("transformer")
     inputs = inputs_for("transformer")
     compress(network, inputs, Quantize(act_bits=8), batches=[(inputs, None)])
-    with_inputs = {path for path, layer in network.named_modules() if q.describe_input(layer)}
+    with_inputs = {path for path, layer in network.named_modules() if describe_input(layer)}
     assert "encoder.layers.0.self_attn" in with_inputs
     assert "encoder.layers.0.self_attn.out_proj" not in with_inputs
     assert "embed" not in with_inputs
@@ -413,12 +414,12 @@ def test_inputs_are_quantized_where_layers_run_as_such():
 
 def test_weights_that_are_shared_already_are_left_alone_or_refused():
     network = build("lstm")
-    packing.share_weights(network.head, k=4)
+    share_weights(network.head, k=4)
     piece = compress(network, inputs_for("lstm"), Quantize()).piece
     assert "Quantize left head.weight alone, whose values are shared or quantized already" in piece.notes
     assert len(network.head.weight.unique()) == 4
     network = build("lstm")
-    packing.share_weights(network.head, k=4)
+    share_weights(network.head, k=4)
     with pytest.raises(InputError, match="head.weight is shared or quantized already"):
         compress(network, inputs_for("lstm"), Quantize(targets=["lstm", "head"]))
     compress(network, inputs_for("lstm"), Quantize(targets="lstm"))
@@ -466,7 +467,7 @@ def test_the_padding_of_an_embedding_stays_zero(options):
 def test_the_report_says_what_was_not_equalised_or_rounded():
     network = build("resnet")
     piece = compress(network, inputs_for("resnet"), Quantize(equalise=True)).piece
-    assert any("equalised 0 pairs" in note and "BatchNorm is in the way" in note for note in piece.notes)
+    assert any("equalised 0 pairs" in note and "BatchNorm does not count" in note for note in piece.notes)
     told = "inputs of attention's output projections are not rounded"
     for kind in ("transformer", "resnet"):
         inputs = inputs_for(kind)
@@ -501,7 +502,7 @@ def test_tied_affine_weights_are_rounded_once_in_the_file(bits, seed, tmp_path):
     compressor = compress(network, inputs_for("tied"), Quantize(weight_bits=bits, scheme="affine"))
     expected, weight = outputs(network, "tied"), network.embed.weight.detach().clone()
     network.train()
-    baked = recipe.bake(recipe.copy_network(network))
+    baked = bake(copy_network(network))
     assert all(module.training for module in baked.modules())
     assert torch.equal(baked.embed.weight, weight)
     assert baked.out.weight is baked.embed.weight
@@ -596,7 +597,7 @@ def test_steps_are_read_from_yaml():
     assert (first.bits, first.at, first.targets) == ({"head": 8}, "end", ["Conv2d", "head"])
     assert second.bits.ratio == pytest.approx(0.1)
     assert third.method == "huffman"
-    assert [repr(step) for step in (first, second, third)] == [
+    assert [step.title for step in (first, second, third)] == [
         "Quantize symmetric mixed", "Quantize symmetric mixed inputs 8 bit", "Encode huffman",
     ]  # fmt: skip
     assert math.isclose(second.finetune_epochs, 2)

@@ -9,12 +9,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression import penalties, recipe
-from distill_lightning.compression.compressor import Compressor
-from distill_lightning.compression.schedules import Cubic, Iterative
-from distill_lightning.compression.selection import Slice
-from distill_lightning.compression.steps import Order, Prune, Regularise, Sensitivity, Step
-from distill_lightning.compression.surgery import axes, channel_groups
+from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.shrink import axes
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.steps import (
+    L0,
+    LearnMask,
+    Order,
+    PruneUnits,
+    PruneWeights,
+    Regularise,
+    Sensitivity,
+    Step,
+)
+from distill_lightning.compression.steps.schedules import Cubic, Iterative
+from distill_lightning.compression.structure.changes import rebuild_structure, structure_of
 from distill_lightning.networks import SmallResNet
 
 
@@ -101,7 +110,7 @@ def test_the_weighted_penalty_is_added_to_the_gradient(penalty):
 
 
 def selection_groups(network, groups):
-    """The same groups, unit by unit, as `penalties.group_lasso_of` takes them."""
+    """The same groups, unit by unit: parameters, dimensions and indices."""
     told = {}
     for group in groups:
         units = []
@@ -112,10 +121,19 @@ def selection_groups(network, groups):
                     name = f"{member.path}.{tensor}"
                     if name in dict(network.named_parameters()):
                         own = (member.channels[positions] == unit).nonzero().flatten().tolist()
-                        parts += [Slice(name, dim, own)] if own else []
+                        parts += [(name, dim, torch.tensor(own))] if own else []
             units.append(parts)
         told[group.name] = units
     return told
+
+
+def naive_group_lasso(network, groups):
+    total = 0.0
+    for units in groups.values():
+        for parts in units:
+            entries = torch.cat([network.get_parameter(n).index_select(dim, own).flatten() for n, dim, own in parts])
+            total += entries.norm() * len(entries) ** 0.5
+    return total
 
 
 def test_group_lasso_of_channels_is_that_of_every_group():
@@ -124,15 +142,15 @@ def test_group_lasso_of_channels_is_that_of_every_group():
     compressor = Compressor(network, [step], DATA[0][0], epochs=1)
     compressor.begin_epoch(0, steps_per_epoch=2)
     groups = selection_groups(network, channel_groups(network, DATA[0][0]))
-    wanted = 2.0 * penalties.group_lasso_of(network, groups)
+    wanted = 2.0 * naive_group_lasso(network, groups)
     torch.testing.assert_close(compressor.penalty(), wanted)
     weight = network.stage2[0].conv1.weight
     given, expected = (torch.autograd.grad(value, weight)[0] for value in (compressor.penalty(), wanted))
     torch.testing.assert_close(given, expected)
     with torch.no_grad():  # a unit that is zero everywhere
         for parts in groups["stage1.0.conv1"][:1]:
-            for part in parts:
-                network.get_parameter(part.parameter).index_fill_(part.dim, torch.tensor(part.indices), 0)
+            for name, dim, own in parts:
+                network.get_parameter(name).index_fill_(dim, own, 0)
     assert torch.autograd.grad(compressor.penalty(), network.stage1[0].conv1.weight)[0].isfinite().all()
 
 
@@ -161,7 +179,7 @@ def test_group_lasso_empties_units_which_then_leave(kind, granularity):
     step = Regularise(penalty="group_lasso", granularity=granularity, weight=0.02, threshold=0.15, finetune_epochs=8)
     train(network, step, epochs=8)
     assert sum(p.numel() for p in network.parameters()) < 0.9 * sum(p.numel() for p in build(kind).parameters())
-    again = recipe.rebuild(build(kind), recipe.describe(network))
+    again = rebuild_structure(build(kind), structure_of(network))
     again.load_state_dict(network.state_dict())
     assert torch.equal(again.eval()(DATA[0][0]), network.eval()(DATA[0][0]))
     assert step.order is Order.STRUCTURE
@@ -190,26 +208,26 @@ def test_slimming_removes_channels_of_small_scale():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("granularity", ["weight", "row"])
+@pytest.mark.parametrize("per", ["weight", "row"])
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_l0_gates_close_and_leave_masks(kind, granularity):
+def test_l0_gates_close_and_leave_masks(kind, per):
     network = build(kind)
     names = [name for name, _ in network.named_parameters()]
-    step = Regularise(penalty="l0", weight=5.0, granularity=granularity, finetune_epochs=60)
+    step = LearnMask(L0(5.0, per=per), finetune_epochs=60)
     before = {}
 
     def watch(moment, _):
         if moment == "before":
-            before["gates"] = copy.deepcopy(recipe.describe(network)["layers"])
+            before["gates"] = copy.deepcopy(structure_of(network)["layers"])
 
     compressor = train(network, step, epochs=60, watch=watch, make=lambda p: torch.optim.Adam(p, lr=0.05))
     assert [name for name, _ in network.named_parameters()] == names
     assert before["gates"]
-    assert recipe.describe(network)["layers"] == {}
+    assert structure_of(network)["layers"] == {}
     assert 0.5 < compressor.masks.sparsity() <= 1
     for path, kept in compressor.masks.kept.items():
         assert network.get_parameter(path)[~kept].count_nonzero() == 0
-        if granularity == "row":
+        if per == "row":
             assert ((kept.flatten(1).sum(1) == 0) | kept.flatten(1).all(1)).all()
 
 
@@ -217,18 +235,26 @@ def test_l0_gates_close_and_leave_masks(kind, granularity):
 def test_weight_zero_is_ordinary_training_bit_for_bit():
     plain = build()
     train(plain, epochs=2)
-    for penalty in ("l1", "group_lasso", "bn_gamma", "l0"):
+    penalties = [Regularise(penalty=name, weight=0.0, finetune_epochs=2) for name in ("l1", "group_lasso", "bn_gamma")]
+    for step in (*penalties, LearnMask(L0(0.0), finetune_epochs=2)):
         network = build()
-        train(network, Regularise(penalty=penalty, weight=0.0, finetune_epochs=2), epochs=2)
+        train(network, step, epochs=2)
         assert all(torch.equal(value, network.state_dict()[name]) for name, value in plain.state_dict().items())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("penalty", ["l1", "l0", "bn_gamma"])
-def test_a_run_that_was_killed_goes_on(penalty):
+@pytest.mark.parametrize(
+    "step",
+    [
+        Regularise(penalty="l1", weight=0.05, finetune_epochs=4),
+        LearnMask(L0(0.05), finetune_epochs=4),
+        Regularise(penalty="bn_gamma", weight=0.05, finetune_epochs=4),
+    ],
+    ids=lambda step: step.title,
+)
+def test_a_run_that_was_killed_goes_on(step):
     def begun():
         network = build()
-        step = Regularise(penalty=penalty, weight=0.05, finetune_epochs=4)
         return network, Compressor(network, [step], DATA[0][0], epochs=4, batches=DATA)
 
     def go_on(network, compressor, optimizer, epochs):
@@ -251,7 +277,7 @@ def test_a_run_that_was_killed_goes_on(penalty):
     partly, first = begun()
     optimizer = go_on(partly, first, make(partly.parameters()), range(2))
     resumed, second = begun()
-    recipe.rebuild(resumed, recipe.describe(partly)).load_state_dict(partly.state_dict())
+    rebuild_structure(resumed, structure_of(partly)).load_state_dict(partly.state_dict())
     second.load_state_dict(first.state_dict())
     moments = make(resumed.parameters())
     moments.load_state_dict(optimizer.state_dict())
@@ -267,7 +293,7 @@ def test_a_run_that_was_killed_goes_on(penalty):
         ({"penalty": "l1", "weight": -1.0}, "must not be negative"),
         ({"penalty": "l1", "weight": 1.0, "granularity": "channel"}, "needs granularity weight"),
         ({"penalty": "group_lasso", "weight": 1.0, "granularity": "layer"}, "needs granularity row or channel"),
-        ({"penalty": "l0", "weight": 1.0, "threshold": 0.1}, "leave threshold out"),
+        ({"penalty": "l0", "weight": 1.0}, "penalty must be one of l1"),
         ({"penalty": "l1", "weight": 1.0, "threshold": -0.1}, "must not be negative"),
     ],
 )
@@ -283,7 +309,7 @@ def test_it_needs_training_and_something_to_penalise():
     with pytest.raises(InputError, match="has no BatchNorm"):
         train(build("lstm"), Regularise(penalty="bn_gamma", weight=0.1, finetune_epochs=1), epochs=1)
     assert Regularise(penalty="l1", weight=0.1).order is None
-    assert Regularise(penalty="l0", weight=0.1).order is Order.MASKS
+    assert LearnMask(L0(0.1)).order is Order.MASKS
     assert Regularise(penalty="l1", weight=0.1, threshold=0.1).order is Order.MASKS
     assert Regularise(penalty="bn_gamma", weight=0.1, threshold=0.1).order is Order.STRUCTURE
 
@@ -292,28 +318,29 @@ def test_steps_are_read_from_yaml():
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--steps", type=list[Step])
     text = """
-    - class_path: distill_lightning.compression.steps.Prune
-      init_args: {amount: {"stage1*": 0.5}, granularity: channel, targets: [stage1], at: 0.5, finetune_epochs: 1}
-    - class_path: distill_lightning.compression.steps.Prune
+    - class_path: distill_lightning.compression.steps.PruneUnits
+      init_args: {amount: {"stage1*": 0.5}, unit: channel, targets: [stage1], at: 0.5, finetune_epochs: 1}
+    - class_path: distill_lightning.compression.steps.PruneWeights
       init_args:
         scope: {class_path: distill_lightning.compression.steps.Sensitivity, init_args: {target: 0.5}}
-    - class_path: distill_lightning.compression.steps.Prune
+    - class_path: distill_lightning.compression.steps.PruneWeights
       init_args:
         amount: 0.6
         rewind: 2
-        schedule: {class_path: distill_lightning.compression.schedules.Iterative, init_args: {rounds: 3}}
-    - class_path: distill_lightning.compression.steps.Prune
+        schedule: {class_path: distill_lightning.compression.steps.schedules.Iterative, init_args: {rounds: 3}}
+    - class_path: distill_lightning.compression.steps.PruneWeights
       init_args:
         amount: 0.6
-        schedule: {class_path: distill_lightning.compression.schedules.Cubic, init_args: {every: 5}}
+        schedule: {class_path: distill_lightning.compression.steps.schedules.Cubic, init_args: {every: 5}}
         regrow: 0.1
     - class_path: distill_lightning.compression.steps.Regularise
       init_args: {penalty: l1, weight: 0.001, threshold: 0.01}
     """
     given = parser.parse_args([f"--steps={text}"])
     first, second, third, fourth, fifth = parser.instantiate_classes(given).steps
-    assert (first.amount, first.granularity, first.at) == ({"stage1*": 0.5}, "channel", 0.5)
-    assert isinstance(second.sensitivity, Sensitivity)
+    assert (first.amount, first.unit, first.at) == ({"stage1*": 0.5}, "channel", 0.5)
+    assert isinstance(second.scope, Sensitivity)
     assert (third.rewind, third.schedule.rounds, type(third.schedule)) == (2, 3, Iterative)
     assert (fourth.schedule.every, type(fourth.schedule), fourth.regrow) == (5, Cubic, 0.1)
-    assert (type(fifth), fifth.threshold, type(third)) == (Regularise, 0.01, Prune)
+    assert (type(fifth), fifth.threshold) == (Regularise, 0.01)
+    assert [type(step) for step in (first, second, third)] == [PruneUnits, PruneWeights, PruneWeights]

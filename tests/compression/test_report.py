@@ -10,16 +10,9 @@ import pytest
 import torch
 
 from distill_lightning import InputError
-from distill_lightning.compression.macs import DEFINITION
-from distill_lightning.compression.report import (
-    CONTROL_RANDOM,
-    CONTROL_SCRATCH,
-    LatencyRow,
-    Report,
-    Stage,
-    claim_of,
-    machine,
-)
+from distill_lightning.compression.costs.macs import DEFINITION
+from distill_lightning.compression.report.report import Report, circumstances, claim_of
+from distill_lightning.compression.report.stages import CONTROL_RANDOM, CONTROL_SCRATCH, LatencyRow, Stage
 
 
 def row(ratio, low, high, *, batch=32, runtime="torch", baseline=None):
@@ -127,8 +120,13 @@ def three_seeds():
         seed: [
             stage(CONTROL_SCRATCH, "control", accuracy=after - 0.1),
             dense(before),
-            stage("1 Prune, before fine-tuning", "before", accuracy=after - 0.2, missing={"latency": "see 1 Prune"}),
-            stage("1 Prune", accuracy=after, size=250 + 5 * seed, latency=[row(0.5, 0.4, 0.6)]),
+            stage(
+                "1 PruneWeights, before fine-tuning",
+                "before",
+                accuracy=after - 0.2,
+                missing={"latency": "see 1 PruneWeights"},
+            ),
+            stage("1 PruneWeights", accuracy=after, size=250 + 5 * seed, latency=[row(0.5, 0.4, 0.6)]),
             stage(accuracy=after, latency=[row(1.0, 0.9, 1.1), row(0.5, 0.4, 0.6, batch=1)]),
         ]
         for seed, (before, after) in accuracies.items()
@@ -143,7 +141,14 @@ def column(report, title):
 def test_rows_are_dense_steps_final_and_controls_and_those_not_run_say_so():
     report = Report(three_seeds())
     names = [line[0] for line in report.rows()[1:]]
-    assert names == ["dense", "1 Prune, before fine-tuning", "1 Prune", "final", CONTROL_SCRATCH, CONTROL_RANDOM]
+    assert names == [
+        "dense",
+        "1 PruneWeights, before fine-tuning",
+        "1 PruneWeights",
+        "final",
+        CONTROL_SCRATCH,
+        CONTROL_RANDOM,
+    ]
     assert report.rows()[-1][1] == report.rows()[-1][-1] == "not run"
     assert report.claim(CONTROL_RANDOM) == "not run"
     assert all(len(line) == len(report.header()) for line in report.rows())
@@ -153,21 +158,21 @@ def test_scores_are_means_over_seeds_and_differences_are_paired():
     report = Report(three_seeds())
     scores = column(report, "accuracy % (higher is better)")
     assert scores["dense"] == "94.00 ± 4.00 (n=3)"
-    assert scores["1 Prune"] == f"86.00 ± {100 * statistics.stdev([0.8, 0.9, 0.88]):.2f} (n=3)"
+    assert scores["1 PruneWeights"] == f"86.00 ± {100 * statistics.stdev([0.8, 0.9, 0.88]):.2f} (n=3)"
     gaps = [0.8 - 0.9, 0.9 - 0.94, 0.88 - 0.98]
     expected = f"{100 * statistics.fmean(gaps):+.2f} ± {100 * statistics.stdev(gaps):.2f} (n=3)"
-    assert column(report, "to dense")["1 Prune"] == expected
+    assert column(report, "to dense")["1 PruneWeights"] == expected
     assert column(report, "to dense")["dense"] == ""
-    assert report.differences("1 Prune") == pytest.approx(gaps)
+    assert report.differences("1 PruneWeights") == pytest.approx(gaps)
     assert report.scores("final", "nll") == pytest.approx([0.2, 0.1, 0.12])
 
 
 def test_sizes_are_the_first_seeds_and_a_note_tells_where_others_differ():
     report = Report(three_seeds())
-    assert column(report, "bytes")["1 Prune"] == "250 (0.25)"
+    assert column(report, "bytes")["1 PruneWeights"] == "250 (0.25)"
     assert column(report, "parameters")["dense"] == "1,000 (1.00)"
     assert column(report, "not zero")["final"] == "900 (0.90)"
-    differing = "1 Prune: state dict bytes from 260 to 270, artefact bytes from 250 to 260 over the seeds"
+    differing = "1 PruneWeights: state dict bytes from 260 to 270, artefact bytes from 250 to 260 over the seeds"
     assert differing in report.notes()
     assert not [note for note in report.notes() if note.startswith("final")]
 
@@ -176,10 +181,10 @@ def test_times_stand_in_a_column_for_each_batch_size_with_a_reason_where_there_i
     report = Report(three_seeds())
     assert report.batch_sizes() == [1, 32]
     times = column(report, "time, batch 32")
-    assert times["1 Prune"] == "0.50 [0.40, 0.60]"
+    assert times["1 PruneWeights"] == "0.50 [0.40, 0.60]"
     assert times["dense"] == "1"
-    assert times["1 Prune, before fine-tuning"] == "see 1 Prune"
-    assert column(report, "time, batch 1")["1 Prune"] == "not measured"
+    assert times["1 PruneWeights, before fine-tuning"] == "see 1 PruneWeights"
+    assert column(report, "time, batch 1")["1 PruneWeights"] == "not measured"
     assert column(report, "claim")["final"].startswith("0.25 of the artefact; no measured speed-up at batch 32")
 
 
@@ -197,10 +202,10 @@ def test_the_terminals_table_has_ratios_and_the_number_of_seeds():
     assert "(n=3)" in Report(stages).rows()[1][1]
     assert not [line for line in body if "(n=" in line[1] + line[2]]
     assert [told["dense"][name] for name in ("parameters", "MACs", "bytes")] == ["1,000", "5,000", "1,000"]
-    assert told["1 Prune"]["bytes"] == "250 (0.25)"
+    assert told["1 PruneWeights"]["bytes"] == "250 (0.25)"
     assert told["final"]["not zero"] == "0.90"
     assert told["final"]["time, batch 32"].endswith("\nONNX 0.30 [0.20, 0.40]\nONNX int8 0.20 [0.10, 0.30]")
-    assert told["1 Prune, before fine-tuning"]["time, batch 32"] == ""
+    assert told["1 PruneWeights, before fine-tuning"]["time, batch 32"] == ""
     assert told["control: random criterion"]["MACs"] == ""
     narrow, *lines = Report(stages).brief_rows(narrow=True)
     assert narrow == [name for name in header if name != "to dense"]
@@ -214,7 +219,7 @@ def test_a_seed_that_lacks_a_row_or_has_no_finite_score_does_not_hide():
     report = Report(stages)
     scores = column(report, "accuracy % (higher is better)")
     assert scores["final"].endswith("(n=2)")
-    assert scores["1 Prune"] == "not finite in 1 of 3"
+    assert scores["1 PruneWeights"] == "not finite in 1 of 3"
     assert "final: 2 of 3 seeds" in report.notes()
     assert report.differences("final") == pytest.approx([-0.1, -0.1])
 
@@ -254,8 +259,8 @@ def test_markdown_csv_and_json_hold_all_of_it(tmp_path):
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths[3:])
     text = paths[0].read_text()
     for part in (
-        "- command: compress x.yaml", "- date: 2026-11-23", DEFINITION, "1 Prune: two of three layers",
-        "1 Prune: MACs leave out odd.layer", "1 Prune: onnx_int8 not measured: no kernel", "ONNX 2.0e-06",
+        "- command: compress x.yaml", "- date: 2026-11-23", DEFINITION, "1 PruneWeights: two of three layers",
+        "1 PruneWeights: MACs leave out odd.layer", "1 PruneWeights: onnx_int8 not measured: no kernel", "ONNX 2.0e-06",
         "seeds 0, 1, 2", "| 840 (1.00) | 210 (0.25) |", "## Files", "## Times", "## Scores", "800",
     ):  # fmt: skip
         assert part in text
@@ -263,14 +268,14 @@ def test_markdown_csv_and_json_hold_all_of_it(tmp_path):
         lines = list(csv.DictReader(file))
     assert len(lines) == 15
     first = lines[3]
-    assert (first["seed"], first["stage"], first["score accuracy"]) == ("0", "1 Prune", "0.8")
+    assert (first["seed"], first["stage"], first["score accuracy"]) == ("0", "1 PruneWeights", "0.8")
     assert (first["bytes artefact"], first["bytes onnx"], lines[8]["bytes onnx"]) == ("250", "800", "")
     assert first["torch to torch, batch 32: ratio"] == "0.5"
     assert first["claim"] == claim_of(stages[0][1], stages[0][3])
     assert list(first)[-2:] == ["claim", "missing"]
     content = json.loads(paths[2].read_text())
     assert content["macs"] == DEFINITION
-    assert content["claims"]["1 Prune"] == report.claim("1 Prune")
+    assert content["claims"]["1 PruneWeights"] == report.claim("1 PruneWeights")
     found = {seed: [Stage.of_plain(entry) for entry in entries] for seed, entries in content["stages"].items()}
     assert found["0"] == stages[0]
     # JSON has no infinity.
@@ -287,10 +292,10 @@ def test_the_figure_shows_scores_against_bytes_macs_and_milliseconds():
         for axes in figures["pareto.png"].axes
     }
     assert list(panels) == ["bytes of the artefact", "MACs of a sample", "ms, batch of 32"]
-    assert panels["bytes of the artefact"]["1 Prune"] == 250
+    assert panels["bytes of the artefact"]["1 PruneWeights"] == 250
     assert panels["MACs of a sample"]["dense"] == 5000
     # Median of 2 and 6 ms.
-    assert panels["ms, batch of 32"] == pytest.approx({"dense": 4, "1 Prune": 2, "final": 4})
+    assert panels["ms, batch of 32"] == pytest.approx({"dense": 4, "1 PruneWeights": 2, "final": 4})
     assert len(figures["latency.png"].axes[0].get_xticklabels()) == 2
     untimed = Report({0: [dense(), stage(nbytes={"state_dict": 5})]}).figures()
     assert list(untimed) == ["pareto.png"]
@@ -298,7 +303,7 @@ def test_the_figure_shows_scores_against_bytes_macs_and_milliseconds():
 
 
 def test_the_machine_is_described_without_a_date():
-    about = machine()
+    about = circumstances()
     assert about["torch"] == torch.__version__
     assert about["threads"] == torch.get_num_threads()
     assert about["quantized engine"] == torch.backends.quantized.engine

@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression import quantizers as q
-from distill_lightning.compression.sensitivity import amounts_within, prune_lowest, scan
+from distill_lightning.compression.mask.sensitivity import amounts_within, scan
+from distill_lightning.compression.steps.sensitivity import Sensitivity
+from distill_lightning.compression.values.allocation import allocate_bits
+from distill_lightning.compression.values.quantizer import quantize_weights
+from distill_lightning.compression.values.scheme import Scheme
 
 LAYERS = ["0.weight", "2.weight", "4.weight"]
 LEVELS = [0.25, 0.5, 0.75, 1.0]
@@ -42,6 +45,11 @@ def naive_pruned(weight, amount):
     return torch.tensor(flat, dtype=weight.dtype).reshape(weight.shape)
 
 
+def prune_lowest(network, path, amount):
+    weight = network.get_parameter(path)
+    weight.data.copy_(naive_pruned(weight, amount))
+
+
 def test_curves_are_those_of_a_naive_loop():
     network = build()
     evaluate = closeness(build())
@@ -53,18 +61,6 @@ def test_curves_are_those_of_a_naive_loop():
             changed = build()
             changed.get_parameter(layer).data.copy_(naive_pruned(changed.get_parameter(layer), level))
             assert curves[layer][level] == evaluate(changed)
-
-
-@pytest.mark.parametrize("shape", [(7,), (5, 3), (2, 3, 2, 2)])
-def test_the_smallest_weights_are_pruned_exactly(shape):
-    for amount in (0, 0.1, 0.5, 0.99, 1):
-        network = nn.ParameterDict({"weight": nn.Parameter(torch.randn(shape))})
-        wanted = naive_pruned(network["weight"], amount)
-        prune_lowest(network, "weight", amount)
-        assert torch.equal(network["weight"], wanted)
-        equal = nn.ParameterDict({"weight": nn.Parameter(torch.ones(shape))})
-        prune_lowest(equal, "weight", amount)
-        assert int((equal["weight"] == 0).sum()) == round(amount * equal["weight"].numel())
 
 
 def test_the_network_and_the_random_states_are_left_as_they_were():
@@ -131,8 +127,8 @@ def test_a_planted_useless_layer_gets_the_largest_amount():
     curves = scan(network, layers, levels, change=prune_lowest, evaluate=evaluate)
     assert set(curves["useless.weight"].values()) == set(curves["nothing.weight"].values()) == {0.0}
     counts = {layer: network.get_parameter(layer).numel() for layer in layers}
-    for options in ({"max_drop": 0.0}, {"max_drop": 1e-3}, {"target": 0.55, "counts": counts}):
-        amounts = amounts_within(curves, dense=evaluate(network), **options)
+    for options in ({"max_drop": 0.0}, {"max_drop": 1e-3}, {"target": 0.55}):
+        amounts = amounts_within(curves, counts, dense=evaluate(network), **options)
         assert amounts["useless.weight"] == amounts["nothing.weight"] == 1.0
         assert amounts["used.weight"] < 1
         assert amounts["out.weight"] < 1
@@ -142,7 +138,7 @@ def test_bits_are_levels_too_and_give_what_allocate_bits_takes():
     network = build()
 
     def change(copied, layer, bits):
-        q.quantize_weights(copied.get_submodule(layer), scheme=q.Scheme(int(bits)))
+        quantize_weights(copied.get_submodule(layer), scheme=Scheme(int(bits)))
 
     evaluate = closeness(build())
     curves = scan(network, ["0", "2", "4"], [2, 4, 8], change=change, evaluate=evaluate)
@@ -150,7 +146,7 @@ def test_bits_are_levels_too_and_give_what_allocate_bits_takes():
         assert curves[layer][8] > curves[layer][4] > curves[layer][2]
     counts = {layer: network.get_submodule(layer).weight.numel() for layer in curves}
     errors = {layer: {int(bits): -score for bits, score in scores.items()} for layer, scores in curves.items()}
-    chosen = q.allocate_bits(errors, counts, budget=sum(counts.values()) // 2)
+    chosen = allocate_bits(errors, counts, budget=sum(counts.values()) // 2)
     assert set(chosen) == set(curves)
 
 
@@ -180,13 +176,13 @@ def share(amounts, counts):
 
 
 def test_amounts_are_the_largest_levels_within_the_drop():
-    assert amounts_within(CURVES, dense=0.9, max_drop=0.05) == {"a": 0.5, "b": 0.2, "c": 0.5}
-    assert amounts_within(CURVES, dense=0.9, max_drop=0.0) == {"a": 0.2, "b": 0.2, "c": 0.0}
-    assert amounts_within(CURVES, dense=0.9, max_drop=-0.005) == {"a": 0.0, "b": 0.2, "c": 0.0}
+    assert amounts_within(CURVES, COUNTS, dense=0.9, max_drop=0.05) == {"a": 0.5, "b": 0.2, "c": 0.5}
+    assert amounts_within(CURVES, COUNTS, dense=0.9, max_drop=0.0) == {"a": 0.2, "b": 0.2, "c": 0.0}
+    assert amounts_within(CURVES, COUNTS, dense=0.9, max_drop=-0.005) == {"a": 0.0, "b": 0.2, "c": 0.0}
     # A score that is NaN is never within.
-    assert amounts_within(CURVES, dense=0.9, max_drop=float("inf")) == {"a": 0.8, "b": 0.8, "c": 0.5}
+    assert amounts_within(CURVES, COUNTS, dense=0.9, max_drop=float("inf")) == {"a": 0.8, "b": 0.8, "c": 0.5}
     for drop in np.linspace(-0.1, 1, 100).tolist():
-        assert amounts_within(CURVES, dense=0.9, max_drop=drop) == naive_amounts(drop)
+        assert amounts_within(CURVES, COUNTS, dense=0.9, max_drop=drop) == naive_amounts(drop)
 
 
 def test_a_target_takes_the_smallest_drop_that_reaches_it():
@@ -198,7 +194,7 @@ def test_a_target_takes_the_smallest_drop_that_reaches_it():
             for name in "abcd"
         }
         counts = {name: int(generator.integers(1, 1000)) for name in "abcd"}
-        found = amounts_within(curves, dense=dense, target=target, counts=counts)
+        found = amounts_within(curves, counts, dense=dense, target=target)
         assert share(found, counts) >= target, trial
         # Among all drops of the curves, tried one after another, no smaller one is enough.
         drops = sorted(dense - score for levels in curves.values() for score in levels.values())
@@ -209,8 +205,7 @@ def test_a_target_takes_the_smallest_drop_that_reaches_it():
 
 def test_larger_targets_and_drops_never_give_any_layer_less():
     for option, values in (("max_drop", np.linspace(0, 1, 30)), ("target", np.linspace(0, 0.79, 30))):
-        counts = {} if option == "max_drop" else {"counts": COUNTS}
-        found = [amounts_within(CURVES, dense=0.9, **{option: float(value)}, **counts) for value in values]
+        found = [amounts_within(CURVES, COUNTS, dense=0.9, **{option: float(value)}) for value in values]
         for smaller, larger in itertools.pairwise(found):
             assert all(smaller[layer] <= larger[layer] for layer in CURVES)
 
@@ -223,14 +218,9 @@ def test_what_cannot_be_scanned_or_reached_is_one_line():
         (lambda: scan(network, ["0.weight", "0.weight"], LEVELS, **options), "layers"),
         (lambda: scan(network, LAYERS, [], **options), "levels"),
         (lambda: scan(network, LAYERS, [0.5, 0.5], **options), "levels"),
-        (lambda: scan(network, ["9.weight"], LEVELS, **options), "no parameter '9.weight'"),
-        (lambda: scan(network, LAYERS, [1.5], **options), "must be from 0 to 1, got 1.5"),
-        (lambda: amounts_within(CURVES, dense=0.9), "not both"),
-        (lambda: amounts_within(CURVES, dense=0.9, max_drop=0.1, target=0.1, counts=COUNTS), "not both"),
-        (lambda: amounts_within(CURVES, dense=0.9, target=0.1), "counts"),
-        (lambda: amounts_within(CURVES, dense=0.9, target=0.1, counts={"a": 1}), "counts"),
-        (lambda: amounts_within(CURVES, dense=0.9, target=1.1, counts=COUNTS), "0 to 1"),
-        (lambda: amounts_within(CURVES, dense=0.9, target=0.9, counts=COUNTS), "out of reach.* 0.797"),
+        (lambda: Sensitivity(max_drop=0.1, target=0.1), "either max_drop or target"),
+        (lambda: Sensitivity(target=1.1), "between 0 and 1"),
+        (lambda: amounts_within(CURVES, COUNTS, dense=0.9, target=0.9), "out of reach.* 0.797"),
     ):
         with pytest.raises(InputError, match=words) as refused:
             action()

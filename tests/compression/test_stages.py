@@ -9,11 +9,15 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression import low_rank, stages
-from distill_lightning.compression.measure import Latency, Ratio
-from distill_lightning.compression.packing import pack_codes, pack_dense, read_packed, write_packed
-from distill_lightning.compression.quantizers import Scheme, quantize_weights, weight_codes
-from distill_lightning.compression.stages import LatencyRow, Stage, measure_stage
+from distill_lightning.compression.access.computed import computed, original_of
+from distill_lightning.compression.factor.factoring import build_factors, replace_layer
+from distill_lightning.compression.file.format import read_packed, write_packed
+from distill_lightning.compression.file.packed import pack_codes, pack_dense
+from distill_lightning.compression.report import stages
+from distill_lightning.compression.report.measure import Latency, Ratio
+from distill_lightning.compression.report.stages import LatencyRow, Stage, measure_stage
+from distill_lightning.compression.values.quantizer import quantize_weights
+from distill_lightning.compression.values.scheme import Scheme
 from distill_lightning.networks import SmallLSTM, SmallTransformer
 from distill_lightning.networks.weights import load_strictly, write_weights
 
@@ -32,8 +36,8 @@ def write(network, path):
     """Codes where a weight is quantized, else the tensor."""
     tensors = {}
     for name, module in network.named_children():
-        codes = weight_codes(module)
-        tensors |= {f"{name}.{key}": pack_codes(*value) for key, value in codes.items()}
+        for key, entry in computed(module).items():
+            tensors[f"{name}.{key}"] = pack_codes(entry.codes(original_of(module, key)), entry.scheme)
         for key, value in module.state_dict().items():
             if not key.startswith("parametrizations.weight"):
                 tensors[f"{name}.{key}"] = pack_dense(value)
@@ -200,7 +204,7 @@ def test_wrong_calls_are_refused():
 def test_onnx_files_are_written_and_timed_against_both_baselines(monkeypatch):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    from distill_lightning.compression import onnx_export
+    from distill_lightning.compression.report import onnx as onnx_export
 
     monkeypatch.setattr(stages, "compare_latency", fake_latency)
     monkeypatch.setattr(onnx_export, "compare_latency", fake_latency)
@@ -249,7 +253,7 @@ class Structured(nn.Module):
 def test_outputs_in_a_structure_have_an_onnx_file(made, monkeypatch):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    from distill_lightning.compression import onnx_export
+    from distill_lightning.compression.report import onnx as onnx_export
 
     for module in (stages, onnx_export):
         monkeypatch.setattr(module, "compare_latency", fake_latency)
@@ -263,9 +267,9 @@ def test_outputs_in_a_structure_have_an_onnx_file(made, monkeypatch):
 def test_factored_recurrent_layers_are_measured_like_others():
     network = nn.Sequential(nn.LSTM(8, 16, batch_first=True))
     piece = copy.deepcopy(network)
-    layer = low_rank.rebuild(piece[0], {"kind": "recurrent", "ranks": {"weight_hh_l0": 2}})
+    layer = build_factors(piece[0], {"kind": "recurrent", "ranks": {"weight_hh_l0": 2}})
     layer.fill(piece[0])
-    low_rank.replace_layer(piece, "0", layer)
+    replace_layer(piece, "0", layer)
     stage = measure_stage("x", piece, network, torch.randn(2, 5, 8), kind="after", batch_sizes=(), scores={})
     assert stage.macs == 5 * 64 * (8 + 16) + 64 * 2 * 16
     assert "macs" not in stage.missing

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression import packing, recipe
-from distill_lightning.compression.compressor import Compressor
-from distill_lightning.compression.masks import Masks
-from distill_lightning.compression.quantizers.weights import weight_names
-from distill_lightning.compression.steps import HashShare, LowRank, Order, ShareWeights, Step
+from distill_lightning.compression.access.computed import bake, computed, original_of
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.access.weights import weight_names
+from distill_lightning.compression.mask.masks import Masks
+from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.steps import HashShare, LowRank, Order, ShareWeights, TrainedStep
+from distill_lightning.compression.structure.changes import plain_copy, rebuild_structure, structure_of
 
 
 def build(seed=0):
@@ -37,12 +40,13 @@ class Words(nn.Module):
         return self.out(self.rnn(self.table(words))[0])
 
 
-class PruneSome(Step):
+@dataclass(frozen=True, kw_only=True)
+class PruneSome(TrainedStep):
     """A share of each weight, the smallest."""
 
     order = Order.MASKS
 
-    def begin(self, piece):
+    def act(self, piece):
         kept = {}
         for path in ("0", "3"):
             weight = piece.network.get_parameter(f"{path}.weight").detach()
@@ -125,12 +129,13 @@ def test_the_zeros_of_pruned_weights_stay_without_masks(optimizer):
 def test_the_gradient_of_a_value_is_the_sum_of_its_members():
     network, inputs = build()
     Compressor(network, [ShareWeights(k=5)], inputs).apply()
-    plain = recipe.bake(recipe.copy_network(network))
+    plain = bake(copy_network(network))
     for one in (network, plain):
         one(inputs).square().mean().backward()
     for path in ("0", "3", "5"):
         layer = network.get_submodule(path)
-        codebook, values = packing.codebooks(layer)["weight"]
+        codebook = computed(layer)["weight"]
+        values = codebook.values(original_of(layer, "weight"))
         gradient = plain.get_submodule(path).weight.grad
         expected = [sum(gradient[codebook.indices == index].tolist()) for index in range(len(values))]
         found = layer.parametrizations["weight"].original.grad
@@ -148,7 +153,7 @@ def test_frozen_values_stay_and_everything_else_learns():
     train(compressor, inputs, torch.arange(16) % 5, OPTIMIZERS["sgd"], epochs=2, watch=watch)
     assert all(torch.equal(weight, seen[0][0][name]) for name, weight in weights_of(network).items())
     assert not torch.equal(network[5].bias, seen[0][1])
-    rebuilt = recipe.rebuild(build()[0], json.loads(json.dumps(recipe.describe(network))))
+    rebuilt = rebuild_structure(build()[0], json.loads(json.dumps(structure_of(network))))
     assert [p.requires_grad for p in rebuilt.parameters()] == [p.requires_grad for p in network.parameters()]
     assert not rebuilt[0].parametrizations["weight"].original.requires_grad
 
@@ -160,8 +165,8 @@ def test_as_many_values_as_a_pattern_says():
     assert [len(weight.unique()) for weight in weights_of(network).values()] == [9, 9, 3]
     network, _ = build()
     Compressor(network, [ShareWeights(k={"0": 3})], inputs).apply()
-    assert packing.codebooks(network[0])
-    assert not packing.codebooks(network[3])
+    assert computed(network[0])
+    assert not computed(network[3])
     with pytest.raises(InputError, match="no pattern of k matches '3'"):
         Compressor(build()[0], [ShareWeights(k={"0": 3}, targets="Conv2d")], inputs).apply()
     with pytest.raises(InputError, match="matches none of"):
@@ -251,11 +256,11 @@ def test_hashed_weights_train_and_remain_few_values_of_two_signs(optimizer):
     for name, weight in weights_of(network).items():
         assert len(weight.abs().unique()) <= round(weight.numel() / 8)
         assert not torch.equal(weight, seen[0][name])
-    places = [packing.hashed(network.get_submodule(path))["weight"][0].places for path in ("0", "3")]
+    places = [computed(network.get_submodule(path))["weight"].places for path in ("0", "3")]
     assert places[0].tolist() != places[1][: len(places[0])].tolist()
-    rebuilt = recipe.rebuild(build(seed=3)[0], json.loads(json.dumps(recipe.describe(network)))).eval()
+    rebuilt = rebuild_structure(build(seed=3)[0], json.loads(json.dumps(structure_of(network)))).eval()
     rebuilt.load_state_dict(network.state_dict(), strict=True)
-    for other in (rebuilt, recipe.plain_copy(rebuilt), copy.deepcopy(rebuilt)):
+    for other in (rebuilt, plain_copy(rebuilt), copy.deepcopy(rebuilt)):
         assert torch.equal(other(inputs), network.eval()(inputs))
 
 
@@ -294,10 +299,10 @@ def test_a_run_goes_on_in_a_fresh_network_bit_for_bit():
 
         optimizer = go(compressor, optimizer, 0)
         saved = copy.deepcopy(
-            (recipe.describe(network), network.state_dict(), compressor.state_dict(), optimizer.state_dict())
+            (structure_of(network), network.state_dict(), compressor.state_dict(), optimizer.state_dict())
         )
         go(compressor, optimizer, 1)
-        fresh = recipe.rebuild(build(seed=5)[0], saved[0])
+        fresh = rebuild_structure(build(seed=5)[0], saved[0])
         fresh.load_state_dict(saved[1], strict=True)
         other = Compressor(fresh, steps, inputs, epochs=2)
         other.load_state_dict(saved[2])

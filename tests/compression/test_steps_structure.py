@@ -1,7 +1,8 @@
-"""The steps LowRank and TieLayers, and what they leave for the recipe."""
+"""The steps LowRank and TieLayers, and the structure that they leave."""
 
 import copy
 import json
+from dataclasses import dataclass
 
 import jsonargparse
 import pytest
@@ -10,12 +11,35 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_lightning import InputError
-from distill_lightning.compression import recipe, surgery
-from distill_lightning.compression.compressor import Compressor
-from distill_lightning.compression.low_rank import ConvChain, LowRankLinear
-from distill_lightning.compression.macs import count_macs
-from distill_lightning.compression.measure import count_parameters
-from distill_lightning.compression.steps import HashShare, LowRank, Order, ShareWeights, Step, TieLayers
+from distill_lightning.compression.access.computed import bake, is_computed
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.costs.macs import count_macs
+from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression.factor.convolutions import ConvChain
+from distill_lightning.compression.factor.layers import LowRankLinear
+from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.groups import shrink
+from distill_lightning.compression.shrink.recurrent import unit_groups
+from distill_lightning.compression.shrink.transformer import neuron_groups
+from distill_lightning.compression.steps import (
+    HashShare,
+    LowRank,
+    Order,
+    ShareWeights,
+    Step,
+    TieLayers,
+    TrainedStep,
+)
+from distill_lightning.compression.structure.changes import (
+    NOTHING,
+    changes_of,
+    note_change,
+    plain_copy,
+    plain_structure,
+    rebuild_structure,
+    structure_of,
+)
 
 
 class Sequences(nn.Module):
@@ -70,21 +94,22 @@ def compress(network, inputs, *steps, **options):
     return compressor
 
 
-class Shrink(Step):
+@dataclass(frozen=True, kw_only=True)
+class Shrink(TrainedStep):
     """Half of everything that can be removed."""
 
     order = Order.STRUCTURE
 
-    def begin(self, piece):
+    def act(self, piece):
         network, inputs = piece.network, piece.example_inputs
         if isinstance(network, Encoder):
-            groups = surgery.neuron_groups(network)
+            groups = neuron_groups(network)
         elif isinstance(network, nn.Sequential):
-            groups = surgery.channel_groups(network, inputs)
+            groups = channel_groups(network, inputs)
         else:
-            groups = surgery.unit_groups(network, inputs)
-        surgery.shrink(network, {group: torch.arange((group.size + 1) // 2) for group in groups})
-        recipe.note_change(network, "sizes")
+            groups = unit_groups(network, inputs)
+        shrink(network, {group: torch.arange((group.size + 1) // 2) for group in groups})
+        note_change(network, "sizes")
         piece.changed = True
 
 
@@ -98,7 +123,7 @@ def test_every_layer_that_fits_is_factored_and_the_report_names_it():
     assert network[0].method == "tucker2"
     assert [note for note in compressor.piece.notes if note.startswith("7: Linear as svd of rank 2: 276 weights")]
     assert "LowRank works on 100% of Sequential's weights" in compressor.piece.notes
-    assert list(recipe.changes_of(network)[0]["layers"]) == ["0", "3", "7"]
+    assert list(changes_of(network)[0]["layers"]) == ["0", "3", "7"]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -132,7 +157,7 @@ def test_what_would_not_shrink_stays_untouched_and_that_is_said():
     network, inputs = build("conv")
     state = copy.deepcopy(network.state_dict())
     compressor = compress(network, inputs, LowRank(rank=1.0), batches=[(inputs, torch.zeros(4, dtype=torch.long))])
-    assert recipe.describe(network) == {"changes": [], "layers": {}}
+    assert structure_of(network) == NOTHING
     assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
     assert "LowRank has factored no layer: no factors were smaller or within the budget" in compressor.piece.notes
     assert any("3: Conv2d as svd of rank 32 would have" in note for note in compressor.piece.notes)
@@ -151,7 +176,7 @@ def test_on_the_calibration_data_a_data_aware_layer_is_no_worse():
         outputs = layer(given[0])
         errors = []
         for aware in (False, True):
-            other = recipe.copy_network(network)
+            other = copy_network(network)
             step = LowRank(rank=3, targets=path, data_aware=aware, damping=0.0 if aware else None)
             compress(other, inputs, step, batches=[(inputs, None)], bn_batches=0)
             errors.append(float((other.get_submodule(path)(given[0]) - outputs).detach().norm()))
@@ -241,7 +266,7 @@ def test_a_network_that_is_one_layer_cannot_be_factored(kind):
         ({"rank": 0}, "rank must be"),
         ({"rank": 2, "method": "svg"}, "method must be one of svd"),
         ({"rank": 2, "method": {}}, "method is empty"),
-        ({"rank": 2, "method": {"Conv9d": "svd"}}, "unknown class 'Conv9d'"),
+        ({"rank": 2, "method": {"Conv9d": "svd"}}, "class in method must be one of .*, got 'Conv9d'"),
         ({"rank": 2, "method": {"LSTM": "cp"}}, "method of LSTM must be one of svd"),
         ({"rank": 2, "parts": 1}, "parts must be at least 2"),
         ({"rank": 2, "parts": 4}, "parts is for method 'tt'"),
@@ -289,7 +314,7 @@ def test_tied_layers_are_one_after_everything():
     one = sum(parameter.numel() for parameter in network.encoder.layers[0].parameters())
     compressor = compress(network, inputs, TieLayers(groups=[["encoder.layers.0", "encoder.layers.1"]]))
     assert any(f"has left {before - one:,} parameters of {before:,}" in note for note in compressor.piece.notes)
-    for other in (network, copy.deepcopy(network), recipe.plain_copy(network), rebuilt_of("encoder", network)):
+    for other in (network, copy.deepcopy(network), plain_copy(network), rebuilt_of("encoder", network)):
         assert other.encoder.layers[0] is other.encoder.layers[1]
         assert count_parameters(other).stored == before - one
         assert torch.equal(other(inputs), network(inputs))
@@ -312,19 +337,19 @@ def test_wrong_ties_are_one_line():
     with pytest.raises(InputError, match="init must be"):
         TieLayers(groups=[["a", "b"]], init="last")
     network, inputs = build("encoder")
-    with pytest.raises(InputError, match="has no layer 'encoder.layers.7' to tie"):
+    with pytest.raises(InputError, match="has no layer 'encoder.layers.7'"):
         compress(network, inputs, TieLayers(groups=[["encoder.layers.0", "encoder.layers.7"]]))
 
 
-# The recipe
+# The structure
 
 
 def rebuilt_of(name, network):
     """From another start, by way of JSON and a strictly loaded state dict."""
-    description = json.loads(json.dumps(recipe.describe(network)))
-    rebuilt = recipe.rebuild(build(name, seed=1)[0], description)
+    description = json.loads(json.dumps(structure_of(network)))
+    rebuilt = rebuild_structure(build(name, seed=1)[0], description)
     rebuilt.load_state_dict(network.state_dict(), strict=True)
-    assert recipe.describe(rebuilt) == description
+    assert structure_of(rebuilt) == description
     return rebuilt
 
 
@@ -376,13 +401,13 @@ def test_a_network_is_rebuilt_bit_for_bit(change, name, values):
     assert count_parameters(rebuilt) == count_parameters(network)
     frozen = [parameter.requires_grad for parameter in rebuilt.parameters()]
     assert frozen == [parameter.requires_grad for parameter in network.parameters()]
-    plain = recipe.plain_copy(rebuilt)
-    assert not recipe.is_computed(plain)
-    again = recipe.rebuild(build(name, seed=2)[0], recipe.structure_only(recipe.describe(rebuilt))).eval()
+    plain = plain_copy(rebuilt)
+    assert not is_computed(plain)
+    again = rebuild_structure(build(name, seed=2)[0], plain_structure(structure_of(rebuilt))).eval()
     again.load_state_dict(plain.state_dict(), strict=True)
     assert all(parameter.requires_grad for parameter in plain.parameters())
     expected = frozen_outputs(network, inputs)
-    for other in (rebuilt, recipe.copy_network(network), plain, again):
+    for other in (rebuilt, copy_network(network), plain, again):
         assert torch.equal(frozen_outputs(other, inputs), expected)
 
 
@@ -391,12 +416,12 @@ def test_baking_a_copy_leaves_the_network_its_weights():
     network, inputs = build("conv")
     compress(network, inputs, ShareWeights(k=8))
     expected = network(inputs)
-    for copied in (recipe.copy_network(network), copy.deepcopy(network)):
-        recipe.bake(copied)
+    for copied in (copy_network(network), copy.deepcopy(network)):
+        bake(copied)
         assert torch.equal(copied(inputs), expected)
         assert torch.equal(network(inputs), expected)
-    other = recipe.copy_network(network)
-    recipe.bake(network)
+    other = copy_network(network)
+    bake(network)
     assert torch.equal(other(inputs), expected)
 
 

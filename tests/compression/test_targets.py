@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from distill_lightning import SmallCNN, SmallTransformer
-from distill_lightning.compression.targets import match_layers
+from distill_lightning.compression.access.targets import match_layers
 from distill_lightning.errors import InputError
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from distill_lightning import InputError, SupervisedModule
-from distill_lightning.compression.tying import describe_tied, parameter_ties, rebuild_tied, tie_layers
+from distill_lightning.compression.shrink.tying import restore_ties, tie_layers, ties_of
 from distill_lightning.testing import tiny_trainer
 
 
@@ -174,42 +174,31 @@ def test_an_exported_program_has_it_once():
 
 def test_a_description_ties_a_fresh_network():
     network = tie_layers(build(), GROUPS)
-    description = json.loads(json.dumps(describe_tied(network)))
+    description = json.loads(json.dumps(ties_of(network)))
     assert description == GROUPS
     fresh = build(4)
-    assert rebuild_tied(fresh, description) is fresh
+    assert restore_ties(fresh, description) is fresh
     assert_tied(fresh)
     fresh.load_state_dict(network.state_dict(), strict=True)
     assert torch.equal(fresh.eval()(IMAGES), network.eval()(IMAGES))
-    assert describe_tied(fresh) == description
+    assert ties_of(fresh) == description
     # What is tied already, by the constructor say, remains so.
-    assert rebuild_tied(fresh, description) is fresh
-    assert describe_tied(fresh) == description
-    assert describe_tied(build()) == []
+    assert restore_ties(fresh, description) is fresh
+    assert ties_of(fresh) == description
+    assert ties_of(build()) == []
     activation = nn.ReLU()
-    assert describe_tied(nn.Sequential(nn.Linear(2, 2), activation, nn.Linear(2, 2), activation)) == []
+    assert ties_of(nn.Sequential(nn.Linear(2, 2), activation, nn.Linear(2, 2), activation)) == []
 
 
 def test_what_was_tied_before_comes_along():
     network = tie_layers(build(), [["1", "2"]])
     tie_layers(network, [["3", "2"]])
     assert network[1] is network[2] is network[3]
-    assert describe_tied(network) == [["1", "2", "3"]]
+    assert ties_of(network) == [["1", "2", "3"]]
     inner = tie_layers(build(), [["1.conv", "2.conv"]])
     tie_layers(inner, [["1", "2"]])
     assert inner[1] is inner[2]
-    assert describe_tied(inner) == [["1", "2"]]
-
-
-def test_parameter_ties_are_names_of_one_tensor():
-    assert parameter_ties(build()) == []
-    assert parameter_ties(tie_layers(build(), [["2.conv", "4.conv"]])) == [
-        ["2.conv.weight", "4.conv.weight"],
-        ["2.conv.bias", "4.conv.bias"],
-    ]
-    network = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5), "more": nn.Linear(3, 5)})
-    network["head"].weight = network["more"].weight = network["embedding"].weight
-    assert parameter_ties(network) == [["embedding.weight", "head.weight", "more.weight"]]
+    assert ties_of(inner) == [["1", "2"]]
 
 
 def hooked():
@@ -242,7 +231,7 @@ REFUSED = {
     "text": (build, ["13"], "at least two"),
     "no module": (build, [["1", "31"]], "no layer '31'"),
     "a parameter": (build, [["1.conv.weight", "2.conv.weight"]], "no layer"),
-    "the network": (build, [["", "1"]], "no layer ''"),
+    "the network": (build, [["", "1"]], "cannot be tied as a whole"),
     "twice": (build, [["1", "1"]], "is named twice"),
     "two groups": (build, [["1", "2"], ["2", "3"]], "is named twice"),
     "inside": (build, [["1", "2"], ["1.conv", "3.conv"]], "'1.conv' is inside '1'"),
@@ -276,7 +265,7 @@ def test_what_cannot_be_tied_is_one_line_and_changes_nothing(name):
 
 
 def test_the_initialisation_is_one_of_two_and_borrowed_weights_may_come_first():
-    with pytest.raises(InputError, match="'first' or 'mean'"):
+    with pytest.raises(InputError, match="init must be one of first, mean"):
         tie_layers(build(), GROUPS, init="last")
     network = tie_layers(borrowed(), [["3", "1"]])
     assert network[8].weight is network[1].conv.weight

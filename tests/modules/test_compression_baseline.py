@@ -16,18 +16,22 @@ from torch.optim import SGD, AdamW
 
 from distill_lightning import CompressionBaseline, KDModule, OneCycle, SmallCNN, SupervisedModule, TeacherEnsemble
 from distill_lightning.callbacks import CompressionCallback, Measurements
+from distill_lightning.choices import plain
 from distill_lightning.compression import (
     Cubic,
     Encode,
+    LearnMask,
     LowRank,
-    Prune,
+    Movement,
+    PruneUnits,
+    PruneWeights,
     Quantize,
     Regularise,
     ShareWeights,
     load_compressed,
 )
-from distill_lightning.compression.penalties import l1
-from distill_lightning.compression.recipe import plain_copy
+from distill_lightning.compression.mask.penalties import l1
+from distill_lightning.compression.structure.changes import plain_copy
 from distill_lightning.errors import InputError
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
@@ -91,7 +95,7 @@ def one_cycle(steps, peak=0.05):
 
 @pytest.mark.slow
 def test_every_phase_has_a_cycle_of_its_own_length():
-    steps = [Prune(amount=0.5, finetune_epochs=2), ShareWeights(k=4, finetune_epochs=1), Encode()]
+    steps = [PruneWeights(amount=0.5, finetune_epochs=2), ShareWeights(k=4, finetune_epochs=1), Encode()]
     rates = Rates()
     # One epoch before the first phase and one after the last.
     fit(baseline(steps, dense_epochs=1, lr_scheduler=OneCycle), epochs=5, callbacks=[rates])
@@ -102,7 +106,9 @@ def test_every_phase_has_a_cycle_of_its_own_length():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [Prune(amount=0.5, finetune_epochs=2), LowRank(rank=2, finetune_epochs=2)], ids=repr)
+@pytest.mark.parametrize(
+    "step", [PruneWeights(amount=0.5, finetune_epochs=2), LowRank(rank=2, finetune_epochs=2)], ids=repr
+)
 def test_without_restart_one_cycle_goes_on(step):
     rates = Rates()
     fit(baseline([step], dense_epochs=1, lr_scheduler=OneCycle, restart=False), callbacks=[rates])
@@ -112,7 +118,7 @@ def test_without_restart_one_cycle_goes_on(step):
 @pytest.mark.slow
 def test_accumulated_batches_count_as_one_step_of_the_cycle():
     rates = Rates()
-    module = baseline([Prune(amount=0.5, finetune_epochs=2)], dense_epochs=1, lr_scheduler=OneCycle)
+    module = baseline([PruneWeights(amount=0.5, finetune_epochs=2)], dense_epochs=1, lr_scheduler=OneCycle)
     fit(module, epochs=3, callbacks=[rates], accumulate_grad_batches=2)
     # Three batches are two steps.
     assert rates.rates[0] == pytest.approx(one_cycle(2))
@@ -125,11 +131,11 @@ def test_accumulated_batches_count_as_one_step_of_the_cycle():
 @pytest.mark.parametrize(
     "step",
     [
-        Prune(amount=0.5, granularity="channel", finetune_epochs=2),
+        PruneUnits(amount=0.5, unit="channel", finetune_epochs=2),
         LowRank(rank=2, finetune_epochs=2),
         ShareWeights(k=4, finetune_epochs=2),
         Quantize(weight_bits=4, estimator="lsq", finetune_epochs=2),
-        Prune(amount=0.5, criterion="movement", finetune_epochs=2),
+        LearnMask(Movement(0.5), finetune_epochs=2),
     ],
     ids=repr,
 )
@@ -200,7 +206,7 @@ def test_a_penalty_is_as_if_it_stood_in_the_loss():
 
 
 def better_dense(**options):
-    steps = [Prune(amount=0.95, finetune_epochs=3)]
+    steps = [PruneWeights(amount=0.95, finetune_epochs=3)]
     return baseline(steps, dense_epochs=5, network=partial(TinyNet, 3), lr_scheduler=None, **options)
 
 
@@ -241,7 +247,7 @@ def test_the_best_checkpoint_is_no_dense_epoch(tmp_path, top):
 
 @pytest.mark.slow
 def test_an_epoch_of_a_schedule_that_still_prunes_is_not_the_best_either(tmp_path):
-    steps = [Prune(amount=0.95, schedule=Cubic(end=0.75), finetune_epochs=4)]
+    steps = [PruneWeights(amount=0.95, schedule=Cubic(end=0.75), finetune_epochs=4)]
     module = baseline(steps, dense_epochs=3, network=partial(TinyNet, 3))
     kept = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="val/accuracy", mode="max")
     scores = Scores()
@@ -255,10 +261,10 @@ def test_an_epoch_of_a_schedule_that_still_prunes_is_not_the_best_either(tmp_pat
 @pytest.mark.parametrize(
     "steps",
     [
-        [Prune(amount=0.9, at="end")],
-        [Prune(amount=0.5, granularity="channel", at="end"), Encode()],
+        [PruneWeights(amount=0.9, at="end")],
+        [PruneUnits(amount=0.5, unit="channel", at="end"), Encode()],
         [Quantize(weight_bits=2, at="end")],
-        [Prune(amount=0.5, finetune_epochs=1), ShareWeights(k=2)],
+        [PruneWeights(amount=0.5, finetune_epochs=1), ShareWeights(k=2)],
     ],
     ids=repr,
 )
@@ -278,7 +284,7 @@ def test_what_is_done_at_the_end_is_the_best(tmp_path, steps):
 @pytest.mark.slow
 def test_encoding_alone_keeps_the_best_epoch(tmp_path):
     kept = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="val/accuracy", mode="max")
-    steps = [Prune(amount=0.5, finetune_epochs=2), Encode()]
+    steps = [PruneWeights(amount=0.5, finetune_epochs=2), Encode()]
     fit(baseline(steps, dense_epochs=1), epochs=3, callbacks=[kept], enable_checkpointing=True)
     assert kept.best_model_path in (str(tmp_path / "epoch=1.ckpt"), str(tmp_path / "epoch=2.ckpt"))
 
@@ -289,7 +295,7 @@ def test_early_stopping_does_not_compare_with_the_dense_network(monitor, mode):
     scores = Scores()
     stop = EarlyStopping(monitor, mode=mode, patience=5)
     # Five dense epochs and six of another network, none of which is as good.
-    module = baseline([Prune(amount=0.95, finetune_epochs=6)], dense_epochs=5, network=partial(TinyNet, 3))
+    module = baseline([PruneWeights(amount=0.95, finetune_epochs=6)], dense_epochs=5, network=partial(TinyNet, 3))
     fit(module, epochs=11, callbacks=[stop, scores])
     assert max(scores.scores[:5]) > max(scores.scores[5:])
     assert len(scores.scores) == 11
@@ -302,8 +308,8 @@ def test_early_stopping_does_not_compare_with_the_dense_network(monitor, mode):
 @pytest.mark.slow
 def test_a_checkpoint_opens_without_any_argument(tmp_path):
     steps = [
-        Prune(amount=0.5, granularity="channel", finetune_epochs=1),
-        Prune(amount=0.5, finetune_epochs=1),
+        PruneUnits(amount=0.5, unit="channel", finetune_epochs=1),
+        PruneWeights(amount=0.5, finetune_epochs=1),
         Quantize(weight_bits=4, act_bits=8, finetune_epochs=1),
         Encode("deflate"),
     ]
@@ -325,6 +331,11 @@ def test_a_checkpoint_opens_without_any_argument(tmp_path):
         assert torch.equal(outputs[name], expected), name
     assert torch.equal(outputs["module"], expected)
     assert torch.equal(outputs["dense"], module.teachers.ensemble.logits(inputs)[0])
+    # Its steps stand in it as plain values.
+    given = torch.load(tmp_path / "compressed.ckpt", weights_only=True)["hyper_parameters"]["steps"]
+    assert given[0]["class_path"].endswith(".PruneUnits")
+    loaded = CompressionBaseline.load_from_checkpoint(tmp_path / "compressed.ckpt", teacher="none")
+    assert [plain(step) for step in loaded.callback.steps] == given == [plain(step) for step in steps]
     # The first epoch was that of the dense network, which fits what is compressed by now, too.
     tiny_trainer().validate(
         module, datamodule=TinyDataModule(), ckpt_path=str(tmp_path / "epoch=0.ckpt"), verbose=False
@@ -347,7 +358,7 @@ def reload(folder):
 @pytest.mark.slow
 def test_a_checkpoint_builds_given_teachers_again(tmp_path):
     teachers = [SmallCNN(3, width=2), SmallCNN(3, width=3)]
-    module = baseline([Prune(amount=0.5)], teacher=TeacherEnsemble(teachers, weights=[1, 3]), temperature=2.0)
+    module = baseline([PruneWeights(amount=0.5)], teacher=TeacherEnsemble(teachers, weights=[1, 3]), temperature=2.0)
     trainer = fit(module)
     trainer.save_checkpoint(tmp_path / "module.ckpt")
     with pytest.warns(UserWarning, match="teachers: the weights are not those that this checkpoint was trained with"):
@@ -396,7 +407,9 @@ def test_the_dense_network_teaches_from_the_first_step_on():
             seen.append((weights_of(pl_module.student), known))
 
     trainer = fit(
-        baseline([Prune(amount=0.6, finetune_epochs=2)], dense_epochs=1, teacher="dense"), epochs=3, callbacks=[Look()]
+        baseline([PruneWeights(amount=0.6, finetune_epochs=2)], dense_epochs=1, teacher="dense"),
+        epochs=3,
+        callbacks=[Look()],
     )
     module = trainer.lightning_module
     assert [teacher is not None for _, teacher in seen] == [False] * 3 + [True] * 6
@@ -428,8 +441,8 @@ def test_given_teachers_are_those_of_kd():
 @pytest.mark.slow
 def test_the_rows_of_a_report_are_recomputed():
     steps = [
-        Prune(amount=0.5, granularity="channel", finetune_epochs=1),
-        Prune(amount=0.5, targets="Conv2d", finetune_epochs=1),
+        PruneUnits(amount=0.5, unit="channel", finetune_epochs=1),
+        PruneWeights(amount=0.5, targets="Conv2d", finetune_epochs=1),
         Encode("deflate"),
     ]
     module = baseline(steps, dense_epochs=1, report=Measurements(batch_sizes=()))
@@ -441,8 +454,13 @@ def test_the_rows_of_a_report_are_recomputed():
 
     trainer = fit(module, epochs=3, callbacks=[Look()])
     stages = module.callback.stages
-    names = ["dense", "1 Prune channel, before fine-tuning", "1 Prune channel", "2 Prune weight, before fine-tuning"]
-    assert [stage.name for stage in stages] == [*names, "2 Prune weight", "3 Encode deflate", "final"]
+    names = [
+        "dense",
+        "1 PruneUnits channel, before fine-tuning",
+        "1 PruneUnits channel",
+        "2 PruneWeights, before fine-tuning",
+    ]
+    assert [stage.name for stage in stages] == [*names, "2 PruneWeights", "3 Encode deflate", "final"]
     assert [stage.kind for stage in stages] == ["dense", "before", "after", "before", "after", "after", "after"]
     dense, before, after, masked, final = (stages[n] for n in (0, 1, 2, 3, -1))
     assert dense.parameters == sum(p.numel() for p in tiny_cnn().parameters())
@@ -469,7 +487,9 @@ def test_the_rows_of_a_report_are_recomputed():
 
 @pytest.mark.slow
 def test_the_bytes_of_a_report_are_sizes_of_files(tmp_path):
-    module = baseline([Prune(amount=0.5, finetune_epochs=1), Encode("huffman")], report=Measurements(batch_sizes=()))
+    module = baseline(
+        [PruneWeights(amount=0.5, finetune_epochs=1), Encode("huffman")], report=Measurements(batch_sizes=())
+    )
     fit(module, epochs=1)
     final = module.callback.stages[-1]
     assert module.callback.compressor.write(tmp_path / "network.dlpk") == final.nbytes["artefact"]
@@ -489,7 +509,7 @@ class Dropping(TinyNet):
 @pytest.mark.parametrize("split", ["test", "val"])
 def test_measuring_does_not_touch_the_training(split):
     def steps():
-        return [Prune(amount=0.5, granularity="channel", finetune_epochs=1), Quantize(weight_bits=4, finetune_epochs=1)]
+        return [PruneUnits(amount=0.5, unit="channel", finetune_epochs=1), Quantize(weight_bits=4, finetune_epochs=1)]
 
     options = {"network": partial(Dropping, 3), "dense_epochs": 1, "lr_scheduler": OneCycle}
     silent = baseline(steps(), **options)
@@ -508,7 +528,7 @@ def test_measuring_does_not_touch_the_training(split):
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_stages_survive_a_resume(tmp_path):
     def make(seed):
-        steps = [Prune(amount=0.5, finetune_epochs=2), Encode()]
+        steps = [PruneWeights(amount=0.5, finetune_epochs=2), Encode()]
         return baseline(steps, seed=seed, dense_epochs=1, report=Measurements(batch_sizes=()))
 
     kept = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
@@ -526,7 +546,7 @@ def test_stages_survive_a_resume(tmp_path):
 
 
 def test_a_report_without_measurements_is_refused():
-    module = baseline([Prune(amount=0.5)])
+    module = baseline([PruneWeights(amount=0.5)])
     with pytest.raises(InputError, match="nothing was measured: give CompressionCallback report=Measurements"):
         module.callback.report()
 
@@ -538,20 +558,32 @@ def test_a_report_without_measurements_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": [Quantize(finetune_epochs=1), Prune(amount=0.5)]}, "step 2 .Prune weight. cannot come after step 1"),
-        ({"steps": [Prune(amount=0.5, finetune_epochs=1), LowRank(rank=2)]}, "LowRank.* cannot come after step 1"),
-        ({"steps": [Encode(), Prune(amount=0.5)]}, "encoding comes last"),
-        ({"steps": [Prune(amount=0.5, at=3, finetune_epochs=2)]}, "lasts from epoch 3 to 5.* max_epochs=5"),
-        ({"steps": [Prune(amount=0.5, at=9)]}, "lasts from epoch 9 to 9, and the training ends at 4"),
         (
-            {"steps": [Prune(amount=0.5, finetune_epochs=2), Quantize(at=1)]},
+            {"steps": [Quantize(finetune_epochs=1), PruneWeights(amount=0.5)]},
+            "step 2 .PruneWeights. cannot come after step 1",
+        ),
+        (
+            {"steps": [PruneWeights(amount=0.5, finetune_epochs=1), LowRank(rank=2)]},
+            "LowRank.* cannot come after step 1",
+        ),
+        ({"steps": [Encode(), PruneWeights(amount=0.5)]}, "encoding comes last"),
+        ({"steps": [PruneWeights(amount=0.5, at=3, finetune_epochs=2)]}, "lasts from epoch 3 to 5.* max_epochs=5"),
+        ({"steps": [PruneWeights(amount=0.5, at=9)]}, "lasts from epoch 9 to 9, and the training ends at 4"),
+        (
+            {"steps": [PruneWeights(amount=0.5, finetune_epochs=2), Quantize(at=1)]},
             "begins at epoch 1, and step 1 .* ends at 2",
         ),
-        ({"steps": [Prune(amount=0.5, schedule=Cubic())]}, "prunes while the network trains: give it finetune_epochs"),
+        (
+            {"steps": [PruneWeights(amount=0.5, schedule=Cubic())]},
+            "prunes while the network trains: give it finetune_epochs",
+        ),
         ({"steps": [Quantize(mode="qat")]}, "trains the network with its quantizers: give it finetune_epochs"),
-        ({"steps": [Prune(amount=0.5)], "dense_epochs": 5}, "dense_epochs=5 of max_epochs=4: give the Trainer more"),
-        ({"steps": [Prune(amount=0.5, targets="nowhere")]}, "targets 'nowhere' matches none of SmallCNN's"),
-        ({"steps": [Prune(amount=0.5, exclude="nowhere")]}, "exclude 'nowhere' matches none of SmallCNN's"),
+        (
+            {"steps": [PruneWeights(amount=0.5)], "dense_epochs": 5},
+            "dense_epochs=5 of max_epochs=4: give the Trainer more",
+        ),
+        ({"steps": [PruneWeights(amount=0.5, targets="nowhere")]}, "targets 'nowhere' matches none of SmallCNN's"),
+        ({"steps": [PruneWeights(amount=0.5, exclude="nowhere")]}, "exclude 'nowhere' matches none of SmallCNN's"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(options, message):
@@ -578,12 +610,12 @@ def test_options_that_make_no_sense_are_refused(options, message):
 
 def test_nothing_is_trained_after_the_end():
     with pytest.raises(InputError, match="nothing is trained after at='end': leave finetune_epochs out"):
-        Prune(amount=0.5, at="end", finetune_epochs=1)
+        PruneWeights(amount=0.5, at="end", finetune_epochs=1)
 
 
 @pytest.mark.slow
 def test_what_a_trainer_cannot_do_is_refused():
-    steps = [Prune(amount=0.5, finetune_epochs=1)]
+    steps = [PruneWeights(amount=0.5, finetune_epochs=1)]
     module = baseline(steps)
     with pytest.raises(InputError, match="compression needs the number of epochs: give the Trainer max_epochs"):
         tiny_trainer(max_epochs=-1, max_steps=3).fit(module, datamodule=TinyDataModule())
@@ -604,7 +636,7 @@ def test_what_a_trainer_cannot_do_is_refused():
 @pytest.mark.slow
 def test_channels_that_leave_at_once_are_chosen_once():
     """Once more at the first update, half of the half went, too."""
-    module = baseline([Prune(amount=0.5, granularity="channel", scope="layer", finetune_epochs=2)], network=tiny_cnn)
+    module = baseline([PruneUnits(amount=0.5, unit="channel", scope="layer", finetune_epochs=2)], network=tiny_cnn)
     fit(module, epochs=2)
     assert [layer.out_channels for layer in module.student.features if isinstance(layer, nn.Conv2d)] == [1, 2, 4]
 
@@ -626,7 +658,7 @@ def test_the_networks_docs_name_what_writes_a_quantized_one(tmp_path):
 def test_a_schedule_after_the_last_step_begins_anew():
     """Its length is not that of the last phase and of what follows."""
     rates = Rates()
-    module = baseline([Prune(amount=0.5, finetune_epochs=2)], dense_epochs=1, lr_scheduler=OneCycle)
+    module = baseline([PruneWeights(amount=0.5, finetune_epochs=2)], dense_epochs=1, lr_scheduler=OneCycle)
     fit(module, epochs=5, callbacks=[rates])
     assert rates.rates[1] + rates.rates[2] == pytest.approx(one_cycle(6))
     assert rates.rates[3] + rates.rates[4] == pytest.approx(one_cycle(6))

@@ -1,9 +1,22 @@
 """Every module of the package keeps the contract."""
 
+from dataclasses import replace
+
 import pytest
 
 from distill_lightning import CompressionBaseline, FEEDModule, KDModule, LogitTerm, SupervisedModule, TeacherEnsemble
-from distill_lightning.compression import Cubic, HashShare, LowRank, Prune, Quantize, Regularise, ShareWeights
+from distill_lightning.compression import (
+    L0,
+    Cubic,
+    HashShare,
+    LearnMask,
+    LowRank,
+    Movement,
+    PruneUnits,
+    PruneWeights,
+    Quantize,
+    ShareWeights,
+)
 from distill_lightning.errors import InputError
 from distill_lightning.testing import CONTRACT, TinyNet, tiny_trainer
 
@@ -35,12 +48,12 @@ def no_steps(student, teachers, num_classes):
 
 def under_dense(student, teachers, num_classes):
     """Masks that grow, under the network itself as it was."""
-    steps = [Prune(amount=0.5, schedule=Cubic(), finetune_epochs=1)]
+    steps = [PruneWeights(amount=0.5, schedule=Cubic(), finetune_epochs=1)]
     return CompressionBaseline(student, num_classes=num_classes, steps=steps, teacher="dense", seed=0)
 
 
 def under_teachers(student, teachers, num_classes):
-    steps = [Prune(amount=0.5, schedule=Cubic(), finetune_epochs=1)]
+    steps = [PruneWeights(amount=0.5, schedule=Cubic(), finetune_epochs=1)]
     return CompressionBaseline(student, num_classes=num_classes, steps=steps, teacher=teachers, seed=0)
 
 
@@ -53,13 +66,13 @@ def test_contract(point, build):
 
 # The last layer keeps its name, which a point of the contract looks for.
 STEPS = {
-    "channels": lambda: Prune(amount=0.5, granularity="channel", finetune_epochs=1),
+    "channels": lambda: PruneUnits(amount=0.5, unit="channel", finetune_epochs=1),
     "low rank": lambda: LowRank(rank=2, targets="features.*", finetune_epochs=1),
     "shared": lambda: ShareWeights(k=4, targets="features.*", finetune_epochs=1),
     "hashed": lambda: HashShare(ratio=4, targets="features.*", finetune_epochs=1),
     "quantized": lambda: Quantize(weight_bits=4, estimator="lsq", targets="features.*", finetune_epochs=1),
-    "movement": lambda: Prune(amount=0.5, criterion="movement", targets="features.*", finetune_epochs=1),
-    "gates": lambda: Regularise(penalty="l0", weight=1e-3, targets="features.*", finetune_epochs=1),
+    "movement": lambda: LearnMask(Movement(0.5), targets="features.*", finetune_epochs=1),
+    "gates": lambda: LearnMask(L0(1e-3), targets="features.*", finetune_epochs=1),
 }
 OTHER_SIZES = "the file is of the compressed network's sizes, which a freshly built one has not"
 LOGGED = "the penalty of the phase that is over still stands among the metrics of the uninterrupted run"
@@ -105,7 +118,7 @@ def test_a_network_that_changes_is_refused_in_two_processes(name):
     # As each of the processes does at the beginning of the fit.
     with pytest.raises(InputError, match=r"several processes cannot agree on: train it in one .devices=1."):
         module.callback.setup(trainer, module, "fit")
-    module.callback.steps[0].at, module.callback.steps[0].finetune_epochs = "end", 0
+    module.callback.steps[0] = replace(module.callback.steps[0], at="end", finetune_epochs=0)
     if module.callback.steps[0].reason_to_train() is None:
         with pytest.raises(
             InputError, match="do not come back from spawned processes: give the Trainer strategy='ddp'"

@@ -8,8 +8,13 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError, SmallCNN, SmallLSTM, SmallTransformer
-from distill_lightning.compression import surgery
-from distill_lightning.compression.macs import count_macs
+from distill_lightning.compression.costs.macs import count_macs
+from distill_lightning.compression.shrink.attention import convert_attention
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.groups import shrink
+from distill_lightning.compression.shrink.recurrent import in_blocks, unit_groups
+from distill_lightning.compression.shrink.sizes import set_sizes, sizes_of
+from distill_lightning.compression.shrink.transformer import head_groups, neuron_groups, remove_layers
 from distill_lightning.layers import FeatureTap, dry_forward
 from distill_lightning.networks import build_from, recipe_of
 
@@ -348,9 +353,9 @@ def halves(groups):
 def check_shrinking(network, groups, keep, inputs, build):
     expected = masked(network, groups, keep)
     size = count(network)
-    surgery.shrink(network, keep)
+    shrink(network, keep)
     assert count(network) < 0.8 * size
-    again = surgery.rebuild(made(build), surgery.describe(network)).eval()
+    again = set_sizes(made(build), sizes_of(network)).eval()
     again.load_state_dict(network.state_dict())
     with torch.no_grad():
         for samples in (1, 2, 5):
@@ -362,19 +367,19 @@ def check_shrinking(network, groups, keep, inputs, build):
 @pytest.mark.parametrize(("build", "inputs"), [(lstm_of_rows, images), (lstm_of_tokens, tokens)])
 def test_hidden_units_of_an_lstm_can_be_removed(build, inputs, depth):
     network = made(build, depth=depth)
-    (group,) = surgery.unit_groups(network, inputs(1))
+    (group,) = unit_groups(network, inputs(1))
     assert group.size == 6 * depth
-    keep = {group: surgery.in_blocks(network, group, [[block, block + 1, 5] for block in range(depth)])}
+    keep = {group: in_blocks(network, group, [[block, block + 1, 5] for block in range(depth)])}
     check_shrinking(network, [group], keep, inputs, lambda: build(depth=depth))
     assert network.lstm.hidden_size == 3
 
 
 @pytest.mark.parametrize(("build", "inputs"), [(transformer_of_rows, images), (transformer_of_tokens, tokens)])
 def test_heads_and_neurons_of_a_transformer_can_be_removed(build, inputs):
-    network = surgery.convert_attention(made(build))
+    network = convert_attention(made(build))
     with torch.no_grad():
         torch.testing.assert_close(network(inputs()), made(build)(inputs()), atol=1e-6, rtol=1e-5)
-    groups = surgery.head_groups(network) + surgery.neuron_groups(network)
+    groups = head_groups(network) + neuron_groups(network)
     assert [group.size for group in groups] == [4, 4, 10, 10]
     check_shrinking(network, groups, halves(groups), inputs, build)
 
@@ -385,13 +390,13 @@ def test_layers_of_a_transformer_can_be_removed(build, inputs):
     network = made(build, depth=3)
     expected = copy.deepcopy(network)
     del expected.encoder.layers[1]
-    surgery.remove_layers(network.encoder, [0, 2])
+    remove_layers(network.encoder, [0, 2])
     assert torch.equal(network(inputs()), expected(inputs()))
 
 
 def test_channels_of_the_small_cnn_can_be_removed():
     network = made(small_cnn)
-    groups = surgery.channel_groups(network, images(1, rows=8, columns=8))
+    groups = channel_groups(network, images(1, rows=8, columns=8))
     assert [group.size for group in groups] == [4, 8, 16]
     check_shrinking(network, groups, halves(groups), lambda samples: images(samples, rows=8, columns=8), small_cnn)
 

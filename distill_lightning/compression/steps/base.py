@@ -1,16 +1,17 @@
-"""The base of all compression steps: when, where and for how long."""
+"""The base of all compression steps: when, where and for how long; and the work of a step in a run."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from distill_lightning.compression.targets import Targets
-from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.choices import Choice
+from distill_lightning.compression.access.targets import Targets
+from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
 
 At = int | float | Literal["start", "end"]
@@ -26,50 +27,88 @@ class Order(IntEnum):
     STORAGE = 4
 
 
-class Step(ABC):
-    """One entry of the list of steps: a plain description, while the network and all results are in the `Workpiece`.
+class Work:
+    """The work of one step in one run. A step's phase begins and ends; between, the network trains under the step.
 
-    A step's phase begins at ``at`` and lasts ``finetune_epochs``, during which the network trains under the step.
-    `begin` is called first, then `update` after every optimiser step of the phase, and `finish` at its end.
+    This class does what `Step.act` says when the phase begins; a step that does more has a class below it, which its
+    `start` makes.
 
     Args:
-        at: when the phase begins: an epoch, a fraction of all epochs, ``"start"`` or ``"end"``; ``None``: when the
-            previous phase ends.
-        targets: the layers to work on, see `targets.Targets`; ``None`` for all that the step can work on.
-        exclude: layers to leave out, see `targets.Targets`.
-        finetune_epochs: epochs of training in the phase.
+        step: the description.
+    """
 
-    Raises:
-        InputError: an invalid ``at``, or negative epochs.
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def watch_epoch(self, piece: Workpiece, epoch: int) -> None:
+        """Called at the beginning of every epoch up to that in which the phase begins."""
+
+    def explain(self, piece: Workpiece) -> None:
+        """Called by `preview` before `begin`, to say in ``piece.left`` why layers cannot be changed."""
+
+    def begin(self, piece: Workpiece) -> None:
+        """Called before the phase's first training step."""
+        self.step.act(piece)
+
+    def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
+        """Called after optimiser step ``step`` (from 1) of the phase's ``steps``."""
+
+    def penalty(self, piece: Workpiece, *, step: int, steps: int) -> Tensor | None:
+        """What is added to the loss after ``step`` steps (from 0), a scalar with a graph; ``None`` for nothing."""
+        return None
+
+    def finish(self, piece: Workpiece) -> None:
+        """Called after the phase's last training step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of a phase that waits or has begun: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+
+
+class Step(Choice):
+    """One entry of the list of steps: a description of plain values, which is never changed and may be shared.
+
+    Steps are frozen dataclasses; most extend `TrainedStep`. A step that does everything when its phase begins defines
+    `act`, any other one a `Work` and a `start` that makes it::
+
+        @dataclass(frozen=True, kw_only=True)
+        class ClampWeights(TrainedStep):
+            limit: float = 1.0
+
+            def act(self, piece: Workpiece) -> None:
+                with torch.no_grad():
+                    for parameter in piece.network.parameters():
+                        parameter.clamp_(-self.limit, self.limit)
+                piece.changed = True
     """
 
     recalibrates: ClassVar[bool] = True
     """Whether BatchNorm's statistics are measured anew after the step has changed something."""
 
-    def __init__(
-        self,
-        *,
-        at: At | None = None,
-        targets: Targets | None = None,
-        exclude: Targets = (),
-        finetune_epochs: int = 0,
-    ) -> None:
-        name = type(self).__name__
-        wrong = isinstance(at, bool) or (isinstance(at, str) and at not in ("start", "end"))
-        if wrong or (isinstance(at, int | float) and (at < 0 or (isinstance(at, float) and at > 1))):
-            raise InputError(f"{name}: at is an epoch, a fraction of all epochs, 'start' or 'end', got {at!r}")
-        if finetune_epochs < 0:
-            raise InputError(f"{name}: finetune_epochs must not be negative, got {finetune_epochs}")
-        if at == "end" and finetune_epochs:
-            raise InputError(f"{name}: nothing is trained after at='end': leave finetune_epochs out")
-        self.at, self.targets, self.exclude, self.finetune_epochs = at, targets, exclude, finetune_epochs
+    at: At | None
+    targets: Targets | None = None
+    exclude: Targets = ()
+    finetune_epochs: int = 0
 
-    def __repr__(self) -> str:
+    def start(self) -> Work:
+        """The work of this step in one run."""
+        return Work(self)
+
+    def act(self, piece: Workpiece) -> None:
+        """Called when the phase begins, unless the step has a `Work` of its own."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither act nor start")
+
+    @property
+    def title(self) -> str:
+        """The step in the report and in messages."""
         return type(self).__name__
 
     @property
     def order(self) -> Order | None:
-        """The step's place in the order of steps; ``None`` for any. Usually a class attribute."""
+        """The step's place in the order of steps; ``None`` for any."""
         return None
 
     @property
@@ -92,30 +131,70 @@ class Step(ABC):
         """Whether the step gives the network other parameters also when its phase ends, not only when it begins."""
         return False
 
-    def watch_epoch(self, piece: Workpiece, epoch: int) -> None:  # noqa: B027  (most have nothing to do)
-        """Called at the beginning of every epoch up to that in which the phase begins. Does nothing here."""
-
-    @abstractmethod
-    def begin(self, piece: Workpiece) -> None:
-        """Called before the phase's first training step."""
-
-    def update(self, piece: Workpiece, *, step: int, steps: int) -> None:  # noqa: B027  (most have nothing to do)
-        """Called after optimiser step ``step`` (from 1) of the phase's ``steps``. Does nothing here."""
-
-    def penalty(self, piece: Workpiece, *, step: int, steps: int) -> Tensor | None:
-        """What is added to the loss after ``step`` steps (from 0), a scalar with a graph. Here ``None``."""
-        return None
-
-    def finish(self, piece: Workpiece) -> None:  # noqa: B027  (most have nothing to do)
-        """Called after the phase's last training step. Does nothing here."""
-
     def reason_to_train(self) -> str | None:
         """Why the step needs ``finetune_epochs``; ``None`` if it does not."""
         return None
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs of a phase that waits or has begun: tensors and plain values."""
-        return {}
+    def at_random(self) -> Step | None:
+        """The same step with random choices of what is pruned, as a control; ``None`` if it prunes nothing.
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  (most have nothing to do)
-        """Load what `state_dict` returned."""
+        Raises:
+            InputError: it prunes, but in a way that no random choice can be compared with.
+        """
+        return None
+
+    def refuse(self, *cases: tuple[bool, str]) -> None:
+        """Refuse the first case that applies.
+
+        Args:
+            cases: whether each applies, and what is wrong then.
+
+        Raises:
+            InputError: one applies.
+        """
+        for wrong, reason in cases:
+            if wrong:
+                raise InputError(f"{type(self).__name__}: {reason}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedStep(Step):
+    """A step in whose phase the network can be trained.
+
+    Args:
+        at: when the phase begins: an epoch, a fraction of all epochs, ``"start"`` or ``"end"``; ``None``: when the
+            previous phase ends.
+        finetune_epochs: epochs of training in the phase.
+
+    Raises:
+        InputError: an invalid ``at``, or negative epochs.
+    """
+
+    at: At | None = None
+    finetune_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        at = self.at
+        word = isinstance(at, bool) or (isinstance(at, str) and at not in ("start", "end"))
+        number = isinstance(at, int | float) and (at < 0 or (isinstance(at, float) and at > 1))
+        self.refuse(
+            (word or number, f"at is an epoch, a fraction of all epochs, 'start' or 'end', got {at!r}"),
+            (self.finetune_epochs < 0, f"finetune_epochs must not be negative, got {self.finetune_epochs}"),
+            (
+                at == "end" and self.finetune_epochs > 0,
+                "nothing is trained after at='end': leave finetune_epochs out",
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetedStep(TrainedStep):
+    """A step that works on the layers which it is given; see also `TrainedStep`.
+
+    Args:
+        targets: the layers to work on, see `targets.Targets`; ``None`` for all that the step can work on.
+        exclude: layers to leave out, see `targets.Targets`.
+    """
+
+    targets: Targets | None = None
+    exclude: Targets = ()

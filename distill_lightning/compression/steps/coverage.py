@@ -8,13 +8,15 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.targets import Targets
-from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.compression.access.parameters import join_path
+from distill_lightning.compression.access.targets import Targets
+from distill_lightning.compression.steps.base import Step
+from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
 
 
 def check_coverage(
-    piece: Workpiece, step: object, weights: Iterable[str], *, targets: Targets | None, refuse: bool = True
+    piece: Workpiece, step: Step, weights: Iterable[str], *, targets: Targets | None, refuse: bool = True
 ) -> None:
     """Note the share of the network's weights that a step works on.
 
@@ -35,8 +37,10 @@ def check_coverage(
     covered = sum(dict(known[name] for name in weights if name in known).values())
     share = f"{covered / total:.0%} of {type(piece.network).__name__}'s weights"
     if refuse and 2 * covered < total:
-        raise InputError(f"{step!r} would only work on {share}: name the layers as targets if that is what you want")
-    piece.note(f"{step!r} works on {share}")
+        raise InputError(
+            f"{step.title} would only work on {share}: name the layers as targets if that is what you want"
+        )
+    piece.note(f"{step.title} works on {share}")
 
 
 def _weights_of(network: nn.Module) -> dict[str, tuple[object, int]]:
@@ -50,7 +54,7 @@ def _weights_of(network: nn.Module) -> dict[str, tuple[object, int]]:
             continue
         computed: Any = module.parametrizations if parametrize.is_parametrized(module) else ()
         for name in [name for name, _ in module.named_parameters(recurse=False)] + list(computed):
-            whole, tensor = f"{path}.{name}" if path else name, getattr(module, name)
+            whole, tensor = join_path(path, name), getattr(module, name)
             if tensor.ndim > 1:
                 # A computed weight does not outlive this loop, and another may get its id.
                 found[whole] = whole if name in computed else id(tensor), tensor.numel()

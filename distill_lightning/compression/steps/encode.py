@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Literal
 
 from distill_lightning.compression.steps.base import At, Order, Step
-from distill_lightning.compression.workpiece import Workpiece
-from distill_lightning.errors import InputError
+from distill_lightning.compression.steps.workpiece import Workpiece
 
 
+@dataclass(frozen=True)
 class Encode(Step):
     """Codes the bytes of the network's packed files wherever that makes them smaller. No weight changes.
 
     Args:
         method: ``"deflate"`` (zlib) or ``"huffman"``.
-        at: see `Step`.
+        at: see `TrainedStep`.
 
     Raises:
         InputError: the method is unknown.
@@ -22,15 +23,17 @@ class Encode(Step):
 
     order = Order.STORAGE
 
-    def __init__(self, method: Literal["deflate", "huffman"] = "deflate", *, at: At | None = None) -> None:
-        super().__init__(at=at)
-        if method not in ("deflate", "huffman"):
-            raise InputError(f"Encode: method must be 'deflate' or 'huffman', got {method!r}")
-        self.method = method
+    method: Literal["deflate", "huffman"] = "deflate"
+    at: At | None = field(default=None, kw_only=True)
 
-    def __repr__(self) -> str:
+    def __post_init__(self) -> None:
+        self.check_known(method=("deflate", "huffman"))
+
+    @property
+    def title(self) -> str:
+        """The class and the method."""
         return f"Encode {self.method}"
 
-    def begin(self, piece: Workpiece) -> None:
+    def act(self, piece: Workpiece) -> None:
         """Code files from now on."""
         piece.coding = self.method

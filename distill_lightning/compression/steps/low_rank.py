@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression import low_rank, recipe
-from distill_lightning.compression.calibration import calibrating, inputs_of
-from distill_lightning.compression.low_rank import Method, UnfactorableError
-from distill_lightning.compression.steps.base import At, Order, Step
+from distill_lightning.compression.access.calibration import calibrating, inputs_of, watching
+from distill_lightning.compression.access.moments import input_moments
+from distill_lightning.compression.access.parameters import join_path, shared_outside
+from distill_lightning.compression.access.targets import match_layers
+from distill_lightning.compression.factor.convolutions import ConvChain
+from distill_lightning.compression.factor.decompositions import exact
+from distill_lightning.compression.factor.factoring import (
+    METHODS,
+    Factored,
+    Method,
+    check_replaceable,
+    factorize,
+    replace_layer,
+)
+from distill_lightning.compression.factor.layers import LowRankEmbedding, LowRankLinear, TrainEmbedding, TrainLinear
+from distill_lightning.compression.factor.ranks import UnfactorableError, rank_rule
+from distill_lightning.compression.shrink.attention import convert_attention
+from distill_lightning.compression.steps.base import Order, TargetedStep
 from distill_lightning.compression.steps.coverage import check_coverage
-from distill_lightning.compression.surgery import convert_attention
-from distill_lightning.compression.targets import Targets, match_layers
-from distill_lightning.compression.workpiece import Workpiece
-from distill_lightning.errors import InputError
+from distill_lightning.compression.steps.workpiece import Workpiece
+from distill_lightning.compression.structure.changes import note_change
+from distill_lightning.errors import InputError, check_one_of
 
 _METHODS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: get_args(Method),
@@ -28,11 +42,12 @@ _METHODS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 _NAMES = {kind.__name__: kind for kind in _METHODS}
 _FACTORS = (
-    low_rank.ConvChain, low_rank.LowRankLinear, low_rank.LowRankEmbedding, low_rank.TrainLinear, low_rank.TrainEmbedding
+    ConvChain, LowRankLinear, LowRankEmbedding, TrainLinear, TrainEmbedding
 )  # fmt: skip
 
 
-class LowRank(Step):
+@dataclass(frozen=True, kw_only=True)
+class LowRank(TargetedStep):
     """Replaces weights of `Linear`, `Conv2d`, `Embedding`, `LSTM`, `GRU` and `RNN` by factors, see `factorize`.
 
     With ``targets``, a layer that cannot be factored is an error; without, it is left out, and the report says why:
@@ -57,10 +72,6 @@ class LowRank(Step):
         parts: number of cores in the tensor train of a linear layer or an embedding; ``None`` for 3.
         convert_attention: whether to replace every `nn.MultiheadAttention` first by an `Attention`, whose linear layers
             can be factored.
-        at: see `Step`.
-        targets: see `Step`.
-        exclude: see `Step`.
-        finetune_epochs: see `Step`.
 
     Raises:
         InputError: the method, class or rank is invalid, ``data_aware`` does not fit the method, or ``damping`` or
@@ -69,64 +80,70 @@ class LowRank(Step):
 
     order = Order.STRUCTURE
 
-    def __init__(
-        self,
-        *,
-        rank: int | float | str,
-        method: Method | dict[str, Method] = "svd",
-        data_aware: bool = False,
-        damping: float | None = None,
-        only_if_smaller: bool = True,
-        parts: int | None = None,
-        convert_attention: bool = False,
-        at: At | None = None,
-        targets: Targets | None = None,
-        exclude: Targets = (),
-        finetune_epochs: int = 0,
-    ) -> None:
-        super().__init__(at=at, targets=targets, exclude=exclude, finetune_epochs=finetune_epochs)
-        low_rank.rank_rule(rank)
-        self._methods = _methods_of(method)
-        trains = any(name == "tt" and kind is not nn.Conv2d for kind, name in self._methods.items())
-        for wrong, message in (
-            (parts is not None and parts < 2, f"parts must be at least 2, got {parts}"),
-            (parts is not None and not trains, f"parts is for method 'tt' of Linear and Embedding, not {method!r}"),
-            (damping is not None and damping < 0, f"damping must not be negative, got {damping}"),
-            (damping is not None and not data_aware, "damping is for data_aware=True: set it, or leave damping out"),
-        ):
-            if wrong:
-                raise InputError(f"LowRank: {message}")
-        self.rank, self.method, self.data_aware = rank, method, data_aware
-        self.damping, self.parts = 0.01 if damping is None else damping, 3 if parts is None else parts
-        self.only_if_smaller, self.convert_attention = only_if_smaller, convert_attention
-        if data_aware and not any(_is_data_aware(kind, name) for kind, name in self._methods.items()):
-            raise InputError(f"LowRank: data_aware=True is for method 'svd' of Linear and Conv2d, not for {method!r}")
+    rank: int | float | str
+    method: Method | dict[str, Method] = "svd"
+    data_aware: bool = False
+    damping: float | None = None
+    only_if_smaller: bool = True
+    parts: int | None = None
+    convert_attention: bool = False
 
-    def begin(self, piece: Workpiece) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rank_rule(self.rank)
+        method, methods = self.method, self._methods
+        trains = any(name == "tt" and kind is not nn.Conv2d for kind, name in methods.items())
+        aware = any(_is_data_aware(kind, name) for kind, name in methods.items())
+        self.refuse(
+            (self.parts is not None and self.parts < 2, f"parts must be at least 2, got {self.parts}"),
+            (
+                self.parts is not None and not trains,
+                f"parts is for method 'tt' of Linear and Embedding, not {method!r}",
+            ),
+            (
+                self.damping is not None and self.damping < 0,
+                f"damping must not be negative, got {self.damping}",
+            ),
+            (
+                self.damping is not None and not self.data_aware,
+                "damping is for data_aware=True: set it, or leave damping out",
+            ),
+            (
+                self.data_aware and not aware,
+                f"data_aware=True is for method 'svd' of Linear and Conv2d, not for {method!r}",
+            ),
+        )
+
+    @property
+    def _methods(self) -> dict[type[nn.Module], str]:
+        """The classes that are factored, and their methods."""
+        return _methods_of(self.method)
+
+    def act(self, piece: Workpiece) -> None:
         """Factor the layers, all of them from the current network."""
         network = piece.network
         if self.convert_attention and any(isinstance(module, nn.MultiheadAttention) for module in network.modules()):
             if isinstance(network, nn.MultiheadAttention):
                 raise InputError("LowRank: the network itself is a MultiheadAttention: put it into another module")
             convert_attention(network)
-            recipe.note_change(network, "sizes")
+            note_change(network, "sizes")
             piece.changed = True
         paths = self._paths(piece)
-        sizes = self._input_sizes(piece, paths)
+        sizes, moments = self._input_sizes(piece, paths), self._moments(piece, paths)
         factored = {}
         for path in paths:
-            found = self._factored(piece, path, sizes.get(path))
+            found = self._factored(piece, path, sizes.get(path), moments.get(path))
             if found is not None:
                 factored[path] = found
         made = {path: one.layer for path, one in factored.items() if one.description is not None}
         for path, one in factored.items():
             piece.note(f"{path}: {one.note}")
         if not made:
-            piece.note(f"{self!r} has factored no layer: no factors were smaller or within the budget")
+            piece.note(f"{self.title} has factored no layer: no factors were smaller or within the budget")
             return
         for path, layer in made.items():
-            low_rank.replace_layer(network, path, layer)
-        recipe.note_change(network, "low_rank", {path: low_rank.describe(layer) for path, layer in made.items()})
+            replace_layer(network, path, layer)
+        note_change(network, "low_rank", {path: layer.description for path, layer in made.items()})
         piece.changed = True
 
     def _paths(self, piece: Workpiece) -> list[str]:
@@ -143,99 +160,89 @@ class LowRank(Step):
         )
         if self.targets is not None:
             for path in paths:
-                low_rank.check_replaceable(network, path)
+                check_replaceable(network, path)
             return paths
         free = []
         for path in paths:
-            shared = _sharing(network, path)
+            shared = shared_outside(network, network.get_submodule(path))
             if shared:
-                piece.note(f"{path}: shares a weight with {shared}: left as it is")
+                piece.leave(path, f"shares a weight with {shared}")
             else:
                 free.append(path)
-        weights = [f"{path}.{name}" for path in free for name, _ in network.get_submodule(path).named_parameters()]
+        weights = [join_path(path, name) for path in free for name, _ in network.get_submodule(path).named_parameters()]
         check_coverage(piece, self, weights, targets=None)
         return free
 
-    def _factored(self, piece: Workpiece, path: str, input_size: Sequence[int] | None) -> low_rank.Factored | None:
+    def _moments(self, piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
+        """The second moments of the inputs of the layers whose outputs are approximated."""
+        layers = {path: piece.network.get_submodule(path) for path in paths}
+        chosen = {
+            path: layer
+            for path, layer in layers.items()
+            if _is_data_aware(type(layer), self._methods[type(layer)]) and getattr(layer, "groups", 1) == 1
+        }
+        if not self.data_aware or not chosen:
+            return {}
+        batches = piece.batches("LowRank(data_aware=True)")
+        return {path: moment[0] for path, moment in input_moments(piece.network, chosen, batches, exact=True).items()}
+
+    def _factored(
+        self, piece: Workpiece, path: str, input_size: Sequence[int] | None, moment: Tensor | None
+    ) -> Factored | None:
         """The factors of a layer, or ``None`` if it has none."""
         layer = piece.network.get_submodule(path)
         method = self._methods[type(layer)]
-        moment: Tensor | None = None
         try:
-            if self.data_aware and _is_data_aware(type(layer), method):
-                if isinstance(layer, nn.Conv2d) and layer.groups != 1:
-                    raise UnfactorableError(f"a convolution with groups={layer.groups} cannot be factored")
-                batches = piece.batches("LowRank(data_aware=True)")
-                moment = low_rank.input_moment(piece.network, path, [inputs for inputs, _ in batches])
-            return low_rank.factorize(
+            found = factorize(
                 layer,
                 rank=self.rank,
                 method=cast("Method", method),
                 only_if_smaller=self.only_if_smaller,
                 moment=moment,
-                damping=self.damping,
+                damping=0.01 if self.damping is None else self.damping,
                 input_size=input_size,
-                parts=self.parts,
+                parts=3 if self.parts is None else self.parts,
             )
         except InputError as error:
             if self.targets is None and isinstance(error, UnfactorableError):
-                piece.note(f"{path}: {error}: left as it is")
+                piece.leave(path, str(error))
                 return None
             raise type(error)(f"{path}: {error}") from error
+        if found.description is not None and method in ("svd", "svd_channel") and not isinstance(layer, nn.RNNBase):
+            values = torch.linalg.svdvals(exact(cast("Tensor", layer.weight)).flatten(1))
+            ranks = found.description.get("ranks") or [found.description["rank"]]
+            piece.record("spectra", path, {"values": values.tolist(), "rank": ranks[0]})
+        return found
 
     def _input_sizes(self, piece: Workpiece, paths: Sequence[str]) -> dict[str, tuple[int, int]]:
         """Height and width of each convolution's input; the largest if it runs several times."""
-        if low_rank.rank_rule(self.rank).kind != "macs":
+        if rank_rule(self.rank).kind != "macs":
             return {}
         sizes: dict[str, tuple[int, int]] = {}
-        handles = []
-        for path in paths:
-            layer = piece.network.get_submodule(path)
-            if isinstance(layer, nn.Conv2d):
 
-                def look(_: nn.Module, inputs: tuple[Any, ...], path: str = path) -> None:
-                    high, wide = inputs[0].shape[-2:]
-                    sizes[path] = max(
-                        sizes.get(path, (0, 0)), (int(high), int(wide)), key=lambda size: size[0] * size[1]
-                    )
+        def look(path: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+            high, wide = inputs[0].shape[-2:]
+            sizes[path] = max(sizes.get(path, (0, 0)), (int(high), int(wide)), key=lambda size: size[0] * size[1])
 
-                handles.append(layer.register_forward_pre_hook(look))
-        try:
-            with calibrating(piece.network), torch.no_grad():
-                piece.network(*inputs_of(piece.example_inputs))
-        finally:
-            for handle in handles:
-                handle.remove()
+        layers = {path: piece.network.get_submodule(path) for path in paths}
+        convolutions = {path: layer for path, layer in layers.items() if isinstance(layer, nn.Conv2d)}
+        with watching(convolutions, look), calibrating(piece.network), torch.no_grad():
+            piece.network(*inputs_of(piece.example_inputs))
         return sizes
 
 
 def _methods_of(method: Method | Mapping[str, Method]) -> dict[type[nn.Module], str]:
     """The classes that are factored, and their methods."""
     if isinstance(method, str):
-        if method not in low_rank.METHODS:
-            raise InputError(f"LowRank: method must be one of {', '.join(low_rank.METHODS)}, got {method!r}")
+        check_one_of("LowRank: method", method, METHODS)
         return {kind: method for kind, known in _METHODS.items() if method in known}
     if not method:
         raise InputError("LowRank: method is empty: give one method, or one for each class of layers")
     for name, own in method.items():
-        if name not in _NAMES:
-            raise InputError(f"LowRank: method names the unknown class {name!r}: choose from {', '.join(_NAMES)}")
-        if own not in _METHODS[_NAMES[name]]:
-            known = ", ".join(_METHODS[_NAMES[name]])
-            raise InputError(f"LowRank: method of {name} must be one of {known}, got {own!r}")
+        check_one_of("LowRank: class in method", name, list(_NAMES))
+        check_one_of(f"LowRank: method of {name}", own, _METHODS[_NAMES[name]])
     return {_NAMES[name]: own for name, own in method.items()}
 
 
 def _is_data_aware(kind: type[nn.Module], method: str) -> bool:
     return kind in (nn.Linear, nn.Conv2d) and method in ("svd", "svd_channel")
-
-
-def _sharing(network: nn.Module, path: str) -> str | None:
-    """The name of a parameter of another layer that is also a parameter of this layer, if there is one."""
-    layer = network.get_submodule(path)
-    own = {id(parameter) for parameter in layer.parameters()}
-    places = [place for place, module in network.named_modules(remove_duplicate=False) if module is layer]
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        if id(parameter) in own and not any(name.startswith(f"{place}.") for place in places):
-            return name
-    return None

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression import calibration, quantizers
-from distill_lightning.compression.quantizers.activations import NAME, ActivationEstimator
-from distill_lightning.compression.quantizers.ranges import ObserverRule, RangeRule
-from distill_lightning.compression.quantizers.scheme import (
-    FIXED_BITS,
-    UNIFORM,
-    WHOLE_TENSOR,
-    WITHOUT_ZERO,
-    Kind,
-    Scheme,
-)
-from distill_lightning.compression.quantizers.weights import Estimator, WeightQuantizer
-from distill_lightning.compression.recipe import copy_network
-from distill_lightning.compression.steps.base import At, Order, Step
+from distill_lightning.compression.access import calibration
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.access.parameters import join_path
+from distill_lightning.compression.access.targets import match_layers
+from distill_lightning.compression.access.weights import channel_axis, weight_names
+from distill_lightning.compression.steps.base import Order, TargetedStep, Work
 from distill_lightning.compression.steps.coverage import check_coverage
-from distill_lightning.compression.steps.precision import MixedPrecision
-from distill_lightning.compression.targets import Targets, match_layers
-from distill_lightning.compression.workpiece import Workpiece
-from distill_lightning.errors import InputError
+from distill_lightning.compression.steps.mixed_precision import MixedPrecision
+from distill_lightning.compression.steps.workpiece import Workpiece
+from distill_lightning.compression.values.activations import (
+    NAME,
+    ActivationEstimator,
+    ActivationQuantizer,
+    observing_inputs,
+    quantize_input,
+)
+from distill_lightning.compression.values.corrections import correct_biases, equalisable_pairs, equalise
+from distill_lightning.compression.values.quantizer import Estimator, WeightQuantizer, quantize_weights
+from distill_lightning.compression.values.ranges import ObserverRule, RangeRule
+from distill_lightning.compression.values.scheme import FIXED_BITS, UNIFORM, WHOLE_TENSOR, WITHOUT_ZERO, Kind, Scheme
+from distill_lightning.errors import InputError, check_one_of
 from distill_lightning.layers import eval_mode
 
-_UNEQUALISED = ": nowhere is there but ReLU, pooling or the like between two (BatchNorm is in the way)"
+_UNEQUALISED = ": no two layers have only ReLU or pooling between them (BatchNorm does not count)"
 _WHAT = "linear, convolutional, recurrent, attention and embedding layers"
 
 
@@ -46,10 +47,11 @@ class _Weight:
 
     @property
     def path(self) -> str:
-        return f"{self.layer}.{self.name}" if self.layer else self.name
+        return join_path(self.layer, self.name)
 
 
-class Quantize(Step):
+@dataclass(frozen=True, kw_only=True)
+class Quantize(TargetedStep):
     """Rounds weights, and optionally the inputs of their layers, to a few bits whenever they are used.
 
     The float weights are kept as long as the network is trained; a packed file holds the codes. This makes nothing
@@ -61,7 +63,7 @@ class Quantize(Step):
         act_bits: bits of the inputs of the same layers, 2 to 8; ``None`` leaves them in float. Their ranges are
             measured on calibration data. (Embeddings have no input to quantize, and the input of PyTorch's attention
             output projection stays float.)
-        scheme: scheme of the weights, see `quantizers.Scheme`.
+        scheme: scheme of the weights, see `Scheme`.
         act_scheme: scheme of activations, per tensor: ``"affine"`` (also for ``None``), ``"symmetric"`` or ``"pow2"``.
         per: what has its own scale: ``"channel"``, ``"tensor"`` or ``"group:n"``; ``None`` for the channel, or for the
             tensor if the scheme has one scale for all.
@@ -80,54 +82,70 @@ class Quantize(Step):
         equalise: whether channels between layers are first given equal weight ranges, which does not change the
             outputs. Only for layers with nothing but ReLU, pooling and similar operations between them: pairs with a
             BatchNorm between them stay as they are.
-        at: see `Step`.
-        targets: see `Step`.
-        exclude: see `Step`.
-        finetune_epochs: see `Step`.
 
     Raises:
         InputError: options that cannot be combined, for a reason that the message gives.
     """
 
     order = Order.VALUES
+
     # Quantization changes little, and the ranges were measured with these statistics.
-    recalibrates = False
+    recalibrates: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        *,
-        weight_bits: int | None = 8,
-        act_bits: int | None = None,
-        scheme: Kind = "symmetric",
-        act_scheme: Literal["affine", "symmetric", "pow2"] | None = None,
-        per: str | None = None,
-        observer: ObserverRule = "minmax",
-        mode: Literal["ptq", "qat"] = "ptq",
-        estimator: ActivationEstimator = "ste",
-        bits: dict[str, int] | MixedPrecision | None = None,
-        first_last_bits: int | None = None,
-        bias_correction: bool = False,
-        equalise: bool = False,
-        at: At | None = None,
-        targets: Targets | None = None,
-        exclude: Targets = (),
-        finetune_epochs: int = 0,
-    ) -> None:
-        super().__init__(at=at, targets=targets, exclude=exclude, finetune_epochs=finetune_epochs)
-        self.weight_bits = weight_bits if weight_bits is None else FIXED_BITS.get(scheme, weight_bits)
-        self.act_bits, self.scheme, self.act_scheme = act_bits, scheme, act_scheme or "affine"
-        self.per = per or ("tensor" if scheme in WHOLE_TENSOR else "channel")
-        self.observer, self.mode, self.estimator = observer, mode, estimator
-        self.bits, self.first_last_bits = bits, first_last_bits
-        self.bias_correction, self.equalise = bias_correction, equalise
-        if act_bits is None and act_scheme is not None:
-            raise InputError(f"Quantize: act_scheme={act_scheme!r} has no effect here: give act_bits")
-        self._check(weight_bits)
+    weight_bits: int | None = 8
+    act_bits: int | None = None
+    scheme: Kind = "symmetric"
+    act_scheme: Literal["affine", "symmetric", "pow2"] | None = None
+    per: str | None = None
+    observer: ObserverRule = "minmax"
+    mode: Literal["ptq", "qat"] = "ptq"
+    estimator: ActivationEstimator = "ste"
+    bits: dict[str, int] | MixedPrecision | None = None
+    first_last_bits: int | None = None
+    bias_correction: bool = False
+    equalise: bool = False
 
-    def __repr__(self) -> str:
-        weights = "" if self.weight_bits is None else f" {self.scheme} {self._bits_told()}"
-        inputs = "" if self.act_bits is None else f" inputs {self.act_bits} bit"
-        return f"Quantize{weights}{inputs}"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_known(mode=("ptq", "qat"), scheme=get_args(Kind))
+        check_one_of("Quantize: act_scheme", self.act_scheme or "affine", UNIFORM)
+        self.refuse(*self._misfits())
+        self._check_numbers()
+        if self.width is not None:
+            # Scheme says what is wrong with per.
+            Scheme(self.width, self.scheme, self.grain)
+        self.activation_quantizer(self.act_bits or 8)
+
+    @property
+    def width(self) -> int | None:
+        """Bits of a weight's code: those of the scheme, where it has its own."""
+        return None if self.weight_bits is None else FIXED_BITS.get(self.scheme, self.weight_bits)
+
+    @property
+    def grain(self) -> str:
+        """What has its own scale."""
+        return self.per or ("tensor" if self.scheme in WHOLE_TENSOR else "channel")
+
+    @property
+    def rule(self) -> RangeRule:
+        """The rule of weights' ranges."""
+        return "minmax" if self.observer == "ema" else self.observer
+
+    @property
+    def title(self) -> str:
+        """The class, the scheme and the bits."""
+        told = "mixed" if self.bits is not None else f"{self.width} bit"
+        weights = "" if self.width is None else f" {self.scheme} {told}"
+        return f"Quantize{weights}" + ("" if self.act_bits is None else f" inputs {self.act_bits} bit")
+
+    def start(self) -> Work:
+        """The work of this step in one run."""
+        return _Quantizing(self)
+
+    def activation_quantizer(self, bits: int) -> ActivationQuantizer:
+        """A new quantizer of a layer's input."""
+        scheme = Scheme(bits, self.act_scheme or "affine", "tensor")
+        return ActivationQuantizer(scheme=scheme, estimator=self.estimator, observer=self.observer)
 
     def reason_to_train(self) -> str | None:
         """Training with quantizers and learned scales need training."""
@@ -135,83 +153,45 @@ class Quantize(Step):
             return "mode='qat' trains the network with its quantizers"
         return "estimator='lsq' learns its scales" if self.estimator == "lsq" else None
 
-    def begin(self, piece: Workpiece) -> None:
-        """Add the quantizers, and measure the ranges of activations."""
-        if self.weight_bits is None and self.act_bits is None:
-            piece.note("Quantize has neither weight_bits nor act_bits, so it does nothing")
-            return
-        layers = match_layers(
-            piece.network, self.targets, self.exclude, fits=lambda layer: bool(_own_weights(layer)), what=_WHAT
-        )
-        order = _running_order(piece)
-        layers = self._without_paddings(piece, layers, self._ends(order))
-        weights = self._weights(piece, layers)
-        schemes = self._schemes(piece, layers, weights, order)
-        for weight in weights:
-            self._check_weight(piece, weight, schemes[weight.path])
-        self._say_covered(piece, layers)
-        if self.equalise:
-            pairs = quantizers.equalisable_pairs(piece.network)
-            quantizers.equalise(piece.network, pairs=pairs)
-            piece.note(f"Quantize equalised {len(pairs)} pairs of layers{_UNEQUALISED if not pairs else ''}")
-        reference = copy_network(piece.network) if self.bias_correction else None
-        for weight in weights:
-            self._quantize_weight(piece, weight, schemes[weight.path])
-        if self.act_bits is not None:
-            self._quantize_inputs(piece, [layer for layer in order if layer in layers], order)
-        if reference is not None:
-            batches = piece.batches("bias correction")
-            quantizers.correct_biases(piece.network, reference, [inputs for inputs, _ in batches])
-        piece.changed = True
-        self._tell(piece, {path: scheme.bits for path, scheme in schemes.items()})
-
-    def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
-        """BinaryConnect: clip the float weights to [-1, 1], outside which they would have no gradient."""
-        if self.scheme != "binaryconnect":
-            return
-        with torch.no_grad():
-            for module in piece.network.modules():
-                if isinstance(module, parametrize.ParametrizationList) and any(_is_binary_connect(m) for m in module):
-                    module.original.clamp_(-1, 1)
-
-    # What is asked for
-
-    def _check(self, asked_bits: int | None) -> None:
-        """Refuse options that cannot be combined."""
-        bits, scheme, estimator = self.bits, self.scheme, self.estimator
-        for wrong, message in (
-            (self.mode not in ("ptq", "qat"), f"mode must be 'ptq' or 'qat', got {self.mode!r}"),
-            (scheme not in get_args(Kind), f"scheme must be one of {', '.join(get_args(Kind))}, got {scheme!r}"),
+    def _misfits(self) -> list[tuple[bool, str]]:
+        """Options that cannot be combined, and whether they are."""
+        bits, scheme, estimator, act_scheme = self.bits, self.scheme, self.estimator, self.act_scheme or "affine"
+        weights, inputs = self.width is not None, self.act_bits is not None
+        of_weights = weights and scheme in UNIFORM and estimator != "lsq" and self.observer != "ema"
+        has_range = of_weights or (inputs and estimator != "dorefa")
+        clipped = estimator in ("pact", "dorefa")
+        observer = "it is for activations, give act_bits" if self.observer == "ema" else "leave it out"
+        return [
             (
-                self.weight_bits is None and (bits is not None or scheme != "symmetric"),
+                not inputs and self.act_scheme is not None,
+                f"act_scheme={self.act_scheme!r} has no effect here: give act_bits",
+            ),
+            (
+                not weights and (bits is not None or scheme != "symmetric"),
                 "bits and scheme are for weights, which weight_bits=None leaves as they are: leave them out",
             ),
             (
-                self.weight_bits is not None and asked_bits not in (8, self.weight_bits),
-                f"scheme={scheme!r} has codes of {self.weight_bits} bit, not {asked_bits}: leave weight_bits out",
+                weights and self.weight_bits not in (8, self.width),
+                f"scheme={scheme!r} has codes of {self.width} bit, not {self.weight_bits}: leave weight_bits out",
             ),
             (
-                self.act_bits is None and estimator in ("pact", "dorefa"),
+                not inputs and clipped,
                 f"estimator={estimator!r} is for activations: give act_bits (for weights there is scheme='dorefa')",
             ),
             (
-                estimator == "lsq" and self.weight_bits is not None and scheme != "symmetric",
+                estimator == "lsq" and weights and scheme != "symmetric",
                 f"estimator='lsq' learns symmetric weights, not {scheme!r}: use estimator='ste'",
             ),
             (
-                self.act_scheme not in UNIFORM,
-                f"act_scheme must be one of {', '.join(UNIFORM)}, got {self.act_scheme!r}",
+                inputs and clipped and act_scheme != "affine",
+                f"estimator={estimator!r} has codes from 0: give act_scheme='affine', not {act_scheme!r}",
             ),
             (
-                self.act_bits is not None and estimator in ("pact", "dorefa") and self.act_scheme != "affine",
-                f"estimator={estimator!r} has codes from 0: give act_scheme='affine', not {self.act_scheme!r}",
-            ),
-            (
-                estimator == "lsq" and self.act_scheme == "pow2",
+                estimator == "lsq" and act_scheme == "pow2",
                 "estimator='lsq' learns any scale: give act_scheme='symmetric' or 'affine'",
             ),
             (
-                scheme in WHOLE_TENSOR and self.per != "tensor",
+                scheme in WHOLE_TENSOR and self.grain != "tensor",
                 f"scheme={scheme!r} has one scale for a whole tensor: leave per out",
             ),
             (scheme in FIXED_BITS and bits is not None, f"scheme={scheme!r} has its own bits: leave bits out"),
@@ -219,25 +199,11 @@ class Quantize(Step):
                 isinstance(bits, MixedPrecision) and scheme not in UNIFORM,
                 f"MixedPrecision is for scheme {', '.join(UNIFORM)}, not {scheme!r}",
             ),
-        ):
-            if wrong:
-                raise InputError(f"Quantize: {message}")
-        self._check_numbers()
-        if self.weight_bits is not None:
-            # Scheme says what is wrong with per.
-            Scheme(self.weight_bits, scheme, self.per)
-        self._activation_quantizer(self.act_bits or 8)
-        if self.observer != "minmax" and not self._observer_counts():
-            way_out = "it is for activations, give act_bits" if self.observer == "ema" else "leave it out"
-            raise InputError(f"Quantize: observer={self.observer!r} has no effect here: {way_out}")
-
-    def _observer_counts(self) -> bool:
-        of_weights = self.weight_bits is not None and self.scheme in UNIFORM and self.estimator != "lsq"
-        of_inputs = self.act_bits is not None and self.estimator != "dorefa"
-        return of_inputs or (of_weights and self.observer != "ema")
-
-    def _rule(self) -> RangeRule:
-        return "minmax" if self.observer == "ema" else self.observer
+            (
+                self.observer != "minmax" and not has_range,
+                f"observer={self.observer!r} has no effect here: {observer}",
+            ),
+        ]
 
     def _check_numbers(self) -> None:
         """Refuse numbers of bits that codes cannot have."""
@@ -247,48 +213,86 @@ class Quantize(Step):
         if isinstance(self.bits, Mapping):
             given |= {f"bits of {pattern!r}": number for pattern, number in self.bits.items()}
         for key, number in given.items():
-            if number is not None and number not in range(2, 9):
-                way_out = ": for 1 bit use scheme='binary'" if key == "weight_bits" else ""
-                raise InputError(f"Quantize: {key} must be 2 to 8, got {number}{way_out}")
+            way_out = ": for 1 bit use scheme='binary'" if key == "weight_bits" else ""
+            wrong = number is not None and number not in range(2, 9)
+            self.refuse((wrong, f"{key} must be 2 to 8, got {number}{way_out}"))
 
-    def _activation_quantizer(self, bits: int) -> quantizers.ActivationQuantizer:
-        scheme = Scheme(bits, self.act_scheme, "tensor")
-        return quantizers.ActivationQuantizer(scheme=scheme, estimator=self.estimator, observer=self.observer)
 
-    def _bits_told(self) -> str:
-        return f"{self.weight_bits} bit" if self.bits is None else "mixed"
+class _Quantizing(Work):
+    step: Quantize
 
-    # What it is done to
+    def begin(self, piece: Workpiece) -> None:
+        """Add the quantizers, and measure the ranges of activations."""
+        if self.step.width is None and self.step.act_bits is None:
+            piece.note("Quantize has neither weight_bits nor act_bits, so it does nothing")
+            return
+        layers = match_layers(
+            piece.network,
+            self.step.targets,
+            self.step.exclude,
+            fits=lambda layer: bool(weight_names(layer)),
+            what=_WHAT,
+        )
+        order = _running_order(piece)
+        layers = self._without_paddings(piece, layers, self._ends(order))
+        weights = self._weights(piece, layers)
+        schemes = self._schemes(piece, layers, weights, order)
+        for weight in weights:
+            self._check_weight(piece, weight, schemes[weight.path])
+        self._say_covered(piece, layers)
+        if self.step.equalise:
+            pairs = equalisable_pairs(piece.network)
+            equalise(piece.network, pairs=pairs)
+            piece.note(f"Quantize equalised {len(pairs)} pairs of layers{_UNEQUALISED if not pairs else ''}")
+        reference = copy_network(piece.network) if self.step.bias_correction else None
+        for weight in weights:
+            self._quantize_weight(piece, weight, schemes[weight.path])
+        if self.step.act_bits is not None:
+            self._quantize_inputs(piece, [layer for layer in order if layer in layers], order)
+        if reference is not None:
+            batches = piece.batches("bias correction")
+            correct_biases(piece.network, reference, [inputs for inputs, _ in batches])
+        piece.changed = True
+        self._tell(piece, {path: scheme.bits for path, scheme in schemes.items()})
+
+    def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
+        """BinaryConnect: clip the float weights to [-1, 1], outside which they would have no gradient."""
+        if self.step.scheme != "binaryconnect":
+            return
+        with torch.no_grad():
+            for module in piece.network.modules():
+                if isinstance(module, parametrize.ParametrizationList) and any(_is_binary_connect(m) for m in module):
+                    module.original.clamp_(-1, 1)
 
     def _without_paddings(self, piece: Workpiece, layers: list[str], ends: set[str]) -> list[str]:
         """The layers without those embeddings whose padding row would no longer be zero."""
         # The scale of the padding row is zero, too.
-        if self.scheme not in WITHOUT_ZERO or (self.scheme == "binary" and self.per == "channel"):
+        if self.step.scheme not in WITHOUT_ZERO or (self.step.scheme == "binary" and self.step.grain == "channel"):
             return layers
         left = []
         for path in layers:
             layer = piece.network.get_submodule(path)
-            symmetric = path in ends and self.scheme in FIXED_BITS
+            symmetric = path in ends and self.step.scheme in FIXED_BITS
             if symmetric or not isinstance(layer, nn.Embedding) or layer.padding_idx is None:
                 left.append(path)
                 continue
-            reason = f"scheme={self.scheme!r} has no zero for the row of its padding"
-            if self.targets is not None:
+            reason = f"scheme={self.step.scheme!r} has no zero for the row of its padding"
+            if self.step.targets is not None:
                 raise InputError(f"Quantize: {path!r}: {reason}: exclude it")
-            piece.note(f"{path}: {reason}: left as it is")
+            piece.leave(path, reason)
         return left
 
     def _weights(self, piece: Workpiece, layers: list[str]) -> list[_Weight]:
         """The weights of some layers, without those that are already computed."""
-        if self.weight_bits is None:
+        if self.step.width is None:
             return []
         found: list[_Weight] = []
         for path in layers:
             layer = piece.network.get_submodule(path)
-            for name in _own_weights(layer):
+            for name in weight_names(layer):
                 if not parametrize.is_parametrized(layer, name):
                     found.append(_Weight(path, name, getattr(layer, name)))
-                elif self.targets is None:
+                elif self.step.targets is None:
                     piece.note(f"Quantize left {path}.{name} alone, whose values are shared or quantized already")
                 else:
                     raise InputError(
@@ -306,17 +310,17 @@ class Quantize(Step):
         others = False
         for path in layers:
             layer = piece.network.get_submodule(path)
-            for name in _own_weights(layer):
+            for name in weight_names(layer):
                 if parametrize.is_parametrized(layer, name):
                     others = True
                 else:
-                    names[id(getattr(layer, name))] = f"{path}.{name}" if path else name
-        check_coverage(piece, self, names.values(), targets=self.targets, refuse=not others)
+                    names[id(getattr(layer, name))] = join_path(path, name)
+        check_coverage(piece, self.step, names.values(), targets=self.step.targets, refuse=not others)
 
     def _check_ties(self, network: nn.Module, weights: list[_Weight]) -> None:
         chosen = {weight.path: weight for weight in weights}
         values = {id(weight.value): weight.path for weight in weights}
-        layers = {module for module in network.modules() if _own_weights(module)}
+        layers = {module for module in network.modules() if weight_names(module)}
         places: dict[int, set[tuple[nn.Module, str]]] = {}
         for layer in layers:
             for name, parameter in layer.named_parameters(recurse=False):
@@ -327,8 +331,8 @@ class Quantize(Step):
                 raise InputError(
                     f"Quantize: {path!r} is tied to a weight that is left out: name both layers or neither"
                 )
-            if len(places.get(value, ())) > 1 and (self.estimator == "lsq" or self.scheme not in UNIFORM):
-                what = "estimator='lsq'" if self.estimator == "lsq" else f"scheme={self.scheme!r}"
+            if len(places.get(value, ())) > 1 and (self.step.estimator == "lsq" or self.step.scheme not in UNIFORM):
+                what = "estimator='lsq'" if self.step.estimator == "lsq" else f"scheme={self.step.scheme!r}"
                 raise InputError(
                     f"Quantize: {path!r} is a tied weight, which {what} does not support: exclude its layers"
                 )
@@ -338,24 +342,24 @@ class Quantize(Step):
     ) -> dict[str, Scheme]:
         """The schemes by path of the weight."""
         ends = self._ends(order)
-        fixed = {weight.path: self.first_last_bits for weight in weights if weight.layer in ends}
-        numbers = {weight.path: self.weight_bits or 8 for weight in weights}
-        if isinstance(self.bits, Mapping):
-            for pattern, number in self.bits.items():
+        fixed = {weight.path: self.step.first_last_bits for weight in weights if weight.layer in ends}
+        numbers = {weight.path: self.step.width or 8 for weight in weights}
+        if isinstance(self.step.bits, Mapping):
+            for pattern, number in self.step.bits.items():
                 for path in _matching(piece.network, pattern, layers):
                     numbers |= {weight.path: number for weight in weights if weight.layer == path}
         numbers |= {path: number for path, number in fixed.items() if number is not None}
-        if isinstance(self.bits, MixedPrecision):
+        if isinstance(self.step.bits, MixedPrecision):
             once = {id(weight.value): weight for weight in reversed(weights)}
             given = {weight.path: numbers[weight.path] for weight in once.values() if weight.path in fixed}
             values: dict[str, Tensor] = {weight.path: weight.value for weight in once.values()}
-            numbers |= self.bits.allocate(
+            numbers |= self.step.bits.allocate(
                 values,
                 given,
-                kind=self.scheme,
-                per=self.per,
-                axes={weight.path: _channel_axis(piece.network, weight) for weight in once.values()},
-                rule="mse" if self.estimator == "lsq" else self._rule(),
+                kind=self.step.scheme,
+                per=self.step.grain,
+                axes={weight.path: channel_axis(piece.network.get_submodule(weight.layer)) for weight in once.values()},
+                rule="mse" if self.step.estimator == "lsq" else self.step.rule,
             )
             numbers |= {weight.path: numbers[once[id(weight.value)].path] for weight in weights}
         # Tied weights share one grid, the finer one.
@@ -368,13 +372,13 @@ class Quantize(Step):
         }
 
     def _scheme(self, piece: Workpiece, weight: _Weight, number: int, *, at_end: bool) -> Scheme:
-        axis = _channel_axis(piece.network, weight)
-        if at_end and self.scheme in FIXED_BITS:
+        axis = channel_axis(piece.network.get_submodule(weight.layer))
+        if at_end and self.step.scheme in FIXED_BITS:
             return Scheme(number, "symmetric", "channel", axis)
-        return Scheme(number, self.scheme, self.per, axis)
+        return Scheme(number, self.step.scheme, self.step.grain, axis)
 
     def _ends(self, order: list[str]) -> set[str]:
-        return set() if self.first_last_bits is None or not order else {order[0], order[-1]}
+        return set() if self.step.first_last_bits is None or not order else {order[0], order[-1]}
 
     def _check_weight(self, piece: Workpiece, weight: _Weight, scheme: Scheme) -> None:
         mask = piece.masks.kept.get(weight.path)
@@ -384,15 +388,12 @@ class Quantize(Step):
                 "another scheme, or exclude the layer"
             )
 
-    # Doing it
-
     def _quantize_weight(self, piece: Workpiece, weight: _Weight, scheme: Scheme) -> None:
         layer = piece.network.get_submodule(weight.layer)
-        estimator: Estimator = "lsq" if self.estimator == "lsq" and scheme.kind == "symmetric" else "ste"
-        rule = self._rule() if scheme.kind in UNIFORM and estimator == "ste" else "minmax"
-        quantizers.quantize_weights(layer, scheme=scheme, estimator=estimator, rule=rule, names=[weight.name])
-        prefix = f"{weight.layer}." if weight.layer else ""
-        piece.rename_mask(weight.path, f"{prefix}parametrizations.{weight.name}.original")
+        estimator: Estimator = "lsq" if self.step.estimator == "lsq" and scheme.kind == "symmetric" else "ste"
+        rule = self.step.rule if scheme.kind in UNIFORM and estimator == "ste" else "minmax"
+        quantize_weights(layer, scheme=scheme, estimator=estimator, rule=rule, names=[weight.name])
+        piece.rename_mask(weight.path, join_path(weight.layer, f"parametrizations.{weight.name}.original"))
 
     def _quantize_inputs(self, piece: Workpiece, layers: list[str], order: list[str]) -> None:
         ends = self._ends(order)
@@ -400,13 +401,18 @@ class Quantize(Step):
         if not chosen:
             raise InputError("Quantize: act_bits needs a layer that runs and has activations as inputs: name others")
         for path in chosen:
-            number = self.first_last_bits if path in ends else self.act_bits
+            number = self.step.first_last_bits if path in ends else self.step.act_bits
             layer = piece.network.get_submodule(path)
             if hasattr(layer, NAME):
                 raise InputError(f"Quantize: the input of {path!r} is quantized already: leave it out")
-            quantizers.quantize_input(layer, self._activation_quantizer(number or 8))
+            quantize_input(layer, self.step.activation_quantizer(number or 8))
         batches = piece.batches("Quantize with act_bits")
-        with quantizers.calibrating(piece.network), _without_fast_path(piece.network):
+        with (
+            observing_inputs(piece.network),
+            calibration.without_fast_path(),
+            eval_mode(piece.network),
+            torch.no_grad(),
+        ):
             for inputs, _ in batches:
                 piece.network(*calibration.inputs_of(inputs))
 
@@ -419,18 +425,10 @@ class Quantize(Step):
         for number in numbers:
             if number != 8:
                 piece.note(f"no kernel here computes with {number}-bit weights: storage only")
-        if self.act_bits is not None:
-            piece.note(f"inputs of layers are rounded to {self.act_bits} bit in float: PyTorch is no faster")
+        if self.step.act_bits is not None:
+            piece.note(f"inputs of layers are rounded to {self.step.act_bits} bit in float: PyTorch is no faster")
             if any(isinstance(module, nn.MultiheadAttention) for module in piece.network.modules()):
                 piece.note("inputs of attention's output projections are not rounded: nn.MultiheadAttention calls none")
-
-
-def _channel_axis(network: nn.Module, weight: _Weight) -> int:
-    return quantizers.channel_axis(network.get_submodule(weight.layer))
-
-
-def _own_weights(layer: nn.Module) -> list[str]:
-    return quantizers.weight_names(layer)
 
 
 def _is_binary_connect(module: nn.Module) -> bool:
@@ -446,26 +444,15 @@ def _matching(network: nn.Module, pattern: str, layers: list[str]) -> list[str]:
 def _running_order(piece: Workpiece) -> list[str]:
     """Paths of the layers with weights, in the order of their first calls, without those that never run as modules."""
     seen: dict[str, None] = {}
-    handles = []
-    for path, module in piece.network.named_modules():
-        if _own_weights(module) and "parametrizations" not in path.split("."):
-            handles.append(module.register_forward_pre_hook(lambda *_, path=path: seen.setdefault(path)))
-    try:
-        with calibration.calibrating(piece.network), torch.no_grad():
-            piece.network(*calibration.inputs_of(piece.example_inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = {
+        path: module
+        for path, module in piece.network.named_modules()
+        if weight_names(module) and "parametrizations" not in path.split(".")
+    }
+    with (
+        calibration.watching(layers, lambda path, *_: seen.setdefault(path)),
+        calibration.calibrating(piece.network),
+        torch.no_grad(),
+    ):
+        piece.network(*calibration.inputs_of(piece.example_inputs))
     return list(seen)
-
-
-@contextmanager
-def _without_fast_path(network: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, and without the Transformer's fast path, which would bypass the layers."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with eval_mode(network), torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)

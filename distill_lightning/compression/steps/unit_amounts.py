@@ -7,23 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from distill_lightning.compression.macs import count_macs
-from distill_lightning.compression.measure import count_parameters
-from distill_lightning.compression.recipe import copy_network
-from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.costs.macs import count_macs
+from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression.steps.sensitivity import Sensitivity
 from distill_lightning.compression.steps.units import Family, Kept, UnitKind, choose_units, remove, score_units
-from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
 
 
 def bearable(
     piece: Workpiece, kind: UnitKind, families: Sequence[Family], sensitivity: Sensitivity, *, criterion: str
 ) -> dict[str, float]:
-    """The amounts by family that a `Sensitivity` finds.
-
-    Raises:
-        InputError: see `score_units` and `Sensitivity.amounts`.
-    """
+    """The amounts by family that a `Sensitivity` finds."""
     scores = score_units(piece, families, criterion)
     named = {family.name: family for family in families}
 
@@ -35,13 +31,7 @@ def bearable(
 
 
 def limit_of(budget: str, network: nn.Module, example_inputs: Any) -> float:
-    """The cost that ``"macs:0.5"`` leaves: a share of what the network costs now.
-
-    Args:
-        budget: see `parse_budget`.
-        network: the network as it is now.
-        example_inputs: the inputs for which multiply-accumulates are counted.
-    """
+    """The cost that ``"macs:0.5"`` leaves: a share of what the network costs now."""
     measure, share = parse_budget(budget)
     return share * _cost(measure, network, example_inputs)
 
@@ -57,16 +47,7 @@ def smallest_amount(
 ) -> float:
     """The smallest share of units whose removal brings a network within a budget.
 
-    Args:
-        piece: the workpiece with the network; it is left as it is.
-        kind: kind of the units.
-        families: the families of units.
-        chosen: a function that returns the units that stay at an amount.
-        budget: see `parse_budget`.
-        limit: what `limit_of` returned.
-
-    Raises:
-        InputError: no share is large enough.
+    The function ``chosen`` returns the units that stay at an amount. The workpiece is left as it is.
     """
     measure, _ = parse_budget(budget)
     total = sum(family.size for family in families)
@@ -79,7 +60,7 @@ def smallest_amount(
     low, high = 0, total
     if not fits(high):
         raise InputError(
-            f"Prune: budget {budget!r} cannot be met: with one {kind} left in each of {len(families)} layers the "
+            f"budget {budget!r} cannot be met: with one {kind} left in each of {len(families)} layers the "
             "network is still larger: raise it, or prune more layers"
         )
     while low < high:

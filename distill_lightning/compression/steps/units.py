@@ -10,16 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distill_lightning.compression import surgery
-from distill_lightning.compression.calibration import inputs_of
-from distill_lightning.compression.masks import Masks
-from distill_lightning.compression.recipe import copy_network, note_change
-from distill_lightning.compression.selection import Amount, Scope, choose
+from distill_lightning.compression.access.calibration import inputs_of
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.access.targets import Targets, match_layers
+from distill_lightning.compression.mask.masks import Masks
+from distill_lightning.compression.mask.selection import Amount, Scope, amount_of, choose
+from distill_lightning.compression.shrink.attention import convert_attention
+from distill_lightning.compression.shrink.axes import blocks
+from distill_lightning.compression.shrink.channels import channel_groups
+from distill_lightning.compression.shrink.groups import Group, shrink
+from distill_lightning.compression.shrink.recurrent import unit_groups
+from distill_lightning.compression.shrink.torch_pruning import channel_groups_by_torch_pruning
+from distill_lightning.compression.shrink.transformer import head_groups, neuron_groups, remove_layers
 from distill_lightning.compression.steps.weights import REDUCE, SCORERS
-from distill_lightning.compression.surgery.axes import blocks
-from distill_lightning.compression.surgery.torch_pruning import channel_groups_by_torch_pruning
-from distill_lightning.compression.targets import Targets, match_layers
-from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.compression.steps.workpiece import Workpiece
+from distill_lightning.compression.structure.changes import note_change
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 
@@ -44,37 +49,23 @@ class Family:
     name: str
     size: int
     blocks: int = 1
-    group: surgery.Group | None = None
+    group: Group | None = None
 
 
 def prepare(network: nn.Module, kind: UnitKind) -> nn.Module:
     """Convert a network's layers, in place, so that they can lose such units."""
-    return surgery.convert_attention(network) if kind == "head" else network
+    return convert_attention(network) if kind == "head" else network
 
 
 def find_families(
-    network: nn.Module,
-    kind: UnitKind,
-    example_inputs: Any,
-    *,
-    targets: Targets | None,
-    exclude: Targets,
-    backend: Backend,
+    piece: Workpiece, kind: UnitKind, *, targets: Targets | None, exclude: Targets, backend: Backend = "own"
 ) -> list[Family]:
-    """Find the units that can be removed from a network.
-
-    Args:
-        network: after `prepare`.
-        kind: kind of units.
-        example_inputs: a tensor or a tuple of arguments.
-        targets: paths of the layers after which the groups are named; see `match_layers`.
-        exclude: see `match_layers`.
-        backend: the analysis that finds channels.
+    """Find the units that can be removed from a network after `prepare`.
 
     Raises:
         InputError: there are none, or none of them matches.
     """
-    inputs = inputs_of(example_inputs)
+    network, inputs = piece.network, inputs_of(piece.example_inputs)
     if kind == "layer":
         found = [
             Family(path, len(module.layers))
@@ -104,16 +95,8 @@ def parameter_names(network: nn.Module, families: Sequence[Family]) -> list[str]
 def score_units(piece: Workpiece, families: Sequence[Family], criterion: str) -> dict[str, Tensor]:
     """Score units: the sum over the weights that are removed with each of them, or the mean.
 
-    Args:
-        piece: the workpiece with the network of the families.
-        families: the families of units.
-        criterion: a key of `SCORERS`, but not one of single layers, or ``"bn_scale"``.
-
-    Returns:
-        Scores ``(size,)`` by name of the family.
-
-    Raises:
-        InputError: a group has no BatchNorm for ``"bn_scale"``; see also the criterion.
+    The criterion is a key of `SCORERS`, but not one of single layers, or ``"bn_scale"``. Scores are ``(size,)`` by name
+    of the family.
     """
     if criterion == "random":
         generator = torch.Generator().manual_seed(piece.seed)
@@ -166,7 +149,7 @@ def choose_units(
             left = values[family.name][~away[family.name]]
             values[family.name] = values[family.name] / left.mean().clamp(min=torch.finfo(left.dtype).tiny)
     if by_threshold:
-        worth = {family.name: _share(amount, family.name) * family.blocks for family in families}
+        worth = {family.name: amount_of(amount or 0.0, family.name) * family.blocks for family in families}
         staying = {name: (values[name] >= worth[name]) & ~away[name] for name in values}
     else:
         staying = choose(values, amount or 0.0, scope=scope, gone=away)
@@ -196,8 +179,8 @@ def remove(
     for family in families:
         encoder = network.get_submodule(family.name)
         if family.group is None and isinstance(encoder, nn.TransformerEncoder):
-            surgery.remove_layers(encoder, kept[family.name])
-    surgery.shrink(network, {family.group: kept[family.name] for family in families if family.group is not None})
+            remove_layers(encoder, kept[family.name])
+    shrink(network, {family.group: kept[family.name] for family in families if family.group is not None})
 
 
 def change(piece: Workpiece, act: Callable[[nn.Module], object]) -> None:
@@ -234,12 +217,7 @@ def unit_masks(network: nn.Module, families: Sequence[Family], kept: Mapping[str
 
 
 def group_norms(network: nn.Module, families: Sequence[Family]) -> Tensor:
-    r"""`penalties.group_lasso_of` of all units, with a graph: the sum of the root of their size times their norm.
-
-    Args:
-        network: the network of the families.
-        families: the families of units, but not of layers.
-    """
+    r"""The sum over all units of the square root of their size times their norm, with a graph."""
     squares = {name: wide(network.get_parameter(name)).square() for name in parameter_names(network, families)}
     ones = {name: torch.ones_like(square) for name, square in squares.items()}
     total = []
@@ -257,22 +235,14 @@ def on_copy(piece: Workpiece, kind: UnitKind) -> Workpiece:
     return replace(piece, network=prepare(copy_network(piece.network), kind)) if kind == "head" else piece
 
 
-def _share(amount: Amount | None, name: str) -> float:
-    return amount[name] if isinstance(amount, Mapping) else amount or 0.0
-
-
-def _groups(network: nn.Module, kind: UnitKind, inputs: tuple[Any, ...], backend: Backend) -> list[surgery.Group]:
+def _groups(network: nn.Module, kind: UnitKind, inputs: tuple[Any, ...], backend: Backend) -> list[Group]:
     if kind == "head":
-        return surgery.head_groups(network)
+        return head_groups(network)
     if kind == "neuron":
-        return surgery.neuron_groups(network)
+        return neuron_groups(network)
     if kind == "hidden_unit":
-        return surgery.unit_groups(network, inputs)
-    if backend == "own":
-        return surgery.channel_groups(network, inputs)
-    if backend == "torch_pruning":
-        return channel_groups_by_torch_pruning(network, inputs)
-    raise InputError(f"backend must be 'own' or 'torch_pruning', got {backend!r}")
+        return unit_groups(network, inputs)
+    return channel_groups(network, inputs) if backend == "own" else channel_groups_by_torch_pruning(network, inputs)
 
 
 def _blocks(network: nn.Module, path: str) -> int:

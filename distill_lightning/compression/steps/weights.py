@@ -3,46 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression import criteria, second_order
-from distill_lightning.compression.masks import Masks, regrow
-from distill_lightning.compression.parameters import parameter_of
-from distill_lightning.compression.quantizers import weight_names
-from distill_lightning.compression.selection import Amount, Granularity, Reduce, Scope, select, select_below
-from distill_lightning.compression.steps.sensitivity_scope import Sensitivity
-from distill_lightning.compression.targets import Targets, match_layers
-from distill_lightning.compression.workpiece import Workpiece
+from distill_lightning.compression.access.parameters import join_path, parameter_of, split_path
+from distill_lightning.compression.access.targets import Targets, match_layers
+from distill_lightning.compression.access.weights import weight_names
+from distill_lightning.compression.mask import criteria, second_order
+from distill_lightning.compression.mask.masks import Masks, regrow
+from distill_lightning.compression.mask.selection import Amount, Granularity, Reduce, Scope, select, select_below
+from distill_lightning.compression.steps.sensitivity import Sensitivity
+from distill_lightning.compression.steps.workpiece import Workpiece
 
 Scorer = Callable[[Workpiece, Sequence[str]], dict[str, Tensor]]
 """A function that scores the parameters at some paths, in their shapes."""
 
 
-def _magnitude(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
-    return criteria.magnitude(piece.network, paths)
+def _by_loss(criterion: Callable[..., dict[str, Tensor]]) -> Scorer:
+    """A scorer that needs calibration data and the loss."""
 
+    def score(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
+        name = f"criterion {criterion.__name__!r}"
+        return criterion(piece.network, paths, piece.batches(name), piece.loss)
 
-def _random(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
-    return criteria.random(piece.network, paths, seed=piece.seed)
-
-
-def _gradient(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
-    return criteria.gradient(piece.network, paths, piece.batches("criterion 'gradient'"), piece.loss)
-
-
-def _taylor(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
-    return criteria.taylor(piece.network, paths, piece.batches("criterion 'taylor'"), piece.loss)
-
-
-def _obd(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
-    return criteria.obd(piece.network, paths, piece.batches("criterion 'obd'"), piece.loss)
-
-
-def _snip(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
-    return criteria.snip(piece.network, paths, piece.batches("criterion 'snip'"), piece.loss)
+    return score
 
 
 def _obs(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
@@ -50,12 +37,12 @@ def _obs(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
 
 
 SCORERS: dict[str, Scorer] = {
-    "magnitude": _magnitude,
-    "random": _random,
-    "gradient": _gradient,
-    "taylor": _taylor,
-    "obd": _obd,
-    "snip": _snip,
+    "magnitude": lambda piece, paths: criteria.magnitude(piece.network, paths),
+    "random": lambda piece, paths: criteria.random(piece.network, paths, seed=piece.seed),
+    "gradient": _by_loss(criteria.gradient),
+    "taylor": _by_loss(criteria.taylor),
+    "obd": _by_loss(criteria.obd),
+    "snip": _by_loss(criteria.snip),
     "obs": _obs,
     "obs_update": _obs,
 }
@@ -75,18 +62,8 @@ def weight_paths(
 ) -> list[str]:
     """The weights that can be pruned: no biases, no norms, no computed weights; tied ones once.
 
-    Args:
-        network: any network.
-        targets: patterns of layers, see `match_layers`.
-        exclude: patterns of layers to leave out, see `match_layers`.
-        granularity: see `Granularity`; n:m leaves out layers whose inputs are not a multiple of m.
-        criterion: the criterion; those of single layers leave out all but `Linear` and `Conv2d`.
-
-    Returns:
-        Paths of parameters.
-
-    Raises:
-        InputError: see `match_layers`.
+    For n:m, layers are left out whose inputs are not a multiple of m; for criteria of single layers, all but `Linear`
+    and `Conv2d`.
     """
     unit = Granularity.parse(granularity)
     # PyTorch's attention uses the weight of its output projection without calling it.
@@ -106,7 +83,7 @@ def weight_paths(
     paths: dict[int, str] = {}
     for layer in match_layers(network, targets, exclude, fits=fits, what=what):
         for name in _prunable(network.get_submodule(layer)):
-            path = f"{layer}.{name}" if layer else name
+            path = join_path(layer, name)
             paths.setdefault(id(parameter_of(network, path)), path)
     return list(paths.values())
 
@@ -114,16 +91,7 @@ def weight_paths(
 def per_layer(network: nn.Module, patterns: Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
     """Amounts by path of the layer from amounts by pattern, where the first pattern that matches counts.
 
-    Args:
-        network: any network.
-        patterns: amounts by patterns of layers, as in `Targets`.
-        layers: paths of the layers that can be pruned.
-
-    Returns:
-        The amounts of the layers that a pattern matches.
-
-    Raises:
-        InputError: a pattern that matches none of them.
+    A pattern that matches none of the layers is refused; a layer that none matches is left out.
     """
     known = {network.get_submodule(path) for path in layers}
     amounts: dict[str, float] = {}
@@ -134,6 +102,13 @@ def per_layer(network: nn.Module, patterns: Mapping[str, float], layers: Sequenc
     return amounts
 
 
+def amounts_by_path(network: nn.Module, patterns: Mapping[str, float], paths: Sequence[str]) -> dict[str, float]:
+    """`per_layer` for weights: amounts by path of the weight, of those whose layer a pattern matches."""
+    layers = {path: split_path(path)[0] for path in paths}
+    own = per_layer(network, patterns, list(layers.values()))
+    return {path: own[layer] for path, layer in layers.items() if layer in own}
+
+
 def prune_weights(
     piece: Workpiece,
     paths: Sequence[str],
@@ -142,27 +117,22 @@ def prune_weights(
     criterion: str,
     granularity: str,
     scope: Scope,
+    by_threshold: bool = False,
     growing: float = 0.0,
 ) -> None:
     """Prune to a share of the weights; weights pruned before count and, except for ``growing``, stay pruned.
 
-    Args:
-        piece: the workpiece.
-        paths: paths of the weights.
-        amount: share of pruned units; see `select`.
-        criterion: a key of `SCORERS`.
-        granularity: see `Granularity`.
-        scope: see `select`.
-        growing: share of the weights pruned before that return, while others are pruned instead.
-
-    Raises:
-        InputError: see the criterion and `select`.
+    ``growing`` is the share of the weights pruned before that return, while others are pruned instead. With
+    ``by_threshold`` the amount is a threshold of the scores: what is below it is pruned, whatever its share.
     """
-    scores = SCORERS[criterion](piece, paths)
+    scores, reduce = SCORERS[criterion](piece, paths), REDUCE.get(criterion, "mean")
+    if by_threshold:
+        threshold = cast("float", amount)
+        piece.prune(select_below(scores, threshold, granularity=granularity, reduce=reduce, previous=piece.masks))
+        return
     before = Masks({path: mask for path, mask in piece.masks.kept.items() if path in scores})
 
     def chosen(shares: Amount | None, some: Mapping[str, Tensor]) -> Masks:
-        reduce = REDUCE.get(criterion, "mean")
         return select(some, shares, granularity=granularity, scope=scope, reduce=reduce, previous=before)
 
     if growing and before.pruned and amount is not None:
@@ -182,25 +152,10 @@ def prune_weights(
     piece.prune(masks)
 
 
-def prune_below(piece: Workpiece, paths: Sequence[str], threshold: float, *, criterion: str, granularity: str) -> None:
-    """Prune what scores less than a threshold, whatever its share; weights pruned before stay pruned.
-
-    Raises:
-        InputError: see the criterion and `select_below`.
-    """
-    scores = SCORERS[criterion](piece, paths)
-    reduce = REDUCE.get(criterion, "mean")
-    piece.prune(select_below(scores, threshold, granularity=granularity, reduce=reduce, previous=piece.masks))
-
-
 def bearable(
     piece: Workpiece, paths: Sequence[str], sensitivity: Sensitivity, *, criterion: str, granularity: str
 ) -> dict[str, float]:
-    """The amounts by path that a `Sensitivity` finds.
-
-    Raises:
-        InputError: see the criterion and `Sensitivity.amounts`.
-    """
+    """The amounts by path that a `Sensitivity` finds."""
     scores = SCORERS[criterion](piece, paths)
     reduce = REDUCE.get(criterion, "mean")
 

@@ -188,7 +188,7 @@ class FactorDistance(Distance):
         if not self.p >= 1:
             # Below 1 the gradient is infinite wherever a ReLU leaves both sides at zero.
             raise InputError(f"FactorDistance: p must be at least 1, got {self.p}")
-        _check(self, normalize=("sample", "channel", "none"), reduction=("mean", "sum"))
+        self.check_known(normalize=("sample", "channel", "none"), reduction=("mean", "sum"))
 
     def __call__(self, translated: Tensor, target: Tensor) -> Tensor:
         """See `functional.factor_distance`."""
@@ -225,7 +225,7 @@ class HintDistance(Distance):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        _check(self, reduction=("mean", "sum"))
+        self.check_known(reduction=("mean", "sum"))
 
     def __call__(self, translated: Tensor, target: Tensor) -> Tensor:
         """See `functional.hint_distance`."""
@@ -253,7 +253,7 @@ class AttentionDistance(Distance):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        _check(self, reduction=("mean", "sum"))
+        self.check_known(reduction=("mean", "sum"))
 
     def __call__(self, translated: Tensor, target: Tensor) -> Tensor:
         """See `functional.attention_distance`."""
@@ -301,13 +301,6 @@ def make_translators(distance: Distance, source: int, targets: Sequence[int]) ->
             stacklevel=3,
         )
     return translators
-
-
-def _check(choice: Choice, **known: Sequence[str]) -> None:
-    for name, values in known.items():
-        if getattr(choice, name) not in values:
-            given = getattr(choice, name)
-            raise InputError(f"{type(choice).__name__}: {name} must be one of {', '.join(values)}, got {given!r}")
 
 
 def _zero_share(feature: Tensor, counted: Tensor | None) -> Tensor:

@@ -167,8 +167,7 @@ class StoredPast(Past):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if self.dtype not in _DTYPES:
-            raise InputError(f"StoredPast: dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        self.check_known(dtype=list(_DTYPES))
         for name, count in (("top_k", self.top_k), ("num_samples", self.num_samples)):
             if count is not None and count < 1:
                 raise InputError(f"StoredPast: {name} must be at least 1, got {count}")

@@ -11,7 +11,6 @@ import yaml
 from rich.console import Console
 
 from distill_lightning.errors import InputError, refusing
-from distill_lightning.storage import sweep_partial, write_whole
 from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.report import Report
@@ -22,7 +21,7 @@ from distill_lightning.studies.compare.runner import (
     make_trainer,
     plan,
 )
-from distill_lightning.studies.output import print_written, refuse_foreign_folder, table_of, wide_console
+from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
 from distill_lightning.studies.progress import OnEpoch, train_missing
 
 _CONFIG_FILE = "compare.yaml"
@@ -42,19 +41,16 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     Raises:
         ArgumentError: a class cannot be found or does not take what it is given.
         InputError: the configuration cannot be used, or the output folder belongs to another one.
+        SystemExit: with status 130, after Ctrl-C.
     """
     console = wide_console(console)
     folder = Path(config.output)
     _check_folder(folder, config)
     experiment = Experiment(config)
     make_trainer(config)
-    with refusing(f"output {folder}", OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    # What killed calls left half-written; the folder is this comparison's own.
-    sweep_partial(folder, "**/*")
-    write_whole(folder / _CONFIG_FILE, [yaml.safe_dump(config.as_plain(), sort_keys=False).encode()])
+    claim_folder(folder, known=_CONFIG_FILE, content=yaml.safe_dump(config.as_plain(), sort_keys=False))
     runs = plan(experiment, folder)
-    _train(experiment, runs, console)
+    _train(experiment, runs, folder, console)
     targets, counted = load_test_targets(experiment)
     report = Report(runs, targets, experiment.task, counted=counted)
     paths = report.write(folder, heading=_heading(experiment, arguments, runs))
@@ -90,13 +86,13 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
             )
 
 
-def _train(experiment: Experiment, runs: Sequence[Run], console: Console) -> None:
+def _train(experiment: Experiment, runs: Sequence[Run], folder: Path, console: Console) -> None:
     def train(run: Run, on_epoch: OnEpoch) -> None:
         execute(experiment, run, on_epoch)
         score = experiment.task.validation_score(run.result().history[-1])
         console.print(f"{run.title}: {score}", highlight=False)
 
-    train_missing(runs, train, name="compare", epochs=lambda run: run.epochs, console=console)
+    train_missing(runs, train, name="compare", epochs=lambda run: run.epochs, folder=folder, console=console)
 
 
 def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Run]) -> str:

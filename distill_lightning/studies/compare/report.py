@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from distill_lightning.pages import csv_text, markdown_table, write_pages
 from distill_lightning.plots import learning_curves, score_bars
-from distill_lightning.storage import whole_file, write_whole
 from distill_lightning.studies.compare.config import ALONE
 from distill_lightning.studies.compare.runner import Run
 from distill_lightning.studies.compare.tasks import Column, Task
@@ -156,18 +154,11 @@ class Report:
             The paths.
         """
         pages = {
-            "results.csv": _as_csv(self.students),
-            "teachers.csv": _as_csv(self.teachers),
-            "results.md": f"{heading}\n\n{_as_markdown(self.rows())}",
+            "results.csv": csv_text([score.line() for score in self.students]),
+            "teachers.csv": csv_text([score.line() for score in self.teachers]),
+            "results.md": f"{heading}\n\n{markdown_table(self.rows())}",
         }
-        figures = {f"figures/{name}": figure for name, figure in self.figures().items()}
-        for name, text in pages.items():
-            write_whole(folder / name, [text.encode()])
-        (folder / "figures").mkdir(exist_ok=True)
-        for name, figure in figures.items():
-            with whole_file(folder / name) as partial:
-                figure.savefig(partial, dpi=150)
-        return [folder / name for name in (*pages, *figures)]
+        return write_pages(folder, pages, self.figures())
 
 
 def _cell(column: Column, values: Sequence[float]) -> str:
@@ -175,18 +166,3 @@ def _cell(column: Column, values: Sequence[float]) -> str:
         return "-"
     mean = column.text(statistics.fmean(values))
     return mean if len(values) < 2 else f"{mean} ± {column.scale * statistics.stdev(values):.{column.digits}f}"
-
-
-def _as_csv(scores: Sequence[Score]) -> str:
-    text = io.StringIO()
-    lines = [score.line() for score in scores]
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
-
-
-def _as_markdown(rows: Sequence[Sequence[str]]) -> str:
-    header, *body = rows
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -182,7 +182,12 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
     outputs["selected"] = _test_outputs(experiment, module)
     with whole_file(run.folder / "test_logits.safetensors") as partial:
         save_file(outputs, partial)
-    result = RunResult(count_parameters(module.student), keeper.selected_epoch, keeper.history, made=made_with())
+    result = RunResult(
+        sum(parameter.numel() for parameter in module.student.parameters()),
+        keeper.selected_epoch,
+        keeper.history,
+        made=made_with(),
+    )
     write_whole(run.result_file, [json.dumps(asdict(result), indent=1).encode()])
     run.checkpoint.unlink(missing_ok=True)
 
@@ -208,11 +213,6 @@ def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module
         with whole_file(file) as partial:
             save_file(module.paraphrasers.state_dict(), partial)
     return list(module.paraphrasers)
-
-
-def count_parameters(network: nn.Module) -> int:
-    """The number of parameters of the network as it is used at test time."""
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def load_test_targets(experiment: Experiment) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,7 @@ import datetime
 import shlex
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,11 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from distill_lightning.callbacks import Measurements
-from distill_lightning.compression.report import Report, machine
-from distill_lightning.compression.stages import FINAL
-from distill_lightning.errors import InputError, refusing
+from distill_lightning.compression.report.report import Report, circumstances
+from distill_lightning.compression.report.stages import FINAL
+from distill_lightning.errors import InputError
 from distill_lightning.networks import recipe_of
-from distill_lightning.storage.files import write_whole
 from distill_lightning.studies.compress.config import CompressConfig
 from distill_lightning.studies.compress.runs import (
     CHECKPOINT,
@@ -33,21 +31,24 @@ from distill_lightning.studies.compress.runs import (
     Setup,
     execute,
     plan,
+    preview_of,
 )
+from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
 from distill_lightning.studies.progress import OnEpoch, train_missing
 
 _KNOWN = "compress.yaml"
 _ABSENT = {"same_size": "control of the same size", "random": "control with a random criterion"}
 # Columns of a terminal; intervals of times need more.
 _NARROW = 110
-_INTERRUPTED = 130
 
 Make = Callable[[Sequence[str]], Setup]
 """Makes a module, its data and a Trainer from arguments of the command line."""
 
 
-def run(config: CompressConfig, arguments: Sequence[str], make: Make, *, console: Console | None = None) -> Report:
-    """Run ``distill-lightning compress CONFIG [--output FOLDER] [--seeds 0 1 2] [--controls ...] [--key value ...]``.
+def run(
+    config: CompressConfig, arguments: Sequence[str], make: Make, *, console: Console | None = None
+) -> Report | None:
+    """Run ``distill-lightning compress CONFIG [--preview] [--output FOLDER] [--seeds 0 1] [--key value ...]``.
 
     Args:
         config: which configuration is compressed, and how often.
@@ -56,17 +57,14 @@ def run(config: CompressConfig, arguments: Sequence[str], make: Make, *, console
         console: where the progress and the table are shown.
 
     Returns:
-        The report that was written.
+        The report that was written; ``None`` if there was only to be a preview.
 
     Raises:
         ArgumentError: the configuration cannot be parsed.
         InputError: it cannot be used, or the output folder belongs to another one.
         SystemExit: with status 130, after Ctrl-C.
     """
-    console = console or Console()
-    if not console.is_terminal:
-        # A log file has no edge to wrap at.
-        console.width = max(console.width, 132)
+    console = wide_console(console)
     folder = Path(config.output)
 
     def setup_of(seed: int, root: Path) -> Setup:
@@ -75,6 +73,12 @@ def run(config: CompressConfig, arguments: Sequence[str], make: Make, *, console
         return make(["--config", config.module, *config.overrides, *own, *quiet])
 
     first = setup_of(config.seeds[0], folder)
+    if config.preview:
+        preview = preview_of(first)
+        console.print(table_of(preview.table()))
+        for note in preview.notes:
+            console.print(note, style="dim", highlight=False)
+        return None
     _check_metric(first.model, config.metric)
     # A configuration that cannot be used claims no folder.
     _reserve_folder(folder, config.module, config.overrides)
@@ -84,8 +88,7 @@ def run(config: CompressConfig, arguments: Sequence[str], make: Make, *, console
     runs = plan(folder, config.seeds, config.controls)
     for line in _warnings(first):
         console.print(line, highlight=False)
-    with _reporting_interrupts(runs, folder, console):
-        _execute(runs, setup_of, wanted, first.trainer.max_epochs or 0, console)
+    _execute(runs, setup_of, wanted, epochs=first.trainer.max_epochs or 0, folder=folder, console=console)
     report = _report(runs, arguments, config.metric, higher_is_better=_higher_is_better(first.model, config.metric))
     paths = _write(report, runs[0], folder)
     console.print(_table(report, console.width))
@@ -99,9 +102,7 @@ def run(config: CompressConfig, arguments: Sequence[str], make: Make, *, console
         console.print(line, highlight=False)
     if not find_spec("onnxruntime"):
         console.print("no ONNX file: pip install 'distill-lightning[onnx]'", highlight=False)
-    console.print("Written:")
-    for path in paths:
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
+    print_written(console, paths)
     return report
 
 
@@ -123,21 +124,15 @@ def _higher_is_better(model: Any, metric: str) -> bool:
 
 def _reserve_folder(folder: Path, config: str, overrides: Sequence[str]) -> None:
     """Refuse an output folder of another configuration; only seeds and controls may be added to finished runs."""
+    refuse_foreign_folder(folder, known=_KNOWN)
     known = folder / _KNOWN
     content = yaml.safe_dump({"config": Path(config).read_text(), "overrides": list(overrides)}, sort_keys=False)
-    if known.is_file():
-        if known.read_text() == content:
-            return
-        if any(folder.glob("runs/*/stages.json")):
-            raise InputError(
-                f"output folder {folder} belongs to another configuration: give another folder with --output, or "
-                "remove this one"
-            )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"output folder {folder} holds something else: give an empty or new one with --output")
-    with refusing(f"output {folder}", OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(known, [content.encode()])
+    if known.is_file() and known.read_text() != content and any(folder.glob("runs/*/stages.json")):
+        raise InputError(
+            f"output folder {folder} belongs to another configuration: give another folder with --output, or remove "
+            "this one"
+        )
+    claim_folder(folder, known=_KNOWN, content=content)
 
 
 def _warnings(setup: Setup) -> list[str]:
@@ -151,27 +146,14 @@ def _warnings(setup: Setup) -> list[str]:
     ]
 
 
-@contextmanager
-def _reporting_interrupts(runs: Sequence[Run], folder: Path, console: Console) -> Iterator[None]:
-    """After Ctrl-C, print what is kept, and exit with the status that shells give to it."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning leaves the process once it has seen the interrupt.
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        done = sum(run.is_finished for run in runs)
-        console.print(
-            f"Interrupted: {done} of {len(runs)} runs are finished and kept in {folder}; the same command goes on "
-            "with the others.",
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise SystemExit(_INTERRUPTED) from None
-
-
 def _execute(
-    runs: Sequence[Run], make: Callable[[int, Path], Setup], wanted: Measurements, epochs: int, console: Console
+    runs: Sequence[Run],
+    make: Callable[[int, Path], Setup],
+    wanted: Measurements,
+    *,
+    epochs: int,
+    folder: Path,
+    console: Console,
 ) -> None:
     def train(run: Run, on_epoch: OnEpoch) -> None:
         # An interrupted run is made again from its beginning.
@@ -179,7 +161,7 @@ def _execute(
         run.folder.mkdir(parents=True)
         execute(run, make, wanted, on_epoch)
 
-    train_missing(runs, train, name="compress", epochs=lambda _: epochs, console=console)
+    train_missing(runs, train, name="compress", epochs=lambda _: epochs, folder=folder, console=console)
 
 
 def _report(runs: Sequence[Run], arguments: Sequence[str], metric: str, *, higher_is_better: bool) -> Report:
@@ -193,7 +175,7 @@ def _report(runs: Sequence[Run], arguments: Sequence[str], metric: str, *, highe
     about = {
         "command": f"distill-lightning compress {shlex.join(arguments)}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        **machine(),
+        **circumstances(),
         **reasons,
     }
     return Report(by_seed, metric=metric, higher_is_better=higher_is_better, about=about)

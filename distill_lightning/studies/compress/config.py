@@ -25,6 +25,7 @@ class CompressConfig:
         seeds: of the runs, each with every control.
         controls: what the compression is held against.
         metric: the score that the table is about.
+        preview: whether only to show what the steps would take out of the network.
     """
 
     module: str
@@ -33,6 +34,7 @@ class CompressConfig:
     seeds: list[int]
     controls: list[Control]
     metric: str
+    preview: bool
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,7 +43,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_config(arguments: Sequence[str]) -> CompressConfig:
-    """Read ``CONFIG [--output FOLDER] [--seeds 0 1 2] [--controls ...] [--metric NAME] [--key value ...]``.
+    """Read ``CONFIG [--preview] [--output FOLDER] [--seeds 0 1 2] [--controls ...] [--metric NAME] [--key value ...]``.
 
     Raises:
         InputError: the options cannot be read, or there is no such configuration.
@@ -60,6 +62,7 @@ def parse_config(arguments: Sequence[str]) -> CompressConfig:
         help="a dense network of the same size from scratch, and the same steps with a random criterion",
     )  # fmt: skip
     parser.add_argument("--metric", default="accuracy", help="the score that the table is about")
+    parser.add_argument("--preview", action="store_true", help="show what would leave the network, and train nothing")
     options, overrides = parser.parse_known_args(list(arguments))
     if not Path(options.config).is_file():
         raise InputError(f"there is no configuration {options.config}: give the path of a YAML file")
@@ -73,4 +76,5 @@ def parse_config(arguments: Sequence[str]) -> CompressConfig:
         seeds=options.seeds,
         controls=list(dict.fromkeys(options.controls)),
         metric=options.metric,
+        preview=options.preview,
     )

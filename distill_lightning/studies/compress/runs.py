@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,12 +14,14 @@ from torch import nn
 
 from distill_lightning.callbacks import CompressionCallback, Measurements
 from distill_lightning.callbacks.stages import measure
-from distill_lightning.compression.artefact import load_compressed, write_artefact
-from distill_lightning.compression.compressor import Compressor
-from distill_lightning.compression.controls import random_steps, same_size_network
-from distill_lightning.compression.onnx_export import export_onnx, quantize_onnx
-from distill_lightning.compression.recipe import copy_network
-from distill_lightning.compression.stages import CONTROL_RANDOM, CONTROL_SCRATCH, FINAL, Stage
+from distill_lightning.compression.access.calibration import first_samples
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.file.artefact import load_compressed, write_artefact
+from distill_lightning.compression.report.controls import random_steps, same_size_network
+from distill_lightning.compression.report.onnx import export_onnx, quantize_onnx
+from distill_lightning.compression.report.stages import CONTROL_RANDOM, CONTROL_SCRATCH, FINAL, Stage
+from distill_lightning.compression.run.compressor import Compressor
+from distill_lightning.compression.run.preview import Preview, preview
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.storage.files import write_whole
@@ -158,7 +161,7 @@ def _train_same_size(run: Run, setup: Setup, callback: CompressionCallback, want
     cast("Any", setup.trainer).callbacks.append(scoring)
     setup.data.prepare_data()
     setup.data.setup("fit")
-    inputs = Batch.of(next(iter(setup.data.train_dataloader()))).input[:2]
+    inputs = first_samples(Batch.of(next(iter(setup.data.train_dataloader()))).input, 2)
     # Not the packed file: what quantization has rounded to zero there was not pruned.
     compressed = load_compressed(checkpoint, copy_network(dense), bake=False)
     same_size_network(network, compressed, inputs, seed=run.seed)
@@ -176,9 +179,24 @@ class _Scoring(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measure the network beside the dense one."""
         batch = next(iter(cast("Any", trainer.train_dataloader)))
-        compressor = Compressor(getattr(pl_module, self.attribute), [], Batch.of(batch).input[:2])
+        compressor = Compressor(getattr(pl_module, self.attribute), [], first_samples(Batch.of(batch).input, 2))
         compressor.dense = self.dense
         self.stages = [measure(trainer, pl_module, compressor, self.wanted, name=CONTROL_SCRATCH, kind="control")]
+
+
+def preview_of(setup: Setup) -> Preview:
+    """What the steps would take out of the network, by the data of the setup; nothing is trained or touched."""
+    setup.data.prepare_data()
+    setup.data.setup("fit")
+
+    def drawn(count: int) -> list[tuple[Any, Any]]:
+        batches = [Batch.of(batch) for batch in islice(setup.data.train_dataloader(), count)]
+        return [(batch.input, batch.target) for batch in batches]
+
+    callback = setup.callback
+    network = cast("nn.Module", getattr(setup.model, callback.attribute))
+    inputs = first_samples(drawn(1)[0][0], 1)
+    return preview(network, callback.steps, inputs, batches=lambda: drawn(callback.calibration_batches))
 
 
 def plan(folder: Path, seeds: Sequence[int], controls: Sequence[RunKind]) -> list[Run]:

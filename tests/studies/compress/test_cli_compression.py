@@ -6,7 +6,7 @@ import yaml
 
 from distill_lightning import SmallCNN, cli
 from distill_lightning.callbacks import CompressionCallback
-from distill_lightning.compression.measure import count_parameters
+from distill_lightning.compression.costs.parameters import count_parameters
 
 # A configuration may be resumed without the callbacks that have written its checkpoints, and into their folder.
 pytestmark = [
@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 STEPS = [
-    {"class_path": "Prune", "init_args": {"amount": 0.5, "granularity": "channel", "finetune_epochs": 2}},
+    {"class_path": "PruneUnits", "init_args": {"amount": 0.5, "unit": "channel", "finetune_epochs": 2}},
     {"class_path": "Quantize", "init_args": {"weight_bits": 4}},
 ]
 

@@ -16,15 +16,18 @@ from distill_lightning.callbacks import Measurements
 from distill_lightning.cli import main
 from distill_lightning.compression import (
     Compressor,
+    LearnMask,
     LowRank,
-    Prune,
+    PruneUnits,
+    PruneWeights,
     Quantize,
     ShareWeights,
+    SoftMovement,
     Stage,
     load_compressed,
 )
-from distill_lightning.compression.controls import random_steps, same_size_network
-from distill_lightning.compression.measure import count_parameters
+from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression.report.controls import random_steps, same_size_network
 from distill_lightning.errors import InputError
 from distill_lightning.studies.compress import command, runs
 from distill_lightning.studies.compress.config import parse_config
@@ -45,7 +48,7 @@ CNN = {"class_path": "SmallCNN", "init_args": {"num_classes": 10, "width": 4}}
 
 def configuration(change=lambda config: None):
     steps = [
-        {"class_path": "Prune", "init_args": {"amount": 0.5, "granularity": "channel", "finetune_epochs": 1}},
+        {"class_path": "PruneUnits", "init_args": {"amount": 0.5, "unit": "channel", "finetune_epochs": 1}},
         {"class_path": "Encode", "init_args": {"method": "deflate"}},
     ]
     config = {
@@ -281,7 +284,7 @@ def changed_steps(*steps):
 
 
 def prune(**options):
-    return {"class_path": "Prune", "init_args": options}
+    return {"class_path": "PruneWeights", "init_args": options}
 
 
 @pytest.mark.filterwarnings("ignore:the last step of the compression is over")
@@ -303,12 +306,12 @@ def prune(**options):
         ),
         (
             changed_steps(prune(amount=0.5, at="middle")),
-            "model.steps.at of Prune: Expected int, float, 'start', 'end'. Got value: middle",
+            "model.steps.at of PruneWeights: Expected int, float, 'start', 'end'. Got value: middle",
         ),
         (
             changed_steps({"class_path": "Prun"}),
-            "there is no step Prun: known ones are Encode, HashShare, LowRank, Prune, Quantize, Regularise, "
-            "ShareWeights, TieLayers",
+            "there is no step Prun: known ones are Encode, HashShare, LearnMask, LowRank, PruneUnits, PruneWeights, "
+            "Quantize, Regularise, ShareWeights, TieLayers",
         ),
         (
             lambda config: config["model"]["init_args"].update(network={"class_path": "SmalCNN"}),
@@ -429,12 +432,12 @@ def test_quantization_alone_is_compared_with_a_network_of_the_dense_size(tmp_pat
 
 
 def test_the_random_control_draws_what_is_pruned():
-    steps = [Prune(amount=0.5), LowRank(rank=2), Prune(amount=0.5, granularity="channel", criterion="taylor")]
+    steps = [PruneWeights(amount=0.5), LowRank(rank=2), PruneUnits(amount=0.5, unit="channel", criterion="taylor")]
     drawn = random_steps(steps)
     assert [getattr(step, "criterion", None) for step in drawn] == ["random", None, "random"]
     assert [getattr(step, "criterion", None) for step in steps] == ["magnitude", None, "taylor"]
-    with pytest.raises(InputError, match="threshold is one of the criterion's scores"):
-        random_steps([Prune(criterion="soft_movement", finetune_epochs=1)])
+    with pytest.raises(InputError, match="threshold is one of the learned scores"):
+        random_steps([LearnMask(SoftMovement(), finetune_epochs=1)])
     with pytest.raises(InputError, match="no step prunes: there is no criterion to compare with a random one"):
         random_steps([Quantize()])
 
@@ -442,7 +445,10 @@ def test_the_random_control_draws_what_is_pruned():
 def test_the_random_control_is_random_in_the_network():
     """The largest weights stay by magnitude, and go as often as any by chance."""
     survivors = {}
-    for name, steps in (("magnitude", [Prune(amount=0.5)]), ("random", random_steps([Prune(amount=0.5)]))):
+    for name, steps in (
+        ("magnitude", [PruneWeights(amount=0.5)]),
+        ("random", random_steps([PruneWeights(amount=0.5)])),
+    ):
         torch.manual_seed(0)
         network = SmallCNN(10)
         before = torch.cat([p.detach().abs().flatten() for p in network.parameters() if p.dim() > 1])
@@ -457,12 +463,12 @@ def test_the_random_control_is_random_in_the_network():
 @pytest.mark.parametrize(
     ("make", "steps"),
     [
-        (lambda: SmallCNN(10), [Prune(amount=0.9)]),
-        (lambda: SmallCNN(10), [Prune(amount=0.5, granularity="channel"), Prune(amount=0.5)]),
+        (lambda: SmallCNN(10), [PruneWeights(amount=0.9)]),
+        (lambda: SmallCNN(10), [PruneUnits(amount=0.5, unit="channel"), PruneWeights(amount=0.5)]),
         (lambda: SmallCNN(10), [LowRank(rank=4)]),
-        (lambda: SmallLSTM(10, input_size=8), [Prune(amount=0.8)]),
-        (lambda: SmallLSTM(10, input_size=8), [Prune(amount=0.5, granularity="hidden_unit")]),
-        (lambda: SmallTransformer(10, length=8, input_size=8), [Prune(amount=0.5)]),
+        (lambda: SmallLSTM(10, input_size=8), [PruneWeights(amount=0.8)]),
+        (lambda: SmallLSTM(10, input_size=8), [PruneUnits(amount=0.5, unit="hidden_unit")]),
+        (lambda: SmallTransformer(10, length=8, input_size=8), [PruneWeights(amount=0.5)]),
         (lambda: SmallCNN(10), [ShareWeights(k=16)]),
     ],
 )
@@ -486,6 +492,6 @@ def test_a_network_of_the_same_size_has_at_most_as_many_parameters(make, steps):
 
 
 def load_plain(network):
-    from distill_lightning.compression.recipe import plain_copy
+    from distill_lightning.compression.structure.changes import plain_copy
 
     return plain_copy(network)

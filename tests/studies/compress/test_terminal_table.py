@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from distill_lightning.compression.report import LatencyRow, Report, Stage
+from distill_lightning.compression.report.report import Report
+from distill_lightning.compression.report.stages import LatencyRow, Stage
 from distill_lightning.studies.compress.command import _claims, _table
 
 
@@ -28,7 +29,11 @@ def report():
             seed: [
                 stage("dense", "dense", 0.98 + seed / 100),
                 stage(
-                    "1 Prune hidden_unit, before fine-tuning", "before", 0.5, missing={"latency": "see final"}, **small
+                    "1 PruneUnits hidden_unit, before fine-tuning",
+                    "before",
+                    0.5,
+                    missing={"latency": "see final"},
+                    **small,
                 ),
                 stage("final", "after", 0.97, latency=times, **small),
             ]
@@ -58,14 +63,14 @@ def test_every_row_that_shows_a_time_says_what_it_means():
     int8.nbytes["onnx_int8"] = 50_000
     stages = [
         stage("dense", "dense", 0.98),
-        stage("1 Prune, before fine-tuning", "before", 0.5, missing={"latency": "see 1 Prune"}),
-        stage("1 Prune", "after", 0.97, latency=[same]),
+        stage("1 PruneWeights, before fine-tuning", "before", 0.5, missing={"latency": "see 1 PruneWeights"}),
+        stage("1 PruneWeights", "after", 0.97, latency=[same]),
         int8,
         stage("control: random criterion", "control", 0.9, missing={"latency": "not asked for"}),
     ]
     stages[0].nbytes["onnx"] = 200_000
     pruned, final, control = _claims(Report({0: stages}))
-    assert pruned.startswith("1 Prune: ")
+    assert pruned.startswith("1 PruneWeights: ")
     assert "no measured speed-up at batch 1 (0.95 [0.80, 1.10])" in pruned
     assert "int8: 0.25 of the ONNX file" in final
     assert "in ONNX Runtime int8" in final

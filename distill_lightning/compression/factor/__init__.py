@@ -1,0 +1,1 @@
+"""Low-rank factors in place of weights: smaller files and fewer multiply-accumulates."""

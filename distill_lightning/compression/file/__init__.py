@@ -1,0 +1,1 @@
+"""One small file with a whole compressed network."""

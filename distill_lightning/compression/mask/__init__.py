@@ -1,0 +1,1 @@
+"""Weights that are zero: criteria, selection, masks, and masks that are learned."""

@@ -1,0 +1,390 @@
+"""ONNX files, their int8 versions, and ONNX Runtime, which has the int8 kernels that PyTorch lacks on the CPU.
+
+Needs the extra ``onnx``: ``pip install 'distill-lightning[onnx]'``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from distill_lightning.compression.access.calibration import calibrating, inputs_of
+from distill_lightning.compression.report.measure import Latency, compare_latency
+from distill_lightning.errors import InputError, check_one_of
+from distill_lightning.layers import eval_mode
+
+TOLERANCE = 1e-5
+"""The largest difference of an output, relative to the largest output or to 1, that a float32 export may have."""
+
+Array = NDArray[Any]
+
+_BATCHES = (1, 3)
+_CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+_RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
+_INT8_COVERAGE = 0.5
+
+
+class OnnxNetwork:
+    """A network in ONNX Runtime, on the CPU.
+
+    Args:
+        path: path of the ONNX file.
+        threads: number of threads that one operation may use; with 1 everything is computed in the calling thread,
+            whose processor time is then the whole cost.
+    """
+
+    def __init__(self, path: Path, *, threads: int = 1) -> None:
+        runtime = _package("onnxruntime")
+        if not path.is_file():
+            raise InputError(f"there is no file {path}: give the path of an ONNX file")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # Errors only: its warnings bypass Python on their way to stderr, and are about its own optimiser.
+        options.log_severity_level = 3
+        try:
+            self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime has its own exception for each kind of damage
+            raise InputError(f"{path} cannot be read by ONNX Runtime: {_in_a_line(error)}") from error
+        self.path = path
+        self.inputs = [entry.name for entry in self.session.get_inputs()]
+
+    def __call__(self, *inputs: Tensor | Array) -> Any:
+        """The outputs: one tensor, or a tuple of all tensors (`outputs_of`).
+
+        Args:
+            inputs: all inputs of the network, tensors or arrays.
+
+        Raises:
+            InputError: the number of inputs is wrong, or the file does not accept their shapes or types.
+        """
+        if len(inputs) != len(self.inputs):
+            raise InputError(
+                f"{self.path} takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), got {len(inputs)}"
+            )
+        arrays = [value.detach().cpu().numpy() if isinstance(value, Tensor) else value for value in inputs]
+        try:
+            outputs = self.session.run(None, dict(zip(self.inputs, arrays, strict=True)))
+        except Exception as error:  # as above
+            raise InputError(f"{self.path} does not take these inputs: {_in_a_line(error)}") from error
+        tensors = tuple(torch.from_numpy(output) for output in outputs)
+        return tensors[0] if len(tensors) == 1 else tensors
+
+
+def export_onnx(network: nn.Module, path: Path, example_inputs: Any, *, dynamic_batch: bool = True) -> Path:
+    """Write a network as an ONNX file in float32, and check that ONNX Runtime computes the same as PyTorch.
+
+    The file holds the weights themselves; what the exporter adds for debugging (stack traces, shapes of all
+    intermediate values), which can be larger than a small network's weights, is left out. Equal weights are stored
+    once, so the file of a fresh `nn.TransformerEncoder`, whose layers begin as copies of one, is smaller than after
+    training.
+
+    Args:
+        network: a plain network: it may be shrunk or factored, but quantized or shared weights must be baked, and there
+            must be no hooks that quantize. It runs in eval mode and is left as it was.
+        path: path of the file.
+        example_inputs: a tensor, or a tuple of arguments; the batch is the first dimension of each.
+        dynamic_batch: whether the file accepts every batch size, or only that of ``example_inputs``.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: the extra ``onnx`` is not installed, the network is parametrized or cannot be exported, or the
+            outputs differ at batch sizes 1 and 3 (at that of ``example_inputs``) or are not tensors. No file is left
+            then.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        _package(package)
+    for name, module in network.named_modules():
+        if parametrize.is_parametrized(module):
+            raise InputError(f"{name or type(network).__name__} is parametrized: bake the network before export_onnx")
+    # The exporter would treat a size of 1 as a constant.
+    inputs = at_batch(example_inputs, max(2, len(inputs_of(example_inputs)[0]))) if dynamic_batch else example_inputs
+    arguments = inputs_of(inputs)
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch} if isinstance(value, Tensor) else None for value in arguments) if dynamic_batch else None
+    with calibrating(network), torch.no_grad(), _known_warnings():
+        try:
+            torch.onnx.export(
+                network, arguments, str(path), dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise InputError(f"{type(network).__name__} cannot be exported to ONNX: {_in_a_line(error)}") from error
+    checked = [at_batch(inputs, size) for size in _BATCHES] if dynamic_batch else [inputs]
+    try:
+        _strip(path)
+        session = OnnxNetwork(path)
+        for given in checked:
+            _check_equal(network, session, inputs_of(given))
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def quantize_onnx(
+    path: Path,
+    out: Path,
+    *,
+    mode: Literal["static", "dynamic"] = "static",
+    batches: Iterable[Any] | None = None,
+) -> Path:
+    """Write the int8 version of an ONNX file, with a scale for each output channel.
+
+    Weights have 7 bits on processors without VNNI, where 8 overflow and errors are ten times as large.
+
+    Args:
+        path: path of a file that `export_onnx` wrote.
+        out: path of the quantized file.
+        mode: ``"static"`` for convolutional networks: activations have fixed ranges, found on ``batches``;
+            ``"dynamic"`` for LSTMs and Transformers: ranges are found at every call.
+        batches: inputs from the training set, each a tensor or a tuple of tensors; only for ``"static"``.
+
+    Returns:
+        The path of the quantized file.
+
+    Raises:
+        InputError: the extra ``onnx`` is not installed; a mode that does not suit the network: dynamic for convolutions
+            is several times slower than float, static leaves recurrent layers in float; ``batches`` are missing or
+            not needed; or less than half of the weights could be quantized.
+    """
+    onnx = _package("onnx")
+    _package("onnxruntime")
+    check_one_of("quantize_onnx: mode", mode, ("static", "dynamic"))
+    if (mode == "static") != (batches is not None):
+        raise InputError(f"quantize_onnx: mode={mode!r} {'needs' if mode == 'static' else 'takes no'} batches")
+    if not path.is_file():
+        raise InputError(f"there is no file {path}: write it with export_onnx first")
+    graph = onnx.load(str(path)).graph
+    kinds = {node.op_type for node in graph.node}
+    if mode == "dynamic" and kinds & _CONVOLUTIONS:
+        raise InputError(
+            f"{path} has convolutions, which dynamic quantization makes several times slower: use mode='static'"
+        )
+    if mode == "static" and kinds & _RECURRENT:
+        raise InputError(f"{path} has recurrent layers, which static quantization leaves in float: use mode='dynamic'")
+    quantization = _package("onnxruntime.quantization")
+    preprocess = _package("onnxruntime.quantization.shape_inference").quant_pre_process
+    options = {
+        "per_channel": True,
+        "reduce_range": not has_vnni(),
+        "weight_type": quantization.QuantType.QInt8,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder, "prepared.onnx")
+        preprocess(str(path), str(prepared))
+        if batches is None:
+            quantization.quantize_dynamic(str(prepared), str(out), **options)
+        else:
+            names = [entry.name for entry in graph.input]
+            quantization.quantize_static(
+                str(prepared),
+                str(out),
+                _reader(quantization, path, names, batches),
+                quant_format=quantization.QuantFormat.QDQ,
+                activation_type=quantization.QuantType.QUInt8,
+                **options,
+            )
+    _strip(out)
+    share = int8_share(out)
+    if share < _INT8_COVERAGE:
+        out.unlink()
+        raise InputError(
+            f"{path}: only {share:.0%} of the weights would be int8 with mode={mode!r}: ONNX Runtime has no int8 "
+            "kernel for the others; quantize with the package's own steps and keep the packed file"
+        )
+    return out
+
+
+def int8_share(path: Path) -> float:
+    """The share of an ONNX file's weights, by number of entries, that are 8-bit integers."""
+    onnx = _package("onnx")
+    tensors = onnx.load(str(path)).graph.initializer
+    small = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    sizes = [(int(np.prod(tensor.dims)), tensor.data_type in small) for tensor in tensors]
+    return sum(size for size, is_small in sizes if is_small) / max(1, sum(size for size, _ in sizes))
+
+
+def onnx_latency(
+    compressed: Path, dense: Path, network: nn.Module, example_inputs: Any, *, rounds: int = 50, seed: int = 0
+) -> dict[Literal["onnxruntime", "torch"], Latency]:
+    """The time of an ONNX file in ONNX Runtime against two baselines, because the runtime itself saves time, too.
+
+    Args:
+        compressed: the file, quantized for example.
+        dense: the dense network's file in float32.
+        network: the dense network.
+        example_inputs: a tensor, or a tuple of arguments.
+        rounds: number of turns, see `compare_latency`.
+        seed: seed of the bootstrap.
+
+    Returns:
+        ``"onnxruntime"``: the comparison with the dense file; ``"torch"``: with the dense network in PyTorch.
+
+    Raises:
+        InputError: a file cannot be read, or the arguments do not suit `compare_latency`.
+    """
+    arguments = inputs_of(example_inputs)
+    ours, theirs = OnnxNetwork(compressed), OnnxNetwork(dense)
+    arrays = [_array(value) for value in tensors_of(arguments)]
+    with eval_mode(network):
+        return {
+            "onnxruntime": compare_latency(lambda: theirs(*arrays), lambda: ours(*arrays), rounds=rounds, seed=seed),
+            "torch": compare_latency(lambda: network(*arguments), lambda: ours(*arrays), rounds=rounds, seed=seed),
+        }
+
+
+def at_batch(example_inputs: Any, size: int) -> Any:
+    """Example inputs at another batch size: their samples repeated, or only the first ones.
+
+    Args:
+        example_inputs: a tensor, or a tuple of arguments; the batch is the first dimension of each tensor.
+        size: the new batch size.
+
+    Raises:
+        InputError: a tensor without samples.
+    """
+    resized = []
+    for value in inputs_of(example_inputs):
+        if not isinstance(value, Tensor):
+            resized.append(value)
+            continue
+        if not value.ndim or not len(value):
+            raise InputError(f"example inputs of shape {tuple(value.shape)} have no sample: give a batch (N, ...)")
+        resized.append(value[torch.arange(size, device=value.device) % len(value)])
+    return resized[0] if isinstance(example_inputs, Tensor) else tuple(resized)
+
+
+def tensors_of(example_inputs: Any) -> tuple[Tensor, ...]:
+    """The arguments that are tensors; an ONNX file has the others built in.
+
+    Args:
+        example_inputs: a tensor, or a tuple of arguments.
+    """
+    return tuple(value for value in inputs_of(example_inputs) if isinstance(value, Tensor))
+
+
+def outputs_of(output: Any) -> tuple[Tensor, ...]:
+    """The tensors of a network's output, in the order of an ONNX file; ``None`` is left out."""
+    if isinstance(output, Tensor):
+        return (output,)
+    if output is None:
+        return ()
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if not isinstance(output, (tuple, list)):
+        raise InputError(f"outputs must be tensors, or tuples, lists and dicts of tensors, got {type(output).__name__}")
+    return tuple(tensor for part in output for tensor in outputs_of(part))
+
+
+def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor multiplies 8-bit integers without overflow; false if the system does not say.
+
+    Args:
+        cpuinfo: the file in which Linux describes the processor.
+    """
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    # ARM's instruction has another name.
+    features = next((line for line in lines if line.startswith("Features")), "").split()
+    return any("vnni" in flag for flag in flags) or "asimddp" in features
+
+
+def _array(value: Tensor | Array) -> Array:
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.split(".", maxsplit=1)[0]:
+            raise
+        raise InputError(f"{error.name} is not installed: pip install 'distill-lightning[onnx]'") from error
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+@contextmanager
+def _known_warnings() -> Iterator[None]:
+    """Silence the exporter's warnings about PyTorch's own code, which its callers cannot change."""
+    with warnings.catch_warnings():
+        # torch.export of 2.14 calls what torch.fx has deprecated.
+        warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)
+        # Recurrent layers keep a list of their weights beside the parameters; the export reads the parameters.
+        warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights", UserWarning)
+        # All inputs are meant to have the same batch size.
+        warnings.filterwarnings("ignore", "# The axis name: batch will not be used", UserWarning)
+        yield
+
+
+def _strip(path: Path) -> None:
+    """Remove stack traces and the types of intermediate values, which also keep ONNX Runtime from quantizing."""
+    onnx = _package("onnx")
+    model = onnx.load(str(path))
+    graph = model.graph
+    del graph.value_info[:], model.metadata_props[:], graph.metadata_props[:]
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("doc_string")
+        del part.metadata_props[:]
+    onnx.save(model, str(path))
+
+
+def _check_equal(network: nn.Module, session: OnnxNetwork, arguments: tuple[Any, ...]) -> None:
+    with calibrating(network), torch.inference_mode():
+        wanted = outputs_of(network(*arguments))
+    found = outputs_of(session(*tensors_of(arguments)))
+    if len(found) != len(wanted):
+        raise InputError(
+            f"{session.path} has {len(found)} outputs, but {type(network).__name__} returns {len(wanted)}: return each "
+            "tensor only once"
+        )
+    for ours, theirs in zip(wanted, found, strict=True):
+        gap = float((ours.double() - theirs.double()).abs().max()) if ours.shape == theirs.shape else float("nan")
+        # NaN is never within the tolerance.
+        if not gap <= TOLERANCE * max(1.0, float(ours.double().abs().max())):
+            raise InputError(
+                f"{session.path} does not compute what {type(network).__name__} does: with a batch of "
+                f"{len(arguments[0])} outputs differ by {gap:.3g}; does its forward depend on values of its input?"
+            )
+
+
+def _reader(quantization: ModuleType, path: Path, names: Sequence[str], batches: Iterable[Any]) -> Any:
+    """Calibration batches in the way ONNX Runtime asks for them: one by one, then ``None``."""
+
+    def feeds() -> Iterator[dict[str, Any]]:
+        number = 0
+        for batch in batches:
+            arrays = [
+                value.detach().cpu().numpy() if isinstance(value, Tensor) else value for value in inputs_of(batch)
+            ]
+            if len(arrays) != len(names):
+                raise InputError(f"{path} takes {len(names)} inputs, but a calibration batch has {len(arrays)}")
+            number += 1
+            yield dict(zip(names, arrays, strict=True))
+        if not number:
+            raise InputError("quantize_onnx: there is no calibration batch: give at least one")
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            self.feeds = feeds()
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.feeds, None)
+
+    return Reader()

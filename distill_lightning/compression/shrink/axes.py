@@ -1,0 +1,252 @@
+"""The axes along which a layer can shrink, and the tensors along each axis.
+
+An axis is a number of positions; cutting it removes the same positions from every tensor along it:
+
+=====================  ==============  ==========================================================
+layer                  axis            positions
+=====================  ==============  ==========================================================
+convolution, `Linear`  ``"out"``       output channels
+convolution, `Linear`  ``"in"``        input channels
+depthwise convolution  ``"channels"``  its channels
+BatchNorm and others   ``"channels"``  its channels
+RNN, LSTM, GRU         ``"in"``        features of its input
+RNN, LSTM, GRU         ``"units"``     hidden units: of layer 0 forward, then 0 backward, 1 forward ...
+`Attention`            ``"heads"``     heads
+Transformer layer      ``"neurons"``   neurons of its feed-forward network
+=====================  ==============  ==========================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
+
+from distill_lightning.compression.shrink.attention import Attention
+from distill_lightning.errors import InputError
+
+Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TransformerLayer = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+class Slice(NamedTuple):
+    """One dimension of a tensor, which lies along an axis.
+
+    Args:
+        tensor: name of the tensor in the layer, dotted if it belongs to a child.
+        dim: the dimension.
+        positions: the position on the axis of each index along ``dim``, -1 for none; int64.
+    """
+
+    tensor: str
+    dim: int
+    positions: Tensor
+
+
+def is_depthwise(conv: nn.Module) -> bool:
+    """Whether a layer is a convolution that filters every channel separately."""
+    return isinstance(conv, Conv) and conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
+
+
+def slices(layer: nn.Module, axis: str) -> list[Slice]:
+    """The slices along an axis of a layer; see the table above.
+
+    Raises:
+        InputError: the layer has no such axis.
+    """
+    for kinds, axes in _AXES:
+        if isinstance(layer, kinds) and axis in axes:
+            return [found for found in axes[axis](layer) if _tensor(layer, found.tensor) is not None]
+    raise InputError(f"{type(layer).__name__} has no axis {axis!r} to shrink along")
+
+
+def length(layer: nn.Module, axis: str) -> int:
+    """Number of positions of an axis.
+
+    Raises:
+        InputError: the layer has no such axis.
+    """
+    return 1 + max(int(found.positions.max()) for found in slices(layer, axis))
+
+
+def cut(layer: nn.Module, axis: str, keep: Tensor) -> None:
+    """Shrink a layer along an axis, in place.
+
+    The layer gets new parameters with their own storage and without gradients: make a new optimiser afterwards. Buffers
+    are replaced in the same way, and the layer's sizes (``out_channels`` ...) are updated. ``keep`` is bool, one per
+    position.
+    """
+    check_cut(layer, axis, keep)
+    for found in slices(layer, axis):
+        index = ((found.positions < 0) | keep[found.positions.clamp(min=0)]).nonzero().flatten()
+        _replace(layer, found.tensor, found.dim, index)
+    _resize(layer, axis, keep)
+
+
+def check_cut(layer: nn.Module, axis: str, keep: Tensor) -> None:
+    """Refuse the same arguments as `cut`, without changing anything.
+
+    Raises:
+        InputError: see `cut`.
+    """
+    name = type(layer).__name__
+    if any(parametrize.is_parametrized(module) for module in layer.modules()):
+        raise InputError(f"{name} is reparametrized: bake that in (torch.nn.utils.parametrize) before it is shrunk")
+    if len(keep) != length(layer, axis):
+        raise InputError(f"{name}: axis {axis!r} has {length(layer, axis)} positions, got {len(keep)}")
+    if not keep.any():
+        raise InputError(f"{name}: nothing would stay of axis {axis!r}: keep at least one position")
+    if axis == "units" and len(set(_counts(layer, keep))) > 1:
+        raise InputError(
+            f"{name}: every layer and direction must keep the same number of units, got {_counts(layer, keep)}: "
+            "choose the same number in each"
+        )
+
+
+def _counts(layer: nn.Module, keep: Tensor) -> list[int]:
+    return [int(count) for count in keep.view(-1, int(layer.hidden_size)).sum(1)]  # type: ignore[arg-type]
+
+
+def _tensor(layer: nn.Module, name: str) -> Tensor | None:
+    parent, _, own = name.rpartition(".")
+    return getattr(layer.get_submodule(parent), own)  # type: ignore[no-any-return]
+
+
+def _replace(layer: nn.Module, name: str, dim: int, index: Tensor) -> None:
+    parent, _, own = name.rpartition(".")
+    owner = layer.get_submodule(parent)
+    old = getattr(owner, own)
+    # index_select makes a copy: a view would be saved with its whole storage.
+    new = old.detach().index_select(dim, index.to(old.device))
+    setattr(owner, own, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+
+def _resize(layer: Any, axis: str, keep: Tensor) -> None:
+    """Update the sizes in a layer's Python attributes after its tensors have changed."""
+    count = int(keep.sum())
+    for kinds, names in _ATTRIBUTES:
+        if isinstance(layer, kinds):
+            for name in names.get(axis, ()):
+                setattr(layer, name, count)
+    if isinstance(layer, nn.RNNBase):
+        if axis == "units":
+            layer.hidden_size = count // blocks(layer)
+        layer.flatten_parameters()
+    elif isinstance(layer, Attention):
+        inner = count * layer.head_dim
+        layer.q_proj.out_features = layer.k_proj.out_features = layer.v_proj.out_features = inner
+        layer.out_proj.in_features = inner
+    elif isinstance(layer, TransformerLayer):
+        layer.linear1.out_features = layer.linear2.in_features = count
+
+
+def blocks(layer: nn.RNNBase) -> int:
+    """Number of layers times directions of an RNN."""
+    return layer.num_layers * (2 if layer.bidirectional else 1)
+
+
+def _out(layer: Any) -> list[Slice]:
+    _ungrouped(layer)
+    positions = torch.arange(layer.weight.shape[0])
+    return [Slice("weight", 0, positions), Slice("bias", 0, positions)]
+
+
+def _in(layer: Any) -> list[Slice]:
+    _ungrouped(layer)
+    return [Slice("weight", 1, torch.arange(layer.weight.shape[1]))]
+
+
+def _ungrouped(layer: Any) -> None:
+    if getattr(layer, "groups", 1) != 1:
+        raise InputError(f"a convolution of {layer.groups} groups cannot lose single channels: leave it out")
+
+
+def _depthwise(layer: Any) -> list[Slice]:
+    if not is_depthwise(layer):
+        raise InputError("only a depthwise convolution has its input and output channels on one axis")
+    positions = torch.arange(layer.out_channels)
+    return [Slice("weight", 0, positions), Slice("bias", 0, positions)]
+
+
+def _norm(layer: Any) -> list[Slice]:
+    positions = torch.arange(layer.num_features)
+    return [Slice(name, 0, positions) for name in ("weight", "bias", "running_mean", "running_var")]
+
+
+def _suffixes(layer: Any) -> list[str]:
+    return ["", "_reverse"] if layer.bidirectional else [""]
+
+
+def _rnn_in(layer: Any) -> list[Slice]:
+    return [Slice(f"weight_ih_l0{suffix}", 1, torch.arange(layer.input_size)) for suffix in _suffixes(layer)]
+
+
+def _units(layer: Any) -> list[Slice]:
+    if layer.proj_size:
+        raise InputError(f"an LSTM with proj_size={layer.proj_size} cannot lose hidden units: build it without")
+    units, suffixes = layer.hidden_size, _suffixes(layer)
+    gates = layer.weight_hh_l0.shape[0] // units
+    found = []
+    for number in range(layer.num_layers):
+        below = torch.arange(units * len(suffixes)) + (number - 1) * units * len(suffixes)
+        for direction, suffix in enumerate(suffixes):
+            own = torch.arange(units) + (number * len(suffixes) + direction) * units
+            end = f"_l{number}{suffix}"
+            rows = own.repeat(gates)
+            names = ["weight_ih", "weight_hh"] + (["bias_ih", "bias_hh"] if layer.bias else [])
+            found += [Slice(f"{name}{end}", 0, rows) for name in names]
+            found.append(Slice(f"weight_hh{end}", 1, own))
+            if number:
+                found.append(Slice(f"weight_ih{end}", 1, below))
+    return found
+
+
+def _refuse_factored(layer: Any, names: Sequence[str]) -> None:
+    for name in names:
+        part = getattr(layer, name)
+        if not isinstance(part, nn.Linear):
+            raise InputError(
+                f"{name} of {type(layer).__name__} is {type(part).__name__}, which cannot lose rows or columns: shrink "
+                "it before it is factored"
+            )
+
+
+def _heads(layer: Any) -> list[Slice]:
+    _refuse_factored(layer, ["q_proj", "k_proj", "v_proj", "out_proj"])
+    positions = torch.arange(layer.num_heads).repeat_interleave(layer.head_dim)
+    projections = [Slice(f"{name}_proj.{kind}", 0, positions) for name in "qkv" for kind in ("weight", "bias")]
+    return [*projections, Slice("out_proj.weight", 1, positions)]
+
+
+def _neurons(layer: Any) -> list[Slice]:
+    _refuse_factored(layer, ["linear1", "linear2"])
+    positions = torch.arange(layer.linear1.out_features)
+    return [
+        Slice("linear1.weight", 0, positions),
+        Slice("linear1.bias", 0, positions),
+        Slice("linear2.weight", 1, positions),
+    ]
+
+
+_AXES: list[tuple[Any, dict[str, Callable[[Any], list[Slice]]]]] = [
+    (Conv, {"out": _out, "in": _in, "channels": _depthwise}),
+    (nn.Linear, {"out": _out, "in": _in}),
+    (_NormBase, {"channels": _norm}),
+    (nn.PReLU, {"channels": lambda layer: [Slice("weight", 0, torch.arange(layer.num_parameters))]}),
+    (nn.RNNBase, {"in": _rnn_in, "units": _units}),
+    (Attention, {"heads": _heads}),
+    (TransformerLayer, {"neurons": _neurons}),
+]
+
+_ATTRIBUTES: list[tuple[Any, dict[str, tuple[str, ...]]]] = [
+    (Conv, {"out": ("out_channels",), "in": ("in_channels",), "channels": ("in_channels", "out_channels", "groups")}),
+    (nn.Linear, {"out": ("out_features",), "in": ("in_features",)}),
+    (_NormBase, {"channels": ("num_features",)}),
+    (nn.PReLU, {"channels": ("num_parameters",)}),
+    (nn.RNNBase, {"in": ("input_size",)}),
+    (Attention, {"heads": ("num_heads",)}),
+]

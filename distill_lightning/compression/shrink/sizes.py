@@ -1,0 +1,141 @@
+"""The sizes of a network in plain values, and rebuilding a network with these sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from distill_lightning.compression.access.parameters import layer_at
+from distill_lightning.compression.shrink.attention import (
+    Attention,
+    describe_attention,
+    forbid_nested,
+    rebuild_attention,
+)
+from distill_lightning.compression.shrink.axes import Conv
+from distill_lightning.errors import InputError
+
+Sizes = dict[str, dict[str, Any]]
+"""The kind and sizes of layers by path, made of str, int, float and bool."""
+
+_SIZES: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("convolution", Conv, ("in_channels", "out_channels", "groups")),
+    ("linear", nn.Linear, ("in_features", "out_features")),
+    ("norm", _NormBase, ("num_features",)),
+    ("prelu", nn.PReLU, ("num_parameters",)),
+    ("recurrent", nn.RNNBase, ("input_size", "hidden_size")),
+    ("encoder", nn.TransformerEncoder, ("num_layers",)),
+]
+
+
+def sizes_of(network: nn.Module) -> Sizes:
+    """The sizes of every layer that this package can shrink, from which `set_sizes` makes the same structure.
+
+    They are plain values, which JSON and ``torch.load(weights_only=True)`` accept.
+    """
+    described = {path: layer_sizes(module) for path, module in network.named_modules()}
+    return {path: entry for path, entry in described.items() if entry is not None}
+
+
+def set_sizes(network: nn.Module, description: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """Give a network the described sizes, in place; its weights still have to be loaded afterwards.
+
+    Another object is returned if the network itself is a layer that has to be replaced. A state dict of the described
+    network loads into it with ``strict=True``.
+    """
+    # Parents come before their children, so that a layer exists when the sizes of its parts are set.
+    for path, entry in description.items():
+        original = layer_at(network, path)
+        layer = resize_layer(original, entry)
+        if layer is original:
+            continue
+        if original is network:
+            network = layer
+            continue
+        for parent in list(network.modules()):
+            for name, child in parent._modules.items():  # noqa: SLF001  # every name of a shared layer
+                if child is original:
+                    setattr(parent, name, layer)
+    forbid_nested(network)
+    return network
+
+
+def layer_sizes(layer: nn.Module) -> dict[str, Any] | None:
+    """Kind and sizes of one layer without its children; ``None`` for a layer without sizes."""
+    if isinstance(layer, Attention):
+        return {"kind": "attention", **describe_attention(layer)}
+    for kind, types, names in _SIZES:
+        if isinstance(layer, types):
+            return {"kind": kind, **{name: int(getattr(layer, name)) for name in names}}
+    return None
+
+
+def resize_layer(original: nn.Module, description: Mapping[str, Any]) -> nn.Module:
+    """A layer of the described sizes: the original one, changed in place if they differ, or a new `Attention`.
+
+    Tensors whose shape changes are zero.
+    """
+    sizes = {name: value for name, value in description.items() if name != "kind"}
+    if description["kind"] == "attention" and isinstance(original, (nn.MultiheadAttention, Attention)):
+        same = isinstance(original, Attention) and describe_attention(original) == sizes
+        return original if same else rebuild_attention(original, sizes)
+    own = layer_sizes(original)
+    if own is None or own["kind"] != description["kind"]:
+        raise InputError(
+            f"{type(original).__name__} cannot be rebuilt as {description['kind']!r}: build the network as before"
+        )
+    if isinstance(original, nn.TransformerEncoder):
+        return _first_layers(original, sizes["num_layers"])
+    if own == description:
+        return original
+    for name, value in sizes.items():
+        setattr(original, name, value)
+    for name, shape in _shapes(original).items():
+        old = getattr(original, name)
+        if old is not None and old.shape != torch.Size(shape):
+            new = old.detach().new_zeros(shape)
+            setattr(original, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    if isinstance(original, nn.RNNBase):
+        original.flatten_parameters()
+    return original
+
+
+def _first_layers(encoder: nn.TransformerEncoder, count: int) -> nn.TransformerEncoder:
+    if count > encoder.num_layers:
+        raise InputError(f"a TransformerEncoder of {encoder.num_layers} layers cannot be rebuilt with {count}")
+    encoder.layers = encoder.layers[:count]
+    encoder.num_layers = count
+    return encoder
+
+
+def _shapes(layer: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's tensors that follow from its sizes."""
+    if isinstance(layer, Conv):
+        kernel = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+        return {"weight": kernel, "bias": (layer.out_channels,)}
+    if isinstance(layer, nn.Linear):
+        return {"weight": (layer.out_features, layer.in_features), "bias": (layer.out_features,)}
+    if isinstance(layer, _NormBase):
+        return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (layer.num_features,))
+    if isinstance(layer, nn.PReLU):
+        return {"weight": (layer.num_parameters,)}
+    return _recurrent_shapes(layer)
+
+
+def _recurrent_shapes(layer: nn.RNNBase) -> dict[str, tuple[int, ...]]:
+    rows = {"LSTM": 4, "GRU": 3}.get(layer.mode, 1) * layer.hidden_size
+    suffixes = ["", "_reverse"] if layer.bidirectional else [""]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number in range(layer.num_layers):
+        inputs = len(suffixes) * layer.hidden_size if number else layer.input_size
+        for suffix in suffixes:
+            end = f"_l{number}{suffix}"
+            shapes[f"weight_ih{end}"] = (rows, inputs)
+            shapes[f"weight_hh{end}"] = (rows, layer.hidden_size)
+            if layer.bias:
+                shapes[f"bias_ih{end}"] = shapes[f"bias_hh{end}"] = (rows,)
+    return shapes

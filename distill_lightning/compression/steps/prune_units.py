@@ -1,0 +1,229 @@
+"""The step that removes channels, hidden units, neurons, heads or layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from distill_lightning.compression.access.calibration import inputs_of
+from distill_lightning.compression.mask.lottery import copy_state
+from distill_lightning.compression.shrink.channels import fixed_channels
+from distill_lightning.compression.steps import unit_amounts, units, weights
+from distill_lightning.compression.steps.base import Order, Work
+from distill_lightning.compression.steps.coverage import check_coverage
+from distill_lightning.compression.steps.pruning import Level, Pruning, PruningWork
+from distill_lightning.compression.steps.schedules import Threshold
+from distill_lightning.compression.steps.sensitivity import Sensitivity
+from distill_lightning.compression.steps.workpiece import Workpiece
+
+UnitCriterion = Literal["magnitude", "random", "gradient", "taylor", "obd", "snip", "bn_scale"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneUnits(Pruning):
+    """Removes the least important units from the tensors, which also saves time and multiply-accumulates.
+
+    They are removed when the phase begins or, if the schedule continues, zeroed as whole groups and removed when it
+    ends. ``amount``, ``scope``, ``schedule`` and ``rewind`` are those of `Pruning`, the rest those of `TargetedStep`;
+    ``targets`` are the layers after which groups are named, the first ones that make them.
+
+    Args:
+        unit: ``"channel"``, ``"hidden_unit"``, ``"neuron"`` (of Transformers' feed-forward layers), ``"head"`` or
+            ``"layer"`` (of Transformer encoders).
+        criterion: the importance of a unit: ``"magnitude"``, ``"random"`` (the control), ``"gradient"``, ``"taylor"``,
+            ``"obd"``, ``"snip"``, see `criteria`; or BatchNorm's scale of a channel, ``"bn_scale"``. It is the mean
+            over the weights that are removed with the unit, or their sum for criteria that estimate the loss. With
+            ``"magnitude"``, units compete by their importance relative to that of their layer, because weights of
+            larger layers are smaller.
+        budget: instead of the amount, ``"macs:0.5"`` or ``"params:0.5"``: the smallest amount that leaves at most this
+            share of what the step found. (Half of the channels leave about a quarter of both.)
+        round_to: the remaining channels of each layer are a multiple of this number, so a little less than the amount
+            is pruned.
+        backend: what finds the channels that belong together: ``"own"``, or ``"torch_pruning"`` if it is installed.
+
+    Raises:
+        InputError: options that cannot be combined.
+    """
+
+    order = Order.STRUCTURE
+
+    unit: units.UnitKind
+    criterion: UnitCriterion = "magnitude"
+    budget: str | None = None
+    round_to: int = 1
+    backend: units.Backend = "own"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_known(unit=units.UNITS, criterion=get_args(UnitCriterion), backend=get_args(units.Backend))
+        self.refuse_amounts({"a budget": self.budget is not None})
+        channel = self.unit == "channel"
+        self.refuse(
+            (
+                self.criterion == "bn_scale" and not channel,
+                "criterion='bn_scale' scores BatchNorm's channels: set unit='channel'",
+            ),
+            (self.unit == "layer" and not self.at_once, "unit 'layer' needs OneShot: no mask skips a layer"),
+            (self.backend != "own" and not channel, f"backend={self.backend!r} finds channels: set unit='channel'"),
+            (self.round_to < 1, f"round_to must be at least 1, got {self.round_to}"),
+            (self.round_to > 1 and not channel, "round_to rounds numbers of channels: set unit='channel'"),
+            (
+                self.rewind is not None and self.budget is not None and not self.at_once,
+                "rewind with a budget needs OneShot",
+            ),
+        )
+        if self.budget is not None:
+            unit_amounts.parse_budget(self.budget)
+
+    @property
+    def title(self) -> str:
+        """The class and the kind of units."""
+        return f"PruneUnits {self.unit}"
+
+    @property
+    def changes_at_end(self) -> bool:
+        """True if the schedule continues."""
+        return not self.at_once
+
+    def start(self) -> Work:
+        """The work of this step in one run."""
+        return PruningUnits(self)
+
+
+class PruningUnits(PruningWork):
+    """The work of `PruneUnits`."""
+
+    step: PruneUnits
+
+    def __init__(self, step: PruneUnits) -> None:
+        super().__init__(step)
+        # The units that stay so far, the cost that the budget leaves, and the families; the last are not saved,
+        # because a resumed run finds the same ones.
+        self.kept: units.Kept | None = None
+        self.limit: float | None = None
+        self._found: list[units.Family] | None = None
+
+    def explain(self, piece: Workpiece) -> None:
+        """Say why layers keep all of their channels."""
+        if self.step.unit == "channel" and self.step.backend == "own":
+            piece.left |= fixed_channels(piece.network, inputs_of(piece.example_inputs))
+
+    def begin(self, piece: Workpiece) -> None:
+        """Find the units, and remove them or mask the schedule's first amount."""
+        super().begin(piece)
+        step = self.step
+        if step.prunes_nothing:
+            return
+        shown = units.on_copy(piece, step.unit)
+        families = self._families(shown)
+        names = units.parameter_names(shown.network, families)
+        # Of a Transformer's weights the heads are the smaller part, and of a network its channels are nearly all.
+        check_coverage(shown, step, names, targets=step.named, refuse=step.unit == "channel" and not step.exclude)
+        if step.budget is not None:
+            self.limit = unit_amounts.limit_of(step.budget, piece.network, piece.example_inputs)
+            self.final = self._smallest(shown, families)
+        if isinstance(step.scope, Sensitivity):
+            self.final = unit_amounts.bearable(shown, step.unit, families, step.scope, criterion=step.criterion)
+        if step.at_once:
+            self.now = self.level(step=0, steps=0)
+            self._remove(piece, families, self._choose(shown, families, self.now))
+            return
+        if step.unit == "head":
+            self._convert(piece)
+        self.advance(piece, self.level(step=0, steps=1))
+
+    def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
+        """Mask more where the schedule says so."""
+        if not self.step.at_once and not self.step.prunes_nothing:
+            self.advance(piece, self.level(step=step, steps=steps))
+
+    def finish(self, piece: Workpiece) -> None:
+        """Remove what is masked."""
+        if not self.step.at_once and not self.step.prunes_nothing:
+            self._remove_masked(piece)
+        super().finish(piece)
+
+    def _remove_masked(self, piece: Workpiece) -> None:
+        families = self._families(piece)
+        if self.step.budget is not None:
+            # Other units are pruned than those with which the amount was found.
+            self.final = self._smallest(piece, families)
+        self.advance(piece, self.level(step=1, steps=1))
+        if self.kept is not None:
+            self._remove(piece, families, self.kept)
+
+    def prune(self, piece: Workpiece, level: Level | None, *, more: bool) -> None:
+        """Mask all weights of the units, whose tensors are cut when the phase ends."""
+        families = self._families(piece)
+        self.kept = self._choose(piece, families, level)
+        masks = units.unit_masks(piece.network, families, self.kept)
+        for name, mask in masks.kept.items():
+            before = piece.masks.kept.get(name)
+            masks.kept[name] = mask if before is None else mask & before.to(mask.device)
+        piece.prune(masks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The units that stay, the amounts and the budget, and the network to rewind to."""
+        return {**super().state_dict(), "kept": self.kept, "limit": self.limit}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        super().load_state_dict(state)
+        self._found = None
+
+    def _families(self, piece: Workpiece) -> list[units.Family]:
+        if self._found is not None:
+            return self._found
+        step = self.step
+        families = units.find_families(
+            piece, step.unit, targets=step.targets, exclude=step.exclude, backend=step.backend
+        )
+        if isinstance(step.amount, dict):
+            self.final = weights.per_layer(piece.network, step.amount, [family.name for family in families])
+            families = [family for family in families if family.name in self.final]
+        self._found = families
+        return families
+
+    def _choose(self, piece: Workpiece, families: list[units.Family], level: Level | None) -> units.Kept:
+        return self._chosen(families, units.score_units(piece, families, self.step.criterion), level)
+
+    def _chosen(self, families: list[units.Family], scores: Mapping[str, Tensor], level: Level | None) -> units.Kept:
+        return units.choose_units(
+            families,
+            scores,
+            level,
+            scope=self.step.competing,
+            by_threshold=isinstance(self.step.schedule, Threshold),
+            relative=self.step.criterion == "magnitude",
+            round_to=self.step.round_to,
+            kept=self.kept,
+        )
+
+    def _smallest(self, piece: Workpiece, families: list[units.Family]) -> float:
+        chosen = partial(self._chosen, families, units.score_units(piece, families, self.step.criterion))
+        budget, limit = self.step.budget or "", self.limit or 0.0
+        return unit_amounts.smallest_amount(piece, self.step.unit, families, chosen, budget=budget, limit=limit)
+
+    def _convert(self, piece: Workpiece) -> None:
+        """Convert attention so that it can lose heads, also in the network to rewind to."""
+        act = partial(units.prepare, kind="head")
+        if self.snapshot is not None:
+            self.snapshot = copy_state(act(self.earlier(piece)))
+        units.change(piece, act)
+        piece.changed = False
+
+    def _remove(self, piece: Workpiece, families: list[units.Family], kept: units.Kept) -> None:
+        if all(len(kept[family.name]) == family.size for family in families):
+            return
+        act = partial(units.remove, kind=self.step.unit, families=families, kept=kept)
+        rewinds = self.step.rewind is not None and self.step.at_once
+        before = self.earlier(piece) if rewinds and self.snapshot is not None else None
+        units.change(piece, act)
+        if rewinds:
+            if before is not None:
+                act(before)
+            self.go_back(piece, None if before is None else before.state_dict())

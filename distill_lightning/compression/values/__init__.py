@@ -1,0 +1,1 @@
+"""Weights with few values: shared, hashed and quantized ones, and quantized activations."""

@@ -1,0 +1,136 @@
+"""What steps would take out of a network, without touching it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from distill_lightning import InputError, SmallCNN
+from distill_lightning.compression import (
+    Compressor,
+    Cubic,
+    LearnMask,
+    LowRank,
+    Movement,
+    PruneUnits,
+    PruneWeights,
+    Quantize,
+    ShareWeights,
+    TieLayers,
+    preview,
+)
+from distill_lightning.compression.costs.macs import count_macs
+from distill_lightning.compression.costs.parameters import count_parameters
+
+IMAGES = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+CHANNELS = PruneUnits(unit="channel", amount=0.5, scope="layer")
+
+
+def batches():
+    return [(IMAGES, torch.tensor([0, 1]))]
+
+
+def rows_of(network, *steps, **options):
+    return {row.layer: row for row in preview(network, steps, IMAGES, **options).rows}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        CHANNELS,
+        PruneWeights(amount=0.9),
+        PruneWeights(amount=0.9, schedule=Cubic(), finetune_epochs=3),
+        LowRank(rank="params:0.5"),
+        LearnMask(Movement(0.5), finetune_epochs=2),
+        ShareWeights(k=4),
+        Quantize(weight_bits=4, act_bits=8),
+    ],
+    ids=lambda step: step.title,
+)
+def test_nothing_is_touched(step):
+    torch.manual_seed(1)
+    network = SmallCNN(10)
+    before, state = copy.deepcopy(network.state_dict()), torch.random.get_rng_state()
+    preview(network, step, IMAGES, batches=batches())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert list(network.state_dict()) == list(before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_counts_are_those_of_the_compressed_network():
+    network = SmallCNN(10)
+    steps = [CHANNELS, LowRank(rank="params:0.5", targets="features.*")]
+    shown = preview(network, steps, IMAGES)
+    dense = sum(row.macs[0] for row in shown.rows)
+    one = IMAGES[:1]
+    compressed = copy.deepcopy(network)
+    Compressor(compressed, steps, IMAGES).apply()
+    assert dense == count_macs(network, one).dense
+    assert sum(row.macs[1] for row in shown.rows) == count_macs(compressed, one).dense
+    norms = sum(p.numel() for m in compressed.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
+    assert sum(row.parameters[1] for row in shown.rows) == count_parameters(compressed).stored - norms
+
+
+def test_layers_are_told_before_and_after():
+    rows = rows_of(SmallCNN(10), CHANNELS)
+    assert (rows["features.0"].before, rows["features.0"].after) == ("Conv2d 24x1x3x3", "Conv2d 12x1x3x3")
+    assert rows["features.0"].parameters == (216, 108)
+    assert rows["head"].after == "Linear 10x48"
+    assert rows_of(SmallCNN(10), PruneWeights(amount=0.75, scope="layer"))["head"].after == "Linear 10x96 75% zeros"
+    assert rows_of(SmallCNN(10), Quantize(weight_bits=4))["head"].after == "Linear 10x96 4 bit"
+    rows = rows_of(SmallCNN(10), LowRank(rank=3, targets="head", method="svd"))
+    assert (rows["head"].after, rows["head"].parameters) == ("LowRankLinear 3x96 10x3", (970, 10 + 3 * 106))
+
+
+class Softmaxed(nn.Module):
+    """Channels that meet an operation which no channel may leave, tied weights, and a shared first layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
+        self.free = nn.Conv2d(4, 6, 3)
+        self.head = nn.Linear(6 * 4, 3)
+
+    def forward(self, images):
+        return self.head(self.free(self.second(self.first(images)).softmax(1)).relu().flatten(1))
+
+
+def test_what_is_left_alone_has_its_reason():
+    rows = rows_of(Softmaxed(), PruneUnits(unit="channel", amount=0.5))
+    assert rows["second"].reason == "its channels stay: they go through softmax()"
+    assert rows["head"].after == "Linear 3x12"
+    rows = rows_of(SmallCNN(10), PruneWeights(amount=0.5, targets="head"))
+    assert rows["features.0"].reason == "not among the targets"
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 1))
+    assert "groups=2" in rows_of(network, LowRank(rank=1, method="tucker2"))["1"].reason
+
+
+def test_heads_layers_and_ties_add_up():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    network = nn.Sequential(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), nn.Linear(8, 3))
+    inputs = torch.randn(2, 5, 8)
+    for steps in ([PruneUnits(unit="head", amount=0.5, scope="layer")], [PruneUnits(unit="layer", amount=1 / 3)]):
+        shown = preview(network, steps, inputs)
+        compressed = copy.deepcopy(network)
+        Compressor(compressed, steps, inputs).apply()
+        norms = sum(p.numel() for m in compressed.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters())
+        assert sum(row.parameters[1] for row in shown.rows) == count_parameters(compressed).stored - norms
+    tied = preview(network, [TieLayers(groups=[["0.layers.0", "0.layers.1"]])], inputs)
+    assert any("parameters" in note for note in tied.notes)
+
+
+def test_missing_data_is_asked_for_and_lottery_tickets_need_no_epoch():
+    with pytest.raises(InputError, match="criterion 'taylor' needs calibration data"):
+        preview(SmallCNN(10), PruneWeights(amount=0.5, criterion="taylor"), IMAGES)
+    ticket = PruneWeights(amount=0.5, rewind=3, finetune_epochs=2)
+    assert "zeros" in rows_of(SmallCNN(10), ticket)["features.8"].after
+    assert rows_of(SmallCNN(10), PruneWeights(amount=0.5, criterion="taylor"), batches=batches)["head"]
+
+
+def test_it_prints_as_a_table():
+    text = str(preview(SmallCNN(10), [CHANNELS], IMAGES))
+    assert text.splitlines()[0].split("  ")[0] == "layer"
+    assert "10,368 -> 2,592" in text
+    assert text.splitlines()[-1].startswith("total")
