@@ -55,6 +55,8 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     report = Report(runs, targets, experiment.task, counted=counted)
     paths = report.write(folder, heading=_heading(experiment, arguments, runs))
     console.print(table_of(report.rows()))
+    for note in report.notes():
+        console.print(note, markup=False, highlight=False)
     console.print(experiment.task.legend, style="dim", highlight=False)
     print_written(console, paths)
     return report

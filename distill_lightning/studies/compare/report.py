@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,19 +63,28 @@ class Report:
         self.runs = list(runs)
         self.targets = targets = targets[counted]
         self.task = task
-        self._outputs = {run.folder: {name: output[counted] for name, output in run.outputs().items()} for run in runs}
+        results = {run.folder: run.result() for run in runs}
+        self._diverged = {folder: result.diverged for folder, result in results.items() if result.diverged}
+        self._outputs = {
+            run.folder: {name: output[counted] for name, output in run.outputs().items()}
+            for run in runs
+            if run.folder not in self._diverged
+        }
         teachers = [run for run in self.runs if run.is_teacher]
         self.ensemble = task.combine([self._outputs[run.folder]["last"] for run in teachers])
         self.ensemble_score = task.score(self.ensemble, targets)
-        alone = [task.score(self._outputs[run.folder]["last"], targets) for run in self.runs if run.name == ALONE]
-        self._alone = statistics.fmean(alone)
+        alone = [task.score(self._outputs[run.folder]["last"], targets) for run in self._of(ALONE)]
+        self._alone = statistics.fmean(alone) if alone else math.nan
         self.teachers = [self._score(run) for run in teachers]
         self.students = [self._score(run) for run in self.runs if not run.is_teacher]
         self.methods = list(dict.fromkeys(score.method for score in self.students))
 
     def _score(self, run: Run) -> Score:
-        result, outputs = run.result(), self._outputs[run.folder]
-        headline = self.task.headline.name
+        result, headline = run.result(), self.task.headline.name
+        if run.folder in self._diverged:
+            names = [headline, f"{headline}_selected", *(column.name for column in self.task.columns), _GAP.name]
+            return Score(run.name, run.seed, dict.fromkeys(names, math.nan), result.parameters, math.nan)
+        outputs = self._outputs[run.folder]
         quality = self._quality(outputs["last"])
         selected = self.task.score(outputs["selected"], self.targets)
         values = {headline: quality.pop(headline), f"{headline}_selected": selected}
@@ -117,9 +127,14 @@ class Report:
         headline, scale = self.task.headline.name, self.task.headline.scale
         kind = headline.removeprefix("test_")
         suffix = " (%)" if scale == 100 else ""
+        # A row with a run that has no scores has no mean.
+        broken = {run.name for run in self.runs if run.folder in self._diverged}
+        drawn = [name for name in self.methods if name not in broken]
+        if not drawn:
+            return {}
         figures = {
             f"{kind}.png": score_bars(
-                {name: [s.values[headline] for s in self.students if s.method == name] for name in self.methods},
+                {name: [s.values[headline] for s in self.students if s.method == name] for name in drawn},
                 {
                     "ensemble": self.ensemble_score,
                     "teachers' mean": statistics.fmean(score.values[headline] for score in self.teachers),
@@ -128,17 +143,21 @@ class Report:
                 scale=scale,
             ),
             "learning_curves.png": learning_curves(
-                {name: np.array([self._curve(run) for run in self._of(name)]) for name in self.methods},
+                {name: np.array([self._curve(run) for run in self._of(name)]) for name in drawn},
                 label=f"validation {self.task.quantity}{suffix}",
                 scale=scale,
             ),
         }
-        outputs = {name: [self._outputs[run.folder]["last"] for run in self._of(name)] for name in self.methods}
+        outputs = {name: [self._outputs[run.folder]["last"] for run in self._of(name)] for name in drawn}
         return figures | self.task.figures(outputs, self.ensemble, self.targets)
 
     def _of(self, name: str) -> list[Run]:
-        """A row's runs, one per seed."""
-        return [run for run in self.runs if run.name == name]
+        """A row's runs, one per seed, without those whose numbers were not finite."""
+        return [run for run in self.runs if run.name == name and run.folder not in self._diverged]
+
+    def notes(self) -> list[str]:
+        """A line about each run that has no scores because its numbers were not finite."""
+        return [f"{run.title}: {self._diverged[run.folder]}" for run in self.runs if run.folder in self._diverged]
 
     def _curve(self, run: Run) -> list[float]:
         return [line[self.task.monitor] for line in run.result().history]
@@ -153,10 +172,11 @@ class Report:
         Returns:
             The paths.
         """
+        footnotes = "".join(f"\n{note}\n" for note in self.notes())
         pages = {
             "results.csv": csv_text([score.line() for score in self.students]),
             "teachers.csv": csv_text([score.line() for score in self.teachers]),
-            "results.md": f"{heading}\n\n{markdown_table(self.rows())}",
+            "results.md": f"{heading}\n\n{markdown_table(self.rows())}{footnotes}",
         }
         return write_pages(folder, pages, self.figures())
 

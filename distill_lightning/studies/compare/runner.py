@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import distill_lightning
 from distill_lightning.callbacks import RunKeeper
 from distill_lightning.data.batch import Batch
-from distill_lightning.errors import refusing
+from distill_lightning.errors import InputError, NonFiniteError, refusing
 from distill_lightning.modules import DistillationModule
 from distill_lightning.networks import Pretrained
 from distill_lightning.networks.weights import read_checkpoint
@@ -109,12 +109,21 @@ class Run:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What is kept of a finished run, besides its weights and its outputs on the test samples."""
+    """What is kept of a finished run, besides its weights and its outputs on the test samples.
+
+    Attributes:
+        parameters: of its network.
+        selected_epoch: whose validation was the best.
+        history: what was logged of each epoch.
+        made: when and with what.
+        diverged: why the run was stopped, if its numbers were not finite; it has no weights and no outputs then.
+    """
 
     parameters: int
     selected_epoch: int
     history: list[dict[str, float]]
     made: str
+    diverged: str = ""
 
 
 def plan(experiment: Experiment, folder: Path) -> list[Run]:
@@ -148,6 +157,9 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
         run: which; its teachers' runs are finished.
         on_epoch: called with the number of finished epochs, after each.
     """
+    for other in (*run.teachers, run.initial):
+        if other is not None and other.result().diverged:
+            raise InputError(f"{run.title} needs {other.title}, whose numbers were not finite: leave its row out")
     run.folder.mkdir(parents=True, exist_ok=True)
     networks = [
         Pretrained(experiment.teacher() if teacher.is_teacher else experiment.student(), teacher.student_file)
@@ -171,7 +183,13 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
     with warnings.catch_warnings():
         # A run killed between its last checkpoint and its result resumes with nothing left to train.
         warnings.filterwarnings("ignore", message=".*has already.*max_epochs.*")
-        trainer.fit(module, datamodule=experiment.data(order_seed=run.seed), ckpt_path=checkpoint)
+        try:
+            trainer.fit(module, datamodule=experiment.data(order_seed=run.seed), ckpt_path=checkpoint)
+        except NonFiniteError as error:
+            if run.is_teacher:
+                raise NonFiniteError(f"{run.title} is to teach the others: {error}") from error
+            _finish(run, module, keeper, diverged=str(error))
+            return
     if len(keeper.history) < run.epochs:
         # Lightning may return from an interrupted fit as if it had ended.
         raise KeyboardInterrupt(f"{run.title} was interrupted")
@@ -182,12 +200,12 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
     outputs["selected"] = _test_outputs(experiment, module)
     with whole_file(run.folder / "test_logits.safetensors") as partial:
         save_file(outputs, partial)
-    result = RunResult(
-        sum(parameter.numel() for parameter in module.student.parameters()),
-        keeper.selected_epoch,
-        keeper.history,
-        made=made_with(),
-    )
+    _finish(run, module, keeper)
+
+
+def _finish(run: Run, module: DistillationModule, keeper: RunKeeper, *, diverged: str = "") -> None:
+    parameters = sum(parameter.numel() for parameter in module.student.parameters())
+    result = RunResult(parameters, keeper.selected_epoch, keeper.history, made_with(), diverged)
     write_whole(run.result_file, [json.dumps(asdict(result), indent=1).encode()])
     run.checkpoint.unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ from typing import TypedDict, Unpack
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from rich.console import Console
@@ -335,7 +336,7 @@ def test_a_run_killed_between_its_last_epoch_and_its_result_is_finished_without_
         return original(experiment, module)
 
     monkeypatch.setattr(runner, "_test_outputs", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         compare(written(tmp_path), output)
     kept = history_of(output / "runs/alone/seed_0/last.ckpt")
     assert len(kept) == CONFIG["epochs"]
@@ -346,17 +347,72 @@ def test_a_run_killed_between_its_last_epoch_and_its_result_is_finished_without_
     assert first.rpartition(",")[0] == second.rpartition(",")[0]
 
 
-def test_a_diverged_run_and_a_missing_gap_do_not_stop_the_table(tmp_path):
+def poison(monkeypatch, *places):
+    """Let the runs in these folders meet a weight that is not finite in their second epoch."""
+    original = runner.make_trainer
+
+    class Poison(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                next(pl_module.student.parameters()).data.fill_(torch.nan)
+
+    def poisoning(config, **options):
+        callbacks = options.get("callbacks", [])
+        if callbacks and any(str(callbacks[0].folder).endswith(place) for place in places):
+            options["callbacks"] = [*callbacks, Poison()]
+        return original(config, **options)
+
+    monkeypatch.setattr(runner, "make_trainer", poisoning)
+
+
+def test_a_diverged_run_and_a_missing_gap_do_not_stop_the_table(tmp_path, monkeypatch):
+    poison(monkeypatch, "runs/alone/seed_0", "runs/alone/seed_1")
+
+    def short(config):
+        config.update(epochs=2, methods={})
+
+    shown = compare(written(tmp_path, short), tmp_path / "out")
+    table = (tmp_path / "out/results.md").read_text()
+    row = next(line for line in table.splitlines() if line.startswith("| alone"))
+    assert row.split("|")[2].strip() == "-", "the diverged runs' accuracy"
+    assert row.split("|")[7].strip() == "-", "the gap, which has no beginning"
+    lines = lines_of(tmp_path / "out/results.csv")
+    assert {line["gap_closed"] for line in lines} == {line["test_accuracy"] for line in lines} == {"nan"}
+    for seed in CONFIG["seeds"]:
+        note = f"alone, seed {seed}: SupervisedModule: train/ce is not finite in batch 0 of epoch 1"
+        assert note in table
+        assert note in " ".join(shown.split())
+    assert not list((tmp_path / "out/figures").glob("accuracy.png"))
+
+
+def test_a_row_with_a_diverged_seed_says_so_and_the_others_are_scored(tmp_path, monkeypatch):
+    poison(monkeypatch, "runs/kd/seed_1")
+
+    def only_kd(config):
+        config.update(epochs=2, methods={"kd": {"class_path": "KDModule"}})
+
+    compare(written(tmp_path, only_kd), tmp_path / "out")
+    table = (tmp_path / "out/results.md").read_text()
+    cells = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in table.splitlines() if "|" in line}
+    assert cells["kd"] == "-"
+    assert "±" in cells["alone"]
+    assert "kd, seed 1: KDModule: " in table
+    assert "kd, seed 0" not in table
+    kept = [line["test_accuracy"] for line in lines_of(tmp_path / "out/results.csv") if line["method"] == "kd"]
+    assert kept[0] != "nan"
+    assert kept[1] == "nan"
+    # It is known as a finished run, and not made again.
+    before = (tmp_path / "out/results.csv").read_bytes()
+    compare(written(tmp_path, only_kd), tmp_path / "out")
+    assert (tmp_path / "out/results.csv").read_bytes() == before
+
+
+def test_a_teacher_that_diverges_stops_the_comparison(tmp_path, capsys):
     def diverging(config):
         config["optimizer"]["init_args"]["lr"] = 1e9
-        config["data"]["init_args"]["test_size"] = 1
-        config.update(epochs=1, methods={})
 
-    compare(written(tmp_path, diverging), tmp_path / "out")
-    row = next(line for line in (tmp_path / "out/results.md").read_text().splitlines() if line.startswith("| alone"))
-    assert row.split("|")[4].strip() == "-", "the diverged runs' NLL"
-    assert row.split("|")[7].strip() == "-", "the gap, where the ensemble is no better"
-    assert {line["gap_closed"] for line in lines_of(tmp_path / "out/results.csv")} == {"nan"}
+    assert main(["compare", written(tmp_path, diverging), "--output", str(tmp_path / "out")]) == 2
+    assert "teacher_1 is to teach the others: SupervisedModule: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
