@@ -178,6 +178,7 @@ ROOMS = {
         categorical gaussian
     """,
     "outputs/metrics": """
+        exact
         mean gap
         classification regression
     """,

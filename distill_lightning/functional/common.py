@@ -20,6 +20,19 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def wide_default() -> torch.dtype:
+    """PyTorch's default type, but no narrower than float32: that of what is made of integers and Python numbers.
+
+    In a step under ``precision="bf16-true"`` the default type is bfloat16.
+
+    Example:
+        >>> from distill_lightning.functional.common import wide_default
+        >>> wide_default()
+        torch.float32
+    """
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
 def same_shape(name: str, student: Tensor, teacher: Tensor) -> None:
     """Refuse tensors of different shapes.
 

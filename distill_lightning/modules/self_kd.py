@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill_lightning import functional
 from distill_lightning.data.batch import IGNORED, Batch
 from distill_lightning.errors import InputError
-from distill_lightning.functional.common import wide
+from distill_lightning.functional.common import wide, wide_default
 from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
@@ -116,7 +116,7 @@ class SelfKDModule(DistillationModule):
     def _observe(self, batch: Batch, alpha: float, target: Tensor, agree: Tensor, known: Tensor) -> None:
         mean = partial(functional.counted_mean, counted=batch.counted)
         with_past = known if batch.counted is None else known & batch.counted
-        self.observe("alpha", torch.full((), alpha, device=target.device))
+        self.observe("alpha", torch.full((), alpha, dtype=wide_default(), device=target.device))
         self.observe("target_gt_prob", mean(target.gather(1, _labels(batch)[:, None])[:, 0]))
         self.observe("target_entropy", mean(torch.special.entr(target).sum(dim=1)))
         self.observe("agree_past", functional.counted_mean(agree.float(), with_past))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from distill_lightning.data.batch import Batch
+from distill_lightning.functional.common import wide
 from distill_lightning.layers import eval_mode
 from distill_lightning.layers.call import call
 from distill_lightning.part import Part
@@ -46,7 +47,8 @@ class Evaluation(Part):
         output = module.output.prediction(call(module, batch.input))
         counted = module.output.counted(output, batch)
         selected, target = module.output.select(output, batch.target, counted)
-        metrics.update(selected, target)
+        # Metrics of other packages sum in the type that they are given.
+        metrics.update(wide(selected), target)
         # Lightning computes a metric at the end of the epoch, however often it was logged, and a `log` takes longer
         # than a small network. Every loader begins with batch 0.
         if batch_idx == 0:
@@ -71,7 +73,9 @@ class Evaluation(Part):
         with eval_mode(module):
             for batch in batches:
                 output = module.output.prediction(call(module, batch.input))
-                metrics.update(*module.output.select(output, batch.target, module.output.counted(output, batch)))
+                counted = module.output.counted(output, batch)
+                selected, target = module.output.select(output, batch.target, counted)
+                metrics.update(wide(selected), target)
         return {name.removeprefix("test/"): float(value) for name, value in metrics.compute().items()}
 
     def fit_starts(self, module: Any) -> None:
