@@ -15,7 +15,7 @@ from distill_lightning.arguments import arguments_of
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.transforms import BatchTransform
 from distill_lightning.errors import InputError
-from distill_lightning.layers import dry_forward
+from distill_lightning.layers import dry_forward, wake
 from distill_lightning.layers.call import call
 from distill_lightning.lightning_internals import place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
@@ -69,7 +69,8 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
     several, ``train/<term>_share`` (weighted, as a part of the loss). In validation and test it logs the student's
     metrics under ``val/`` and ``test/``. Attributes that are `Part` objects are called at the moments of a training;
     those that are `Frozen`, `Teachers` for example, stay in eval mode, out of the optimiser and out of the checkpoint,
-    which holds how they were built and a fingerprint of their weights instead.
+    which holds how they were built and a fingerprint of their weights instead. A ``fit`` puts the module in train mode;
+    a part of the student all of whose parameters are frozen keeps the mode that it came in.
 
     Args:
         student: the network that learns; maps ``(N, ...)`` to logits ``(N, K)``.
@@ -311,10 +312,10 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
             getattr(part, moment)(self)
 
     def on_fit_start(self) -> None:
-        """Call the parts' ``fit_starts``; then train mode, whatever mode the module came in, and compilation."""
+        """Call the parts' ``fit_starts``; then train mode for all but frozen parts of the student, and compilation."""
         self.forget_fingerprints()
         self._tell("fit_starts")
-        self.train()
+        wake(self)
         if self.compiles:
             compile_networks(self)
         if self._missing:

@@ -14,7 +14,7 @@ from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
-from distill_lightning.layers import FeatureTap, Paraphraser
+from distill_lightning.layers import FeatureTap, Paraphraser, wake
 from distill_lightning.lightning_internals import summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts.checkpoints import (
@@ -143,7 +143,7 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
     def on_fit_start(self) -> None:
         """A module that enters ``fit`` in eval mode would train in it."""
         self.teachers.fit_starts(self)
-        self.train()
+        wake(self)
         summarise_frozen(self, self.extra_repr().splitlines())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
