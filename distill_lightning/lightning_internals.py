@@ -63,6 +63,11 @@ def total_steps(module: pl.LightningModule) -> int:
     return int(steps)
 
 
+def forget_known_metrics(module: Any) -> None:
+    """Have a module look again for the metrics among its attributes, of which it logs no others."""
+    module._metric_attributes = None
+
+
 def summarise_frozen(module: Any, lines: Iterable[str]) -> None:
     """Tell of networks beside the module where Lightning has printed its model summary."""
     if any(isinstance(callback, pl.callbacks.ModelSummary) for callback in module.trainer.callbacks):

@@ -237,15 +237,18 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self.means.add(logs | self._observed, batch.size)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Add a batch to the metrics under ``val/``; callbacks get the student's ``output`` and the ``target``."""
-        return self.evaluation.update(self, self._evaluated(batch), batch_idx, "val")
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Add a batch to the metrics under ``val/``; callbacks get the student's ``output`` and the ``target``.
 
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Add a batch to the metrics under ``test/``; callbacks get the student's ``output`` and the ``target``."""
-        return self.evaluation.update(self, self._evaluated(batch), batch_idx, "test")
+        Several loaders have metrics of their own, ``val/nll/dataloader_idx_0`` and so on.
+        """
+        return self.evaluation.update(self, self._evaluated(batch), batch_idx, "val", dataloader_idx=dataloader_idx)
 
-    def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Add a batch to the metrics under ``test/``, as `validation_step` does under ``val/``."""
+        return self.evaluation.update(self, self._evaluated(batch), batch_idx, "test", dataloader_idx=dataloader_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
         """The student's output for the samples of a batch that count, or for a tensor of inputs."""
         if isinstance(batch, Tensor):
             return self.forward(batch)

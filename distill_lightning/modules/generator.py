@@ -96,7 +96,7 @@ class GeneratorModule(RemembersArguments, pl.LightningModule):
             self._check_range(Batch.of(batch).input)
         return self._step(Batch.of(batch), batch_idx, "train")
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The loss of a batch, logged under ``val/``."""
         self._step(Batch.of(batch), batch_idx, "val")
 

@@ -24,6 +24,7 @@ from distill_lightning.modules.parts.checkpoints import (
     note_format,
 )
 from distill_lightning.modules.parts.distances import FactorDistance
+from distill_lightning.modules.parts.evaluation import metrics_of
 from distill_lightning.modules.parts.holds_frozen import HoldsFrozen
 from distill_lightning.modules.parts.optimization import with_schedule
 from distill_lightning.networks import likely_input_shape
@@ -124,14 +125,16 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
         )
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the errors under ``val/``."""
         batch = Batch.of(batch)
         pairs = self._pairs(batch.input)
-        for errors, (reconstruction, feature) in zip(self.val_metrics, pairs, strict=True):
+        for errors, (reconstruction, feature) in zip(
+            metrics_of(self, "val_metrics", dataloader_idx), pairs, strict=True
+        ):
             chosen = slice(None) if batch.counted is None else batch.counted
-            errors.update(wide(reconstruction[chosen]), wide(feature[chosen]))  # type: ignore[operator]  # a MetricCollection
-            self.log_dict(errors, on_step=False, on_epoch=True, batch_size=batch.size)  # type: ignore[arg-type]
+            errors.update(wide(reconstruction[chosen]), wide(feature[chosen]))
+            self.log_dict(errors, on_step=False, on_epoch=True, batch_size=batch.size)
         loss = torch.stack([_ERROR.over_counted(*pair, batch.counted) for pair in pairs]).sum()
         self.log("val/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch.size)
 
