@@ -125,8 +125,8 @@ class ExtracurricularModule(DistillationModule):
         options: see `TrainingOptions`.
 
     Raises:
-        InputError: an option is unknown or out of range, a network does not fit, or a deterministic teacher of a
-            regression has no ``teacher_variance``.
+        InputError: an option is unknown, out of range or would do nothing, a network does not fit, or a deterministic
+            teacher of a regression has no ``teacher_variance``.
     """
 
     def __init__(
@@ -164,6 +164,8 @@ class ExtracurricularModule(DistillationModule):
         self.kl_weight, self.label_weight = kl_weight, label_weight
         given = [MixupSampler()] if samplers is None else samplers
         self.samplers = ExtraInputs(given, weights=sampler_weights, ratio=extra_ratio, seed=seed)
+        if not self.samplers.ratio:
+            self.refuse_unused("sampler_weights", sampler_weights, "without additional inputs")
         self.teachers = Teachers(teachers, ask=[Softened(temperature)], about=self.samplers)
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:

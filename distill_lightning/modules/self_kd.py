@@ -67,8 +67,8 @@ class SelfKDModule(DistillationModule):
         options: see `TrainingOptions`.
 
     Raises:
-        InputError: an option is unknown or out of range, every input is mixed and `StoredPast` could keep nothing, or,
-            in training, ``T`` is not known, or the past cannot be kept (see its class).
+        InputError: an option is unknown, out of range or would do nothing, every input is mixed and `StoredPast` could
+            keep nothing, or, in training, ``T`` is not known, or the past cannot be kept (see its class).
     """
 
     def __init__(
@@ -92,6 +92,9 @@ class SelfKDModule(DistillationModule):
                 "StoredPast keeps no prediction of a mixed input, and probability=1 mixes every one: lower it, or use "
                 "past=PastModel()"
             )
+        if alpha_schedule == "constant":
+            self.refuse_unused("alpha_unit", alpha_unit, "with alpha_schedule='constant'")
+            self.refuse_unused("total_epochs", total_epochs, "with alpha_schedule='constant'")
         self.past_temperature = past_temperature
         self.alpha = Alpha(alpha_T, alpha_schedule, alpha_unit, total_epochs)
         self.past = past.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
@@ -54,8 +54,8 @@ class Adversary(Choice):
         """Check the options."""
         name = type(self).__name__
         for key, value, known in (
-            ("shown", self.shown, ("logits", "probabilities", "log_probabilities")),
-            ("mode", self.mode, ("cooperative", "adversarial", "detached")),
+            ("shown", self.shown, get_args(Shown)),
+            ("mode", self.mode, get_args(Mode)),
         ):
             if value not in known:
                 raise InputError(f"{name}: {key} must be one of {', '.join(known)}, got {value!r}")
@@ -197,11 +197,16 @@ def discriminator_term(
     Returns:
         The loss; the scalars ``discriminator_accuracy`` and, of a network that can die, ``discriminator_dead``; and of
         such a network whether each of its two outputs was other than zero, bool ``(2,)``, else ``None``.
+
+    Raises:
+        InputError: the mode is unknown.
     """
     if mode == "adversarial":
         student = functional.reverse_gradient(student)
     elif mode == "detached":
         student = student.detach()
+    elif mode != "cooperative":
+        raise InputError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
     # Networks give half precision or float32, whatever the discriminator's weights are.
     dtype = next(discriminator.parameters(), student).dtype
     scores = discriminator(torch.cat([student.to(dtype), teacher.to(dtype)]))
