@@ -25,7 +25,7 @@ from distill_lightning.modules.parts.data_wait import DataWait
 from distill_lightning.modules.parts.evaluation import Evaluation
 from distill_lightning.modules.parts.holds_frozen import HoldsFrozen
 from distill_lightning.modules.parts.means import RunningMeans
-from distill_lightning.modules.parts.optimization import compile_networks, with_schedule
+from distill_lightning.modules.parts.optimization import compile_networks, plan_anew, with_schedule
 from distill_lightning.networks.provenance import plain_network
 from distill_lightning.networks.weights import write_weights
 from distill_lightning.outputs import Output, output_of
@@ -332,7 +332,8 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self._fingerprints = self.fingerprints()
 
     def on_train_start(self) -> None:
-        """Call the parts' ``training_starts``."""
+        """Plan the learning rates of a resumed training; then call the parts' ``training_starts``."""
+        plan_anew(self)
         self._tell("training_starts")
 
     def on_train_epoch_start(self) -> None:

@@ -26,7 +26,7 @@ from distill_lightning.modules.parts.checkpoints import (
 from distill_lightning.modules.parts.distances import FactorDistance
 from distill_lightning.modules.parts.evaluation import metrics_of
 from distill_lightning.modules.parts.holds_frozen import HoldsFrozen
-from distill_lightning.modules.parts.optimization import with_schedule
+from distill_lightning.modules.parts.optimization import plan_anew, with_schedule
 from distill_lightning.networks import likely_input_shape
 from distill_lightning.teachers import Frozen, TeacherEnsemble
 
@@ -148,6 +148,10 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
         self.teachers.fit_starts(self)
         wake(self)
         summarise_frozen(self, self.extra_repr().splitlines())
+
+    def on_train_start(self) -> None:
+        """Plan the learning rates of a resumed training."""
+        plan_anew(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note whose features these are."""
