@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
 
 
 class OneCycle(LRScheduler):
@@ -33,7 +33,8 @@ class OneCycle(LRScheduler):
             must be set before the first step, as modules do.
 
     Raises:
-        InputError: ``warmup`` outside ``[0, 1]``, or stepping before the number of steps is known.
+        InputError: ``warmup`` outside ``[0, 1]``, a rate that is negative or not finite, no steps, or stepping before
+            their number is known.
 
     Example:
         >>> from torch import nn
@@ -54,6 +55,12 @@ class OneCycle(LRScheduler):
         end: float = 1e-4,
         total_steps: int | None = None,
     ) -> None:
+        for name, value in (("start", start), ("end", end)):
+            check_finite(f"OneCycle: {name}", value)
+        if min(start, end) < 0:
+            raise InputError(f"OneCycle: start and end are shares of the peak, not negative, got {start} and {end}")
+        if total_steps is not None and total_steps < 1:
+            raise InputError(f"OneCycle: total_steps must be at least 1, got {total_steps}")
         if not 0 <= warmup <= 1:
             raise InputError(f"warmup is a share of the training, between 0 and 1, got {warmup}")
         self.warmup, self.start, self.end, self.total_steps = warmup, start, end, total_steps

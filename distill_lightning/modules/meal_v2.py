@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from distill_lightning import functional
 from distill_lightning.data.batch import Batch
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
 from distill_lightning.functional.common import wide
 from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
@@ -106,6 +106,7 @@ class MEALV2Module(DistillationModule):
         **options: Unpack[TrainingOptions],
     ) -> None:
         super().__init__(student, num_classes=num_classes, **options)
+        check_finite("hard_label_weight", hard_label_weight)
         if not hard_label_weight >= 0:
             raise InputError(f"hard_label_weight cannot be negative, got {hard_label_weight}")
         if discriminator.shown not in get_args(Shown):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill_lightning import functional
 from distill_lightning.data.batch import IGNORED, Batch
 from distill_lightning.errors import InputError
-from distill_lightning.functional.common import wide, wide_default
+from distill_lightning.functional.common import positive, wide, wide_default
 from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
@@ -85,8 +85,7 @@ class SelfKDModule(DistillationModule):
         **options: Unpack[TrainingOptions],
     ) -> None:
         super().__init__(student, num_classes=num_classes, **options)
-        if not past_temperature > 0:
-            raise InputError(f"past_temperature must be positive, got {past_temperature}")
+        positive("past_temperature", past_temperature)
         if isinstance(past, StoredPast) and any(getattr(one, "probability", 0) == 1 for one in self.transforms):
             raise InputError(
                 "StoredPast keeps no prediction of a mixed input, and probability=1 mixes every one: lower it, or use "

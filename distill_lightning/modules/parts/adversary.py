@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from distill_lightning import functional
 from distill_lightning.choices import Choice
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
+from distill_lightning.functional.common import positive
 from distill_lightning.layers import Discriminator, dry_forward
 from distill_lightning.modules.options import LRSchedulerCallable
 from distill_lightning.part import Part
@@ -59,10 +60,11 @@ class Adversary(Choice):
         ):
             if value not in known:
                 raise InputError(f"{name}: {key} must be one of {', '.join(known)}, got {value!r}")
+        check_finite(f"{name}: weight", self.weight)
         if not self.weight > 0:
             raise InputError(f"{name}: weight must be positive, got {self.weight}: NoDiscriminator() has none")
-        if self.lr is not None and not self.lr > 0:
-            raise InputError(f"{name}: lr must be positive, got {self.lr}")
+        if self.lr is not None:
+            positive(f"{name}: lr", self.lr)
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,12 @@ def plan_anew(module: pl.LightningModule) -> None:
         module: whose training starts.
     """
     left = steps_left(module)
+    if left is None:
+        return
     for config in cast("Any", module.trainer).lr_scheduler_configs:
         scheduler = config.scheduler
         for schedule in scheduler.schedules if isinstance(scheduler, GroupSchedules) else [scheduler]:
-            if left is None or not isinstance(schedule, OneCycle) or schedule.is_fixed:
+            if not isinstance(schedule, OneCycle) or schedule.is_fixed:
                 continue
             steps = schedule.last_epoch + left
             if steps != schedule.total_steps:
