@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class InputError(ValueError):
@@ -42,6 +43,32 @@ def check_one_of(name: str, value: object, known: Sequence[str]) -> None:
     """
     if value not in known:
         raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def check_finite(name: str, *values: Any) -> None:
+    """Refuse infinity, NaN, and what is no number; a comparison is false for NaN, and lets it through.
+
+    Args:
+        name: of the option, with which the message begins.
+        values: of it.
+
+    Raises:
+        InputError: one is not a finite number.
+
+    Example:
+        >>> from distill_lightning.errors import check_finite
+        >>> check_finite("temperature", 4.0)
+        >>> check_finite("temperature", float("inf"))
+        Traceback (most recent call last):
+        distill_lightning.errors.InputError: temperature must be a finite number, got inf
+    """
+    for value in values:
+        try:
+            is_finite = math.isfinite(value)
+        except (TypeError, OverflowError):
+            is_finite = False
+        if not is_finite:
+            raise InputError(f"{name} must be a finite number, got {value!r}")
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def total_steps(module: pl.LightningModule) -> int:
     """Number of optimiser steps of the whole training, or of the phase of it that a schedule is made for.
 
     Raises:
-        InputError: it has no end.
+        InputError: it has no end, or no step.
     """
     # Not an attribute of the module, which would take the Trainer along wherever it is copied to.
     asked = [getattr(callback, "phase_length", None) for callback in cast("Any", module.trainer).callbacks]
@@ -60,7 +60,39 @@ def total_steps(module: pl.LightningModule) -> int:
         module.trainer.fit_loop._combined_loader = None
     if steps == float("inf"):
         raise InputError("OneCycle needs the length of the training: give the Trainer max_epochs or max_steps")
+    if steps < 1:
+        raise InputError(
+            f"OneCycle needs the length of the training, which comes to {steps} steps: give the Trainer max_steps, or "
+            "limit_train_batches where the training data have no length, or OneCycle total_steps"
+        )
     return int(steps)
+
+
+def steps_left(module: pl.LightningModule) -> int | None:
+    """Number of optimiser steps to the end of a resumed training, asked when it starts.
+
+    Returns:
+        ``None``: it is not resumed, has no length, or a callback divides it into phases.
+    """
+    trainer = cast("Any", module.trainer)
+    phases = [ask for callback in trainer.callbacks if (ask := getattr(callback, "phase_length", None)) is not None]
+    batches = trainer.num_training_batches
+    if begins_anew(trainer) or any(ask() is not None for ask in phases):
+        return None
+    left = math.inf
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and not math.isinf(batches):
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        begun = 0 if progress.is_last_batch else progress.current.ready
+        accumulated = trainer.accumulate_grad_batches
+        left = (trainer.max_epochs - trainer.current_epoch) * math.ceil(batches / accumulated) - begun // accumulated
+    if trainer.max_steps >= 0:
+        left = min(left, trainer.max_steps - trainer.global_step)
+    return None if math.isinf(left) else int(left)
+
+
+def forget_known_metrics(module: Any) -> None:
+    """Have a module look again for the metrics among its attributes, of which it logs no others."""
+    module._metric_attributes = None
 
 
 def summarise_frozen(module: Any, lines: Iterable[str]) -> None:

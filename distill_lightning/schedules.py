@@ -9,16 +9,18 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
 
 
 class OneCycle(LRScheduler):
     """One cycle of the learning rate over the whole training, stepped after every batch.
 
     The rate rises along a half cosine from ``start`` times the optimiser's own rate to that rate during the first
-    ``warmup`` of the training, then falls along a half cosine to ``end`` times that rate. PyTorch's `OneCycleLR` has
-    the same shape but needs the number of steps in advance; here `distill_lightning.DistillationModule` sets it when
-    training begins.
+    ``warmup`` of the training, then falls along a half cosine to ``end`` times that rate. Of ``N`` steps, counted from
+    0, the peak is at step ``warmup * (N - 1)``. PyTorch's `OneCycleLR` joins two half cosines, too, but its peak is at
+    step ``pct_start * N - 1``, up to one step before, and it needs the number of steps in advance; here
+    `distill_lightning.DistillationModule` sets it when training begins. A training that is resumed with another length
+    or another number of batches is planned anew, with a warning, so that the cycle ends where the training does.
 
     Smith, Topin: *Super-Convergence*, https://arxiv.org/abs/1708.07120
 
@@ -27,10 +29,12 @@ class OneCycle(LRScheduler):
         warmup: share of the training spent rising, in ``[0, 1]``.
         start: the first rate, as a multiple of the peak.
         end: the last rate, as a multiple of the peak.
-        total_steps: number of optimiser steps of the whole training; must be set before the first step.
+        total_steps: number of optimiser steps of the whole training, which a resumed training keeps to; ``None``: it
+            must be set before the first step, as modules do.
 
     Raises:
-        InputError: ``warmup`` outside ``[0, 1]``, or stepping before the number of steps is known.
+        InputError: ``warmup`` outside ``[0, 1]``, a rate that is negative or not finite, no steps, or stepping before
+            their number is known.
 
     Example:
         >>> from torch import nn
@@ -51,9 +55,17 @@ class OneCycle(LRScheduler):
         end: float = 1e-4,
         total_steps: int | None = None,
     ) -> None:
+        for name, value in (("start", start), ("end", end)):
+            check_finite(f"OneCycle: {name}", value)
+        if min(start, end) < 0:
+            raise InputError(f"OneCycle: start and end are shares of the peak, not negative, got {start} and {end}")
+        if total_steps is not None and total_steps < 1:
+            raise InputError(f"OneCycle: total_steps must be at least 1, got {total_steps}")
         if not 0 <= warmup <= 1:
             raise InputError(f"warmup is a share of the training, between 0 and 1, got {warmup}")
         self.warmup, self.start, self.end, self.total_steps = warmup, start, end, total_steps
+        # Whether the number of steps was given, and not found by whoever trains.
+        self.is_fixed = total_steps is not None
         super().__init__(optimizer)
 
     def factor(self, progress: float) -> float:
@@ -63,6 +75,18 @@ class OneCycle(LRScheduler):
             return self.start + (1 - self.start) * (1 - math.cos(math.pi * progress / self.warmup)) / 2
         falling = (progress - self.warmup) / (1 - self.warmup)
         return self.end + (1 - self.end) * (1 + math.cos(math.pi * falling)) / 2
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another one stopped, over its number of steps unless this one was given its own."""
+        own = {"total_steps": self.total_steps, "is_fixed": True} if self.is_fixed else {}
+        super().load_state_dict({**state_dict, **own})
+
+    def plan(self, total_steps: int) -> None:
+        """Have the cycle end after another number of steps, those that were made among them."""
+        self.total_steps = total_steps
+        self._last_lr = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
 
     def get_lr(self) -> list[Any]:
         """The groups' rates for the next step."""

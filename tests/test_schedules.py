@@ -4,6 +4,7 @@ import math
 from functools import partial
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import (
@@ -17,8 +18,10 @@ from torch.optim.lr_scheduler import (
     ReduceLROnPlateau,
     SequentialLR,
 )
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from distill_lightning import GroupSchedules, InputError, OneCycle
+from distill_lightning import GroupSchedules, InputError, OneCycle, SupervisedModule
+from distill_lightning.testing import TinyNet, tiny_trainer
 
 
 def optimizer_with(*peaks):
@@ -277,3 +280,127 @@ def test_one_cycle_beside_an_epoch_wise_schedule_is_refused(turned):
     with pytest.raises(InputError, match="cannot be stepped together, OneCycle after every batch"):
         GroupSchedules(optimizer_with(0.1, 2.0), factories[::-1] if turned else factories)
     assert len(GroupSchedules(optimizer_with(0.1, 2.0), [None, OneCycle]).schedules) == 2
+
+
+# Lengths that are not known, and that change
+
+
+class Stream(IterableDataset):
+    """Images without a length."""
+
+    def __iter__(self):
+        for number in range(20):
+            yield torch.rand(1, 8, 8), number % 3
+
+
+class Rates(pl.Callback):
+    """The rate of every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def cycle(**options):
+    torch.manual_seed(0)
+    return SupervisedModule(
+        TinyNet(), num_classes=3, optimizer=partial(SGD, lr=0.1), lr_scheduler=partial(OneCycle, **options)
+    )
+
+
+def loader(batch_size=8):
+    return DataLoader(TensorDataset(torch.rand(40, 1, 8, 8), torch.arange(40) % 3), batch_size=batch_size)
+
+
+def rates_in(module, data, **options):
+    rates = Rates()
+    path = options.pop("ckpt_path", None)
+    trainer = tiny_trainer(callbacks=[rates, *options.pop("callbacks", [])], limit_val_batches=0, **options)
+    trainer.fit(module, data, loader(), ckpt_path=path)
+    return rates.seen, trainer
+
+
+def expected(start, steps, **options):
+    """The cycle's rates from a step on."""
+    schedule = OneCycle(optimizer_with(0.1), total_steps=steps, **options)
+    return [0.1 * schedule.factor(step / (steps - 1)) for step in range(start, steps)]
+
+
+def test_data_without_a_length_are_refused_unless_the_steps_are_given():
+    data = DataLoader(Stream(), batch_size=4)
+    with pytest.raises(InputError, match="limit_train_batches where the training data have no length, or OneCycle tot"):
+        rates_in(cycle(), data, max_epochs=2)
+    assert rates_in(cycle(), data, max_epochs=2, max_steps=8)[0] == pytest.approx(expected(0, 8))
+    assert rates_in(cycle(), data, max_epochs=2, limit_train_batches=3)[0] == pytest.approx(expected(0, 6))
+    assert rates_in(cycle(total_steps=10), data, max_epochs=2)[0] == pytest.approx(expected(0, 10))
+
+
+def stopped(tmp_path, epochs=2, **options):
+    """A checkpoint of the end of a training."""
+    _, trainer = rates_in(cycle(**options), loader(), max_epochs=epochs)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    return tmp_path / "end.ckpt"
+
+
+@pytest.mark.slow
+def test_a_training_that_is_resumed_with_more_epochs_is_planned_anew(tmp_path):
+    path = stopped(tmp_path)
+    with pytest.warns(UserWarning, match="planned for 10 steps, and this training has 20"):
+        seen, _ = rates_in(cycle(), loader(), max_epochs=4, ckpt_path=path)
+    assert seen == pytest.approx(expected(10, 20))
+
+
+@pytest.mark.slow
+def test_a_training_that_is_resumed_with_smaller_batches_ends_with_the_cycle(tmp_path):
+    path = tmp_path / "middle.ckpt"
+
+    class Save(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                trainer.save_checkpoint(path)
+
+    rates_in(cycle(), loader(), max_epochs=4, callbacks=[Save()])
+    with pytest.warns(UserWarning, match="planned for 20 steps, and this training has 30"):
+        seen, _ = rates_in(cycle(), loader(4), max_epochs=4, ckpt_path=path)
+    assert seen == pytest.approx(expected(10, 30))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("after", [3, 7, 10, 12])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_training_that_is_resumed_as_it_was_keeps_its_plan(tmp_path, after, accumulated):
+    """No warning of ours, which would be an error here, wherever the checkpoint was made."""
+    path = tmp_path / "middle.ckpt"
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.current_epoch * 5 + batch_idx + 1 == after:
+                trainer.save_checkpoint(path)
+
+    options = {"max_epochs": 3, "accumulate_grad_batches": accumulated}
+    whole, _ = rates_in(cycle(), loader(), callbacks=[Save()], **options)
+    seen, _ = rates_in(cycle(), loader(), ckpt_path=path, **options)
+    assert seen == whole[len(whole) - len(seen) :]
+    assert whole == pytest.approx(expected(0, len(whole)))
+
+
+@pytest.mark.slow
+def test_a_number_of_steps_that_was_given_is_kept(tmp_path):
+    path = stopped(tmp_path, total_steps=40)
+    seen, _ = rates_in(cycle(total_steps=40), loader(), max_epochs=4, ckpt_path=path)
+    assert seen == pytest.approx(expected(10, 40)[:10])
+    seen, _ = rates_in(cycle(total_steps=25), loader(), max_epochs=4, ckpt_path=path)
+    # The first step's rate is the checkpoint's.
+    assert seen[1:] == pytest.approx(expected(11, 25)[:9])
+
+
+def test_the_peaks_of_pytorchs_cycle_and_ours_are_where_the_documentation_says():
+    total, warmup = 24, 0.25
+    ours = OneCycle(optimizer_with(1.0), warmup=warmup, total_steps=total)
+    theirs = OneCycleLR(optimizer_with(1.0), max_lr=1.0, total_steps=total, pct_start=warmup, cycle_momentum=False)
+    (our,), (their,) = (zip(*rates_of(schedule, total - 1), strict=True) for schedule in (ours, theirs))
+    assert their.index(max(their)) == warmup * total - 1 == 5
+    assert our.index(max(our)) == round(warmup * (total - 1)) == 6

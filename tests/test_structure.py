@@ -179,6 +179,7 @@ ROOMS = {
         categorical gaussian
     """,
     "outputs/metrics": """
+        exact
         mean gap
         classification regression
     """,

@@ -21,7 +21,7 @@ from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 from distill_lightning import functional
 from distill_lightning.callbacks.figures import log_figure
 from distill_lightning.data.batch import Batch
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
 from distill_lightning.layers import FeatureTap, Paraphraser, Translator, freeze, resolve_layer, uncompiled
 from distill_lightning.lightning_internals import TrainersBatches, drawing_parts, undrawn
 from distill_lightning.plots import reconstruction_errors
@@ -103,6 +103,8 @@ class ReconstructionErrorProbe(pl.Callback):
         super().__init__()
         if kind not in ("self", "teacher"):
             raise InputError(f"kind must be 'self' or 'teacher', got {kind!r}")
+        check_finite("beta", beta)
+        check_finite("rate", rate)
         if epochs < 1 or not beta > 0:
             raise InputError(f"epochs and beta must be positive, got {epochs} and {beta}")
         self.layer, self.kind, self.control, self.teacher_layers = layer, kind, control, teacher_layers

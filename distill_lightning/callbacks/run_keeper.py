@@ -31,7 +31,7 @@ class RunKeeper(pl.callbacks.Checkpoint):
         mode: ``"max"`` if higher values of the metric are better, ``"min"`` if lower ones are.
 
     Raises:
-        InputError: at the end of an epoch in which the metric was not logged.
+        InputError: an unknown mode; at the end of an epoch in which the metric was not logged.
     """
 
     def __init__(
@@ -42,6 +42,8 @@ class RunKeeper(pl.callbacks.Checkpoint):
         monitor: str = "val/accuracy",
         mode: Literal["max", "min"] = "max",
     ) -> None:
+        if mode not in ("max", "min"):
+            raise InputError(f"RunKeeper: mode must be 'max' or 'min', got {mode!r}")
         self.folder = Path(folder)
         self.seed = seed
         self.monitor = monitor

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill_lightning.errors import InputError
-from distill_lightning.functional.common import wide
+from distill_lightning.functional.common import wide, wide_default
 
 ECE_BINS = 15
 """Bins of the calibration error where no other number is given."""
@@ -129,7 +129,8 @@ def risk_coverage(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
     # Integers until the division: nothing is rounded, however many samples there are.
     errors = (correct[order] == 0).cumsum(dim=0)
     ranks = torch.arange(1, len(errors) + 1, device=errors.device)
-    return ranks / len(errors), errors / ranks
+    exact = wide_default()
+    return ranks.to(exact) / len(errors), errors.to(exact) / ranks
 
 
 def area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
@@ -313,7 +314,7 @@ def interval_error(hits: Tensor, total: Tensor | int) -> Tensor:
         >>> interval_error(tensor([1, 1, 1]), 4)
         tensor(0.2500)
     """
-    shares = hits / total
+    shares = hits.to(torch.promote_types(hits.dtype, wide_default())) / total
     return (shares - _levels(len(hits), shares)).abs().mean()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -18,6 +18,19 @@ def wide(tensor: Tensor) -> Tensor:
         (torch.float32, torch.float64)
     """
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def wide_default() -> torch.dtype:
+    """PyTorch's default type, but no narrower than float32: that of what is made of integers and Python numbers.
+
+    In a step under ``precision="bf16-true"`` the default type is bfloat16.
+
+    Example:
+        >>> from distill_lightning.functional.common import wide_default
+        >>> wide_default()
+        torch.float32
+    """
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def same_shape(name: str, student: Tensor, teacher: Tensor) -> None:
@@ -40,10 +53,10 @@ def same_shape(name: str, student: Tensor, teacher: Tensor) -> None:
 
 
 def positive(name: str, value: float) -> None:
-    """Refuse zero, negative numbers and NaN.
+    """Refuse zero, negative numbers, infinity and NaN.
 
     Raises:
-        InputError: ``value`` is not positive; the message begins with ``name``.
+        InputError: ``value`` is not positive and finite; the message begins with ``name``.
 
     Example:
         >>> from distill_lightning.functional.common import positive
@@ -51,5 +64,6 @@ def positive(name: str, value: float) -> None:
         Traceback (most recent call last):
         distill_lightning.errors.InputError: temperature must be positive, got 0.0
     """
+    check_finite(name, value)
     if not value > 0:
         raise InputError(f"{name} must be positive, got {value}")

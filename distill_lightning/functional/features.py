@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
 from distill_lightning.functional.common import same_shape, wide
 
 Reduction = Literal["mean", "sum"]
@@ -63,6 +63,7 @@ def factor_distance(
     difference = (
         unit_feature(student, normalize=normalize, eps=eps) - unit_feature(teacher, normalize=normalize, eps=eps)
     ).abs()
+    check_finite("p", p)
     return _reduced(difference if p == 1 else difference**p, reduction)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distill_lightning.errors import InputError
-from distill_lightning.functional.common import wide
+from distill_lightning.functional.common import wide, wide_default
 
 
 def gap_reduction(score: Tensor | float, baseline: Tensor | float, teacher: Tensor | float) -> Tensor:
@@ -40,8 +40,8 @@ def gap_reduction(score: Tensor | float, baseline: Tensor | float, teacher: Tens
     score, baseline, teacher = (
         wide(value) if isinstance(value, Tensor) else value for value in (score, baseline, teacher)
     )
-    gain = torch.as_tensor(score - baseline)
-    gap = torch.as_tensor(teacher - baseline, device=gain.device)
+    gain = _as_tensor(score - baseline)
+    gap = _as_tensor(teacher - baseline).to(gain.device)
     return (gain / gap).where(gap != 0, torch.nan)
 
 
@@ -82,3 +82,7 @@ def _direction(angles: Tensor) -> Tensor:
     """The unit vectors ``(N, 3)`` of pitch and yaw ``(N, 2)``."""
     pitch, yaw = wide(angles).unbind(dim=1)
     return -torch.stack([pitch.cos() * yaw.sin(), pitch.sin(), pitch.cos() * yaw.cos()], dim=1)
+
+
+def _as_tensor(value: Tensor | float) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=wide_default())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distill_lightning.errors import InputError
-from distill_lightning.functional.common import positive, wide
+from distill_lightning.functional.common import positive, wide, wide_default
 
 
 def hard_targets(target: Tensor, num_classes: int, *, label_smoothing: float = 0.0) -> Tensor:
@@ -36,7 +36,7 @@ def hard_targets(target: Tensor, num_classes: int, *, label_smoothing: float = 0
     if not 0 <= label_smoothing < 1:
         raise InputError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     rest = label_smoothing / num_classes
-    rows = torch.full((len(target), num_classes), rest, device=target.device)
+    rows = torch.full((len(target), num_classes), rest, dtype=wide_default(), device=target.device)
     return rows.scatter_(1, target.long()[:, None], 1 - label_smoothing + rest)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
 
 
 class ImageEncoder(nn.Sequential):
@@ -66,6 +66,7 @@ class ImageDecoder(nn.Module):
         super().__init__()
         if len(input_shape) != 3 or min(*input_shape, latent_dim, width) < 1:
             raise InputError(f"ImageDecoder: sizes must be positive, got {tuple(input_shape)}, {latent_dim}, {width}")
+        check_finite("ImageDecoder: output_range", *output_range)
         if not output_range[0] < output_range[1]:
             raise InputError(f"ImageDecoder: output_range must be (smallest, largest), got {output_range}")
         channels, self.rows, self.columns = input_shape

@@ -26,6 +26,31 @@ def freeze(module: ModuleT) -> ModuleT:
     return module.eval().requires_grad_(requires_grad=False)
 
 
+def wake(network: nn.Module) -> None:
+    """Put a network in train mode, but for its frozen parts.
+
+    A part all of whose parameters are frozen keeps the mode that it is in, with everything inside it: a BatchNorm in
+    eval mode does not move its statistics. A part without parameters goes with the one that it is in.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.layers import freeze, wake
+        >>> network = nn.Sequential(freeze(nn.BatchNorm1d(2)), nn.Dropout(), nn.Linear(2, 2)).eval()
+        >>> wake(network)
+        >>> [layer.training for layer in network]
+        [False, True, True]
+    """
+    modes = {child: child.training for part in network.modules() if _is_frozen(part) for child in part.modules()}
+    network.train()
+    for child, training in modes.items():
+        child.training = training
+
+
+def _is_frozen(part: nn.Module) -> bool:
+    parameters = list(part.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
 @contextmanager
 def eval_mode(*networks: nn.Module) -> Iterator[None]:
     """Eval mode inside this context; afterwards every module is in the mode that it had.

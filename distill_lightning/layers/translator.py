@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
 
 _SLOPE = 0.1
 
@@ -72,6 +72,7 @@ class Paraphraser(nn.Module):
 
     def __init__(self, channels: int, *, rate: float = 0.5, batch_norm: bool = False) -> None:
         super().__init__()
+        check_finite("rate", rate)
         factors = round(rate * channels)
         if factors < 1:
             raise InputError(f"rate {rate} of {channels} channels leaves no factor channel")

@@ -15,7 +15,7 @@ from distill_lightning.arguments import arguments_of
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.transforms import BatchTransform
 from distill_lightning.errors import InputError
-from distill_lightning.layers import dry_forward
+from distill_lightning.layers import dry_forward, wake
 from distill_lightning.layers.call import call
 from distill_lightning.lightning_internals import place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
@@ -26,7 +26,7 @@ from distill_lightning.modules.parts.evaluation import Evaluation
 from distill_lightning.modules.parts.guard import Guard, with_targets
 from distill_lightning.modules.parts.holds_frozen import HoldsFrozen
 from distill_lightning.modules.parts.means import RunningMeans
-from distill_lightning.modules.parts.optimization import compile_networks, with_schedule
+from distill_lightning.modules.parts.optimization import compile_networks, plan_anew, with_schedule
 from distill_lightning.networks.provenance import plain_network
 from distill_lightning.networks.weights import write_weights
 from distill_lightning.outputs import Output, output_of
@@ -70,7 +70,8 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
     several, ``train/<term>_share`` (weighted, as a part of the loss). In validation and test it logs the student's
     metrics under ``val/`` and ``test/``. Attributes that are `Part` objects are called at the moments of a training;
     those that are `Frozen`, `Teachers` for example, stay in eval mode, out of the optimiser and out of the checkpoint,
-    which holds how they were built and a fingerprint of their weights instead.
+    which holds how they were built and a fingerprint of their weights instead. A ``fit`` puts the module in train mode;
+    a part of the student all of whose parameters are frozen keeps the mode that it came in.
 
     Args:
         student: the network that learns; maps ``(N, ...)`` to logits ``(N, K)``.
@@ -244,15 +245,18 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self.guard.hold(self, sums[: 1 + len(terms)], ["loss", *terms], batch)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Add a batch to the metrics under ``val/``; callbacks get the student's ``output`` and the ``target``."""
-        return self.evaluation.update(self, self._evaluated(batch), batch_idx, "val")
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Add a batch to the metrics under ``val/``; callbacks get the student's ``output`` and the ``target``.
 
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Add a batch to the metrics under ``test/``; callbacks get the student's ``output`` and the ``target``."""
-        return self.evaluation.update(self, self._evaluated(batch), batch_idx, "test")
+        Several loaders have metrics of their own, ``val/nll/dataloader_idx_0`` and so on.
+        """
+        return self.evaluation.update(self, self._evaluated(batch), batch_idx, "val", dataloader_idx=dataloader_idx)
 
-    def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Add a batch to the metrics under ``test/``, as `validation_step` does under ``val/``."""
+        return self.evaluation.update(self, self._evaluated(batch), batch_idx, "test", dataloader_idx=dataloader_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
         """The student's output for the samples of a batch that count, or for a tensor of inputs."""
         if isinstance(batch, Tensor):
             return self.forward(batch)
@@ -317,10 +321,10 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
             getattr(part, moment)(self)
 
     def on_fit_start(self) -> None:
-        """Call the parts' ``fit_starts``; then train mode, whatever mode the module came in, and compilation."""
+        """Call the parts' ``fit_starts``; then train mode for all but frozen parts of the student, and compilation."""
         self.forget_fingerprints()
         self._tell("fit_starts")
-        self.train()
+        wake(self)
         if self.compiles:
             compile_networks(self)
         if self._missing:
@@ -334,7 +338,8 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self._fingerprints = self.fingerprints()
 
     def on_train_start(self) -> None:
-        """Call the parts' ``training_starts``."""
+        """Plan the learning rates of a resumed training; then call the parts' ``training_starts``."""
+        plan_anew(self)
         self._tell("training_starts")
 
     def on_train_epoch_start(self) -> None:

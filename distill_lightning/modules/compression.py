@@ -14,7 +14,7 @@ from distill_lightning.callbacks.stages import Measurements
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.steps import Step
 from distill_lightning.data.batch import Batch
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
 from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
@@ -78,6 +78,7 @@ class CompressionBaseline(DistillationModule):
         **options: Unpack[TrainingOptions],
     ) -> None:
         super().__init__(network, num_classes=num_classes, **options)
+        check_finite("temperature", temperature)
         if not 0 <= hard_label_weight <= 1:
             raise InputError(f"hard_label_weight must be in [0, 1], got {hard_label_weight}")
         if isinstance(teacher, str) and teacher not in ("none", "dense"):

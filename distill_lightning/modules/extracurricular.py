@@ -14,7 +14,8 @@ from distill_lightning import functional
 from distill_lightning.choices import Choice
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.samplers import MixupSampler, join
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
+from distill_lightning.functional.common import positive
 from distill_lightning.layers.batch_norm import kept_statistics
 from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
@@ -57,8 +58,8 @@ class MatchPoint(Match):
 
     def __post_init__(self) -> None:
         """Check the number."""
-        if self.variance is not None and not self.variance > 0:
-            raise InputError(f"MatchPoint: variance must be positive, got {self.variance}")
+        if self.variance is not None:
+            positive("MatchPoint: variance", self.variance)
 
     def student_output(self, output: Output) -> Output:
         """A Gaussian has this variance."""
@@ -125,8 +126,8 @@ class ExtracurricularModule(DistillationModule):
         options: see `TrainingOptions`.
 
     Raises:
-        InputError: an option is unknown or out of range, a network does not fit, or a deterministic teacher of a
-            regression has no ``teacher_variance``.
+        InputError: an option is unknown, out of range or would do nothing, a network does not fit, or a deterministic
+            teacher of a regression has no ``teacher_variance``.
     """
 
     def __init__(
@@ -152,6 +153,8 @@ class ExtracurricularModule(DistillationModule):
         )
         options["output"] = None if means is None else match.student_output(means)
         super().__init__(student, num_classes=num_classes, num_targets=num_targets, **options)
+        for name, value in (("kl_weight", kl_weight), ("label_weight", label_weight)):
+            check_finite(name, value)
         if not min(kl_weight, label_weight) >= 0 or not kl_weight + label_weight > 0:
             raise InputError(
                 f"kl_weight and label_weight cannot be negative, nor both 0: {kl_weight} and {label_weight}"
@@ -164,6 +167,8 @@ class ExtracurricularModule(DistillationModule):
         self.kl_weight, self.label_weight = kl_weight, label_weight
         given = [MixupSampler()] if samplers is None else samplers
         self.samplers = ExtraInputs(given, weights=sampler_weights, ratio=extra_ratio, seed=seed)
+        if not self.samplers.ratio:
+            self.refuse_unused("sampler_weights", sampler_weights, "without additional inputs")
         self.teachers = Teachers(teachers, ask=[Softened(temperature)], about=self.samplers)
 
     @property

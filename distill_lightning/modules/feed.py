@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
 from distill_lightning.layers import FeatureTap, resolve_layer
 from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
@@ -120,6 +120,8 @@ class FEEDModule(DistillationModule):
         self.teacher_weights = [1.0] * len(targets) if teacher_weights is None else [float(w) for w in teacher_weights]
         if len(self.teacher_weights) != len(targets):
             raise InputError(f"FEED: {len(self.teacher_weights)} teacher_weights for {len(targets)} teachers: one each")
+        check_finite("FEED: beta", self.beta)
+        check_finite("FEED: teacher_weights", *self.teacher_weights)
         if not min(self.beta, *self.teacher_weights) >= 0:
             raise InputError(f"FEED: beta and teacher_weights cannot be negative: {self.beta}, {self.teacher_weights}")
         if teacher_reduction not in ("sum", "mean"):

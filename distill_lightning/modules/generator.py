@@ -24,7 +24,7 @@ from distill_lightning.modules.parts.checkpoints import (
     hyperparameters,
     note_format,
 )
-from distill_lightning.modules.parts.optimization import with_schedule
+from distill_lightning.modules.parts.optimization import plan_anew, with_schedule
 from distill_lightning.networks.weights import write_weights
 
 # Keeps the codes' random numbers apart from those that crop and flip the images of the same views.
@@ -96,7 +96,7 @@ class GeneratorModule(RemembersArguments, pl.LightningModule):
             self._check_range(Batch.of(batch).input)
         return self._step(Batch.of(batch), batch_idx, "train")
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The loss of a batch, logged under ``val/``."""
         self._step(Batch.of(batch), batch_idx, "val")
 
@@ -136,6 +136,10 @@ class GeneratorModule(RemembersArguments, pl.LightningModule):
         """The optimiser and, if there is one, its schedule."""
         optimizer = self.optimizer(self.parameters())
         return with_schedule(self, optimizer, self.lr_scheduler, monitor="val/loss")
+
+    def on_train_start(self) -> None:
+        """Plan the learning rates of a resumed training."""
+        plan_anew(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the version of the checkpoint."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, Unpack, get_args
 
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
@@ -13,12 +13,18 @@ from torch.nn import functional as F
 
 from distill_lightning import functional
 from distill_lightning.data.batch import Batch
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
 from distill_lightning.functional.common import wide
 from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
-from distill_lightning.modules.parts.adversary import Adversary, Liveness, OfficialDiscriminator, discriminator_term
+from distill_lightning.modules.parts.adversary import (
+    Adversary,
+    Liveness,
+    OfficialDiscriminator,
+    Shown,
+    discriminator_term,
+)
 from distill_lightning.part import Part
 from distill_lightning.schedules import GroupSchedules
 from distill_lightning.teachers import Given, MeanLogits, Softened, Teachers
@@ -100,8 +106,12 @@ class MEALV2Module(DistillationModule):
         **options: Unpack[TrainingOptions],
     ) -> None:
         super().__init__(student, num_classes=num_classes, **options)
+        check_finite("hard_label_weight", hard_label_weight)
         if not hard_label_weight >= 0:
             raise InputError(f"hard_label_weight cannot be negative, got {hard_label_weight}")
+        if discriminator.shown not in get_args(Shown):
+            kind, known = type(discriminator).__name__, ", ".join(get_args(Shown))
+            raise InputError(f"{kind}: shown must be one of {known}, got {discriminator.shown!r}")
         self.adversary, self.hard_label_weight, self.temperature = discriminator, hard_label_weight, temperature
         self.discriminator = discriminator.make(num_classes)
         reads_logits = discriminator.shown == "logits"

@@ -14,7 +14,7 @@ from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
-from distill_lightning.layers import FeatureTap, Paraphraser
+from distill_lightning.layers import FeatureTap, Paraphraser, wake
 from distill_lightning.lightning_internals import summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts.checkpoints import (
@@ -24,8 +24,9 @@ from distill_lightning.modules.parts.checkpoints import (
     note_format,
 )
 from distill_lightning.modules.parts.distances import FactorDistance
+from distill_lightning.modules.parts.evaluation import metrics_of
 from distill_lightning.modules.parts.holds_frozen import HoldsFrozen
-from distill_lightning.modules.parts.optimization import with_schedule
+from distill_lightning.modules.parts.optimization import plan_anew, with_schedule
 from distill_lightning.networks import likely_input_shape
 from distill_lightning.teachers import Frozen, TeacherEnsemble
 
@@ -124,14 +125,16 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
         )
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the errors under ``val/``."""
         batch = Batch.of(batch)
         pairs = self._pairs(batch.input)
-        for errors, (reconstruction, feature) in zip(self.val_metrics, pairs, strict=True):
+        for errors, (reconstruction, feature) in zip(
+            metrics_of(self, "val_metrics", dataloader_idx), pairs, strict=True
+        ):
             chosen = slice(None) if batch.counted is None else batch.counted
-            errors.update(wide(reconstruction[chosen]), wide(feature[chosen]))  # type: ignore[operator]  # a MetricCollection
-            self.log_dict(errors, on_step=False, on_epoch=True, batch_size=batch.size)  # type: ignore[arg-type]
+            errors.update(wide(reconstruction[chosen]), wide(feature[chosen]))
+            self.log_dict(errors, on_step=False, on_epoch=True, batch_size=batch.size)
         loss = torch.stack([_ERROR.over_counted(*pair, batch.counted) for pair in pairs]).sum()
         self.log("val/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch.size)
 
@@ -143,8 +146,12 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
     def on_fit_start(self) -> None:
         """A module that enters ``fit`` in eval mode would train in it."""
         self.teachers.fit_starts(self)
-        self.train()
+        wake(self)
         summarise_frozen(self, self.extra_repr().splitlines())
+
+    def on_train_start(self) -> None:
+        """Plan the learning rates of a resumed training."""
+        plan_anew(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note whose features these are."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill_lightning import functional
 from distill_lightning.data.batch import IGNORED, Batch
 from distill_lightning.errors import InputError
-from distill_lightning.functional.common import wide
+from distill_lightning.functional.common import positive, wide, wide_default
 from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
@@ -67,8 +67,8 @@ class SelfKDModule(DistillationModule):
         options: see `TrainingOptions`.
 
     Raises:
-        InputError: an option is unknown or out of range, every input is mixed and `StoredPast` could keep nothing, or,
-            in training, ``T`` is not known, or the past cannot be kept (see its class).
+        InputError: an option is unknown, out of range or would do nothing, every input is mixed and `StoredPast` could
+            keep nothing, or, in training, ``T`` is not known, or the past cannot be kept (see its class).
     """
 
     def __init__(
@@ -85,13 +85,15 @@ class SelfKDModule(DistillationModule):
         **options: Unpack[TrainingOptions],
     ) -> None:
         super().__init__(student, num_classes=num_classes, **options)
-        if not past_temperature > 0:
-            raise InputError(f"past_temperature must be positive, got {past_temperature}")
+        positive("past_temperature", past_temperature)
         if isinstance(past, StoredPast) and any(getattr(one, "probability", 0) == 1 for one in self.transforms):
             raise InputError(
                 "StoredPast keeps no prediction of a mixed input, and probability=1 mixes every one: lower it, or use "
                 "past=PastModel()"
             )
+        if alpha_schedule == "constant":
+            self.refuse_unused("alpha_unit", alpha_unit, "with alpha_schedule='constant'")
+            self.refuse_unused("total_epochs", total_epochs, "with alpha_schedule='constant'")
         self.past_temperature = past_temperature
         self.alpha = Alpha(alpha_T, alpha_schedule, alpha_unit, total_epochs)
         self.past = past.start()
@@ -116,7 +118,7 @@ class SelfKDModule(DistillationModule):
     def _observe(self, batch: Batch, alpha: float, target: Tensor, agree: Tensor, known: Tensor) -> None:
         mean = partial(functional.counted_mean, counted=batch.counted)
         with_past = known if batch.counted is None else known & batch.counted
-        self.observe("alpha", torch.full((), alpha, device=target.device))
+        self.observe("alpha", torch.full((), alpha, dtype=wide_default(), device=target.device))
         self.observe("target_gt_prob", mean(target.gather(1, _labels(batch)[:, None])[:, 0]))
         self.observe("target_entropy", mean(torch.special.entr(target).sum(dim=1)))
         self.observe("agree_past", functional.counted_mean(agree.float(), with_past))

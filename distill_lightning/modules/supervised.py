@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distill_lightning import functional
 from distill_lightning.data.batch import Batch
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
 from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
@@ -78,6 +78,7 @@ class RegressionModule(DistillationModule):
         **options: Unpack[TrainingOptions],
     ) -> None:
         super().__init__(student, num_classes=num_classes, num_targets=num_targets, **options)
+        check_finite("burn_in_epochs", burn_in_epochs)
         if burn_in_epochs < 0:
             raise InputError(f"burn_in_epochs cannot be negative, got {burn_in_epochs}")
         self.burn_in_epochs = burn_in_epochs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import GaussianHead
 from distill_lightning.networks.provenance import class_with_recipe, drop_recipes, recipe_of, set_recipe
@@ -87,6 +87,8 @@ class AdaptedInput(nn.Module):
         given = {"mean": 0.0 if mean is None else mean, "std": 1.0 if std is None else std}
         given |= {"source_mean": source_mean, "source_std": source_std}
         values = {name: _per_channel(value) for name, value in given.items()}
+        for name, value in values.items():
+            check_finite(f"AdaptedInput: {name}", *value.tolist())
         channels = {len(value) for value in values.values() if len(value) > 1}
         if len(channels) > 1:
             raise InputError(

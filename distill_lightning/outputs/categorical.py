@@ -113,6 +113,11 @@ class Categorical(Output):
         classes = target.long()
         return ((classes < 0) | (classes >= self.num_classes)) & (classes != IGNORED)
 
+    def check_rule(self, combine: str) -> None:
+        """Probabilities are combined, or logits."""
+        if combine not in ("probabilities", "logits"):
+            raise InputError(f"combine must be 'probabilities' or 'logits', got {combine!r}")
+
     def select(self, output: Tensor, target: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows ``(R, K)``, and ``(R,)`` classes or ``(R, K)``."""
         if counted is not None and counted.ndim == 1:
@@ -171,6 +176,7 @@ class Categorical(Output):
         temperature: float = 1.0,
     ) -> Tensor:
         """Mean of the softmaxes or, with ``combine="logits"``, softmax of the mean."""
+        self.check_rule(combine)
         logits = torch.stack(list(outputs))
         if combine == "probabilities":
             return functional.mean_probabilities(logits, temperature=temperature, weights=weights)

@@ -13,8 +13,8 @@ from torchmetrics import MetricCollection
 
 from distill_lightning import functional
 from distill_lightning.data.batch import Batch
-from distill_lightning.errors import InputError
-from distill_lightning.functional.common import wide
+from distill_lightning.errors import InputError, check_finite
+from distill_lightning.functional.common import positive, wide
 from distill_lightning.outputs.metrics import GaussianDivergence, regression_metrics
 from distill_lightning.outputs.output import Output
 
@@ -64,13 +64,14 @@ class Gaussian(Output):
         if not self.log_var_bounds[0] < self.log_var_bounds[1]:
             raise InputError(f"log_var_bounds must be (smallest, largest), got {self.log_var_bounds}")
         variances = self._teacher_variances()
+        check_finite("teacher_variance", *(variances or ()))
         if variances is not None and (len(variances) != self.num_targets or not all(v > 0 for v in variances)):
             raise InputError(
                 f"teacher_variance must be positive, one number or one for each of {self.num_targets}: "
                 f"{self.teacher_variance}"
             )
-        if self.fixed_variance is not None and not self.fixed_variance > 0:
-            raise InputError(f"fixed_variance must be positive, got {self.fixed_variance}")
+        if self.fixed_variance is not None:
+            positive("fixed_variance", self.fixed_variance)
 
     def as_point(self, variance: float | None) -> Gaussian:
         """One of a ``fixed_variance``, 1 unless another is given."""

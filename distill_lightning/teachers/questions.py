@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill_lightning import functional
 from distill_lightning.errors import InputError
-from distill_lightning.functional.common import wide
+from distill_lightning.functional.common import positive, wide
 from distill_lightning.layers import Paraphraser, fingerprint
 from distill_lightning.outputs import Output
 from distill_lightning.teachers.ensemble import EnsembleRule
@@ -64,7 +64,7 @@ class Softened(Question):
         temperature: ``T``, which a regression has none of.
 
     Raises:
-        InputError: ``temperature`` is not positive.
+        InputError: ``temperature`` is not positive and finite.
 
     Example:
         >>> from torch import nn
@@ -74,8 +74,7 @@ class Softened(Question):
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
-        if not temperature > 0:
-            raise InputError(f"temperature must be positive, got {temperature}")
+        positive("temperature", temperature)
         self.temperature = temperature
 
     def answers(self, given: TeacherOutputs) -> dict[str, Tensor]:

@@ -167,7 +167,7 @@ def the_optimizer_holds_exactly_what_learns(build: Build) -> None:
 
 @point
 def modes_are_kept(build: Build) -> None:
-    """The student trains in train mode whatever its mode before, frozen networks stay in eval mode."""
+    """The student trains in train mode whatever its mode before, but for frozen parts; frozen networks in eval mode."""
     module, _ = _make(build)
     seen: list[bool] = []
 
@@ -182,6 +182,20 @@ def modes_are_kept(build: Build) -> None:
     module.train()
     for name, frozen in module.frozen.items():
         _require(not _is_awake(frozen), f"train() woke {name}")
+
+
+@point
+def a_frozen_part_keeps_its_mode(build: Build) -> None:
+    """A student's BatchNorm without gradients and in eval mode keeps its statistics; in train mode it moves them."""
+    for training in (False, True):
+        module, _ = _make(build)
+        norm = module.student.get_submodule("features.1").requires_grad_(requires_grad=False).train(mode=training)
+        before = _snapshot(norm)
+        tiny_trainer().fit(module, datamodule=_data(build))
+        moved = not torch.equal(before["running_mean"], norm.state_dict()["running_mean"])
+        _require(norm.training == training, f"fit put a frozen part that came with training={training} in another mode")
+        _require(moved == training, f"a frozen part with training={training} has other statistics than that says")
+        _require(torch.equal(before["weight"], norm.state_dict()["weight"]), "fit trained a frozen part")
 
 
 @point

@@ -1348,11 +1348,11 @@ def test_a_checkpoint_notices_other_samplers(tmp_path, samplers):
         ({"num_classes": None}, r"needs either num_classes \(a classifier\) or num_targets \(a regression\)"),
         ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
-        ({"temperature": math.nan}, "temperature must be positive, got nan"),
+        ({"temperature": math.nan}, "temperature must be a finite number, got nan"),
         ({"extra_ratio": -0.5}, "extra_ratio cannot be negative, got -0.5"),
-        ({"extra_ratio": math.nan}, "extra_ratio cannot be negative, got nan"),
+        ({"extra_ratio": math.nan}, "extra_ratio must be a finite number, got nan"),
         ({"kl_weight": -1.0}, "kl_weight and label_weight cannot be negative, nor both 0: -1.0 and 0.0"),
-        ({"label_weight": math.nan}, "cannot be negative, nor both 0: 1.0 and nan"),
+        ({"label_weight": math.nan}, "label_weight must be a finite number, got nan"),
         ({"kl_weight": 0.0}, "nor both 0: 0.0 and 0.0"),
         ({"output": Gaussian(2)}, r"output=Gaussian\(.*\) does not go with num_classes=3: let them agree"),
         (
@@ -1401,7 +1401,7 @@ def test_refusals_of_a_regression_name_what_is_wrong(options, message):
         ExtracurricularModule(*networks, **({"num_targets": 2} | options))
 
 
-@pytest.mark.parametrize("variance", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("variance", [0.0, -1.0])
 def test_a_variance_that_is_not_positive_is_refused(variance):
     with pytest.raises(InputError, match=f"MatchPoint: variance must be positive, got {variance}"):
         MatchPoint(variance=variance)

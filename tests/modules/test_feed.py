@@ -339,7 +339,7 @@ def test_sizes_are_matched_where_asked(sizes):
         ({"teacher_weights": [1.0]}, "1 teacher_weights for 2 teachers"),
         ({"teacher_weights": [1.0, -0.5]}, r"beta and teacher_weights cannot be negative: 10.0, \[1.0, -0.5\]"),
         ({"beta": -1.0}, "beta and teacher_weights cannot be negative: -1.0"),
-        ({"beta": float("nan")}, "beta and teacher_weights cannot be negative: nan"),
+        ({"beta": float("nan")}, "FEED: beta must be a finite number, got nan"),
         ({"teacher_reduction": "avg"}, "teacher_reduction must be sum or mean, got 'avg'"),
         (
             {"distance": AttentionDistance(), "paraphrasers": [Paraphraser(8)] * 2},
@@ -373,7 +373,7 @@ def test_a_teacher_with_other_classes_is_named():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LogitTerm(weight=float("nan")), "LogitTerm: weight must be 0 or more"),
+        (lambda: LogitTerm(weight=float("nan")), "LogitTerm: weight must be a finite number, got nan"),
         (lambda: LogitTerm(weight=-1.0), "LogitTerm: weight must be 0 or more"),
         (lambda: LogitTerm(temperature=0), "temperature positive"),
         (lambda: FactorDistance(p=0.5), "FactorDistance: p must be at least 1, got 0.5"),

@@ -886,7 +886,7 @@ def test_refusals_name_what_is_wrong(options, message):
         ({"mode": "against"}, "mode must be one of cooperative, .*, got 'against'"),
         ({"weight": -1.0}, r"weight must be positive, got -1.0: NoDiscriminator\(\) has none"),
         ({"weight": 0.0}, "weight must be positive, got 0.0"),
-        ({"weight": math.nan}, "weight must be positive, got nan"),
+        ({"weight": math.nan}, "weight must be a finite number, got nan"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
     ],
 )

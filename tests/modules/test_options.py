@@ -4,21 +4,31 @@ import inspect
 from typing import Unpack
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
 from distill_lightning import (
+    Categorical,
     DistillationModule,
+    EmpiricalSampler,
+    ExtracurricularModule,
     FEEDModule,
     FixedDiscriminator,
     HintDistance,
+    InputError,
     KDModule,
     MEALV2Module,
+    SelfKDModule,
     SmallResNet,
     SupervisedModule,
     TrainingOptions,
 )
 from distill_lightning.arguments import arguments_of
+from distill_lightning.callbacks.run_keeper import RunKeeper
 from distill_lightning.cli import main
+from distill_lightning.modules.parts.adversary import discriminator_term
+from distill_lightning.teachers import EnsembleRule
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 
@@ -145,3 +155,52 @@ def test_choices_are_hyper_parameters_and_come_back(checkpoints, kind, name, cho
     }
     assert choice in vars(module).values()
     assert not module._missing
+
+
+# Options that nobody would read, and names that nobody knows
+
+
+class Shouting(FixedDiscriminator):
+    """A discriminator of a user's own, whose names are not checked."""
+
+    def __post_init__(self) -> None:
+        """Nothing is looked at."""
+
+
+def shown(**options):
+    module = MEALV2Module(TinyNet(4), TinyNet(4), num_classes=4, discriminator=Shouting(**options))
+    tiny_trainer().fit(module, datamodule=TinyDataModule(num_classes=4))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EnsembleRule("median").combined(torch.zeros(2, 1, 3)), "combine must be .* got 'median'"),
+        (lambda: Categorical(3).collapse([torch.zeros(1, 3)], combine="median"), "combine must be .* got 'median'"),
+        (lambda: RunKeeper("runs", seed=0, mode="higher"), "mode must be 'max' or 'min', got 'higher'"),
+        (
+            lambda: discriminator_term(nn.Linear(3, 2), "rival", torch.zeros(1, 3), torch.zeros(1, 3), None),
+            "mode must be one of cooperative, adversarial, detached, got 'rival'",
+        ),
+        (lambda: shown(shown="odds"), "Shouting: shown must be one of .* got 'odds'"),
+        (lambda: shown(mode="rival"), "mode must be one of .* got 'rival'"),
+        (
+            lambda: SelfKDModule(TinyNet(), num_classes=3, alpha_schedule="constant", alpha_unit="step"),
+            "alpha_unit=step would do nothing with alpha_schedule='constant'",
+        ),
+        (
+            lambda: SelfKDModule(TinyNet(), num_classes=3, alpha_schedule="constant", total_epochs=5),
+            "total_epochs=5 would do nothing with alpha_schedule='constant'",
+        ),
+        (
+            lambda: ExtracurricularModule(
+                TinyNet(), TinyNet(), num_classes=3, samplers=[EmpiricalSampler()], sampler_weights=[2.0]
+            ),
+            "sampler_weights=.2.0. would do nothing without additional inputs",
+        ),
+    ],
+)
+def test_what_nobody_would_read_or_know_is_refused(make, message):
+    with pytest.raises(InputError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)

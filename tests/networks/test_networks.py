@@ -679,7 +679,7 @@ def test_a_feature_of_an_adapted_network_is_tapped_behind_the_prefix():
         ({"source_std": [0.5, 0.5]}, "source_mean and source_std need mean and std, the normalisation"),
         ({"mean": 0.5, "std": 0}, "std must be positive, got 0"),
         ({"mean": 0.5, "std": [1.0, -1.0]}, r"std must be positive, got \[1.0, -1.0\]"),
-        ({"mean": 0.5, "std": 1, "source_std": float("nan")}, "source_std must be positive, got nan"),
+        ({"mean": 0.5, "std": 1, "source_std": float("nan")}, "source_std must be a finite number, got nan"),
         ({"mean": [0.5] * 3, "std": [1.0] * 2}, r"have \[2, 3\] channels: give equally many"),
     ],
 )

@@ -307,7 +307,7 @@ def test_an_output_comes_back_from_its_plain_values():
         ({"teacher_variance": [1.0, -1.0]}, "teacher_variance must be positive, one number or one for each of 2"),
         ({"teacher_variance": [1.0]}, r"teacher_variance must be positive, one number or one for each of 2: \[1.0\]"),
         ({"fixed_variance": 0.0}, "fixed_variance must be positive, got 0.0"),
-        ({"fixed_variance": math.nan}, "fixed_variance must be positive, got nan"),
+        ({"fixed_variance": math.nan}, "fixed_variance must be a finite number, got nan"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(options, message):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from distill_lightning import functional
 from distill_lightning.choices import Choice
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
+from distill_lightning.functional.common import positive
 from distill_lightning.layers import Discriminator, dry_forward
 from distill_lightning.modules.options import LRSchedulerCallable
 from distill_lightning.part import Part
@@ -54,15 +55,16 @@ class Adversary(Choice):
         """Check the options."""
         name = type(self).__name__
         for key, value, known in (
-            ("shown", self.shown, ("logits", "probabilities", "log_probabilities")),
-            ("mode", self.mode, ("cooperative", "adversarial", "detached")),
+            ("shown", self.shown, get_args(Shown)),
+            ("mode", self.mode, get_args(Mode)),
         ):
             if value not in known:
                 raise InputError(f"{name}: {key} must be one of {', '.join(known)}, got {value!r}")
+        check_finite(f"{name}: weight", self.weight)
         if not self.weight > 0:
             raise InputError(f"{name}: weight must be positive, got {self.weight}: NoDiscriminator() has none")
-        if self.lr is not None and not self.lr > 0:
-            raise InputError(f"{name}: lr must be positive, got {self.lr}")
+        if self.lr is not None:
+            positive(f"{name}: lr", self.lr)
 
 
 @dataclass(frozen=True)
@@ -197,11 +199,16 @@ def discriminator_term(
     Returns:
         The loss; the scalars ``discriminator_accuracy`` and, of a network that can die, ``discriminator_dead``; and of
         such a network whether each of its two outputs was other than zero, bool ``(2,)``, else ``None``.
+
+    Raises:
+        InputError: the mode is unknown.
     """
     if mode == "adversarial":
         student = functional.reverse_gradient(student)
     elif mode == "detached":
         student = student.detach()
+    elif mode != "cooperative":
+        raise InputError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
     # Networks give half precision or float32, whatever the discriminator's weights are.
     dtype = next(discriminator.parameters(), student).dtype
     scores = discriminator(torch.cat([student.to(dtype), teacher.to(dtype)]))

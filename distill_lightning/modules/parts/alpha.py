@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
 from distill_lightning.lightning_internals import begins_anew
 from distill_lightning.part import Part
 
@@ -46,6 +46,8 @@ class Alpha(Part):
             raise InputError(f"alpha_schedule must be linear, constant or a function of progress, got {schedule!r}")
         if unit not in ("epoch", "step"):
             raise InputError(f"alpha_unit must be one of epoch, step, got {unit!r}")
+        if total_epochs is not None:
+            check_finite("total_epochs", total_epochs)
         if total_epochs is not None and total_epochs < 1:
             raise InputError(f"total_epochs must be at least 1, got {total_epochs}")
         self.final, self.schedule, self.unit, self.total_epochs = final, schedule, unit, total_epochs

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill_lightning import functional
 from distill_lightning.choices import Choice
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import Translator
 
@@ -185,6 +185,7 @@ class FactorDistance(Distance):
 
     def __post_init__(self) -> None:
         """Check the options."""
+        check_finite("FactorDistance: p", self.p)
         if not self.p >= 1:
             # Below 1 the gradient is infinite wherever a ReLU leaves both sides at zero.
             raise InputError(f"FactorDistance: p must be at least 1, got {self.p}")
@@ -277,6 +278,8 @@ class LogitTerm(Choice):
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        check_finite("LogitTerm: weight", self.weight)
+        check_finite("LogitTerm: temperature", self.temperature)
         if not self.weight >= 0 or not self.temperature > 0:
             raise InputError(f"LogitTerm: weight must be 0 or more and temperature positive, got {self}")
 

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torchmetrics import MetricCollection
+from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch
+from distill_lightning.functional.common import wide
 from distill_lightning.layers import eval_mode
 from distill_lightning.layers.call import call
+from distill_lightning.lightning_internals import forget_known_metrics
 from distill_lightning.part import Part
 from distill_lightning.teachers import Frozen
 
@@ -22,8 +23,47 @@ class _Answer(NamedTuple):
     prediction: Tensor
 
 
+def metrics_of(module: Any, name: str, dataloader_idx: int) -> Any:
+    """The metrics of one of several data loaders.
+
+    Args:
+        module: a LightningModule.
+        name: of its attribute, a `MetricCollection` or an ``nn.ModuleList`` of them, which are the first loader's;
+            every other loader gets copies of its own, as submodules.
+        dataloader_idx: number of the loader.
+    """
+    own = _name_of(name, dataloader_idx)
+    if not hasattr(module, own):
+        setattr(module, own, _fresh(getattr(module, name)))
+        forget_known_metrics(module)
+    return getattr(module, own)
+
+
+def reset_metrics(module: Any, *names: str) -> None:
+    """Forget what metrics have counted, those of every loader."""
+    for name in names:
+        loader = 0
+        while hasattr(module, _name_of(name, loader)):
+            getattr(module, _name_of(name, loader)).reset()
+            loader += 1
+
+
+def _name_of(name: str, dataloader_idx: int) -> str:
+    return f"{name}_{dataloader_idx}" if dataloader_idx else name
+
+
+def _fresh(metrics: Any) -> Any:
+    if isinstance(metrics, nn.ModuleList):
+        return nn.ModuleList(_fresh(each) for each in metrics)
+    copy = metrics.clone()
+    copy.reset()
+    return copy
+
+
 class Evaluation(Part):
     """Adds batches to a module's metrics and logs them under ``val/`` and ``test/``.
+
+    Several loaders are counted each on their own, and logged as Lightning does, ``val/nll/dataloader_idx_0``.
 
     The metrics are the module's own submodules, ``val_metrics`` and so on, so that they move with it. What the teachers
     predict for a validation batch is kept for the rest of the ``fit`` where its samples can be recognised by index and
@@ -35,20 +75,23 @@ class Evaluation(Part):
         # Whether the comparison with the teachers was logged for the current loader.
         self._compared = False
 
-    def update(self, module: Any, batch: Batch, batch_idx: int, stage: str) -> dict[str, Tensor]:
-        """Add a batch to the metrics of a stage, ``"val"`` or ``"test"``.
+    def update(
+        self, module: Any, batch: Batch, batch_idx: int, stage: str, *, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Add a batch to the metrics of a stage, ``"val"`` or ``"test"``, and of one of its loaders.
 
         Returns:
             The student's ``output`` and the ``target`` as the metrics got them, for callbacks.
         """
-        metrics: MetricCollection = getattr(module, f"{stage}_metrics")
-        teacher_metrics: MetricCollection = getattr(module, f"{stage}_teacher_metrics")
+        metrics = metrics_of(module, f"{stage}_metrics", dataloader_idx)
+        teacher_metrics = metrics_of(module, f"{stage}_teacher_metrics", dataloader_idx)
         module.guard.look(module, batch, batch_idx, stage)
         output = module.output.prediction(call(module, batch.input))
         module.guard.look_at_output(module, output, batch_idx, stage)
         counted = module.output.counted(output, batch)
         selected, target = module.output.select(output, batch.target, counted)
-        metrics.update(selected, target)
+        # Metrics of other packages sum in the type that they are given.
+        metrics.update(wide(selected), target)
         # Lightning computes a metric at the end of the epoch, however often it was logged, and a `log` takes longer
         # than a small network. Every loader begins with batch 0.
         if batch_idx == 0:
@@ -73,7 +116,9 @@ class Evaluation(Part):
         with eval_mode(module):
             for batch in batches:
                 output = module.output.prediction(call(module, batch.input))
-                metrics.update(*module.output.select(output, batch.target, module.output.counted(output, batch)))
+                counted = module.output.counted(output, batch)
+                selected, target = module.output.select(output, batch.target, counted)
+                metrics.update(wide(selected), target)
         return {name.removeprefix("test/"): float(value) for name, value in metrics.compute().items()}
 
     def fit_starts(self, module: Any) -> None:
@@ -89,14 +134,12 @@ class Evaluation(Part):
         if module.trainer.state.fn != "fit":
             self._known.clear()
         # `validate` leaves states that were made in inference mode, which `fit` must not change.
-        module.val_metrics.reset()
-        module.val_teacher_metrics.reset()
+        reset_metrics(module, "val_metrics", "val_teacher_metrics")
 
     def test_starts(self, module: Any) -> None:
         """Another call may bring other data."""
         self._known.clear()
-        module.test_metrics.reset()
-        module.test_teacher_metrics.reset()
+        reset_metrics(module, "test_metrics", "test_teacher_metrics")
 
     @staticmethod
     def _comes_again(module: Any, stage: str) -> bool:
@@ -105,7 +148,7 @@ class Evaluation(Part):
         is_frozen = isinstance(module.teachers, Frozen) and len(module.teachers) > 0
         if stage != "val" or module.trainer.state.fn != "fit" or not is_frozen:
             return False
-        # A subclass may take several loaders, which may have other samples under the same indices.
+        # Several loaders may have other samples under the same indices.
         return len(module.trainer.num_val_batches) == 1
 
     def _keep(self, stage: str, number: int, batch: Batch, prediction: Tensor) -> None:

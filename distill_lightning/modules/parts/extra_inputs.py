@@ -13,7 +13,7 @@ from torch import nn
 from distill_lightning import functional
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.samplers import EmpiricalSampler, FunctionSampler, PairSampler, count_rows, take
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_finite
 from distill_lightning.layers import fingerprint
 from distill_lightning.teachers import About, Frozen
 
@@ -44,6 +44,7 @@ class ExtraInputs(Frozen, About):
         if weights is not None and (len(weights) != count or min(weights) < 0 or not 0 < sum(weights) < math.inf):
             wanted = f"{count} finite numbers, none negative and not all zero"
             raise InputError(f"sampler_weights must be {wanted}, got {weights}")
+        check_finite("extra_ratio", ratio)
         if not ratio >= 0:
             raise InputError(f"extra_ratio cannot be negative, got {ratio}")
         super().__init__(samplers)

@@ -1,4 +1,4 @@
-"""Modules with frozen networks beside them."""
+"""Modules with frozen networks beside them, and metrics inside."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import Self
 import pytorch_lightning as pl
 from torch import Tensor
 
+from distill_lightning.outputs.metrics.exact import exact_metrics
 from distill_lightning.teachers import Frozen
 
 
 class HoldsFrozen(pl.LightningModule):
-    """A module whose `Frozen` attributes, which stand outside of its registry, move with it and are printed with it."""
+    """A module whose `Frozen` attributes, which stand outside of its registry, move with it and are printed with it.
+
+    Its metrics move with it, too, but no conversion to half precision reaches their sums.
+    """
 
     @property
     def frozen(self) -> dict[str, Frozen]:
@@ -20,7 +24,8 @@ class HoldsFrozen(pl.LightningModule):
         return {name: value for name, value in vars(self).items() if isinstance(value, Frozen) and len(value)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002  (nn.Module's signature)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with exact_metrics(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for frozen in self.frozen.values():
             frozen.apply(fn)
         return self

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, cast
 
 import pytorch_lightning as pl
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from distill_lightning.errors import refusing
-from distill_lightning.lightning_internals import total_steps
+from distill_lightning.lightning_internals import steps_left, total_steps
 from distill_lightning.modules.options import LRSchedulerCallable
 from distill_lightning.schedules import GroupSchedules, OneCycle
 
@@ -43,6 +44,33 @@ def with_schedule(
             if grouped:
                 config["reduce_on_plateau"] = True
     return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def plan_anew(module: pl.LightningModule) -> None:
+    """Let every `OneCycle` of a resumed training reach its end where the training now has it.
+
+    A checkpoint keeps the number of steps that its own training was to have. `OneCycle` that was given ``total_steps``
+    keeps to it.
+
+    Args:
+        module: whose training starts.
+    """
+    left = steps_left(module)
+    if left is None:
+        return
+    for config in cast("Any", module.trainer).lr_scheduler_configs:
+        scheduler = config.scheduler
+        for schedule in scheduler.schedules if isinstance(scheduler, GroupSchedules) else [scheduler]:
+            if not isinstance(schedule, OneCycle) or schedule.is_fixed:
+                continue
+            steps = schedule.last_epoch + left
+            if steps != schedule.total_steps:
+                warnings.warn(
+                    f"the checkpoint's OneCycle was planned for {schedule.total_steps} steps, and this training has "
+                    f"{steps}: it is planned anew and ends with the training; give OneCycle total_steps to keep a plan",
+                    stacklevel=2,
+                )
+                schedule.plan(steps)
 
 
 def compile_networks(module: Any) -> None:

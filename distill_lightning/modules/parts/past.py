@@ -15,7 +15,7 @@ from distill_lightning import functional
 from distill_lightning.choices import Choice
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.mixing import mixup
-from distill_lightning.errors import InputError, refusing
+from distill_lightning.errors import InputError, check_finite, refusing
 from distill_lightning.lightning_internals import begins_anew
 from distill_lightning.modules.parts.past_network import AveragedNetwork, PastNetwork
 from distill_lightning.part import Part
@@ -210,6 +210,7 @@ class PastModel(Past):
 
     def __post_init__(self) -> None:
         """Check the number."""
+        check_finite("refresh_epochs", self.refresh_epochs)
         if self.refresh_epochs < 1:
             raise InputError(f"PastModel: refresh_epochs must be at least 1, got {self.refresh_epochs}")
 

@@ -10,6 +10,7 @@ from torchmetrics import Metric, MetricCollection
 from distill_lightning import functional
 from distill_lightning.errors import InputError
 from distill_lightning.functional.calibration import ECE_BINS
+from distill_lightning.outputs.metrics.exact import ExactMetric
 from distill_lightning.outputs.metrics.mean import SampleMean
 
 
@@ -113,7 +114,7 @@ class MeanDivergence(SampleMean):
         self.count += len(probs)
 
 
-class CalibrationError(Metric):
+class CalibrationError(ExactMetric):
     """Expected calibration error of `distill_lightning.functional.expected_calibration_error`, over all batches.
 
     torchmetrics puts a confidence of exactly 1 into a bin of its own; here it counts in the last one.
@@ -152,7 +153,7 @@ class CalibrationError(Metric):
         return functional.binned_calibration_error(*self.binned.unbind())
 
 
-class Confidences(Metric):
+class Confidences(ExactMetric):
     """How sure a network is of each sample, and whether it is right: 8 bytes a sample, from all processes.
 
     Example:
@@ -281,4 +282,4 @@ def _joined(state: list[Tensor] | Tensor) -> Tensor:
     # Between processes torchmetrics has joined the list itself.
     if isinstance(state, Tensor):
         return state
-    return torch.cat(state) if state else torch.zeros(0)
+    return torch.cat(state) if state else torch.zeros(0, dtype=torch.float32)

@@ -9,6 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from distill_lightning import functional
+from distill_lightning.errors import check_finite
 
 
 class GapReduction(WrapperMetric):
@@ -39,6 +40,8 @@ class GapReduction(WrapperMetric):
 
     def __init__(self, baseline: float, teacher: float, *, of: Metric) -> None:
         super().__init__()
+        check_finite("GapReduction: baseline", baseline)
+        check_finite("GapReduction: teacher", teacher)
         self.baseline, self.teacher = baseline, teacher
         self.of = of
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from distill_lightning.outputs.metrics.exact import ExactMetric
 
 
-class SampleMean(Metric):
+class SampleMean(ExactMetric):
     """A mean over samples: their sum and their number.
 
     A metric's ``update`` adds to ``total`` and ``count``; `add` does so from a batch's mean.

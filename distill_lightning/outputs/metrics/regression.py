@@ -15,10 +15,11 @@ from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric, MetricColl
 
 from distill_lightning import functional
 from distill_lightning.errors import InputError
+from distill_lightning.outputs.metrics.exact import ExactMetric
 from distill_lightning.outputs.metrics.mean import SampleMean
 
 
-class GaussianMeanAbsoluteError(MeanAbsoluteError):
+class GaussianMeanAbsoluteError(ExactMetric, MeanAbsoluteError):
     """torchmetrics' mean absolute error of the predicted means: mean over samples and targets.
 
     From outputs ``(N, 2 d)`` and targets ``(N, d)``.
@@ -46,7 +47,7 @@ class GaussianMeanAbsoluteError(MeanAbsoluteError):
         super().update(mean.flatten(), target.to(mean).flatten())
 
 
-class GaussianRootMeanSquaredError(MeanSquaredError):
+class GaussianRootMeanSquaredError(ExactMetric, MeanSquaredError):
     """torchmetrics' mean squared error of the predicted means, and its root: over samples and targets.
 
     From outputs ``(N, 2 d)`` and targets ``(N, d)``.
@@ -102,7 +103,7 @@ class GaussianNegativeLogLikelihood(SampleMean):
         self.add(functional.gaussian_nll(*_gaussian(output, target, self.num_targets), target), len(target))
 
 
-class IntervalCalibration(Metric):
+class IntervalCalibration(ExactMetric):
     """`distill_lightning.functional.interval_calibration` over all batches, in ``[0, 0.5]``.
 
     The mean over the central intervals of levels 0.1, 0.2, ... 0.9 of the absolute difference between the share of

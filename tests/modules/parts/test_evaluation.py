@@ -5,12 +5,23 @@ import io
 import math
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassPrecision, MulticlassRecall
 
-from distill_lightning import Batch, DistillationModule, KDModule, SupervisedModule, TeacherEnsemble
+from distill_lightning import (
+    Batch,
+    DistillationModule,
+    GeneratorModule,
+    KDModule,
+    ParaphraserModule,
+    SupervisedModule,
+    TeacherEnsemble,
+)
 from distill_lightning.functional import gaussian_nll, join_gaussian, split_gaussian
 from distill_lightning.modules.parts.evaluation import Evaluation
 from distill_lightning.teachers import Frozen
@@ -249,13 +260,8 @@ def test_two_validation_loaders_are_asked_about_every_time():
 
     class Both(KDModule):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            # Lightning logs what two loaders have in common under names of their own, which metrics do not take.
             predicted.append(self.teacher_prediction(batch))
-            return self.evaluation.update(self, batch, batch_idx, "val")
-
-        def log_dict(self, *args, **options):
-            if self.trainer.training:
-                super().log_dict(*args, **options)
+            return super().validation_step(batch, batch_idx, dataloader_idx)
 
     predicted = []
     torch.manual_seed(0)
@@ -533,3 +539,102 @@ def test_observing_beside_several_terms_leaves_their_shares():
     total = metrics["train/ce"].item() + 0.5 * metrics["train/square"].item()
     assert metrics["train/loss"].item() == pytest.approx(total, rel=1e-5)
     assert metrics["train/ce_share"].item() + metrics["train/square_share"].item() == pytest.approx(1, rel=1e-5)
+
+
+class TwoLoaders(TinyDataModule):
+    """The validation data, and the test data beside them, which have other labels here."""
+
+    def val_dataloader(self):
+        return [super().val_dataloader(), self.other()]
+
+    def test_dataloader(self):
+        return [super().val_dataloader(), self.other()]
+
+    def predict_dataloader(self):
+        return [super().val_dataloader(), self.other()]
+
+    def other(self):
+        batches = list(super().test_dataloader())
+        wrong = (torch.cat([batch.target for batch in batches]) + 1) % 3
+        return DataLoader(TensorDataset(torch.cat([batch.input for batch in batches]), wrong), batch_size=5)
+
+
+def alone(build, number, stage):
+    """What one of the two loaders gives without the other."""
+    data = TwoLoaders(val_size=21)
+    data.setup()
+    run = getattr(tiny_trainer(), "validate" if stage == "val" else "test")
+    return run(build(), data.val_dataloader()[number], verbose=False)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_several_loaders_have_numbers_of_their_own(stage):
+    run = "validate" if stage == "val" else "test"
+    both = getattr(tiny_trainer(), run)(kd(), datamodule=TwoLoaders(val_size=21), verbose=False)
+    for number, found in enumerate(both):
+        expected = alone(kd, number, stage)
+        assert f"{stage}/teacher_kl" in expected
+        assert found == {f"{name}/dataloader_idx_{number}": value for name, value in expected.items()}
+    accuracies = [found[f"{stage}/accuracy/dataloader_idx_{number}"] for number, found in enumerate(both)]
+    assert accuracies[0] != accuracies[1]
+
+
+@pytest.mark.slow
+def test_several_loaders_in_every_epoch_of_a_fit_and_after_it():
+    seen = []
+
+    class Look(pl.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                seen.append({name: float(value) for name, value in trainer.callback_metrics.items() if "val/" in name})
+
+    module = kd()
+    data = TwoLoaders(val_size=21)
+    trainer = tiny_trainer(max_epochs=2, num_sanity_val_steps=2, callbacks=[Look()])
+    trainer.fit(module, datamodule=data)
+    assert len(seen) == 2
+    again = tiny_trainer().validate(module, datamodule=data, verbose=False)
+    assert {name: value for found in again for name, value in found.items()} == seen[-1]
+    # One loader again: nothing is left of the other.
+    one = tiny_trainer().validate(module, data.val_dataloader()[0], verbose=False)[0]
+    assert one["val/nll"] == seen[-1]["val/nll/dataloader_idx_0"]
+    predictions = tiny_trainer().predict(module, datamodule=data)
+    assert [sum(len(batch) for batch in found) for found in predictions] == [21, 24]
+
+
+@pytest.mark.slow
+def test_a_paraphraser_and_a_generator_take_several_loaders():
+    def paraphraser():
+        torch.manual_seed(0)
+        return ParaphraserModule([TinyNet(), TinyNet()], layers="features", input_shape=SHAPE)
+
+    def generator():
+        torch.manual_seed(0)
+        return GeneratorModule(input_shape=SHAPE, output_range=(-4.0, 4.0))
+
+    expected = [alone(paraphraser, number, "val") for number in range(2)]
+    found = tiny_trainer().validate(paraphraser(), datamodule=TwoLoaders(val_size=21), verbose=False)
+    for number, (of_loader, values) in enumerate(zip(found, expected, strict=True)):
+        assert of_loader == {f"{name}/dataloader_idx_{number}": value for name, value in values.items()}
+    found = tiny_trainer().validate(generator(), datamodule=TwoLoaders(val_size=21), verbose=False)
+    assert [sorted(values) for values in found] == [
+        [f"val/{name}/dataloader_idx_{number}" for name in ("kl", "loss", "reconstruction")] for number in range(2)
+    ]
+
+
+@pytest.mark.slow
+def test_metrics_that_share_their_states_are_counted_by_loader():
+    """torchmetrics keeps one state for metrics of a collection that count alike."""
+
+    def build():
+        torch.manual_seed(0)
+        metrics = MetricCollection([MulticlassRecall(3), MulticlassPrecision(3)])
+        return SupervisedModule(TinyNet(), num_classes=3, metrics=metrics)
+
+    expected = [alone(build, number, "val") for number in range(2)]
+    module = build()
+    for _ in range(2):
+        found = tiny_trainer().validate(module, datamodule=TwoLoaders(val_size=21), verbose=False)
+        for number, (of_loader, values) in enumerate(zip(found, expected, strict=True)):
+            assert of_loader == {f"{name}/dataloader_idx_{number}": value for name, value in values.items()}
