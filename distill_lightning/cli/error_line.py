@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
 from collections.abc import Iterator
 
@@ -58,7 +57,7 @@ def _unknown_class(reason: str, key: str) -> str | None:
     name = reason.removeprefix(prefix)
     if key == "steps":
         known = (one for one in map(vars(steps).get, steps.__all__) if isinstance(one, type) and issubclass(one, Step))
-        ready = (one.__name__ for one in known if not inspect.isabstract(one))
+        ready = (one.__name__ for one in known if one.does_something())
         return f"there is no step {name}: known ones are {', '.join(ready)}"
     modules = (distill_lightning, callbacks, datamodules, compression)
     near = difflib.get_close_matches(name, sorted({one for module in modules for one in module.__all__}), cutoff=0.5)

@@ -55,6 +55,11 @@ def test_it_runs_without_a_training_and_is_checked_printed_and_ordered():
         Compressor(network, [Quantize(), ClampWeights()], torch.rand(2, 1, 8, 8))
 
 
+def test_a_base_of_steps_is_no_step():
+    with pytest.raises(InputError, match="TrainedStep: it is a base of steps, and does nothing: define act or start"):
+        TrainedStep()
+
+
 def test_it_runs_in_a_module():
     module = CompressionBaseline(SmallCNN(10), num_classes=10, steps=[ClampWeights(limit=0.05, at="end")])
     tiny_trainer(max_epochs=1).fit(module, datamodule=DigitsDataModule(image_size=8, subset=64))

@@ -93,6 +93,11 @@ class Step(Choice):
     exclude: Targets = ()
     finetune_epochs: int = 0
 
+    @classmethod
+    def does_something(cls) -> bool:
+        """Whether the class says what the step does, which a base of steps leaves to others."""
+        return cls.act is not Step.act or cls.start is not Step.start
+
     def start(self) -> Work:
         """The work of this step in one run."""
         return Work(self)
@@ -178,6 +183,7 @@ class TrainedStep(Step):
         word = isinstance(at, bool) or (isinstance(at, str) and at not in ("start", "end"))
         number = isinstance(at, int | float) and (at < 0 or (isinstance(at, float) and at > 1))
         self.refuse(
+            (not self.does_something(), "it is a base of steps, and does nothing: define act or start"),
             (word or number, f"at is an epoch, a fraction of all epochs, 'start' or 'end', got {at!r}"),
             (self.finetune_epochs < 0, f"finetune_epochs must not be negative, got {self.finetune_epochs}"),
             (
