@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -185,8 +187,8 @@ class Stores:
 
     def __init__(self, data: RandomImages) -> None:
         self.data = data
-        self._own = tempfile.TemporaryDirectory(prefix="distill_benchmark_")
-        self.folder = Path(self._own.name)
+        self.folder = Path(tempfile.mkdtemp(prefix="distill_benchmark_"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._numbers: Iterator[int] = itertools.count()
 
     def filled(self, method: str, count: int) -> TeacherStore:

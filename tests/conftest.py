@@ -19,7 +19,6 @@ def pytest_collection_finish(session):
     """The imported modules and collected tests stay to the end: the garbage collector need not look at them again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -147,12 +148,12 @@ def averages_of_weights_leave_frozen_networks_alone(build: Build) -> None:
 def the_optimizer_holds_exactly_what_learns(build: Build) -> None:
     """Every parameter with ``requires_grad`` once, each with a gradient, no other, nothing frozen."""
 
-    class Gradients(pl.Callback):
-        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-            missing = [n for n, p in pl_module.named_parameters() if p.requires_grad and p.grad is None]
-            _require(not missing, f"no gradient reaches {missing[:3]}")
+    def look(_trainer: Any, pl_module: Any, *_: Any) -> None:
+        missing = [n for n, p in pl_module.named_parameters() if p.requires_grad and p.grad is None]
+        _require(not missing, f"no gradient reaches {missing[:3]}")
 
-    module, trainer = _fitted(build, callbacks=[Gradients()])
+    # No class of a function's own: jsonargparse looks through all callbacks there are, and cannot import such a one.
+    module, trainer = _fitted(build, callbacks=[LambdaCallback(on_before_optimizer_step=look)])
     held = [id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
     learning = {id(parameter): name for name, parameter in module.named_parameters() if parameter.requires_grad}
     _require(len(held) == len(set(held)), "a parameter stands twice in the optimiser")
@@ -170,14 +171,13 @@ def modes_are_kept(build: Build) -> None:
     module, _ = _make(build)
     seen: list[bool] = []
 
-    class Modes(pl.Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            seen.append(all(child.training for child in pl_module.student.modules()))
-            for name, frozen in pl_module.frozen.items():
-                _require(not _is_awake(frozen), f"{name} is in train mode while the student trains")
+    def look(_trainer: Any, pl_module: Any, *_: Any) -> None:
+        seen.append(all(child.training for child in pl_module.student.modules()))
+        for name, frozen in pl_module.frozen.items():
+            _require(not _is_awake(frozen), f"{name} is in train mode while the student trains")
 
     module.eval()
-    tiny_trainer(callbacks=[Modes()]).fit(module, datamodule=_data(build))
+    tiny_trainer(callbacks=[LambdaCallback(on_train_batch_start=look)]).fit(module, datamodule=_data(build))
     _require(bool(seen) and all(seen), "after module.eval(), fit trained the student in eval mode")
     module.train()
     for name, frozen in module.frozen.items():
@@ -257,11 +257,10 @@ def the_logged_terms_sum_to_the_loss(build: Build) -> None:
     """``train/loss`` is the sum of ``train/<term>`` times its weight, and the shares sum to one."""
     weights: dict[str, float] = {}
 
-    class Weights(pl.Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-            weights.update(pl_module.weights())
+    def look(_trainer: Any, pl_module: Any, *_: Any) -> None:
+        weights.update(pl_module.weights())
 
-    _, trainer = _fitted(build, callbacks=[Weights()])
+    _, trainer = _fitted(build, callbacks=[LambdaCallback(on_train_batch_end=look)])
     logged = trainer.callback_metrics
     total = sum(weight * float(logged[f"train/{name}"]) for name, weight in weights.items())
     loss = float(logged["train/loss"])
@@ -275,13 +274,13 @@ def accumulation_and_clipping_work(build: Build) -> None:
     """``accumulate_grad_batches`` and ``gradient_clip_val`` are the Trainer's and do what they say."""
     norms: list[float] = []
 
-    class Norms(pl.Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-            if trainer.global_step > len(norms):
-                gradients = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
-                norms.append(float(torch.cat(gradients).norm()))
+    def look(trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step > len(norms):
+            gradients = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
+            norms.append(float(torch.cat(gradients).norm()))
 
-    _, trainer = _fitted(build, accumulate_grad_batches=2, gradient_clip_val=1e-3, callbacks=[Norms()])
+    watch = LambdaCallback(on_train_batch_end=look)
+    _, trainer = _fitted(build, accumulate_grad_batches=2, gradient_clip_val=1e-3, callbacks=[watch])
     _require(trainer.global_step == 2, f"3 batches, 2 accumulated: {trainer.global_step} optimiser steps, not 2")
     _require(max(norms) <= 1.001e-3, f"gradients of norm {max(norms)} went past gradient_clip_val=1e-3")
 
