@@ -171,7 +171,7 @@ ROOMS = {
         past
     """,
     "networks": """
-        provenance sizes weights
+        budget provenance sizes weights
         adapted images libraries pretrained sequences
     """,
     "outputs": """
