@@ -41,7 +41,7 @@ ROOMS = {
     "": """
         errors part processes plots
         arguments choices functional schedules storage
-        layers pages
+        callables layers pages
         networks data
         outputs lightning_internals compression
         teachers
@@ -56,7 +56,8 @@ ROOMS = {
         compression reconstruction teacher_report
     """,
     "cli": """
-        error_line lightning_cli
+        error_line from_file
+        lightning_cli
         entry
     """,
     "compression": """
@@ -171,7 +172,7 @@ ROOMS = {
         past
     """,
     "networks": """
-        provenance sizes weights
+        budget provenance sizes weights
         adapted images libraries pretrained sequences
     """,
     "outputs": """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import sys
 import warnings
@@ -20,7 +19,9 @@ from safetensors.torch import save_file
 
 import distill_lightning
 from distill_lightning.arguments import arguments_of, takes
+from distill_lightning.callables import check_callables, named
 from distill_lightning.choices import choice_class, is_choice, is_plain, plain
+from distill_lightning.cli.from_file import class_of, safe_options
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules import DistillationModule
@@ -116,6 +117,33 @@ class DistillCLI(LightningCLI):
             self._checkpoint = read_checkpoint(path)
             self._check_class(path, self._checkpoint)
         self._given = _model_options(self.config)
+        self._check_callables()
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the checkpoint's hyper-parameters; LightningCLI would import and call whatever they name."""
+        found, path = (self._checkpoint or {}).get("hyper_parameters"), self._checkpoint_path()
+        if not found or path is None:
+            return
+        class_path = self._model_class_path()
+        kind: Any = named(class_path)
+        options = safe_options(path, found, kind, self._given)
+        # Lightning notes what is linked even for a module that does not take it.
+        options = {name: value for name, value in options.items() if name not in _FROM_DATA or takes(kind, name)}
+        verb = {"model": {"class_path": class_path, "dict_kwargs": options}}
+        self.config = self.parser.parse_object({self.config["subcommand"]: verb}, self.config)
+
+    def _check_callables(self) -> None:
+        class_path = self._model_class_path()
+        kind = named(class_path)
+        known = {} if kind is None else arguments_of(kind)
+        for name, value in self._given.items():
+            if name in known:
+                check_callables(f"model.init_args.{name}", known[name].annotation, value)
+
+    def _model_class_path(self) -> str:
+        verb = self.config.get("subcommand")
+        class_path: str = (self.config[verb] if verb else self.config).get("model.class_path") or ""
+        return class_path
 
     def before_instantiate_classes(self) -> None:
         """Add the keys that are linked to the data.
@@ -139,8 +167,7 @@ class DistillCLI(LightningCLI):
         model = (self.config[subcommand] if subcommand else self.config).get("model")
         if model is None:
             return
-        module, _, name = model.class_path.rpartition(".")
-        kind = getattr(importlib.import_module(module), name)
+        kind: Any = named(model.class_path)
         if model.get("init_args") is None:
             model["init_args"] = Namespace()  # type: ignore[no-untyped-call]
         for key in _FROM_DATA:
@@ -150,12 +177,10 @@ class DistillCLI(LightningCLI):
     def _check_class(self, path: Path, checkpoint: Mapping[str, Any]) -> None:
         if "recipes" in checkpoint:
             check_format(checkpoint, str(path))
-        made_by = checkpoint["hyper_parameters"].get("_class_path", "")
-        given = self.config[self.config["subcommand"]].get("model.class_path") or ""
-        if made_by and given and made_by.rpartition(".")[2] != given.rpartition(".")[2]:
+        made_by, given = class_of(checkpoint["hyper_parameters"]), self._model_class_path()
+        if made_by and _owner_and_name(made_by) != _owner_and_name(given):
             raise InputError(
-                f"{path} is a checkpoint of {made_by.rpartition('.')[2]}, not of {given.rpartition('.')[2]}: "
-                "give the configuration it was trained with"
+                f"{path} is a checkpoint of {made_by}, not of {given}: give the configuration it was trained with"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -233,9 +258,15 @@ def _check_files(arguments: Sequence[str]) -> None:
             raise InputError(f"{path} {what}: give a configuration with trainer, model and data")
 
 
+def _owner_and_name(class_path: str) -> tuple[bool, str]:
+    """Whether a class is this package's, and its name; a module of it may have moved since a checkpoint was made."""
+    package = __name__.partition(".")[0]
+    return class_path.partition(".")[0] == package, class_path.rpartition(".")[2]
+
+
 def _model_options(config: Namespace) -> dict[str, Any]:
     subcommand = config.get("subcommand")
-    options = config[subcommand].get("model.init_args") if subcommand else None
+    options = (config[subcommand] if subcommand else config).get("model.init_args")
     return dict(cast("Namespace", options).as_dict()) if options else {}
 
 

@@ -11,7 +11,7 @@ from distill_lightning.storage.files import (
 from distill_lightning.storage.header import FORMAT, read_header
 from distill_lightning.storage.prediction import PredictionStore
 from distill_lightning.storage.rows import Field, Rows
-from distill_lightning.storage.shards import ShardedRecords, sweep_records
+from distill_lightning.storage.shards import ShardedRecords, read_fields, sweep_records
 from distill_lightning.storage.sidecar import Sidecar
 from distill_lightning.storage.top_k import largest, spread_rest
 
@@ -25,6 +25,7 @@ __all__ = [
     "Sidecar",
     "checksum_fits",
     "largest",
+    "read_fields",
     "read_header",
     "spread_rest",
     "sweep_partial",

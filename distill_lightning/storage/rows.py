@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -59,7 +60,8 @@ class Field(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of one row's part."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.kind.itemsize
+        # Not numpy's product, which goes wrong above 2 ** 63.
+        return math.prod(self.shape) * self.kind.itemsize
 
     def zeros(self, count: int) -> Tensor:
         """A tensor ``(count, *shape)``."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, refusing
 from distill_lightning.storage.files import explaining_disk_errors, sweep_partial
 from distill_lightning.storage.header import FORMAT, HEADER, differences, read_header, write_header
 from distill_lightning.storage.log import RecordLog
@@ -18,6 +18,36 @@ from distill_lightning.storage.rows import DamagedError, Field, Layout, RowFile,
 # Parts of a row that no record has: whether it is known in a shard, whose it is in a log.
 _KNOWN = Field("_known", "bool", ())
 _SAMPLE = Field("_sample", "int64", ())
+
+
+_DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
+_LARGE_RECORD = 2**26
+
+
+def read_fields(folder: Path, header: Mapping[str, Any]) -> list[Field]:
+    """The parts of a record, as the header of a folder of records describes them.
+
+    Args:
+        folder: where the records are.
+        header: what `read_header` has read there.
+
+    Raises:
+        InputError: they are no such parts, or records of more than 64 MiB, of which no file there holds even one.
+    """
+    path = folder / HEADER
+    way_out = f"remove the store {folder} and fill it again"
+    with refusing(f"{path} is damaged, {way_out}", KeyError, TypeError, AttributeError):
+        fields = [Field.of(field) for field in header["fields"]]
+        sizes = [size for field in fields for size in field.shape]
+    known = all(isinstance(field.name, str) and field.dtype in _DTYPES for field in fields)
+    if not known or not all(type(size) is int and size >= 0 for size in sizes):
+        raise InputError(f"{path} is damaged, its fields are of no known kind: {way_out}")
+    wanted = bytes_of(fields)
+    if wanted > _LARGE_RECORD and wanted > max((file.stat().st_size for file in folder.glob("view_*/*")), default=0):
+        raise InputError(
+            f"{path} describes records of {wanted:,} bytes, and no file of the store holds as many: {way_out}"
+        )
+    return fields
 
 
 class ShardedRecords:
@@ -76,14 +106,13 @@ class ShardedRecords:
             InputError: there are none, or those of another version.
         """
         header = read_header(folder)
-        return cls(
-            folder,
-            samples=header["samples"],
-            views=header["views"],
-            fields=[Field.of(field) for field in header["fields"]],
-            shard_size=header["shard_size"],
-            made_by=header["made_by"],
-        )
+        sizes: dict[str, Any] = {name: header.get(name) for name in ("samples", "views", "shard_size")}
+        if not all(type(size) is int and size >= 1 for size in sizes.values()):
+            raise InputError(
+                f"{folder / HEADER} is damaged, it says {sizes}: remove the store {folder} and fill it again"
+            )
+        fields = read_fields(folder, header)
+        return cls(folder, fields=fields, made_by=header["made_by"], **sizes)
 
     def create(self) -> None:
         """Make the folder, or go on with what is there.

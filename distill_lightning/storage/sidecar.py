@@ -20,8 +20,10 @@ from distill_lightning.storage.rows import Layout, RowFile
 
 T = TypeVar("T")
 
+_TRAINING = r"[0-9a-f]{8}"
 # The training, the generation, and a pending file's number.
-_NAME = r"[^.]+\.(\d+)(?:\.rows|\.(\d+)\.pending)"
+_NAME = rf"{_TRAINING}\.([0-9]{{6,}})(?:\.rows|\.([0-9]{{6,}})\.pending)"
+_MADE_BY_HAND = "it was not written by this package, or it was changed since: resume from another checkpoint"
 _WAY_OUT = (
     "name the folder that holds it, with load_state_dict(state, folder=...) or in a training StoredPast(folder=...), "
     "or resume from a later checkpoint; a larger keep keeps the files of more checkpoints"
@@ -97,7 +99,17 @@ class Sidecar:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a checkpoint was made."""
+        """Go on where a checkpoint was made.
+
+        Raises:
+            InputError: it names a training, or numbers, that this class does not give.
+        """
+        # Files whose names begin so are written over and removed.
+        if state["training"] != "" and not _matches(_TRAINING, state["training"]):
+            raise InputError(f"the checkpoint names the training {state['training']!r}: {_MADE_BY_HAND}")
+        numbers = [state["generation"], state["pendings"], *state["saved"]]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise InputError(f"the checkpoint names generations of past predictions {numbers}: {_MADE_BY_HAND}")
         self.training, self.generation, self._pendings = state["training"], state["generation"], state["pendings"]
         self._saved = list(state["saved"])
 
@@ -175,8 +187,10 @@ def open_reference(reference: Mapping[str, Any], folders: Iterable[Path], layout
         layout: what it must hold.
 
     Raises:
-        InputError: it is in none of them, damaged, or another one.
+        InputError: it is in none of them, damaged, another one, or of a name that this package does not give.
     """
+    if not _matches(_NAME, reference["file"]):
+        raise InputError(f"the checkpoint refers to past predictions {reference['file']!r}: {_MADE_BY_HAND}")
     # Each once, in this order.
     places = list(dict.fromkeys(folder.absolute() for folder in folders))
     path = next((place / reference["file"] for place in places if (place / reference["file"]).is_file()), None)
@@ -195,6 +209,10 @@ def _with_crc(file: RowFile, crc: int) -> RowFile:
             f"{file.path} has other rows than the checkpoint refers to, another training replaced it: {_WAY_OUT}"
         )
     return file
+
+
+def _matches(pattern: str, name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(pattern, name) is not None
 
 
 def _reference(file: RowFile | None) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError, NonFiniteError
-from distill_lightning.storage import Field, Rows, ShardedRecords, read_header, sweep_records
+from distill_lightning.storage import Field, Rows, ShardedRecords, read_fields, read_header, sweep_records
 from distill_lightning.teachers.questions import feature_names
 from distill_lightning.teachers.row_codec import Answers, RowCodec, shapes
 
@@ -131,7 +131,7 @@ class TeacherStore:
         self._new.clear()
         if self.fill == "never" or (self.path / "header.json").exists():
             self.found = header = read_header(self.path)
-            self._make([Field.of(field) for field in header["fields"]])
+            self._make(read_fields(self.path, header))
 
     def read_or_ask(
         self, batch: Batch, ask: Callable[[], Answers] | None, *, device: torch.device | str
@@ -235,7 +235,8 @@ class TeacherStore:
             InputError: there is none.
         """
         header = read_header(self.path)
-        return shapes(header["fields"], header["made_by"]["num_classes"])
+        fields = [field.as_plain() for field in read_fields(self.path, header)]
+        return shapes(fields, header["made_by"]["num_classes"])
 
     def feature_shapes(self) -> list[tuple[int, ...]]:
         """Shapes ``(1, C, H, W)`` of the teachers' features, in the teachers' order.

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,13 @@ from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.compression.shrink.channels import channel_groups
 from distill_lightning.compression.shrink.groups import shrink
 from distill_lightning.compression.steps import HashShare, LowRank, PruneUnits, PruneWeights, ShareWeights
-from distill_lightning.compression.structure.changes import note_change, plain_copy, structure_of
+from distill_lightning.compression.structure.changes import (
+    NOTHING,
+    note_change,
+    plain_copy,
+    rebuild_structure,
+    structure_of,
+)
 from distill_lightning.compression.values.codebook import share_weights
 from distill_lightning.compression.values.estimators import codes as codes_of
 from distill_lightning.compression.values.hashed import hash_weights
@@ -464,6 +471,53 @@ def test_files_that_cannot_be_used_say_why_in_one_line(tmp_path):
         write_artefact(network, path, coding="gzip")
     with pytest.raises(InputError, match="compressed already"):
         load_compressed(path, recipe_changed())
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"depth": 10**7}, {"num_classes": 10**9}, {"width": 10**6}, {"in_channels": 10**9}], ids=str
+)
+def test_sizes_in_a_recipe_are_not_believed(tmp_path, sizes):
+    recipe = {"factory": "SmallResNet", "arguments": {"num_classes": 10, "width": 4, **sizes}}
+    told = {"kind": "network", "class": "SmallResNet", "recipe": recipe, "structure": NOTHING, "same": {}}
+    write_packed(tmp_path / "tiny.dlpk", {}, told)
+    checkpoint_of(SmallResNet(10, width=4), tmp_path / "tiny.ckpt", recipes={"student": recipe})
+    for name in ("tiny.dlpk", "tiny.ckpt"):
+        begin = time.monotonic()
+        with pytest.raises(InputError, match=f"{name} describes a network of more than 268,435,456 bytes: ") as caught:
+            load_compressed(tmp_path / name)
+        assert str(caught.value).endswith("if it is to be trusted, give load_compressed a larger limit")
+        assert time.monotonic() - begin < 20
+
+
+def test_a_limit_of_a_networks_size_can_be_raised_and_lowered(tmp_path):
+    write_artefact(build("resnet"), tmp_path / "a.dlpk")
+    with pytest.raises(InputError, match="more than 100,000 bytes"):
+        load_compressed(tmp_path / "a.dlpk", limit=100_000)
+    assert load_compressed(tmp_path / "a.dlpk", limit=2**23)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "low_rank", "layers": {"0": {"kind": "low_rank_linear", "rank": 10**10}}},
+        {"kind": "sizes", "layers": {"0": {"kind": "linear", "in_features": 10**6, "out_features": 10**6}}},
+    ],
+    ids=["low rank", "sizes"],
+)
+def test_sizes_in_a_structure_are_not_believed(change):
+    with pytest.raises(InputError) as caught:
+        rebuild_structure(nn.Sequential(nn.Linear(6, 5)), {**NOTHING, "changes": [change]})
+    message = "the structure of Sequential describes a network of more than 268,435,456 bytes: give a larger limit"
+    assert str(caught.value) == message
+
+
+def test_the_recipe_in_a_file_reads_no_other_file(tmp_path):
+    network = SmallResNet(10, width=4)
+    write_artefact(network, tmp_path / "a.dlpk")
+    header, packed = read_parts(tmp_path / "a.dlpk")
+    header["recipe"] = {"factory": "Pretrained", "arguments": {"network": header["recipe"], "checkpoint": "/dev/zero"}}
+    write_packed(tmp_path / "b.dlpk", packed, header)
+    assert recipe_of(load_compressed(tmp_path / "b.dlpk"))["factory"] == "SmallResNet"
 
 
 def recipe_changed():

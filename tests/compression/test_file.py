@@ -6,6 +6,7 @@ import json
 import math
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,9 +22,12 @@ from distill_lightning.compression.access.computed import (
     rebuild_weights,
 )
 from distill_lightning.compression.access.weights import weight_names
+from distill_lightning.compression.file import format as file_format
 from distill_lightning.compression.file.bits import pack_bits, unpack_bits
 from distill_lightning.compression.file.format import read_packed, read_parts, write_packed
 from distill_lightning.compression.file.packed import (
+    Packed,
+    Part,
     encode,
     pack_bitmask,
     pack_codebook,
@@ -567,6 +571,84 @@ def test_headers_that_do_not_fit_are_one_line(tmp_path, told):
     with pytest.raises(InputError, match="network.dlpk") as caught:
         read_packed(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def little_memory():
+    """A process that asks for far more memory than it has now gets none of it."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+MANY = 30_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (["dense", [MANY], "float32", {}, [["values", 0, MANY, 32, "plain"]]], "tensors take 120,000,000,000 bytes"),
+        (["codebook", [MANY], "float32", {}, [["indices", 0, MANY, 0, "plain"], ["centroids", 0, 0, 32, "plain"]]],
+         "tensors take 120,000,000,000 bytes, more than 268,435,456: if it is to be trusted, give limit=120000000000"),
+        (["hashed", [MANY], "float32", {"seed": 0}, [["values", 0, 1, 32, "plain"]]], "tensors take"),
+        (["csr", [1, MANY], "float32", {"number": 0}, [["rows", 0, 2, 8, "plain"]]], "tensors take"),
+        (["codes", [MANY], "float32", {}, [["codes", 0, 0, 8, "plain"]]], "tensors take"),
+        (["dense", [2], "float32", {}, [["values", 0, MANY, 32, "plain"]]], "has more numbers than it has entries"),
+        (["dense", [2], "float32", {}, [["values", 0, 2, MANY, "plain"]]], "has more numbers than it has entries"),
+        (["dense", [-2, -3], "float32", {}, [["values", 0, 6, 32, "plain"]]], "no numbers of entries"),
+        (["dense", [1e10], "float32", {}, [["values", 0, 6, 32, "plain"]]], "no numbers of entries"),
+        (["bitmask", [8], "float32",
+          {"number": MANY, "values": {"codec": "codebook", "dtype": "float32", "options": {}}},
+          [["mask", 0, 8, 0, "plain"], ["values.indices", 0, 8, 0, "plain"]]], "has 30000000000 values for 0 places"),
+    ],
+)  # fmt: skip
+def test_sizes_in_a_header_are_not_believed(tmp_path, little_memory, told, message):
+    path = tmp_path / "network.dlpk"
+    codec, shape, dtype, options, parts = told
+    packed = Packed(codec, shape, dtype, options, {name: Part(b"", *part) for name, _, *part in parts})
+    write_packed(path, {"w": packed}, {})
+    with pytest.raises(InputError, match=f"network.dlpk.*{message}") as caught:
+        read_packed(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_limit_can_be_raised_and_lowered(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_format, "_SMALL", 1000)
+    monkeypatch.setattr(file_format, "_RATIO", 10)
+    path, value = tmp_path / "network.dlpk", torch.full((10_000,), 3.0)
+    write_packed(path, {"w": pack_shared(value)}, {})
+    assert path.stat().st_size < 300
+    with pytest.raises(InputError, match="tensors take 40,000 bytes, .* give limit=40000"):
+        read_packed(path)
+    assert torch.equal(read_packed(path, limit=40_000)[1]["w"], value)
+    with pytest.raises(InputError, match="more than 39,999"):
+        read_packed(path, limit=39_999)
+    monkeypatch.setattr(file_format, "_RATIO", 1000)
+    assert torch.equal(read_packed(path)[1]["w"], value)
+
+
+@pytest.mark.parametrize("coding", ["deflate", "huffman"])
+def test_a_part_is_not_inflated_beyond_its_numbers(little_memory, coding):
+    coder = zlib.compressobj(9, wbits=15 if coding == "deflate" else -15)
+    bomb = b"".join(coder.compress(bytes(2**20)) for _ in range(2**7)) + coder.flush()
+    part = Part(bomb, 100, 32, coding)
+    with pytest.raises(InputError, match=r"deflated bytes stand for more than 400"):
+        part.plain()
+    with pytest.raises(zlib.error, match="not complete"):
+        Part(zlib.compress(bytes(400))[:-3], 100, 32, "deflate").plain()
+
+
+def test_a_header_is_not_inflated_beyond_its_limit(tmp_path, little_memory):
+    coder = zlib.compressobj(9)
+    header = b"".join(coder.compress(bytes(2**20)) for _ in range(2**7)) + coder.flush()
+    content = b"DLPK" + (2).to_bytes(4, "little") + len(header).to_bytes(4, "little") + bytes(4) + header
+    (tmp_path / "bomb").write_bytes(content + zlib.crc32(content).to_bytes(4, "little"))
+    with pytest.raises(InputError, match=r"bomb is damaged: .* stand for more than 67,108,864"):
+        read_packed(tmp_path / "bomb")
 
 
 def test_headers_are_plain_values_and_a_file_that_cannot_be_written_leaves_none(tmp_path):

@@ -208,6 +208,22 @@ def test_a_checkpoint_rebuilds_the_module_alone(tmp_path):
     )
 
 
+@pytest.mark.parametrize("sizes", [{"depth": 10**7}, {"num_classes": 10**9}], ids=str)
+def test_sizes_of_a_network_in_a_checkpoint_are_not_believed(tmp_path, sizes):
+    trainer = tiny_trainer()
+    trainer.fit(SupervisedModule(SmallResNet(3, width=2), num_classes=3), datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    checkpoint["recipes"]["student"]["arguments"] |= sizes
+    torch.save(checkpoint, tmp_path / "evil.ckpt")
+    with pytest.raises(
+        InputError, match=r"evil.ckpt: student describes a network of more than 2,147,483,648 bytes: if"
+    ):
+        SupervisedModule.load_from_checkpoint(tmp_path / "evil.ckpt")
+    module = SupervisedModule.load_from_checkpoint(tmp_path / "evil.ckpt", student=SmallResNet(3, width=2))
+    assert module.num_classes == 3
+
+
 def small_linear(student_channels, teacher_channels):
     return nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
 

@@ -1169,6 +1169,27 @@ def test_what_is_larger_than_the_limit_is_in_files_of_the_trainers_folder(tmp_pa
     assert kept["known"].all()
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint was trained towards 2 epochs")
+def test_a_checkpoint_that_names_the_files_of_others_touches_none(tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    for name in ("b1.000001.rows", "b1.000002.rows"):
+        (victim / name).write_text("kept")
+    trainer = fitted(module_of(past=in_files(tmp_path / "rows")), max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    checkpoint["parts"]["past"]["past"]["sidecar"]["training"] = "../victim/b*"
+    torch.save(checkpoint, tmp_path / "evil.ckpt")
+    with pytest.raises(InputError, match="names the training"):
+        fitted(
+            module_of(past=in_files(tmp_path / "rows")),
+            max_epochs=6,
+            ckpt_path=str(tmp_path / "evil.ckpt"),
+        )
+    assert sorted(path.name for path in victim.iterdir()) == ["b1.000001.rows", "b1.000002.rows"]
+    assert all(path.read_text() == "kept" for path in victim.iterdir())
+
+
 def test_every_training_has_files_of_its_own(tmp_path):
     module, rows = module_of(past=in_files(tmp_path)), []
     for _ in range(2):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from distill_lightning import InputError
-from distill_lightning.storage import FORMAT, Field, ShardedRecords, files, read_header, sweep_records
+from distill_lightning.storage import FORMAT, Field, ShardedRecords, files, read_fields, read_header, sweep_records
 
 FIELDS = (Field("probs", "float16", (3,)), Field("classes", "int16", (2,)), Field("map", "float32", (2, 2)))
 SAMPLES, VIEWS, SIZE = 11, 2, 4
@@ -151,6 +151,52 @@ def test_records_of_another_kind_are_refused_with_what_differs(tmp_path, change,
     records(tmp_path)
     with pytest.raises(InputError, match=message):
         records(tmp_path, **change)
+
+
+def changed_header(folder, **change):
+    header = json.loads((folder / "header.json").read_text()) | change
+    (folder / "header.json").write_text(json.dumps(header))
+    return header
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"shape": [30_000_000_000]}, r"records of 60,000,000,000 bytes, and no file of the store holds as many"),
+        ({"shape": [2**40, 2**40]}, "no file of the store holds as many"),
+        ({"shape": [-1]}, "its fields are of no known kind"),
+        ({"shape": [1e10]}, "its fields are of no known kind"),
+        ({"shape": 3}, "is damaged"),
+        ({"dtype": "V8000000000"}, "its fields are of no known kind"),
+        ({"name": 3}, "its fields are of no known kind"),
+    ],
+)
+@pytest.mark.parametrize("fill", [records, filled])
+def test_sizes_in_a_header_are_not_believed(tmp_path, field, message, fill):
+    fill(tmp_path)
+    probs = {"name": "probs", "dtype": "float16", "shape": [3]}
+    header = changed_header(tmp_path, fields=[probs | field])
+    for act in (lambda: read_fields(tmp_path, header), lambda: ShardedRecords.open(tmp_path)):
+        with pytest.raises(InputError, match=message) as caught:
+            act()
+        assert f"remove the store {tmp_path} and fill it again" in str(caught.value)
+        assert str(caught.value).startswith(str(tmp_path / "header.json"))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"samples": "9"}, {"views": 0}, {"shard_size": 0}, {"shard_size": 1.5}])
+def test_numbers_in_a_header_are_not_believed(tmp_path, change):
+    filled(tmp_path)
+    changed_header(tmp_path, **change)
+    with pytest.raises(InputError, match=r"header.json is damaged, it says .*fill it again"):
+        ShardedRecords.open(tmp_path)
+
+
+def test_large_records_that_are_there_are_read(tmp_path):
+    field = Field("map", "float32", (2**24 + 1,))
+    found = records(tmp_path, fields=(field,), samples=1, views=1)
+    found.write_shard(0, 0, {"map": np.ones((1, 2**24 + 1), np.float32)})
+    assert read_fields(tmp_path, read_header(tmp_path)) == [field]
 
 
 def test_a_folder_without_a_store_and_one_of_another_version_are_told(tmp_path):

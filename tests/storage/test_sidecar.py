@@ -322,6 +322,45 @@ def test_files_of_others_are_left_alone(tmp_path):
     assert filled(tmp_path).sidecar.training != training
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"training": "../victim/b*"}, r"names the training '../victim/b\*'"),
+        ({"training": "b*"}, r"names the training 'b\*'"),
+        ({"training": "7f3a90c1\n"}, "names the training"),
+        ({"training": "7F3A90C1"}, "names the training"),
+        ({"training": None}, "names the training None"),
+        ({"generation": "../../1"}, "names generations"),
+        ({"generation": -1}, "names generations"),
+        ({"pendings": 1.5}, "names generations"),
+        ({"saved": [1, "*"]}, "names generations"),
+        ({"file": "../victim/7f3a90c1.000001.rows"}, "refers to past predictions '../victim/7f3a90c1.000001.rows'"),
+        ({"file": "/etc/passwd"}, "refers to past predictions '/etc/passwd'"),
+        ({"file": "7f3a90c1.1.rows"}, "refers to past predictions"),
+        ({"file": None}, "refers to past predictions None"),
+    ],
+)
+def test_names_that_this_package_does_not_give_are_refused(tmp_path, change, message):
+    own, victim = tmp_path / "own", tmp_path / "victim"
+    victim.mkdir()
+    for name in ("b1.000001.rows", "b1.000002.rows", "partial.1.b1.000001.rows"):
+        (victim / name).write_text("kept")
+    state = filled(own, 2).state_dict()
+    if "file" in change:
+        state["sidecar"]["rows"].update(change)
+    else:
+        state["sidecar"].update(change)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message) as caught:
+        store_in(own).load_state_dict(state)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(
+        "it was not written by this package, or it was changed since: resume from another checkpoint"
+    )
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    assert all(path.read_text() == "kept" for path in victim.iterdir())
+
+
 def test_a_resumed_training_writes_over_what_the_killed_one_left(tmp_path):
     store = filled(tmp_path, 2)
     state = loaded(store.state_dict())

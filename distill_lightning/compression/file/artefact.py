@@ -28,10 +28,14 @@ from distill_lightning.compression.file.packed import (
 from distill_lightning.compression.structure.changes import plain_copy, plain_structure, rebuild_structure, structure_of
 from distill_lightning.errors import InputError, check_one_of, refusing
 from distill_lightning.networks import Recipe, build_from, recipe_of
+from distill_lightning.networks.budget import Budget, bytes_of_tensors
 from distill_lightning.networks.weights import load_strictly, read_checkpoint
 
 _KIND = "network"
 _MAGIC = b"DLPK"
+# What a network may take before it is shrunk, at any rate and for each byte of what is left of it.
+_SMALL = 2**28
+_RATIO = 1000
 # A file's content may be wrong in any of these ways although its checksum fits, if something else wrote it.
 _DAMAGES = (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError)
 
@@ -85,7 +89,9 @@ def write_artefact(network: nn.Module, path: Path | str, *, coding: Coding = "pl
     return write_packed(path, packed, header)
 
 
-def load_compressed(path: Path | str, network: nn.Module | None = None, *, bake: bool = True) -> nn.Module:
+def load_compressed(
+    path: Path | str, network: nn.Module | None = None, *, bake: bool = True, limit: int | None = None
+) -> nn.Module:
     """Load the network of a packed file (`write_artefact`), or of a checkpoint of a training that compressed it.
 
     Only tensors and plain values are read, never pickled code.
@@ -96,6 +102,9 @@ def load_compressed(path: Path | str, network: nn.Module | None = None, *, bake:
             of this package built that one.
         bake: for a checkpoint, whether computed weights (of quantizers and the like) become parameters; with ``False``
             they stay computed from the trained weights. A packed file only has the computed ones.
+        limit: largest number of bytes of the network's tensors, each of which counts at least 64 KiB, before and after
+            the changes of its structure together; ``None``: 1,000 for each byte of the tensors in the file, at least
+            256 MiB, and of these tensors as many as `read_packed` reads.
 
     Returns:
         A plain network on the CPU (a given one stays where it is), in eval mode: its weights have the compressed values
@@ -104,7 +113,7 @@ def load_compressed(path: Path | str, network: nn.Module | None = None, *, bake:
 
     Raises:
         InputError: the file does not exist, is damaged or is of another kind, ``network`` is needed or has another
-            structure, or a packed file is to be read without baking.
+            structure, the sizes that the file gives are above the limit, or a packed file is to be read without baking.
     """
     path = Path(path)
     if not path.is_file():
@@ -113,23 +122,26 @@ def load_compressed(path: Path | str, network: nn.Module | None = None, *, bake:
         is_packed = file.read(len(_MAGIC)) == _MAGIC
     if is_packed and not bake:
         raise InputError(f"{path} is a packed network, whose weights are baked: give a checkpoint with bake=False")
-    loaded = _from_packed(path, network) if is_packed else _from_checkpoint(path, network, bake=bake)
+    loaded = _from_packed(path, network, limit) if is_packed else _from_checkpoint(path, network, limit, bake=bake)
     return loaded.eval()
 
 
-def _from_packed(path: Path, network: nn.Module | None) -> nn.Module:
-    header, tensors = read_packed(path)
+def _from_packed(path: Path, network: nn.Module | None, limit: int | None) -> nn.Module:
+    header, tensors = read_packed(path, limit=limit)
     if header.get("kind") != _KIND:
         raise InputError(f"{path} holds packed tensors but no network: give a file that write_artefact wrote")
     with refusing(f"{path} is damaged", *_DAMAGES):
         tensors |= {name: tensors[first] for name, first in header["same"].items()}
-        network = _built(path, network, header["recipe"], header["class"])
-        rebuild_structure(network, header["structure"])
+        # What wrote the file may have left in a recipe what reads other files.
+        recipe = without_weights(header["recipe"])
+        with _budget(path, tensors, limit):
+            network = _built(path, network, recipe, header["class"])
+            rebuild_structure(network, header["structure"], limit=limit)
         _load(network, tensors, path)
     return network
 
 
-def _from_checkpoint(path: Path, network: nn.Module | None, *, bake: bool) -> nn.Module:
+def _from_checkpoint(path: Path, network: nn.Module | None, limit: int | None, *, bake: bool) -> nn.Module:
     checkpoint = read_checkpoint(path)
     told = checkpoint.get("compression")
     if not told:
@@ -147,12 +159,18 @@ def _from_checkpoint(path: Path, network: nn.Module | None, *, bake: bool) -> nn
         }
         # A module's constructor may use another name for its network, under which "recipes" holds it.
         known = told.get("recipe") or checkpoint.get("recipes", {}).get(attribute)
-        network = _built(path, network, without_weights(known), f"{attribute!r}")
-        rebuild_structure(network, told.get("structure", {}))
+        with _budget(path, tensors, limit):
+            network = _built(path, network, without_weights(known), f"{attribute!r}")
+            rebuild_structure(network, told.get("structure", {}), limit=limit)
         _load(network, tensors, path)
         # Some quantizers draw in train mode.
         network.eval()
         return bake_weights(network) if bake else network
+
+
+def _budget(path: Path, tensors: Mapping[str, Tensor], limit: int | None) -> Budget:
+    largest = max(_SMALL, _RATIO * bytes_of_tensors(tensors)) if limit is None else limit
+    return Budget(largest, source=str(path), way_out="if it is to be trusted, give load_compressed a larger limit")
 
 
 def _built(path: Path, network: nn.Module | None, known: Recipe | None, what: str) -> nn.Module:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 import distill_lightning
-from distill_lightning.compression.file.packed import Packed, Part, unpack
+from distill_lightning.compression.file.packed import Packed, Part, inflate, unpack, unpacked_bytes
 from distill_lightning.errors import InputError
 from distill_lightning.storage.files import CHECKSUM_BYTES, checksum_fits, with_checksum, write_whole
 
@@ -26,6 +26,11 @@ FORMAT = 2
 _MAGIC = b"DLPK"
 _FIXED = 12
 _ALIGNED = 8
+# Of a file of any size, and for each of its bytes: what may be unpacked without being asked for.
+_SMALL = 2**28
+_RATIO = 10_000
+# Some hundred thousand tensors.
+_LARGEST_HEADER = 2**26
 
 
 def write_packed(path: Path | str, tensors: Mapping[str, Packed], header: Mapping[str, Any]) -> int:
@@ -63,10 +68,25 @@ def _pieces(header: bytes, tensors: Mapping[str, Packed]) -> Iterator[bytes]:
         place += len(padding) + len(content)
 
 
-def read_packed(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the header and the tensors of a file, unpacked; each tensor owns its memory."""
+def read_packed(path: Path | str, *, limit: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the header and the tensors of a file, unpacked; each tensor owns its memory.
+
+    Args:
+        path: path of the file.
+        limit: largest number of bytes of all unpacked tensors; ``None``: 10,000 for each of the file, at least 256 MiB.
+
+    Raises:
+        InputError: the file does not exist, is damaged, is of another kind, or its tensors are larger than the limit.
+    """
     header, packed = read_parts(path)
     with _reading(Path(path)):
+        largest = max(_SMALL, _RATIO * Path(path).stat().st_size) if limit is None else limit
+        wanted = sum(map(unpacked_bytes, packed.values()))
+        if wanted > largest:
+            raise InputError(
+                f"{path} says that its tensors take {wanted:,} bytes, more than {largest:,}: if it is to be trusted, "
+                f"give limit={wanted}"
+            )
         return header, {name: unpack(one) for name, one in packed.items()}
 
 
@@ -88,7 +108,7 @@ def read_parts(path: Path | str) -> tuple[dict[str, Any], dict[str, Packed]]:
         raise InputError(f"{path} is damaged or incomplete: write it again, or copy it again")
     with _reading(path):
         start = _FIXED + -_FIXED % _ALIGNED
-        told = json.loads(zlib.decompress(content[start : start + length]))
+        told = json.loads(inflate(content[start : start + length], _LARGEST_HEADER))
         place, tensors = start + length, {}
         for name, (codec, shape, dtype, options, parts) in told["tensors"].items():
             found = {}

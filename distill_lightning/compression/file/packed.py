@@ -23,6 +23,8 @@ from distill_lightning.errors import InputError, check_one_of
 Coding = Literal["plain", "deflate", "huffman"]
 # Without the header and checksum of zlib: the file has its own.
 _RAW = -15
+# The most values that a codebook has.
+_CODEBOOK = 256
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -31,6 +33,27 @@ _DTYPES = {
         torch.int8, torch.int16, torch.int32, torch.int64,
     )
 }  # fmt: skip
+
+
+def inflate(content: bytes, largest: int, *, wbits: int = zlib.MAX_WBITS) -> bytes:
+    """Bytes that zlib has deflated, if they are not more than expected: a few may stand for a thousand times as many.
+
+    Args:
+        content: the deflated bytes.
+        largest: how many there may be.
+        wbits: as in ``zlib.decompress``.
+
+    Raises:
+        InputError: there are more.
+        zlib.error: the bytes are damaged.
+    """
+    reader = zlib.decompressobj(wbits)
+    plain = reader.decompress(content, largest + 1)
+    if len(plain) > largest:
+        raise InputError(f"{len(content):,} deflated bytes stand for more than {largest:,}")
+    if not reader.eof:
+        raise zlib.error("the deflated bytes are not complete")
+    return plain
 
 
 @dataclass(frozen=True)
@@ -50,12 +73,17 @@ class Part:
     bits: int
     coding: Coding = "plain"
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes there are without their coding."""
+        return -(-self.number * self.bits // 8)
+
     def plain(self) -> bytes:
         """The bytes without their coding."""
         if self.coding == "deflate":
-            return zlib.decompress(self.content)
+            return inflate(self.content, self.nbytes)
         if self.coding == "huffman":
-            symbols = np.frombuffer(zlib.decompress(self.content, wbits=_RAW), np.uint8)
+            symbols = np.frombuffer(inflate(self.content, self._symbols(), wbits=_RAW), np.uint8)
             return pack_bits(symbols, self._symbol_bits())
         return self.content
 
@@ -257,6 +285,23 @@ def encode(packed: Packed, coding: Coding) -> Packed:
     return replace(packed, parts={name: part.encoded(coding) for name, part in packed.parts.items()})
 
 
+def unpacked_bytes(packed: Packed) -> int:
+    """How many bytes a tensor takes once it is unpacked, or its parts without their coding, if these are more.
+
+    Raises:
+        InputError: there are sizes that no tensor has, or more numbers than the tensor can need.
+    """
+    sizes = [*packed.shape, *(size for part in packed.parts.values() for size in (part.number, part.bits))]
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise InputError("a packed tensor's sizes are no numbers of entries")
+    entries = math.prod(packed.shape)
+    # A codebook may be larger than a tiny tensor, and compressed rows begin at a place each.
+    most = entries + sum(packed.shape) + _CODEBOOK
+    if any(part.number > most or part.bits > 64 for part in packed.parts.values()):
+        raise InputError(f"a packed tensor of shape {packed.shape} has more numbers than it has entries")
+    return max(entries * dtype_named(packed.dtype).itemsize, sum(part.nbytes for part in packed.parts.values()))
+
+
 def unpack(packed: Packed) -> Tensor:
     """Unpack a tensor, which owns its memory.
 
@@ -278,10 +323,10 @@ def unpack(packed: Packed) -> Tensor:
         return hashed_weight(_from_raw(part, (part.number,), dtype), places, packed.shape)
     if packed.codec in ("bitmask", "csr"):
         present = _places(packed)
+        if packed.options["number"] != int(present.sum()):
+            raise InputError(f"a packed tensor has {packed.options['number']} values for {int(present.sum())} places")
         tensor = torch.zeros(packed.shape, dtype=dtype)
         values = unpack(_nested(packed))
-        if values.shape != (int(present.sum()),):
-            raise InputError(f"a packed tensor has {tuple(values.shape)} values for {int(present.sum())} places")
         tensor[present] = values
         return tensor
     raise InputError(f"packed by the unknown codec {packed.codec!r}: a newer version of this package reads it")

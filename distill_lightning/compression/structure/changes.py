@@ -25,6 +25,7 @@ from distill_lightning.compression.shrink.tying import restore_ties, ties_of
 from distill_lightning.compression.values.activations import describe_input, rebuild_input
 from distill_lightning.errors import InputError
 from distill_lightning.networks import recipe_of
+from distill_lightning.networks.budget import Budget, bytes_of_tensors
 
 ChangeKind = Literal["sizes", "low_rank", "tied"]
 Structure = dict[str, Any]
@@ -32,6 +33,9 @@ Structure = dict[str, Any]
 of str, int, float, bool, lists and dicts, which JSON and ``torch.load(weights_only=True)`` accept."""
 FORMAT = 2
 """The format of `Structure`."""
+# What the changes may take, at any rate and for each byte of the network that they are made to.
+_SMALL = 2**28
+_RATIO = 16
 NOTHING: Structure = {"format": FORMAT, "changes": [], "layers": {}}
 """The structure of a network without visible changes; its weights may be masked."""
 
@@ -77,10 +81,21 @@ def checkpoint_entry(network: nn.Module, attribute: str) -> dict[str, Any]:
     return {"attribute": attribute, "recipe": recipe_of(network), "structure": structure_of(network)}
 
 
-def rebuild_structure(network: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
+def rebuild_structure(network: nn.Module, structure: Mapping[str, Any], *, limit: int | None = None) -> nn.Module:
     """Give a network the described structure, in place; a state dict of the described network then loads strictly.
 
-    The network is built like the described one, and not changed since.
+    Args:
+        network: built like the described one, and not changed since.
+        structure: what `structure_of` returned.
+        limit: largest number of bytes of the tensors that are made for it, each of which counts at least 64 KiB;
+            ``None``: 16 for each byte of the network's own, at least 256 MiB.
+
+    Returns:
+        The network.
+
+    Raises:
+        InputError: the network has another structure or is changed already, another version wrote the description, or
+            its sizes are above the limit.
     """
     if structure.get("format") != FORMAT:
         raise InputError(
@@ -89,13 +104,15 @@ def rebuild_structure(network: nn.Module, structure: Mapping[str, Any]) -> nn.Mo
         )
     if changes_of(network):
         raise InputError(f"{type(network).__name__} is compressed already: build a new one with the same arguments")
-    for change in structure["changes"]:
-        _rebuild_change(network, change["kind"], change["layers"])
-    for path, told in structure["layers"].items():
-        layer = layer_at(network, path)
-        rebuild_weights(layer, told.get("weights", {}))
-        if "input" in told:
-            rebuild_input(layer, told["input"])
+    largest = max(_SMALL, _RATIO * bytes_of_tensors(network.state_dict())) if limit is None else limit
+    with Budget(largest, source=f"the structure of {type(network).__name__}", way_out="give a larger limit"):
+        for change in structure["changes"]:
+            _rebuild_change(network, change["kind"], change["layers"])
+        for path, told in structure["layers"].items():
+            layer = layer_at(network, path)
+            rebuild_weights(layer, told.get("weights", {}))
+            if "input" in told:
+                rebuild_input(layer, told["input"])
     network.__dict__["_changes"] = copy.deepcopy(list(structure["changes"]))
     return network
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -100,14 +101,20 @@ class FashionMNISTDataModule(InMemoryImageDataModule):
         )
 
 
-def read_idx(path: Path) -> Tensor:
+def read_idx(path: Path, *, limit: int = 2**28) -> Tensor:
     """Read an IDX file of bytes, packed with gzip or not: two zero bytes, type 8, rank, sizes (big-endian), data.
 
+    Args:
+        path: the file.
+        limit: largest number of bytes; of a packed file, unpacked.
+
     Raises:
-        InputError: the file is damaged or holds something else.
+        InputError: the file is damaged, larger than the limit, or holds something else.
     """
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            # In pieces: a packed file does not say how much it holds.
+            content = b"".join(_pieces(path, file, limit))
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} is damaged ({error}): fetch it again") from error
     rank = content[3] if len(content) > 3 else 0
@@ -120,3 +127,15 @@ def read_idx(path: Path) -> Tensor:
             f"{path} is damaged: {len(content) - start} bytes of data for shape {tuple(shape)}: fetch it again"
         )
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())
+
+
+def _pieces(path: Path, file: Any, limit: int) -> Iterator[bytes]:
+    total = 0
+    while piece := file.read(2**20):
+        total += len(piece)
+        if total > limit:
+            raise InputError(
+                f"{path} holds more than {limit:,} bytes: it is not one of Fashion-MNIST's files; others are read with "
+                "a larger limit of read_idx"
+            )
+        yield piece

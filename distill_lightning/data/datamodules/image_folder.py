@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Unpack
@@ -23,6 +24,9 @@ from distill_lightning.data.views import CROP_DRAWS, random_box, uniform_draws
 from distill_lightning.errors import InputError
 
 _SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif")
+_PNG = b"\x89PNG\r\n\x1a\n"
+# How many bytes a byte of a deflated stream can stand for.
+_DEFLATED_AT_MOST = 1032
 
 
 class Files(NamedTuple):
@@ -126,8 +130,12 @@ def decode(path: Path) -> Tensor:
         InputError: it is none of these, or damaged.
     """
     try:
-        image: Tensor = io.decode_image(str(path), mode=io.ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError as error:
+        content = np.fromfile(path, np.uint8)
+        if content[: len(_PNG)].tobytes() == _PNG:
+            _check_png(content)
+        coded = torch.from_numpy(content)
+        image: Tensor = io.decode_image(coded, mode=io.ImageReadMode.RGB, apply_exif_orientation=True)
+    except (RuntimeError, OSError, ValueError) as error:
         # torchvision says where in its own sources it happened, and then what.
         first = str(error).splitlines()[0]
         reason = first.rpartition(".cpp:")[2].partition(", ")[2] or first
@@ -135,6 +143,37 @@ def decode(path: Path) -> Tensor:
     if image.dtype == torch.uint16:
         image = (image.int() >> 8).to(torch.uint8)
     return image if image.ndim == 3 else image[0]
+
+
+def _check_png(content: NDArray[np.uint8]) -> None:
+    """Look at the pieces of a PNG file: torchvision's decoder ends the process where one of them is damaged.
+
+    Raises:
+        ValueError: one that an image needs is damaged or missing, or there are too few bytes for its size.
+    """
+    view, place, kind, coded, wanted = content.data, len(_PNG), b"", 0, 0
+    while kind != b"IEND":
+        size = int.from_bytes(view[place : place + 4], "big")
+        kind, end = bytes(view[place + 4 : place + 8]), place + 8 + size
+        if end + 4 > len(view):
+            raise ValueError("the PNG file is not complete")
+        # A decoder leaves out damaged pieces with small first letters, which hold comments and the like.
+        if kind[:1].isupper() and zlib.crc32(view[place + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            raise ValueError(f"the checksum of a PNG file's {kind.decode('latin-1')!r} does not fit")
+        if kind == b"IHDR":
+            wanted = _png_bytes(bytes(view[place + 8 : end]))
+        elif kind == b"IDAT":
+            coded += size
+        place = end + 4
+    if not wanted or wanted > coded * _DEFLATED_AT_MOST:
+        raise ValueError(f"a PNG file has {coded} bytes for an image of {wanted}")
+
+
+def _png_bytes(header: bytes) -> int:
+    """Bytes of a PNG file's pixels without compression."""
+    width, height = int.from_bytes(header[:4], "big"), int.from_bytes(header[4:8], "big")
+    depth, colour = header[8], header[9]
+    return height * -(-width * depth * {2: 3, 4: 2, 6: 4}.get(colour, 1) // 8)
 
 
 class ImageFolderDataModule(ImageDataModule):

@@ -12,6 +12,7 @@ from torch import nn
 from distill_lightning.arguments import arguments_of, bound_arguments, takes
 from distill_lightning.choices import Choice, check_choices, from_plain, is_plain, plain
 from distill_lightning.errors import InputError
+from distill_lightning.networks.budget import Budget, bytes_of_tensors
 from distill_lightning.networks.provenance import build_from, note_structure, recipe_of, restore_structure
 from distill_lightning.networks.weights import check_architecture, read_checkpoint
 from distill_lightning.teachers import TeacherEnsemble
@@ -20,6 +21,10 @@ FORMAT = 2
 """Raised whenever modules of an older version could not take up what a checkpoint holds."""
 
 _FORMAT_KEY = "distill_lightning"
+# Bytes that a network may take by its recipe, at any rate and for each byte of the weights: teachers, whose weights are
+# not in the checkpoint, may be far larger than the student.
+_SMALL = 2**31
+_RATIO = 100
 
 
 class RemembersArguments:
@@ -141,7 +146,14 @@ def rebuilt(kind: type, path: Path, overrides: Mapping[str, Any]) -> Any:
             f"{path} does not hold {' and '.join(lost)}, of which a part is not a plain value: load_from_checkpoint("
             f"path, {', '.join(f'{name}=...' for name in lost)})"
         )
-    module: Any = kind(**{**known, **{name: _network(name, recipe) for name, recipe in recipes.items()}, **overrides})
+    largest = max(_SMALL, _RATIO * bytes_of_tensors(checkpoint["state_dict"]))
+    networks = {}
+    for name, recipe in recipes.items():
+        with Budget(
+            largest, source=f"{path}: {name}", way_out=f"if it is meant, load_from_checkpoint(path, {name}=...)"
+        ):
+            networks[name] = _network(name, recipe)
+    module: Any = kind(**{**known, **networks, **overrides})
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     module._missing = missing  # noqa: SLF001

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning import LightningDataModule
 from torch import nn
 
 import distill_lightning
 from distill_lightning.arguments import arguments_of, takes
+from distill_lightning.callables import check_callables, named
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError
 from distill_lightning.layers import dry_forward
@@ -174,6 +174,7 @@ def _parsed(key: str, kind: Any, spec: Spec) -> Callable[[], Any]:
     for part in reversed(key.split(".")):
         nested = {part: nested}
     parsed = parser.parse_object(nested)
+    check_callables(key, kind, parsed[key].as_dict() if isinstance(parsed[key], Namespace) else parsed[key])
     return lambda: parser.instantiate(parsed)[key]
 
 
@@ -190,9 +191,5 @@ def _filled(key: str, spec: Spec, known: Mapping[str, Any]) -> Spec:
 
 def _find(class_path: str) -> Any:
     """The class or function; ``None`` if there is none: the parser's message is the better one then."""
-    module, _, name = class_path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module or "distill_lightning"), name, None)
-    except ImportError:
-        return None
+    found = named(class_path)
     return found if callable(found) else None

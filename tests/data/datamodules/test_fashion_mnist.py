@@ -182,6 +182,26 @@ def small_gz(tmp_path):
     return path
 
 
+@pytest.mark.parametrize("name", ["bomb.gz", "large"])
+def test_a_file_is_not_read_beyond_its_limit(tmp_path, name):
+    path, content = tmp_path / name, idx_bytes(torch.zeros(3, 2**20, dtype=torch.uint8))
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(InputError, match=rf"{name} holds more than 2,000,000 bytes: .* larger limit of read_idx"):
+        read_idx(path, limit=2_000_000)
+    assert read_idx(path, limit=len(content)).shape == (3, 2**20)
+    with pytest.raises(InputError, match="holds more than"):
+        read_idx(path, limit=len(content) - 1)
+
+
+def test_a_bomb_is_not_unpacked(tmp_path):
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(2**9):
+            file.write(bytes(2**20))
+    with pytest.raises(InputError, match="holds more than 268,435,456 bytes: it is not one of Fashion-MNIST's files"):
+        read_idx(path)
+
+
 def test_a_gz_cut_anywhere_is_refused(small_gz):
     content = small_gz.read_bytes()
     for length in range(len(content)):

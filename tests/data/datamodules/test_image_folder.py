@@ -1,7 +1,9 @@
 """Folders of image files: what is read, which views it gives, and how stores are filled from them."""
 
 import pickle
+import re
 import shutil
+import zlib
 from functools import partial
 
 import numpy as np
@@ -320,6 +322,72 @@ def test_a_file_that_cannot_be_decoded_is_named(folder, content):
         data.dataset("train", augment=True)[0]
     assert "\n" not in str(refused.value)
     assert ".cpp" not in str(refused.value)
+
+
+def chunk(kind, content, *, wrong=0):
+    """A piece of a PNG file."""
+    crc = zlib.crc32(kind + content) ^ wrong
+    return len(content).to_bytes(4, "big") + kind + content + crc.to_bytes(4, "big")
+
+
+def png(*, comment=b"", end=True):
+    """A grey image of 4x3 pixels."""
+    header = (4).to_bytes(4, "big") + (3).to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    pixels = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + bytes([row] * 4) for row in range(3))))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + comment + pixels + chunk(b"IEND", b"") * end
+
+
+def refusal_of(path, content):
+    path.write_bytes(content)
+    with pytest.raises(InputError) as refused:
+        image_folder.decode(path)
+    assert str(refused.value).startswith(f"{path} cannot be decoded (")
+    assert str(refused.value).endswith("): mend it, or take it out of the folder")
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_a_png_file_with_any_flipped_bit_is_refused(tmp_path):
+    whole = png()
+    for place in range(8, len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        refusal_of(tmp_path / "flipped.png", bytes(flipped))
+    for end in range(8, len(whole)):
+        refusal_of(tmp_path / "cut.png", whole[:end])
+
+
+def test_what_is_wrong_with_a_png_file_is_told(tmp_path):
+    path, whole = tmp_path / "image.png", png()
+    place = whole.index(b"IDAT")
+    flipped = whole[: place + 6] + bytes([whole[place + 6] ^ 1]) + whole[place + 7 :]
+    assert "the checksum of a PNG file's 'IDAT' does not fit" in refusal_of(path, flipped)
+    assert "the PNG file is not complete" in refusal_of(path, png(end=False))
+    header = (40000).to_bytes(4, "big") * 2 + bytes([16, 6, 0, 0, 0])
+    bomb = whole[:8] + chunk(b"IHDR", header) + whole[whole.index(b"IDAT") - 4 :]
+    assert re.search(r"has \d+ bytes for an image of 12800000000", refusal_of(path, bomb))
+    assert "bytes for an image of 0" in refusal_of(path, whole[:8] + whole[whole.index(b"IDAT") - 4 :])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        png(),
+        png(comment=chunk(b"tEXt", b"Title\0mine")),
+        png(comment=chunk(b"tEXt", b"A\0b", wrong=1)),
+        png() + b"more",
+    ],
+    ids=["plain", "comment", "damaged comment", "more behind it"],
+)
+def test_what_a_png_decoder_leaves_out_may_be_damaged(tmp_path, content):
+    (tmp_path / "image.png").write_bytes(content)
+    image = image_folder.decode(tmp_path / "image.png")
+    assert image.tolist() == [[[row] * 4 for row in range(3)]] * 3
+
+
+def test_a_file_that_is_gone_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"gone.png cannot be decoded \(.*No such file"):
+        image_folder.decode(tmp_path / "gone.png")
 
 
 # Plain images and views
@@ -812,8 +880,9 @@ def test_the_command_line_records_a_store_and_trains_from_it(folder, tmp_path, c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_is_one_line_on_the_command_line(folder, tmp_path, capfd, workers):
-    config = configuration(tmp_path, damaged(folder, b"hello"), num_workers=workers, views=2)
+@pytest.mark.parametrize("content", [b"hello", png().replace(b"IDAT", b"IDAU")], ids=["text", "damaged"])
+def test_a_damaged_image_is_one_line_on_the_command_line(folder, tmp_path, capfd, workers, content):
+    config = configuration(tmp_path, damaged(folder, content), num_workers=workers, views=2)
     assert main(["fit", "--config", config, "--trainer.num_sanity_val_steps", "0"]) == 2
     [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("distill-lightning: error:")]
     assert line.startswith(f"distill-lightning: error: {folder.parent / 'damaged' / 'train'}")

@@ -261,6 +261,9 @@ def test_the_folder_of_another_configuration_is_refused(finished, tmp_path, caps
     assert {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()} == before
 
 
+SYSTEM = {"class_path": "os.system", "init_args": {"command": "touch owned"}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -287,6 +290,10 @@ def test_the_folder_of_another_configuration_is_refused(finished, tmp_path, caps
         (lambda c: c.update(precision="17"), "accelerator or precision: .*17"),
         (lambda c: c["optimizer"]["init_args"].update(lr=-1.0), "optimizer: Invalid learning rate"),
         (lambda c: c["lr_scheduler"].update(init_args={"warmup": 30}), "warmup is a share of the training"),
+        (lambda c: c.update(optimizer=SYSTEM), "supervised.optimizer: os.system makes no Optimizer"),
+        (lambda c: c.update(lr_scheduler=SYSTEM), "supervised.lr_scheduler: os.system makes no LRScheduler or Reduce"),
+        (lambda c: c.update(supervised=SYSTEM), "supervised: os.system makes no DistillationModule"),
+        (lambda c: c["methods"].update(feed=SYSTEM), "methods.feed: os.system makes no DistillationModule"),
         (lambda c: c["student"].update(init_args=[1]), "student: expected a class_path and init_args with its arg"),
     ],
 )  # fmt: skip

@@ -1,0 +1,135 @@
+"""What the command line takes of a checkpoint's hyper-parameters: plain values, and this package's own options.
+
+A parser imports and calls what a hyper-parameter names, and a checkpoint may be anybody's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import typing
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from distill_lightning.arguments import arguments_of
+from distill_lightning.callables import named, types_in
+from distill_lightning.choices import choice_class, is_choice
+from distill_lightning.errors import InputError
+
+_OF_A_CLASS = {"class_path", "init_args", "dict_kwargs"}
+
+
+def class_of(found: Mapping[str, Any]) -> str:
+    """The import path of the class that a checkpoint's hyper-parameters are of; empty: they do not say."""
+    path = found.get("_class_path") or (found.get("class_path") if found.keys() <= _OF_A_CLASS else "")
+    return path if isinstance(path, str) else ""
+
+
+def safe_options(path: Path, found: Mapping[str, Any], kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a module that a checkpoint's hyper-parameters hold, looked at before anything parses them.
+
+    Args:
+        path: of the checkpoint, for the message.
+        found: its hyper-parameters.
+        kind: the class of the module, which the user names.
+        given: the options in the user's configuration, plain; a class that these name may stand in the checkpoint, too.
+
+    Raises:
+        InputError: a hyper-parameter names a class or function that is none of this package's options, and that the
+            configuration does not name in the same place.
+    """
+    options = {name: value for name, value in found.items() if name not in ("_class_path", "_instantiator")}
+    if "_class_path" not in found and class_of(found):
+        options = {**(found.get("init_args") or {}), **(found.get("dict_kwargs") or {})}
+    annotations = _annotations(kind)
+    for name, value in options.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise InputError(f"{path}: {name!r} is no name of a hyper-parameter: the file was not made by a training")
+        _check(path, name, value, annotations.get(name, Any), given.get(name))
+    return options
+
+
+def _check(path: Path, key: str, value: Any, annotation: Any, given: Any) -> None:
+    """Refuse what a parser would import, call or read from another file.
+
+    Raises:
+        InputError: it would.
+    """
+    if isinstance(value, str):
+        if value != given and not _is_plain_text(value, annotation):
+            raise _refused(path, key, value)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        same = given if isinstance(given, (list, tuple)) and len(given) == len(value) else [None] * len(value)
+        for number, (part, own) in enumerate(zip(value, same, strict=True)):
+            _check(path, f"{key}.{number}", part, annotation, own)
+    elif isinstance(value, Mapping):
+        _check_mapping(path, key, value, annotation, given if isinstance(given, Mapping) else {})
+
+
+def _check_mapping(path: Path, key: str, value: Mapping[Any, Any], annotation: Any, given: Mapping[str, Any]) -> None:
+    # A parser may take a dot in a key for a way into what stands there.
+    if not any(str(name).partition(".")[0] in _OF_A_CLASS for name in value):
+        for name, part in value.items():
+            _check(path, f"{key}.{name}", part, annotation, given.get(name))
+        return
+    kind = _kind(value, given)
+    if kind is None:
+        raise _refused(path, key, value.get("class_path", dict(value)))
+    annotations, known = _annotations(kind), given.get("init_args") or {}
+    for name, part in (value.get("init_args") or {}).items():
+        if name not in annotations:
+            raise _refused(path, f"{key}.{name}", part)
+        _check(path, f"{key}.{name}", part, annotations[name], known.get(name))
+
+
+def _kind(value: Mapping[Any, Any], given: Mapping[str, Any]) -> Any:
+    """The class that a mapping describes, if it is a choice of this package or what the configuration names there."""
+    class_path, options = value.get("class_path"), value.get("init_args") or {}
+    if value.keys() - {"class_path", "init_args"} or not isinstance(options, Mapping):
+        return None
+    if is_choice(class_path):
+        return choice_class(typing.cast("str", class_path))
+    # The user's own, which the parser has imported for the configuration.
+    return named(class_path) if class_path and class_path == given.get("class_path") else None
+
+
+def _is_plain_text(value: str, annotation: Any) -> bool:
+    """Whether a parser leaves text as it is, neither importing what it names nor reading it as something else."""
+    kinds = list(types_in(annotation))
+    if any(typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind) for kind in kinds):
+        return True
+    if all(_is_plain_kind(kind) for kind in kinds):
+        return True
+    if any(kind not in (Any, object, inspect.Parameter.empty) and not _is_plain_kind(kind) for kind in kinds):
+        return False
+    try:
+        return not isinstance(yaml.safe_load(value), (dict, list)) and not Path(value).is_file()
+    except (yaml.YAMLError, OSError, ValueError):
+        return False
+
+
+def _is_plain_kind(kind: Any) -> bool:
+    if typing.get_origin(kind) is typing.Literal or kind in (None, os.PathLike):
+        return True
+    return isinstance(kind, type) and issubclass(kind, (int, float, str, type(None), PurePath, Enum))
+
+
+def _annotations(kind: Any) -> dict[str, Any]:
+    """What a class's arguments are, those of the data classes above it, too, as far as it can be found out."""
+    known = {name: parameter.annotation for name, parameter in arguments_of(kind).items()}
+    try:
+        hints = typing.get_type_hints(kind) if hasattr(kind, "__dataclass_fields__") else {}
+    except (NameError, TypeError):
+        hints = {}
+    return {name: hints.get(name, annotation) for name, annotation in known.items()}
+
+
+def _refused(path: Path, key: str, what: Any) -> InputError:
+    return InputError(
+        f"{path} names {str(what)[:80]!r} in {key}: of a checkpoint only plain values and this package's own options "
+        f"are taken; if it is meant, name it in the configuration, in model.init_args.{key}"
+    )
