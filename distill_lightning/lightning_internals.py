@@ -39,6 +39,11 @@ def place_of(module: Any, batch_idx: int) -> tuple[int, int]:
     return trainer.current_epoch, batch_idx * trainer.world_size + trainer.global_rank
 
 
+def has_trainer(module: Any) -> bool:
+    """Whether a Trainer runs the module."""
+    return getattr(module, "_trainer", None) is not None
+
+
 def begins_anew(trainer: Any) -> bool:
     """Whether the training starts from its beginning, not from a checkpoint."""
     return bool(trainer.fit_loop.total_batch_idx < 0)

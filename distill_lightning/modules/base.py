@@ -135,6 +135,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
             self.check_output("student", student, dry_forward(student, self.input_shape).shape)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.transforms, self.compiles = tuple(transforms), compile
+        self.has_own_metrics = metrics is not None
         metrics = self.output.metrics() if metrics is None else metrics
         self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
         comparison = self.output.teacher_metrics()
@@ -231,8 +232,10 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         batch = self.prepared(batch, batch_idx)
         self._observed = {}
         terms, weights = self.terms(batch), self.weights()
-        if terms.keys() != weights.keys():
-            raise KeyError(f"terms() gave {sorted(terms)}, weights() gave {sorted(weights)}: they must name the same")
+        if terms.keys() != weights.keys() or "loss" in terms:
+            raise KeyError(
+                f"terms() gave {sorted(terms)}, weights() gave {sorted(weights)}: they must name the same, not 'loss'"
+            )
         weighted = {name: weights[name] * term for name, term in terms.items()}
         loss = torch.stack(list(weighted.values())).sum()
         logs = {"loss": loss, **terms}
@@ -242,7 +245,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
             raise KeyError(f"{sorted(self._observed.keys() & logs.keys())}: observed under the name of a term")
         sums = self.means.add(logs | self._observed, batch.size)
         # Shares of a loss that is 0 are not finite.
-        self.guard.hold(self, sums[: 1 + len(terms)], ["loss", *terms], batch)
+        self.guard.hold(self, sums[: 1 + len(terms)], ["loss", *terms], batch, batch_idx)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
@@ -348,7 +351,9 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Look at the labels, and call the parts' ``batch_starts``."""
-        self.guard.look(self, batch, batch_idx, "train")
+        # A method of its own may get batches of any kind.
+        if not _has_own(type(self), "prepared", "training_step"):
+            self.guard.look(self, batch, batch_idx, "train")
         self._tell("batch_starts")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -438,3 +443,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
             if value is not None and getattr(output, key, None) != value:
                 raise InputError(f"{name}: output={output} does not go with {key}={value}: let them agree")
         return output
+
+
+def _has_own(kind: type[DistillationModule], *names: str) -> bool:
+    return any(getattr(kind, name) is not getattr(DistillationModule, name) for name in names)

@@ -120,6 +120,11 @@ class CompressionBaseline(DistillationModule):
             )
         return [self.callback]
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the labels have a weight."""
+        return not self.teachers or self.hard_label_weight > 0
+
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The labels' cross entropy and, under a teacher, the divergence from its prediction."""
         logits = call(self.student, batch.input)

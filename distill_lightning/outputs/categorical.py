@@ -73,6 +73,11 @@ class Categorical(Output):
         if len(rows) > 1 and (rows >= 0).all() and ((rows.sum(dim=1) - 1).abs() < 1e-3).all():
             raise InputError(f"{who} gives probabilities where logits are needed: leave out its softmax")
 
+    def broken(self, output: Tensor) -> Tensor:
+        """Where logits hold nan or infinity, or are all minus infinity, which is how single classes are masked."""
+        lowest, largest = output.aminmax(dim=-1)
+        return ~largest.isfinite() | lowest.isnan()
+
     def check_target(
         self, who: str, target: Tensor | None, *, per_position: bool = False, is_evaluated: bool = False
     ) -> None:
@@ -108,8 +113,8 @@ class Categorical(Output):
     def wrong_targets(self, target: Tensor) -> Tensor:
         """Classes out of range, ``(N,)`` or ``(N, T)``, and rows that are no distributions."""
         if target.is_floating_point():
-            # Half precision rounds each of K numbers.
-            return ~((target >= 0).all(dim=-1) & ((target.float().sum(dim=-1) - 1).abs() < 0.01))
+            # Half precision rounds each of K numbers, and what is left of 1 may be a little less than nothing.
+            return ~((target > -1e-3).all(dim=-1) & ((target.float().sum(dim=-1) - 1).abs() < 0.01))
         classes = target.long()
         return ((classes < 0) | (classes >= self.num_classes)) & (classes != IGNORED)
 
@@ -136,7 +141,8 @@ class Categorical(Output):
             counted = spread(counted, places).expand(places.shape)
         if output.ndim < 3 or target is None or target.is_floating_point():
             return counted
-        # Where all count, a batch on the CPU has no mask: with one, means are those of other devices to the last bit.
+        # On the CPU a batch in which everything counts has no mask; building one here makes its means match other
+        # devices' bit for bit.
         known: Tensor = target != IGNORED
         return known if counted is None else known & counted
 

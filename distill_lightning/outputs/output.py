@@ -79,6 +79,10 @@ class Output(Choice):
             InputError: they seem to be of another kind, probabilities in the place of logits for example.
         """
 
+    def broken(self, output: Tensor) -> Tensor:
+        """A boolean mask of the samples ``(N,)`` or positions ``(N, T)`` whose output holds nan or infinity."""
+        return ~output.isfinite().all(dim=-1)
+
     def check_target(
         self, who: str, target: Tensor | None, *, per_position: bool = False, is_evaluated: bool = False
     ) -> None:
@@ -104,7 +108,10 @@ class Output(Choice):
 
     @abstractmethod
     def wrong_targets(self, target: Tensor) -> Tensor:
-        """Which targets cannot be right, bool: one for each class or, of rows of numbers, for each row."""
+        """A boolean mask of the targets that cannot be right.
+
+        It has one entry for each class index, or one for each row where a target is a row of numbers.
+        """
 
     def as_point(self, variance: float | None) -> Output:
         """The output of a student trained on the teacher's point prediction alone.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch
-from distill_lightning.errors import InputError, NonFiniteError
+from distill_lightning.errors import InputError
 from distill_lightning.storage import Field, Rows, ShardedRecords, read_fields, read_header, sweep_records
 from distill_lightning.teachers.questions import feature_names
 from distill_lightning.teachers.row_codec import Answers, RowCodec, shapes
@@ -149,7 +149,6 @@ class TeacherStore:
 
         Raises:
             InputError: an answer is not there, and there is nobody to ask; or the disk is full.
-            NonFiniteError: the teachers answer nan or inf, which is not kept.
         """
         index, view = self._keys(batch)
         known = np.zeros(len(index), dtype=np.bool_)
@@ -160,7 +159,6 @@ class TeacherStore:
         if ask is None or self.fill == "never":
             raise self._unknown(index, view, known)
         packed = self.codec.pack(ask())
-        _refuse_non_finite(packed, index)
         self._keep(index, view, known, packed)
         return self._unpacked(packed, device)
 
@@ -196,10 +194,8 @@ class TeacherStore:
 
         Raises:
             InputError: the disk is full, or the answers are of other shapes than those before.
-            NonFiniteError: an answer is nan or inf.
         """
         packed = self.codec.pack(answers)
-        _refuse_non_finite(packed, np.asarray(self.samples_of(shard)))
         self._made(packed).write_shard(view, shard, packed)
 
     def unfinished(self) -> list[tuple[int, int]]:
@@ -316,14 +312,3 @@ class TeacherStore:
             f"the store {self.path} does not know {where} ({self._records.path_of(int(view[row]), shard).name} is "
             f"{state}): fill it with 'distill-lightning record', or give teachers and fill='online'"
         )
-
-
-def _refuse_non_finite(packed: Rows, index: NDArray[np.int64]) -> None:
-    for name, rows in packed.items():
-        bad = ~np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
-        if bad.any():
-            shown = ", ".join(map(str, index[bad][:8]))
-            raise NonFiniteError(
-                f"the teachers' {name} of {bad.sum()} samples ({shown}) hold nan or inf, and a store would keep them: "
-                "mend the inputs or replace the teachers"
-            )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.data.batch import Batch
+from distill_lightning.data.batch import Batch, spread
 from distill_lightning.data.samplers import join
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, NonFiniteError
 from distill_lightning.layers import FeatureTap, dry_forward, fingerprint
 from distill_lightning.networks.provenance import recipe_of
 from distill_lightning.outputs import Output
@@ -208,10 +209,13 @@ class Teachers(Frozen):
 
         Raises:
             InputError: no store can reproduce the inputs.
+            NonFiniteError: an answer that counts is nan or infinite, which would be kept.
         """
         suffixes = self.about.suffixes(batch, self.inputs(batch))
         questions = [Logits()] if self._are_logits_kept() else self.questions
-        return split_rows(answered(questions, self._outputs_of(batch)), suffixes, batch.size)
+        rows = split_rows(answered(questions, self._outputs_of(batch)), suffixes, batch.size)
+        _refuse_non_finite(rows, batch)
+        return rows
 
     def _from_store(self, batch: Batch, store: TeacherStore) -> dict[str, Tensor]:
         suffixes = self.about.suffixes(batch, self.inputs(batch))
@@ -230,6 +234,11 @@ class Teachers(Frozen):
         if not self.taps:
             self.heard = outputs = self.ensemble.each(inputs)
             for number, (network, output) in enumerate(zip(self, outputs, strict=True)):
+                if not isinstance(output, Tensor):
+                    raise InputError(
+                        f"teacher {number} ({type(network).__name__}) returns {type(output).__name__}, and one tensor "
+                        "is needed: wrap it in a module that returns that"
+                    )
                 self.check(number, network, output.shape)
             return TeacherOutputs(outputs, (), self.rule, self._known_output)
         pairs = self.ensemble.each(inputs, self.taps)
@@ -346,3 +355,19 @@ class Teachers(Frozen):
         if self.ensemble is None or self.store is not None:
             return None
         return {"networks": [recipe_of(network) for network in self.ensemble], **self.ensemble.options()}
+
+
+def _refuse_non_finite(rows: Mapping[str, Tensor], batch: Batch) -> None:
+    """What is not finite must not be kept; rounding would hide it. Minus infinity masks classes of logits."""
+    for name, values in rows.items():
+        bad = values.isnan() | values.isposinf()
+        if batch.counted is not None and bad.shape[: batch.counted.ndim] == batch.counted.shape:
+            bad &= spread(batch.counted, bad)
+        # On the host, where the answers go in any case.
+        numbers = np.flatnonzero(bad.flatten(1).any(dim=1).cpu().numpy())
+        if len(numbers):
+            index = numbers if batch.key is None else batch.key.index.cpu().numpy()[numbers]
+            raise NonFiniteError(
+                f"the teachers' {name} of {len(index)} samples ({', '.join(map(str, index[:8]))}) hold nan or inf, and "
+                "a store would keep them: mend the inputs or replace the teachers"
+            )

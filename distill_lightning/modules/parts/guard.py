@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_lightning.data.batch import Batch, first_tensor, tensors_of
+from distill_lightning.data.batch import Batch, first_tensor, spread, tensors_of
 from distill_lightning.errors import InputError, NonFiniteError
-from distill_lightning.lightning_internals import scales_gradients
+from distill_lightning.lightning_internals import has_trainer, scales_gradients
 from distill_lightning.part import Part
 
 _FIRST = 2
@@ -37,16 +37,26 @@ def with_targets(module: Any, batch: Batch, *, is_evaluated: bool = False) -> Ba
     Raises:
         InputError: they are of a kind or shape that the module does not take.
     """
+    if is_evaluated and batch.target is None:
+        raise InputError(f"{type(module).__name__} is evaluated on labels, and the batch has none: give them")
     if not isinstance(batch.target, Tensor):
         return batch
-    module.output.check_target(
-        type(module).__name__, batch.target, per_position=module.per_position, is_evaluated=is_evaluated
-    )
+    _check_kind(module, batch.target, is_evaluated=is_evaluated)
     target = module.output.as_target(batch.target)
     partner = None if batch.partner is None else with_targets(module, batch.partner)
     if target is batch.target and partner is batch.partner:
         return batch
     return batch.replace(target=target, partner=partner)
+
+
+def _check_kind(module: Any, target: Any, *, is_evaluated: bool) -> None:
+    if not (is_evaluated or module.reads_labels) and isinstance(target, Tensor) and target.is_floating_point():
+        return
+    # Metrics that the user gives may read distributions.
+    needs_classes = is_evaluated and not module.has_own_metrics
+    module.output.check_target(
+        type(module).__name__, target, per_position=module.per_position, is_evaluated=needs_classes
+    )
 
 
 class Guard(Part):
@@ -57,8 +67,8 @@ class Guard(Part):
     epoch's first two batches, and which loss was the first that is not finite is kept on the device and read after
     every 50 batches and at the epoch's end.
 
-    A step that a gradient scaler skips, as happens with ``precision="16-mixed"``, is none to stop for, unless it skips
-    every step of an epoch; at the epoch's end the user is told how many there were.
+    A step that a gradient scaler skips (``precision="16-mixed"``) does not stop the run unless every step of the epoch
+    is skipped; the epoch's end reports how many were.
     """
 
     def __init__(self) -> None:
@@ -68,7 +78,7 @@ class Guard(Part):
         # Number of the batch in which each scalar was first not finite, -1 for none, by the names that came together.
         self._first: dict[tuple[str, ...], Tensor] = {}
         self._skipped: Tensor | None = None
-        self._batches, self._unread = 0, 0
+        self._batches, self._unread, self._number = 0, 0, 0
         # Of the batches that are not read yet, the samples' indices.
         self._samples: dict[int, Tensor | None] = {}
         self._batch: Batch | None = None
@@ -89,13 +99,13 @@ class Guard(Part):
         """
         ready, who = Batch.of(batch), type(module).__name__
         target, is_evaluated = ready.target, stage != "train"
-        module.output.check_target(who, target, per_position=module.per_position, is_evaluated=is_evaluated)
+        _check_kind(module, target, is_evaluated=is_evaluated)
         is_of_use = is_evaluated or module.reads_labels
         if not is_of_use or not isinstance(target, Tensor) or not _is_read(target, number):
             return
         wrong = module.output.wrong_targets(target)
         if ready.counted is not None:
-            wrong = wrong & (ready.counted if wrong.ndim >= ready.counted.ndim else ready.counted.flatten(1).any(1))
+            wrong = wrong & _like(ready.counted, wrong)
         if wrong.any():
             row = int(wrong.flatten(1).any(1).nonzero()[0]) if wrong.ndim > 1 else int(wrong.nonzero()[0])
             value = target[row][wrong[row]][0] if wrong.ndim > 1 else target[row]
@@ -105,7 +115,7 @@ class Guard(Part):
             )
 
     def look_at_output(self, module: Any, output: Tensor, number: int, stage: str) -> None:
-        """Look at the student's output for a batch of an evaluation.
+        """Look at what counts of the student's output for a batch of an evaluation.
 
         Raises:
             InputError: the student seems to give probabilities in the place of logits.
@@ -114,28 +124,33 @@ class Guard(Part):
         if not _is_read(output, number):
             return
         who = f"{type(module).__name__}: the student ({type(module.student).__name__})"
-        if not output.isfinite().all():
+        if module.output.broken(output).any():
             raise NonFiniteError(f"{who} gives nan or inf in {_STAGES[stage]} batch {number}: {_WAY_OUT}")
         if number < _FIRST:
             module.output.check_values(who, output)
 
     # Numbers
 
-    def hold(self, module: Any, values: Tensor, names: Sequence[str], batch: Batch) -> None:
+    def hold(self, module: Any, values: Tensor, names: Sequence[str], batch: Batch, number: int) -> None:
         """Note which of a batch's scalars are not finite, without waiting for the device.
 
         Args:
-            module: that is trained.
+            module: that is trained; without a Trainer nothing is noted.
             values: the loss and its terms, ``(S,)``.
             names: of each.
             batch: that they are of.
+            number: of the batch in its epoch.
         """
+        if not has_trainer(module):
+            return
         bad = ~values.isfinite()
-        first = self._first.setdefault(tuple(names), torch.full_like(bad, -1, dtype=torch.int64))
-        self._first[tuple(names)] = torch.where((first < 0) & bad, self._batches, first)
+        first = self._first.get(tuple(names))
+        if first is None:
+            first = torch.full_like(bad, -1, dtype=torch.int64)
+        self._first[tuple(names)] = torch.where((first < 0) & bad, number, first)
         self._skipped = bad.any().long() + (0 if self._skipped is None else self._skipped)
-        self._samples[self._batches] = None if batch.key is None else batch.key.index
-        self._batch = batch
+        self._samples[number] = None if batch.key is None else batch.key.index
+        self._batch, self._number = batch, number
         self._batches += 1
         self._unread += 1
 
@@ -149,11 +164,15 @@ class Guard(Part):
         if self._batch is None:
             return
         batch, self._batch = self._batch, None
-        if _is_read(first_tensor(batch.input), self._batches - 1):
+        if _is_read(first_tensor(batch.input), self._number):
             self._look_at_teachers(module, batch)
             self._read(module, batch)
         elif self._unread >= _EVERY:
             self._read(module, batch)
+
+    def validation_starts(self, module: Any) -> None:
+        """Read what was not read yet before an evaluation blames the student for it."""
+        self._read(module, None)
 
     def epoch_ends(self, module: Any) -> None:
         """Read what was not read yet, and tell of the steps that a gradient scaler has skipped."""
@@ -195,15 +214,23 @@ class Guard(Part):
     def _look_at_teachers(module: Any, batch: Batch) -> None:
         for number, output in enumerate(getattr(module.teachers, "heard", ())):
             who = f"{type(module).__name__}: teacher {number} ({type(module.teachers[number]).__name__})"
-            rows = ~output.isfinite().flatten(1).all(1)
-            if rows.any():
+            broken = module.output.broken(output)
+            counted = module.output.counted(output[: batch.size], batch)
+            if counted is not None:
+                broken[: batch.size] &= counted
+            if broken.any():
                 # With further inputs of each sample there are more rows than samples.
-                bad = sorted({row % batch.size for row in rows.nonzero().flatten().tolist()})
+                bad = sorted({row % batch.size for row in broken.nonzero()[:, 0].tolist()})
                 inputs = " (their inputs do, too)" if _has_bad_input(batch) else ""
                 raise NonFiniteError(
                     f"{who} answers nan or inf for samples {_named(batch, bad)}{inputs}: mend or replace it"
                 )
             module.output.check_values(who, output)
+
+
+def _like(counted: Tensor, wrong: Tensor) -> Tensor:
+    """Which samples or positions count, in the shape of a mask of samples or of positions."""
+    return spread(counted, wrong) if wrong.ndim >= counted.ndim else counted.flatten(1).any(1)
 
 
 def _is_read(tensor: Tensor, number: int) -> bool:

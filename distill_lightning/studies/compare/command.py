@@ -91,8 +91,9 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
 def _train(experiment: Experiment, runs: Sequence[Run], folder: Path, console: Console) -> None:
     def train(run: Run, on_epoch: OnEpoch) -> None:
         execute(experiment, run, on_epoch)
-        score = experiment.task.validation_score(run.result().history[-1])
-        console.print(f"{run.title}: {score}", highlight=False)
+        result = run.result()
+        score = result.diverged or experiment.task.validation_score(result.history[-1])
+        console.print(f"{run.title}: {score}", markup=False, highlight=False)
 
     train_missing(runs, train, name="compare", epochs=lambda run: run.epochs, folder=folder, console=console)
 

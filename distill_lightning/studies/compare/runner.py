@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import distill_lightning
 from distill_lightning.callbacks import RunKeeper
 from distill_lightning.data.batch import Batch
-from distill_lightning.errors import InputError, NonFiniteError, refusing
+from distill_lightning.errors import NonFiniteError, refusing
 from distill_lightning.modules import DistillationModule
 from distill_lightning.networks import Pretrained
 from distill_lightning.networks.weights import read_checkpoint
@@ -157,9 +157,43 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
         run: which; its teachers' runs are finished.
         on_epoch: called with the number of finished epochs, after each.
     """
+    try:
+        module, keeper = _trained(experiment, run, on_epoch)
+    except NonFiniteError as error:
+        if run.is_teacher:
+            raise NonFiniteError(f"{run.title} is to teach the others: {error}") from error
+        _write_result(run, RunResult(_size_of(experiment.student()), 0, [], made_with(), diverged=str(error)))
+        return
+    with whole_file(run.student_file) as partial:
+        module.export_student(partial)
+    outputs = {"last": _test_outputs(experiment, module)}
+    module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
+    outputs["selected"] = _test_outputs(experiment, module)
+    with whole_file(run.folder / "test_logits.safetensors") as partial:
+        save_file(outputs, partial)
+    _write_result(run, RunResult(_size_of(module.student), keeper.selected_epoch, keeper.history, made_with()))
+
+
+def _write_result(run: Run, result: RunResult) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_whole(run.result_file, [json.dumps(asdict(result), indent=1).encode()])
+    run.checkpoint.unlink(missing_ok=True)
+
+
+def _size_of(network: nn.Module) -> int:
+    """The number of parameters of a network as it is used at test time."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[DistillationModule, RunKeeper]:
+    """A run's module after its last epoch, and what its epochs logged.
+
+    Raises:
+        NonFiniteError: its numbers, or those of a run that it learns from, were not finite.
+    """
     for other in (*run.teachers, run.initial):
         if other is not None and other.result().diverged:
-            raise InputError(f"{run.title} needs {other.title}, whose numbers were not finite: leave its row out")
+            raise NonFiniteError(f"{other.title}, from which it learns, has no finite numbers")
     run.folder.mkdir(parents=True, exist_ok=True)
     networks = [
         Pretrained(experiment.teacher() if teacher.is_teacher else experiment.student(), teacher.student_file)
@@ -183,31 +217,11 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
     with warnings.catch_warnings():
         # A run killed between its last checkpoint and its result resumes with nothing left to train.
         warnings.filterwarnings("ignore", message=".*has already.*max_epochs.*")
-        try:
-            trainer.fit(module, datamodule=experiment.data(order_seed=run.seed), ckpt_path=checkpoint)
-        except NonFiniteError as error:
-            if run.is_teacher:
-                raise NonFiniteError(f"{run.title} is to teach the others: {error}") from error
-            _finish(run, module, keeper, diverged=str(error))
-            return
+        trainer.fit(module, datamodule=experiment.data(order_seed=run.seed), ckpt_path=checkpoint)
     if len(keeper.history) < run.epochs:
         # Lightning may return from an interrupted fit as if it had ended.
         raise KeyboardInterrupt(f"{run.title} was interrupted")
-    with whole_file(run.student_file) as partial:
-        module.export_student(partial)
-    outputs = {"last": _test_outputs(experiment, module)}
-    module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
-    outputs["selected"] = _test_outputs(experiment, module)
-    with whole_file(run.folder / "test_logits.safetensors") as partial:
-        save_file(outputs, partial)
-    _finish(run, module, keeper)
-
-
-def _finish(run: Run, module: DistillationModule, keeper: RunKeeper, *, diverged: str = "") -> None:
-    parameters = sum(parameter.numel() for parameter in module.student.parameters())
-    result = RunResult(parameters, keeper.selected_epoch, keeper.history, made_with(), diverged)
-    write_whole(run.result_file, [json.dumps(asdict(result), indent=1).encode()])
-    run.checkpoint.unlink(missing_ok=True)
+    return module, keeper
 
 
 def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module]) -> list[nn.Module] | None:
