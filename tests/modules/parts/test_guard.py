@@ -7,6 +7,7 @@ import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric, MetricCollection
 
 from distill_lightning import (
     Batch,
@@ -359,3 +360,137 @@ def test_the_guard_warns_of_nothing_in_an_ordinary_training():
         trainer.fit(kd(), indexed(), indexed())
     assert isinstance(trainer, pl.Trainer)
     assert trainer.global_step == 6
+
+
+# Those who are let through
+
+
+def test_positions_of_samples_that_do_not_count_are_not_looked_at():
+    module = SupervisedModule(TinyNet(), num_classes=CLASSES)
+    target = torch.tensor([[0, 1, 2], [9, 9, 9], [2, 1, 0]])
+    batch = Batch(torch.zeros(3, 3), target, counted=torch.tensor([True, False, True]))
+    module.guard.look(module, batch, 0, "train")
+    with pytest.raises(InputError, match="label of sample 1 of the batch in training batch 0 is 9"):
+        module.guard.look(module, batch.replace(counted=None), 0, "train")
+
+
+@pytest.mark.parametrize("build", [lambda: kd(hard_label_weight=0.0), meal, xcl])
+def test_who_reads_no_labels_takes_floats(build):
+    train(build(), loader(LABELS.float()))
+
+
+def test_a_baseline_whose_labels_have_no_weight_does_not_look_at_them():
+    train(baseline(teacher=TinyNet(), hard_label_weight=0.0), loader(LABELS + 1))
+    with pytest.raises(InputError, match="label of sample 2"):
+        train(baseline(teacher=TinyNet()), loader(LABELS + 1))
+
+
+class PerPosition(nn.Module):
+    """Logits for each of eight positions, nan for those whose input is marked."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, inputs):
+        logits = self.head(inputs[:, 0])
+        return torch.where((inputs[:, 0, :, 0] == 0.5)[..., None], math.nan, logits)
+
+
+def test_what_an_output_holds_where_nothing_counts_does_not_matter():
+    inputs, targets = INPUTS.clone(), LABELS[:, None].expand(-1, 8).clone()
+    inputs[:, 0, 5:, 0] = 0.5
+    targets[:, 5:] = -100
+    module = SupervisedModule(PerPosition(), num_classes=CLASSES)
+    tiny_trainer().validate(module, loader(targets, inputs), verbose=False)
+    distilled = KDModule(PerPosition(), PerPosition(), num_classes=CLASSES, hard_label_weight=0.0, optimizer=sgd())
+    distilled.teachers.heard = [distilled.teachers[0](inputs)]
+    distilled.guard._look_at_teachers(distilled, Batch(inputs, targets))
+    targets[3, 5] = 0
+    with pytest.raises(NonFiniteError, match="gives nan or inf in validation batch 0"):
+        tiny_trainer().validate(module, loader(targets, inputs), verbose=False)
+    with pytest.raises(NonFiniteError, match="answers nan or inf for samples 3 of the batch"):
+        distilled.guard._look_at_teachers(distilled, Batch(inputs, targets))
+
+
+class Masked(TinyNet):
+    """Which never gives the last class."""
+
+    def forward(self, inputs):
+        return super().forward(inputs) + torch.tensor([0.0, 0.0, -math.inf])
+
+
+def test_a_class_may_be_masked_by_minus_infinity():
+    tiny_trainer().validate(SupervisedModule(Masked(), num_classes=CLASSES), loader(LABELS % 2), verbose=False)
+
+
+def test_a_term_cannot_be_called_loss():
+    class Named(SupervisedModule):
+        def terms(self, batch):
+            return {"loss": super().terms(batch)["ce"]}
+
+        def weights(self):
+            return {"loss": 1.0}
+
+    with pytest.raises(KeyError, match="not 'loss'"):
+        train(Named(TinyNet(), num_classes=CLASSES), loader(LABELS))
+
+
+def test_a_method_with_batches_of_its_own_is_left_alone():
+    class Own(SupervisedModule):
+        def prepared(self, batch, batch_idx=0):
+            return super().prepared((batch[0], batch[1] - 1), batch_idx)
+
+    train(Own(TinyNet(), num_classes=CLASSES, optimizer=sgd()), loader(LABELS + 1))
+
+
+def test_metrics_of_ones_own_may_read_distributions():
+    class SoftLoss(MeanMetric):
+        def update(self, logits, target):
+            super().update(-(target * logits.log_softmax(dim=1)).sum(dim=1))
+
+    soft = one_hot(LABELS).float() * 0.9 + 0.1 / CLASSES
+    module = supervised(metrics=MetricCollection({"soft": SoftLoss()}))
+    trainer = tiny_trainer()
+    trainer.validate(module, loader(soft), verbose=False)
+    module.eval()
+    with torch.no_grad():
+        expected = -(soft * module(INPUTS).log_softmax(dim=1)).sum(dim=1).mean()
+    assert trainer.callback_metrics["val/soft"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+class Pair(TinyNet):
+    def forward(self, inputs):
+        return super().forward(inputs), inputs
+
+
+def test_networks_that_return_several_tensors_are_named():
+    with pytest.raises(InputError, match=r"teacher 0 \(Pair\) returns tuple, and one tensor is needed"):
+        train(kd(teachers=Pair()), loader(LABELS))
+    with pytest.raises(InputError, match=r"the student \(Pair\) returns tuple, and one tensor is needed"):
+        tiny_trainer().validate(SupervisedModule(Pair(), num_classes=CLASSES), loader(LABELS), verbose=False)
+
+
+def test_an_evaluation_without_labels_is_refused():
+    class Unlabelled(Indexed):
+        def __getitem__(self, number):
+            return Batch(self.inputs[number][None], None)
+
+    batches = DataLoader(Unlabelled(INPUTS, LABELS), batch_size=None)
+    with pytest.raises(InputError, match="KDModule is evaluated on labels, and the batch has none"):
+        tiny_trainer().validate(kd(), batches, verbose=False)
+
+
+def test_without_a_trainer_nothing_is_kept():
+    module = supervised()
+    for number in range(3):
+        module.training_step(Batch(INPUTS[:4], LABELS[:4], index=torch.arange(4)), number)
+    assert not module.guard._samples
+
+
+def test_what_the_device_has_noted_is_read_before_a_validation(monkeypatch):
+    monkeypatch.setattr("distill_lightning.modules.parts.guard._is_read", lambda tensor, number: False)
+    inputs = INPUTS.clone()
+    inputs[1] = math.nan
+    with pytest.raises(NonFiniteError, match="train/ce is not finite in batch 0 of epoch 0"):
+        tiny_trainer().fit(supervised(), indexed(inputs=inputs), indexed())

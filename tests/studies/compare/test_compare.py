@@ -354,13 +354,13 @@ def test_a_run_killed_between_its_last_epoch_and_its_result_is_finished_without_
     assert first.rpartition(",")[0] == second.rpartition(",")[0]
 
 
-def poison(monkeypatch, *places):
-    """Let the runs in these folders meet a weight that is not finite in their second epoch."""
+def poison(monkeypatch, *places, epoch=1):
+    """Let the runs in these folders meet a weight that is not finite in an epoch, by default the second."""
     original = runner.make_trainer
 
     class Poison(pl.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
-            if trainer.current_epoch == 1:
+            if trainer.current_epoch == epoch:
                 next(pl_module.student.parameters()).data.fill_(torch.nan)
 
     def poisoning(config, **options):
@@ -412,6 +412,20 @@ def test_a_row_with_a_diverged_seed_says_so_and_the_others_are_scored(tmp_path, 
     before = (tmp_path / "out/results.csv").read_bytes()
     compare(written(tmp_path, only_kd), tmp_path / "out")
     assert (tmp_path / "out/results.csv").read_bytes() == before
+
+
+def test_who_learns_from_a_run_that_diverged_at_once_has_no_scores_either(tmp_path, monkeypatch):
+    poison(monkeypatch, "runs/kd/seed_0", epoch=0)
+
+    def in_turn(config):
+        kd = {"class_path": "KDModule"}
+        config.update(epochs=2, seeds=[0], methods={"kd": kd, "ban": {**kd, "teachers": "kd"}})
+
+    compare(written(tmp_path, in_turn), tmp_path / "out")
+    table = (tmp_path / "out/results.md").read_text()
+    assert "kd, seed 0: KDModule: train/ce is not finite in batch 0 of epoch 0" in table
+    assert "ban, seed 0: kd, seed 0, from which it learns, has no finite numbers" in table
+    assert [line["test_accuracy"] == "nan" for line in lines_of(tmp_path / "out/results.csv")] == [False, True, True]
 
 
 def test_a_teacher_that_diverges_stops_the_comparison(tmp_path, capsys):
