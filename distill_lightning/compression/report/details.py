@@ -65,9 +65,9 @@ def draw_details(details: Details) -> dict[str, Figure]:
         curves: dict[tuple[tuple[float, ...], float], dict[str, Any]] = {}
         for path, told in details["sensitivity"].items():
             curves.setdefault((tuple(told["levels"]), told["dense"]), {})[path] = told["losses"]
-        for number, ((levels, dense), losses) in enumerate(curves.items(), start=1):
+        for number, ((amounts, dense), losses) in enumerate(curves.items(), start=1):
             name = "sensitivity.png" if number == 1 else f"sensitivity_{number}.png"
-            figures[name] = plot_sensitivity(losses, levels, reference=dense, label="loss", scale=1)
+            figures[name] = plot_sensitivity(losses, amounts, reference=dense, label="loss", scale=1)
     if "spectra" in details:
         figures["spectra.png"] = plot_spectra(_each(details["spectra"], "values"), _each(details["spectra"], "rank"))
     if "codebook" in details:

@@ -148,6 +148,17 @@ class Step(Choice):
         """
         return None
 
+    def check_at(self) -> None:
+        """Refuse an ``at`` that is none.
+
+        Raises:
+            InputError: it is none.
+        """
+        at = self.at
+        word = isinstance(at, bool) or (isinstance(at, str) and at not in ("start", "end"))
+        number = isinstance(at, int | float) and (at < 0 or (isinstance(at, float) and at > 1))
+        self.refuse((word or number, f"at is an epoch, a fraction of all epochs, 'start' or 'end', got {at!r}"))
+
     def refuse(self, *cases: tuple[bool, str]) -> None:
         """Refuse the first case that applies.
 
@@ -172,22 +183,21 @@ class TrainedStep(Step):
         finetune_epochs: epochs of training in the phase.
 
     Raises:
-        InputError: an invalid ``at``, or negative epochs.
+        InputError: an invalid ``at``, negative epochs, or any number that is not finite or, of a count, no integer.
     """
 
     at: At | None = None
     finetune_epochs: int = 0
 
     def __post_init__(self) -> None:
-        at = self.at
-        word = isinstance(at, bool) or (isinstance(at, str) and at not in ("start", "end"))
-        number = isinstance(at, int | float) and (at < 0 or (isinstance(at, float) and at > 1))
+        self.refuse((not self.does_something(), "it is a base of steps, and does nothing: define act or start"))
+        # A comparison with NaN is false, so it would pass all checks of ranges.
+        self.check_numbers()
+        self.check_at()
         self.refuse(
-            (not self.does_something(), "it is a base of steps, and does nothing: define act or start"),
-            (word or number, f"at is an epoch, a fraction of all epochs, 'start' or 'end', got {at!r}"),
             (self.finetune_epochs < 0, f"finetune_epochs must not be negative, got {self.finetune_epochs}"),
             (
-                at == "end" and self.finetune_epochs > 0,
+                self.at == "end" and self.finetune_epochs > 0,
                 "nothing is trained after at='end': leave finetune_epochs out",
             ),
         )
