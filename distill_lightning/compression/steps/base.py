@@ -27,6 +27,10 @@ class Order(IntEnum):
     STORAGE = 4
 
 
+CHOSEN_IN_TRAINING = "how much is pruned is chosen in training"
+"""What `Work.in_training` says of layers without an amount that is known before."""
+
+
 class Work:
     """The work of one step in one run. A step's phase begins and ends; between, the network trains under the step.
 
@@ -45,6 +49,10 @@ class Work:
 
     def explain(self, piece: Workpiece) -> None:
         """Called by `preview` before `begin`, to say in ``piece.left`` why layers cannot be changed."""
+
+    def in_training(self, piece: Workpiece) -> Mapping[str, str]:
+        """Called by `preview` after `begin`: what only the training decides, by path of the layer or weight."""
+        return {}
 
     def begin(self, piece: Workpiece) -> None:
         """Called before the phase's first training step."""

@@ -24,7 +24,7 @@ from distill_lightning.compression.mask.learned import (
 )
 from distill_lightning.compression.mask.selection import Scope
 from distill_lightning.compression.steps import weights
-from distill_lightning.compression.steps.base import Order, Step, TargetedStep, Work
+from distill_lightning.compression.steps.base import CHOSEN_IN_TRAINING, Order, Step, TargetedStep, Work
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.prune_weights import PruneWeights
 from distill_lightning.compression.steps.pruning import Level
@@ -287,6 +287,10 @@ class _LearningMask(Work):
                 mask.scores.data.masked_fill_(~before.to(mask.scores.device), _PAST)
             piece.rename_mask(path, _inner(path))
         self._set_level(piece, step=0, steps=1)
+
+    def in_training(self, piece: Workpiece) -> Mapping[str, str]:
+        """All weights with a mask, unless an amount is given."""
+        return {} if isinstance(self.rule, Movement) else dict.fromkeys(self.paths, CHOSEN_IN_TRAINING)
 
     def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
         """Prune more where the schedule says so."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from distill_lightning.compression.mask.selection import Granularity
 from distill_lightning.compression.steps import weights
-from distill_lightning.compression.steps.base import Order, Work
+from distill_lightning.compression.steps.base import CHOSEN_IN_TRAINING, Order, Work
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.pruning import Level, Pruning, PruningWork
 from distill_lightning.compression.steps.schedules import Threshold
@@ -96,6 +97,10 @@ class _PruningWeights(PruningWork):
                 piece, self.paths, step.scope, criterion=step.criterion, granularity=step.granularity
             )
         self.advance(piece, self.level(step=0, steps=min(step.finetune_epochs, 1)))
+
+    def in_training(self, piece: Workpiece) -> Mapping[str, str]:
+        """All weights, under a threshold of scores that training changes."""
+        return dict.fromkeys(self.paths, CHOSEN_IN_TRAINING) if isinstance(self.step.schedule, Threshold) else {}
 
     def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
         """Prune more where the schedule says so."""
