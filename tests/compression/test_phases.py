@@ -63,7 +63,7 @@ def test_another_at_is_refused(at):
         (
             [PruneWeights(amount=0.5, finetune_epochs=3), Encode()],
             {"epochs": 2},
-            "ends at 2: give the Trainer max_epochs=3",
+            "ends at 2: train for 3 epochs \\(max_epochs of a Trainer, epochs of a Compressor",
         ),
         ([PruneWeights(amount=0.5, at=5)], {"epochs": 4}, "lasts from epoch 5 to 5"),
         ([PruneWeights(amount=0.5, finetune_epochs=3), Encode(at=2)], {"epochs": 4}, "begins at epoch 2, and step 1"),
@@ -73,8 +73,8 @@ def test_another_at_is_refused(at):
             {"epochs": 4},
             "a penalty has an effect only while the network trains",
         ),
-        ([], {"epochs": 4, "dense_epochs": 5}, "dense_epochs=5 of max_epochs=4"),
-        ([], {"epochs": 4, "dense_epochs": -1}, "dense_epochs=-1 of max_epochs=4"),
+        ([], {"epochs": 4, "dense_epochs": 5}, "dense_epochs=5 of 4 epochs: train for more"),
+        ([], {"epochs": 4, "dense_epochs": -1}, "dense_epochs must not be negative, got -1"),
     ],
 )
 def test_what_does_not_fit_is_refused(steps, options, message):

@@ -580,7 +580,7 @@ def test_a_report_without_measurements_is_refused():
         ({"steps": [Quantize(mode="qat")]}, "trains the network with its quantizers: give it finetune_epochs"),
         (
             {"steps": [PruneWeights(amount=0.5)], "dense_epochs": 5},
-            "dense_epochs=5 of max_epochs=4: give the Trainer more",
+            "dense_epochs=5 of 4 epochs: train for more",
         ),
         ({"steps": [PruneWeights(amount=0.5, targets="nowhere")]}, "targets 'nowhere' matches none of SmallCNN's"),
         ({"steps": [PruneWeights(amount=0.5, exclude="nowhere")]}, "exclude 'nowhere' matches none of SmallCNN's"),

@@ -22,6 +22,9 @@ _REASONS = {
 }
 
 
+_EPOCHS = "max_epochs of a Trainer, epochs of a Compressor"
+
+
 class Phase(NamedTuple):
     """A step and the epochs of its phase, from ``begin`` to ``end``, which are equal if there is no training in it."""
 
@@ -54,8 +57,10 @@ def plan(steps: Sequence[Step], *, epochs: int, dense_epochs: int = 0) -> list[P
             training and gets none.
     """
     check_order(steps)
-    if not 0 <= dense_epochs <= epochs:
-        raise InputError(f"dense_epochs={dense_epochs} of max_epochs={epochs}: give the Trainer more epochs")
+    if dense_epochs < 0:
+        raise InputError(f"dense_epochs must not be negative, got {dense_epochs}")
+    if dense_epochs > epochs:
+        raise InputError(f"dense_epochs={dense_epochs} of {epochs} epochs: train for more ({_EPOCHS})")
     phases: list[Phase] = []
     now = dense_epochs
     for number, step in enumerate(steps, start=1):
@@ -69,7 +74,7 @@ def plan(steps: Sequence[Step], *, epochs: int, dense_epochs: int = 0) -> list[P
         if end > epochs:
             raise InputError(
                 f"{step_of(number, step)} lasts from epoch {begin} to {end}, and the training ends at {epochs}: "
-                f"give the Trainer max_epochs={end}"
+                f"train for {end} epochs ({_EPOCHS})"
             )
         reason = step.reason_to_train()
         if reason is not None and not step.finetune_epochs:

@@ -46,7 +46,7 @@ class Regularise(TargetedStep):
             ``None`` for the first.
 
     Raises:
-        InputError: options that cannot be combined, or a negative weight.
+        InputError: options that cannot be combined, or a negative weight or threshold.
     """
 
     penalty: PenaltyKind
@@ -61,12 +61,14 @@ class Regularise(TargetedStep):
         self.refuse(
             (self.weight < 0, f"weight must not be negative, got {self.weight}"),
             (
+                self.threshold is not None and self.threshold < 0,
+                f"threshold must not be negative, got {self.threshold}",
+            ),
+            (
                 self.granularity is not None and self.granularity not in allowed,
                 f"penalty {self.penalty!r} needs granularity {' or '.join(allowed)}, got {self.granularity!r}",
             ),
         )
-        # Refuses a wrong threshold.
-        self.pruning()
 
     @property
     def title(self) -> str:

@@ -97,7 +97,9 @@ def per_layer(network: nn.Module, patterns: Mapping[str, float], layers: Sequenc
     known = {network.get_submodule(path) for path in layers}
     amounts: dict[str, float] = {}
     for pattern, amount in patterns.items():
-        for path in match_layers(network, pattern, fits=lambda layer: layer in known, what="layers to prune"):
+        for path in match_layers(
+            network, pattern, fits=lambda layer: layer in known, what="layers to prune", argument="amount"
+        ):
             if path in layers:
                 amounts.setdefault(path, amount)
     return amounts
