@@ -1,4 +1,4 @@
-"""The begin and end of each step's phase, and checks of the steps' order."""
+"""When each step's phase begins and ends, and checks of the order of steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The number of bits of every weight: one for all, by patterns, or as a budget of bytes allows."""
+"""Bits for each weight under a common budget of bytes."""
 
 from __future__ import annotations
 

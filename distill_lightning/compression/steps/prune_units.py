@@ -29,7 +29,7 @@ class PruneUnits(Pruning):
 
     They are removed when the phase begins or, if the schedule continues, zeroed as whole groups and removed when it
     ends. ``amount``, ``scope``, ``schedule`` and ``rewind`` are those of `Pruning`, the rest those of `TargetedStep`;
-    ``targets`` are the layers after which groups are named, the first ones that make them.
+    ``targets`` names the first layer of each group, the one that makes its channels.
 
     Args:
         unit: ``"channel"``, ``"hidden_unit"``, ``"neuron"`` (of Transformers' feed-forward layers), ``"head"`` or
