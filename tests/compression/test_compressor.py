@@ -252,6 +252,12 @@ def test_a_state_knows_options_by_their_values_not_by_their_classes():
     )
 
 
+def test_a_state_of_before_knows_the_titles_only():
+    state = saved(CUBIC)
+    del state["options"]
+    Compressor(net(), [CUBIC], torch.rand(2, 1, 8, 8), epochs=4).load_state_dict(state)
+
+
 # Descriptions
 
 LSTM = lambda: SmallLSTM(3, input_size=8, width=12)  # noqa: E731
