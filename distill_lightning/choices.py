@@ -6,13 +6,16 @@ import dataclasses
 import importlib
 from abc import ABC
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from distill_lightning.errors import InputError, check_one_of
+from distill_lightning.errors import InputError, check_finite, check_one_of
 
 _PACKAGE = __name__.partition(".")[0]
 _KEYS = {"class_path", "init_args"}
+# As text, because the modules of choices postpone the evaluation of annotations.
+_COUNTS = (int, int | None, "int", "int | None")
 
 
 class Choice(ABC):  # noqa: B024  (kinds of choices say what their alternatives must define)
@@ -32,6 +35,27 @@ class Choice(ABC):  # noqa: B024  (kinds of choices say what their alternatives 
         """
         for name, values in known.items():
             check_one_of(f"{type(self).__name__}: {name}", getattr(self, name), values)
+
+    def check_numbers(self) -> None:
+        """Refuse infinity and NaN in every option, also in those of choices within, and fractions in counts.
+
+        A count is what the dataclass declares as ``int`` or ``int | None``.
+
+        Raises:
+            InputError: a number is not finite, or a count is not an integer.
+        """
+        fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        for field in fields:
+            name, value = f"{type(self).__name__}: {field.name}", getattr(self, field.name)
+            is_count = isinstance(value, Integral) and not isinstance(value, bool)
+            if field.type in _COUNTS and value is not None and not is_count:
+                raise InputError(f"{name} must be an integer, got {value!r}")
+            parts = value.values() if isinstance(value, Mapping) else value
+            for part in parts if isinstance(value, (Mapping, list, tuple)) else [value]:
+                if isinstance(part, Choice):
+                    part.check_numbers()
+                elif isinstance(part, Real):
+                    check_finite(name, part)
 
 
 def plain(value: Any) -> Any:

@@ -69,11 +69,11 @@ class CompressionCallback(pl.Callback):
         steps: the steps, in order.
         attribute: the module's network that is compressed.
         dense_epochs: number of epochs of ordinary training before the first step, if that step has no ``at``.
-        calibration_batches: of training data, for criteria, ranges and BatchNorm's statistics; each step that needs
-            them has so many in memory.
+        calibration_batches: the number of training batches used for criteria, ranges and BatchNorm's statistics; each
+            step that needs them keeps so many in memory.
         restart: whether every phase begins with a new optimiser and a new schedule, else only those that must, whose
             schedule goes on.
-        seed: of everything that is drawn; ``None``: the run's (``seed_everything``).
+        seed: the seed of all random draws; ``None``: the run's (``seed_everything``).
         report: what is measured of every stage, for `report` and ``stages``; ``None``: nothing, which takes no time.
 
     Attributes:

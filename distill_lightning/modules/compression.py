@@ -1,4 +1,4 @@
-"""The overview's whole toolbox as one method: a network, a list of steps, and whoever helps it to recover."""
+"""Every compression method in one module: a network, a list of steps, and an optional teacher."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class CompressionBaseline(DistillationModule):
         restart: see `CompressionCallback`.
         seed: see `CompressionCallback`.
         report: see `CompressionCallback`.
-        options: see `TrainingOptions`; optimiser and schedule are made anew for every phase. ``compile`` goes
-            with no steps.
+        options: see `TrainingOptions`; optimiser and schedule are made anew for every phase. ``compile``
+            cannot be combined with steps.
 
     Raises:
         InputError: an option is out of range or would do nothing, or a network does not fit.

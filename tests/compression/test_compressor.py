@@ -1,6 +1,7 @@
 """The Compressor in a loop of one's own, and at once; descriptions from which a network is made again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from distill_lightning.compression import (
     Cubic,
     Encode,
     HashShare,
+    Iterative,
     LearnMask,
     LowRank,
     Movement,
@@ -21,6 +23,7 @@ from distill_lightning.compression import (
     PruneWeights,
     Quantize,
     Regularise,
+    Sensitivity,
     ShareWeights,
     TieLayers,
     load_compressed,
@@ -207,6 +210,52 @@ def test_what_cannot_be_is_refused():
         Compressor(net(), [], inputs, bn_batches=-1)
     with pytest.raises(InputError, match="criterion.*needs calibration data|needs calibration data: give batches"):
         Compressor(net(), [PruneWeights(amount=0.5, criterion="taylor")], inputs).apply()
+
+
+def saved(*steps):
+    return Compressor(net(), steps, torch.rand(2, 1, 8, 8), epochs=4 if steps else 0).state_dict()
+
+
+CUBIC = PruneWeights(amount=0.5, schedule=Cubic(), finetune_epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("made", "here", "message"),
+    [
+        ([], [CUBIC], "the checkpoint was made without steps, and this is 1 PruneWeights: give the steps"),
+        ([CUBIC], [], "made with the steps 1 PruneWeights, and this is no step"),
+        ([replace(CUBIC, amount=0.9)], [CUBIC], r"step 1 PruneWeights has amount=0\.9, and this one amount=0\.5: give"),
+        (
+            [replace(CUBIC, schedule=Cubic(initial=0.1))],
+            [CUBIC],
+            r"has schedule\.initial=0\.1, and this one schedule\.initial=0\.0: give the steps that it was made with",
+        ),
+        (
+            [replace(CUBIC, schedule=Iterative(2))],
+            [CUBIC],
+            r"has schedule=Iterative\(\.\.\.\), and this one schedule=Cubic",
+        ),
+        ([CUBIC, Encode(at=3)], [CUBIC, Encode()], "step 2 Encode deflate has at=3, and this one at=None"),
+    ],
+)
+def test_a_state_of_steps_with_other_options_is_refused(made, here, message):
+    compressor = Compressor(net(), here, torch.rand(2, 1, 8, 8), epochs=4 if here else 0)
+    with pytest.raises(InputError, match=message):
+        compressor.load_state_dict(saved(*made))
+
+
+def test_a_state_knows_options_by_their_values_not_by_their_classes():
+    made = PruneWeights(scope=Sensitivity(max_drop=0.1, levels=(0.1, 0.2)), targets=("*",))
+    here = PruneWeights(scope=Sensitivity(max_drop=0.1, levels=[0.1, 0.2]), targets=["*"])
+    Compressor(net(), [here], torch.rand(2, 1, 8, 8)).load_state_dict(
+        Compressor(net(), [made], torch.rand(2, 1, 8, 8)).state_dict()
+    )
+
+
+def test_a_state_of_before_knows_the_titles_only():
+    state = saved(CUBIC)
+    del state["options"]
+    Compressor(net(), [CUBIC], torch.rand(2, 1, 8, 8), epochs=4).load_state_dict(state)
 
 
 # Descriptions

@@ -306,6 +306,30 @@ def test_as_many_channels_leave_at_random():
     assert any(not torch.equal(one, other) for one, other in zip(ours.parameters(), drawn.parameters(), strict=True))
 
 
+class Mixed(nn.Module):
+    """A layer whose inputs can be observed, and one where they cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 64)
+
+    def forward(self, inputs):
+        return self.head(self.lstm(inputs)[0][:, -1])
+
+
+@pytest.mark.parametrize("criterion", ["obs", "obs_update"])
+def test_the_control_of_optimal_brain_surgeon_prunes_the_same_weights(criterion):
+    torch.manual_seed(0)
+    network, inputs = Mixed(), torch.randn(8, 5, 4)
+    pruned = []
+    steps = [PruneWeights(amount=0.5, criterion=criterion)]
+    for chosen in (steps, random_steps(steps), random_steps(random_steps(steps))):
+        compressor = Compressor(copy.deepcopy(network), chosen, inputs, batches=[(inputs, torch.arange(8))])
+        compressor.apply()
+        pruned.append({path: int((~kept).sum()) for path, kept in compressor.masks.kept.items()})
+    assert pruned[0] == pruned[1] == pruned[2] == {"head.weight": 256}
+
+
 def test_other_steps_are_not_touched():
     steps = [Regularise(penalty="l1", weight=0.1, finetune_epochs=1), PruneWeights(amount=0.5), Quantize(weight_bits=4)]
     before = list(steps)

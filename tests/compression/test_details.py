@@ -11,6 +11,7 @@ from distill_lightning.compression import (
     Compressor,
     LowRank,
     MixedPrecision,
+    PruneUnits,
     PruneWeights,
     Quantize,
     Sensitivity,
@@ -79,3 +80,18 @@ def test_details_are_plain_and_drawn():
     figures = draw_details(json.loads(json.dumps(details)))
     assert set(figures) == {"sparsity.png", "sensitivity.png", "spectra.png", "codebook.png", "bits.png"}
     assert figures["spectra.png"].axes[0].get_legend_handles_labels()[1] == ["2: rank 3 of 12"]
+
+
+def test_every_step_has_a_figure_of_its_own_levels_and_dense_loss():
+    levels = [0.25, 0.5]
+    _, details = compressed(
+        PruneUnits(unit="channel", scope=Sensitivity(max_drop=0.1, levels=levels)),
+        PruneWeights(scope=Sensitivity(max_drop=0.1)),
+    )
+    figures = draw_details(json.loads(json.dumps(details)))
+    first, second = figures["sensitivity.png"].axes[0], figures["sensitivity_2.png"].axes[0]
+    units, weights = details["sensitivity"]["0"], details["sensitivity"]["0.weight"]
+    assert first.lines[0].get_xdata().tolist() == levels
+    assert first.lines[-1].get_ydata()[0] == units["dense"]
+    assert second.lines[0].get_xdata().tolist() == weights["levels"] != levels
+    assert second.lines[-1].get_ydata()[0] == weights["dense"]

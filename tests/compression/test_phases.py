@@ -1,26 +1,33 @@
 """When phases begin and end, and which orders are refused."""
 
 import itertools
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
 import pytest
 
 from distill_lightning.compression import (
+    L0,
     Cubic,
     Encode,
     HashShare,
     LearnMask,
     LowRank,
+    MixedPrecision,
     Movement,
     OneShot,
     PruneUnits,
     PruneWeights,
     Quantize,
     Regularise,
+    Sensitivity,
     ShareWeights,
+    SoftMovement,
+    Threshold,
     TieLayers,
 )
 from distill_lightning.compression.run.phases import plan
+from distill_lightning.compression.steps.base import TrainedStep
 from distill_lightning.errors import InputError
 
 
@@ -45,8 +52,9 @@ def test_at_is_an_epoch_a_share_or_an_end(at, begin):
 
 @pytest.mark.parametrize("at", [-1, 1.5, -0.5, "middle", True])
 def test_another_at_is_refused(at):
-    with pytest.raises(InputError, match="at is an epoch, a fraction of all epochs, 'start' or 'end'"):
-        PruneWeights(amount=0.5, at=at)
+    for make in (lambda: PruneWeights(amount=0.5, at=at), lambda: Encode(at=at)):
+        with pytest.raises(InputError, match="at is an epoch, a fraction of all epochs, 'start' or 'end'"):
+            make()
 
 
 @pytest.mark.parametrize(
@@ -55,7 +63,7 @@ def test_another_at_is_refused(at):
         (
             [PruneWeights(amount=0.5, finetune_epochs=3), Encode()],
             {"epochs": 2},
-            "ends at 2: give the Trainer max_epochs=3",
+            "ends at 2: train for 3 epochs \\(max_epochs of a Trainer, epochs of a Compressor",
         ),
         ([PruneWeights(amount=0.5, at=5)], {"epochs": 4}, "lasts from epoch 5 to 5"),
         ([PruneWeights(amount=0.5, finetune_epochs=3), Encode(at=2)], {"epochs": 4}, "begins at epoch 2, and step 1"),
@@ -65,8 +73,8 @@ def test_another_at_is_refused(at):
             {"epochs": 4},
             "a penalty has an effect only while the network trains",
         ),
-        ([], {"epochs": 4, "dense_epochs": 5}, "dense_epochs=5 of max_epochs=4"),
-        ([], {"epochs": 4, "dense_epochs": -1}, "dense_epochs=-1 of max_epochs=4"),
+        ([], {"epochs": 4, "dense_epochs": 5}, "dense_epochs=5 of 4 epochs: train for more"),
+        ([], {"epochs": 4, "dense_epochs": -1}, "dense_epochs must not be negative, got -1"),
     ],
 )
 def test_what_does_not_fit_is_refused(steps, options, message):
@@ -162,3 +170,43 @@ def test_a_penalty_may_stand_before_and_after_masks():
         else:
             with pytest.raises(InputError, match="have no values of their own to prune"):
                 plan(steps, epochs=1)
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PruneWeights(schedule=Threshold(NAN)), "Threshold: value must be a finite number, got nan"),
+        (lambda: Regularise(penalty="l1", weight=NAN), "Regularise: weight must be a finite number"),
+        (lambda: LearnMask(L0(NAN)), "L0: weight must be a finite number"),
+        (lambda: LearnMask(SoftMovement(penalty_weight=NAN)), "SoftMovement: penalty_weight must be a finite number"),
+        (lambda: LowRank(rank=2, data_aware=True, damping=NAN), "LowRank: damping must be a finite number"),
+        (lambda: PruneWeights(amount=NAN), "PruneWeights: amount must be a finite number"),
+        (lambda: PruneWeights(amount={"a": 0.5, "b": NAN}), "PruneWeights: amount must be a finite number"),
+        (lambda: PruneWeights(amount=0.5, at=NAN), "PruneWeights: at must be a finite number"),
+        (lambda: PruneWeights(scope=Sensitivity(max_drop=NAN)), "Sensitivity: max_drop must be a finite number"),
+        (lambda: Sensitivity(max_drop=0.1, levels=[0.1, NAN]), "Sensitivity: levels must be a finite number"),
+        (lambda: MixedPrecision(ratio=math.inf), "MixedPrecision: ratio must be a finite number, got inf"),
+        (lambda: Encode(at=NAN), "Encode: at must be a finite number"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_a_new_step_refuses_them_unasked():
+    @dataclass(frozen=True, kw_only=True)
+    class Clamp(TrainedStep):
+        limit: float = 1.0
+        times: int = 1
+
+        def act(self, piece):
+            piece.changed = True
+
+    with pytest.raises(InputError, match="Clamp: limit must be a finite number, got inf"):
+        Clamp(limit=math.inf)
+    with pytest.raises(InputError, match=r"Clamp: times must be an integer, got 1\.5"):
+        Clamp(times=1.5)

@@ -8,6 +8,7 @@ from torch import nn
 
 from distill_lightning import InputError, SmallCNN
 from distill_lightning.compression import (
+    L0,
     Compressor,
     Cubic,
     LearnMask,
@@ -16,7 +17,10 @@ from distill_lightning.compression import (
     PruneUnits,
     PruneWeights,
     Quantize,
+    Regularise,
     ShareWeights,
+    SoftMovement,
+    Threshold,
     TieLayers,
     preview,
 )
@@ -134,3 +138,45 @@ def test_it_prints_as_a_table():
     assert text.splitlines()[0].split("  ")[0] == "layer"
     assert "10,368 -> 2,592" in text
     assert text.splitlines()[-1].startswith("total")
+
+
+CHOSEN = "how much is pruned is chosen in training"
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (LearnMask(L0(0.01), finetune_epochs=1), CHOSEN),
+        (LearnMask(SoftMovement(), finetune_epochs=1), CHOSEN),
+        (PruneWeights(schedule=Threshold(0.01), finetune_epochs=1), CHOSEN),
+        (PruneUnits(unit="channel", schedule=Threshold(0.01, end=1.0), finetune_epochs=1), CHOSEN),
+        (Regularise(penalty="l1", weight=0.1, threshold=0.01, finetune_epochs=1), CHOSEN),
+        (Regularise(penalty="bn_gamma", weight=0.1, threshold=0.01, finetune_epochs=1), CHOSEN),
+        (Regularise(penalty="l1", weight=0.1, finetune_epochs=1), "trained with a penalty"),
+        (Regularise(penalty="bn_gamma", weight=0.1, finetune_epochs=1), "trained with a penalty"),
+        (Regularise(penalty="group_lasso", granularity="channel", weight=0.1), "trained with a penalty"),
+        (LearnMask(Movement(0.5), finetune_epochs=1), ""),
+        (Regularise(penalty="l1", weight=0.0, finetune_epochs=1), "not changed by these steps"),
+    ],
+)
+def test_what_depends_on_the_training_is_told(step, reason):
+    torch.manual_seed(0)
+    network = SmallCNN(10)
+    assert rows_of(network, step)["features.0"].reason == reason
+    # A layer that an earlier step has replaced, and those that are not named.
+    rows = rows_of(network, LowRank(rank=3, targets="head"), LearnMask(L0(0.01), targets="head.*"))
+    assert rows["head"].reason == CHOSEN
+    assert rows["features.0"].reason == "not among the targets"
+
+
+def test_heads_of_a_threshold_depend_on_the_training():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    network = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    for step in (
+        PruneUnits(unit="head", schedule=Threshold(0.01)),
+        PruneUnits(unit="head", schedule=Threshold(0.01, end=1.0)),
+        Regularise(penalty="group_lasso", granularity="head", weight=0.1),
+    ):
+        rows = {row.layer: row.reason for row in preview(network, step, torch.randn(2, 5, 8)).rows}
+        assert rows["layers.0.self_attn"] == (CHOSEN if isinstance(step, PruneUnits) else "trained with a penalty")
+        assert rows["layers.0.linear1"] == "not changed by these steps"

@@ -641,7 +641,7 @@ def test_a_step_that_would_hardly_do_anything_says_so():
             self.table = nn.Parameter(torch.zeros(40, 40))
 
     network = nn.Sequential(nn.Linear(4, 4), Unknown(), nn.Linear(4, 4))
-    with pytest.raises(InputError, match=r"would only work on 2% of Sequential's weights: name the layers"):
+    with pytest.raises(InputError, match=r"would work on only 2% of Sequential's weights: name the layers"):
         Compressor(network, [PruneWeights(amount=0.5)], drawn(2, 4)).apply()
     Compressor(network, [PruneWeights(amount=0.5, targets="Linear")], drawn(2, 4)).apply()
     assert (network[0].weight == 0).sum() + (network[2].weight == 0).sum() == 16

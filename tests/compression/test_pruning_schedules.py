@@ -3,6 +3,7 @@
 import pytest
 
 from distill_lightning import InputError
+from distill_lightning.compression import PruneUnits, PruneWeights
 from distill_lightning.compression.steps.schedules import Cubic, Iterative, OneShot, Threshold
 
 SCHEDULES = [
@@ -95,6 +96,8 @@ def test_a_threshold_rises_linearly():
     ("make", "message"),
     [
         (lambda: Iterative(0), "rounds must be at least 1, got 0"),
+        (lambda: Iterative(2.5), r"Iterative: rounds must be an integer, got 2\.5"),
+        (lambda: Cubic(every=1.5), r"Cubic: every must be an integer, got 1\.5"),
         (lambda: Iterative(2, spacing="log"), "spacing must be one of linear, geometric, got 'log'"),
         (lambda: Cubic(0.5, 0.5), "0 <= start < end <= 1, got 0.5 and 0.5"),
         (lambda: Cubic(-0.1), "got -0.1 and 1.0"),
@@ -102,6 +105,16 @@ def test_a_threshold_rises_linearly():
         (lambda: Cubic(every=0), "every is a number of steps, at least 1, got 0"),
         (lambda: Cubic(initial=2), "initial must be between 0 and 1, got 2"),
         (lambda: Cubic(initial=0.5).amount(0.4, step=0, steps=2), "the amount 0.4 is below initial, 0.5"),
+        (
+            lambda: PruneWeights(amount=0.3, schedule=Cubic(initial=0.5), finetune_epochs=2),
+            "amount 0.3 is below",
+        ),
+        (
+            lambda: PruneUnits(unit="head", amount={"a": 0.9, "b": 0.3}, schedule=Cubic(initial=0.5)),
+            "the amount 0.3 is below initial, 0.5",
+        ),
+        (lambda: PruneUnits(unit="channel", amount=0.5, round_to=2.5), "PruneUnits: round_to must be an integer"),
+        (lambda: PruneWeights(amount=0.5, finetune_epochs=1.5), "PruneWeights: finetune_epochs must be an integer"),
         (lambda: Threshold(-1), "value must not be negative, got -1"),
         (lambda: Threshold(1, start=0.5, end=0.2), "Threshold: start and end are shares"),
         (lambda: Threshold(1, start=2, end=2), "got 2 and 2"),

@@ -294,7 +294,7 @@ def test_a_run_that_was_killed_goes_on(step):
         ({"penalty": "l1", "weight": 1.0, "granularity": "channel"}, "needs granularity weight"),
         ({"penalty": "group_lasso", "weight": 1.0, "granularity": "layer"}, "needs granularity row or channel"),
         ({"penalty": "l0", "weight": 1.0}, "penalty must be one of l1"),
-        ({"penalty": "l1", "weight": 1.0, "threshold": -0.1}, "must not be negative"),
+        ({"penalty": "l1", "weight": 1.0, "threshold": -0.1}, "Regularise: threshold must not be negative"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(options, message):

@@ -247,7 +247,9 @@ def test_attention_is_converted_where_one_asks_for_it():
 
 def test_a_step_that_covers_little_refuses():
     network = nn.Sequential(nn.Bilinear(8, 8, 50), nn.Linear(50, 4))
-    with pytest.raises(InputError, match="LowRank would only work on 6% of Sequential's weights: name the layers"):
+    with pytest.raises(
+        InputError, match="LowRank would work on only 6% of Sequential's weights: name the layers in targets to"
+    ):
         compress(network, torch.ones(2, 8), LowRank(rank=1))
     compress(network, torch.ones(2, 8), LowRank(rank=1, targets="Linear"))
     assert type(network[1]) is LowRankLinear

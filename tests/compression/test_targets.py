@@ -1,9 +1,13 @@
 """Which layers a pattern means."""
 
+import sys
+
 import pytest
+import torch
 from torch import nn
 
 from distill_lightning import SmallCNN, SmallTransformer
+from distill_lightning.compression import Compressor, PruneUnits, PruneWeights, Quantize, ShareWeights
 from distill_lightning.compression.access.targets import match_layers
 from distill_lightning.errors import InputError
 
@@ -46,7 +50,8 @@ def test_the_name_of_a_part_means_all_in_it():
         ("feature", (), "targets 'feature' matches none of SmallCNN's .*: similar names: features"),
         ("BatchNorm2d", (), "targets 'BatchNorm2d' matches none"),
         ("re:features", (), "matches none"),
-        ("re:(", (), "is not a regular expression"),
+        ("re:(", (), r"targets 're:\(' is not a regular expression"),
+        (None, "re:(", r"exclude 're:\(' is not a regular expression"),
         (None, "tail", "exclude 'tail' matches none"),
         ("head", "head", "nothing is left to work on"),
         ([], (), r"nothing is left to work on, which needs .*: targets=\[\]"),
@@ -56,3 +61,37 @@ def test_what_matches_nothing_is_refused(targets, exclude, message):
     with pytest.raises(InputError, match=message) as refusal:
         found(targets, exclude)
     assert "\n" not in str(refusal.value)
+
+
+IMAGES = torch.rand(2, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (PruneWeights(amount={"Conv3d": 0.5}), "amount 'Conv3d' matches none of SmallCNN's layers to prune"),
+        (PruneUnits(unit="channel", amount={"Conv3d": 0.5}), "amount 'Conv3d' matches none"),
+        (ShareWeights(k={"Conv3d": 4}), "k 'Conv3d' matches none of SmallCNN's layers with weights"),
+        (ShareWeights(k={"*": 4, "Conv3d": 4}, targets="Conv2d"), "k 'Conv3d' matches none"),
+        (Quantize(bits={"Conv3d": 4}), "bits 'Conv3d' matches none of SmallCNN's layers to quantize"),
+        (ShareWeights(targets="Conv3d"), "targets 'Conv3d' matches none"),
+        (PruneUnits(unit="neuron", amount=0.5), "the neurons of other networks are channels, unit='channel'"),
+    ],
+)
+def test_the_message_names_the_option_that_has_the_pattern(step, message):
+    with pytest.raises(InputError, match=message):
+        Compressor(SmallCNN(10), [step], IMAGES).apply()
+
+
+def test_no_bias_to_correct():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
+    step = Quantize(weight_bits=4, bias_correction=True)
+    with pytest.raises(InputError, match="Sequential has no linear or conv layer with a bias .* leave bias_correction"):
+        Compressor(network, [step], IMAGES, batches=[(IMAGES, torch.tensor([0, 1]))]).apply()
+
+
+def test_without_torch_pruning_there_is_the_own_backend(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    step = PruneUnits(unit="channel", amount=0.5, backend="torch_pruning")
+    with pytest.raises(InputError, match="torch-pruning is not installed: .* or use backend='own'"):
+        Compressor(SmallCNN(10), [step], IMAGES).apply()

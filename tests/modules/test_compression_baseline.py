@@ -567,7 +567,10 @@ def test_a_report_without_measurements_is_refused():
             "LowRank.* cannot come after step 1",
         ),
         ({"steps": [Encode(), PruneWeights(amount=0.5)]}, "encoding comes last"),
-        ({"steps": [PruneWeights(amount=0.5, at=3, finetune_epochs=2)]}, "lasts from epoch 3 to 5.* max_epochs=5"),
+        (
+            {"steps": [PruneWeights(amount=0.5, at=3, finetune_epochs=2)]},
+            "lasts from epoch 3 to 5.* train for 5 epochs",
+        ),
         ({"steps": [PruneWeights(amount=0.5, at=9)]}, "lasts from epoch 9 to 9, and the training ends at 4"),
         (
             {"steps": [PruneWeights(amount=0.5, finetune_epochs=2), Quantize(at=1)]},
@@ -580,7 +583,7 @@ def test_a_report_without_measurements_is_refused():
         ({"steps": [Quantize(mode="qat")]}, "trains the network with its quantizers: give it finetune_epochs"),
         (
             {"steps": [PruneWeights(amount=0.5)], "dense_epochs": 5},
-            "dense_epochs=5 of max_epochs=4: give the Trainer more",
+            "dense_epochs=5 of 4 epochs: train for more",
         ),
         ({"steps": [PruneWeights(amount=0.5, targets="nowhere")]}, "targets 'nowhere' matches none of SmallCNN's"),
         ({"steps": [PruneWeights(amount=0.5, exclude="nowhere")]}, "exclude 'nowhere' matches none of SmallCNN's"),

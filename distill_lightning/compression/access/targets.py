@@ -23,6 +23,7 @@ def match_layers(
     *,
     fits: Callable[[nn.Module], bool],
     what: str,
+    argument: str = "targets",
 ) -> list[str]:
     """The paths of the layers that match, in the network's order; a layer with several paths is listed once.
 
@@ -32,20 +33,21 @@ def match_layers(
         exclude: patterns of layers to leave out; a pattern that matches nothing is an error here, too.
         fits: returns whether a layer can be worked on; it is never called with parametrizations.
         what: what the layers that fit are called in the message: "linear and convolutional layers".
+        argument: what the patterns ``targets`` are called in the message, if they are those of another option.
 
     Raises:
         InputError: a pattern matches no layer that fits, or nothing is left.
     """
     paths = {path: module for path, module in network.named_modules() if "parametrizations" not in path.split(".")}
     fitting = {path: module for path, module in paths.items() if fits(module)}
-    chosen = list(fitting) if targets is None else _matching(network, fitting, targets, "targets", what)
+    chosen = list(fitting) if targets is None else _matching(network, fitting, targets, argument, what)
     # The name of a part of the network ("encoder") leaves out everything in it.
     unwanted = set(_matching(network, fitting, exclude, "exclude", what))
     left = [path for path in fitting if path in set(chosen) - unwanted]
     if not left:
         raise InputError(
             f"{type(network).__name__}: nothing is left to work on, which needs {what}: "
-            f"targets={_listed(targets)}, exclude={_listed(exclude)}"
+            f"{argument}={_listed(targets)}, exclude={_listed(exclude)}"
         )
     return left
 
@@ -60,7 +62,7 @@ def _matching(
 ) -> list[str]:
     found: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matched = [path for path, module in fitting.items() if _matches(pattern, path, module)]
+        matched = [path for path, module in fitting.items() if _matches(pattern, path, module, argument)]
         if not matched:
             near = (
                 difflib.get_close_matches(pattern, fitting, n=5, cutoff=0.3) or [path for path in fitting if path][:5]
@@ -73,12 +75,12 @@ def _matching(
     return found
 
 
-def _matches(pattern: str, path: str, module: nn.Module) -> bool:
+def _matches(pattern: str, path: str, module: nn.Module, argument: str) -> bool:
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], path) is not None
         except re.error as error:
-            raise InputError(f"targets {pattern!r} is not a regular expression: {error}") from error
+            raise InputError(f"{argument} {pattern!r} is not a regular expression: {error}") from error
     # Layers inside a named part belong to it.
     parts = path.split(".")
     inside = any(fnmatchcase(".".join(parts[:number]), pattern) for number in range(1, len(parts) + 1))

@@ -61,10 +61,13 @@ def draw_details(details: Details) -> dict[str, Figure]:
     if "sparsity" in details:
         figures["sparsity.png"] = plot_sparsity(details["sparsity"])
     if "sensitivity" in details:
-        layers = details["sensitivity"]
-        levels, dense = (next(iter(layers.values()))[key] for key in ("levels", "dense"))
-        curves = _each(layers, "losses")
-        figures["sensitivity.png"] = plot_sensitivity(curves, levels, reference=dense, label="loss", scale=1)
+        # Each step has levels of its own, and a dense loss: that of the network as it found it.
+        curves: dict[tuple[tuple[float, ...], float], dict[str, Any]] = {}
+        for path, told in details["sensitivity"].items():
+            curves.setdefault((tuple(told["levels"]), told["dense"]), {})[path] = told["losses"]
+        for number, ((amounts, dense), losses) in enumerate(curves.items(), start=1):
+            name = "sensitivity.png" if number == 1 else f"sensitivity_{number}.png"
+            figures[name] = plot_sensitivity(losses, amounts, reference=dense, label="loss", scale=1)
     if "spectra" in details:
         figures["spectra.png"] = plot_spectra(_each(details["spectra"], "values"), _each(details["spectra"], "rank"))
     if "codebook" in details:

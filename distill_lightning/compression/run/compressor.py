@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from distill_lightning.choices import is_plain, plain
 from distill_lightning.compression.access.calibration import Loss
 from distill_lightning.compression.access.computed import computed_in
 from distill_lightning.compression.access.copies import copy_network
@@ -240,6 +242,7 @@ class Compressor:
         """What a resumed training needs besides the network's structure and weights, as tensors and plain values."""
         return {
             "phases": [phase.name for phase in self.phases],
+            "options": [_options_of(step) for step in self.steps],
             "begun": self._begun,
             "finished": self._finished,
             "step": self._step,
@@ -256,14 +259,23 @@ class Compressor:
         """Continue where another Compressor stopped, whose structure and weights the network already has.
 
         Raises:
-            InputError: the other one had other steps.
+            InputError: the other one had other steps, or steps with other options.
         """
         names = [phase.name for phase in self.phases]
         if state["phases"] != names:
+            made = f"with the steps {', '.join(state['phases'])}" if state["phases"] else "without steps"
             raise InputError(
-                f"the checkpoint was made with the steps {', '.join(state['phases']) or 'of no phase'}, and this is "
-                f"{', '.join(names) or 'no step'}: give the steps that it was made with"
+                f"the checkpoint was made {made}, and this is {', '.join(names) or 'no step'}: give the steps that it "
+                "was made with"
             )
+        own = [_options_of(step) for step in self.steps]
+        # A state of before knows the titles only.
+        for phase, theirs, ours in zip(names, state.get("options", own), own, strict=True):
+            for option, made, here in _differences(theirs, ours):
+                raise InputError(
+                    f"the checkpoint's step {phase} has {option}={made}, and this one {option}={here}: give the steps "
+                    "that it was made with"
+                )
         self._begun, self._finished = state["begun"], state["finished"]
         self._step, self._steps = state["step"], state["steps"]
         self.masks.load_state_dict(state["masks"])
@@ -325,6 +337,31 @@ def _at_once(steps: Sequence[Step]) -> list[Phase]:
             raise InputError(f"{step_of(number, step)}: {reason}: give the Compressor epochs, and train")
     check_order(steps)
     return [Phase(number, step, 0, 0) for number, step in enumerate(steps, start=1)]
+
+
+def _options_of(step: Step) -> dict[str, Any]:
+    """The options of a step, as a checkpoint can hold them; without those, of steps from elsewhere, that it cannot."""
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(step) if dataclasses.is_dataclass(step) else ()
+    values = {field.name: getattr(step, field.name) for field in fields}
+    return {name: plain(value) for name, value in values.items() if is_plain(value)}
+
+
+def _differences(made: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """The options that differ, by their names within choices, and what the message shows of both values."""
+    for name in [*made, *(name for name in here if name not in made)]:
+        one: Any = made.get(name)
+        other: Any = here.get(name)
+        if one == other:
+            continue
+        kinds = [value.get("class_path") if isinstance(value, Mapping) else None for value in (one, other)]
+        if kinds[0] is not None and kinds[0] == kinds[1]:
+            yield from _differences(one["init_args"], other["init_args"], f"{prefix}{name}.")
+            continue
+        shown = [
+            repr(value) if kind is None else f"{kind.rpartition('.')[2]}(...)"
+            for value, kind in zip((one, other), kinds, strict=True)
+        ]
+        yield f"{prefix}{name}", shown[0], shown[1]
 
 
 def _kept(batches: Iterable[tuple[Any, Any]]) -> Callable[[], Sequence[tuple[Any, Any]]]:

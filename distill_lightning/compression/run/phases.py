@@ -1,4 +1,4 @@
-"""The begin and end of each step's phase, and checks of the steps' order."""
+"""When each step's phase begins and ends, and checks of the order of steps."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ _REASONS = {
         "weights that are shared or quantized have no values of their own to prune or to regularise"
     ),
 }
+
+
+_EPOCHS = "max_epochs of a Trainer, epochs of a Compressor"
 
 
 class Phase(NamedTuple):
@@ -54,8 +57,10 @@ def plan(steps: Sequence[Step], *, epochs: int, dense_epochs: int = 0) -> list[P
             training and gets none.
     """
     check_order(steps)
-    if not 0 <= dense_epochs <= epochs:
-        raise InputError(f"dense_epochs={dense_epochs} of max_epochs={epochs}: give the Trainer more epochs")
+    if dense_epochs < 0:
+        raise InputError(f"dense_epochs must not be negative, got {dense_epochs}")
+    if dense_epochs > epochs:
+        raise InputError(f"dense_epochs={dense_epochs} of {epochs} epochs: train for more ({_EPOCHS})")
     phases: list[Phase] = []
     now = dense_epochs
     for number, step in enumerate(steps, start=1):
@@ -69,7 +74,7 @@ def plan(steps: Sequence[Step], *, epochs: int, dense_epochs: int = 0) -> list[P
         if end > epochs:
             raise InputError(
                 f"{step_of(number, step)} lasts from epoch {begin} to {end}, and the training ends at {epochs}: "
-                f"give the Trainer max_epochs={end}"
+                f"train for {end} epochs ({_EPOCHS})"
             )
         reason = step.reason_to_train()
         if reason is not None and not step.finetune_epochs:

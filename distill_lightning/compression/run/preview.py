@@ -35,7 +35,8 @@ class PreviewRow:
         after: the same after the steps, with the share of zeros and the bits of a weight; ``""`` if it stays as it is.
         parameters: numbers of its parameters, before and after.
         macs: its multiply-accumulates of one sample, before and after.
-        reason: why it is left alone, or keeps all of its channels; ``""`` if there is nothing to say.
+        reason: why it is left alone, or keeps all of its channels, or what only the training decides; ``""`` if there
+            is nothing to say.
     """
 
     layer: str
@@ -94,7 +95,8 @@ def preview(
     """Show what would leave a network, layer by layer; the network is not touched.
 
     The steps run one after the other on a copy, each to the end of its phase, but without any training between: which
-    weights go may differ after training, how many does not. ::
+    weights go may differ after training. How many go does not, if the steps have amounts or budgets; where a threshold,
+    a penalty or learned gates decide, the row says that it depends on the training. ::
 
         >>> from distill_lightning.compression import PruneUnits, preview
         >>> import torch; from torch import nn
@@ -124,6 +126,7 @@ def preview(
     before = {path: (_told(layer, Masks(), path), _own_parameters(layer)) for path, layer in layers.items()}
     sample = first_samples(example_inputs, 1)
     macs = _macs(copied, sample, piece)
+    later: dict[str, str] = {}
     with torch.random.fork_rng(devices=cuda_devices(copied)):
         torch.manual_seed(seed)
         for step in steps:
@@ -132,6 +135,9 @@ def preview(
                 work.watch_epoch(piece, step.rewinds_to)
             work.explain(piece)
             work.begin(piece)
+            for place, why in work.in_training(piece).items():
+                for path in _rows_at(layers, copied, place):
+                    later[path] = why
             work.finish(piece)
             piece.forget_batches()
     after_macs = _macs(copied, sample, piece)
@@ -151,7 +157,8 @@ def preview(
         counted = [place for place in after_macs if _is_in(place, now) and not any(_is_in(place, one) for one in inner)]
         own = sum(after_macs[place] for place in counted)
         after = "" if seen == told else seen
-        reason = piece.left.get(path, "" if after else _reason(network, path, steps))
+        said = [why[path] for why in (piece.left, later) if path in why]
+        reason = "; ".join(said) or ("" if after else _reason(network, path, steps))
         rows.append(PreviewRow(path, told, after, (parameters, left), (macs.get(path, 0), own), reason))
     return Preview(rows, list(piece.notes))
 
@@ -166,6 +173,13 @@ def _macs(network: nn.Module, sample: Any, piece: Workpiece) -> Mapping[str, int
 
 def _is_in(place: str, path: str) -> bool:
     return place == path or place.startswith(f"{path}.")
+
+
+def _rows_at(layers: Mapping[str, nn.Module], network: nn.Module, place: str) -> list[str]:
+    """The paths, before all steps, of the layers that a step found at the path of a layer or weight."""
+    here = _at(network, place) or _at(network, place.rpartition(".")[0])
+    same = [path for path, layer in layers.items() if layer is here]
+    return same or [path for path in layers if _is_in(path, place) or _is_in(place, path)]
 
 
 def _reason(network: nn.Module, path: str, steps: Sequence[Step]) -> str:

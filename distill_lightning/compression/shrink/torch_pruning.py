@@ -77,7 +77,7 @@ def _library() -> Any:
         if error.name != "torch_pruning":
             raise
         raise InputError(
-            "torch-pruning is not installed: pip install 'distill-lightning[pruning]', or use channel_groups"
+            "torch-pruning is not installed: pip install 'distill-lightning[pruning]', or use backend='own'"
         ) from error
 
 

@@ -37,7 +37,7 @@ def neuron_groups(network: nn.Module) -> list[Group]:
     if not paths:
         raise InputError(
             f"{type(network).__name__} has no TransformerEncoderLayer or TransformerDecoderLayer: the neurons of other "
-            "networks are found by channel_groups"
+            "networks are channels, unit='channel'"
         )
     return [whole(network, path, axis="neurons", kind="neurons") for path in paths]
 

@@ -27,6 +27,10 @@ class Order(IntEnum):
     STORAGE = 4
 
 
+CHOSEN_IN_TRAINING = "how much is pruned is chosen in training"
+"""What `Work.in_training` says of layers without an amount that is known before."""
+
+
 class Work:
     """The work of one step in one run. A step's phase begins and ends; between, the network trains under the step.
 
@@ -45,6 +49,10 @@ class Work:
 
     def explain(self, piece: Workpiece) -> None:
         """Called by `preview` before `begin`, to say in ``piece.left`` why layers cannot be changed."""
+
+    def in_training(self, piece: Workpiece) -> Mapping[str, str]:
+        """Called by `preview` after `begin`: what only the training decides, by path of the layer or weight."""
+        return {}
 
     def begin(self, piece: Workpiece) -> None:
         """Called before the phase's first training step."""
@@ -148,6 +156,17 @@ class Step(Choice):
         """
         return None
 
+    def check_at(self) -> None:
+        """Refuse an ``at`` that is none.
+
+        Raises:
+            InputError: it is none.
+        """
+        at = self.at
+        word = isinstance(at, bool) or (isinstance(at, str) and at not in ("start", "end"))
+        number = isinstance(at, int | float) and (at < 0 or (isinstance(at, float) and at > 1))
+        self.refuse((word or number, f"at is an epoch, a fraction of all epochs, 'start' or 'end', got {at!r}"))
+
     def refuse(self, *cases: tuple[bool, str]) -> None:
         """Refuse the first case that applies.
 
@@ -172,22 +191,21 @@ class TrainedStep(Step):
         finetune_epochs: epochs of training in the phase.
 
     Raises:
-        InputError: an invalid ``at``, or negative epochs.
+        InputError: an invalid ``at``, negative epochs, or any number that is not finite or, of a count, no integer.
     """
 
     at: At | None = None
     finetune_epochs: int = 0
 
     def __post_init__(self) -> None:
-        at = self.at
-        word = isinstance(at, bool) or (isinstance(at, str) and at not in ("start", "end"))
-        number = isinstance(at, int | float) and (at < 0 or (isinstance(at, float) and at > 1))
+        self.refuse((not self.does_something(), "it is a base of steps, and does nothing: define act or start"))
+        # A comparison with NaN is false, so it would pass all checks of ranges.
+        self.check_numbers()
+        self.check_at()
         self.refuse(
-            (not self.does_something(), "it is a base of steps, and does nothing: define act or start"),
-            (word or number, f"at is an epoch, a fraction of all epochs, 'start' or 'end', got {at!r}"),
             (self.finetune_epochs < 0, f"finetune_epochs must not be negative, got {self.finetune_epochs}"),
             (
-                at == "end" and self.finetune_epochs > 0,
+                self.at == "end" and self.finetune_epochs > 0,
                 "nothing is trained after at='end': leave finetune_epochs out",
             ),
         )

@@ -37,9 +37,7 @@ def check_coverage(
     covered = sum(dict(known[name] for name in weights if name in known).values())
     share = f"{covered / total:.0%} of {type(piece.network).__name__}'s weights"
     if refuse and 2 * covered < total:
-        raise InputError(
-            f"{step.title} would only work on {share}: name the layers as targets if that is what you want"
-        )
+        raise InputError(f"{step.title} would work on only {share}: name the layers in targets to do so on purpose")
     piece.note(f"{step.title} works on {share}")
 
 

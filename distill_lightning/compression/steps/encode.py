@@ -18,7 +18,7 @@ class Encode(Step):
         at: see `TrainedStep`.
 
     Raises:
-        InputError: the method is unknown.
+        InputError: the method is unknown, or ``at`` is invalid.
     """
 
     order = Order.STORAGE
@@ -27,6 +27,8 @@ class Encode(Step):
     at: At | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        self.check_numbers()
+        self.check_at()
         self.check_known(method=("deflate", "huffman"))
 
     @property

@@ -24,7 +24,7 @@ from distill_lightning.compression.mask.learned import (
 )
 from distill_lightning.compression.mask.selection import Scope
 from distill_lightning.compression.steps import weights
-from distill_lightning.compression.steps.base import Order, Step, TargetedStep, Work
+from distill_lightning.compression.steps.base import CHOSEN_IN_TRAINING, Order, Step, TargetedStep, Work
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.prune_weights import PruneWeights
 from distill_lightning.compression.steps.pruning import Level
@@ -86,6 +86,7 @@ class Movement(MaskRule):
     scope: Scope = field(default="global", kw_only=True)
 
     def __post_init__(self) -> None:
+        self.check_numbers()
         amounts = list(self.amount.values()) if isinstance(self.amount, dict) else [self.amount]
         if min(amounts, default=-1) < 0 or max(amounts, default=1) > 1:
             raise InputError(f"Movement: amount must be between 0 and 1, got {self.amount}")
@@ -139,7 +140,7 @@ class SoftMovement(MaskRule):
         penalty_weight: weight of the mean sigmoid in the loss, which pushes the scores down.
 
     Raises:
-        InputError: a negative weight.
+        InputError: a weight that is negative or not finite, or a threshold above 1.
     """
 
     no_control = "the threshold is one of the learned scores, and with random scores {} would prune a different amount"
@@ -148,6 +149,7 @@ class SoftMovement(MaskRule):
     penalty_weight: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
+        self.check_numbers()
         if self.penalty_weight < 0:
             raise InputError(f"SoftMovement: penalty_weight must not be negative, got {self.penalty_weight}")
         if self.threshold.value > 1:
@@ -181,7 +183,7 @@ class L0(MaskRule):
         per: what has a gate: ``"weight"``, or ``"row"``, an index of the first dimension.
 
     Raises:
-        InputError: a negative weight, or an unknown ``per``.
+        InputError: a weight that is negative or not finite, or an unknown ``per``.
     """
 
     no_control = "the gates of {} fix no amount to draw: prune with PruneWeights instead"
@@ -190,6 +192,7 @@ class L0(MaskRule):
     per: Literal["weight", "row"] = field(default="weight", kw_only=True)
 
     def __post_init__(self) -> None:
+        self.check_numbers()
         if self.weight < 0:
             raise InputError(f"L0: weight must not be negative, got {self.weight}")
         self.check_known(per=("weight", "row"))
@@ -284,6 +287,10 @@ class _LearningMask(Work):
                 mask.scores.data.masked_fill_(~before.to(mask.scores.device), _PAST)
             piece.rename_mask(path, _inner(path))
         self._set_level(piece, step=0, steps=1)
+
+    def in_training(self, piece: Workpiece) -> Mapping[str, str]:
+        """All weights with a mask, unless an amount is given."""
+        return {} if isinstance(self.rule, Movement) else dict.fromkeys(self.paths, CHOSEN_IN_TRAINING)
 
     def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
         """Prune more where the schedule says so."""

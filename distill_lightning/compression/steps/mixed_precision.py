@@ -1,4 +1,4 @@
-"""The number of bits of every weight: one for all, by patterns, or as a budget of bytes allows."""
+"""Bits for each weight under a common budget of bytes."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class MixedPrecision(Choice):
     choices: Sequence[int] = (2, 3, 4, 5, 6, 7, 8)
 
     def __post_init__(self) -> None:
+        self.check_numbers()
         if (self.budget_bytes is None) == (self.ratio is None):
             raise InputError("MixedPrecision: give either budget_bytes or ratio")
         budget = self.budget_bytes if self.ratio is None else self.ratio

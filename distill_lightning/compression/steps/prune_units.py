@@ -13,7 +13,7 @@ from distill_lightning.compression.access.calibration import inputs_of
 from distill_lightning.compression.mask.lottery import copy_state
 from distill_lightning.compression.shrink.channels import fixed_channels
 from distill_lightning.compression.steps import unit_amounts, units, weights
-from distill_lightning.compression.steps.base import Order, Work
+from distill_lightning.compression.steps.base import CHOSEN_IN_TRAINING, Order, Work
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.pruning import Level, Pruning, PruningWork
 from distill_lightning.compression.steps.schedules import Threshold
@@ -29,7 +29,7 @@ class PruneUnits(Pruning):
 
     They are removed when the phase begins or, if the schedule continues, zeroed as whole groups and removed when it
     ends. ``amount``, ``scope``, ``schedule`` and ``rewind`` are those of `Pruning`, the rest those of `TargetedStep`;
-    ``targets`` are the layers after which groups are named, the first ones that make them.
+    ``targets`` names the first layer of each group, the one that makes its channels.
 
     Args:
         unit: ``"channel"``, ``"hidden_unit"``, ``"neuron"`` (of Transformers' feed-forward layers), ``"head"`` or
@@ -135,6 +135,12 @@ class PruningUnits(PruningWork):
         if step.unit == "head":
             self._convert(piece)
         self.advance(piece, self.level(step=0, steps=1))
+
+    def in_training(self, piece: Workpiece) -> Mapping[str, str]:
+        """All units, under a threshold of scores that training changes."""
+        if not isinstance(self.step.schedule, Threshold):
+            return {}
+        return {family.name: CHOSEN_IN_TRAINING for family in self._found or ()}
 
     def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
         """Mask more where the schedule says so."""

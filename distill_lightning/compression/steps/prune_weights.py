@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self, get_args
 
 from distill_lightning.compression.mask.selection import Granularity
 from distill_lightning.compression.steps import weights
-from distill_lightning.compression.steps.base import Order, Work
+from distill_lightning.compression.steps.base import CHOSEN_IN_TRAINING, Order, Work
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.pruning import Level, Pruning, PruningWork
 from distill_lightning.compression.steps.schedules import Threshold
 from distill_lightning.compression.steps.sensitivity import Sensitivity
 from distill_lightning.compression.steps.workpiece import Workpiece
 
-WeightCriterion = Literal["magnitude", "random", "gradient", "taylor", "obd", "obs", "obs_update", "snip"]
+WeightCriterion = Literal["magnitude", "random", "random_obs", "gradient", "taylor", "obd", "obs", "obs_update", "snip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class PruneWeights(Pruning):
     Args:
         criterion: the importance of a weight: ``"magnitude"``, ``"random"`` (the control), ``"gradient"``,
             ``"taylor"``, ``"obd"``, ``"snip"``, see `criteria`; ``"obs"`` within each `Linear` and `Conv2d`;
-            ``"obs_update"``, which also adjusts the remaining weights to compensate for the pruned ones (SparseGPT).
+            ``"obs_update"``, which also adjusts the remaining weights to compensate for the pruned ones (SparseGPT);
+            ``"random_obs"`` (the control of these two, for the same layers).
         granularity: ``"weight"``, ``"row"``, ``"block:4x8"``, or ``"2:4"``, which fixes the amount. The importance of a
             row or block is the mean over its weights, or their sum for criteria that estimate the loss.
         regrow: share of the pruned weights that return at each update of the schedule, those with the largest
@@ -66,6 +68,15 @@ class PruneWeights(Pruning):
         """The class and what is pruned as a whole."""
         return "PruneWeights" if self.granularity == "weight" else f"PruneWeights {self.granularity}"
 
+    def at_random(self) -> Self:
+        """The same step by random scores, for the same weights.
+
+        Raises:
+            InputError: it prunes by a threshold.
+        """
+        drawn = super().at_random()
+        return replace(drawn, criterion="random_obs") if self.criterion in weights.SWEPT else drawn
+
     def start(self) -> Work:
         """The work of this step in one run."""
         return _PruningWeights(self)
@@ -96,6 +107,10 @@ class _PruningWeights(PruningWork):
                 piece, self.paths, step.scope, criterion=step.criterion, granularity=step.granularity
             )
         self.advance(piece, self.level(step=0, steps=min(step.finetune_epochs, 1)))
+
+    def in_training(self, piece: Workpiece) -> Mapping[str, str]:
+        """All weights, under a threshold of scores that training changes."""
+        return dict.fromkeys(self.paths, CHOSEN_IN_TRAINING) if isinstance(self.step.schedule, Threshold) else {}
 
     def update(self, piece: Workpiece, *, step: int, steps: int) -> None:
         """Prune more where the schedule says so."""

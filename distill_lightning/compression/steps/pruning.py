@@ -73,6 +73,10 @@ class Pruning(TargetedStep):
             ),
             (isinstance(rewind, int) and rewind < 0, f"rewind must be an epoch of at least 0, got {rewind!r}"),
         )
+        if isinstance(self.schedule, Schedule) and self.amount is not None and not self.prunes_nothing:
+            for amount in amounts:
+                # Refuses an amount that it cannot reach.
+                self.schedule.amount(amount, step=0, steps=1)
 
     def refuse_amounts(self, others: Mapping[str, bool]) -> None:
         """Refuse that nothing decides how much is pruned, or more than one thing.

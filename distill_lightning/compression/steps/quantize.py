@@ -437,7 +437,9 @@ def _is_binary_connect(module: nn.Module) -> bool:
 
 def _matching(network: nn.Module, pattern: str, layers: list[str]) -> list[str]:
     known = {network.get_submodule(path) for path in layers}
-    found = match_layers(network, pattern, fits=lambda layer: layer in known, what="layers to quantize")
+    found = match_layers(
+        network, pattern, fits=lambda layer: layer in known, what="layers to quantize", argument="bits"
+    )
     return [path for path in found if path in layers]
 
 

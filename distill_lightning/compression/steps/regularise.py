@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill_lightning.compression.mask import penalties
 from distill_lightning.compression.steps import units, weights
-from distill_lightning.compression.steps.base import Order, Step, TargetedStep, Work
+from distill_lightning.compression.steps.base import CHOSEN_IN_TRAINING, Order, Step, TargetedStep, Work
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.prune_units import PruneUnits
 from distill_lightning.compression.steps.prune_weights import PruneWeights
@@ -46,7 +46,7 @@ class Regularise(TargetedStep):
             ``None`` for the first.
 
     Raises:
-        InputError: options that cannot be combined, or a negative weight.
+        InputError: options that cannot be combined, or a negative weight or threshold.
     """
 
     penalty: PenaltyKind
@@ -61,12 +61,14 @@ class Regularise(TargetedStep):
         self.refuse(
             (self.weight < 0, f"weight must not be negative, got {self.weight}"),
             (
+                self.threshold is not None and self.threshold < 0,
+                f"threshold must not be negative, got {self.threshold}",
+            ),
+            (
                 self.granularity is not None and self.granularity not in allowed,
                 f"penalty {self.penalty!r} needs granularity {' or '.join(allowed)}, got {self.granularity!r}",
             ),
         )
-        # Refuses a wrong threshold.
-        self.pruning()
 
     @property
     def title(self) -> str:
@@ -166,6 +168,15 @@ class _Regularising(Work):
         else:
             self.paths = weights.weight_paths(piece.network, step.targets, step.exclude)
             check_coverage(piece, step, self.paths, targets=step.targets, refuse=not step.exclude)
+
+    def in_training(self, piece: Workpiece) -> Mapping[str, str]:
+        """What has the penalty, and what is pruned by its threshold."""
+        step, why = self.step, CHOSEN_IN_TRAINING if self.step.threshold else "trained with a penalty"
+        if not step.weight and not step.threshold:
+            return {}
+        if step.unit is not None and (step.threshold or step.penalty != "bn_gamma"):
+            return {family.name: why for family in self._found(units.on_copy(piece, step.unit), step.unit)}
+        return dict.fromkeys(weights.weight_paths(piece.network, step.targets, step.exclude), why)
 
     def penalty(self, piece: Workpiece, *, step: int, steps: int) -> Tensor | None:
         """The weighted penalty."""

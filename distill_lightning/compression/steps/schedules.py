@@ -48,13 +48,14 @@ class Iterative(Schedule):
             what is left, as for lottery tickets.
 
     Raises:
-        InputError: ``rounds`` is below 1, or the spacing is unknown.
+        InputError: ``rounds`` is no integer or below 1, or the spacing is unknown.
     """
 
     rounds: int
     spacing: Literal["linear", "geometric"] = field(default="linear", kw_only=True)
 
     def __post_init__(self) -> None:
+        self.check_numbers()
         if self.rounds < 1:
             raise InputError(f"Iterative: rounds must be at least 1, got {self.rounds}")
         self.check_known(spacing=("linear", "geometric"))
@@ -83,7 +84,7 @@ class Cubic(Schedule):
         initial: the share that is pruned at the start, :math:`s_i`.
 
     Raises:
-        InputError: not ``0 <= start < end <= 1``, ``every`` below 1, or ``initial`` outside ``[0, 1]``.
+        InputError: not ``0 <= start < end <= 1``, ``every`` no integer or below 1, or ``initial`` outside ``[0, 1]``.
     """
 
     start: float = 0.0
@@ -92,6 +93,7 @@ class Cubic(Schedule):
     initial: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
+        self.check_numbers()
         _check_phase("Cubic", self.start, self.end)
         if self.every < 1:
             raise InputError(f"Cubic: every is a number of steps, at least 1, got {self.every}")
@@ -125,7 +127,7 @@ class Threshold(Choice):
         end: when it reaches its value, as a share of the phase; at once if equal to ``start``.
 
     Raises:
-        InputError: not ``0 <= start <= end <= 1``, or a negative value.
+        InputError: not ``0 <= start <= end <= 1``, or a value that is negative or not finite.
     """
 
     value: float
@@ -133,6 +135,7 @@ class Threshold(Choice):
     end: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
+        self.check_numbers()
         if self.value < 0:
             raise InputError(f"Threshold: value must not be negative, got {self.value}")
         if self.start != self.end or not 0 <= self.start <= 1:

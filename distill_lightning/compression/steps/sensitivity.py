@@ -36,6 +36,7 @@ class Sensitivity(Choice):
     levels: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
     def __post_init__(self) -> None:
+        self.check_numbers()
         if (self.max_drop is None) == (self.target is None):
             raise InputError("Sensitivity: give either max_drop or target")
         if self.target is not None and not 0 <= self.target <= 1:

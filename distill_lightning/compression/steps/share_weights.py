@@ -66,8 +66,9 @@ class ShareWeights(TargetedStep):
 
     def act(self, piece: Workpiece) -> None:
         """Cluster the weights."""
-        targets = list(self.k) if isinstance(self.k, dict) and self.targets is None else self.targets
-        paths = _free_layers(piece, self, targets)
+        by_pattern = isinstance(self.k, dict) and self.targets is None
+        targets = list(self.k) if isinstance(self.k, dict) and by_pattern else self.targets
+        paths = _free_layers(piece, self, targets, argument="k" if by_pattern else "targets")
         values = self._values_of(piece, paths)
         kept_zero = []
         for path in paths:
@@ -104,7 +105,7 @@ class ShareWeights(TargetedStep):
             return dict.fromkeys(paths, self.k)
         found: dict[str, int] = {}
         for pattern, number in self.k.items():
-            matched = match_layers(piece.network, pattern, fits=_has_weights, what=_WHAT)
+            matched = match_layers(piece.network, pattern, fits=_has_weights, what=_WHAT, argument="k")
             for path in matched:
                 found.setdefault(path, number)
         for path in paths:
@@ -178,6 +179,7 @@ def _free_layers(
     targets: Targets | None,
     *,
     reason_of: Callable[[nn.Module], str | None] = _no_reason,
+    argument: str = "targets",
 ) -> list[str]:
     """The layers whose weights can be replaced by values.
 
@@ -185,7 +187,7 @@ def _free_layers(
         InputError: a named layer shares a weight with another one, or its weights are already computed.
     """
     network = piece.network
-    paths = match_layers(network, targets, step.exclude, fits=_has_weights, what=_WHAT)
+    paths = match_layers(network, targets, step.exclude, fits=_has_weights, what=_WHAT, argument=argument)
     known = names_of_parameters(network)
     free: list[str] = []
     for path in paths:

@@ -39,6 +39,7 @@ def _obs(piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:
 SCORERS: dict[str, Scorer] = {
     "magnitude": lambda piece, paths: criteria.magnitude(piece.network, paths),
     "random": lambda piece, paths: criteria.random(piece.network, paths, seed=piece.seed),
+    "random_obs": lambda piece, paths: criteria.random(piece.network, paths, seed=piece.seed),
     "gradient": _by_loss(criteria.gradient),
     "taylor": _by_loss(criteria.taylor),
     "obd": _by_loss(criteria.obd),
@@ -48,8 +49,8 @@ SCORERS: dict[str, Scorer] = {
 }
 REDUCE: dict[str, Reduce] = dict.fromkeys(("taylor", "obd", "snip", "obs", "obs_update"), "sum")
 """Criteria that estimate the change of the loss, whose scores are summed; other scores are averaged."""
-SWEPT = ("obs", "obs_update")
-"""Criteria for layers whose inputs can be observed."""
+SWEPT = ("obs", "obs_update", "random_obs")
+"""Criteria for layers whose inputs can be observed, and their control."""
 
 
 def weight_paths(
@@ -96,7 +97,9 @@ def per_layer(network: nn.Module, patterns: Mapping[str, float], layers: Sequenc
     known = {network.get_submodule(path) for path in layers}
     amounts: dict[str, float] = {}
     for pattern, amount in patterns.items():
-        for path in match_layers(network, pattern, fits=lambda layer: layer in known, what="layers to prune"):
+        for path in match_layers(
+            network, pattern, fits=lambda layer: layer in known, what="layers to prune", argument="amount"
+        ):
             if path in layers:
                 amounts.setdefault(path, amount)
     return amounts

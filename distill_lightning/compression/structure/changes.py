@@ -15,7 +15,7 @@ from torch import nn
 
 import distill_lightning
 
-# The imports below that are not used make the families of computed weights known.
+# Families register on import; `compression/__init__` imports them all.
 from distill_lightning.compression.access.computed import bake, describe_weights, rebuild_weights
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.access.parameters import layer_at

@@ -200,7 +200,11 @@ def correct_biases(network: nn.Module, reference: nn.Module, batches: Sequence[A
         raise InputError("bias correction needs at least one batch of training inputs")
     wanted = _mean_outputs(reference, _with_bias(reference), batches)
     layers = _with_bias(network)
-    if not wanted or wanted.keys() - layers.keys():
+    if not wanted:
+        raise InputError(
+            f"{type(reference).__name__} has no linear or conv layer with a bias to correct: leave bias_correction out"
+        )
+    if wanted.keys() - layers.keys():
         raise InputError("bias correction needs two networks with the same linear or conv layers, with biases")
     for name, mean in wanted.items():
         found = _mean_outputs(network, {name: layers[name]}, batches)

@@ -296,7 +296,7 @@ def prune(**options):
         (changed_steps(prune(amount=0.5, targets="nowhere")), "targets 'nowhere' matches none of SmallCNN's"),
         (
             changed_steps(prune(amount=0.5, at=1, finetune_epochs=5)),
-            "the training ends at 2: give the Trainer max_epochs=6",
+            "the training ends at 2: train for 6 epochs",
         ),
         (changed_steps(prune(amount=0.5, at="end", finetune_epochs=1)), "nothing is trained after at='end'"),
         (changed_steps(prune(amount=2.0)), "amount"),
@@ -317,7 +317,7 @@ def prune(**options):
             lambda config: config["model"]["init_args"].update(network={"class_path": "SmalCNN"}),
             "similar names: SmallCNN",
         ),
-        (lambda config: config["model"]["init_args"].update(dense_epochs=7), "dense_epochs=7 of max_epochs=2"),
+        (lambda config: config["model"]["init_args"].update(dense_epochs=7), "dense_epochs=7 of 2 epochs"),
         (lambda config: config["model"]["init_args"].update(teacher="nobody"), "teacher"),
     ],
 )
