@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -269,6 +270,29 @@ def test_plain_values_and_choices_of_a_checkpoint_are_taken(write, tmp_path):
         module = DistillCLI(arguments).model
     assert module.beta == 2.0
     assert module.distance == HintDistance(reduction="sum")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_a_checkpoint_names_no_folder_that_is_written_to(write, tmp_path, capsys, verb):
+    def self_kd(**options):
+        def change(config):
+            own = {"student": small(), "alpha_schedule": "constant", **options}
+            config["model"] = {"class_path": "SelfKDModule", "init_args": own}
+
+        return change
+
+    victim = {"class_path": "StoredPast", "init_args": {"folder": "victim/deep", "in_checkpoint": 0}}
+    config = write(self_kd(past=victim))
+    assert main(["fit", "--config", config]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    # What the configuration says itself goes on.
+    longer = ["--trainer.max_epochs", "2"]
+    assert main([verb, "--config", config, "--ckpt_path", str(checkpoint), *longer]) == 0
+    shutil.rmtree(tmp_path / "victim")
+    capsys.readouterr()
+    line = refused(capsys, tmp_path, verb, "--config", write(self_kd()), "--ckpt_path", str(checkpoint), *longer)
+    assert "names the file or folder 'victim/deep' in past.folder, which the configuration does not name" in line
 
 
 @pytest.mark.slow

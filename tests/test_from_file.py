@@ -49,10 +49,10 @@ class Foreign(torch.nn.Module):
         (KDModule, {"temperature": 3.0, "num_classes": 10, "compile": True, "input_shape": [1, 8, 8]}),
         (FEEDModule, {"student_layer": "a.b", "teacher_layers": ["a.b", "c"], "teacher_reduction": "mean"}),
         (FEEDModule, {"distance": plain(FactorDistance(p=2, translator=Conv1x1Translator(shared=True)))}),
-        (SelfKDModule, {"alpha_schedule": "constant", "past": plain(StoredPast(folder="some/where", device="cpu"))}),
+        (SelfKDModule, {"alpha_schedule": "constant", "past": plain(StoredPast(keep=3, device="cpu"))}),
         (MEALV2Module, {"discriminator": plain(OfficialDiscriminator(shown="logits"))}),
         (CompressionBaseline, {"teacher": "dense"}),
-        (Foreign, {"where": "a/b.c", "sizes": {"body.0": 3}, "anything": "a.b", "untyped": [1, "two"]}),
+        (Foreign, {"sizes": {"body.0": 3}, "anything": "a.b", "untyped": [1, "two"]}),
         (Foreign, {"anything": torch.zeros(2), "untyped": None, "more": 1}),
     ],
 )
@@ -122,6 +122,39 @@ def test_what_the_configuration_names_in_the_same_place_is_the_users():
     wider["init_args"]["device"] = EVIL
     with pytest.raises(InputError, match=r"names 'os.system' in net.device"):
         safe_options(FILE, {"net": wider}, Foreign, {"net": linear})
+
+
+STORE = "distill_lightning.teachers.store.TeacherStore"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "given", "key"),
+    [
+        (SelfKDModule, {"past": plain(StoredPast(folder="/victim", in_checkpoint=0))}, {}, "past.folder"),
+        (SelfKDModule, {"past": plain(StoredPast(folder="/victim"))}, {"past": plain(StoredPast())}, "past.folder"),
+        (SelfKDModule, {"past": plain(StoredPast(folder="v/../w"))}, {"past": plain(StoredPast(folder="w"))},
+         "past.folder"),
+        (KDModule, {"teachers": {"class_path": STORE, "init_args": {"path": "/victim"}}},
+         {"teachers": {"class_path": STORE, "init_args": {"path": "own"}}}, "teachers.path"),
+        (KDModule, {"teachers": [{"class_path": "distill_lightning.Pretrained", "init_args": {"checkpoint": "/v"}}]},
+         {"teachers": [{"class_path": "distill_lightning.Pretrained", "init_args": {"checkpoint": "own"}}]},
+         "teachers.0.checkpoint"),
+        (Foreign, {"where": "a/b.c"}, {}, "where"),
+        (Foreign, {"where": "a/b.c"}, {"where": "a"}, "where"),
+    ],
+)  # fmt: skip
+def test_another_file_or_folder_than_the_configurations_is_refused(kind, options, given, key):
+    with pytest.raises(InputError, match=r"x\.ckpt names the file or folder ") as caught:
+        safe_options(FILE, options, kind, given)
+    assert f" in {key}, which the configuration " in str(caught.value)
+    assert str(caught.value).endswith(f"give the same in the configuration, in model.init_args.{key}")
+    assert "\n" not in str(caught.value)
+    own = {"_class_path": "a.B", **options}
+    assert safe_options(FILE, own, kind, options) == options
+
+
+def test_a_path_object_of_the_configuration_is_the_same_place():
+    assert safe_options(FILE, {"where": "a/b"}, Foreign, {"where": Path("a/b")}) == {"where": "a/b"}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from distill_lightning.arguments import arguments_of
-from distill_lightning.callables import named, types_in
+from distill_lightning.callables import is_of_files, named, types_in
 from distill_lightning.choices import choice_class, is_choice
 from distill_lightning.errors import InputError
 
@@ -40,7 +40,7 @@ def safe_options(path: Path, found: Mapping[str, Any], kind: Any, given: Mapping
 
     Raises:
         InputError: a hyper-parameter names a class or function that is none of this package's options, and that the
-            configuration does not name in the same place.
+            configuration does not name in the same place; or another file or folder than the configuration does.
     """
     options = {name: value for name, value in found.items() if name not in ("_class_path", "_instantiator")}
     if "_class_path" not in found and class_of(found):
@@ -60,7 +60,9 @@ def _check(path: Path, key: str, value: Any, annotation: Any, given: Any) -> Non
         InputError: it would.
     """
     if isinstance(value, str):
-        if value != given and not _is_plain_text(value, annotation):
+        if is_of_files(annotation):
+            _check_same_place(path, key, value, given)
+        elif value != given and not _is_plain_text(value, annotation):
             raise _refused(path, key, value)
     elif isinstance(value, (list, tuple, set, frozenset)):
         same = given if isinstance(given, (list, tuple)) and len(given) == len(value) else [None] * len(value)
@@ -68,6 +70,20 @@ def _check(path: Path, key: str, value: Any, annotation: Any, given: Any) -> Non
             _check(path, f"{key}.{number}", part, annotation, own)
     elif isinstance(value, Mapping):
         _check_mapping(path, key, value, annotation, given if isinstance(given, Mapping) else {})
+
+
+def _check_same_place(path: Path, key: str, value: str, given: Any) -> None:
+    """Refuse a file or folder that the configuration does not name: what is read, written or removed is the user's.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not isinstance(given, (str, PurePath)) or PurePath(given) != PurePath(value):
+        said = "does not name" if given is None else f"has {str(given)[:80]!r} for"
+        raise InputError(
+            f"{path} names the file or folder {value[:80]!r} in {key}, which the configuration {said}: if it is meant, "
+            f"give the same in the configuration, in model.init_args.{key}"
+        )
 
 
 def _check_mapping(path: Path, key: str, value: Mapping[Any, Any], annotation: Any, given: Mapping[str, Any]) -> None:

@@ -161,7 +161,7 @@ class StoredPast(Past):
     top_k: int | None = None
     device: str | None = None
     in_checkpoint: int = 2**26
-    folder: str | None = None
+    folder: str | Path | None = None
     keep: int = 2
     num_samples: int | None = None
 
