@@ -36,7 +36,7 @@ def safe_options(path: Path, found: Mapping[str, Any], kind: Any, given: Mapping
         path: of the checkpoint, for the message.
         found: its hyper-parameters.
         kind: the class of the module, which the user names.
-        given: the options in the user's configuration, plain; a class that these name may stand in the checkpoint, too.
+        given: the user's own options, plain; a class named here is also accepted from the checkpoint, in the same place.
 
     Raises:
         InputError: a hyper-parameter names a class or function that is none of this package's options, and that the
