@@ -19,6 +19,9 @@ from distill_lightning.cli import DistillCLI, main
 from distill_lightning.networks.weights import read_weights
 from distill_lightning.testing import TinyDataModule, tiny_trainer
 
+# Of a parser and of nobody, where a checkpoint has a module's options.
+NOT_OPTIONS = ["init_args", "dict_kwargs", "class_path", "__path__", "nobodys"]
+
 
 def small(width=2, num_classes=10):
     return {"class_path": "SmallResNet", "init_args": {"num_classes": num_classes, "width": width}}
@@ -248,6 +251,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(write, tmp_path, capsys):
         {"_class_path": "evilmod.FEEDModule"},
         {"class_path": "evilmod.FEEDModule", "init_args": {}},
         {"optimizer": {"class_path": "evilmod.f", "init_args": {}}},
+        *({"_class_path": "distill_lightning.FEEDModule", name: {"optimizer": "evilmod.f"}} for name in NOT_OPTIONS),
     ],
 )
 def test_a_checkpoint_names_nothing_that_is_imported(write, tmp_path, capsys, monkeypatch, found):
