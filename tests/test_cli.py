@@ -300,6 +300,26 @@ def test_a_checkpoint_names_no_folder_that_is_written_to(write, tmp_path, capsys
 
 
 @pytest.mark.slow
+def test_a_checkpoint_names_no_other_store_of_the_configurations_class(write, tmp_path, capsys):
+    store = {"class_path": "TeacherStore", "init_args": {"path": "own", "networks": small(3)}}
+
+    def change(config):
+        config["model"] = {"class_path": "KDModule", "init_args": {"student": small(), "teachers": store}}
+        config["data"]["init_args"]["views"] = 2
+
+    config = write(change)
+    # As the parsed configuration spells it.
+    network = {"class_path": "distill_lightning.SmallResNet", "init_args": {"num_classes": 10, "width": 3}}
+    for name in ("victim", "own"):
+        options = {"path": name, "networks": network}
+        found = {"_class_path": "distill_lightning.modules.kd.KDModule"}
+        found["teachers"] = {"class_path": "distill_lightning.TeacherStore", "init_args": options}
+        torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6", "hyper_parameters": found}, "evil.ckpt")
+        line = refused(capsys, tmp_path, "fit", "--config", config, "--ckpt_path", "evil.ckpt")
+        assert ("names the file or folder 'victim' in teachers.path" in line) == (name == "victim")
+
+
+@pytest.mark.slow
 def test_another_packages_module_goes_on_with_the_classes_of_its_configuration(write, tmp_path, capsys, monkeypatch):
     (tmp_path / "foreign_module.py").write_text(
         """
