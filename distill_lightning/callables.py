@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from distill_lightning.arguments import arguments_of
@@ -27,6 +29,16 @@ def types_in(annotation: Any) -> Iterator[Any]:
         for part in parts:
             if part is not Ellipsis:
                 yield from types_in(part)
+
+
+def is_of_files(annotation: Any) -> bool:
+    """Whether an argument names a file or folder: in this package everything that does has ``Path`` in its annotation.
+
+    Args:
+        annotation: of the argument, resolved.
+    """
+    kinds = (kind for kind in types_in(annotation) if isinstance(kind, type))
+    return any(issubclass(kind, PurePath) or kind is os.PathLike for kind in kinds)
 
 
 def named(path: Any) -> Any:

@@ -1,6 +1,8 @@
 """Classes and functions in the place of what makes an object."""
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -9,7 +11,7 @@ from torch.optim import SGD, Optimizer
 
 from distill_lightning import InputError, KDModule, SupervisedModule
 from distill_lightning.arguments import arguments_of
-from distill_lightning.callables import check_callables, named, types_in
+from distill_lightning.callables import check_callables, is_of_files, named, types_in
 
 OPTIMIZER, SCHEDULER = (arguments_of(KDModule)[name].annotation for name in ("optimizer", "lr_scheduler"))
 MODULE = Callable[[torch.nn.Module], SupervisedModule]
@@ -75,3 +77,18 @@ def test_a_path_names_a_class_or_nothing():
     assert named("KDModule") is KDModule
     assert named("torch.optim.SGD") is SGD
     assert [named(path) for path in ("nowhere.A", "torch.optim.Nothing", ".a", 3, None)] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    ("annotation", "expected"),
+    [
+        (Path, True),
+        (str | Path | None, True),
+        (list[os.PathLike], True),
+        (str | None, False),
+        (Any, False),
+        ("?", False),
+    ],
+)
+def test_what_is_annotated_as_a_path_names_a_file_or_folder(annotation, expected):
+    assert is_of_files(annotation) is expected

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -17,6 +18,9 @@ from distill_lightning import FEEDModule, HintDistance, SmallResNet, SupervisedM
 from distill_lightning.cli import DistillCLI, main
 from distill_lightning.networks.weights import read_weights
 from distill_lightning.testing import TinyDataModule, tiny_trainer
+
+# Of a parser and of nobody, where a checkpoint has a module's options.
+NOT_OPTIONS = ["init_args", "dict_kwargs", "class_path", "__path__", "nobodys"]
 
 
 def small(width=2, num_classes=10):
@@ -247,6 +251,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(write, tmp_path, capsys):
         {"_class_path": "evilmod.FEEDModule"},
         {"class_path": "evilmod.FEEDModule", "init_args": {}},
         {"optimizer": {"class_path": "evilmod.f", "init_args": {}}},
+        *({"_class_path": "distill_lightning.FEEDModule", name: {"optimizer": "evilmod.f"}} for name in NOT_OPTIONS),
     ],
 )
 def test_a_checkpoint_names_nothing_that_is_imported(write, tmp_path, capsys, monkeypatch, found):
@@ -269,6 +274,49 @@ def test_plain_values_and_choices_of_a_checkpoint_are_taken(write, tmp_path):
         module = DistillCLI(arguments).model
     assert module.beta == 2.0
     assert module.distance == HintDistance(reduction="sum")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_a_checkpoint_names_no_folder_that_is_written_to(write, tmp_path, capsys, verb):
+    def self_kd(**options):
+        def change(config):
+            own = {"student": small(), "alpha_schedule": "constant", **options}
+            config["model"] = {"class_path": "SelfKDModule", "init_args": own}
+
+        return change
+
+    victim = {"class_path": "StoredPast", "init_args": {"folder": "victim/deep", "in_checkpoint": 0}}
+    config = write(self_kd(past=victim))
+    assert main(["fit", "--config", config]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    # What the configuration says itself goes on.
+    longer = ["--trainer.max_epochs", "2"]
+    assert main([verb, "--config", config, "--ckpt_path", str(checkpoint), *longer]) == 0
+    shutil.rmtree(tmp_path / "victim")
+    capsys.readouterr()
+    line = refused(capsys, tmp_path, verb, "--config", write(self_kd()), "--ckpt_path", str(checkpoint), *longer)
+    assert "names the file or folder 'victim/deep' in past.folder, which the configuration does not name" in line
+
+
+@pytest.mark.slow
+def test_a_checkpoint_names_no_other_store_of_the_configurations_class(write, tmp_path, capsys):
+    store = {"class_path": "TeacherStore", "init_args": {"path": "own", "networks": small(3)}}
+
+    def change(config):
+        config["model"] = {"class_path": "KDModule", "init_args": {"student": small(), "teachers": store}}
+        config["data"]["init_args"]["views"] = 2
+
+    config = write(change)
+    # As the parsed configuration spells it.
+    network = {"class_path": "distill_lightning.SmallResNet", "init_args": {"num_classes": 10, "width": 3}}
+    for name in ("victim", "own"):
+        options = {"path": name, "networks": network}
+        found = {"_class_path": "distill_lightning.modules.kd.KDModule"}
+        found["teachers"] = {"class_path": "distill_lightning.TeacherStore", "init_args": options}
+        torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6", "hyper_parameters": found}, "evil.ckpt")
+        line = refused(capsys, tmp_path, "fit", "--config", config, "--ckpt_path", "evil.ckpt")
+        assert ("names the file or folder 'victim' in teachers.path" in line) == (name == "victim")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import LightningModule
 
 from distill_lightning import (
     Conv1x1Translator,
@@ -43,17 +44,25 @@ class Foreign(torch.nn.Module):
         super().__init__()
 
 
+class Open(LightningModule):
+    """A module of a user's own, whose options nobody knows."""
+
+    def __init__(self, rate: float = 1.0, **more):
+        super().__init__()
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
         (KDModule, {"temperature": 3.0, "num_classes": 10, "compile": True, "input_shape": [1, 8, 8]}),
         (FEEDModule, {"student_layer": "a.b", "teacher_layers": ["a.b", "c"], "teacher_reduction": "mean"}),
         (FEEDModule, {"distance": plain(FactorDistance(p=2, translator=Conv1x1Translator(shared=True)))}),
-        (SelfKDModule, {"alpha_schedule": "constant", "past": plain(StoredPast(folder="some/where", device="cpu"))}),
+        (SelfKDModule, {"alpha_schedule": "constant", "past": plain(StoredPast(keep=3, device="cpu"))}),
         (MEALV2Module, {"discriminator": plain(OfficialDiscriminator(shown="logits"))}),
         (CompressionBaseline, {"teacher": "dense"}),
-        (Foreign, {"where": "a/b.c", "sizes": {"body.0": 3}, "anything": "a.b", "untyped": [1, "two"]}),
-        (Foreign, {"anything": torch.zeros(2), "untyped": None, "more": 1}),
+        (Foreign, {"sizes": {"body.0": 3}, "anything": "a.b", "untyped": [1, "two"]}),
+        (Foreign, {"anything": torch.zeros(2), "untyped": None}),
+        (Open, {"rate": 0.5, "more": 1}),
     ],
 )
 def test_plain_values_and_own_choices_are_taken(kind, options):
@@ -92,7 +101,7 @@ def test_steps_of_a_compression_are_taken():
         (Foreign, {"anything": {"deep": [EVIL]}}, "anything.deep.0"),
         (Foreign, {"untyped": "{class_path: os.system}"}, "untyped"),
         (Foreign, {"anything": __file__}, "anything"),
-        (Foreign, {"more": EVIL}, "more"),
+        (Open, {"more": EVIL}, "more"),
     ],
 )  # fmt: skip
 def test_what_would_be_imported_is_refused_by_its_key(kind, options, key):
@@ -104,10 +113,23 @@ def test_what_would_be_imported_is_refused_by_its_key(kind, options, key):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["optimizer.class_path", "", "a b", 3])
-def test_what_is_no_name_is_refused(name):
-    with pytest.raises(InputError, match="is no name of a hyper-parameter"):
-        safe_options(FILE, {name: 1.0}, KDModule, {})
+NO_NAMES = ["optimizer.class_path", "", "a b", 3, "init_args", "dict_kwargs", "class_path", "__path__", "__a\nb"]
+
+
+@pytest.mark.parametrize("kind", [KDModule, Open], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_what_is_no_name_is_refused(kind, name):
+    with pytest.raises(InputError, match="is no name of a hyper-parameter") as caught:
+        safe_options(FILE, {"_class_path": "a.B", name: {}}, kind, {})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [KDModule, Foreign], ids=lambda kind: kind.__name__)
+def test_what_the_class_does_not_take_is_refused_or_left_out_if_it_is_linked(kind):
+    found = {"_class_path": "a.B", "ratee": 1.0}
+    with pytest.raises(InputError, match=f"has a hyper-parameter 'ratee', which {kind.__name__} does not take: the"):
+        safe_options(FILE, found, kind, {})
+    assert safe_options(FILE, found, kind, {}, linked=["ratee"]) == {}
 
 
 def test_what_the_configuration_names_in_the_same_place_is_the_users():
@@ -122,6 +144,39 @@ def test_what_the_configuration_names_in_the_same_place_is_the_users():
     wider["init_args"]["device"] = EVIL
     with pytest.raises(InputError, match=r"names 'os.system' in net.device"):
         safe_options(FILE, {"net": wider}, Foreign, {"net": linear})
+
+
+STORE = "distill_lightning.teachers.store.TeacherStore"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "given", "key"),
+    [
+        (SelfKDModule, {"past": plain(StoredPast(folder="/victim", in_checkpoint=0))}, {}, "past.folder"),
+        (SelfKDModule, {"past": plain(StoredPast(folder="/victim"))}, {"past": plain(StoredPast())}, "past.folder"),
+        (SelfKDModule, {"past": plain(StoredPast(folder="v/../w"))}, {"past": plain(StoredPast(folder="w"))},
+         "past.folder"),
+        (KDModule, {"teachers": {"class_path": STORE, "init_args": {"path": "/victim"}}},
+         {"teachers": {"class_path": STORE, "init_args": {"path": "own"}}}, "teachers.path"),
+        (KDModule, {"teachers": [{"class_path": "distill_lightning.Pretrained", "init_args": {"checkpoint": "/v"}}]},
+         {"teachers": [{"class_path": "distill_lightning.Pretrained", "init_args": {"checkpoint": "own"}}]},
+         "teachers.0.checkpoint"),
+        (Foreign, {"where": "a/b.c"}, {}, "where"),
+        (Foreign, {"where": "a/b.c"}, {"where": "a"}, "where"),
+    ],
+)  # fmt: skip
+def test_another_file_or_folder_than_the_configurations_is_refused(kind, options, given, key):
+    with pytest.raises(InputError, match=r"x\.ckpt names the file or folder ") as caught:
+        safe_options(FILE, options, kind, given)
+    assert f" in {key}, which the configuration " in str(caught.value)
+    assert str(caught.value).endswith(f"give the same in the configuration, in model.init_args.{key}")
+    assert "\n" not in str(caught.value)
+    own = {"_class_path": "a.B", **options}
+    assert safe_options(FILE, own, kind, options) == options
+
+
+def test_a_path_object_of_the_configuration_is_the_same_place():
+    assert safe_options(FILE, {"where": "a/b"}, Foreign, {"where": Path("a/b")}) == {"where": "a/b"}
 
 
 @pytest.mark.parametrize(

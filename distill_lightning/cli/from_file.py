@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 import yaml
 
 from distill_lightning.arguments import arguments_of
-from distill_lightning.callables import named, types_in
+from distill_lightning.callables import is_of_files, named, types_in
 from distill_lightning.choices import choice_class, is_choice
 from distill_lightning.errors import InputError
 
 _OF_A_CLASS = {"class_path", "init_args", "dict_kwargs"}
+_BASES = ("torch", "lightning", "lightning_fabric", "pytorch_lightning")
 
 
 def class_of(found: Mapping[str, Any]) -> str:
@@ -29,28 +30,66 @@ def class_of(found: Mapping[str, Any]) -> str:
     return path if isinstance(path, str) else ""
 
 
-def safe_options(path: Path, found: Mapping[str, Any], kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+def safe_options(
+    path: Path, found: Mapping[str, Any], kind: Any, given: Mapping[str, Any], *, linked: Collection[str] = ()
+) -> dict[str, Any]:
     """The options of a module that a checkpoint's hyper-parameters hold, looked at before anything parses them.
 
     Args:
         path: of the checkpoint, for the message.
         found: its hyper-parameters.
         kind: the class of the module, which the user names.
-        given: the options in the user's configuration, plain; a class that these name may stand in the checkpoint, too.
+        given: the user's own options, plain; a class named here is also accepted from the checkpoint, in the same
+            place.
+        linked: names of options that are linked to the data, which Lightning notes even for a class that does not take
+            them; there they are left out.
 
     Raises:
-        InputError: a hyper-parameter names a class or function that is none of this package's options, and that the
-            configuration does not name in the same place.
+        InputError: a hyper-parameter is none of the class's arguments; or it names a class or function that is none of
+            this package's options, and that the configuration does not name in the same place; or another file or
+            folder than the configuration does.
     """
     options = {name: value for name, value in found.items() if name not in ("_class_path", "_instantiator")}
     if "_class_path" not in found and class_of(found):
         options = {**(found.get("init_args") or {}), **(found.get("dict_kwargs") or {})}
     annotations = _annotations(kind)
+    options = {name: value for name, value in options.items() if name not in linked or name in annotations}
     for name, value in options.items():
-        if not isinstance(name, str) or not name.isidentifier():
-            raise InputError(f"{path}: {name!r} is no name of a hyper-parameter: the file was not made by a training")
+        _check_name(path, name, kind, annotations)
         _check(path, name, value, annotations.get(name, Any), given.get(name))
     return options
+
+
+def _check_name(path: Path, name: Any, kind: Any, known: Collection[str]) -> None:
+    """Refuse what is no argument of the class, and what a parser takes for something else than an argument.
+
+    Raises:
+        InputError: it is.
+    """
+    if not isinstance(name, str) or not name.isidentifier() or name in _OF_A_CLASS or name.startswith("__"):
+        raise InputError(
+            f"{path}: {str(name)[:80]!r} is no name of a hyper-parameter: the file was not made by a training"
+        )
+    if name not in known and not _takes_any(kind):
+        raise InputError(
+            f"{path} has a hyper-parameter {name[:80]!r}, which {getattr(kind, '__name__', kind)} does not take: the "
+            "checkpoint is of another version of the class, or was not made by a training"
+        )
+
+
+def _takes_any(kind: Any) -> bool:
+    """Whether a class or function hands on what it does not know by name; torch's and Lightning's bases take all."""
+    makers = [kind]
+    if inspect.isclass(kind):
+        owners = [owner for owner in kind.__mro__ if "__init__" in vars(owner)]
+        makers = [vars(owner)["__init__"] for owner in owners if owner.__module__.partition(".")[0] not in _BASES]
+    return all(_hands_on(maker) for maker in makers if maker is not object.__init__)
+
+
+def _hands_on(maker: Any) -> bool:
+    rest = [one for one in inspect.signature(maker).parameters.values() if one.kind is inspect.Parameter.VAR_KEYWORD]
+    # What an ``Unpack`` says is all that there is; annotations are often text.
+    return bool(rest) and "Unpack[" not in str(rest[0].annotation)
 
 
 def _check(path: Path, key: str, value: Any, annotation: Any, given: Any) -> None:
@@ -60,7 +99,9 @@ def _check(path: Path, key: str, value: Any, annotation: Any, given: Any) -> Non
         InputError: it would.
     """
     if isinstance(value, str):
-        if value != given and not _is_plain_text(value, annotation):
+        if is_of_files(annotation):
+            _check_same_place(path, key, value, given)
+        elif value != given and not _is_plain_text(value, annotation):
             raise _refused(path, key, value)
     elif isinstance(value, (list, tuple, set, frozenset)):
         same = given if isinstance(given, (list, tuple)) and len(given) == len(value) else [None] * len(value)
@@ -68,6 +109,20 @@ def _check(path: Path, key: str, value: Any, annotation: Any, given: Any) -> Non
             _check(path, f"{key}.{number}", part, annotation, own)
     elif isinstance(value, Mapping):
         _check_mapping(path, key, value, annotation, given if isinstance(given, Mapping) else {})
+
+
+def _check_same_place(path: Path, key: str, value: str, given: Any) -> None:
+    """Refuse a file or folder that the configuration does not name: what is read, written or removed is the user's.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not isinstance(given, (str, PurePath)) or PurePath(given) != PurePath(value):
+        said = "does not name" if given is None else f"has {str(given)[:80]!r} for"
+        raise InputError(
+            f"{path} names the file or folder {value[:80]!r} in {key}, which the configuration {said}: if it is meant, "
+            f"give the same in the configuration, in model.init_args.{key}"
+        )
 
 
 def _check_mapping(path: Path, key: str, value: Mapping[Any, Any], annotation: Any, given: Mapping[str, Any]) -> None:

@@ -126,9 +126,7 @@ class DistillCLI(LightningCLI):
             return
         class_path = self._model_class_path()
         kind: Any = named(class_path)
-        options = safe_options(path, found, kind, self._given)
-        # Lightning notes what is linked even for a module that does not take it.
-        options = {name: value for name, value in options.items() if name not in _FROM_DATA or takes(kind, name)}
+        options = safe_options(path, found, kind, self._given, linked=_FROM_DATA)
         verb = {"model": {"class_path": class_path, "dict_kwargs": options}}
         self.config = self.parser.parse_object({self.config["subcommand"]: verb}, self.config)
 

@@ -1249,6 +1249,32 @@ def test_a_file_that_is_not_kept_any_more_is_refused_but_for_the_last_checkpoint
     SelfKDModule.load_from_checkpoint(paths[0], student=TinyNet(norm="group"), optimizer=sgd)
 
 
+@pytest.mark.slow
+def test_a_loaded_module_writes_to_no_folder_that_only_its_checkpoint_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = tmp_path / "rows"
+    path = saved(tmp_path, past=in_files(rows))
+    before = {file.name: file.read_bytes() for file in rows.iterdir()}
+
+    def loaded(**options):
+        return SelfKDModule.load_from_checkpoint(path, student=TinyNet(norm="group"), optimizer=sgd, **options)
+
+    module = loaded()
+    assert module.past.options == StoredPast(in_checkpoint=0)
+    tiny_trainer().predict(module, datamodule=TinyDataModule())
+    for ckpt_path in (None, path):
+        module = loaded()
+        with pytest.warns(UserWarning, match=r"cannot hold every argument: past\.folder are the defaults now"):
+            fitted(module, max_epochs=4, ckpt_path=ckpt_path, default_root_dir=tmp_path / "own")
+        assert module.past.store.sidecar.folder == tmp_path / "own/self_kd_store"
+    assert {file.name: file.read_bytes() for file in rows.iterdir()} == before
+    whole, module = module_of(), loaded(past=in_files(rows))
+    fitted(whole, max_epochs=4)
+    fitted(module, max_epochs=4, ckpt_path=path)
+    assert module.past.store.sidecar.folder == rows
+    assert same(state_of(whole), state_of(module))
+
+
 # Several processes
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from inspect import Parameter
 from pathlib import Path
 from typing import Any, Self
 
 from torch import nn
 
 from distill_lightning.arguments import arguments_of, bound_arguments, takes
-from distill_lightning.choices import Choice, check_choices, from_plain, is_plain, plain
+from distill_lightning.callables import is_of_files
+from distill_lightning.choices import Choice, check_choices, choice_class, from_plain, is_choice, is_plain, plain
 from distill_lightning.errors import InputError
 from distill_lightning.networks.budget import Budget, bytes_of_tensors
 from distill_lightning.networks.provenance import build_from, note_structure, recipe_of, restore_structure
@@ -132,11 +134,12 @@ def rebuilt(kind: type, path: Path, overrides: Mapping[str, Any]) -> Any:
     recipes = {
         name: recipe for name, recipe in checkpoint["recipes"].items() if name not in overrides and takes(kind, name)
     }
-    known = {
-        name: from_plain(value)
+    held = {
+        name: value
         for name, value in checkpoint["hyper_parameters"].items()
         if takes(kind, name) and name not in overrides
     }
+    known, left_out = _without_places(kind, path, held)
     kept, defaults = {*overrides, *recipes}, _defaults(kind)
     missing = [name for name in checkpoint.get("objects", []) if name not in kept]
     # Another choice may be another architecture; what else is missing matters only to a training.
@@ -156,8 +159,55 @@ def rebuilt(kind: type, path: Path, overrides: Mapping[str, Any]) -> Any:
     module: Any = kind(**{**known, **networks, **overrides})
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
-    module._missing = missing  # noqa: SLF001
+    module._missing = [*missing, *left_out]  # noqa: SLF001
     return module
+
+
+def _without_places(kind: type, path: Path, held: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Hyper-parameters as they were, but for the files and folders of choices, which are the defaults; and their names.
+
+    A checkpoint may be anybody's: what a training writes to, reads and removes is the caller's to name.
+
+    Raises:
+        InputError: an argument of the module itself names a file or folder, or an option that has no default does.
+    """
+    left_out: list[str] = []
+
+    def check(key: str, value: Any, parameter: Parameter) -> None:
+        if parameter.default is not Parameter.empty and "." in key:
+            left_out.append(key)
+            return
+        raise InputError(
+            f"{path} names the file or folder {str(value)[:80]!r} in {key}, and a checkpoint may be anybody's: if it "
+            f"is meant, load_from_checkpoint(path, {key.partition('.')[0]}=...)"
+        )
+
+    def taken(key: str, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [taken(f"{key}.{number}", part) for number, part in enumerate(value)]
+        if not isinstance(value, Mapping):
+            return value
+        if not is_choice(value.get("class_path")) or not isinstance(value.get("init_args"), Mapping):
+            return {name: taken(f"{key}.{name}", part) for name, part in value.items()}
+        options = some(f"{key}.", value["init_args"], choice_class(value["class_path"]))
+        return {**value, "init_args": options}
+
+    def some(before: str, options: Mapping[str, Any], owner: type) -> dict[str, Any]:
+        known, found = arguments_of(owner), {}
+        for name, value in options.items():
+            if name in known and _is_other_place(known[name], value):
+                check(f"{before}{name}", value, known[name])
+            else:
+                found[name] = taken(f"{before}{name}", value)
+        return found
+
+    return {name: from_plain(value) for name, value in some("", held, kind).items()}, left_out
+
+
+def _is_other_place(parameter: Parameter, value: Any) -> bool:
+    """Whether a value is a file or folder that is not the default one."""
+    default = str(parameter.default) if isinstance(parameter.default, Path) else parameter.default
+    return is_of_files(parameter.annotation) and value is not None and value != default
 
 
 def _network(name: str, recipe: dict[str, Any] | None) -> nn.Module:

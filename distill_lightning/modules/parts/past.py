@@ -139,7 +139,7 @@ class StoredPast(Past):
             node; on a GPU they serve checkpoints alone. See `Sidecar` for which files are kept.
         folder: of these files, which wins over the one that a checkpoint names: both may be moved. ``None``:
             ``self_kd_store`` in the Trainer's ``default_root_dir``. Two trainings that are resumed at once from one
-            checkpoint need two.
+            checkpoint need two. It is never taken from a checkpoint: give ``past`` to ``load_from_checkpoint`` again.
         keep: epochs whose files are kept, at least 2; a checkpoint that is older than these, and not the last one,
             cannot be resumed.
         num_samples: size of the training set whose indices the batches carry; ``None``: length of the training loader's
@@ -161,7 +161,7 @@ class StoredPast(Past):
     top_k: int | None = None
     device: str | None = None
     in_checkpoint: int = 2**26
-    folder: str | None = None
+    folder: str | Path | None = None
     keep: int = 2
     num_samples: int | None = None
 

@@ -1,5 +1,7 @@
 """What a checkpoint holds of a module's arguments, and how it is refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -36,6 +38,29 @@ def test_only_given_arguments_that_cannot_be_held_are_named():
 def test_another_format_is_refused_by_both_numbers(checkpoint, version):
     with pytest.raises(InputError, match=f"here has format {version} of .* this version reads {FORMAT}: train anew"):
         check_format(checkpoint, "here")
+
+
+class Writing(KDModule):
+    """A user's own method, which writes somewhere."""
+
+    def __init__(self, student, teachers, *, folder: str | Path | None = None, **options):
+        super().__init__(student, teachers, **options)
+        self.folder = folder
+
+
+def test_a_folder_of_a_methods_own_is_taken_from_no_checkpoint(tmp_path):
+    path, trainer, networks = tmp_path / "run.ckpt", tiny_trainer(), {"student": TinyNet(), "teachers": TinyNet()}
+    for folder in (None, "somewhere"):
+        trainer.strategy.connect(Writing(**networks, num_classes=3, folder=folder))
+        trainer.save_checkpoint(path, weights_only=True)
+        if folder is None:
+            assert Writing.load_from_checkpoint(path, **networks).folder is None
+    with pytest.raises(
+        InputError, match="names the file or folder 'somewhere' in folder, and .*path, folder="
+    ) as error:
+        Writing.load_from_checkpoint(path, **networks)
+    assert "\n" not in str(error.value)
+    assert Writing.load_from_checkpoint(path, **networks, folder="other").folder == "other"
 
 
 @pytest.mark.slow
