@@ -402,7 +402,8 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
     ) -> Self:
         """Build the module of a checkpoint, its networks included where this package's factories made them.
 
-        Only tensors and plain values are read, never pickled code.
+        Only tensors and plain values are read, never pickled code, and no file or folder that only the checkpoint names
+        is used.
 
         Args:
             checkpoint_path: a checkpoint of this class.
