@@ -1,6 +1,6 @@
 # demo: the main job on real images.
 # compress: a network's file at a twentieth of its size, with the report that shows it, 2 minutes on 2 cores.
-# test: everything that must hold, 13 minutes on 2 cores.
+# test: everything that must hold, 11 minutes on 2 cores.
 # check: what reads the code and does not run it.
 # check-fast: that and the tests that are not slow, 2 minutes on 2 cores, for every save.
 # bench: what a step costs, here and elsewhere, under 20 minutes on 2 cores.
