@@ -65,7 +65,7 @@ class Guard(Part):
     Labels are looked at before a batch is used, losses and teachers' outputs after its step. On the CPU that is done
     with every batch. Any other device would have to be waited for: there, labels and teachers are looked at in an
     epoch's first two batches, and which loss was the first that is not finite is kept on the device and read after
-    every 50 batches and at the epoch's end.
+    every 50 batches, before a validation and at the epoch's end.
 
     A step that a gradient scaler skips (``precision="16-mixed"``) does not stop the run unless every step of the epoch
     is skipped; the epoch's end reports how many were.
@@ -221,7 +221,7 @@ class Guard(Part):
             if broken.any():
                 # With further inputs of each sample there are more rows than samples.
                 bad = sorted({row % batch.size for row in broken.nonzero()[:, 0].tolist()})
-                inputs = " (their inputs do, too)" if _has_bad_input(batch) else ""
+                inputs = " (their inputs do, too)" if _bad_rows(batch) else ""
                 raise NonFiniteError(
                     f"{who} answers nan or inf for samples {_named(batch, bad)}{inputs}: mend or replace it"
                 )
@@ -259,10 +259,6 @@ def _bad_rows(batch: Batch) -> list[int]:
             rows = ~tensor.isfinite().flatten(1).all(1) if tensor.ndim > 1 else ~tensor.isfinite()
             found |= set(rows.nonzero().flatten().tolist())
     return sorted(found)
-
-
-def _has_bad_input(batch: Batch) -> bool:
-    return bool(_bad_rows(batch))
 
 
 def _named(batch: Batch, rows: Sequence[int]) -> str:
