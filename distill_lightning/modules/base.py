@@ -16,7 +16,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.data.transforms import BatchTransform
 from distill_lightning.errors import InputError
 from distill_lightning.layers import dry_forward, wake
-from distill_lightning.layers.call import call
+from distill_lightning.layers.call import call, only_output
 from distill_lightning.lightning_internals import place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts import checkpoints
@@ -203,9 +203,10 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
     # Steps
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        """The student's output."""
-        output: Tensor = self.student(*inputs, **named)
-        return output
+        """The student's output for its inputs, or for a batch of any kind, labelled or not."""
+        if len(inputs) == 1 and not named and not isinstance(inputs[0], Tensor):
+            return call(self.student, Batch.of(inputs[0]).input)
+        return only_output(self.student, self.student(*inputs, **named))
 
     def prepared(self, batch: Any, batch_idx: int = 0) -> Batch:
         """The training batch of any data module as `terms` gets it, transformed."""
@@ -262,9 +263,9 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
         """The student's output for the samples of a batch that count, or for a tensor of inputs."""
         if isinstance(batch, Tensor):
-            return self.forward(batch)
+            return self(batch)
         batch = Batch.of(batch)
-        output: Tensor = call(self, batch.input)
+        output = call(self, batch.input)
         return output[batch.counted] if batch.counted is not None and batch.counted.ndim == 1 else output
 
     def score(self, batches: Iterable[Any]) -> dict[str, float]:

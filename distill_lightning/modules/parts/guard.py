@@ -37,8 +37,9 @@ def with_targets(module: Any, batch: Batch, *, is_evaluated: bool = False) -> Ba
     Raises:
         InputError: they are of a kind or shape that the module does not take.
     """
-    if is_evaluated and batch.target is None:
-        raise InputError(f"{type(module).__name__} is evaluated on labels, and the batch has none: give them")
+    if batch.target is None and (is_evaluated or module.reads_labels):
+        does = "is evaluated on" if is_evaluated else "reads"
+        raise InputError(f"{type(module).__name__} {does} labels, and the batch has none: give them")
     if not isinstance(batch.target, Tensor):
         return batch
     _check_kind(module, batch.target, is_evaluated=is_evaluated)
