@@ -26,7 +26,7 @@ from distill_lightning.modules.parts.evaluation import Evaluation
 from distill_lightning.modules.parts.guard import Guard, with_targets
 from distill_lightning.modules.parts.holds_frozen import HoldsFrozen
 from distill_lightning.modules.parts.means import RunningMeans
-from distill_lightning.modules.parts.optimization import compile_networks, plan_anew, with_schedule
+from distill_lightning.modules.parts.optimization import compile_networks, plan_anew, with_rate, with_schedule
 from distill_lightning.networks.provenance import plain_network
 from distill_lightning.networks.weights import write_weights
 from distill_lightning.outputs import Output, output_of
@@ -89,6 +89,8 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
 
     Attributes:
         output: what an output of the student means.
+        lr: a learning rate that the optimiser gets in the place of its own, as Lightning's `LearningRateFinder` sets
+            it; groups of `parameter_groups` that have an ``lr`` keep theirs. ``None``: its own.
 
     Raises:
         InputError: not one of ``num_classes`` and ``num_targets`` is given, ``output`` does not go with it, or the
@@ -134,6 +136,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         if self.input_shape is not None:
             self.check_output("student", student, dry_forward(student, self.input_shape).shape)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.lr: float | None = None
         self.transforms, self.compiles = tuple(transforms), compile
         self.has_own_metrics = metrics is not None
         metrics = self.output.metrics() if metrics is None else metrics
@@ -290,7 +293,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
                 f"{type(self).__name__}: the student has nothing to train, all its parameters are frozen: a network "
                 "that was given to another module as its teacher stays frozen; give a copy.deepcopy of it there"
             )
-        optimizer = self.optimizer(self.parameter_groups())
+        optimizer = with_rate(self.optimizer, self.parameter_groups(), self.lr)
         return with_schedule(self, optimizer, self.lr_scheduler, monitor="val/nll")
 
     # Parts, and networks that stand outside of the registry
@@ -342,7 +345,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self._fingerprints = self.fingerprints()
 
     def on_train_start(self) -> None:
-        """Plan the learning rates of a resumed training; then call the parts' ``training_starts``."""
+        """Plan learning rates that changed since the optimiser was made; then call the parts' ``training_starts``."""
         plan_anew(self)
         self._tell("training_starts")
 
