@@ -49,6 +49,12 @@ def begins_anew(trainer: Any) -> bool:
     return bool(trainer.fit_loop.total_batch_idx < 0)
 
 
+def validation_interval(module: Any) -> int:
+    """Number of epochs from one validation to the next; 1 where the steps are counted, or without a Trainer."""
+    trainer = getattr(module, "_trainer", None)
+    return 1 if trainer is None else trainer.check_val_every_n_epoch or 1
+
+
 def planned_steps(module: pl.LightningModule) -> float:
     """Number of optimiser steps of the whole training, or of the phase of it that a schedule is made for.
 

@@ -207,9 +207,9 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """The student's output for its inputs, or for a batch of any kind, labelled or not."""
-        if len(inputs) == 1 and not named and not isinstance(inputs[0], Tensor):
-            return call(self.student, Batch.of(inputs[0]).input)
-        return only_output(self.student, self.student(*inputs, **named))
+        if named or len(inputs) != 1:
+            return only_output(self.student, self.student(*inputs, **named))
+        return call(self.student, inputs[0] if isinstance(inputs[0], Tensor) else Batch.of(inputs[0]).input)
 
     def prepared(self, batch: Any, batch_idx: int = 0) -> Batch:
         """The training batch of any data module as `terms` gets it, transformed."""

@@ -162,10 +162,17 @@ class TeacherEnsemble(nn.Module):
         """A tap of one layer in each network.
 
         Raises:
-            InputError: a layer that does not exist.
+            InputError: a layer that does not exist; the message names the teacher.
         """
-        pairs = zip(self.networks, layers, strict=True)
-        return [FeatureTap(network, resolve_layer(network, layer)) for network, layer in pairs]
+        return [self._tap(number, layer) for number, layer in enumerate(layers)]
+
+    def _tap(self, number: int, layer: str) -> FeatureTap:
+        network = self.networks[number]
+        try:
+            return FeatureTap(network, resolve_layer(network, layer))
+        except InputError as error:
+            way_out = ": unlike teachers need teacher_layers with one layer each" if len(self) > 1 else ""
+            raise InputError(f"teacher {number}: {error}{way_out}") from error
 
     def _converted(self, inputs: Any) -> Any:
         if self.dtype is None:

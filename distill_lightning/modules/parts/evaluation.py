@@ -86,7 +86,10 @@ class Evaluation(Part):
         metrics = metrics_of(module, f"{stage}_metrics", dataloader_idx)
         teacher_metrics = metrics_of(module, f"{stage}_teacher_metrics", dataloader_idx)
         module.guard.look(module, batch, batch_idx, stage)
-        output = module.output.prediction(call(module, batch.input))
+        output = call(module, batch.input)
+        if batch_idx == 0:
+            module.check_output("student", module.student, output.shape)
+        output = module.output.prediction(output)
         counted = module.output.counted(output, batch)
         selected, target = module.output.select(output, batch.target, counted)
         module.guard.look_at_output(module, selected, batch_idx, stage)

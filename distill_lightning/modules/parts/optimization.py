@@ -11,7 +11,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from distill_lightning.errors import InputError, refusing
-from distill_lightning.lightning_internals import begins_anew, new_optimizer, planned_steps, steps_left, total_steps
+from distill_lightning.lightning_internals import (
+    begins_anew,
+    new_optimizer,
+    planned_steps,
+    steps_left,
+    total_steps,
+    validation_interval,
+)
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable
 from distill_lightning.schedules import STEPPED_BY_BATCH, GroupSchedules, OneCycle
 
@@ -43,10 +50,11 @@ def with_schedule(
         optimizer: the only one.
         lr_scheduler: makes the schedule; it is stepped after every epoch, or after every batch if it is one of
             `STEPPED_BY_BATCH`.
-        monitor: the metric that `ReduceLROnPlateau` watches.
+        monitor: the metric that `ReduceLROnPlateau` watches after every validation, unless it names one.
 
     Raises:
-        InputError: `OneCycle`, and a training without an end; or PyTorch's `OneCycleLR`, and one with more steps.
+        InputError: `OneCycle`, and a training without an end; PyTorch's `OneCycleLR`, and one with more steps; or
+            `ReduceLROnPlateau` beside schedules of another kind, and epochs without a validation.
     """
     if lr_scheduler is None:
         return optimizer
@@ -62,9 +70,18 @@ def with_schedule(
         if isinstance(schedule, OneCycleLR):
             _check_length(schedule, planned_steps(module))
         if isinstance(schedule, ReduceLROnPlateau):
-            config["monitor"] = monitor
+            # Lightning's own has the name of its metric.
+            config["monitor"] = getattr(schedule, "monitor", monitor)
+            # In other epochs there is no validation.
+            config["frequency"] = validation_interval(module)
             if grouped:
                 config["reduce_on_plateau"] = True
+    others = [schedule for schedule in schedules if schedule and not isinstance(schedule, ReduceLROnPlateau)]
+    if others and config.get("frequency", 1) > 1:
+        raise InputError(
+            "lr_scheduler: ReduceLROnPlateau needs a validation, and the schedules beside it every epoch: give the "
+            "Trainer check_val_every_n_epoch=1"
+        )
     return {"optimizer": optimizer, "lr_scheduler": config}
 
 
