@@ -133,11 +133,11 @@ def section(begin, end):
 
 
 def table(text):
-    """The rows of the first Markdown table, their cells by the first one."""
+    """The rows of the first Markdown table: the first cell, and the others."""
     lines = itertools.dropwhile(lambda line: line[:1] != "|", text.splitlines())
     lines = itertools.takewhile(lambda line: line[:1] == "|", lines)
     rows = [[cell.strip(" *") for cell in line[1:-1].split("|")] for line in lines]
-    return {name: cells for name, *cells in rows if not set(name) <= set("- :")}
+    return [(name, cells) for name, *cells in rows if not set(name) <= set("- :")]
 
 
 def numbers(text):
@@ -160,17 +160,17 @@ COMPARISONS = {
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_the_tables_of_methods_are_those_of_their_reports(name):
     report = table((ROOT / "benchmarks/results" / name / "results.md").read_text())
-    every = [numbers(" ".join(cells)) for cells in report.values()]
+    every = [numbers(" ".join(cells)) for _, cells in report]
     quoted = table(section(*COMPARISONS[name]))
     assert len(quoted) >= 5
-    for row, cells in quoted.items():
+    for row, cells in quoted:
         # All of a row's numbers stand in one row of the report.
         assert any(all(stands_in(number, found) for number in numbers(" ".join(cells))) for found in every), row
 
 
 def test_the_compression_excerpt_is_that_of_its_report():
     text = (ROOT / "benchmarks/results/compression/deep_compression_cnn/report.md").read_text()
-    report = table(text)
+    report = dict(table(text))
     lines = section("stage                  accuracy %", "```").splitlines()[1:]
     quoted = [line for line in lines if line.strip() and not line.startswith("final:")]
     assert len(quoted) == 7
@@ -193,9 +193,9 @@ def test_the_table_of_what_compression_saves_is_that_of_its_report():
     text = (ROOT / "benchmarks/results/compression/kernels.md").read_text()
     quoted = table(section("| | parameters | MACs | bytes | time |", "## Does it help?"))
     network = None
-    for row, cells in quoted.items():
+    for row, cells in quoted:
         network, what = KERNELS.get(row, (network, row.partition(",")[0]))
-        part = table(text.partition(f"## {network}\n")[2].partition("\n## ")[0])
+        part = dict(table(text.partition(f"## {network}\n")[2].partition("\n## ")[0]))
         for name in what.split("; "):
             found = numbers(" ".join(part[name]))
             assert all(stands_in(number, found) for number in numbers(" ".join(cells))), row
@@ -206,6 +206,6 @@ def test_the_costs_are_those_of_the_benchmark():
     spreads = [(found["ratios"][name], *found["spread"].get(name, ())) for name in found["ratios"]]
     quoted = table(section("| | ratio |", "`compile` brings"))
     assert len(quoted) > 8
-    for row, (cell,) in quoted.items():
+    for row, (cell,) in quoted:
         given = numbers(cell)
         assert any(all(stands_in(number, spread) for number in given) for spread in spreads), row
