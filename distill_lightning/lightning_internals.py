@@ -49,11 +49,17 @@ def begins_anew(trainer: Any) -> bool:
     return bool(trainer.fit_loop.total_batch_idx < 0)
 
 
-def total_steps(module: pl.LightningModule) -> int:
+def validation_interval(module: Any) -> int:
+    """Number of epochs from one validation to the next; 1 where the steps are counted, or without a Trainer."""
+    trainer = getattr(module, "_trainer", None)
+    return 1 if trainer is None else trainer.check_val_every_n_epoch or 1
+
+
+def planned_steps(module: pl.LightningModule) -> float:
     """Number of optimiser steps of the whole training, or of the phase of it that a schedule is made for.
 
-    Raises:
-        InputError: it has no end, or no step.
+    Returns:
+        Infinity if it has no end, less than 1 if its data have no length.
     """
     # Not an attribute of the module, which would take the Trainer along wherever it is copied to.
     asked = [getattr(callback, "phase_length", None) for callback in cast("Any", module.trainer).callbacks]
@@ -63,6 +69,16 @@ def total_steps(module: pl.LightningModule) -> int:
         # To count the batches, Lightning has begun to read them, before it knows where in its epoch the checkpoint was
         # made: it has to begin once more.
         module.trainer.fit_loop._combined_loader = None
+    return steps
+
+
+def total_steps(module: pl.LightningModule) -> int:
+    """As `planned_steps`.
+
+    Raises:
+        InputError: the training has no end, or its data have no length.
+    """
+    steps = planned_steps(module)
     if steps == float("inf"):
         raise InputError("OneCycle needs the length of the training: give the Trainer max_epochs or max_steps")
     if steps < 1:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from distill_lightning.errors import InputError, check_finite
 
@@ -96,10 +96,14 @@ class OneCycle(LRScheduler):
         return [rate * self.factor(progress) for rate in self.base_lrs]
 
 
+STEPPED_BY_BATCH = (OneCycle, OneCycleLR, CyclicLR)
+"""Schedules that are stepped after every batch; all others are stepped after every epoch."""
+
+
 class GroupSchedules(LRScheduler):
     """One schedule per parameter group of an optimiser, each independent of the other groups.
 
-    All are stepped together, after every epoch or, where they are `OneCycle`, after every batch.
+    All are stepped together, after every epoch or, where they are cycles over the steps, after every batch.
 
     Args:
         optimizer: the optimiser.
@@ -107,8 +111,8 @@ class GroupSchedules(LRScheduler):
             a constant rate.
 
     Raises:
-        InputError: the numbers of factories and groups differ, or `OneCycle` is combined with a schedule of another
-            kind.
+        InputError: the numbers of factories and groups differ, or a cycle over the steps is combined with a schedule
+            over the epochs.
 
     Example:
         >>> from torch import nn
@@ -138,11 +142,13 @@ class GroupSchedules(LRScheduler):
         super().__init__(optimizer)
         for number, factory in enumerate(factories):
             self.schedules.append(None if factory is None else factory(_OneGroup(optimizer, number)))
-        kinds = {type(schedule).__name__: isinstance(schedule, OneCycle) for schedule in self.schedules if schedule}
+        given = [schedule for schedule in self.schedules if schedule is not None]
+        kinds = {type(schedule).__name__: isinstance(schedule, STEPPED_BY_BATCH) for schedule in given}
         if len(set(kinds.values())) > 1:
+            by_batch = next(name for name, is_stepped_by_batch in kinds.items() if is_stepped_by_batch)
             raise InputError(
-                f"{' and '.join(kinds)} cannot be stepped together, OneCycle after every batch and others after every "
-                "epoch: make both OneCycle, or none"
+                f"{' and '.join(kinds)} cannot be stepped together, {by_batch} after every batch and others after "
+                f"every epoch: make both {by_batch}, or none"
             )
 
     def get_lr(self) -> list[Any]:

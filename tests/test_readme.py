@@ -1,5 +1,7 @@
 """The README's code runs as it stands there."""
 
+import itertools
+import json
 import re
 from pathlib import Path
 
@@ -20,7 +22,7 @@ def blocks(language):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", blocks("python"), ids=["subclass", "notebook", "compression"])
+@pytest.mark.parametrize("code", blocks("python"), ids=["subclass", "notebook", "own_data", "compression"])
 @pytest.mark.filterwarnings("default")  # as a user's own process has them
 def test_python_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -121,3 +123,89 @@ def test_make_knows_the_commands():
 
 def test_nothing_is_left_to_fill_in():
     assert not re.findall(r"\b[A-Z]+_(?:TABLE|WORDS)\b", README)
+
+
+# What is quoted from a committed report is what stands there.
+
+
+def section(begin, end):
+    return README[README.index(begin) : README.index(end, README.index(begin))]
+
+
+def table(text):
+    """The rows of the first Markdown table: the first cell, and the others."""
+    lines = itertools.dropwhile(lambda line: line[:1] != "|", text.splitlines())
+    lines = itertools.takewhile(lambda line: line[:1] == "|", lines)
+    rows = [[cell.strip(" *") for cell in line[1:-1].split("|")] for line in lines]
+    return [(name, cells) for name, *cells in rows if not set(name) <= set("- :")]
+
+
+def numbers(text):
+    return [number.replace(",", "") for number in re.findall(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?![\w.])", text)]
+
+
+def stands_in(number, report):
+    """Whether a number of the README is one of a report's, rounded to as many places."""
+    places = len(number.partition(".")[2])
+    half = 0.5001 * 10**-places
+    return any(abs(float(number) - float(other)) <= half for other in report)
+
+
+COMPARISONS = {
+    "fashion_mnist_methods": ("| | accuracy % | NLL | ECE % | s / epoch |", "What it shows:"),
+    "fashion_mnist_rotation": ("| | mean absolute error, rad | NLL", "Matching distributions"),
+}
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_the_tables_of_methods_are_those_of_their_reports(name):
+    report = table((ROOT / "benchmarks/results" / name / "results.md").read_text())
+    every = [numbers(" ".join(cells)) for _, cells in report]
+    quoted = table(section(*COMPARISONS[name]))
+    assert len(quoted) >= 5
+    for row, cells in quoted:
+        # All of a row's numbers stand in one row of the report.
+        assert any(all(stands_in(number, found) for number in numbers(" ".join(cells))) for found in every), row
+
+
+def test_the_compression_excerpt_is_that_of_its_report():
+    text = (ROOT / "benchmarks/results/compression/deep_compression_cnn/report.md").read_text()
+    report = dict(table(text))
+    lines = section("stage                  accuracy %", "```").splitlines()[1:]
+    quoted = [line for line in lines if line.strip() and not line.startswith("final:")]
+    assert len(quoted) == 7
+    for line in quoted:
+        name, rest = re.match(r"(.+?)\s{2,}(.*)", line).groups()
+        cells = next(cells for row, cells in report.items() if row.startswith(name) and "before" not in row)
+        assert all(stands_in(number, numbers(" ".join(cells))) for number in numbers(rest)), line
+    claim = lines[-1].partition(" at batch 32")[0].removeprefix("final: ")
+    assert claim in report["final"][-1]
+
+
+KERNELS = {
+    "ResNet-18, 64x64: half the channels": ("ResNet-18", "half the channels"),
+    "LSTM language model, 2x256: half the hidden units": ("LSTM language model", "half the hidden units"),
+    "Transformer encoder, d 128: half the heads and neurons": ("Transformer encoder", "half the heads and neurons"),
+}
+
+
+def test_the_table_of_what_compression_saves_is_that_of_its_report():
+    text = (ROOT / "benchmarks/results/compression/kernels.md").read_text()
+    quoted = table(section("| | parameters | MACs | bytes | time |", "## Does it help?"))
+    network = None
+    for row, cells in quoted:
+        network, what = KERNELS.get(row, (network, row.partition(",")[0]))
+        part = dict(table(text.partition(f"## {network}\n")[2].partition("\n## ")[0]))
+        for name in what.split("; "):
+            found = numbers(" ".join(part[name]))
+            assert all(stands_in(number, found) for number in numbers(" ".join(cells))), row
+
+
+def test_the_costs_are_those_of_the_benchmark():
+    found = json.loads((ROOT / "benchmarks/results/throughput.json").read_text())
+    spreads = [(found["ratios"][name], *found["spread"].get(name, ())) for name in found["ratios"]]
+    quoted = table(section("| | ratio |", "`compile` brings"))
+    assert len(quoted) > 8
+    for row, (cell,) in quoted:
+        given = numbers(cell)
+        assert any(all(stands_in(number, spread) for number in given) for spread in spreads), row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import sys
@@ -11,12 +12,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import distill_lightning
-from distill_lightning.cli.error_line import one_line, refusal
+from distill_lightning.cli.error_line import one_line, own_lines, refusal
+from distill_lightning.errors import InputError
 from distill_lightning.studies.compare import config as compare
 from distill_lightning.studies.compress import config as compress
 
 if TYPE_CHECKING:
     from distill_lightning.studies.compress.runs import Setup
+
+
+VERBS = ("fit", "validate", "test", "predict", "record", "compare", "compress")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -26,15 +31,19 @@ def main(args: Sequence[str] | None = None) -> int:
         args: what follows the program's name; ``None``: the process's own arguments.
 
     Returns:
-        The exit status: 0, or 2 after bad input.
+        The exit status: 0, 1 where code of the user's own has failed, or 2 after bad input.
     """
     try:
         _run(sys.argv[1:] if args is None else list(args))
-    except (ArgumentError, ValueError) as error:
-        if not isinstance(error, ArgumentError) and refusal(error) is None:
+    except Exception as error:
+        if isinstance(error, ArgumentError) or refusal(error) is not None:
+            print(f"distill-lightning: error: {one_line(error)}", file=sys.stderr)
+            return 2
+        own = own_lines(error)
+        if own is None:
             raise
-        print(f"distill-lightning: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        print(f"distill-lightning: error: {own}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -53,6 +62,10 @@ def _run(arguments: list[str]) -> None:
 
         _quiet_down()
         compress_command.run(compressed, options, _setup_of)
+    elif not verb.startswith("-") and verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"{f'there is no verb {verb}' if verb else 'a verb is missing'}: {', '.join(VERBS)}{meant}")
     elif arguments == ["--version"]:
         print(f"distill-lightning {distill_lightning.__version__}")
     else:

@@ -1,10 +1,13 @@
-"""What the command line prints of an error: one line."""
+"""What the command line prints of an error: one line, or where a user's own code has failed."""
 
 from __future__ import annotations
 
 import difflib
 import re
+import sysconfig
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import distill_lightning
 from distill_lightning.errors import InputError
@@ -28,8 +31,9 @@ def one_line(error: Exception) -> str:
     # A KeyError shows its message in quotes.
     reason = " ".join(str(last.args[0] if isinstance(last, KeyError) and last.args else last).split())
     keys = dict.fromkeys(re.findall(r'Parser key "([^"]+)"', str(error)))
-    reason = _none_of_union(error, reason) or _unknown_class(reason, next(reversed(keys), "")) or reason
     classes = re.findall(r"class_path '([^']+)'", str(error))
+    known = _none_of_union(error, reason) or _unknown_class(reason, next(reversed(keys), ""))
+    reason = known or _unknown_option(reason, classes[-1] if classes else "") or reason
     inside = f" of {classes[-1].rpartition('.')[2]}" if classes else ""
     where = ".".join(keys) + inside
     return f"{where}: {reason}" if where else reason
@@ -65,19 +69,66 @@ def _unknown_class(reason: str, key: str) -> str | None:
     return f"there is no class {name}; {way_out}"
 
 
+def _unknown_option(reason: str, class_path: str) -> str | None:
+    """The reason, and the names near that of an option that a class does not have; ``None``: it is another one."""
+    option = re.fullmatch(r"Option '(\w+)' is not accepted", reason)
+    # What was refused has been imported.
+    from distill_lightning.arguments import arguments_of  # noqa: PLC0415
+    from distill_lightning.callables import named  # noqa: PLC0415
+
+    kind = named(class_path) if option else None
+    near = difflib.get_close_matches(option[1], arguments_of(kind)) if option and kind is not None else []
+    return f"{reason}; similar names: {', '.join(near)}" if near else None
+
+
+def own_lines(error: BaseException) -> str | None:
+    """Where a user's own code has failed: that line first, and how it came to it from there on.
+
+    Args:
+        error: what was raised, by that code or because of it.
+
+    Returns:
+        ``None``: no code but that of Python, of installed packages and of this one took part.
+    """
+    for link in _chain(error):
+        frames = traceback.extract_tb(link.__traceback__)
+        own = [number for number, frame in enumerate(frames) if _is_own(frame.filename)]
+        if own:
+            last = frames[own[-1]]
+            where = f"{last.filename}, line {last.lineno}, in {last.name}"
+            return "\n".join([f"{where}: {type(link).__name__}: {link}", *traceback.format_list(frames[own[0] :])])
+    return None
+
+
+def _is_own(path: str) -> bool:
+    places = [*sysconfig.get_paths().values(), str(Path(distill_lightning.__file__).parent), "<"]
+    return not path.startswith(tuple(places))
+
+
 def refusal(error: Exception) -> str | None:
-    """The message of the `InputError` behind an error, which may have come through jsonargparse.
+    """The message of the refusal behind an error, which may have come through jsonargparse.
 
     Args:
         error: what was raised.
 
     Returns:
-        The message, or ``None`` if no `InputError` is behind it.
+        The message of an `InputError`, or of what Lightning raises where a callback or logger cannot be used; ``None``
+        if none of these is behind it.
     """
     for link in _chain(error):
-        if isinstance(link, InputError):
+        if isinstance(link, InputError) or _is_lightnings(link):
             return str(link)
     return InputError.latest if InputError.latest and InputError.latest in str(error) else None
+
+
+def _is_lightnings(error: BaseException) -> bool:
+    """Whether Lightning has found that it was given what it cannot use."""
+    if type(error).__name__ == "MisconfigurationException":
+        return True
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("Early stopping conditioned on metric")
+    # Python itself names the module that is missing; whoever has looked for a package first does not.
+    return isinstance(error, ModuleNotFoundError) and error.name is None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

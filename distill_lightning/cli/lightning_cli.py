@@ -16,6 +16,7 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import distill_lightning
 from distill_lightning.arguments import arguments_of, takes
@@ -110,8 +111,9 @@ class DistillCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and check the checkpoint before anything is built or written."""
-        _check_files(sys.argv[1:] if args is None else args)
-        super().parse_arguments(parser, args)
+        words = [_unambiguous(word) for word in (sys.argv[1:] if args is None else args)]
+        _check_files(words)
+        super().parse_arguments(parser, words)
         path = self._checkpoint_path()
         if path is not None:
             self._checkpoint = read_checkpoint(path)
@@ -237,6 +239,13 @@ class DistillCLI(LightningCLI):
         if path == "best":
             raise InputError("--ckpt_path best means the best checkpoint of a fit in the same process: give its path")
         return None if path in (None, "last", "hpc", "registry") else Path(path)
+
+
+def _unambiguous(word: str) -> str:
+    """A word of the command line; PyTorch's class is meant where Lightning has one of the same name."""
+    flag, equals, value = word.rpartition("=")
+    name = ReduceLROnPlateau.__name__
+    return f"{flag}{equals}{ReduceLROnPlateau.__module__}.{name}" if value == name else word
 
 
 def _check_files(arguments: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from distill_lightning.errors import InputError
 # By which names a field is found in a batch that is a dict or a NamedTuple; the first that is there counts.
 _KEYS = {
     "input": ("input", "image", "x"),
-    "target": ("target", "label", "y"),
+    "target": ("target", "label", "labels", "y"),
     "index": ("index",),
     "view": ("view",),
     "counted": ("counted",),
@@ -208,9 +208,11 @@ class Batch:
     def of(cls, batch: Any) -> Batch:
         """Read the batch of any data module.
 
-        It may be a `Batch`; a dict or a NamedTuple with ``input`` (or ``image``, ``x``), ``target`` (or ``label``,
-        ``y``) and perhaps ``index``, ``view`` and ``counted``; or a sequence that begins with input and target, of
-        which the rest has no known meaning. A target may be ``None`` for methods that never look at labels.
+        It may be a `Batch`; a dict or a NamedTuple with ``input`` (or ``image``, ``x``) and perhaps ``target`` (or
+        ``label``, ``labels``, ``y``), ``index``, ``view`` and ``counted``; a dict without such an input, whose other
+        tensors the network gets by keyword (``{"input_ids": ..., "attention_mask": ..., "labels": ...}``); or a
+        sequence of an input, perhaps a target, and what has no known meaning. Without a target, or with ``None``, it is
+        for predictions, and for methods that never look at labels.
 
         Raises:
             InputError: the batch is none of these, or its ``counted`` is not a tensor of booleans.
@@ -227,19 +229,24 @@ class Batch:
         named = batch._asdict() if isinstance(batch, tuple) and hasattr(batch, "_asdict") else batch
         if isinstance(named, Mapping):
             found = {field: next((key for key in keys if key in named), None) for field, keys in _KEYS.items()}
-            if found["input"] is not None and found["target"] is not None:
+            fields = {field: named[key] for field, key in found.items() if key is not None}
+            if "input" not in fields and named is batch:
+                # What is left has the names of the network's arguments.
+                others = {key: value for key, value in batch.items() if key not in found.values()}
+                fields["input"] = {key: value for key, value in others.items() if isinstance(value, Tensor)}
+                if not fields["input"]:
+                    raise InputError(
+                        f"a batch that is a dict needs input, image or x, or tensors by the names of the network's "
+                        f"arguments, got {list(batch)}: let the data module use these keys"
+                    )
+            if "input" in fields:
                 _check_counted(named.get("counted"))
-                return cls(**{field: named[key] for field, key in found.items() if key is not None})
-            if named is batch:
-                raise InputError(
-                    f"a batch that is a dict needs input, image or x, and target, label or y, got {list(batch)}: let "
-                    "the data module use these keys"
-                )
-        if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) >= 2:
-            return cls(batch[0], batch[1])
+                return cls(**fields)
+        if isinstance(batch, Sequence) and not isinstance(batch, str) and batch:
+            return cls(*batch[:2])
         raise InputError(
-            f"a batch must be a Batch, a dict or an (input, target) pair, got {type(batch).__name__}: "
-            "let the data module yield distill_lightning.Batch(input=..., target=...)"
+            "a batch must be a Batch, a dict, or a sequence of an input and perhaps a target, got "
+            f"{type(batch).__name__}: let the data module yield distill_lightning.Batch(input=..., target=...)"
         )
 
 

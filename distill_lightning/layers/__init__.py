@@ -2,7 +2,7 @@
 
 from distill_lightning.layers.autoencoder import ImageDecoder, ImageEncoder
 from distill_lightning.layers.batch_norm import kept_statistics
-from distill_lightning.layers.call import call
+from distill_lightning.layers.call import call, only_output, outputs_of
 from distill_lightning.layers.discriminator import Discriminator, DiscriminatorKind
 from distill_lightning.layers.feature_tap import FeatureTap, dry_forward, resolve_layer, resolve_layers
 from distill_lightning.layers.gaussian_head import GaussianHead
@@ -24,6 +24,8 @@ __all__ = [
     "fingerprint",
     "freeze",
     "kept_statistics",
+    "only_output",
+    "outputs_of",
     "resolve_layer",
     "resolve_layers",
     "uncompiled",

@@ -1,20 +1,30 @@
-"""How a network is given inputs of any kind."""
+"""How a network is given inputs of any kind, and which of its outputs is meant."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 
-def call(network: Callable[..., Any], inputs: Any) -> Any:
-    """Run a network on a batch's inputs: a dict by keyword, a tuple or list by position, anything else as it is.
+from distill_lightning.errors import InputError
+
+
+def call(network: nn.Module, inputs: Any) -> Tensor:
+    """Run a network on a batch's inputs, and take the one output that is meant.
 
     Args:
         network: that is run.
-        inputs: what it reads, `distill_lightning.Batch.input` for example.
+        inputs: what it reads, `distill_lightning.Batch.input` for example: a dict by keyword, a tuple or list by
+            position, anything else as it is.
 
     Returns:
-        What the network returns.
+        What the network returns, see `only_output`.
+
+    Raises:
+        InputError: the network cannot read the inputs, see `outputs_of`, or does not return one output.
 
     Example:
         >>> import torch
@@ -26,8 +36,120 @@ def call(network: Callable[..., Any], inputs: Any) -> Any:
         >>> call(network, {"input1": torch.zeros(4, 2), "input2": torch.zeros(4, 3)}).shape
         torch.Size([4, 1])
     """
-    if isinstance(inputs, Mapping):
-        return network(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return network(*inputs)
-    return network(inputs)
+    return only_output(network, outputs_of(network, inputs))
+
+
+def outputs_of(network: Callable[..., Any], inputs: Any) -> Any:
+    """Run a network, or a tap of one, on a batch's inputs; arguments as of `call`, the output is returned as it is.
+
+    Raises:
+        InputError: the network takes no argument of a dict's key, or fails on images of another type, layout or number
+            of channels than its first convolution reads.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning.layers import outputs_of
+        >>> outputs_of(nn.Bilinear(2, 3, 1), [torch.zeros(4, 2), torch.zeros(4, 3)]).shape
+        torch.Size([4, 1])
+    """
+    try:
+        if isinstance(inputs, Mapping):
+            return network(**inputs)
+        if isinstance(inputs, (tuple, list)):
+            return network(*inputs)
+        return network(inputs)
+    except TypeError:
+        if isinstance(inputs, Mapping):
+            _check_keywords(network, inputs)
+        raise
+    except RuntimeError as error:
+        reason = _unreadable(network, inputs)
+        if reason is None:
+            raise
+        raise InputError(f"{type(network).__name__} cannot read {reason}") from error
+
+
+def only_output(network: nn.Module, output: Any) -> Tensor:
+    """The tensor that is meant among what a network returns.
+
+    That is the tensor itself, the field ``logits`` of a dict, a NamedTuple or an output object of the ``transformers``
+    library, or the only tensor in a dict or tuple. Auxiliary outputs, which some networks give in train mode, are left
+    out: no loss reaches what computes them.
+
+    Args:
+        network: that returned it, for the message.
+        output: of the network.
+
+    Raises:
+        InputError: there is no such tensor.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning.layers import only_output
+        >>> only_output(nn.Identity(), {"loss": torch.tensor(0.1), "logits": torch.zeros(2, 3)}).shape
+        torch.Size([2, 3])
+    """
+    if isinstance(output, Tensor):
+        return output
+    named = output._asdict() if isinstance(output, tuple) and hasattr(output, "_asdict") else output
+    parts: Mapping[Any, Any] = {}
+    if isinstance(named, Mapping):
+        parts = named
+    elif isinstance(named, (tuple, list)):
+        parts = dict(enumerate(named))
+    if isinstance(parts.get("logits"), Tensor):
+        logits: Tensor = parts["logits"]
+        return logits
+    tensors = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    names = ", ".join(map(str, parts)) if isinstance(named, Mapping) else f"{len(tensors)} tensors"
+    of = f" of {names}" if parts else ""
+    raise InputError(
+        f"{type(network).__name__} returns {type(output).__name__}{of}, and one tensor, or one named logits, "
+        "is needed: wrap it in a module that returns that"
+    )
+
+
+def _check_keywords(network: Any, inputs: Mapping[str, Any]) -> None:
+    """Refuse keys of a batch that a network has no argument for, or whose arguments it lacks."""
+    forward = network.forward if isinstance(network, nn.Module) else network
+    signature = inspect.signature(forward)
+    try:
+        signature.bind(**inputs)
+    except TypeError as error:
+        raise InputError(
+            f"{type(network).__name__} takes {', '.join(signature.parameters)}, and the batch gives it "
+            f"{', '.join(inputs)} by keyword ({error}): name the batch's entries so, or its only input 'input'"
+        ) from error
+
+
+def _unreadable(network: Any, inputs: Any) -> str | None:
+    """What about images may have kept a network from reading them, and the way out; ``None``: nothing that shows."""
+    network = getattr(network, "network", network)
+    layers = list(network.modules()) if isinstance(network, nn.Module) and isinstance(inputs, Tensor) else []
+    convolution = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), None)
+    if convolution is None:
+        return None
+    shape, channels, dtype = tuple(inputs.shape), convolution.in_channels, convolution.weight.dtype
+    is_last = len(shape) == 4 and shape[1] != channels == shape[3]
+    found = {
+        "images of bytes: let the data module give floating-point numbers, v2.ToDtype(torch.float32, scale=True)": (
+            inputs.dtype == torch.uint8
+        ),
+        f"{inputs.dtype} with parameters of {dtype}: convert the inputs": (
+            inputs.is_floating_point() and inputs.dtype != dtype and not torch.is_autocast_enabled(inputs.device.type)
+        ),
+        f"images of shape {shape}, which have no channels: give (N, {channels}, H, W), inputs[:, None] for example": (
+            len(shape) == 3
+        ),
+        f"images of shape {shape}, whose channels are last: give (N, {channels}, H, W), inputs.permute(0, 3, 1, 2)": (
+            is_last
+        ),
+        f"images of {shape[1] if len(shape) > 1 else 0} channels, shape {shape}: it reads {channels}": (
+            len(shape) == 4 and shape[1] != channels and not is_last
+        ),
+    }
+    return next((reason for reason, is_so in found.items() if is_so), None)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.errors import InputError
+from distill_lightning.layers.call import only_output
 from distill_lightning.layers.modes import eval_mode, uncompiled
 
 
@@ -53,7 +54,7 @@ class FeatureTap:
     def __repr__(self) -> str:
         return f"FeatureTap({type(self.network).__name__}, {self.layers})"
 
-    def __call__(self, *inputs: Tensor, **named: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    def __call__(self, *inputs: Tensor, **named: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the network once, and return its output and the tapped features by path."""
         if (
             self.network is not uncompiled(self.network)
@@ -64,7 +65,7 @@ class FeatureTap:
         self._recording = True
         try:
             output = self.network(*inputs, **named)
-            return output, {name: self._only(name) for name in self.layers}
+            return only_output(self.network, output), {name: self._only(name) for name in self.layers}
         finally:
             self._recording = False
             self._features = {}
@@ -168,7 +169,7 @@ def dry_forward(network: nn.Module, input_shape: Sequence[int], *, run: Callable
     inputs = torch.zeros((1, *input_shape), dtype=dtype, device=example.device)
     try:
         with eval_mode(network):
-            return (run or network)(inputs)
+            return only_output(network, network(inputs)) if run is None else run(inputs)
     except InputError:
         raise
     except Exception as error:  # networks may raise anything: assertions, index errors

@@ -16,7 +16,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.data.transforms import BatchTransform
 from distill_lightning.errors import InputError
 from distill_lightning.layers import dry_forward, wake
-from distill_lightning.layers.call import call
+from distill_lightning.layers.call import call, only_output
 from distill_lightning.lightning_internals import place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts import checkpoints
@@ -26,7 +26,7 @@ from distill_lightning.modules.parts.evaluation import Evaluation
 from distill_lightning.modules.parts.guard import Guard, with_targets
 from distill_lightning.modules.parts.holds_frozen import HoldsFrozen
 from distill_lightning.modules.parts.means import RunningMeans
-from distill_lightning.modules.parts.optimization import compile_networks, plan_anew, with_schedule
+from distill_lightning.modules.parts.optimization import compile_networks, plan_anew, with_rate, with_schedule
 from distill_lightning.networks.provenance import plain_network
 from distill_lightning.networks.weights import write_weights
 from distill_lightning.outputs import Output, output_of
@@ -89,6 +89,8 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
 
     Attributes:
         output: what an output of the student means.
+        lr: a learning rate that the optimiser gets in the place of its own, as Lightning's `LearningRateFinder` sets
+            it; groups of `parameter_groups` that have an ``lr`` keep theirs. ``None``: its own.
 
     Raises:
         InputError: not one of ``num_classes`` and ``num_targets`` is given, ``output`` does not go with it, or the
@@ -134,6 +136,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         if self.input_shape is not None:
             self.check_output("student", student, dry_forward(student, self.input_shape).shape)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.lr: float | None = None
         self.transforms, self.compiles = tuple(transforms), compile
         self.has_own_metrics = metrics is not None
         metrics = self.output.metrics() if metrics is None else metrics
@@ -203,9 +206,10 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
     # Steps
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        """The student's output."""
-        output: Tensor = self.student(*inputs, **named)
-        return output
+        """The student's output for its inputs, or for a batch of any kind, labelled or not."""
+        if named or len(inputs) != 1:
+            return only_output(self.student, self.student(*inputs, **named))
+        return call(self.student, inputs[0] if isinstance(inputs[0], Tensor) else Batch.of(inputs[0]).input)
 
     def prepared(self, batch: Any, batch_idx: int = 0) -> Batch:
         """The training batch of any data module as `terms` gets it, transformed."""
@@ -262,9 +266,9 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
         """The student's output for the samples of a batch that count, or for a tensor of inputs."""
         if isinstance(batch, Tensor):
-            return self.forward(batch)
+            return self(batch)
         batch = Batch.of(batch)
-        output: Tensor = call(self, batch.input)
+        output = call(self, batch.input)
         return output[batch.counted] if batch.counted is not None and batch.counted.ndim == 1 else output
 
     def score(self, batches: Iterable[Any]) -> dict[str, float]:
@@ -289,7 +293,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
                 f"{type(self).__name__}: the student has nothing to train, all its parameters are frozen: a network "
                 "that was given to another module as its teacher stays frozen; give a copy.deepcopy of it there"
             )
-        optimizer = self.optimizer(self.parameter_groups())
+        optimizer = with_rate(self.optimizer, self.parameter_groups(), self.lr)
         return with_schedule(self, optimizer, self.lr_scheduler, monitor="val/nll")
 
     # Parts, and networks that stand outside of the registry
@@ -341,7 +345,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self._fingerprints = self.fingerprints()
 
     def on_train_start(self) -> None:
-        """Plan the learning rates of a resumed training; then call the parts' ``training_starts``."""
+        """Plan learning rates that changed since the optimiser was made; then call the parts' ``training_starts``."""
         plan_anew(self)
         self._tell("training_starts")
 

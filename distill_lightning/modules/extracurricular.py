@@ -204,8 +204,7 @@ class ExtracurricularModule(DistillationModule):
     def _student_output(self, inputs: dict[str, Any]) -> Tensor:
         real, extra = inputs[""], [values for name, values in inputs.items() if name]
         if not extra or self.bn_mode == "joint":
-            joint: Tensor = call(self.student, join([real, *extra]) if extra else real)
-            return joint
+            return call(self.student, join([real, *extra]) if extra else real)
         with kept_statistics(self.student):
             outside = call(self.student, join(extra))
         return torch.cat([call(self.student, real), outside])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError, check_finite
 from distill_lightning.layers import FeatureTap, resolve_layer
-from distill_lightning.layers.call import call
+from distill_lightning.layers.call import outputs_of
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.modules.parts.distances import Distance, FactorDistance, LogitTerm, make_translators
@@ -171,7 +171,7 @@ class FEEDModule(DistillationModule):
             )
 
     def _logits_and_feature(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits, features = call(self.student_tap, batch.input)
+        logits, features = outputs_of(self.student_tap, batch.input)
         return logits, features[self.student_tap.layers[0]]
 
     def _translated(self, number: int, feature: Tensor) -> Tensor:

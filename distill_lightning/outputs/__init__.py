@@ -27,5 +27,8 @@ def output_of(who: str, num_classes: int | None, num_targets: int | None) -> Out
         3
     """
     if (num_classes is None) == (num_targets is None):
-        raise InputError(f"{who} needs either num_classes (a classifier) or num_targets (a regression)")
+        raise InputError(
+            f"{who} needs either num_classes (a classifier) or num_targets (a regression): set "
+            "model.init_args.num_classes, or give the data module the attributes num_classes and input_shape"
+        )
     return Categorical(num_classes) if num_classes is not None else Gaussian(num_targets or 0)

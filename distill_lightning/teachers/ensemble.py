@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from distill_lightning import functional
 from distill_lightning.errors import InputError
 from distill_lightning.layers import FeatureTap, freeze, resolve_layer
-from distill_lightning.layers.call import call
+from distill_lightning.layers.call import call, outputs_of
 from distill_lightning.outputs import Categorical
 
 
@@ -150,7 +150,7 @@ class TeacherEnsemble(nn.Module):
     @staticmethod
     def _run(runs: Iterable[Callable[..., Any]], inputs: Any) -> list[Any]:
         with torch.inference_mode():
-            outputs = [call(run, inputs) for run in runs]
+            outputs = [(call if isinstance(run, nn.Module) else outputs_of)(run, inputs) for run in runs]
         # Losses save the answers for backward, which autograd refuses for a tensor that was made in inference mode.
         return [tree_map_only(Tensor, Tensor.clone, output) for output in outputs]
 
@@ -162,10 +162,17 @@ class TeacherEnsemble(nn.Module):
         """A tap of one layer in each network.
 
         Raises:
-            InputError: a layer that does not exist.
+            InputError: a layer that does not exist; the message names the teacher.
         """
-        pairs = zip(self.networks, layers, strict=True)
-        return [FeatureTap(network, resolve_layer(network, layer)) for network, layer in pairs]
+        return [self._tap(number, layer) for number, layer in enumerate(layers)]
+
+    def _tap(self, number: int, layer: str) -> FeatureTap:
+        network = self.networks[number]
+        try:
+            return FeatureTap(network, resolve_layer(network, layer))
+        except InputError as error:
+            way_out = ": unlike teachers need teacher_layers with one layer each" if len(self) > 1 else ""
+            raise InputError(f"teacher {number}: {error}{way_out}") from error
 
     def _converted(self, inputs: Any) -> Any:
         if self.dtype is None:

@@ -234,11 +234,6 @@ class Teachers(Frozen):
         if not self.taps:
             self.heard = outputs = self.ensemble.each(inputs)
             for number, (network, output) in enumerate(zip(self, outputs, strict=True)):
-                if not isinstance(output, Tensor):
-                    raise InputError(
-                        f"teacher {number} ({type(network).__name__}) returns {type(output).__name__}, and one tensor "
-                        "is needed: wrap it in a module that returns that"
-                    )
                 self.check(number, network, output.shape)
             return TeacherOutputs(outputs, (), self.rule, self._known_output)
         pairs = self.ensemble.each(inputs, self.taps)

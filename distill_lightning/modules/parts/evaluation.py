@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch
-from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import eval_mode
 from distill_lightning.layers.call import call
@@ -87,7 +86,10 @@ class Evaluation(Part):
         metrics = metrics_of(module, f"{stage}_metrics", dataloader_idx)
         teacher_metrics = metrics_of(module, f"{stage}_teacher_metrics", dataloader_idx)
         module.guard.look(module, batch, batch_idx, stage)
-        output = module.output.prediction(_tensor_of(module, batch))
+        output = call(module, batch.input)
+        if batch_idx == 0:
+            module.check_output("student", module.student, output.shape)
+        output = module.output.prediction(output)
         counted = module.output.counted(output, batch)
         selected, target = module.output.select(output, batch.target, counted)
         module.guard.look_at_output(module, selected, batch_idx, stage)
@@ -162,13 +164,3 @@ class Evaluation(Part):
             return None
         same = torch.equal(answer.index, batch.key.index) and torch.equal(answer.view, batch.key.view)
         return answer.prediction if same else None
-
-
-def _tensor_of(module: Any, batch: Batch) -> Tensor:
-    output = call(module, batch.input)
-    if not isinstance(output, Tensor):
-        raise InputError(
-            f"the student ({type(module.student).__name__}) returns {type(output).__name__}, and one tensor is needed: "
-            "wrap it in a module that returns that"
-        )
-    return output

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch, first_tensor, spread, tensors_of
 from distill_lightning.errors import InputError, NonFiniteError
+from distill_lightning.layers.call import only_output
 from distill_lightning.lightning_internals import has_trainer, scales_gradients
 from distill_lightning.part import Part
 
@@ -37,8 +38,9 @@ def with_targets(module: Any, batch: Batch, *, is_evaluated: bool = False) -> Ba
     Raises:
         InputError: they are of a kind or shape that the module does not take.
     """
-    if is_evaluated and batch.target is None:
-        raise InputError(f"{type(module).__name__} is evaluated on labels, and the batch has none: give them")
+    if batch.target is None and (is_evaluated or module.reads_labels):
+        does = "is evaluated on" if is_evaluated else "reads"
+        raise InputError(f"{type(module).__name__} {does} labels, and the batch has none: give them")
     if not isinstance(batch.target, Tensor):
         return batch
     _check_kind(module, batch.target, is_evaluated=is_evaluated)
@@ -72,6 +74,7 @@ class Guard(Part):
     """
 
     def __init__(self) -> None:
+        self._is_new = False
         self._forget()
 
     def _forget(self) -> None:
@@ -99,6 +102,8 @@ class Guard(Part):
         """
         ready, who = Batch.of(batch), type(module).__name__
         target, is_evaluated = ready.target, stage != "train"
+        if self._is_new and not is_evaluated:
+            self._watch(module, batch)
         _check_kind(module, target, is_evaluated=is_evaluated)
         is_of_use = is_evaluated or module.reads_labels
         if not is_of_use or not isinstance(target, Tensor) or not _is_read(target, number):
@@ -128,6 +133,31 @@ class Guard(Part):
             raise NonFiniteError(f"{who} gives nan or inf in {_STAGES[stage]} batch {number}: {_WAY_OUT}")
         if number < _FIRST:
             module.output.check_values(who, output)
+
+    def _watch(self, module: Any, batch: Any) -> None:
+        """See in a training's first batch whether the student has the outputs that are needed."""
+        self._is_new = False
+        third = batch[2] if isinstance(batch, (tuple, list)) and len(batch) > 2 else None
+        # Batches of names and entries that belong to none are left alone.
+        if (
+            isinstance(third, Tensor)
+            and third.ndim == 1
+            and not (third.is_floating_point() or hasattr(batch, "_fields"))
+        ):
+            warnings.warn(
+                "the third entry of the batches is left out: if it is the samples' index, let the data module yield "
+                "distill_lightning.Batch(input, target, index)",
+                stacklevel=2,
+            )
+        # Hooks that come and go are not for compiled code, which an evaluation looks at.
+        if module.compiles:
+            return
+
+        def check(network: nn.Module, _inputs: Any, output: Any) -> None:
+            handle.remove()
+            module.check_output("student", network, only_output(network, output).shape)
+
+        handle = module.student.register_forward_hook(check)
 
     # Numbers
 
@@ -189,6 +219,7 @@ class Guard(Part):
     def fit_starts(self, module: Any) -> None:
         """An interrupted ``fit`` may have left something."""
         self._forget()
+        self._is_new = True
 
     def epoch_starts(self, module: Any) -> None:
         """Batches are counted within an epoch."""

@@ -40,9 +40,12 @@ class Experiment:
         self.rows = rows_of(config)
         self._data = _parsed("data", LightningDataModule, config.data)
         self.sample = self.data(order_seed=0)
-        for name in ("num_classes", "input_shape"):
-            if not hasattr(self.sample, name):
-                raise InputError(f"data: {type(self.sample).__name__} does not tell its {name}: give it that attribute")
+        missing = [name for name in ("num_classes", "input_shape") if not hasattr(self.sample, name)]
+        if missing:
+            raise InputError(
+                f"data: {type(self.sample).__name__} does not tell its {' and '.join(missing)}: give it "
+                f"{'these attributes' if len(missing) > 1 else 'that attribute'}"
+            )
         self.task = task_of(self.sample.num_classes)
         self.sample.prepare_data()
         for stage in ("fit", "test"):

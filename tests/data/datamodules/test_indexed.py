@@ -323,7 +323,7 @@ def shortened_batch(samples):
         (DataLoader(Numbers(pair), batch_size=None), "a data set that yields whole batches cannot tell their samples"),
         (DataLoader(Numbers(pair), batch_size=4, collate_fn=shortened), "4 samples became a batch of 3"),
         (DataLoader(Numbers(pair), batch_size=4, collate_fn=shortened_batch), "4 samples became a batch of 3"),
-        (DataLoader(Numbers(lambda x: x), batch_size=4), "a batch must be a Batch, a dict or an"),
+        (DataLoader(Numbers(lambda x: x), batch_size=4), "a batch must be a Batch, a dict, or a"),
     ],
 )
 def test_what_has_no_index_is_refused(loader, message):

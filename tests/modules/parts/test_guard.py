@@ -167,7 +167,7 @@ def test_labels_without_a_weight_are_not_looked_at():
 
 def test_missing_labels_are_named():
     module = supervised()
-    with pytest.raises(InputError, match="the labels have a weight in the loss, and the batch has none"):
+    with pytest.raises(InputError, match="SupervisedModule reads labels, and the batch has none"):
         module.training_step(Batch(INPUTS[:4]), 0)
     assert kd(hard_label_weight=0.0).training_step(Batch(INPUTS[:4]), 0).isfinite()
 
@@ -465,9 +465,9 @@ class Pair(TinyNet):
 
 
 def test_networks_that_return_several_tensors_are_named():
-    with pytest.raises(InputError, match=r"teacher 0 \(Pair\) returns tuple, and one tensor is needed"):
+    with pytest.raises(InputError, match="Pair returns tuple of 2 tensors, and one tensor"):
         train(kd(teachers=Pair()), loader(LABELS))
-    with pytest.raises(InputError, match=r"the student \(Pair\) returns tuple, and one tensor is needed"):
+    with pytest.raises(InputError, match="Pair returns tuple of 2 tensors, and one tensor"):
         tiny_trainer().validate(SupervisedModule(Pair(), num_classes=CLASSES), loader(LABELS), verbose=False)
 
 
@@ -494,3 +494,76 @@ def test_what_the_device_has_noted_is_read_before_a_validation(monkeypatch):
     inputs[1] = math.nan
     with pytest.raises(NonFiniteError, match="train/ce is not finite in batch 0 of epoch 0"):
         tiny_trainer().fit(supervised(), indexed(inputs=inputs), indexed())
+
+
+# What the first batch shows
+
+
+@pytest.mark.parametrize("val", [True, False])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: SupervisedModule(TinyNet(5), num_classes=10),
+        lambda: SelfKDModule(TinyNet(5), num_classes=10, past=PastModel()),
+        lambda: CompressionBaseline(TinyNet(5), num_classes=10),
+        lambda: KDModule(TinyNet(5), TinyNet(5), num_classes=10),
+        lambda: KDModule(TinyNet(5), TinyNet(10), num_classes=10),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_a_student_of_another_number_of_classes_is_refused_at_the_first_batch(build, val):
+    module = build()
+    with pytest.raises(InputError, match=r"student \(TinyNet\) has 5 classes where num_classes=10 is needed"):
+        tiny_trainer(max_epochs=1).fit(module, loader(LABELS), loader(LABELS) if val else None)
+    assert not module.student._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda x: (x * 255).byte(), "TinyNet cannot read images of bytes: let the data module give floating-point"),
+        (lambda x: x.double(), "TinyNet cannot read torch.float64 with parameters of torch.float32: convert"),
+        (
+            lambda x: x[:, 0],
+            r"images of shape \(8, 8, 8\), which have no channels: give \(N, 1, H, W\), inputs\[:, None\]",
+        ),
+        (
+            lambda x: x.permute(0, 2, 3, 1),
+            r"images of shape \(8, 8, 8, 1\), whose channels are last: give \(N, 1, H, W\)",
+        ),
+        (lambda x: x.expand(-1, 3, -1, -1), r"images of 3 channels, shape \(8, 3, 8, 8\): it reads 1"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.parametrize("verb", ["fit", "validate", "predict", "teacher"])
+def test_images_that_a_network_cannot_read_are_named(change, told, verb):
+    class Any(TinyNet):
+        def forward(self, inputs):
+            return super().forward(inputs.reshape(-1, 1, 8, 8).float()[: len(inputs)])
+
+    module = kd(teachers=TinyNet()) if verb == "teacher" else supervised()
+    if verb == "teacher":
+        module.student = Any()
+    trainer = tiny_trainer(max_epochs=1, num_sanity_val_steps=0)
+    run = {"validate": trainer.validate, "predict": trainer.predict}.get(verb, trainer.fit)
+    with pytest.raises(InputError, match=told):
+        run(module, loader(LABELS, change(INPUTS)))
+
+
+def test_another_error_of_a_network_stays_what_it_is():
+    class Broken(TinyNet):
+        def forward(self, inputs):
+            raise RuntimeError("a reason of its own")
+
+    with pytest.raises(RuntimeError, match="a reason of its own"):
+        train(SupervisedModule(Broken(), num_classes=CLASSES), loader(LABELS))
+
+
+def test_a_third_entry_that_looks_like_an_index_is_said_to_be_left_out():
+    data = DataLoader(TensorDataset(INPUTS, LABELS, torch.arange(24)), batch_size=8)
+    with pytest.warns(UserWarning, match=r"third entry of the batches is left out: .*Batch\(input, target, index\)"):
+        tiny_trainer(max_epochs=1).fit(supervised(), data, loader(LABELS))
+    weights = DataLoader(TensorDataset(INPUTS, LABELS, torch.rand(24)), batch_size=8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the third entry")
+        tiny_trainer(max_epochs=1).fit(supervised(), weights, loader(LABELS))
