@@ -137,7 +137,9 @@ ROOMS = {
     """,
     "data": """
         views
-        batch
+        batch digests
+        columns
+        fingerprint
         mixing datamodules
         samplers transforms
     """,

@@ -1013,7 +1013,7 @@ def saved(folder, *, stop_after=2, data=None, epochs=4, **options):
 
 def test_a_checkpoint_of_another_training_set_is_refused(tmp_path):
     path = saved(tmp_path, data=TinyDataModule(samples=24))
-    with pytest.raises(InputError, match="num_samples=24 and not 20: go on with the data"):
+    with pytest.raises(InputError, match=r"are about other training data \(24 samples, not 20\): go on with the data"):
         fitted(module_of(), TinyDataModule(samples=20), ckpt_path=path, max_epochs=4)
     with pytest.raises(InputError, match="top_k=None and not 2"):
         fitted(module_of(past=StoredPast(top_k=2)), ckpt_path=path, max_epochs=4)
