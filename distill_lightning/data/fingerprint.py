@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from distill_lightning.data.columns import SampleRows, length_of, parts_of_samples, rows_at_hand
 from distill_lightning.data.digests import digest_of
@@ -78,10 +78,12 @@ def loader_fingerprint(loader: Any, *, view: int | None = None) -> Fingerprint:
     """The fingerprint of the data set that a loader reads.
 
     Args:
-        loader: a `torch.utils.data.DataLoader`; of what has no data set, nothing is known.
+        loader: a `torch.utils.data.DataLoader`; of any other, nothing is known.
         view: of samples that are asked for by index and view; ``None``: by index alone.
     """
-    dataset: Any = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader):
+        return data_fingerprint(None)
+    dataset: Any = loader.dataset
     # What was put around it to tell indices is not the data's own.
     dataset = copy.copy(getattr(dataset, "unindexed", dataset))
     many = getattr(dataset, "__getitems__", None)
@@ -109,6 +111,9 @@ def data_difference(known: Mapping[str, Any], present: Mapping[str, Any]) -> str
     if of_all and known.get("samples") is not None and not differs("samples"):
         return "another order"
     found = [name for name in ("names", "labels", "contents") if name in of_all or differs(f"some_{name}")]
+    if "names" in found and "contents" in found:
+        # What has another name has other contents.
+        found.remove("contents")
     return f"other {' and '.join(found)}" if found else ""
 
 
