@@ -198,7 +198,7 @@ ROOMS = {
         prediction shards
     """,
     "studies": """
-        output progress
+        data output progress
         compare compress
     """,
     "studies/compare": """
