@@ -32,7 +32,7 @@ class OtherDataError(InputError):
 
 def splits_of(data: Any) -> Splits:
     """The fingerprints of what a data module has loaders of; it is set up."""
-    found = {}
+    found: Splits = {}
     for split in ("train", "val", "test"):
         if has_loader(data, split):
             found |= _named(split, getattr(data, f"{split}_dataloader")(), data)
