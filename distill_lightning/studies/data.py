@@ -88,8 +88,11 @@ def remove_runs(folder: Path) -> None:
 
 def _read(folder: Path) -> dict[str, Splits]:
     path = folder / _FILE
-    with refusing(f"{path} is damaged, give another folder with --output, or --anew", ValueError, TypeError):
-        return {str(name): dict(splits) for name, splits in json.loads(path.read_text()).items()}
+    with refusing(
+        f"{path} is damaged, give another folder with --output, or --anew", ValueError, TypeError, AttributeError
+    ):
+        kept = json.loads(path.read_text())
+        return {name: {split: dict(found) for split, found in kept[name].items()} for name in dict(kept)}
 
 
 def _named(split: str, loaders: Any, data: Any) -> Splits:

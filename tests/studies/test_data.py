@@ -246,6 +246,16 @@ def test_a_split_that_is_gone_is_another(tmp_path):
         refuse_other_data(tmp_path, {"data": {name: found for name, found in known.items() if name != "test"}})
 
 
+@pytest.mark.parametrize("content", ["[1", "[1]", "3", '{"data": 3}', '{"data": {"train": 3}}'])
+def test_a_damaged_note_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(
+        InputError, match=r"data.json is damaged, give another folder with --output, or --anew: "
+    ) as error:
+        refuse_other_data(tmp_path, {"data": splits_of(TinyDataModule())})
+    assert "\n" not in str(error.value)
+
+
 def test_a_split_that_is_drawn_anew_for_every_run_is_refused():
     data = Foreign()
     watch = DataWatch("kd, seed 0", splits_of(set_up(data)))

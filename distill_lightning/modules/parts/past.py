@@ -329,7 +329,7 @@ class RunningStore(RunningPast):
         """
         if not state:
             return
-        if "data" not in state:
+        if not isinstance(state.get("data"), Mapping):
             raise InputError(
                 "the checkpoint does not tell which data its past predictions are about, it is of an older version: "
                 "start anew without it"
