@@ -137,7 +137,9 @@ ROOMS = {
     """,
     "data": """
         views
-        batch
+        batch digests
+        columns
+        fingerprint
         mixing datamodules
         samplers transforms
     """,
@@ -196,7 +198,7 @@ ROOMS = {
         prediction shards
     """,
     "studies": """
-        output progress
+        data output progress
         compare compress
     """,
     "studies/compare": """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from distill_lightning.errors import InputError
@@ -13,17 +14,26 @@ from distill_lightning.storage.files import write_whole
 FORMAT = 2
 """Version of everything that is written here; what has another one is refused."""
 
+Compare = Callable[[Any, Any], str]
+"""In what a header's value differs from the wanted one, as a message says it after the value's name; empty: in nothing
+that matters."""
+
 HEADER = "header.json"
 """The file that describes a folder of records."""
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """In which of the wanted values a header differs, one phrase each, for a message."""
-    return [
-        f"{name} is {_short(found.get(name))}, not {_short(value)}"
-        for name, value in wanted.items()
-        if found.get(name) != value
-    ]
+def differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], compare: Mapping[str, Compare] = MappingProxyType({})
+) -> list[str]:
+    """In which of the wanted values a header differs, one phrase each, for a message.
+
+    Args:
+        found: the header.
+        wanted: what it should say, by name.
+        compare: by name, for values that need not be equal.
+    """
+    told = {name: compare.get(name, _inequality)(found.get(name), value) for name, value in wanted.items()}
+    return [f"{name} {difference}" for name, difference in told.items() if difference]
 
 
 def write_header(folder: Path, header: Mapping[str, Any]) -> None:
@@ -48,6 +58,10 @@ def read_header(folder: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise InputError(f"the store {folder} has format {version}, this version reads {FORMAT}: fill it again")
     return dict(header)
+
+
+def _inequality(found: Any, wanted: Any) -> str:
+    return "" if found == wanted else f"is {_short(found)}, not {_short(wanted)}"
 
 
 def _short(value: Any) -> str:

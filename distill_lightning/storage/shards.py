@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.storage.files import explaining_disk_errors, sweep_partial
-from distill_lightning.storage.header import FORMAT, HEADER, differences, read_header, write_header
+from distill_lightning.storage.header import FORMAT, HEADER, Compare, differences, read_header, write_header
 from distill_lightning.storage.log import RecordLog
 from distill_lightning.storage.rows import DamagedError, Field, Layout, RowFile, Rows, bytes_of
 
@@ -71,6 +71,7 @@ class ShardedRecords:
         fields: the parts of a record.
         shard_size: number of samples in a shard.
         made_by: what the records depend on, plain values by name; kept in the header and compared with it.
+        compare: how values of it are compared, by name; ``None``: all must be equal.
     """
 
     def __init__(
@@ -82,8 +83,10 @@ class ShardedRecords:
         fields: Sequence[Field],
         shard_size: int,
         made_by: Mapping[str, Any] | None = None,
+        compare: Mapping[str, Compare] | None = None,
     ) -> None:
         self.folder = folder
+        self.compare = compare or {}
         self.samples, self.views, self.shard_size = samples, views, shard_size
         self.fields = tuple(fields)
         self.header: dict[str, Any] = {
@@ -136,7 +139,7 @@ class ShardedRecords:
         """
         found = {**header, **header["made_by"], "made_by": None}
         wanted = {**self.header, **self.header["made_by"], "made_by": None}
-        different = differences(found, wanted)
+        different = differences(found, wanted, self.compare)
         if different:
             raise InputError(
                 f"the store {self.folder} was made by something else: {'; '.join(different)}. Go on with what made it, "

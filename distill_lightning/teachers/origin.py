@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 
 from distill_lightning.choices import plain
 from distill_lightning.data.batch import Batch, tensors_of
+from distill_lightning.data.fingerprint import loader_fingerprint
 from distill_lightning.errors import InputError
 from distill_lightning.layers import fingerprint
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from distill_lightning.teachers.store import TeacherStore
     from distill_lightning.teachers.teachers import Teachers
 
-# Samples that are looked at where nothing else tells what the data are.
+# Samples of which is looked at what the loader makes of them.
 _LOOKED_AT = 16
 
 
@@ -120,7 +121,12 @@ def _made_by(module: Any, teachers: Teachers, data: Any, loader: Any, precision:
     if hasattr(data, "fingerprint"):
         known = dict(data.fingerprint())
     elif teachers.store is not None and teachers.store.data is not None:
-        known = {"data": teachers.store.data, "some_samples": _digest_of_some(data, loader)}
+        view = 0 if hasattr(data, "views") else None
+        known = {
+            "name": teachers.store.data,
+            "data": loader_fingerprint(loader, view=view),
+            "some_samples": _digest_of_some(data, loader, view),
+        }
     else:
         raise InputError(
             f"a TeacherStore must be able to identify the data, and {type(data).__name__} has no fingerprint(): name "
@@ -145,15 +151,14 @@ def _options_of(transform: Any) -> str:
     return repr(transform)
 
 
-def _digest_of_some(data: Any, loader: Any) -> str:
-    """SHA-256 of the inputs of a few training samples, of data that cannot tell what they are.
+def _digest_of_some(data: Any, loader: Any, view: int | None) -> str:
+    """SHA-256 of the inputs that a loader makes of a few training samples.
 
     Raises:
         InputError: asked twice, they are not the same.
     """
     count = len(loader.dataset)
     chosen = np.unique(np.linspace(0, count - 1, num=min(count, _LOOKED_AT)).round().astype(int)).tolist()
-    view = 0 if hasattr(data, "views") else None
     # Whatever they draw, the training's own draws stay what they are without a store.
     with torch.random.fork_rng(devices=[]):
         first, second = (_digest(Batch.of(fetched(loader, chosen, view=view)).input) for _ in range(2))

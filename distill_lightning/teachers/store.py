@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch
+from distill_lightning.data.fingerprint import data_difference
 from distill_lightning.errors import InputError
 from distill_lightning.storage import Field, Rows, ShardedRecords, read_fields, read_header, sweep_records
 from distill_lightning.teachers.questions import feature_names
@@ -42,6 +43,12 @@ class TeacherStore:
     them changed it is refused, and the message says which. See `ShardedRecords` for the files. Any number of trainings
     may read a store; one at a time may fill it.
 
+    Of the data, it knows the number, names, labels, order and contents of the training samples, as far as they are
+    cheap to see: all of what is in memory; of image files the names and sizes of all, and the contents of 256; of other
+    data sets what they have in tensors, arrays or lists, or else 256 samples, spread evenly. An image that was changed
+    and kept its size may so be missed, or a sample that is only made when it is asked for. ``made_by.data.seen`` in the
+    store's ``header.json`` says what was looked at.
+
     Args:
         path: its folder.
         networks: the teachers that fill it: a network, several, or a `TeacherEnsemble`; ``None``: it is complete.
@@ -55,9 +62,9 @@ class TeacherStore:
         top_k: how many of a row's largest probabilities are kept, the rest being spread evenly over the other classes;
             ``None``: all.
         shard_size: samples in a file.
-        data: names the data, where their data module has no ``fingerprint()``; a few samples are then compared with
-            the store, besides the name and their number. Their samples must always be the same: what is not augmented,
-            or in numbered views.
+        data: names the data, where their data module has no ``fingerprint()``; the name is then compared with the
+            store, too, and what the loader makes of 16 samples. They must always be the same: what is not augmented, or
+            in numbered views.
 
     Raises:
         InputError: an option is out of range.
@@ -264,6 +271,7 @@ class TeacherStore:
             fields=fields,
             shard_size=self.shard_size,
             made_by=self._plan["made_by"],
+            compare={"data": _compare_data},
         )
         self._records.create()
         return self._records
@@ -312,3 +320,14 @@ class TeacherStore:
             f"the store {self.path} does not know {where} ({self._records.path_of(int(view[row]), shard).name} is "
             f"{state}): fill it with 'distill-lightning record', or give teachers and fill='online'"
         )
+
+
+def _compare_data(found: Any, wanted: Any) -> str:
+    """In what the data differ, as `differences` says it; their number is compared by itself."""
+    if not isinstance(wanted, Mapping):
+        # What a data module of one's own says of itself.
+        return "" if found == wanted else f"is {found}, not {wanted}"
+    if not isinstance(found, Mapping):
+        return "has no fingerprint that this version reads"
+    difference = "" if found.get("count") != wanted["count"] else data_difference(found, wanted)
+    return f"has {difference}" if difference else ""

@@ -20,6 +20,7 @@ from distill_lightning import (
     Batch,
     CutMix,
     Cutout,
+    DigitsDataModule,
     IndexedDataModule,
     InputError,
     LabelSmoothing,
@@ -27,6 +28,7 @@ from distill_lightning import (
     MovingAverage,
     PastModel,
     SelfKDModule,
+    SmallCNN,
     StoredPast,
     SupervisedModule,
     functional,
@@ -1013,10 +1015,83 @@ def saved(folder, *, stop_after=2, data=None, epochs=4, **options):
 
 def test_a_checkpoint_of_another_training_set_is_refused(tmp_path):
     path = saved(tmp_path, data=TinyDataModule(samples=24))
-    with pytest.raises(InputError, match="num_samples=24 and not 20: go on with the data"):
+    with pytest.raises(InputError, match=r"are about other training data \(24 samples, not 20\): go on with the data"):
         fitted(module_of(), TinyDataModule(samples=20), ckpt_path=path, max_epochs=4)
     with pytest.raises(InputError, match="top_k=None and not 2"):
         fitted(module_of(past=StoredPast(top_k=2)), ckpt_path=path, max_epochs=4)
+
+
+class Listed(pl.LightningDataModule):
+    """Images and labels in a list of one's own."""
+
+    def __init__(self, order, **options):
+        super().__init__()
+        images, labels = TinyDataModule().read()[0]
+        self.pairs = [(images[place] / 255, labels[place]) for place in order]
+        self.options = {"batch_size": 8, "shuffle": True} | options
+
+    def train_dataloader(self):
+        return DataLoader(self.pairs, **self.options)
+
+    def val_dataloader(self):
+        return DataLoader(self.pairs, batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "message"),
+    [
+        (
+            lambda: DigitsDataModule(subset=200, seed=0, image_size=8),
+            lambda: DigitsDataModule(subset=200, seed=1, image_size=8),
+            "other labels and contents",
+        ),
+        (
+            lambda: IndexedDataModule(Listed(range(24))),
+            lambda: IndexedDataModule(Listed(range(23, -1, -1))),
+            "another order",
+        ),
+    ],
+)
+def test_a_checkpoint_of_other_data_of_the_same_size_is_refused(tmp_path, first, other, message):
+    def module():
+        return SelfKDModule(SmallCNN(num_classes=10, width=2), num_classes=10, alpha_schedule="constant")
+
+    path = tmp_path / "run.ckpt"
+    trainer = tiny_trainer()
+    trainer.fit(module(), first())
+    trainer.save_checkpoint(path)
+    with pytest.raises(InputError, match=rf"are about other training data \({message}\): go on with the data") as error:
+        tiny_trainer(max_epochs=2).fit(module(), other(), ckpt_path=path)
+    assert "\n" not in str(error.value)
+    resumed = module()
+    tiny_trainer(max_epochs=2).fit(resumed, first(), ckpt_path=path)
+    assert resumed.past.store.read(torch.arange(24))[1].all()
+
+
+def test_the_same_data_are_resumed_with_however_they_are_loaded(tmp_path):
+    path = saved(tmp_path, data=IndexedDataModule(Listed(range(24))))
+    for options in ({"batch_size": 5}, {"num_workers": 1}, {"shuffle": False}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fitted(module_of(), IndexedDataModule(Listed(range(24), **options)), ckpt_path=path, max_epochs=3)
+
+
+def test_a_training_that_goes_on_with_other_data_is_refused():
+    module, trainer = module_of(), tiny_trainer()
+    trainer.fit(module, IndexedDataModule(Listed(range(24))))
+    trainer.fit_loop.max_epochs = 2
+    with pytest.raises(InputError, match=r"are about other training data \(another order\)"):
+        trainer.fit(module, IndexedDataModule(Listed([1, 0, *range(2, 24)])))
+
+
+def test_a_checkpoint_that_does_not_know_its_data_is_refused(tmp_path):
+    path = saved(tmp_path)
+    checkpoint = torch.load(path, weights_only=True)
+    known = checkpoint["parts"]["past"]["past"].pop("data")
+    assert known["seen"] == "labels, contents of all samples"
+    torch.save(checkpoint, path)
+    with pytest.raises(InputError, match="does not tell which data its past predictions are about, .*: start anew"):
+        fitted(module_of(), ckpt_path=path, max_epochs=4)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """``record``: the store that it leaves is the one that training would have filled, whoever fills it."""
 
+import json
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -311,9 +313,9 @@ def test_any_data_with_indices_and_a_name_are_filled_online_and_read(tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (Rows(order=list(range(23, -1, -1))), "some_samples is "),
-        (Rows(order=[1, 0, *range(2, 24)]), "some_samples is "),
-        (Rows(order=list(range(1, 25))), "some_samples is "),
+        (Rows(order=list(range(23, -1, -1))), "data has other contents"),
+        (Rows(order=[1, 0, *range(2, 24)]), "data has other contents"),
+        (Rows(order=list(range(1, 25))), "data has other contents"),
         (Rows(20), "samples is 24, not 20"),
     ],
 )
@@ -321,6 +323,29 @@ def test_other_data_of_the_same_name_are_refused(tmp_path, dataset, message):
     record(tiny_trainer(), named(tmp_path), PlainDataModule())
     with pytest.raises(InputError, match=message):
         record(tiny_trainer(), named(tmp_path), PlainDataModule(dataset))
+
+
+@pytest.mark.parametrize("kind", [Rows, lambda count, order: Batched(count, order=order)])
+def test_two_samples_of_many_that_were_exchanged_are_seen(tmp_path, kind):
+    def filled(order):
+        record(tiny_trainer(), named(tmp_path), PlainDataModule(kind(40, order=order)))
+
+    filled(list(range(40)))
+    # Not among 16 that are spread evenly.
+    exchanged = [*range(4), 6, 5, 4, *range(7, 40)]
+    with pytest.raises(InputError, match="was made by something else: data has other contents"):
+        filled(exchanged)
+    filled(list(range(40)))
+
+
+def test_a_store_says_what_was_looked_at_and_one_without_a_fingerprint_is_refused(tmp_path):
+    record(tiny_trainer(), named(tmp_path), PlainDataModule())
+    header = json.loads((tmp_path / "header.json").read_text())
+    assert header["made_by"]["data"]["seen"] == "labels, contents of all samples"
+    header["made_by"]["data"] = "rows"
+    (tmp_path / "header.json").write_text(json.dumps(header))
+    with pytest.raises(InputError, match="data has no fingerprint that this version reads"):
+        record(tiny_trainer(), named(tmp_path), PlainDataModule())
 
 
 @pytest.mark.parametrize("run", ["record", "fit"])

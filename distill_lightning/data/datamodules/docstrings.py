@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import sysconfig
 import warnings
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Unpack
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distill_lightning.data.batch import Batch
+from distill_lightning.data.columns import Columns
 from distill_lightning.data.datamodules.options import LoadingOptions
 from distill_lightning.data.datamodules.view_data_module import ViewDataModule
 from distill_lightning.data.datamodules.view_dataset import ViewDataset
@@ -46,8 +46,17 @@ class ByteWindows(ViewDataset):
 
     def make(self, index: Tensor, view: Tensor) -> Batch:
         """The batch of these windows, input and target int64 ``(N, T)``."""
-        window = self.text[self.starts[index, None] + torch.arange(self.length + 1)].long()
+        window = self._bytes(self.starts[index]).long()
         return Batch(window[:, :-1], window[:, 1:], index, view)
+
+    def columns(self) -> Columns:
+        """All windows."""
+        windows = self._bytes(self.starts)
+        return Columns(labels=windows[:, 1:], contents=(windows[:, :-1],))
+
+    def _bytes(self, starts: Tensor) -> Tensor:
+        """uint8 ``(N, T + 1)``."""
+        return self.text[starts[:, None] + torch.arange(self.length + 1)]
 
 
 class DocstringsDataModule(ViewDataModule):
@@ -115,12 +124,6 @@ class DocstringsDataModule(ViewDataModule):
         """One split, ``"train"``, ``"val"`` or ``"test"``; there is nothing to ``augment``."""
         self.setup()
         return self._splits[split]
-
-    def describe_samples(self) -> Iterator[bytes]:
-        """The training text, and where its windows begin."""
-        train = self.dataset("train")
-        yield train.text.numpy().tobytes()
-        yield train.starts.contiguous().numpy().tobytes()
 
     def _deal(self, undealt: list[bytes], name: str, size: int) -> ByteWindows:
         """Take files from the front until they make ``size`` windows."""

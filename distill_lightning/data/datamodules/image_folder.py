@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Unpack
 
@@ -17,6 +16,7 @@ from torchvision import io
 from torchvision.transforms.v2 import functional as transforms
 
 from distill_lightning.data.batch import Batch
+from distill_lightning.data.columns import Columns
 from distill_lightning.data.datamodules.image_data_module import ImageDataModule
 from distill_lightning.data.datamodules.options import ViewOptions
 from distill_lightning.data.datamodules.view_dataset import ViewDataset
@@ -107,6 +107,10 @@ class ImageFiles(ViewDataset):
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         inputs = pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
         return Batch(inputs, self.files.targets[index], index, view)
+
+    def columns(self) -> Columns:
+        """Paths, below the folder, and classes."""
+        return Columns(names=self.files.paths.tolist(), labels=self.files.targets, folder=str(self.folder))
 
     def _random(self, image: Tensor, draws: list[float]) -> Tensor:
         height, width = image.shape[1:]
@@ -293,12 +297,6 @@ class ImageFolderDataModule(ImageDataModule):
             seed=self.seed,
             partners=self.partners and augment,
         )
-
-    def describe_samples(self) -> Iterator[bytes]:
-        """Path, size in bytes and class of the training images; what is in them is not read."""
-        files = self._splits["train"]
-        for path, target in zip(files.paths.tolist(), files.targets.tolist(), strict=True):
-            yield b"%s\0%d %d\n" % (path, (self.data_dir / os.fsdecode(path)).stat().st_size, target)
 
     def _files(self, part: str) -> Files:
         """The images below a folder, ordered by class and then by path."""

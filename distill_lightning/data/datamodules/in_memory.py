@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from distill_lightning.data.batch import Batch
+from distill_lightning.data.columns import Columns
 from distill_lightning.data.datamodules.image_data_module import ImageDataModule
 from distill_lightning.data.datamodules.options import ViewOptions
 from distill_lightning.data.datamodules.view_dataset import ViewDataset
@@ -76,6 +76,10 @@ class ImageTensors(ViewDataset):
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def columns(self) -> Columns:
+        """The plain images, and their targets."""
+        return Columns(labels=self.targets, contents=(self.images,))
 
     def make(self, index: Tensor, view: Tensor) -> Batch:
         """The batch of these views, both ``(N,)``."""
@@ -175,9 +179,3 @@ class InMemoryImageDataModule(ImageDataModule):
             flip=self.flip and augment,
             partners=self.partners and augment,
         )
-
-    def describe_samples(self) -> Iterator[bytes]:
-        """Type, shape and content of the training images and targets."""
-        for tensor in self._splits["train"]:
-            yield f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
-            yield tensor.contiguous().numpy().tobytes()

@@ -119,6 +119,11 @@ class _IndexedDataset(Dataset[Any]):
         many: Callable[[Sequence[Any]], Any] | None = getattr(self.dataset, "__getitems__", None)
         return _Asked(keys, [self.dataset[key] for key in keys] if many is None else many(keys))
 
+    @property
+    def unindexed(self) -> Dataset[Any]:
+        """The data, as they were given."""
+        return self.dataset
+
     def __getattr__(self, name: str) -> Any:
         if name == "dataset" or name.startswith("__"):
             raise AttributeError(name)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +11,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.data.datamodules.resumable_loader import ResumableLoader
 from distill_lightning.data.datamodules.view_dataset import ViewDataset
 from distill_lightning.data.datamodules.view_sampler import ViewSampler, views_in_epoch
+from distill_lightning.data.fingerprint import data_fingerprint
 from distill_lightning.data.views import VIEWS_VERSION
 from distill_lightning.errors import InputError
 
@@ -20,8 +19,8 @@ from distill_lightning.errors import InputError
 class ViewDataModule(pl.LightningDataModule):
     """Base of the data sets whose samples have an index: yields `Batch`, and knows what its training views depend on.
 
-    A subclass sets ``num_classes`` (or, for a regression, ``num_targets``) and ``input_shape``, and defines `setup`,
-    `dataset` and `describe_samples`.
+    A subclass sets ``num_classes`` (or, for a regression, ``num_targets``) and ``input_shape``, and defines `setup` and
+    `dataset`.
 
     Args:
         val_size: number of validation samples.
@@ -95,23 +94,19 @@ class ViewDataModule(pl.LightningDataModule):
         """One split, ``"train"``, ``"val"`` or ``"test"``; without ``augment`` every view is the plain sample."""
         raise NotImplementedError(f"{type(self).__name__} must define dataset(split)")
 
-    def describe_samples(self) -> Iterable[bytes]:
-        """What makes the training samples and their order these and no others, for `fingerprint`."""
-        raise NotImplementedError(f"{type(self).__name__} must define describe_samples()")
-
     def views_in_epoch(self, epoch: int) -> list[int]:
         """Which views of the training samples an epoch reads."""
         return views_in_epoch(epoch, views=self.views, views_per_load=self.views_per_load)
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self) -> dict[str, Any]:
         """What a kept answer about a training view depends on: the samples in their order, and how views are made."""
         self.setup()
-        digest = hashlib.sha256()
-        for part in self.describe_samples():
-            digest.update(part)
         made = self.dataset("train", augment=True)
         options = {name: getattr(made, name) for name in made.depends_on}
-        return {"data": digest.hexdigest(), "transform": f"{type(made).__name__} {VIEWS_VERSION} {options}"}
+        return {
+            "data": data_fingerprint(self.dataset("train")),
+            "transform": f"{type(made).__name__} {VIEWS_VERSION} {options}",
+        }
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Augmented, shuffled."""

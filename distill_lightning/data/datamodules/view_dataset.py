@@ -22,6 +22,9 @@ ViewKey = int | tuple[int, int]
 class ViewDataset(Dataset[Batch]):
     """Makes a whole batch at once, of views that depend on nothing but their keys; a subclass defines `make`.
 
+    One that has something of all samples at hand says so in a method ``columns()``, see
+    `distill_lightning.data.columns.Columns`: data are known again by it.
+
     Args:
         seed: of the views and the partners.
         partners: whether each view comes with another sample in the same view, drawn from the view's own key.

@@ -14,6 +14,7 @@ from torch import Tensor
 from distill_lightning import functional
 from distill_lightning.choices import Choice
 from distill_lightning.data.batch import Batch
+from distill_lightning.data.fingerprint import Fingerprint, data_difference, loader_fingerprint
 from distill_lightning.data.mixing import mixup
 from distill_lightning.errors import InputError, check_finite, refusing
 from distill_lightning.lightning_internals import begins_anew
@@ -145,9 +146,13 @@ class StoredPast(Past):
         num_samples: size of the training set whose indices the batches carry; ``None``: length of the training loader's
             data set.
 
+    A checkpoint knows whose predictions it holds: a resumed training with other samples, labels, or another order of
+    the data set is refused, as far as they are cheap to see (see `distill_lightning.data.fingerprint`; not if
+    ``num_samples`` is another number than the data set's length). Start anew without ``ckpt_path`` on other data.
+
     Raises:
-        InputError: an option is out of range; in training: the batches have no index, the training set no length or the
-            checkpoint another, or a file cannot be written, is gone, damaged or another one.
+        InputError: an option is out of range; in training: the batches have no index, the training set no length, the
+            checkpoint is of other data, or a file cannot be written, is gone, damaged or another one.
 
     Example:
         >>> from distill_lightning import SelfKDModule, SmallCNN, StoredPast
@@ -259,6 +264,8 @@ class RunningStore(RunningPast):
         super().__init__(type(options).__name__)
         self.options = options
         self.store: PredictionStore | None = None
+        # Of the data whose samples the rows belong to; as plain values, empty where nothing is known of them.
+        self.data: Fingerprint = {}
 
     def joined(self, module: Any) -> None:
         """Look at the number of classes.
@@ -290,8 +297,17 @@ class RunningStore(RunningPast):
         self._made().write(_index(batch.index), probs, keep)
 
     def begin(self, module: Any) -> None:
-        """Make the store."""
+        """Make the store, or go on with the one of a training that goes on.
+
+        Raises:
+            InputError: it is about other data.
+        """
+        is_new = self.store is None
         self.store = (self.store or self._new(module)).to(self.options.device or module.device)
+        found = self._data(module)
+        if not is_new:
+            _refuse_other_data(self.data, found)
+        self.data = found
 
     def forget(self) -> None:
         """There is no store before the training starts."""
@@ -302,13 +318,24 @@ class RunningStore(RunningPast):
         self._made().advance()
 
     def save(self) -> dict[str, Any]:
-        """The store's rows, or what its files are called."""
-        return {} if self.store is None else self.store.state_dict()
+        """The store's rows, or what its files are called; and a fingerprint of the data that they are about."""
+        return {} if self.store is None else {**self.store.state_dict(), "data": self.data}
 
     def restore(self, state: Mapping[str, Any], module: Any) -> None:
-        """Take the rows."""
-        if state:
-            self._made().load_state_dict(state, folder=self.options.folder)
+        """Take the rows.
+
+        Raises:
+            InputError: they are about other data.
+        """
+        if not state:
+            return
+        if not isinstance(state.get("data"), Mapping):
+            raise InputError(
+                "the checkpoint does not tell which data its past predictions are about, it is of an older version: "
+                "start anew without it"
+            )
+        _refuse_other_data(state["data"], self.data)
+        self._made().load_state_dict(state, folder=self.options.folder)
 
     def fit_ends(self, module: Any) -> None:
         """As Lightning does with the module, what is kept beside it leaves the device."""
@@ -323,6 +350,13 @@ class RunningStore(RunningPast):
         if self.store is None:
             raise RuntimeError("StoredPast makes its store when a Trainer starts to train the module")
         return self.store
+
+    def _data(self, module: Any) -> Fingerprint:
+        trainer = module.trainer
+        view = 0 if hasattr(getattr(trainer, "datamodule", None), "views") else None
+        found = loader_fingerprint(trainer.train_dataloader, view=view)
+        # Where they are not as many, it is not the data set's own indices that the batches carry.
+        return found if found["count"] == self._made().num_samples else {}
 
     def _new(self, module: Any) -> PredictionStore:
         options, trainer, num_classes = self.options, module.trainer, module.num_classes
@@ -399,6 +433,15 @@ class RunningNetwork(RunningPast):
     def fit_ends(self, module: Any) -> None:
         """As Lightning does with the module, what is kept beside it leaves the device."""
         self.network.to("cpu")
+
+
+def _refuse_other_data(known: Fingerprint, present: Fingerprint) -> None:
+    difference = data_difference(known, present)
+    if difference:
+        raise InputError(
+            f"the past predictions are about other training data ({difference}): go on with the data that they were "
+            "made with, or start anew without a checkpoint"
+        )
 
 
 def _index(index: Tensor | None) -> Tensor:

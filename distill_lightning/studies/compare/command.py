@@ -21,10 +21,12 @@ from distill_lightning.studies.compare.runner import (
     make_trainer,
     plan,
 )
+from distill_lightning.studies.data import keep_data, refuse_other_data, remove_runs
 from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
 from distill_lightning.studies.progress import OnEpoch, train_missing
 
 _CONFIG_FILE = "compare.yaml"
+_DATA = "data"
 
 
 def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | None = None) -> Report:
@@ -40,7 +42,7 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
 
     Raises:
         ArgumentError: a class cannot be found or does not take what it is given.
-        InputError: the configuration cannot be used, or the output folder belongs to another one.
+        InputError: the configuration cannot be used, or the output folder belongs to another one, or to other data.
         SystemExit: with status 130, after Ctrl-C.
     """
     console = wide_console(console)
@@ -48,7 +50,12 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     _check_folder(folder, config)
     experiment = Experiment(config)
     make_trainer(config)
+    if config.anew:
+        remove_runs(folder)
+    elif any(folder.glob("runs/*")):
+        refuse_other_data(folder, {_DATA: experiment.splits})
     claim_folder(folder, known=_CONFIG_FILE, content=yaml.safe_dump(config.as_plain(), sort_keys=False))
+    keep_data(folder, {_DATA: experiment.splits})
     runs = plan(experiment, folder)
     _train(experiment, runs, folder, console)
     targets, counted = load_test_targets(experiment)
@@ -63,10 +70,10 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
 
 
 def _check_folder(folder: Path, config: CompareConfig) -> None:
-    """Refuse an output folder of another configuration; only methods and seeds may be added."""
+    """Refuse an output folder of another configuration; only methods and seeds may be added, or all made anew."""
     refuse_foreign_folder(folder, known=_CONFIG_FILE)
     known = folder / _CONFIG_FILE
-    if not known.exists():
+    if config.anew or not known.exists():
         return
     with refusing(f"{known} is damaged, remove the folder or give another with --output", yaml.YAMLError, UnicodeError):
         stored = yaml.safe_load(known.read_text())
@@ -84,7 +91,7 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
         if not same:
             raise InputError(
                 f"output folder {folder} belongs to another configuration ({key} was {before}): "
-                "give another folder with --output, or remove this one"
+                "give another folder with --output, or make the runs again with --anew"
             )
 
 

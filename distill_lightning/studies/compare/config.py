@@ -65,6 +65,7 @@ class CompareConfig:
         output: folder for everything that is written.
         accelerator: the Trainer's.
         precision: the Trainer's.
+        anew: whether the runs that are in the folder are removed and made again.
     """
 
     data: Spec
@@ -79,11 +80,12 @@ class CompareConfig:
     output: str = "results/compare"
     accelerator: str = "auto"
     precision: str = "32"
+    anew: bool = False
 
     def as_plain(self) -> dict[str, Any]:
         """Everything that the results depend on, in plain types."""
         plain = dataclasses.asdict(self)
-        return {name: value for name, value in plain.items() if name != "output"}
+        return {name: value for name, value in plain.items() if name not in ("output", "anew")}
 
 
 @dataclass(frozen=True)
@@ -145,15 +147,16 @@ def parse_config(arguments: Sequence[str]) -> CompareConfig:
     """
     parser = ArgumentParser(
         prog="distill-lightning compare",
-        usage="distill-lightning compare CONFIG [--epochs N] [--seeds [0,1,2]] [--output FOLDER] ...",
+        usage="distill-lightning compare CONFIG [--epochs N] [--seeds [0,1,2]] [--output FOLDER] [--anew] ...",
         description=(
             "Train the teachers, then every method with every seed; write results.csv, results.md and figures. "
-            "Called again with the same configuration, it goes on where it stopped."
+            "Called again with the same configuration and data, it goes on where it stopped."
         ),
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="The YAML file.")
-    parser.add_class_arguments(CompareConfig)
+    parser.add_class_arguments(CompareConfig, skip={"anew"})
+    parser.add_argument("--anew", action="store_true", help="Remove the runs in the folder, and make them again.")
     given = list(arguments)
     if given and not given[0].startswith("-"):
         given[:1] = ["--config", given[0]]

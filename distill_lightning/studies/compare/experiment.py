@@ -20,6 +20,7 @@ from distill_lightning.modules import DistillationModule, ParaphraserModule
 from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.studies.compare.config import CompareConfig, Row, Spec, is_count, rows_of
 from distill_lightning.studies.compare.tasks import task_of
+from distill_lightning.studies.data import splits_of
 
 
 class Experiment:
@@ -27,6 +28,10 @@ class Experiment:
 
     Args:
         config: the comparison.
+
+    Attributes:
+        sample: the data module, set up.
+        splits: fingerprints of its data.
 
     Raises:
         ArgumentError: a class that cannot be found or does not take what it is given.
@@ -50,6 +55,7 @@ class Experiment:
         self.sample.prepare_data()
         for stage in ("fit", "test"):
             self.sample.setup(stage)
+        self.splits = splits_of(self.sample)
         shape = self.sample.input_shape
         known = {
             "num_classes": self.sample.num_classes,

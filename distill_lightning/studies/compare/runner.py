@@ -28,6 +28,7 @@ from distill_lightning.networks.weights import read_checkpoint
 from distill_lightning.storage import whole_file, write_whole
 from distill_lightning.studies.compare.config import CompareConfig, Row
 from distill_lightning.studies.compare.experiment import Experiment
+from distill_lightning.studies.data import DataWatch
 from distill_lightning.studies.progress import EpochCounter, OnEpoch
 
 # Teachers' seeds begin far from the students', so that no teacher shares its initial weights with a student.
@@ -210,7 +211,8 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
         module = experiment.method(run.row, student, networks, paraphrasers)
     task = experiment.task
     keeper = RunKeeper(run.folder, seed=run.seed, monitor=task.monitor, mode=task.mode)
-    trainer = make_trainer(experiment.config, max_epochs=run.epochs, callbacks=[keeper, EpochCounter(on_epoch)])
+    callbacks = [keeper, EpochCounter(on_epoch), DataWatch(run.title, experiment.splits)]
+    trainer = make_trainer(experiment.config, max_epochs=run.epochs, callbacks=callbacks)
     checkpoint = str(run.checkpoint) if run.checkpoint.exists() else None
     if checkpoint is not None:
         read_checkpoint(run.checkpoint)
@@ -238,7 +240,8 @@ def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module
         module.paraphrasers.load_state_dict(load_file(file))
     else:
         epochs = experiment.config.methods[cast("str", row.method)]["paraphrasers"]["epochs"]
-        trainer = make_trainer(experiment.config, max_epochs=epochs, enable_checkpointing=False)
+        watch = DataWatch(f"the paraphrasers of {run.name}", experiment.splits)
+        trainer = make_trainer(experiment.config, max_epochs=epochs, enable_checkpointing=False, callbacks=[watch])
         trainer.fit(module, datamodule=experiment.data(order_seed=_TEACHER_SEED))
         if trainer.current_epoch < epochs:
             raise KeyboardInterrupt(f"the paraphrasers of {run.name} were interrupted")

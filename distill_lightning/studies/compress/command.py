@@ -6,7 +6,7 @@ import datetime
 import shlex
 import shutil
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from rich.table import Table
 from distill_lightning.callbacks import Measurements
 from distill_lightning.compression.report.report import Report, circumstances
 from distill_lightning.compression.report.stages import FINAL
+from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError
 from distill_lightning.networks import recipe_of
 from distill_lightning.studies.compress.config import CompressConfig
@@ -33,6 +34,7 @@ from distill_lightning.studies.compress.runs import (
     plan,
     preview_of,
 )
+from distill_lightning.studies.data import Splits, has_loader, keep_data, refuse_other_data, remove_runs, splits_of
 from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
 from distill_lightning.studies.progress import OnEpoch, train_missing
 
@@ -61,7 +63,7 @@ def run(
 
     Raises:
         ArgumentError: the configuration cannot be parsed.
-        InputError: it cannot be used, or the output folder belongs to another one.
+        InputError: it cannot be used, or the output folder belongs to another one, or to other data.
         SystemExit: with status 130, after Ctrl-C.
     """
     console = wide_console(console)
@@ -80,15 +82,16 @@ def run(
             console.print(note, style="dim", highlight=False)
         return None
     _check_metric(first.model, config.metric)
+    splits = _splits(config.seeds, first, lambda seed: setup_of(seed, folder))
     # A configuration that cannot be used claims no folder.
-    _reserve_folder(folder, config.module, config.overrides)
+    _reserve_folder(folder, config, splits)
     wanted = first.callback.measurements or Measurements()
     if wanted.onnx == "none" and find_spec("onnxruntime"):
         wanted = replace(wanted, onnx="float")
     runs = plan(folder, config.seeds, config.controls)
     for line in _warnings(first):
         console.print(line, highlight=False)
-    _execute(runs, setup_of, wanted, epochs=first.trainer.max_epochs or 0, folder=folder, console=console)
+    _execute(runs, setup_of, splits, wanted, epochs=first.trainer.max_epochs or 0, folder=folder, console=console)
     report = _report(runs, arguments, config.metric, higher_is_better=_higher_is_better(first.model, config.metric))
     paths = _write(report, runs[0], folder)
     console.print(_table(report, console.width))
@@ -122,17 +125,42 @@ def _higher_is_better(model: Any, metric: str) -> bool:
     return metrics is None or metrics[f"test/{metric}"].higher_is_better is not False
 
 
-def _reserve_folder(folder: Path, config: str, overrides: Sequence[str]) -> None:
-    """Refuse an output folder of another configuration; only seeds and controls may be added to finished runs."""
+def _splits(seeds: Sequence[int], first: Setup, make: Callable[[int], Setup]) -> dict[int, Splits]:
+    """The data of each seed's runs; of a data module that has no seed of its own, they may depend on the run's."""
+    found: dict[int, Splits] = {}
+    for seed in seeds:
+        if found and isinstance(first.data, ViewDataModule):
+            found[seed] = found[seeds[0]]
+            continue
+        data = (make(seed) if found else first).data
+        # A module may have loaders of its own.
+        if data is not None:
+            data.prepare_data()
+            data.setup("fit")
+            if has_loader(data, "test"):
+                data.setup("test")
+        found[seed] = splits_of(data)
+    return found
+
+
+def _reserve_folder(folder: Path, config: CompressConfig, splits: Mapping[int, Splits]) -> None:
+    """Refuse an output folder of another configuration or of other data; only seeds and controls may be added."""
     refuse_foreign_folder(folder, known=_KNOWN)
     known = folder / _KNOWN
-    content = yaml.safe_dump({"config": Path(config).read_text(), "overrides": list(overrides)}, sort_keys=False)
-    if known.is_file() and known.read_text() != content and any(folder.glob("runs/*/stages.json")):
+    told = {"config": Path(config.module).read_text(), "overrides": list(config.overrides)}
+    content = yaml.safe_dump(told, sort_keys=False)
+    by_name = {f"seed {seed}": found for seed, found in splits.items()}
+    if config.anew or not any(folder.glob("runs/*/stages.json")):
+        remove_runs(folder)
+    elif known.read_text() != content:
         raise InputError(
-            f"output folder {folder} belongs to another configuration: give another folder with --output, or remove "
-            "this one"
+            f"output folder {folder} belongs to another configuration: give another folder with --output, or make the "
+            "runs again with --anew"
         )
+    else:
+        refuse_other_data(folder, by_name)
     claim_folder(folder, known=_KNOWN, content=content)
+    keep_data(folder, by_name)
 
 
 def _warnings(setup: Setup) -> list[str]:
@@ -149,6 +177,7 @@ def _warnings(setup: Setup) -> list[str]:
 def _execute(
     runs: Sequence[Run],
     make: Callable[[int, Path], Setup],
+    splits: Mapping[int, Splits],
     wanted: Measurements,
     *,
     epochs: int,
@@ -159,7 +188,7 @@ def _execute(
         # An interrupted run is made again from its beginning.
         shutil.rmtree(run.folder, ignore_errors=True)
         run.folder.mkdir(parents=True)
-        execute(run, make, wanted, on_epoch)
+        execute(run, make, splits[run.seed], wanted, on_epoch)
 
     train_missing(runs, train, name="compress", epochs=lambda _: epochs, folder=folder, console=console)
 

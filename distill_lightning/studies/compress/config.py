@@ -26,6 +26,7 @@ class CompressConfig:
         controls: what the compression is held against.
         metric: the score that the table is about.
         preview: whether only to show what the steps would take out of the network.
+        anew: whether the runs that are in the folder are removed and made again.
     """
 
     module: str
@@ -35,6 +36,7 @@ class CompressConfig:
     controls: list[Control]
     metric: str
     preview: bool
+    anew: bool
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_config(arguments: Sequence[str]) -> CompressConfig:
-    """Read ``CONFIG [--preview] [--output FOLDER] [--seeds 0 1 2] [--controls ...] [--metric NAME] [--key value ...]``.
+    """Read ``CONFIG [--preview] [--anew] [--output FOLDER] [--seeds 0 1] [--controls ...] [--metric NAME] ...``.
 
     Raises:
         InputError: the options cannot be read, or there is no such configuration.
@@ -63,6 +65,7 @@ def parse_config(arguments: Sequence[str]) -> CompressConfig:
     )  # fmt: skip
     parser.add_argument("--metric", default="accuracy", help="the score that the table is about")
     parser.add_argument("--preview", action="store_true", help="show what would leave the network, and train nothing")
+    parser.add_argument("--anew", action="store_true", help="remove the runs in the folder, and make them again")
     options, overrides = parser.parse_known_args(list(arguments))
     if not Path(options.config).is_file():
         raise InputError(f"there is no configuration {options.config}: give the path of a YAML file")
@@ -77,4 +80,5 @@ def parse_config(arguments: Sequence[str]) -> CompressConfig:
         controls=list(dict.fromkeys(options.controls)),
         metric=options.metric,
         preview=options.preview,
+        anew=options.anew,
     )

@@ -23,8 +23,10 @@ from distill_lightning.compression.report.stages import CONTROL_RANDOM, CONTROL_
 from distill_lightning.compression.run.compressor import Compressor
 from distill_lightning.compression.run.preview import Preview, preview
 from distill_lightning.data.batch import Batch
+from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.storage.files import write_whole
+from distill_lightning.studies.data import DataWatch, OtherDataError, Splits
 from distill_lightning.studies.progress import EpochCounter, OnEpoch
 
 RunKind = Literal["compressed", "same_size", "random"]
@@ -100,18 +102,24 @@ class Run:
         return reason
 
 
-def execute(run: Run, make: Callable[[int, Path], Setup], wanted: Measurements, on_epoch: OnEpoch) -> None:
+def execute(
+    run: Run, make: Callable[[int, Path], Setup], splits: Splits, wanted: Measurements, on_epoch: OnEpoch
+) -> None:
     """Make a run and keep what it measured.
 
     Args:
         run: which; the compression of its seed is finished before its controls begin.
         make: makes the setup for a seed and a folder.
+        splits: fingerprints of the data that it is to be made with.
         wanted: what is measured of every stage.
         on_epoch: called with the number of epochs that are done, after each.
     """
     setup = make(run.seed, run.folder)
     callback = setup.callback
     cast("Any", setup.trainer).callbacks.append(EpochCounter(on_epoch))
+    if isinstance(setup.data, ViewDataModule):
+        # Others may draw their splits anew at every setup.
+        cast("Any", setup.trainer).callbacks.append(DataWatch(run.title, splits))
     if getattr(setup.data, "order_seed", run.seed) is None:
         setup.data.order_seed = run.seed  # type: ignore[attr-defined]
     reason = None
@@ -120,7 +128,7 @@ def execute(run: Run, make: Callable[[int, Path], Setup], wanted: Measurements, 
             run, setup, callback, wanted
         )
     except InputError as error:
-        if run.kind == "compressed":
+        if run.kind == "compressed" or isinstance(error, OtherDataError):
             raise
         # A control that this network or these steps do not allow; the report gives the reason.
         stages, reason = [], str(error)
