@@ -17,6 +17,7 @@ from distill_lightning.data.transforms import BatchTransform
 from distill_lightning.errors import InputError
 from distill_lightning.layers import dry_forward, wake
 from distill_lightning.layers.call import call
+from distill_lightning.layers.modes import refuse_exported
 from distill_lightning.lightning_internals import place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts import checkpoints
@@ -129,6 +130,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         unfit = [type(transform).__name__ for transform in transforms if transform.needs_classes]
         if unfit and self.num_classes is None:
             raise InputError(f"{type(self).__name__}: {', '.join(unfit)} need a classifier's batches: leave them out")
+        refuse_exported(f"{type(self).__name__}: the student", student)
         self.student = student.to(memory_format=torch.channels_last) if channels_last else student
         self.input_shape = None if input_shape is None else tuple(input_shape)
         if self.input_shape is not None:

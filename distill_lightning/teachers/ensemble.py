@@ -152,7 +152,7 @@ class TeacherEnsemble(nn.Module):
         with torch.inference_mode():
             outputs = [call(run, inputs) for run in runs]
         # Losses save the answers for backward, which autograd refuses for a tensor that was made in inference mode.
-        return [tree_map_only(Tensor, Tensor.clone, output) for output in outputs]
+        return [tree_map_only(Tensor, _ordinary, output) for output in outputs]
 
     def logits(self, inputs: Any) -> Tensor:
         """Every teacher's logits, ``(M, N, K)``, without a graph."""
@@ -186,3 +186,8 @@ class TeacherEnsemble(nn.Module):
         probs = self.probabilities(inputs)
         # A probability that underflowed to zero would be an infinite logit.
         return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
+
+
+def _ordinary(answer: Tensor) -> Tensor:
+    """A tensor that is nobody else's; features have been copied where they were tapped."""
+    return answer.clone() if answer.is_inference() else answer
