@@ -141,7 +141,7 @@ def test_state_that_is_no_tensor_counts(one, other):
 def test_what_has_no_value_or_cannot_be_told_is_named():
     with pytest.raises(InputError, match=r"'0\.\w+' has no value yet"):
         fingerprint(nn.Sequential(nn.LazyLinear(3)))
-    with pytest.raises(InputError, match="'weight' has no value yet"):
+    with pytest.raises(InputError, match=r"'\w+' has no value yet"):
         fingerprint(nn.Linear(2, 2, device="meta"))
     with pytest.raises(InputError, match=r"'0\._extra_state' holds a function, which cannot be pickled"):
         fingerprint(nn.Sequential(Extra(lambda: 0)))
@@ -172,7 +172,7 @@ def test_a_quantized_network_counts_with_all_its_values():
     assert len({fingerprint(part) for seed in (0, 1) for part in quantized(seed).values()}) == 4
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*is deprecated:FutureWarning")
 def test_the_code_of_a_traced_network_counts():
     def traced(**options):
         return torch.jit.trace(network_of(**options)[:2], torch.zeros(1, 1, 8, 8))
