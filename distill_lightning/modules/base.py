@@ -65,7 +65,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
                 return {"ce": 1.0, "mse": self.beta}
 
     The annotations are what the command line reads the arguments by. A method whose terms can do with logits for each
-    position, ``(N, T, K)``, and targets ``(N, T)`` says ``per_position = True``.
+    position, ``(N, T, K)``, and targets ``(N, T)`` says ``per_position = True`` and runs the student by `respond`.
 
     This class does the rest. In training it logs ``train/loss``, ``train/<term>`` (unweighted) and, where there are
     several, ``train/<term>_share`` (weighted, as a part of the loss). In validation and test it logs the student's
@@ -141,10 +141,8 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         metrics = self.output.metrics() if metrics is None else metrics
         self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
         comparison = self.output.teacher_metrics()
-        self.val_teacher_metrics, self.test_teacher_metrics = (
-            comparison.clone(prefix="val/"),
-            comparison.clone(prefix="test/"),
-        )
+        self.val_teacher_metrics = comparison.clone(prefix="val/")
+        self.test_teacher_metrics = comparison.clone(prefix="test/")
         self.means, self.data_wait, self.evaluation = RunningMeans(), DataWait(), Evaluation()
         self.guard = Guard()
         # No teachers by default.
@@ -219,6 +217,10 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         for transform in self.transforms:
             ready = transform(ready, num_classes=self.num_classes or 0)
         return ready
+
+    def respond(self, batch: Batch) -> Tensor:
+        """The student's output for a batch; where it has positions, with the numbers of each of them last."""
+        return self.guard.laid_out(self, call(self.student, batch.input))
 
     def observe(self, name: str, value: Tensor) -> None:
         """Have a scalar of this batch logged as ``train/<name>``, beside the terms that `terms` returns.

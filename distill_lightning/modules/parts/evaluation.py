@@ -116,7 +116,7 @@ class Evaluation(Part):
         metrics = module.test_metrics.clone()
         with eval_mode(module):
             for batch in batches:
-                output = module.output.prediction(call(module, batch.input))
+                output = module.output.prediction(_tensor_of(module, batch))
                 counted = module.output.counted(output, batch)
                 selected, target = module.output.select(output, batch.target, counted)
                 metrics.update(wide(selected), target)
@@ -171,4 +171,5 @@ def _tensor_of(module: Any, batch: Batch) -> Tensor:
             f"the student ({type(module.student).__name__}) returns {type(output).__name__}, and one tensor is needed: "
             "wrap it in a module that returns that"
         )
-    return output
+    laid_out: Tensor = module.guard.laid_out(module, output)
+    return laid_out
