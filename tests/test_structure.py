@@ -156,7 +156,7 @@ ROOMS = {
         gaussian
     """,
     "layers": """
-        autoencoder batch_norm call discriminator gaussian_head modes translator wrappers
+        autoencoder batch_norm call channels discriminator gaussian_head modes translator wrappers
         feature_tap fingerprints
     """,
     "modules": """

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_one_of
+from distill_lightning.layers.channels import ChannelDims
 from distill_lightning.layers.modes import eval_mode
 from distill_lightning.layers.wrappers import named_parts, part_at, plain_name, unwrapped
 
+Channels = Literal["first", "last"]
 Modes = tuple[bool, ...]
 _Kept = tuple[Any, Tensor | None, int | None]
 """What a layer returned, a copy of it, and how often it had been written into."""
@@ -32,10 +35,16 @@ class FeatureTap:
     since, by `torch.nn.SyncBatchNorm` for example. They therefore also fire under DDP (which wraps it later) and after
     a later in-place ``network.compile()``; they keep nothing during any other forward pass.
 
+    With ``channels``, or as soon as `shapes` has seen where the network puts them, features come in one layout whatever
+    the network's own: ``(N, C, H, W)``, or ``(N, L, C)`` with one dimension of places. Before that, and with fewer
+    dimensions, they are what their layers return.
+
     Args:
         network: any module.
         layers: dotted module paths as in ``network.named_modules()``; each may be a glob (``"layer*.1.conv?"``). What
             wraps a module, ``torch.compile`` for example, has no place in them.
+        channels: the dimension of the features' channels: ``"first"``, after the batch, or ``"last"``; ``None``: that
+            of which the network's own operations tell, its convolutions, linear layers and permutations for example.
 
     Raises:
         InputError: no path, or one that matches no module (similar names are listed); on a call: a tapped module that
@@ -53,8 +62,10 @@ class FeatureTap:
         (torch.Size([5, 2]), torch.Size([5, 3]))
     """
 
-    def __init__(self, network: nn.Module, layers: str | Sequence[str]) -> None:
-        self.network = network
+    def __init__(self, network: nn.Module, layers: str | Sequence[str], *, channels: Channels | None = None) -> None:
+        if channels is not None:
+            check_one_of("channels", channels, ("first", "last"))
+        self.network, self.channels = network, channels
         self.layers = resolve_layers(network, layers)
         self._recording = False
         self._kept: dict[str, list[_Kept]] = {}
@@ -64,6 +75,8 @@ class FeatureTap:
         self._copied: set[str] = set()
         # The modules that run before a layer returns, of layers that gave no graph.
         self._before: dict[str, list[nn.Module]] = {}
+        # Where the network itself has the channels of each layer's feature.
+        self._dims: dict[str, int] = {}
         self._hook()
 
     def __repr__(self) -> str:
@@ -89,21 +102,51 @@ class FeatureTap:
             for name, feature in features.items():
                 if feature.is_floating_point() and not feature.requires_grad:
                     self._refuse_no_graph(name, inputs, named)
-        return output, features
+        return output, {name: self._laid_out(name, feature) for name, feature in features.items()}
 
     @torch.no_grad()
     def shapes(self, input_shape: Sequence[int]) -> tuple[torch.Size, dict[str, torch.Size]]:
         """Shapes of the output and of the features for one all-zero input of ``input_shape`` (without the batch).
 
-        The network is run once, in eval mode, and left as it was.
+        The network is run once, in eval mode, and left as it was. From then on features come in one layout.
+
+        Raises:
+            InputError: neither ``channels`` nor the network's operations tell where a feature has its channels.
         """
-        output, features = dry_forward(self.network, input_shape, run=self)
-        return output.shape, {name: feature.shape for name, feature in features.items()}
+        seen: dict[str, Any] = {}
+        watches = [
+            module.register_forward_hook(lambda _module, _inputs, output, name=name: seen.update({name: output}))
+            for name, (module, _) in self._hooks.items()
+        ]
+        self._dims = {}
+        try:
+            with _eager(self.network), ChannelDims() as dims:
+                output, features = dry_forward(self.network, input_shape, run=self)
+        finally:
+            for watch in watches:
+                watch.remove()
+        for name, feature in features.items():
+            dim = dims.of(seen[name])
+            if feature.ndim > 2 and self.channels is None and dim is None:
+                raise InputError(
+                    f"{type(self.network).__name__}: nothing tells which dimension of {name!r} {tuple(feature.shape)} "
+                    "holds its channels: say 'first' or 'last' with channels (of FEEDModule student_channels or "
+                    "teacher_channels)"
+                )
+            if feature.ndim > 2 and self.channels is None and dim is not None:
+                self._dims[name] = dim
+        return output.shape, {name: self._laid_out(name, feature).shape for name, feature in features.items()}
 
     def remove(self) -> None:
         """Remove the hooks from the network."""
         for _, handle in self._hooks.values():
             handle.remove()
+
+    def _laid_out(self, name: str, feature: Tensor) -> Tensor:
+        given = {"first": 1, "last": -1, None: self._dims.get(name)}[self.channels]
+        if given is None or feature.ndim < 3:
+            return feature
+        return feature.movedim(given, -1 if feature.ndim == 3 else 1)
 
     def _hook(self) -> None:
         for name in self.layers:
@@ -177,6 +220,14 @@ class FeatureTap:
             for hook in hooks:
                 hook.remove()
         return before
+
+
+@contextmanager
+def _eager(network: nn.Module) -> Iterator[None]:
+    """Compiled code shows nothing of what it does."""
+    is_compiled = any(_is_compiled(module) for module in network.modules())
+    with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+        yield
 
 
 def _version(tensor: Tensor) -> int:

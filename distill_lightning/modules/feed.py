@@ -13,6 +13,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError, check_finite
 from distill_lightning.layers import FeatureTap, resolve_layer
 from distill_lightning.layers.call import call
+from distill_lightning.layers.feature_tap import Channels
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.modules.parts.distances import Distance, FactorDistance, LogitTerm, make_translators
@@ -63,6 +64,9 @@ class FEEDModule(DistillationModule):
         num_classes: ``K``.
         student_layer: dotted path (or glob) of the student's last feature map: after its last ReLU, before pooling.
         teacher_layers: the same for the teachers: one for all, or one each; ``None``: as the student's.
+        student_channels: where that layer has its channels, ``"first"``, ``(N, C, H, W)``, or ``"last"``,
+            ``(N, H, W, C)``; ``None``: as the network's own operations tell, see `layers.FeatureTap`.
+        teacher_channels: the same for the teachers: one for all, or one each.
         beta: weight of the feature term; ``None``: the distance's own, 500 for `FactorDistance`, 1 for `HintDistance`,
             1000 for `AttentionDistance`. These belong to a mean over entries; for ``reduction="sum"`` divide them by
             the number of entries. 500 is Factor Transfer's for ``D = 4096``, and each ``L_m`` is about
@@ -77,7 +81,8 @@ class FEEDModule(DistillationModule):
         options: see `TrainingOptions`. Without an ``input_shape`` the channel counts are found at 32x32.
 
     Raises:
-        InputError: a layer that does not exist or does not give one feature map, sizes that do not match, a network
+        InputError: a layer that does not exist or does not give one feature map, channels that may be in any of its
+            dimensions, a feature without a graph (see `layers.FeatureTap`), sizes that do not match, a network
             with another number of classes, or an option out of range.
     """
 
@@ -89,6 +94,8 @@ class FEEDModule(DistillationModule):
         num_classes: int,
         student_layer: str,
         teacher_layers: str | Sequence[str] | None = None,
+        student_channels: Channels | None = None,
+        teacher_channels: Channels | Sequence[Channels | None] | None = None,
         beta: float | None = None,
         distance: Distance = FactorDistance(),
         sizes: Sizes = EqualSizes(),
@@ -108,13 +115,14 @@ class FEEDModule(DistillationModule):
             raise InputError(f"FEED: {type(distance).__name__} does not use paraphrasers: leave them out")
         features = Features(
             student_layer if teacher_layers is None else teacher_layers,
+            channels=teacher_channels,
             # Copies, so that those that were given can be trained on.
             paraphrasers=copy.deepcopy(list(paraphrasers or ())),
             size=sizes.pooled,
         )
         kd = [Softened(logit_term.temperature)] if logit_term is not None else []
         self.teachers = Teachers(teachers, ask=[features, *kd])
-        self.student_tap = FeatureTap(student, resolve_layer(student, student_layer))
+        self.student_tap = FeatureTap(student, resolve_layer(student, student_layer), channels=student_channels)
         self.probed_shape = self.input_shape or likely_input_shape(student)
         source, targets = self._shapes(features)
         self.teacher_weights = [1.0] * len(targets) if teacher_weights is None else [float(w) for w in teacher_weights]

@@ -14,6 +14,7 @@ from distill_lightning import functional
 from distill_lightning.errors import InputError
 from distill_lightning.layers import FeatureTap, freeze, resolve_layer
 from distill_lightning.layers.call import call
+from distill_lightning.layers.feature_tap import Channels
 from distill_lightning.outputs import Categorical
 
 
@@ -158,14 +159,27 @@ class TeacherEnsemble(nn.Module):
         """Every teacher's logits, ``(M, N, K)``, without a graph."""
         return torch.stack(self.each(inputs))
 
-    def tapped(self, layers: Sequence[str]) -> list[FeatureTap]:
+    def tapped(
+        self, layers: Sequence[str], channels: Channels | Sequence[Channels | None] | None = None
+    ) -> list[FeatureTap]:
         """A tap of one layer in each network.
 
+        Args:
+            layers: of each network.
+            channels: see `layers.FeatureTap`; one for all, or one each.
+
         Raises:
-            InputError: a layer that does not exist.
+            InputError: a layer that does not exist, or another number of ``channels`` than of networks.
         """
-        pairs = zip(self.networks, layers, strict=True)
-        return [FeatureTap(network, resolve_layer(network, layer)) for network, layer in pairs]
+        each = [channels] * len(self) if channels is None or isinstance(channels, str) else list(channels)
+        if len(each) != len(self):
+            raise InputError(
+                f"channels of {len(each)} features for {len(self)} teachers: give one for all, or one each"
+            )
+        return [
+            FeatureTap(network, resolve_layer(network, layer), channels=one)
+            for network, layer, one in zip(self.networks, layers, each, strict=True)
+        ]
 
     def _converted(self, inputs: Any) -> Any:
         if self.dtype is None:

@@ -87,7 +87,7 @@ class Teachers(Frozen):
         super().__init__([*own, *(network for question in ask for network in question.networks())])
         for question in self.questions:
             if isinstance(question, Features) and self.ensemble is not None:
-                self.taps = self.ensemble.tapped(question.layer_of_each(len(self)))
+                self.taps = self.ensemble.tapped(question.layer_of_each(len(self)), question.channels)
 
     def __len__(self) -> int:
         return 0 if self.ensemble is None else len(self.ensemble)
