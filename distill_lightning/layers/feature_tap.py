@@ -125,22 +125,25 @@ class FeatureTap:
         finally:
             for watch in watches:
                 watch.remove()
-        for name, feature in features.items():
-            dim = dims.of(seen[name])
-            if feature.ndim > 2 and self.channels is None and dim is None:
-                raise InputError(
-                    f"{type(self.network).__name__}: nothing tells which dimension of {name!r} {tuple(feature.shape)} "
-                    "holds its channels: say 'first' or 'last' with channels (of FEEDModule student_channels or "
-                    "teacher_channels)"
-                )
-            if feature.ndim > 2 and self.channels is None and dim is not None:
-                self._dims[name] = dim
-        return output.shape, {name: self._laid_out(name, feature).shape for name, feature in features.items()}
+        if self.channels is None:
+            for name, feature in features.items():
+                if feature.ndim > 2:
+                    self._dims[name] = self._known_dim(name, dims.of(seen[name]), feature.shape)
+            features = {name: self._laid_out(name, feature) for name, feature in features.items()}
+        return output.shape, {name: feature.shape for name, feature in features.items()}
 
     def remove(self) -> None:
         """Remove the hooks from the network."""
         for _, handle in self._hooks.values():
             handle.remove()
+
+    def _known_dim(self, name: str, dim: int | None, shape: Sequence[int]) -> int:
+        if dim is None:
+            raise InputError(
+                f"{type(self.network).__name__}: nothing tells which dimension of {name!r} {tuple(shape)} holds its "
+                "channels: say 'first' or 'last' with channels (of FEEDModule student_channels or teacher_channels)"
+            )
+        return dim
 
     def _laid_out(self, name: str, feature: Tensor) -> Tensor:
         given = {"first": 1, "last": -1, None: self._dims.get(name)}[self.channels]
