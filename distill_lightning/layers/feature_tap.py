@@ -141,7 +141,7 @@ class FeatureTap:
         if dim is None:
             raise InputError(
                 f"{type(self.network).__name__}: nothing tells which dimension of {name!r} {tuple(shape)} holds its "
-                "channels: say 'first' or 'last' with channels (of FEEDModule student_channels or teacher_channels)"
+                "channels: say so with channels='first' or 'last'"
             )
         return dim
 

@@ -92,7 +92,7 @@ def _values(network: nn.Module) -> dict[str, Any]:
     for name, layer in parametrized.items():
         prefix = f"{plain_name(network, name)}." if name else ""
         # A ModuleDict of a ParametrizationList for each parametrized tensor.
-        found |= {f"{prefix}{tensor}": getattr(layer, tensor) for tensor in layer.parametrizations}  # type: ignore[operator, union-attr]
+        found |= {f"{prefix}{tensor}": getattr(layer, tensor) for tensor in layer.parametrizations}  # type: ignore[union-attr]
     return found
 
 
@@ -115,8 +115,8 @@ def _add(digest: _Hash, name: str, value: Any) -> None:
         _add(digest, name, value.__getstate__())
     elif isinstance(value, (Mapping, list, tuple)):
         digest.update(f"{type(value).__name__} {len(value)} ".encode())
-        for part in value.items() if isinstance(value, Mapping) else value:
-            _add(digest, name, part)
+        for inner in value.items() if isinstance(value, Mapping) else value:
+            _add(digest, name, inner)
     elif isinstance(value, (set, frozenset)):
         # Their order is another one in every process.
         _add(digest, name, sorted(map(repr, value)))
@@ -129,11 +129,12 @@ def _plain_tensors(name: str, tensor: Tensor) -> Iterator[Tensor]:
     if is_lazy(tensor) or tensor.is_meta:
         raise InputError(f"{name!r} has no value yet: run the network once, or load its weights")
     tensor = tensor.detach()
-    if is_traceable_wrapper_subclass(tensor):
-        inner, context = tensor.__tensor_flatten__()
+    subclass: Any = tensor
+    if is_traceable_wrapper_subclass(subclass):
+        inner, context = subclass.__tensor_flatten__()
         yield torch.frombuffer(bytearray(repr(context).encode()), dtype=torch.uint8)
         for part in inner:
-            yield from _plain_tensors(name, getattr(tensor, part))
+            yield from _plain_tensors(name, getattr(subclass, part))
     elif tensor.is_quantized:
         yield tensor.int_repr()
         yield tensor.dequantize()

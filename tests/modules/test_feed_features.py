@@ -77,7 +77,7 @@ def test_channels_last_features_are_compared_as_the_same_ones_with_channels_firs
         options = {}
         if told:
             layouts = {True: "last", False: "first"}
-            options = {"student_channels": layouts[last_student], "teacher_channels": layouts[last_teacher]}
+            options = {"channels": [layouts[last_student], layouts[last_teacher]]}
         networks = Net(last=last_student, wild=told), Net(last=last_teacher, wild=told, seed=1)
         module = feed(*networks, distance, **options)
         terms = module.terms(module.prepared(batch_of()))
@@ -89,12 +89,16 @@ def test_channels_last_features_are_compared_as_the_same_ones_with_channels_firs
 
 
 def test_channels_that_may_be_anywhere_are_refused():
-    message = r"Net: nothing tells which dimension of 'body' \(1, 4, 4, 4\) holds its channels.*student_channels"
+    message = r"Net: nothing tells which dimension of 'body' \(1, 4, 4, 4\) holds its channels: say so with channels="
     for networks in ((Net(wild=True), Net()), (Net(), Net(wild=True))):
         with pytest.raises(InputError, match=message):
             feed(*networks, HintDistance())
     with pytest.raises(InputError, match="channels of 2 features for 1 teachers"):
-        feed(Net(), Net(), HintDistance(), teacher_channels=["last", "first"])
+        feed(Net(), Net(), HintDistance(), channels=["first", "last", "first"])
+    with pytest.raises(InputError, match="FEED: channels is empty"):
+        feed(Net(), Net(), HintDistance(), channels=[])
+    module = feed(Net(last=True, wild=True), Net(last=True, wild=True, seed=1), HintDistance(), channels="last")
+    assert module._channels == SIZE
 
 
 def test_a_transformers_map_has_the_channels_that_it_has():
