@@ -158,8 +158,8 @@ ROOMS = {
         gaussian
     """,
     "layers": """
-        autoencoder batch_norm call discriminator gaussian_head modes translator
-        feature_tap
+        autoencoder batch_norm call channels discriminator gaussian_head modes translator wrappers
+        feature_tap fingerprints
     """,
     "modules": """
         options

@@ -22,7 +22,8 @@ from distill_lightning import functional
 from distill_lightning.callbacks.figures import log_figure
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError, check_finite
-from distill_lightning.layers import FeatureTap, Paraphraser, Translator, freeze, resolve_layer, uncompiled
+from distill_lightning.layers import FeatureTap, Paraphraser, Translator, freeze, resolve_layer, unwrapped
+from distill_lightning.layers.feature_tap import Channels
 from distill_lightning.lightning_internals import TrainersBatches, drawing_parts, undrawn
 from distill_lightning.plots import reconstruction_errors
 
@@ -74,6 +75,9 @@ class ReconstructionErrorProbe(pl.Callback):
         kind: ``"self"`` or ``"teacher"``.
         control: a network to compare with, of the student's architecture.
         teacher_layers: the same for the teachers: one path for all, or one each; ``None`` for ``layer``.
+        channels: where ``layer`` has its channels, ``"first"`` or ``"last"``; ``None``: as the networks' own operations
+            tell, see `layers.FeatureTap`.
+        teacher_channels: the same for the teachers, for all; ``None`` for ``channels``.
         epochs: epochs of the probes' training.
         rate: channels in the autoencoders' bottleneck per channel of the feature.
         beta: the factor of ``L_m`` in the translators' training (not in the table); the default is FEED's.
@@ -94,6 +98,8 @@ class ReconstructionErrorProbe(pl.Callback):
         kind: Literal["self", "teacher"] = "self",
         control: nn.Module | None = None,
         teacher_layers: str | Sequence[str] | None = None,
+        channels: Channels | None = None,
+        teacher_channels: Channels | None = None,
         epochs: int = 5,
         rate: float = 0.5,
         beta: float = 500.0,
@@ -109,6 +115,7 @@ class ReconstructionErrorProbe(pl.Callback):
             raise InputError(f"epochs and beta must be positive, got {epochs} and {beta}")
         self.layer, self.kind, self.control, self.teacher_layers = layer, kind, control, teacher_layers
         self.epochs, self.rate, self.beta, self.optimizer, self.seed = epochs, rate, beta, optimizer, seed
+        self.channels, self.teacher_channels = channels, channels if teacher_channels is None else teacher_channels
         self.table: list[dict[str, Any]] = []
         self.figure: Figure | None = None
 
@@ -212,7 +219,11 @@ class ReconstructionErrorProbe(pl.Callback):
             raise InputError(f"{len(paths)} teacher_layers for {len(teachers)} teachers: give one for all, or one each")
         layers = dict.fromkeys(networks, self.layer) | dict(zip(teachers, paths, strict=True))
         return {
-            name: FeatureTap(network, resolve_layer(network, layers[name]))
+            name: FeatureTap(
+                network,
+                resolve_layer(network, layers[name]),
+                channels=self.teacher_channels if name in teachers else self.channels,
+            )
             for name, network in {**networks, **teachers}.items()
         }
 
@@ -287,7 +298,7 @@ class _Probe(nn.Module):
 
 
 def _copy(network: nn.Module, device: torch.device) -> nn.Module:
-    return freeze(copy.deepcopy(uncompiled(network)).float().to(device))
+    return freeze(copy.deepcopy(unwrapped(network)).float().to(device))
 
 
 def _device(network: nn.Module) -> torch.device:

@@ -5,9 +5,11 @@ from distill_lightning.layers.batch_norm import kept_statistics
 from distill_lightning.layers.call import call, only_output, outputs_of
 from distill_lightning.layers.discriminator import Discriminator, DiscriminatorKind
 from distill_lightning.layers.feature_tap import FeatureTap, dry_forward, resolve_layer, resolve_layers
+from distill_lightning.layers.fingerprints import fingerprint, structure
 from distill_lightning.layers.gaussian_head import GaussianHead
-from distill_lightning.layers.modes import eval_mode, fingerprint, freeze, uncompiled, wake
+from distill_lightning.layers.modes import eval_mode, freeze, is_exported, uncompiled, wake
 from distill_lightning.layers.translator import Paraphraser, Translator
+from distill_lightning.layers.wrappers import named_parts, plain_name, unwrapped
 
 __all__ = [
     "Discriminator",
@@ -23,11 +25,16 @@ __all__ = [
     "eval_mode",
     "fingerprint",
     "freeze",
+    "is_exported",
     "kept_statistics",
+    "named_parts",
     "only_output",
     "outputs_of",
+    "plain_name",
     "resolve_layer",
     "resolve_layers",
+    "structure",
     "uncompiled",
+    "unwrapped",
     "wake",
 ]

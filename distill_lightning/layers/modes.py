@@ -1,20 +1,26 @@
-"""Networks in eval mode, for good or for a while; without their compilation; and whether one has stayed the same."""
+"""Networks in eval mode, for good or for a while; and without their compilation."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
 from torch import nn
+from torch.fx import GraphModule
+
+from distill_lightning.errors import InputError
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def freeze(module: ModuleT) -> ModuleT:
     """Put a network in eval mode and switch its gradients off; the same network is returned.
+
+    What `torch.export` has made computes for good in the mode that it was exported in, which must be eval mode.
+
+    Raises:
+        InputError: it was exported in train mode.
 
     Example:
         >>> from torch import nn
@@ -23,7 +29,60 @@ def freeze(module: ModuleT) -> ModuleT:
         >>> network.training, network.weight.requires_grad
         (False, False)
     """
+    for name, part in module.named_modules():
+        if is_exported(part):
+            _refuse_train_mode(name, part)
+            # Nothing hangs on the flags that are left.
+            del part.train, part.eval
     return module.eval().requires_grad_(requires_grad=False)
+
+
+def is_exported(network: nn.Module) -> bool:
+    """Whether `torch.export` has made this module, and it can be put in no other mode.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.layers import is_exported
+        >>> is_exported(nn.Linear(2, 2))
+        False
+    """
+    if not isinstance(network, GraphModule) or "eval" not in vars(network):
+        return False
+    try:
+        network.eval()
+    except NotImplementedError:
+        return True
+    return False
+
+
+def refuse_exported(who: str, network: nn.Module) -> None:
+    """Refuse a network that is to be trained, and has a part that `torch.export` has made.
+
+    Args:
+        who: the network is, for the message.
+        network: that is to be trained.
+
+    Raises:
+        InputError: there is such a part.
+    """
+    for name, part in network.named_modules():
+        if is_exported(part):
+            raise InputError(
+                f"{who}{name and f', in its {name!r},'} was made by torch.export, which fixes the mode that it is in: "
+                "give the network that was exported"
+            )
+
+
+def _refuse_train_mode(name: str, exported: nn.Module) -> None:
+    for node in exported.graph.nodes:  # type: ignore[union-attr]
+        schema = getattr(node.target, "_schema", None)
+        names = [argument.name for argument in schema.arguments] if schema is not None else []
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        if given.get("train") is True or given.get("training") is True:
+            raise InputError(
+                f"{name or 'the network'} was exported in train mode ({node.target}), and a frozen network must "
+                "compute in eval mode: call network.eval() before torch.export.export"
+            )
 
 
 def wake(network: nn.Module) -> None:
@@ -87,25 +146,3 @@ def uncompiled(network: nn.Module) -> nn.Module:
     """
     plain: nn.Module = getattr(network, "_orig_mod", network)
     return plain
-
-
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of a module's parameters and buffers, persistent or not: names, types, shapes and every byte.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from distill_lightning.layers import fingerprint
-        >>> network = nn.Linear(2, 2)
-        >>> before = fingerprint(network)
-        >>> with torch.no_grad():
-        ...     weight = network.weight.add_(1)
-        >>> fingerprint(network) == before
-        False
-    """
-    digest = hashlib.sha256()
-    for name, tensor in {**module.state_dict(), **dict(module.named_buffers())}.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        # The view as bytes covers types that numpy lacks (bfloat16).
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -17,6 +17,7 @@ from distill_lightning.data.transforms import BatchTransform
 from distill_lightning.errors import InputError
 from distill_lightning.layers import dry_forward, wake
 from distill_lightning.layers.call import call, only_output
+from distill_lightning.layers.modes import refuse_exported
 from distill_lightning.lightning_internals import place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts import checkpoints
@@ -64,7 +65,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
                 return {"ce": 1.0, "mse": self.beta}
 
     The annotations are what the command line reads the arguments by. A method whose terms can do with logits for each
-    position, ``(N, T, K)``, and targets ``(N, T)`` says ``per_position = True``.
+    position, ``(N, T, K)``, and targets ``(N, T)`` says ``per_position = True`` and runs the student by `respond`.
 
     This class does the rest. In training it logs ``train/loss``, ``train/<term>`` (unweighted) and, where there are
     several, ``train/<term>_share`` (weighted, as a part of the loss). In validation and test it logs the student's
@@ -131,6 +132,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         unfit = [type(transform).__name__ for transform in transforms if transform.needs_classes]
         if unfit and self.num_classes is None:
             raise InputError(f"{type(self).__name__}: {', '.join(unfit)} need a classifier's batches: leave them out")
+        refuse_exported(f"{type(self).__name__}: the student", student)
         self.student = student.to(memory_format=torch.channels_last) if channels_last else student
         self.input_shape = None if input_shape is None else tuple(input_shape)
         if self.input_shape is not None:
@@ -142,10 +144,8 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         metrics = self.output.metrics() if metrics is None else metrics
         self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
         comparison = self.output.teacher_metrics()
-        self.val_teacher_metrics, self.test_teacher_metrics = (
-            comparison.clone(prefix="val/"),
-            comparison.clone(prefix="test/"),
-        )
+        self.val_teacher_metrics = comparison.clone(prefix="val/")
+        self.test_teacher_metrics = comparison.clone(prefix="test/")
         self.means, self.data_wait, self.evaluation = RunningMeans(), DataWait(), Evaluation()
         self.guard = Guard()
         # No teachers by default.
@@ -221,6 +221,10 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         for transform in self.transforms:
             ready = transform(ready, num_classes=self.num_classes or 0)
         return ready
+
+    def respond(self, batch: Batch) -> Tensor:
+        """The student's output for a batch; where it has positions, with the numbers of each of them last."""
+        return self.guard.laid_out(self, call(self.student, batch.input))
 
     def observe(self, name: str, value: Tensor) -> None:
         """Have a scalar of this batch logged as ``train/<name>``, beside the terms that `terms` returns.

@@ -15,7 +15,6 @@ from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.steps import Step
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError, check_finite
-from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.teachers import Softened, Teachers, TeacherStore
@@ -127,7 +126,7 @@ class CompressionBaseline(DistillationModule):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The labels' cross entropy and, under a teacher, the divergence from its prediction."""
-        logits = call(self.student, batch.input)
+        logits = self.respond(batch)
         if not self.teachers:
             return {"ce": self.output.label_loss(logits, batch)}
         teacher = self.teachers.probabilities(batch)

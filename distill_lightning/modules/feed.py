@@ -13,6 +13,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError, check_finite
 from distill_lightning.layers import FeatureTap, resolve_layer
 from distill_lightning.layers.call import outputs_of
+from distill_lightning.layers.feature_tap import Channels
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.modules.parts.distances import Distance, FactorDistance, LogitTerm, make_translators
@@ -63,6 +64,9 @@ class FEEDModule(DistillationModule):
         num_classes: ``K``.
         student_layer: dotted path (or glob) of the student's last feature map: after its last ReLU, before pooling.
         teacher_layers: the same for the teachers: one for all, or one each; ``None``: as the student's.
+        channels: where those layers have their channels, ``"first"``, ``(N, C, H, W)``, or ``"last"``,
+            ``(N, H, W, C)``: one for all networks, or one each, the student's and then the teachers'; ``None``: as the
+            network's own operations tell, see `layers.FeatureTap`.
         beta: weight of the feature term; ``None``: the distance's own, 500 for `FactorDistance`, 1 for `HintDistance`,
             1000 for `AttentionDistance`. These belong to a mean over entries; for ``reduction="sum"`` divide them by
             the number of entries. 500 is Factor Transfer's for ``D = 4096``, and each ``L_m`` is about
@@ -77,7 +81,8 @@ class FEEDModule(DistillationModule):
         options: see `TrainingOptions`. Without an ``input_shape`` the channel counts are found at 32x32.
 
     Raises:
-        InputError: a layer that does not exist or does not give one feature map, sizes that do not match, a network
+        InputError: a layer that does not exist or does not give one feature map, channels that may be in any of its
+            dimensions, a feature without a graph (see `layers.FeatureTap`), sizes that do not match, a network
             with another number of classes, or an option out of range.
     """
 
@@ -89,6 +94,7 @@ class FEEDModule(DistillationModule):
         num_classes: int,
         student_layer: str,
         teacher_layers: str | Sequence[str] | None = None,
+        channels: Channels | Sequence[Channels | None] | None = None,
         beta: float | None = None,
         distance: Distance = FactorDistance(),
         sizes: Sizes = EqualSizes(),
@@ -106,15 +112,17 @@ class FEEDModule(DistillationModule):
         self.teacher_reduction = teacher_reduction
         if paraphrasers and distance.translator is None:
             raise InputError(f"FEED: {type(distance).__name__} does not use paraphrasers: leave them out")
+        own, others = (channels, channels) if channels is None or isinstance(channels, str) else _split(channels)
         features = Features(
             student_layer if teacher_layers is None else teacher_layers,
+            channels=others,
             # Copies, so that those that were given can be trained on.
             paraphrasers=copy.deepcopy(list(paraphrasers or ())),
             size=sizes.pooled,
         )
         kd = [Softened(logit_term.temperature)] if logit_term is not None else []
         self.teachers = Teachers(teachers, ask=[features, *kd])
-        self.student_tap = FeatureTap(student, resolve_layer(student, student_layer))
+        self.student_tap = FeatureTap(student, resolve_layer(student, student_layer), channels=own)
         self.probed_shape = self.input_shape or likely_input_shape(student)
         source, targets = self._shapes(features)
         self.teacher_weights = [1.0] * len(targets) if teacher_weights is None else [float(w) for w in teacher_weights]
@@ -208,3 +216,9 @@ class FEEDModule(DistillationModule):
             )
             targets.append(asked.shape_of(number, shape) if self.teachers.taps else shape)
         return source, targets
+
+
+def _split(channels: Sequence[Channels | None]) -> tuple[Channels | None, Sequence[Channels | None]]:
+    if not channels:
+        raise InputError("FEED: channels is empty: name the student's and then the teachers', or leave it out")
+    return channels[0], channels[1:]

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.teachers import Given, Softened, Teachers
@@ -71,7 +70,7 @@ class KDModule(DistillationModule):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The labels' likelihood and the divergence from the teachers' one distribution."""
-        output = call(self.student, batch.input)
+        output = self.respond(batch)
         teacher = self.teachers.distribution(batch)
         # Labels that have no weight may be missing.
         label = {self.output.label_term: self.output.label_loss(output, batch)} if self.hard_label_weight else {}

@@ -15,6 +15,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import FeatureTap, Paraphraser, wake
+from distill_lightning.layers.feature_tap import Channels
 from distill_lightning.lightning_internals import summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts.checkpoints import (
@@ -60,6 +61,8 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
         teachers: a network, several, or a `TeacherEnsemble`.
         layers: dotted path (or glob) of the teachers' feature map, the layer that `FEEDModule` will tap: one for all,
             or one each.
+        channels: where these layers have their channels, ``"first"`` or ``"last"``: one for all, or one each; ``None``:
+            as the networks' own operations tell, see `layers.FeatureTap`.
         rate: factor channels per channel.
         batch_norm: BatchNorm in the paraphrasers.
         input_shape: shape of one input, ``(C, H, W)``; ``None``: the first convolution's channels at 32x32. One forward
@@ -79,6 +82,7 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
         teachers: nn.Module | Sequence[nn.Module],
         *,
         layers: str | Sequence[str],
+        channels: Channels | Sequence[Channels | None] | None = None,
         rate: float = 0.5,
         batch_norm: bool = False,
         input_shape: Sequence[int] | None = None,
@@ -92,7 +96,7 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
         paths = [layers] * len(ensemble) if isinstance(layers, str) else list(layers)
         if len(paths) != len(ensemble):
             raise InputError(f"{len(paths)} layers for {len(ensemble)} teachers: give one for all, or one each")
-        self.taps = ensemble.tapped(paths)
+        self.taps = ensemble.tapped(paths, channels)
         self.paraphrasers = nn.ModuleList(
             Paraphraser(_channels(number, tap, input_shape), rate=rate, batch_norm=batch_norm)
             for number, tap in enumerate(self.taps)

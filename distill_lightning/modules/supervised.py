@@ -38,7 +38,7 @@ class SupervisedModule(DistillationModule):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The labels' negative log-likelihood, mean over the batch."""
-        return {self.output.label_term: self.output.label_loss(call(self.student, batch.input), batch)}
+        return {self.output.label_term: self.output.label_loss(self.respond(batch), batch)}
 
     def weights(self) -> dict[str, float]:
         """One."""

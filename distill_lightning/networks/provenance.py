@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 from torch import nn
 
 from distill_lightning.errors import InputError
+from distill_lightning.layers import unwrapped
 
 P = ParamSpec("P")
 NetworkClass = TypeVar("NetworkClass", bound=type[nn.Module])
@@ -28,7 +29,7 @@ def recipe_of(network: nn.Module) -> Recipe | None:
         >>> recipe_of(SmallCNN(num_classes=10))
         {'factory': 'SmallCNN', 'arguments': {'num_classes': 10, 'in_channels': 1, 'width': 24}}
     """
-    recipe: Recipe | None = network.__dict__.get("_recipe")
+    recipe: Recipe | None = unwrapped(network).__dict__.get("_recipe")
     return recipe
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill_lightning.errors import InputError
-from distill_lightning.layers import uncompiled
+from distill_lightning.layers import unwrapped
 
 
 def read_weights(path: Path, *, part: str | None = None) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ def write_weights(network: nn.Module, path: Path) -> Path:
     """
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise InputError(f"weights are written as .safetensors, .pt or .pth, got {path.name!r}")
-    plain = uncompiled(network)
+    plain = unwrapped(network)
     # Clones, because safetensors refuses tied weights, and torch.save would write a view's whole storage.
     state = {name: value.detach().cpu().clone().contiguous() for name, value in plain.state_dict().items()}
     if path.suffix == ".safetensors":

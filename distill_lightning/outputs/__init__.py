@@ -21,8 +21,8 @@ def output_of(who: str, num_classes: int | None, num_targets: int | None) -> Out
 
     Example:
         >>> from distill_lightning.outputs import output_of
-        >>> output_of("KDModule", 10, None)
-        Categorical(num_classes=10)
+        >>> output_of("KDModule", 10, None).num_classes
+        10
         >>> output_of("KDModule", None, 3).num_targets
         3
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,17 @@ from distill_lightning.outputs.output import Output
 class Categorical(Output):
     """Logits ``(N, K)`` of classes, or ``(N, T, K)`` where each position has one; distributions are probabilities.
 
+    Any number of dimensions may stand in the place of ``T``. Everything here but `check` reads the classes from the
+    last one, to which `laid_out` brings them.
+
     Args:
         num_classes: ``K``.
+        class_dim: where networks that predict positions have the classes: ``"last"``, ``(N, T, K)``; ``"second"``,
+            ``(N, K, T)`` or ``(N, K, H, W)``, as `torch.nn.CrossEntropyLoss` does; ``None``: last, and where the
+            second dimension has ``K`` entries, too, the first output is refused.
 
     Raises:
-        InputError: fewer than two classes.
+        InputError: fewer than two classes, or an unknown dimension.
 
     Example:
         >>> import torch
@@ -41,6 +48,7 @@ class Categorical(Output):
     """
 
     num_classes: int
+    class_dim: Literal["last", "second"] | None = None
 
     name = "probabilities"
     label_term = "ce"
@@ -50,10 +58,25 @@ class Categorical(Output):
         """Check the number of classes."""
         if self.num_classes < 2:
             raise InputError(f"num_classes must be at least 2, got {self.num_classes}")
+        if self.class_dim is not None:
+            self.check_known(class_dim=("last", "second"))
+
+    def needs_layout(self, shape: Sequence[int]) -> str:
+        """Where the classes stand, if they may be in the second dimension as well as in the last."""
+        if self.class_dim is not None or len(shape) < 3 or not shape[1] == shape[-1] == self.num_classes:
+            return ""
+        return (
+            f"{self.num_classes} entries in its second and in its last dimension: say which are the classes, "
+            f"output=Categorical({self.num_classes}, class_dim='last') or class_dim='second'"
+        )
+
+    def laid_out(self, output: Tensor) -> Tensor:
+        """``(N, K)`` as it is, ``(N, T, K)`` of any layout."""
+        return output.movedim(1, -1) if self.class_dim == "second" and output.ndim > 2 else output
 
     def check(self, who: str, network: nn.Module, shape: Sequence[int], *, per_position: bool = False) -> None:
-        """The last dimension must be ``K``, and the only one unless ``per_position``."""
-        if len(shape) > 2 and shape[-1] == self.num_classes:
+        """The last dimension, or that of ``class_dim``, must be ``K``, and the only one unless ``per_position``."""
+        if len(shape) > 2 and shape[1 if self.class_dim == "second" else -1] == self.num_classes:
             if not per_position:
                 raise InputError(
                     f"{who} ({type(network).__name__}) predicts a class for each position, {tuple(shape)}: "
@@ -61,9 +84,11 @@ class Categorical(Output):
                 )
         elif len(shape) != 2 or shape[1] != self.num_classes:
             found = f"{shape[1]} classes" if len(shape) == 2 else f"an output of shape {tuple(shape)}"
+            is_second = len(shape) > 2 and self.class_dim is None and shape[1] == self.num_classes
+            way_out = f"output=Categorical({self.num_classes}, class_dim='second')" if is_second else ""
             raise InputError(
                 f"{who} ({type(network).__name__}) has {found} where num_classes={self.num_classes} is needed: "
-                "build it with the data's number of classes"
+                f"{way_out and f'give {way_out}, or '}build it with the data's number of classes"
             )
 
     def check_values(self, who: str, output: Tensor) -> None:

@@ -53,6 +53,18 @@ class Output(Choice):
             InputError: it does not fit.
         """
 
+    def needs_layout(self, shape: Sequence[int]) -> str:
+        """What must be said about an output of this shape, which can be read in more than one way; else nothing."""
+        return ""
+
+    def laid_out(self, output: Tensor) -> Tensor:
+        """A network's output with the numbers of each position in its last dimension, where all else seeks them.
+
+        Args:
+            output: as the network gives it.
+        """
+        return output
+
     def check_teacher(self, who: str, network: nn.Module, shape: Sequence[int], *, per_position: bool = False) -> None:
         """Look at the shape of a teacher's output; arguments and errors as `check`."""
         self.check(who, network, shape, per_position=per_position)

@@ -14,6 +14,7 @@ from distill_lightning import functional
 from distill_lightning.errors import InputError
 from distill_lightning.layers import FeatureTap, freeze, resolve_layer
 from distill_lightning.layers.call import call, outputs_of
+from distill_lightning.layers.feature_tap import Channels
 from distill_lightning.outputs import Categorical
 
 
@@ -152,24 +153,36 @@ class TeacherEnsemble(nn.Module):
         with torch.inference_mode():
             outputs = [(call if isinstance(run, nn.Module) else outputs_of)(run, inputs) for run in runs]
         # Losses save the answers for backward, which autograd refuses for a tensor that was made in inference mode.
-        return [tree_map_only(Tensor, Tensor.clone, output) for output in outputs]
+        return [tree_map_only(Tensor, _ordinary, output) for output in outputs]
 
     def logits(self, inputs: Any) -> Tensor:
         """Every teacher's logits, ``(M, N, K)``, without a graph."""
         return torch.stack(self.each(inputs))
 
-    def tapped(self, layers: Sequence[str]) -> list[FeatureTap]:
+    def tapped(
+        self, layers: Sequence[str], channels: Channels | Sequence[Channels | None] | None = None
+    ) -> list[FeatureTap]:
         """A tap of one layer in each network.
 
-        Raises:
-            InputError: a layer that does not exist; the message names the teacher.
-        """
-        return [self._tap(number, layer) for number, layer in enumerate(layers)]
+        Args:
+            layers: of each network.
+            channels: see `layers.FeatureTap`; one for all, or one each.
 
-    def _tap(self, number: int, layer: str) -> FeatureTap:
+        Raises:
+            InputError: a layer that does not exist, by a message that names the teacher, or another number of
+                ``channels`` than of networks.
+        """
+        each = [channels] * len(self) if channels is None or isinstance(channels, str) else list(channels)
+        if len(each) != len(self):
+            raise InputError(
+                f"channels of {len(each)} features for {len(self)} teachers: give one for all, or one each"
+            )
+        return [self._tap(number, *pair) for number, pair in enumerate(zip(layers, each, strict=True))]
+
+    def _tap(self, number: int, layer: str, channels: Channels | None) -> FeatureTap:
         network = self.networks[number]
         try:
-            return FeatureTap(network, resolve_layer(network, layer))
+            return FeatureTap(network, resolve_layer(network, layer), channels=channels)
         except InputError as error:
             way_out = ": unlike teachers need teacher_layers with one layer each" if len(self) > 1 else ""
             raise InputError(f"teacher {number}: {error}{way_out}") from error
@@ -193,3 +206,8 @@ class TeacherEnsemble(nn.Module):
         probs = self.probabilities(inputs)
         # A probability that underflowed to zero would be an infinite logit.
         return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
+
+
+def _ordinary(answer: Tensor) -> Tensor:
+    """A tensor that is nobody else's; features have been copied where they were tapped."""
+    return answer.clone() if answer.is_inference() else answer

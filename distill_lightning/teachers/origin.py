@@ -16,7 +16,7 @@ from distill_lightning.choices import plain
 from distill_lightning.data.batch import Batch, tensors_of
 from distill_lightning.data.fingerprint import loader_fingerprint
 from distill_lightning.errors import InputError
-from distill_lightning.layers import fingerprint
+from distill_lightning.layers import fingerprint, structure
 
 if TYPE_CHECKING:
     from distill_lightning.teachers.store import TeacherStore
@@ -134,7 +134,7 @@ def _made_by(module: Any, teachers: Teachers, data: Any, loader: Any, precision:
         )
     if teachers.ensemble is not None:
         # The weights do not tell a stride, or the size that an AdaptedInput brings its input to.
-        known["teachers"] = [_digest_of(fingerprint(network), repr(network)) for network in teachers]
+        known["teachers"] = [_digest_of(fingerprint(network), structure(network)) for network in teachers]
         known["precision"] = precision
         known["ensemble"] = teachers.rule._asdict()
     known["transforms"] = [_options_of(transform) for transform in module.transforms if transform.changes_inputs]

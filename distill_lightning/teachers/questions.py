@@ -13,6 +13,7 @@ from distill_lightning import functional
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import positive, wide
 from distill_lightning.layers import Paraphraser, fingerprint
+from distill_lightning.layers.feature_tap import Channels
 from distill_lightning.outputs import Output
 from distill_lightning.teachers.ensemble import EnsembleRule
 
@@ -119,6 +120,9 @@ class Features(Question):
     Args:
         layers: dotted path (or glob) of the tapped layer: one for all teachers, or one each.
         paraphrasers: trained `Paraphraser` networks, one per teacher, whose codes are then the features.
+        channels: where the tapped layers have their channels, ``"first"`` or ``"last"``: one for all teachers, or one
+            each; ``None``: as their own operations tell when `Teachers.shapes` is asked. Features come as
+            ``(N, C, H, W)``, or ``(N, L, C)``.
         size: rows and columns that each feature map is brought to by adaptive average pooling; ``None``: it stays.
 
     Raises:
@@ -134,16 +138,22 @@ class Features(Question):
     """
 
     needs_features = True
-    OF_NETWORKS = ("layers", "paraphrasers")
+    OF_NETWORKS = ("layers", "channels", "paraphrasers")
     """What `describe` tells of the teachers and their paraphrasers, which a store without networks knows itself."""
 
     def __init__(
-        self, layers: str | Sequence[str], *, paraphrasers: Sequence[nn.Module] = (), size: int | None = None
+        self,
+        layers: str | Sequence[str],
+        *,
+        channels: Channels | Sequence[Channels | None] | None = None,
+        paraphrasers: Sequence[nn.Module] = (),
+        size: int | None = None,
     ) -> None:
         if not all(isinstance(one, Paraphraser) for one in paraphrasers):
             raise InputError("paraphrasers must be layers.Paraphraser networks, trained beforehand")
         self.layers: list[str] | str = layers if isinstance(layers, str) else list(layers)
         self.paraphrasers: list[Paraphraser] = [one for one in paraphrasers if isinstance(one, Paraphraser)]
+        self.channels = channels if channels is None or isinstance(channels, str) else list(channels)
         self.size = size
 
     def answers(self, given: TeacherOutputs) -> dict[str, Tensor]:
@@ -184,10 +194,11 @@ class Features(Question):
         return tuple(shape) if self.size is None else (*shape[:2], self.size, self.size)
 
     def describe(self) -> dict[str, Any]:
-        """Size, layers and paraphrasers."""
+        """Size, layers, their channels and paraphrasers."""
         return {
             "feature_size": self.size,
             "layers": self.layers,
+            "channels": self.channels,
             "paraphrasers": fingerprint(nn.ModuleList(self.paraphrasers)),
         }
 

@@ -81,11 +81,13 @@ class Teachers(Frozen):
         self.heard: Sequence[Tensor] = ()
         """What each network has just given for a batch, until the batch ends."""
         self._last: tuple[Batch, dict[str, Any], dict[str, Tensor] | None] | None = None
+        # Those whose outputs for positions could be read in one way alone.
+        self._known_layouts: set[int] = set()
         own = [] if self.ensemble is None else [self.ensemble]
         super().__init__([*own, *(network for question in ask for network in question.networks())])
         for question in self.questions:
             if isinstance(question, Features) and self.ensemble is not None:
-                self.taps = self.ensemble.tapped(question.layer_of_each(len(self)))
+                self.taps = self.ensemble.tapped(question.layer_of_each(len(self)), question.channels)
 
     def __len__(self) -> int:
         return 0 if self.ensemble is None else len(self.ensemble)
@@ -135,6 +137,14 @@ class Teachers(Frozen):
             self.check(number, tap.network, output)
             found.append(tuple(features[tap.layers[0]]))
         return found
+
+    def _laid_out(self, number: int, output: Tensor) -> Tensor:
+        if output.ndim > 2 and number not in self._known_layouts:
+            if needed := self._known_output.needs_layout(output.shape):
+                name = type(self[number]).__name__
+                raise InputError(f"teacher {number} ({name}) gives {tuple(output.shape)}, which has {needed}")
+            self._known_layouts.add(number)
+        return self._known_output.laid_out(output)
 
     # What a method reads
 
@@ -232,10 +242,11 @@ class Teachers(Frozen):
         every = list(self.inputs(batch).values())
         inputs = every[0] if len(every) == 1 else join(every)
         if not self.taps:
-            self.heard = outputs = self.ensemble.each(inputs)
+            outputs = self.ensemble.each(inputs)
             for number, (network, output) in enumerate(zip(self, outputs, strict=True)):
                 self.check(number, network, output.shape)
-            return TeacherOutputs(outputs, (), self.rule, self._known_output)
+            self.heard = [self._laid_out(number, output) for number, output in enumerate(outputs)]
+            return TeacherOutputs(self.heard, (), self.rule, self._known_output)
         pairs = self.ensemble.each(inputs, self.taps)
         features = [features[tap.layers[0]] for tap, (_, features) in zip(self.taps, pairs, strict=True)]
         self.heard = [output for output, _ in pairs]
@@ -309,7 +320,8 @@ class Teachers(Frozen):
             return [output.teacher_prediction(one) for one in self._each(inputs)]
 
     def _each(self, inputs: Any) -> list[Tensor]:
-        return [] if self.ensemble is None else self.ensemble.each(inputs)
+        outputs = [] if self.ensemble is None else self.ensemble.each(inputs)
+        return [self._laid_out(number, output) for number, output in enumerate(outputs)]
 
     # What happens when
 

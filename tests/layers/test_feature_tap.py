@@ -7,7 +7,9 @@ import weakref
 import pytest
 import torch
 import torch._dynamo
+import torchvision
 from torch import nn
+from torch.utils.checkpoint import checkpoint_sequential
 
 from distill_lightning import InputError, SmallResNet
 from distill_lightning.layers import FeatureTap, dry_forward, resolve_layer, resolve_layers
@@ -236,9 +238,9 @@ def test_an_error_of_the_network_comes_through_and_the_tap_works_again():
     tap = FeatureTap(network_of().eval(), "stage3")
     with pytest.raises(RuntimeError, match="expected input"):
         tap(images(channels=5))
-    assert tap._features == {}
+    assert tap._kept == {}
     tap.network(images())
-    assert tap._features == {}
+    assert tap._kept == {}
     assert tap(images())[1]["stage3"].shape == (2, 8, 2, 2)
 
 
@@ -371,11 +373,260 @@ def test_dry_forward_says_that_the_input_is_not_taken_whatever_the_network_raise
         dry_forward(Fussy(error), (1, 8, 8))
 
 
+# what later operations write into a feature
+
+
+class Late(nn.Module):
+    """Writes into the output of ``body`` in train mode, in eval mode, or both."""
+
+    def __init__(self, *when):
+        super().__init__()
+        self.stem, self.body, self.when = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), when
+
+    def forward(self, inputs):
+        features = self.body(self.stem(inputs))
+        if self.training in self.when:
+            features += 1
+            features[:, 0].mul_(3)
+        return features.mean(dim=(2, 3))
+
+
+def late(*when):
+    torch.manual_seed(0)
+    return Late(*when)
+
+
+@pytest.mark.parametrize("when", [(True,), (False,), (True, False), ()])
+def test_a_feature_is_what_its_layer_returned(when):
+    network = late(*when)
+    tap = FeatureTap(network, "body")
+    for training in (False, True, True, False, False, True):
+        network.train(training)
+        output, features = tap(images())
+        expected = network.body(network.stem(images()))
+        assert torch.equal(features["body"], expected)
+        assert torch.equal(output, network(images()))
+
+
+@pytest.mark.parametrize("when", [(True,), (True, False)])
+def test_gradients_of_a_feature_that_is_written_into_are_those_of_one_that_is_not(when):
+    network, plain = late(*when), late()
+    tap = FeatureTap(network, "body")
+    for _ in range(2):
+        network.zero_grad()
+        plain.zero_grad()
+        output, features = tap(images())
+        (features["body"].square().sum() + output.sum()).backward()
+        feature = plain.body(plain.stem(images()))
+        changed = torch.cat([(feature[:, :1] + 1) * 3, feature[:, 1:] + 1], dim=1)
+        (feature.square().sum() + changed.mean(dim=(2, 3)).sum()).backward()
+        for ours, theirs in zip(network.parameters(), plain.parameters(), strict=True):
+            assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_only_what_is_written_into_is_copied():
+    for network, is_copied in ((late(True), True), (late(False), False)):
+        tap, seen = FeatureTap(network.train(), "body"), []
+        network.body.register_forward_hook(lambda _module, _inputs, output, seen=seen: seen.append(output))
+        for _ in range(2):
+            feature = tap(images())[1]["body"]
+            assert (feature is not seen[-1]) == is_copied
+            assert tap._copied == ({"body"} if is_copied or len(seen) == 1 else set())
+
+
+def test_a_part_in_another_mode_is_seen_anew():
+    network = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5, inplace=True))
+    network[1].eval()
+    tap = FeatureTap(network, "0")
+    for training in (False, True):
+        network[1].train(training)
+        output, features = tap(torch.rand(3, 4))
+        assert (features["0"] == 0).sum() == 0
+        assert ((output == 0).sum() > 0) == training
+
+
+class Whim(nn.Module):
+    """Writes into a feature of large inputs alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 2)
+
+    def forward(self, inputs):
+        features = self.body(inputs)
+        return features.relu_() if inputs.max() > 1 else features
+
+
+def test_what_is_written_into_now_and_then_is_refused():
+    tap = FeatureTap(Whim(), "body")
+    tap(torch.zeros(2, 4))
+    with pytest.raises(InputError, match="Whim: the tapped layer 'body' was overwritten in place by a later operation"):
+        tap(torch.full((2, 4), 2.0))
+
+
 @pytest.mark.parametrize("training", [False, True])
-def test_a_later_relu_in_place_is_detected(training):
-    tap = FeatureTap(InPlace().train(training), ["block", "conv"])
-    with pytest.raises(InputError, match="the output of 'conv' is overwritten in place by a later module; tap that"):
-        tap.shapes((1, 8, 8))
+def test_the_pooled_feature_of_an_efficientnet_is_not_the_one_that_dropout_changed(training):
+    torch.manual_seed(0)
+    network = torchvision.models.efficientnet_b0(num_classes=3).train(training)
+    tap = FeatureTap(network, "avgpool")
+    for _ in range(2):
+        inputs = torch.rand(2, 3, 32, 32)
+        torch.manual_seed(1)
+        feature = tap(inputs)[1]["avgpool"]
+        torch.manual_seed(1)
+        assert torch.equal(feature, network.avgpool(network.features(inputs)))
+        assert (feature == 0).sum() == 0
+
+
+def test_features_of_inference_mode_are_ordinary_and_as_they_were():
+    network = InPlace().eval()
+    tap = FeatureTap(network, "conv")
+    with torch.inference_mode():
+        _, features = tap(images())
+    assert not features["conv"].is_inference()
+    assert torch.equal(features["conv"], network.conv(images()))
+    assert features["conv"].min() < 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_network_gives_what_its_layer_returned(fresh_dynamo, backend):
+    network, plain = late(True), late()
+    tap = FeatureTap(network, "body")
+    network.compile(backend=backend)
+    for _ in range(2):
+        network.zero_grad()
+        plain.zero_grad()
+        feature, expected = tap(images())[1]["body"], plain.body(plain.stem(images()))
+        assert torch.allclose(feature, expected, atol=1e-6)
+        feature.square().sum().backward()
+        expected.square().sum().backward()
+        assert torch.allclose(network.stem.weight.grad, plain.stem.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+# features without a graph
+
+
+class Checkpointed(nn.Module):
+    """Runs its body, all but the stem, inside of an activation checkpoint."""
+
+    def __init__(self, *, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+        self.head = nn.Linear(2, 3)
+        self.stem = nn.Conv2d(1, 2, 3)
+        self.blocks = nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(2), nn.ReLU())
+
+    def forward(self, inputs):
+        inputs = self.stem(inputs)
+        if self.reentrant is not None:
+            inputs = checkpoint_sequential(self.blocks, 2, inputs, use_reentrant=self.reentrant)
+        else:
+            inputs = self.blocks(inputs)
+        return self.head(inputs.mean((2, 3)))
+
+
+def checkpointed(*, reentrant):
+    torch.manual_seed(0)
+    return Checkpointed(reentrant=reentrant)
+
+
+def test_a_feature_inside_a_reentrant_checkpoint_is_refused():
+    network = checkpointed(reentrant=True)
+    twin = copy.deepcopy(network)
+    twin(images())
+    tap = FeatureTap(network, "blocks.0")
+    with pytest.raises(InputError, match=r"the feature of 'blocks\.0' has no graph.*use_reentrant=False") as caught:
+        tap(images())
+    assert "\n" not in str(caught.value)
+    assert network.training
+    assert sum(len(module._forward_hooks) for module in network.modules()) == 1
+    # Nothing has been moved by looking for the reason.
+    assert all(map(torch.equal, network.state_dict().values(), twin.state_dict().values()))
+
+
+# What a reentrant checkpoint returns has a graph, and what runs after it.
+@pytest.mark.parametrize(
+    ("layer", "reentrant"),
+    [("blocks.0", False), ("blocks.1", False), ("blocks.3", False), ("blocks.1", True), ("blocks.2", True)],
+)
+def test_features_and_gradients_with_a_checkpoint_are_those_of_none(layer, reentrant):
+    network, plain = checkpointed(reentrant=reentrant), checkpointed(reentrant=None)
+    taps = [FeatureTap(one, layer) for one in (network, plain)]
+    for _ in range(2):
+        features = []
+        for one, tap in zip((network, plain), taps, strict=True):
+            one.zero_grad()
+            output, found = tap(images(4))
+            (output.sum() + found[layer].square().sum()).backward()
+            features.append(found[layer])
+        assert torch.equal(*features)
+        for ours, theirs in zip(network.parameters(), plain.parameters(), strict=True):
+            assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_feature_of_what_is_frozen_needs_no_graph():
+    network = checkpointed(reentrant=True)
+    network.stem.requires_grad_(requires_grad=False)
+    network.blocks.requires_grad_(requires_grad=False)
+    tap = FeatureTap(network, "blocks.0")
+    assert not tap(images())[1]["blocks.0"].requires_grad
+    network.blocks[1:].requires_grad_()
+    assert not tap(images())[1]["blocks.0"].requires_grad
+    network.stem.requires_grad_()
+    with pytest.raises(InputError, match="has no graph"):
+        tap(images())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_feature_needs_no_graph_without_gradients():
+    network = checkpointed(reentrant=True)
+    with torch.no_grad():
+        assert FeatureTap(network, "blocks.0")(images())[1]["blocks.0"].shape == (2, 2, 4, 4)
+
+
+# layers that were replaced or wrapped
+
+
+def test_a_layer_that_was_replaced_is_tapped_in_its_place():
+    network = network_of().eval()
+    tap = FeatureTap(network, ["stem.1", "stage3"])
+    old = network.stem[1]
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    assert converted.stem[1] is not old
+    with torch.no_grad():
+        _, features = tap(images())
+    expected = hooked(network, ["stem.1", "stage3"], images())[1]
+    assert all(torch.equal(features[name], expected[name]) for name in expected)
+    assert not old._forward_hooks
+
+
+def test_a_layer_that_has_gone_is_named():
+    network = network_of()
+    tap = FeatureTap(network, "stage3.0")
+    network.stage3 = nn.Identity()
+    with pytest.raises(InputError, match=r"the tapped layer 'stage3\.0' is no longer there"):
+        tap(images())
+
+
+@pytest.mark.parametrize("layer", ["stage3.0", "module.stage3.module.0"])
+def test_wrappers_have_no_place_in_names(layer):
+    network = network_of().eval()
+    expected = hooked(network, ["stage3.0"], images())[1]["stage3.0"]
+    network.stage3 = nn.DataParallel(network.stage3)
+    tap = FeatureTap(nn.DataParallel(network), layer)
+    assert tap.layers == ("stage3.0",)
+    assert torch.equal(tap(images())[1]["stage3.0"], expected)
+
+
+@pytest.mark.slow
+def test_a_part_that_is_compiled_has_the_names_that_it_had(fresh_dynamo):
+    network = network_of().eval()
+    expected = hooked(network, ["stage3.0"], images())[1]["stage3.0"]
+    network.stage3 = torch.compile(network.stage3, backend="eager")
+    with torch.no_grad():
+        assert torch.allclose(FeatureTap(network, "stage3.0")(images())[1]["stage3.0"], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("layer", ["relu", "block", "block.1"])
@@ -411,7 +662,7 @@ def test_a_deep_copy_of_the_network_alone_can_be_tapped_anew():
     twin = copy.deepcopy(network)
     again = FeatureTap(twin, "stage3")
     twin(images())
-    assert tap._features == {}
+    assert tap._kept == {}
     assert torch.equal(again(images())[1]["stage3"], tap(images())[1]["stage3"])
 
 
@@ -458,7 +709,7 @@ def test_a_tap_works_on_a_network_compiled_in_place(fresh_dynamo, moment, called
         assert torch.allclose(output, expected_output, atol=1e-6)
         assert torch.allclose(features["stage3"], expected["stage3"], atol=1e-6)
     network(images())
-    assert tap._features == {}
+    assert tap._kept == {}
 
 
 @pytest.mark.slow

@@ -193,6 +193,9 @@ class FactorDistance(Distance):
 
     def __call__(self, translated: Tensor, target: Tensor) -> Tensor:
         """See `functional.factor_distance`."""
+        if self.normalize == "channel" and translated.ndim == 3:
+            # Features with one dimension of places have their channels last.
+            translated, target = translated.transpose(1, 2), target.transpose(1, 2)
         return functional.factor_distance(
             translated, target, p=self.p, reduction=self.reduction, normalize=self.normalize, eps=_EPS
         )

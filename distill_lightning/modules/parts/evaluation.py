@@ -89,7 +89,7 @@ class Evaluation(Part):
         output = call(module, batch.input)
         if batch_idx == 0:
             module.check_output("student", module.student, output.shape)
-        output = module.output.prediction(output)
+        output = module.output.prediction(module.guard.laid_out(module, output))
         counted = module.output.counted(output, batch)
         selected, target = module.output.select(output, batch.target, counted)
         module.guard.look_at_output(module, selected, batch_idx, stage)
@@ -118,7 +118,7 @@ class Evaluation(Part):
         metrics = module.test_metrics.clone()
         with eval_mode(module):
             for batch in batches:
-                output = module.output.prediction(call(module, batch.input))
+                output = module.output.prediction(module.guard.laid_out(module, call(module, batch.input)))
                 counted = module.output.counted(output, batch)
                 selected, target = module.output.select(output, batch.target, counted)
                 metrics.update(wide(selected), target)

@@ -14,7 +14,7 @@ from distill_lightning import functional
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.samplers import EmpiricalSampler, FunctionSampler, PairSampler, count_rows, take
 from distill_lightning.errors import InputError, check_finite
-from distill_lightning.layers import fingerprint
+from distill_lightning.layers import fingerprint, structure
 from distill_lightning.teachers import About, Frozen
 
 # Keeps the samplers' random numbers apart from those that crop and flip the images of the same views.
@@ -110,13 +110,13 @@ class ExtraInputs(Frozen, About):
     def describe(self) -> dict[str, Any]:
         """Samplers, shares, ratio and seed."""
         samplers = nn.ModuleList(self.networks)
-        told = f"{fingerprint(samplers)} {samplers} {self.shares}"
+        told = f"{fingerprint(samplers)} {structure(samplers)} {self.shares}"
         return {"samplers": told, "seed": self.seed, "extra_ratio": self.ratio}
 
     def fingerprints(self, name: str) -> dict[str, str]:
         """Samplers without weights differ in kind and options."""
         samplers = nn.ModuleList(self.networks)
-        return {name: f"{fingerprint(samplers)} {samplers}"} if self.networks else {}
+        return {name: f"{fingerprint(samplers)} {structure(samplers)}"} if self.networks else {}
 
     def counts(self, inputs: Mapping[str, Any]) -> dict[str, int]:
         """Rows of each of `inputs`, the batch's own as ``real``."""

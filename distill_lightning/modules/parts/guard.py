@@ -75,6 +75,9 @@ class Guard(Part):
 
     def __init__(self) -> None:
         self._is_new = False
+        # Whether an output for positions could be read in one way alone; a later one may have as many positions as
+        # there are classes.
+        self._knows_layout = False
         self._forget()
 
     def _forget(self) -> None:
@@ -158,6 +161,22 @@ class Guard(Part):
             module.check_output("student", network, only_output(network, output).shape)
 
         handle = module.student.register_forward_hook(check)
+
+    def laid_out(self, module: Any, output: Tensor) -> Tensor:
+        """The student's output with the numbers of each position last, see `outputs.Output.laid_out`.
+
+        Raises:
+            InputError: the first of them can be read in more than one way.
+        """
+        if output.ndim > 2 and not self._knows_layout:
+            if needed := module.output.needs_layout(output.shape):
+                raise InputError(
+                    f"{type(module).__name__}: the student ({type(module.student).__name__}) gives "
+                    f"{tuple(output.shape)}, which has {needed}"
+                )
+            self._knows_layout = True
+        laid_out: Tensor = module.output.laid_out(output)
+        return laid_out
 
     # Numbers
 

@@ -14,7 +14,7 @@ from distill_lightning.errors import InputError
 
 
 def grid_of(shape: Sequence[int]) -> tuple[int, ...]:
-    """Rows and columns of ``(N, C, H, W)``, length of ``(N, L, C)``; a feature ``(N, C)`` has neither.
+    """All after the channels of ``(N, C, H, W)``, length of ``(N, L, C)``; a feature ``(N, C)`` has neither.
 
     Args:
         shape: of a feature.
@@ -24,7 +24,7 @@ def grid_of(shape: Sequence[int]) -> tuple[int, ...]:
         >>> grid_of((8, 64, 7, 5)), grid_of((8, 196, 64)), grid_of((8, 64))
         ((7, 5), (196,), ())
     """
-    return tuple(shape[2:] if len(shape) == 4 else shape[1:-1])
+    return tuple(shape[2:] if len(shape) > 3 else shape[1:-1])
 
 
 def channels_of(shape: Sequence[int]) -> int:
@@ -38,7 +38,7 @@ def channels_of(shape: Sequence[int]) -> int:
         >>> channels_of((8, 64, 7, 5)), channels_of((8, 196, 64)), channels_of((8, 64))
         (64, 64, 64)
     """
-    return shape[1] if len(shape) == 4 else shape[-1]
+    return shape[1] if len(shape) > 3 else shape[-1]
 
 
 def resized(feature: Tensor, size: Sequence[int]) -> Tensor:

@@ -279,7 +279,8 @@ def made_with() -> str:
 
 def _test_outputs(experiment: Experiment, module: DistillationModule) -> Tensor:
     outputs = make_trainer(experiment.config).predict(module, dataloaders=experiment.sample.test_dataloader())
-    return experiment.task.flat_output(module.output.prediction(torch.cat(cast("list[Tensor]", outputs)).float().cpu()))
+    output = module.output.laid_out(torch.cat(cast("list[Tensor]", outputs)).float().cpu())
+    return experiment.task.flat_output(module.output.prediction(output))
 
 
 def make_trainer(config: CompareConfig, **options: Any) -> pl.Trainer:
