@@ -49,6 +49,20 @@ def begins_anew(trainer: Any) -> bool:
     return bool(trainer.fit_loop.total_batch_idx < 0)
 
 
+def planned_epochs(trainer: Any) -> int | None:
+    """``max_epochs`` as the user gave it.
+
+    Where there is BatchNorm, `StochasticWeightAveraging` adds an epoch to it that trains nothing and only measures the
+    statistics of the averaged weights.
+    """
+    for callback in getattr(trainer, "callbacks", ()):
+        if isinstance(callback, pl.callbacks.StochasticWeightAveraging):
+            # Set when the fit starts, before the module hears of it.
+            return getattr(callback, "_max_epochs", trainer.max_epochs)
+    epochs: int | None = trainer.max_epochs
+    return epochs
+
+
 def total_steps(module: pl.LightningModule) -> int:
     """Number of optimiser steps of the whole training, or of the phase of it that a schedule is made for.
 
@@ -84,12 +98,12 @@ def steps_left(module: pl.LightningModule) -> int | None:
     batches = trainer.num_training_batches
     if begins_anew(trainer) or any(ask() is not None for ask in phases):
         return None
-    left = math.inf
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and not math.isinf(batches):
+    left, epochs = math.inf, planned_epochs(trainer)
+    if epochs is not None and epochs >= 0 and not math.isinf(batches):
         progress = trainer.fit_loop.epoch_loop.batch_progress
         begun = 0 if progress.is_last_batch else progress.current.ready
         accumulated = trainer.accumulate_grad_batches
-        left = (trainer.max_epochs - trainer.current_epoch) * math.ceil(batches / accumulated) - begun // accumulated
+        left = (epochs - trainer.current_epoch) * math.ceil(batches / accumulated) - begun // accumulated
     if trainer.max_steps >= 0:
         left = min(left, trainer.max_steps - trainer.global_step)
     return None if math.isinf(left) else int(left)
@@ -164,6 +178,15 @@ def step_precision(trainer: Any) -> AbstractContextManager[Any]:
     """The precision in which a Trainer's validation steps compute."""
     context: AbstractContextManager[Any] = trainer.precision_plugin.val_step_context()
     return context
+
+
+def trains(trainer: Any) -> bool:
+    """Whether the batches are trained on.
+
+    In the epoch that `StochasticWeightAveraging` adds, Lightning computes no gradients, but makes a step by those that
+    are left of the last batch.
+    """
+    return not trainer.fit_loop._skip_backward
 
 
 def scales_gradients(trainer: Any) -> bool:

@@ -169,7 +169,7 @@ ROOMS = {
     "modules/parts": """
         adversary alpha checkpoints data_wait distances evaluation extra_inputs
         guard holds_frozen means optimization past_network sizes
-        past
+        past skipping
     """,
     "networks": """
         budget provenance sizes weights

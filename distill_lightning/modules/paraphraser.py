@@ -26,6 +26,7 @@ from distill_lightning.modules.parts.checkpoints import (
 from distill_lightning.modules.parts.distances import FactorDistance
 from distill_lightning.modules.parts.evaluation import metrics_of
 from distill_lightning.modules.parts.holds_frozen import HoldsFrozen
+from distill_lightning.modules.parts.means import weight_of
 from distill_lightning.modules.parts.optimization import plan_anew, with_schedule
 from distill_lightning.networks import likely_input_shape
 from distill_lightning.teachers import Frozen, TeacherEnsemble
@@ -121,7 +122,7 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
             on_step=False,
             on_epoch=True,
             sync_dist=True,
-            batch_size=batch.size,
+            batch_size=weight_of(batch.count),
         )
         return loss
 
@@ -136,7 +137,7 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
             errors.update(wide(reconstruction[chosen]), wide(feature[chosen]))
             self.log_dict(errors, on_step=False, on_epoch=True, batch_size=batch.size)
         loss = torch.stack([_ERROR.over_counted(*pair, batch.counted) for pair in pairs]).sum()
-        self.log("val/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch.size)
+        self.log("val/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight_of(batch.count))
 
     def configure_optimizers(self) -> Any:
         """The optimiser over the paraphrasers and, if there is one, its schedule."""
