@@ -180,6 +180,17 @@ def step_precision(trainer: Any) -> AbstractContextManager[Any]:
     return context
 
 
+def convert_early(module: Any, networks: Iterable[Any]) -> None:
+    """Give networks the precision that a module is about to get, with ``"bf16-true"`` say.
+
+    A Trainer loads a checkpoint before it converts the module.
+    """
+    plugin = getattr(getattr(module, "_trainer", None), "precision_plugin", None)
+    if type(plugin).__name__ in ("HalfPrecision", "DoublePrecision"):
+        for network in networks:
+            cast("Any", plugin).convert_module(network)
+
+
 def trains(trainer: Any) -> bool:
     """Whether the batches are trained on.
 

@@ -15,7 +15,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import FeatureTap, Paraphraser, wake
-from distill_lightning.lightning_internals import summarise_frozen
+from distill_lightning.lightning_internals import convert_early, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts.checkpoints import (
     RemembersArguments,
@@ -167,6 +167,7 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
             InputError: the checkpoint is of another version of this package.
         """
         check_format(checkpoint, "the checkpoint")
+        convert_early(self, self.teachers.networks)
         if checkpoint["fingerprints"] != self.teachers.fingerprints("teachers"):
             warnings.warn(
                 "teachers: the weights are not those that these paraphrasers were trained with: train them anew",
