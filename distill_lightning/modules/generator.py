@@ -116,7 +116,7 @@ class GeneratorModule(RemembersArguments, pl.LightningModule):
             on_step=False,
             on_epoch=True,
             sync_dist=True,
-            batch_size=weight_of(batch.count),
+            batch_size=weight_of(batch.count, terms["loss"]),
         )
         return terms["loss"]
 

@@ -122,7 +122,7 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
             on_step=False,
             on_epoch=True,
             sync_dist=True,
-            batch_size=weight_of(batch.count),
+            batch_size=weight_of(batch.count, loss),
         )
         return loss
 
@@ -137,7 +137,9 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
             errors.update(wide(reconstruction[chosen]), wide(feature[chosen]))
             self.log_dict(errors, on_step=False, on_epoch=True, batch_size=batch.size)
         loss = torch.stack([_ERROR.over_counted(*pair, batch.counted) for pair in pairs]).sum()
-        self.log("val/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight_of(batch.count))
+        self.log(
+            "val/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight_of(batch.count, loss)
+        )
 
     def configure_optimizers(self) -> Any:
         """The optimiser over the paraphrasers and, if there is one, its schedule."""

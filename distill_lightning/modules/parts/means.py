@@ -36,16 +36,19 @@ def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> d
     return {"loss": loss, **terms, **shares}
 
 
-def weight_of(count: int | Tensor) -> Any:
+def weight_of(count: int | Tensor, mean: Tensor) -> Any:
     """What a mean over so many samples or positions weighs for `LightningModule.log`, as its ``batch_size``.
+
+    Processes add up what they log: all need numbers of one type, whichever of them has anything that does not count.
 
     Example:
         >>> import torch
         >>> from distill_lightning.modules.parts.means import weight_of
-        >>> weight_of(8), weight_of(torch.tensor(3))
-        (8, tensor(3.))
+        >>> weight_of(8, torch.tensor(0.5)), weight_of(torch.tensor(3), torch.tensor(0.5))
+        (tensor(8.), tensor(3.))
     """
-    return count.float().clamp_min(_NOTHING) if isinstance(count, Tensor) else count
+    weight = count if isinstance(count, Tensor) else torch.full((), count, device=mean.device)
+    return weight.float().clamp_min(_NOTHING)
 
 
 class _Sums(NamedTuple):
@@ -109,7 +112,7 @@ class RunningMeans(Part):
                 total, before = totals.get(name, (torch.zeros_like(value), 0))
                 totals[name] = (total + value, before + count)
         for name, (total, count) in totals.items():
-            yield name, total / weight_of(count), count
+            yield name, total / weight_of(count, total), count
 
     def forget(self) -> None:
         """Drop the sums."""
@@ -135,5 +138,7 @@ class RunningMeans(Part):
 
     def _log(self, module: Any) -> None:
         for name, mean, count in self.means():
-            module.log(f"train/{name}", mean, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight_of(count))
+            module.log(
+                f"train/{name}", mean, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight_of(count, mean)
+            )
         self.forget()
