@@ -174,6 +174,19 @@ def validation_loaders(trainer: Any) -> Any:
     return trainer.val_dataloaders
 
 
+def watch_first_loader(trainer: Any) -> None:
+    """Have schedules that watch a validation metric watch that of the first of several loaders, which have one each."""
+    watching = [config for config in trainer.lr_scheduler_configs if config.monitor is not None]
+    if not watching:
+        return
+    validation_loaders(trainer)
+    if len(trainer.num_val_batches) > 1:
+        for config in watching:
+            first = "/dataloader_idx_0"
+            if config.monitor.startswith("val/") and not config.monitor.endswith(first):
+                config.monitor += first
+
+
 def step_precision(trainer: Any) -> AbstractContextManager[Any]:
     """The precision in which a Trainer's validation steps compute."""
     context: AbstractContextManager[Any] = trainer.precision_plugin.val_step_context()
@@ -277,6 +290,7 @@ def new_optimizer(trainer: pl.Trainer, old: Optimizer, *, restart: bool) -> None
     """Have the module make its optimiser and schedule for the parameters that there are now."""
     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
     trainer.strategy.setup_optimizers(trainer)
+    watch_first_loader(trainer)
     if restart:
         return
     for group, before in zip(trainer.optimizers[0].param_groups, old.param_groups, strict=True):

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from distill_lightning.errors import refusing
-from distill_lightning.lightning_internals import steps_left, total_steps
+from distill_lightning.lightning_internals import steps_left, total_steps, watch_first_loader
 from distill_lightning.modules.options import LRSchedulerCallable
 from distill_lightning.schedules import GroupSchedules, OneCycle
 
@@ -24,7 +24,7 @@ def with_schedule(
         module: that a Trainer trains; `OneCycle` is given the length of its training and stepped after every batch.
         optimizer: the only one.
         lr_scheduler: makes the schedule; it is stepped after every epoch.
-        monitor: the metric that `ReduceLROnPlateau` watches.
+        monitor: the metric that `ReduceLROnPlateau` watches; of several validation loaders the first one's.
 
     Raises:
         InputError: `OneCycle`, and a training without an end.
@@ -47,14 +47,15 @@ def with_schedule(
 
 
 def plan_anew(module: pl.LightningModule) -> None:
-    """Let every `OneCycle` of a resumed training reach its end where the training now has it.
+    """Let schedules fit the training that starts: what is watched of several loaders, and where the training ends.
 
-    A checkpoint keeps the number of steps that its own training was to have. `OneCycle` that was given ``total_steps``
-    keeps to it.
+    Every `OneCycle` of a resumed training reaches its end where the training now has it: a checkpoint keeps the number
+    of steps that its own training was to have. `OneCycle` that was given ``total_steps`` keeps to it.
 
     Args:
         module: whose training starts.
     """
+    watch_first_loader(module.trainer)
     left = steps_left(module)
     if left is None:
         return
