@@ -6,7 +6,7 @@ from distill_lightning.layers.call import call
 from distill_lightning.layers.discriminator import Discriminator, DiscriminatorKind
 from distill_lightning.layers.feature_tap import FeatureTap, dry_forward, resolve_layer, resolve_layers
 from distill_lightning.layers.gaussian_head import GaussianHead
-from distill_lightning.layers.modes import eval_mode, fingerprint, freeze, uncompiled, wake
+from distill_lightning.layers.modes import asleep, eval_mode, fingerprint, freeze, uncompiled, wake
 from distill_lightning.layers.translator import Paraphraser, Translator
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "ImageEncoder",
     "Paraphraser",
     "Translator",
+    "asleep",
     "call",
     "dry_forward",
     "eval_mode",
