@@ -20,6 +20,7 @@ from distill_lightning.layers.call import call
 from distill_lightning.lightning_internals import place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts import checkpoints
+from distill_lightning.modules.parts.asleep_norms import AsleepNorms
 from distill_lightning.modules.parts.checkpoints import RemembersArguments
 from distill_lightning.modules.parts.data_wait import DataWait
 from distill_lightning.modules.parts.evaluation import Evaluation
@@ -147,7 +148,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
             comparison.clone(prefix="test/"),
         )
         self.means, self.data_wait, self.evaluation = RunningMeans(), DataWait(), Evaluation()
-        self.guard, self.skipping = Guard(), Skipping(nonfinite)
+        self.guard, self.skipping, self.asleep_norms = Guard(), Skipping(nonfinite), AsleepNorms()
         # No teachers by default.
         self.teachers = Teachers(None, ask=[])
         self._observed: dict[str, Tensor] = {}

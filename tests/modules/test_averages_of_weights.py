@@ -252,3 +252,18 @@ def test_the_epoch_for_batch_norm_moves_no_parameter(accumulated):
     means = torch.stack([part.mean((0, 2, 3)) for part in maps]).mean(0)
     torch.testing.assert_close(module.student.features[1].running_mean, means)
     assert math.isfinite(module.student.features[1].running_var.sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("average", AVERAGES)
+def test_a_frozen_part_of_the_student_keeps_its_statistics(average):
+    """Stochastic averaging resets those of every BatchNorm, and measures them again where there is train mode."""
+    module, _, _ = made("kd")
+    part = module.student.features[:3].requires_grad_(requires_grad=False).eval()
+    part[1].running_mean.uniform_(0.2, 0.4)
+    before = copy.deepcopy(part.state_dict())
+    tiny_trainer(max_epochs=EPOCHS, callbacks=[AVERAGES[average]()]).fit(module, datamodule=TinyDataModule())
+    for name, value in before.items():
+        assert torch.equal(value, part.state_dict()[name]), name
+    assert part[1].momentum == 0.1
+    assert not torch.equal(module.student.features[4].running_mean, torch.zeros(8))
