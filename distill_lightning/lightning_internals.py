@@ -55,11 +55,11 @@ def planned_epochs(trainer: Any) -> int | None:
     Where there is BatchNorm, `StochasticWeightAveraging` adds an epoch to it that trains nothing and only measures the
     statistics of the averaged weights.
     """
+    epochs: int | None = trainer.max_epochs
     for callback in getattr(trainer, "callbacks", ()):
         if isinstance(callback, pl.callbacks.StochasticWeightAveraging):
             # Set when the fit starts, before the module hears of it.
-            return getattr(callback, "_max_epochs", trainer.max_epochs)
-    epochs: int | None = trainer.max_epochs
+            epochs = getattr(callback, "_max_epochs", epochs)
     return epochs
 
 

@@ -364,7 +364,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         *given, closure = args
         closure = self.skipping.closure(self, closure)
         if closure is not None:
-            super().optimizer_step(*given, closure, **kwargs)
+            super().optimizer_step(*given, closure, **kwargs)  # type: ignore[call-arg]  # it cannot count them
             self._tell("step_ends")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

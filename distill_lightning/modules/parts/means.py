@@ -53,7 +53,7 @@ def weight_of(count: int | Tensor, mean: Tensor) -> Any:
 
 class _Sums(NamedTuple):
     values: Tensor
-    count: int | Tensor
+    weight: int | Tensor
 
 
 class RunningMeans(Part):
@@ -95,13 +95,13 @@ class RunningMeans(Part):
             # Where nothing counts, the share of a term is 0 / 0.
             weighted = torch.where(count > 0, new * count, 0)
             self._sums[names] = (
-                _Sums(weighted, count) if before is None else _Sums(before.values + weighted, before.count + count)
+                _Sums(weighted, count) if before is None else _Sums(before.values + weighted, before.weight + count)
             )
         elif before is None:
             self._sums[names] = _Sums(new * count, count)
         else:
             before.values.add_(new, alpha=count)
-            self._sums[names] = _Sums(before.values, before.count + count)
+            self._sums[names] = _Sums(before.values, before.weight + count)
         return new
 
     def means(self) -> Iterator[tuple[str, Tensor, int | Tensor]]:
