@@ -176,7 +176,7 @@ def validation_loaders(trainer: Any) -> Any:
 
 def watch_first_loader(trainer: Any) -> None:
     """Have schedules that watch a validation metric watch that of the first of several loaders, which have one each."""
-    watching = [config for config in trainer.lr_scheduler_configs if config.monitor is not None]
+    watching = [config for config in getattr(trainer, "lr_scheduler_configs", ()) if config.monitor is not None]
     if not watching:
         return
     validation_loaders(trainer)
