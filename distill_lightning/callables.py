@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
@@ -69,7 +68,7 @@ def check_callables(key: str, annotation: Any, value: Any) -> None:
 
     Raises:
         InputError: what is named there, or in its own arguments, is neither a class of the kind that is needed nor a
-            function that may make one: it is annotated to return another, or is Python's own and does not say.
+            function that is annotated to return one.
     """
     if isinstance(value, (list, tuple)):
         for number, part in enumerate(value):
@@ -84,7 +83,8 @@ def check_callables(key: str, annotation: Any, value: Any) -> None:
             wanted = " or ".join(kind.__name__ for kind in kinds)
             said = path if isinstance(path, str) else f"{path.__module__}.{path.__qualname__}"
             raise InputError(
-                f"{key}: {said} makes no {wanted}: give a class of that kind, or a function that returns one"
+                f"{key}: {said} makes no {wanted}: give a class of that kind, or a function that is annotated "
+                "to return one"
             )
     target = named(path) if spec else None
     if target is not None:
@@ -117,27 +117,13 @@ def _is_literal(annotation: Any, value: Any) -> bool:
 
 
 def _makes(found: Any, kinds: list[type]) -> bool:
-    if isinstance(found, type):
-        return issubclass(found, tuple(kinds))
-    try:
-        hints = typing.get_type_hints(found)
-    except NameError:
-        # A name that only a type checker imports.
-        hints = {}
-    except (TypeError, AttributeError):
-        return False
-    if "return" not in hints:
-        return _is_written_for_this(found)
-    return all(isinstance(one, type) and issubclass(one, tuple(kinds)) for one in types_in(hints["return"]))
-
-
-def _is_written_for_this(found: Any) -> bool:
-    """Whether a function that does not say what it returns may make an object: it is Python, and not Python's own.
-
-    Those that run commands, remove files or evaluate text do not say what they return either.
-    """
-    owner = (getattr(found, "__module__", None) or "").partition(".")[0]
-    return inspect.isfunction(found) and owner not in sys.stdlib_module_names
+    made = [found]
+    if not isinstance(found, type):
+        try:
+            made = list(types_in(typing.get_type_hints(found)["return"]))
+        except (TypeError, NameError, AttributeError, KeyError):
+            return False
+    return all(isinstance(one, type) and issubclass(one, tuple(kinds)) for one in made)
 
 
 def _plain_mapping(value: Any) -> dict[str, Any]:

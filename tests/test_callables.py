@@ -25,32 +25,12 @@ def make_anything(parameters):
     return SGD(parameters, lr=0.1)
 
 
-def make_what_only_a_type_checker_knows(parameters: "Parameters") -> "Unknown":  # noqa: F821
-    return SGD(parameters, lr=0.1)
-
-
-def make_number(parameters) -> int:
-    return len(parameters)
-
-
-PYTHONS_OWN = [
-    "os.system", "os.popen", "os.remove", "os.execv", "subprocess.call", "subprocess.getoutput", "subprocess.run",
-    "shutil.rmtree", "shutil.move", "builtins.eval", "builtins.exec", "builtins.__import__", "runpy.run_path",
-    "pickle.load", "importlib.import_module", "code.interact", "pty.spawn", "webbrowser.open", "ctypes.CDLL",
-]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("annotation", "value"),
     [
         (OPTIMIZER, {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}}),
         (OPTIMIZER, f"{__name__}.make_optimizer"),
         (OPTIMIZER, make_optimizer),
-        # Whoever writes a function need not say what it returns.
-        (OPTIMIZER, f"{__name__}.make_anything"),
-        (OPTIMIZER, {"class_path": f"{__name__}.make_anything"}),
-        (OPTIMIZER, make_anything),
-        (OPTIMIZER, make_what_only_a_type_checker_knows),
         (SCHEDULER, {"class_path": "distill_lightning.OneCycle"}),
         (SCHEDULER, {"class_path": "torch.optim.lr_scheduler.ReduceLROnPlateau"}),
         (SCHEDULER, None),
@@ -72,13 +52,8 @@ def test_what_makes_the_right_kind_is_taken(annotation, value):
     [
         (OPTIMIZER, {"class_path": "os.system", "init_args": {"command": "id"}}, "key: os.system makes no Opt"),
         (OPTIMIZER, "os.system", "key: os.system makes no"),
-        (OPTIMIZER, f"{__name__}.make_number", "make_number makes no Optimizer: .* or a function that returns one"),
-        (OPTIMIZER, make_number, "make_number makes no"),
-        (OPTIMIZER, {"class_path": f"{__name__}.make_number"}, "make_number makes no"),
-        (OPTIMIZER, "torch.nn.Linear", "torch.nn.Linear makes no"),
-        # Python's own, which do not say what they return.
-        *((OPTIMIZER, path, f"{path} makes no") for path in PYTHONS_OWN),
-        *((OPTIMIZER, {"class_path": path, "init_args": {}}, f"{path} makes no") for path in PYTHONS_OWN),
+        (OPTIMIZER, f"{__name__}.make_anything", "make_anything makes no Optimizer: .* annotated to return one"),
+        (OPTIMIZER, make_anything, "make_anything makes no"),
         (OPTIMIZER, {"class_path": "subprocess.Popen"}, "subprocess.Popen makes no"),
         (OPTIMIZER, {"class_path": "nowhere.At.All"}, "nowhere.At.All makes no"),
         (SCHEDULER, {"class_path": "torch.optim.SGD"}, "makes no LRScheduler or ReduceLROnPlateau"),
