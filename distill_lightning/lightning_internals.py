@@ -55,6 +55,20 @@ def validation_interval(module: Any) -> int:
     return 1 if trainer is None else trainer.check_val_every_n_epoch or 1
 
 
+def planned_epochs(trainer: Any) -> int | None:
+    """``max_epochs`` as the user gave it.
+
+    Where there is BatchNorm, `StochasticWeightAveraging` adds an epoch to it that trains nothing and only measures the
+    statistics of the averaged weights.
+    """
+    epochs: int | None = trainer.max_epochs
+    for callback in getattr(trainer, "callbacks", ()):
+        if isinstance(callback, pl.callbacks.StochasticWeightAveraging):
+            # Set when the fit starts, before the module hears of it.
+            epochs = getattr(callback, "_max_epochs", epochs)
+    return epochs
+
+
 def planned_steps(module: pl.LightningModule) -> float:
     """Number of optimiser steps of the whole training, or of the phase of it that a schedule is made for.
 
@@ -100,12 +114,12 @@ def steps_left(module: pl.LightningModule) -> int | None:
     batches = trainer.num_training_batches
     if begins_anew(trainer) or any(ask() is not None for ask in phases):
         return None
-    left = math.inf
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and not math.isinf(batches):
+    left, epochs = math.inf, planned_epochs(trainer)
+    if epochs is not None and epochs >= 0 and not math.isinf(batches):
         progress = trainer.fit_loop.epoch_loop.batch_progress
         begun = 0 if progress.is_last_batch else progress.current.ready
         accumulated = trainer.accumulate_grad_batches
-        left = (trainer.max_epochs - trainer.current_epoch) * math.ceil(batches / accumulated) - begun // accumulated
+        left = (epochs - trainer.current_epoch) * math.ceil(batches / accumulated) - begun // accumulated
     if trainer.max_steps >= 0:
         left = min(left, trainer.max_steps - trainer.global_step)
     return None if math.isinf(left) else int(left)
@@ -176,10 +190,43 @@ def validation_loaders(trainer: Any) -> Any:
     return trainer.val_dataloaders
 
 
+def watch_first_loader(trainer: Any) -> None:
+    """Have schedules that watch a validation metric watch that of the first of several loaders, which have one each."""
+    watching = [config for config in getattr(trainer, "lr_scheduler_configs", ()) if config.monitor is not None]
+    if not watching:
+        return
+    validation_loaders(trainer)
+    if len(trainer.num_val_batches) > 1:
+        for config in watching:
+            first = "/dataloader_idx_0"
+            if config.monitor.startswith("val/") and not config.monitor.endswith(first):
+                config.monitor += first
+
+
 def step_precision(trainer: Any) -> AbstractContextManager[Any]:
     """The precision in which a Trainer's validation steps compute."""
     context: AbstractContextManager[Any] = trainer.precision_plugin.val_step_context()
     return context
+
+
+def convert_early(module: Any, networks: Iterable[Any]) -> None:
+    """Give networks the precision that a module is about to get, with ``"bf16-true"`` say.
+
+    A Trainer loads a checkpoint before it converts the module.
+    """
+    plugin = getattr(getattr(module, "_trainer", None), "precision_plugin", None)
+    if type(plugin).__name__ in ("HalfPrecision", "DoublePrecision"):
+        for network in networks:
+            cast("Any", plugin).convert_module(network)
+
+
+def trains(trainer: Any) -> bool:
+    """Whether the batches are trained on.
+
+    In the epoch that `StochasticWeightAveraging` adds, Lightning computes no gradients, but makes a step by those that
+    are left of the last batch.
+    """
+    return not trainer.fit_loop._skip_backward
 
 
 def scales_gradients(trainer: Any) -> bool:
@@ -259,6 +306,7 @@ def new_optimizer(trainer: pl.Trainer, old: Optimizer, *, restart: bool) -> None
     """Have the module make its optimiser and schedule for the parameters that there are now."""
     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
     trainer.strategy.setup_optimizers(trainer)
+    watch_first_loader(trainer)
     if restart:
         return
     for group, before in zip(trainer.optimizers[0].param_groups, old.param_groups, strict=True):

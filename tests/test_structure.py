@@ -169,9 +169,9 @@ ROOMS = {
         sequential_feed
     """,
     "modules/parts": """
-        adversary alpha checkpoints data_wait distances evaluation extra_inputs
+        adversary alpha asleep_norms checkpoints data_wait distances evaluation extra_inputs
         guard holds_frozen means optimization past_network sizes
-        past
+        past skipping
     """,
     "networks": """
         budget provenance sizes weights

@@ -33,6 +33,7 @@ from distill_lightning.lightning_internals import (
     forget_best,
     keep_patience,
     new_optimizer,
+    planned_epochs,
     refuse_reshaping,
     spawns,
     stand_last,
@@ -461,7 +462,7 @@ class CompressionCallback(pl.Callback):
         if self._fit is None or self.compressor is None:
             return None
         trainer, _ = self._fit
-        epochs = cast("int", trainer.max_epochs)
+        epochs = cast("int", planned_epochs(trainer))
         if not self.restart:
             return self._steps_per_epoch() * epochs
         bounds = [bound for phase in self.compressor.phases for bound in (phase.begin, phase.end)]

@@ -75,10 +75,12 @@ class ConfidenceFigure(pl.Callback):
     """Base class of figures of a classifier's confidences, drawn at the end of every validation and test.
 
     It uses what the module's ``validation_step`` and ``test_step`` return. The figure shows the samples of all
-    processes and all data loaders; the first process draws and logs it (`log_figure`).
+    processes; the first one draws and logs it (`log_figure`). Several data loaders have a figure each, which is logged
+    under the name that their metrics have, ``val/reliability/dataloader_idx_0`` and so on.
 
     Attributes:
-        figure: the latest figure, which a notebook shows; ``None`` before.
+        figure: the latest figure, of the first loader, which a notebook shows; ``None`` before.
+        figures: the latest figures of all loaders, in their order.
 
     Args:
         stages: ``"val"``, ``"test"`` or both.
@@ -95,7 +97,9 @@ class ConfidenceFigure(pl.Callback):
             raise InputError(f"stages must be a list of 'val' and 'test', got {stages!r}")
         self.stages = tuple(stages)
         self.figure: Figure | None = None
-        self._seen = Confidences()
+        self.figures: list[Figure] = []
+        # Of each loader.
+        self._seen: list[Confidences] = []
 
     def draw(self, stage: str, confidence: Tensor, correct: Tensor) -> Figure:
         """Draw the figure of a stage from confidences and correctness, float32 ``(N,)`` on the CPU."""
@@ -103,21 +107,21 @@ class ConfidenceFigure(pl.Callback):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Clear what was kept from the last epoch."""
-        self._begin(pl_module)
+        self._begin(pl_module, trainer.num_val_batches)
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Clear what was kept from the last epoch."""
-        self._begin(pl_module)
+        self._begin(pl_module, trainer.num_test_batches)
 
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *place: Any
     ) -> None:
         """Keep what the figure needs from a batch."""
-        self._add("val", "validation_step", pl_module, outputs)
+        self._add("val", pl_module, outputs, place)
 
-    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any) -> None:
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *place: Any) -> None:
         """Keep what the figure needs from a batch."""
-        self._add("test", "test_step", pl_module, outputs)
+        self._add("test", pl_module, outputs, place)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw and log the figure, except in the sanity check."""
@@ -128,23 +132,31 @@ class ConfidenceFigure(pl.Callback):
         """Draw."""
         self._end("test", trainer)
 
-    def _begin(self, pl_module: pl.LightningModule) -> None:
-        self._seen.reset()
-        self._seen.to(pl_module.device)
+    def _begin(self, pl_module: pl.LightningModule, loaders: Sequence[Any]) -> None:
+        self._seen = [Confidences().to(pl_module.device) for _ in loaders]
 
-    def _add(self, stage: str, step: str, pl_module: pl.LightningModule, outputs: Any) -> None:
+    def _add(self, stage: str, pl_module: pl.LightningModule, outputs: Any, place: Sequence[Any]) -> None:
         if stage in self.stages:
-            self._seen.update(*_logits_and_classes(self, step, pl_module, outputs))
+            step = "test_step" if stage == "test" else "validation_step"
+            # The batch, its number and, where there are several, the number of its loader.
+            loader = place[2] if len(place) > 2 else 0
+            self._seen[loader].update(*_logits_and_classes(self, step, pl_module, outputs))
 
     def _end(self, stage: str, trainer: pl.Trainer) -> None:
         if stage not in self.stages:
             return
         # Every process takes part here. torchmetrics drops the dimension of a single sample.
-        confidence, correct = (part.reshape(-1).cpu() for part in self._seen.compute())
-        self._seen.reset()
-        if trainer.is_global_zero and len(confidence):
-            self.figure = self.draw(stage, confidence, correct)
-            log_figure(trainer, f"{stage}/{self.title}", self.figure, trainer.global_step)
+        found = [[part.reshape(-1).cpu() for part in seen.compute()] for seen in self._seen]
+        self._seen = []
+        if not trainer.is_global_zero:
+            return
+        drawn = {n: self.draw(stage, *numbers) for n, numbers in enumerate(found) if len(numbers[0])}
+        for loader, figure in drawn.items():
+            suffix = f"/dataloader_idx_{loader}" if len(found) > 1 else ""
+            log_figure(trainer, f"{stage}/{self.title}{suffix}", figure, trainer.global_step)
+        if drawn:
+            self.figures = list(drawn.values())
+            self.figure = self.figures[0]
 
 
 class ReliabilityDiagram(ConfidenceFigure):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, islice
 from typing import Any
@@ -34,11 +34,14 @@ class TeacherReport(pl.Callback):
 
     The metrics are those of the module's output over the same batches as validation's (``limit_val_batches`` holds),
     `outputs.metrics.classification_metrics` or `outputs.metrics.regression_metrics`; they are logged as
-    ``teacher/<name>/<metric>``, the figure as ``teachers``. A single teacher has no ensemble.
+    ``teacher/<name>/<metric>``, the figure as ``teachers``. A single teacher has no ensemble. Several data loaders are
+    reported each on its own, with names that end in ``/dataloader_idx_0`` and so on.
 
     Attributes:
-        rows: a dict for each teacher: ``name`` (``teacher_0``, ... ``ensemble``) and the metrics as numbers.
-        figure: `distill_lightning.plots.teacher_bars` of the rows, in the first process; ``None`` before.
+        rows: a dict for each teacher: ``name`` (``teacher_0``, ... ``ensemble``) and the metrics as numbers; one for
+            each of several data loaders, with its number as ``loader``.
+        figure: `distill_lightning.plots.teacher_bars` of the rows of the first loader, in the first process; ``None``
+            before.
 
     Args:
         near_chance: warn of a teacher whose accuracy is at most this many times that of guessing, ``1 / K``.
@@ -58,53 +61,73 @@ class TeacherReport(pl.Callback):
         classes = getattr(pl_module, "num_classes", None)
         measured = _measured(trainer, pl_module)
         # Every process takes part here.
+        reports = [[_row(name, metrics) for name, metrics in of_loader.items()] for of_loader in measured]
+        several = len(reports) > 1
         self.rows = [
-            {"name": name, **{metric: float(value) for metric, value in metrics.compute().items()}}
-            for name, metrics in measured.items()
+            {**row, **({"loader": number} if several else {})} for number, rows in enumerate(reports) for row in rows
         ]
         if not trainer.is_global_zero:
             return
-        self.figure = teacher_bars(self.rows, chance=None if classes is None else 1 / classes)
-        for row in self.rows:
-            if classes is not None and row["name"] != "ensemble" and row["accuracy"] <= self.near_chance / classes:
-                warnings.warn(
-                    f"{row['name']} has an accuracy of {row['accuracy']:.3f} on the validation data, little better "
-                    f"than guessing among {classes} classes: check its weights, the order of its classes and the "
-                    "normalisation of its inputs",
-                    stacklevel=2,
-                )
-        logs = {
-            f"teacher/{row['name']}/{metric}": value
-            for row in self.rows
-            for metric, value in row.items()
-            if metric != "name"
-        }
+        logs: dict[str, float] = {}
+        figures = {}
+        for number, rows in enumerate(reports):
+            suffix = f"/dataloader_idx_{number}" if several else ""
+            self._warn(rows, classes, f" of loader {number}" if several else "")
+            figures[f"teachers{suffix}"] = teacher_bars(rows, chance=None if classes is None else 1 / classes)
+            logs |= {
+                f"teacher/{row['name']}/{metric}{suffix}": value
+                for row in rows
+                for metric, value in row.items()
+                if metric != "name"
+            }
         for logger in trainer.loggers:
             logger.log_metrics(logs, step=trainer.global_step)
-        log_figure(trainer, "teachers", self.figure, trainer.global_step)
+        for name, figure in figures.items():
+            log_figure(trainer, name, figure, trainer.global_step)
+        self.figure = next(iter(figures.values()))
+
+    def _warn(self, rows: Sequence[Mapping[str, Any]], classes: int | None, of: str) -> None:
+        for row in rows:
+            if classes is not None and row["name"] != "ensemble" and row["accuracy"] <= self.near_chance / classes:
+                warnings.warn(
+                    f"{row['name']} has an accuracy of {row['accuracy']:.3f} on the validation data{of}, little better "
+                    f"than guessing among {classes} classes: check its weights, the order of its classes and the "
+                    "normalisation of its inputs",
+                    stacklevel=3,
+                )
 
 
-def _measured(trainer: pl.Trainer, pl_module: Any) -> dict[str, MetricCollection]:
-    """The metrics of each teacher and, if there are several, of the ensemble, by name."""
+def _row(name: str, metrics: MetricCollection) -> dict[str, Any]:
+    return {"name": name, **{metric: float(value) for metric, value in metrics.compute().items()}}
+
+
+def _measured(trainer: pl.Trainer, pl_module: Any) -> list[dict[str, MetricCollection]]:
+    """Of each loader, the metrics of each teacher and, if there are several, of the ensemble, by name."""
     if not hasattr(pl_module, "teacher_predictions") or not isinstance(getattr(pl_module, "output", None), Output):
         raise _without_teachers(pl_module)
     output: Output = pl_module.output
-    measured: dict[str, MetricCollection] = {}
+    measured: list[dict[str, MetricCollection]] = []
     teachers = getattr(pl_module, "teachers", None)
     ensemble = teachers.ensemble if isinstance(teachers, Teachers) else None
-    with _validating(trainer, pl_module) as batches, nullcontext() if ensemble is None else ensemble.remembering():
-        for batch in batches:
-            predictions: dict[str, Tensor | None] = {
-                f"teacher_{number}": one for number, one in enumerate(pl_module.teacher_predictions(batch))
-            }
-            if len(predictions) != 1:
-                predictions["ensemble"] = pl_module.teacher_prediction(batch)
-            for name, prediction in predictions.items():
-                if prediction is None:
-                    raise _without_teachers(pl_module)
-                metrics = measured.setdefault(name, output.metrics().to(pl_module.device))
-                metrics.update(*output.select(prediction, batch.target, output.counted(prediction, batch)))
+    with _validating(trainer, pl_module) as loaders, nullcontext() if ensemble is None else ensemble.remembering():
+        for batches in loaders:
+            measured.append({})
+            for batch in batches:
+                for name, prediction in _predictions(pl_module, batch):
+                    metrics = measured[-1].setdefault(name, output.metrics().to(pl_module.device))
+                    metrics.update(*output.select(prediction, batch.target, output.counted(prediction, batch)))
     return measured
+
+
+def _predictions(pl_module: Any, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """Each teacher's and, if there are several, the ensemble's, by name."""
+    each = pl_module.teacher_predictions(batch)
+    yield from ((f"teacher_{number}", one) for number, one in enumerate(each))
+    if len(each) != 1:
+        ensemble = pl_module.teacher_prediction(batch)
+        if ensemble is None:
+            raise _without_teachers(pl_module)
+        yield "ensemble", ensemble
 
 
 def _without_teachers(pl_module: pl.LightningModule) -> InputError:
@@ -112,8 +135,8 @@ def _without_teachers(pl_module: pl.LightningModule) -> InputError:
 
 
 @contextmanager
-def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Iterator[Batch]]:
-    """The batches of validation; afterwards modes, random numbers and the Trainer's stage are as they were."""
+def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[list[Iterable[Batch]]]:
+    """Each loader's batches of validation; afterwards modes, random numbers and the Trainer's stage are as before."""
     frozen = [network for one in getattr(pl_module, "frozen", {}).values() for network in one.networks]
     with ExitStack() as stack:
         for module in chain.from_iterable(network.modules() for network in (pl_module, *frozen)):
@@ -129,13 +152,13 @@ def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[
         stack.enter_context(step_precision(trainer))
         for network in (pl_module, *frozen):
             network.eval()
-        yield chain.from_iterable(
+        yield [
             islice(
                 TrainersBatches(trainer, pl_module, loader, number=number, training=False),
                 None if math.isinf(limit) else int(limit),
             )
             for number, (loader, limit) in enumerate(zip(loaders, trainer.num_val_batches, strict=True))
-        )
+        ]
 
 
 def _loaders(trainer: pl.Trainer) -> list[Any]:

@@ -156,6 +156,27 @@ class Batch:
         return len(first_tensor(self.input))
 
     @property
+    def count(self) -> int | Tensor:
+        """How many samples or positions count, by which the batch weighs in a mean over several.
+
+        Returns:
+            A number where all count; else a scalar that stays on the device.
+
+        Example:
+            >>> import torch
+            >>> from distill_lightning import Batch
+            >>> Batch(torch.zeros(2, 3), torch.tensor([[1, 4, 0], [2, -100, -100]])).count
+            tensor(4)
+        """
+        target, counted = self.target, self.counted
+        has_classes = isinstance(target, Tensor) and not target.is_floating_point()
+        if counted is None:
+            return target.numel() if has_classes else self.size
+        if has_classes and counted.ndim < target.ndim:
+            counted = spread(counted, target).expand(target.shape)
+        return counted.sum()
+
+    @property
     def device(self) -> torch.device:
         """Where the inputs are."""
         return first_tensor(self.input).device

@@ -7,7 +7,7 @@ from distill_lightning.layers.discriminator import Discriminator, DiscriminatorK
 from distill_lightning.layers.feature_tap import FeatureTap, dry_forward, resolve_layer, resolve_layers
 from distill_lightning.layers.fingerprints import fingerprint, structure
 from distill_lightning.layers.gaussian_head import GaussianHead
-from distill_lightning.layers.modes import eval_mode, freeze, is_exported, uncompiled, wake
+from distill_lightning.layers.modes import asleep, eval_mode, freeze, is_exported, uncompiled, wake
 from distill_lightning.layers.translator import Paraphraser, Translator
 from distill_lightning.layers.wrappers import named_parts, plain_name, unwrapped
 
@@ -20,6 +20,7 @@ __all__ = [
     "ImageEncoder",
     "Paraphraser",
     "Translator",
+    "asleep",
     "call",
     "dry_forward",
     "eval_mode",

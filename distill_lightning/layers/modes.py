@@ -105,6 +105,22 @@ def wake(network: nn.Module) -> None:
         child.training = training
 
 
+def asleep(network: nn.Module) -> set[nn.Module]:
+    """All modules in eval mode in the frozen parts of a network which has something else to train.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.layers import asleep, freeze
+        >>> network = nn.Sequential(freeze(nn.BatchNorm1d(2)), nn.BatchNorm1d(2))
+        >>> asleep(network) == {network[0]}
+        True
+    """
+    if _is_frozen(network):
+        return set()
+    inside = {child for part in network.modules() if _is_frozen(part) for child in part.modules()}
+    return {child for child in inside if not child.training}
+
+
 def _is_frozen(part: nn.Module) -> bool:
     parameters = list(part.parameters())
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)

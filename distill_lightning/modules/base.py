@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,15 @@ from distill_lightning.layers.modes import refuse_exported
 from distill_lightning.lightning_internals import place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts import checkpoints
+from distill_lightning.modules.parts.asleep_norms import AsleepNorms
 from distill_lightning.modules.parts.checkpoints import RemembersArguments
 from distill_lightning.modules.parts.data_wait import DataWait
 from distill_lightning.modules.parts.evaluation import Evaluation
 from distill_lightning.modules.parts.guard import Guard, with_targets
 from distill_lightning.modules.parts.holds_frozen import HoldsFrozen
-from distill_lightning.modules.parts.means import RunningMeans
+from distill_lightning.modules.parts.means import RunningMeans, weighted_sum
 from distill_lightning.modules.parts.optimization import compile_networks, plan_anew, with_rate, with_schedule
+from distill_lightning.modules.parts.skipping import Skipping, nothing_to_learn
 from distill_lightning.networks.provenance import plain_network
 from distill_lightning.networks.weights import write_weights
 from distill_lightning.outputs import Output, output_of
@@ -87,6 +89,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         metrics: see `TrainingOptions`.
         compile: see `TrainingOptions`.
         channels_last: see `TrainingOptions`.
+        nonfinite: see `TrainingOptions`.
 
     Attributes:
         output: what an output of the student means.
@@ -119,6 +122,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         metrics: MetricCollection | None = None,
         compile: bool = False,
         channels_last: bool = False,
+        nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
         given = self.given_arguments()
@@ -147,7 +151,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self.val_teacher_metrics = comparison.clone(prefix="val/")
         self.test_teacher_metrics = comparison.clone(prefix="test/")
         self.means, self.data_wait, self.evaluation = RunningMeans(), DataWait(), Evaluation()
-        self.guard = Guard()
+        self.guard, self.skipping, self.asleep_norms = Guard(), Skipping(nonfinite), AsleepNorms()
         # No teachers by default.
         self.teachers = Teachers(None, ask=[])
         self._observed: dict[str, Tensor] = {}
@@ -239,22 +243,17 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         """Weigh, sum and log the terms of a batch."""
         batch = self.prepared(batch, batch_idx)
         self._observed = {}
-        terms, weights = self.terms(batch), self.weights()
-        if terms.keys() != weights.keys() or "loss" in terms:
-            raise KeyError(
-                f"terms() gave {sorted(terms)}, weights() gave {sorted(weights)}: they must name the same, not 'loss'"
-            )
-        weighted = {name: weights[name] * term for name, term in terms.items()}
-        loss = torch.stack(list(weighted.values())).sum()
-        logs = {"loss": loss, **terms}
-        if len(terms) > 1:
-            logs |= {f"{name}_share": weighted[name] / loss for name in terms if weights[name] != 0}
+        terms = self.terms(batch)
+        logs = weighted_sum(terms, self.weights())
         if self._observed.keys() & logs.keys():
             raise KeyError(f"{sorted(self._observed.keys() & logs.keys())}: observed under the name of a term")
-        sums = self.means.add(logs | self._observed, batch.size)
         # Shares of a loss that is 0 are not finite.
-        self.guard.hold(self, sums[: 1 + len(terms)], ["loss", *terms], batch, batch_idx)
-        return loss
+        watched = {name: logs[name] for name in ("loss", *terms)}
+        if self.skipping.skips(self, watched, batch, batch_idx):
+            return nothing_to_learn(self)
+        values = self.means.add(logs | self._observed, batch.count)
+        self.guard.hold(self, values[: len(watched)], list(watched), batch, batch_idx)
+        return logs["loss"]
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Add a batch to the metrics under ``val/``; callbacks get the student's ``output`` and the ``target``.
@@ -365,9 +364,16 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self._tell("batch_starts")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and tell the parts here: a checkpoint that is made after the batch is written before its end."""
-        super().optimizer_step(*args, **kwargs)
-        self._tell("step_ends")
+        """Step if there is something to learn, and tell the parts.
+
+        Here, because a checkpoint that is made after the batch is written before its end.
+        """
+        # The last one in every version of Lightning.
+        *given, closure = args
+        closure = self.skipping.closure(self, closure)
+        if closure is not None:
+            super().optimizer_step(*given, closure, **kwargs)  # type: ignore[call-arg]  # it cannot count them
+            self._tell("step_ends")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Call the parts' ``batch_ends``."""

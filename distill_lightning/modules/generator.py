@@ -24,6 +24,7 @@ from distill_lightning.modules.parts.checkpoints import (
     hyperparameters,
     note_format,
 )
+from distill_lightning.modules.parts.means import weight_of
 from distill_lightning.modules.parts.optimization import plan_anew, with_schedule
 from distill_lightning.networks.weights import write_weights
 
@@ -115,7 +116,7 @@ class GeneratorModule(RemembersArguments, pl.LightningModule):
             on_step=False,
             on_epoch=True,
             sync_dist=True,
-            batch_size=batch.size,
+            batch_size=weight_of(batch.count, terms["loss"]),
         )
         return terms["loss"]
 

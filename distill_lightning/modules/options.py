@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -32,7 +32,7 @@ class TrainingOptions(TypedDict, total=False):
         optimizer: makes the optimiser from the trainable parameters; `default_optimizer` by default.
         lr_scheduler: makes the schedule from the optimiser; ``None`` by default. It is stepped after every epoch,
             `OneCycle`, PyTorch's `OneCycleLR` and `CyclicLR` after every batch; `ReduceLROnPlateau` watches
-            ``val/nll``.
+            ``val/nll``, of several validation loaders that of the first.
         transforms: what is done to each training batch of a classifier, in this order: `Mixup`, `CutMix`, `Cutout`,
             `LabelSmoothing`. Empty by default.
         metrics: of the student's output and the target; by default those of the output,
@@ -42,6 +42,9 @@ class TrainingOptions(TypedDict, total=False):
             ``False`` by default.
         channels_last: whether the student's weights are laid out channels last, which most convolutions are faster in.
             ``False`` by default.
+        nonfinite: what happens to a training batch whose loss, or a teacher's answer to it, is nan or infinite:
+            ``"stop"``, the default, ends the run with a message that names it; ``"skip"`` leaves the batch out, as
+            `Skipping` tells, and every step waits for the device.
     """
 
     output: Output | None
@@ -52,3 +55,4 @@ class TrainingOptions(TypedDict, total=False):
     metrics: MetricCollection | None
     compile: bool
     channels_last: bool
+    nonfinite: Literal["stop", "skip"]

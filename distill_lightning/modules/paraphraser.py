@@ -16,7 +16,7 @@ from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import FeatureTap, Paraphraser, wake
 from distill_lightning.layers.feature_tap import Channels
-from distill_lightning.lightning_internals import summarise_frozen
+from distill_lightning.lightning_internals import convert_early, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts.checkpoints import (
     RemembersArguments,
@@ -27,6 +27,7 @@ from distill_lightning.modules.parts.checkpoints import (
 from distill_lightning.modules.parts.distances import FactorDistance
 from distill_lightning.modules.parts.evaluation import metrics_of
 from distill_lightning.modules.parts.holds_frozen import HoldsFrozen
+from distill_lightning.modules.parts.means import weight_of
 from distill_lightning.modules.parts.optimization import plan_anew, with_schedule
 from distill_lightning.networks import likely_input_shape
 from distill_lightning.teachers import Frozen, TeacherEnsemble
@@ -125,7 +126,7 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
             on_step=False,
             on_epoch=True,
             sync_dist=True,
-            batch_size=batch.size,
+            batch_size=weight_of(batch.count, loss),
         )
         return loss
 
@@ -140,7 +141,9 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
             errors.update(wide(reconstruction[chosen]), wide(feature[chosen]))
             self.log_dict(errors, on_step=False, on_epoch=True, batch_size=batch.size)
         loss = torch.stack([_ERROR.over_counted(*pair, batch.counted) for pair in pairs]).sum()
-        self.log("val/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch.size)
+        self.log(
+            "val/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight_of(batch.count, loss)
+        )
 
     def configure_optimizers(self) -> Any:
         """The optimiser over the paraphrasers and, if there is one, its schedule."""
@@ -170,6 +173,7 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
             InputError: the checkpoint is of another version of this package.
         """
         check_format(checkpoint, "the checkpoint")
+        convert_early(self, self.teachers.networks)
         if checkpoint["fingerprints"] != self.teachers.fingerprints("teachers"):
             warnings.warn(
                 "teachers: the weights are not those that these paraphrasers were trained with: train them anew",

@@ -330,3 +330,32 @@ def test_only_the_first_process_hands_figures_over():
 
     log_figure(Second(), "one", FIGURE, 0)
     assert Second.loggers[0].calls == []
+
+
+class Two(TinyDataModule):
+    """Two loaders of other samples in each stage."""
+
+    def val_dataloader(self):
+        return [super().val_dataloader(), super().test_dataloader()]
+
+    def test_dataloader(self):
+        return [super().test_dataloader(), super().val_dataloader()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_several_loaders_have_a_figure_each(stage, tmp_path):
+    module, data, callback = supervised(), Two(val_size=13), Kept()
+    logger = CSVLogger(tmp_path, name="run")
+    trainer = tiny_trainer(callbacks=[callback], logger=logger)
+    (trainer.validate if stage == "val" else trainer.test)(module, datamodule=data, verbose=False)
+    assert len(callback.drawn) == len(callback.figures) == 2
+    loaders = data.val_dataloader() if stage == "val" else data.test_dataloader()
+    for (name, confidence, correct), loader in zip(callback.drawn, loaders, strict=True):
+        confidences, hits = expected(module, loader)
+        assert name == stage
+        assert confidence.tolist() == pytest.approx(confidences, rel=1e-5)
+        assert correct.tolist() == hits
+    figures = {path.name for path in (tmp_path / "run" / "version_0" / "figures").iterdir()}
+    assert figures == {f"{stage}_kept_dataloader_idx_{number}_0.png" for number in (0, 1)}
+    assert callback.figure is callback.figures[0]

@@ -339,24 +339,48 @@ def test_a_regression_without_teachers_is_refused():
         tiny_trainer(callbacks=[TeacherReport()]).fit(Gauss(0), loader, loader)
 
 
+class Two(TinyDataModule):
+    """The second loader's labels are others, and it is longer."""
+
+    def val_dataloader(self):
+        other = [batch.replace(target=(batch.target + 1) % 3) for batch in super().test_dataloader()]
+        return [super().val_dataloader(), DataLoader(other, batch_size=None)]
+
+
 @pytest.mark.slow
 @quiet
-def test_several_validation_loaders_are_read_together():
-    class Two(TinyDataModule):
-        def val_dataloader(self):
-            return [super().val_dataloader(), super().test_dataloader()]
-
-    class Both(KDModule):
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            pass
-
-    networks, data = teachers(), TinyDataModule()
+@pytest.mark.parametrize("count", [1, 2])
+def test_several_validation_loaders_are_reported_each_on_its_own(count, tmp_path):
+    networks, data = teachers(count), Two(val_size=9)
     data.setup()
-    batches = [*data.val_dataloader(), *data.test_dataloader()]
-    images, targets = torch.cat([b.input for b in batches]), torch.cat([b.target for b in batches])
-    row = report(Both(TinyNet(), networks, num_classes=3), Two()).rows[0]
-    with torch.no_grad():
-        assert row == {"name": "teacher_0", **numbers(networks[0](images), targets)}
+    callback = TeacherReport()
+    logger = CSVLogger(tmp_path, name="run")
+    trainer = tiny_trainer(callbacks=[callback], logger=logger, log_every_n_steps=1)
+    trainer.fit(KDModule(TinyNet(), networks, num_classes=3), datamodule=Two(val_size=9))
+    written = (tmp_path / "run" / "version_0" / "metrics.csv").read_text().splitlines()
+    header, first, *_ = (line.split(",") for line in written)
+    logged = dict(zip(header, first, strict=True))
+    rows = {(row["name"], row["loader"]): row for row in callback.rows}
+    names = ["teacher_0"] if count == 1 else ["teacher_0", "teacher_1", "ensemble"]
+    assert list(rows) == [(name, loader) for loader in (0, 1) for name in names]
+    for loader, batches in enumerate(map(list, data.val_dataloader())):
+        images, targets = torch.cat([b.input for b in batches]), torch.cat([b.target for b in batches])
+        for number, network in enumerate(networks):
+            name = f"teacher_{number}"
+            with torch.no_grad():
+                assert rows[name, loader] == {"name": name, "loader": loader, **numbers(network(images), targets)}
+            suffix = f"dataloader_idx_{loader}"
+            assert float(logged[f"teacher/{name}/nll/{suffix}"]) == pytest.approx(rows[name, loader]["nll"], rel=1e-5)
+    figures = {path.name for path in (tmp_path / "run" / "version_0" / "figures").iterdir()}
+    assert figures == {"teachers_dataloader_idx_0_0.png", "teachers_dataloader_idx_1_0.png"}
+    assert callback.figure is not None
+
+
+@pytest.mark.slow
+def test_the_warning_names_the_loader():
+    message = r"teacher_\d has an accuracy of .* on the validation data of loader [01], little better"
+    with pytest.warns(UserWarning, match=message):
+        report(kd(), Two())
 
 
 @pytest.mark.slow

@@ -140,3 +140,49 @@ def test_it_brings_a_shrunk_networks_activations_back_to_the_norm():
         recalibrate(network, given)
         after = off()
     assert after < 0.1 < before
+
+
+def test_frozen_parts_keep_theirs():
+    """In eval mode, which a part without gradients has where its statistics are to stay."""
+    network, given = two_norms(), batches()
+    network[0].requires_grad_(requires_grad=False).eval()
+    network[0].running_mean.fill_(0.7)
+    before = copy.deepcopy(network.state_dict())
+    assert recalibrate(network, given) == 4
+    for name, value in before.items():
+        assert torch.equal(value, network.state_dict()[name]) == (
+            not name.startswith("4.running") and "4.num" not in name
+        )
+    # The second one's statistics are of what the first one gives in eval mode.
+    with torch.no_grad():
+        network.eval()
+        means = [network[:4](batch).mean((0, 2, 3)) for batch in given]
+    torch.testing.assert_close(network[4].running_mean, torch.stack(means).mean(0))
+    # In train mode they move in training, too.
+    network[0].train()
+    recalibrate(network, given)
+    assert not torch.equal(before["0.running_mean"], network[0].running_mean)
+    # Nothing but frozen parts: the network is not a part of a training.
+    network[0].running_mean.fill_(0.7)
+    recalibrate(network.requires_grad_(requires_grad=False).eval(), given)
+    assert not torch.equal(before["0.running_mean"], network[0].running_mean)
+
+
+def test_a_network_with_nothing_to_measure_is_not_run():
+    network = nn.Sequential(nn.BatchNorm2d(1).requires_grad_(requires_grad=False).eval(), nn.Conv2d(1, 1, 1))
+    assert recalibrate(network, []) == 0
+
+
+@pytest.mark.slow
+def test_a_pruned_frozen_layer_keeps_the_statistics_of_the_channels_that_are_left():
+    network = SmallResNet(3, width=8)
+    norm = network.stage1[0].norm1
+    norm.running_mean.copy_(torch.arange(8.0))
+    norm.requires_grad_(requires_grad=False).eval()
+    given = batches()
+    groups = channel_groups(network, given[0])
+    shrink(network, {group: range(group.size // 4) for group in groups})
+    left = norm.running_mean.clone()
+    recalibrate(network, given)
+    assert torch.equal(norm.running_mean, left)
+    assert set(left.tolist()) <= set(range(8))

@@ -77,12 +77,12 @@ STEPS = {
 OTHER_SIZES = "the file is of the compressed network's sizes, which a freshly built one has not"
 LOGGED = "the penalty of the phase that is over still stands among the metrics of the uninterrupted run"
 TAKEN_OFF = "what is learned about the weights has left them when the fit is over, and the optimiser still has it"
-MEASURED = "the statistics of BatchNorm are measured anew after the step, in frozen parts, too"
+LEFT = "a pruned layer keeps the statistics of the channels that are left"
 AVERAGED = "an average of parameters that a step replaces is refused"
 EXCLUDED = {
     **{(name, "averages_of_weights_leave_frozen_networks_alone"): AVERAGED for name in STEPS},
-    **{(name, "a_frozen_part_keeps_its_mode"): MEASURED for name in STEPS if name != "quantized"},
     ("channels", "an_exported_student_is_a_plain_network"): OTHER_SIZES,
+    ("channels", "a_frozen_part_keeps_its_mode"): LEFT,
     ("low rank", "an_exported_student_is_a_plain_network"): OTHER_SIZES,
     ("movement", "the_optimizer_holds_exactly_what_learns"): TAKEN_OFF,
     ("gates", "the_optimizer_holds_exactly_what_learns"): TAKEN_OFF,

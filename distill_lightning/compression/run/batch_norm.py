@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill_lightning.errors import InputError, refusing
+from distill_lightning.layers import asleep
 
 
 @torch.no_grad()
 def recalibrate(network: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]], *, limit: int | None = None) -> int:
-    """Measure the running statistics of every BatchNorm anew, in place.
+    """Measure the running statistics of BatchNorm anew, in place, but for those in frozen parts that are in eval mode.
 
     They become the plain average of each batch's mean and unbiased variance. Only the BatchNorm layers run in train
     mode, so dropout has no effect and draws no random numbers. Parameters, momentum and the modes of all modules are
-    restored. A network without running statistics is not run at all.
+    restored. A network without running statistics is not run at all. A network that is frozen as a whole has no part
+    that is to stay as it is.
 
     Args:
         network: the network, on the device of the batches.
@@ -30,12 +32,13 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...
     Raises:
         InputError: there is no batch, or one has a single value per channel; the old statistics are kept then.
     """
-    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    kept = asleep(network)
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None and m not in kept]
     if not norms:
         return 0
     modes = [(module, module.training) for module in network.modules()]
     momenta = [norm.momentum for norm in norms]
-    kept = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     count = 0
     done = False
     try:
@@ -56,7 +59,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...
     finally:
         for module, training in modes:
             module.training = training
-        for norm, momentum, buffers in zip(norms, momenta, kept, strict=True):
+        for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
             norm.momentum = momentum
             if not done:
                 for name, buffer in buffers.items():

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 
 from distill_lightning.errors import InputError, check_finite
-from distill_lightning.lightning_internals import begins_anew
+from distill_lightning.lightning_internals import begins_anew, planned_epochs
 from distill_lightning.part import Part
 
 AlphaSchedule = Literal["linear", "constant"] | Callable[[float], float]
@@ -119,7 +119,7 @@ class Alpha(Part):
 
 
 def training_length(trainer: pl.Trainer, total_epochs: int | None) -> int:
-    """``T``, the epochs of the whole training.
+    """``T``, the epochs of the whole training; that in which stochastic averaging measures statistics is none of them.
 
     Raises:
         InputError: neither ``total_epochs`` nor the trainer tells it.
@@ -132,7 +132,7 @@ def training_length(trainer: pl.Trainer, total_epochs: int | None) -> int:
         >>> training_length(SimpleNamespace(max_epochs=30), total_epochs=100)
         100
     """
-    length = total_epochs or trainer.max_epochs
+    length = total_epochs or planned_epochs(trainer)
     if length is None or length < 1:
         raise InputError(
             "alpha grows with the training, whose length is not known: give total_epochs or Trainer(max_epochs)"
@@ -156,8 +156,9 @@ def steps_of_epoch(trainer: pl.Trainer) -> float:
 def early_ends(trainer: pl.Trainer, epochs: int) -> list[str]:
     """What will or may end the training before so many epochs."""
     ends = []
-    if trainer.max_epochs is not None and 0 <= trainer.max_epochs < epochs:
-        ends.append(f"max_epochs={trainer.max_epochs}")
+    planned = planned_epochs(trainer)
+    if planned is not None and 0 <= planned < epochs:
+        ends.append(f"max_epochs={planned}")
     if 0 <= trainer.max_steps < epochs * steps_of_epoch(trainer):
         ends.append(f"max_steps={trainer.max_steps}")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # not declared by Lightning

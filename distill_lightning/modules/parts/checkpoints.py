@@ -14,6 +14,7 @@ from distill_lightning.arguments import arguments_of, bound_arguments, takes
 from distill_lightning.callables import is_of_files
 from distill_lightning.choices import Choice, check_choices, choice_class, from_plain, is_choice, is_plain, plain
 from distill_lightning.errors import InputError
+from distill_lightning.lightning_internals import convert_early
 from distill_lightning.networks.budget import Budget, bytes_of_tensors
 from distill_lightning.networks.provenance import build_from, note_structure, recipe_of, restore_structure
 from distill_lightning.networks.weights import check_architecture, read_checkpoint
@@ -90,6 +91,7 @@ def take(module: Any, checkpoint: dict[str, Any]) -> None:
     check_architecture(module, checkpoint["state_dict"], source="what is being loaded")
     # Lightning restores before `on_fit_start`, and a training before may have had other teachers.
     module.forget_fingerprints()
+    convert_early(module, (network for frozen in module.frozen.values() for network in frozen.networks))
     fingerprints = module.fingerprints()
     for name, known in checkpoint.get("fingerprints", {}).items():
         if fingerprints.get(name) != known:

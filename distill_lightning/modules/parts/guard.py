@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ class Guard(Part):
             row = int(wrong.flatten(1).any(1).nonzero()[0]) if wrong.ndim > 1 else int(wrong.nonzero()[0])
             value = target[row][wrong[row]][0] if wrong.ndim > 1 else target[row]
             raise InputError(
-                f"{who}: the label of sample {_named(ready, [row])} in {_STAGES[stage]} batch {number} is "
+                f"{who}: the label of sample {named(ready, [row])} in {_STAGES[stage]} batch {number} is "
                 f"{value.tolist()}, and labels must be {module.output.target_rule(target)}: mend the data module"
             )
 
@@ -262,20 +262,25 @@ class Guard(Part):
 
     @staticmethod
     def _look_at_teachers(module: Any, batch: Batch) -> None:
-        for number, output in enumerate(getattr(module.teachers, "heard", ())):
-            who = f"{type(module).__name__}: teacher {number} ({type(module.teachers[number]).__name__})"
-            broken = module.output.broken(output)
-            counted = module.output.counted(output[: batch.size], batch)
-            if counted is not None:
-                broken[: batch.size] &= counted
+        for who, output, broken in teachers_answers(module, batch):
             if broken.any():
                 # With further inputs of each sample there are more rows than samples.
                 bad = sorted({row % batch.size for row in broken.nonzero()[:, 0].tolist()})
                 inputs = " (their inputs do, too)" if _bad_rows(batch) else ""
                 raise NonFiniteError(
-                    f"{who} answers nan or inf for samples {_named(batch, bad)}{inputs}: mend or replace it"
+                    f"{who} answers nan or inf for samples {named(batch, bad)}{inputs}: mend or replace it"
                 )
             module.output.check_values(who, output)
+
+
+def teachers_answers(module: Any, batch: Batch) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What each teacher has answered to a batch: who it is, its output, and where this is not finite and counts."""
+    for number, output in enumerate(getattr(module.teachers, "heard", ())):
+        broken = module.output.broken(output)
+        counted = module.output.counted(output[: batch.size], batch)
+        if counted is not None:
+            broken[: batch.size] &= counted
+        yield f"{type(module).__name__}: teacher {number} ({type(module.teachers[number]).__name__})", output, broken
 
 
 def _like(counted: Tensor, wrong: Tensor) -> Tensor:
@@ -297,7 +302,7 @@ def _reason(batch: Batch | None) -> str:
         return _WAY_OUT
     rows = _bad_rows(batch)
     if rows:
-        return f"the inputs of samples {_named(batch, rows)} hold nan or inf: mend them or leave them out"
+        return f"the inputs of samples {named(batch, rows)} hold nan or inf: mend them or leave them out"
     return f"the inputs are finite: {_WAY_OUT}"
 
 
@@ -311,7 +316,7 @@ def _bad_rows(batch: Batch) -> list[int]:
     return sorted(found)
 
 
-def _named(batch: Batch, rows: Sequence[int]) -> str:
+def named(batch: Batch, rows: Sequence[int]) -> str:
     """Samples by their index in the data set or, where the data module does not tell it, by their row."""
     if batch.key is None:
         return f"{_listed(rows)} of the batch"

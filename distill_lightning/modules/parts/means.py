@@ -10,14 +10,54 @@ from torch import Tensor
 
 from distill_lightning.part import Part
 
+_NOTHING = 1e-9
+"""What a process weighs in which nothing counts: too little to change a sum, but a mean over nothing is 0, not NaN."""
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """The loss, its terms and, where there are several, the weighted terms' shares in it, by the names in logs.
+
+    Raises:
+        KeyError: the weights are of other terms.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.modules.parts.means import weighted_sum
+        >>> weighted_sum({"ce": tensor(2.0), "kd": tensor(3.0)}, {"ce": 1.0, "kd": 2.0})
+        {'loss': tensor(8.), 'ce': tensor(2.), 'kd': tensor(3.), 'ce_share': tensor(0.2500), 'kd_share': tensor(0.7500)}
+    """
+    if terms.keys() != weights.keys() or "loss" in terms:
+        raise KeyError(
+            f"terms() gave {sorted(terms)}, weights() gave {sorted(weights)}: they must name the same, not 'loss'"
+        )
+    weighted = {name: weights[name] * term for name, term in terms.items()}
+    loss = torch.stack(list(weighted.values())).sum()
+    shares = {f"{name}_share": weighted[name] / loss for name in terms if weights[name] != 0} if len(terms) > 1 else {}
+    return {"loss": loss, **terms, **shares}
+
+
+def weight_of(count: int | Tensor, mean: Tensor) -> Any:
+    """What a mean over so many samples or positions weighs for `LightningModule.log`, as its ``batch_size``.
+
+    Processes add up what they log: all need numbers of one type, whichever of them has anything that does not count.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.modules.parts.means import weight_of
+        >>> weight_of(8, torch.tensor(0.5)), weight_of(torch.tensor(3), torch.tensor(0.5))
+        (tensor(8.), tensor(3.))
+    """
+    weight = count if isinstance(count, Tensor) else torch.full((), count, device=mean.device)
+    return weight.float().clamp_min(_NOTHING)
+
 
 class _Sums(NamedTuple):
     values: Tensor
-    samples: int
+    weight: int | Tensor
 
 
 class RunningMeans(Part):
-    """Means of scalars over an epoch's batches, each batch counted by its samples; logged under ``train/``.
+    """Means of scalars over an epoch's batches, each weighing as much as counts in it; logged under ``train/``.
 
     The sums stay on the device, in one tensor that a step adds to: `LightningModule.log` takes a tenth of a millisecond
     for each scalar and step, which for a small network is more than the scalar itself.
@@ -26,9 +66,9 @@ class RunningMeans(Part):
         >>> from torch import tensor
         >>> from distill_lightning.modules.parts.means import RunningMeans
         >>> means = RunningMeans()
-        >>> means.add({"ce": tensor(1.0)}, samples=3)
+        >>> means.add({"ce": tensor(1.0)}, count=3)
         tensor([1.])
-        >>> means.add({"ce": tensor(5.0)}, samples=1)
+        >>> means.add({"ce": tensor(5.0)}, count=1)
         tensor([5.])
         >>> list(means.means())
         [('ce', tensor(2.), 4)]
@@ -38,8 +78,12 @@ class RunningMeans(Part):
         # By the names that came together; there is more than one such set only where a term comes or goes.
         self._sums: dict[tuple[str, ...], _Sums] = {}
 
-    def add(self, values: Mapping[str, Tensor], samples: int) -> Tensor:
-        """Count the scalars of a batch of so many samples; no graph is kept.
+    def add(self, values: Mapping[str, Tensor], count: int | Tensor) -> Tensor:
+        """Add the scalars of a batch; no graph is kept.
+
+        Args:
+            values: means over the batch, by name.
+            count: how many samples or positions they are means of, see `Batch.count`.
 
         Returns:
             The scalars, ``(S,)``.
@@ -47,22 +91,28 @@ class RunningMeans(Part):
         names = tuple(values)
         new = torch.stack([value.detach().float() for value in values.values()])
         before = self._sums.get(names)
-        if before is None:
-            self._sums[names] = _Sums(new * samples, samples)
+        if isinstance(count, Tensor):
+            # Where nothing counts, the share of a term is 0 / 0.
+            weighted = torch.where(count > 0, new * count, 0)
+            self._sums[names] = (
+                _Sums(weighted, count) if before is None else _Sums(before.values + weighted, before.weight + count)
+            )
+        elif before is None:
+            self._sums[names] = _Sums(new * count, count)
         else:
-            before.values.add_(new, alpha=samples)
-            self._sums[names] = _Sums(before.values, before.samples + samples)
+            before.values.add_(new, alpha=count)
+            self._sums[names] = _Sums(before.values, before.weight + count)
         return new
 
-    def means(self) -> Iterator[tuple[str, Tensor, int]]:
-        """Name, mean and number of samples of each scalar, over the batches that had it."""
-        totals: dict[str, tuple[Tensor, int]] = {}
-        for names, (values, samples) in self._sums.items():
+    def means(self) -> Iterator[tuple[str, Tensor, int | Tensor]]:
+        """Name and mean of each scalar over the batches that had it, and what it is a mean of."""
+        totals: dict[str, tuple[Tensor, int | Tensor]] = {}
+        for names, (values, count) in self._sums.items():
             for name, value in zip(names, values.unbind(), strict=True):
-                total, counted = totals.get(name, (torch.zeros_like(value), 0))
-                totals[name] = (total + value, counted + samples)
-        for name, (total, counted) in totals.items():
-            yield name, total / counted, counted
+                total, before = totals.get(name, (torch.zeros_like(value), 0))
+                totals[name] = (total + value, before + count)
+        for name, (total, count) in totals.items():
+            yield name, total / weight_of(count, total), count
 
     def forget(self) -> None:
         """Drop the sums."""
@@ -87,6 +137,8 @@ class RunningMeans(Part):
         self._log(module)
 
     def _log(self, module: Any) -> None:
-        for name, mean, samples in self.means():
-            module.log(f"train/{name}", mean, on_step=False, on_epoch=True, sync_dist=True, batch_size=samples)
+        for name, mean, count in self.means():
+            module.log(
+                f"train/{name}", mean, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight_of(count, mean)
+            )
         self.forget()

@@ -18,6 +18,7 @@ from distill_lightning.lightning_internals import (
     steps_left,
     total_steps,
     validation_interval,
+    watch_first_loader,
 )
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable
 from distill_lightning.schedules import STEPPED_BY_BATCH, GroupSchedules, OneCycle
@@ -50,7 +51,8 @@ def with_schedule(
         optimizer: the only one.
         lr_scheduler: makes the schedule; it is stepped after every epoch, or after every batch if it is one of
             `STEPPED_BY_BATCH`.
-        monitor: the metric that `ReduceLROnPlateau` watches after every validation, unless it names one.
+        monitor: the metric that `ReduceLROnPlateau` watches after every validation, unless it names one; of several
+            validation loaders the first one's.
 
     Raises:
         InputError: `OneCycle`, and a training without an end; PyTorch's `OneCycleLR`, and one with more steps; or
@@ -96,9 +98,10 @@ def _check_length(schedule: OneCycleLR, steps: float) -> None:
 def plan_anew(module: pl.LightningModule) -> None:
     """Let optimiser and schedule be those of the training that now starts.
 
-    A learning rate that a callback has found reaches the schedule, too. Every `OneCycle` of a resumed training reaches
-    its end where the training now has it: a checkpoint keeps the number of steps that its own training was to have.
-    `OneCycle` that was given ``total_steps`` keeps to it.
+    A learning rate that a callback has found reaches the schedule, too, and what is watched is that of the first of
+    several validation loaders. Every `OneCycle` of a resumed training reaches its end where the training now has it: a
+    checkpoint keeps the number of steps that its own training was to have. `OneCycle` that was given ``total_steps``
+    keeps to it.
 
     Args:
         module: a `DistillationModule` whose training starts.
@@ -106,6 +109,7 @@ def plan_anew(module: pl.LightningModule) -> None:
     trainer = cast("Any", module.trainer)
     if begins_anew(trainer) and getattr(module, "lr", None) is not None:
         new_optimizer(trainer, trainer.optimizers[0], restart=True)
+    watch_first_loader(module.trainer)
     left = steps_left(module)
     if left is None:
         return

@@ -266,6 +266,8 @@ class RunningStore(RunningPast):
         self.store: PredictionStore | None = None
         # Of the data whose samples the rows belong to; as plain values, empty where nothing is known of them.
         self.data: Fingerprint = {}
+        # Whether batches may come that are not finite.
+        self._checks = False
 
     def joined(self, module: Any) -> None:
         """Look at the number of classes.
@@ -273,6 +275,7 @@ class RunningStore(RunningPast):
         Raises:
             InputError: ``top_k`` is larger.
         """
+        self._checks = module.skipping.is_on
         top_k = self.options.top_k
         if top_k is not None and top_k > module.num_classes:
             raise InputError(f"StoredPast: top_k cannot be larger than num_classes={module.num_classes}, got {top_k}")
@@ -294,6 +297,9 @@ class RunningStore(RunningPast):
         if batch.mixture is not None:
             whole = batch.mixture.share == 1
             keep = whole if keep is None else keep & whole
+        if self._checks:
+            finite = probs.isfinite().all(dim=1)
+            keep = finite if keep is None else keep & finite
         self._made().write(_index(batch.index), probs, keep)
 
     def begin(self, module: Any) -> None:

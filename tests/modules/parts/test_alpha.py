@@ -8,8 +8,8 @@ from distill_lightning import InputError, PastModel, SelfKDModule
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 
-def module_of(**options):
-    return SelfKDModule(TinyNet(norm="group"), num_classes=3, past=PastModel(), **options)
+def module_of(norm="group", **options):
+    return SelfKDModule(TinyNet(norm=norm), num_classes=3, past=PastModel(), **options)
 
 
 def fitted(module, **options):
@@ -124,3 +124,32 @@ def test_what_keeps_alpha_from_its_end_is_warned_about_once(options, trainer, re
 )
 def test_a_training_that_comes_to_its_end_is_not_warned_about(options, trainer):
     fitted(module_of(**options), **trainer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["epoch", "step"])
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_the_epoch_that_stochastic_averaging_adds_is_not_planned_for(unit, norm, recwarn):
+    """With BatchNorm it is a fifth epoch, which trains nothing."""
+    alphas, trained = Alphas(), []
+
+    class Trained(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            trained.append(pl_module.alpha.at(trainer))
+
+    module = module_of(norm, alpha_unit=unit)
+    averaging = pl.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)
+    fitted(module, max_epochs=4, callbacks=[averaging, alphas, Trained()])
+    progress = [(step + 1) / 12 if unit == "step" else (step // 3 + 1) / 4 for step in range(12)]
+    assert trained == pytest.approx([0.8 * part for part in progress])
+    assert trained[-1] == 0.8
+    assert len(alphas.seen) == (15 if norm == "batch" else 12)
+    assert set(alphas.seen[12:]) <= {0.8}
+    assert not [line for line in recwarn if "alpha" in str(line.message)]
+
+
+@pytest.mark.slow
+def test_under_stochastic_averaging_a_training_that_ends_early_is_warned_about():
+    averaging = pl.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    with pytest.warns(UserWarning, match="may end earlier because of max_epochs=3: set total_epochs"):
+        fitted(module_of("batch", total_epochs=4), max_epochs=3, callbacks=[averaging])
