@@ -17,7 +17,7 @@ from distill_lightning.data.transforms import BatchTransform
 from distill_lightning.errors import InputError
 from distill_lightning.layers import dry_forward, wake
 from distill_lightning.layers.call import call
-from distill_lightning.lightning_internals import place_of, summarise_frozen
+from distill_lightning.lightning_internals import go_on, place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts import checkpoints
 from distill_lightning.modules.parts.checkpoints import RemembersArguments
@@ -149,6 +149,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self.teachers = Teachers(None, ask=[])
         self._observed: dict[str, Tensor] = {}
         self._fingerprints: dict[str, str] | None = None
+        self.resumed_at: dict[str, Any] | None = None
 
     # What a method fills in
 
@@ -341,7 +342,8 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self._fingerprints = self.fingerprints()
 
     def on_train_start(self) -> None:
-        """Plan the learning rates of a resumed training; then call the parts' ``training_starts``."""
+        """Go on at a checkpoint's place with learning rates for the rest; then call the parts' ``training_starts``."""
+        go_on(self)
         plan_anew(self)
         self._tell("training_starts")
 

@@ -14,6 +14,7 @@ from distill_lightning.arguments import arguments_of, bound_arguments, takes
 from distill_lightning.callables import is_of_files
 from distill_lightning.choices import Choice, check_choices, choice_class, from_plain, is_choice, is_plain, plain
 from distill_lightning.errors import InputError
+from distill_lightning.lightning_internals import noted_place, settle_progress
 from distill_lightning.networks.budget import Budget, bytes_of_tensors
 from distill_lightning.networks.provenance import build_from, note_structure, recipe_of, restore_structure
 from distill_lightning.networks.weights import check_architecture, read_checkpoint
@@ -77,6 +78,7 @@ def note(module: Any, checkpoint: dict[str, Any]) -> None:
         # A checkpoint of weights alone, which no training can go on from, needs no more.
         states = {name: part.state_dict() for name, part in module.parts.items()}
         checkpoint["parts"] = {name: state for name, state in states.items() if state is not None}
+        checkpoint["place"] = noted_place(module)
 
 
 def take(module: Any, checkpoint: dict[str, Any]) -> None:
@@ -101,6 +103,7 @@ def take(module: Any, checkpoint: dict[str, Any]) -> None:
     for name, state in checkpoint.get("parts", {}).items():
         if name in module.parts:
             module.parts[name].load_state_dict(state)
+    module.resumed_at = settle_progress(module, checkpoint)
 
 
 def note_format(checkpoint: dict[str, Any]) -> None:
