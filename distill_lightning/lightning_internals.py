@@ -166,43 +166,54 @@ def go_on(module: Any) -> None:
     module.resumed_at = None
     if place is None:
         return
-    fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
-    trainer._logger_connector._callback_metrics.update(
-        {name: torch.tensor(value) for name, value in place.get("metrics", {}).items()}
-    )
-    progress, batches = epoch.batch_progress, trainer.num_training_batches
-    is_over = progress.is_last_batch or progress.current.ready >= batches
-    if progress.current.ready and not is_over:
+    epoch, progress = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop.batch_progress
+    metrics = {name: torch.tensor(value) for name, value in place.get("metrics", {}).items()}
+    trainer._logger_connector._callback_metrics.update(metrics)
+    if progress.current.ready == 0:
+        epoch.restarting = False
+    elif progress.is_last_batch or progress.current.ready >= trainer.num_training_batches:
+        _stand_at_the_end(trainer)
+    else:
         _refuse_other_batches(trainer, place, progress.current.ready)
-        if progress.current.ready % trainer.accumulate_grad_batches:
-            rank_zero_warn(
-                "the checkpoint was made between two optimiser steps, and the gradients that were accumulated for the "
-                "next one are not in it: resume from a checkpoint that was made after a step"
-            )
+        _warn_of_gradients(trainer, progress.current.ready)
         _pass_over(trainer, progress.current.ready)
-    elif progress.current.ready:
-        progress.is_last_batch = True
-        if not math.isinf(batches):
-            progress.current.__dict__.update(dict.fromkeys(vars(progress.current), batches))
-        fit._data_fetcher.iterator, fit._data_fetcher.batches = iter(()), []
     # By now Lightning knows whether it has to validate; counts that stayed behind would say so once more.
     epoch.val_loop.batch_progress.reset()
-    is_due = progress.current.ready > 0 and epoch._should_check_val_fx(fit._data_fetcher)
     if module.automatic_optimization:
+        is_due = progress.current.ready > 0 and epoch._should_check_val_fx(trainer.fit_loop._data_fetcher)
         # A batch that has its validation before it is counted a second time.
         epoch._batches_that_stepped = trainer.global_step - int(is_due and not epoch._should_accumulate())
-    if not progress.current.ready:
-        epoch.restarting = False
-    # Lightning would not ask a schedule that follows a metric at the end of this epoch, because it has lost the metric.
-    if "metrics" in place:
+    _let_schedules_follow(trainer, place)
+
+
+def _stand_at_the_end(trainer: Any) -> None:
+    """An epoch's last batch is done, and no other follows, whatever the loaders say now."""
+    progress, batches = trainer.fit_loop.epoch_loop.batch_progress, trainer.num_training_batches
+    progress.is_last_batch = True
+    if not math.isinf(batches):
+        progress.current.__dict__.update(dict.fromkeys(vars(progress.current), batches))
+    fetcher = trainer.fit_loop._data_fetcher
+    fetcher.iterator, fetcher.batches = iter(()), []
+
+
+def _warn_of_gradients(trainer: Any, begun: int) -> None:
+    if begun % trainer.accumulate_grad_batches:
+        rank_zero_warn(
+            "the checkpoint was made between two optimiser steps, and the gradients that were accumulated for the next "
+            "one are not in it: resume from a checkpoint that was made after a step"
+        )
+
+
+def _let_schedules_follow(trainer: Any, place: dict[str, Any]) -> None:
+    """Have schedules that follow a metric asked at the end of the epoch; Lightning has no metrics left and does not."""
+    fit = trainer.fit_loop
+    if "metrics" in place or fit.epoch_loop.batch_progress.current.ready == 0:
         fit._restarting = False
-        if place["is_ending"]:
-            # The schedule comes after the callbacks that make checkpoints.
-            fit.epoch_progress.current.completed -= 1
-            epoch.update_lr_schedulers("epoch", update_plateau_schedulers=True)
-            fit.epoch_progress.current.completed += 1
-    elif not progress.current.ready:
-        fit._restarting = False
+    if "metrics" in place and place["is_ending"]:
+        # They come after the callbacks that make checkpoints.
+        fit.epoch_progress.current.completed -= 1
+        fit.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        fit.epoch_progress.current.completed += 1
 
 
 def _ways_of_batches(trainer: Any) -> list[dict[str, int | None]]:
@@ -244,7 +255,9 @@ def _pass_over(trainer: Any, batches: int) -> None:
         if hasattr(loader, "begin_after"):
             # It counts those that were fetched; the last of them may not have been trained on.
             loader.begin_after(batches, epoch=trainer.current_epoch)
-    if any(isinstance(part, _DRAWING) or hasattr(part, "load_state_dict") for one in loaders for part in drawing_parts(one)):
+    if any(
+        isinstance(part, _DRAWING) or hasattr(part, "load_state_dict") for one in loaders for part in drawing_parts(one)
+    ):
         return
     for part in (part for loader in loaders for part in drawing_parts(loader)):
         if hasattr(part, "set_epoch"):
