@@ -169,12 +169,13 @@ def go_on(module: Any) -> None:
     epoch, progress = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop.batch_progress
     metrics = {name: torch.tensor(value) for name, value in place.get("metrics", {}).items()}
     trainer._logger_connector._callback_metrics.update(metrics)
+    if progress.current.ready and not progress.is_last_batch:
+        _refuse_other_batches(trainer, place, progress.current.ready)
     if progress.current.ready == 0:
         epoch.restarting = False
     elif progress.is_last_batch or progress.current.ready >= trainer.num_training_batches:
         _stand_at_the_end(trainer)
     else:
-        _refuse_other_batches(trainer, place, progress.current.ready)
         _warn_of_gradients(trainer, progress.current.ready)
         _pass_over(trainer, progress.current.ready)
     # By now Lightning knows whether it has to validate; counts that stayed behind would say so once more.

@@ -2,7 +2,6 @@
 
 import re
 import tempfile
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -182,7 +181,7 @@ def test_what_is_left_of_an_epoch_is_done_first(tmp_path):
 
 def stopped(folder, data, *, at=4, **options):
     """A checkpoint after some batches of 4 samples."""
-    trainer = tiny_trainer(limit_train_batches=at, max_epochs=1, limit_val_batches=0, **options)
+    trainer = tiny_trainer(limit_val_batches=0, **options)
 
     class Save(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -230,6 +229,7 @@ def test_another_batch_size_after_an_epoch_is_not(tmp_path, data_of, batch_size)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
 def test_a_loader_refuses_other_batches_to_any_module(tmp_path):
     class Plain(pl.LightningModule):
         def __init__(self):
@@ -242,12 +242,12 @@ def test_a_loader_refuses_other_batches_to_any_module(tmp_path):
         def configure_optimizers(self):
             return sgd(self.parameters())
 
-    with warnings.catch_warnings():
-        keeper = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
-        trainer = tiny_trainer(callbacks=[keeper], enable_checkpointing=True)
-        trainer.fit(Plain(), datamodule=TinyDataModule(batch_size=4))
-        with pytest.raises(InputError, match=r"after 4 batches of an epoch, with batch_size=4 in 1 .*batch_size=8"):
-            tiny_trainer().fit(Plain(), datamodule=TinyDataModule(batch_size=8), ckpt_path=tmp_path / "step=4.ckpt")
+    keeper = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    trainer = tiny_trainer(callbacks=[keeper], enable_checkpointing=True, limit_val_batches=0)
+    trainer.fit(Plain(), datamodule=TinyDataModule(batch_size=4))
+    trainer, data = tiny_trainer(limit_val_batches=0), TinyDataModule(batch_size=8)
+    with pytest.raises(InputError, match=r"after 4 batches of an epoch, with batch_size=4 in 1 .*batch_size=8"):
+        trainer.fit(Plain(), datamodule=data, ckpt_path=tmp_path / "step=4.ckpt")
 
 
 @pytest.mark.slow
