@@ -14,8 +14,15 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.data import sized_len
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
@@ -326,6 +333,38 @@ class TrainersBatches:
             yield
         finally:
             self.trainer.state.stage = before
+
+
+def repeated_rows(module: Any, batch_idx: int, dataloader_idx: int, rows: int) -> Tensor | None:
+    """Which rows of an evaluation's batch a distributed sampler has added, so that all processes have equally many.
+
+    Args:
+        module: that is evaluated.
+        batch_idx: number of the batch in this process.
+        dataloader_idx: number of the loader.
+        rows: of the batch.
+
+    Returns:
+        bool ``(N,)`` on the host; ``None``: none of them.
+    """
+    trainer = getattr(module, "_trainer", None)
+    if trainer is None or trainer.world_size == 1:
+        return None
+    loader = trainer._evaluation_loop._combined_loader.flattened[dataloader_idx]
+    batches = getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader if batches is None else batches, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or sampler.total_size <= len(sampler.dataset):  # type: ignore[arg-type]
+        return None
+    if type(batches) is not BatchSampler:
+        rank_zero_warn(
+            f"{sampler.total_size - len(sampler.dataset)} samples are evaluated twice, so that all processes have "  # type: ignore[arg-type]
+            "equally many, and with a batch sampler of its own a data set does not tell which: validate and test in "
+            "one process (devices=1) for exact metrics"
+        )
+        return None
+    places = sampler.rank + sampler.num_replicas * (batch_idx * batches.batch_size + torch.arange(rows))
+    repeated = places >= len(sampler.dataset)  # type: ignore[arg-type]
+    return repeated if bool(repeated.any()) else None
 
 
 def validation_loaders(trainer: Any) -> Any:
