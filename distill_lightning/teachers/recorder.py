@@ -118,6 +118,10 @@ class _Recorder(pl.LightningModule):
             self._parts = []
         return int(batch.size)
 
+    def on_predict_end(self) -> None:
+        """Here too, because this may be another process than the one that has called `record`."""
+        self.store.release()
+
 
 class _Gaps:
     """Batches of what a store does not know, shard by shard, each with its place and whether it is the shard's last.
