@@ -24,6 +24,15 @@ def broadcast(tensor: Tensor) -> None:
     _through_the_backend(tensor, lambda sent: dist.broadcast(sent, src=0))
 
 
+def gathered(value: Any) -> list[Any]:
+    """Plain values of all processes, in their order."""
+    if is_alone():
+        return [value]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return every
+
+
 def _through_the_backend(tensor: Tensor, communicate: Callable[[Tensor], Any]) -> None:
     # NCCL takes only tensors on the GPU.
     sent = tensor.cuda() if dist.get_backend() == "nccl" and not tensor.is_cuda else tensor

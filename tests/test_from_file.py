@@ -149,34 +149,49 @@ def test_what_the_configuration_names_in_the_same_place_is_the_users():
 STORE = "distill_lightning.teachers.store.TeacherStore"
 
 
+def store_in(path, **options):
+    return {"teachers": {"class_path": STORE, "init_args": {"path": path, **options}}}
+
+
+def pretrained(path):
+    return {"teachers": [{"class_path": "distill_lightning.Pretrained", "init_args": {"checkpoint": path}}]}
+
+
+def past(**options):
+    return {"past": plain(StoredPast(**options))}
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "given", "key"),
     [
-        (SelfKDModule, {"past": plain(StoredPast(folder="/victim", in_checkpoint=0))}, {}, "past.folder"),
-        (SelfKDModule, {"past": plain(StoredPast(folder="/victim"))}, {"past": plain(StoredPast())}, "past.folder"),
-        (SelfKDModule, {"past": plain(StoredPast(folder="v/../w"))}, {"past": plain(StoredPast(folder="w"))},
-         "past.folder"),
-        (KDModule, {"teachers": {"class_path": STORE, "init_args": {"path": "/victim"}}},
-         {"teachers": {"class_path": STORE, "init_args": {"path": "own"}}}, "teachers.path"),
-        (KDModule, {"teachers": [{"class_path": "distill_lightning.Pretrained", "init_args": {"checkpoint": "/v"}}]},
-         {"teachers": [{"class_path": "distill_lightning.Pretrained", "init_args": {"checkpoint": "own"}}]},
-         "teachers.0.checkpoint"),
+        (SelfKDModule, past(folder="/victim", in_checkpoint=0), {}, "past.folder"),
+        (SelfKDModule, past(folder="/victim"), past(), "past.folder"),
         (Foreign, {"where": "a/b.c"}, {}, "where"),
-        (Foreign, {"where": "a/b.c"}, {"where": "a"}, "where"),
     ],
-)  # fmt: skip
-def test_another_file_or_folder_than_the_configurations_is_refused(kind, options, given, key):
+)
+def test_a_file_or_folder_that_the_configuration_does_not_name_is_refused(kind, options, given, key):
     with pytest.raises(InputError, match=r"x\.ckpt names the file or folder ") as caught:
         safe_options(FILE, options, kind, given)
-    assert f" in {key}, which the configuration " in str(caught.value)
-    assert str(caught.value).endswith(f"give the same in the configuration, in model.init_args.{key}")
+    assert f" in {key}, which the configuration does not name" in str(caught.value)
+    assert str(caught.value).endswith(f"name one in the configuration, in model.init_args.{key}")
     assert "\n" not in str(caught.value)
     own = {"_class_path": "a.B", **options}
     assert safe_options(FILE, own, kind, options) == options
 
 
-def test_a_path_object_of_the_configuration_is_the_same_place():
-    assert safe_options(FILE, {"where": "a/b"}, Foreign, {"where": Path("a/b")}) == {"where": "a/b"}
+@pytest.mark.parametrize(
+    ("kind", "options", "given", "expected"),
+    [
+        (SelfKDModule, past(folder="old", keep=3), past(folder="new"), past(folder="new", keep=3)),
+        (SelfKDModule, past(), past(folder="new"), past(folder="new")),
+        (KDModule, store_in("old", top_k=3), store_in("new", top_k=5), store_in("new", top_k=3)),
+        (KDModule, pretrained("old"), pretrained("new"), pretrained("new")),
+        (Foreign, {"where": "a/b.c"}, {"where": Path("new")}, {"where": "new"}),
+    ],
+)
+def test_the_configurations_place_wins_over_the_checkpoints(kind, options, given, expected):
+    """It may have been moved since; other options are the checkpoint's."""
+    assert safe_options(FILE, {"_class_path": "a.B", **options}, kind, given) == expected
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ ROOMS = {
     """,
     "storage": """
         files top_k
-        header
+        header lock
         rows
         exchange log prediction_rows sidecar
         prediction shards

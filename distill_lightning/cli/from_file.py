@@ -44,10 +44,14 @@ def safe_options(
         linked: names of options that are linked to the data, which Lightning notes even for a class that does not take
             them; there they are left out.
 
+    Returns:
+        The options. A file or folder that the configuration names takes the place of the checkpoint's: it may have
+        been moved since, and what is read, written or removed is the user's to say.
+
     Raises:
         InputError: a hyper-parameter is none of the class's arguments; or it names a class or function that is none of
-            this package's options, and that the configuration does not name in the same place; or another file or
-            folder than the configuration does.
+            this package's options, and that the configuration does not name in the same place; or a file or folder
+            where the configuration names none.
     """
     options = {name: value for name, value in found.items() if name not in ("_class_path", "_instantiator")}
     if "_class_path" not in found and class_of(found):
@@ -56,8 +60,27 @@ def safe_options(
     options = {name: value for name, value in options.items() if name not in linked or name in annotations}
     for name, value in options.items():
         _check_name(path, name, kind, annotations)
-        _check(path, name, value, annotations.get(name, Any), given.get(name))
+        options[name] = own = _with_own_places(value, annotations.get(name, Any), given.get(name))
+        _check(path, name, own, annotations.get(name, Any), given.get(name))
     return options
+
+
+def _with_own_places(value: Any, annotation: Any, given: Any) -> Any:
+    """A value with the files and folders that the configuration names in the same places."""
+    if isinstance(value, (list, tuple)) and isinstance(given, (list, tuple)) and len(value) == len(given):
+        return [_with_own_places(part, annotation, own) for part, own in zip(value, given, strict=True)]
+    if isinstance(value, Mapping) and isinstance(given, Mapping):
+        kind = _kind(value, given) if "class_path" in value else None
+        if kind is None:
+            return {name: _with_own_places(part, annotation, given.get(name)) for name, part in value.items()}
+        annotations, known = _annotations(kind), given.get("init_args") or {}
+        options = {
+            name: _with_own_places(part, annotations.get(name, Any), known.get(name))
+            for name, part in (value.get("init_args") or {}).items()
+        }
+        return {**value, "init_args": options}
+    is_place = is_of_files(annotation) and isinstance(given, (str, PurePath))
+    return str(given) if is_place and (value is None or isinstance(value, str)) else value
 
 
 def _check_name(path: Path, name: Any, kind: Any, known: Collection[str]) -> None:
@@ -100,7 +123,11 @@ def _check(path: Path, key: str, value: Any, annotation: Any, given: Any) -> Non
     """
     if isinstance(value, str):
         if is_of_files(annotation):
-            _check_same_place(path, key, value, given)
+            if not isinstance(given, (str, PurePath)):
+                raise InputError(
+                    f"{path} names the file or folder {value[:80]!r} in {key}, which the configuration does not name: "
+                    f"if it is meant, name one in the configuration, in model.init_args.{key}"
+                )
         elif value != given and not _is_plain_text(value, annotation):
             raise _refused(path, key, value)
     elif isinstance(value, (list, tuple, set, frozenset)):
@@ -109,20 +136,6 @@ def _check(path: Path, key: str, value: Any, annotation: Any, given: Any) -> Non
             _check(path, f"{key}.{number}", part, annotation, own)
     elif isinstance(value, Mapping):
         _check_mapping(path, key, value, annotation, given if isinstance(given, Mapping) else {})
-
-
-def _check_same_place(path: Path, key: str, value: str, given: Any) -> None:
-    """Refuse a file or folder that the configuration does not name: what is read, written or removed is the user's.
-
-    Raises:
-        InputError: it does not.
-    """
-    if not isinstance(given, (str, PurePath)) or PurePath(given) != PurePath(value):
-        said = "does not name" if given is None else f"has {str(given)[:80]!r} for"
-        raise InputError(
-            f"{path} names the file or folder {value[:80]!r} in {key}, which the configuration {said}: if it is meant, "
-            f"give the same in the configuration, in model.init_args.{key}"
-        )
 
 
 def _check_mapping(path: Path, key: str, value: Mapping[Any, Any], annotation: Any, given: Mapping[str, Any]) -> None:

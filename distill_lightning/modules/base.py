@@ -18,7 +18,7 @@ from distill_lightning.errors import InputError
 from distill_lightning.layers import dry_forward, wake
 from distill_lightning.layers.call import call, only_output
 from distill_lightning.layers.modes import refuse_exported
-from distill_lightning.lightning_internals import place_of, summarise_frozen
+from distill_lightning.lightning_internals import go_on, place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts import checkpoints
 from distill_lightning.modules.parts.asleep_norms import AsleepNorms
@@ -156,6 +156,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self.teachers = Teachers(None, ask=[])
         self._observed: dict[str, Tensor] = {}
         self._fingerprints: dict[str, str] | None = None
+        self.resumed_at: dict[str, Any] | None = None
 
     # What a method fills in
 
@@ -268,9 +269,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
 
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
         """The student's output for the samples of a batch that count, or for a tensor of inputs."""
-        if isinstance(batch, Tensor):
-            return self(batch)
-        batch = Batch.of(batch)
+        batch = Batch(batch) if isinstance(batch, Tensor) else Batch.of(batch)
         output = call(self, batch.input)
         return output[batch.counted] if batch.counted is not None and batch.counted.ndim == 1 else output
 
@@ -348,7 +347,8 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self._fingerprints = self.fingerprints()
 
     def on_train_start(self) -> None:
-        """Plan learning rates that changed since the optimiser was made; then call the parts' ``training_starts``."""
+        """Go on at a checkpoint's place with learning rates for the rest; then call the parts' ``training_starts``."""
+        go_on(self)
         plan_anew(self)
         self._tell("training_starts")
 

@@ -9,6 +9,7 @@ from distill_lightning.storage.files import (
     write_whole,
 )
 from distill_lightning.storage.header import FORMAT, read_header
+from distill_lightning.storage.lock import FillingLock
 from distill_lightning.storage.prediction import PredictionStore
 from distill_lightning.storage.rows import Field, Rows
 from distill_lightning.storage.shards import ShardedRecords, read_fields, sweep_records
@@ -19,6 +20,7 @@ __all__ = [
     "CHECKSUM_BYTES",
     "FORMAT",
     "Field",
+    "FillingLock",
     "PredictionStore",
     "Rows",
     "ShardedRecords",

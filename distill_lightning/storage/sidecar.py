@@ -99,14 +99,20 @@ class Sidecar:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a checkpoint was made.
+        """Go on where a checkpoint was made, whose files were found.
 
         Raises:
-            InputError: it names a training, or numbers, that this class does not give.
+            InputError: it names a training, or numbers, that this class does not give, or a training whose files it
+                does not know.
         """
         # Files whose names begin so are written over and removed.
         if state["training"] != "" and not _matches(_TRAINING, state["training"]):
             raise InputError(f"the checkpoint names the training {state['training']!r}: {_MADE_BY_HAND}")
+        files = [file["file"] for file in (state["rows"], state["pending"]) if file is not None]
+        if state["training"] and not any(name.startswith(f"{state['training']}.") for name in files):
+            raise InputError(
+                f"the checkpoint names the training {state['training']!r} and none of its files: {_MADE_BY_HAND}"
+            )
         numbers = [state["generation"], state["pendings"], *state["saved"]]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise InputError(f"the checkpoint names generations of past predictions {numbers}: {_MADE_BY_HAND}")

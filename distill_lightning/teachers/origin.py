@@ -35,7 +35,8 @@ def begin_store(module: Any, teachers: Teachers, store: TeacherStore) -> None:
         store: keeps the answers.
 
     Raises:
-        InputError: the data tell neither their number of views nor what they are, or the store is of something else.
+        InputError: the data tell neither their number of views nor what they are, or the store is of something else
+            or is filled by another training.
     """
     trainer = module.trainer
     # Lightning sets it where a data module was given.
@@ -43,10 +44,26 @@ def begin_store(module: Any, teachers: Teachers, store: TeacherStore) -> None:
     origin = describe(module, teachers, data, trainer.train_dataloader, str(trainer.precision))
     store.begin(**origin, rank=trainer.global_rank)
     # Who only reads must not disturb another training that is filling the store.
-    if trainer.is_global_zero and store.fills:
-        store.resume()
+    if store.fills:
+        claim(trainer, store)
     trainer.strategy.barrier("store")
     store.refresh()
+
+
+def claim(trainer: Any, store: TeacherStore) -> None:
+    """Claim the right to fill a store for all processes of a training; where there is nothing to fill, it is read.
+
+    Raises:
+        InputError: another process fills it.
+    """
+    holder = trainer.strategy.broadcast(store.claim() if trainer.is_global_zero else None)
+    if holder:
+        raise InputError(
+            f"the store {store.path} is being filled by {holder}, and two trainings would lose each other's answers: "
+            "wait until that one has ended, or give another folder"
+        )
+    if holder is not None:
+        store.only_read()
 
 
 def describe(module: Any, teachers: Teachers, data: Any, loader: Any, precision: str) -> dict[str, Any]:

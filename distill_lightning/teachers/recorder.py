@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from distill_lightning.errors import InputError
-from distill_lightning.teachers.origin import describe, fetched
+from distill_lightning.teachers.origin import claim, describe, fetched
 from distill_lightning.teachers.store import TeacherStore
 from distill_lightning.teachers.teachers import Teachers
 
@@ -51,14 +51,17 @@ def record(trainer: pl.Trainer, module: Any, datamodule: pl.LightningDataModule)
 
     Raises:
         InputError: there are no teachers or no store, the data's views are not numbered, the store was made by
-            something else, or the disk is full.
+            something else or is filled by another process, or the disk is full.
     """
     recorder = _Recorder(module, datamodule)
     start = time.perf_counter()
     with warnings.catch_warnings():
         # Where the store is complete, there is nothing to do.
         warnings.filterwarnings("ignore", message="Total length of `_Gaps` across ranks is zero")
-        trainer.predict(recorder, return_predictions=False)
+        try:
+            trainer.predict(recorder, return_predictions=False)
+        finally:
+            recorder.store.release()
     return Recorded(recorder.answers, recorder.answers * recorder.store.nbytes, time.perf_counter() - start)
 
 
@@ -87,8 +90,7 @@ class _Recorder(pl.LightningModule):
         loader: Any = self.data.train_dataloader()
         origin = describe(self.module, self.teachers, self.data, loader, str(self.trainer.precision))
         self.store.begin(**origin, rank=self.trainer.global_rank)
-        if self.trainer.is_global_zero:
-            self.store.resume()
+        claim(self.trainer, self.store)
         self.trainer.strategy.barrier("store")
         self.store.refresh()
         places = self.store.unfinished()
@@ -115,6 +117,10 @@ class _Recorder(pl.LightningModule):
             self.store.write(view, shard, {name: torch.cat([part[name] for part in self._parts]) for name in names})
             self._parts = []
         return int(batch.size)
+
+    def on_predict_end(self) -> None:
+        """Here too, because this may be another process than the one that has called `record`."""
+        self.store.release()
 
 
 class _Gaps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.fingerprint import data_difference
 from distill_lightning.errors import InputError
-from distill_lightning.storage import Field, Rows, ShardedRecords, read_fields, read_header, sweep_records
+from distill_lightning.storage import (
+    Field,
+    FillingLock,
+    Rows,
+    ShardedRecords,
+    read_fields,
+    read_header,
+    sweep_records,
+)
 from distill_lightning.teachers.questions import feature_names
 from distill_lightning.teachers.row_codec import Answers, RowCodec, shapes
 
@@ -41,7 +50,7 @@ class TeacherStore:
 
     The store knows the data, the views, the teachers' weights and the options that its answers depend on; with any of
     them changed it is refused, and the message says which. See `ShardedRecords` for the files. Any number of trainings
-    may read a store; one at a time may fill it.
+    may read a store; one at a time may fill it, however many processes it has, and another one that would is refused.
 
     Of the data, it knows the number, names, labels, order and contents of the training samples, as far as they are
     cheap to see: all of what is in memory; of image files the names and sizes of all, and the contents of 256; of other
@@ -116,6 +125,7 @@ class TeacherStore:
         self._plan: dict[str, Any] = {}
         self._rank = 0
         self._new: set[int] = set()
+        self._lock, self._only_reads = FillingLock(self.path), False
 
     def begin(self, *, samples: int, views: int, made_by: Mapping[str, Any], rank: int = 0) -> None:
         """Say what the answers are about; a store that is there is compared with it.
@@ -135,6 +145,7 @@ class TeacherStore:
             "made_by": {**made_by, "keep": self.keep, "top_k": self.top_k, "dtype": self.dtype},
         }
         self._rank, self._records, self.found = rank, None, {}
+        self._only_reads = False
         self._new.clear()
         if self.fill == "never" or (self.path / "header.json").exists():
             self.found = header = read_header(self.path)
@@ -163,7 +174,7 @@ class TeacherStore:
             rows, known = self._records.read(index, view)
             if known.all():
                 return self._unpacked(rows, device)
-        if ask is None or self.fill == "never":
+        if ask is None or self.fill == "never" or self._only_reads:
             raise self._unknown(index, view, known)
         packed = self.codec.pack(ask())
         self._keep(index, view, known, packed)
@@ -181,6 +192,32 @@ class TeacherStore:
         self._new.clear()
         if self._records is not None:
             self._records.refresh()
+
+    def claim(self) -> str | None:
+        """Claim the right to fill the store, and `resume`; one process calls it for all of its training.
+
+        Returns:
+            ``None``: it may be filled. Otherwise who fills it; empty if it is complete, so that there is nothing to
+            fill and it can be read.
+
+        Raises:
+            InputError: its folder cannot be written to, and is not complete.
+        """
+        if self.path.exists() and not os.access(self.path, os.W_OK) and self.is_complete:
+            return ""
+        holder = self._lock.take()
+        if holder is None:
+            self.resume()
+            return None
+        return "" if self.is_complete else holder
+
+    def only_read(self) -> None:
+        """Ask and keep nothing, because somebody else has filled the store."""
+        self._only_reads = True
+
+    def release(self) -> None:
+        """Let others fill the store."""
+        self._lock.release()
 
     def resume(self) -> None:
         """Take up what a killed process had kept, and remove what it was writing.
@@ -219,7 +256,7 @@ class TeacherStore:
     @property
     def fills(self) -> bool:
         """Whether a training adds to the store; one that only reads leaves all files as they are."""
-        return self.fill == "online" and self.networks is not None
+        return self.fill == "online" and self.networks is not None and not self._only_reads
 
     @property
     def is_complete(self) -> bool:

@@ -349,6 +349,11 @@ class Teachers(Frozen):
         if self.store is not None:
             origin.finish_epoch(module.trainer, self.store)
 
+    def fit_ends(self, module: Any) -> None:
+        """Another training may fill the store."""
+        if self.store is not None:
+            self.store.release()
+
     # In checkpoints
 
     def fingerprints(self, name: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 from functools import partial
+from types import SimpleNamespace
 from typing import Unpack
 
 import numpy as np
@@ -34,6 +35,8 @@ from distill_lightning.data.transforms import LabelSmoothing
 from distill_lightning.layers.call import call
 from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.modules.parts.distances import FactorDistance, FunctionTranslator, LinearTranslator
+from distill_lightning.networks import timm_network
+from distill_lightning.networks.weights import write_weights
 from distill_lightning.outputs.metrics import classification_metrics
 from distill_lightning.teachers import Features, Given, Logits, MeanLogits, Softened, Teachers
 from distill_lightning.testing import TinyDataModule, TinyNet, assert_module_contract, tiny_trainer
@@ -494,6 +497,35 @@ def test_training_learns_the_tiny_data():
     trainer = tiny_trainer(max_epochs=15)
     trainer.fit(module, datamodule=TinyDataModule(samples=60))
     assert trainer.callback_metrics["val/accuracy"] > 0.9
+
+
+@pytest.mark.slow
+def test_a_checkpoint_holds_the_weights_of_a_pretrained_student(tmp_path, monkeypatch):
+    """The file that it began with may be gone, and what was downloaded is not downloaded again."""
+    asked = []
+
+    def create_model(name, *, pretrained, num_classes, in_chans):
+        asked.append(pretrained)
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64 * in_chans, num_classes))
+
+    fake = SimpleNamespace(is_model=lambda name: True, create_model=create_model)
+    monkeypatch.setattr("distill_lightning.networks.libraries._package", lambda *args, **options: fake)
+    file = SmallResNet(3, width=2)
+    write_weights(file, tmp_path / "begin.safetensors")
+    for number, student in enumerate(
+        [
+            Pretrained(SmallResNet(3, width=2), tmp_path / "begin.safetensors"),
+            timm_network("some", num_classes=3, in_channels=1, pretrained=True),
+        ]
+    ):
+        module = SupervisedModule(student, num_classes=3)
+        trainer = tiny_trainer()
+        trainer.fit(module, datamodule=TinyDataModule())
+        trainer.save_checkpoint(tmp_path / f"{number}.ckpt")
+        (tmp_path / "begin.safetensors").unlink(missing_ok=True)
+        loaded = SupervisedModule.load_from_checkpoint(tmp_path / f"{number}.ckpt")
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in module.state_dict().items())
+    assert asked == [True, False]
 
 
 @pytest.mark.slow

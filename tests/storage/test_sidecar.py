@@ -330,6 +330,8 @@ def test_files_of_others_are_left_alone(tmp_path):
         ({"training": "7f3a90c1\n"}, "names the training"),
         ({"training": "7F3A90C1"}, "names the training"),
         ({"training": None}, "names the training None"),
+        ({"training": "7f3a90c1"}, "names the training '7f3a90c1' and none of its files"),
+        ({"rows": None, "pending": None}, "names the training '[0-9a-f]{8}' and none of its files"),
         ({"generation": "../../1"}, "names generations"),
         ({"generation": -1}, "names generations"),
         ({"pendings": 1.5}, "names generations"),

@@ -218,8 +218,8 @@ class ImageFolderDataModule(ImageDataModule):
 
     Raises:
         InputError: an option is out of range, or ``train`` has no class folders; from ``setup``: a split is larger than
-            the data, a class folder is empty, or ``val`` has a class that ``train`` has not; from a loader: an image
-            cannot be decoded.
+            the data, a class folder is empty or has a link to a folder above, or ``val`` has a class that ``train`` has
+            not; from a loader: an image cannot be decoded.
     """
 
     num_classes: int
@@ -328,11 +328,28 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 
 def _images_below(folder: str, *, called: str) -> list[str]:
-    """Paths of the images in a folder and the folders in it, sorted, each beginning with what the folder is called."""
+    """Paths of the images in a folder and the folders in it, sorted, each beginning with what the folder is called.
+
+    Raises:
+        InputError: a link in it leads back to a folder above.
+    """
     found = []
+    above = {folder: frozenset({_identity(Path(folder).parent)})}
     for where, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        before, own = above.pop(where), _identity(where)
+        if own in before:
+            raise InputError(
+                f"{where} is a link back to a folder that it is in, whose images would count again: remove it"
+            )
+        above |= {f"{where}{os.sep}{name}": before | {own} for name in folders}
         # Not Path objects: of a million files they would take half a minute.
         place = called + where[len(folder) :].replace(os.sep, "/")
         found += [f"{place}/{name}" for name in names if name.lower().endswith(_SUFFIXES) and not name.startswith(".")]
     return sorted(found)
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """What a folder and the links to it have in common."""
+    state = Path(folder).stat()
+    return state.st_dev, state.st_ino

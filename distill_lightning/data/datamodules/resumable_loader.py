@@ -9,12 +9,16 @@ from torch.utils.data import DataLoader
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.datamodules.view_sampler import ViewSampler
+from distill_lightning.errors import InputError
 
 
 class ResumableLoader(DataLoader[Batch]):
     """A `DataLoader` of a `ViewSampler`, which a checkpoint from the middle of an epoch continues there.
 
     Lightning keeps its state in the checkpoint. With any other sampler it is a `DataLoader` and nothing else.
+
+    Raises:
+        InputError: from its iterator: the checkpoint is from the middle of this epoch, and of other batches.
     """
 
     _given = 0
@@ -27,15 +31,34 @@ class ResumableLoader(DataLoader[Batch]):
         if isinstance(self.sampler, ViewSampler):
             if saved.get("epoch") == self.sampler.epoch:
                 self._given = saved["batches"]
+                self._refuse_others(saved)
             self.sampler.skip = self._given * (self.batch_size or 1)
         for batch in super().__iter__():
             self._given += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were given."""
-        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": self._given}
+        """The epoch, how many of its batches were given, and of which size in how many processes."""
+        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": self._given, **self._way}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Leave out the batches that were given, if the next epoch is the one of the state."""
         self._saved = state
+
+    def begin_after(self, batches: int, *, epoch: int) -> None:
+        """Leave out so many batches, if the next epoch is the given one."""
+        self._saved = {"epoch": epoch, "batches": batches, **self._way}
+
+    @property
+    def _way(self) -> dict[str, int]:
+        return {"batch_size": self.batch_size or 1, "processes": getattr(self.sampler, "num_replicas", 1)}
+
+    def _refuse_others(self, saved: Mapping[str, int]) -> None:
+        before, now = {**self._way, **saved}, self._way
+        if self._given and any(before[name] != value for name, value in now.items()):
+            raise InputError(
+                f"the checkpoint was made after {self._given} batches of an epoch, with batch_size="
+                f"{before['batch_size']} in {before['processes']} process(es), and now there are batch_size="
+                f"{now['batch_size']} and {now['processes']}: samples would be read twice or never; resume with the "
+                "same, or from a checkpoint of an epoch's end"
+            )

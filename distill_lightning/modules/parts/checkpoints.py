@@ -14,9 +14,15 @@ from distill_lightning.arguments import arguments_of, bound_arguments, takes
 from distill_lightning.callables import is_of_files
 from distill_lightning.choices import Choice, check_choices, choice_class, from_plain, is_choice, is_plain, plain
 from distill_lightning.errors import InputError
-from distill_lightning.lightning_internals import convert_early
+from distill_lightning.lightning_internals import convert_early, noted_place, settle_progress
 from distill_lightning.networks.budget import Budget, bytes_of_tensors
-from distill_lightning.networks.provenance import build_from, note_structure, recipe_of, restore_structure
+from distill_lightning.networks.provenance import (
+    build_from,
+    note_structure,
+    recipe_of,
+    restore_structure,
+    without_weights,
+)
 from distill_lightning.networks.weights import check_architecture, read_checkpoint
 from distill_lightning.teachers import TeacherEnsemble
 
@@ -78,6 +84,7 @@ def note(module: Any, checkpoint: dict[str, Any]) -> None:
         # A checkpoint of weights alone, which no training can go on from, needs no more.
         states = {name: part.state_dict() for name, part in module.parts.items()}
         checkpoint["parts"] = {name: state for name, state in states.items() if state is not None}
+        checkpoint["place"] = noted_place(module)
 
 
 def take(module: Any, checkpoint: dict[str, Any]) -> None:
@@ -103,6 +110,7 @@ def take(module: Any, checkpoint: dict[str, Any]) -> None:
     for name, state in checkpoint.get("parts", {}).items():
         if name in module.parts:
             module.parts[name].load_state_dict(state)
+    module.resumed_at = settle_progress(module, checkpoint)
 
 
 def note_format(checkpoint: dict[str, Any]) -> None:
@@ -141,6 +149,8 @@ def rebuilt(kind: type, path: Path, overrides: Mapping[str, Any]) -> Any:
         for name, value in checkpoint["hyper_parameters"].items()
         if takes(kind, name) and name not in overrides
     }
+    # What the checkpoint holds the weights of needs neither its first file nor a download.
+    recipes |= {name: without_weights(recipes[name]) for name in recipes if _has_weights(checkpoint, name)}
     known, left_out = _without_places(kind, path, held)
     kept, defaults = {*overrides, *recipes}, _defaults(kind)
     missing = [name for name in checkpoint.get("objects", []) if name not in kept]
@@ -163,6 +173,10 @@ def rebuilt(kind: type, path: Path, overrides: Mapping[str, Any]) -> Any:
     module.load_state_dict(checkpoint["state_dict"])
     module._missing = [*missing, *left_out]  # noqa: SLF001
     return module
+
+
+def _has_weights(checkpoint: Mapping[str, Any], name: str) -> bool:
+    return any(key.startswith(f"{name}.") for key in checkpoint["state_dict"])
 
 
 def _without_places(kind: type, path: Path, held: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.data.batch import Batch
+from distill_lightning.data.batch import Batch, spread
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import eval_mode
 from distill_lightning.layers.call import call
-from distill_lightning.lightning_internals import forget_known_metrics
+from distill_lightning.lightning_internals import forget_known_metrics, repeated_rows
 from distill_lightning.part import Part
 from distill_lightning.teachers import Frozen
 
@@ -80,11 +80,16 @@ class Evaluation(Part):
     ) -> dict[str, Tensor]:
         """Add a batch to the metrics of a stage, ``"val"`` or ``"test"``, and of one of its loaders.
 
+        What a distributed sampler has repeated, so that all processes have equally many samples, does not count.
+
         Returns:
             The student's ``output`` and the ``target`` as the metrics got them, for callbacks.
         """
         metrics = metrics_of(module, f"{stage}_metrics", dataloader_idx)
         teacher_metrics = metrics_of(module, f"{stage}_teacher_metrics", dataloader_idx)
+        repeated = repeated_rows(module, batch_idx, dataloader_idx, batch.size)
+        if repeated is not None:
+            batch = _without(batch, repeated.to(batch.device))
         module.guard.look(module, batch, batch_idx, stage)
         output = call(module, batch.input)
         if batch_idx == 0:
@@ -164,3 +169,8 @@ class Evaluation(Part):
             return None
         same = torch.equal(answer.index, batch.key.index) and torch.equal(answer.view, batch.key.view)
         return answer.prediction if same else None
+
+
+def _without(batch: Batch, repeated: Tensor) -> Batch:
+    counted = ~repeated if batch.counted is None else batch.counted & spread(~repeated, batch.counted)
+    return batch.replace(counted=counted, is_checked=batch.is_checked)

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distill_lightning.lightning_internals import begins_anew
 from distill_lightning.part import Part
+from distill_lightning.processes import gathered
 
 _NOTHING = 1e-9
 """What a process weighs in which nothing counts: too little to change a sum, but a mean over nothing is 0, not NaN."""
@@ -77,6 +79,8 @@ class RunningMeans(Part):
     def __init__(self) -> None:
         # By the names that came together; there is more than one such set only where a term comes or goes.
         self._sums: dict[tuple[str, ...], _Sums] = {}
+        self._is_logged = False
+        self._kept: list[Any] = []
 
     def add(self, values: Mapping[str, Tensor], count: int | Tensor) -> Tensor:
         """Add the scalars of a batch; no graph is kept.
@@ -116,7 +120,7 @@ class RunningMeans(Part):
 
     def forget(self) -> None:
         """Drop the sums."""
-        self._sums = {}
+        self._sums, self._is_logged = {}, False
 
     def fit_starts(self, module: Any) -> None:
         """An interrupted ``fit`` may have left some."""
@@ -137,8 +141,32 @@ class RunningMeans(Part):
         self._log(module)
 
     def _log(self, module: Any) -> None:
+        if self._is_logged:
+            return
         for name, mean, count in self.means():
             module.log(
                 f"train/{name}", mean, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight_of(count, mean)
             )
-        self.forget()
+        # What was logged is in no checkpoint: the sums stay until the next epoch.
+        self._is_logged = True
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The sums so far, of all processes, which all call it."""
+        own = [(list(names), values.tolist(), int(count)) for names, (values, count) in self._sums.items()]
+        return {"sums": [sums for of_one_process in gathered(own) for sums in of_one_process]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep them until the training starts, which begins by dropping those of the training before."""
+        self._kept = state["sums"]
+
+    def training_starts(self, module: Any) -> None:
+        """Go on with a share of what all processes had summed up."""
+        kept, self._kept = self._kept, []
+        if begins_anew(module.trainer):
+            return
+        for names, values, count in kept:
+            # Whole samples, in such numbers that they are all samples together.
+            own = (count + module.trainer.global_rank) // module.trainer.world_size
+            before = self._sums.get(tuple(names), _Sums(torch.zeros(len(names), device=module.device), 0))
+            share = torch.tensor(values, device=module.device) * (own / max(count, 1))
+            self._sums[tuple(names)] = _Sums(before.values + share, before.weight + own)

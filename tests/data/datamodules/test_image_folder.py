@@ -165,6 +165,34 @@ def test_hidden_files_other_files_and_hidden_folders_are_passed_over(tmp_path):
     assert epoch_of(data).input.shape == (3, 3, 16, 16)
 
 
+@pytest.mark.parametrize(("place", "target"), [("train/cat/l", "."), ("train/l", "."), ("train/cat/a/l", "../../..")])
+def test_a_link_back_to_a_folder_above_is_refused(tmp_path, place, target):
+    for number in range(4):
+        write(tmp_path / f"train/cat/{number}.png", number)
+        write(tmp_path / f"val/cat/{number}.png", number)
+    link = tmp_path / place
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(target)
+    # A second one multiplies what the first adds.
+    link.with_name("m").symlink_to(target)
+    with pytest.raises(InputError, match="is a link back to a folder that it is in") as caught:
+        ImageFolderDataModule(data_dir=tmp_path, val_size=1).setup()
+    assert str(tmp_path / "train") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_links_to_other_folders_are_followed(tmp_path):
+    for number in range(4):
+        write(tmp_path / f"else/where/{number}.png", number)
+        write(tmp_path / f"val/cat/{number}.png", number)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/cat").symlink_to(tmp_path / "else")
+    (tmp_path / "train/cat/again").symlink_to("where")
+    data = ImageFolderDataModule(data_dir=tmp_path, val_size=1)
+    data.setup()
+    assert len(data.dataset("train")) + len(data.dataset("val")) == 8
+
+
 def test_a_second_setup_lists_nothing(folder, monkeypatch):
     data = data_of(folder)
     data.setup("fit")

@@ -3,13 +3,14 @@
 import copy
 import io
 import math
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler, TensorDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassPrecision, MulticlassRecall
 
@@ -23,6 +24,7 @@ from distill_lightning import (
     TeacherEnsemble,
 )
 from distill_lightning.functional import gaussian_nll, join_gaussian, split_gaussian
+from distill_lightning.lightning_internals import repeated_rows
 from distill_lightning.modules.parts.evaluation import Evaluation
 from distill_lightning.teachers import Frozen
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
@@ -638,3 +640,59 @@ def test_metrics_that_share_their_states_are_counted_by_loader():
         found = tiny_trainer().validate(module, datamodule=TwoLoaders(val_size=21), verbose=False)
         for number, (of_loader, values) in enumerate(zip(found, expected, strict=True)):
             assert of_loader == {f"{name}/dataloader_idx_{number}": value for name, value in values.items()}
+
+
+# What a distributed sampler repeats
+
+
+class Five(pl.LightningDataModule):
+    """Five samples, one without a label, which two processes can only share by reading one of them twice."""
+
+    def __init__(self, *, own_batches=False):
+        super().__init__()
+        self.own_batches = own_batches
+
+    def loader(self):
+        generator = torch.Generator().manual_seed(0)
+        samples = TensorDataset(torch.randn(5, *SHAPE, generator=generator), torch.tensor([0, 1, 2, -100, 1]))
+        if self.own_batches:
+            return DataLoader(samples, batch_sampler=OwnBatches(SequentialSampler(samples), 2, drop_last=False))
+        return DataLoader(samples, 2)
+
+    train_dataloader = val_dataloader = test_dataloader = loader
+
+
+class OwnBatches(BatchSampler):
+    pass
+
+
+def metrics_of_processes(verb, processes, data):
+    torch.manual_seed(0)
+    student, teacher = TinyNet(norm="group"), TinyNet(norm="group")
+    for network in (student, teacher):
+        nn.init.normal_(network.head.weight, std=5.0)
+    module = KDModule(student, teacher, num_classes=3, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    options = {"devices": 2, "strategy": "ddp_spawn" if torch.cuda.is_available() else "ddp_fork"}
+    trainer = tiny_trainer(**(options if processes == 2 else {}))
+    getattr(trainer, verb)(module, datamodule=data)
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("train/")}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*it is recommended to use `Trainer.devices=1")
+@pytest.mark.parametrize("verb", ["fit", "validate", "test"])
+def test_two_processes_count_every_sample_of_any_data_once(verb):
+    one, two = (metrics_of_processes(verb, processes, Five()) for processes in (1, 2))
+    assert one == {name: pytest.approx(two[name], rel=1e-5, abs=1e-6) for name in one}
+    assert len(one) > 6
+
+
+@pytest.mark.slow
+def test_samples_that_cannot_be_told_are_told_of(tmp_path):
+    module = SupervisedModule(TinyNet(), num_classes=3)
+    loader = Five(own_batches=True).loader()
+    loader.batch_sampler.sampler = DistributedSampler(loader.dataset, 2, 0, shuffle=False)
+    loop = SimpleNamespace(_combined_loader=SimpleNamespace(flattened=[loader]))
+    module._trainer = SimpleNamespace(world_size=2, _evaluation_loop=loop)
+    with pytest.warns(UserWarning, match="1 samples are evaluated twice"):
+        assert repeated_rows(module, 1, 0, 1) is None

@@ -27,7 +27,7 @@ def test_without_a_schedule_there_is_the_optimiser_alone():
     ("schedule", "expected"),
     [
         (partial(StepLR, step_size=1), {"interval": "epoch"}),
-        (ReduceLROnPlateau, {"interval": "epoch", "monitor": "val/nll"}),
+        (ReduceLROnPlateau, {"interval": "epoch", "monitor": "val/nll", "frequency": 1}),
         (partial(OneCycle, total_steps=7), {"interval": "step"}),
     ],
 )
