@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import PurePath
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.utilities import rank_zero_info
+from torch import nn
 from torch.optim import Optimizer
 
 from distill_lightning.data.batch import Batch
@@ -26,6 +29,84 @@ AVERAGING: tuple[Any, ...] = (
 """Callbacks that keep an average of the parameters that there were at first."""
 
 _NEVER_REACHED = 10**9
+_VERSION = tuple(map(int, pl.__version__.split(".")[:2]))
+
+
+# What older versions do otherwise
+
+
+class PortableModule(pl.LightningModule):
+    """A module that is trained alike under every version of Lightning, or refuses what a version cannot do.
+
+    Before 2.2, Lightning puts everything in train mode at a training's start and after a validation, frozen parts, too:
+    here parts come out of both in the modes that they were in.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept_modes: list[dict[nn.Module, bool]] = []
+
+    def on_fit_start(self) -> None:
+        """Note the modes in which the training is to begin."""
+        # A fit that broke off may have left some.
+        self._kept_modes = []
+        self._keep_modes()
+
+    def on_train_start(self) -> None:
+        """Begin in the modes that were noted.
+
+        Raises:
+            InputError: the training would go on from the middle of an epoch, which this version of Lightning cannot.
+        """
+        self._restore_modes()
+        refuse_mid_epoch(self.trainer)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint hold plain values alone.
+
+        Lightning 1.9 writes the folders of callbacks as they were given, and PyTorch does not read paths.
+        """
+        if _VERSION < (2, 0) and "callbacks" in checkpoint:
+            checkpoint["callbacks"] = apply_to_collection(checkpoint["callbacks"], PurePath, str)
+
+    def _keep_modes(self) -> None:
+        self._kept_modes.append({part: part.training for part in self.modules()})
+
+    def _restore_modes(self) -> None:
+        for part, training in (self._kept_modes.pop() if self._kept_modes else {}).items():
+            part.training = training
+
+    if _VERSION < (2, 2):
+
+        def on_validation_model_eval(self) -> None:
+            """All in eval mode."""
+            self._keep_modes()
+            super().on_validation_model_eval()
+
+        def on_validation_model_train(self) -> None:
+            """All in the modes of before."""
+            super().on_validation_model_train()
+            self._restore_modes()
+
+        on_test_model_eval, on_test_model_train = on_validation_model_eval, on_validation_model_train
+
+
+def refuse_mid_epoch(trainer: Any) -> None:
+    """Refuse to go on with a training from the middle of an epoch where Lightning would read other batches.
+
+    Raises:
+        InputError: Lightning is older than 2.5.
+    """
+    if _VERSION >= (2, 5) or begins_anew(trainer):
+        return
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    begun = progress.current.ready
+    if 0 < begun < trainer.num_training_batches and not progress.is_last_batch:
+        raise InputError(
+            f"pytorch-lightning {pl.__version__} cannot go on from the middle of an epoch, and the checkpoint was made "
+            f"after batch {begun} of {trainer.num_training_batches}: install pytorch-lightning>=2.5, or take the "
+            "checkpoint of an epoch's end"
+        )
 
 
 # Where a training is
@@ -47,6 +128,13 @@ def has_trainer(module: Any) -> bool:
 def begins_anew(trainer: Any) -> bool:
     """Whether the training starts from its beginning, not from a checkpoint."""
     return bool(trainer.fit_loop.total_batch_idx < 0)
+
+
+def is_last_batch(trainer: Any) -> bool:
+    """Whether the training batch that is done is the last of its epoch."""
+    # Lightning 1.9 tells only where no limit ends the epoch.
+    ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return bool(trainer.is_last_batch or ready >= trainer.num_training_batches)
 
 
 def total_steps(module: pl.LightningModule) -> int:
@@ -135,10 +223,15 @@ class TrainersBatches:
                 batch = next(batches, None)
                 if batch is None:
                     return
-                converted = self.trainer.precision_plugin.convert_input(batch)
-                prepared = self.pl_module._on_before_batch_transfer(converted, dataloader_idx=self.number)
+                prepared = self.pl_module._on_before_batch_transfer(self._converted(batch), dataloader_idx=self.number)
                 moved = self.trainer.strategy.batch_to_device(prepared, dataloader_idx=self.number)
             yield Batch.of(moved)
+
+    def _converted(self, batch: Any) -> Any:
+        plugin: Any = self.trainer.precision_plugin
+        if _VERSION >= (2, 0):
+            return plugin.convert_input(batch)
+        return apply_to_collection(batch, torch.Tensor, plugin.convert_input) if plugin.precision == "64" else batch
 
     @contextmanager
     def _stage(self) -> Iterator[None]:
@@ -156,7 +249,10 @@ def validation_loaders(trainer: Any) -> Any:
     """What the data gave a training for its validation: a loader, a collection of them, or ``None``."""
     if trainer.val_dataloaders is None:
         # Without a sanity check, the Trainer asks for them only when it first validates.
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        if _VERSION >= (2, 0):
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        else:
+            trainer.reset_val_dataloader()
     return trainer.val_dataloaders
 
 

@@ -299,7 +299,7 @@ class Rates(pl.Callback):
     def __init__(self):
         self.seen = []
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer, *_):
         self.seen.append(optimizer.param_groups[0]["lr"])
 
 

@@ -14,7 +14,6 @@ from typing import Any, cast
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
-from torch.optim import Optimizer
 
 from distill_lightning.callbacks.stages import Measurements, check_scored, measure, on_cpu
 from distill_lightning.callbacks.structure_hooks import LoadHook, SaveHook
@@ -221,9 +220,7 @@ class CompressionCallback(pl.Callback):
             forget_best(trainer)
             self._pruned = compressor.pruned
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Add the penalty's gradient, and keep pruned weights out of it."""
         if self.compressor is None:
             return

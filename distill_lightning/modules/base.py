@@ -328,6 +328,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self.forget_fingerprints()
         self._tell("fit_starts")
         wake(self)
+        super().on_fit_start()
         if self.compiles:
             compile_networks(self)
         if self._missing:
@@ -342,6 +343,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
 
     def on_train_start(self) -> None:
         """Plan the learning rates of a resumed training; then call the parts' ``training_starts``."""
+        super().on_train_start()
         plan_anew(self)
         self._tell("training_starts")
 
@@ -386,6 +388,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note how module and networks were made, what the frozen ones weigh, and what the parts keep."""
+        super().on_save_checkpoint(checkpoint)
         checkpoints.note(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

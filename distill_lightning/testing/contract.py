@@ -131,6 +131,9 @@ def averages_of_weights_leave_frozen_networks_alone(build: Build) -> None:
         callbacks.append(pl.callbacks.EMAWeightAveraging())
     for callback in callbacks:
         module, teachers = _make(build)
+        for network in teachers:
+            # Statistics that were reset would be those of a fresh network.
+            network.get_submodule("features.1").running_mean.fill_(0.3)  # type: ignore[operator, union-attr]
         before = [_snapshot(network) for network in teachers]
         trainer = tiny_trainer(max_epochs=3, callbacks=[callback])
         trainer.fit(module, datamodule=_data(build))

@@ -621,7 +621,13 @@ def test_a_copy_has_teachers_of_its_own_that_say_the_same(copied):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("64-true", torch.float64),
+        pytest.param("bf16-true", torch.bfloat16, marks=pytest.mark.lightning(since=(2, 1))),
+    ],
+)
 def test_teachers_follow_the_modules_precision(precision, dtype):
     module = Asking(TinyNet(), [TinyNet(), TinyNet()], num_classes=3)
     trainer = tiny_trainer(precision=precision)

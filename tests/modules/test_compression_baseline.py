@@ -73,7 +73,7 @@ class Rates(Callback):
     def __init__(self):
         self.rates = {}
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer, *_):
         self.rates.setdefault(trainer.current_epoch, []).append(optimizer.param_groups[0]["lr"])
 
 

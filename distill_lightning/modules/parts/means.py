@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distill_lightning.lightning_internals import is_last_batch
 from distill_lightning.part import Part
 
 
@@ -79,7 +80,7 @@ class RunningMeans(Part):
     def batch_ends(self, module: Any) -> None:
         """Log with the last batch, because callbacks read the means at the end of the epoch, before the module."""
         trainer = module.trainer
-        if trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps:
+        if is_last_batch(trainer) or trainer.should_stop or trainer.global_step == trainer.max_steps:
             self._log(module)
 
     def epoch_ends(self, module: Any) -> None:
