@@ -245,6 +245,13 @@ class TrainersBatches:
             self.trainer.state.stage = before
 
 
+def training_loaders(trainer: Any) -> Any:
+    """What the data gave a training: a loader, a collection of them, or ``None``."""
+    loader = trainer.train_dataloader
+    # Lightning 1.9 has put them together.
+    return getattr(loader, "loaders", loader) if _VERSION < (2, 0) else loader
+
+
 def validation_loaders(trainer: Any) -> Any:
     """What the data gave a training for its validation: a loader, a collection of them, or ``None``."""
     if trainer.val_dataloaders is None:

@@ -35,6 +35,7 @@ from distill_lightning.lightning_internals import (
     refuse_reshaping,
     spawns,
     stand_last,
+    training_loaders,
     undrawn,
 )
 
@@ -377,7 +378,7 @@ class CompressionCallback(pl.Callback):
     def _draw(self, number: int | None = None) -> Sequence[tuple[Any, Any]]:
         """The first batches of the training data as the next epoch gives them, the same in every process."""
         trainer, pl_module = cast("tuple[pl.Trainer, Any]", self._fit)
-        loader = trainer.train_dataloader
+        loader = training_loaders(trainer)
         loader = loader[0] if isinstance(loader, (list, tuple)) and len(loader) == 1 else loader
         if loader is None or isinstance(loader, (list, tuple, dict)):
             raise InputError("compression reads calibration data from one train_dataloader: give one, not several")

@@ -506,6 +506,7 @@ def test_numpys_numbers_are_kept_as_pythons(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.lightning(since=(2, 5))
 def test_one_cycle_goes_on_in_the_middle_of_an_epoch(tmp_path):
     """To know its length it has the data set up, before Lightning knows where in them the checkpoint was made."""
 

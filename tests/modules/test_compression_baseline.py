@@ -524,6 +524,7 @@ def test_measuring_does_not_touch_the_training(split):
     assert [row.batch for row in told.callback.stages[-1].latency] == [1]
 
 
+@pytest.mark.lightning(since=(2, 5))
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_stages_survive_a_resume(tmp_path):
