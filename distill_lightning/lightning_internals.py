@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from inspect import isroutine
 from pathlib import PurePath
 from typing import Any, cast
 
@@ -62,12 +63,13 @@ class PortableModule(pl.LightningModule):
         refuse_mid_epoch(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the checkpoint hold plain values alone.
+        """Let callbacks and schedules keep plain values alone: PyTorch reads nothing else from a file of weights.
 
-        Lightning 1.9 writes the folders of callbacks as they were given, and PyTorch does not read paths.
+        Lightning 1.9 writes the folders of callbacks as they were given, and PyTorch 2.6 a function of the schedule of
+        `StochasticWeightAveraging`, which has it anyway.
         """
-        if _VERSION < (2, 0) and "callbacks" in checkpoint:
-            checkpoint["callbacks"] = apply_to_collection(checkpoint["callbacks"], PurePath, str)
+        for name in checkpoint.keys() & {"callbacks", "lr_schedulers"}:
+            checkpoint[name] = _readable(checkpoint[name])
 
     def _keep_modes(self) -> None:
         self._kept_modes.append({part: part.training for part in self.modules()})
@@ -89,6 +91,15 @@ class PortableModule(pl.LightningModule):
             self._restore_modes()
 
         on_test_model_eval, on_test_model_train = on_validation_model_eval, on_validation_model_train
+
+
+def _readable(state: Any) -> Any:
+    """A state without functions, and with paths as strings."""
+    if type(state) is dict:
+        return {name: _readable(value) for name, value in state.items() if not isroutine(value)}
+    if type(state) is list:
+        return [_readable(value) for value in state]
+    return str(state) if isinstance(state, PurePath) else state
 
 
 def refuse_mid_epoch(trainer: Any) -> None:
@@ -175,7 +186,7 @@ def steps_left(module: pl.LightningModule) -> int | None:
     left = math.inf
     if trainer.max_epochs is not None and trainer.max_epochs >= 0 and not math.isinf(batches):
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        begun = 0 if progress.is_last_batch else progress.current.ready
+        begun = 0 if is_last_batch(trainer) else progress.current.ready
         accumulated = trainer.accumulate_grad_batches
         left = (trainer.max_epochs - trainer.current_epoch) * math.ceil(batches / accumulated) - begun // accumulated
     if trainer.max_steps >= 0:
