@@ -48,19 +48,19 @@ class PortableModule(pl.LightningModule):
         self._kept_modes: list[dict[nn.Module, bool]] = []
 
     def on_fit_start(self) -> None:
-        """Note the modes in which the training is to begin."""
+        """Note the modes in which the training is to begin.
+
+        Raises:
+            InputError: it would go on from inside an epoch, which this version of Lightning cannot.
+        """
+        refuse_mid_epoch(self.trainer)
         # A fit that broke off may have left some.
         self._kept_modes = []
         self._keep_modes()
 
     def on_train_start(self) -> None:
-        """Begin in the modes that were noted.
-
-        Raises:
-            InputError: the training would go on from the middle of an epoch, which this version of Lightning cannot.
-        """
+        """Begin in the modes that were noted."""
         self._restore_modes()
-        refuse_mid_epoch(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let callbacks and schedules keep plain values alone: PyTorch reads nothing else from a file of weights.
@@ -103,20 +103,20 @@ def _readable(state: Any) -> Any:
 
 
 def refuse_mid_epoch(trainer: Any) -> None:
-    """Refuse to go on with a training from the middle of an epoch where Lightning would read other batches.
+    """Refuse to go on with a training from inside an epoch where Lightning would read batches twice or never.
 
     Raises:
         InputError: Lightning is older than 2.5.
     """
-    if _VERSION >= (2, 5) or begins_anew(trainer):
+    loops = trainer._checkpoint_connector._loaded_checkpoint.get("loops")
+    if _VERSION >= (2, 5) or not loops:
         return
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    begun = progress.current.ready
-    if 0 < begun < trainer.num_training_batches and not progress.is_last_batch:
+    epoch, batch = loops["fit_loop"]["epoch_progress"], loops["fit_loop"]["epoch_loop.batch_progress"]
+    if epoch["current"]["processed"] < epoch["current"]["ready"]:
         raise InputError(
-            f"pytorch-lightning {pl.__version__} cannot go on from the middle of an epoch, and the checkpoint was made "
-            f"after batch {begun} of {trainer.num_training_batches}: install pytorch-lightning>=2.5, or take the "
-            "checkpoint of an epoch's end"
+            f"pytorch-lightning {pl.__version__} cannot go on from inside an epoch, and the checkpoint was made after "
+            f"{batch['current']['ready']} of its batches: install pytorch-lightning>=2.5, or take the checkpoint of an "
+            "epoch's end"
         )
 
 

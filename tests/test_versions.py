@@ -107,16 +107,17 @@ def old(monkeypatch):
     monkeypatch.setattr("distill_lightning.lightning_internals._VERSION", (2, 4))
 
 
+@pytest.mark.parametrize("moment", [0, 2])
 @pytest.mark.parametrize("build", [supervised, kd, generator, paraphraser])
-def test_the_middle_of_an_epoch_is_refused_in_one_line_that_names_the_version(tmp_path, old, build):
+def test_the_middle_of_an_epoch_is_refused_in_one_line_that_names_the_version(tmp_path, old, build, moment):
     path = tmp_path / "middle.ckpt"
-    fit(build(0), callbacks=[SaveAt(path, 0)], enable_checkpointing=True)
+    fit(build(0), callbacks=[SaveAt(path, moment)], enable_checkpointing=True)
     with pytest.raises(
-        InputError, match=r"pytorch-lightning [\w.]+ cannot go on from the middle of an epoch"
+        InputError, match=r"pytorch-lightning [\w.]+ cannot go on from inside an epoch"
     ) as caught:
         fit(build(1), ckpt_path=str(path))
     assert f"lightning {pl.__version__} " in str(caught.value)
-    assert "after batch 1 of 3: install pytorch-lightning>=2.5" in str(caught.value)
+    assert f"after {moment + 1} of its batches: install pytorch-lightning>=2.5" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -971,8 +971,8 @@ def saved_everywhere(request, tmp_path_factory):
         pytest.param(
             number,
             id=f"{kind.__name__} {where}",
-            # From the middle of an epoch.
-            marks=[pytest.mark.lightning(since=(2, 5))] if where in ("batch 1", "batch 2") else [],
+            # From inside an epoch.
+            marks=[pytest.mark.lightning(since=(2, 5))] if where != "epoch end" else [],
         )
         for number, (kind, where) in enumerate(PLACES)
     ],
