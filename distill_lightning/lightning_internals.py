@@ -258,9 +258,12 @@ class TrainersBatches:
 
 def training_loaders(trainer: Any) -> Any:
     """What the data gave a training: a loader, a collection of them, or ``None``."""
-    loader = trainer.train_dataloader
-    # Lightning 1.9 has put them together.
-    return getattr(loader, "loaders", loader) if _VERSION < (2, 0) else loader
+    if _VERSION >= (2, 0):
+        return trainer.train_dataloader
+    # Lightning 1.9 puts them together, and asks for none where no epoch is left.
+    if trainer.train_dataloader is None:
+        trainer.reset_train_dataloader()
+    return getattr(trainer.train_dataloader, "loaders", None)
 
 
 def validation_loaders(trainer: Any) -> Any:

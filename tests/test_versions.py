@@ -112,9 +112,7 @@ def old(monkeypatch):
 def test_the_middle_of_an_epoch_is_refused_in_one_line_that_names_the_version(tmp_path, old, build, moment):
     path = tmp_path / "middle.ckpt"
     fit(build(0), callbacks=[SaveAt(path, moment)], enable_checkpointing=True)
-    with pytest.raises(
-        InputError, match=r"pytorch-lightning [\w.]+ cannot go on from inside an epoch"
-    ) as caught:
+    with pytest.raises(InputError, match=r"pytorch-lightning [\w.]+ cannot go on from inside an epoch") as caught:
         fit(build(1), ckpt_path=str(path))
     assert f"lightning {pl.__version__} " in str(caught.value)
     assert f"after {moment + 1} of its batches: install pytorch-lightning>=2.5" in str(caught.value)

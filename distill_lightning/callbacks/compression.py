@@ -32,6 +32,7 @@ from distill_lightning.lightning_internals import (
     forget_best,
     keep_patience,
     new_optimizer,
+    refuse_mid_epoch,
     refuse_reshaping,
     spawns,
     stand_last,
@@ -174,8 +175,10 @@ class CompressionCallback(pl.Callback):
         """By now a checkpoint is loaded, if there is one.
 
         Raises:
-            InputError: there is none, and the network is compressed already.
+            InputError: there is none, and the network is compressed already; or it is from inside an epoch, and this
+                version of Lightning cannot go on there.
         """
+        refuse_mid_epoch(trainer)
         if self.compressor is None or trainer.ckpt_path is not None:
             return
         if self._is_begun:

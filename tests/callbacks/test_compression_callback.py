@@ -276,6 +276,7 @@ def resumed(kind, path):
     return weights_of(module.student)
 
 
+@pytest.mark.lightning(since=(2, 5))
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", STEPS)
 def test_a_resumed_run_ends_bit_for_bit_like_the_uninterrupted_one(tmp_path, kind):
@@ -297,6 +298,7 @@ def resume_all(folder):
     torch.save(ends, folder / "ends.pt")
 
 
+@pytest.mark.lightning(since=(2, 5))
 @pytest.mark.slow
 def test_a_fresh_process_resumes_and_reloads_bit_for_bit(tmp_path):
     whole = {kind: uninterrupted(kind, tmp_path / kind) for kind in STEPS}
@@ -313,6 +315,7 @@ def test_a_fresh_process_resumes_and_reloads_bit_for_bit(tmp_path):
         assert torch.equal(output, ends[f"{kind}, output"]["output"])
 
 
+@pytest.mark.lightning(since=(2, 5))
 @pytest.mark.slow
 def test_a_fit_in_the_same_process_goes_on_from_an_earlier_checkpoint(tmp_path):
     """Also into a network that was compressed since; it stays the same object."""
@@ -486,7 +489,8 @@ def test_a_module_from_elsewhere_is_resumed_and_validated(tmp_path, kind):
         return [CompressionCallback(STEPS[kind](), attribute="net", dense_epochs=1, seed=5), *others]
 
     whole, resumed, fresh = Elsewhere(), Elsewhere(9), Elsewhere(9)
-    kept = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    # Lightning 1.9 writes a path as it is, and PyTorch reads none from a file of weights.
+    kept = ModelCheckpoint(str(tmp_path), filename="{epoch}", save_top_k=-1)
     fit(whole, callbacks=callbacks(kept), enable_checkpointing=True)
     fit(resumed, callbacks=callbacks(), ckpt_path=str(tmp_path / "epoch=1.ckpt"))
     assert_same(weights_of(whole.net), weights_of(resumed.net))
@@ -543,6 +547,7 @@ def test_a_fit_that_broke_before_the_first_step_can_begin_again():
     assert module.student.features[0].out_channels < 4
 
 
+@pytest.mark.lightning(since=(2, 0))
 @pytest.mark.slow
 def test_a_module_is_copied_and_pickled_while_it_is_trained():
     copies = []
