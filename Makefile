@@ -86,6 +86,7 @@ table: .venv/run.stamp
 .venv-lowest/stamp: setup.cfg tests/lowest.py
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python tests/lowest.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt 'setuptools<81' pytest \
 		pytest-xdist tensorly --editable '.[timm,pytorchcv,onnx,pruning]'
 	touch $@
