@@ -1,18 +1,28 @@
 # demo: the main job on real images.
 # compress: a network's file at a twentieth of its size, with the report that shows it, 2 minutes on 2 cores.
 # test: everything that must hold, 11 minutes on 2 cores.
+# test-lightning: the contract and the quick tests of values under older versions of Lightning, on the libraries there are.
+# test-lowest: the contract and the tests of values with the lowest version of everything, an environment of 7 GB.
 # check: what reads the code and does not run it.
 # check-fast: that and the tests that are not slow, 2 minutes on 2 cores, for every save.
 # bench: what a step costs, here and elsewhere, under 20 minutes on 2 cores.
 # table: a table of accuracies under benchmarks/results.
-# Each installs what it needs into .venv first.
+# Each installs what it needs into .venv first; test-lightning, into .venv-lightning, too; test-lowest, into .venv-lowest.
 
 PYTHON ?= python3
 BIN := .venv/bin
 # Of make table. fashion_mnist: 15 minutes on 2 cores. fashion_mnist_methods, fashion_mnist_rotation: two hours and one.
 TABLE ?= fashion_mnist
 
-.PHONY: demo compress test check check-fast bench table
+# Older than the one that pip installs: the oldest, and the oldest after which nothing is left out.
+LIGHTNINGS := 1.9.5 2.5.0
+# Tests of the contract and of values: what else there is does not depend on versions, or is about the sources.
+VALUES := tests/test_versions.py tests/test_schedules.py tests/callbacks tests/compression tests/data tests/functional \
+	tests/layers tests/modules tests/outputs tests/storage tests/teachers
+# Old libraries warn of one another, and the tests of warnings look for ours.
+OLD := -n auto --dist worksteal -W default -W "ignore:This property will be removed:DeprecationWarning"
+
+.PHONY: demo compress test test-lightning test-lowest check check-fast bench table
 
 demo: .venv/run.stamp
 	$(BIN)/distill-lightning compare configs/compare/digits.yaml
@@ -22,6 +32,19 @@ compress: .venv/run.stamp
 
 test: .venv/dev.stamp check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+test-lightning: .venv/dev.stamp $(LIGHTNINGS:%=.venv-lightning/%.stamp)
+	for version in $(LIGHTNINGS); do \
+		PYTHONPATH=$(CURDIR)/.venv-lightning/$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(OLD) tests/modules/test_contract.py \
+			&& PYTHONPATH=$(CURDIR)/.venv-lightning/$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(OLD) -m 'not slow' \
+			tests/test_versions.py tests/callbacks tests/modules tests/outputs tests/teachers || exit 1; \
+	done
+
+test-lowest: .venv-lowest/stamp $(LIGHTNINGS:%=.venv-lightning/%.stamp)
+	for version in $(LIGHTNINGS); do \
+		PYTHONPATH=$(CURDIR)/.venv-lightning/$$version OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(OLD) $(VALUES) \
+			|| exit 1; \
+	done
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .
@@ -53,4 +76,17 @@ table: .venv/run.stamp
 
 .venv/dev.stamp: .venv/run.stamp
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# Beside the environments, so that both can run with them. The oldest imports pkg_resources, which setuptools 81 left out.
+.venv-lightning/%.stamp: .venv/dev.stamp
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv-lightning/$* pytorch-lightning==$* 'setuptools<81'
+	touch $@
+
+.venv-lowest/stamp: setup.cfg tests/lowest.py
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python tests/lowest.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
+	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt 'setuptools<81' pytest \
+		pytest-xdist tensorly --editable '.[timm,pytorchcv,onnx,pruning]'
 	touch $@

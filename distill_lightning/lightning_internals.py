@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from inspect import isroutine
+from pathlib import PurePath
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.data import sized_len
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import (
     BatchSampler,
@@ -37,6 +40,97 @@ AVERAGING: tuple[Any, ...] = (
 _NEVER_REACHED = 10**9
 # Their orders are not those of a run before.
 _DRAWING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_VERSION = tuple(map(int, pl.__version__.split(".")[:2]))
+
+
+# What older versions do otherwise
+
+
+class PortableModule(pl.LightningModule):
+    """A module that is trained alike under every version of Lightning, or refuses what a version cannot do.
+
+    Before 2.2, Lightning puts everything in train mode at a training's start and after a validation, frozen parts, too:
+    here parts come out of both in the modes that they were in.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept_modes: list[dict[nn.Module, bool]] = []
+        # Of a checkpoint that was loaded, see `settle_progress`.
+        self.resumed_at: dict[str, Any] | None = None
+
+    def on_fit_start(self) -> None:
+        """Note the modes in which the training is to begin.
+
+        Raises:
+            InputError: it would go on from inside an epoch, which this version of Lightning cannot.
+        """
+        refuse_mid_epoch(self.trainer)
+        # A fit that broke off may have left some.
+        self._kept_modes = []
+        self._keep_modes()
+
+    def on_train_start(self) -> None:
+        """Begin in the modes that were noted, and go on at a checkpoint's place."""
+        self._restore_modes()
+        go_on(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let callbacks and schedules keep plain values alone: PyTorch reads nothing else from a file of weights.
+
+        Lightning 1.9 writes the folders of callbacks as they were given, and PyTorch 2.6 a function of the schedule of
+        `StochasticWeightAveraging`, which has it anyway.
+        """
+        for name in checkpoint.keys() & {"callbacks", "lr_schedulers"}:
+            checkpoint[name] = _readable(checkpoint[name])
+
+    def _keep_modes(self) -> None:
+        self._kept_modes.append({part: part.training for part in self.modules()})
+
+    def _restore_modes(self) -> None:
+        for part, training in (self._kept_modes.pop() if self._kept_modes else {}).items():
+            part.training = training
+
+    if _VERSION < (2, 2):
+
+        def on_validation_model_eval(self) -> None:
+            """All in eval mode."""
+            self._keep_modes()
+            super().on_validation_model_eval()
+
+        def on_validation_model_train(self) -> None:
+            """All in the modes of before."""
+            super().on_validation_model_train()
+            self._restore_modes()
+
+        on_test_model_eval, on_test_model_train = on_validation_model_eval, on_validation_model_train
+
+
+def _readable(state: Any) -> Any:
+    """A state without functions, and with paths as strings."""
+    if type(state) is dict:
+        return {name: _readable(value) for name, value in state.items() if not isroutine(value)}
+    if type(state) is list:
+        return [_readable(value) for value in state]
+    return str(state) if isinstance(state, PurePath) else state
+
+
+def refuse_mid_epoch(trainer: Any) -> None:
+    """Refuse to go on with a training from inside an epoch where Lightning would read batches twice or never.
+
+    Raises:
+        InputError: Lightning is older than 2.5.
+    """
+    loops = trainer._checkpoint_connector._loaded_checkpoint.get("loops")
+    if _VERSION >= (2, 5) or not loops:
+        return
+    epoch, batch = loops["fit_loop"]["epoch_progress"], loops["fit_loop"]["epoch_loop.batch_progress"]
+    if epoch["current"]["processed"] < epoch["current"]["ready"]:
+        raise InputError(
+            f"pytorch-lightning {pl.__version__} cannot go on from inside an epoch, and the checkpoint was made after "
+            f"{batch['current']['ready']} of its batches: install pytorch-lightning>=2.5, or take the checkpoint of an "
+            "epoch's end"
+        )
 
 
 # Where a training is
@@ -58,6 +152,13 @@ def has_trainer(module: Any) -> bool:
 def begins_anew(trainer: Any) -> bool:
     """Whether the training starts from its beginning, not from a checkpoint."""
     return bool(trainer.fit_loop.total_batch_idx < 0)
+
+
+def is_last_batch(trainer: Any) -> bool:
+    """Whether the training batch that is done is the last of its epoch."""
+    # Lightning 1.9 tells only where no limit ends the epoch.
+    ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return bool(trainer.is_last_batch or ready >= trainer.num_training_batches)
 
 
 def validation_interval(module: Any) -> int:
@@ -127,7 +228,8 @@ def steps_left(module: pl.LightningModule) -> int | None:
         return None
     left, epochs = math.inf, planned_epochs(trainer)
     if epochs is not None and epochs >= 0 and not math.isinf(batches):
-        begun = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        # Older versions do not go on from inside an epoch.
+        begun = trainer.fit_loop.epoch_loop.batch_progress.current.ready if _VERSION >= (2, 5) else 0
         accumulated = trainer.accumulate_grad_batches
         stepped = math.ceil(begun / accumulated) if begun == batches else begun // accumulated
         left = (epochs - trainer.current_epoch) * math.ceil(batches / accumulated) - stepped
@@ -143,8 +245,11 @@ def noted_place(module: Any) -> dict[str, Any]:
     """What a checkpoint says, besides Lightning's own progress, of the place in a training at which it was made.
 
     Returns:
-        ``batches``, how the training data come, and ``metrics``, what callbacks and schedules can read.
+        ``batches``, how the training data come, and ``metrics``, what callbacks and schedules can read; nothing where
+        Lightning cannot go on from inside an epoch.
     """
+    if _VERSION < (2, 5):
+        return {}
     trainer = module.trainer
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
     return {"batches": _ways_of_batches(trainer), "metrics": metrics}
@@ -348,10 +453,15 @@ class TrainersBatches:
                 batch = next(batches, None)
                 if batch is None:
                     return
-                converted = self.trainer.precision_plugin.convert_input(batch)
-                prepared = self.pl_module._on_before_batch_transfer(converted, dataloader_idx=self.number)
+                prepared = self.pl_module._on_before_batch_transfer(self._converted(batch), dataloader_idx=self.number)
                 moved = self.trainer.strategy.batch_to_device(prepared, dataloader_idx=self.number)
             yield Batch.of(moved)
+
+    def _converted(self, batch: Any) -> Any:
+        plugin: Any = self.trainer.precision_plugin
+        if _VERSION >= (2, 0):
+            return plugin.convert_input(batch)
+        return apply_to_collection(batch, torch.Tensor, plugin.convert_input) if plugin.precision == "64" else batch
 
     @contextmanager
     def _stage(self) -> Iterator[None]:
@@ -397,11 +507,24 @@ def repeated_rows(module: Any, batch_idx: int, dataloader_idx: int, rows: int) -
     return repeated if bool(repeated.any()) else None
 
 
+def training_loaders(trainer: Any) -> Any:
+    """What the data gave a training: a loader, a collection of them, or ``None``."""
+    if _VERSION >= (2, 0):
+        return trainer.train_dataloader
+    # Lightning 1.9 puts them together, and asks for none where no epoch is left.
+    if trainer.train_dataloader is None:
+        trainer.reset_train_dataloader()
+    return getattr(trainer.train_dataloader, "loaders", None)
+
+
 def validation_loaders(trainer: Any) -> Any:
     """What the data gave a training for its validation: a loader, a collection of them, or ``None``."""
     if trainer.val_dataloaders is None:
         # Without a sanity check, the Trainer asks for them only when it first validates.
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        if _VERSION >= (2, 0):
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        else:
+            trainer.reset_val_dataloader()
     return trainer.val_dataloaders
 
 

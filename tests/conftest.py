@@ -8,17 +8,26 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities import registry
 
 # Every Trainer looks through the metadata of all installed packages, which takes longer than most of these trainings.
-registry.entry_points = functools.cache(registry.entry_points)
+if hasattr(registry, "entry_points"):  # since Lightning 2
+    registry.entry_points = functools.cache(registry.entry_points)
 
 
 def pytest_collection_finish(session):
     """The imported modules and collected tests stay to the end: the garbage collector need not look at them again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_setup(item):
+    """Skip what the installed Lightning does not have."""
+    for mark in item.iter_markers("lightning"):
+        if tuple(map(int, pl.__version__.split(".")[:2])) < mark.kwargs["since"]:
+            pytest.skip(f"pytorch-lightning {pl.__version__} has no such feature")
 
 
 @pytest.fixture(autouse=True)

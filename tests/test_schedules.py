@@ -299,7 +299,7 @@ class Rates(pl.Callback):
     def __init__(self):
         self.seen = []
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer, *_):
         self.seen.append(optimizer.param_groups[0]["lr"])
 
 
@@ -367,6 +367,7 @@ def test_a_training_that_is_resumed_with_smaller_batches_ends_with_the_cycle(tmp
     assert seen == pytest.approx(expected(10, 30))
 
 
+@pytest.mark.lightning(since=(2, 5))
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.parametrize("after", [3, 7, 10, 12])

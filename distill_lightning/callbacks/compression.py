@@ -14,7 +14,6 @@ from typing import Any, cast
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
-from torch.optim import Optimizer
 
 from distill_lightning.callbacks.stages import Measurements, check_scored, measure, on_cpu
 from distill_lightning.callbacks.structure_hooks import LoadHook, SaveHook
@@ -34,9 +33,11 @@ from distill_lightning.lightning_internals import (
     keep_patience,
     new_optimizer,
     planned_epochs,
+    refuse_mid_epoch,
     refuse_reshaping,
     spawns,
     stand_last,
+    training_loaders,
     undrawn,
 )
 
@@ -175,8 +176,10 @@ class CompressionCallback(pl.Callback):
         """By now a checkpoint is loaded, if there is one.
 
         Raises:
-            InputError: there is none, and the network is compressed already.
+            InputError: there is none, and the network is compressed already; or it is from inside an epoch, and this
+                version of Lightning cannot go on there.
         """
+        refuse_mid_epoch(trainer)
         if self.compressor is None or trainer.ckpt_path is not None:
             return
         if self._is_begun:
@@ -222,9 +225,7 @@ class CompressionCallback(pl.Callback):
             forget_best(trainer)
             self._pruned = compressor.pruned
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Add the penalty's gradient, and keep pruned weights out of it."""
         if self.compressor is None:
             return
@@ -381,7 +382,7 @@ class CompressionCallback(pl.Callback):
     def _draw(self, number: int | None = None) -> Sequence[tuple[Any, Any]]:
         """The first batches of the training data as the next epoch gives them, the same in every process."""
         trainer, pl_module = cast("tuple[pl.Trainer, Any]", self._fit)
-        loader = trainer.train_dataloader
+        loader = training_loaders(trainer)
         loader = loader[0] if isinstance(loader, (list, tuple)) and len(loader) == 1 else loader
         if loader is None or isinstance(loader, (list, tuple, dict)):
             raise InputError("compression reads calibration data from one train_dataloader: give one, not several")

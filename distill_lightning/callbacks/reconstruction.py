@@ -24,7 +24,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError, check_finite
 from distill_lightning.layers import FeatureTap, Paraphraser, Translator, freeze, resolve_layer, unwrapped
 from distill_lightning.layers.feature_tap import Channels
-from distill_lightning.lightning_internals import TrainersBatches, drawing_parts, undrawn
+from distill_lightning.lightning_internals import TrainersBatches, drawing_parts, training_loaders, undrawn
 from distill_lightning.plots import reconstruction_errors
 
 OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]  # jsonargparse needs the bare Iterable
@@ -351,7 +351,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[tuple[str, str
 def _loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Iterable[Any], Iterable[Any]]:
     """The Trainer's single loaders for training and for validation, with its hooks."""
     found = []
-    for what, loaders in (("train", trainer.train_dataloader), ("val", trainer.val_dataloaders)):
+    for what, loaders in (("train", training_loaders(trainer)), ("val", trainer.val_dataloaders)):
         single = loaders[0] if isinstance(loaders, (list, tuple)) and len(loaders) == 1 else loaders
         if single is None or (what == "val" and not sum(trainer.num_val_batches)):
             raise InputError(

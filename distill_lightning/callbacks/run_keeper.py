@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 
 from distill_lightning.errors import InputError
+from distill_lightning.lightning_internals import is_last_batch
 from distill_lightning.storage import whole_file
 
 _SEED_STRIDE = 1_000_003
@@ -68,7 +69,7 @@ class RunKeeper(pl.callbacks.Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Note the time: the epoch's training ends with its last batch, and validation is not counted."""
-        if trainer.is_last_batch and torch.cuda.is_available():
+        if is_last_batch(trainer) and torch.cuda.is_available():
             torch.cuda.synchronize()
         self._trained = time.perf_counter()
 

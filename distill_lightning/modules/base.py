@@ -18,7 +18,7 @@ from distill_lightning.errors import InputError
 from distill_lightning.layers import dry_forward, wake
 from distill_lightning.layers.call import call, only_output
 from distill_lightning.layers.modes import refuse_exported
-from distill_lightning.lightning_internals import go_on, place_of, summarise_frozen
+from distill_lightning.lightning_internals import place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts import checkpoints
 from distill_lightning.modules.parts.asleep_norms import AsleepNorms
@@ -156,7 +156,6 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self.teachers = Teachers(None, ask=[])
         self._observed: dict[str, Tensor] = {}
         self._fingerprints: dict[str, str] | None = None
-        self.resumed_at: dict[str, Any] | None = None
 
     # What a method fills in
 
@@ -334,6 +333,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self.forget_fingerprints()
         self._tell("fit_starts")
         wake(self)
+        super().on_fit_start()
         if self.compiles:
             compile_networks(self)
         if self._missing:
@@ -348,7 +348,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
 
     def on_train_start(self) -> None:
         """Go on at a checkpoint's place with learning rates for the rest; then call the parts' ``training_starts``."""
-        go_on(self)
+        super().on_train_start()
         plan_anew(self)
         self._tell("training_starts")
 
@@ -400,6 +400,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note how module and networks were made, what the frozen ones weigh, and what the parts keep."""
+        super().on_save_checkpoint(checkpoint)
         checkpoints.note(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

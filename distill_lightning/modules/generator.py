@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
@@ -16,7 +15,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.data.views import Draws
 from distill_lightning.errors import InputError
 from distill_lightning.layers import ImageDecoder, ImageEncoder
-from distill_lightning.lightning_internals import place_of
+from distill_lightning.lightning_internals import PortableModule, place_of
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable
 from distill_lightning.modules.parts.checkpoints import (
     RemembersArguments,
@@ -36,7 +35,7 @@ def _adam(parameters: Iterable[Any]) -> Optimizer:
     return Adam(parameters, lr=1e-3)
 
 
-class GeneratorModule(RemembersArguments, pl.LightningModule):
+class GeneratorModule(RemembersArguments, PortableModule):
     r"""A variational autoencoder of the training inputs; its decoder ``G`` makes new ones from ``z ~ N(0, I)``.
 
     .. math:: L = \frac{1}{N} \sum_i \left[ \sum_d \tfrac12 \left( s + (x_{id} - G(z_i)_d)^2 e^{-s} + \log 2\pi \right)
@@ -140,10 +139,12 @@ class GeneratorModule(RemembersArguments, pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Plan the learning rates of a resumed training."""
+        super().on_train_start()
         plan_anew(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the version of the checkpoint."""
+        super().on_save_checkpoint(checkpoint)
         note_format(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -154,14 +154,17 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
         """A module that enters ``fit`` in eval mode would train in it."""
         self.teachers.fit_starts(self)
         wake(self)
+        super().on_fit_start()
         summarise_frozen(self, self.extra_repr().splitlines())
 
     def on_train_start(self) -> None:
         """Plan the learning rates of a resumed training."""
+        super().on_train_start()
         plan_anew(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note whose features these are."""
+        super().on_save_checkpoint(checkpoint)
         note_format(checkpoint)
         checkpoint["hyper_parameters"] = dict(checkpoint.get("hyper_parameters", {}))
         checkpoint["fingerprints"] = self.teachers.fingerprints("teachers")

@@ -151,7 +151,7 @@ class TeacherEnsemble(nn.Module):
     @staticmethod
     def _run(runs: Iterable[Callable[..., Any]], inputs: Any) -> list[Any]:
         with torch.inference_mode():
-            outputs = [(call if isinstance(run, nn.Module) else outputs_of)(run, inputs) for run in runs]
+            outputs = [call(run, inputs) if isinstance(run, nn.Module) else outputs_of(run, inputs) for run in runs]
         # Losses save the answers for backward, which autograd refuses for a tensor that was made in inference mode.
         return [tree_map_only(Tensor, _ordinary, output) for output in outputs]
 

@@ -17,6 +17,7 @@ from distill_lightning.data.batch import Batch, tensors_of
 from distill_lightning.data.fingerprint import loader_fingerprint
 from distill_lightning.errors import InputError
 from distill_lightning.layers import fingerprint, structure
+from distill_lightning.lightning_internals import training_loaders
 
 if TYPE_CHECKING:
     from distill_lightning.teachers.store import TeacherStore
@@ -41,7 +42,7 @@ def begin_store(module: Any, teachers: Teachers, store: TeacherStore) -> None:
     trainer = module.trainer
     # Lightning sets it where a data module was given.
     data: Any = trainer.datamodule
-    origin = describe(module, teachers, data, trainer.train_dataloader, str(trainer.precision))
+    origin = describe(module, teachers, data, training_loaders(trainer), str(trainer.precision))
     store.begin(**origin, rank=trainer.global_rank)
     # Who only reads must not disturb another training that is filling the store.
     if store.fills:

@@ -111,8 +111,16 @@ class TinyDataModule(InMemoryImageDataModule):
         return every.take(rest), every.take(test)
 
 
+# Of precisions, before Lightning 2.
+_OLD_NAMES = {"64-true": 64, "32-true": 32, "16-mixed": 16, "bf16-mixed": "bf16"}
+
+
 def tiny_trainer(**options: Any) -> pl.Trainer:
-    """A quiet Trainer on the CPU."""
+    """A quiet Trainer on the CPU.
+
+    Args:
+        options: the Trainer's; ``precision`` by the names of Lightning 2 under Lightning 1.9, too.
+    """
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -122,4 +130,6 @@ def tiny_trainer(**options: Any) -> pl.Trainer:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
+    if pl.__version__.startswith("1.") and "precision" in options:
+        options["precision"] = _OLD_NAMES.get(options["precision"], options["precision"])
     return pl.Trainer(**(defaults | options))

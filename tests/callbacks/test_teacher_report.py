@@ -169,7 +169,7 @@ def test_a_training_is_the_same_with_and_without_the_report(sanity):
     for callbacks in ([After()], [TeacherReport(), After()]):
         torch.manual_seed(5)
         module, data = kd([Dropping(), Dropping()]), Restless()
-        pl.seed_everything(3, verbose=False)
+        pl.seed_everything(3)
         tiny_trainer(callbacks=callbacks, max_epochs=2, num_sanity_val_steps=sanity).fit(module, datamodule=data)
         drawn.append(data.generator.get_state().tolist())
         ends.append({name: value.clone() for name, value in module.state_dict().items()})
@@ -385,7 +385,9 @@ def test_the_warning_names_the_loader():
 
 @pytest.mark.slow
 @quiet
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize(
+    "precision", ["bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.lightning(since=(2, 1)))]
+)
 def test_it_runs_in_the_trainers_precision(precision):
     networks, seen = teachers(), set()
     networks[0].register_forward_hook(lambda _, __, output: seen.add(output.dtype))

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from pytorch_lightning.plugins import DoublePrecision
 from pytorch_lightning.utilities import move_data_to_device
 from torch.utils.data._utils.pin_memory import pin_memory
 
@@ -234,8 +233,11 @@ def test_moving_a_batch_keeps_its_type_and_its_missing_parts():
     assert (bare.target, bare.index, bare.key) == (None, None, None)
 
 
+@pytest.mark.lightning(since=(2, 1))
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_lightnings_double_precision_converts_a_batch(structure):
+    from pytorch_lightning.plugins import DoublePrecision
+
     batch = full_batch(structure)
     wide = DoublePrecision().convert_input(batch)
     assert type(wide) is Batch

@@ -538,6 +538,7 @@ def test_numpys_numbers_are_kept_as_pythons(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.lightning(since=(2, 5))
 def test_one_cycle_goes_on_in_the_middle_of_an_epoch(tmp_path):
     """To know its length it has the data set up, before Lightning knows where in them the checkpoint was made."""
 
@@ -653,7 +654,13 @@ def test_a_copy_has_teachers_of_its_own_that_say_the_same(copied):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("64-true", torch.float64),
+        pytest.param("bf16-true", torch.bfloat16, marks=pytest.mark.lightning(since=(2, 1))),
+    ],
+)
 def test_teachers_follow_the_modules_precision(precision, dtype):
     module = Asking(TinyNet(), [TinyNet(), TinyNet()], num_classes=3)
     trainer = tiny_trainer(precision=precision)

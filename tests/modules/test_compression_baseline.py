@@ -73,7 +73,7 @@ class Rates(Callback):
     def __init__(self):
         self.rates = {}
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer, *_):
         self.rates.setdefault(trainer.current_epoch, []).append(optimizer.param_groups[0]["lr"])
 
 
@@ -524,6 +524,7 @@ def test_measuring_does_not_touch_the_training(split):
     assert [row.batch for row in told.callback.stages[-1].latency] == [1]
 
 
+@pytest.mark.lightning(since=(2, 5))
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_stages_survive_a_resume(tmp_path):

@@ -550,7 +550,7 @@ class Rates(pl.Callback):
     def on_train_epoch_start(self, trainer, pl_module):
         self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer, *_):
         self.before = [
             (parameter, parameter.detach().clone(), parameter.grad.clone())
             for network in (pl_module.discriminator, pl_module.student)
@@ -823,6 +823,7 @@ def test_extreme_logits_of_any_precision_stay_finite(shown, dtype, scale):
     assert all(torch.isfinite(parameter.grad).all() for parameter in module.parameters() if parameter.requires_grad)
 
 
+@pytest.mark.lightning(since=(2, 1))
 def test_weights_in_bfloat16_train():
     module = tiny_module(discriminator=FixedDiscriminator(shown="probabilities", lr=0.01))
     trainer = tiny_trainer(precision="bf16-true")

@@ -112,7 +112,7 @@ def test_training_lowers_the_error():
 
 def test_the_optimiser_holds_the_paraphrasers_alone_with_factor_transfers_settings():
     module, smallest = module_of(4, 6), []
-    module.on_before_optimizer_step = lambda _: smallest.append(
+    module.on_before_optimizer_step = lambda *_: smallest.append(
         min(float(p.grad.abs().sum()) for p in module.paraphrasers.parameters())
     )
     trainer = tiny_trainer()

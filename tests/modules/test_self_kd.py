@@ -968,7 +968,16 @@ def saved_everywhere(request, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "number", range(len(PLACES)), ids=lambda number: f"{PLACES[number][0].__name__} {PLACES[number][1]}"
+    "number",
+    [
+        pytest.param(
+            number,
+            id=f"{kind.__name__} {where}",
+            # From inside an epoch.
+            marks=[pytest.mark.lightning(since=(2, 5))] if where != "epoch end" else [],
+        )
+        for number, (kind, where) in enumerate(PLACES)
+    ],
 )
 def test_a_run_goes_on_from_wherever_it_was_saved(saved_everywhere, number):
     past, whole, logged, folder = saved_everywhere
@@ -983,6 +992,7 @@ def test_a_run_goes_on_from_wherever_it_was_saved(saved_everywhere, number):
     assert known == 1 if past != "mixed" else 0 < known <= 1
 
 
+@pytest.mark.lightning(since=(2, 5))
 def test_rows_that_were_saved_in_the_middle_of_an_epoch_are_not_read_in_it(tmp_path):
     path, rows = tmp_path / "run.ckpt", []
 
@@ -1183,6 +1193,8 @@ def test_a_checkpoint_of_weights_alone_holds_no_past(tmp_path):
         assert kept[0]["parts"]["alpha"]["length"] == 1
 
 
+# Lightning 1.9 saves before the module ends its epoch, which is made up for when the training goes on.
+@pytest.mark.lightning(since=(2, 0))
 @pytest.mark.slow
 def test_a_checkpoint_that_is_only_passed_on_keeps_its_past(tmp_path):
     path = saved(tmp_path)
@@ -1274,6 +1286,8 @@ def test_every_training_has_files_of_its_own(tmp_path):
     assert not torch.equal(*rows)
 
 
+# Lightning 1.9 saves before the module ends its epoch, which is made up for when the training goes on.
+@pytest.mark.lightning(since=(2, 0))
 @pytest.mark.slow
 def test_a_checkpoint_may_be_moved_with_its_files_and_its_store_into_or_out_of_them(tmp_path):
     whole = module_of()
@@ -1297,6 +1311,8 @@ def test_a_checkpoint_may_be_moved_with_its_files_and_its_store_into_or_out_of_t
         assert same(past_of(whole), past_of(resumed)), name
 
 
+# Lightning 1.9 saves before the module ends its epoch, which is made up for when the training goes on.
+@pytest.mark.lightning(since=(2, 0))
 @pytest.mark.slow
 def test_a_file_that_is_not_kept_any_more_is_refused_but_for_the_last_checkpoints(tmp_path):
     paths = {}
@@ -1412,8 +1428,8 @@ def test_a_run_of_one_process_goes_on_in_two(tmp_path, files):
             assert torch.allclose(rank["state"][name], value, rtol=1e-4, atol=1e-5), name
         assert torch.allclose(rank["past"]["probs"], past_of(whole)["probs"], atol=1e-4)
         assert rank["past"]["known"].all()
-    if files:
-        # The first are those of the checkpoint.
+    if files and not pl.__version__.startswith("1."):
+        # The first are those of the checkpoint, which Lightning 1.9 saves before the module ends its epoch.
         assert files_of(tmp_path / "rows") == ["000002.rows", "000003.rows", "000004.rows"]
         number = next((tmp_path / "rows").glob("*.000004.rows"))
         rows = torch.frombuffer(bytearray(number.read_bytes()[4096:-4]), dtype=torch.float32).reshape(24, 3)

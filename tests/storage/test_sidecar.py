@@ -20,6 +20,7 @@ from torch import multiprocessing
 from distill_lightning import InputError
 from distill_lightning.storage import FORMAT, PredictionStore, Sidecar, files
 from distill_lightning.storage import rows as rows_file
+from distill_lightning.testing.contract import leave_the_group
 
 N, K = 11, 5
 KINDS = [
@@ -661,7 +662,7 @@ def two_processes(rank, folder):
         store_in(Path(folder) / f"rank {rank}", **kind).load_state_dict(state)
     messages.append(str(caught.value))
     torch.save({"results": results, "messages": messages}, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave_the_group()
 
 
 @pytest.mark.slow

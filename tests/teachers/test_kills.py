@@ -222,6 +222,7 @@ def test_a_recording_that_is_killed_leaves_the_undisturbed_store(tmp_path, seed)
     assert files_of(tmp_path / "killed") == whole
 
 
+@pytest.mark.lightning(since=(2, 5))
 @pytest.mark.parametrize(
     ("seed", "options"),
     [(0, {}), (1, {"dtype": "float32"}), (2, {"method": "feed"}), (3, {"val_check_interval": 5})],
@@ -235,6 +236,7 @@ def test_a_training_that_is_killed_leaves_the_undisturbed_store_and_student(tmp_
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.lightning(since=(2, 5))
 def test_two_processes_that_are_killed_leave_the_undisturbed_store_and_student(tmp_path):
     Child(partial(fitting_together, devices=1), tmp_path / "whole").end()
     # Each of the 18 batches is asked about once, or again where no checkpoint was made after it.

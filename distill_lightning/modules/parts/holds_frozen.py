@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Self
 
-import pytorch_lightning as pl
 from torch import Tensor
 
+from distill_lightning.lightning_internals import PortableModule
 from distill_lightning.outputs.metrics.exact import exact_metrics
 from distill_lightning.teachers import Frozen
 
 
-class HoldsFrozen(pl.LightningModule):
+class HoldsFrozen(PortableModule):
     """A module whose `Frozen` attributes, which stand outside of its registry, move with it and are printed with it.
 
     Its metrics move with it, too, but no conversion to half precision reaches their sums.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distill_lightning.lightning_internals import begins_anew
+from distill_lightning.lightning_internals import begins_anew, is_last_batch
 from distill_lightning.part import Part
 from distill_lightning.processes import gathered
 
@@ -133,7 +133,7 @@ class RunningMeans(Part):
     def batch_ends(self, module: Any) -> None:
         """Log with the last batch, because callbacks read the means at the end of the epoch, before the module."""
         trainer = module.trainer
-        if trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps:
+        if is_last_batch(trainer) or trainer.should_stop or trainer.global_step == trainer.max_steps:
             self._log(module)
 
     def epoch_ends(self, module: Any) -> None:

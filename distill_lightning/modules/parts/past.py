@@ -17,7 +17,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.data.fingerprint import Fingerprint, data_difference, loader_fingerprint
 from distill_lightning.data.mixing import mixup
 from distill_lightning.errors import InputError, check_finite, refusing
-from distill_lightning.lightning_internals import begins_anew
+from distill_lightning.lightning_internals import begins_anew, training_loaders
 from distill_lightning.modules.parts.past_network import AveragedNetwork, PastNetwork
 from distill_lightning.part import Part
 from distill_lightning.storage import PredictionStore, Sidecar
@@ -369,7 +369,7 @@ class RunningStore(RunningPast):
         num_samples = options.num_samples
         if num_samples is None:
             try:
-                num_samples = len(getattr(trainer.train_dataloader, "dataset", None))  # type: ignore[arg-type]  # raises
+                num_samples = len(getattr(training_loaders(trainer), "dataset", None))  # type: ignore[arg-type]  # raises
             except (TypeError, NotImplementedError):
                 raise InputError(
                     "StoredPast needs the size of the training set, which the training loader does not tell: give "

@@ -4,7 +4,6 @@ import warnings
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric, MetricCollection
@@ -312,10 +311,13 @@ def test_another_device_is_read_every_so_many_batches(monkeypatch):
 
 
 def train_scaled(module, data):
+    from pytorch_lightning.plugins.precision import MixedPrecision
+
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     train(module, data, plugins=[plugin])
 
 
+@pytest.mark.lightning(since=(2, 0))
 def test_steps_that_a_gradient_scaler_skips_are_counted():
     inputs = INPUTS.clone()
     inputs[1] = math.nan
@@ -327,6 +329,7 @@ def test_steps_that_a_gradient_scaler_skips_are_counted():
     assert all(parameter.isfinite().all() for parameter in network.parameters())
 
 
+@pytest.mark.lightning(since=(2, 0))
 def test_a_gradient_scaler_that_skips_every_step_is_stopped():
     with pytest.raises(NonFiniteError, match="not finite in 3 of 3 batches of the epoch, and every step was skipped"):
         train_scaled(supervised(), loader(LABELS, INPUTS * math.nan))

@@ -176,6 +176,7 @@ class FirstProbabilityError(MeanSquaredError):
         super().update(preds.softmax(dim=1)[:, 0], target.to(preds.dtype))
 
 
+@pytest.mark.lightning(since=(2, 1))
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("16-true", torch.float16)])
 def test_validation_in_half_precision_counts_like_one_in_float32(precision, dtype):
@@ -201,6 +202,7 @@ def test_validation_in_half_precision_counts_like_one_in_float32(precision, dtyp
     assert found["val/teacher_kl"] == pytest.approx(divergence.item(), rel=1e-4)
 
 
+@pytest.mark.lightning(since=(2, 1))
 @pytest.mark.slow
 def test_a_regressions_validation_counts_like_one_in_float32():
     inputs, classes = images()
@@ -217,6 +219,7 @@ def test_a_regressions_validation_counts_like_one_in_float32():
         assert found[f"val/{name}"] == pytest.approx(value.item(), rel=1e-6), name
 
 
+@pytest.mark.lightning(since=(2, 1))
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_a_module_made_under_the_trainers_precision_is_exact(precision):
     trainer = tiny_trainer(precision=precision)
@@ -261,6 +264,7 @@ def test_formulas_make_no_half_precision_of_integers_and_numbers(half_by_default
     assert area_under_risk_coverage(confidence, confidence > 0.3).dtype == torch.float32
 
 
+@pytest.mark.lightning(since=(2, 1))
 def test_self_kd_logs_its_own_alpha_in_half_precision():
     module = SelfKDModule(TinyNet(), num_classes=3, alpha_T=0.7)
     trainer = tiny_trainer(precision="bf16-true", max_epochs=1)
