@@ -142,7 +142,7 @@ ROOMS = {
         samplers transforms
     """,
     "data/datamodules": """
-        options view_dataset view_sampler indexed
+        options view_dataset view_sampler indexed image_file
         resumable_loader
         view_data_module
         image_data_module docstrings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Unpack
@@ -13,20 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision import io
 from torchvision.transforms.v2 import functional as transforms
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.datamodules.image_data_module import ImageDataModule
+from distill_lightning.data.datamodules.image_file import SUFFIXES, decode
 from distill_lightning.data.datamodules.options import ViewOptions
 from distill_lightning.data.datamodules.view_dataset import ViewDataset
 from distill_lightning.data.views import CROP_DRAWS, random_box, uniform_draws
 from distill_lightning.errors import InputError
-
-_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif")
-_PNG = b"\x89PNG\r\n\x1a\n"
-# How many bytes a byte of a deflated stream can stand for.
-_DEFLATED_AT_MOST = 1032
 
 
 class Files(NamedTuple):
@@ -120,62 +114,6 @@ class ImageFiles(ViewDataset):
         return centre
 
 
-def decode(path: Path) -> Tensor:
-    """Read a JPEG, PNG, WebP or GIF file, whichever its content is, as ``ImageFolderDataModule`` says.
-
-    Returns:
-        uint8 ``(3, H, W)``, red, green and blue.
-
-    Raises:
-        InputError: it is none of these, or damaged.
-    """
-    try:
-        content = np.fromfile(path, np.uint8)
-        if content[: len(_PNG)].tobytes() == _PNG:
-            _check_png(content)
-        coded = torch.from_numpy(content)
-        image: Tensor = io.decode_image(coded, mode=io.ImageReadMode.RGB, apply_exif_orientation=True)
-    except (RuntimeError, OSError, ValueError) as error:
-        # torchvision says where in its own sources it happened, and then what.
-        first = str(error).splitlines()[0]
-        reason = first.rpartition(".cpp:")[2].partition(", ")[2] or first
-        raise InputError(f"{path} cannot be decoded ({reason}): mend it, or take it out of the folder") from error
-    if image.dtype == torch.uint16:
-        image = (image.int() >> 8).to(torch.uint8)
-    return image if image.ndim == 3 else image[0]
-
-
-def _check_png(content: NDArray[np.uint8]) -> None:
-    """Look at the pieces of a PNG file: torchvision's decoder ends the process where one of them is damaged.
-
-    Raises:
-        ValueError: one that an image needs is damaged or missing, or there are too few bytes for its size.
-    """
-    view, place, kind, coded, wanted = content.data, len(_PNG), b"", 0, 0
-    while kind != b"IEND":
-        size = int.from_bytes(view[place : place + 4], "big")
-        kind, end = bytes(view[place + 4 : place + 8]), place + 8 + size
-        if end + 4 > len(view):
-            raise ValueError("the PNG file is not complete")
-        # A decoder leaves out damaged pieces with small first letters, which hold comments and the like.
-        if kind[:1].isupper() and zlib.crc32(view[place + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            raise ValueError(f"the checksum of a PNG file's {kind.decode('latin-1')!r} does not fit")
-        if kind == b"IHDR":
-            wanted = _png_bytes(bytes(view[place + 8 : end]))
-        elif kind == b"IDAT":
-            coded += size
-        place = end + 4
-    if not wanted or wanted > coded * _DEFLATED_AT_MOST:
-        raise ValueError(f"a PNG file has {coded} bytes for an image of {wanted}")
-
-
-def _png_bytes(header: bytes) -> int:
-    """Bytes of a PNG file's pixels without compression."""
-    width, height = int.from_bytes(header[:4], "big"), int.from_bytes(header[4:8], "big")
-    depth, colour = header[8], header[9]
-    return height * -(-width * depth * {2: 3, 4: 2, 6: 4}.get(colour, 1) // 8)
-
-
 class ImageFolderDataModule(ImageDataModule):
     """A large image set in folders, such as ImageNet: one folder of image files per class.
 
@@ -185,13 +123,16 @@ class ImageFolderDataModule(ImageDataModule):
         data_dir/val/<class>/**/image.jpg       for test; ImageNet's public validation images
 
     The classes are the sorted names of the folders under ``train``. The images under ``val`` are the **test** set and
-    never pick an epoch: the validation images are drawn from ``train``. Hidden files and folders, and files whose names
-    do not end in ``.jpeg``, ``.jpg``, ``.png``, ``.webp`` or ``.gif``, in capitals or not, are passed over.
+    never pick an epoch: the validation images are drawn from ``train``. Hidden files and folders are passed over, and
+    files whose names do not end in ``.jpeg``, ``.jpg``, ``.jfif``, ``.png``, ``.webp``, ``.gif``, ``.bmp``, ``.tif``,
+    ``.tiff``, ``.pbm``, ``.pgm`` or ``.ppm``, in capitals or not.
 
     A view is a function of ``(seed, sample index, view number)`` alone: torchvision's ``RandomResizedCrop`` and a flip,
     with bilinear interpolation and antialiasing. All images become RGB with 8 bits: grey ones, palettes and CMYK JPEGs
-    are converted, transparency is dropped, 16 bits lose the lower 8, of an animated GIF the first frame counts. The
-    EXIF orientation of JPEG and PNG files is followed; that of WebP files is not.
+    are converted, transparency is dropped, 16 bits lose the lower 8, and of an animation or several pages the first
+    counts; levels of PGM and PPM files are stretched so that their largest is white. TIFF files of other numbers than
+    unsigned ones of at most 16 bits are refused. The orientation that JPEG, PNG and TIFF files tell is followed; that
+    of WebP files is not.
 
     With ``views_per_load=R`` an image is decoded once for ``R`` of its views, which follow one another in a batch; an
     epoch then reads the views ``e * R`` to ``e * R + R - 1``, modulo ``views``, and is ``R`` times as long. Shen, Xing:
@@ -314,7 +255,9 @@ class ImageFolderDataModule(ImageDataModule):
         for name in names:
             found = _images_below(str(self.data_dir / part / name), called=f"{part}/{name}")
             if not found:
-                raise InputError(f"{self.data_dir / part / name} holds no images: fill it, or take it out")
+                raise InputError(
+                    f"{self.data_dir / part / name} holds no images ({', '.join(SUFFIXES)}): fill it, or take it out"
+                )
             paths += [os.fsencode(path) for path in found]
             targets += [self.class_names.index(name)] * len(found)
         return Files(np.array(paths, dtype=np.bytes_), torch.tensor(targets))
@@ -336,5 +279,5 @@ def _images_below(folder: str, *, called: str) -> list[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         # Not Path objects: of a million files they would take half a minute.
         place = called + where[len(folder) :].replace(os.sep, "/")
-        found += [f"{place}/{name}" for name in names if name.lower().endswith(_SUFFIXES) and not name.startswith(".")]
+        found += [f"{place}/{name}" for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
     return sorted(found)
