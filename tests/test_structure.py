@@ -211,7 +211,7 @@ ROOMS = {
         command
     """,
     "teachers": """
-        about ensemble frozen row_codec
+        about ensemble frozen layer_errors row_codec
         origin questions
         store
         teachers

@@ -32,6 +32,7 @@ from distill_lightning.networks.weights import write_weights
 from distill_lightning.outputs import Output, output_of
 from distill_lightning.part import Part
 from distill_lightning.teachers import Teachers
+from distill_lightning.teachers.layer_errors import explained
 
 
 class DistillationModule(RemembersArguments, HoldsFrozen):
@@ -231,7 +232,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         """Weigh, sum and log the terms of a batch."""
         batch = self.prepared(batch, batch_idx)
         self._observed = {}
-        terms, weights = self.terms(batch), self.weights()
+        terms, weights = explained(self, self.terms, batch, f"training batch {batch_idx}"), self.weights()
         if terms.keys() != weights.keys() or "loss" in terms:
             raise KeyError(
                 f"terms() gave {sorted(terms)}, weights() gave {sorted(weights)}: they must name the same, not 'loss'"
@@ -261,10 +262,11 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
 
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
         """The student's output for the samples of a batch that count, or for a tensor of inputs."""
+        where = f"prediction batch {batch_idx}"
         if isinstance(batch, Tensor):
-            return self.forward(batch)
+            return explained(self, self.forward, batch, where)
         batch = Batch.of(batch)
-        output: Tensor = call(self, batch.input)
+        output: Tensor = explained(self, lambda batch: call(self, batch.input), batch, where)
         return output[batch.counted] if batch.counted is not None and batch.counted.ndim == 1 else output
 
     def score(self, batches: Iterable[Any]) -> dict[str, float]:

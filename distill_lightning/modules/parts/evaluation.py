@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from distill_lightning.layers.call import call
 from distill_lightning.lightning_internals import forget_known_metrics
 from distill_lightning.part import Part
 from distill_lightning.teachers import Frozen
+from distill_lightning.teachers.layer_errors import explained
+
+_STAGES = {"val": "validation", "test": "test"}
 
 
 class _Answer(NamedTuple):
@@ -87,7 +91,8 @@ class Evaluation(Part):
         metrics = metrics_of(module, f"{stage}_metrics", dataloader_idx)
         teacher_metrics = metrics_of(module, f"{stage}_teacher_metrics", dataloader_idx)
         module.guard.look(module, batch, batch_idx, stage)
-        output = module.output.prediction(_tensor_of(module, batch))
+        where = f"{_STAGES[stage]} batch {batch_idx}"
+        output = module.output.prediction(explained(module, partial(_tensor_of, module), batch, where))
         counted = module.output.counted(output, batch)
         selected, target = module.output.select(output, batch.target, counted)
         module.guard.look_at_output(module, selected, batch_idx, stage)
@@ -100,7 +105,7 @@ class Evaluation(Part):
             module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=batch.size)
         answer = self._recalled(stage, batch_idx, batch)
         if answer is None:
-            answer = module.teacher_prediction(batch)
+            answer = explained(module, module.teacher_prediction, batch, where)
             if answer is not None and self._comes_again(module, stage):
                 self._keep(stage, batch_idx, batch, answer)
         if answer is not None:
