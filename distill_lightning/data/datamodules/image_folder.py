@@ -184,8 +184,8 @@ class ImageFolderDataModule(ImageDataModule):
         std: of red, green and blue, in the same unit.
         on_damaged: what becomes of an image that cannot be decoded: ``"error"`` stops the run; with ``"skip"`` a view
             of the mean colour takes its place and does not count (``Batch.counted``): it is in no loss and no metric,
-            prediction leaves it out, and it is no one's partner. A warning at the end counts and lists such files, and
-            `skipped` tells them; `check` finds them before.
+            prediction leaves it out, and it is no one's partner. At the end each process warns of such files that it
+            has met, with their number and paths; `skipped` tells them, too, and `check` finds them before.
         options: how samples are chosen, ordered and loaded, and which views of them; see `ViewOptions`. A worker
             decodes some hundreds of images a second.
 
@@ -265,10 +265,9 @@ class ImageFolderDataModule(ImageDataModule):
             # Shared, because workers decode the images; and a Trainer may have switched on the inference mode, whose
             # tensors cannot be written to in a training that follows.
             with torch.inference_mode(mode=False):
-                self._damaged = {
-                    split: torch.zeros(len(files.targets), dtype=torch.bool).share_memory_()
-                    for split, files in self._splits.items()
-                }
+                for split, files in self._splits.items():
+                    noted = torch.zeros(len(files.targets), dtype=torch.bool)
+                    self._damaged[split] = noted.share_memory_()  # type: ignore[no-untyped-call]
 
     def split(self, rest: int, test: int, val: int | None = None) -> dict[str, Tensor]:
         """As `ImageDataModule.split`, but all images are drawn: the files are in the order of their classes."""
