@@ -211,8 +211,8 @@ ROOMS = {
         command
     """,
     "teachers": """
-        about ensemble frozen layer_errors row_codec
-        origin questions
+        about ensemble frozen row_codec
+        layer_errors origin questions
         store
         teachers
         recorder

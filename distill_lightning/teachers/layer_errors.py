@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from distill_lightning.data.batch import Batch, first_tensor
 from distill_lightning.errors import InputError
+from distill_lightning.teachers.ensemble import TeacherEnsemble
 
 GivenT = TypeVar("GivenT")
 ResultT = TypeVar("ResultT")
@@ -67,8 +68,11 @@ def _reason(module: Any, run_again: Callable[[], Any], given: Any, where: str) -
 
 
 def _networks_of(module: Any) -> Iterator[tuple[str, nn.Module]]:
-    yield f"the student ({type(module.student).__name__})", module.student
-    for number, network in enumerate(getattr(module, "teachers", ())):
+    if hasattr(module, "student"):
+        yield f"the student ({type(module.student).__name__})", module.student
+    given = list(getattr(module, "teachers", ()))
+    members = [one for network in given for one in (network if isinstance(network, TeacherEnsemble) else [network])]
+    for number, network in enumerate(members):
         yield f"teacher {number} ({type(network).__name__})", network
 
 

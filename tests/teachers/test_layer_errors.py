@@ -12,6 +12,7 @@ from distill_lightning import (
     IndexedDataModule,
     InputError,
     KDModule,
+    ParaphraserModule,
     SupervisedModule,
     TeacherStore,
 )
@@ -98,6 +99,15 @@ def test_recording_a_store_names_the_teacher(tmp_path):
     module = KDModule(TinyNet(10), TeacherStore(tmp_path, [TinyNet(10, in_channels=3)]), num_classes=10)
     refused = refusal_of(record, tiny_trainer(), module, DigitsDataModule(image_size=8, views=1))
     assert expected("teacher 0", 3, 1, "recorded") in str(refused)
+
+
+@pytest.mark.parametrize(("method", "where"), [("fit", "training"), ("validate", "validation")])
+def test_a_teacher_of_paraphrasers_is_named(method, where):
+    module = ParaphraserModule([TinyNet(), TinyNet()], layers="features", input_shape=(1, 8, 8))
+    # Fits what was said, and not the data.
+    module.teachers[0].networks[1].features[0] = nn.Conv2d(3, 4, 3, padding=1)
+    refused = refusal_of(getattr(tiny_trainer(), method), module, loader_of(1))
+    assert str(refused) == f"ParaphraserModule: {expected('teacher 1', 3, 1, where)}"
 
 
 @pytest.mark.parametrize("wrap", [lambda data: data, IndexedDataModule])
