@@ -241,3 +241,17 @@ def test_a_store_is_recorded_around_damaged_images(folder, tmp_path, workers):
     assert store.is_complete
     assert data.skipped()
     tiny_trainer(max_epochs=2).fit(kd(TeacherStore(tmp_path / "store", fill="never", shard_size=7)), datamodule=data)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*damaged image:UserWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_two_processes_skip_images_together(folder, start_method, workers):
+    paths = damage(folder)
+    data = data_of(folder, on_damaged="skip", drop_last=True, batch_size=4, num_workers=workers)
+    # What is shared is made before there are several processes.
+    data.setup()
+    module, trainer = kd(), tiny_trainer(max_epochs=2, devices=2, strategy=f"ddp_{start_method}")
+    trainer.fit(module, datamodule=data)
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    assert sorted(data.skipped()) == [path for path in paths if path.startswith("train/")]
