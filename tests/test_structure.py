@@ -144,7 +144,7 @@ ROOMS = {
         samplers transforms
     """,
     "data/datamodules": """
-        options view_dataset view_sampler indexed
+        options view_dataset view_sampler indexed image_file
         resumable_loader
         view_data_module
         image_data_module docstrings
@@ -214,7 +214,7 @@ ROOMS = {
     """,
     "teachers": """
         about ensemble frozen row_codec
-        origin questions
+        layer_errors origin questions
         store
         teachers
         recorder
