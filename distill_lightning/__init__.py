@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from distill_lightning import networks as networks
     from distill_lightning.callbacks import CompressionCallback as CompressionCallback
     from distill_lightning.compression import Compressor as Compressor
+    from distill_lightning.compression import export_onnx as export_onnx
     from distill_lightning.compression import load_compressed as load_compressed
     from distill_lightning.data import samplers as samplers
     from distill_lightning.data.batch import Batch as Batch
@@ -117,7 +118,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "distill_lightning": ("compression", "functional", "layers", "networks"),
     "distill_lightning.callbacks": ("CompressionCallback",),
-    "distill_lightning.compression": ("Compressor", "load_compressed"),
+    "distill_lightning.compression": ("Compressor", "export_onnx", "load_compressed"),
     "distill_lightning.data": ("samplers",),
     "distill_lightning.data.batch": ("Batch",),
     "distill_lightning.data.datamodules": (

@@ -52,7 +52,7 @@ ROOMS = {
         __main__ __init__
     """,
     "callbacks": """
-        figures structure_hooks stages run_keeper
+        checkpoint_io figures structure_hooks stages run_keeper
         compression reconstruction teacher_report
     """,
     "cli": """

@@ -8,10 +8,12 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import distill_lightning
 from distill_lightning.cli.error_line import one_line, refusal
+from distill_lightning.errors import disk_line, is_of_the_disk
 from distill_lightning.studies.compare import config as compare
 from distill_lightning.studies.compress import config as compress
 
@@ -23,11 +25,14 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        args: what follows the program's name; ``None``: the process's own arguments.
+        args: what follows the program's name; ``None``: the process's own arguments, and the working directory is put
+            on the path of modules.
 
     Returns:
-        The exit status: 0, or 2 after bad input.
+        The exit status: 0, or 2 after bad input or where a disk is full or refuses.
     """
+    if args is None:
+        _see_working_directory()
     try:
         _run(sys.argv[1:] if args is None else list(args))
     except (ArgumentError, ValueError) as error:
@@ -35,7 +40,23 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"distill-lightning: error: {one_line(error)}", file=sys.stderr)
         return 2
+    except OSError as error:
+        # What loggers and others write.
+        if not is_of_the_disk(error):
+            raise
+        print(f"distill-lightning: error: {disk_line(error)}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _see_working_directory() -> None:
+    """Find the user's own modules where the command is called, as ``python -m distill_lightning`` does.
+
+    A console script has its own folder there instead.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path and not sys.flags.safe_path:
+        sys.path.insert(0, here)
 
 
 def _run(arguments: list[str]) -> None:

@@ -15,11 +15,11 @@ from jsonargparse import Namespace
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from safetensors.torch import save_file
 
 import distill_lightning
 from distill_lightning.arguments import arguments_of, takes
 from distill_lightning.callables import check_callables, named
+from distill_lightning.callbacks import write_checkpoints_whole
 from distill_lightning.choices import choice_class, is_choice, is_plain, plain
 from distill_lightning.cli.from_file import class_of, safe_options
 from distill_lightning.data.datamodules import ViewDataModule
@@ -30,6 +30,7 @@ from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.networks.provenance import restore_structure
 from distill_lightning.networks.weights import check_architecture, read_checkpoint
 from distill_lightning.schedules import OneCycle
+from distill_lightning.storage import write_tensors
 from distill_lightning.teachers import TeacherStore
 from distill_lightning.teachers.recorder import Recorded, record
 
@@ -184,7 +185,9 @@ class DistillCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer; arguments that it refuses are an `InputError`."""
         with refusing("trainer", MisconfigurationException, ValueError):
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+        write_checkpoints_whole(trainer)
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Check the data, the checkpoint and the optimiser before the Trainer writes anything."""
@@ -205,13 +208,13 @@ class DistillCLI(LightningCLI):
                 raise InputError("OneCycle needs the length of the training: give trainer.max_epochs or max_steps")
 
     def after_predict(self) -> None:
-        """Write the predictions, which the Trainer would only return."""
+        """Write the predictions, which the Trainer would only return, beside the configuration that they are of."""
         share = "" if self.trainer.world_size == 1 else f"_{self.trainer.global_rank}"
-        path = Path(self.trainer.default_root_dir) / f"predictions{share}.safetensors"
+        path = _free(Path(self.trainer.log_dir or self.trainer.default_root_dir) / f"predictions{share}.safetensors")
         outputs = self.trainer.predict_loop.predictions
         # A regression's outputs are no logits.
         name = "logits" if getattr(self.model, "num_classes", None) else "output"
-        save_file({name: torch.cat(outputs).float().contiguous()}, path)
+        write_tensors(path, {name: torch.cat(outputs).float()})
         print(f"Written: {path}")
 
     def after_record(self) -> None:
@@ -237,6 +240,12 @@ class DistillCLI(LightningCLI):
         if path == "best":
             raise InputError("--ckpt_path best means the best checkpoint of a fit in the same process: give its path")
         return None if path in (None, "last", "hpc", "registry") else Path(path)
+
+
+def _free(path: Path) -> Path:
+    """A path, with a number if there is something: without a logger, all runs have one folder."""
+    numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(2))
+    return next(one for one in itertools.chain([path], numbered) if not one.exists())
 
 
 def _check_files(arguments: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill_lightning.errors import InputError
 from distill_lightning.layers import uncompiled
+from distill_lightning.storage import write_tensors, write_whole
 
 
 def read_weights(path: Path, *, part: str | None = None) -> dict[str, Tensor]:
@@ -47,17 +49,17 @@ def read_weights(path: Path, *, part: str | None = None) -> dict[str, Tensor]:
 
 
 def write_weights(network: nn.Module, path: Path) -> Path:
-    """Write a network's state dict.
+    """Write a network's state dict, whole or not at all.
 
     Args:
         network: the plain network, or what `torch.compile` returned for it.
-        path: ``.safetensors``, or ``.pt`` / ``.pth`` for `torch.save`.
+        path: ``.safetensors``, or ``.pt`` / ``.pth`` for `torch.save`; its folder is made.
 
     Returns:
         The path.
 
     Raises:
-        InputError: the suffix is another one.
+        InputError: the suffix is another one; the disk is full or refuses, and then what was there before is kept.
 
     Example:
         >>> import tempfile
@@ -74,9 +76,12 @@ def write_weights(network: nn.Module, path: Path) -> Path:
     # Clones, because safetensors refuses tied weights, and torch.save would write a view's whole storage.
     state = {name: value.detach().cpu().clone().contiguous() for name, value in plain.state_dict().items()}
     if path.suffix == ".safetensors":
-        save_file(state, path)
+        write_tensors(path, state)
     else:
-        torch.save(state, path)
+        # torch.save would tell of a full disk in words of its own.
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_whole(path, [content.getbuffer()])
     return path
 
 
