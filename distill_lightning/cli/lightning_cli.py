@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import pytorch_lightning
 import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ActionConfigFile, Namespace
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -64,6 +65,18 @@ class RecordingTrainer(Trainer):
         return self.recorded
 
 
+class _Parser(LightningArgumentParser):
+    """A parser for networks that functions make, too.
+
+    On its way to an option in the line, jsonargparse hands what is linked to the model's options on to the networks in
+    them, and has an argument for it only where these are classes. Nothing is linked to an option of a network.
+    """
+
+    def add_function_arguments(self, *args: Any, linked_targets: object = None, **kwargs: Any) -> list[str]:
+        """Add the arguments of a function."""
+        return super().add_function_arguments(*args, **kwargs)
+
+
 class DistillCLI(LightningCLI):
     """LightningCLI for the package's modules, any other LightningModule and any LightningDataModule.
 
@@ -98,6 +111,12 @@ class DistillCLI(LightningCLI):
             args=None if args is None else list(args),
             run=run,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """LightningCLI's parser, of a class of this package."""
+        parser = _Parser(**{"dump_header": [f"pytorch_lightning=={pytorch_lightning.__version__}"], **kwargs})
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a configuration file in YAML.")
+        return parser
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
