@@ -90,6 +90,8 @@ if TYPE_CHECKING:
     from distill_lightning.schedules import GroupSchedules as GroupSchedules
     from distill_lightning.schedules import OneCycle as OneCycle
     from distill_lightning.storage import PredictionStore as PredictionStore
+    from distill_lightning.studies.export.command import export_checkpoint as export_checkpoint
+    from distill_lightning.studies.export.student import load_exported as load_exported
     from distill_lightning.teachers import Features as Features
     from distill_lightning.teachers import Logits as Logits
     from distill_lightning.teachers import MeanLogits as MeanLogits
@@ -187,6 +189,8 @@ _PUBLIC = {
     "distill_lightning.outputs.metrics": ("AURC", "Agreement", "AngularError", "CalibrationError", "GapReduction"),
     "distill_lightning.schedules": ("GroupSchedules", "OneCycle"),
     "distill_lightning.storage": ("PredictionStore",),
+    "distill_lightning.studies.export.command": ("export_checkpoint",),
+    "distill_lightning.studies.export.student": ("load_exported",),
     "distill_lightning.teachers": (
         "Features",
         "Logits",

@@ -16,6 +16,7 @@ from distill_lightning.cli.error_line import one_line, refusal
 from distill_lightning.errors import disk_line, is_of_the_disk
 from distill_lightning.studies.compare import config as compare
 from distill_lightning.studies.compress import config as compress
+from distill_lightning.studies.export import config as export
 
 if TYPE_CHECKING:
     from distill_lightning.studies.compress.runs import Setup
@@ -74,6 +75,12 @@ def _run(arguments: list[str]) -> None:
 
         _quiet_down()
         compress_command.run(compressed, options, _setup_of)
+    elif verb == "export":
+        exported = export.parse_config(options)
+        from distill_lightning.studies.export import command as export_command  # noqa: PLC0415
+
+        _quiet_down()
+        export_command.run(exported, _setup_of)
     elif arguments == ["--version"]:
         print(f"distill-lightning {distill_lightning.__version__}")
     else:

@@ -38,7 +38,8 @@ from distill_lightning.teachers.recorder import Recorded, record
 _FROM_DATA = ("num_classes", "input_shape")
 _DESCRIPTION = """Train, evaluate and compare the methods of distill_lightning.
 
-Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER], distill-lightning compress CONFIG."""
+Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER], distill-lightning compress CONFIG,
+distill-lightning export CKPT [--to FORMAT ...]."""
 
 
 class RecordingTrainer(Trainer):

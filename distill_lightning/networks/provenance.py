@@ -54,6 +54,26 @@ def build_from(recipe: Recipe) -> nn.Module:
     return _FACTORIES[recipe["factory"]](**arguments)
 
 
+def without_weights(known: Recipe | None) -> Recipe | None:
+    """A recipe that reads no file and downloads nothing, because the weights come from elsewhere.
+
+    Example:
+        >>> from distill_lightning.networks.provenance import without_weights
+        >>> without_weights({"factory": "timm_network", "arguments": {"name": "resnet18", "pretrained": True}})
+        {'factory': 'timm_network', 'arguments': {'name': 'resnet18', 'pretrained': False}}
+    """
+    if known is None:
+        return None
+    arguments = dict(known["arguments"])
+    if known["factory"] == "Pretrained":
+        return without_weights(arguments["network"])
+    if isinstance(arguments.get("network"), Mapping):
+        arguments["network"] = without_weights(arguments["network"])
+    if "pretrained" in arguments:
+        arguments["pretrained"] = False
+    return {"factory": known["factory"], "arguments": arguments}
+
+
 def factory_with_recipe(factory: Callable[P, nn.Module]) -> Callable[P, nn.Module]:
     """Make a factory store its recipe on the networks that it returns."""
     name = factory.__name__

@@ -141,7 +141,7 @@ def write_weights(network: nn.Module, path: Path) -> Path:
     # Clones, because safetensors refuses tied weights, and torch.save would write a view's whole storage.
     state = {name: value.detach().cpu().clone().contiguous() for name, value in plain.state_dict().items()}
     if path.suffix == ".safetensors":
-        write_tensors(path, state)
+        write_tensors(path, state, {"format": "pt"})
     else:
         # torch.save would tell of a full disk in words of its own.
         content = io.BytesIO()

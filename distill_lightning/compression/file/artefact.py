@@ -29,6 +29,7 @@ from distill_lightning.compression.structure.changes import plain_copy, plain_st
 from distill_lightning.errors import InputError, check_one_of, refusing
 from distill_lightning.networks import Recipe, build_from, recipe_of
 from distill_lightning.networks.budget import Budget, bytes_of_tensors
+from distill_lightning.networks.provenance import without_weights
 from distill_lightning.networks.weights import load_strictly, read_checkpoint
 
 _KIND = "network"
@@ -200,20 +201,6 @@ def _load(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None
                 "it was built: compress both or neither"
             )
     load_strictly(network, tensors, source=str(path))
-
-
-def without_weights(known: Recipe | None) -> Recipe | None:
-    """A recipe that reads no file and downloads nothing, because the weights come from elsewhere."""
-    if known is None:
-        return None
-    arguments = dict(known["arguments"])
-    if known["factory"] == "Pretrained":
-        return without_weights(arguments["network"])
-    if isinstance(arguments.get("network"), Mapping):
-        arguments["network"] = without_weights(arguments["network"])
-    if "pretrained" in arguments:
-        arguments["pretrained"] = False
-    return {"factory": known["factory"], "arguments": arguments}
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,6 @@ from torch.nn.utils import parametrize
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.access.parameters import cuda_devices
 from distill_lightning.compression.costs.parameters import count_parameters
-from distill_lightning.compression.file.artefact import without_weights
 from distill_lightning.compression.mask.lottery import LISTS, reinitialize, reset_layer
 from distill_lightning.compression.shrink.attention import convert_attention
 from distill_lightning.compression.shrink.channels import channel_groups
@@ -30,6 +29,7 @@ from distill_lightning.compression.structure.changes import (
 from distill_lightning.compression.values.quantizer import WeightQuantizer
 from distill_lightning.errors import InputError
 from distill_lightning.networks import build_from, recipe_of
+from distill_lightning.networks.provenance import without_weights
 from distill_lightning.networks.weights import load_strictly
 
 _TRIES = 14
