@@ -50,7 +50,7 @@ def circumstances(module: Any) -> dict[str, Any]:
     """With what and on which data a module is trained, and how good it is now, for whoever gets the checkpoint.
 
     Returns:
-        Plain values: ``"versions"`` by package; with a Trainer also ``"training"``, its length, precision and optimiser;
+        Plain values: ``"versions"`` by package; with a Trainer ``"training"``, its length, precision and optimiser;
         ``"metrics"``, those of the last validation and test by name; and ``"data"``, the data module's class and its
         plain options without paths, which are the machine's own.
     """
