@@ -234,7 +234,7 @@ def _weights_in(content: Any, path: Path) -> Mapping[str, Tensor]:
     if _is_state_dict(content):
         return cast("Mapping[str, Tensor]", content)
     entries = content.items() if isinstance(content, Mapping) else []
-    held = [key for key, value in entries if _is_state_dict(value) and value]
+    held = [key for key, value in entries if _is_state_dict(value) and (value or key == _KEYS[0])]
     if not held:
         raise InputError(f"{path} holds no state dict: save network.state_dict(), or use export_student(path)")
     known = [key for key in _KEYS if key in held]
