@@ -107,16 +107,10 @@ def _usage(description: Mapping[str, Any]) -> str:
 
 
 def _teachers(checkpoint: Mapping[str, Any]) -> str:
-    marks = checkpoint.get("fingerprints") or {}
-    recipes = {name: told for name, told in checkpoint["recipes"].items() if name != "student"}
-    if not marks and not recipes:
+    marks, recipes = checkpoint.get("fingerprints") or {}, checkpoint["recipes"]
+    if not marks:
         return "None."
-    return _block(
-        {
-            name: {"fingerprint": marks.get(name, "unknown"), "recipe": recipes.get(name)}
-            for name in [*marks, *(name for name in recipes if name not in marks)]
-        }
-    )
+    return _block({name: {"fingerprint": mark, "recipe": recipes.get(name)} for name, mark in marks.items()})
 
 
 def _metrics(metrics: Mapping[str, float], checkpoint: Mapping[str, Any]) -> str:

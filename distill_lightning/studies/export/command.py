@@ -6,20 +6,21 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
 from torch import nn
 
 from distill_lightning.compression.structure.changes import plain_structure, structure_of
-from distill_lightning.errors import InputError, check_one_of
+from distill_lightning.errors import InputError, check_one_of, refusing
 from distill_lightning.layers import dry_forward
 from distill_lightning.storage import write_whole
 from distill_lightning.studies.export.card import model_card, rows_of
 from distill_lightning.studies.export.config import FORMATS, ExportConfig, Format
 from distill_lightning.studies.export.formats import Exported, write_format
 from distill_lightning.studies.export.student import DESCRIPTION, read_training, recipe_in, student_of
-from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
+from distill_lightning.studies.output import print_written, refuse_foreign_folder, table_of, wide_console
 
 CARD = "README.md"
 
@@ -96,11 +97,17 @@ def export_checkpoint(
         "input_shape": list(shape),
         **{name: told["hyper_parameters"].get(name) for name in ("num_classes", "num_targets")},
     }
-    claim_folder(folder, known=DESCRIPTION, content=json.dumps(description, indent=1))
-    files = tuple(write_format(network, kind, folder, description, shape) for kind in to)
-    card = model_card(network, told, description, files)
-    write_whole(folder / CARD, [card.encode()])
-    return Export(network, files, folder)
+    with refusing(f"output {folder}", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        # What was exported before stays until all is written and checked.
+        with TemporaryDirectory(prefix="partial.", dir=folder) as name:
+            partial = Path(name)
+            write_whole(partial / DESCRIPTION, [json.dumps(description, indent=1).encode()])
+            files = tuple(write_format(network, kind, partial, description, shape) for kind in to)
+            write_whole(partial / CARD, [model_card(network, told, description, files).encode()])
+            for written in partial.iterdir():
+                written.replace(folder / written.name)
+    return Export(network, tuple(file._replace(path=folder / file.path.name) for file in files), folder)
 
 
 def run(config: ExportConfig, make: Callable[[Sequence[str]], Any], *, console: Console | None = None) -> Export:

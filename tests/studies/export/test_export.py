@@ -298,6 +298,7 @@ def test_a_file_that_gives_something_else_is_refused(tmp_path, monkeypatch):
     checkpoint, _ = trained(SupervisedModule(Moody(64, 3), num_classes=3, input_shape=SHAPE), tmp_path)
     with pytest.raises(InputError, match=r"model\.safetensors does not compute what Moody does: with a batch of 1"):
         export_checkpoint(checkpoint, tmp_path / "out", student=Moody(64, 3))
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path, capsys):
@@ -307,6 +308,18 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path, capsys):
     assert main(["export", str(checkpoint), "--output", str(tmp_path / "mine")]) == 2
     assert "holds something else: give an empty or new one" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_what_was_exported_before_stays_if_the_next_export_fails(tmp_path, monkeypatch):
+    checkpoint, _ = trained(METHODS["supervised"](), tmp_path)
+    export_checkpoint(checkpoint, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert before.keys() == {"model.safetensors", "config.json", "README.md"}
+    other, _ = trained(SupervisedModule(small(16), num_classes=3, input_shape=SHAPE), tmp_path)
+    monkeypatch.setattr(formats, "load_exported", lambda _: small(16))
+    with pytest.raises(InputError, match="does not compute what SmallCNN does"):
+        export_checkpoint(other, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 @pytest.mark.slow
