@@ -52,7 +52,7 @@ ROOMS = {
         __main__ __init__
     """,
     "callbacks": """
-        figures structure_hooks stages run_keeper
+        checkpoint_io figures structure_hooks stages run_keeper
         compression reconstruction teacher_report
     """,
     "cli": """
@@ -199,7 +199,7 @@ ROOMS = {
     """,
     "studies": """
         data output progress
-        compare compress
+        compare compress export
     """,
     "studies/compare": """
         config tasks
@@ -210,6 +210,12 @@ ROOMS = {
     """,
     "studies/compress": """
         config runs
+        command
+    """,
+    "studies/export": """
+        config citations student
+        formats
+        card
         command
     """,
     "teachers": """

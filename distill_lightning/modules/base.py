@@ -442,13 +442,13 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         shrunk fits one of its own sizes: `compression.structure.changes.rebuild_structure`.
 
         Args:
-            path: ``.safetensors``, or ``.pt`` / ``.pth`` for `torch.save`.
+            path: ``.safetensors``, or ``.pt`` / ``.pth`` for `torch.save`; its folder is made.
 
         Returns:
             The path.
 
         Raises:
-            InputError: another suffix.
+            InputError: another suffix; the disk is full or refuses, and then what was there before is kept.
         """
         return write_weights(plain_network(self.student), Path(path))
 
