@@ -197,7 +197,7 @@ ROOMS = {
     """,
     "studies": """
         output progress
-        compare compress
+        compare compress doctor
     """,
     "studies/compare": """
         config tasks
@@ -208,6 +208,12 @@ ROOMS = {
     """,
     "studies/compress": """
         config runs
+        command
+    """,
+    "studies/doctor": """
+        config findings keys watch
+        checks
+        examination
         command
     """,
     "teachers": """

@@ -14,6 +14,7 @@ import distill_lightning
 from distill_lightning.cli.error_line import one_line, refusal
 from distill_lightning.studies.compare import config as compare
 from distill_lightning.studies.compress import config as compress
+from distill_lightning.studies.doctor import config as doctor
 
 if TYPE_CHECKING:
     from distill_lightning.studies.compress.runs import Setup
@@ -26,19 +27,18 @@ def main(args: Sequence[str] | None = None) -> int:
         args: what follows the program's name; ``None``: the process's own arguments.
 
     Returns:
-        The exit status: 0, or 2 after bad input.
+        The exit status: 0, or 2 after bad input; 1 where ``doctor`` found something wrong.
     """
     try:
-        _run(sys.argv[1:] if args is None else list(args))
+        return _run(sys.argv[1:] if args is None else list(args))
     except (ArgumentError, ValueError) as error:
         if not isinstance(error, ArgumentError) and refusal(error) is None:
             raise
         print(f"distill-lightning: error: {one_line(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str]) -> int:
     # Each verb imports what it uses once its options are read: --help and what is refused there need no PyTorch.
     verb, *options = arguments or [""]
     if verb == "compare":
@@ -53,6 +53,12 @@ def _run(arguments: list[str]) -> None:
 
         _quiet_down()
         compress_command.run(compressed, options, _setup_of)
+    elif verb == "doctor":
+        examined = doctor.parse_config(options)
+        from distill_lightning.studies.doctor import command as doctor_command  # noqa: PLC0415
+
+        _quiet_down()
+        return 0 if doctor_command.run(examined, _setup_of).is_well else 1
     elif arguments == ["--version"]:
         print(f"distill-lightning {distill_lightning.__version__}")
     else:
@@ -60,6 +66,7 @@ def _run(arguments: list[str]) -> None:
 
         _quiet_down()
         DistillCLI(arguments)
+    return 0
 
 
 def _setup_of(arguments: Sequence[str]) -> Setup:

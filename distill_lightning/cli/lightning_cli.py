@@ -36,7 +36,8 @@ from distill_lightning.teachers.recorder import Recorded, record
 _FROM_DATA = ("num_classes", "input_shape")
 _DESCRIPTION = """Train, evaluate and compare the methods of distill_lightning.
 
-Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER], distill-lightning compress CONFIG."""
+Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER], distill-lightning compress CONFIG,
+distill-lightning doctor CONFIG."""
 
 
 class RecordingTrainer(Trainer):
