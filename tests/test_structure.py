@@ -224,7 +224,7 @@ ROOMS = {
         recorder
     """,
     "testing": """
-        tiny
+        tiny waits
         contract
     """,
 }
