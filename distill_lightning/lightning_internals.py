@@ -6,14 +6,18 @@ What is public in Lightning stands where it is used; what it may change without 
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
@@ -105,6 +109,44 @@ def summarise_frozen(module: Any, lines: Iterable[str]) -> None:
     if any(isinstance(callback, pl.callbacks.ModelSummary) for callback in module.trainer.callbacks):
         for line in lines:
             rank_zero_info(line)
+
+
+def summarise_without_metrics(module: Any) -> None:
+    """Have the Trainer's model summary leave out metrics, which have neither parameters nor an input.
+
+    Args:
+        module: that is about to be summarised.
+    """
+    for callback in module.trainer.callbacks:
+        if isinstance(callback, pl.callbacks.ModelSummary):
+            callback._summary = partial(_summary_without_metrics, callback)
+
+
+def _summary_without_metrics(callback: Any, trainer: Any, module: Any) -> Any:
+    summary = type(callback)._summary(callback, trainer, module)
+    for name, child in module.named_modules():
+        if _is_of_metrics(child):
+            summary._layer_summary.pop(name, None)
+    return summary
+
+
+def _is_of_metrics(module: Any) -> bool:
+    return any(isinstance(child, Metric) for child in module.modules()) and next(module.parameters(), None) is None
+
+
+_EVAL_REMARK = re.compile(r"Found .* module.* in eval mode at the start of training", re.IGNORECASE)
+
+
+def expect_eval_modes() -> None:
+    """Until `forget_eval_modes`, do not warn of parts in eval mode: these are frozen, and meant to be in it."""
+    warnings.filterwarnings("ignore", message=_EVAL_REMARK.pattern)
+
+
+def forget_eval_modes() -> None:
+    """Warn of others' parts in eval mode again."""
+    ours = [one for one in warnings.filters if one[0] == "ignore" and one[1] is not None and one[1] == _EVAL_REMARK]
+    for one in ours[:1]:
+        cast("list[Any]", warnings.filters).remove(one)
 
 
 # The Trainer's own batches, for callbacks that look at the data before or after the training

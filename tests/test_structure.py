@@ -56,7 +56,7 @@ ROOMS = {
         compression reconstruction teacher_report
     """,
     "cli": """
-        error_line from_file
+        class_page error_line from_file
         lightning_cli
         entry
     """,

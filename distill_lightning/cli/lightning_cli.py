@@ -21,6 +21,7 @@ import distill_lightning
 from distill_lightning.arguments import arguments_of, takes
 from distill_lightning.callables import check_callables, named
 from distill_lightning.choices import choice_class, is_choice, is_plain, plain
+from distill_lightning.cli.class_page import page_of
 from distill_lightning.cli.from_file import class_of, safe_options
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError, refusing
@@ -111,7 +112,12 @@ class DistillCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and check the checkpoint before anything is built or written."""
-        _check_files(sys.argv[1:] if args is None else args)
+        given = sys.argv[1:] if args is None else args
+        page = page_of(given)
+        if page is not None:
+            print(page)
+            raise SystemExit(0)
+        _check_files(given)
         super().parse_arguments(parser, args)
         path = self._checkpoint_path()
         if path is not None:
@@ -214,6 +220,15 @@ class DistillCLI(LightningCLI):
         name = "logits" if getattr(self.model, "num_classes", None) else "output"
         save_file({name: torch.cat(outputs).float().contiguous()}, path)
         print(f"Written: {path}")
+
+    def after_validate(self) -> None:
+        """Say the unit of what Lightning's table has just shown."""
+        if any("aurc" in name for name in self.trainer.callback_metrics):
+            print("aurc and eaurc are in per mille (‰).")
+
+    def after_test(self) -> None:
+        """As after a validation."""
+        self.after_validate()
 
     def after_record(self) -> None:
         """Print what ``record`` has written."""

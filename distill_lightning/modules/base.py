@@ -17,7 +17,7 @@ from distill_lightning.data.transforms import BatchTransform
 from distill_lightning.errors import InputError
 from distill_lightning.layers import dry_forward, wake
 from distill_lightning.layers.call import call
-from distill_lightning.lightning_internals import place_of, summarise_frozen
+from distill_lightning.lightning_internals import expect_eval_modes, forget_eval_modes, place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts import checkpoints
 from distill_lightning.modules.parts.checkpoints import RemembersArguments
@@ -328,6 +328,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         self.forget_fingerprints()
         self._tell("fit_starts")
         wake(self)
+        expect_eval_modes()
         if self.compiles:
             compile_networks(self)
         if self._missing:
@@ -342,6 +343,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
 
     def on_train_start(self) -> None:
         """Plan the learning rates of a resumed training; then call the parts' ``training_starts``."""
+        forget_eval_modes()
         plan_anew(self)
         self._tell("training_starts")
 

@@ -8,6 +8,7 @@ from typing import Self
 import pytorch_lightning as pl
 from torch import Tensor
 
+from distill_lightning.lightning_internals import summarise_without_metrics
 from distill_lightning.outputs.metrics.exact import exact_metrics
 from distill_lightning.teachers import Frozen
 
@@ -29,6 +30,10 @@ class HoldsFrozen(pl.LightningModule):
         for frozen in self.frozen.values():
             frozen.apply(fn)
         return self
+
+    def setup(self, stage: str) -> None:
+        """Keep the metrics out of the model summary that comes next."""
+        summarise_without_metrics(self)
 
     def extra_repr(self) -> str:
         """The frozen networks, which the printed module would not show."""
