@@ -517,3 +517,11 @@ def test_the_cli_class_is_imported_when_it_is_asked_for():
     assert DistillCLI.subcommands()["record"] == {"model", "datamodule"}
     with pytest.raises(AttributeError, match=r"module 'distill_lightning.cli' has no attribute 'nope'"):
         cli.nope  # noqa: B018
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_the_unit_of_aurc_stands_below_the_table(verb, write, capsys):
+    assert main([verb, "--config", write()]) == 0
+    out = capsys.readouterr().out
+    assert out.index("aurc and eaurc are in per mille") > out.index("nll")

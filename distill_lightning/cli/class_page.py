@@ -103,10 +103,16 @@ def _described(kind: type) -> dict[str, str]:
             continue
         for source in (owner, *_shared(vars(owner).get("__init__"))):
             for name, text in _arguments_in(inspect.cleandoc(source.__doc__ or "")):
-                # "see `TrainingOptions`" is said in the place of what stands there.
-                if name not in found or found[name].startswith("see `"):
-                    found[name] = text
-    return found
+                found.setdefault(name, text)
+    return {name: _looked_up(name, text) for name, text in found.items()}
+
+
+def _looked_up(name: str, text: str) -> str:
+    """What an argument's description is, where it says "see `Another`" what that says of it."""
+    other = re.match(r"see `(\w+)`", text)
+    places = ("distill_lightning", "distill_lightning.callbacks", "distill_lightning.modules.options")
+    kinds = [named(f"{place}.{other[1]}") for place in places] if other else []
+    return next((dict(_arguments_in(inspect.getdoc(kind) or "")).get(name, text) for kind in kinds if kind), text)
 
 
 def _shared(maker: Callable[..., Any] | None) -> Iterator[type]:

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import pytorch_lightning as pl
+import torch
 from torch import nn
 
 from distill_lightning import CompressionBaseline, KDModule, ParaphraserModule, SupervisedModule
@@ -83,8 +84,6 @@ class Others(pl.LightningModule):
         return self.network(batch.input).square().mean()
 
     def configure_optimizers(self):
-        import torch
-
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
@@ -94,10 +93,8 @@ def test_of_other_modules_lightning_still_warns():
         warnings.simplefilter("always")
         tiny_trainer().fit(SupervisedModule(TinyNet(), num_classes=3), datamodule=TinyDataModule())
         tiny_trainer(limit_val_batches=0).fit(module, datamodule=TinyDataModule())
-    if hasattr(
-        pl.loops._FitLoop if hasattr(pl.loops, "_FitLoop") else pl.loops.fit_loop._FitLoop,
-        "_warn_if_modules_in_eval_mode",
-    ):
+    # Since Lightning 2.6.
+    if hasattr(getattr(pl.loops.fit_loop, "_FitLoop", None), "_warn_if_modules_in_eval_mode"):
         assert [one for one in caught if EVAL in str(one.message)]
 
 
