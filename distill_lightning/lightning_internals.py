@@ -117,9 +117,9 @@ def summarise_without_metrics(module: Any) -> None:
     Args:
         module: that is about to be summarised.
     """
-    for callback in module.trainer.callbacks:
-        if isinstance(callback, pl.callbacks.ModelSummary):
-            callback._summary = partial(_summary_without_metrics, callback)
+    summaries: list[Any] = [one for one in module.trainer.callbacks if isinstance(one, pl.callbacks.ModelSummary)]
+    for callback in summaries:
+        callback._summary = partial(_summary_without_metrics, callback)
 
 
 def _summary_without_metrics(callback: Any, trainer: Any, module: Any) -> Any:

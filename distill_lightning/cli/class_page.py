@@ -91,7 +91,8 @@ def _below(kind: type) -> Iterator[type]:
     ours = kind.__module__.startswith(f"{__name__.partition('.')[0]}.") and not kind.__name__.startswith("_")
     if ours and not inspect.isabstract(kind):
         yield kind
-    for below in kind.__subclasses__():
+    subclasses: list[type] = kind.__subclasses__()
+    for below in subclasses:
         yield from _below(below)
 
 
