@@ -30,6 +30,9 @@ from distill_lightning.teachers import Frozen, TeacherStore
 _LABELS = 2048
 """Training samples whose labels are read where the data set does not tell all of them."""
 
+_FILES = 20_000
+"""Training samples up to which all files are read."""
+
 
 def examine(
     module: pl.LightningModule,
@@ -197,11 +200,22 @@ def _as_classes(target: Any) -> Tensor | None:
     return target.long() if is_of_classes else None
 
 
+def _length(data: Any) -> int:
+    try:
+        return len(data.train_dataloader().dataset)
+    except (AttributeError, TypeError, NotImplementedError):
+        # Without a length there is no telling how long it would take.
+        return _FILES + 1
+
+
 def _files(data: Any) -> Finding:
     """Damaged files, where the data module can look for them with ``check()``."""
     check = getattr(data, "check", None)
     if check is None:
         return Finding("files", "the data module has no check() of its files")
+    count = _length(data)
+    if count > _FILES:
+        return Finding("files", "there are too many to read here: call the data module's check()")
     way_out = "mend these files or take them out of the folder"
     try:
         damaged = list(check() or ())

@@ -24,7 +24,7 @@ from distill_lightning import (
     TeacherStore,
 )
 from distill_lightning.cli import main
-from distill_lightning.studies.doctor import checks
+from distill_lightning.studies.doctor import checks, examination
 from distill_lightning.studies.doctor.examination import examine
 from distill_lightning.studies.doctor.keys import Keys
 from distill_lightning.studies.doctor.watch import Channels, Clock, Heard, Watch
@@ -405,6 +405,15 @@ def test_damaged_files(answer, found):
     finding = one(found_by(SupervisedModule(TinyNet(), num_classes=3), datamodule), "files")
     assert finding.found.startswith(found)
     assert finding.key == ("data" if answer else "")
+
+
+def test_very_many_files_are_left_to_the_user(monkeypatch):
+    monkeypatch.setattr(examination, "_FILES", 95)
+    datamodule = data()
+    datamodule.check = lambda: pytest.fail("it would take hours")
+    finding = one(found_by(SupervisedModule(TinyNet(), num_classes=3), datamodule), "files")
+    assert finding.is_well
+    assert "check()" in finding.found
 
 
 # No trace
