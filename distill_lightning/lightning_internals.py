@@ -6,8 +6,11 @@ What is public in Lightning stands where it is used; what it may change without 
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from inspect import isroutine
 from pathlib import PurePath
 from typing import Any, cast
@@ -26,6 +29,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
+from torchmetrics import Metric
 
 import distill_lightning
 from distill_lightning.data.batch import Batch
@@ -71,9 +75,11 @@ class PortableModule(pl.LightningModule):
         # A fit that broke off may have left some.
         self._kept_modes = []
         self._keep_modes()
+        expect_eval_modes()
 
     def on_train_start(self) -> None:
         """Begin in the modes that were noted, and go on at a checkpoint's place."""
+        forget_eval_modes()
         self._restore_modes()
         go_on(self)
 
@@ -459,6 +465,44 @@ def summarise_frozen(module: Any, lines: Iterable[str]) -> None:
     if any(isinstance(callback, pl.callbacks.ModelSummary) for callback in module.trainer.callbacks):
         for line in lines:
             rank_zero_info(line)
+
+
+def summarise_without_metrics(module: Any) -> None:
+    """Have the Trainer's model summary leave out metrics, which have neither parameters nor an input.
+
+    Args:
+        module: that is about to be summarised.
+    """
+    summaries: list[Any] = [one for one in module.trainer.callbacks if isinstance(one, pl.callbacks.ModelSummary)]
+    for callback in summaries:
+        callback._summary = partial(_summary_without_metrics, callback)
+
+
+def _summary_without_metrics(callback: Any, trainer: Any, module: Any) -> Any:
+    summary = type(callback)._summary(callback, trainer, module)
+    for name, child in module.named_modules():
+        if _is_of_metrics(child):
+            summary._layer_summary.pop(name, None)
+    return summary
+
+
+def _is_of_metrics(module: Any) -> bool:
+    return any(isinstance(child, Metric) for child in module.modules()) and next(module.parameters(), None) is None
+
+
+_EVAL_REMARK = re.compile(r"Found .* module.* in eval mode at the start of training", re.IGNORECASE)
+
+
+def expect_eval_modes() -> None:
+    """Until `forget_eval_modes`, do not warn of parts in eval mode: these are frozen, and meant to be in it."""
+    warnings.filterwarnings("ignore", message=_EVAL_REMARK.pattern)
+
+
+def forget_eval_modes() -> None:
+    """Warn of others' parts in eval mode again."""
+    ours = [one for one in warnings.filters if one[0] == "ignore" and one[1] is not None and one[1] == _EVAL_REMARK]
+    for one in ours[:1]:
+        cast("list[Any]", warnings.filters).remove(one)
 
 
 # The Trainer's own batches, for callbacks that look at the data before or after the training

@@ -28,7 +28,7 @@ from distill_lightning.compression.report.stages import (
     measure_stage,
 )
 from distill_lightning.errors import InputError
-from distill_lightning.pages import csv_text, machine, markdown_table, write_pages
+from distill_lightning.pages import csv_text, fixed, machine, markdown_table, write_pages
 from distill_lightning.plots import plot_latency, plot_pareto
 
 __all__ = [
@@ -340,7 +340,7 @@ class Report:
             for name in self.names
             if self.first(name) is not None
         ]
-        return [["stage", *metrics], *body]
+        return [["stage", *(f"{metric} (‰)" if metric in _PER_MILLE else metric for metric in metrics)], *body]
 
     def markdown(self) -> str:
         """The whole report."""
@@ -506,11 +506,13 @@ def _spread(values: Sequence[float], scale: float, *, seeds: int, sign: str = ""
     if lost:
         return f"not finite in {lost} of {len(values)}"
     digits = 2 if scale == 100 else 3
-    # Adding zero turns a rounded -0 into 0.
-    mean = f"{round(scale * statistics.fmean(values), digits) + 0.0:{sign}.{digits}f}"
+    mean = fixed(scale * statistics.fmean(values), digits, sign=sign)
     if len(values) > 1:
-        mean += f" ± {scale * statistics.stdev(values):.{digits}f}"
+        mean += f" ± {fixed(scale * statistics.stdev(values), digits)}"
     return mean if seeds == 1 else f"{mean} (n={len(values)})"
+
+
+_PER_MILLE = ("aurc", "eaurc")
 
 
 def _is_percent(metric: str) -> bool:
