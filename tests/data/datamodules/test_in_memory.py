@@ -500,7 +500,7 @@ def test_a_loader_goes_on_behind_the_batches_of_its_state(batches, workers):
     iterator = iter(other)
     other.sampler.set_epoch(1)
     assert given + [batch.index.tolist() for batch in iterator] == whole
-    assert other.state_dict() == {"epoch": 1, "batches": 3}
+    assert other.state_dict() == {"epoch": 1, "batches": 3, "batch_size": 8, "processes": 1}
     # The next epoch is whole.
     assert [batch.index.tolist() for batch in other] == whole
 
