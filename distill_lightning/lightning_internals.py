@@ -6,7 +6,7 @@ What is public in Lightning stands where it is used; what it may change without 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -109,6 +109,18 @@ def steps_left(module: pl.LightningModule) -> int | None:
     if trainer.max_steps >= 0:
         left = min(left, trainer.max_steps - trainer.global_step)
     return None if math.isinf(left) else int(left)
+
+
+def epochs_in(checkpoint: Mapping[str, Any]) -> int | None:
+    """The whole epochs of training that a checkpoint was written after; ``None``: a Trainer did not write it.
+
+    Its ``"epoch"`` alone does not tell: in the last batch of the first epoch it is 0, and 1 once the training is over.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop")
+    if loop is None:
+        return None
+    begun, whole = (int(loop["epoch_progress"]["current"][count]) for count in ("ready", "completed"))
+    return begun if loop["epoch_loop.batch_progress"]["is_last_batch"] else whole
 
 
 def forget_known_metrics(module: Any) -> None:

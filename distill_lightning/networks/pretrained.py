@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from distill_lightning.networks.provenance import factory_with_recipe
+from distill_lightning.networks.provenance import factory_with_recipe, note_weights
 from distill_lightning.networks.weights import load_strictly, read_weights
 
 
@@ -40,4 +40,5 @@ def Pretrained(network: nn.Module, checkpoint: str | Path, part: str | None = No
         True
     """
     load_strictly(network, read_weights(Path(checkpoint), part=part), source=str(checkpoint))
+    note_weights(network, str(checkpoint))
     return network
