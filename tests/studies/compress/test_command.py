@@ -15,6 +15,7 @@ from torch import nn
 
 from distill_lightning import (
     DigitsDataModule,
+    Pretrained,
     RegressionModule,
     SmallCNN,
     SmallLSTM,
@@ -22,6 +23,7 @@ from distill_lightning import (
     SupervisedModule,
 )
 from distill_lightning.callbacks import Measurements
+from distill_lightning.callbacks.stages import trained_before
 from distill_lightning.cli import main
 from distill_lightning.compression import (
     Compressor,
@@ -35,6 +37,7 @@ from distill_lightning.compression import (
     Stage,
     load_compressed,
 )
+from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.costs.parameters import count_parameters
 from distill_lightning.compression.report.controls import random_steps, same_size_network
 from distill_lightning.errors import InputError
@@ -428,9 +431,13 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     module = SupervisedModule(SmallCNN(10, width=4), num_classes=10)
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    checkpoints = pl.callbacks.ModelCheckpoint(dirpath=folder, filename="last")
-    trainer = pl.Trainer(max_epochs=3, accelerator="cpu", callbacks=[checkpoints], **options)
-    trainer.fit(module, datamodule=DigitsDataModule(subset=64, val_size=32, image_size=8))
+    checkpoints = [
+        pl.callbacks.ModelCheckpoint(dirpath=folder, filename="last"),
+        pl.callbacks.ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1),
+    ]
+    trainer = pl.Trainer(max_epochs=3, accelerator="cpu", callbacks=checkpoints, **options)
+    trainer.fit(module, datamodule=DigitsDataModule(subset=64, val_size=32, image_size=8, batch_size=32))
+    trainer.save_checkpoint(folder / "end.ckpt")
     module.export_student(folder / "weights.pt")
     return folder
 
@@ -441,6 +448,17 @@ def pretrained(checkpoint):
         "init_args": {"network": CNN, "checkpoint": str(checkpoint)},
     }
     return lambda config: config["model"]["init_args"].update(network=network)
+
+
+def test_a_checkpoint_tells_the_whole_epochs_before_it(trained):
+    """Two batches are an epoch, of which Lightning's own number is 0 until the next one has begun."""
+    files = {**{f"step={step}.ckpt": step // 2 for step in range(1, 7)}, "last.ckpt": 3, "end.ckpt": 3}
+    for file, expected in files.items():
+        network = Pretrained(SmallCNN(10, width=4), trained / file)
+        assert trained_before(network) == expected, file
+    assert trained_before(Pretrained(SmallCNN(10, width=4), trained / "weights.pt")) is None
+    assert trained_before(SmallCNN(10, width=4)) is None
+    assert trained_before(copy_network(nn.Sequential(network))) == 3
 
 
 @pytest.fixture
@@ -559,6 +577,26 @@ def test_the_int8_file_is_scored_like_every_other_row(tmp_path, capsys):
     assert report.index("| final |") < report.index("| final, int8 ONNX |") < report.index("| control: same")
     claim = re.search(r"final, int8 ONNX: (storage only: )?int8: \d\.\d+ of the ONNX file", capsys.readouterr().out)
     assert claim is not None
+
+
+def test_an_int8_file_that_cannot_be_scored_stays_with_its_reason(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+
+    def change(config):
+        config["model"]["init_args"]["report"]["init_args"] |= {"onnx": "static", "batch_sizes": []}
+
+    def refuse(*_):
+        raise InputError("sequences of another length")
+
+    monkeypatch.setattr("distill_lightning.compression.report.onnx.NetworkInOnnx.forward", refuse)
+    (tmp_path / "tiny.yaml").write_text(configuration(change))
+    out = tmp_path / "out"
+    assert main(["compress", str(tmp_path / "tiny.yaml"), "--output", str(out), "--controls"]) == 0
+    final = stages_of(out, "compressed_0")[-1]
+    assert final.name == "final"
+    assert final.nbytes["onnx_int8"] == (out / "network_int8.onnx").stat().st_size
+    note = "final: score in int8 not measured: sequences of another length"
+    assert note in (out / "report.md").read_text()
 
 
 def test_quantization_alone_is_compared_with_a_network_of_the_dense_size(tmp_path, monkeypatch):
