@@ -36,7 +36,8 @@ class Measurements:
         batch_sizes: batch sizes at which time is measured, dense and compressed in turns; empty for no measurement.
         rounds: number of turns, at least 50.
         onnx: ``"float"`` or, with int8 versions, ``"static"`` (convolutions) or ``"dynamic"`` (recurrent networks and
-            Transformers): ONNX files of the dense and of the final network, with their time in ONNX Runtime.
+            Transformers): ONNX files of the dense and of the final network, with their time in ONNX Runtime. An int8
+            version has a row of its own, with the scores of that file.
 
     Raises:
         InputError: a value is not one of these.
