@@ -280,6 +280,18 @@ def steps_left(module: pl.LightningModule) -> int | None:
     return None if math.isinf(left) else int(left)
 
 
+def epochs_in(checkpoint: Mapping[str, Any]) -> int | None:
+    """The whole epochs of training that a checkpoint was written after; ``None``: a Trainer did not write it.
+
+    Its ``"epoch"`` alone does not tell: in the last batch of the first epoch it is 0, and 1 once the training is over.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop")
+    if loop is None:
+        return None
+    begun, whole = (int(loop["epoch_progress"]["current"][count]) for count in ("ready", "completed"))
+    return begun if loop["epoch_loop.batch_progress"]["is_last_batch"] else whole
+
+
 # Going on from a checkpoint, wherever it was made
 
 
