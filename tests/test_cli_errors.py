@@ -182,3 +182,9 @@ def test_a_wrong_verb_is_told_all_verbs(capsys):
     error = capsys.readouterr().err
     assert "there is no verb comparr: fit, validate, test, predict, record, compare, compress, export, doctor" in error
     assert "did you mean compare?" in error
+
+
+def test_a_function_of_the_package_is_told_by_its_whole_name(fit):
+    status, error = fit("--model.student=Pretrained")
+    assert status == 2
+    assert "Pretrained is a function, which has no short name: give distill_lightning.Pretrained" in error

@@ -63,6 +63,8 @@ def _unknown_class(reason: str, key: str) -> str | None:
         known = (one for one in map(vars(steps).get, steps.__all__) if isinstance(one, type) and issubclass(one, Step))
         ready = (one.__name__ for one in known if one.does_something())
         return f"there is no step {name}: known ones are {', '.join(ready)}"
+    if name in distill_lightning.__all__:
+        return f"{name} is a function, which has no short name: give distill_lightning.{name}"
     modules = (distill_lightning, callbacks, datamodules, compression)
     near = difflib.get_close_matches(name, sorted({one for module in modules for one in module.__all__}), cutoff=0.5)
     way_out = f"similar names: {', '.join(near)}" if near else "give package.module.Class for one of another package"
