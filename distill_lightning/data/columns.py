@@ -92,6 +92,16 @@ def rows_at_hand(dataset: Any, places: Places = slice(None)) -> SampleRows:
     return found
 
 
+def gives_what_it_holds(dataset: Any) -> bool:
+    """Whether ``[]`` is known to give what is at hand; others may map, correct or reorder it on its way out."""
+    if type(dataset) is Subset:
+        return gives_what_it_holds(dataset.dataset)
+    if type(dataset) is ConcatDataset:
+        return all(map(gives_what_it_holds, dataset.datasets))
+    is_own = type(dataset).__module__.partition(".")[0] == __name__.partition(".")[0]
+    return is_own or type(dataset) in (TensorDataset, list, tuple)
+
+
 def parts_of_samples(samples: Sequence[Any]) -> SampleRows:
     """Labels and contents of samples that are there; of a sequence its first two parts count, as in a batch."""
     pairs = [_parts(sample) for sample in samples]

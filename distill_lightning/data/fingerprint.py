@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from distill_lightning.data.columns import SampleRows, length_of, parts_of_samples, rows_at_hand
+from distill_lightning.data.columns import SampleRows, gives_what_it_holds, length_of, parts_of_samples, rows_at_hand
 from distill_lightning.data.digests import digest_of
 
 Fingerprint = dict[str, Any]
@@ -66,11 +66,11 @@ def data_fingerprint(dataset: Any, make: Callable[[int], Any] | None = None) -> 
     places = np.unique(np.linspace(0, count - 1, num=min(count, LOOKED_AT)).round().astype(int)).tolist()
     if rows.paths is not None:
         some = SampleRows(contents=[_beginning(rows.paths[place]) for place in places])
-    elif count and (rows.labels is None or rows.contents is None):
+    elif count and (rows.labels is None or rows.contents is None or not gives_what_it_holds(dataset)):
         # A copy: what opens its files when it is first asked must not do so before there are workers.
         some = _made(copy.copy(dataset).__getitem__ if make is None else make, places)
         if len(places) == count:
-            rows, some = _completed(rows, some), SampleRows()
+            rows, some = _completed(rows, some)
     return _fingerprint(count, rows, some, looked_at=len(places))
 
 
@@ -141,10 +141,11 @@ def _digest(rows: list[bytes] | None) -> str | None:
     return None if rows is None else blake2b(b"".join(rows), digest_size=16).hexdigest()
 
 
-def _completed(rows: SampleRows, made: SampleRows) -> SampleRows:
-    """What is not at hand, as all samples were made."""
-    labels = made.labels if rows.labels is None else rows.labels
-    return rows._replace(labels=labels, contents=made.contents if rows.contents is None else rows.contents)
+def _completed(rows: SampleRows, made: SampleRows) -> tuple[SampleRows, SampleRows]:
+    """What is not at hand, as all samples were made, and what was made besides."""
+    parts = ("labels", "contents")
+    missing = {name: getattr(made, name) for name in parts if getattr(rows, name) is None}
+    return rows._replace(**missing), SampleRows(**{name: getattr(made, name) for name in parts if name not in missing})
 
 
 def _beginning(path: bytes) -> bytes:

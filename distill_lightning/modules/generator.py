@@ -23,6 +23,7 @@ from distill_lightning.modules.parts.checkpoints import (
     hyperparameters,
     note_format,
 )
+from distill_lightning.modules.parts.guard import check_loss
 from distill_lightning.modules.parts.means import weight_of
 from distill_lightning.modules.parts.optimization import plan_anew, with_schedule
 from distill_lightning.networks.weights import write_weights
@@ -94,7 +95,10 @@ class GeneratorModule(RemembersArguments, PortableModule):
         """The loss of a batch."""
         if self.global_step == 0:
             self._check_range(Batch.of(batch).input)
-        return self._step(Batch.of(batch), batch_idx, "train")
+        batch = Batch.of(batch)
+        loss = self._step(batch, batch_idx, "train")
+        check_loss(self, loss, batch, batch_idx)
+        return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The loss of a batch, logged under ``val/``."""

@@ -139,8 +139,8 @@ class MEALV2Module(DistillationModule):
 
     @property
     def reads_labels(self) -> bool:
-        """Never."""
-        return False
+        """Whether the labels have a weight."""
+        return self.hard_label_weight > 0
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The similarity to the ensemble's prediction, the discriminator's loss, and the labels' cross entropy."""

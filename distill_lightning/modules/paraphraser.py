@@ -26,6 +26,7 @@ from distill_lightning.modules.parts.checkpoints import (
 )
 from distill_lightning.modules.parts.distances import FactorDistance
 from distill_lightning.modules.parts.evaluation import metrics_of
+from distill_lightning.modules.parts.guard import check_loss
 from distill_lightning.modules.parts.holds_frozen import HoldsFrozen
 from distill_lightning.modules.parts.means import weight_of
 from distill_lightning.modules.parts.optimization import plan_anew, with_schedule
@@ -122,6 +123,7 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
         pairs = explained(self, self._pairs, batch.input, f"training batch {batch_idx}")
         errors = [_ERROR.over_counted(*pair, batch.counted) for pair in pairs]
         loss = torch.stack(errors).sum()
+        check_loss(self, loss, batch, batch_idx)
         logs = {"loss": loss, **{f"reconstruction_{number}": error for number, error in enumerate(errors)}}
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in logs.items()},

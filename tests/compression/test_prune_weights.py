@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -736,3 +737,10 @@ def test_a_step_can_be_used_again(name):
         compressor.finish()
         found.append(losses)
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("amount", ["", [], "0.5", True, {"head": "much"}])
+@pytest.mark.parametrize("step", [PruneWeights, partial(PruneUnits, unit="channel")])
+def test_an_amount_that_is_no_number_is_refused(step, amount):
+    with pytest.raises(InputError, match="amount must be a number, or one for each pattern of layers, got"):
+        step(amount=amount)

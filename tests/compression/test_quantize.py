@@ -601,3 +601,9 @@ def test_steps_are_read_from_yaml():
         "Quantize symmetric mixed", "Quantize symmetric mixed inputs 8 bit", "Encode huffman",
     ]  # fmt: skip
     assert math.isclose(second.finetune_epochs, 2)
+
+
+@pytest.mark.parametrize("bits", [4, "x", 2.5, [4]])
+def test_bits_that_belong_to_no_layer_are_refused(bits):
+    with pytest.raises(InputError, match="bits must be numbers by patterns of layers, or MixedPrecision, got"):
+        Quantize(bits=bits)

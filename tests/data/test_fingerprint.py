@@ -374,3 +374,52 @@ def test_options_that_leave_the_data_what_they_are_leave_the_fingerprint():
         assert digits(**options) == known
     assert data_difference(known, digits(seed=1)) == "other labels and contents"
     assert data_difference(known, digits(subset=201)) == "200 samples, not 201"
+
+
+class Corrected(Dataset):
+    """Labels that a table corrects on their way out."""
+
+    def __init__(self, dataset, fixes):
+        self.dataset, self.fixes = dataset, fixes
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        return image, self.fixes.get(index, label)
+
+
+class Reordered(TensorDataset):
+    def __getitem__(self, index):
+        return super().__getitem__(len(self) - 1 - index)
+
+
+@pytest.mark.parametrize("count", [40, 300])
+def test_what_a_data_set_changes_on_its_way_out_is_seen(count):
+    inputs, labels = torch.rand(count, 2), torch.arange(count) % 3
+    plain = TensorDataset(inputs, labels)
+    known = data_fingerprint(Corrected(plain, {}))
+    assert data_difference(known, data_fingerprint(Corrected(plain, {}))) == ""
+    wrong = {index: torch.tensor(0) for index in range(count)}
+    assert data_difference(known, data_fingerprint(Corrected(plain, wrong))) == "other labels"
+    assert data_difference(data_fingerprint(plain), data_fingerprint(Reordered(inputs, labels))) == ""
+    known = data_fingerprint(Reordered(inputs, labels))
+    assert data_difference(known, data_fingerprint(Reordered(inputs.roll(1, 0), labels.roll(1)))) != ""
+
+
+def test_two_samples_that_an_own_subset_swaps_are_seen():
+    class Own(Dataset):
+        def __init__(self, dataset, places):
+            self.dataset, self.places = dataset, places
+
+        def __len__(self):
+            return len(self.places)
+
+        def __getitem__(self, index):
+            return self.dataset[self.places[index]]
+
+    plain, places = TensorDataset(torch.rand(80, 2), torch.arange(80) % 3), list(range(80))
+    swapped = places.copy()
+    swapped[41], swapped[43] = swapped[43], swapped[41]
+    assert data_difference(data_fingerprint(Own(plain, places)), data_fingerprint(Own(plain, swapped))) != ""

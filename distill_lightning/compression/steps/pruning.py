@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, Self, get_args
 
 from torch import Tensor, nn
@@ -50,7 +51,11 @@ class Pruning(TargetedStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        amounts = list(self.amount.values()) if isinstance(self.amount, dict) else [self.amount or 0.0]
+        amounts: list[Any] = list(self.amount.values()) if isinstance(self.amount, dict) else [self.amount]
+        if self.amount is None:
+            amounts = [0.0]
+        odd = [amount for amount in amounts if isinstance(amount, bool) or not isinstance(amount, Real)]
+        self.refuse((bool(odd), f"amount must be a number, or one for each pattern of layers, got {self.amount!r}"))
         rewind, by_threshold = self.rewind, isinstance(self.schedule, Threshold)
         if not isinstance(self.scope, Sensitivity):
             self.check_known(scope=get_args(Scope))

@@ -210,6 +210,13 @@ class Quantize(TargetedStep):
         given = {"act_bits": self.act_bits, "first_last_bits": self.first_last_bits}
         if self.scheme not in FIXED_BITS:
             given["weight_bits"] = self.weight_bits
+        self.refuse(
+            (
+                self.bits is not None and not isinstance(self.bits, Mapping | MixedPrecision),
+                f"bits must be numbers by patterns of layers, or MixedPrecision, got {self.bits!r}: weight_bits is for "
+                "all layers",
+            )
+        )
         if isinstance(self.bits, Mapping):
             given |= {f"bits of {pattern!r}": number for pattern, number in self.bits.items()}
         for key, number in given.items():

@@ -65,6 +65,9 @@ def decode(path: Path) -> Tensor:
         InputError: it cannot be read at all.
     """
     try:
+        if not path.is_file():
+            # A pipe would be waited for.
+            raise InputError(f"{path} is no file: take it out of the folder")
         content = np.fromfile(path, np.uint8)
     except OSError as error:
         raise InputError(_message(path, error)) from error

@@ -177,7 +177,9 @@ def rebuilt(kind: type, path: Path, overrides: Mapping[str, Any]) -> Any:
 
 
 def _has_weights(checkpoint: Mapping[str, Any], name: str) -> bool:
-    return any(key.startswith(f"{name}.") for key in checkpoint["state_dict"])
+    # `CompressionBaseline` calls its student so.
+    held_as = {"network": "student"}.get(name, name)
+    return any(key.startswith(f"{held_as}.") for key in checkpoint["state_dict"])
 
 
 def _without_places(kind: type, path: Path, held: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.data.batch import Batch, first_tensor, spread, tensors_of
+from distill_lightning.data.batch import IGNORED, Batch, first_tensor, spread, tensors_of
 from distill_lightning.errors import InputError, NonFiniteError
 from distill_lightning.layers.call import only_output
 from distill_lightning.lightning_internals import has_trainer, scales_gradients
@@ -108,6 +108,12 @@ class Guard(Part):
         if self._is_new and not is_evaluated:
             self._watch(module, batch)
         _check_kind(module, target, is_evaluated=is_evaluated)
+        if number == 0 and ready.counted is not None and _is_read(ready.counted, number) and not ready.counted.any():
+            warnings.warn(
+                f"{who}: no sample of {_STAGES[stage]} batch 0 counts, so that it teaches nothing: for data without "
+                f"labels let the target be None, and not {IGNORED}",
+                stacklevel=2,
+            )
         is_of_use = is_evaluated or module.reads_labels
         if not is_of_use or not isinstance(target, Tensor) or not _is_read(target, number):
             return
@@ -152,13 +158,17 @@ class Guard(Part):
                 "distill_lightning.Batch(input, target, index)",
                 stacklevel=2,
             )
-        # Hooks that come and go are not for compiled code, which an evaluation looks at.
-        if module.compiles:
+        # Neither compiled nor scripted code takes hooks that come and go; an evaluation looks at it.
+        if module.compiles or isinstance(module.student, torch.jit.ScriptModule):
             return
 
         def check(network: nn.Module, _inputs: Any, output: Any) -> None:
             handle.remove()
-            module.check_output("student", network, only_output(network, output).shape)
+            found = only_output(network, output)
+            module.check_output("student", network, found.shape)
+            if found.device.type != "meta":
+                who = f"{type(module).__name__}: the student ({type(network).__name__})"
+                module.output.check_values(who, module.output.laid_out(found))
 
         handle = module.student.register_forward_hook(check)
 
@@ -281,6 +291,28 @@ def teachers_answers(module: Any, batch: Batch) -> Iterator[tuple[str, Tensor, T
         if counted is not None:
             broken[: batch.size] &= counted
         yield f"{type(module).__name__}: teacher {number} ({type(module.teachers[number]).__name__})", output, broken
+
+
+def check_loss(module: Any, loss: Tensor, batch: Batch, number: int) -> None:
+    """Stop a training without a `Guard` on a loss that is not finite.
+
+    On the CPU every batch is looked at; any other device is waited for in an epoch's first batches and after every 50:
+    weights that a step has broken stay so.
+
+    Args:
+        module: that is trained.
+        loss: of the batch.
+        batch: that it is of.
+        number: of the batch in its epoch.
+
+    Raises:
+        NonFiniteError: it is nan or infinite.
+    """
+    if (_is_read(loss, number) or number % _EVERY == 0) and has_trainer(module) and not loss.isfinite():
+        raise NonFiniteError(
+            f"{type(module).__name__}: train/loss is not finite in batch {number} of epoch "
+            f"{module.trainer.current_epoch}: {_reason(batch)}"
+        )
 
 
 def _like(counted: Tensor, wrong: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Folders of image files: what is read, which views it gives, and how stores are filled from them."""
 
+import os
 import pickle
 import re
 import shutil
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from distill_lightning import Batch, ImageFolderDataModule, InputError, KDModule, TeacherStore
 from distill_lightning.cli import main
 from distill_lightning.data.datamodules import ImageDataModule, ViewDataset, ViewSampler, image_folder
+from distill_lightning.data.datamodules.image_file import decode
 from distill_lightning.data.fingerprint import data_difference
 from distill_lightning.data.views import uniform_draws
 from distill_lightning.teachers.recorder import record
@@ -949,3 +951,9 @@ def test_bad_data_options_are_one_line_on_the_command_line(folder, tmp_path, cap
     assert main(["fit", "--config", configuration(tmp_path, folder, **data)]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"distill-lightning: error: {message}")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(InputError, match="pipe.png is no file: take it out of the folder"):
+        decode(tmp_path / "pipe.png")

@@ -14,8 +14,10 @@ from distill_lightning import (
     ExtracurricularModule,
     FEEDModule,
     FixedDiscriminator,
+    GeneratorModule,
     KDModule,
     MEALV2Module,
+    ParaphraserModule,
     PastModel,
     RegressionModule,
     SelfKDModule,
@@ -568,3 +570,54 @@ def test_a_third_entry_that_looks_like_an_index_is_said_to_be_left_out():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the third entry")
         tiny_trainer(max_epochs=1).fit(supervised(), weights, loader(LABELS))
+
+
+class Probable(TinyNet):
+    def forward(self, images):
+        return super().forward(images).softmax(dim=1)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_a_student_that_gives_probabilities_is_refused_where_nothing_is_validated():
+    with pytest.raises(InputError, match=r"the student \(Probable\) gives probabilities where logits are needed"):
+        tiny_trainer(max_epochs=1).fit(SupervisedModule(Probable(), num_classes=CLASSES), loader(LABELS))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_a_scripted_student_trains():
+    student = torch.jit.script(TinyNet())
+    before = student.head.weight.clone()
+    train(SupervisedModule(student, num_classes=CLASSES, optimizer=sgd()), loader(LABELS))
+    assert not torch.equal(student.head.weight, before)
+
+
+@pytest.mark.parametrize("wrong", [LABELS + 1, LABELS.float(), one_hot(LABELS).float() * 2])
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_meal_v2_looks_at_labels_that_have_a_weight(wrong):
+    module = meal(hard_label_weight=0.5)
+    assert module.reads_labels
+    with pytest.raises(InputError, match=r"label of sample|the targets are"):
+        tiny_trainer(max_epochs=1).fit(module, loader(wrong))
+    assert not meal().reads_labels
+
+
+def test_labels_of_which_none_counts_are_said_to_teach_nothing():
+    nothing = torch.full_like(LABELS, -100)
+    with pytest.warns(UserWarning, match="no sample of training batch 0 counts, so that it teaches nothing"):
+        tiny_trainer(max_epochs=1).fit(kd(hard_label_weight=0.0), loader(nothing), loader(LABELS))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ParaphraserModule(TinyNet(), layers="features", input_shape=(1, 8, 8), optimizer=sgd()),
+        lambda: GeneratorModule(input_shape=(1, 8, 8), output_range=(-5.0, 5.0)),
+    ],
+)
+def test_modules_without_a_student_stop_on_nan(build):
+    inputs = INPUTS.clone()
+    inputs[13] = math.nan
+    told = r"train/loss is not finite in batch 1 of epoch 0: the inputs of samples 5 of the batch hold nan"
+    with pytest.raises(NonFiniteError, match=told):
+        tiny_trainer(max_epochs=1).fit(build(), loader(LABELS, inputs))
