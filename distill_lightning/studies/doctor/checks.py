@@ -101,7 +101,10 @@ def _teacher(heard: Heard, key: str, samples: int) -> Finding:
     if len(targets) < _FEWEST:
         return Finding("teachers", f"{heard.name}: {found}, too few to tell")
     if is_chance:
-        way_out = "it is no better than chance: give the checkpoint of its training, and the normalisation of that"
+        way_out = (
+            "it is no better than chance, or too little to tell: give the checkpoint of its training and the "
+            "normalisation of that, or train it longer"
+        )
         return Finding("teachers", f"{heard.name}: {found}", where, way_out)
     return Finding("teachers", f"{heard.name}: {found}")
 
