@@ -580,3 +580,14 @@ def test_a_fit_ends_with_its_checkpoint_and_leaves_no_doubt_of_an_older_one(writ
     first, second = capfd.readouterr().out.strip().splitlines()[-2:]
     assert first.startswith("Checkpoint: out/best/best-v1.ckpt (")
     assert second == "out/best/best.ckpt was there before, and is what it was."
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*(could not find the monitored key|have no `val_dataloader`|running validation)")
+def test_a_fit_that_leaves_no_checkpoint_says_so(write, capsys):
+    best = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/nll"}}
+    config = write(lambda config: config["trainer"].update(callbacks=[best], limit_val_batches=0))
+    assert main(["fit", "--config", config]) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1] == (
+        "No checkpoint: nothing logged val/nll, which its ModelCheckpoint is to monitor."
+    )

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,6 +214,17 @@ def test_a_training_whose_folder_is_a_file_ends_in_one_line(config, capsys):
     line = line_of(capsys, "fit", "--config", config, "--trainer.default_root_dir", config)
     assert "config.yaml" in line
     assert "cannot be written (" in line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no file system that takes no folder")
+def test_a_file_system_that_takes_no_folder_is_one_line(config, capsys):
+    way_out = "cannot be written (No such file or directory): give a path in a folder that you may write to"
+    assert way_out in line_of(capsys, "fit", "--config", config, "--trainer.default_root_dir", "/proc/none")
+    assert main(["fit", "--config", config]) == 0
+    path = re.search(r"Checkpoint: (.*)", capsys.readouterr().out)[1]
+    line = line_of(capsys, "export", path, "--output", "/proc/none", "--input_shape", "1", "8", "8")
+    assert line == f"distill-lightning: error: output: /proc/none {way_out}"
 
 
 @pytest.mark.slow

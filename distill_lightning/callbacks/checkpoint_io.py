@@ -51,7 +51,11 @@ def written_checkpoints(trainer: pl.Trainer) -> Iterator[str]:
     Where its name was taken, Lightning has given it a number: a second line then tells of the file that was there.
     """
     for callback in trainer.checkpoint_callbacks:
-        if not isinstance(callback, ModelCheckpoint) or not callback.best_model_path:
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        if not callback.best_model_path:
+            if callback.monitor is not None and callback.save_top_k != 0:
+                yield f"No checkpoint: nothing logged {callback.monitor}, which its ModelCheckpoint is to monitor."
             continue
         path, score = Path(callback.best_model_path), callback.best_model_score
         of = "" if callback.monitor is None or score is None else f" ({callback.monitor} {float(score):.4g})"

@@ -196,6 +196,12 @@ class Bytes(TinyDataModule):
     mean, std = 0.0, 1 / 255
 
 
+def test_a_damaged_image_is_the_datas_and_not_the_models():
+    keys = Keys(SupervisedModule(TinyNet(), num_classes=3), data())
+    line = "cells/val/WBC/0.png cannot be decoded (the PNG file is not complete): mend it, or take it out of the folder"
+    assert keys.said_in(line) == "data"
+
+
 def test_pale_images_are_normalised_as_pretrained_networks_ask_for():
     # Cells on a white ground: far from 0 in blue under ImageNet's mean and deviation, and less far are all others.
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
