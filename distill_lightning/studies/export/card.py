@@ -144,7 +144,8 @@ def _teachers(checkpoint: Mapping[str, Any]) -> str:
 def _metrics(metrics: Mapping[str, float], checkpoint: Mapping[str, Any]) -> str:
     if not metrics:
         return _UNKNOWN
-    rows = [["metric", "value"], *([name, f"{value:.6g}"] for name, value in sorted(metrics.items()))]
+    units = {name: " ‰" for name in metrics if name.endswith("aurc")}
+    rows = [["metric", "value"], *([name, f"{metrics[name]:.6g}{units.get(name, '')}"] for name in sorted(metrics))]
     return (
         f"{markdown_table(rows)}\nOf the last validation before the checkpoint, which was written in epoch "
         f"{checkpoint['epoch']} after {checkpoint['global_step']} optimiser steps."

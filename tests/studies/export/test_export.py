@@ -173,6 +173,7 @@ def test_the_card_says_what_is_known(tmp_path):
     assert blocks["Data"]["subset"] == 40
     accuracy = float(trainer.callback_metrics["val/accuracy"])
     assert f"| val/accuracy | {accuracy:.6g} |" in parts["Metrics"]
+    assert f"| val/aurc | {float(trainer.callback_metrics['val/aurc']):.6g} ‰ |" in parts["Metrics"]
     assert blocks["Versions"]["trained with"]["torch"] == str(torch.__version__)
     assert "@misc{hinton2015distilling" in parts["Citation"]
 
