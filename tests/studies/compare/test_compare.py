@@ -272,6 +272,7 @@ SYSTEM = {"class_path": "os.system", "init_args": {"command": "touch owned"}}
         (lambda c: c.update(epoch=4), "'epoch'"),
         (lambda c: c.pop("student"), "student"),
         (lambda c: c["teachers"].update(numbr=4), "numbr"),
+        (lambda c: c.update(teachers=[c["teachers"]["network"]]), "teachers is a network and a number.* fit and Pret"),
         (lambda c: c["methods"]["feed"]["init_args"].update(betta=4), "methods.feed: Option 'betta'"),
         (lambda c: c["methods"]["feed"]["init_args"].update(student_layer="stage4"), "no layer 'stage4'; similar"),
         (lambda c: c["methods"]["feed"].update(class_path="FEDModule"), "methods.feed.*FEDModule"),
