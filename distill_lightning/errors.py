@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,7 +81,13 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
 
 def is_of_the_disk(error: OSError) -> bool:
     """Whether a file could not be written because the disk is full or refuses it, which no program can help."""
-    return error.errno in _FULL | _REFUSED
+    return error.errno in _FULL | _REFUSED or _is_unmakeable(error)
+
+
+def _is_unmakeable(error: OSError) -> bool:
+    """Whether a file system takes no folder, as /proc does: one is missing to what makes all that are missing."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return error.errno == errno.ENOENT and any(frame.name in ("makedirs", "mkdir") for frame in last)
 
 
 def disk_line(error: OSError, path: Path | None = None) -> str:
@@ -98,6 +105,19 @@ def disk_line(error: OSError, path: Path | None = None) -> str:
         return f"the disk is full{f', {path} is not written' if path else ''}: make room and call again{kept}"
     reason = error.strerror or str(error)
     return f"{path or 'a file'} cannot be written ({reason}): give a path in a folder that you may write to{kept}"
+
+
+@contextmanager
+def refusing_to_write(where: str) -> Iterator[None]:
+    """Turn what a full disk or a refused folder raises into an `InputError` that says what to do.
+
+    Args:
+        where: the key or folder with which the message begins.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{where}: {disk_line(error)}") from error
 
 
 @contextmanager

@@ -162,8 +162,8 @@ def circumstances(module: Any) -> dict[str, Any]:
 
     Returns:
         Plain values: ``"versions"`` by package; with a Trainer ``"training"``, its length, precision and optimiser;
-        ``"metrics"``, those of the last validation and test by name; and ``"data"``, the data module's class and its
-        plain options without paths, which are the machine's own.
+        ``"metrics"``, those of the last validation and test by name; and ``"data"``, the data module's class, its
+        plain options without paths, which are the machine's own, and what its inputs and classes mean.
     """
     versions = {"distill_lightning": distill_lightning.__version__, "torch": str(torch.__version__)}
     trainer = getattr(module, "_trainer", None)
@@ -174,9 +174,11 @@ def circumstances(module: Any) -> dict[str, Any]:
         for name, value in trainer.callback_metrics.items()
         if name.startswith(("val/", "test/")) and value.numel() == 1
     }
-    data = trainer.datamodule
+    # Indices are for the training alone.
+    data = vars(trainer.datamodule or object).get("datamodule", trainer.datamodule)
     options = {} if data is None else {name: vars(data)[name] for name in vars(data).keys() - _OF_LIGHTNING}
-    told = None if data is None else {"class": f"{type(data).__module__}.{type(data).__qualname__}", **_plain(options)}
+    name = f"{type(data).__module__}.{type(data).__qualname__}"
+    told = None if data is None else {"class": name, **_plain(options), **_meaning(data)}
     optimizers = [{"class": type(one).__name__, **_plain(one.defaults)} for one in trainer.optimizers]
     training = {"max_epochs": trainer.max_epochs, "precision": str(trainer.precision), "optimizers": optimizers}
     return {"versions": versions, "training": training, "metrics": metrics, "data": told}
@@ -189,6 +191,13 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in sorted(options.items())
         if type(value) in (int, float, bool, str) and not name.startswith("_") and "/" not in str(value)
     }
+
+
+def _meaning(data: Any) -> dict[str, Any]:
+    """Names of the classes, and mean and standard deviation by channel, where a data module has them as attributes."""
+    found = {name: getattr(data, name, None) for name in ("class_names", "mean", "std")}
+    rows = {name: list(value) if isinstance(value, (list, tuple)) else [value] for name, value in found.items()}
+    return {name: row for name, row in rows.items() if row and all(type(one) in (int, float, str) for one in row)}
 
 
 def begins_anew(trainer: Any) -> bool:

@@ -558,3 +558,36 @@ def test_the_unit_of_aurc_stands_below_the_table(verb, write, capsys):
     assert main([verb, "--config", write()]) == 0
     out = capsys.readouterr().out
     assert out.index("aurc and eaurc are in per mille") > out.index("nll")
+
+
+@pytest.mark.slow
+def test_a_fit_ends_with_its_checkpoint_and_leaves_no_doubt_of_an_older_one(write, capfd):
+    best = {
+        "class_path": "ModelCheckpoint",
+        "init_args": {"dirpath": "out/best", "filename": "best", "monitor": "val/nll"},
+    }
+    config = write(lambda config: config["trainer"].update(callbacks=[best], logger=False, default_root_dir="out/best"))
+    assert main(["fit", "--config", config]) == 0
+    out, err = capfd.readouterr()
+    path, score = re.fullmatch(r"Checkpoint: (\S+) \(val/nll ([\d.]+)\)", out.strip().splitlines()[-1]).groups()
+    assert path == "out/best/best.ckpt"
+    kept = torch.load(path, weights_only=True)
+    assert kept["circumstances"]["metrics"]["val/nll"] == pytest.approx(float(score), rel=1e-3)
+    # The folder holds the training's own configuration, of which nothing need be said.
+    assert "not empty" not in out + err
+
+    assert main(["fit", "--config", config]) == 0
+    first, second = capfd.readouterr().out.strip().splitlines()[-2:]
+    assert first.startswith("Checkpoint: out/best/best-v1.ckpt (")
+    assert second == "out/best/best.ckpt was there before, and is what it was."
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*(could not find the monitored key|have no `val_dataloader`|running validation)")
+def test_a_fit_that_leaves_no_checkpoint_says_so(write, capsys):
+    best = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/nll"}}
+    config = write(lambda config: config["trainer"].update(callbacks=[best], limit_val_batches=0))
+    assert main(["fit", "--config", config]) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1] == (
+        "No checkpoint: nothing logged val/nll, which its ModelCheckpoint is to monitor."
+    )

@@ -1,5 +1,6 @@
 """What the command line says where Lightning, or a user's own code, finds an error after everything is built."""
 
+import re
 import sys
 import textwrap
 
@@ -85,6 +86,11 @@ def test_what_lightning_finds_is_one_line(fit, options, told):
     assert status == 2
     assert error.startswith(f"distill-lightning: error: {told}")
     assert error.count("\n") == 1
+    # A name that is nearly one that is logged.
+    assert error.strip().endswith("; set monitor to one of these, such as val/nll") == (
+        re.search(r"val/nl\b", told) is not None
+    )
+    assert "Did you call" not in error
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,11 +217,20 @@ def test_a_training_whose_folder_is_a_file_ends_in_one_line(config, capsys):
 
 
 @pytest.mark.slow
-def test_other_errors_of_the_system_stay_tracebacks(config, monkeypatch):
-    def missing(*_):
-        raise FileNotFoundError(errno.ENOENT, "No such file", "forgotten")
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no file system that takes no folder")
+def test_a_file_system_that_takes_no_folder_is_one_line(config, capsys):
+    way_out = "cannot be written (No such file or directory): give a path in a folder that you may write to"
+    assert way_out in line_of(capsys, "fit", "--config", config, "--trainer.default_root_dir", "/proc/none")
+    assert main(["fit", "--config", config]) == 0
+    path = re.search(r"Checkpoint: (.*)", capsys.readouterr().out)[1]
+    line = line_of(capsys, "export", path, "--output", "/proc/none", "--input_shape", "1", "8", "8")
+    assert line == f"distill-lightning: error: output: /proc/none {way_out}"
 
-    monkeypatch.setattr(SupervisedModule, "terms", missing)
+
+@pytest.mark.slow
+def test_other_errors_of_the_system_stay_tracebacks(config, monkeypatch):
+    # Not in a file of the user's own, of which the line would be told.
+    monkeypatch.setattr(SupervisedModule, "terms", eval("lambda *_: open('forgotten')"))
     with pytest.raises(FileNotFoundError):
         main(["fit", "--config", config])
 

@@ -7,11 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import save_file
+from torchvision.io import write_png
 
-from distill_lightning import SmallResNet
+import distill_lightning
+from distill_lightning import SmallResNet, load_exported
 from distill_lightning.cli import main
+from distill_lightning.compression.report.onnx import OnnxNetwork
 from distill_lightning.studies.compress.config import parse_config as parse_compress
 
 ROOT = Path(__file__).parents[1]
@@ -103,7 +107,7 @@ def test_the_compare_command_is_understood():
 
 
 def test_the_compress_command_is_understood():
-    command = blocks("bash")[4].split("#")[0].split()
+    command = blocks("bash")[5].split("#")[0].split()
     assert command[:2] == ["distill-lightning", "compress"]
     config = parse_compress([str(ROOT / command[2]), *command[3:]])
     assert config.seeds == [0, 1, 2]
@@ -118,6 +122,42 @@ def test_the_doctor_command_runs_and_finds_the_teachers_untrained(capsys):
     assert "no better than chance" in capsys.readouterr().out
     package, name = re.search(r"In Python: `([\w.]+)\.(\w+)\(module, data\)`", README).groups()
     assert callable(getattr(importlib.import_module(package), name))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_the_images_and_networks_of_ones_own_go_all_the_way(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for part, name, number in itertools.product(("train", "val", "test"), ("RBC", "WBC", "Platelets"), range(2)):
+        folder = tmp_path / "cells" / part / name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_png(torch.randint(256, (3, 64, 64), generator=generator).byte(), str(folder / f"{number}.png"))
+    text = next(block for block in blocks("yaml") if block.startswith("# cells.yaml"))
+    (tmp_path / "cells.yaml").write_text(text)
+    for teacher in yaml.safe_load(text)["model"]["init_args"]["teachers"]:
+        made, path = teacher["init_args"]["network"], tmp_path / teacher["init_args"]["checkpoint"]
+        path.parent.mkdir(parents=True)
+        build = getattr(distill_lightning, made["class_path"].rpartition(".")[2])
+        torch.save(build(**made["init_args"]).state_dict(), path)
+    commands = [line.split()[1:] for line in blocks("bash")[4].strip().splitlines()]
+    assert [verb for verb, *_ in commands] == ["doctor", "fit", "test", "export"]
+    short = {
+        "doctor": ["--steps", "1", "--trainer.accelerator", "cpu"],
+        "fit": ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"],
+        "test": ["--trainer.accelerator", "cpu"],
+    }
+    for command in commands:
+        # The doctor finds that these teachers have learnt nothing of these images.
+        assert main([*command, *short.get(command[0], [])]) in ((0, 1) if command[0] == "doctor" else (0,))
+    assert "Checkpoint: runs/cells/best.ckpt (val/nll" in capsys.readouterr().out
+    student = load_exported("runs/cells/best_export")
+    images = torch.rand(2, 3, 64, 64, generator=generator)
+    with torch.no_grad():
+        wanted = student(images)
+    found = OnnxNetwork(Path("runs/cells/best_export/model.onnx"))(images)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
 
 def test_links_lead_somewhere():

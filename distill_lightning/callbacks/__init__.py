@@ -1,6 +1,6 @@
 """Callbacks that observe, record or change a training; no callback depends on a concrete module."""
 
-from distill_lightning.callbacks.checkpoint_io import WholeCheckpointIO, write_checkpoints_whole
+from distill_lightning.callbacks.checkpoint_io import WholeCheckpointIO, write_checkpoints_whole, written_checkpoints
 from distill_lightning.callbacks.compression import CompressionCallback
 from distill_lightning.callbacks.figures import ConfidenceFigure, ReliabilityDiagram, RiskCoverage, log_figure
 from distill_lightning.callbacks.reconstruction import ReconstructionErrorProbe
@@ -20,4 +20,5 @@ __all__ = [
     "WholeCheckpointIO",
     "log_figure",
     "write_checkpoints_whole",
+    "written_checkpoints",
 ]

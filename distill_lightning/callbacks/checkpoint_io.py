@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from distill_lightning.storage import write_whole
@@ -39,3 +43,27 @@ def write_checkpoints_whole(trainer: pl.Trainer) -> None:
     """Have a Trainer write its checkpoints by `WholeCheckpointIO`, unless it has a way of its own to write them."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeCheckpointIO()
+
+
+def written_checkpoints(trainer: pl.Trainer) -> Iterator[str]:
+    """Lines that tell which checkpoint each `ModelCheckpoint` of a training chose, by its path from here.
+
+    Where its name was taken, Lightning has given it a number: a second line then tells of the file that was there.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        if not callback.best_model_path:
+            if callback.monitor is not None and callback.save_top_k != 0:
+                yield f"No checkpoint: nothing logged {callback.monitor}, which its ModelCheckpoint is to monitor."
+            continue
+        path, score = Path(callback.best_model_path), callback.best_model_score
+        of = "" if callback.monitor is None or score is None else f" ({callback.monitor} {float(score):.4g})"
+        yield f"Checkpoint: {_from_here(path)}{of}"
+        older = path.with_name(re.sub(r"-v\d+$", "", path.stem) + path.suffix)
+        if older != path and older.exists() and str(older) not in callback.best_k_models:
+            yield f"{_from_here(older)} was there before, and is what it was."
+
+
+def _from_here(path: Path) -> str:
+    return str(path) if "://" in str(path) or not path.is_absolute() else os.path.relpath(path)

@@ -128,6 +128,8 @@ def _quiet_down() -> None:
         "LightningCLI's args parameter is intended.*",
         ".*`tensorboardX` has been removed.*",
         "The dirpath has changed from .*",
+        # The training's own configuration is in it; after_fit tells of another training's checkpoints.
+        "Checkpoint directory .* exists and is not empty.*",
         "The number of training batches .* is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -26,7 +26,7 @@ def one_line(error: Exception) -> str:
     if refused is not None:
         # A loader's worker process puts its whole traceback before the message.
         message = re.split(r"^distill_lightning[.\w]*Error: ", refused, flags=re.MULTILINE)[-1]
-        return " ".join(message.split())
+        return _with_metrics_near(" ".join(message.split()))
     last = list(_chain(error))[-1]
     # A KeyError shows its message in quotes.
     reason = " ".join(str(last.args[0] if isinstance(last, KeyError) and last.args else last).split())
@@ -37,6 +37,16 @@ def one_line(error: Exception) -> str:
     inside = f" of {classes[-1].rpartition('.')[2]}" if classes else ""
     where = ".".join(keys) + inside
     return f"{where}: {reason}" if where else reason
+
+
+def _with_metrics_near(message: str) -> str:
+    """A message of Lightning's about a metric that nothing logs, with the names near it in place of its hint."""
+    wanted = re.search(r"(?:monitor='|conditioned on metric `?)([^'` ]+)", message)
+    if wanted is None:
+        return message
+    said = re.sub(r" HINT: Did you call .*", "", message)
+    near = difflib.get_close_matches(wanted[1], sorted(set(re.findall(r"[\w-]+/[\w-]+", said)) - {wanted[1]}))
+    return f"{said.rstrip('.')}; set monitor to one of these, such as {near[0]}" if near else said
 
 
 def _none_of_union(error: Exception, reason: str) -> str | None:

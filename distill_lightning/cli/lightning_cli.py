@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import distill_lightning
 from distill_lightning.arguments import arguments_of, takes
 from distill_lightning.callables import check_callables, named
-from distill_lightning.callbacks import write_checkpoints_whole
+from distill_lightning.callbacks import write_checkpoints_whole, written_checkpoints
 from distill_lightning.choices import choice_class, is_choice, is_plain, plain
 from distill_lightning.cli.class_page import page_of
 from distill_lightning.cli.from_file import class_of, safe_options
@@ -233,6 +233,12 @@ class DistillCLI(LightningCLI):
             endless = self.trainer.max_epochs == self.trainer.max_steps == -1
             if isinstance(check_optimizer(self.model), OneCycle) and endless:
                 raise InputError("OneCycle needs the length of the training: give trainer.max_epochs or max_steps")
+
+    def after_fit(self) -> None:
+        """Say where the checkpoints are, by which the next command finds what was trained."""
+        if self.trainer.is_global_zero:
+            for line in written_checkpoints(self.trainer):
+                print(line)
 
     def after_predict(self) -> None:
         """Write the predictions, which the Trainer would only return, beside the configuration that they are of."""

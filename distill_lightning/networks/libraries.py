@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -31,7 +33,8 @@ def torchvision_network(name: str, *, num_classes: int, in_channels: int = 3) ->
     """
     models = _package("torchvision.models", extra="")
     if name not in models.list_models(module=models):
-        raise InputError(f"torchvision has no network {name!r}: see torchvision.models.list_models()")
+        near = _near(name, models.list_models(module=models))
+        raise InputError(f"torchvision has no network {name!r}: {near}see torchvision.models.list_models()")
     network: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
     return network if in_channels == 3 else _with_input_channels(network, in_channels)
 
@@ -57,7 +60,7 @@ def timm_network(name: str, *, num_classes: int, in_channels: int = 3, pretraine
     """
     timm = _package("timm", extra="timm")
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
-        raise InputError(f"timm has no network {name!r}: see timm.list_models()")
+        raise InputError(f"timm has no network {name!r}: {_near(name, timm.list_models())}see timm.list_models()")
     with refusing(f"timm_network {name!r}", RuntimeError):
         network: nn.Module = timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels
@@ -119,6 +122,11 @@ def _with_input_channels(network: nn.Module, in_channels: int) -> nn.Module:
     parent, _, child_name = name.rpartition(".")
     setattr(network.get_submodule(parent), child_name, replacement)
     return network
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known))
+    return f"similar names: {', '.join(near)}; " if near else ""
 
 
 def _package(name: str, *, extra: str) -> Any:

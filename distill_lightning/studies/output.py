@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from distill_lightning.errors import InputError, refusing
+from distill_lightning.errors import InputError, refusing_to_write
 from distill_lightning.storage import sweep_partial, write_whole
 
 # Columns of a log file, which has no edge to wrap at.
@@ -52,7 +52,7 @@ def claim_folder(folder: Path, *, known: str, content: str) -> None:
     Raises:
         InputError: the folder cannot be written to.
     """
-    with refusing(f"output {folder}", OSError):
+    with refusing_to_write("output"):
         folder.mkdir(parents=True, exist_ok=True)
         sweep_partial(folder, "**/*")
         write_whole(folder / known, [content.encode()])

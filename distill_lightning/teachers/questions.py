@@ -171,7 +171,8 @@ class Features(Question):
         """
         each = [self.layers] * count if isinstance(self.layers, str) else self.layers
         if len(each) != count:
-            raise InputError(f"{len(each)} layers for {count} teachers: give one for all, or one each")
+            names = f"a name, or a list of {count} names; got {list(each)}"
+            raise InputError(f"{len(each)} layers for {count} teachers: give one for all, or one each ({names})")
         return each
 
     def reduced(self, feature: Tensor) -> Tensor:

@@ -174,8 +174,8 @@ def test_pytorchcv_takes_another_image_size():
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        (torchvision_network, r"torchvision has no network 'resnet19'.*list_models"),
-        (timm_network, r"timm has no network 'resnet19'.*list_models"),
+        (torchvision_network, r"torchvision has no network 'resnet19': similar names: .*resnet18.*; see .*list_models"),
+        (timm_network, r"timm has no network 'resnet19': similar names: .*resnet18.*; see .*list_models"),
         (pytorchcv_network, r"pytorchcv has no network 'resnet19'"),
     ],
 )

@@ -185,7 +185,8 @@ def test_layers_are_one_for_all_or_one_each():
     with torch.no_grad():
         assert torch.equal(first, found[0].features(batch.input))
         assert torch.equal(second, found[1].features[0](batch.input))
-    with pytest.raises(InputError, match="1 layers for 2 teachers: give one for all, or one each"):
+    way_out = r"give one for all, or one each \(a name, or a list of 2 names; got \['features'\]\)"
+    with pytest.raises(InputError, match=f"1 layers for 2 teachers: {way_out}"):
         asking(found, [Features(["features"])])
 
 

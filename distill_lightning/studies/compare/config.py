@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -160,7 +161,16 @@ def parse_config(arguments: Sequence[str]) -> CompareConfig:
     given = list(arguments)
     if given and not given[0].startswith("-"):
         given[:1] = ["--config", given[0]]
-    options = vars(parser.instantiate(parser.parse_args(given)))
+    try:
+        parsed = parser.parse_args(given)
+    except ArgumentError as error:
+        if "arguments are required: teachers.network" not in str(error):
+            raise
+        raise InputError(
+            "teachers is a network and a number, for example {network: {class_path: SmallResNet}, number: 2}: compare "
+            "trains them itself, all of one kind; for networks that are there, of unlike kinds, see fit and Pretrained"
+        ) from error
+    options = vars(parser.instantiate(parsed))
     config = CompareConfig(**{name: value for name, value in options.items() if name != "config"})
     _check(config)
     return config

@@ -45,7 +45,10 @@ class Experiment:
         self.rows = rows_of(config)
         self._data = _parsed("data", LightningDataModule, config.data)
         self.sample = self.data(order_seed=0)
-        missing = [name for name in ("num_classes", "input_shape") if not hasattr(self.sample, name)]
+        told = {name: getattr(self.sample, name, None) for name in ("num_classes", "input_shape")}
+        # A regression has no classes, and says so.
+        is_regression = hasattr(self.sample, "num_classes") and getattr(self.sample, "num_targets", None) is not None
+        missing = [name for name in told if told[name] is None and not (name == "num_classes" and is_regression)]
         if missing:
             raise InputError(
                 f"data: {type(self.sample).__name__} does not tell its {' and '.join(missing)}: give it "

@@ -21,6 +21,9 @@ _FEWEST = 30
 _DEVIATIONS = 3
 """Standard deviations of a binomial distribution by which a teacher has to be better than chance."""
 
+_FARTHEST = 2.65
+"""The largest mean of white images under ImageNet's normalisation, which networks that were trained so ask for."""
+
 _SHOWN = 4
 
 
@@ -42,7 +45,7 @@ def normalisation(seen: Channels, keys: Keys, *, are_images: bool) -> Finding:
     if not are_images:
         found = f"mean {_numbers([sum(mean) / len(mean)])}, from {seen.low:.3g} to {seen.high:.3g}"
         return Finding("normalisation", found)
-    off = max(map(abs, mean)) > 1.5 or not all(0.1 <= one <= 4 for one in std)
+    off = max(map(abs, mean)) > _FARTHEST or not all(0.1 <= one <= 4 for one in std)
     if off or (seen.low >= 0 and seen.high <= 1):
         way_out = "the images are not normalised: give their own mean and std, so that they have 0 and 1"
         return Finding("normalisation", found, keys.data("mean", "std"), way_out)
@@ -101,7 +104,10 @@ def _teacher(heard: Heard, key: str, samples: int) -> Finding:
     if len(targets) < _FEWEST:
         return Finding("teachers", f"{heard.name}: {found}, too few to tell")
     if is_chance:
-        way_out = "it is no better than chance: give the checkpoint of its training, and the normalisation of that"
+        way_out = (
+            "it is no better than chance, or too little to tell: give the checkpoint of its training and the "
+            "normalisation of that, or train it longer"
+        )
         return Finding("teachers", f"{heard.name}: {found}", where, way_out)
     return Finding("teachers", f"{heard.name}: {found}")
 
@@ -182,7 +188,7 @@ def costs(watch: Watch, *, epochs: int | None, steps: int | None) -> Iterator[Fi
         yield Finding("time", "no step was made")
         return
     train, val = step * watch.batches, (val_step or 0.0) * watch.val_batches
-    found = f"{1000 * step:.3g} ms a step"
+    found = f"{f'{1000 * step:.3g} ms' if step < 1 else _duration(step)} a step"
     if math.isfinite(train):
         found += f", {int(watch.batches):,} steps and the validation: {_duration(train + val)} an epoch"
         length = epochs if epochs is not None and epochs >= 0 else None

@@ -42,7 +42,8 @@ class Keys:
             return self.model("teachers", "teacher")
         if re.search(r"\bTrainer\b", message):
             return "trainer"
-        return "data" if re.search(r"\b(data|label|labels|batch|inputs|samples?)\b", message) else "model"
+        of_data = r"\b(data|label|labels|batch|inputs|samples?|cannot be decoded)\b"
+        return "data" if re.search(of_data, message) else "model"
 
 
 def _first(part: str, known: set[str], names: Iterable[str]) -> str:

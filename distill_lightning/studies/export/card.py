@@ -35,6 +35,11 @@ def rows_of(files: Sequence[Exported]) -> list[list[str]]:
     return [header, *rows]
 
 
+def data_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint tells of the data that it was trained on; empty: nothing."""
+    return dict((checkpoint.get("circumstances") or {}).get("data") or {})
+
+
 def model_card(
     network: nn.Module, checkpoint: Mapping[str, Any], description: Mapping[str, Any], files: Sequence[Exported]
 ) -> str:
@@ -52,7 +57,7 @@ def model_card(
     metrics = circumstances.get("metrics") or {}
     parts = {
         "Files": _files(files),
-        "Use": _usage(description),
+        "Use": _usage(description, checkpoint, files),
         "Recipe": _block(
             {
                 "student": description["recipe"],
@@ -62,7 +67,7 @@ def model_card(
             }
         ),
         "Teachers": _teachers(checkpoint),
-        "Data": _block(circumstances["data"]) if circumstances.get("data") else _UNKNOWN,
+        "Data": _block(data_of(checkpoint)) if data_of(checkpoint) else _UNKNOWN,
         "Metrics": _metrics(metrics, checkpoint),
         "Versions": _versions(checkpoint),
     }
@@ -97,13 +102,36 @@ def _files(files: Sequence[Exported]) -> str:
     )
 
 
-def _usage(description: Mapping[str, Any]) -> str:
+def _usage(description: Mapping[str, Any], checkpoint: Mapping[str, Any], files: Sequence[Exported]) -> str:
     argument = "" if description["recipe"] is not None else ", network"
     hint = "" if not argument else "`network` is built as it was before its training, and must be given.\n\n"
-    return (
-        f"{hint}```python\nfrom distill_lightning import load_exported\n\n"
-        f'student = load_exported("."{argument})  # the folder of config.json and model.safetensors\n```'
-    )
+    ways = {
+        ("safetensors", "hub"): f"{hint}```python\nfrom distill_lightning import load_exported\n\n"
+        f'student = load_exported("."{argument})  # the folder of config.json and model.safetensors\n```',
+        ("torch_export",): '```python\nimport torch\n\nstudent = torch.export.load("model.pt2").module()\n```',
+        ("onnx",): "`inputs` is a NumPy array:\n\n"
+        '```python\nimport onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")\n'
+        "(outputs,) = session.run(None, {session.get_inputs()[0].name: inputs})\n```",
+    }
+    written = {file.format for file in files}
+    return "\n\n".join([_meaning(description, checkpoint), *(way for of, way in ways.items() if written & set(of))])
+
+
+def _meaning(description: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
+    """What goes in, and what comes out."""
+    lines = [f"Inputs have the shape `(N, {', '.join(map(str, description['input_shape']))})`."]
+    data = data_of(checkpoint)
+    if {"mean", "std"} <= data.keys():
+        # Of a class of the user's own it is not known what its attributes mean.
+        ours = data["class"].startswith("distill_lightning.")
+        how = "`(pixel / 255 - mean) / std`" if ours else "normalised as the data module does it"
+        lines.append(f"Images are float32, {how}, by channel with mean {data['mean']} and std {data['std']}.")
+    names = data.get("class_names", ())
+    if names:
+        first = ", ".join(f"{number} {name}" for number, name in enumerate(names[:10]))
+        more = ", ... (all are in config.json)" if len(names) > 10 else ""
+        lines.append(f"Outputs are logits `(N, {len(names)})` of the classes {first}{more}.")
+    return " ".join(lines)
 
 
 def _teachers(checkpoint: Mapping[str, Any]) -> str:
@@ -116,7 +144,8 @@ def _teachers(checkpoint: Mapping[str, Any]) -> str:
 def _metrics(metrics: Mapping[str, float], checkpoint: Mapping[str, Any]) -> str:
     if not metrics:
         return _UNKNOWN
-    rows = [["metric", "value"], *([name, f"{value:.6g}"] for name, value in sorted(metrics.items()))]
+    units = {name: " ‰" for name in metrics if name.endswith("aurc")}
+    rows = [["metric", "value"], *([name, f"{metrics[name]:.6g}{units.get(name, '')}"] for name in sorted(metrics))]
     return (
         f"{markdown_table(rows)}\nOf the last validation before the checkpoint, which was written in epoch "
         f"{checkpoint['epoch']} after {checkpoint['global_step']} optimiser steps."

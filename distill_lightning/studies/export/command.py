@@ -13,10 +13,10 @@ from rich.console import Console
 from torch import nn
 
 from distill_lightning.compression.structure.changes import plain_structure, structure_of
-from distill_lightning.errors import InputError, check_one_of, refusing
+from distill_lightning.errors import InputError, check_one_of, refusing_to_write
 from distill_lightning.layers import dry_forward
 from distill_lightning.storage import write_whole
-from distill_lightning.studies.export.card import model_card, rows_of
+from distill_lightning.studies.export.card import data_of, model_card, rows_of
 from distill_lightning.studies.export.config import FORMATS, ExportConfig, Format
 from distill_lightning.studies.export.formats import Exported, write_format
 from distill_lightning.studies.export.student import DESCRIPTION, read_training, recipe_in, student_of
@@ -96,8 +96,10 @@ def export_checkpoint(
         "structure": plain_structure(structure_of(network)),
         "input_shape": list(shape),
         **{name: told["hyper_parameters"].get(name) for name in ("num_classes", "num_targets")},
+        # Without them nobody can feed the files, or read what they say.
+        **{name: value for name, value in data_of(told).items() if name in ("class_names", "mean", "std")},
     }
-    with refusing(f"output {folder}", OSError):
+    with refusing_to_write("output"):
         folder.mkdir(parents=True, exist_ok=True)
         # What was exported before stays until all is written and checked.
         with TemporaryDirectory(prefix="partial.", dir=folder) as name:

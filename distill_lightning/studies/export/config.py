@@ -54,7 +54,7 @@ def parse_config(arguments: Sequence[str]) -> ExportConfig:
         "--to", nargs="+", choices=FORMATS, default=["safetensors"],
         help="formats; 'hub' is 'safetensors', read back as the Hugging Face Hub's library reads it",
     )  # fmt: skip
-    parser.add_argument("--output", help="folder of the files; results/export/<name of the checkpoint>")
+    parser.add_argument("--output", help="folder of the files; beside the checkpoint, <its name>_export")
     parser.add_argument("--input_shape", type=int, nargs="+", help="of one input, such as 1 28 28")
     parser.add_argument("--config", help="the configuration of the training, for a student that no factory built")
     options = parser.parse_args(list(arguments))
@@ -62,7 +62,8 @@ def parse_config(arguments: Sequence[str]) -> ExportConfig:
     return ExportConfig(
         checkpoint=path,
         formats=list(dict.fromkeys(options.to)),
-        output=Path(options.output or Path("results") / "export" / path.stem),
+        # Many trainings have a best.ckpt: of a folder for all, the last would replace the others.
+        output=Path(options.output or path.with_name(f"{path.stem}_export")),
         input_shape=options.input_shape,
         config=options.config,
     )

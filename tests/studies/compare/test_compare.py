@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict, Unpack
@@ -25,6 +26,7 @@ from distill_lightning import (
     DigitsDataModule,
     DocstringsDataModule,
     FEEDModule,
+    InputError,
     KDModule,
     OneCycle,
     ParaphraserModule,
@@ -270,6 +272,7 @@ SYSTEM = {"class_path": "os.system", "init_args": {"command": "touch owned"}}
         (lambda c: c.update(epoch=4), "'epoch'"),
         (lambda c: c.pop("student"), "student"),
         (lambda c: c["teachers"].update(numbr=4), "numbr"),
+        (lambda c: c.update(teachers=[c["teachers"]["network"]]), "teachers is a network and a number.* fit and Pret"),
         (lambda c: c["methods"]["feed"]["init_args"].update(betta=4), "methods.feed: Option 'betta'"),
         (lambda c: c["methods"]["feed"]["init_args"].update(student_layer="stage4"), "no layer 'stage4'; similar"),
         (lambda c: c["methods"]["feed"].update(class_path="FEDModule"), "methods.feed.*FEDModule"),
@@ -500,6 +503,23 @@ def test_any_data_module_that_tells_its_classes_and_shape_will_do(tmp_path, monk
 
     compare(written(tmp_path, own), tmp_path / "out")
     assert len(lines_of(tmp_path / "out/results.csv")) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (("num_classes = 10", "num_classes = None"), "num_classes"),
+        (("input_shape = (1, 8, 8)", "input_shape = None"), "input_shape"),
+        (("num_classes = 10\n    input_shape = (1, 8, 8)", "nothing = 0"), "num_classes and input_shape"),
+    ],
+)
+def test_what_a_data_module_does_not_tell_is_asked_for_at_once(tmp_path, monkeypatch, change, names):
+    (tmp_path / "silent.py").write_text(OWN_DATA.replace(*change))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "silent", raising=False)
+    config = parse_config([str(written(tmp_path, lambda config: config.update(data={"class_path": "silent.Pairs"})))])
+    with pytest.raises(InputError, match=f"data: Pairs does not tell its {names}: give it"):
+        Experiment(config)
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,23 @@ class Bytes(TinyDataModule):
     mean, std = 0.0, 1 / 255
 
 
+def test_a_damaged_image_is_the_datas_and_not_the_models():
+    keys = Keys(SupervisedModule(TinyNet(), num_classes=3), data())
+    line = "cells/val/WBC/0.png cannot be decoded (the PNG file is not complete): mend it, or take it out of the folder"
+    assert keys.said_in(line) == "data"
+
+
+def test_pale_images_are_normalised_as_pretrained_networks_ask_for():
+    # Cells on a white ground: far from 0 in blue under ImageNet's mean and deviation, and less far are all others.
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = torch.cat([torch.ones(30, 3, 8, 8), torch.full((2, 3, 8, 8), 0.2)])
+    seen = Channels()
+    seen.add((pixels - mean[:, None, None]) / std[:, None, None])
+    assert 2 < float(seen.mean.max()) < 2.65
+    keys = Keys(SupervisedModule(TinyNet(), num_classes=3), data())
+    assert checks.normalisation(seen, keys, are_images=True).is_well
+
+
 @pytest.mark.parametrize("kind", [Raw, Bytes])
 def test_data_that_are_not_normalised(kind):
     finding = only(found_by(SupervisedModule(TinyNet(), num_classes=3), kind(samples=96)))
@@ -463,6 +480,8 @@ def test_the_epoch_is_estimated_from_steps_and_validation():
     watch.batches, watch.val_batches = 100.0, 40.0
     time = next(checks.costs(watch, epochs=30, steps=-1))
     assert time.found == "500 ms a step, 100 steps and the validation: 1.0 min an epoch, 30.0 min for 30"
+    watch.clock.laps = [9.0, 9.0, 1.39]
+    assert next(checks.costs(watch, epochs=None, steps=-1)).found.startswith("1.4 s a step, 100 steps")
 
 
 def test_a_constant_is_one_whatever_its_scale():

@@ -1,6 +1,7 @@
 """What is exported is the student alone, computes what it does, and says where it comes from."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from torch import nn
 
 from distill_lightning import (
     CompressionBaseline,
+    DigitsDataModule,
     ExtracurricularModule,
     FEEDModule,
+    IndexedDataModule,
     InputError,
     KDModule,
     MEALV2Module,
@@ -170,8 +173,40 @@ def test_the_card_says_what_is_known(tmp_path):
     assert blocks["Data"]["subset"] == 40
     accuracy = float(trainer.callback_metrics["val/accuracy"])
     assert f"| val/accuracy | {accuracy:.6g} |" in parts["Metrics"]
+    assert f"| val/aurc | {float(trainer.callback_metrics['val/aurc']):.6g} ‰ |" in parts["Metrics"]
     assert blocks["Versions"]["trained with"]["torch"] == str(torch.__version__)
     assert "@misc{hinton2015distilling" in parts["Citation"]
+
+
+@pytest.mark.slow
+def test_the_folder_says_what_goes_in_and_what_comes_out(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    data = DigitsDataModule(subset=64, val_size=32, image_size=8)
+    module = SupervisedModule(SmallCNN(num_classes=10, width=4), num_classes=10, input_shape=data.input_shape)
+    trainer = tiny_trainer(default_root_dir=tmp_path, max_epochs=1)
+    # Indices are for the training; the data are those inside.
+    trainer.fit(module, IndexedDataModule(data))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    export_checkpoint(tmp_path / "run.ckpt", tmp_path / "out", to=["safetensors", "torch_export", "onnx"])
+    told = json.loads((tmp_path / "out/config.json").read_text())
+    assert (told["class_names"], told["mean"], told["std"]) == (list("0123456789"), [data.mean], [data.std])
+    _, parts, blocks = card_of(tmp_path / "out")
+    assert blocks["Data"]["class"].endswith("DigitsDataModule")
+    assert "shape `(N, 1, 8, 8)`" in parts["Use"]
+    assert "`(pixel / 255 - mean) / std`" in parts["Use"]
+    assert "logits `(N, 10)` of the classes 0 0, 1 1, 2 2" in parts["Use"]
+    # Every way that the card names works, in its folder.
+    monkeypatch.chdir(tmp_path / "out")
+    images = torch.rand(3, *data.input_shape)
+    wanted = outputs(module.student, images)
+    ways = re.findall(r"```python\n(.*?)```", parts["Use"], flags=re.DOTALL)
+    assert len(ways) == 3
+    for way in ways:
+        found = {"inputs": images.numpy()}
+        exec(way, found)
+        given = found["student"](images) if "student" in found else torch.from_numpy(found["outputs"])
+        torch.testing.assert_close(given, wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
@@ -240,7 +275,7 @@ def test_a_network_of_ones_own_is_given_in_a_configuration_or_in_python(tmp_path
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["export", str(checkpoint), "--config", "config.yaml"]) == 0
-    assert "results/export/run/model.safetensors" in capsys.readouterr().out
+    assert "run_export/model.safetensors" in capsys.readouterr().out
 
 
 def test_the_shape_of_the_inputs_is_asked_for_where_it_is_not_known(tmp_path):
@@ -351,7 +386,7 @@ def test_options_are_read_without_pytorch():
         "c = p(['a/b.ckpt', '--to', 'onnx', 'hub', 'onnx']); print(c.formats, c.output, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['onnx', 'hub'] results/export/b False"
+    assert done.stdout.strip() == "['onnx', 'hub'] a/b_export False"
 
 
 def test_examples_are_of_the_networks_kind():
