@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.data import sized_len
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -363,9 +362,17 @@ def _ways_of_batches(trainer: Any) -> list[dict[str, int | None]]:
     """How each loader's batches come: samples in one, batches in an epoch, and the processes that share the data."""
     loader = trainer.fit_loop._combined_loader
     return [
-        {"size": _batch_size_of(part), "number": sized_len(part), "processes": trainer.world_size}
+        {"size": _batch_size_of(part), "number": _length_of(part), "processes": trainer.world_size}
         for part in ([] if loader is None else loader.flattened)
     ]
+
+
+def _length_of(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        # As data without a length say.
+        return None
 
 
 def _batch_size_of(loader: Any) -> int | None:
@@ -490,7 +497,9 @@ def repeated_rows(module: Any, batch_idx: int, dataloader_idx: int, rows: int) -
     trainer = getattr(module, "_trainer", None)
     if trainer is None or trainer.world_size == 1:
         return None
-    loader = trainer._evaluation_loop._combined_loader.flattened[dataloader_idx]
+    evaluation = trainer._evaluation_loop
+    loaders = evaluation._combined_loader.flattened if _VERSION >= (2, 0) else evaluation.dataloaders
+    loader = loaders[dataloader_idx]
     batches = getattr(loader, "batch_sampler", None)
     sampler = getattr(loader if batches is None else batches, "sampler", None)
     if not isinstance(sampler, DistributedSampler) or sampler.total_size <= len(sampler.dataset):  # type: ignore[arg-type]
