@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from distill_lightning import networks as networks
     from distill_lightning.callbacks import CompressionCallback as CompressionCallback
     from distill_lightning.compression import Compressor as Compressor
+    from distill_lightning.compression import export_onnx as export_onnx
     from distill_lightning.compression import load_compressed as load_compressed
     from distill_lightning.data import samplers as samplers
     from distill_lightning.data.batch import Batch as Batch
@@ -89,6 +90,8 @@ if TYPE_CHECKING:
     from distill_lightning.schedules import GroupSchedules as GroupSchedules
     from distill_lightning.schedules import OneCycle as OneCycle
     from distill_lightning.storage import PredictionStore as PredictionStore
+    from distill_lightning.studies.export.command import export_checkpoint as export_checkpoint
+    from distill_lightning.studies.export.student import load_exported as load_exported
     from distill_lightning.teachers import Features as Features
     from distill_lightning.teachers import Logits as Logits
     from distill_lightning.teachers import MeanLogits as MeanLogits
@@ -117,7 +120,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "distill_lightning": ("compression", "functional", "layers", "networks"),
     "distill_lightning.callbacks": ("CompressionCallback",),
-    "distill_lightning.compression": ("Compressor", "load_compressed"),
+    "distill_lightning.compression": ("Compressor", "export_onnx", "load_compressed"),
     "distill_lightning.data": ("samplers",),
     "distill_lightning.data.batch": ("Batch",),
     "distill_lightning.data.datamodules": (
@@ -186,6 +189,8 @@ _PUBLIC = {
     "distill_lightning.outputs.metrics": ("AURC", "Agreement", "AngularError", "CalibrationError", "GapReduction"),
     "distill_lightning.schedules": ("GroupSchedules", "OneCycle"),
     "distill_lightning.storage": ("PredictionStore",),
+    "distill_lightning.studies.export.command": ("export_checkpoint",),
+    "distill_lightning.studies.export.student": ("load_exported",),
     "distill_lightning.teachers": (
         "Features",
         "Logits",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 
@@ -69,6 +72,32 @@ def check_finite(name: str, *values: Any) -> None:
             is_finite = False
         if not is_finite:
             raise InputError(f"{name} must be a finite number, got {value!r}")
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG, errno.EIO}
+
+
+def is_of_the_disk(error: OSError) -> bool:
+    """Whether a file could not be written because the disk is full or refuses it, which no program can help."""
+    return error.errno in _FULL | _REFUSED
+
+
+def disk_line(error: OSError, path: Path | None = None) -> str:
+    """Why a file could not be written, and what to do about it, in one line.
+
+    Args:
+        error: what writing it raised.
+        path: the file; ``None``: the error's own, if it names one.
+    """
+    path = path or (Path(str(error.filename)) if error.filename else None)
+    # Path.is_file raises where the folder may not be read.
+    is_there = path is not None and os.path.isfile(path)  # noqa: PTH113
+    kept = "; what was there before is kept" if is_there else ""
+    if error.errno in _FULL:
+        return f"the disk is full{f', {path} is not written' if path else ''}: make room and call again{kept}"
+    reason = error.strerror or str(error)
+    return f"{path or 'a file'} cannot be written ({reason}): give a path in a folder that you may write to{kept}"
 
 
 @contextmanager

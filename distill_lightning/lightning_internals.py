@@ -6,7 +6,7 @@ What is public in Lightning stands where it is used; what it may change without 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from inspect import isroutine
 from pathlib import PurePath
@@ -26,6 +26,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+import distill_lightning
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 
@@ -37,6 +38,7 @@ AVERAGING: tuple[Any, ...] = (
 """Callbacks that keep an average of the parameters that there were at first."""
 
 _NEVER_REACHED = 10**9
+_OF_LIGHTNING = vars(pl.LightningDataModule()).keys()
 # Their orders are not those of a run before.
 _DRAWING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _VERSION = tuple(map(int, pl.__version__.split(".")[:2]))
@@ -146,6 +148,40 @@ def place_of(module: Any, batch_idx: int) -> tuple[int, int]:
 def has_trainer(module: Any) -> bool:
     """Whether a Trainer runs the module."""
     return getattr(module, "_trainer", None) is not None
+
+
+def circumstances(module: Any) -> dict[str, Any]:
+    """With what and on which data a module is trained, and how good it is now, for whoever gets the checkpoint.
+
+    Returns:
+        Plain values: ``"versions"`` by package; with a Trainer ``"training"``, its length, precision and optimiser;
+        ``"metrics"``, those of the last validation and test by name; and ``"data"``, the data module's class and its
+        plain options without paths, which are the machine's own.
+    """
+    versions = {"distill_lightning": distill_lightning.__version__, "torch": str(torch.__version__)}
+    trainer = getattr(module, "_trainer", None)
+    if trainer is None:
+        return {"versions": versions}
+    metrics = {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(("val/", "test/")) and value.numel() == 1
+    }
+    data = trainer.datamodule
+    options = {} if data is None else {name: vars(data)[name] for name in vars(data).keys() - _OF_LIGHTNING}
+    told = None if data is None else {"class": f"{type(data).__module__}.{type(data).__qualname__}", **_plain(options)}
+    optimizers = [{"class": type(one).__name__, **_plain(one.defaults)} for one in trainer.optimizers]
+    training = {"max_epochs": trainer.max_epochs, "precision": str(trainer.precision), "optimizers": optimizers}
+    return {"versions": versions, "training": training, "metrics": metrics, "data": told}
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers and words of some options, in the order of their names."""
+    return {
+        name: value
+        for name, value in sorted(options.items())
+        if type(value) in (int, float, bool, str) and not name.startswith("_") and "/" not in str(value)
+    }
 
 
 def begins_anew(trainer: Any) -> bool:

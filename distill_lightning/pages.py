@@ -44,8 +44,10 @@ def write_pages(folder: Path, pages: Mapping[str, str], figures: Mapping[str, Fi
 
     Returns:
         The paths.
+
+    Raises:
+        InputError: the disk is full or refuses.
     """
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, text in pages.items():
         write_whole(folder / name, [text.encode()])
     for name, figure in figures.items():

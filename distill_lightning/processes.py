@@ -1,12 +1,20 @@
-"""Communication between processes, also of tensors on a device that the communication does not support."""
+"""Processes: what they may use, and how they communicate, tensors on unsupported devices included."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch import distributed as dist
+
+
+def usable_cpus() -> int:
+    """Number of CPUs that this process may run on; at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def is_alone() -> bool:

@@ -76,8 +76,9 @@ def test_fit_then_validate_test_and_predict(write, tmp_path, capsys):
     assert main(["test", "--config", config, "--ckpt_path", str(checkpoint)]) == 0
     assert "test/nll" in capsys.readouterr().out
     assert main(["predict", "--config", config, "--ckpt_path", str(checkpoint)]) == 0
-    assert "out/predictions.safetensors" in capsys.readouterr().out
-    assert load_file(tmp_path / "out/predictions.safetensors")["logits"].shape == (500, 10)
+    written = "out/lightning_logs/version_3/predictions.safetensors"
+    assert written in capsys.readouterr().out
+    assert load_file(tmp_path / written)["logits"].shape == (500, 10)
     assert set(read_weights(checkpoint)) == set(SmallResNet(10, width=2).state_dict())
 
 
@@ -523,3 +524,29 @@ def test_the_cli_class_is_imported_when_it_is_asked_for():
     assert DistillCLI.subcommands()["record"] == {"model", "datamodule"}
     with pytest.raises(AttributeError, match=r"module 'distill_lightning.cli' has no attribute 'nope'"):
         cli.nope  # noqa: B018
+
+
+@pytest.mark.slow
+def test_the_console_script_finds_modules_of_the_working_directory(write, tmp_path):
+    config = write()
+    (tmp_path / "mydata.py").write_text(
+        "from distill_lightning import DigitsDataModule\n\n\nclass ShapesData(DigitsDataModule):\n    pass\n"
+    )
+    content = yaml.safe_load((tmp_path / config).read_text())
+    content["data"]["class_path"] = "mydata.ShapesData"
+    (tmp_path / config).write_text(yaml.safe_dump(content))
+    # As pip writes it, in a folder of its own.
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/distill-lightning").write_text(
+        "import sys\nfrom distill_lightning.cli import main\nsys.exit(main())\n"
+    )
+
+    def done(*options):
+        command = [sys.executable, *options, "bin/distill-lightning", "fit", "--config", config, "--print_config"]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    found = done()
+    assert found.returncode == 0, found.stderr
+    assert "class_path: mydata.ShapesData" in found.stdout
+    # -P keeps the folders of scripts off the path, and this one, too.
+    assert "No module named 'mydata'" in done("-P").stderr

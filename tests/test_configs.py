@@ -1,6 +1,7 @@
 """Every YAML file in the repository is run, on little data."""
 
 import collections
+import functools
 import gzip
 import io
 import json
@@ -155,6 +156,29 @@ def test_fit_runs(path, tmp_path, monkeypatch):
         for name, value in (sizes | {"num_workers": 0}).items():
             arguments += [f"--data.init_args.{name}", str(value)]
     assert main(arguments) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", START, ids=lambda path: path.stem)
+def test_a_value_on_the_line_goes_before_the_file(path, capsys):
+    """In whatever way the networks are made: by classes, by functions, one in another."""
+    given = yaml.safe_load(path.read_text())["model"]["init_args"]
+    changes = {"trainer.max_epochs": 7, "data.init_args.batch_size": 9, "model.init_args.optimizer.init_args.lr": 0.125}
+    for name in ("student", "network", "generator"):
+        if "num_classes" in given.get(name, {}).get("init_args", {}):
+            changes[f"model.init_args.{name}.init_args.num_classes"] = 7
+    line = [f"--{key}={value}" for key, value in changes.items()]
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", str(path), *line, "--print_config"])
+    assert stopped.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    for key, value in changes.items():
+        assert functools.reduce(lambda found, part: found[part], key.split("."), printed) == value
+
+
+@pytest.mark.parametrize("path", COMPARE, ids=lambda path: path.stem)
+def test_a_value_on_the_line_of_a_comparison_goes_before_the_file(path):
+    assert parse_config([str(path), "--epochs", "7"]).epochs == 7
 
 
 def test_the_compressions_are_there():

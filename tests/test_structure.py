@@ -52,7 +52,7 @@ ROOMS = {
         __main__ __init__
     """,
     "callbacks": """
-        figures structure_hooks stages run_keeper
+        checkpoint_io figures structure_hooks stages run_keeper
         compression reconstruction teacher_report
     """,
     "cli": """
@@ -144,7 +144,7 @@ ROOMS = {
         samplers transforms
     """,
     "data/datamodules": """
-        options view_dataset view_sampler indexed
+        options view_dataset view_sampler indexed image_file
         resumable_loader
         view_data_module
         image_data_module docstrings
@@ -199,7 +199,7 @@ ROOMS = {
     """,
     "studies": """
         data output progress
-        compare compress
+        compare compress export
     """,
     "studies/compare": """
         config tasks
@@ -212,9 +212,15 @@ ROOMS = {
         config runs
         command
     """,
+    "studies/export": """
+        config citations student
+        formats
+        card
+        command
+    """,
     "teachers": """
         about ensemble frozen row_codec
-        origin questions
+        layer_errors origin questions
         store
         teachers
         recorder

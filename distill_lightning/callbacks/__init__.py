@@ -1,5 +1,6 @@
 """Callbacks that observe, record or change a training; no callback depends on a concrete module."""
 
+from distill_lightning.callbacks.checkpoint_io import WholeCheckpointIO, write_checkpoints_whole
 from distill_lightning.callbacks.compression import CompressionCallback
 from distill_lightning.callbacks.figures import ConfidenceFigure, ReliabilityDiagram, RiskCoverage, log_figure
 from distill_lightning.callbacks.reconstruction import ReconstructionErrorProbe
@@ -16,5 +17,7 @@ __all__ = [
     "RiskCoverage",
     "RunKeeper",
     "TeacherReport",
+    "WholeCheckpointIO",
     "log_figure",
+    "write_checkpoints_whole",
 ]

@@ -16,6 +16,7 @@ from distill_lightning import functional
 from distill_lightning.errors import InputError
 from distill_lightning.outputs.metrics import Confidences
 from distill_lightning.plots import reliability_diagram, risk_coverage_curve
+from distill_lightning.storage import whole_file
 
 # By the logger's class name, because none of these packages is required.
 _TAKES: dict[str, Callable[[Any, str, Figure, int], object]] = {
@@ -63,8 +64,8 @@ def _save(logger: Any, name: str, figure: Figure, step: int) -> None:
         warnings.warn(f"{type(logger).__name__} takes no figures and has no folder: {name} is not kept", stacklevel=2)
         return
     path = Path(folder) / "figures" / _file_name(name, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=150)
 
 
 def _file_name(name: str, step: int) -> str:

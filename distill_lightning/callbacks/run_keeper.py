@@ -89,7 +89,7 @@ class RunKeeper(pl.callbacks.Checkpoint):
         # The first epoch in any case: there is always a selected one.
         if not before or score > best:
             self.selected_epoch = epoch
-            with whole_file(self.folder / "selected.safetensors") as partial:
-                pl_module.export_student(partial)  # type: ignore[operator]  # a method of every module with a student
+            # A method of every module with a student.
+            pl_module.export_student(self.folder / "selected.safetensors")  # type: ignore[operator]
         with whole_file(self.folder / "last.ckpt") as partial:
             trainer.save_checkpoint(partial)

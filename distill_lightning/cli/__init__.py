@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's verbs for every method, ``record``, ``compare`` and ``compress``.
+"""The command line: LightningCLI's verbs for every method, ``record``, ``compare``, ``compress`` and ``export``.
 
 Bad input ends in one line on standard error and exit status 2; a traceback is a bug.
 """

@@ -9,35 +9,45 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import distill_lightning
 from distill_lightning.cli.error_line import one_line, own_lines, refusal
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, disk_line, is_of_the_disk
 from distill_lightning.studies.compare import config as compare
 from distill_lightning.studies.compress import config as compress
+from distill_lightning.studies.export import config as export
 
 if TYPE_CHECKING:
     from distill_lightning.studies.compress.runs import Setup
 
 
-VERBS = ("fit", "validate", "test", "predict", "record", "compare", "compress")
+VERBS = ("fit", "validate", "test", "predict", "record", "compare", "compress", "export")
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        args: what follows the program's name; ``None``: the process's own arguments.
+        args: what follows the program's name; ``None``: the process's own arguments, and the working directory is put
+            on the path of modules.
 
     Returns:
-        The exit status: 0, 1 where code of the user's own has failed, or 2 after bad input.
+        The exit status: 0, 1 where code of the user's own has failed, or 2 after bad input or where a disk is full or
+        refuses.
     """
+    if args is None:
+        _see_working_directory()
     try:
         _run(sys.argv[1:] if args is None else list(args))
     except Exception as error:
         if isinstance(error, ArgumentError) or refusal(error) is not None:
             print(f"distill-lightning: error: {one_line(error)}", file=sys.stderr)
+            return 2
+        # What loggers and others write.
+        if isinstance(error, OSError) and is_of_the_disk(error):
+            print(f"distill-lightning: error: {disk_line(error)}", file=sys.stderr)
             return 2
         own = own_lines(error)
         if own is None:
@@ -45,6 +55,16 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"distill-lightning: error: {own}", file=sys.stderr)
         return 1
     return 0
+
+
+def _see_working_directory() -> None:
+    """Find the user's own modules where the command is called, as ``python -m distill_lightning`` does.
+
+    A console script has its own folder there instead.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path and not sys.flags.safe_path:
+        sys.path.insert(0, here)
 
 
 def _run(arguments: list[str]) -> None:
@@ -62,6 +82,12 @@ def _run(arguments: list[str]) -> None:
 
         _quiet_down()
         compress_command.run(compressed, options, _setup_of)
+    elif verb == "export":
+        exported = export.parse_config(options)
+        from distill_lightning.studies.export import command as export_command  # noqa: PLC0415
+
+        _quiet_down()
+        export_command.run(exported, _setup_of)
     elif not verb.startswith("-") and verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         meant = f"; did you mean {near[0]}?" if near else ""

@@ -25,7 +25,7 @@ def one_line(error: Exception) -> str:
     refused = refusal(error)
     if refused is not None:
         # A loader's worker process puts its whole traceback before the message.
-        message = refused.rpartition(f"{InputError.__module__}.InputError: ")[2]
+        message = re.split(r"^distill_lightning[.\w]*Error: ", refused, flags=re.MULTILINE)[-1]
         return " ".join(message.split())
     last = list(_chain(error))[-1]
     # A KeyError shows its message in quotes.

@@ -9,18 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import pytorch_lightning
 import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]  # it does not say that it exports it
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from safetensors.torch import save_file
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import distill_lightning
 from distill_lightning.arguments import arguments_of, takes
 from distill_lightning.callables import check_callables, named
+from distill_lightning.callbacks import write_checkpoints_whole
 from distill_lightning.choices import choice_class, is_choice, is_plain, plain
 from distill_lightning.cli.from_file import class_of, safe_options
 from distill_lightning.data.datamodules import ViewDataModule
@@ -31,13 +32,15 @@ from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.networks.provenance import restore_structure
 from distill_lightning.networks.weights import check_architecture, read_checkpoint
 from distill_lightning.schedules import OneCycle
+from distill_lightning.storage import write_tensors
 from distill_lightning.teachers import TeacherStore
 from distill_lightning.teachers.recorder import Recorded, record
 
 _FROM_DATA = ("num_classes", "input_shape")
 _DESCRIPTION = """Train, evaluate and compare the methods of distill_lightning.
 
-Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER], distill-lightning compress CONFIG."""
+Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER], distill-lightning compress CONFIG,
+distill-lightning export CKPT [--to FORMAT ...]."""
 
 
 class RecordingTrainer(Trainer):
@@ -62,6 +65,18 @@ class RecordingTrainer(Trainer):
             raise InputError(f"record needs a method whose teachers are a TeacherStore, got {type(model).__name__}")
         self.recorded = record(self, model, datamodule)
         return self.recorded
+
+
+class _Parser(LightningArgumentParser):
+    """A parser for networks that functions make, too.
+
+    On its way to an option in the line, jsonargparse hands what is linked to the model's options on to the networks in
+    them, and has an argument for it only where these are classes. Nothing is linked to an option of a network.
+    """
+
+    def add_function_arguments(self, *args: Any, linked_targets: object = None, **kwargs: Any) -> list[str]:
+        """Add the arguments of a function."""
+        return super().add_function_arguments(*args, **kwargs)
 
 
 class DistillCLI(LightningCLI):
@@ -98,6 +113,12 @@ class DistillCLI(LightningCLI):
             args=None if args is None else list(args),
             run=run,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """LightningCLI's parser, of a class of this package."""
+        parser = _Parser(**{"dump_header": [f"pytorch_lightning=={pytorch_lightning.__version__}"], **kwargs})
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a configuration file in YAML.")
+        return parser
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -186,7 +207,9 @@ class DistillCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer; arguments that it refuses are an `InputError`."""
         with refusing("trainer", MisconfigurationException, ValueError):
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+        write_checkpoints_whole(trainer)
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Check the data, the checkpoint and the optimiser before the Trainer writes anything."""
@@ -207,13 +230,13 @@ class DistillCLI(LightningCLI):
                 raise InputError("OneCycle needs the length of the training: give trainer.max_epochs or max_steps")
 
     def after_predict(self) -> None:
-        """Write the predictions, which the Trainer would only return."""
+        """Write the predictions, which the Trainer would only return, beside the configuration that they are of."""
         share = "" if self.trainer.world_size == 1 else f"_{self.trainer.global_rank}"
-        path = Path(self.trainer.default_root_dir) / f"predictions{share}.safetensors"
+        path = _free(Path(self.trainer.log_dir or self.trainer.default_root_dir) / f"predictions{share}.safetensors")
         outputs = self.trainer.predict_loop.predictions
         # A regression's outputs are no logits.
         name = "logits" if getattr(self.model, "num_classes", None) else "output"
-        save_file({name: torch.cat(outputs).float().contiguous()}, path)
+        write_tensors(path, {name: torch.cat(outputs).float()})
         print(f"Written: {path}")
 
     def after_record(self) -> None:
@@ -246,6 +269,12 @@ def _unambiguous(word: str) -> str:
     flag, equals, value = word.rpartition("=")
     name = ReduceLROnPlateau.__name__
     return f"{flag}{equals}{ReduceLROnPlateau.__module__}.{name}" if value == name else word
+
+
+def _free(path: Path) -> Path:
+    """A path, with a number if there is something: without a logger, all runs have one folder."""
+    numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(2))
+    return next(one for one in itertools.chain([path], numbered) if not one.exists())
 
 
 def _check_files(arguments: Sequence[str]) -> None:

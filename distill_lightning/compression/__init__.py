@@ -6,6 +6,7 @@ what can be done to it; ``structure``, what was done; ``file``; ``steps``; ``run
 
 from distill_lightning.compression.file.artefact import load_compressed, write_artefact
 from distill_lightning.compression.mask.masks import Masks
+from distill_lightning.compression.report.onnx import export_onnx, quantize_onnx
 from distill_lightning.compression.report.report import Report
 from distill_lightning.compression.report.stages import Stage
 from distill_lightning.compression.run.compressor import Compressor
@@ -37,5 +38,5 @@ __all__ = [
     "L0", "Compressor", "Cubic", "Encode", "HashShare", "Iterative", "LearnMask", "LowRank", "Masks",
     "MixedPrecision", "Movement", "OneShot", "Preview", "PruneUnits", "PruneWeights", "Quantize", "Regularise",
     "Report", "Sensitivity", "ShareWeights", "SoftMovement", "Stage", "Step", "TargetedStep", "Threshold",
-    "TieLayers", "TrainedStep", "load_compressed", "preview", "write_artefact",
+    "TieLayers", "TrainedStep", "export_onnx", "load_compressed", "preview", "quantize_onnx", "write_artefact",
 ]  # fmt: skip

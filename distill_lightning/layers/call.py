@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from distill_lightning.errors import InputError
@@ -24,7 +23,7 @@ def call(network: nn.Module, inputs: Any) -> Tensor:
         What the network returns, see `only_output`.
 
     Raises:
-        InputError: the network cannot read the inputs, see `outputs_of`, or does not return one output.
+        InputError: the network takes no argument of a dict's key, or does not return one output.
 
     Example:
         >>> import torch
@@ -43,8 +42,7 @@ def outputs_of(network: Callable[..., Any], inputs: Any) -> Any:
     """Run a network, or a tap of one, on a batch's inputs; arguments as of `call`, the output is returned as it is.
 
     Raises:
-        InputError: the network takes no argument of a dict's key, or fails on images of another type, layout or number
-            of channels than its first convolution reads.
+        InputError: the network takes no argument of a dict's key.
 
     Example:
         >>> import torch
@@ -53,21 +51,15 @@ def outputs_of(network: Callable[..., Any], inputs: Any) -> Any:
         >>> outputs_of(nn.Bilinear(2, 3, 1), [torch.zeros(4, 2), torch.zeros(4, 3)]).shape
         torch.Size([4, 1])
     """
-    try:
-        if isinstance(inputs, Mapping):
+    if isinstance(inputs, Mapping):
+        try:
             return network(**inputs)
-        if isinstance(inputs, (tuple, list)):
-            return network(*inputs)
-        return network(inputs)
-    except TypeError:
-        if isinstance(inputs, Mapping):
+        except TypeError:
             _check_keywords(network, inputs)
-        raise
-    except RuntimeError as error:
-        reason = _unreadable(network, inputs)
-        if reason is None:
             raise
-        raise InputError(f"{type(network).__name__} cannot read {reason}") from error
+    if isinstance(inputs, (tuple, list)):
+        return network(*inputs)
+    return network(inputs)
 
 
 def only_output(network: nn.Module, output: Any) -> Tensor:
@@ -124,32 +116,3 @@ def _check_keywords(network: Any, inputs: Mapping[str, Any]) -> None:
             f"{type(network).__name__} takes {', '.join(signature.parameters)}, and the batch gives it "
             f"{', '.join(inputs)} by keyword ({error}): name the batch's entries so, or its only input 'input'"
         ) from error
-
-
-def _unreadable(network: Any, inputs: Any) -> str | None:
-    """What about images may have kept a network from reading them, and the way out; ``None``: nothing that shows."""
-    network = getattr(network, "network", network)
-    layers = list(network.modules()) if isinstance(network, nn.Module) and isinstance(inputs, Tensor) else []
-    convolution = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), None)
-    if convolution is None:
-        return None
-    shape, channels, dtype = tuple(inputs.shape), convolution.in_channels, convolution.weight.dtype
-    is_last = len(shape) == 4 and shape[1] != channels == shape[3]
-    found = {
-        "images of bytes: let the data module give floating-point numbers, v2.ToDtype(torch.float32, scale=True)": (
-            inputs.dtype == torch.uint8
-        ),
-        f"{inputs.dtype} with parameters of {dtype}: convert the inputs": (
-            inputs.is_floating_point() and inputs.dtype != dtype and not torch.is_autocast_enabled(inputs.device.type)
-        ),
-        f"images of shape {shape}, which have no channels: give (N, {channels}, H, W), inputs[:, None] for example": (
-            len(shape) == 3
-        ),
-        f"images of shape {shape}, whose channels are last: give (N, {channels}, H, W), inputs.permute(0, 3, 1, 2)": (
-            is_last
-        ),
-        f"images of {shape[1] if len(shape) > 1 else 0} channels, shape {shape}: it reads {channels}": (
-            len(shape) == 4 and shape[1] != channels and not is_last
-        ),
-    }
-    return next((reason for reason, is_so in found.items() if is_so), None)

@@ -35,6 +35,7 @@ from distill_lightning.networks.weights import write_weights
 from distill_lightning.outputs import Output, output_of
 from distill_lightning.part import Part
 from distill_lightning.teachers import Teachers
+from distill_lightning.teachers.layer_errors import explained
 
 
 class DistillationModule(RemembersArguments, HoldsFrozen):
@@ -243,7 +244,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         """Weigh, sum and log the terms of a batch."""
         batch = self.prepared(batch, batch_idx)
         self._observed = {}
-        terms = self.terms(batch)
+        terms = explained(self, self.terms, batch, f"training batch {batch_idx}")
         logs = weighted_sum(terms, self.weights())
         if self._observed.keys() & logs.keys():
             raise KeyError(f"{sorted(self._observed.keys() & logs.keys())}: observed under the name of a term")
@@ -269,7 +270,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
         """The student's output for the samples of a batch that count, or for a tensor of inputs."""
         batch = Batch(batch) if isinstance(batch, Tensor) else Batch.of(batch)
-        output = call(self, batch.input)
+        output: Tensor = explained(self, lambda one: call(self, one.input), batch, f"prediction batch {batch_idx}")
         return output[batch.counted] if batch.counted is not None and batch.counted.ndim == 1 else output
 
     def score(self, batches: Iterable[Any]) -> dict[str, float]:
@@ -441,13 +442,13 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         shrunk fits one of its own sizes: `compression.structure.changes.rebuild_structure`.
 
         Args:
-            path: ``.safetensors``, or ``.pt`` / ``.pth`` for `torch.save`.
+            path: ``.safetensors``, or ``.pt`` / ``.pth`` for `torch.save`; its folder is made.
 
         Returns:
             The path.
 
         Raises:
-            InputError: another suffix.
+            InputError: another suffix; the disk is full or refuses, and then what was there before is kept.
         """
         return write_weights(plain_network(self.student), Path(path))
 

@@ -31,6 +31,7 @@ from distill_lightning.modules.parts.means import weight_of
 from distill_lightning.modules.parts.optimization import plan_anew, with_schedule
 from distill_lightning.networks import likely_input_shape
 from distill_lightning.teachers import Frozen, TeacherEnsemble
+from distill_lightning.teachers.layer_errors import explained
 
 # The mean absolute error of features as they are.
 _ERROR = FactorDistance(normalize="none")
@@ -118,7 +119,8 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The mean absolute error, summed over the teachers."""
         batch = Batch.of(batch)
-        errors = [_ERROR.over_counted(*pair, batch.counted) for pair in self._pairs(batch.input)]
+        pairs = explained(self, self._pairs, batch.input, f"training batch {batch_idx}")
+        errors = [_ERROR.over_counted(*pair, batch.counted) for pair in pairs]
         loss = torch.stack(errors).sum()
         logs = {"loss": loss, **{f"reconstruction_{number}": error for number, error in enumerate(errors)}}
         self.log_dict(
@@ -133,7 +135,7 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the errors under ``val/``."""
         batch = Batch.of(batch)
-        pairs = self._pairs(batch.input)
+        pairs = explained(self, self._pairs, batch.input, f"validation batch {batch_idx}")
         for errors, (reconstruction, feature) in zip(
             metrics_of(self, "val_metrics", dataloader_idx), pairs, strict=True
         ):

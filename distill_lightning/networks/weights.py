@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill_lightning.errors import InputError
 from distill_lightning.layers import unwrapped
+from distill_lightning.storage import write_tensors, write_whole
+
+# Under these, libraries and scripts keep a network's weights in a file; the first that is there counts.
+_KEYS = ("state_dict", "model", "model_state_dict", "network", "net")
+# What others put before the names: data parallelism, a module around the network, torch.compile (also in between).
+_WRAPPERS = ("module.", "model.", "student.")
+_COMPILED = "_orig_mod."
 
 
 def read_weights(path: Path, *, part: str | None = None) -> dict[str, Tensor]:
     """Read a network's state dict from a file, without running any code that the file may contain.
+
+    The file is a state dict, or holds one under ``"state_dict"``, ``"model"`` or another key.
 
     Args:
         path: path of the file.
         part: the submodule whose weights are read; ``None``: the student of a checkpoint, and otherwise everything.
 
     Raises:
-        InputError: the file is missing, damaged or unsafe, or holds no state dict, or nothing of that part.
+        InputError: the file is missing, damaged or unsafe, holds no state dict or several under keys of their own, or
+            nothing of that part.
 
     Example:
         >>> import tempfile
@@ -46,18 +57,74 @@ def read_weights(path: Path, *, part: str | None = None) -> dict[str, Tensor]:
     return inside or dict(weights)
 
 
+def without_prefixes(network: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
+    """A network's weights without what wrappers have put before their names, with a warning that says so.
+
+    Known are ``module.`` (data parallelism), ``model.`` and ``student.`` (of another module) and ``_orig_mod.``
+    (`torch.compile`), in any order.
+
+    Args:
+        network: that they are for.
+        weights: by the names in the file.
+        source: the file, for the warning.
+
+    Returns:
+        The weights by the network's own names; where there are no such, by those that are nearest to them.
+
+    Example:
+        >>> import warnings
+        >>> from torch import nn
+        >>> from distill_lightning.networks.weights import without_prefixes
+        >>> network = nn.Linear(4, 3)
+        >>> weights = {f"module.{name}": value for name, value in network.state_dict().items()}
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     sorted(without_prefixes(network, weights, source="network.pt"))
+        ['bias', 'weight']
+    """
+    own = network.state_dict().keys()
+    found = _by_wrappers(weights)
+    fitting = [prefix for prefix, inside in found.items() if inside.keys() == own]
+    prefix = fitting[0] if fitting else max(found, key=lambda prefix: len(found[prefix].keys() & own))
+    inside = found[prefix]
+    if fitting and prefix:
+        left = len(weights) - len(inside)
+        others = f", and {left} tensors of something else are left out" if left else ""
+        warnings.warn(f"{source}: the names of its weights are read without {prefix!r}{others}", stacklevel=3)
+    return inside
+
+
+def _by_wrappers(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The weights as they are, and what is left of them without each sequence of wrappers that is there."""
+    found, waiting = {"": dict(weights)}, [""]
+    while waiting:
+        prefix = waiting.pop(0)
+        inside = found[prefix]
+        below = {
+            wrapper: {name.removeprefix(wrapper): value for name, value in inside.items() if name.startswith(wrapper)}
+            for wrapper in _WRAPPERS
+        }
+        if any(_COMPILED in name for name in inside):
+            below[_COMPILED] = {name.replace(_COMPILED, ""): value for name, value in inside.items()}
+        for wrapper, one in below.items():
+            if one:
+                found[prefix + wrapper] = one
+                waiting.append(prefix + wrapper)
+    return found
+
+
 def write_weights(network: nn.Module, path: Path) -> Path:
-    """Write a network's state dict.
+    """Write a network's state dict, whole or not at all.
 
     Args:
         network: the plain network, or what `torch.compile` returned for it.
-        path: ``.safetensors``, or ``.pt`` / ``.pth`` for `torch.save`.
+        path: ``.safetensors``, or ``.pt`` / ``.pth`` for `torch.save`; its folder is made.
 
     Returns:
         The path.
 
     Raises:
-        InputError: the suffix is another one.
+        InputError: the suffix is another one; the disk is full or refuses, and then what was there before is kept.
 
     Example:
         >>> import tempfile
@@ -74,9 +141,12 @@ def write_weights(network: nn.Module, path: Path) -> Path:
     # Clones, because safetensors refuses tied weights, and torch.save would write a view's whole storage.
     state = {name: value.detach().cpu().clone().contiguous() for name, value in plain.state_dict().items()}
     if path.suffix == ".safetensors":
-        save_file(state, path)
+        write_tensors(path, state, {"format": "pt"})
     else:
-        torch.save(state, path)
+        # torch.save would tell of a full disk in words of its own.
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_whole(path, [content.getbuffer()])
     return path
 
 
@@ -157,12 +227,32 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         raise InputError(
             f"{path} cannot be read as weights ({type(error).__name__}: {reason}): is it complete?"
         ) from error
-    weights = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    if not isinstance(weights, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
-    ):
+    return content, _weights_in(content, path)
+
+
+def _weights_in(content: Any, path: Path) -> Mapping[str, Tensor]:
+    if _is_state_dict(content):
+        return cast("Mapping[str, Tensor]", content)
+    entries = content.items() if isinstance(content, Mapping) else []
+    held = [key for key, value in entries if _is_state_dict(value) and (value or key == _KEYS[0])]
+    if not held:
         raise InputError(f"{path} holds no state dict: save network.state_dict(), or use export_student(path)")
-    return content, weights
+    known = [key for key in _KEYS if key in held]
+    if not known and len(held) > 1:
+        raise InputError(
+            f"{path} holds several state dicts ({', '.join(map(str, held))}): save the one that is meant in a file of "
+            "its own"
+        )
+    key = (known or held)[0]
+    if key != _KEYS[0]:
+        warnings.warn(f"{path}: what it holds under {key!r} is read", stacklevel=4)
+    return cast("Mapping[str, Tensor]", content[key])
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
 
 
 def _load_tensors(path: Path) -> Any:

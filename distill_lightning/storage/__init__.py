@@ -6,6 +6,7 @@ from distill_lightning.storage.files import (
     sweep_partial,
     whole_file,
     with_checksum,
+    write_tensors,
     write_whole,
 )
 from distill_lightning.storage.header import FORMAT, read_header
@@ -34,5 +35,6 @@ __all__ = [
     "sweep_records",
     "whole_file",
     "with_checksum",
+    "write_tensors",
     "write_whole",
 ]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from distill_lightning.errors import InputError
+from safetensors.torch import save
+from torch import Tensor
+
+from distill_lightning.errors import InputError, disk_line
 
 CHECKSUM_BYTES = 4
 
@@ -24,41 +27,93 @@ def write_all(file: Any, content: Any) -> None:
 
 
 @contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """`whole_file` in a folder that exists, with errors as they come, for what has a line of its own to say of them.
+
+    Raises:
+        OSError: the disk is full or refuses; what was there before is kept.
+    """
+    # A link stays one.
+    place = path.resolve()
+    # Processes of several machines may write the same file; their process ids do not tell them apart.
+    partial = place.with_name(f"partial.{uuid4().hex}.{place.name}")
+    try:
+        partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode
+        yield partial
+        # Some libraries make a file of their own, which nobody else may read.
+        partial.chmod(mode)
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())
+        partial.replace(place)
+    finally:
+        with suppress(NotADirectoryError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Write a file under a temporary name, and rename it once it is complete and on the disk.
 
     ::
 
         with whole_file(path) as partial:
-            save_file(tensors, partial)
+            figure.savefig(partial)
+
+    Its folder is made, and others may read it as the process's umask says. What is large is better written by
+    `write_whole`: libraries that write files themselves have errors of their own for a full disk.
 
     Args:
         path: the file.
 
     Returns:
         Where to write it; the name ends as the file's own. Nothing is left there if the writing fails.
+
+    Raises:
+        InputError: the disk is full or refuses; what was there before is kept.
     """
-    # Processes of several machines may write the same file; their process ids do not tell them apart.
-    partial = path.with_name(f"partial.{uuid4().hex}.{path.name}")
     try:
-        yield partial
-        with partial.open("r+b") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(path) as partial:
+            yield partial
+    except OSError as error:
+        raise InputError(disk_line(error, path)) from error
+
+
+def write_parts(path: Path, parts: Iterable[Any]) -> None:
+    """Write bytes to a file as they come."""
+    with path.open("wb", buffering=0) as file:
+        for part in parts:
+            write_all(file, part)
 
 
 def write_whole(path: Path, parts: Iterable[Any]) -> None:
     """Write bytes to a file, all of them or none.
 
     Args:
-        path: the file.
+        path: the file; its folder is made.
         parts: its bytes, one after the other; they need not be in memory at once.
+
+    Raises:
+        InputError: the disk is full or refuses; what was there before is kept.
     """
-    with whole_file(path) as partial, partial.open("wb", buffering=0) as file:
-        for part in parts:
-            write_all(file, part)
+    with whole_file(path) as partial:
+        write_parts(partial, parts)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as ``.safetensors``, whole or not at all.
+
+    Args:
+        path: the file; its folder is made.
+        tensors: by name; no two share memory.
+        metadata: text that stands in the file's header.
+
+    Raises:
+        InputError: the disk is full or refuses; what was there before is kept.
+    """
+    own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_whole(path, [save(own, None if metadata is None else dict(metadata))])
 
 
 def sweep_partial(folder: Path, *patterns: str) -> None:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from distill_lightning.errors import InputError
-from distill_lightning.storage.files import write_whole
+from distill_lightning.storage.files import replaced_file, write_parts
 
 FORMAT = 2
 """Version of everything that is written here; what has another one is refused."""
@@ -37,8 +37,13 @@ def differences(
 
 
 def write_header(folder: Path, header: Mapping[str, Any]) -> None:
-    """Write what a folder of records says of itself."""
-    write_whole(folder / HEADER, [json.dumps(header, indent=1, sort_keys=True).encode()])
+    """Write what a folder of records says of itself.
+
+    Raises:
+        OSError: the disk is full or refuses.
+    """
+    with replaced_file(folder / HEADER) as partial:
+        write_parts(partial, [json.dumps(header, indent=1, sort_keys=True).encode()])
 
 
 def read_header(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill_lightning.errors import InputError, refusing
-from distill_lightning.storage.files import CHECKSUM_BYTES, checksum_fits, with_checksum, write_whole
+from distill_lightning.storage.files import CHECKSUM_BYTES, checksum_fits, replaced_file, with_checksum, write_parts
 from distill_lightning.storage.header import FORMAT, differences
 
 # The header fills whole pages, so that the rows begin with one.
@@ -187,8 +187,12 @@ class RowFile:
             layout: what it holds.
             columns: pieces ``(N, *shape)`` of the rows by field, which make ``layout.rows`` rows of each field. They
                 need not be in memory at once.
+
+        Raises:
+            OSError: the disk is full or refuses; what was there before is kept.
         """
-        write_whole(path, with_checksum(_content(layout, columns)))
+        with replaced_file(path) as partial_file:
+            write_parts(partial_file, with_checksum(_content(layout, columns)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the array would be the whole file in memory.

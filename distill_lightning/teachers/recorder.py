@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from distill_lightning.errors import InputError
+from distill_lightning.teachers.layer_errors import explained
 from distill_lightning.teachers.origin import claim, describe, fetched
 from distill_lightning.teachers.store import TeacherStore
 from distill_lightning.teachers.teachers import Teachers
@@ -110,7 +111,8 @@ class _Recorder(pl.LightningModule):
                 f"record asked for the training samples {samples[0]} to {samples[-1]} and got others, by their "
                 "own index: let a sample's index be its place in the data set"
             )
-        self._parts.append(self.store.codec.narrow(self.teachers.rows_to_store(batch)))
+        rows = explained(self.module, self.teachers.rows_to_store, batch, f"recorded batch {batch_idx}")
+        self._parts.append(self.store.codec.narrow(rows))
         self.answers += batch.size
         if is_last:
             names = self._parts[0]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from distill_lightning import InputError
 from distill_lightning.compression.access.computed import bake
@@ -207,13 +208,16 @@ def test_what_was_shrunk_or_baked_is_exported(tmp_path):
     network = convert_attention(Encoder()).eval()
     shrink(network, {group: [0, 2] for group in head_groups(network)})
     quantize_weights(network.enter, scheme=Scheme(bits=4))
-    with pytest.raises(InputError, match="enter is parametrized: bake the network"):
-        export_onnx(network, tmp_path / "net.onnx", torch.randn(2, 8, 8))
-    bake(network.enter)
     rows = torch.randn(3, 8, 8)
-    path = export_onnx(network, tmp_path / "net.onnx", rows)
+    path = export_onnx(network, str(tmp_path / "new" / "computed.onnx"), rows)
+    assert parametrize.is_parametrized(network.enter)
     with torch.no_grad():
         torch.testing.assert_close(OnnxNetwork(path)(rows), network(rows), atol=1e-5, rtol=0)
+    bake(network.enter)
+    assert export_onnx(network, tmp_path / "baked.onnx", rows).read_bytes() == path.read_bytes()
+    nn.utils.parametrizations.weight_norm(network.head)
+    with pytest.raises(InputError, match="head has a parametrization that is not this package's"):
+        export_onnx(network, tmp_path / "foreign.onnx", rows)
 
 
 class Tied(nn.Module):
@@ -315,6 +319,10 @@ def test_no_file_is_left_that_was_not_checked(error, tmp_path, monkeypatch):
     with pytest.raises(type(error)):
         export_onnx(nn.Linear(4, 3), tmp_path / "net.onnx", torch.randn(2, 4))
     assert not list(tmp_path.iterdir())
+    (tmp_path / "net.onnx").write_text("of before")
+    with pytest.raises(type(error)):
+        export_onnx(nn.Linear(4, 3), tmp_path / "net.onnx", torch.randn(2, 4))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of before"]
 
 
 @pytest.mark.slow

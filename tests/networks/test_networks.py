@@ -1,5 +1,6 @@
 """Networks by name, their recipes, and weights from files."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -334,6 +335,88 @@ def test_pretrained_reads_every_kind_of_file(tmp_path, name):
     loaded = Pretrained(network, tmp_path / name)
     assert loaded is network
     assert same_state(network, source.state_dict())
+
+
+WRAPPED = {
+    "data_parallel": (lambda state: prefixed(state, "module."), "without 'module.'$"),
+    "another_module": (lambda state: prefixed(state, "model."), "without 'model.'$"),
+    "compiled": (lambda state: prefixed(state, "_orig_mod."), "without '_orig_mod.'$"),
+    "compiled_within": (
+        lambda state: {name.replace("stem.", "stem._orig_mod."): value for name, value in state.items()},
+        "without '_orig_mod.'$",
+    ),
+    "all_of_them": (
+        lambda state: prefixed(state, "model._orig_mod.module."),
+        r"without '(model\.|module\.|_orig_mod\.){3}'$",
+    ),
+    "averaged": (
+        lambda state: prefixed(state, "module.") | {"n_averaged": torch.tensor(3)},
+        "without 'module.', and 1 tensors of something else are left out",
+    ),
+    "with_a_loss": (
+        lambda state: prefixed(state, "model.") | {"loss.weight": torch.ones(2), "teacher.a": torch.ones(2)},
+        "without 'model.', and 2 tensors of something else",
+    ),
+    "a_compiled_student": (
+        lambda state: prefixed(state, "student._orig_mod.") | {"adapter.weight": torch.zeros(2)},
+        "without '_orig_mod.'$",
+    ),
+}
+KEPT = {
+    "model": (lambda state: {"model": state, "epoch": 3, "optimizer": {"state": {}}}, "under 'model' is read"),
+    "timm": (lambda state: {"state_dict": state, "state_dict_ema": state}, None),
+    "model_ema": (lambda state: {"model": state, "model_ema": prefixed(state, "x")}, "under 'model' is read"),
+    "net_of_my_own": (lambda state: {"my_net": state, "accuracy": 0.5}, "under 'my_net' is read"),
+}
+
+
+@pytest.mark.parametrize(("change", "told"), WRAPPED.values(), ids=WRAPPED)
+def test_pretrained_reads_names_behind_what_wrappers_put_there_and_says_so(tmp_path, change, told):
+    source, network = SmallResNet(3, width=2), SmallResNet(3, width=2)
+    torch.save(change(source.state_dict()), tmp_path / "w.pt")
+    with pytest.warns(UserWarning, match=rf"w\.pt: the names of its weights are read {told}"):
+        Pretrained(network, tmp_path / "w.pt")
+    assert same_state(network, source.state_dict())
+
+
+@pytest.mark.parametrize(("change", "told"), KEPT.values(), ids=KEPT)
+def test_pretrained_reads_what_is_kept_under_a_key_and_says_so(tmp_path, change, told):
+    source, network = SmallResNet(3, width=2), SmallResNet(3, width=2)
+    torch.save(change(source.state_dict()), tmp_path / "w.pt")
+    with contextlib.nullcontext() if told is None else pytest.warns(UserWarning, match=rf"w\.pt: what .* {told}"):
+        Pretrained(network, tmp_path / "w.pt")
+    assert same_state(network, source.state_dict())
+
+
+def test_a_network_whose_own_names_begin_so_is_read_as_it_is(tmp_path):
+    source, network = (nn.ModuleDict({"model": SmallResNet(3, width=2)}) for _ in range(2))
+    torch.save(source.state_dict(), tmp_path / "w.pt")
+    assert same_state(Pretrained(network, tmp_path / "w.pt"), source.state_dict())
+    torch.save(prefixed(source.state_dict(), "model."), tmp_path / "deeper.pt")
+    with pytest.warns(UserWarning, match=r"deeper\.pt: .* without 'model\.'$"):
+        Pretrained(network, tmp_path / "deeper.pt")
+
+
+def test_a_compiled_network_takes_the_plain_ones_weights(tmp_path):
+    source, network = SmallResNet(3, width=2), SmallResNet(3, width=2)
+    torch.save(source.state_dict(), tmp_path / "w.pt")
+    compiled = torch.compile(network, backend="eager")
+    assert Pretrained(compiled, tmp_path / "w.pt") is compiled
+    assert same_state(network, source.state_dict())
+
+
+def test_of_several_state_dicts_none_is_guessed(tmp_path):
+    state = SmallResNet(3, width=2).state_dict()
+    torch.save({"ours": state, "theirs": state}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"w\.pt holds several state dicts \(ours, theirs\): save the one"):
+        read_weights(tmp_path / "w.pt")
+
+
+def test_another_architecture_is_told_of_by_the_names_that_it_would_have(tmp_path):
+    state = prefixed(without(SmallResNet(3, width=2).state_dict(), "head.bias"), "module.")
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"another architecture than SmallResNet: it has no 'head\.bias';"):
+        Pretrained(SmallResNet(3, width=2), tmp_path / "w.pt")
 
 
 class Trap:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -21,9 +21,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from distill_lightning.compression.access.calibration import calibrating, inputs_of
+from distill_lightning.compression.access.computed import is_computed
 from distill_lightning.compression.report.measure import Latency, compare_latency
+from distill_lightning.compression.structure.changes import plain_copy
 from distill_lightning.errors import InputError, check_one_of
 from distill_lightning.layers import eval_mode
+from distill_lightning.storage.files import whole_file, write_parts
 
 TOLERANCE = 1e-5
 """The largest difference of an output, relative to the largest output or to 1, that a float32 export may have."""
@@ -83,7 +86,7 @@ class OnnxNetwork:
         return tensors[0] if len(tensors) == 1 else tensors
 
 
-def export_onnx(network: nn.Module, path: Path, example_inputs: Any, *, dynamic_batch: bool = True) -> Path:
+def export_onnx(network: nn.Module, path: Path | str, example_inputs: Any, *, dynamic_batch: bool = True) -> Path:
     """Write a network as an ONNX file in float32, and check that ONNX Runtime computes the same as PyTorch.
 
     The file holds the weights themselves; what the exporter adds for debugging (stack traces, shapes of all
@@ -92,9 +95,9 @@ def export_onnx(network: nn.Module, path: Path, example_inputs: Any, *, dynamic_
     training.
 
     Args:
-        network: a plain network: it may be shrunk or factored, but quantized or shared weights must be baked, and there
-            must be no hooks that quantize. It runs in eval mode and is left as it was.
-        path: path of the file.
+        network: it may be compressed: of weights that are computed (quantized, shared, pruned by masks) the file holds
+            the values. It runs in eval mode and is left as it was.
+        path: path of the file; its folder is made.
         example_inputs: a tensor, or a tuple of arguments; the batch is the first dimension of each.
         dynamic_batch: whether the file accepts every batch size, or only that of ``example_inputs``.
 
@@ -102,15 +105,19 @@ def export_onnx(network: nn.Module, path: Path, example_inputs: Any, *, dynamic_
         The path.
 
     Raises:
-        InputError: the extra ``onnx`` is not installed, the network is parametrized or cannot be exported, or the
-            outputs differ at batch sizes 1 and 3 (at that of ``example_inputs``) or are not tensors. No file is left
-            then.
+        InputError: the extra ``onnx`` is not installed; the network cannot be exported, or has a parametrization of
+            another package; the outputs differ at batch sizes 1 and 3 (at that of ``example_inputs``) or are not
+            tensors; the disk is full or refuses. No file is left then, but what was there before.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _package(package)
+    path, network = Path(path), plain_copy(network) if is_computed(network) else network
     for name, module in network.named_modules():
         if parametrize.is_parametrized(module):
-            raise InputError(f"{name or type(network).__name__} is parametrized: bake the network before export_onnx")
+            raise InputError(
+                f"{name or type(network).__name__} has a parametrization that is not this package's: fix its value "
+                "with torch.nn.utils.parametrize.remove_parametrizations, or export a copy without it"
+            )
     # The exporter would treat a size of 1 as a constant.
     inputs = at_batch(example_inputs, max(2, len(inputs_of(example_inputs)[0]))) if dynamic_batch else example_inputs
     arguments = inputs_of(inputs)
@@ -118,26 +125,23 @@ def export_onnx(network: nn.Module, path: Path, example_inputs: Any, *, dynamic_
     shapes = tuple({0: batch} if isinstance(value, Tensor) else None for value in arguments) if dynamic_batch else None
     with calibrating(network), torch.no_grad(), _known_warnings():
         try:
-            torch.onnx.export(
-                network, arguments, str(path), dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
-            )
+            program = torch.onnx.export(network, arguments, dynamo=True, dynamic_shapes=shapes, verbose=False)
         except torch.onnx.errors.OnnxExporterError as error:
             raise InputError(f"{type(network).__name__} cannot be exported to ONNX: {_in_a_line(error)}") from error
     checked = [at_batch(inputs, size) for size in _BATCHES] if dynamic_batch else [inputs]
-    try:
-        _strip(path)
-        session = OnnxNetwork(path)
+    with whole_file(path) as partial:
+        # The exporter's own way to a file would tell of a full disk in words of its own.
+        write_parts(partial, [_stripped(cast("Any", program).model_proto).SerializeToString()])
+        session = OnnxNetwork(partial)
+        session.path = path
         for given in checked:
             _check_equal(network, session, inputs_of(given))
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
     return path
 
 
 def quantize_onnx(
-    path: Path,
-    out: Path,
+    path: Path | str,
+    out: Path | str,
     *,
     mode: Literal["static", "dynamic"] = "static",
     batches: Iterable[Any] | None = None,
@@ -148,7 +152,7 @@ def quantize_onnx(
 
     Args:
         path: path of a file that `export_onnx` wrote.
-        out: path of the quantized file.
+        out: path of the quantized file; its folder is made.
         mode: ``"static"`` for convolutional networks: activations have fixed ranges, found on ``batches``;
             ``"dynamic"`` for LSTMs and Transformers: ranges are found at every call.
         batches: inputs from the training set, each a tensor or a tuple of tensors; only for ``"static"``.
@@ -159,8 +163,10 @@ def quantize_onnx(
     Raises:
         InputError: the extra ``onnx`` is not installed; a mode that does not suit the network: dynamic for convolutions
             is several times slower than float, static leaves recurrent layers in float; ``batches`` are missing or
-            not needed; or less than half of the weights could be quantized.
+            not needed; less than half of the weights could be quantized; or the disk is full or refuses. What was there
+            before is kept then.
     """
+    path, out = Path(path), Path(out)
     onnx = _package("onnx")
     _package("onnxruntime")
     check_one_of("quantize_onnx: mode", mode, ("static", "dynamic"))
@@ -183,29 +189,28 @@ def quantize_onnx(
         "reduce_range": not has_vnni(),
         "weight_type": quantization.QuantType.QInt8,
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, whole_file(out) as partial:
         prepared = Path(folder, "prepared.onnx")
         preprocess(str(path), str(prepared))
         if batches is None:
-            quantization.quantize_dynamic(str(prepared), str(out), **options)
+            quantization.quantize_dynamic(str(prepared), str(partial), **options)
         else:
             names = [entry.name for entry in graph.input]
             quantization.quantize_static(
                 str(prepared),
-                str(out),
+                str(partial),
                 _reader(quantization, path, names, batches),
                 quant_format=quantization.QuantFormat.QDQ,
                 activation_type=quantization.QuantType.QUInt8,
                 **options,
             )
-    _strip(out)
-    share = int8_share(out)
-    if share < _INT8_COVERAGE:
-        out.unlink()
-        raise InputError(
-            f"{path}: only {share:.0%} of the weights would be int8 with mode={mode!r}: ONNX Runtime has no int8 "
-            "kernel for the others; quantize with the package's own steps and keep the packed file"
-        )
+        write_parts(partial, [_stripped(onnx.load(str(partial))).SerializeToString()])
+        share = int8_share(partial)
+        if share < _INT8_COVERAGE:
+            raise InputError(
+                f"{path}: only {share:.0%} of the weights would be int8 with mode={mode!r}: ONNX Runtime has no int8 "
+                "kernel for the others; quantize with the package's own steps and keep the packed file"
+            )
     return out
 
 
@@ -333,16 +338,17 @@ def _known_warnings() -> Iterator[None]:
         yield
 
 
-def _strip(path: Path) -> None:
-    """Remove stack traces and the types of intermediate values, which also keep ONNX Runtime from quantizing."""
-    onnx = _package("onnx")
-    model = onnx.load(str(path))
+def _stripped(model: Any) -> Any:
+    """A file's content without stack traces and types of intermediate values, which keep ONNX Runtime from quantizing.
+
+    It is changed in place.
+    """
     graph = model.graph
     del graph.value_info[:], model.metadata_props[:], graph.metadata_props[:]
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         part.ClearField("doc_string")
         del part.metadata_props[:]
-    onnx.save(model, str(path))
+    return model
 
 
 def _check_equal(network: nn.Module, session: OnnxNetwork, arguments: tuple[Any, ...]) -> None:

@@ -82,7 +82,8 @@ class DocstringsDataModule(ViewDataModule):
             documentation strings, or a file in it that is not Python.
     """
 
-    test_size: int  # required: there is no separate test set
+    val_size: int  # required, as the next: there are no separate sets
+    test_size: int
     num_classes = 256
 
     def __init__(

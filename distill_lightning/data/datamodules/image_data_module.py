@@ -19,7 +19,7 @@ class ImageDataModule(ViewDataModule):
     the training files, test images are the first ones.
 
     Args:
-        val_size: number of validation images.
+        val_size: number of validation images; ``None``: all that are for validation alone.
         test_size: number of test images; ``None``: all.
         options: how samples are chosen, ordered and loaded, and which views of them; see `ViewOptions`.
 
@@ -30,33 +30,37 @@ class ImageDataModule(ViewDataModule):
     input_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
 
-    def __init__(self, *, val_size: int, test_size: int | None = None, **options: Unpack[ViewOptions]) -> None:
+    def __init__(self, *, val_size: int | None, test_size: int | None = None, **options: Unpack[ViewOptions]) -> None:
         super().__init__(val_size=val_size, test_size=test_size, **options)
 
-    def split(self, rest: int, test: int) -> dict[str, Tensor]:
+    def split(self, rest: int, test: int, val: int | None = None) -> dict[str, Tensor]:
         """Which samples belong to ``"train"``, ``"val"`` and ``"test"``, as their places in what was read.
 
         Args:
-            rest: number of samples for training and validation.
+            rest: number of samples for training, and for validation where no others are for that.
             test: number of samples for test.
+            val: number of samples for validation alone; ``None``: there are none.
 
         Raises:
-            InputError: a split is larger than the data.
+            InputError: a split is larger than the data, or it is not said how large it is to be.
         """
         name = type(self).__name__
-        available = rest - self.val_size
+        if val is None and self.val_size is None:
+            raise InputError(f"{name}: give val_size, the number of training images to be drawn for validation")
+        drawn = self.val_size or 0 if val is None else 0
+        available = rest - drawn
         if available < 1:
             raise InputError(f"{name}: val_size={self.val_size} leaves none of {rest} images to train on")
         if self.subset is not None and self.subset > available:
-            raise InputError(
-                f"{name}: subset={self.subset} is larger than the {available} training images that "
-                f"val_size={self.val_size} leaves"
-            )
-        if self.test_size is not None and self.test_size > test:
-            raise InputError(f"{name}: test_size={self.test_size} is larger than the {test} test images")
+            left = f" that val_size={self.val_size} leaves" if drawn else ""
+            raise InputError(f"{name}: subset={self.subset} is larger than the {available} training images{left}")
+        for what, size, count in (("val", self.val_size, val), ("test", self.test_size, test)):
+            if count is not None and size is not None and size > count:
+                whole = {"val": "validation", "test": "test"}[what]
+                raise InputError(f"{name}: {what}_size={size} is larger than the {count} {whole} images")
         order = torch.randperm(rest, generator=torch.Generator().manual_seed(self.seed))
         return {
-            "train": order[self.val_size :][: self.subset],
-            "val": order[: self.val_size],
+            "train": order[drawn:][: self.subset],
+            "val": order[:drawn] if val is None else torch.arange(self.val_size or val),
             "test": torch.arange(self.test_size or test),
         }

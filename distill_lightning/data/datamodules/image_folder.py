@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import itertools
 import os
-import zlib
+import warnings
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Literal, NamedTuple, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision import io
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.columns import Columns
 from distill_lightning.data.datamodules.image_data_module import ImageDataModule
+from distill_lightning.data.datamodules.image_file import SUFFIXES, DamagedImageError, decode
 from distill_lightning.data.datamodules.options import ViewOptions
 from distill_lightning.data.datamodules.view_dataset import ViewDataset
 from distill_lightning.data.views import CROP_DRAWS, random_box, uniform_draws
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_one_of
 
-_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif")
-_PNG = b"\x89PNG\r\n\x1a\n"
-# How many bytes a byte of a deflated stream can stand for.
-_DEFLATED_AT_MOST = 1032
+# Damaged files that a warning names.
+_SHOWN = 100
 
 
 class Files(NamedTuple):
@@ -63,6 +62,8 @@ class ImageFiles(ViewDataset):
         flip: whether half of the random views are mirrored.
         seed: of the views and the partners.
         partners: whether each view comes with another sample in the same view, drawn from the view's own key.
+        damaged: where damaged files are noted, bool ``(N,)``, in memory that worker processes share; their views then
+            are images of the mean colour that do not count. ``None``: a damaged file is an error.
     """
 
     depends_on = ("mean", "std", "seed", "image_size", "crop_scale", "crop_ratio", "flip", "partners")
@@ -82,9 +83,10 @@ class ImageFiles(ViewDataset):
         flip: bool = True,
         seed: int = 0,
         partners: bool = False,
+        damaged: Tensor | None = None,
     ) -> None:
         super().__init__(seed=seed, partners=partners)
-        self.folder, self.files = Path(folder), files
+        self.folder, self.files, self.damaged = Path(folder), files, damaged
         self.image_size, self.resize_size = image_size, resize_size
         self.mean, self.std = mean, std
         self.augment, self.crop_scale, self.crop_ratio, self.flip = augment, crop_scale, crop_ratio, flip
@@ -96,17 +98,38 @@ class ImageFiles(ViewDataset):
         """The batch of these views, both ``(N,)``.
 
         Raises:
-            InputError: a file cannot be decoded.
+            InputError: a file cannot be read or, unless damaged files are noted, decoded.
         """
         draws = uniform_draws(self.seed, index, view, 1 + CROP_DRAWS).tolist() if self.augment else []
         pixels = torch.empty(len(index), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        counted = torch.ones(len(index), dtype=torch.bool)
         for sample, rows in itertools.groupby(range(len(index)), key=index.tolist().__getitem__):
-            image = decode(self.folder / os.fsdecode(self.files.paths[sample]))
+            image = self._decoded(sample)
             for row in rows:
-                pixels[row] = self._random(image, draws[row]) if self.augment else self._plain(image)
+                if image is None:
+                    counted[row] = False
+                else:
+                    pixels[row] = self._random(image, draws[row]) if self.augment else self._plain(image)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         inputs = pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
-        return Batch(inputs, self.files.targets[index], index, view)
+        if counted.all():
+            return Batch(inputs, self.files.targets[index], index, view)
+        inputs[~counted] = 0
+        return Batch(inputs, self.files.targets[index], index, view, counted)
+
+    def make_partner(self, index: Tensor, view: Tensor, others: Tensor) -> Batch:
+        """As of every `ViewDataset`, but instead of a damaged image the sample is its own partner."""
+        partner = self.make(others, view)
+        return partner if partner.counted is None else self.make(torch.where(partner.counted, others, index), view)
+
+    def _decoded(self, sample: int) -> Tensor | None:
+        try:
+            return decode(self.folder / os.fsdecode(self.files.paths[sample]))
+        except DamagedImageError:
+            if self.damaged is None:
+                raise
+            self.damaged[sample] = True
+            return None
 
     def columns(self) -> Columns:
         """Paths, below the folder, and classes."""
@@ -124,78 +147,27 @@ class ImageFiles(ViewDataset):
         return centre
 
 
-def decode(path: Path) -> Tensor:
-    """Read a JPEG, PNG, WebP or GIF file, whichever its content is, as ``ImageFolderDataModule`` says.
-
-    Returns:
-        uint8 ``(3, H, W)``, red, green and blue.
-
-    Raises:
-        InputError: it is none of these, or damaged.
-    """
-    try:
-        content = np.fromfile(path, np.uint8)
-        if content[: len(_PNG)].tobytes() == _PNG:
-            _check_png(content)
-        coded = torch.from_numpy(content)
-        image: Tensor = io.decode_image(coded, mode=io.ImageReadMode.RGB, apply_exif_orientation=True)
-    except (RuntimeError, OSError, ValueError) as error:
-        # torchvision says where in its own sources it happened, and then what.
-        first = str(error).splitlines()[0]
-        reason = first.rpartition(".cpp:")[2].partition(", ")[2] or first
-        raise InputError(f"{path} cannot be decoded ({reason}): mend it, or take it out of the folder") from error
-    if image.dtype == torch.uint16:
-        image = (image.int() >> 8).to(torch.uint8)
-    return image if image.ndim == 3 else image[0]
-
-
-def _check_png(content: NDArray[np.uint8]) -> None:
-    """Look at the pieces of a PNG file: torchvision's decoder ends the process where one of them is damaged.
-
-    Raises:
-        ValueError: one that an image needs is damaged or missing, or there are too few bytes for its size.
-    """
-    view, place, kind, coded, wanted = content.data, len(_PNG), b"", 0, 0
-    while kind != b"IEND":
-        size = int.from_bytes(view[place : place + 4], "big")
-        kind, end = bytes(view[place + 4 : place + 8]), place + 8 + size
-        if end + 4 > len(view):
-            raise ValueError("the PNG file is not complete")
-        # A decoder leaves out damaged pieces with small first letters, which hold comments and the like.
-        if kind[:1].isupper() and zlib.crc32(view[place + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            raise ValueError(f"the checksum of a PNG file's {kind.decode('latin-1')!r} does not fit")
-        if kind == b"IHDR":
-            wanted = _png_bytes(bytes(view[place + 8 : end]))
-        elif kind == b"IDAT":
-            coded += size
-        place = end + 4
-    if not wanted or wanted > coded * _DEFLATED_AT_MOST:
-        raise ValueError(f"a PNG file has {coded} bytes for an image of {wanted}")
-
-
-def _png_bytes(header: bytes) -> int:
-    """Bytes of a PNG file's pixels without compression."""
-    width, height = int.from_bytes(header[:4], "big"), int.from_bytes(header[4:8], "big")
-    depth, colour = header[8], header[9]
-    return height * -(-width * depth * {2: 3, 4: 2, 6: 4}.get(colour, 1) // 8)
-
-
 class ImageFolderDataModule(ImageDataModule):
     """A large image set in folders, such as ImageNet: one folder of image files per class.
 
     ::
 
-        data_dir/train/<class>/**/image.jpg     for training and validation
-        data_dir/val/<class>/**/image.jpg       for test; ImageNet's public validation images
+        data_dir/train/<class>/**/image.jpg     for training
+        data_dir/val/<class>/**/image.jpg       for validation
+        data_dir/test/<class>/**/image.jpg      for test
 
-    The classes are the sorted names of the folders under ``train``. The images under ``val`` are the **test** set and
-    never pick an epoch: the validation images are drawn from ``train``. Hidden files and folders, and files whose names
-    do not end in ``.jpeg``, ``.jpg``, ``.png``, ``.webp`` or ``.gif``, in capitals or not, are passed over.
+    The classes are the sorted names of the folders under ``train``. **Where there is no** ``test``, as with ImageNet's
+    public images, those under ``val`` are the test set and never pick an epoch. The validation images are then drawn
+    from ``train``, as they are where there is no ``val``. Hidden files and folders are passed over, and
+    files whose names do not end in ``.jpeg``, ``.jpg``, ``.jfif``, ``.png``, ``.webp``, ``.gif``, ``.bmp``, ``.tif``,
+    ``.tiff``, ``.pbm``, ``.pgm`` or ``.ppm``, in capitals or not.
 
     A view is a function of ``(seed, sample index, view number)`` alone: torchvision's ``RandomResizedCrop`` and a flip,
     with bilinear interpolation and antialiasing. All images become RGB with 8 bits: grey ones, palettes and CMYK JPEGs
-    are converted, transparency is dropped, 16 bits lose the lower 8, of an animated GIF the first frame counts. The
-    EXIF orientation of JPEG and PNG files is followed; that of WebP files is not.
+    are converted, transparency is dropped, 16 bits lose the lower 8, and of an animation or several pages the first
+    counts; levels of PGM and PPM files are stretched so that their largest is white. TIFF files of other numbers than
+    unsigned ones of at most 16 bits are refused. The orientation that JPEG, PNG and TIFF files tell is followed; that
+    of WebP files is not.
 
     With ``views_per_load=R`` an image is decoded once for ``R`` of its views, which follow one another in a batch; an
     epoch then reads the views ``e * R`` to ``e * R + R - 1``, modulo ``views``, and is ``R`` times as long. Shen, Xing:
@@ -203,27 +175,32 @@ class ImageFolderDataModule(ImageDataModule):
     the same; the batches hold fewer different images. Partners are decoded for each view.
 
     Args:
-        data_dir: the folder with ``train`` and ``val``.
+        data_dir: the folder with ``train`` and ``val``, ``test``, or both.
         image_size: rows and columns of what the networks read.
         resize_size: length of the shorter side of an image in validation and test, of which the centre is taken.
         crop_scale: smallest and largest part of an image's area that a training view shows.
         crop_ratio: smallest and largest ratio of width to height of that part.
         flip: whether half of the training views are mirrored.
-        val_size: number of validation images, drawn by ``seed`` from ``train``.
-        test_size: number of test images, drawn by ``seed`` from ``val``; ``None``: all.
+        val_size: number of validation images, drawn by ``seed`` from ``train`` or, where there is a ``test``, from
+            ``val``; ``None``: all under ``val``.
+        test_size: number of test images, drawn by ``seed``; ``None``: all.
         mean: of red, green and blue in ``[0, 1]``; the networks read ``(pixel / 255 - mean) / std``.
         std: of red, green and blue, in the same unit.
+        on_damaged: what becomes of an image that cannot be decoded: ``"error"`` stops the run; with ``"skip"`` a view
+            of the mean colour takes its place and does not count (``Batch.counted``): it is in no loss and no metric,
+            prediction leaves it out, and it is no one's partner. At the end each process warns of such files that it
+            has met, with their number and paths; `skipped` tells them, too, and `check` finds them before.
         options: how samples are chosen, ordered and loaded, and which views of them; see `ViewOptions`. A worker
             decodes some hundreds of images a second.
 
     Raises:
-        InputError: an option is out of range, or ``train`` has no class folders; from ``setup``: a split is larger than
-            the data, a class folder is empty or has a link to a folder above, or ``val`` has a class that ``train`` has
-            not; from a loader: an image cannot be decoded.
+        InputError: an option is out of range, ``train`` has no class folders, or ``val_size`` is missing; from
+            ``setup``: a split is larger than the data, a class folder is empty or has a link to a folder above, or
+            another folder has a class that ``train`` has not; from a loader: an image cannot be decoded.
     """
 
     num_classes: int
-    default_workers = 4
+    default_workers = None
 
     def __init__(
         self,
@@ -234,10 +211,11 @@ class ImageFolderDataModule(ImageDataModule):
         crop_scale: tuple[float, float] = (0.08, 1.0),
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
-        val_size: int,
+        val_size: int | None = None,
         test_size: int | None = None,
         mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
         std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        on_damaged: Literal["error", "skip"] = "error",
         **options: Unpack[ViewOptions],
     ) -> None:
         super().__init__(val_size=val_size, test_size=test_size, **options)
@@ -254,6 +232,8 @@ class ImageFolderDataModule(ImageDataModule):
             raise InputError(f"crop_ratio must be two ascending ratios above 0, got {crop_ratio}")
         if min(std) <= 0:
             raise InputError(f"std must be above 0 in every channel, got {std}")
+        check_one_of("on_damaged", on_damaged, ("error", "skip"))
+        self.on_damaged = on_damaged
         self.data_dir = Path(data_dir)
         self.image_size, self.resize_size = image_size, resize_size
         # As floats, because a store compares them, as they are written, with those of another run.
@@ -263,22 +243,80 @@ class ImageFolderDataModule(ImageDataModule):
         self.mean = (float(mean[0]), float(mean[1]), float(mean[2]))
         self.std = (float(std[0]), float(std[1]), float(std[2]))
         self.class_names = _class_names(self.data_dir / "train")
+        has_val, has_test = ((self.data_dir / part).is_dir() for part in ("val", "test"))
+        self._folders = {"train": "train", "test": "test" if has_test else "val"}
+        if has_val and has_test:
+            self._folders["val"] = "val"
+        elif val_size is None:
+            raise InputError(
+                f"{self.data_dir} has not both val and test, so the validation images are drawn from train: give "
+                "val_size, the number of them"
+            )
         self.num_classes = len(self.class_names)
         self.input_shape = (3, image_size, image_size)
         self._splits: dict[str, Files] = {}
+        self._damaged: dict[str, Tensor] = {}
+        self._told: set[str] = set()
 
     def setup(self, stage: str | None = None) -> None:
         """List the files and split them; a second call does nothing."""
         if self._splits:
             return
-        rest, test = (self._files(part) for part in ("train", "val"))
-        chosen = self.split(len(rest.targets), len(test.targets))
-        self._splits = {name: (test if name == "test" else rest).take(index) for name, index in chosen.items()}
+        read = {split: self._files(folder) for split, folder in self._folders.items()}
+        chosen = self.split(*(len(read[split].targets) for split in ("train", "test", "val") if split in read))
+        self._splits = {split: read.get(split, read["train"]).take(index) for split, index in chosen.items()}
+        if self.on_damaged == "skip":
+            # Shared, because workers decode the images; and a Trainer may have switched on the inference mode, whose
+            # tensors cannot be written to in a training that follows.
+            with torch.inference_mode(mode=False):
+                for split, files in self._splits.items():
+                    noted = torch.zeros(len(files.targets), dtype=torch.bool)
+                    self._damaged[split] = noted.share_memory_()  # type: ignore[no-untyped-call]
 
-    def split(self, rest: int, test: int) -> dict[str, Tensor]:
-        """As `ImageDataModule.split`, but the test images are drawn: the files are in the order of their classes."""
-        drawn = torch.randperm(test, generator=torch.Generator().manual_seed(self.seed))[: self.test_size]
-        return super().split(rest, test) | {"test": drawn.sort().values}
+    def split(self, rest: int, test: int, val: int | None = None) -> dict[str, Tensor]:
+        """As `ImageDataModule.split`, but all images are drawn: the files are in the order of their classes."""
+        chosen = super().split(rest, test, val)
+        for split, count, size in (("test", test, self.test_size), ("val", val, self.val_size)):
+            if count is not None:
+                drawn = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[:size]
+                chosen[split] = drawn.sort().values
+        return chosen
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Tell which damaged images were skipped."""
+        fresh = [path for path in self.skipped() if path not in self._told]
+        if fresh:
+            self._told.update(fresh)
+            number = f"{len(fresh):,} damaged image{'s' if len(fresh) > 1 else ''}"
+            shown = "".join(f"\n  {path}" for path in fresh[:_SHOWN])
+            more = f"\n  and {len(fresh) - _SHOWN:,} more, which skipped() tells" if len(fresh) > _SHOWN else ""
+            warnings.warn(
+                f"ImageFolderDataModule has skipped {number} below {self.data_dir}:{shown}{more}", stacklevel=2
+            )
+
+    def skipped(self) -> list[str]:
+        """Paths below ``data_dir`` of the damaged images that were met, and skipped, so far."""
+        return [
+            os.fsdecode(path)
+            for split, damaged in self._damaged.items()
+            for path in self._splits[split].paths[damaged.numpy()].tolist()
+        ]
+
+    def check(self) -> list[str]:
+        """Decode every image of the three splits once, in ``num_workers`` processes, ahead of any training.
+
+        Returns:
+            A line for each image that cannot be decoded: its path, what is wrong, and what to do. Empty: all is well.
+
+        Example:
+            >>> for line in ImageFolderDataModule(data_dir="flowers", val_size=500).check():  # doctest: +SKIP
+            ...     print(line)
+            flowers/train/rose/17.jpg cannot be decoded (Premature end of JPEG file): mend it, or take it out ...
+        """
+        self.setup()
+        paths = np.concatenate([files.paths for files in self._splits.values()])
+        found = DataLoader(_Faults(self.data_dir, paths), batch_size=None, num_workers=self.num_workers)
+        return [fault for fault in found if fault]
 
     def dataset(self, split: str, *, augment: bool = False) -> ImageFiles:
         """One split, ``"train"``, ``"val"`` or ``"test"``; without ``augment`` every view is the plain image."""
@@ -296,6 +334,7 @@ class ImageFolderDataModule(ImageDataModule):
             flip=self.flip,
             seed=self.seed,
             partners=self.partners and augment,
+            damaged=self._damaged.get(split),
         )
 
     def _files(self, part: str) -> Files:
@@ -312,10 +351,29 @@ class ImageFolderDataModule(ImageDataModule):
         for name in names:
             found = _images_below(str(self.data_dir / part / name), called=f"{part}/{name}")
             if not found:
-                raise InputError(f"{self.data_dir / part / name} holds no images: fill it, or take it out")
+                raise InputError(
+                    f"{self.data_dir / part / name} holds no images ({', '.join(SUFFIXES)}): fill it, or take it out"
+                )
             paths += [os.fsencode(path) for path in found]
             targets += [self.class_names.index(name)] * len(found)
         return Files(np.array(paths, dtype=np.bytes_), torch.tensor(targets))
+
+
+class _Faults(Dataset[str]):
+    """What is wrong with each of some image files, in one line; empty: nothing."""
+
+    def __init__(self, folder: Path, paths: NDArray[np.bytes_]) -> None:
+        self.folder, self.paths = folder, paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> str:
+        try:
+            decode(self.folder / os.fsdecode(self.paths[number]))
+        except InputError as error:
+            return str(error)
+        return ""
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
@@ -345,7 +403,7 @@ def _images_below(folder: str, *, called: str) -> list[str]:
         above |= {f"{where}{os.sep}{name}": before | {own} for name in folders}
         # Not Path objects: of a million files they would take half a minute.
         place = called + where[len(folder) :].replace(os.sep, "/")
-        found += [f"{place}/{name}" for name in names if name.lower().endswith(_SUFFIXES) and not name.startswith(".")]
+        found += [f"{place}/{name}" for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
     return sorted(found)
 
 

@@ -123,6 +123,7 @@ class InMemoryImageDataModule(ImageDataModule):
         {'train': 20, 'val': 10, 'test': 10}
     """
 
+    val_size: int  # required: there are no files for validation alone
     mean: float
     std: float
 

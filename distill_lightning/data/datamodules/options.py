@@ -14,14 +14,18 @@ class LoadingOptions(TypedDict, total=False):
         batch_size: samples per batch and process, 64 by default.
         seed: of the split and of everything else that is drawn, 0 by default.
         order_seed: of the order of the training samples; ``None``, the default: ``seed``.
-        num_workers: worker processes of the loaders; ``None``, the default: 4 where images are decoded, and none where
-            a batch is cheap to make.
+        drop_last: whether an epoch of the training leaves out its last batch where that is smaller than the others,
+            ``False`` by default. A BatchNorm cannot be trained on a batch of one sample.
+        num_workers: worker processes of a loader; ``None``, the default: where images are decoded, one for each CPU
+            that the process may use, 16 at most, shared by the processes of a training; none where a batch is cheap to
+            make.
     """
 
     subset: int | None
     batch_size: int
     seed: int
     order_seed: int | None
+    drop_last: bool
     num_workers: int | None
 
 
@@ -39,8 +43,11 @@ class ViewOptions(LoadingOptions, total=False):
             view alone (``Batch.partner``); ``False`` by default.
         seed: of the split, the views, the partners and everything else that is drawn, 0 by default.
         order_seed: of the order of the training samples; ``None``, the default: ``seed``.
-        num_workers: worker processes of the loaders; ``None``, the default: 4 where images are decoded, and none where
-            a batch is cheap to make.
+        drop_last: whether an epoch of the training leaves out its last batch where that is smaller than the others,
+            ``False`` by default. A BatchNorm cannot be trained on a batch of one sample.
+        num_workers: worker processes of a loader; ``None``, the default: where images are decoded, one for each CPU
+            that the process may use, 16 at most, shared by the processes of a training; none where a batch is cheap to
+            make.
     """
 
     views: int | None

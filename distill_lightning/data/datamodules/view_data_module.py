@@ -14,6 +14,10 @@ from distill_lightning.data.datamodules.view_sampler import ViewSampler, views_i
 from distill_lightning.data.fingerprint import data_fingerprint
 from distill_lightning.data.views import VIEWS_VERSION
 from distill_lightning.errors import InputError
+from distill_lightning.processes import usable_cpus
+
+# A GPU asks for no more images than so many workers decode, and each takes memory.
+_WORKERS_AT_MOST = 16
 
 
 class ViewDataModule(pl.LightningDataModule):
@@ -23,7 +27,7 @@ class ViewDataModule(pl.LightningDataModule):
     `dataset`.
 
     Args:
-        val_size: number of validation samples.
+        val_size: number of validation samples; ``None``: all that are for validation alone.
         test_size: number of test samples; ``None``: all.
         subset: number of training samples, drawn by ``seed``; smaller subsets are part of larger ones; ``None``: all.
         batch_size: samples per batch and process; each view of a sample counts.
@@ -34,22 +38,24 @@ class ViewDataModule(pl.LightningDataModule):
             view alone (``Batch.partner``).
         seed: of the split, the views and the partners.
         order_seed: of the order of the training samples; ``None``: ``seed``.
-        num_workers: worker processes of the loaders; ``None``: the class's ``default_workers``.
+        drop_last: whether an epoch of the training leaves out its last batch where that is smaller than the others.
+        num_workers: worker processes of a loader; ``None``: the class's ``default_workers``.
 
     Raises:
-        InputError: a size that is not positive, or not a multiple of ``views_per_load``; fewer than no workers.
+        InputError: a size that is not positive, or not a multiple of ``views_per_load``; fewer than no workers; from
+            ``train_dataloader``: ``drop_last`` leaves no batch.
     """
 
     num_classes: int | None
     num_targets: int | None = None
     input_shape: tuple[int, ...]
-    # Zero workers: a batch made in memory costs less than handing it over from another process.
-    default_workers: int = 0
+    # Zero workers: a batch made in memory costs less than handing it over from another process. None: one per CPU.
+    default_workers: int | None = 0
 
     def __init__(
         self,
         *,
-        val_size: int,
+        val_size: int | None,
         test_size: int | None = None,
         subset: int | None = None,
         batch_size: int = 64,
@@ -58,6 +64,7 @@ class ViewDataModule(pl.LightningDataModule):
         partners: bool = False,
         seed: int = 0,
         order_seed: int | None = None,
+        drop_last: bool = False,
         num_workers: int | None = None,
     ) -> None:
         super().__init__()
@@ -84,7 +91,21 @@ class ViewDataModule(pl.LightningDataModule):
         self.batch_size, self.views, self.views_per_load = batch_size, views, views_per_load
         self.partners = partners
         self.seed, self.order_seed = seed, order_seed
-        self.num_workers = self.default_workers if num_workers is None else num_workers
+        self.drop_last = drop_last
+        self._given_workers = num_workers
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes of a loader: as many as were given, or the default on this machine."""
+        workers = self.default_workers if self._given_workers is None else self._given_workers
+        if workers is not None:
+            return workers
+        processes = 1 if self.trainer is None else self.trainer.num_devices
+        return max(1, min(usable_cpus() // processes, _WORKERS_AT_MOST))
+
+    @num_workers.setter
+    def num_workers(self, value: int | None) -> None:
+        self._given_workers = value
 
     def setup(self, stage: str | None = None) -> None:
         """Read what there is and split it; a second call does nothing."""
@@ -111,13 +132,20 @@ class ViewDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Augmented, shuffled."""
         seed = self.seed if self.order_seed is None else self.order_seed
-        return self._loader(
+        loader = self._loader(
             self.dataset("train", augment=True),
             views=self.views,
             views_per_load=self.views_per_load,
             shuffle=True,
             seed=seed,
+            drop_last=self.drop_last,
         )
+        if not len(loader):
+            raise InputError(
+                f"{type(self).__name__}: with drop_last=True and batch_size={self.batch_size} nothing is left of an "
+                f"epoch of {len(loader.sampler)} views: lower batch_size"  # type: ignore[arg-type]  # a ViewSampler
+            )
+        return loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Plain samples in order."""
@@ -139,6 +167,7 @@ class ViewDataModule(pl.LightningDataModule):
         views_per_load: int = 1,
         shuffle: bool = False,
         seed: int = 0,
+        drop_last: bool = False,
     ) -> DataLoader[Batch]:
         world = (
             {} if self.trainer is None else {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
@@ -150,6 +179,7 @@ class ViewDataModule(pl.LightningDataModule):
                 dataset, views=views, views_per_load=views_per_load, shuffle=shuffle, seed=seed, **world
             ),
             collate_fn=_as_it_is,
+            drop_last=drop_last,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             # Only from pinned memory does a copy to the GPU not wait.

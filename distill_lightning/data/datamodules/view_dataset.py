@@ -43,6 +43,10 @@ class ViewDataset(Dataset[Batch]):
         """The batch of these views, both ``(N,)``."""
         raise NotImplementedError(f"{type(self).__name__} must define make(index, view)")
 
+    def make_partner(self, index: Tensor, view: Tensor, others: Tensor) -> Batch:
+        """The partners of these views, ``(N,)`` each: the same views of other samples, which were drawn."""
+        return self.make(others, view)
+
     def __getitem__(self, key: ViewKey) -> Batch:
         """One sample: a batch without its first dimension."""
         return _first(self.__getitems__([key]))
@@ -64,7 +68,7 @@ class ViewDataset(Dataset[Batch]):
         if not self.partners:
             return batch
         draws = uniform_draws(self.seed + _PARTNER_STREAM, index, view, 1)[:, 0]
-        return batch.replace(partner=self.make((draws * len(self)).long(), view))
+        return batch.replace(partner=self.make_partner(index, view, (draws * len(self)).long()))
 
 
 def _first(batch: Batch) -> Batch:

@@ -14,7 +14,7 @@ from distill_lightning.arguments import arguments_of, bound_arguments, takes
 from distill_lightning.callables import is_of_files
 from distill_lightning.choices import Choice, check_choices, choice_class, from_plain, is_choice, is_plain, plain
 from distill_lightning.errors import InputError
-from distill_lightning.lightning_internals import convert_early, noted_place, settle_progress
+from distill_lightning.lightning_internals import circumstances, convert_early, noted_place, settle_progress
 from distill_lightning.networks.budget import Budget, bytes_of_tensors
 from distill_lightning.networks.provenance import (
     build_from,
@@ -79,6 +79,7 @@ def note(module: Any, checkpoint: dict[str, Any]) -> None:
     recipes = {name: frozen.recipe() for name, frozen in module.frozen.items()}
     checkpoint["recipes"] = {"student": recipe_of(module.student)} | {k: v for k, v in recipes.items() if v is not None}
     checkpoint["objects"] = module._objects  # noqa: SLF001
+    checkpoint["circumstances"] = circumstances(module)
     note_structure(module, checkpoint)
     if "optimizer_states" in checkpoint:
         # A checkpoint of weights alone, which no training can go on from, needs no more.

@@ -15,6 +15,9 @@ from distill_lightning.layers.call import call
 from distill_lightning.lightning_internals import forget_known_metrics, repeated_rows
 from distill_lightning.part import Part
 from distill_lightning.teachers import Frozen
+from distill_lightning.teachers.layer_errors import explained
+
+_STAGES = {"val": "validation", "test": "test"}
 
 
 class _Answer(NamedTuple):
@@ -91,7 +94,8 @@ class Evaluation(Part):
         if repeated is not None:
             batch = _without(batch, repeated.to(batch.device))
         module.guard.look(module, batch, batch_idx, stage)
-        output = call(module, batch.input)
+        where = f"{_STAGES[stage]} batch {batch_idx}"
+        output = explained(module, lambda one: call(module, one.input), batch, where)
         if batch_idx == 0:
             module.check_output("student", module.student, output.shape)
         output = module.output.prediction(module.guard.laid_out(module, output))
@@ -107,7 +111,7 @@ class Evaluation(Part):
             module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=batch.size)
         answer = self._recalled(stage, batch_idx, batch)
         if answer is None:
-            answer = module.teacher_prediction(batch)
+            answer = explained(module, module.teacher_prediction, batch, where)
             if answer is not None and self._comes_again(module, stage):
                 self._keep(stage, batch_idx, batch, answer)
         if answer is not None:

@@ -15,17 +15,17 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import distill_lightning
-from distill_lightning.callbacks import RunKeeper
+from distill_lightning.callbacks import RunKeeper, write_checkpoints_whole
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import NonFiniteError, refusing
 from distill_lightning.modules import DistillationModule
 from distill_lightning.networks import Pretrained
 from distill_lightning.networks.weights import read_checkpoint
-from distill_lightning.storage import whole_file, write_whole
+from distill_lightning.storage import write_tensors, write_whole
 from distill_lightning.studies.compare.config import CompareConfig, Row
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.data import DataWatch
@@ -165,18 +165,15 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
             raise NonFiniteError(f"{run.title} is to teach the others: {error}") from error
         _write_result(run, RunResult(_size_of(experiment.student()), 0, [], made_with(), diverged=str(error)))
         return
-    with whole_file(run.student_file) as partial:
-        module.export_student(partial)
+    module.export_student(run.student_file)
     outputs = {"last": _test_outputs(experiment, module)}
     module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
     outputs["selected"] = _test_outputs(experiment, module)
-    with whole_file(run.folder / "test_logits.safetensors") as partial:
-        save_file(outputs, partial)
+    write_tensors(run.folder / "test_logits.safetensors", outputs)
     _write_result(run, RunResult(_size_of(module.student), keeper.selected_epoch, keeper.history, made_with()))
 
 
 def _write_result(run: Run, result: RunResult) -> None:
-    run.folder.mkdir(parents=True, exist_ok=True)
     write_whole(run.result_file, [json.dumps(asdict(result), indent=1).encode()])
     run.checkpoint.unlink(missing_ok=True)
 
@@ -245,8 +242,7 @@ def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module
         trainer.fit(module, datamodule=experiment.data(order_seed=_TEACHER_SEED))
         if trainer.current_epoch < epochs:
             raise KeyboardInterrupt(f"the paraphrasers of {run.name} were interrupted")
-        with whole_file(file) as partial:
-            save_file(module.paraphrasers.state_dict(), partial)
+        write_tensors(file, module.paraphrasers.state_dict())
     return list(module.paraphrasers)
 
 
@@ -290,7 +286,7 @@ def make_trainer(config: CompareConfig, **options: Any) -> pl.Trainer:
         InputError: there is no such accelerator or precision.
     """
     with refusing("accelerator or precision", MisconfigurationException, ValueError):
-        return pl.Trainer(
+        trainer = pl.Trainer(
             accelerator=config.accelerator,
             precision=config.precision,  # type: ignore[arg-type]  # the Trainer itself checks it
             devices=1,
@@ -300,3 +296,5 @@ def make_trainer(config: CompareConfig, **options: Any) -> pl.Trainer:
             num_sanity_val_steps=0,
             **options,
         )
+    write_checkpoints_whole(trainer)
+    return trainer

@@ -22,6 +22,7 @@ from distill_lightning.compression.report.stages import FINAL
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError
 from distill_lightning.networks import recipe_of
+from distill_lightning.storage import whole_file
 from distill_lightning.studies.compress.config import CompressConfig
 from distill_lightning.studies.compress.runs import (
     CHECKPOINT,
@@ -215,7 +216,8 @@ def _write(report: Report, first: Run, folder: Path) -> list[Path]:
     paths = report.write(folder)
     for name in (PACKED, CHECKPOINT, ONNX, ONNX_INT8):
         if (first.folder / name).exists():
-            shutil.copyfile(first.folder / name, folder / name)
+            with whole_file(folder / name) as partial:
+                shutil.copyfile(first.folder / name, partial)
             paths.append(folder / name)
     return paths
 

@@ -193,6 +193,23 @@ def test_links_to_other_folders_are_followed(tmp_path):
     assert len(data.dataset("train")) + len(data.dataset("val")) == 8
 
 
+@pytest.mark.parametrize("suffix", ["bmp", "tif", "TIFF", "pgm", "ppm", "jfif"])
+def test_a_class_may_have_files_of_one_kind_alone(folder, tmp_path, suffix):
+    shutil.copytree(folder, tmp_path / "images")
+    kind = {"jfif": "JPEG", "pgm": "PPM"}.get(suffix)
+    expected = []
+    for path in sorted((tmp_path / "images/train/bee").rglob("*.png")):
+        with Image.open(path) as image:
+            (image.convert("L") if suffix == "pgm" else image).save(path.with_suffix(f".{suffix}"), format=kind)
+        path.unlink()
+        expected.append(str(path.with_suffix(f".{suffix}").relative_to(tmp_path / "images")))
+    data = data_of(tmp_path / "images")
+    assert sorted(path for split in ("train", "val") for path in paths_of(data, split) if "bee" in path) == expected
+    batch = epoch_of(data)
+    assert (batch.target == 1).any()
+    assert (batch.input[batch.target == 1].flatten(1).std(dim=1) > 0.1).all()
+
+
 def test_a_second_setup_lists_nothing(folder, monkeypatch):
     data = data_of(folder)
     data.setup("fit")
@@ -215,7 +232,7 @@ def test_a_class_may_have_no_test_images(folder, tmp_path):
         (lambda d: shutil.rmtree(d / "train"), r"train is not there: data_dir must have train and val, each with one"),
         (lambda d: shutil.rmtree(d / "val"), r"val is not there: data_dir must have train and val, each with one"),
         (lambda d: write(d / "val/dog/1.png"), r"val/dog is a class that .*train does not have: take it out, or add"),
-        (lambda d: (d / "train/dog").mkdir(), r"train/dog holds no images: fill it, or take it out"),
+        (lambda d: (d / "train/dog").mkdir(), r"train/dog holds no images \(.jpeg, .*\): fill it, or take it out"),
         (
             lambda d: [shutil.rmtree(path) for path in (d / "val").iterdir()] and write(d / "val/1.png"),
             r"val has no class folders: sort its images into one folder per class",

@@ -230,6 +230,7 @@ def test_the_other_arguments_are_those_of_the_data_module_beneath(tmp_path):
         assert given == below - {"flip"}
         options = {"subset": 11, "val_size": 12, "test_size": 13, "batch_size": 14, "padding": 15, "views": 16}
         options |= {"seed": 17, "order_seed": 18, "num_workers": 19, "partners": True, "views_per_load": 2}
+        options |= {"drop_last": True}
         special = {"image_size": 20} if rotated is RotatedDigitsDataModule else {"data_dir": tmp_path, "download": True}
         assert options.keys() | special.keys() == given
         data = rotated(**options, **special)

@@ -1,6 +1,7 @@
 """The options that data modules share: the same in Python, in YAML and on the command line."""
 
 import inspect
+import os
 import re
 
 import pytest
@@ -23,7 +24,7 @@ from distill_lightning.data.datamodules import ImageDataModule, LoadingOptions, 
 OWN = {"val_size", "test_size"}
 VALUES = {
     "subset": 7, "batch_size": 12, "views": 6, "views_per_load": 3, "partners": True, "seed": 5, "order_seed": 8,
-    "num_workers": 2,
+    "drop_last": True, "num_workers": 2,
 }  # fmt: skip
 LOADING = {name: value for name, value in VALUES.items() if name in LoadingOptions.__optional_keys__}
 MODULES = {
@@ -91,7 +92,7 @@ def test_a_data_module_has_few_arguments_of_its_own_and_names_none_again(kind):
     options = own.pop("options")
     assert options.kind is inspect.Parameter.VAR_KEYWORD
     assert not own.keys() & ViewOptions.__optional_keys__
-    assert len(own) <= 10
+    assert len(own) <= 11
 
 
 @pytest.mark.parametrize("kind", MODULES)
@@ -104,7 +105,7 @@ def test_the_options_reach_the_data_module(kind, folder):
 @pytest.mark.parametrize("kind", MODULES)
 def test_the_defaults_are_those_of_the_base(kind, folder):
     data, base = kind(**needed(kind, folder)), keywords(ViewDataModule)
-    workers = 4 if kind is ImageFolderDataModule else 0
+    workers = len(os.sched_getaffinity(0)) if kind is ImageFolderDataModule else 0
     expected = {name: base[name].default for name in MODULES[kind]} | {"num_workers": workers}
     assert {name: getattr(data, name) for name in expected} == expected
     assert kind(**needed(kind, folder), num_workers=0).num_workers == 0
@@ -162,3 +163,81 @@ def test_an_option_that_is_out_of_range_is_refused(options, message, folder):
         if options.keys() <= known.keys():
             with pytest.raises(InputError, match=message):
                 kind(**needed(kind, folder), **options)
+
+
+# Worker processes
+
+
+class Machine:
+    """What a data module asks a Trainer about it."""
+
+    def __init__(self, devices):
+        self.num_devices = devices
+
+
+@pytest.mark.parametrize(("cpus", "devices", "workers"), [(1, 1, 1), (6, 1, 6), (6, 4, 1), (8, 2, 4), (96, 2, 16)])
+def test_the_workers_of_all_processes_share_the_cpus(monkeypatch, folder, cpus, devices, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cpus)))
+    data = ImageFolderDataModule(data_dir=folder, val_size=1)
+    data.trainer = Machine(devices)
+    assert data.num_workers == workers
+    data.num_workers = 3
+    assert data.num_workers == 3
+    data.num_workers = None
+    assert data.num_workers == workers
+
+
+def test_where_the_affinity_is_unknown_every_cpu_counts(monkeypatch, folder):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert ImageFolderDataModule(data_dir=folder, val_size=1).num_workers == 5
+
+
+# The last batch
+
+
+def drawn(data, epoch=0, rank=0, world=1, begin=0):
+    """The keys of an epoch's batches, of which a resumed one leaves out the first."""
+    data.trainer = None
+    loader = data.train_dataloader()
+    loader.sampler.num_replicas, loader.sampler.rank = world, rank
+    loader.sampler.num_samples = -(-len(loader.dataset) // world)
+    loader.sampler.total_size = loader.sampler.num_samples * world
+    loader.sampler.set_epoch(epoch)
+    if begin:
+        loader.load_state_dict({"epoch": epoch, "batches": begin})
+    return [list(zip(batch.index.tolist(), batch.view.tolist(), strict=True)) for batch in loader], len(loader)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("views_per_load", [1, 2])
+def test_without_its_last_batch_an_epoch_is_the_same(world, views_per_load):
+    # 50 samples, of which 2 processes have 25 and 3 have 17 each.
+    options = {"subset": 50, "batch_size": 8, "views": 4, "views_per_load": views_per_load}
+    for rank in range(world):
+        for epoch in (0, 3):
+            every, _ = drawn(DigitsDataModule(**options), epoch, rank, world)
+            whole, length = drawn(DigitsDataModule(**options, drop_last=True), epoch, rank, world)
+            assert every[: len(whole)] == whole
+            assert {len(keys) for keys in whole} == {8}
+            assert [len(keys) for keys in every[len(whole) :]] == [-(-50 // world) * views_per_load % 8]
+            assert length == len(whole)
+            rest, _ = drawn(DigitsDataModule(**options, drop_last=True), epoch, rank, world, begin=1)
+            assert rest == whole[1:]
+
+
+def test_a_last_batch_as_large_as_the_others_stays():
+    data = DigitsDataModule(subset=48, batch_size=8, drop_last=True)
+    assert len(drawn(data)[0]) == 6
+
+
+def test_only_training_leaves_out_samples():
+    data = DigitsDataModule(val_size=13, test_size=11, batch_size=8, drop_last=True)
+    assert sum(batch.size for batch in data.val_dataloader()) == 13
+    assert sum(batch.size for batch in data.test_dataloader()) == 11
+
+
+def test_an_epoch_of_no_batch_is_refused():
+    data = DigitsDataModule(subset=7, batch_size=8, drop_last=True)
+    with pytest.raises(InputError, match="with drop_last=True and batch_size=8 nothing is left of an epoch of 7 views"):
+        data.train_dataloader()

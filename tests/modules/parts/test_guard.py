@@ -524,17 +524,14 @@ def test_a_student_of_another_number_of_classes_is_refused_at_the_first_batch(bu
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda x: (x * 255).byte(), "TinyNet cannot read images of bytes: let the data module give floating-point"),
-        (lambda x: x.double(), "TinyNet cannot read torch.float64 with parameters of torch.float32: convert"),
-        (
-            lambda x: x[:, 0],
-            r"images of shape \(8, 8, 8\), which have no channels: give \(N, 1, H, W\), inputs\[:, None\]",
-        ),
+        (lambda x: (x * 255).byte(), "'features.0': its inputs are bytes: let the data module give v2.ToDtype"),
+        (lambda x: x.double(), "'features.0': its inputs are torch.float64, its weights torch.float32"),
+        (lambda x: x[:, 0], r"gets 8 of the inputs \(N, 8, 8\) of .*: they have no channels: .* image\[None\]"),
         (
             lambda x: x.permute(0, 2, 3, 1),
-            r"images of shape \(8, 8, 8, 1\), whose channels are last: give \(N, 1, H, W\)",
+            r"gets 8 of the inputs \(N, 8, 8, 1\) of .*: their channels are last: .*permute",
         ),
-        (lambda x: x.expand(-1, 3, -1, -1), r"images of 3 channels, shape \(8, 3, 8, 8\): it reads 1"),
+        (lambda x: x.expand(-1, 3, -1, -1), r"reads 1 channel by its first layer, .*, which gets 3 of the inputs"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
@@ -549,8 +546,9 @@ def test_images_that_a_network_cannot_read_are_named(change, told, verb):
         module.student = Any()
     trainer = tiny_trainer(max_epochs=1, num_sanity_val_steps=0)
     run = {"validate": trainer.validate, "predict": trainer.predict}.get(verb, trainer.fit)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=told) as caught:
         run(module, loader(LABELS, change(INPUTS)))
+    assert ("teacher 0 (TinyNet)" if verb == "teacher" else "the student (TinyNet)") in str(caught.value)
 
 
 def test_another_error_of_a_network_stays_what_it_is():

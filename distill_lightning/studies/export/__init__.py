@@ -1,0 +1,1 @@
+"""``distill-lightning export``: the student of a checkpoint alone, in files that were run, with a model card."""

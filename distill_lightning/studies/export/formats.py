@@ -1,0 +1,165 @@
+"""A network in a file of each format, which is run and held against the network."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.report.measure import compare_latency
+from distill_lightning.compression.report.onnx import TOLERANCE, OnnxNetwork, export_onnx, outputs_of
+from distill_lightning.errors import InputError
+from distill_lightning.layers import eval_mode
+from distill_lightning.networks.weights import load_strictly, read_weights, write_weights
+from distill_lightning.storage import write_whole
+from distill_lightning.studies.export.config import Format
+from distill_lightning.studies.export.student import WEIGHTS, load_exported
+
+_CHECKED = (1, 3)
+_NAMES: Mapping[Format, str] = {
+    "safetensors": WEIGHTS,
+    "hub": WEIGHTS,
+    "torch_export": "model.pt2",
+    "onnx": "model.onnx",
+}
+
+Run = Callable[[Tensor], Any]
+
+
+class Exported(NamedTuple):
+    """A file that was written and run.
+
+    Attributes:
+        format: of the file.
+        path: of the file.
+        nbytes: its bytes.
+        difference: the largest absolute difference of its outputs from the network's, at batches of 1 and 3.
+        milliseconds: its time for a batch of one, on one thread of the CPU: the median of 50.
+        of_network: the same of the network in PyTorch, in turns with it.
+    """
+
+    format: Format
+    path: Path
+    nbytes: int
+    difference: float
+    milliseconds: float
+    of_network: float
+
+
+def example_batch(network: nn.Module, input_shape: Sequence[int], size: int) -> Tensor:
+    """A batch of random inputs: images and the like in [0, 1), tokens for a network that reads them.
+
+    Args:
+        network: that reads them.
+        input_shape: of one input.
+        size: of the batch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tables = [module.num_embeddings for module in network.modules() if isinstance(module, nn.Embedding)]
+    if len(input_shape) == 1 and tables:
+        return torch.randint(max(tables), (size, *input_shape), generator=generator)
+    kind = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    return torch.rand((size, *input_shape), generator=generator).to(kind)
+
+
+def write_format(
+    network: nn.Module, kind: Format, folder: Path, description: Mapping[str, Any], input_shape: Sequence[int]
+) -> Exported:
+    """Write a network in one format, read the file, and hold its outputs against the network's.
+
+    Args:
+        network: plain, in eval mode, on the CPU.
+        kind: the format.
+        folder: of the file, with the description.
+        description: how the network is built, for the formats that hold only weights.
+        input_shape: of one input.
+
+    Raises:
+        InputError: a package is missing, the network cannot be exported, the file gives other outputs, or the disk is
+            full or refuses.
+    """
+    path = folder / _NAMES[kind]
+    run = _WRITERS[kind](network, path, description, example_batch(network, input_shape, 2))
+    gaps = [_gap(network, run, path, example_batch(network, input_shape, size), kind) for size in _CHECKED]
+    one = example_batch(network, input_shape, 1)
+    with eval_mode(network):
+        latency = compare_latency(lambda: network(one), lambda: run(one))
+    ours, theirs = (1e3 * statistics.median(times) for times in (latency.compressed_wall, latency.dense_wall))
+    return Exported(kind, path, path.stat().st_size, max(gaps), ours, theirs)
+
+
+def _gap(network: nn.Module, run: Run, path: Path, inputs: Tensor, kind: Format) -> float:
+    with torch.inference_mode():
+        wanted, found = outputs_of(network(inputs)), outputs_of(run(inputs))
+    if [output.shape for output in wanted] != [output.shape for output in found]:
+        raise InputError(f"{path} gives outputs of other shapes than {type(network).__name__}")
+    largest = max((float(output.double().abs().max()) for output in wanted), default=0.0)
+    gap = max((float((a.double() - b.double()).abs().max()) for a, b in zip(wanted, found, strict=True)), default=0.0)
+    # What holds only weights is computed by the same code.
+    allowed = 0.0 if kind in ("safetensors", "hub") else TOLERANCE * max(1.0, largest)
+    # NaN is never within the tolerance.
+    if not gap <= allowed:
+        raise InputError(
+            f"{path} does not compute what {type(network).__name__} does: with a batch of {len(inputs)} outputs differ "
+            f"by {gap:.3g}; does its forward draw at random, or depend on values of its input?"
+        )
+    return gap
+
+
+def _write_safetensors(network: nn.Module, path: Path, description: Mapping[str, Any], _: Tensor) -> Run:
+    write_weights(network, path)
+    if description["recipe"] is not None:
+        return load_exported(path.parent)
+    like = copy_network(network)
+    with torch.no_grad():
+        # Values that the file lacks must not come from the copy.
+        for tensor in like.state_dict().values():
+            tensor.zero_()
+    load_strictly(like, read_weights(path), source=str(path))
+    return like.eval()
+
+
+def _write_hub(network: nn.Module, path: Path, description: Mapping[str, Any], inputs: Tensor) -> Run:
+    try:
+        import huggingface_hub  # noqa: PLC0415  (an extra)
+    except ModuleNotFoundError as error:
+        raise InputError("huggingface_hub is not installed: pip install 'distill-lightning[hub]'") from error
+    like = copy_network(network)
+    _write_safetensors(network, path, description, inputs)
+    with torch.no_grad():
+        for tensor in like.state_dict().values():
+            tensor.zero_()
+    huggingface_hub.load_torch_model(like, path.parent, strict=True, safe=True)
+    return like.eval()
+
+
+def _write_torch_export(network: nn.Module, path: Path, _: Mapping[str, Any], inputs: Tensor) -> Run:
+    try:
+        with torch.no_grad():
+            program = torch.export.export(network, (inputs,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except Exception as error:  # whatever a forward may do that cannot be traced
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{type(network).__name__} cannot be exported by torch.export: {reason}") from error
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    write_whole(path, [content.getbuffer()])
+    module: Run = torch.export.load(path).module()
+    return module
+
+
+def _write_onnx(network: nn.Module, path: Path, _: Mapping[str, Any], inputs: Tensor) -> Run:
+    return OnnxNetwork(export_onnx(network, path, inputs))
+
+
+_WRITERS: Mapping[Format, Callable[[nn.Module, Path, Mapping[str, Any], Tensor], Run]] = {
+    "safetensors": _write_safetensors,
+    "hub": _write_hub,
+    "torch_export": _write_torch_export,
+    "onnx": _write_onnx,
+}
