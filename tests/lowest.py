@@ -1,4 +1,4 @@
-"""Print the lowest versions that the metadata allow, as constraints for pip: ``python tests/lowest.py EXTRA ... > file``.
+"""Print the lowest versions that the metadata allow, as constraints for pip: ``python tests/lowest.py EXTRA ...``.
 
 The extras are those that are installed with the package; one may need newer versions than it.
 """
