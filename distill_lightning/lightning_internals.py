@@ -6,8 +6,11 @@ What is public in Lightning stands where it is used; what it may change without 
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from inspect import isroutine
 from pathlib import PurePath
 from typing import Any, cast
@@ -25,6 +28,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
+from torchmetrics import Metric
 
 import distill_lightning
 from distill_lightning.data.batch import Batch
@@ -70,9 +74,11 @@ class PortableModule(pl.LightningModule):
         # A fit that broke off may have left some.
         self._kept_modes = []
         self._keep_modes()
+        expect_eval_modes()
 
     def on_train_start(self) -> None:
         """Begin in the modes that were noted, and go on at a checkpoint's place."""
+        forget_eval_modes()
         self._restore_modes()
         go_on(self)
 
@@ -273,6 +279,18 @@ def steps_left(module: pl.LightningModule) -> int | None:
     return None if math.isinf(left) else int(left)
 
 
+def epochs_in(checkpoint: Mapping[str, Any]) -> int | None:
+    """The whole epochs of training that a checkpoint was written after; ``None``: a Trainer did not write it.
+
+    Its ``"epoch"`` alone does not tell: in the last batch of the first epoch it is 0, and 1 once the training is over.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop")
+    if loop is None:
+        return None
+    begun, whole = (int(loop["epoch_progress"]["current"][count]) for count in ("ready", "completed"))
+    return begun if loop["epoch_loop.batch_progress"]["is_last_batch"] else whole
+
+
 # Going on from a checkpoint, wherever it was made
 
 
@@ -468,6 +486,44 @@ def summarise_frozen(module: Any, lines: Iterable[str]) -> None:
             rank_zero_info(line)
 
 
+def summarise_without_metrics(module: Any) -> None:
+    """Have the Trainer's model summary leave out metrics, which have neither parameters nor an input.
+
+    Args:
+        module: that is about to be summarised.
+    """
+    summaries: list[Any] = [one for one in module.trainer.callbacks if isinstance(one, pl.callbacks.ModelSummary)]
+    for callback in summaries:
+        callback._summary = partial(_summary_without_metrics, callback)
+
+
+def _summary_without_metrics(callback: Any, trainer: Any, module: Any) -> Any:
+    summary = type(callback)._summary(callback, trainer, module)
+    for name, child in module.named_modules():
+        if _is_of_metrics(child):
+            summary._layer_summary.pop(name, None)
+    return summary
+
+
+def _is_of_metrics(module: Any) -> bool:
+    return any(isinstance(child, Metric) for child in module.modules()) and next(module.parameters(), None) is None
+
+
+_EVAL_REMARK = re.compile(r"Found .* module.* in eval mode at the start of training", re.IGNORECASE)
+
+
+def expect_eval_modes() -> None:
+    """Until `forget_eval_modes`, do not warn of parts in eval mode: these are frozen, and meant to be in it."""
+    warnings.filterwarnings("ignore", message=_EVAL_REMARK.pattern)
+
+
+def forget_eval_modes() -> None:
+    """Warn of others' parts in eval mode again."""
+    ours = [one for one in warnings.filters if one[0] == "ignore" and one[1] is not None and one[1] == _EVAL_REMARK]
+    for one in ours[:1]:
+        cast("list[Any]", warnings.filters).remove(one)
+
+
 # The Trainer's own batches, for callbacks that look at the data before or after the training
 
 
@@ -557,7 +613,7 @@ def training_loaders(trainer: Any) -> Any:
     if _VERSION >= (2, 0):
         return trainer.train_dataloader
     # Lightning 1.9 puts them together, and asks for none where no epoch is left.
-    if trainer.train_dataloader is None:
+    if trainer.train_dataloader is None and trainer._data_connector._train_dataloader_source.instance is not None:
         trainer.reset_train_dataloader()
     return getattr(trainer.train_dataloader, "loaders", None)
 

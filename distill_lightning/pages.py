@@ -16,6 +16,28 @@ from matplotlib.figure import Figure
 
 from distill_lightning.storage import whole_file, write_whole
 
+_TOO_LONG = 1e6
+"""From here on a number with decimals is harder to read than its power of ten."""
+
+
+def fixed(value: float, digits: int, *, sign: str = "") -> str:
+    """A number with so many decimals, and one that has diverged in scientific notation.
+
+    Args:
+        value: the number.
+        digits: decimals.
+        sign: ``"+"`` for one before positive numbers, too.
+
+    Example:
+        >>> from distill_lightning.pages import fixed
+        >>> fixed(0.12345, 3), fixed(-0.0001, 3), fixed(603652620288.0, 3)
+        ('0.123', '0.000', '6.04e+11')
+    """
+    if abs(value) >= _TOO_LONG:
+        return f"{value:{sign}.2e}"
+    # Adding zero turns a rounded -0 into 0.
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
+
 
 def markdown_table(rows: Iterable[Sequence[str]]) -> str:
     """A header and rows as a Markdown table, with all columns but the first to the right."""

@@ -550,3 +550,11 @@ def test_the_console_script_finds_modules_of_the_working_directory(write, tmp_pa
     assert "class_path: mydata.ShapesData" in found.stdout
     # -P keeps the folders of scripts off the path, and this one, too.
     assert "No module named 'mydata'" in done("-P").stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_the_unit_of_aurc_stands_below_the_table(verb, write, capsys):
+    assert main([verb, "--config", write()]) == 0
+    out = capsys.readouterr().out
+    assert out.index("aurc and eaurc are in per mille") > out.index("nll")

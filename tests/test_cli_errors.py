@@ -180,5 +180,5 @@ def test_near_names_of_an_option_are_told(fit, options, told):
 def test_a_wrong_verb_is_told_all_verbs(capsys):
     assert main(["comparr"]) == 2
     error = capsys.readouterr().err
-    assert "there is no verb comparr: fit, validate, test, predict, record, compare, compress" in error
+    assert "there is no verb comparr: fit, validate, test, predict, record, compare, compress, export, doctor" in error
     assert "did you mean compare?" in error

@@ -129,10 +129,8 @@ def test_deep_compression_holds_its_promise(tmp_path, monkeypatch):
         assert 20 * final["nbytes"]["artefact"] <= dense["nbytes"][key]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in START if path not in COMPRESSION], ids=lambda path: path.stem)
-def test_fit_runs(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def small_arguments(path, folder):
+    """A configuration on little data, with the files that it reads laid into the working folder."""
     config = yaml.safe_load(path.read_text())
     # What a comparison, or the training before this one, would have left.
     left = collections.defaultdict(dict)
@@ -142,20 +140,49 @@ def test_fit_runs(path, tmp_path, monkeypatch):
         part = f"{pretrained['part']}." if "part" in pretrained else ""
         left[pretrained["checkpoint"]] |= {part + key: value for key, value in network.state_dict().items()}
     for file, state in left.items():
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, tmp_path / file) if file.endswith(".safetensors") else torch.save(state, tmp_path / file)
-    arguments = ["fit", "--config", str(path), "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, folder / file) if file.endswith(".safetensors") else torch.save(state, folder / file)
+    arguments = ["--config", str(path), "--trainer.accelerator", "cpu"]
     if "ImageFolder" not in config["data"]["class_path"]:
         arguments += ["--data.init_args.subset", "64", "--data.init_args.val_size", "40"]
     if "FashionMNIST" in config["data"]["class_path"]:
-        small_fashion_mnist(tmp_path)
-        arguments += ["--data.init_args.data_dir", str(tmp_path)]
+        small_fashion_mnist(folder)
+        arguments += ["--data.init_args.data_dir", str(folder)]
     if "ImageFolder" in config["data"]["class_path"]:
-        small_image_folder(tmp_path / config["data"]["init_args"]["data_dir"])
+        small_image_folder(folder / config["data"]["init_args"]["data_dir"])
         sizes = {"image_size": 32, "resize_size": 36, "subset": 4, "val_size": 4, "test_size": 4, "batch_size": 8}
         for name, value in (sizes | {"num_workers": 0}).items():
             arguments += [f"--data.init_args.{name}", str(value)]
-    assert main(arguments) == 0
+    if "Docstrings" in config["data"]["class_path"]:
+        # Reading Python's own takes seconds.
+        for number in range(30):
+            (folder / f"text_{number}.py").write_text(f'"""{f"What file {number} does. " * 60}"""\n')
+        arguments += ["--data.init_args.data_dir", str(folder)]
+    return arguments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in START if path not in COMPRESSION], ids=lambda path: path.stem)
+def test_fit_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *small_arguments(path, tmp_path), "--trainer.max_epochs", "1"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", START, ids=lambda path: path.stem)
+def test_the_doctor_finds_nothing_but_the_teachers_untrained(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = small_arguments(path, tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    status = main(["doctor", *arguments, "--steps", "1"])
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    lines = capsys.readouterr().out.splitlines()
+    wrong = [line for line in lines if line.startswith(("model", "data", "trainer"))]
+    assert status == (1 if wrong else 0)
+    untrained = ("no better than chance", "does not depend on its input")
+    # Four images are not of a thousand classes.
+    few = "data.init_args.subset" if "ImageFolder" in path.read_text() else "teacher"
+    assert all(few in line or ("teacher" in line and any(said in line for said in untrained)) for line in wrong), wrong
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The README's code runs as it stands there."""
 
+import importlib
 import itertools
 import json
 import re
@@ -107,6 +108,16 @@ def test_the_compress_command_is_understood():
     config = parse_compress([str(ROOT / command[2]), *command[3:]])
     assert config.seeds == [0, 1, 2]
     assert not config.overrides
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_teachers")
+def test_the_doctor_command_runs_and_finds_the_teachers_untrained(capsys):
+    command = re.search(r"`distill-lightning (doctor [^`]*)`", README)[1].split()
+    assert main([*command, "--steps", "1"]) == 1
+    assert "no better than chance" in capsys.readouterr().out
+    package, name = re.search(r"In Python: `([\w.]+)\.(\w+)\(module, data\)`", README).groups()
+    assert callable(getattr(importlib.import_module(package), name))
 
 
 def test_links_lead_somewhere():

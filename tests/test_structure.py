@@ -56,7 +56,7 @@ ROOMS = {
         compression reconstruction teacher_report
     """,
     "cli": """
-        error_line from_file
+        class_page error_line from_file
         lightning_cli
         entry
     """,
@@ -199,7 +199,7 @@ ROOMS = {
     """,
     "studies": """
         data output progress
-        compare compress export
+        compare compress export doctor
     """,
     "studies/compare": """
         config tasks
@@ -218,6 +218,12 @@ ROOMS = {
         card
         command
     """,
+    "studies/doctor": """
+        config findings keys watch
+        checks
+        examination
+        command
+    """,
     "teachers": """
         about ensemble frozen row_codec
         layer_errors origin questions
@@ -226,7 +232,7 @@ ROOMS = {
         recorder
     """,
     "testing": """
-        tiny
+        tiny waits
         contract
     """,
 }

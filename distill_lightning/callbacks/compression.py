@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
-from distill_lightning.callbacks.stages import Measurements, check_scored, measure, on_cpu
+from distill_lightning.callbacks.stages import Measurements, check_scored, measure, on_cpu, trained_before
 from distill_lightning.callbacks.structure_hooks import LoadHook, SaveHook
 from distill_lightning.compression.access.calibration import first_samples
 from distill_lightning.compression.costs.parameters import count_parameters
@@ -117,6 +117,8 @@ class CompressionCallback(pl.Callback):
         self._sparsity: dict[str, list[float]] = {}
         # Whether the training has come to its end, with the last steps, and whether it began with a compressed network.
         self._is_over = self._is_begun = False
+        # For how many epochs the network had been trained before; `None`: nobody knows.
+        self._earlier: int | None = 0
         # The Trainer and the module of the fit that is under way.
         self._fit: tuple[pl.Trainer, Any] | None = None
 
@@ -145,6 +147,7 @@ class CompressionCallback(pl.Callback):
         self._fit, self._epoch, self._pruned, self._is_over = (trainer, pl_module), -1, 0, False
         if self.measurements is not None:
             check_scored(trainer, pl_module, self.measurements.split)
+            self._earlier = trained_before(network)
         self.compressor = Compressor(
             network,
             self.steps,
@@ -419,11 +422,10 @@ class CompressionCallback(pl.Callback):
         compressor = cast("Compressor", self.compressor)
         told = {note for stage in self.stages for note in stage.notes}
         notes = [note for note in compressor.piece.notes if note not in told]
-        self.stages.append(
-            measure(
-                trainer, pl_module, compressor, cast("Measurements", self.measurements),
-                name=name, kind=kind, final=final, timed_as=timed_as, notes=notes, sparsity=self._sparsity,
-            )
+        self.stages += measure(
+            trainer, pl_module, compressor, cast("Measurements", self.measurements),
+            name=name, kind=kind, final=final, timed_as=timed_as, notes=notes, sparsity=self._sparsity,
+            attribute=self.attribute, earlier=self._earlier,
         )  # fmt: skip
 
     def _note_epochs(self, epochs: int, compressor: Compressor) -> None:

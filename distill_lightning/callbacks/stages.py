@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_lightning.compression.access.computed import fewest_bits
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.file.artefact import load_compressed, write_artefact
 from distill_lightning.compression.report.details import details_of
 from distill_lightning.compression.report.measure import MIN_ROUNDS
-from distill_lightning.compression.report.stages import SEE, Onnx, Stage, StageKind, measure_stage
+from distill_lightning.compression.report.onnx import NetworkInOnnx, OnnxNetwork
+from distill_lightning.compression.report.stages import INT8, INT8_FILE, SEE, Onnx, Stage, StageKind, measure_stage
 from distill_lightning.compression.run.compressor import Compressor
 from distill_lightning.errors import InputError
-from distill_lightning.lightning_internals import TrainersBatches, undrawn, validation_loaders
+from distill_lightning.lightning_internals import TrainersBatches, epochs_in, undrawn, validation_loaders
+from distill_lightning.networks.provenance import weights_from
+from distill_lightning.networks.weights import read_content
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class Measurements:
         batch_sizes: batch sizes at which time is measured, dense and compressed in turns; empty for no measurement.
         rounds: number of turns, at least 50.
         onnx: ``"float"`` or, with int8 versions, ``"static"`` (convolutions) or ``"dynamic"`` (recurrent networks and
-            Transformers): ONNX files of the dense and of the final network, with their time in ONNX Runtime.
+            Transformers): ONNX files of the dense and of the final network, with their time in ONNX Runtime. An int8
+            version has a row of its own, with the scores of that file.
 
     Raises:
         InputError: a value is not one of these.
@@ -66,7 +73,9 @@ def measure(
     timed_as: str | None = None,
     notes: Sequence[str] = (),
     sparsity: Mapping[str, Sequence[float]] | None = None,
-) -> Stage:
+    attribute: str = "student",
+    earlier: int | None = 0,
+) -> list[Stage]:
     """Score and measure a network as it is now; random states and the Trainer's data are left as they were.
 
     Args:
@@ -80,8 +89,13 @@ def measure(
         timed_as: the row whose time is measured instead, because this one has the same structure.
         notes: notes on the row.
         sparsity: share of zeros of each pruned weight after each epoch, for the final network's figures.
+        attribute: the module's network.
+        earlier: for how many epochs it had been trained before this run; ``None``: nobody knows.
+
+    Returns:
+        The stage and, where an int8 ONNX file was made, the row of that.
     """
-    with isolate_rng():
+    with isolate_rng(), tempfile.TemporaryDirectory() as temporary:
         scores = pl_module.score(_scored_batches(trainer, pl_module, wanted.split))
         network, dense = (copy_network(one).cpu() for one in (compressor.network, compressor.dense))
         onnx = wanted.onnx if final or kind == "dense" else "none"
@@ -103,12 +117,46 @@ def measure(
             calibration=[on_cpu(given) for given, _ in batches],
             weight_bits=fewest_bits(network),
             notes=notes,
+            folder=Path(temporary),
         )
         if final:
             stage.details.update(details_of(network, compressor.piece, sparsity or {}))
-    if timed_as is not None:
-        stage.missing["latency"] = f"{SEE}{timed_as}"
-    return stage
+        if timed_as is not None:
+            stage.missing["latency"] = f"{SEE}{timed_as}"
+        stage = replace(stage, epochs=trainer.current_epoch, earlier=earlier)
+        if INT8 not in stage.nbytes:
+            return [stage]
+        in_onnx = NetworkInOnnx(OnnxNetwork(Path(temporary, INT8_FILE)), network, inputs)
+        try:
+            with _standing_in(pl_module, attribute, in_onnx):
+                scores = pl_module.score(_scored_batches(trainer, pl_module, wanted.split))
+        except InputError as error:
+            # Such as sequences of another length than the file was made for; the reason stands in the report.
+            stage.missing["score in int8"] = str(error)
+            return [stage]
+    return [stage.without_int8(), stage.in_int8(scores)]
+
+
+@contextmanager
+def _standing_in(pl_module: Any, attribute: str, network: nn.Module) -> Iterator[None]:
+    """Have a module score another network in the place of its own."""
+    own = getattr(pl_module, attribute)
+    setattr(pl_module, attribute, network)
+    try:
+        yield
+    finally:
+        setattr(pl_module, attribute, own)
+
+
+def trained_before(network: nn.Module) -> int | None:
+    """For how many epochs a network was trained before it was loaded, by the checkpoint that `Pretrained` has read.
+
+    ``None``: nobody knows. It was not `Pretrained`, or no Trainer wrote the file.
+    """
+    files = [Path(file) for file in weights_from(network)]
+    told = [epochs_in(read_content(file)) if file.is_file() else None for file in files]
+    known = [count for count in told if count is not None]
+    return max(known) if known and len(known) == len(told) else None
 
 
 def check_scored(trainer: Any, pl_module: Any, split: str) -> None:

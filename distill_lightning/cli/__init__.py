@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's verbs for every method, ``record``, ``compare``, ``compress`` and ``export``.
+"""The command line: LightningCLI's verbs, ``record``, ``compare``, ``compress``, ``export`` and ``doctor``.
 
 Bad input ends in one line on standard error and exit status 2; a traceback is a bug.
 """

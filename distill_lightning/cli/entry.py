@@ -17,13 +17,14 @@ from distill_lightning.cli.error_line import one_line, own_lines, refusal
 from distill_lightning.errors import InputError, disk_line, is_of_the_disk
 from distill_lightning.studies.compare import config as compare
 from distill_lightning.studies.compress import config as compress
+from distill_lightning.studies.doctor import config as doctor
 from distill_lightning.studies.export import config as export
 
 if TYPE_CHECKING:
     from distill_lightning.studies.compress.runs import Setup
 
 
-VERBS = ("fit", "validate", "test", "predict", "record", "compare", "compress", "export")
+VERBS = ("fit", "validate", "test", "predict", "record", "compare", "compress", "export", "doctor")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -34,13 +35,13 @@ def main(args: Sequence[str] | None = None) -> int:
             on the path of modules.
 
     Returns:
-        The exit status: 0, 1 where code of the user's own has failed, or 2 after bad input or where a disk is full or
-        refuses.
+        The exit status: 0; 1 where ``doctor`` found something wrong, or code of the user's own has failed; 2 after bad
+        input, or where a disk is full or refuses.
     """
     if args is None:
         _see_working_directory()
     try:
-        _run(sys.argv[1:] if args is None else list(args))
+        return _run(sys.argv[1:] if args is None else list(args))
     except Exception as error:
         if isinstance(error, ArgumentError) or refusal(error) is not None:
             print(f"distill-lightning: error: {one_line(error)}", file=sys.stderr)
@@ -54,7 +55,6 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"distill-lightning: error: {own}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _see_working_directory() -> None:
@@ -67,7 +67,7 @@ def _see_working_directory() -> None:
         sys.path.insert(0, here)
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str]) -> int:
     # Each verb imports what it uses once its options are read: --help and what is refused there need no PyTorch.
     verb, *options = arguments or [""]
     if verb == "compare":
@@ -88,6 +88,12 @@ def _run(arguments: list[str]) -> None:
 
         _quiet_down()
         export_command.run(exported, _setup_of)
+    elif verb == "doctor":
+        examined = doctor.parse_config(options)
+        from distill_lightning.studies.doctor import command as doctor_command  # noqa: PLC0415
+
+        _quiet_down()
+        return 0 if doctor_command.run(examined, _setup_of).is_well else 1
     elif not verb.startswith("-") and verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         meant = f"; did you mean {near[0]}?" if near else ""
@@ -99,6 +105,7 @@ def _run(arguments: list[str]) -> None:
 
         _quiet_down()
         DistillCLI(arguments)
+    return 0
 
 
 def _setup_of(arguments: Sequence[str]) -> Setup:

@@ -23,6 +23,7 @@ from distill_lightning.arguments import arguments_of, takes
 from distill_lightning.callables import check_callables, named
 from distill_lightning.callbacks import write_checkpoints_whole
 from distill_lightning.choices import choice_class, is_choice, is_plain, plain
+from distill_lightning.cli.class_page import page_of
 from distill_lightning.cli.from_file import class_of, safe_options
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError, refusing
@@ -40,7 +41,7 @@ _FROM_DATA = ("num_classes", "input_shape")
 _DESCRIPTION = """Train, evaluate and compare the methods of distill_lightning.
 
 Besides the verbs below: distill-lightning compare CONFIG [--output FOLDER], distill-lightning compress CONFIG,
-distill-lightning export CKPT [--to FORMAT ...]."""
+distill-lightning export CKPT [--to FORMAT ...], distill-lightning doctor CONFIG."""
 
 
 class RecordingTrainer(Trainer):
@@ -133,6 +134,10 @@ class DistillCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and check the checkpoint before anything is built or written."""
         words = [_unambiguous(word) for word in (sys.argv[1:] if args is None else args)]
+        page = page_of(words)
+        if page is not None:
+            print(page)
+            raise SystemExit(0)
         _check_files(words)
         super().parse_arguments(parser, words)
         path = self._checkpoint_path()
@@ -238,6 +243,15 @@ class DistillCLI(LightningCLI):
         name = "logits" if getattr(self.model, "num_classes", None) else "output"
         write_tensors(path, {name: torch.cat(outputs).float()})
         print(f"Written: {path}")
+
+    def after_validate(self) -> None:
+        """Say the unit of what Lightning's table has just shown."""
+        if any("aurc" in name for name in self.trainer.callback_metrics):
+            print("aurc and eaurc are in per mille (‰).")
+
+    def after_test(self) -> None:
+        """As after a validation."""
+        self.after_validate()
 
     def after_record(self) -> None:
         """Print what ``record`` has written."""

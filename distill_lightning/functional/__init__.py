@@ -47,7 +47,7 @@ from distill_lightning.functional.predictions import (
     softened_kl_rows,
     weighted_mean,
 )
-from distill_lightning.functional.scores import gap_reduction, gaze_angle
+from distill_lightning.functional.scores import chance_agreement, gap_reduction, gaze_angle
 from distill_lightning.functional.self_distillation import hard_targets, progressive_targets, soften
 
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "brier_score",
     "by_position",
     "calibration_bins",
+    "chance_agreement",
     "collapse_mixture",
     "counted_mean",
     "discriminator_loss",

@@ -1,4 +1,4 @@
-"""Comparisons of two scores, and of two directions of gaze."""
+"""Comparisons of two scores, of two directions of gaze, and of two labellings."""
 
 from __future__ import annotations
 
@@ -43,6 +43,39 @@ def gap_reduction(score: Tensor | float, baseline: Tensor | float, teacher: Tens
     gain = _as_tensor(score - baseline)
     gap = _as_tensor(teacher - baseline).to(gain.device)
     return (gain / gap).where(gap != 0, torch.nan)
+
+
+def chance_agreement(first: Tensor, second: Tensor) -> Tensor:
+    r"""The share of samples on which two labellings with the same class counts would agree if they were independent.
+
+    .. math:: p_e = \frac{1}{N^2} \sum_k n_k m_k
+
+    with :math:`n_k` and :math:`m_k` samples of class :math:`k` in the two. What always gives one class agrees no more
+    often than this with any labels, however unequal their classes are.
+
+    Args:
+        first: classes, int64 ``(N,)``, not negative.
+        second: classes, int64 ``(N,)``, not negative.
+
+    Returns:
+        A scalar in ``[0, 1]``, float32; NaN without samples.
+
+    Raises:
+        InputError: they are not ``(N,)`` both.
+
+    Example:
+        >>> from torch import tensor
+        >>> from distill_lightning.functional import chance_agreement
+        >>> chance_agreement(tensor([0, 0, 0, 0]), tensor([0, 0, 0, 1]))
+        tensor(0.7500)
+
+    Cohen: *A Coefficient of Agreement for Nominal Scales*, Educational and Psychological Measurement 20, 1960.
+    """
+    if first.shape != second.shape or first.ndim != 1:
+        raise InputError(f"two labellings are (N,) both; got {tuple(first.shape)} and {tuple(second.shape)}")
+    classes = int(max(first.max(), second.max())) + 1 if len(first) else 1
+    shares = [wide(torch.bincount(one, minlength=classes).to(wide_default())) / len(one) for one in (first, second)]
+    return (shares[0] * shares[1]).sum()
 
 
 def gaze_angle(first: Tensor, second: Tensor) -> Tensor:

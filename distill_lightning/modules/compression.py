@@ -117,7 +117,8 @@ class CompressionBaseline(DistillationModule):
                 "CompressionBaseline does its own steps: leave the Trainer's CompressionCallback out, or give "
                 "CompressionBaseline no steps"
             )
-        return [self.callback]
+        # From an earlier run of the same Trainer: Lightning would remark that it replaces itself.
+        return [] if self.callback in trainer.callbacks else [self.callback]
 
     @property
     def reads_labels(self) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from distill_lightning.layers import uncompiled
-from distill_lightning.networks.provenance import factory_with_recipe
+from distill_lightning.networks.provenance import factory_with_recipe, note_weights
 from distill_lightning.networks.weights import load_strictly, read_weights, without_prefixes
 
 
@@ -46,4 +46,5 @@ def Pretrained(network: nn.Module, checkpoint: str | Path, part: str | None = No
     load_strictly(
         plain, without_prefixes(plain, read_weights(Path(checkpoint), part=part), source=source), source=source
     )
+    note_weights(network, source)
     return network

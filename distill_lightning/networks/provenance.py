@@ -116,6 +116,26 @@ def set_recipe(network: nn.Module, arguments: Mapping[str, Any] | None) -> None:
     network.__dict__["_recipe"] = recipe
 
 
+def note_weights(network: nn.Module, path: str) -> None:
+    """Note the file that a network's weights come from; a copy of the network knows it, too."""
+    network.__dict__["_weights_from"] = path
+
+
+def weights_from(network: nn.Module) -> list[str]:
+    """The files that the weights of a network and its parts were loaded from.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.networks.provenance import note_weights, weights_from
+        >>> network = nn.Sequential(nn.Linear(4, 3))
+        >>> note_weights(network[0], "layer.pt")
+        >>> weights_from(network)
+        ['layer.pt']
+    """
+    noted = [module.__dict__.get("_weights_from") for module in network.modules()]
+    return list(dict.fromkeys(path for path in noted if path is not None))
+
+
 def drop_recipes(network: nn.Module) -> None:
     """Forget how a network and its submodules were built, where they were changed since.
 

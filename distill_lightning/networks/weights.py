@@ -168,6 +168,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return {"hyper_parameters": {}, **content}
 
 
+def read_content(path: Path) -> dict[str, Any]:
+    """All that a file of weights holds: the weights alone, or what a training has noted beside them.
+
+    No code that the file may contain is run.
+
+    Raises:
+        InputError: the file is missing, damaged or unsafe, or holds no state dict.
+    """
+    return dict(_read(path)[0])
+
+
 def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
     """Load a complete set of weights, or change nothing.
 

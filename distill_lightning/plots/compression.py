@@ -177,30 +177,49 @@ def plot_spectra(singular_values: Mapping[str, ArrayLike], ranks: Mapping[str, i
     return figure
 
 
-def plot_codebook(weights: Mapping[str, ArrayLike], levels: Mapping[str, ArrayLike], *, bins: int = 80) -> Figure:
+def plot_codebook(
+    weights: Mapping[str, ArrayLike | Mapping[str, Any]], levels: Mapping[str, ArrayLike], *, bins: int = 80
+) -> Figure:
     """Plot the distribution of layers' weights, with the values that replace them.
 
+    Weights that are zero, mostly because they were pruned, would be so high a bar that nothing else could be seen: a
+    dotted line is in their place, and the title tells their share.
+
     Args:
-        weights: the weights of each layer before they were shared or quantized, of any shape.
+        weights: of each layer, before they were shared or quantized: the weights, of any shape; or their histogram, the
+            number of ``"zeros"`` and, of the other weights, the range from ``"low"`` to ``"high"`` and the ``"counts"``
+            in equal bins of it.
         levels: the values of each layer that have replaced them.
-        bins: bins of the histograms.
+        bins: bins of the histograms of weights.
     """
     columns = min(3, len(weights))
     lines = -(-len(weights) // columns)
     figure = ShownFigure(figsize=(4.2 * columns, 2.6 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, (name, values) in zip(panels, weights.items(), strict=False):
-        shown = np.asarray(values, dtype=float).ravel()
+        told = values if isinstance(values, Mapping) else _binned(values, bins)
+        counts = np.asarray(told["counts"], dtype=float)
         found = np.unique(np.asarray(levels[name], dtype=float))
-        axes.hist(shown, bins=bins, color="0.75")
+        edges = np.linspace(told["low"], told["high"], len(counts) + 1)
+        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color="0.75")
+        if told["zeros"]:
+            axes.axvline(0, color="0.2", linewidth=1, linestyle=":")
         for level in found:
             axes.axvline(level, color="C3", linewidth=1, ymax=0.92)
-        axes.set_title(f"{name}: {len(found)} values", fontsize=10)
+        zeros = f", {told['zeros'] / (told['zeros'] + counts.sum()):.0%} zeros" if told["zeros"] else ""
+        axes.set_title(f"{name}: {len(found)} values{zeros}", fontsize=10)
         axes.set_yticks([])
         axes.spines[["top", "right", "left"]].set_visible(False)
     for axes in panels[len(weights) :]:
         axes.set_visible(False)
     return figure
+
+
+def _binned(values: ArrayLike, bins: int) -> dict[str, Any]:
+    shown = np.asarray(values, dtype=float).ravel()
+    others = shown[shown != 0]
+    counts, edges = np.histogram(others, bins) if len(others) else (np.zeros(0), np.zeros(1))
+    return {"zeros": len(shown) - len(others), "low": edges[0], "high": edges[-1], "counts": counts}
 
 
 def plot_bits(bits: Mapping[str, float], *, sizes: Mapping[str, int] | None = None) -> Figure:
@@ -230,18 +249,21 @@ def plot_bits(bits: Mapping[str, float], *, sizes: Mapping[str, int] | None = No
     return figure
 
 
-def plot_latency(times: Mapping[str, tuple[ArrayLike, ArrayLike]], *, label: str = "processor time (ms)") -> Figure:
+def plot_latency(
+    times: Mapping[str, tuple[ArrayLike, ArrayLike]], *, label: str = "processor time (ms)", dense: str = "dense"
+) -> Figure:
     """Plot the times of dense and compressed networks that were measured in turns, with their medians.
 
     Args:
         times: by name ("batch 32", for example), the times of the dense and of the compressed network, one per turn.
         label: label of the axis, with its unit.
+        dense: what the dense network is called.
     """
     figure = ShownFigure(figsize=(1.6 + 1.8 * len(times), 4), layout="constrained")
     axes = figure.add_subplot()
     # Batches of 1 and of 32 only fit on the same axis if it is logarithmic.
     for place, pair in enumerate(times.values()):
-        for side, (values, name) in enumerate(zip(pair, ("dense", "compressed"), strict=True)):
+        for side, (values, name) in enumerate(zip(pair, (dense, "compressed"), strict=True)):
             shown = np.asarray(values, dtype=float)
             at, color = place + 0.4 * side - 0.2, f"C{side}"
             bodies: Any = axes.violinplot(shown, [at], widths=0.34, showextrema=False)["bodies"]

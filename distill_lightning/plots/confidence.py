@@ -44,7 +44,7 @@ def risk_coverage_curve(curves: Mapping[str, Curve]) -> Figure:
     """Plot the share of errors among the most confident samples against the coverage.
 
     The dashed line is the best order of the same answers, with every error after every right answer. The shaded area
-    between the two is E-AURC; the legend shows it and AURC, times 1000.
+    between the two is E-AURC; the legend shows it and AURC in per mille.
 
     Args:
         curves: for each method what `distill_lightning.functional.risk_coverage` returns: coverage and risk ``(N,)``.
@@ -56,7 +56,7 @@ def risk_coverage_curve(curves: Mapping[str, Curve]) -> Figure:
         ranks = np.arange(1, len(risk) + 1)
         errors = round(float(risk[-1]) * len(risk))
         best = np.maximum(ranks - (len(risk) - errors), 0) / ranks
-        label = f"{name}: AURC {1000 * np.mean(risk):.1f}, E-AURC {1000 * np.mean(risk - best):.1f}"
+        label = f"{name}: AURC {1000 * np.mean(risk):.1f} ‰, E-AURC {1000 * np.mean(risk - best):.1f} ‰"
         axes.plot(coverage, 100 * risk, color=color, label=label)
         axes.plot(coverage, 100 * best, color=color, linestyle="--", linewidth=1)
         axes.fill_between(coverage, 100 * best, 100 * risk, color=color, alpha=0.15, linewidth=0)

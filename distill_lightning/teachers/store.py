@@ -119,6 +119,8 @@ class TeacherStore:
         self.path, self.fill, self.keep, self.dtype = Path(path), fill, keep, dtype
         self.top_k, self.shard_size, self.data = top_k, shard_size, data
         self.codec = RowCodec(dtype, top_k)
+        # For a look at a training: what is asked for is forgotten, and no file is made or changed.
+        self.is_read_only = False
         # The header of the store that `begin` has found.
         self.found: dict[str, Any] = {}
         self._records: ShardedRecords | None = None
@@ -177,7 +179,8 @@ class TeacherStore:
         if ask is None or self.fill == "never" or self._only_reads:
             raise self._unknown(index, view, known)
         packed = self.codec.pack(ask())
-        self._keep(index, view, known, packed)
+        if not self.is_read_only:
+            self._keep(index, view, known, packed)
         return self._unpacked(packed, device)
 
     def finish(self) -> None:
@@ -256,12 +259,22 @@ class TeacherStore:
     @property
     def fills(self) -> bool:
         """Whether a training adds to the store; one that only reads leaves all files as they are."""
-        return self.fill == "online" and self.networks is not None and not self._only_reads
+        return self.fill == "online" and self.networks is not None and not (self._only_reads or self.is_read_only)
 
     @property
     def is_complete(self) -> bool:
         """Whether every view of every sample is known."""
         return self._records is not None and not self._records.unfinished()
+
+    @property
+    def answers(self) -> int:
+        """Samples and views that are known, of those that `finish` has made readable."""
+        return 0 if self._records is None else self._records.known()
+
+    @property
+    def wanted(self) -> int:
+        """Samples and views that there are, once `begin` was called."""
+        return int(self._plan.get("samples", 0) * self._plan.get("views", 0))
 
     @property
     def nbytes(self) -> int:

@@ -17,16 +17,22 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import LambdaCallback
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from distill_lightning.data.batch import Batch, Key
 from distill_lightning.modules import DistillationModule
 from distill_lightning.networks.weights import read_weights
 from distill_lightning.teachers import Frozen
 from distill_lightning.testing.tiny import TinyDataModule, TinyNet, tiny_trainer
+from distill_lightning.testing.waits import Waits
 
 
 class Build(Protocol):
     """Makes the module under test.
+
+    ::
+
+        def build(student, teachers, num_classes):
+            return MyModule(student, teachers, num_classes=num_classes)
 
     It must be a function at the top level of a file, not a lambda: other processes import it.
 
@@ -44,7 +50,28 @@ CONTRACT: dict[str, Check] = {}
 
 
 def assert_module_contract(build: Build) -> None:
-    """Check every point of `CONTRACT`; the first that a module breaks raises an AssertionError that names it."""
+    """Check every point of `CONTRACT`.
+
+    ::
+
+        from distill_lightning.testing import assert_module_contract
+
+        def build(student, teachers, num_classes):
+            return MyModule(student, teachers, num_classes=num_classes)
+
+        def test_contract():
+            assert_module_contract(build)
+
+    The networks are `TinyNet`, whose ``features`` can be tapped; the two teachers need not be used. With pytest,
+    ``@pytest.mark.parametrize("point", CONTRACT)`` and ``CONTRACT[point](build)`` make a test of each point.
+
+    Args:
+        build: a function at the top level of a file that makes the module, see `Build`.
+
+    Raises:
+        AssertionError: the module breaks a point; the message names it and, where the module waits for the device, the
+            line that does.
+    """
     for name, check in CONTRACT.items():
         try:
             check(build)
@@ -341,26 +368,26 @@ def a_bf16_step_is_finite(build: Build) -> None:
 
 @point
 def a_training_step_does_not_wait_for_the_device(build: Build) -> None:
-    """No ``.item()``, no ``bool(tensor)``, in the loss, its gradient, or the optimiser's step."""
-    found: list[str] = []
-
-    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.aten._local_scalar_dense.default:  # noqa: SLF001
-                found.append(str(func))
-            return func(*args, **(kwargs or {}))
-
+    """No ``.item()``, no boolean mask as an index, in the loss, its gradient, or the optimiser's step; see `Waits`."""
     module, _ = _make(build)
-    step = module.optimizer_step
+    step, prepare, waits = module.optimizer_step, module.prepared, Waits()
+
+    def prepared(batch: Any, batch_idx: int = 0) -> Batch:
+        # Where there is a device, the key stays behind on the host, and is another tensor than the index.
+        batch.key = Key(batch.index.clone(), batch.view.clone())
+        waits.keep_on_host(batch.key)
+        return prepare(batch, batch_idx)
 
     def watched(*args: Any, **kwargs: Any) -> None:
-        with Watch():  # type: ignore[no-untyped-call]
+        with waits:
             step(*args, **kwargs)
 
     # The loss and its gradient are computed within.
     module.optimizer_step = watched  # type: ignore[method-assign]
+    module.prepared = prepared  # type: ignore[method-assign]
     tiny_trainer().fit(module, datamodule=_data(build))
-    _require(not found, f"{len(found)} hidden synchronisations in a step: {', '.join(found)}")
+    told = "\n".join(f"{wait.what}:\n{wait.stack}" for wait in waits.found)
+    _require(not waits.found, f"{waits.found.total()} hidden synchronisations in a step, {told}")
 
 
 def process_strategy() -> str:

@@ -65,10 +65,36 @@ def test_shared_values_and_bits():
     _, details = compressed(ShareWeights(k=4))
     told = details["codebook"]["0.weight"]
     assert len(told["levels"]) == 4
-    assert told["weights"] == network()[0].weight.flatten().tolist()
+    assert sum(told["histogram"]["counts"]) + told["histogram"]["zeros"] == network()[0].weight.numel()
     assert details["bits"]["0.weight"] == {"bits": 2, "size": 128}
     _, details = compressed(Quantize(bits=MixedPrecision(ratio=0.2)))
     assert len({told["bits"] for told in details["bits"].values()}) > 1
+
+
+def test_a_codebook_keeps_a_histogram_in_which_zeros_are_apart():
+    """By hand: each entry is counted in the bin of its place in the range, and pruned ones are not."""
+    compressor, details = compressed(PruneWeights(amount=0.75), ShareWeights(k=4))
+    pruned = network()[2].weight.detach()
+    told = details["codebook"]["2.weight"]["histogram"]
+    everything = torch.cat(
+        [parameter.flatten() for name, parameter in network().named_parameters() if "weight" in name]
+    )
+    threshold = everything.abs().quantile(0.75)
+    kept = [float(value) for value in pruned.flatten() if abs(value) > threshold]
+    low, high = min(kept), max(kept)
+    expected = [0] * 80
+    for value in kept:
+        expected[min(int((value - low) / (high - low) * 80), 79)] += 1
+    assert told == {"zeros": pruned.numel() - len(kept), "low": low, "high": high, "counts": expected}
+    assert len(json.dumps(details["codebook"])) < 3000
+    assert compressor.network[2].weight.count_nonzero() == len(kept)
+
+
+def test_the_codebook_of_an_earlier_report_is_drawn():
+    codebook = {"0.weight": {"weights": [0.0, 0.5, -0.5, 0.25], "levels": [-0.5, 0.0, 0.5]}}
+    (axes,) = draw_details({"codebook": codebook})["codebook.png"].axes
+    assert axes.get_title() == "0.weight: 3 values, 25% zeros"
+    assert sum(bar.get_height() for bar in axes.patches) == 3
 
 
 def test_details_are_plain_and_drawn():

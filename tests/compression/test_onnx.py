@@ -3,6 +3,7 @@
 import copy
 import importlib
 import re
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -427,3 +428,40 @@ def test_latency_has_two_baselines_that_compute_the_same(tmp_path, monkeypatch):
     torch.testing.assert_close(by_runtime, by_torch, atol=1e-5, rtol=0)
     assert torch.equal(int8, again)
     assert not torch.equal(int8, by_runtime)
+
+
+# In the place of a network
+
+
+class Pair(NamedTuple):
+    logits: torch.Tensor
+    state: tuple[torch.Tensor, None]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda x: x,
+        lambda x: (x, (2 * x, None)),
+        lambda x: {"hidden": 2 * x, "nothing": None, "logits": x},
+        lambda x: Pair(x, (3 * x, None)),
+    ],
+)
+def test_a_file_returns_what_its_network_does(made):
+    """The session gives flat tensors; a naive one computes the network and flattens it."""
+
+    class Network(nn.Module):
+        def forward(self, x, scale):
+            return made(scale * x)
+
+    network, inputs = Network(), (torch.randn(2, 3), 2)
+
+    def session(x):
+        flat = onnx_export.outputs_of(network(x, 2))
+        return flat[0] if len(flat) == 1 else flat
+
+    wrapped = onnx_export.NetworkInOnnx(session, network, inputs)
+    x = torch.randn(5, 3)
+    found, expected = wrapped(x, 2), network(x, 2)
+    assert repr(found) == repr(expected)
+    assert type(found) is type(expected)

@@ -5,6 +5,7 @@ import json
 import math
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,7 +209,7 @@ def test_the_terminals_table_has_ratios_and_the_number_of_seeds():
     assert told["1 PruneWeights, before fine-tuning"]["time, batch 32"] == ""
     assert told["control: random criterion"]["MACs"] == ""
     narrow, *lines = Report(stages).brief_rows(narrow=True)
-    assert narrow == [name for name in header if name != "to dense"]
+    assert narrow == [name for name in header if name not in ("to dense", "epochs")]
     assert [line[-1] for line in lines if line[0] == "final"] == ["1.00\nONNX\n0.30\nONNX\nint8\n0.20"]
 
 
@@ -236,6 +237,87 @@ def test_one_seed_has_no_deviation_and_another_metric_no_percent():
     lines = [line for line in report.markdown().splitlines() if line.startswith("| final |")]
     assert "a &#124; b" in lines[0]
     assert lines[0].count("|") == len(report.header()) + 1
+
+
+def with_int8():
+    """Stages of a dense and a final network, each with an int8 file that was scored."""
+    before, after = dense(), stage(latency=[row(0.5, 0.4, 0.6), row(0.8, 0.7, 0.9, runtime="onnxruntime")])
+    for one, size in ((before, 2000), (after, 500)):
+        one.nbytes.update(onnx=size, onnx_int8=size // 4)
+        one.differences.update(onnx=1e-6, onnx_int8=0.125)
+    after.latency.append(row(0.3, 0.2, 0.4, runtime="onnxruntime int8", baseline="onnxruntime"))
+    return [
+        part
+        for one, accuracy in ((before, 0.94), (after, 0.85))
+        for part in (one.without_int8(), one.in_int8({"accuracy": accuracy, "nll": 0.3}))
+    ]
+
+
+def test_an_int8_file_has_a_row_of_its_own_beside_the_network_it_was_made_of(tmp_path):
+    report = Report({0: with_int8()})
+    assert report.names[:4] == ["dense", "dense, int8 ONNX", "final", "final, int8 ONNX"]
+    assert column(report, "accuracy % (higher is better)")["final, int8 ONNX"] == "85.00"
+    assert column(report, "to dense")["final, int8 ONNX"] == "-10.00"
+    assert column(report, "bytes")["final, int8 ONNX"] == "125 (0.062), ONNX int8"
+    assert column(report, "time, batch 32")["final, int8 ONNX"] == "ONNX Runtime int8 0.30 [0.20, 0.40]"
+    assert "int8" not in column(report, "time, batch 32")["final"] + report.claim("final")
+    assert report.claim("final, int8 ONNX") == (
+        "int8: 0.062 of the ONNX file; 0.30 [0.20, 0.40] of the time at batch 32 in ONNX Runtime int8"
+    )
+    files = {line[0]: dict(zip(report.file_rows()[0], line, strict=True)) for line in report.file_rows()[1:]}
+    assert files["final"]["ONNX int8"] == "see final, int8 ONNX"
+    assert files["final, int8 ONNX"]["ONNX int8"] == "125 (0.062)"
+    assert files["final, int8 ONNX"]["artefact"] == ""
+    # The figures say what dense is, and show the int8 files where they are of the same kind.
+    figures = report.figures()
+    panels = {
+        axes.get_xlabel(): {bar.get_label(): bar.lines[0].get_xdata()[0] for bar in axes.containers}
+        for axes in figures["pareto.png"].axes
+    }
+    assert panels["bytes of the artefact"] == {"dense (float)": 1000, "final": 250}
+    assert panels["bytes of the ONNX file"] == {
+        "dense (float)": 2000, "dense, int8 ONNX": 500, "final": 500, "final, int8 ONNX": 125,
+    }  # fmt: skip
+    latency = figures["latency.png"].axes[0]
+    assert [text.get_text() for text in latency.get_legend().get_texts()] == ["dense (float)", "compressed"]
+    assert len(latency.get_xticklabels()) == 3
+
+
+def test_the_epochs_of_each_row_are_told():
+    stages = [
+        replace(dense(), epochs=3, earlier=30), replace(stage(), epochs=9, earlier=30),
+        replace(stage(CONTROL_SCRATCH, "control"), epochs=39), replace(stage(CONTROL_RANDOM, "control"), earlier=None),
+    ]  # fmt: skip
+    report = Report({0: stages})
+    told = {"dense": "30 + 3", "final": "30 + 9", CONTROL_SCRATCH: "39", CONTROL_RANDOM: "not noted"}
+    assert column(report, "epochs") == told
+    stages[-1] = replace(stages[-1], epochs=9)
+    report = Report({0: stages})
+    assert column(report, "epochs") == told | {CONTROL_RANDOM: "? + 9"}
+    header, *body = report.brief_rows()
+    assert {line[0]: line[header.index("epochs")] for line in body} == told | {CONTROL_RANDOM: "? + 9"}
+    assert report.epochs_line() == (
+        "epochs: dense 30 + 3; final 30 + 9; control: same size from scratch 39; control: random criterion ? + 9"
+    )
+    assert [(line["epochs"], line["epochs before"]) for line in report.lines()] == [
+        (3, 30),
+        (9, 30),
+        (39, 0),
+        (9, None),
+    ]
+    assert "?: nobody knows how many" in report.markdown()
+
+
+def test_a_report_of_an_earlier_version_is_read():
+    path = Path(__file__).parents[2] / "benchmarks/results/compression/deep_compression_cnn/report.json"
+    told = json.loads(path.read_text())
+    stages = {int(seed): [Stage.of_plain(plain) for plain in plains] for seed, plains in told["stages"].items()}
+    report = Report(stages)
+    kept = (path.parent / "report.md").read_text()
+    if not report.tells_epochs:
+        assert "epochs" not in report.header()
+        assert all(f"| {' | '.join(line)} |" in kept for line in report.rows())
+    assert {"pareto.png", "codebook.png", "sparsity.png"} <= set(report.figures())
 
 
 # the files
@@ -293,9 +375,9 @@ def test_the_figure_shows_scores_against_bytes_macs_and_milliseconds():
     }
     assert list(panels) == ["bytes of the artefact", "MACs of a sample", "ms, batch of 32"]
     assert panels["bytes of the artefact"]["1 PruneWeights"] == 250
-    assert panels["MACs of a sample"]["dense"] == 5000
+    assert panels["MACs of a sample"]["dense (float)"] == 5000
     # Median of 2 and 6 ms.
-    assert panels["ms, batch of 32"] == pytest.approx({"dense": 4, "1 PruneWeights": 2, "final": 4})
+    assert panels["ms, batch of 32"] == pytest.approx({"dense (float)": 4, "1 PruneWeights": 2, "final": 4})
     assert len(figures["latency.png"].axes[0].get_xticklabels()) == 2
     untimed = Report({0: [dense(), stage(nbytes={"state_dict": 5})]}).figures()
     assert list(untimed) == ["pareto.png"]

@@ -1,4 +1,4 @@
-"""Gap reduction and the angle of gaze."""
+"""Gap reduction, the angle of gaze, and agreement by chance."""
 
 import math
 
@@ -7,7 +7,30 @@ import pytest
 import torch
 
 from distill_lightning import InputError
-from distill_lightning.functional import gap_reduction, gaze_angle
+from distill_lightning.functional import chance_agreement, gap_reduction, gaze_angle
+
+# chance_agreement
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_chance_agreement_is_the_mean_over_all_pairs_of_samples(classes):
+    first, second = torch.randint(classes, (23,)), torch.randint(classes, (23,))
+    pairs = [float(a == b) for a in first for b in second]
+    assert chance_agreement(first, second).item() == pytest.approx(sum(pairs) / len(pairs), rel=1e-6)
+
+
+def test_chance_agreement_depends_on_no_order_and_not_on_which_is_first():
+    first, second = torch.tensor([0, 0, 3, 1]), torch.tensor([3, 0, 3, 2])
+    expected = chance_agreement(first, second)
+    assert chance_agreement(second, first) == expected
+    assert chance_agreement(first.flip(0), second) == expected
+
+
+def test_chance_agreement_of_nothing_is_no_number_and_of_other_shapes_refused():
+    assert chance_agreement(torch.zeros(0).long(), torch.zeros(0).long()).isnan()
+    with pytest.raises(InputError, match="labellings"):
+        chance_agreement(torch.zeros(2).long(), torch.zeros(3).long())
+
 
 # gap_reduction
 

@@ -222,7 +222,7 @@ class NotingStore:
         return {"probabilities": torch.zeros(batch.size, 3, device=device)}
 
     def release(self):
-        """It holds no file."""
+        pass
 
 
 class MovedBatches(KDModule):

@@ -253,7 +253,7 @@ def test_the_largest_probabilities_of_every_position_are_kept(data, tmp_path):
 def test_samples_that_fill_up_a_share_do_not_count(monkeypatch):
     module, batch = kd(), batch_of(4).replace(counted=torch.tensor([True, False, True, False]))
     monkeypatch.setattr(module, "log_dict", lambda *args, **options: None)
-    module._trainer = SimpleNamespace(world_size=1, num_val_batches=[1, 1], state=SimpleNamespace(fn="fit"))
+    module._trainer = SimpleNamespace(num_val_batches=[1, 1], world_size=1, state=SimpleNamespace(fn="fit"))
     with torch.no_grad():
         outputs = module.eval().validation_step(batch, 0)
     assert module.val_metrics["accuracy"].count == module.val_teacher_metrics["agreement"].count == 2 * LENGTH

@@ -99,6 +99,20 @@ def test_a_codebook_shows_all_weights_and_each_level_once():
     assert shown[0].get_title() == "a: 2 values"
 
 
+def test_zeros_do_not_hide_the_histogram_of_a_pruned_layer():
+    weights = np.concatenate([np.zeros(9000), np.linspace(-1, 1, 1000)])
+    told = {"zeros": 9000, "low": -1.0, "high": 1.0, "counts": [500, 500]}
+    (one, other) = plot_codebook({"a": weights, "b": told}, {"a": [0.5], "b": [0.5]}, bins=2).axes
+    for axes in (one, other):
+        assert [bar.get_height() for bar in axes.patches] == [500, 500]
+        assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(-1, 1), (0, 1)]
+        assert axes.get_title()[1:] == ": 1 values, 90% zeros"
+        assert [(line.get_xdata()[0], line.get_linestyle()) for line in axes.lines] == [(0, ":"), (0.5, "-")]
+    (empty,) = plot_codebook({"a": np.zeros(5)}, {"a": [0]}).axes
+    assert not empty.patches
+    assert empty.get_title() == "a: 1 values, 100% zeros"
+
+
 def test_bits_are_bars_with_their_mean_over_the_weights():
     axes = plot_bits({"a": 8, "b": 2}, sizes={"a": 100, "b": 300}).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [8, 2]

@@ -39,7 +39,7 @@ def test_the_legend_gives_both_areas_times_1000():
     # The specification's hand values: AURC 333.33, E-AURC 125.0.
     figure = risk_coverage_curve({"kd": curve(0, 1, 0, 1), "feed": curve(0, 0, 0, 0)})
     texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert texts == ["kd: AURC 333.3, E-AURC 125.0", "feed: AURC 0.0, E-AURC 0.0"]
+    assert texts == ["kd: AURC 333.3 ‰, E-AURC 125.0 ‰", "feed: AURC 0.0 ‰, E-AURC 0.0 ‰"]
 
 
 def test_the_shaded_area_is_the_excess():

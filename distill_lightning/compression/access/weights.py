@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
@@ -31,8 +34,17 @@ def channel_axis(layer: nn.Module) -> int:
     return int(isinstance(layer, _ConvTransposeNd))
 
 
-def sample_of(weight: Tensor, count: int = 2000) -> list[float]:
-    """Evenly spaced entries of a weight, at most so many, for a histogram."""
-    flat = weight.detach().flatten()
-    entries: list[float] = flat[:: -(-len(flat) // count) or 1].tolist()
-    return entries
+def histogram_of(weight: Tensor, bins: int = 80) -> dict[str, Any]:
+    """The distribution of a weight's entries, in plain values, with those that are zero apart.
+
+    Returns:
+        ``"zeros"``, their number; ``"low"`` and ``"high"``, the range of the other entries; and ``"counts"``, how many
+        of these are in each of the equal bins of that range, of which there are none if all are zero.
+    """
+    flat = weight.detach().flatten().double()
+    others = flat[flat != 0]
+    if not len(others):
+        return {"zeros": len(flat), "low": 0.0, "high": 0.0, "counts": []}
+    counts, edges = np.histogram(others.cpu().numpy(), bins)
+    low, high = float(edges[0]), float(edges[-1])
+    return {"zeros": len(flat) - len(others), "low": low, "high": high, "counts": counts.tolist()}

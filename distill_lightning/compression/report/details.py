@@ -11,7 +11,7 @@ from torch import nn
 
 from distill_lightning.compression.access.computed import computed_in, original_of
 from distill_lightning.compression.access.parameters import split_path
-from distill_lightning.compression.access.weights import sample_of
+from distill_lightning.compression.access.weights import histogram_of
 from distill_lightning.compression.steps.workpiece import SHOWN_LAYERS, Workpiece
 from distill_lightning.plots import plot_bits, plot_codebook, plot_sensitivity, plot_sparsity, plot_spectra
 
@@ -42,9 +42,9 @@ def details_of(network: nn.Module, piece: Workpiece, sparsity: Mapping[str, Sequ
         levels = torch.unique(weight)
         before = piece.details.get("codebook", {}).get(path)
         if entry.keeps_parameter:
-            before = sample_of(original_of(layer, name))
+            before = histogram_of(original_of(layer, name))
         if before is not None and len(levels) <= _VALUES:
-            codebook[path] = {"weights": before, "levels": levels.tolist()}
+            codebook[path] = {"histogram": before, "levels": levels.tolist()}
     found: Details = {
         "sparsity": {path: list(shares) for path, shares in _first(sparsity).items()},
         "sensitivity": piece.details.get("sensitivity"),
@@ -71,8 +71,9 @@ def draw_details(details: Details) -> dict[str, Figure]:
     if "spectra" in details:
         figures["spectra.png"] = plot_spectra(_each(details["spectra"], "values"), _each(details["spectra"], "rank"))
     if "codebook" in details:
-        weights, levels = (_each(details["codebook"], key) for key in ("weights", "levels"))
-        figures["codebook.png"] = plot_codebook(weights, levels)
+        # Reports of earlier versions hold some of the weights themselves.
+        weights = {path: told.get("histogram", told.get("weights")) for path, told in details["codebook"].items()}
+        figures["codebook.png"] = plot_codebook(weights, _each(details["codebook"], "levels"))
     if len(set(_each(details.get("bits", {}), "bits").values())) > 1:
         figures["bits.png"] = plot_bits(_each(details["bits"], "bits"), sizes=_each(details["bits"], "size"))
     return figures

@@ -89,6 +89,40 @@ class OnnxNetwork:
         return tensors[0] if len(tensors) == 1 else tensors
 
 
+class NetworkInOnnx(nn.Module):
+    """An ONNX file in the place of the network that it was made of, on the CPU: it takes and returns the same.
+
+    Args:
+        session: the file.
+        network: the network, on the CPU; its outputs' structure is the file's.
+        example_inputs: a tensor, or a tuple of arguments.
+    """
+
+    def __init__(self, session: OnnxNetwork, network: nn.Module, example_inputs: Any) -> None:
+        super().__init__()
+        self.session = session
+        with eval_mode(network), torch.inference_mode():
+            self.like = network(*inputs_of(example_inputs))
+
+    def forward(self, *inputs: Any) -> Any:
+        """Run the file; the outputs are on the device of the inputs."""
+        tensors = tensors_of(inputs)
+        found = iter(outputs_of(self.session(*tensors)))
+        return _in_structure(self.like, (output.to(tensors[0].device) for output in found))
+
+
+def _in_structure(like: Any, tensors: Iterator[Tensor]) -> Any:
+    """Tensors in the structure in which `outputs_of` has found them."""
+    if isinstance(like, Tensor):
+        return next(tensors)
+    if isinstance(like, Mapping):
+        return {key: _in_structure(part, tensors) for key, part in like.items()}
+    if isinstance(like, (tuple, list)):
+        parts = [_in_structure(part, tensors) for part in like]
+        return like._make(parts) if hasattr(like, "_make") else tuple(parts)
+    return None
+
+
 def export_onnx(network: nn.Module, path: Path | str, example_inputs: Any, *, dynamic_batch: bool = True) -> Path:
     """Write a network as an ONNX file in float32, and check that ONNX Runtime computes the same as PyTorch.
 

@@ -20,7 +20,11 @@ from distill_lightning.compression.report.stages import (
     CONTROL_RANDOM,
     CONTROL_SCRATCH,
     DENSE,
+    DENSE_INT8,
     FINAL,
+    FINAL_INT8,
+    IN_INT8,
+    INT8,
     MARGIN,
     SEE,
     LatencyRow,
@@ -28,7 +32,7 @@ from distill_lightning.compression.report.stages import (
     measure_stage,
 )
 from distill_lightning.errors import InputError
-from distill_lightning.pages import csv_text, machine, markdown_table, write_pages
+from distill_lightning.pages import csv_text, fixed, machine, markdown_table, write_pages
 from distill_lightning.plots import plot_latency, plot_pareto
 
 __all__ = [
@@ -41,7 +45,7 @@ FILES = {
     "artefact": "artefact",
     "artefact_deflated": "artefact, deflated",
     "onnx": "ONNX",
-    "onnx_int8": "ONNX int8",
+    INT8: "ONNX int8",
 }
 """Kinds of files and their titles."""
 
@@ -49,11 +53,13 @@ LEGEND = (
     "In brackets: ratio to dense. Time: ratio of medians to dense in the same runtime (dense always in float), taken "
     f"in turns, one thread, with its 95 % interval; {NO_SPEED_UP} where that holds 1 or comes nearer to it than "
     f"{MARGIN}. Bytes: of a file that was written and read again. MACs, of one sample: {DEFINITION}. Effective MACs "
-    "leave out weights that are zero: what an ideal kernel would be left with."
+    "leave out weights that are zero: what an ideal kernel would be left with. Epochs: of this run, after those that "
+    "the dense network had before it (?: nobody knows how many)."
 )
 """What the table's titles mean."""
 
 _NOT_RUN = "not run"
+_DRAWN = {DENSE: "dense (float)"}
 _RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "onnxruntime int8": "ONNX Runtime int8"}
 _PACKAGES = ("distill-lightning", "torchvision", "pytorch-lightning", "onnxruntime", "numpy")
 
@@ -67,17 +73,16 @@ def claim_of(dense: Stage, stage: Stage) -> str:
     """What may be said about a stage, in one sentence that follows only from its measurements."""
     if stage.kind == "dense":
         return "the baseline"
-    key, size = _size(dense, stage)
+    key, before, size = _size(dense, stage)
     measured = [row for row in stage.latency if row.is_alike]
     faster = [row for row in measured if row.faster]
     parts = []
     if size is not None:
-        parts.append(
-            f"{_ratio(size)} of the {FILES[key]}" if size < 1 else f"no smaller ({_ratio(size)} of the {FILES[key]})"
-        )
+        told = f"{_ratio(size)} of the {_title(before)}"
+        parts.append(f"int8: {told}" if key == INT8 else told if size < 1 else f"no smaller ({told})")
     parts += [_said(row) for row in measured if row.runtime in ("torch", "onnxruntime")]
-    if "onnx_int8" in stage.nbytes and "onnx" in dense.nbytes:
-        parts.append(f"int8: {_ratio(stage.nbytes['onnx_int8'] / dense.nbytes['onnx'])} of the ONNX file")
+    if key != INT8 and INT8 in stage.nbytes and "onnx" in dense.nbytes:
+        parts.append(f"int8: {_ratio(stage.nbytes[INT8] / dense.nbytes['onnx'])} of the {_title('onnx')}")
     parts += [_said(row) for row in measured if row.runtime == "onnxruntime int8"]
     if size is None:
         parts.insert(0, f"file not measured: {_one_line(stage.missing.get('artefact', 'not asked for'))}")
@@ -135,11 +140,11 @@ class Report:
 
     def _ordered(self) -> list[str]:
         """Dense first, then the steps in their order, the final network and the controls."""
-        always = {DENSE: 0, FINAL: 2, CONTROL_SCRATCH: 3, CONTROL_RANDOM: 3}
+        places = {DENSE: 0, DENSE_INT8: 1, FINAL: 3, FINAL_INT8: 4, CONTROL_SCRATCH: 5, CONTROL_RANDOM: 5}
         kinds = {stage.name: stage.kind for stages in self.seeds.values() for stage in stages.values()}
-        names = dict.fromkeys([*kinds, *always])
+        names = dict.fromkeys([*kinds, DENSE, FINAL, CONTROL_SCRATCH, CONTROL_RANDOM])
         # The sort is stable.
-        return sorted(names, key=lambda name: always.get(name, 3 if kinds.get(name) == "control" else 1))
+        return sorted(names, key=lambda name: places.get(name, 5 if kinds.get(name) == "control" else 2))
 
     def first(self, name: str) -> Stage | None:
         """The stage whose sizes and times are shown: that of the first seed that has it."""
@@ -175,14 +180,19 @@ class Report:
         stages = (stage for stages in self.seeds.values() for stage in stages.values())
         return sorted({row.batch for stage in stages for row in stage.latency})
 
+    @property
+    def tells_epochs(self) -> bool:
+        """Whether any stage says for how long it was trained; reports of earlier versions do not."""
+        return any(stage.epochs is not None for stages in self.seeds.values() for stage in stages.values())
+
     def header(self) -> list[str]:
         """The table's titles."""
         percent = " %" if _is_percent(self.metric) else ""
         better = "higher" if self.higher_is_better else "lower"
         times = [f"time, batch {size}" for size in self.batch_sizes()] or ["time"]
         return [
-            "stage", f"{self.metric}{percent} ({better} is better)", "to dense", "parameters", "not zero", "MACs",
-            "bytes", *times, "claim",
+            "stage", f"{self.metric}{percent} ({better} is better)", "to dense", *["epochs"] * self.tells_epochs,
+            "parameters", "not zero", "MACs", "bytes", *times, "claim",
         ]  # fmt: skip
 
     def rows(self) -> list[list[str]]:
@@ -193,7 +203,8 @@ class Report:
         """The table for a terminal, without claims: numbers for dense and ratios for the others, but both for bytes.
 
         Args:
-            narrow: whether to leave out differences to dense and intervals of times, for 80 columns.
+            narrow: whether to leave out differences to dense, epochs (`epochs_line`) and intervals of times, for 80
+                columns.
         """
         header, *body = self.rows()
         # In the columns up to bytes a cell is a number and its ratio; times have one line for each runtime.
@@ -205,18 +216,28 @@ class Report:
             cells += [_number(cell) if is_dense else _ratio_of(cell) for cell in line[3:last]]
             cells += [_number(line[last]) if is_dense else line[last]]
             for cell in line[last + 1 : -1]:
-                shown = "" if cell.startswith(SEE) else cell.replace(", ONNX Runtime ", "\nONNX ")
+                shown = (
+                    ""
+                    if cell.startswith(SEE)
+                    else cell.replace(", ONNX Runtime ", "\nONNX ").replace("ONNX Runtime ", "ONNX ")
+                )
                 bare = re.sub(r"(ONNX|int8) ", r"\1\n", re.sub(r" \[.*?\]", "", shown))
                 cells.append(bare if narrow else shown)
             brief.append(cells)
-        return [line[:2] + line[3:] for line in brief] if narrow else brief
+        return [line[:2] + line[header.index("parameters") :] for line in brief] if narrow else brief
+
+    def epochs_line(self) -> str:
+        """The epochs of all rows in a line, which `brief_rows` have no room for if they are narrow."""
+        shown = [(name, stage) for name in self.names if (stage := self.first(name)) is not None]
+        return f"epochs: {'; '.join(f'{name} {_epochs(stage)}' for name, stage in shown)}"
 
     def caption(self) -> str:
         """A description of the scores in `brief_rows`."""
         number = len(self.seeds)
         better = "higher" if self.higher_is_better else "lower"
         scores = f"mean ± standard deviation of {number} seeds" if number > 1 else "one seed"
-        return f"{self.metric}: {scores}, {better} is better; the rest: of the first seed, as ratios to dense"
+        epochs = "; epochs: of this run, after those before it (?: unknown)" if self.tells_epochs else ""
+        return f"{self.metric}: {scores}, {better} is better; the rest: of the first seed, as ratios to dense{epochs}"
 
     def _row(self, name: str) -> list[str]:
         stage = self.first(name)
@@ -224,14 +245,15 @@ class Report:
             return [name, _NOT_RUN, *["" for _ in self.header()[2:-1]], _NOT_RUN]
         dense = self._baseline(name)
         scale = 100 if _is_percent(self.metric) else 1
-        key, _ = _size(dense, stage)
-        size = _counted(stage.nbytes.get(key), dense.nbytes.get(key), stage.missing.get("artefact", "not asked for"))
+        key, before, _ = _size(dense, stage)
+        size = _counted(stage.nbytes.get(key), dense.nbytes.get(before), stage.missing.get("artefact", "not asked for"))
         if key != "artefact" and key in stage.nbytes:
             size += f", {FILES[key]}"
         return [
             name,
             _spread(self.scores(name), scale, seeds=len(self.seeds)),
             "" if stage.kind == "dense" else _spread(self.differences(name), scale, seeds=len(self.seeds), sign="+"),
+            *[_epochs(stage)] * self.tells_epochs,
             _counted(stage.parameters, dense.parameters),
             _counted(stage.nonzero, dense.nonzero),
             _counted(stage.macs or None, dense.macs, stage.missing.get("macs", "none")),
@@ -305,10 +327,12 @@ class Report:
                 continue
             dense = self._baseline(name)
             # Dense only has a float file.
-            before = {**dense.nbytes, "onnx_int8": dense.nbytes.get("onnx")}
+            before = {**dense.nbytes, INT8: dense.nbytes.get("onnx")}
+            reasons = dict.fromkeys(keys, "") if name.endswith(IN_INT8) else {}
+            reasons |= {INT8: f"{SEE}{name}{IN_INT8}"} if name + IN_INT8 in self.names else {}
+            reasons |= stage.missing
             cells = [
-                _counted(stage.nbytes.get(key), before.get(key), stage.missing.get(key, "not asked for"))
-                for key in keys
+                _counted(stage.nbytes.get(key), before.get(key), reasons.get(key, "not asked for")) for key in keys
             ]
             gaps = ", ".join(f"{FILES[key]} {gap:.1e}" for key, gap in stage.differences.items() if gap) or "0"
             effective = _counted(stage.effective_macs or None, dense.effective_macs, stage.missing.get("macs", "none"))
@@ -319,8 +343,8 @@ class Report:
     def latency_rows(self) -> list[list[str]]:
         """Every measured time: medians in milliseconds and ratios with their intervals."""
         header = [
-            "stage", "batch", "runtime", "dense in", "dense ms", "ms", "ratio, thread time", "ratio, wall time",
-            "claim",
+            "stage", "batch", "runtime", "dense (float) in", "dense ms", "ms", "ratio, thread time",
+            "ratio, wall time", "claim",
         ]  # fmt: skip
         shown = [(name, stage) for name in self.names if (stage := self.first(name)) is not None]
         return [header] + [
@@ -340,7 +364,7 @@ class Report:
             for name in self.names
             if self.first(name) is not None
         ]
-        return [["stage", *metrics], *body]
+        return [["stage", *(f"{metric} (‰)" if metric in _PER_MILLE else metric for metric in metrics)], *body]
 
     def markdown(self) -> str:
         """The whole report."""
@@ -364,6 +388,7 @@ class Report:
             for stage in stages.values():
                 line: dict[str, Any] = {"seed": seed, "stage": stage.name, "kind": stage.kind}
                 line |= {f"score {metric}": value for metric, value in stage.scores.items()}
+                line |= {"epochs": stage.epochs, "epochs before": stage.earlier}
                 line |= {name: getattr(stage, name) for name in ("parameters", "nonzero", "macs", "effective_macs")}
                 line |= {f"bytes {key}": size for key, size in stage.nbytes.items()}
                 for row in stage.latency:
@@ -399,9 +424,13 @@ class Report:
             and stage.missing.get("latency") != f"{SEE}{FINAL}"
         }
         percent = _is_percent(self.metric)
-        key = "artefact" if all("artefact" in stage.nbytes for stage in shown.values()) else "state_dict"
+        has_int8 = DENSE_INT8 in shown or FINAL_INT8 in shown
+        plain = [stage for name, stage in shown.items() if name not in (DENSE_INT8, FINAL_INT8)]
+        key = "artefact" if all("artefact" in stage.nbytes for stage in plain) else "state_dict"
+        onnx = {name: s.nbytes.get(INT8, s.nbytes.get("onnx")) for name, s in shown.items()} if has_int8 else {}
         costs: dict[str, dict[str, float]] = {
             f"bytes of the {FILES[key]}": {name: s.nbytes[key] for name, s in shown.items() if key in s.nbytes},
+            f"bytes of the {_title('onnx')}": {name: size for name, size in onnx.items() if size is not None},
             "MACs of a sample": {name: s.macs for name, s in shown.items() if s.macs},
         }
         if self.batch_sizes():
@@ -409,9 +438,13 @@ class Report:
             costs[f"ms, batch of {size}"] = self._milliseconds(size)
         figures = {
             "pareto.png": plot_pareto(
-                {name: self.scores(name) for name in shown},
-                {title: found for title, found in costs.items() if found},
-                dense=DENSE,
+                {_DRAWN.get(name, name): self.scores(name) for name in shown},
+                {
+                    title: {_DRAWN.get(name, name): cost for name, cost in found.items()}
+                    for title, found in costs.items()
+                    if found
+                },
+                dense=_DRAWN[DENSE],
                 controls={name for name, stage in shown.items() if stage.kind == "control"},
                 label=f"{self.metric} (%)" if percent else self.metric,
                 scale=100 if percent else 1,
@@ -420,13 +453,15 @@ class Report:
         }
         if FINAL in shown:
             figures |= draw_details(shown[FINAL].details)
-        rows = [row for row in shown[FINAL].latency if row.is_alike] if FINAL in shown else []
+        final = [shown[name] for name in (FINAL, FINAL_INT8) if name in shown]
+        rows = [row for stage in final for row in stage.latency if row.is_alike]
         if rows:
             figures["latency.png"] = plot_latency(
                 {
                     f"{_RUNTIMES[row.runtime]},\nbatch of {row.batch}": (row.dense_rounds, row.compressed_rounds)
-                    for row in rows
-                }
+                    for row in sorted(rows, key=lambda row: row.batch)
+                },
+                dense=_DRAWN[DENSE],
             )
         return figures
 
@@ -461,10 +496,26 @@ class Report:
         return write_pages(folder, pages, self.figures())
 
 
-def _size(dense: Stage, stage: Stage) -> tuple[str, float | None]:
-    """The kind of file that both stages have (the artefact if possible), and the ratio of its sizes."""
-    key = next((key for key in ("artefact", "state_dict") if key in stage.nbytes and key in dense.nbytes), None)
-    return (key, stage.nbytes[key] / dense.nbytes[key]) if key else ("artefact", None)
+def _size(dense: Stage, stage: Stage) -> tuple[str, str, float | None]:
+    """A stage's kind of file (the artefact if possible), that of dense which it is held against, and their ratio."""
+    # A row of an int8 file has no other one, and dense is always in float.
+    pairs = (("artefact", "artefact"), ("state_dict", "state_dict"), (INT8, "onnx"))
+    for key, before in pairs:
+        if key in stage.nbytes and before in dense.nbytes:
+            return key, before, stage.nbytes[key] / dense.nbytes[before]
+    return "artefact", "artefact", None
+
+
+def _title(key: str) -> str:
+    return "ONNX file" if key == "onnx" else FILES[key]
+
+
+def _epochs(stage: Stage) -> str:
+    """Epochs of this run, after those before it."""
+    if stage.epochs is None:
+        return "not noted"
+    before = "? + " if stage.earlier is None else f"{stage.earlier} + " if stage.earlier else ""
+    return f"{before}{stage.epochs}"
 
 
 def _said(row: LatencyRow) -> str:
@@ -506,11 +557,13 @@ def _spread(values: Sequence[float], scale: float, *, seeds: int, sign: str = ""
     if lost:
         return f"not finite in {lost} of {len(values)}"
     digits = 2 if scale == 100 else 3
-    # Adding zero turns a rounded -0 into 0.
-    mean = f"{round(scale * statistics.fmean(values), digits) + 0.0:{sign}.{digits}f}"
+    mean = fixed(scale * statistics.fmean(values), digits, sign=sign)
     if len(values) > 1:
-        mean += f" ± {scale * statistics.stdev(values):.{digits}f}"
+        mean += f" ± {fixed(scale * statistics.stdev(values), digits)}"
     return mean if seeds == 1 else f"{mean} (n={len(values)})"
+
+
+_PER_MILLE = ("aurc", "eaurc")
 
 
 def _is_percent(metric: str) -> bool:

@@ -36,6 +36,9 @@ from distill_lightning.networks.weights import load_strictly, read_weights, writ
 
 DENSE = "dense"
 FINAL = "final"
+IN_INT8 = ", int8 ONNX"
+"""The end of the name of an int8 file's own row."""
+DENSE_INT8, FINAL_INT8 = DENSE + IN_INT8, FINAL + IN_INT8
 CONTROL_SCRATCH = "control: same size from scratch"
 CONTROL_RANDOM = "control: random criterion"
 
@@ -54,9 +57,15 @@ Write = Callable[[nn.Module, Path], object]
 Read = Callable[[Path], nn.Module]
 """A function that loads an artefact as a plain network, which shares nothing with the one that was written."""
 
+INT8 = "onnx_int8"
+"""The kind of file that has a row of its own once it is scored."""
+INT8_RUNTIME: Runtime = "onnxruntime int8"
+INT8_FILE = "int8.onnx"
+"""Its name in the folder of `measure_stage`."""
+
 _ONNX_FILES: dict[str, tuple[str, Runtime]] = {
     "onnx": ("float.onnx", "onnxruntime"),
-    "onnx_int8": ("int8.onnx", "onnxruntime int8"),
+    INT8: (INT8_FILE, INT8_RUNTIME),
 }
 
 
@@ -153,6 +162,8 @@ class Stage:
         missing: the reason for each measurement that is missing ("artefact", "latency" and so on).
         weight_bits: bits of the smallest weights that are stored; ``None`` if all are floats.
         details: what figures show of single layers, see `details_of`.
+        epochs: for how many epochs of this run it had been trained; ``None``: it was not noted.
+        earlier: for how many epochs it had been trained before this run; ``None``: nobody knows.
     """
 
     name: str
@@ -170,6 +181,8 @@ class Stage:
     missing: dict[str, str] = field(default_factory=dict)
     weight_bits: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    epochs: int | None = None
+    earlier: int | None = 0
 
     def __post_init__(self) -> None:
         check_one_of(f"stage {self.name!r}: kind", self.kind, get_args(StageKind))
@@ -188,6 +201,38 @@ class Stage:
         with refusing(f"stage {plain.get('name')!r} was not written by this version", TypeError):
             stage = cls(**plain)
             return replace(stage, latency=[LatencyRow(**row) for row in plain.get("latency", [])])
+
+    def without_int8(self) -> Stage:
+        """What is left for the float network's row when its int8 file has one of its own."""
+        return replace(
+            self,
+            nbytes={what: size for what, size in self.nbytes.items() if what != INT8},
+            differences={what: gap for what, gap in self.differences.items() if what != INT8},
+            latency=[row for row in self.latency if row.runtime != INT8_RUNTIME],
+            missing={what: reason for what, reason in self.missing.items() if what != f"{INT8} latency"},
+        )
+
+    def in_int8(self, scores: Mapping[str, float]) -> Stage:
+        """The row of its int8 ONNX file.
+
+        Args:
+            scores: of that file in ONNX Runtime, by metric, on the samples of this row's own scores.
+        """
+        reason = self.missing.get(f"{INT8} latency", self.missing.get("latency", "not asked for"))
+        latency = [row for row in self.latency if row.runtime == INT8_RUNTIME]
+        return replace(
+            self,
+            name=self.name + IN_INT8,
+            kind="after",
+            scores=dict(scores),
+            nbytes={INT8: self.nbytes[INT8]},
+            differences={INT8: self.differences[INT8]},
+            latency=latency,
+            notes=[f"parameters, zeros and MACs are those of {self.name!r}, from which ONNX Runtime made it"],
+            missing={} if latency else {"latency": reason},
+            weight_bits=8,
+            details={},
+        )
 
 
 def measure_stage(
@@ -208,6 +253,7 @@ def measure_stage(
     weight_bits: int | None = None,
     notes: Sequence[str] = (),
     seed: int = 0,
+    folder: Path | None = None,
 ) -> Stage:
     """Measure one stage: parameters, multiply-accumulates, files (which are read again) and time.
 
@@ -235,6 +281,7 @@ def measure_stage(
         weight_bits: bits of the smallest weights in the artefact; ``None`` if all are floats.
         notes: notes on the row.
         seed: seed of the bootstrap.
+        folder: an empty folder in which the files are left; ``None``: they are not kept.
 
     Raises:
         InputError: a network is not on the CPU, or an argument is invalid for every stage.
@@ -247,7 +294,7 @@ def measure_stage(
     check_one_of(f"stage {name!r}: onnx", onnx, get_args(Onnx))
     measuring = _Measuring(network, dense, example_inputs, rounds=rounds, seed=seed)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = Path(temporary) if folder is None else folder
         measuring.files(folder, write, read, tolerance)
         with measuring.reporting("macs"):
             measuring.macs = count_macs(measuring.plain, at_batch(example_inputs, 1))
@@ -375,10 +422,10 @@ class _Measuring:
         if onnx == "float":
             return
         mode: Literal["static", "dynamic"] = "static" if onnx == "static" else "dynamic"
-        with self.reporting("onnx_int8"):
+        with self.reporting(INT8):
             self._measure(
-                "onnx_int8",
-                folder / _ONNX_FILES["onnx_int8"][0],
+                INT8,
+                folder / INT8_FILE,
                 write=lambda path: quantize_onnx(
                     exact, path, mode=mode, batches=calibration if mode == "static" else None
                 ),

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.access.parameters import join_path
-from distill_lightning.compression.access.targets import Targets
+from distill_lightning.compression.access.parameters import join_path, split_path
+from distill_lightning.compression.access.targets import Targets, match_layers
+from distill_lightning.compression.access.weights import weight_names
 from distill_lightning.compression.steps.base import Step
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
 
 
 def check_coverage(
-    piece: Workpiece, step: Step, weights: Iterable[str], *, targets: Targets | None, refuse: bool = True
+    piece: Workpiece,
+    step: Step,
+    weights: Iterable[str],
+    *,
+    targets: Targets | None,
+    refuse: bool = True,
+    why: Mapping[str, str] | None = None,
+    rule: str = "",
 ) -> None:
-    """Note the share of the network's weights that a step works on.
+    """Note the share of the network's weights that a step works on, and the layers that it leaves out, with the reason.
 
     Args:
         piece: the workpiece; all parameters of two or more dimensions count, tied ones once.
@@ -26,6 +34,8 @@ def check_coverage(
         weights: dotted names of the weights that it works on, as the layers have them.
         targets: targets of the step; if they name the layers, nothing is noted.
         refuse: whether a share below one half is an error.
+        why: why layers are left out, by path, as far as the step has reasons of its own beside ``piece.left``.
+        rule: why it leaves out those layers for which there is no other reason: what it works on.
 
     Raises:
         InputError: the share is below one half, and the layers were not named.
@@ -34,11 +44,39 @@ def check_coverage(
         return
     known = _weights_of(piece.network)
     total = sum(dict(known.values()).values())
-    covered = sum(dict(known[name] for name in weights if name in known).values())
-    share = f"{covered / total:.0%} of {type(piece.network).__name__}'s weights"
-    if refuse and 2 * covered < total:
-        raise InputError(f"{step.title} would work on only {share}: name the layers in targets to do so on purpose")
-    piece.note(f"{step.title} works on {share}")
+    covered = dict(known[name] for name in weights if name in known)
+    part = sum(covered.values()) / total
+    left = [name for name, (value, _) in known.items() if value not in covered]
+    # Rounded, a few weights that are left out would be none.
+    share = f"{min(part, 0.99) if left else part:.0%} of {type(piece.network).__name__}'s weights"
+    others = _told(piece, step, left, why or {}, rule)
+    if refuse and 2 * part < 1:
+        raise InputError(
+            f"{step.title} would work on only {share}: name the layers in targets to do so on purpose; it leaves out "
+            f"{others}"
+        )
+    piece.note(f"{step.title} works on {share}{f', not on {others}' if left else ''}")
+
+
+def _told(piece: Workpiece, step: Step, names: Iterable[str], why: Mapping[str, str], rule: str) -> str:
+    """The layers of some weights, together where the reason is the same."""
+    excluded = match_layers(piece.network, step.exclude, fits=lambda _: True, what="layers") if step.exclude else ()
+    by_reason: dict[str, dict[str, None]] = {}
+    for name in names:
+        path, own = split_path(name)
+        layer = piece.network.get_submodule(path)
+        # What stands first has decided.
+        reasons = (
+            "excluded" if path in excluded else None,
+            why.get(path),
+            piece.left.get(path, piece.left.get(name)),
+            "shared, quantized or masked already" if parametrize.is_parametrized(layer, own) else None,
+            None if own in weight_names(layer) else f"a parameter of {type(layer).__name__}, no layer's weight",
+        )
+        reason = next((one for one in reasons if one is not None), rule or f"{type(layer).__name__}, not its kind")
+        shown = path if path and own in weight_names(layer) else name
+        by_reason.setdefault(reason, {})[shown] = None
+    return "; ".join(f"{', '.join(layers)} ({reason})" for reason, layers in by_reason.items())
 
 
 def _weights_of(network: nn.Module) -> dict[str, tuple[object, int]]:

@@ -170,7 +170,8 @@ class LowRank(TargetedStep):
             else:
                 free.append(path)
         weights = [join_path(path, name) for path in free for name, _ in network.get_submodule(path).named_parameters()]
-        check_coverage(piece, self, weights, targets=None)
+        rule = f"only {', '.join(kind.__name__ for kind in self._methods)} are factored"
+        check_coverage(piece, self, weights, targets=None, rule=rule)
         return free
 
     def _moments(self, piece: Workpiece, paths: Sequence[str]) -> dict[str, Tensor]:

@@ -109,8 +109,12 @@ class PruningUnits(PruningWork):
 
     def explain(self, piece: Workpiece) -> None:
         """Say why layers keep all of their channels."""
-        if self.step.unit == "channel" and self.step.backend == "own":
-            piece.left |= fixed_channels(piece.network, inputs_of(piece.example_inputs))
+        piece.left |= self._fixed(piece)
+
+    def _fixed(self, piece: Workpiece) -> dict[str, str]:
+        if self.step.unit != "channel" or self.step.backend != "own":
+            return {}
+        return fixed_channels(piece.network, inputs_of(piece.example_inputs))
 
     def begin(self, piece: Workpiece) -> None:
         """Find the units, and remove them or mask the schedule's first amount."""
@@ -122,7 +126,10 @@ class PruningUnits(PruningWork):
         families = self._families(shown)
         names = units.parameter_names(shown.network, families)
         # Of a Transformer's weights the heads are the smaller part, and of a network its channels are nearly all.
-        check_coverage(shown, step, names, targets=step.named, refuse=step.unit == "channel" and not step.exclude)
+        check_coverage(
+            shown, step, names, targets=step.named, refuse=step.unit == "channel" and not step.exclude,
+            why=self._fixed(piece), rule=f"it has no {step.unit}s that could leave it",
+        )  # fmt: skip
         if step.budget is not None:
             self.limit = unit_amounts.limit_of(step.budget, piece.network, piece.example_inputs)
             self.final = self._smallest(shown, families)

@@ -101,7 +101,8 @@ class _PruningWeights(PruningWork):
         if isinstance(step.amount, dict):
             self.final = weights.amounts_by_path(piece.network, step.amount, self.paths)
             self.paths = list(self.final)
-        check_coverage(piece, step, self.paths, targets=step.named, refuse=not step.exclude)
+        rule = f"only {weights.prunable_layers(step.granularity, step.criterion)} are pruned so"
+        check_coverage(piece, step, self.paths, targets=step.named, refuse=not step.exclude, rule=rule)
         if isinstance(step.scope, Sensitivity):
             self.final = weights.bearable(
                 piece, self.paths, step.scope, criterion=step.criterion, granularity=step.granularity

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from distill_lightning.compression.access.parameters import join_path, names_of_parameters
 from distill_lightning.compression.access.targets import Targets, match_layers
-from distill_lightning.compression.access.weights import sample_of, weight_names
+from distill_lightning.compression.access.weights import histogram_of, weight_names
 from distill_lightning.compression.steps.base import Order, Step, TargetedStep
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.workpiece import Workpiece
@@ -77,7 +77,7 @@ class ShareWeights(TargetedStep):
                 where = join_path(path, name)
                 weight = getattr(layer, name)
                 masked = piece.masks.kept.pop(where, None) is not None
-                piece.record("codebook", where, sample_of(weight))
+                piece.record("codebook", where, histogram_of(weight))
                 # A layer of zeros has yet to learn.
                 keep_zero = bool((weight == 0).any()) and (masked or bool(weight.any()))
                 try:

@@ -76,17 +76,23 @@ def weight_paths(
             return False
         return bool(names) and (unit.kind != "n:m" or all(_divides(layer, name, unit) for name in names))
 
-    what = "linear, convolutional, recurrent, attention and embedding layers"
-    if criterion in SWEPT:
-        what = "Linear and Conv2d layers that run as modules"
-    if unit.kind == "n:m":
-        what = f"layers whose inputs are a multiple of {unit.second}"
+    what = prunable_layers(granularity, criterion)
     paths: dict[int, str] = {}
     for layer in match_layers(network, targets, exclude, fits=fits, what=what):
         for name in _prunable(network.get_submodule(layer)):
             path = join_path(layer, name)
             paths.setdefault(id(parameter_of(network, path)), path)
     return list(paths.values())
+
+
+def prunable_layers(granularity: str = "weight", criterion: str = "magnitude") -> str:
+    """The layers of `weight_paths`, in words."""
+    unit = Granularity.parse(granularity)
+    if unit.kind == "n:m":
+        return f"layers whose inputs are a multiple of {unit.second}"
+    if criterion in SWEPT:
+        return "Linear and Conv2d layers that run as modules"
+    return "linear, convolutional, recurrent, attention and embedding layers"
 
 
 def per_layer(network: nn.Module, patterns: Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:

@@ -99,7 +99,7 @@ class Workpiece:
 
         Args:
             kind: ``"sensitivity"`` (the loss at each level), ``"spectra"`` (singular values and rank) or ``"codebook"``
-                (weights).
+                (`histogram_of` the weights).
             path: path of the layer or weight.
             value: plain values.
         """

@@ -7,7 +7,7 @@ from typing import Self
 
 from torch import Tensor
 
-from distill_lightning.lightning_internals import PortableModule
+from distill_lightning.lightning_internals import PortableModule, summarise_without_metrics
 from distill_lightning.outputs.metrics.exact import exact_metrics
 from distill_lightning.teachers import Frozen
 
@@ -29,6 +29,10 @@ class HoldsFrozen(PortableModule):
         for frozen in self.frozen.values():
             frozen.apply(fn)
         return self
+
+    def setup(self, stage: str) -> None:
+        """Keep the metrics out of the model summary that comes next."""
+        summarise_without_metrics(self)
 
     def extra_repr(self) -> str:
         """The frozen networks, which the printed module would not show."""

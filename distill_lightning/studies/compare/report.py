@@ -185,4 +185,4 @@ def _cell(column: Column, values: Sequence[float]) -> str:
     if not np.isfinite(values).all():
         return "-"
     mean = column.text(statistics.fmean(values))
-    return mean if len(values) < 2 else f"{mean} ± {column.scale * statistics.stdev(values):.{column.digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {column.text(statistics.stdev(values))}"

@@ -18,6 +18,7 @@ from distill_lightning import functional
 from distill_lightning.functional.calibration import ECE_BINS
 from distill_lightning.modules import DistillationModule, RegressionModule, SupervisedModule
 from distill_lightning.outputs import Categorical, Gaussian, Output
+from distill_lightning.pages import fixed
 from distill_lightning.plots import reliability_diagram
 
 _TIMES = """\
@@ -38,8 +39,7 @@ class Column:
 
     def text(self, mean: float) -> str:
         """The mean as the table shows it."""
-        # Adding zero turns a rounded -0 into 0.
-        return f"{round(self.scale * mean, self.digits) + 0.0:.{self.digits}f}"
+        return fixed(self.scale * mean, self.digits)
 
 
 class Task(ABC):
@@ -193,7 +193,7 @@ gap: how much of the way from the student alone (mean over its seeds) to the ens
 
     def validation_score(self, metrics: Mapping[str, float]) -> str:
         """The mean absolute error."""
-        return f"validation error {metrics[self.monitor]:.3f}"
+        return f"validation error {fixed(metrics[self.monitor], 3)}"
 
     def _output_kind(self, output: Tensor) -> Output:
         # The predictions are within their module's bounds, whichever these are.

@@ -15,13 +15,16 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from distill_lightning.callbacks import Measurements
+from distill_lightning.callbacks.stages import trained_before
 from distill_lightning.compression.report.report import Report, circumstances
 from distill_lightning.compression.report.stages import FINAL
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError
 from distill_lightning.networks import recipe_of
+from distill_lightning.networks.provenance import weights_from
 from distill_lightning.storage import whole_file
 from distill_lightning.studies.compress.config import CompressConfig
 from distill_lightning.studies.compress.runs import (
@@ -51,7 +54,7 @@ Make = Callable[[Sequence[str]], Setup]
 def run(
     config: CompressConfig, arguments: Sequence[str], make: Make, *, console: Console | None = None
 ) -> Report | None:
-    """Run ``distill-lightning compress CONFIG [--preview] [--output FOLDER] [--seeds 0 1] [--key value ...]``.
+    """Run ``distill-lightning compress CONFIG [--preview] [--output FOLDER] [--seeds 0 1] [--dense-epochs N] ...``.
 
     Args:
         config: which configuration is compressed, and how often.
@@ -70,10 +73,11 @@ def run(
     console = wide_console(console)
     folder = Path(config.output)
 
-    def setup_of(seed: int, root: Path) -> Setup:
+    def setup_of(seed: int, root: Path, epochs: int | None = None) -> Setup:
+        longer = [] if epochs is None else ["--trainer.max_epochs", str(epochs)]
         own = ["--seed_everything", str(seed), "--trainer.default_root_dir", str(root)]
         quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-        return make(["--config", config.module, *config.overrides, *own, *quiet])
+        return make(["--config", config.module, *config.overrides, *own, *quiet, *longer])
 
     first = setup_of(config.seeds[0], folder)
     if config.preview:
@@ -83,20 +87,24 @@ def run(
             console.print(note, style="dim", highlight=False)
         return None
     _check_metric(first.model, config.metric)
+    earlier = _epochs_before(first, config.dense_epochs)
     splits = _splits(config.seeds, first, lambda seed: setup_of(seed, folder))
     # A configuration that cannot be used claims no folder.
     _reserve_folder(folder, config, splits)
     wanted = first.callback.measurements or Measurements()
     if wanted.onnx == "none" and find_spec("onnxruntime"):
         wanted = replace(wanted, onnx="float")
-    runs = plan(folder, config.seeds, config.controls)
-    for line in _warnings(first):
+    epochs = first.trainer.max_epochs or 0
+    runs = plan(folder, config.seeds, config.controls, earlier=earlier, epochs=epochs)
+    for line in _warnings(first, runs):
         console.print(line, highlight=False)
-    _execute(runs, setup_of, splits, wanted, epochs=first.trainer.max_epochs or 0, folder=folder, console=console)
+    _execute(runs, setup_of, splits, wanted, epochs=epochs, folder=folder, console=console)
     report = _report(runs, arguments, config.metric, higher_is_better=_higher_is_better(first.model, config.metric))
     paths = _write(report, runs[0], folder)
     console.print(_table(report, console.width))
     console.print(report.caption(), style="dim", highlight=False)
+    if console.width < _NARROW and report.tells_epochs:
+        console.print(report.epochs_line(), style="dim", highlight=False)
     absent = [
         f"{said}: {reason}" for said, reason in report.about.items() if said.removeprefix("no ") in _ABSENT.values()
     ]
@@ -118,6 +126,27 @@ def _check_metric(model: Any, metric: str) -> None:
     names = [name.removeprefix("test/") for name in metrics]
     if metric not in names:
         raise InputError(f"--metric {metric}: {type(model).__name__} has no such score, but {', '.join(names)}")
+
+
+def _epochs_before(setup: Setup, told: int | None) -> int | None:
+    """For how many epochs the dense network was trained before; ``None``: nobody knows.
+
+    Raises:
+        InputError: the user says so of one that is known to be fresh.
+    """
+    network = getattr(setup.model, setup.callback.attribute, None)
+    if not isinstance(network, nn.Module):
+        return told
+    recipe = recipe_of(network)
+    is_fresh = recipe is not None and not recipe["arguments"].get("pretrained") and not weights_from(network)
+    if told and is_fresh:
+        raise InputError(
+            f"--dense-epochs {told}: the weights of {type(network).__name__} are fresh, it was not trained before; "
+            "leave it out, and give model.init_args.dense_epochs for its training before the first step"
+        )
+    if told is not None:
+        return told
+    return 0 if is_fresh else trained_before(network)
 
 
 def _higher_is_better(model: Any, metric: str) -> bool:
@@ -148,7 +177,9 @@ def _reserve_folder(folder: Path, config: CompressConfig, splits: Mapping[int, S
     """Refuse an output folder of another configuration or of other data; only seeds and controls may be added."""
     refuse_foreign_folder(folder, known=_KNOWN)
     known = folder / _KNOWN
-    told = {"config": Path(config.module).read_text(), "overrides": list(config.overrides)}
+    told: dict[str, Any] = {"config": Path(config.module).read_text(), "overrides": list(config.overrides)}
+    if config.dense_epochs is not None:
+        told["dense_epochs"] = config.dense_epochs
     content = yaml.safe_dump(told, sort_keys=False)
     by_name = {f"seed {seed}": found for seed, found in splits.items()}
     if config.anew or not any(folder.glob("runs/*/stages.json")):
@@ -164,15 +195,21 @@ def _reserve_folder(folder: Path, config: CompressConfig, splits: Mapping[int, S
     keep_data(folder, by_name)
 
 
-def _warnings(setup: Setup) -> list[str]:
+def _warnings(setup: Setup, runs: Sequence[Run]) -> list[str]:
     """What the user should know before the training starts."""
     network = getattr(setup.model, setup.callback.attribute, None)
-    if network is None or recipe_of(network) is not None:
-        return []
-    return [
-        f"{type(network).__name__} was built by no factory of this package: {PACKED} and {CHECKPOINT} will be loaded "
-        "with load_compressed(path, network), given one that is built as this one is"
-    ]
+    lines = []
+    if network is not None and recipe_of(network) is None:
+        lines.append(
+            f"{type(network).__name__} was built by no factory of this package: {PACKED} and {CHECKPOINT} will be "
+            "loaded with load_compressed(path, network), given one that is built as this one is"
+        )
+    if any(run.kind == "same_size" and run.earlier is None for run in runs):
+        lines.append(
+            f"nobody knows for how many epochs {type(network).__name__} was trained before: the control of the same "
+            f"size has only this run's {setup.trainer.max_epochs}; give --dense-epochs N (0: its weights are fresh)"
+        )
+    return lines
 
 
 def _execute(
@@ -191,7 +228,7 @@ def _execute(
         run.folder.mkdir(parents=True)
         execute(run, make, splits[run.seed], wanted, on_epoch)
 
-    train_missing(runs, train, name="compress", epochs=lambda _: epochs, folder=folder, console=console)
+    train_missing(runs, train, name="compress", epochs=lambda run: run.epochs or epochs, folder=folder, console=console)
 
 
 def _report(runs: Sequence[Run], arguments: Sequence[str], metric: str, *, higher_is_better: bool) -> Report:
@@ -245,4 +282,10 @@ def _table(report: Report, width: int) -> Table:
 
 
 def _broken(cell: str) -> str:
-    return cell.replace(" ±", "\n±").replace(" (", "\n(").replace("not ", "not\n").replace(", batch", ",\nbatch")
+    return (
+        cell.replace(" ±", "\n±")
+        .replace(" (", "\n(")
+        .replace("not ", "not\n")
+        .replace(", batch", ",\nbatch")
+        .replace(", ONNX ", ",\nONNX\n")
+    )

@@ -27,6 +27,7 @@ class CompressConfig:
         metric: the score that the table is about.
         preview: whether only to show what the steps would take out of the network.
         anew: whether the runs that are in the folder are removed and made again.
+        dense_epochs: for how many epochs the dense network was trained before; ``None``: as its checkpoint tells.
     """
 
     module: str
@@ -37,6 +38,7 @@ class CompressConfig:
     metric: str
     preview: bool
     anew: bool
+    dense_epochs: int | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_config(arguments: Sequence[str]) -> CompressConfig:
-    """Read ``CONFIG [--preview] [--anew] [--output FOLDER] [--seeds 0 1] [--controls ...] [--metric NAME] ...``.
+    """Read ``CONFIG [--preview] [--anew] [--output FOLDER] [--seeds 0 1] [--controls ...] [--dense-epochs N] ...``.
 
     Raises:
         InputError: the options cannot be read, or there is no such configuration.
@@ -66,9 +68,16 @@ def parse_config(arguments: Sequence[str]) -> CompressConfig:
     parser.add_argument("--metric", default="accuracy", help="the score that the table is about")
     parser.add_argument("--preview", action="store_true", help="show what would leave the network, and train nothing")
     parser.add_argument("--anew", action="store_true", help="remove the runs in the folder, and make them again")
+    parser.add_argument(
+        "--dense-epochs", type=int, metavar="N",
+        help="epochs that a pretrained dense network has had, where its checkpoint does not tell: the control of the "
+        "same size is trained for as many more",
+    )  # fmt: skip
     options, overrides = parser.parse_known_args(list(arguments))
     if not Path(options.config).is_file():
         raise InputError(f"there is no configuration {options.config}: give the path of a YAML file")
+    if options.dense_epochs is not None and options.dense_epochs < 0:
+        raise InputError(f"--dense-epochs must not be negative, got {options.dense_epochs}: give 0 to fresh weights")
     twice = next((seed for seed in options.seeds if options.seeds.count(seed) > 1), None)
     if twice is not None:
         raise InputError(f"--seeds has {twice} twice: give each seed once")
@@ -81,4 +90,5 @@ def parse_config(arguments: Sequence[str]) -> CompressConfig:
         metric=options.metric,
         preview=options.preview,
         anew=options.anew,
+        dense_epochs=options.dense_epochs,
     )

@@ -19,7 +19,7 @@ from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.file.artefact import load_compressed, write_artefact
 from distill_lightning.compression.report.controls import random_steps, same_size_network
 from distill_lightning.compression.report.onnx import export_onnx, quantize_onnx
-from distill_lightning.compression.report.stages import CONTROL_RANDOM, CONTROL_SCRATCH, FINAL, Stage
+from distill_lightning.compression.report.stages import CONTROL_RANDOM, CONTROL_SCRATCH, FINAL, FINAL_INT8, INT8, Stage
 from distill_lightning.compression.run.compressor import Compressor
 from distill_lightning.compression.run.preview import Preview, preview
 from distill_lightning.data.batch import Batch
@@ -66,11 +66,15 @@ class Run:
         kind: the compression, or one of its controls.
         seed: of the initial weights and the order of the data.
         folder: where its files are.
+        earlier: for how many epochs the dense network was trained before; ``None``: nobody knows.
+        epochs: of its training; ``None``: as the configuration says.
     """
 
     kind: RunKind
     seed: int
     folder: Path
+    earlier: int | None = 0
+    epochs: int | None = None
 
     @property
     def title(self) -> str:
@@ -102,19 +106,17 @@ class Run:
         return reason
 
 
-def execute(
-    run: Run, make: Callable[[int, Path], Setup], splits: Splits, wanted: Measurements, on_epoch: OnEpoch
-) -> None:
+def execute(run: Run, make: Callable[..., Setup], splits: Splits, wanted: Measurements, on_epoch: OnEpoch) -> None:
     """Make a run and keep what it measured.
 
     Args:
         run: which; the compression of its seed is finished before its controls begin.
-        make: makes the setup for a seed and a folder.
+        make: makes the setup for a seed, a folder and, if the configuration does not say it, a number of epochs.
         splits: fingerprints of the data that it is to be made with.
         wanted: what is measured of every stage.
         on_epoch: called with the number of epochs that are done, after each.
     """
-    setup = make(run.seed, run.folder)
+    setup = make(run.seed, run.folder, *([] if run.epochs is None else [run.epochs]))
     callback = setup.callback
     cast("Any", setup.trainer).callbacks.append(EpochCounter(on_epoch))
     if isinstance(setup.data, ViewDataModule):
@@ -132,6 +134,8 @@ def execute(
             raise
         # A control that this network or these steps do not allow; the report gives the reason.
         stages, reason = [], str(error)
+    if run.kind != "same_size":
+        stages = [replace(stage, earlier=run.earlier) for stage in stages]
     content = json.dumps({"reason": reason, "stages": [stage.as_plain() for stage in stages]})
     write_whole(run.stages_file, [content.encode()])
 
@@ -142,10 +146,11 @@ def _compress(run: Run, setup: Setup, callback: CompressionCallback, wanted: Mea
     compressor = cast("Compressor", callback.compressor)
     setup.trainer.save_checkpoint(run.folder / CHECKPOINT, weights_only=True)
     write_artefact(compressor.network, run.folder / PACKED, coding=compressor.piece.coding)
-    if "onnx" in callback.stages[-1].nbytes:
+    final = {stage.name: stage for stage in callback.stages}
+    if "onnx" in final[FINAL].nbytes:
         network = load_compressed(run.folder / PACKED, copy_network(compressor.dense))
         export_onnx(network, run.folder / ONNX, compressor.piece.example_inputs)
-    if "onnx_int8" in callback.stages[-1].nbytes:
+    if FINAL_INT8 in final or INT8 in final[FINAL].nbytes:
         mode = cast("Literal['static', 'dynamic']", wanted.onnx)
         batches = callback.calibration if mode == "static" else None
         quantize_onnx(run.folder / ONNX, run.folder / ONNX_INT8, mode=mode, batches=batches)
@@ -165,7 +170,7 @@ def _train_same_size(run: Run, setup: Setup, callback: CompressionCallback, want
     dense = copy_network(network)
     checkpoint = run.folder.parent / f"compressed_{run.seed}" / CHECKPOINT
     callback.steps = []
-    scoring = _Scoring(callback.attribute, dense, wanted)
+    scoring = _Scoring(callback.attribute, dense, wanted, notes=_shorter(run, setup.trainer.max_epochs))
     cast("Any", setup.trainer).callbacks.append(scoring)
     setup.data.prepare_data()
     setup.data.setup("fit")
@@ -177,11 +182,18 @@ def _train_same_size(run: Run, setup: Setup, callback: CompressionCallback, want
     return scoring.stages
 
 
+def _shorter(run: Run, epochs: int | None) -> list[str]:
+    """The note on a control that could not be trained for as long as the dense network was."""
+    if run.earlier is not None:
+        return []
+    return [f"only this run's {epochs} epochs; nobody knows how many the dense network had before it"]
+
+
 class _Scoring(pl.Callback):
     """Measures a network that was trained and not compressed."""
 
-    def __init__(self, attribute: str, dense: nn.Module, wanted: Measurements) -> None:
-        self.attribute, self.dense, self.wanted = attribute, dense, wanted
+    def __init__(self, attribute: str, dense: nn.Module, wanted: Measurements, *, notes: Sequence[str]) -> None:
+        self.attribute, self.dense, self.wanted, self.notes = attribute, dense, wanted, notes
         self.stages: list[Stage] = []
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -189,7 +201,9 @@ class _Scoring(pl.Callback):
         batch = next(iter(cast("Any", trainer.train_dataloader)))
         compressor = Compressor(getattr(pl_module, self.attribute), [], first_samples(Batch.of(batch).input, 2))
         compressor.dense = self.dense
-        self.stages = [measure(trainer, pl_module, compressor, self.wanted, name=CONTROL_SCRATCH, kind="control")]
+        self.stages = measure(
+            trainer, pl_module, compressor, self.wanted, name=CONTROL_SCRATCH, kind="control", notes=self.notes
+        )
 
 
 def preview_of(setup: Setup) -> Preview:
@@ -207,6 +221,23 @@ def preview_of(setup: Setup) -> Preview:
     return preview(network, callback.steps, inputs, batches=lambda: drawn(callback.calibration_batches))
 
 
-def plan(folder: Path, seeds: Sequence[int], controls: Sequence[RunKind]) -> list[Run]:
-    """All runs in the order they are made."""
-    return [Run(kind, seed, folder / "runs" / f"{kind}_{seed}") for seed in seeds for kind in ("compressed", *controls)]
+def plan(
+    folder: Path, seeds: Sequence[int], controls: Sequence[RunKind], *, earlier: int | None = 0, epochs: int = 0
+) -> list[Run]:
+    """All runs in the order they are made.
+
+    Args:
+        folder: of the study.
+        seeds: each with every run.
+        controls: beside the compression.
+        earlier: for how many epochs the dense network was trained before; the control of the same size gets as many
+            more than the configuration says. ``None``: nobody knows, and it does not.
+        epochs: that the configuration says.
+    """
+    kinds: list[RunKind] = ["compressed", *controls]
+    longer = {"same_size": epochs + earlier} if earlier else {}
+    return [
+        Run(kind, seed, folder / "runs" / f"{kind}_{seed}", earlier, longer.get(kind))
+        for seed in seeds
+        for kind in kinds
+    ]

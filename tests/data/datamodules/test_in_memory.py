@@ -491,7 +491,7 @@ def resumable(batches=None, *, epoch=1, workers=0, **options):
 def test_a_loader_goes_on_behind_the_batches_of_its_state(batches, workers):
     loader, given = resumable(batches)
     state = loader.state_dict()
-    assert state == {"epoch": 1, "batches": batches}
+    assert state == {"epoch": 1, "batches": batches, "batch_size": 8, "processes": 1}
     _, whole = resumable()
     other, _ = resumable(0, workers=workers)
     other.load_state_dict(state)
@@ -500,7 +500,7 @@ def test_a_loader_goes_on_behind_the_batches_of_its_state(batches, workers):
     iterator = iter(other)
     other.sampler.set_epoch(1)
     assert given + [batch.index.tolist() for batch in iterator] == whole
-    assert other.state_dict() == {"epoch": 1, "batches": 3}
+    assert other.state_dict() == {"epoch": 1, "batches": 3, "batch_size": 8, "processes": 1}
     # The next epoch is whole.
     assert [batch.index.tolist() for batch in other] == whole
 
@@ -518,7 +518,7 @@ def test_with_another_sampler_it_is_an_ordinary_loader():
     plain = ResumableLoader(loader.dataset, batch_size=8, collate_fn=loader.collate_fn)
     plain.load_state_dict({"epoch": 0, "batches": 2})
     assert [batch.index.tolist() for batch in plain] == [list(range(k, k + 8)) for k in (0, 8, 16)]
-    assert plain.state_dict() == {"epoch": 0, "batches": 3}
+    assert plain.state_dict() == {"epoch": 0, "batches": 3, "batch_size": 8, "processes": 1}
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """The verb ``compress``: runs of a configuration and its controls, what they leave, and what they refuse."""
 
+import csv
 import importlib.util
 import json
+import re
 import shutil
 import signal
 
@@ -11,8 +13,17 @@ import torch
 import yaml
 from torch import nn
 
-from distill_lightning import RegressionModule, SmallCNN, SmallLSTM, SmallTransformer, SupervisedModule
+from distill_lightning import (
+    DigitsDataModule,
+    Pretrained,
+    RegressionModule,
+    SmallCNN,
+    SmallLSTM,
+    SmallTransformer,
+    SupervisedModule,
+)
 from distill_lightning.callbacks import Measurements
+from distill_lightning.callbacks.stages import trained_before
 from distill_lightning.cli import main
 from distill_lightning.compression import (
     Compressor,
@@ -26,6 +37,7 @@ from distill_lightning.compression import (
     Stage,
     load_compressed,
 )
+from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.costs.parameters import count_parameters
 from distill_lightning.compression.report.controls import random_steps, same_size_network
 from distill_lightning.errors import InputError
@@ -408,6 +420,183 @@ def test_a_control_that_cannot_be_made_is_explained(tmp_path):
     assert "there is no dense network of this size" in reason
     for name in ("report.md", "report.json"):
         assert "there is no dense network of this size" in (tmp_path / "out" / name).read_text()
+
+
+# How long each network was trained
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A network that was trained for three epochs: a Trainer's checkpoint, and a file of its weights alone."""
+    folder = tmp_path_factory.mktemp("trained")
+    module = SupervisedModule(SmallCNN(10, width=4), num_classes=10)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    checkpoints = [
+        pl.callbacks.ModelCheckpoint(dirpath=folder, filename="last"),
+        pl.callbacks.ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1),
+    ]
+    trainer = pl.Trainer(max_epochs=3, accelerator="cpu", callbacks=checkpoints, **options)
+    trainer.fit(module, datamodule=DigitsDataModule(subset=64, val_size=32, image_size=8, batch_size=32))
+    trainer.save_checkpoint(folder / "end.ckpt")
+    module.export_student(folder / "weights.pt")
+    return folder
+
+
+def pretrained(checkpoint):
+    network = {
+        "class_path": "distill_lightning.Pretrained",
+        "init_args": {"network": CNN, "checkpoint": str(checkpoint)},
+    }
+    return lambda config: config["model"]["init_args"].update(network=network)
+
+
+def test_a_checkpoint_tells_the_whole_epochs_before_it(trained):
+    """Two batches are an epoch, of which Lightning's own number is 0 until the next one has begun."""
+    files = {**{f"step={step}.ckpt": step // 2 for step in range(1, 7)}, "last.ckpt": 3, "end.ckpt": 3}
+    for file, expected in files.items():
+        network = Pretrained(SmallCNN(10, width=4), trained / file)
+        assert trained_before(network) == expected, file
+    assert trained_before(Pretrained(SmallCNN(10, width=4), trained / "weights.pt")) is None
+    assert trained_before(SmallCNN(10, width=4)) is None
+    assert trained_before(copy_network(nn.Sequential(network))) == 3
+
+
+@pytest.fixture
+def lengths(monkeypatch):
+    """The number of epochs of each run, counted as they end."""
+    found, execute = {}, runs.execute
+
+    def counting(run, make, splits, wanted, on_epoch):
+        def ended(count):
+            found[run.kind] = found.get(run.kind, 0) + 1
+            on_epoch(count)
+
+        execute(run, make, splits, wanted, ended)
+
+    monkeypatch.setattr("distill_lightning.studies.compress.command.execute", counting)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "earlier", "expected"),
+    [
+        # Lightning's checkpoint of the last epoch says "epoch": 2, and three were trained.
+        ("last.ckpt", [], 3, "3 + 2"),
+        ("weights.pt", ["--dense-epochs", "4"], 4, "4 + 2"),
+        ("last.ckpt", ["--dense-epochs", "1"], 1, "1 + 2"),
+        ("weights.pt", ["--dense-epochs", "0"], 0, "2"),
+        ("weights.pt", [], None, "? + 2"),
+    ],
+)
+def test_the_control_is_trained_for_as_long_as_the_dense_network_was(
+    trained, lengths, tmp_path, capsys, file, options, earlier, expected
+):
+    (tmp_path / "tiny.yaml").write_text(configuration(pretrained(trained / file)))
+    out = tmp_path / "out"
+    assert main(["compress", str(tmp_path / "tiny.yaml"), "--output", str(out), *options]) == 0
+    length = 2 + (earlier or 0)
+    assert lengths == {"compressed": 2, "same_size": length, "random": 2}
+    stages = {stage.name: stage for kind in lengths for stage in stages_of(out, f"{kind}_0")}
+    counts = {name: (stage.epochs, stage.earlier) for name, stage in stages.items()}
+    assert counts["dense"] == counts["1 PruneUnits channel, before fine-tuning"] == (1, earlier)
+    assert counts["1 PruneUnits channel"] == counts["final"] == counts["control: random criterion"] == (2, earlier)
+    assert counts["control: same size from scratch"] == (length, 0)
+    # It stands in everything that is written, and in what is printed.
+    text, printed = (out / "report.md").read_text(), " ".join(capsys.readouterr().out.split())
+    header, *lines = (line.split(" | ") for line in text.splitlines() if line.startswith("|"))
+    place = header.index("epochs")
+    cells = {line[0].removeprefix("| "): line[place] for line in lines[1:10] if len(line) == len(header)}
+    assert cells["final"] == expected
+    assert cells["control: same size from scratch"] == str(length)
+    with (out / "report.csv").open(newline="") as file_:
+        (row,) = (row for row in csv.DictReader(file_) if row["stage"] == "final")
+    assert (row["epochs"], row["epochs before"]) == ("2", "" if earlier is None else str(earlier))
+    assert expected in printed
+    unknown = "nobody knows for how many epochs SmallCNN was trained before: the control of the same size has only this"
+    note = "control: same size from scratch: only this run's 2 epochs; nobody knows how many the dense network had"
+    for told, where in ((unknown, printed), (note, printed), (note, text)):
+        assert (told in where) == (earlier is None)
+
+
+def test_a_fresh_network_has_no_earlier_epochs(tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(configuration())
+    for number, told in (("5", "--dense-epochs 5: the weights of SmallCNN are fresh"), ("-1", "must not be negative")):
+        arguments = ["compress", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "out")]
+        assert main([*arguments, "--dense-epochs", number]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert told in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_epochs_of_the_dense_network_are_another_study(trained, tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(configuration(pretrained(trained / "weights.pt")))
+    arguments = ["compress", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "out"), "--controls"]
+    assert main([*arguments, "--dense-epochs", "4"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--dense-epochs", "5"]) == 2
+    assert "give another folder with --output" in capsys.readouterr().err
+
+
+def test_the_int8_file_is_scored_like_every_other_row(tmp_path, capsys):
+    """By hand: the file that the study leaves, run in ONNX Runtime on the test samples."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    def change(config):
+        config["model"]["init_args"]["report"]["init_args"]["onnx"] = "static"
+        config["trainer"]["max_epochs"] = 6
+        config["model"]["init_args"]["dense_epochs"] = 5
+        config["data"]["init_args"]["subset"] = 512
+
+    (tmp_path / "tiny.yaml").write_text(configuration(change))
+    out = tmp_path / "out"
+    assert main(["compress", str(tmp_path / "tiny.yaml"), "--output", str(out), "--controls"]) == 0
+    stages = {stage.name: stage for stage in stages_of(out, "compressed_0")}
+    names = list(stages)
+    assert names[:2] == ["dense", "dense, int8 ONNX"]
+    assert names[-2:] == ["final", "final, int8 ONNX"]
+    session = onnxruntime.InferenceSession(str(out / "network_int8.onnx"), providers=["CPUExecutionProvider"])
+    data = DigitsDataModule(subset=512, val_size=32, image_size=8)
+    data.setup("test")
+    right, losses = [], []
+    for batch in data.test_dataloader():
+        (logits,) = session.run(None, {session.get_inputs()[0].name: batch.input.numpy()})
+        right += (logits.argmax(1) == batch.target.numpy()).tolist()
+        losses += nn.functional.cross_entropy(torch.tensor(logits), batch.target, reduction="none").tolist()
+    int8, final = stages["final, int8 ONNX"], stages["final"]
+    assert int8.scores["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert int8.scores["nll"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert int8.scores["nll"] != pytest.approx(final.scores["nll"], rel=1e-4)
+    assert int8.scores.keys() == final.scores.keys()
+    # Its size and its time are its own.
+    assert int8.nbytes == {"onnx_int8": (out / "network_int8.onnx").stat().st_size}
+    assert {row.runtime for row in int8.latency} == {"onnxruntime int8"}
+    assert "onnx_int8" not in final.nbytes
+    assert {row.runtime for row in final.latency} == {"torch", "onnxruntime"}
+    report = (out / "report.md").read_text()
+    assert report.index("| dense |") < report.index("| dense, int8 ONNX |") < report.index("| 1 PruneUnits")
+    assert report.index("| final |") < report.index("| final, int8 ONNX |") < report.index("| control: same")
+    claim = re.search(r"final, int8 ONNX: (storage only: )?int8: \d\.\d+ of the ONNX file", capsys.readouterr().out)
+    assert claim is not None
+
+
+def test_an_int8_file_that_cannot_be_scored_stays_with_its_reason(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+
+    def change(config):
+        config["model"]["init_args"]["report"]["init_args"] |= {"onnx": "static", "batch_sizes": []}
+
+    def refuse(*_):
+        raise InputError("sequences of another length")
+
+    monkeypatch.setattr("distill_lightning.compression.report.onnx.NetworkInOnnx.forward", refuse)
+    (tmp_path / "tiny.yaml").write_text(configuration(change))
+    out = tmp_path / "out"
+    assert main(["compress", str(tmp_path / "tiny.yaml"), "--output", str(out), "--controls"]) == 0
+    final = stages_of(out, "compressed_0")[-1]
+    assert final.name == "final"
+    assert final.nbytes["onnx_int8"] == (out / "network_int8.onnx").stat().st_size
+    note = "final: score in int8 not measured: sequences of another length"
+    assert note in (out / "report.md").read_text()
 
 
 def test_quantization_alone_is_compared_with_a_network_of_the_dense_size(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The table of `distill-lightning compress` in a terminal."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -35,7 +36,13 @@ def report():
                     missing={"latency": "see final"},
                     **small,
                 ),
-                stage("final", "after", 0.97, latency=times, **small),
+                replace(
+                    stage("final, int8 ONNX", "after", 0.96, latency=times[2:3], **small),
+                    nbytes={"onnx_int8": 30_000},
+                    epochs=12,
+                    earlier=None,
+                ),
+                replace(stage("final", "after", 0.97, latency=times, **small), epochs=12, earlier=300),
             ]
             for seed in (0, 1)
         }
@@ -49,12 +56,26 @@ def test_it_fits_and_breaks_no_word(width):
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= width
     words = text.split()
-    for whole in ("hidden_unit,", "fine-tuning", "parameters", "100,000", "(0.25)", "98.50", "ONNX", "int8", "32"):
+    for whole in (
+        "hidden_unit,",
+        "fine-tuning",
+        "parameters",
+        "100,000",
+        "(0.25)",
+        "98.50",
+        "ONNX",
+        "int8",
+        "32",
+    ):
         assert whole in words, whole
     # Where a time is not measured there is nothing, in the place of a reason that the report's files give.
     assert "see" not in words
     assert ("[0.45," in words) == (width == 132)
-    assert ("-1.50" in words) == (width == 132)
+    assert ("-1.50" in words) == ("epochs" in words) == ("300" in words) == (width == 132)
+    assert report().epochs_line() == (
+        "epochs: dense not noted; 1 PruneUnits hidden_unit, before fine-tuning not noted; "
+        "final 300 + 12; final, int8 ONNX ? + 12"
+    )
 
 
 def test_every_row_that_shows_a_time_says_what_it_means():

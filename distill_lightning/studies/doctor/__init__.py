@@ -1,0 +1,1 @@
+"""``distill-lightning doctor``: a look at a configuration before hours are spent on it."""
