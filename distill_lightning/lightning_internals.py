@@ -71,6 +71,7 @@ class PortableModule(pl.LightningModule):
             InputError: it would go on from inside an epoch, which this version of Lightning cannot.
         """
         refuse_mid_epoch(self.trainer)
+        _begin_after_finder(self.trainer)
         # A fit that broke off may have left some.
         self._kept_modes = []
         self._keep_modes()
@@ -120,6 +121,16 @@ def _readable(state: Any) -> Any:
     if type(state) is list:
         return [_readable(value) for value in state]
     return str(state) if isinstance(state, PurePath) else state
+
+
+def _begin_after_finder(trainer: Any) -> None:
+    """Have a training begin with its first batch, where `LearningRateFinder` has read some before.
+
+    Lightning 2.5.0 goes on behind the last that it read, and leaves the others of the first epoch out.
+    """
+    finders = any(isinstance(callback, pl.callbacks.LearningRateFinder) for callback in trainer.callbacks)
+    if finders and hasattr(trainer.fit_loop, "_combined_loader"):
+        trainer.fit_loop._combined_loader = None
 
 
 def refuse_mid_epoch(trainer: Any) -> None:
