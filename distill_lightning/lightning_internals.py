@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.data import sized_len
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -72,6 +71,7 @@ class PortableModule(pl.LightningModule):
             InputError: it would go on from inside an epoch, which this version of Lightning cannot.
         """
         refuse_mid_epoch(self.trainer)
+        _begin_after_finder(self.trainer)
         # A fit that broke off may have left some.
         self._kept_modes = []
         self._keep_modes()
@@ -121,6 +121,16 @@ def _readable(state: Any) -> Any:
     if type(state) is list:
         return [_readable(value) for value in state]
     return str(state) if isinstance(state, PurePath) else state
+
+
+def _begin_after_finder(trainer: Any) -> None:
+    """Have a training begin with its first batch, where `LearningRateFinder` has read some before.
+
+    Lightning 2.5.0 goes on behind the last that it read, and leaves the others of the first epoch out.
+    """
+    finders = any(isinstance(callback, pl.callbacks.LearningRateFinder) for callback in trainer.callbacks)
+    if finders and hasattr(trainer.fit_loop, "_combined_loader"):
+        trainer.fit_loop._combined_loader = None
 
 
 def refuse_mid_epoch(trainer: Any) -> None:
@@ -426,9 +436,17 @@ def _ways_of_batches(trainer: Any) -> list[dict[str, int | None]]:
     """How each loader's batches come: samples in one, batches in an epoch, and the processes that share the data."""
     loader = trainer.fit_loop._combined_loader
     return [
-        {"size": _batch_size_of(part), "number": sized_len(part), "processes": trainer.world_size}
+        {"size": _batch_size_of(part), "number": _length_of(part), "processes": trainer.world_size}
         for part in ([] if loader is None else loader.flattened)
     ]
+
+
+def _length_of(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        # As data without a length say.
+        return None
 
 
 def _batch_size_of(loader: Any) -> int | None:
@@ -591,7 +609,9 @@ def repeated_rows(module: Any, batch_idx: int, dataloader_idx: int, rows: int) -
     trainer = getattr(module, "_trainer", None)
     if trainer is None or trainer.world_size == 1:
         return None
-    loader = trainer._evaluation_loop._combined_loader.flattened[dataloader_idx]
+    evaluation = trainer._evaluation_loop
+    loaders = evaluation._combined_loader.flattened if _VERSION >= (2, 0) else evaluation.dataloaders
+    loader = loaders[dataloader_idx]
     batches = getattr(loader, "batch_sampler", None)
     sampler = getattr(loader if batches is None else batches, "sampler", None)
     if not isinstance(sampler, DistributedSampler) or sampler.total_size <= len(sampler.dataset):  # type: ignore[arg-type]
@@ -613,7 +633,7 @@ def training_loaders(trainer: Any) -> Any:
     if _VERSION >= (2, 0):
         return trainer.train_dataloader
     # Lightning 1.9 puts them together, and asks for none where no epoch is left.
-    if trainer.train_dataloader is None:
+    if trainer.train_dataloader is None and trainer._data_connector._train_dataloader_source.instance is not None:
         trainer.reset_train_dataloader()
     return getattr(trainer.train_dataloader, "loaders", None)
 

@@ -1,4 +1,7 @@
-"""Print the lowest versions that the metadata allow, as constraints for pip: ``python tests/lowest.py > file``."""
+"""Print the lowest versions that the metadata allow, as constraints for pip: ``python tests/lowest.py EXTRA ...``.
+
+The extras are those that are installed with the package; one may need newer versions than it.
+"""
 
 import configparser
 import re
@@ -6,16 +9,13 @@ import sys
 from pathlib import Path
 
 SETUP = Path(__file__).parent.parent / "setup.cfg"
-# What tools the tests are run with says nothing about the package.
-OF_THE_PACKAGE = ("timm", "pytorchcv", "onnx", "pruning")
 
 
-def lowest(path=SETUP):
-    """``{name: version}`` of every requirement of the package, and of its extras, that has a lower bound."""
+def lowest(*extras, path=SETUP):
+    """``{name: version}`` of every requirement of the package, and of extras, that has a lower bound."""
     config = configparser.ConfigParser(interpolation=None)
     config.read(path)
-    extras = config["options.extras_require"]
-    lines = [config["options"]["install_requires"], *(extras[name] for name in OF_THE_PACKAGE)]
+    lines = [config["options"]["install_requires"], *(config["options.extras_require"][name] for name in extras)]
     found = {}
     for line in "\n".join(lines).splitlines():
         match = re.match(r"([\w.-]+)(?:\[[\w,-]+\])?>=([\w.]+)", line.strip())
@@ -25,4 +25,4 @@ def lowest(path=SETUP):
 
 
 if __name__ == "__main__":
-    sys.stdout.writelines(f"{name}=={version}\n" for name, version in lowest().items())
+    sys.stdout.writelines(f"{name}=={version}\n" for name, version in lowest(*sys.argv[1:]).items())

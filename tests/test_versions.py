@@ -20,20 +20,33 @@ from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 MAKEFILE = (SETUP.parent / "Makefile").read_text()
 
 
-def requirements():
-    """Those of the package and its extras, as pip reads them."""
+def requirements(*extras):
+    """Those of the package and of extras, as pip reads them; what an extra says of one comes last."""
     config = configparser.ConfigParser()
     config.read(SETUP)
-    lines = [config["options"]["install_requires"]]
-    lines += [config["options.extras_require"][extra] for extra in ("timm", "pytorchcv", "onnx", "pruning")]
+    lines = [config["options"]["install_requires"], *(config["options.extras_require"][extra] for extra in extras)]
     return [Requirement(line) for line in "\n".join(lines).splitlines() if line and not line.startswith("#")]
 
 
-def test_every_requirement_has_a_lowest_version_which_is_tried():
-    tried = lowest()
-    assert {requirement.name for requirement in requirements()} == tried.keys()
-    for requirement in requirements():
+def environments():
+    """The extras in each of the environments of lowest versions that the Makefile makes."""
+    return [extras.split() for extras in re.findall(r"tests/lowest\.py ([\w ]+?) >", MAKEFILE)]
+
+
+def test_every_extra_of_the_package_is_tried_with_its_lowest_versions():
+    assert {extra for extras in environments() for extra in extras} == {"timm", "pytorchcv", "onnx", "pruning"}
+    for extras in environments():
+        assert f"--editable '.[{','.join(extras)}]'" in MAKEFILE
+
+
+@pytest.mark.parametrize("extras", environments())
+def test_every_requirement_has_a_lowest_version_which_is_tried(extras):
+    tried = lowest(*extras)
+    assert {requirement.name for requirement in requirements(*extras)} == tried.keys()
+    for requirement in requirements(*extras):
         assert requirement.specifier.contains(tried[requirement.name]), requirement
+    last = {requirement.name: requirement for requirement in requirements(*extras)}
+    for requirement in last.values():
         bounds = [Version(part.version) for part in requirement.specifier if part.operator == ">="]
         assert bounds == [Version(tried[requirement.name])], requirement
 

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 
 from distill_lightning.data.fingerprint import Fingerprint, data_difference, loader_fingerprint
 from distill_lightning.errors import InputError, refusing
-from distill_lightning.lightning_internals import validation_loaders
+from distill_lightning.lightning_internals import training_loaders, validation_loaders
 from distill_lightning.storage import write_whole
 
 _FILE = "data.json"
@@ -129,7 +129,7 @@ class DataWatch(pl.Callback):
         """
         # Lightning sets it where a data module was given.
         data = cast("Any", trainer).datamodule
-        present = _named("train", trainer.train_dataloader, data)
+        present = _named("train", training_loaders(trainer), data)
         if trainer.enable_validation:
             present |= _named("val", validation_loaders(trainer), data)
         found = differences_of({split: known for split, known in self.known.items() if split in present}, present)

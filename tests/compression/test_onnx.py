@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -375,6 +376,15 @@ def test_wrong_calls_are_told_the_way_out(tmp_path):
         OnnxNetwork(tmp_path / "text.onnx")
     with pytest.raises(InputError, match="have no sample"):
         at_batch(torch.zeros(0, 3), 2)
+
+
+@pytest.mark.parametrize("version", ["2.6.0+cu124", "2.12.1"])
+def test_an_older_pytorch_is_refused_in_one_line(tmp_path, monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    message = f"torch {version} cannot write every network as an ONNX file: install torch>=2.13"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        export_onnx(plain_cnn(), tmp_path / "net.onnx", torch.randn(2, 1, 8, 8))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])

@@ -197,7 +197,7 @@ def test_augmented_data_are_the_same_data(kind, count):
 
 def test_looking_draws_nothing():
     def drawn(look):
-        pl.seed_everything(3, verbose=False)
+        pl.seed_everything(3)
         look()
         return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()  # noqa: NPY002
 

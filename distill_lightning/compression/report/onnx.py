@@ -33,6 +33,9 @@ TOLERANCE = 1e-5
 
 Array = NDArray[Any]
 
+# The oldest that is tried; with today's onnxscript the exporter of 2.6 cannot translate BatchNorm.
+_FIRST_TORCH = (2, 13)
+
 _BATCHES = (1, 3)
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 _RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
@@ -139,10 +142,13 @@ def export_onnx(network: nn.Module, path: Path | str, example_inputs: Any, *, dy
         The path.
 
     Raises:
-        InputError: the extra ``onnx`` is not installed; the network cannot be exported, or has a parametrization of
-            another package; the outputs differ at batch sizes 1 and 3 (at that of ``example_inputs``) or are not
-            tensors; the disk is full or refuses. No file is left then, but what was there before.
+        InputError: PyTorch is older than 2.13, or the extra ``onnx`` is not installed; the network cannot be exported,
+            or has a parametrization of another package; the outputs differ at batch sizes 1 and 3 (at that of
+            ``example_inputs``) or are not tensors; the disk is full or refuses. No file is left then, but what was
+            there before.
     """
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _FIRST_TORCH:
+        raise InputError(f"torch {torch.__version__} cannot write every network as an ONNX file: install torch>=2.13")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _package(package)
     path, network = Path(path), plain_copy(network) if is_computed(network) else network

@@ -360,7 +360,7 @@ class RunningStore(RunningPast):
     def _data(self, module: Any) -> Fingerprint:
         trainer = module.trainer
         view = 0 if hasattr(getattr(trainer, "datamodule", None), "views") else None
-        found = loader_fingerprint(trainer.train_dataloader, view=view)
+        found = loader_fingerprint(training_loaders(trainer), view=view)
         # Where they are not as many, it is not the data set's own indices that the batches carry.
         return found if found["count"] == self._made().num_samples else {}
 

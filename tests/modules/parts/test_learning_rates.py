@@ -93,7 +93,7 @@ METHODS = {
 def test_a_found_rate_is_trained_with(build, schedule, tmp_path):
     torch.manual_seed(0)
     module = build(optimizer=sgd, lr_scheduler=schedule)
-    finder = pl.callbacks.LearningRateFinder(num_training_steps=20)
+    finder = pl.callbacks.LearningRateFinder(num_training_steps=20, update_attr=True)
     before = {name: value.clone() for name, value in module.student.state_dict().items()}
     rates = rates_of(module, finder)
     found = finder.optimal_lr.suggestion()

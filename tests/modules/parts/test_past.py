@@ -49,9 +49,10 @@ def test_a_past_is_an_immutable_description_that_a_checkpoint_holds(past):
 
 def module_of(past, trainer, **options):
     module = SelfKDModule(TinyNet(), num_classes=3, past=past)
-    module._trainer = SimpleNamespace(
-        default_root_dir=".", local_rank=0, train_dataloader=SimpleNamespace(dataset=range(5)), **trainer
-    )
+    loader = SimpleNamespace(dataset=range(5))
+    # Lightning 1.9 puts the loaders together.
+    loader.loaders = loader
+    module._trainer = SimpleNamespace(default_root_dir=".", local_rank=0, train_dataloader=loader, **trainer)
     return module
 
 

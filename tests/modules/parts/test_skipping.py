@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.precision import MixedPrecision
+from pytorch_lightning.plugins import precision as precisions
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -39,6 +39,8 @@ OPTIMIZERS = {
     "adamw": partial(torch.optim.AdamW, lr=0.01),
     "rmsprop": partial(torch.optim.RMSprop, lr=0.01, momentum=0.9),
 }
+# Called so since Lightning 2.
+MixedPrecision = getattr(precisions, "MixedPrecision", None) or precisions.MixedPrecisionPlugin
 WAS_SKIPPED = "ignore:.* batches of epoch .* were skipped"
 pytestmark = pytest.mark.filterwarnings(WAS_SKIPPED)
 
@@ -267,6 +269,7 @@ def test_the_past_keeps_no_row_that_is_not_finite():
 
 
 @pytest.mark.slow
+@pytest.mark.lightning(since=(2, 1))
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_in_every_precision(precision):
     snapshots = Snapshots()
