@@ -117,7 +117,7 @@ def fit(module, **options):
 @pytest.fixture
 def old(monkeypatch):
     """As under a Lightning that cannot."""
-    monkeypatch.setattr("distill_lightning.lightning_internals._VERSION", (2, 4))
+    monkeypatch.setattr("distill_lightning.lightning_internals.versions.VERSION", (2, 4))
 
 
 @pytest.mark.parametrize("moment", [0, 2])
