@@ -38,9 +38,9 @@ def noted_place(module: Any) -> dict[str, Any]:
 
     Returns:
         ``batches``, how the training data come, and ``metrics``, what callbacks and schedules can read; nothing where
-        Lightning cannot go on from inside an epoch.
+        Lightning cannot go on from inside an epoch, or no Trainer is at work.
     """
-    if VERSION < (2, 5):
+    if VERSION < (2, 5) or not has_trainer(module):
         return {}
     trainer = module.trainer
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}

@@ -75,7 +75,6 @@ STEPS = {
     "gates": lambda: LearnMask(L0(1e-3), targets="features.*", finetune_epochs=1),
 }
 OTHER_SIZES = "the file is of the compressed network's sizes, which a freshly built one has not"
-LOGGED = "the penalty of the phase that is over still stands among the metrics of the uninterrupted run"
 TAKEN_OFF = "what is learned about the weights has left them when the fit is over, and the optimiser still has it"
 LEFT = "a pruned layer keeps the statistics of the channels that are left"
 AVERAGED = "an average of parameters that a step replaces is refused"
@@ -86,7 +85,6 @@ EXCLUDED = {
     ("low rank", "an_exported_student_is_a_plain_network"): OTHER_SIZES,
     ("movement", "the_optimizer_holds_exactly_what_learns"): TAKEN_OFF,
     ("gates", "the_optimizer_holds_exactly_what_learns"): TAKEN_OFF,
-    ("gates", "a_resumed_run_equals_the_uninterrupted_one"): LOGGED,
     (
         "movement",
         "a_training_step_does_not_wait_for_the_device",

@@ -163,7 +163,7 @@ def test_classes_in_the_second_dimension_are_named_as_the_way_out():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:'pin_memory' argument is set")
 @pytest.mark.parametrize("keep", ["answers", "logits"])
 def test_a_store_answers_with_the_classes_where_methods_read_them(keep, tmp_path):
     def module(teachers):
