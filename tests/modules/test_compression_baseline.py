@@ -14,7 +14,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
-from distill_lightning import CompressionBaseline, KDModule, OneCycle, SmallCNN, SupervisedModule, TeacherEnsemble
+from distill_lightning import (
+    CompressionBaseline,
+    KDModule,
+    OneCycle,
+    Pretrained,
+    SmallCNN,
+    SmallResNet,
+    SupervisedModule,
+    TeacherEnsemble,
+)
 from distill_lightning.callbacks import CompressionCallback, Measurements
 from distill_lightning.choices import plain
 from distill_lightning.compression import (
@@ -33,6 +42,7 @@ from distill_lightning.compression import (
 from distill_lightning.compression.mask.penalties import l1
 from distill_lightning.compression.structure.changes import plain_copy
 from distill_lightning.errors import InputError
+from distill_lightning.networks.weights import write_weights
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 # A run can be resumed and evaluated without the callbacks that have written its checkpoints.
@@ -666,3 +676,17 @@ def test_a_schedule_after_the_last_step_begins_anew():
     fit(module, epochs=5, callbacks=[rates])
     assert rates.rates[1] + rates.rates[2] == pytest.approx(one_cycle(6))
     assert rates.rates[3] + rates.rates[4] == pytest.approx(one_cycle(6))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_holds_the_weights_of_a_pretrained_network(tmp_path):
+    """The file that it began with may be gone."""
+    write_weights(SmallResNet(3, width=2), tmp_path / "begin.safetensors")
+    network = Pretrained(SmallResNet(3, width=2), tmp_path / "begin.safetensors")
+    module = CompressionBaseline(network, num_classes=3, steps=[PruneWeights(amount=0.5, finetune_epochs=1)])
+    trainer = tiny_trainer(max_epochs=1)
+    trainer.fit(module, datamodule=TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    (tmp_path / "begin.safetensors").unlink()
+    loaded = CompressionBaseline.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in module.state_dict().items())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from distill_lightning import (
     Batch,
@@ -273,3 +273,25 @@ def test_methods_that_read_labels_say_that_there_are_none(method):
     module = METHODS[method](TinyNet(), TinyNet())
     with pytest.raises(InputError, match="label"):
         tiny_trainer(max_epochs=1).fit(module, DataLoader(TensorDataset(INPUTS), batch_size=8), LOADER)
+
+
+@pytest.mark.parametrize("kind", ["MixUp", "CutMix"])
+def test_self_kd_trains_on_what_torchvision_has_mixed(kind):
+    from torchvision.transforms import v2
+
+    mix = getattr(v2, kind)(num_classes=CLASSES)
+    mixed = DataLoader(
+        TensorDataset(INPUTS, LABELS), batch_size=8, collate_fn=lambda samples: mix(*default_collate(samples))
+    )
+    torch.manual_seed(0)
+    module = METHODS["self_kd"](TinyNet(), None)
+    batch = Batch.of(next(iter(mixed)))
+    assert batch.target.shape == (8, CLASSES)
+    trainer = tiny_trainer(max_epochs=2)
+    trainer.fit(module, mixed, LOADER)
+    assert trainer.callback_metrics["train/known_fraction"] == 1
+    # Of the first epoch there is no past: its loss is the cross entropy to the mixed labels.
+    fresh = METHODS["self_kd"](TinyNet(), None)
+    fresh.trainer = tiny_trainer(max_epochs=2)
+    logits = fresh.student(batch.input)
+    assert torch.allclose(fresh.terms(batch)["self_kd"], F.cross_entropy(logits, batch.target), atol=1e-6)

@@ -128,6 +128,8 @@ class StoredPast(Past):
     """What the forward that a sample was last trained with in an earlier epoch gave, kept by the sample's index.
 
     It costs no forward of its own. A row of a mixed input is mixed from the rows of its two samples, and not stored.
+    What a data module has mixed itself, as torchvision's ``v2.MixUp`` and ``v2.CutMix`` do, is not known to be mixed
+    and kept like any other: leave the mixing to ``transforms``, or take `PastModel`.
 
     Args:
         dtype: of the stored probabilities: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
