@@ -95,10 +95,11 @@ class GeneratorModule(RemembersArguments, PortableModule):
         """The loss of a batch."""
         if self.global_step == 0:
             self._check_range(Batch.of(batch).input)
-        batch = Batch.of(batch)
-        loss = self._step(batch, batch_idx, "train")
-        check_loss(self, loss, batch, batch_idx)
-        return loss
+        return self._step(Batch.of(batch), batch_idx, "train")
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop on a loss that is not finite."""
+        check_loss(self, outputs["loss"], Batch.of(batch), batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The loss of a batch, logged under ``val/``."""

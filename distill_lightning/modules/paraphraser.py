@@ -123,7 +123,6 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
         pairs = explained(self, self._pairs, batch.input, f"training batch {batch_idx}")
         errors = [_ERROR.over_counted(*pair, batch.counted) for pair in pairs]
         loss = torch.stack(errors).sum()
-        check_loss(self, loss, batch, batch_idx)
         logs = {"loss": loss, **{f"reconstruction_{number}": error for number, error in enumerate(errors)}}
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in logs.items()},
@@ -133,6 +132,10 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
             batch_size=weight_of(batch.count, loss),
         )
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop on a loss that is not finite."""
+        check_loss(self, outputs["loss"], Batch.of(batch), batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the errors under ``val/``."""

@@ -341,7 +341,7 @@ def test_two_samples_of_many_that_were_exchanged_are_seen(tmp_path, kind):
 def test_a_store_says_what_was_looked_at_and_one_without_a_fingerprint_is_refused(tmp_path):
     record(tiny_trainer(), named(tmp_path), PlainDataModule())
     header = json.loads((tmp_path / "header.json").read_text())
-    assert header["made_by"]["data"]["seen"] == "labels, contents of all samples"
+    assert header["made_by"]["data"]["seen"] == "labels, contents of all samples; contents of 24"
     header["made_by"]["data"] = "rows"
     (tmp_path / "header.json").write_text(json.dumps(header))
     with pytest.raises(InputError, match="data has no fingerprint that this version reads"):
