@@ -218,6 +218,7 @@ def evaluated(module, batch):
     return {name: float(term) for name, term in terms.items()}, gradients
 
 
+@pytest.mark.filterwarnings("ignore:.*no sample of .* batch 0 counts")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "ignored"),

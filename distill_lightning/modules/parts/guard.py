@@ -75,6 +75,7 @@ class Guard(Part):
 
     def __init__(self) -> None:
         self._is_new = False
+        self._output: Tensor | None = None
         # Whether an output for positions could be read in one way alone; a later one may have as many positions as
         # there are classes.
         self._knows_layout = False
@@ -108,7 +109,7 @@ class Guard(Part):
         if self._is_new and not is_evaluated:
             self._watch(module, batch)
         _check_kind(module, target, is_evaluated=is_evaluated)
-        if number == 0 and ready.counted is not None and _is_read(ready.counted, number) and not ready.counted.any():
+        if number == 0 and _teaches_nothing(module, ready):
             warnings.warn(
                 f"{who}: no sample of {_STAGES[stage]} batch 0 counts, so that it teaches nothing: for data without "
                 f"labels let the target be None, and not {IGNORED}",
@@ -166,9 +167,8 @@ class Guard(Part):
             handle.remove()
             found = only_output(network, output)
             module.check_output("student", network, found.shape)
-            if found.device.type != "meta":
-                who = f"{type(module).__name__}: the student ({type(network).__name__})"
-                module.output.check_values(who, module.output.laid_out(found))
+            # Its numbers are read after the step, which must not wait for them.
+            self._output = found.detach()
 
         handle = module.student.register_forward_hook(check)
 
@@ -217,9 +217,13 @@ class Guard(Part):
         """Read what is not finite, where that takes no waiting or is due.
 
         Raises:
-            InputError: a teacher seems to give probabilities in the place of logits.
+            InputError: a teacher, or in the first batch the student, seems to give probabilities for logits.
             NonFiniteError: something is not finite.
         """
+        output, self._output = self._output, None
+        if output is not None and output.device.type != "meta":
+            who = f"{type(module).__name__}: the student ({type(module.student).__name__})"
+            module.output.check_values(who, module.output.laid_out(output))
         if self._batch is None:
             return
         batch, self._batch = self._batch, None
@@ -313,6 +317,12 @@ def check_loss(module: Any, loss: Tensor, batch: Batch, number: int) -> None:
             f"{type(module).__name__}: train/loss is not finite in batch {number} of epoch "
             f"{module.trainer.current_epoch}: {_reason(batch)}"
         )
+
+
+def _teaches_nothing(module: Any, batch: Batch) -> bool:
+    """Whether no sample of the first batch counts; a process may well have a share of these alone."""
+    alone = has_trainer(module) and module.trainer.world_size == 1
+    return alone and batch.counted is not None and _is_read(batch.counted, 0) and not bool(batch.counted.any())
 
 
 def _like(counted: Tensor, wrong: Tensor) -> Tensor:
