@@ -14,6 +14,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from distill_lightning.data.columns import length_of
 from distill_lightning.errors import InputError
 from distill_lightning.lightning_internals.batches import drawing_parts
 from distill_lightning.lightning_internals.place import has_trainer
@@ -155,17 +156,9 @@ def _ways_of_batches(trainer: Any) -> list[dict[str, int | None]]:
     """How each loader's batches come: samples in one, batches in an epoch, and the processes that share the data."""
     loader = trainer.fit_loop._combined_loader
     return [
-        {"size": _batch_size_of(part), "number": _length_of(part), "processes": trainer.world_size}
+        {"size": _batch_size_of(part), "number": length_of(part), "processes": trainer.world_size}
         for part in ([] if loader is None else loader.flattened)
     ]
-
-
-def _length_of(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        # As data without a length say.
-        return None
 
 
 def _batch_size_of(loader: Any) -> int | None:
