@@ -7,7 +7,7 @@ import pytest
 from distill_lightning.compression.report.report import _spread
 from distill_lightning.pages import fixed
 from distill_lightning.studies.compare.report import _cell
-from distill_lightning.studies.compare.tasks import Column
+from distill_lightning.studies.compare.task import Column
 
 
 @pytest.mark.parametrize("value", [0.0, 0.0004, 1.0005, -3.25, 999999.0, -12345.678])

@@ -208,9 +208,14 @@ ROOMS = {
         compare compress export doctor
     """,
     "studies/compare": """
-        config tasks
+        config task
+        outputs_task paired scored_task specs
+        tasks
+        backbones
         experiment
+        runs
         runner
+        measures
         report
         command
     """,

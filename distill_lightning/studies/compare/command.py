@@ -13,14 +13,11 @@ from rich.console import Console
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
+from distill_lightning.studies.compare.measures import measures_of
+from distill_lightning.studies.compare.paired import LEGEND
 from distill_lightning.studies.compare.report import Report
-from distill_lightning.studies.compare.runner import (
-    Run,
-    execute,
-    load_test_targets,
-    make_trainer,
-    plan,
-)
+from distill_lightning.studies.compare.runner import execute, make_trainer
+from distill_lightning.studies.compare.runs import Run, plan
 from distill_lightning.studies.data import keep_data, refuse_other_data, remove_runs
 from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
 from distill_lightning.studies.progress import OnEpoch, train_missing
@@ -50,27 +47,32 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     _check_folder(folder, config)
     experiment = Experiment(config)
     make_trainer(config)
+    data = {_DATA: experiment.splits}
+    data |= {f"{_DATA} of backbone {name}": backbone.splits for name, backbone in experiment.backbones.items()}
     if config.anew:
         remove_runs(folder)
     elif any(folder.glob("runs/*")):
-        refuse_other_data(folder, {_DATA: experiment.splits})
+        refuse_other_data(folder, data)
     claim_folder(folder, known=_CONFIG_FILE, content=yaml.safe_dump(config.as_plain(), sort_keys=False))
-    keep_data(folder, {_DATA: experiment.splits})
+    keep_data(folder, data)
     runs = plan(experiment, folder)
     _train(experiment, runs, folder, console)
-    targets, counted = load_test_targets(experiment)
-    report = Report(runs, targets, experiment.task, counted=counted)
+    report = Report(runs, experiment.task, measures_of(experiment, runs))
     paths = report.write(folder, heading=_heading(experiment, arguments, runs))
     console.print(table_of(report.rows()))
     for note in report.notes():
         console.print(note, markup=False, highlight=False)
-    console.print(experiment.task.legend, style="dim", highlight=False)
+    console.print(_legend(experiment), style="dim", highlight=False)
+    if report.paired:
+        console.print()
+        console.print(table_of(report.paired_rows()))
+        console.print(LEGEND, style="dim", highlight=False)
     print_written(console, paths)
     return report
 
 
 def _check_folder(folder: Path, config: CompareConfig) -> None:
-    """Refuse an output folder of another configuration; only methods and seeds may be added, or all made anew."""
+    """Refuse a folder of another configuration; methods, backbones and seeds may be added, or all made anew."""
     refuse_foreign_folder(folder, known=_CONFIG_FILE)
     known = folder / _CONFIG_FILE
     if config.anew or not known.exists():
@@ -84,8 +86,8 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
         before, now = stored.get(key), given.get(key)
         if key == "seeds":
             same = set(before or []) <= set(now)
-        elif key == "methods":
-            same = all(now.get(name) == spec for name, spec in (before or {}).items())
+        elif key in ("methods", "backbones"):
+            same = all((now or {}).get(name) == spec for name, spec in (before or {}).items())
         else:
             same = before == now
         if not same:
@@ -99,7 +101,8 @@ def _train(experiment: Experiment, runs: Sequence[Run], folder: Path, console: C
     def train(run: Run, on_epoch: OnEpoch) -> None:
         execute(experiment, run, on_epoch)
         result = run.result()
-        score = result.diverged or experiment.task.validation_score(result.history[-1])
+        task = experiment.backbones[run.makes_backbone].task if run.makes_backbone else experiment.task
+        score = result.diverged or task.validation_score(result.history[-1])
         console.print(f"{run.title}: {score}", markup=False, highlight=False)
 
     train_missing(runs, train, name="compare", epochs=lambda run: run.epochs, folder=folder, console=console)
@@ -107,25 +110,37 @@ def _train(experiment: Experiment, runs: Sequence[Run], folder: Path, console: C
 
 def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Run]) -> str:
     config = experiment.config
-    epochs = config.teachers.epochs or config.epochs
+    made = [f"Data: {_called(config.data)}. Student: {_called(config.student)}."]
+    if config.teachers.network is not None:
+        epochs = config.teachers.epochs or config.epochs
+        made.append(f"{config.teachers.number} teachers: {_called(config.teachers.network)}, {epochs} epochs.")
+    for name, spec in (config.backbones or {}).items():
+        made.append(f"Backbone {name}: {_called(spec)} on {_called(spec['data'])}, {spec['epochs']} epochs.")
     lines = [
         "# Comparison",
         "",
         f"`distill-lightning compare {shlex.join(arguments)}`",
         "",
-        *(f"{made}." for made in dict.fromkeys(run.result().made for run in runs)),
+        *(f"{note}." for note in dict.fromkeys(run.result().made for run in runs)),
         "",
-        f"Data: {_called(config.data)}. Student: {_called(config.student)}. {config.teachers.number} teachers: "
-        f"{_called(config.teachers.network)}, {epochs} epochs. Every student: {config.epochs} epochs.",
+        f"{' '.join(made)} Every student: {config.epochs} epochs.",
         "",
-        f"Mean ± standard deviation over {len(config.seeds)} seeds ({', '.join(map(str, config.seeds))}), test images, "
-        "no epoch chosen on them.",
+        f"Mean ± standard deviation over {len(config.seeds)} seeds ({', '.join(map(str, config.seeds))}), "
+        f"{experiment.task.samples}, no epoch chosen on them.",
         "",
-        *(f"- {line}" for line in experiment.task.legend.splitlines()),
+        *(f"- {line}" for line in _legend(experiment).splitlines()),
     ]
     return "\n".join(lines)
 
 
+def _legend(experiment: Experiment) -> str:
+    return experiment.task.legend(with_ensemble=experiment.config.number_of_teachers > 0)
+
+
 def _called(spec: dict[str, Any]) -> str:
-    arguments = ", ".join(f"{name}={value}" for name, value in (spec.get("init_args") or {}).items())
+    """A class with its arguments, and those of what is named among these."""
+    arguments = ", ".join(
+        f"{name}={_called(value) if isinstance(value, dict) and 'class_path' in value else value}"
+        for name, value in (spec.get("init_args") or {}).items()
+    )
     return f"{spec['class_path'].rpartition('.')[2]}({arguments})"

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from distill_lightning.pages import csv_text, markdown_table, write_pages
 from distill_lightning.plots import learning_curves, score_bars
-from distill_lightning.studies.compare.config import ALONE
-from distill_lightning.studies.compare.runner import Run
-from distill_lightning.studies.compare.tasks import Column, Task
+from distill_lightning.studies.compare.measures import GAP, Measures, selected_name
+from distill_lightning.studies.compare.paired import LEGEND, pair, paired_rows
+from distill_lightning.studies.compare.runs import Run
+from distill_lightning.studies.compare.task import Column, Task
 
-_GAP = Column("gap_closed", "gap %", 100, 0)
 _SECONDS = Column("seconds_per_epoch", "s/epoch", 1, 2)
 
 
@@ -52,49 +51,34 @@ class Report:
     The gap that a run closes is its distance from the mean score of the student alone, as a part of the distance from
     there to the ensemble; 0 for the student alone on average, 1 at the ensemble's score.
 
+    Beside the table stand each row's differences from the student alone, paired by seed, where there are several seeds.
+
     Args:
         runs: the finished runs, teachers first.
-        targets: the test images' targets.
         task: how they are measured.
-        counted: which of the runs' outputs, and of the targets, count, bool ``(R,)``.
+        measures: what they scored.
     """
 
-    def __init__(self, runs: Sequence[Run], targets: Tensor, task: Task, *, counted: Tensor) -> None:
-        self.runs = list(runs)
-        self.targets = targets = targets[counted]
+    def __init__(self, runs: Sequence[Run], task: Task, measures: Measures) -> None:
+        self.runs = [run for run in runs if not run.makes_backbone]
         self.task = task
-        results = {run.folder: run.result() for run in runs}
-        self._diverged = {folder: result.diverged for folder, result in results.items() if result.diverged}
-        self._outputs = {
-            run.folder: {name: output[counted] for name, output in run.outputs().items()}
-            for run in runs
-            if run.folder not in self._diverged
-        }
-        teachers = [run for run in self.runs if run.is_teacher]
-        self.ensemble = task.combine([self._outputs[run.folder]["last"] for run in teachers])
-        self.ensemble_score = task.score(self.ensemble, targets)
-        alone = [task.score(self._outputs[run.folder]["last"], targets) for run in self._of(ALONE)]
-        self._alone = statistics.fmean(alone) if alone else math.nan
-        self.teachers = [self._score(run) for run in teachers]
-        self.students = [self._score(run) for run in self.runs if not run.is_teacher]
+        self.measures = measures
+        self._diverged = {run.folder: run.result().diverged for run in runs if run.result().diverged}
+        self._backbones = [run for run in runs if run.makes_backbone]
+        self.teachers = [self._score(run) for run in self.runs if run.is_teacher]
+        self.students = [self._score(run) for run in self.runs if run.is_student]
         self.methods = list(dict.fromkeys(score.method for score in self.students))
+        by_row = {name: {s.seed: s.values for s in self.students if s.method == name} for name in self.methods}
+        self.paired = pair(by_row, [column for column in self._columns() if column is not GAP])
 
     def _score(self, run: Run) -> Score:
-        result, headline = run.result(), self.task.headline.name
+        result = run.result()
         if run.folder in self._diverged:
-            names = [headline, f"{headline}_selected", *(column.name for column in self.task.columns), _GAP.name]
+            first, *others = (column.name for column in self.measures.columns)
+            names = [first, selected_name(self.task.headline), *others]
             return Score(run.name, run.seed, dict.fromkeys(names, math.nan), result.parameters, math.nan)
-        outputs = self._outputs[run.folder]
-        quality = self._quality(outputs["last"])
-        selected = self.task.score(outputs["selected"], self.targets)
-        values = {headline: quality.pop(headline), f"{headline}_selected": selected}
         seconds = statistics.median(line["seconds"] for line in result.history)
-        return Score(run.name, run.seed, {**values, **quality}, result.parameters, seconds)
-
-    def _quality(self, output: Tensor) -> dict[str, float]:
-        values = self.task.measure(output, self.targets, self.ensemble)
-        gap = self.task.gap_closed(values[self.task.headline.name], self._alone, self.ensemble_score)
-        return {**values, _GAP.name: gap}
+        return Score(run.name, run.seed, self.measures.values[run.folder], result.parameters, seconds)
 
     def header(self) -> list[str]:
         """The table's titles."""
@@ -103,22 +87,23 @@ class Report:
         return ["row", shown[0], selected, *shown[1:], "params", _SECONDS.title]
 
     def _columns(self) -> list[Column]:
-        return [column for column in (self.task.headline, *self.task.columns, _GAP) if column.title]
+        return [column for column in self.measures.columns if column.title]
 
     def rows(self) -> list[list[str]]:
         """The table: a header, then teachers, ensemble, student alone and methods, ``mean ± sd`` over the seeds."""
         rows = [self.header(), *(self._row(score.method, [score]) for score in self.teachers)]
-        quality = self._quality(self.ensemble)
-        first, *others = (_cell(column, [quality[column.name]]) for column in self._columns())
-        # The ensemble runs every teacher: it has all their parameters, and no training or selection of its own.
-        parameters = f"{sum(score.parameters for score in self.teachers):,}"
-        rows.append(["ensemble", first, "", *others, parameters, ""])
+        if self.measures.ensemble is not None:
+            ensemble = self.measures.ensemble
+            first, *others = (_cell(column, [ensemble[column.name]]) for column in self._columns())
+            # The ensemble runs every teacher: it has all their parameters, and no training or selection of its own.
+            parameters = f"{sum(score.parameters for score in self.teachers):,}"
+            rows.append(["ensemble", first, "", *others, parameters, ""])
         return rows + [self._row(name, [s for s in self.students if s.method == name]) for name in self.methods]
 
     def _row(self, name: str, scores: Sequence[Score]) -> list[str]:
         first, *others = (_cell(column, [score.values[column.name] for score in scores]) for column in self._columns())
         headline = self.task.headline
-        selected = _cell(headline, [score.values[f"{headline.name}_selected"] for score in scores])
+        selected = _cell(headline, [score.values[selected_name(headline)] for score in scores])
         seconds = _cell(_SECONDS, [score.seconds_per_epoch for score in scores])
         return [name, first, selected, *others, f"{scores[0].parameters:,}", seconds]
 
@@ -132,24 +117,26 @@ class Report:
         drawn = [name for name in self.methods if name not in broken]
         if not drawn:
             return {}
+        references = {}
+        if self.measures.ensemble is not None:
+            references = {
+                "ensemble": self.measures.ensemble[headline],
+                "teachers' mean": statistics.fmean(score.values[headline] for score in self.teachers),
+            }
         figures = {
             f"{kind}.png": score_bars(
                 {name: [s.values[headline] for s in self.students if s.method == name] for name in drawn},
-                {
-                    "ensemble": self.ensemble_score,
-                    "teachers' mean": statistics.fmean(score.values[headline] for score in self.teachers),
-                },
+                references,
                 label=f"test {self.task.quantity}, last epoch{suffix}",
                 scale=scale,
             ),
             "learning_curves.png": learning_curves(
                 {name: np.array([self._curve(run) for run in self._of(name)]) for name in drawn},
-                label=f"validation {self.task.quantity}{suffix}",
-                scale=scale,
+                label=f"validation {self.task.watched}{' (%)' if self.task.watched_scale == 100 else ''}",
+                scale=self.task.watched_scale,
             ),
         }
-        outputs = {name: [self._outputs[run.folder]["last"] for run in self._of(name)] for name in drawn}
-        return figures | self.task.figures(outputs, self.ensemble, self.targets)
+        return figures | self.measures.figures(drawn)
 
     def _of(self, name: str) -> list[Run]:
         """A row's runs, one per seed, without those whose numbers were not finite."""
@@ -157,13 +144,14 @@ class Report:
 
     def notes(self) -> list[str]:
         """A line about each run that has no scores because its numbers were not finite."""
-        return [f"{run.title}: {self._diverged[run.folder]}" for run in self.runs if run.folder in self._diverged]
+        runs = [*self._backbones, *self.runs]
+        return [f"{run.title}: {self._diverged[run.folder]}" for run in runs if run.folder in self._diverged]
 
     def _curve(self, run: Run) -> list[float]:
         return [line[self.task.monitor] for line in run.result().history]
 
     def write(self, folder: Path, *, heading: str) -> list[Path]:
-        """Write ``results.csv``, ``teachers.csv``, ``results.md`` and the figures.
+        """Write ``results.csv``, ``results.md`` and figures; ``paired.csv``, ``teachers.csv`` unless empty.
 
         Args:
             folder: where.
@@ -173,12 +161,19 @@ class Report:
             The paths.
         """
         footnotes = "".join(f"\n{note}\n" for note in self.notes())
-        pages = {
-            "results.csv": csv_text([score.line() for score in self.students]),
-            "teachers.csv": csv_text([score.line() for score in self.teachers]),
-            "results.md": f"{heading}\n\n{markdown_table(self.rows())}{footnotes}",
-        }
-        return write_pages(folder, pages, self.figures())
+        text = f"{heading}\n\n{markdown_table(self.rows())}{footnotes}"
+        pages = {"results.csv": csv_text([score.line() for score in self.students])}
+        if self.paired:
+            pages["paired.csv"] = csv_text([each.line() for row in self.paired for each in row])
+            legend = "".join(f"- {line}\n" for line in LEGEND.splitlines())
+            text += f"\n{markdown_table(self.paired_rows())}\n{legend}"
+        if self.teachers:
+            pages["teachers.csv"] = csv_text([score.line() for score in self.teachers])
+        return write_pages(folder, {**pages, "results.md": text}, self.figures())
+
+    def paired_rows(self) -> list[list[str]]:
+        """The table of differences from the student alone; there are several seeds, and other rows."""
+        return paired_rows(self.paired)
 
 
 def _cell(column: Column, values: Sequence[float]) -> str:

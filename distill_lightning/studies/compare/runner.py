@@ -7,9 +7,8 @@ import json
 import platform
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -26,136 +25,22 @@ from distill_lightning.modules import DistillationModule
 from distill_lightning.networks import Pretrained
 from distill_lightning.networks.weights import read_checkpoint
 from distill_lightning.storage import write_tensors, write_whole
+from distill_lightning.studies.compare.backbones import export_backbone
 from distill_lightning.studies.compare.config import CompareConfig, Row
 from distill_lightning.studies.compare.experiment import Experiment
+from distill_lightning.studies.compare.outputs_task import OutputsTask
+from distill_lightning.studies.compare.runs import TEACHER_SEED, Run, RunResult
+from distill_lightning.studies.compare.scored_task import ScoredTask
 from distill_lightning.studies.data import DataWatch
 from distill_lightning.studies.progress import EpochCounter, OnEpoch
 
-# Teachers' seeds begin far from the students', so that no teacher shares its initial weights with a student.
-_TEACHER_SEED = 1000
-# An odd number near the golden ratio of 2 ** 32: no stage meets its teacher's seed again.
-_STAGE_STRIDE = 0x9E3779B1
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training.
-
-    Attributes:
-        row: of the table; ``None``: a teacher.
-        name: the row's, or the teacher's.
-        seed: of the order of the data.
-        initial_seed: of the initial weights.
-        epochs: its length.
-        folder: where its files are.
-        teachers: the runs whose networks teach it.
-        initial: the run whose student's weights it begins with.
-    """
-
-    row: Row | None
-    name: str
-    seed: int
-    initial_seed: int
-    epochs: int
-    folder: Path
-    teachers: tuple[Run, ...] = ()
-    initial: Run | None = None
-
-    @property
-    def is_teacher(self) -> bool:
-        """Whether it makes one of the teachers, not a student."""
-        return self.row is None
-
-    @property
-    def title(self) -> str:
-        """For the progress bar."""
-        return self.name if self.is_teacher else f"{self.name}, seed {self.seed}"
-
-    @property
-    def result_file(self) -> Path:
-        """Written last: a run with this file is finished."""
-        return self.folder / "result.json"
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether it has left its result."""
-        return self.result_file.exists()
-
-    @property
-    def checkpoint(self) -> Path:
-        """Of the last complete epoch, while the run is not finished."""
-        return self.folder / "last.ckpt"
-
-    @property
-    def student_file(self) -> Path:
-        """The trained network's weights after the last epoch."""
-        return self.folder / "student.safetensors"
-
-    def result(self) -> RunResult:
-        """What the finished run left.
-
-        Raises:
-            InputError: the file is damaged.
-        """
-        with refusing(f"{self.result_file} is damaged, remove it to make the run again", ValueError, TypeError):
-            return RunResult(**json.loads(self.result_file.read_text()))
-
-    def outputs(self) -> dict[str, Tensor]:
-        """The outputs on the test samples, with the weights after the ``"last"`` and at the ``"selected"`` epoch.
-
-        Despite the file's name, these are a regression's outputs as well.
-        """
-        return load_file(self.folder / "test_logits.safetensors")
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What is kept of a finished run, besides its weights and its outputs on the test samples.
-
-    Attributes:
-        parameters: of its network.
-        selected_epoch: whose validation was the best.
-        history: what was logged of each epoch.
-        made: when and with what.
-        diverged: why the run was stopped, if its numbers were not finite; it has no weights and no outputs then.
-    """
-
-    parameters: int
-    selected_epoch: int
-    history: list[dict[str, float]]
-    made: str
-    diverged: str = ""
-
-
-def plan(experiment: Experiment, folder: Path) -> list[Run]:
-    """All runs in the order they are made: the teachers, then seed by seed every row of the table."""
-    config = experiment.config
-    epochs = config.teachers.epochs or config.epochs
-    teachers = []
-    for number in range(1, config.teachers.number + 1):
-        name, seed = f"teacher_{number}", _TEACHER_SEED + number
-        teachers.append(Run(None, name, seed, seed, epochs, folder / "runs" / name))
-    runs = list(teachers)
-    for seed in config.seeds:
-        students: dict[str, Run] = {}
-        for row in experiment.rows:
-            own = [students[row.teachers]] if isinstance(row.teachers, str) else teachers[: row.teachers]
-            # A student that is taught by one of its kind must not begin with its teacher's initial weights.
-            # PyTorch reads the lower 32 bits of a seed.
-            initial_seed = (seed + row.stage * _STAGE_STRIDE) % 2**32
-            place = folder / "runs" / row.name / f"seed_{seed}"
-            initial = None if row.initial is None else students[row.initial]
-            students[row.name] = Run(row, row.name, seed, initial_seed, config.epochs, place, tuple(own), initial)
-        runs += students.values()
-    return runs
-
 
 def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
-    """Train a run, from its last checkpoint if it has one, and evaluate it on the test images.
+    """Train a run, from its last checkpoint if it has one, and evaluate it on the test samples.
 
     Args:
         experiment: builds the networks, the data and the method.
-        run: which; its teachers' runs are finished.
+        run: which; the runs that it learns from are finished.
         on_epoch: called with the number of finished epochs, after each.
     """
     try:
@@ -165,12 +50,39 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
             raise NonFiniteError(f"{run.title} is to teach the others: {error}") from error
         _write_result(run, RunResult(_size_of(experiment.student()), 0, [], made_with(), diverged=str(error)))
         return
-    module.export_student(run.student_file)
-    outputs = {"last": _test_outputs(experiment, module)}
+    scores: dict[str, dict[str, float]] = {}
+    if run.makes_backbone:
+        export_backbone(module, run.backbone_file)
+    else:
+        module.export_student(run.student_file)
+        if isinstance(experiment.task, ScoredTask):
+            scores = _scores(experiment, experiment.task, run, module, keeper)
+        else:
+            outputs = {"last": _test_outputs(experiment, module)}
+            module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
+            outputs["selected"] = _test_outputs(experiment, module)
+            write_tensors(run.folder / "test_logits.safetensors", outputs)
+    size = _size_of(module.student)
+    _write_result(run, RunResult(size, keeper.selected_epoch, keeper.history, made_with(), scores=scores))
+
+
+def _scores(
+    experiment: Experiment, task: ScoredTask, run: Run, module: DistillationModule, keeper: RunKeeper
+) -> dict[str, dict[str, float]]:
+    """What a test logs with the weights after the last epoch, and with those of the selected one."""
+
+    def tested() -> dict[str, float]:
+        # With the data module: that is where a module looks for how tokens are read, and classes called.
+        trainer = make_trainer(experiment.config)
+        trainer.test(module, datamodule=experiment.sample, verbose=False)
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        return task.scores_of(type(module).__name__, logged)
+
+    last = tested()
+    if keeper.selected_epoch == run.epochs:
+        return {"last": last, "selected": last}
     module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
-    outputs["selected"] = _test_outputs(experiment, module)
-    write_tensors(run.folder / "test_logits.safetensors", outputs)
-    _write_result(run, RunResult(_size_of(module.student), keeper.selected_epoch, keeper.history, made_with()))
+    return {"last": last, "selected": tested()}
 
 
 def _write_result(run: Run, result: RunResult) -> None:
@@ -189,7 +101,7 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
     Raises:
         NonFiniteError: its numbers, or those of a run that it learns from, were not finite.
     """
-    for other in (*run.teachers, run.initial):
+    for other in (*run.teachers, run.initial, run.backbone):
         if other is not None and other.result().diverged:
             raise NonFiniteError(f"{other.title}, from which it learns, has no finite numbers")
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -199,16 +111,11 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
     ]
     paraphrasers = None if run.row is None else _paraphrasers(experiment, run, networks)
     torch.manual_seed(run.initial_seed)
-    if run.row is None:
-        module = experiment.supervised(experiment.teacher())
-    else:
-        student = experiment.student()
-        if run.initial is not None:
-            student = Pretrained(student, run.initial.student_file)
-        module = experiment.method(run.row, student, networks, paraphrasers)
-    task = experiment.task
+    module = _module(experiment, run, networks, paraphrasers)
+    source = experiment.backbones[run.makes_backbone] if run.makes_backbone else experiment
+    task = source.task
     keeper = RunKeeper(run.folder, seed=run.seed, monitor=task.monitor, mode=task.mode)
-    callbacks = [keeper, EpochCounter(on_epoch), DataWatch(run.title, experiment.splits)]
+    callbacks = [keeper, EpochCounter(on_epoch), DataWatch(run.title, source.splits)]
     trainer = make_trainer(experiment.config, max_epochs=run.epochs, callbacks=callbacks)
     checkpoint = str(run.checkpoint) if run.checkpoint.exists() else None
     if checkpoint is not None:
@@ -216,17 +123,31 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
     with warnings.catch_warnings():
         # A run killed between its last checkpoint and its result resumes with nothing left to train.
         warnings.filterwarnings("ignore", message=".*has already.*max_epochs.*")
-        trainer.fit(module, datamodule=experiment.data(order_seed=run.seed), ckpt_path=checkpoint)
+        trainer.fit(module, datamodule=source.data(order_seed=run.seed), ckpt_path=checkpoint)
     if len(keeper.history) < run.epochs:
         # Lightning may return from an interrupted fit as if it had ended.
         raise KeyboardInterrupt(f"{run.title} was interrupted")
     return module, keeper
 
 
+def _module(
+    experiment: Experiment, run: Run, teachers: Sequence[nn.Module], paraphrasers: Sequence[nn.Module] | None
+) -> DistillationModule:
+    """A run's module before its training; the random state is set."""
+    if run.makes_backbone:
+        return experiment.backbones[run.makes_backbone].module()
+    if run.row is None:
+        return experiment.supervised(experiment.teacher())
+    student = experiment.student(None if run.backbone is None else run.backbone.backbone_file)
+    if run.initial is not None:
+        student = Pretrained(student, run.initial.student_file)
+    return experiment.method(run.row, student, teachers, paraphrasers)
+
+
 def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module]) -> list[nn.Module] | None:
     """A row's paraphrasers: trained once for all seeds under the same teachers, or for each seed under a student."""
     row = cast("Row", run.row)
-    torch.manual_seed(_TEACHER_SEED)
+    torch.manual_seed(TEACHER_SEED)
     module = experiment.paraphrasers(row, teachers)
     if module is None:
         return None
@@ -239,7 +160,7 @@ def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module
         epochs = experiment.config.methods[cast("str", row.method)]["paraphrasers"]["epochs"]
         watch = DataWatch(f"the paraphrasers of {run.name}", experiment.splits)
         trainer = make_trainer(experiment.config, max_epochs=epochs, enable_checkpointing=False, callbacks=[watch])
-        trainer.fit(module, datamodule=experiment.data(order_seed=_TEACHER_SEED))
+        trainer.fit(module, datamodule=experiment.data(order_seed=TEACHER_SEED))
         if trainer.current_epoch < epochs:
             raise KeyboardInterrupt(f"the paraphrasers of {run.name} were interrupted")
         write_tensors(file, module.paraphrasers.state_dict())
@@ -252,13 +173,14 @@ def load_test_targets(experiment: Experiment) -> tuple[Tensor, Tensor]:
     Returns:
         Classes ``(R,)``, one for each position of a sequence, or real targets ``(R, d)``; and bool ``(R,)``.
     """
+    task = cast("OutputsTask", experiment.task)
     targets, counted = [], []
     for batch in map(Batch.of, experiment.sample.test_dataloader()):
         target, known = batch.target, batch.counted
         if known is not None and known.ndim == 1:
             # Predictions leave out the samples that do not count.
             target, known = target[known], None
-        flat = experiment.task.flat_targets(target)
+        flat = task.flat_targets(target)
         targets.append(flat)
         counted.append(torch.ones(len(flat), dtype=torch.bool) if known is None else known.flatten())
     return torch.cat(targets), torch.cat(counted)
@@ -276,7 +198,7 @@ def made_with() -> str:
 def _test_outputs(experiment: Experiment, module: DistillationModule) -> Tensor:
     outputs = make_trainer(experiment.config).predict(module, dataloaders=experiment.sample.test_dataloader())
     output = module.output.laid_out(torch.cat(cast("list[Tensor]", outputs)).float().cpu())
-    return experiment.task.flat_output(module.output.prediction(output))
+    return cast("OutputsTask", experiment.task).flat_output(module.output.prediction(output))
 
 
 def make_trainer(config: CompareConfig, **options: Any) -> pl.Trainer:

@@ -38,6 +38,7 @@ from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.studies.compare import command, runner
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
+from distill_lightning.studies.compare.runs import plan
 from distill_lightning.studies.output import table_of
 from distill_lightning.testing import tiny_trainer
 
@@ -696,7 +697,7 @@ def test_students_teach_students_in_stages(tmp_path):
         }
 
     experiment = Experiment(parse_config([written(tmp_path, sequential)]))
-    runs = {run.name: run for run in runner.plan(experiment, tmp_path / "plan")}
+    runs = {run.name: run for run in plan(experiment, tmp_path / "plan")}
     taught = {name: [teacher.name for teacher in run.teachers] for name, run in runs.items()}
     assert taught == {
         "teacher_1": [], "alone": [], "again": ["alone"], "feed_1": ["alone"], "feed_2": ["feed_1"], "after": ["feed_2"]

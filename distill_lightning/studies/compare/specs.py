@@ -1,0 +1,79 @@
+"""From what a comparison's YAML file describes to functions that build it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from pytorch_lightning import LightningDataModule
+
+from distill_lightning.arguments import arguments_of
+from distill_lightning.callables import check_callables, named
+from distill_lightning.errors import InputError
+from distill_lightning.studies.compare.config import Spec
+
+# What data tell that some class is built with.
+_TOLD = ("num_classes", "num_targets", "in_channels", "input_shape", "pad_id", "class_names")
+
+
+def parsed(key: str, kind: Any, spec: Spec) -> Callable[[], Any]:
+    """A function that builds what a spec describes; the spec itself is checked now.
+
+    Args:
+        key: where it stands in the YAML file, dotted.
+        kind: the type of what is built.
+        spec: ``class_path`` and ``init_args``.
+
+    Raises:
+        ArgumentError: there is no such class, or it does not take what it is given.
+        InputError: what is named makes something else.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument(f"--{key}", type=kind, required=True)
+    nested: Any = spec
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    found = parser.parse_object(nested)
+    check_callables(key, kind, found[key].as_dict() if isinstance(found[key], Namespace) else found[key])
+    return lambda: parser.instantiate(found)[key]
+
+
+def filled(key: str, spec: Spec, known: Mapping[str, Any]) -> Spec:
+    """A spec with the known values that its class takes and its ``init_args`` leave out.
+
+    Raises:
+        InputError: it is no ``class_path`` with ``init_args``.
+    """
+    arguments = spec.get("init_args") or {}
+    if not isinstance(spec.get("class_path"), str) or not isinstance(arguments, Mapping):
+        raise InputError(f"{key}: expected a class_path and init_args with its arguments, got {spec!r}")
+    target = find(spec["class_path"])
+    accepted = {} if target is None else arguments_of(target)
+    missing = {name: value for name, value in known.items() if name in accepted and value is not None}
+    return {**spec, "init_args": {**missing, **arguments}}
+
+
+def find(class_path: str) -> Any:
+    """The class or function; ``None`` if there is none: the parser's message is the better one then."""
+    found = named(class_path)
+    return found if callable(found) else None
+
+
+def set_up(data: LightningDataModule) -> LightningDataModule:
+    """The data module, with its data read."""
+    data.prepare_data()
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    return data
+
+
+def told_by(data: Any) -> dict[str, Any]:
+    """What a data module that is set up tells of its data, by the names of arguments, as plain values."""
+    found = {name: getattr(data, name, None) for name in _TOLD}
+    if found["input_shape"] is not None:
+        found["input_shape"] = list(found["input_shape"])
+        found["in_channels"] = found["input_shape"][0]
+    if found["class_names"] is not None:
+        found["class_names"] = list(found["class_names"])
+    return found
