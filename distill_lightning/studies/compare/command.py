@@ -62,7 +62,7 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     console.print(table_of(report.rows()))
     for note in report.notes():
         console.print(note, markup=False, highlight=False)
-    console.print(_legend(experiment), style="dim", highlight=False)
+    console.print(_legend(experiment, runs), style="dim", highlight=False)
     if report.paired:
         console.print()
         console.print(table_of(report.paired_rows()))
@@ -128,13 +128,16 @@ def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Ru
         f"Mean ± standard deviation over {len(config.seeds)} seeds ({', '.join(map(str, config.seeds))}), "
         f"{experiment.task.samples}, no epoch chosen on them.",
         "",
-        *(f"- {line}" for line in _legend(experiment).splitlines()),
+        *(f"- {line}" for line in _legend(experiment, runs).splitlines()),
     ]
     return "\n".join(lines)
 
 
-def _legend(experiment: Experiment) -> str:
-    return experiment.task.legend(with_ensemble=experiment.config.number_of_teachers > 0)
+def _legend(experiment: Experiment, runs: Sequence[Run]) -> str:
+    """What the table's titles mean, and how scores were computed where the modules say so."""
+    signatures = dict.fromkeys(item for run in runs for item in run.result().signatures.items())
+    lines = [f"signature of {name}: {signature}" for name, signature in signatures]
+    return "\n".join([experiment.task.legend(with_ensemble=experiment.config.number_of_teachers > 0), *lines])
 
 
 def _called(spec: dict[str, Any]) -> str:

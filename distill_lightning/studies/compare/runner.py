@@ -63,7 +63,9 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
             outputs["selected"] = _test_outputs(experiment, module)
             write_tensors(run.folder / "test_logits.safetensors", outputs)
     size = _size_of(module.student)
-    _write_result(run, RunResult(size, keeper.selected_epoch, keeper.history, made_with(), scores=scores))
+    signatures = dict(getattr(module, "signatures", {}))
+    history = keeper.history
+    _write_result(run, RunResult(size, keeper.selected_epoch, history, made_with(), "", scores, signatures))
 
 
 def _scores(

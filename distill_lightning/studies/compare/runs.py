@@ -116,6 +116,7 @@ class RunResult:
         diverged: why the run was stopped, if its numbers were not finite; it has no weights and no outputs then.
         scores: what was logged of the test samples with the weights after the ``"last"`` and at the ``"selected"``
             epoch, where no outputs are kept.
+        signatures: how scores were computed, by their names, where the module says so.
     """
 
     parameters: int
@@ -124,6 +125,7 @@ class RunResult:
     made: str
     diverged: str = ""
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    signatures: dict[str, str] = field(default_factory=dict)
 
 
 def plan(experiment: Experiment, folder: Path) -> list[Run]:
