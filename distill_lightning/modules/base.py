@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
             student does not give as many outputs for an input of ``input_shape``.
     """
 
-    per_position: ClassVar[bool] = False
+    per_position: bool = False
 
     @property
     def reads_labels(self) -> bool:
