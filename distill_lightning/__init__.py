@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from distill_lightning.data.datamodules import InMemoryImageDataModule as InMemoryImageDataModule
     from distill_lightning.data.datamodules import RotatedDigitsDataModule as RotatedDigitsDataModule
     from distill_lightning.data.datamodules import RotatedFashionMNISTDataModule as RotatedFashionMNISTDataModule
+    from distill_lightning.data.detection_batch import DetectionBatch as DetectionBatch
     from distill_lightning.data.samplers import CutMixSampler as CutMixSampler
     from distill_lightning.data.samplers import EmpiricalSampler as EmpiricalSampler
     from distill_lightning.data.samplers import FunctionSampler as FunctionSampler
@@ -123,6 +124,7 @@ _PUBLIC = {
     "distill_lightning.compression": ("Compressor", "export_onnx", "load_compressed"),
     "distill_lightning.data": ("samplers",),
     "distill_lightning.data.batch": ("Batch",),
+    "distill_lightning.data.detection_batch": ("DetectionBatch",),
     "distill_lightning.data.datamodules": (
         "DigitsDataModule",
         "DocstringsDataModule",

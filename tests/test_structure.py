@@ -144,7 +144,7 @@ ROOMS = {
     "data": """
         views
         batch digests
-        columns
+        columns detection_batch
         fingerprint
         mixing datamodules
         samplers transforms
