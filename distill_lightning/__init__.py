@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from distill_lightning.data.datamodules import InMemoryImageDataModule as InMemoryImageDataModule
     from distill_lightning.data.datamodules import RotatedDigitsDataModule as RotatedDigitsDataModule
     from distill_lightning.data.datamodules import RotatedFashionMNISTDataModule as RotatedFashionMNISTDataModule
+    from distill_lightning.data.detection_batch import DetectionBatch as DetectionBatch
     from distill_lightning.data.samplers import CutMixSampler as CutMixSampler
     from distill_lightning.data.samplers import EmpiricalSampler as EmpiricalSampler
     from distill_lightning.data.samplers import FunctionSampler as FunctionSampler
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from distill_lightning.layers.call import call as call
     from distill_lightning.modules.base import DistillationModule as DistillationModule
     from distill_lightning.modules.compression import CompressionBaseline as CompressionBaseline
+    from distill_lightning.modules.detection import DetectionModule as DetectionModule
     from distill_lightning.modules.extracurricular import ExtracurricularModule as ExtracurricularModule
     from distill_lightning.modules.extracurricular import MatchDistribution as MatchDistribution
     from distill_lightning.modules.extracurricular import MatchPoint as MatchPoint
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from distill_lightning.modules.parts.sizes import StudentSize as StudentSize
     from distill_lightning.modules.parts.sizes import TeacherSize as TeacherSize
     from distill_lightning.modules.self_kd import SelfKDModule as SelfKDModule
+    from distill_lightning.modules.self_kd_detection import SelfKDDetectionModule as SelfKDDetectionModule
     from distill_lightning.modules.sequential_feed import sequential_feed as sequential_feed
     from distill_lightning.modules.supervised import RegressionModule as RegressionModule
     from distill_lightning.modules.supervised import SupervisedModule as SupervisedModule
@@ -84,6 +87,7 @@ if TYPE_CHECKING:
     from distill_lightning.networks import timm_network as timm_network
     from distill_lightning.networks import torchvision_network as torchvision_network
     from distill_lightning.networks import translation_transformer as translation_transformer
+    from distill_lightning.outputs import Boxes as Boxes
     from distill_lightning.outputs import Categorical as Categorical
     from distill_lightning.outputs import Gaussian as Gaussian
     from distill_lightning.outputs import Tokens as Tokens
@@ -130,6 +134,7 @@ _PUBLIC = {
     "distill_lightning.compression": ("Compressor", "export_onnx", "load_compressed"),
     "distill_lightning.data": ("samplers",),
     "distill_lightning.data.batch": ("Batch",),
+    "distill_lightning.data.detection_batch": ("DetectionBatch",),
     "distill_lightning.data.datamodules": (
         "DigitsDataModule",
         "DocstringsDataModule",
@@ -152,6 +157,7 @@ _PUBLIC = {
     "distill_lightning.layers.call": ("call",),
     "distill_lightning.modules.base": ("DistillationModule",),
     "distill_lightning.modules.compression": ("CompressionBaseline",),
+    "distill_lightning.modules.detection": ("DetectionModule",),
     "distill_lightning.modules.extracurricular": ("ExtracurricularModule", "MatchDistribution", "MatchPoint"),
     "distill_lightning.modules.feed": ("FEEDModule",),
     "distill_lightning.modules.generator": ("GeneratorModule",),
@@ -180,6 +186,7 @@ _PUBLIC = {
     "distill_lightning.modules.parts.search": ("BeamSearch", "NoSearch"),
     "distill_lightning.modules.parts.sizes": ("EqualSizes", "PooledSize", "StudentSize", "TeacherSize"),
     "distill_lightning.modules.self_kd": ("SelfKDModule",),
+    "distill_lightning.modules.self_kd_detection": ("SelfKDDetectionModule",),
     "distill_lightning.modules.sequential_feed": ("sequential_feed",),
     "distill_lightning.modules.supervised": ("RegressionModule", "SupervisedModule"),
     "distill_lightning.modules.translation": ("SelfKDTranslationModule", "TranslationModule"),
@@ -195,7 +202,7 @@ _PUBLIC = {
         "torchvision_network",
         "translation_transformer",
     ),
-    "distill_lightning.outputs": ("Categorical", "Gaussian", "Tokens", "metrics"),
+    "distill_lightning.outputs": ("Boxes", "Categorical", "Gaussian", "Tokens", "metrics"),
     "distill_lightning.outputs.metrics": ("AURC", "Agreement", "AngularError", "CalibrationError", "GapReduction"),
     "distill_lightning.schedules": ("GroupSchedules", "InverseSquareRoot", "OneCycle"),
     "distill_lightning.storage": ("PredictionStore",),

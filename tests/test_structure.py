@@ -144,7 +144,7 @@ ROOMS = {
     "data": """
         views
         batch digests
-        columns
+        columns detection_batch
         fingerprint
         mixing datamodules
         samplers transforms
@@ -160,7 +160,7 @@ ROOMS = {
     """,
     "functional": """
         common mean
-        adversarial calibration features predictions scores self_distillation
+        adversarial calibration detection features predictions scores self_distillation
         gaussian
     """,
     "layers": """
@@ -171,13 +171,13 @@ ROOMS = {
         options
         parts
         base generator paraphraser
-        compression extracurricular feed kd meal_v2 self_kd supervised
-        sequential_feed translation
+        compression detection extracurricular feed kd meal_v2 self_kd supervised
+        self_kd_detection sequential_feed translation
     """,
     "modules/parts": """
         adversary alpha asleep_norms checkpoints data_wait distances evaluation extra_inputs
-        guard holds_frozen means optimization past_network search sizes
-        past skipping translating
+        guard holds_frozen means optimization past_network regions search sizes
+        boxes past skipping translating
     """,
     "networks": """
         budget provenance sizes weights
@@ -186,13 +186,13 @@ ROOMS = {
     """,
     "outputs": """
         metrics output
-        categorical gaussian
+        boxes categorical gaussian
         tokens
     """,
     "outputs/metrics": """
         exact
         mean gap
-        classification regression
+        classification detection regression
         translation
     """,
     "plots": """

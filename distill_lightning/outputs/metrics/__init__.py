@@ -11,6 +11,13 @@ from distill_lightning.outputs.metrics.classification import (
     NegativeLogLikelihood,
     classification_metrics,
 )
+from distill_lightning.outputs.metrics.detection import (
+    BoxMetric,
+    COCOAveragePrecision,
+    DetectionCalibrationError,
+    VOC07AveragePrecision,
+    detection_metrics,
+)
 from distill_lightning.outputs.metrics.gap import GapReduction
 from distill_lightning.outputs.metrics.regression import (
     AngularError,
@@ -28,10 +35,13 @@ __all__ = [
     "Accuracy",
     "Agreement",
     "AngularError",
+    "BoxMetric",
     "BrierScore",
+    "COCOAveragePrecision",
     "CalibrationError",
     "Confidences",
     "CorpusScore",
+    "DetectionCalibrationError",
     "GapReduction",
     "GaussianDivergence",
     "GaussianMeanAbsoluteError",
@@ -41,8 +51,10 @@ __all__ = [
     "MeanDivergence",
     "NegativeLogLikelihood",
     "Perplexity",
+    "VOC07AveragePrecision",
     "classification_metrics",
     "corpus_scores",
+    "detection_metrics",
     "regression_metrics",
     "token_metrics",
 ]
