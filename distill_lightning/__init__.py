@@ -16,14 +16,19 @@ if TYPE_CHECKING:
     from distill_lightning.compression import load_compressed as load_compressed
     from distill_lightning.data import samplers as samplers
     from distill_lightning.data.batch import Batch as Batch
+    from distill_lightning.data.datamodules import DetectionAugmentation as DetectionAugmentation
     from distill_lightning.data.datamodules import DigitsDataModule as DigitsDataModule
     from distill_lightning.data.datamodules import DocstringsDataModule as DocstringsDataModule
     from distill_lightning.data.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
+    from distill_lightning.data.datamodules import FashionVOC as FashionVOC
+    from distill_lightning.data.datamodules import FashionVOCDataModule as FashionVOCDataModule
     from distill_lightning.data.datamodules import ImageFolderDataModule as ImageFolderDataModule
     from distill_lightning.data.datamodules import IndexedDataModule as IndexedDataModule
     from distill_lightning.data.datamodules import InMemoryImageDataModule as InMemoryImageDataModule
     from distill_lightning.data.datamodules import RotatedDigitsDataModule as RotatedDigitsDataModule
     from distill_lightning.data.datamodules import RotatedFashionMNISTDataModule as RotatedFashionMNISTDataModule
+    from distill_lightning.data.datamodules import VOCDetectionDataModule as VOCDetectionDataModule
+    from distill_lightning.data.datamodules import write_fashion_voc as write_fashion_voc
     from distill_lightning.data.detection_batch import DetectionBatch as DetectionBatch
     from distill_lightning.data.samplers import CutMixSampler as CutMixSampler
     from distill_lightning.data.samplers import EmpiricalSampler as EmpiricalSampler
@@ -136,14 +141,19 @@ _PUBLIC = {
     "distill_lightning.data.batch": ("Batch",),
     "distill_lightning.data.detection_batch": ("DetectionBatch",),
     "distill_lightning.data.datamodules": (
+        "DetectionAugmentation",
         "DigitsDataModule",
         "DocstringsDataModule",
         "FashionMNISTDataModule",
+        "FashionVOC",
+        "FashionVOCDataModule",
         "ImageFolderDataModule",
         "InMemoryImageDataModule",
         "IndexedDataModule",
         "RotatedDigitsDataModule",
         "RotatedFashionMNISTDataModule",
+        "VOCDetectionDataModule",
+        "write_fashion_voc",
     ),
     "distill_lightning.data.samplers": (
         "CutMixSampler",

@@ -150,13 +150,14 @@ ROOMS = {
         samplers transforms
     """,
     "data/datamodules": """
-        options view_dataset view_sampler indexed image_file
-        resumable_loader
+        options view_dataset view_sampler indexed image_file detection_augmentation voc_annotation
+        resumable_loader detection_files
         view_data_module
         image_data_module docstrings
-        in_memory image_folder
+        in_memory image_folder voc_detection
         digits fashion_mnist
-        rotated
+        rotated scenes
+        fashion_voc
     """,
     "functional": """
         common mean
