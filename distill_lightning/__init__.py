@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from distill_lightning.data.datamodules import DigitsDataModule as DigitsDataModule
     from distill_lightning.data.datamodules import DocstringsDataModule as DocstringsDataModule
     from distill_lightning.data.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
+    from distill_lightning.data.datamodules import GettextCatalogues as GettextCatalogues
     from distill_lightning.data.datamodules import ImageFolderDataModule as ImageFolderDataModule
     from distill_lightning.data.datamodules import IndexedDataModule as IndexedDataModule
     from distill_lightning.data.datamodules import InMemoryImageDataModule as InMemoryImageDataModule
+    from distill_lightning.data.datamodules import LibreOfficeHelp as LibreOfficeHelp
+    from distill_lightning.data.datamodules import ParallelText as ParallelText
     from distill_lightning.data.datamodules import RotatedDigitsDataModule as RotatedDigitsDataModule
     from distill_lightning.data.datamodules import RotatedFashionMNISTDataModule as RotatedFashionMNISTDataModule
+    from distill_lightning.data.datamodules import TranslationDataModule as TranslationDataModule
     from distill_lightning.data.samplers import CutMixSampler as CutMixSampler
     from distill_lightning.data.samplers import EmpiricalSampler as EmpiricalSampler
     from distill_lightning.data.samplers import FunctionSampler as FunctionSampler
@@ -127,11 +131,15 @@ _PUBLIC = {
         "DigitsDataModule",
         "DocstringsDataModule",
         "FashionMNISTDataModule",
+        "GettextCatalogues",
         "ImageFolderDataModule",
         "InMemoryImageDataModule",
         "IndexedDataModule",
+        "LibreOfficeHelp",
+        "ParallelText",
         "RotatedDigitsDataModule",
         "RotatedFashionMNISTDataModule",
+        "TranslationDataModule",
     ),
     "distill_lightning.data.samplers": (
         "CutMixSampler",

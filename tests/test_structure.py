@@ -153,10 +153,16 @@ ROOMS = {
         options view_dataset view_sampler indexed image_file
         resumable_loader
         view_data_module
-        image_data_module docstrings
+        image_data_module docstrings translation
         in_memory image_folder
         digits fashion_mnist
         rotated
+    """,
+    "data/datamodules/translation": """
+        corpus tokenizer length_sampler
+        catalogues dataset iwslt libreoffice splits
+        parallel_text
+        module
     """,
     "functional": """
         common mean

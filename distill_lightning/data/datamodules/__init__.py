@@ -10,16 +10,28 @@ from distill_lightning.data.datamodules.indexed import IndexedDataModule
 from distill_lightning.data.datamodules.options import LoadingOptions, ViewOptions
 from distill_lightning.data.datamodules.resumable_loader import ResumableLoader
 from distill_lightning.data.datamodules.rotated import RotatedDigitsDataModule, RotatedFashionMNISTDataModule, rotate
+from distill_lightning.data.datamodules.translation import (
+    BytePairTokenizer,
+    GettextCatalogues,
+    LengthSampler,
+    LibreOfficeHelp,
+    PairOptions,
+    ParallelText,
+    TranslationDataModule,
+    TranslationDataset,
+)
 from distill_lightning.data.datamodules.view_data_module import ViewDataModule
 from distill_lightning.data.datamodules.view_dataset import ViewDataset
 from distill_lightning.data.datamodules.view_sampler import ViewSampler
 
 __all__ = [
+    "BytePairTokenizer",
     "ByteWindows",
     "DigitsDataModule",
     "DocstringsDataModule",
     "FashionMNISTDataModule",
     "Files",
+    "GettextCatalogues",
     "ImageDataModule",
     "ImageFiles",
     "ImageFolderDataModule",
@@ -27,10 +39,16 @@ __all__ = [
     "Images",
     "InMemoryImageDataModule",
     "IndexedDataModule",
+    "LengthSampler",
+    "LibreOfficeHelp",
     "LoadingOptions",
+    "PairOptions",
+    "ParallelText",
     "ResumableLoader",
     "RotatedDigitsDataModule",
     "RotatedFashionMNISTDataModule",
+    "TranslationDataModule",
+    "TranslationDataset",
     "ViewDataModule",
     "ViewDataset",
     "ViewOptions",
