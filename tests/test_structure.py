@@ -178,25 +178,28 @@ ROOMS = {
         parts
         base generator paraphraser
         compression extracurricular feed kd meal_v2 self_kd supervised
-        sequential_feed
+        sequential_feed translation
     """,
     "modules/parts": """
         adversary alpha asleep_norms checkpoints data_wait distances evaluation extra_inputs
-        guard holds_frozen means optimization past_network sizes
-        past skipping
+        guard holds_frozen means optimization past_network search sizes
+        past skipping translating
     """,
     "networks": """
         budget provenance sizes weights
         adapted images libraries pretrained sequences
+        translation
     """,
     "outputs": """
         metrics output
         categorical gaussian
+        tokens
     """,
     "outputs/metrics": """
         exact
         mean gap
         classification regression
+        translation
     """,
     "plots": """
         style

@@ -4,8 +4,9 @@ from distill_lightning.errors import InputError
 from distill_lightning.outputs.categorical import Categorical
 from distill_lightning.outputs.gaussian import Gaussian
 from distill_lightning.outputs.output import Output
+from distill_lightning.outputs.tokens import Tokens
 
-__all__ = ["Categorical", "Gaussian", "Output", "output_of"]
+__all__ = ["Categorical", "Gaussian", "Output", "Tokens", "output_of"]
 
 
 def output_of(who: str, num_classes: int | None, num_targets: int | None) -> Output:

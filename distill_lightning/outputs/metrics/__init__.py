@@ -21,6 +21,7 @@ from distill_lightning.outputs.metrics.regression import (
     IntervalCalibration,
     regression_metrics,
 )
+from distill_lightning.outputs.metrics.translation import CorpusScore, Perplexity, corpus_scores, token_metrics
 
 __all__ = [
     "AURC",
@@ -30,6 +31,7 @@ __all__ = [
     "BrierScore",
     "CalibrationError",
     "Confidences",
+    "CorpusScore",
     "GapReduction",
     "GaussianDivergence",
     "GaussianMeanAbsoluteError",
@@ -38,6 +40,9 @@ __all__ = [
     "IntervalCalibration",
     "MeanDivergence",
     "NegativeLogLikelihood",
+    "Perplexity",
     "classification_metrics",
+    "corpus_scores",
     "regression_metrics",
+    "token_metrics",
 ]
