@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from distill_lightning.data.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
     from distill_lightning.data.datamodules import FashionVOC as FashionVOC
     from distill_lightning.data.datamodules import FashionVOCDataModule as FashionVOCDataModule
+    from distill_lightning.data.datamodules import GettextCatalogues as GettextCatalogues
     from distill_lightning.data.datamodules import ImageFolderDataModule as ImageFolderDataModule
     from distill_lightning.data.datamodules import IndexedDataModule as IndexedDataModule
     from distill_lightning.data.datamodules import InMemoryImageDataModule as InMemoryImageDataModule
+    from distill_lightning.data.datamodules import LibreOfficeHelp as LibreOfficeHelp
+    from distill_lightning.data.datamodules import ParallelText as ParallelText
     from distill_lightning.data.datamodules import RotatedDigitsDataModule as RotatedDigitsDataModule
     from distill_lightning.data.datamodules import RotatedFashionMNISTDataModule as RotatedFashionMNISTDataModule
+    from distill_lightning.data.datamodules import TranslationDataModule as TranslationDataModule
     from distill_lightning.data.datamodules import VOCDetectionDataModule as VOCDetectionDataModule
     from distill_lightning.data.datamodules import write_fashion_voc as write_fashion_voc
     from distill_lightning.data.detection_batch import DetectionBatch as DetectionBatch
@@ -147,11 +151,15 @@ _PUBLIC = {
         "FashionMNISTDataModule",
         "FashionVOC",
         "FashionVOCDataModule",
+        "GettextCatalogues",
         "ImageFolderDataModule",
         "InMemoryImageDataModule",
         "IndexedDataModule",
+        "LibreOfficeHelp",
+        "ParallelText",
         "RotatedDigitsDataModule",
         "RotatedFashionMNISTDataModule",
+        "TranslationDataModule",
         "VOCDetectionDataModule",
         "write_fashion_voc",
     ),

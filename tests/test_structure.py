@@ -153,11 +153,17 @@ ROOMS = {
         options view_dataset view_sampler indexed image_file detection_augmentation voc_annotation
         resumable_loader detection_files
         view_data_module
-        image_data_module docstrings
+        image_data_module docstrings translation
         in_memory image_folder voc_detection
         digits fashion_mnist
         rotated scenes
         fashion_voc
+    """,
+    "data/datamodules/translation": """
+        corpus tokenizer length_sampler
+        catalogues dataset iwslt libreoffice splits
+        parallel_text
+        module
     """,
     "functional": """
         common mean

@@ -14,6 +14,16 @@ from distill_lightning.data.datamodules.options import LoadingOptions, ViewOptio
 from distill_lightning.data.datamodules.resumable_loader import ResumableLoader
 from distill_lightning.data.datamodules.rotated import RotatedDigitsDataModule, RotatedFashionMNISTDataModule, rotate
 from distill_lightning.data.datamodules.scenes import FashionVOC, Scene
+from distill_lightning.data.datamodules.translation import (
+    BytePairTokenizer,
+    GettextCatalogues,
+    LengthSampler,
+    LibreOfficeHelp,
+    PairOptions,
+    ParallelText,
+    TranslationDataModule,
+    TranslationDataset,
+)
 from distill_lightning.data.datamodules.view_data_module import ViewDataModule
 from distill_lightning.data.datamodules.view_dataset import ViewDataset
 from distill_lightning.data.datamodules.view_sampler import ViewSampler
@@ -24,6 +34,7 @@ __all__ = [
     "AnnotatedFile",
     "AnnotatedFiles",
     "Annotation",
+    "BytePairTokenizer",
     "ByteWindows",
     "DetectionAugmentation",
     "DetectionFiles",
@@ -33,6 +44,7 @@ __all__ = [
     "FashionVOC",
     "FashionVOCDataModule",
     "Files",
+    "GettextCatalogues",
     "ImageDataModule",
     "ImageFiles",
     "ImageFolderDataModule",
@@ -40,11 +52,17 @@ __all__ = [
     "Images",
     "InMemoryImageDataModule",
     "IndexedDataModule",
+    "LengthSampler",
+    "LibreOfficeHelp",
     "LoadingOptions",
+    "PairOptions",
+    "ParallelText",
     "ResumableLoader",
     "RotatedDigitsDataModule",
     "RotatedFashionMNISTDataModule",
     "Scene",
+    "TranslationDataModule",
+    "TranslationDataset",
     "VOCDetectionDataModule",
     "ViewDataModule",
     "ViewDataset",

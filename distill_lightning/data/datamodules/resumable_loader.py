@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from torch.utils.data import DataLoader
 
 from distill_lightning.data.batch import Batch
-from distill_lightning.data.datamodules.view_sampler import ViewSampler
 from distill_lightning.errors import InputError
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """A `DataLoader` of a `ViewSampler`, which a checkpoint from the middle of an epoch continues there.
+    """A `DataLoader` that a checkpoint from the middle of an epoch continues there.
 
-    Lightning keeps its state in the checkpoint. With any other sampler it is a `DataLoader` and nothing else.
+    Lightning keeps its state in the checkpoint. The sampler leaves out what was read, as many of its items as its
+    attribute ``skip`` says: `ViewSampler` and `LengthSampler` do. With any other it is a `DataLoader` and nothing else.
 
     Raises:
         InputError: from its iterator: the checkpoint is from the middle of this epoch, and of other batches.
@@ -28,11 +29,12 @@ class ResumableLoader(DataLoader[Batch]):
         # A generator, because Lightning sets the sampler's epoch after it has called iter.
         saved, self._saved = self._saved, {}
         self._given = 0
-        if isinstance(self.sampler, ViewSampler):
-            if saved.get("epoch") == self.sampler.epoch:
+        sampler: Any = self.sampler
+        if hasattr(sampler, "skip"):
+            if saved.get("epoch") == sampler.epoch:
                 self._given = saved["batches"]
                 self._refuse_others(saved)
-            self.sampler.skip = self._given * (self.batch_size or 1)
+            sampler.skip = self._given * (self.batch_size or 1)
         for batch in super().__iter__():
             self._given += 1
             yield batch
@@ -51,14 +53,23 @@ class ResumableLoader(DataLoader[Batch]):
 
     @property
     def _way(self) -> dict[str, int]:
+        budget = getattr(self.sampler, "budget", None)
+        if budget is not None:
+            # However many processes share a batch, it holds the same.
+            return {"max_tokens": budget}
         return {"batch_size": self.batch_size or 1, "processes": getattr(self.sampler, "num_replicas", 1)}
 
     def _refuse_others(self, saved: Mapping[str, int]) -> None:
         before, now = {**self._way, **saved}, self._way
         if self._given and any(before[name] != value for name, value in now.items()):
             raise InputError(
-                f"the checkpoint was made after {self._given} batches of an epoch, with batch_size="
-                f"{before['batch_size']} in {before['processes']} process(es), and now there are batch_size="
-                f"{now['batch_size']} and {now['processes']}: samples would be read twice or never; resume with the "
-                "same, or from a checkpoint of an epoch's end"
+                f"the checkpoint was made after {self._given} batches of an epoch, with {_told(before)}, and now there "
+                f"are {_told(now)}: samples would be read twice or never; resume with the same, or from a checkpoint "
+                "of an epoch's end"
             )
+
+
+def _told(way: Mapping[str, int]) -> str:
+    if "processes" in way:
+        return f"batch_size={way['batch_size']} in {way['processes']} process(es)"
+    return f"max_tokens={way['max_tokens']} of all processes together"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytorch_lightning as pl
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.datamodules.resumable_loader import ResumableLoader
@@ -169,15 +169,26 @@ class ViewDataModule(pl.LightningDataModule):
         seed: int = 0,
         drop_last: bool = False,
     ) -> DataLoader[Batch]:
-        world = (
-            {} if self.trainer is None else {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+        sampler = ViewSampler(
+            dataset, views=views, views_per_load=views_per_load, shuffle=shuffle, seed=seed, **self._share
         )
+        return self._loader_of(dataset, sampler, batch_size=self.batch_size, drop_last=drop_last)
+
+    @property
+    def _share(self) -> dict[str, Any]:
+        """How many processes share the samples, and which this one is."""
+        if self.trainer is None:
+            return {}
+        return {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+
+    def _loader_of(
+        self, dataset: ViewDataset, sampler: Sampler[Any], *, batch_size: int | None, drop_last: bool = False
+    ) -> DataLoader[Batch]:
+        """A loader that goes on in the middle of an epoch; without ``batch_size`` the sampler gives whole batches."""
         return ResumableLoader(
             dataset,
-            batch_size=self.batch_size,
-            sampler=ViewSampler(
-                dataset, views=views, views_per_load=views_per_load, shuffle=shuffle, seed=seed, **world
-            ),
+            batch_size=batch_size,
+            sampler=sampler,
             collate_fn=_as_it_is,
             drop_last=drop_last,
             num_workers=self.num_workers,
