@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, refusing
 
 # A bare dict: where its values may be of any type, jsonargparse makes objects of what has a class_path inside.
 Spec = dict
@@ -19,6 +20,8 @@ Spec = dict
 ALONE = "alone"
 # A row has a folder of its name, which must not be hidden or stand elsewhere.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+# What stands inside of a spec; jsonargparse sets the keys of a plain dict, but not those of a dict in it.
+_INSIDE = re.compile(r"--(data|student|methods|supervised|backbones|optimizer|lr_scheduler)\.")
 _METHOD_KEYS = ("class_path", "init_args", "teachers", "stages", "initial", "paraphrasers", "backbone")
 _BACKBONE_KEYS = ("class_path", "init_args", "data", "epochs", "optimizer", "lr_scheduler")
 
@@ -73,6 +76,7 @@ class CompareConfig:
         output: folder for everything that is written.
         accelerator: the Trainer's.
         precision: the Trainer's.
+        gradient_clip_val: the Trainer's: the norm that the gradients of every run are cut down to; ``None``: none.
         anew: whether the runs that are in the folder are removed and made again.
     """
 
@@ -89,6 +93,7 @@ class CompareConfig:
     output: str = "results/compare"
     accelerator: str = "auto"
     precision: str = "32"
+    gradient_clip_val: float | None = None
     anew: bool = False
 
     def as_plain(self) -> dict[str, Any]:
@@ -168,7 +173,7 @@ def backbone_run(name: str) -> str:
 
 
 def parse_config(arguments: Sequence[str]) -> CompareConfig:
-    """Read ``CONFIG [--key value ...]``; a key on the command line wins over the file.
+    """Read ``CONFIG [--key value ...]``; a key on the command line, ``data.init_args.seed`` too, wins over the file.
 
     Raises:
         ArgumentError: the file is missing or no YAML, a key is unknown, a value has the wrong type.
@@ -189,6 +194,7 @@ def parse_config(arguments: Sequence[str]) -> CompareConfig:
     given = list(arguments)
     if given and not given[0].startswith("-"):
         given[:1] = ["--config", given[0]]
+    given, changes = _changes(given)
     parsed = parser.parse_args(given)
     if not isinstance(parsed.teachers, Namespace):
         raise InputError(
@@ -196,9 +202,40 @@ def parse_config(arguments: Sequence[str]) -> CompareConfig:
             "trains them itself, all of one kind; for networks that are there, of unlike kinds, see fit and Pretrained"
         )
     options = vars(parser.instantiate(parsed))
+    for path, value in changes:
+        _change(options, path, value)
     config = CompareConfig(**{name: value for name, value in options.items() if name != "config"})
     _check(config)
     return config
+
+
+def _changes(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, Any]]]:
+    """What is left of a command line without ``--data.init_args.key value`` and the like, and these."""
+    left, changes, given = [], [], iter(arguments)
+    for argument in given:
+        if not _INSIDE.match(argument):
+            left.append(argument)
+            continue
+        name, is_there, value = argument.partition("=")
+        value = value if is_there else next(given, "--")
+        if value.startswith("--"):
+            raise InputError(f"{name} needs a value")
+        with refusing(f"{name} is no YAML", yaml.YAMLError):
+            changes.append((name.removeprefix("--"), yaml.safe_load(value)))
+    return left, changes
+
+
+def _change(options: dict[str, Any], path: str, value: Any) -> None:
+    """Set a value inside of a spec, whose ``init_args`` need not be there."""
+    *parts, last = path.split(".")
+    place: Any = options
+    for number, part in enumerate(parts):
+        if part == "init_args" and isinstance(place, dict):
+            place[part] = place.get(part) or {}
+        if not isinstance(place, dict) or not isinstance(place.get(part), dict):
+            raise InputError(f"--{path}: there is no {'.'.join(parts[: number + 1])} with keys of its own")
+        place = place[part]
+    place[last] = value
 
 
 def _check(config: CompareConfig) -> None:

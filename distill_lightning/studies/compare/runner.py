@@ -212,6 +212,7 @@ def make_trainer(config: CompareConfig, **options: Any) -> pl.Trainer:
     with refusing("accelerator or precision", MisconfigurationException, ValueError):
         trainer = pl.Trainer(
             accelerator=config.accelerator,
+            gradient_clip_val=config.gradient_clip_val,
             precision=config.precision,  # type: ignore[arg-type]  # the Trainer itself checks it
             devices=1,
             logger=False,
