@@ -175,13 +175,15 @@ ROOMS = {
         self_kd_detection sequential_feed
     """,
     "modules/parts": """
-        adversary alpha asleep_norms checkpoints data_wait distances evaluation extra_inputs
+        adversary alpha asleep_norms backbone checkpoints data_wait distances evaluation extra_inputs
         guard holds_frozen means optimization past_network regions sizes
         boxes past skipping
     """,
     "networks": """
         budget provenance sizes weights
         adapted images libraries pretrained sequences
+        backbones
+        detectors
     """,
     "outputs": """
         metrics output
