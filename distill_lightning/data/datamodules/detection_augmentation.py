@@ -85,7 +85,7 @@ class DetectionAugmentation(Choice):
         """
         kept = torch.ones(len(boxes), dtype=torch.bool)
         view: Any = tv_tensors.Image(image)
-        held: Any = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[1:])  # type: ignore[call-overload]
+        held: Any = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[1:])
         with _drawing_from(seed):
             for transform in self._transforms(has_boxes=len(boxes) > 0):
                 view, held = transform(view, held)

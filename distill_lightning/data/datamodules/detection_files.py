@@ -84,8 +84,10 @@ class AnnotatedFiles(NamedTuple):
 
     def take(self, index: Tensor) -> AnnotatedFiles:
         """The images at ``index``."""
-        places = index.tolist()
-        rows = torch.cat([torch.arange(0), *(torch.arange(self.starts[n], self.starts[n + 1]) for n in places)])
+        begins, ends = self.starts[index].tolist(), self.starts[index + 1].tolist()
+        rows = torch.cat(
+            [torch.arange(0), *(torch.arange(begin, end) for begin, end in zip(begins, ends, strict=True))]
+        )
         counts = self.starts.diff()[index]
         return AnnotatedFiles(
             self.paths[index.numpy()],
@@ -198,4 +200,5 @@ def grey(image: Tensor) -> Tensor:
         tensor([[[76]]], dtype=torch.uint8)
     """
     red, green, blue = (channel.int() * weight for channel, weight in zip(image, _GREY, strict=True))
-    return ((red + green + blue + 2**15) >> 16).to(torch.uint8)[None]
+    levels: Tensor = (red + green + blue + 2**15) >> 16
+    return levels.to(torch.uint8)[None]

@@ -152,6 +152,9 @@ class FashionVOCDataModule(VOCDetectionDataModule):
         2
     """
 
+    # Small pictures are decoded faster than workers start.
+    default_workers = 0
+
     def __init__(
         self,
         *,

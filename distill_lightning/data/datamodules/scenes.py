@@ -144,19 +144,20 @@ class FashionVOC(Choice):
         for _ in range(int(generator.integers(self.per_image[0], self.per_image[1] + 1))):
             chosen, side = int(generator.integers(len(items))), int(generator.integers(*self.item_size, endpoint=True))
             item = np.asarray(Image.fromarray(items[chosen]).resize((side, side), Image.Resampling.BILINEAR))
+            count = int(np.count_nonzero(item))
             places = generator.integers(self.size - side + 1, size=(_TRIALS, 2)).tolist()
             for top, left in places:
                 part = (slice(top, top + side), slice(left, left + side))
                 covered = owners.copy()
                 covered[part][item > 0] = len(shown)
-                if not self._are_seen(covered, [*sizes, np.count_nonzero(item)]):
+                if not self._are_seen(covered, [*sizes, count]):
                     continue
                 owners = covered
                 pixels[part] = np.where(item > 0, item, pixels[part])
-                sizes.append(np.count_nonzero(item))
+                sizes.append(count)
                 shown.append(classes[chosen])
                 break
-        hidden = [1 - np.count_nonzero(owners == number) / size for number, size in enumerate(sizes)]
+        hidden = [1 - float(np.count_nonzero(owners == number)) / size for number, size in enumerate(sizes)]
         return Scene(pixels, owners, shown, hidden)
 
     def _are_seen(self, owners: NDArray[np.int64], sizes: list[int]) -> bool:
@@ -174,4 +175,5 @@ def _background(generator: np.random.Generator, size: int) -> Pixels:
     coarse = generator.integers(_BRIGHTEST, size=(_CELLS, _CELLS), dtype=np.uint8)
     clouds = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)).astype(np.int64)
     noise = generator.integers(-8, 9, size=(size, size))
-    return np.clip(clouds + noise, 0, 255).astype(np.uint8)
+    levels: Pixels = np.clip(clouds + noise, 0, 255).astype(np.uint8)
+    return levels

@@ -84,7 +84,7 @@ class VOCDetectionDataModule(ImageDataModule):
     task = "detection"
     input_shape = None  # type: ignore[assignment]  # images of unlike sizes
     num_classes: int
-    default_workers = None
+    default_workers: int | None = None
 
     def __init__(
         self,
@@ -102,7 +102,9 @@ class VOCDetectionDataModule(ImageDataModule):
         test_size: int | None = None,
         **options: Unpack[LoadingOptions],
     ) -> None:
-        super().__init__(val_size=val_size, test_size=test_size, **options)
+        super().__init__(
+            val_size=val_size, test_size=test_size, views=None, views_per_load=1, partners=False, **options
+        )
         check_one_of("on_damaged", on_damaged, ("error", "mend"))
         if channels not in (1, 3):
             raise InputError(f"channels must be 1 or 3, got {channels}")

@@ -12,11 +12,13 @@ from distill_lightning import (
     DigitsDataModule,
     DocstringsDataModule,
     FashionMNISTDataModule,
+    FashionVOCDataModule,
     ImageFolderDataModule,
     InMemoryImageDataModule,
     InputError,
     RotatedDigitsDataModule,
     RotatedFashionMNISTDataModule,
+    VOCDetectionDataModule,
 )
 from distill_lightning.data.datamodules import ImageDataModule, LoadingOptions, ViewDataModule, ViewOptions
 
@@ -34,6 +36,8 @@ MODULES = {
     RotatedFashionMNISTDataModule: VALUES,
     ImageFolderDataModule: VALUES,
     DocstringsDataModule: LOADING,
+    FashionVOCDataModule: LOADING,
+    VOCDetectionDataModule: LOADING,
 }
 EVERY = [*MODULES, ImageDataModule, InMemoryImageDataModule]
 
@@ -51,6 +55,8 @@ def folder(tmp_path):
 
 def needed(kind, folder):
     """What has no default."""
+    if kind is VOCDetectionDataModule:
+        return {"data_dir": folder, "class_names": ["cat"]}
     return {"data_dir": folder, "val_size": 1} if kind is ImageFolderDataModule else {}
 
 
@@ -105,7 +111,7 @@ def test_the_options_reach_the_data_module(kind, folder):
 @pytest.mark.parametrize("kind", MODULES)
 def test_the_defaults_are_those_of_the_base(kind, folder):
     data, base = kind(**needed(kind, folder)), keywords(ViewDataModule)
-    workers = len(os.sched_getaffinity(0)) if kind is ImageFolderDataModule else 0
+    workers = len(os.sched_getaffinity(0)) if kind.default_workers is None else 0
     expected = {name: base[name].default for name in MODULES[kind]} | {"num_workers": workers}
     assert {name: getattr(data, name) for name in expected} == expected
     assert kind(**needed(kind, folder), num_workers=0).num_workers == 0
@@ -132,6 +138,7 @@ UNKNOWN = [
     *[(kind, "batchsize") for kind in MODULES],
     *[(kind, "flip") for kind in (DigitsDataModule, RotatedDigitsDataModule, RotatedFashionMNISTDataModule)],
     *[(DocstringsDataModule, name) for name in ("flip", "views", "views_per_load", "partners")],
+    *[(VOCDetectionDataModule, name) for name in ("flip", "views", "partners")],
     (ImageFolderDataModule, "padding"),
 ]
 
