@@ -238,7 +238,10 @@ ROOMS = {
         recorder
     """,
     "testing": """
-        tiny waits
+        processes tiny tiny_detection tiny_translation waits
+        kits
+        points
+        points_of_networks points_of_runs
         contract
     """,
 }
