@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from distill_lightning.layers.call import call as call
     from distill_lightning.modules.base import DistillationModule as DistillationModule
     from distill_lightning.modules.compression import CompressionBaseline as CompressionBaseline
+    from distill_lightning.modules.detection import DetectionModule as DetectionModule
     from distill_lightning.modules.extracurricular import ExtracurricularModule as ExtracurricularModule
     from distill_lightning.modules.extracurricular import MatchDistribution as MatchDistribution
     from distill_lightning.modules.extracurricular import MatchPoint as MatchPoint
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from distill_lightning.modules.parts.sizes import StudentSize as StudentSize
     from distill_lightning.modules.parts.sizes import TeacherSize as TeacherSize
     from distill_lightning.modules.self_kd import SelfKDModule as SelfKDModule
+    from distill_lightning.modules.self_kd_detection import SelfKDDetectionModule as SelfKDDetectionModule
     from distill_lightning.modules.sequential_feed import sequential_feed as sequential_feed
     from distill_lightning.modules.supervised import RegressionModule as RegressionModule
     from distill_lightning.modules.supervised import SupervisedModule as SupervisedModule
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from distill_lightning.networks import pytorchcv_network as pytorchcv_network
     from distill_lightning.networks import timm_network as timm_network
     from distill_lightning.networks import torchvision_network as torchvision_network
+    from distill_lightning.outputs import Boxes as Boxes
     from distill_lightning.outputs import Categorical as Categorical
     from distill_lightning.outputs import Gaussian as Gaussian
     from distill_lightning.outputs import metrics as metrics
@@ -147,6 +150,7 @@ _PUBLIC = {
     "distill_lightning.layers.call": ("call",),
     "distill_lightning.modules.base": ("DistillationModule",),
     "distill_lightning.modules.compression": ("CompressionBaseline",),
+    "distill_lightning.modules.detection": ("DetectionModule",),
     "distill_lightning.modules.extracurricular": ("ExtracurricularModule", "MatchDistribution", "MatchPoint"),
     "distill_lightning.modules.feed": ("FEEDModule",),
     "distill_lightning.modules.generator": ("GeneratorModule",),
@@ -174,6 +178,7 @@ _PUBLIC = {
     "distill_lightning.modules.parts.past": ("MovingAverage", "PastModel", "StoredPast"),
     "distill_lightning.modules.parts.sizes": ("EqualSizes", "PooledSize", "StudentSize", "TeacherSize"),
     "distill_lightning.modules.self_kd": ("SelfKDModule",),
+    "distill_lightning.modules.self_kd_detection": ("SelfKDDetectionModule",),
     "distill_lightning.modules.sequential_feed": ("sequential_feed",),
     "distill_lightning.modules.supervised": ("RegressionModule", "SupervisedModule"),
     "distill_lightning.networks": (
@@ -187,7 +192,7 @@ _PUBLIC = {
         "timm_network",
         "torchvision_network",
     ),
-    "distill_lightning.outputs": ("Categorical", "Gaussian", "metrics"),
+    "distill_lightning.outputs": ("Boxes", "Categorical", "Gaussian", "metrics"),
     "distill_lightning.outputs.metrics": ("AURC", "Agreement", "AngularError", "CalibrationError", "GapReduction"),
     "distill_lightning.schedules": ("GroupSchedules", "OneCycle"),
     "distill_lightning.storage": ("PredictionStore",),

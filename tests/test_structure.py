@@ -160,7 +160,7 @@ ROOMS = {
     """,
     "functional": """
         common mean
-        adversarial calibration features predictions scores self_distillation
+        adversarial calibration detection features predictions scores self_distillation
         gaussian
     """,
     "layers": """
@@ -171,13 +171,13 @@ ROOMS = {
         options
         parts
         base generator paraphraser
-        compression extracurricular feed kd meal_v2 self_kd supervised
-        sequential_feed
+        compression detection extracurricular feed kd meal_v2 self_kd supervised
+        self_kd_detection sequential_feed
     """,
     "modules/parts": """
         adversary alpha asleep_norms checkpoints data_wait distances evaluation extra_inputs
-        guard holds_frozen means optimization past_network sizes
-        past skipping
+        guard holds_frozen means optimization past_network regions sizes
+        boxes past skipping
     """,
     "networks": """
         budget provenance sizes weights
@@ -185,12 +185,12 @@ ROOMS = {
     """,
     "outputs": """
         metrics output
-        categorical gaussian
+        boxes categorical gaussian
     """,
     "outputs/metrics": """
         exact
         mean gap
-        classification regression
+        classification detection regression
     """,
     "plots": """
         style

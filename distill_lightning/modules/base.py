@@ -296,7 +296,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
                 "that was given to another module as its teacher stays frozen; give a copy.deepcopy of it there"
             )
         optimizer = with_rate(self.optimizer, self.parameter_groups(), self.lr)
-        return with_schedule(self, optimizer, self.lr_scheduler, monitor="val/nll")
+        return with_schedule(self, optimizer, self.lr_scheduler, monitor=f"val/{self.output.watched}")
 
     # Parts, and networks that stand outside of the registry
 

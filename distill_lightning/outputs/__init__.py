@@ -1,11 +1,12 @@
 """What an output of a network means, and the metrics that judge it."""
 
 from distill_lightning.errors import InputError
+from distill_lightning.outputs.boxes import Boxes
 from distill_lightning.outputs.categorical import Categorical
 from distill_lightning.outputs.gaussian import Gaussian
 from distill_lightning.outputs.output import Output
 
-__all__ = ["Categorical", "Gaussian", "Output", "output_of"]
+__all__ = ["Boxes", "Categorical", "Gaussian", "Output", "output_of"]
 
 
 def output_of(who: str, num_classes: int | None, num_targets: int | None) -> Output:

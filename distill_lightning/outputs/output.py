@@ -19,12 +19,13 @@ class Output(Choice):
 
     An *output* is what a network gives; a *distribution* is what it means, in the numbers that a store can keep:
     `Categorical`: logits and probabilities ``(N, K)``; `Gaussian`: means and log-variances ``(N, 2 d)``, and the same
-    within their bounds.
+    within their bounds. What has no meaning for an output, a divergence of `Boxes` for example, it refuses.
 
     Attributes:
         name: of distributions, among a store's answers.
         label_term: what the labels' likelihood is called in logs.
         has_temperature: whether a temperature softens distributions.
+        watched: the metric of a validation that tells whether a training gets on.
 
     Example:
         >>> from distill_lightning import Categorical, Gaussian
@@ -38,6 +39,7 @@ class Output(Choice):
     name: ClassVar[str]
     label_term: ClassVar[str]
     has_temperature: ClassVar[bool]
+    watched: ClassVar[str] = "nll"
 
     @abstractmethod
     def check(self, who: str, network: nn.Module, shape: Sequence[int], *, per_position: bool = False) -> None:
@@ -114,16 +116,16 @@ class Output(Choice):
         """Targets in the type of numbers that losses and metrics need."""
         return target
 
-    @abstractmethod
     def target_rule(self, target: Tensor) -> str:
         """What targets of this kind must be, in words."""
+        raise self._has_none("rule for targets")
 
-    @abstractmethod
     def wrong_targets(self, target: Tensor) -> Tensor:
         """A boolean mask of the targets that cannot be right.
 
         It has one entry for each class index, or one for each row where a target is a row of numbers.
         """
+        raise self._has_none("targets in a tensor")
 
     def as_point(self, variance: float | None) -> Output:
         """The output of a student trained on the teacher's point prediction alone.
@@ -138,31 +140,30 @@ class Output(Choice):
             raise InputError(f"{type(self).__name__} has no variance: leave {variance} out")
         return self
 
-    @abstractmethod
     def select(self, output: Tensor, target: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
         """The rows of output and target, or of two outputs, that count, positions as samples of their own."""
+        raise self._has_none("rows")
 
-    @abstractmethod
     def counted(self, output: Tensor, batch: Batch) -> Tensor | None:
         """What counts of an output, bool, of the shape that its losses have; ``None``: everything."""
+        raise self._has_none("rows")
 
-    @abstractmethod
     def label_loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Negative log-likelihood of the labels in nats, mean over what counts."""
+        raise self._has_none("likelihood of labels")
 
-    @abstractmethod
     def divergence_rows(self, output: Tensor, distribution: Tensor, *, temperature: float = 1.0) -> Tensor:
         """:math:`KL(q || p)` of each sample or position, ``q`` a distribution at ``temperature``, ``p`` the output."""
+        raise self._has_none("divergence")
 
-    @abstractmethod
     def divergence(self, output: Tensor, distribution: Tensor, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """The mean of `divergence_rows` over what counts."""
+        raise self._has_none("divergence")
 
-    @abstractmethod
     def point_divergence_rows(self, output: Tensor, distribution: Tensor) -> Tensor:
         """As `divergence_rows`, to what is most probable in the distribution alone."""
+        raise self._has_none("divergence")
 
-    @abstractmethod
     def collapse(
         self,
         outputs: Sequence[Tensor],
@@ -172,24 +173,24 @@ class Output(Choice):
         temperature: float = 1.0,
     ) -> Tensor:
         """One distribution of several outputs, see `TeacherEnsemble`; without a graph if they have none."""
+        raise self._has_none("mean of several")
 
-    @abstractmethod
     def uncertainty(self, distribution: Tensor) -> Tensor:
         """Entropy in nats, or total variance, of each sample ``(N,)``."""
+        raise self._has_none("uncertainty")
 
-    @abstractmethod
     def prediction(self, output: Tensor) -> Tensor:
         """An output in the form that metrics read."""
+        raise self._has_none("rows")
 
     def teacher_prediction(self, output: Tensor) -> Tensor:
         """A teacher's output in the form that metrics read."""
         return self.prediction(output)
 
-    @abstractmethod
     def as_prediction(self, distribution: Tensor) -> Tensor:
         """A distribution in the form that metrics read."""
+        raise self._has_none("distribution")
 
-    @abstractmethod
     def comparison(self, output: Tensor, distribution: Tensor, counted: Tensor | None = None) -> dict[str, Tensor]:
         """Scalars by name that tell how a student's output and its teachers' distribution compare in training.
 
@@ -198,11 +199,15 @@ class Output(Choice):
             distribution: of its teachers.
             counted: which samples count, bool ``(N,)``; ``None``: all.
         """
+        raise self._has_none("divergence")
+
+    def _has_none(self, what: str) -> InputError:
+        return InputError(f"{type(self).__name__} has no {what}: take a module that is made for such outputs")
 
     @abstractmethod
     def metrics(self) -> MetricCollection:
         """What a student is judged by."""
 
-    @abstractmethod
     def teacher_metrics(self) -> MetricCollection:
-        """How close a student is to its teachers."""
+        """How close a student is to its teachers; nothing unless an output can tell."""
+        return MetricCollection({})

@@ -11,6 +11,13 @@ from distill_lightning.outputs.metrics.classification import (
     NegativeLogLikelihood,
     classification_metrics,
 )
+from distill_lightning.outputs.metrics.detection import (
+    BoxMetric,
+    COCOAveragePrecision,
+    DetectionCalibrationError,
+    VOC07AveragePrecision,
+    detection_metrics,
+)
 from distill_lightning.outputs.metrics.gap import GapReduction
 from distill_lightning.outputs.metrics.regression import (
     AngularError,
@@ -27,9 +34,12 @@ __all__ = [
     "Accuracy",
     "Agreement",
     "AngularError",
+    "BoxMetric",
     "BrierScore",
+    "COCOAveragePrecision",
     "CalibrationError",
     "Confidences",
+    "DetectionCalibrationError",
     "GapReduction",
     "GaussianDivergence",
     "GaussianMeanAbsoluteError",
@@ -38,6 +48,8 @@ __all__ = [
     "IntervalCalibration",
     "MeanDivergence",
     "NegativeLogLikelihood",
+    "VOC07AveragePrecision",
     "classification_metrics",
+    "detection_metrics",
     "regression_metrics",
 ]
