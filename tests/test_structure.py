@@ -58,7 +58,8 @@ ROOMS = {
         portable
     """,
     "callbacks": """
-        checkpoint_io figures structure_hooks stages run_keeper
+        checkpoint_io loggers prediction_writers structure_hooks stages run_keeper
+        figures tables
         compression reconstruction teacher_report
     """,
     "cli": """
@@ -194,7 +195,7 @@ ROOMS = {
     """,
     "plots": """
         style
-        comparison compression confidence reconstruction teachers
+        comparison compression confidence detection reconstruction teachers
     """,
     "storage": """
         files top_k

@@ -59,10 +59,6 @@ class Kit:
         """
         raise NotImplementedError(f"{type(self).__name__} must define data(**options)")
 
-    def even_data(self, **options: Any) -> pl.LightningDataModule:
-        """As `data`, where all training samples weigh the same in a loss: it does not matter how a batch is divided."""
-        return self.data(**options)
-
     def examples(self) -> Any:
         """Inputs of a network, as a batch has them."""
         data = self.data()
@@ -103,10 +99,7 @@ class ImageKit(Kit):
 
 
 class TranslationKit(Kit):
-    """Sentences of one to six words, padded: `TinyEncoderDecoder` and `TinyTranslationDataModule`.
-
-    A loss is a mean over tokens, so that where processes share a batch, its sentences have to be equally long.
-    """
+    """Sentences of one to six words, padded: `TinyEncoderDecoder` and `TinyTranslationDataModule`."""
 
     num_classes = 12
     fewest_classes = 5
@@ -119,10 +112,6 @@ class TranslationKit(Kit):
     def data(self, **options: Any) -> pl.LightningDataModule:
         """A `TinyTranslationDataModule`."""
         return TinyTranslationDataModule(**{"num_classes": self.num_classes, **options})
-
-    def even_data(self, **options: Any) -> pl.LightningDataModule:
-        """Training sentences of four words each; those of the validation are of any length."""
-        return self.data(length=4, **options)
 
     def predict(self, network: nn.Module, batch: Batch) -> Any:
         """The network's own ``generate``."""

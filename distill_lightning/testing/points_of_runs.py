@@ -160,9 +160,9 @@ def two_processes_equal_one(build: Build) -> None:
     alone, _ = make(build, norm="group")
     together = copy.deepcopy(alone)
     single = tiny_trainer(max_epochs=2)
-    single.fit(alone, datamodule=kit_of(build).even_data(batch_size=8, val_size=23))
+    single.fit(alone, datamodule=data_of(build, batch_size=8, val_size=23))
     double = tiny_trainer(max_epochs=2, devices=2, strategy=process_strategy(), callbacks=[LeaveTheGroup()])
-    double.fit(together, datamodule=kit_of(build).even_data(batch_size=4, val_size=23))
+    double.fit(together, datamodule=data_of(build, batch_size=4, val_size=23))
     for name, value in single.callback_metrics.items():
         if name.endswith("_share"):
             continue  # a mean of ratios depends on how the samples are divided

@@ -116,7 +116,6 @@ class TinyTranslationDataModule(ViewDataModule):
         samples: number of training pairs; there are as many for validation and for test.
         val_size: number of validation pairs; ``None``: as many as training pairs.
         batch_size: pairs per batch and process.
-        length: words of each training sentence; ``None``: from one to six.
         seed: of everything.
 
     Raises:
@@ -136,14 +135,13 @@ class TinyTranslationDataModule(ViewDataModule):
         samples: int = 24,
         val_size: int | None = None,
         batch_size: int = 8,
-        length: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(val_size=val_size or samples, subset=samples, batch_size=batch_size, seed=seed)
         if not 1 <= num_classes - _SPECIAL <= 26:
             raise InputError(f"num_classes must be between 5 and 30, got {num_classes}: there are 4 ids besides words")
         self.num_classes = num_classes
-        self.count, self.length = samples, length
+        self.count = samples
 
     def setup(self, stage: str | None = None) -> None:
         """There is nothing to read."""
@@ -154,8 +152,6 @@ class TinyTranslationDataModule(ViewDataModule):
         generator = torch.Generator().manual_seed(3 * self.seed + place)
         count = (self.val_size or self.count) if split == "val" else self.count
         lengths = torch.randint(1, _LONGEST + 1, (count,), generator=generator)
-        if split == "train" and self.length is not None:
-            lengths = torch.full_like(lengths, self.length)
         sources = [
             torch.randint(_SPECIAL, self.num_classes, (length,), generator=generator).tolist()
             for length in lengths.tolist()
