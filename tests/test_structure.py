@@ -60,7 +60,7 @@ ROOMS = {
     "callbacks": """
         checkpoint_io loggers prediction_writers structure_hooks stages run_keeper
         figures tables
-        compression reconstruction teacher_report
+        compression reconstruction samples teacher_report
     """,
     "cli": """
         class_page error_line from_file

@@ -11,6 +11,7 @@ from distill_lightning.callbacks.prediction_writers import (
 )
 from distill_lightning.callbacks.reconstruction import ReconstructionErrorProbe
 from distill_lightning.callbacks.run_keeper import RunKeeper
+from distill_lightning.callbacks.samples import DetectionFigures, TranslationSamples
 from distill_lightning.callbacks.stages import Measurements
 from distill_lightning.callbacks.tables import Table, log_table
 from distill_lightning.callbacks.teacher_report import TeacherReport
@@ -18,6 +19,7 @@ from distill_lightning.callbacks.teacher_report import TeacherReport
 __all__ = [
     "CompressionCallback",
     "ConfidenceFigure",
+    "DetectionFigures",
     "DetectionWriter",
     "Measurements",
     "PredictionWriter",
@@ -27,6 +29,7 @@ __all__ = [
     "RunKeeper",
     "Table",
     "TeacherReport",
+    "TranslationSamples",
     "TranslationWriter",
     "WholeCheckpointIO",
     "log_figure",

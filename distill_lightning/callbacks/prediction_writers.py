@@ -162,8 +162,8 @@ class DetectionWriter(PredictionWriter):
     """Writes boxes as JSON in COCO's format of results, which its tools read.
 
     That is a list of ``{"image_id": i, "category_id": k, "bbox": [left, top, width, height], "score": s}``, in pixels,
-    one for each box, image by image and as the detector returned them. ``image_id`` is that of the image's target; where
-    there is none, its place in the data. ``category_id`` is the label: 1 is the first class.
+    one for each box, image by image and as the detector returned them. ``image_id`` is that of the image's target, or
+    where there is none, its place in the data. ``category_id`` is the label: 1 is the first class.
 
     ::
 
