@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from distill_lightning.modules.parts.past import MovingAverage as MovingAverage
     from distill_lightning.modules.parts.past import PastModel as PastModel
     from distill_lightning.modules.parts.past import StoredPast as StoredPast
+    from distill_lightning.modules.parts.search import BeamSearch as BeamSearch
+    from distill_lightning.modules.parts.search import NoSearch as NoSearch
     from distill_lightning.modules.parts.sizes import EqualSizes as EqualSizes
     from distill_lightning.modules.parts.sizes import PooledSize as PooledSize
     from distill_lightning.modules.parts.sizes import StudentSize as StudentSize
@@ -73,6 +75,8 @@ if TYPE_CHECKING:
     from distill_lightning.modules.sequential_feed import sequential_feed as sequential_feed
     from distill_lightning.modules.supervised import RegressionModule as RegressionModule
     from distill_lightning.modules.supervised import SupervisedModule as SupervisedModule
+    from distill_lightning.modules.translation import SelfKDTranslationModule as SelfKDTranslationModule
+    from distill_lightning.modules.translation import TranslationModule as TranslationModule
     from distill_lightning.networks import AdaptedInput as AdaptedInput
     from distill_lightning.networks import Pretrained as Pretrained
     from distill_lightning.networks import SmallCNN as SmallCNN
@@ -82,9 +86,11 @@ if TYPE_CHECKING:
     from distill_lightning.networks import pytorchcv_network as pytorchcv_network
     from distill_lightning.networks import timm_network as timm_network
     from distill_lightning.networks import torchvision_network as torchvision_network
+    from distill_lightning.networks import translation_transformer as translation_transformer
     from distill_lightning.outputs import Boxes as Boxes
     from distill_lightning.outputs import Categorical as Categorical
     from distill_lightning.outputs import Gaussian as Gaussian
+    from distill_lightning.outputs import Tokens as Tokens
     from distill_lightning.outputs import metrics as metrics
     from distill_lightning.outputs.metrics import AURC as AURC
     from distill_lightning.outputs.metrics import Agreement as Agreement
@@ -176,11 +182,13 @@ _PUBLIC = {
         "NoTranslator",
     ),
     "distill_lightning.modules.parts.past": ("MovingAverage", "PastModel", "StoredPast"),
+    "distill_lightning.modules.parts.search": ("BeamSearch", "NoSearch"),
     "distill_lightning.modules.parts.sizes": ("EqualSizes", "PooledSize", "StudentSize", "TeacherSize"),
     "distill_lightning.modules.self_kd": ("SelfKDModule",),
     "distill_lightning.modules.self_kd_detection": ("SelfKDDetectionModule",),
     "distill_lightning.modules.sequential_feed": ("sequential_feed",),
     "distill_lightning.modules.supervised": ("RegressionModule", "SupervisedModule"),
+    "distill_lightning.modules.translation": ("SelfKDTranslationModule", "TranslationModule"),
     "distill_lightning.networks": (
         "AdaptedInput",
         "Pretrained",
@@ -191,8 +199,9 @@ _PUBLIC = {
         "pytorchcv_network",
         "timm_network",
         "torchvision_network",
+        "translation_transformer",
     ),
-    "distill_lightning.outputs": ("Boxes", "Categorical", "Gaussian", "metrics"),
+    "distill_lightning.outputs": ("Boxes", "Categorical", "Gaussian", "Tokens", "metrics"),
     "distill_lightning.outputs.metrics": ("AURC", "Agreement", "AngularError", "CalibrationError", "GapReduction"),
     "distill_lightning.schedules": ("GroupSchedules", "OneCycle"),
     "distill_lightning.storage": ("PredictionStore",),

@@ -173,25 +173,28 @@ ROOMS = {
         parts
         base generator paraphraser
         compression detection extracurricular feed kd meal_v2 self_kd supervised
-        self_kd_detection sequential_feed
+        self_kd_detection sequential_feed translation
     """,
     "modules/parts": """
         adversary alpha asleep_norms checkpoints data_wait distances evaluation extra_inputs
-        guard holds_frozen means optimization past_network regions sizes
-        boxes past skipping
+        guard holds_frozen means optimization past_network regions search sizes
+        boxes past skipping translating
     """,
     "networks": """
         budget provenance sizes weights
         adapted images libraries pretrained sequences
+        translation
     """,
     "outputs": """
         metrics output
         boxes categorical gaussian
+        tokens
     """,
     "outputs/metrics": """
         exact
         mean gap
         classification detection regression
+        translation
     """,
     "plots": """
         style

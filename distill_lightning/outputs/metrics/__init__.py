@@ -28,6 +28,7 @@ from distill_lightning.outputs.metrics.regression import (
     IntervalCalibration,
     regression_metrics,
 )
+from distill_lightning.outputs.metrics.translation import CorpusScore, Perplexity, corpus_scores, token_metrics
 
 __all__ = [
     "AURC",
@@ -39,6 +40,7 @@ __all__ = [
     "COCOAveragePrecision",
     "CalibrationError",
     "Confidences",
+    "CorpusScore",
     "DetectionCalibrationError",
     "GapReduction",
     "GaussianDivergence",
@@ -48,8 +50,11 @@ __all__ = [
     "IntervalCalibration",
     "MeanDivergence",
     "NegativeLogLikelihood",
+    "Perplexity",
     "VOC07AveragePrecision",
     "classification_metrics",
+    "corpus_scores",
     "detection_metrics",
     "regression_metrics",
+    "token_metrics",
 ]
