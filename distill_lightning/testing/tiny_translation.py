@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,10 +28,14 @@ class TinyEncoderDecoder(nn.Module):
         num_classes: number of ids, of sources and of targets.
         width: entries of an embedding.
         length: the largest number of positions.
+
+    Attributes:
+        config: the number of positions, and the token that targets begin with.
     """
 
-    def __init__(self, num_classes: int = 12, *, width: int = 8, length: int = 16) -> None:
+    def __init__(self, num_classes: int = 12, *, width: int = 8, length: int = 8) -> None:
         super().__init__()
+        self.config = SimpleNamespace(max_position_embeddings=length, decoder_start_token_id=BOS)
         self.embed = nn.Embedding(num_classes, width)
         self.positions = nn.Embedding(length, width)
         self.encoder = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.LayerNorm(width))
@@ -55,15 +60,14 @@ class TinyEncoderDecoder(nn.Module):
         return logits
 
     @torch.no_grad()
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor, *, max_new_tokens: int = _LONGEST + 1, **_options: Any
-    ) -> Tensor:
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, *, max_new_tokens: int, **_beams: Any) -> Tensor:
         """The most probable token after each token, int64 ``(N, T)``: begins with `BOS`, is padded behind `EOS`.
 
         Args:
             input_ids: the sources, int64 ``(N, S)``.
             attention_mask: 0 at what pads them, ``(N, S)``.
             max_new_tokens: tokens at the most behind the first.
+            _beams: what a beam search would be told; there is none.
         """
         ids = torch.full_like(input_ids[:, :1], BOS)
         for _ in range(max_new_tokens):
