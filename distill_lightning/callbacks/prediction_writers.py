@@ -150,7 +150,7 @@ class TranslationWriter(PredictionWriter):
 
     def of_batch(self, pl_module: Any, outputs: Any, batch: Batch) -> Sequence[Any]:
         """The sentences."""
-        texts: list[str] = outputs if all(isinstance(one, str) for one in outputs) else pl_module.translate(batch)
+        texts: list[str] = pl_module.texts(outputs) if isinstance(outputs, Tensor) else outputs
         return [" ".join(text.splitlines()) for text in texts]
 
     def content(self, rows: Mapping[int, Any]) -> str:

@@ -149,8 +149,9 @@ def _drawn(boxes: Mapping[str, Tensor]) -> DrawnBoxes:
 class TranslationSamples(ValidationSamples):
     """Logs a table of the first translations of the validation, as ``val/translations``.
 
-    Its columns are source, reference and translation. The module's ``translate`` makes it, and the data module's
-    ``decode`` the other two; the table goes to whichever logger is there (`log_table`).
+    Its columns are source, reference and translation, as the module's ``texts`` and ``translate`` make them. It takes
+    the translations that ``validation_step`` returns, and translates itself where there are none. The table goes to
+    whichever logger is there (`log_table`).
 
     ::
 
@@ -166,7 +167,7 @@ class TranslationSamples(ValidationSamples):
         every_n_epochs: how many epochs of a ``fit`` pass from one table to the next.
 
     Raises:
-        InputError: no sentences, or no epochs; later, a module that does not translate, or data that cannot decode.
+        InputError: no sentences, or no epochs; later, a module that does not translate.
     """
 
     def __init__(self, *, samples: int = 8, every_n_epochs: int = 1) -> None:
@@ -174,7 +175,7 @@ class TranslationSamples(ValidationSamples):
         self.table: Table | None = None
 
     def keep(self, pl_module: Any, outputs: Any, batch: Any) -> Sequence[Any]:
-        """Source and reference as ids, and the translation."""
+        """Source, reference and translation."""
         if not hasattr(pl_module, "translate"):
             raise InputError(
                 f"TranslationSamples: {type(pl_module).__name__} has no method translate: leave the callback out where "
@@ -182,22 +183,17 @@ class TranslationSamples(ValidationSamples):
             )
         read = Batch.of(batch)
         rows = torch.arange(read.size, device=read.device)
-        if read.counted is not None and read.counted.ndim == 1:
-            rows = rows[read.counted]
+        if read.counted is not None:
+            rows = rows[read.counted if read.counted.ndim == 1 else read.counted.any(dim=1)]
         few = read.replace(index=None, view=None).map(lambda tensor: tensor[rows[: self.samples]])
-        sources = few.input["input_ids"].tolist()
-        return list(zip(sources, few.target.tolist(), pl_module.translate(few), strict=True))
+        sources = pl_module.texts(few.input["input_ids"])
+        if "translations" in outputs:
+            translations, references = (outputs[name][: self.samples] for name in ("translations", "references"))
+        else:
+            translations, references = pl_module.translate(few), pl_module.texts(few.target)
+        return list(zip(sources, references, translations, strict=True))
 
     def show(self, trainer: pl.Trainer, pl_module: Any, kept: Sequence[Any]) -> None:
-        """Decode and log."""
-        decode = getattr(getattr(trainer, "datamodule", None), "decode", None)
-        if decode is None:
-            raise InputError("TranslationSamples needs a data module with decode(ids), which makes a text of tokens")
-        rows = [(decode(source), decode(_known(reference)), translation) for source, reference, translation in kept]
-        self.table = Table(("source", "reference", "translation"), rows)
+        """Log the table."""
+        self.table = Table(("source", "reference", "translation"), kept)
         log_table(trainer, "val/translations", self.table, trainer.global_step)
-
-
-def _known(ids: Sequence[int]) -> list[int]:
-    """Without what pads labels of ``transformers``."""
-    return [number for number in ids if number >= 0]
