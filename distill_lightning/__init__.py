@@ -98,6 +98,7 @@ if TYPE_CHECKING:
     from distill_lightning.outputs.metrics import CalibrationError as CalibrationError
     from distill_lightning.outputs.metrics import GapReduction as GapReduction
     from distill_lightning.schedules import GroupSchedules as GroupSchedules
+    from distill_lightning.schedules import InverseSquareRoot as InverseSquareRoot
     from distill_lightning.schedules import OneCycle as OneCycle
     from distill_lightning.storage import PredictionStore as PredictionStore
     from distill_lightning.studies.export.command import export_checkpoint as export_checkpoint
@@ -203,7 +204,7 @@ _PUBLIC = {
     ),
     "distill_lightning.outputs": ("Boxes", "Categorical", "Gaussian", "Tokens", "metrics"),
     "distill_lightning.outputs.metrics": ("AURC", "Agreement", "AngularError", "CalibrationError", "GapReduction"),
-    "distill_lightning.schedules": ("GroupSchedules", "OneCycle"),
+    "distill_lightning.schedules": ("GroupSchedules", "InverseSquareRoot", "OneCycle"),
     "distill_lightning.storage": ("PredictionStore",),
     "distill_lightning.studies.export.command": ("export_checkpoint",),
     "distill_lightning.studies.export.student": ("load_exported",),

@@ -71,8 +71,6 @@ class SelfKDModule(DistillationModule):
             keep nothing, or, in training, ``T`` is not known, or the past cannot be kept (see its class).
     """
 
-    per_position = True
-
     def __init__(
         self,
         student: nn.Module,
@@ -86,6 +84,8 @@ class SelfKDModule(DistillationModule):
         past_temperature: float = 1.0,
         **options: Unpack[TrainingOptions],
     ) -> None:
+        # Before networks are checked: the rows of a store are of samples.
+        self.per_position = not isinstance(past, StoredPast)
         super().__init__(student, num_classes=num_classes, **options)
         positive("past_temperature", past_temperature)
         if isinstance(past, StoredPast) and any(getattr(one, "probability", 0) == 1 for one in self.transforms):
@@ -112,7 +112,7 @@ class SelfKDModule(DistillationModule):
         self.past.write(batch, wide(logits.detach()).softmax(dim=-1))
         rows = functional.soft_cross_entropy_rows(logits, target)
         agree = logits.argmax(dim=-1) == past.argmax(dim=-1)
-        self._observe(alpha, target.gather(-1, _labels(batch)[..., None])[..., 0], target, agree, known, counted)
+        self._observe(batch, alpha, target, agree=agree, known=known, counted=counted)
         return {"self_kd": functional.counted_mean(rows, counted)}
 
     def weights(self) -> dict[str, float]:
@@ -120,12 +120,12 @@ class SelfKDModule(DistillationModule):
         return {"self_kd": 1.0}
 
     def _observe(
-        self, alpha: float, at_label: Tensor, target: Tensor, agree: Tensor, known: Tensor, counted: Tensor | None
+        self, batch: Batch, alpha: float, target: Tensor, *, agree: Tensor, known: Tensor, counted: Tensor | None
     ) -> None:
         mean = partial(functional.counted_mean, counted=counted)
         with_past = known if counted is None else known & counted
         self.observe("alpha", torch.full((), alpha, dtype=wide_default(), device=target.device))
-        self.observe("target_gt_prob", mean(at_label))
+        self.observe("target_gt_prob", mean(target.gather(-1, _labels(batch)[..., None])[..., 0]))
         self.observe("target_entropy", mean(torch.special.entr(target).sum(dim=-1)))
         self.observe("agree_past", functional.counted_mean(agree.float(), with_past))
         self.observe("known_fraction", mean(known.float()))

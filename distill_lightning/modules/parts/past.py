@@ -156,8 +156,7 @@ class StoredPast(Past):
 
     Raises:
         InputError: an option is out of range; in training: the batches have no index, the training set no length, the
-            student predicts positions, the checkpoint is of other data, or a file cannot be written, is gone, damaged
-            or another one.
+            checkpoint is of other data, or a file cannot be written, is gone, damaged or another one.
 
     Example:
         >>> from distill_lightning import SelfKDModule, SmallCNN, StoredPast
@@ -286,16 +285,7 @@ class RunningStore(RunningPast):
             raise InputError(f"StoredPast: top_k cannot be larger than num_classes={module.num_classes}, got {top_k}")
 
     def read(self, batch: Batch, like: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-        """Rows by the samples' indices; of mixed inputs mixed, the two labels in the place of what is not known.
-
-        Raises:
-            InputError: the student predicts positions.
-        """
-        if like.ndim > 2:
-            raise InputError(
-                f"StoredPast keeps one row for each sample, and the student predicts positions, {tuple(like.shape)}: "
-                "use past=PastModel()"
-            )
+        """Rows by the samples' indices; of mixed inputs mixed, the two labels in the place of what is not known."""
         past, known = self._rows(batch.index, temperature)
         mixture = batch.mixture
         if mixture is None:

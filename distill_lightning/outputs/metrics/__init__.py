@@ -28,7 +28,7 @@ from distill_lightning.outputs.metrics.regression import (
     IntervalCalibration,
     regression_metrics,
 )
-from distill_lightning.outputs.metrics.translation import CorpusScore, Perplexity, corpus_scores, token_metrics
+from distill_lightning.outputs.metrics.translation import Perplexity, corpus_scores, token_metrics
 
 __all__ = [
     "AURC",
@@ -40,7 +40,6 @@ __all__ = [
     "COCOAveragePrecision",
     "CalibrationError",
     "Confidences",
-    "CorpusScore",
     "DetectionCalibrationError",
     "GapReduction",
     "GaussianDivergence",
