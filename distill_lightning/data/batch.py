@@ -181,6 +181,22 @@ class Batch:
         """Where the inputs are."""
         return first_tensor(self.input).device
 
+    def broken_rows(self) -> list[int]:
+        """The samples whose inputs hold nan or infinity; the device is waited for.
+
+        Example:
+            >>> import torch
+            >>> from distill_lightning import Batch
+            >>> Batch(torch.tensor([[0.0], [torch.nan]])).broken_rows()
+            [1]
+        """
+        found: set[int] = set()
+        for tensor in tensors_of(self.input):
+            if tensor.is_floating_point() and tensor.ndim:
+                rows = ~tensor.isfinite().flatten(1).all(1) if tensor.ndim > 1 else ~tensor.isfinite()
+                found |= set(rows.nonzero().flatten().tolist())
+        return sorted(found)
+
     def replace(self, **changes: Any) -> Self:
         """A batch with other fields; one with another index or view has another key."""
         if changes.keys() & {"index", "view"}:

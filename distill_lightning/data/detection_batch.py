@@ -41,6 +41,10 @@ class DetectionBatch(Batch):
         """Number of images, ``N``."""
         return len(self.input)
 
+    def broken_rows(self) -> list[int]:
+        """The images that hold nan or infinity; the device is waited for."""
+        return [row for row, image in enumerate(self.input) if not image.isfinite().all()]
+
     @classmethod
     def of(cls, batch: Any) -> DetectionBatch:
         """Read a `DetectionBatch`, or images and perhaps targets, as torchvision's reference code collates them.

@@ -90,11 +90,7 @@ class Evaluation(Part):
         """
         metrics = metrics_of(module, f"{stage}_metrics", dataloader_idx)
         teacher_metrics = metrics_of(module, f"{stage}_teacher_metrics", dataloader_idx)
-        repeated = repeated_rows(module, batch_idx, dataloader_idx, batch.size)
-        if repeated is not None:
-            batch = _without(batch, repeated.to(batch.device))
-        module.guard.look(module, batch, batch_idx, stage)
-        where = f"{_STAGES[stage]} batch {batch_idx}"
+        batch, where = self.looked_at(module, batch, batch_idx, stage, dataloader_idx=dataloader_idx)
         output = explained(module, lambda one: call(module, one.input), batch, where)
         if batch_idx == 0:
             module.check_output("student", module.student, output.shape)
@@ -120,6 +116,17 @@ class Evaluation(Part):
                 self._compared = True
                 module.log_dict(teacher_metrics, on_step=False, on_epoch=True, batch_size=batch.size)
         return {"output": selected, "target": target}
+
+    @staticmethod
+    def looked_at(
+        module: Any, batch: Batch, batch_idx: int, stage: str, *, dataloader_idx: int = 0
+    ) -> tuple[Batch, str]:
+        """A batch in which what a distributed sampler has repeated does not count, and its name in messages."""
+        repeated = repeated_rows(module, batch_idx, dataloader_idx, batch.size)
+        if repeated is not None:
+            batch = _without(batch, repeated.to(batch.device))
+        module.guard.look(module, batch, batch_idx, stage)
+        return batch, f"{_STAGES[stage]} batch {batch_idx}"
 
     @torch.no_grad()
     def score(self, module: Any, batches: Iterable[Batch]) -> dict[str, float]:

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.data.batch import IGNORED, Batch, first_tensor, spread, tensors_of
+from distill_lightning.data.batch import IGNORED, Batch, first_tensor, spread
 from distill_lightning.errors import InputError, NonFiniteError
 from distill_lightning.layers.call import only_output
 from distill_lightning.lightning_internals import has_trainer, scales_gradients
 from distill_lightning.part import Part
 
-_FIRST = 2
+FIRST = 2
 """Batches at the start of an epoch that a device is waited for."""
 
 _EVERY = 50
 """Batches after which a device is asked whether all its losses were finite."""
 
-_STAGES = {"train": "training", "val": "validation", "test": "test"}
+STAGES = {"train": "training", "val": "validation", "test": "test"}
 
 _SHOWN = 8
 """Samples that a message names."""
@@ -111,7 +111,7 @@ class Guard(Part):
         _check_kind(module, target, is_evaluated=is_evaluated)
         if number == 0 and _teaches_nothing(module, ready):
             warnings.warn(
-                f"{who}: no sample of {_STAGES[stage]} batch 0 counts, so that it teaches nothing: for data without "
+                f"{who}: no sample of {STAGES[stage]} batch 0 counts, so that it teaches nothing: for data without "
                 f"labels let the target be None, and not {IGNORED}",
                 stacklevel=2,
             )
@@ -125,7 +125,7 @@ class Guard(Part):
             row = int(wrong.flatten(1).any(1).nonzero()[0]) if wrong.ndim > 1 else int(wrong.nonzero()[0])
             value = target[row][wrong[row]][0] if wrong.ndim > 1 else target[row]
             raise InputError(
-                f"{who}: the label of sample {named(ready, [row])} in {_STAGES[stage]} batch {number} is "
+                f"{who}: the label of sample {named(ready, [row])} in {STAGES[stage]} batch {number} is "
                 f"{value.tolist()}, and labels must be {module.output.target_rule(target)}: mend the data module"
             )
 
@@ -140,8 +140,8 @@ class Guard(Part):
             return
         who = f"{type(module).__name__}: the student ({type(module.student).__name__})"
         if module.output.broken(output).any():
-            raise NonFiniteError(f"{who} gives nan or inf in {_STAGES[stage]} batch {number}: {_WAY_OUT}")
-        if number < _FIRST:
+            raise NonFiniteError(f"{who} gives nan or inf in {STAGES[stage]} batch {number}: {WAY_OUT}")
+        if number < FIRST:
             module.output.check_values(who, output)
 
     def _watch(self, module: Any, batch: Any) -> None:
@@ -246,7 +246,7 @@ class Guard(Part):
             return
         told = f"{type(module).__name__}: the loss was not finite in {skipped} of {batches} batches of the epoch"
         if skipped == batches:
-            raise NonFiniteError(f"{told}, and every step was skipped: {_WAY_OUT}")
+            raise NonFiniteError(f"{told}, and every step was skipped: {WAY_OUT}")
         warnings.warn(f"{told}, whose steps the gradient scaler has skipped", stacklevel=2)
 
     def fit_starts(self, module: Any) -> None:
@@ -280,7 +280,7 @@ class Guard(Part):
             if broken.any():
                 # With further inputs of each sample there are more rows than samples.
                 bad = sorted({row % batch.size for row in broken.nonzero()[:, 0].tolist()})
-                inputs = " (their inputs do, too)" if _bad_rows(batch) else ""
+                inputs = " (their inputs do, too)" if batch.broken_rows() else ""
                 raise NonFiniteError(
                     f"{who} answers nan or inf for samples {named(batch, bad)}{inputs}: mend or replace it"
                 )
@@ -332,30 +332,20 @@ def _like(counted: Tensor, wrong: Tensor) -> Tensor:
 
 def _is_read(tensor: Tensor, number: int) -> bool:
     """Whether numbers of a batch are looked at: at once on the CPU, elsewhere of an epoch's first batches."""
-    return tensor.device.type == "cpu" or (number < _FIRST and tensor.device.type != "meta")
+    return tensor.device.type == "cpu" or (number < FIRST and tensor.device.type != "meta")
 
 
-_WAY_OUT = "lower the learning rate, or clip the gradients (Trainer(gradient_clip_val=1))"
+WAY_OUT = "lower the learning rate, or clip the gradients (Trainer(gradient_clip_val=1))"
 
 
 def _reason(batch: Batch | None) -> str:
     """Why a loss is not finite, as far as its batch tells, and the way out."""
     if batch is None:
-        return _WAY_OUT
-    rows = _bad_rows(batch)
+        return WAY_OUT
+    rows = batch.broken_rows()
     if rows:
         return f"the inputs of samples {named(batch, rows)} hold nan or inf: mend them or leave them out"
-    return f"the inputs are finite: {_WAY_OUT}"
-
-
-def _bad_rows(batch: Batch) -> list[int]:
-    """The rows of a batch whose inputs are not finite."""
-    found: set[int] = set()
-    for tensor in tensors_of(batch.input):
-        if tensor.is_floating_point() and tensor.ndim:
-            rows = ~tensor.isfinite().flatten(1).all(1) if tensor.ndim > 1 else ~tensor.isfinite()
-            found |= set(rows.nonzero().flatten().tolist())
-    return sorted(found)
+    return f"the inputs are finite: {WAY_OUT}"
 
 
 def named(batch: Batch, rows: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_lightning import functional
 from distill_lightning.choices import Choice
@@ -413,6 +413,11 @@ class RunningNetwork(RunningPast):
     def joined(self, module: Any) -> None:
         """The network's outputs are laid out like those of the module's student."""
         self._output = module.output
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The network itself, for what else it can be asked; ``None`` while there is no past."""
+        return self.network.model if self.network.ready else None
 
     def read(self, batch: Batch, like: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
         """What the network predicts for the input, mixed or not."""
