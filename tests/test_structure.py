@@ -58,8 +58,9 @@ ROOMS = {
         portable
     """,
     "callbacks": """
-        checkpoint_io figures structure_hooks stages run_keeper
-        compression reconstruction teacher_report
+        checkpoint_io loggers prediction_writers structure_hooks stages run_keeper
+        figures tables
+        compression reconstruction samples teacher_report
     """,
     "cli": """
         class_page error_line from_file
@@ -205,7 +206,7 @@ ROOMS = {
     """,
     "plots": """
         style
-        comparison compression confidence reconstruction teachers
+        comparison compression confidence detection reconstruction teachers
     """,
     "storage": """
         files top_k
@@ -254,7 +255,10 @@ ROOMS = {
         recorder
     """,
     "testing": """
-        tiny waits
+        processes tiny tiny_detection tiny_translation waits
+        kits
+        points
+        points_of_networks points_of_runs
         contract
     """,
 }
