@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pytorch_lightning import LightningDataModule
 from torch import nn
@@ -75,13 +75,8 @@ class Backbone:
         check_optimizer(module)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "backbone.safetensors")
-            export_backbone(module, path)
+            module.export_backbone(path)
             student(path)
-
-
-def export_backbone(module: DistillationModule, path: Path) -> None:
-    """Write a trained classifier's weights without its head."""
-    cast("Any", module).export_backbone(path)
 
 
 def backbones_of(config: CompareConfig) -> dict[str, Backbone]:
@@ -110,7 +105,7 @@ def with_backbone(spec: Spec, known: Mapping[str, Any], weights: Path | None = N
     Args:
         spec: the student's.
         known: values for arguments that the backbone leaves out.
-        weights: a file of `export_backbone`; ``None``: it begins at random.
+        weights: a file of ``export_backbone``; ``None``: it begins at random.
 
     Raises:
         InputError: the student takes no such weights.

@@ -25,7 +25,6 @@ from distill_lightning.modules import DistillationModule
 from distill_lightning.networks import Pretrained
 from distill_lightning.networks.weights import read_checkpoint
 from distill_lightning.storage import write_tensors, write_whole
-from distill_lightning.studies.compare.backbones import export_backbone
 from distill_lightning.studies.compare.config import CompareConfig, Row
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.outputs_task import OutputsTask
@@ -52,7 +51,7 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
         return
     scores: dict[str, dict[str, float]] = {}
     if run.makes_backbone:
-        export_backbone(module, run.backbone_file)
+        module.export_backbone(run.backbone_file)
     else:
         module.export_student(run.student_file)
         if isinstance(experiment.task, ScoredTask):

@@ -22,8 +22,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distill_lightning import DigitsDataModule, InputError, SmallResNet, SupervisedModule
 from distill_lightning.cli import main
-from distill_lightning.modules import DistillationModule
-from distill_lightning.storage import write_tensors
 from distill_lightning.studies.compare import command
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
@@ -181,18 +179,6 @@ def compare(config, output, *arguments):
 
 def lines_of(path):
     return list(csv.DictReader(path.read_text().splitlines()))
-
-
-def _export(module, path):
-    state = module.student.state_dict()
-    write_tensors(path, {key: value for key, value in state.items() if not key.startswith("head")})
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exporting():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DistillationModule, "export_backbone", _export, raising=False)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +349,7 @@ def test_an_unknown_task_and_a_test_that_logs_no_headline_are_named(tmp_path, mo
 
 
 @pytest.fixture(scope="module")
-def detected(exporting, tmp_path_factory):
+def detected(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("detected")
     return folder, compare(written(folder, DETECTION), folder / "out")
