@@ -17,7 +17,7 @@ from distill_lightning.modules import DistillationModule
 from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.studies.compare.config import CompareConfig, Spec
 from distill_lightning.studies.compare.outputs_task import OutputsTask
-from distill_lightning.studies.compare.specs import filled, find, parsed, set_up, told_by
+from distill_lightning.studies.compare.specs import filled, find, parsed, remembering_warnings, set_up, told_by
 from distill_lightning.studies.compare.tasks import task_of
 from distill_lightning.studies.data import splits_of
 
@@ -34,6 +34,7 @@ class Backbone:
         task: by whose metrics it is followed.
         epochs: length of its training.
         splits: fingerprints of its data.
+        warned: what the data have warned of.
 
     Raises:
         ArgumentError: a class that cannot be found or does not take what it is given.
@@ -44,11 +45,14 @@ class Backbone:
         key = f"backbones.{name}"
         self.epochs: int = spec["epochs"]
         self._data = parsed(f"{key}.data", LightningDataModule, spec["data"])
-        sample = self.data(order_seed=0)
-        self.task = task_of(sample)
-        if not isinstance(self.task, OutputsTask):
-            raise InputError(f"{key}.data: a backbone learns to classify, and {type(sample).__name__} is for others")
-        self.splits = splits_of(set_up(sample))
+        with remembering_warnings() as self.warned:
+            sample = self.data(order_seed=0)
+            self.task = task_of(sample)
+            if not isinstance(self.task, OutputsTask):
+                raise InputError(
+                    f"{key}.data: a backbone learns to classify, and {type(sample).__name__} is for another task"
+                )
+            self.splits = splits_of(set_up(sample))
         known = told_by(sample) | {name: spec.get(name) for name in ("optimizer", "lr_scheduler")}
         self._network = parsed("student.init_args.backbone", nn.Module, filled(f"{key}: its network", network, known))
         module = {name: spec[name] for name in ("class_path", "init_args") if name in spec}

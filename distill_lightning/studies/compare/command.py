@@ -115,7 +115,10 @@ def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Ru
         epochs = config.teachers.epochs or config.epochs
         made.append(f"{config.teachers.number} teachers: {_called(config.teachers.network)}, {epochs} epochs.")
     for name, spec in (config.backbones or {}).items():
-        made.append(f"Backbone {name}: {_called(spec)} on {_called(spec['data'])}, {spec['epochs']} epochs.")
+        histories = [run.result().history for run in runs if run.makes_backbone == name]
+        reached = [experiment.backbones[name].task.validation_score(each[-1]) for each in histories if each]
+        trained = f"{_called(spec)} on {_called(spec['data'])}, {spec['epochs']} epochs"
+        made.append(f"Backbone {name}: {trained} ({', '.join(reached)}).")
     lines = [
         "# Comparison",
         "",

@@ -20,7 +20,7 @@ from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.studies.compare.backbones import backbones_of, with_backbone
 from distill_lightning.studies.compare.config import ALONE, CompareConfig, Row, Spec, is_count, rows_of
 from distill_lightning.studies.compare.outputs_task import OutputsTask
-from distill_lightning.studies.compare.specs import filled, find, parsed, set_up, told_by
+from distill_lightning.studies.compare.specs import filled, find, parsed, remembering_warnings, set_up, told_by
 from distill_lightning.studies.compare.tasks import task_of
 from distill_lightning.studies.data import splits_of
 
@@ -35,6 +35,7 @@ class Experiment:
         sample: the data module, set up.
         task: what is measured.
         splits: fingerprints of its data.
+        warned: what the data have warned of.
         backbones: what trains the students' backbones, by name.
 
     Raises:
@@ -48,15 +49,16 @@ class Experiment:
         self.config = config
         self.rows = rows_of(config)
         self._data = parsed("data", LightningDataModule, config.data)
-        self.sample = self.data(order_seed=0)
-        self.task = task_of(self.sample)
-        self._refuse_teachers()
-        if isinstance(self.task, OutputsTask):
-            # Not after a download of hours.
-            _check_told(self.sample, "num_classes", "input_shape")
-        set_up(self.sample)
-        _check_told(self.sample, "num_classes")
-        self.splits = splits_of(self.sample)
+        with remembering_warnings() as self.warned:
+            self.sample = self.data(order_seed=0)
+            self.task = task_of(self.sample)
+            self._refuse_teachers()
+            if isinstance(self.task, OutputsTask):
+                # Not after a download of hours.
+                _check_told(self.sample, "num_classes", "input_shape")
+            set_up(self.sample)
+            _check_told(self.sample, "num_classes")
+            self.splits = splits_of(self.sample)
         self._known = known = told_by(self.sample) | {
             "optimizer": config.optimizer,
             "lr_scheduler": config.lr_scheduler,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -124,6 +125,9 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
     with warnings.catch_warnings():
         # A run killed between its last checkpoint and its result resumes with nothing left to train.
         warnings.filterwarnings("ignore", message=".*has already.*max_epochs.*")
+        for text in source.warned:
+            # It was said when the comparison began.
+            warnings.filterwarnings("ignore", message=re.escape(text))
         trainer.fit(module, datamodule=source.data(order_seed=run.seed), ckpt_path=checkpoint)
     if len(keeper.history) < run.epochs:
         # Lightning may return from an interrupted fit as if it had ended.

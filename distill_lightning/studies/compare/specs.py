@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -66,6 +68,18 @@ def set_up(data: LightningDataModule) -> LightningDataModule:
     for stage in ("fit", "test"):
         data.setup(stage)
     return data
+
+
+@contextmanager
+def remembering_warnings() -> Iterator[list[str]]:
+    """Show warnings as ever, after the block, and collect their texts, so that they need not be shown again."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield said
+    for warning in caught:
+        said.append(str(warning.message))
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def told_by(data: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import re
 import shutil
 import statistics
 import time
+import warnings
 
 import pytest
 import pytorch_lightning as pl
@@ -337,6 +338,19 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, capsys, config, change,
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_data_warn_of_is_said_once(tmp_path, monkeypatch):
+    def setup(data, stage=None):
+        if not hasattr(data, "pairs"):
+            warnings.warn("2 sentences (of 26) were left out", stacklevel=2)
+            original(data)
+
+    original = Sentences.setup
+    monkeypatch.setattr(Sentences, "setup", setup)
+    with pytest.warns(UserWarning, match="2 sentences") as caught:
+        compare(written(tmp_path, TRANSLATION, lambda config: config.update(seeds=[0])), tmp_path / "out")
+    assert len([warning for warning in caught if "2 sentences (of 26)" in str(warning.message)]) == 1
+
+
 def test_an_unknown_task_and_a_test_that_logs_no_headline_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Sentences, "task", "parsing")
     with pytest.raises(InputError, match="Sentences is for the task 'parsing', which compare does not know"):
@@ -363,6 +377,7 @@ def test_a_detection_is_scored_by_its_precision(detected):
     assert header.startswith("method,seed,test_map,test_map_selected,map_50,voc07_map_50,ece,")
     assert "map_shoe" in header
     assert "Backbone self_kd: SelfKDModule(alpha_T=0.8, past=PastModel) on DigitsDataModule(subset=64" in text
+    assert len(re.findall(r"2 epochs \(validation accuracy [\d.]+ %, validation accuracy [\d.]+ %\)\.", text)) == 2
     assert "Student: Detecting(backbone=SmallResNet(width=2))" in text
     assert "backbone_plain, seed 0: validation accuracy" in shown
     assert "alone, seed 0: validation mAP@50" in shown
