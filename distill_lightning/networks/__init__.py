@@ -7,6 +7,7 @@ from distill_lightning.networks.libraries import pytorchcv_network, timm_network
 from distill_lightning.networks.pretrained import Pretrained
 from distill_lightning.networks.provenance import Recipe, build_from, recipe_of
 from distill_lightning.networks.sequences import SmallLSTM, SmallTransformer
+from distill_lightning.networks.translation import translation_transformer
 
 __all__ = [
     "AdaptedInput",
@@ -23,5 +24,6 @@ __all__ = [
     "recipe_of",
     "timm_network",
     "torchvision_network",
+    "translation_transformer",
     "without_deviation",
 ]
