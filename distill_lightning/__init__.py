@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from distill_lightning.networks import SmallLSTM as SmallLSTM
     from distill_lightning.networks import SmallResNet as SmallResNet
     from distill_lightning.networks import SmallTransformer as SmallTransformer
+    from distill_lightning.networks import faster_rcnn as faster_rcnn
     from distill_lightning.networks import pytorchcv_network as pytorchcv_network
     from distill_lightning.networks import timm_network as timm_network
     from distill_lightning.networks import torchvision_network as torchvision_network
@@ -197,6 +198,7 @@ _PUBLIC = {
         "SmallLSTM",
         "SmallResNet",
         "SmallTransformer",
+        "faster_rcnn",
         "pytorchcv_network",
         "timm_network",
         "torchvision_network",

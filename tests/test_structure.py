@@ -176,14 +176,15 @@ ROOMS = {
         self_kd_detection sequential_feed translation
     """,
     "modules/parts": """
-        adversary alpha asleep_norms checkpoints data_wait distances evaluation extra_inputs
+        adversary alpha asleep_norms backbone checkpoints data_wait distances evaluation extra_inputs
         guard holds_frozen means optimization past_network regions search sizes
         boxes past skipping translating
     """,
     "networks": """
         budget provenance sizes weights
         adapted images libraries pretrained sequences
-        translation
+        backbones translation
+        detectors
     """,
     "outputs": """
         metrics output

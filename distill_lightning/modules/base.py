@@ -22,6 +22,7 @@ from distill_lightning.lightning_internals import place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts import checkpoints
 from distill_lightning.modules.parts.asleep_norms import AsleepNorms
+from distill_lightning.modules.parts.backbone import ExportsBackbone
 from distill_lightning.modules.parts.checkpoints import RemembersArguments
 from distill_lightning.modules.parts.data_wait import DataWait
 from distill_lightning.modules.parts.evaluation import Evaluation
@@ -38,7 +39,7 @@ from distill_lightning.teachers import Teachers
 from distill_lightning.teachers.layer_errors import explained
 
 
-class DistillationModule(RemembersArguments, HoldsFrozen):
+class DistillationModule(RemembersArguments, HoldsFrozen, ExportsBackbone):
     r"""A student and a loss that is a weighted sum of named terms, :math:`L = \sum_t w_t L_t`.
 
     A method defines its arguments, `terms` and `weights`::

@@ -1,6 +1,7 @@
 """Students and teachers by name, typed so that YAML can configure them, and networks with weights from a file."""
 
 from distill_lightning.networks.adapted import AdaptedInput, likely_input_shape, without_deviation
+from distill_lightning.networks.detectors import faster_rcnn
 from distill_lightning.networks.images import SmallCNN, SmallResNet
 from distill_lightning.networks.libraries import pytorchcv_network, timm_network, torchvision_network
 from distill_lightning.networks.pretrained import Pretrained
@@ -17,6 +18,7 @@ __all__ = [
     "SmallResNet",
     "SmallTransformer",
     "build_from",
+    "faster_rcnn",
     "likely_input_shape",
     "pytorchcv_network",
     "recipe_of",
