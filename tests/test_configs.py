@@ -51,6 +51,36 @@ def small_image_folder(folder, classes=1000):
             (place / f"{part}_{number}.JPEG").write_bytes(picture.getvalue())
 
 
+def small_translations(folder, config):
+    """A few pairs in the files that a configuration reads, and what makes it read them; the network is small, too."""
+    init, sizes = config["data"]["init_args"], {"test_size": 20, "subset": 64, "val_size": 40}
+    lines = [(f"Open file {number}.", f"Öffne Datei {number}.") for number in range(200)]
+    place = init.get("data_dir", "text")
+    if place == "iwslt15":
+        (folder / place).mkdir()
+        for side, language in enumerate(("en", "de")):
+            text = "".join(f"<url>x</url>\n{line[side]}\n" for line in lines)
+            (folder / place / f"train.tags.en-de.{language}").write_text(text)
+    elif "corpus" in init:
+        (folder / place / "de/LC_MESSAGES").mkdir(parents=True)
+        entries = "\n".join(f'msgid "{source}"\nmsgstr "{target}"\n' for source, target in lines)
+        (folder / place / "de/LC_MESSAGES/x.po").write_text(entries)
+    else:
+        for side, language in enumerate(("en-US", "de")):
+            (folder / place / language).mkdir(parents=True)
+            text = "".join(f'<p id="par_id{number}">{line[side]}</p>\n' for number, line in enumerate(lines))
+            (folder / place / language / "x.html").write_text(text)
+        # With a folder, plain text would be looked for.
+        sizes["corpus"] = "LibreOfficeHelp"
+    # The doctor leaves the working folder as it was, but for the tokenizer.
+    sizes |= {"data_dir": folder / place, "cache_dir": folder.with_name(f"{folder.name}_tokenizer")}
+    small = {"width": 16, "encoder_depth": 1, "decoder_depth": 1, "heads": 2, "feedforward": 16, "max_length": 64}
+    return [
+        *(f"--data.init_args.{name}={value}" for name, value in sizes.items()),
+        *(f"--model.init_args.student.init_args.{name}={value}" for name, value in small.items()),
+    ]
+
+
 def test_every_yaml_is_in_a_tested_folder():
     assert set(CONFIGS.rglob("*.yaml")) == {*COMPARE, *START}
 
@@ -143,6 +173,8 @@ def small_arguments(path, folder):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / file) if file.endswith(".safetensors") else torch.save(state, folder / file)
     arguments = ["--config", str(path), "--trainer.accelerator", "cpu"]
+    if "Translation" in config["data"]["class_path"]:
+        return arguments + small_translations(folder, config)
     if "ImageFolder" not in config["data"]["class_path"]:
         arguments += ["--data.init_args.subset", "64", "--data.init_args.val_size", "40"]
     if "FashionMNIST" in config["data"]["class_path"]:
@@ -190,7 +222,8 @@ def test_the_doctor_finds_nothing_but_the_teachers_untrained(path, tmp_path, mon
 def test_a_value_on_the_line_goes_before_the_file(path, capsys):
     """In whatever way the networks are made: by classes, by functions, one in another."""
     given = yaml.safe_load(path.read_text())["model"]["init_args"]
-    changes = {"trainer.max_epochs": 7, "data.init_args.batch_size": 9, "model.init_args.optimizer.init_args.lr": 0.125}
+    size = "max_tokens" if "TranslationDataModule" in path.read_text() else "batch_size"
+    changes = {"trainer.max_epochs": 7, f"data.init_args.{size}": 9, "model.init_args.optimizer.init_args.lr": 0.125}
     for name in ("student", "network", "generator"):
         if "num_classes" in given.get(name, {}).get("init_args", {}):
             changes[f"model.init_args.{name}.init_args.num_classes"] = 7

@@ -17,10 +17,10 @@ HELP_FOLDER = Path("/usr/share/libreoffice/help")
 _FOLDERS = {"en": "en-US"}
 
 # Paragraphs and headings do not hold one another.
-_ELEMENT = re.compile(r'<(p|h[1-6])\b[^>]*? id="((?:par|hd)_id[^"]*)"[^>]*>(.*?)</\1>', re.DOTALL)
+_ELEMENT = re.compile(r'<(p|h[1-6])\b[^>]*?\sid="((?:par|hd)_id[^"]*)"[^>]*>(.*?)</\1>', re.DOTALL)
 # The text for other systems and applications, of which a browser shows one; the first is not always the same in two
 # languages, "default" is.
-_SWITCH = re.compile(r'<span hidden="true" id="(?!default)[^"]*" class="[A-Z]+">')
+_SWITCH = re.compile(r'<span\s+hidden="true"\s+id="(?!default)[^"]*"[^>]*>')
 _SPAN = re.compile(r"<span\b|</span>")
 _TAG = re.compile(r"<[^>]*>")
 

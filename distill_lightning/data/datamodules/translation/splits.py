@@ -58,7 +58,7 @@ def deal(read: Splits, *, val_size: int | None, test_size: int | None, drawn: in
     by_source: defaultdict[str, list[Pair]] = defaultdict(list)
     for pair in rest:
         by_source[pair.source].append(pair)
-    order = sorted(by_source, key=lambda source: _hash(source, seed), reverse=True)
+    order = sorted(by_source, key=lambda source: _hash(source, seed))
     for split in (name for name in sizes if name not in read):
         size = drawn if sizes[split] is None else sizes[split]
         splits[split] = _draw(by_source, order, split, size or 0)
@@ -69,7 +69,10 @@ def deal(read: Splits, *, val_size: int | None, test_size: int | None, drawn: in
 
 
 def _distinct(pairs: Iterable[Pair]) -> list[Pair]:
-    return list({(pair.source, pair.target): pair for pair in reversed(list(pairs))}.values())[::-1]
+    found: dict[tuple[str, str], Pair] = {}
+    for pair in pairs:
+        found.setdefault((pair.source, pair.target), pair)
+    return list(found.values())
 
 
 def _first(pairs: list[Pair], split: str, size: int | None) -> list[Pair]:
@@ -79,22 +82,14 @@ def _first(pairs: list[Pair], split: str, size: int | None) -> list[Pair]:
 
 
 def _draw(by_source: dict[str, list[Pair]], order: list[str], split: str, size: int) -> list[Pair]:
-    """Take so many pairs from the end of the order; sentences with more translations than still fit stay."""
+    """Take so many pairs, sentence by sentence from the end of the order; translations beyond them are left out."""
     available = sum(map(len, by_source.values()))
+    if size > available:
+        raise InputError(f"{split}_size={size} is larger than the {available:,} training pairs that are left: lower it")
     found: list[Pair] = []
-    stay: list[str] = []
     while len(found) < size:
-        if not order:
-            raise InputError(
-                f"{split}_size={size} cannot be drawn from the {available:,} training pairs that are left: lower it"
-            )
-        source = order.pop()
-        if len(found) + len(by_source[source]) > size:
-            stay.append(source)
-        else:
-            found += by_source.pop(source)
-    order += reversed(stay)
-    return found
+        found += by_source.pop(order.pop())
+    return found[:size]
 
 
 def _hash(source: str, seed: int) -> bytes:
