@@ -69,6 +69,8 @@ if TYPE_CHECKING:
     from distill_lightning.modules.parts.past import MovingAverage as MovingAverage
     from distill_lightning.modules.parts.past import PastModel as PastModel
     from distill_lightning.modules.parts.past import StoredPast as StoredPast
+    from distill_lightning.modules.parts.search import BeamSearch as BeamSearch
+    from distill_lightning.modules.parts.search import NoSearch as NoSearch
     from distill_lightning.modules.parts.sizes import EqualSizes as EqualSizes
     from distill_lightning.modules.parts.sizes import PooledSize as PooledSize
     from distill_lightning.modules.parts.sizes import StudentSize as StudentSize
@@ -78,18 +80,23 @@ if TYPE_CHECKING:
     from distill_lightning.modules.sequential_feed import sequential_feed as sequential_feed
     from distill_lightning.modules.supervised import RegressionModule as RegressionModule
     from distill_lightning.modules.supervised import SupervisedModule as SupervisedModule
+    from distill_lightning.modules.translation import SelfKDTranslationModule as SelfKDTranslationModule
+    from distill_lightning.modules.translation import TranslationModule as TranslationModule
     from distill_lightning.networks import AdaptedInput as AdaptedInput
     from distill_lightning.networks import Pretrained as Pretrained
     from distill_lightning.networks import SmallCNN as SmallCNN
     from distill_lightning.networks import SmallLSTM as SmallLSTM
     from distill_lightning.networks import SmallResNet as SmallResNet
     from distill_lightning.networks import SmallTransformer as SmallTransformer
+    from distill_lightning.networks import faster_rcnn as faster_rcnn
     from distill_lightning.networks import pytorchcv_network as pytorchcv_network
     from distill_lightning.networks import timm_network as timm_network
     from distill_lightning.networks import torchvision_network as torchvision_network
+    from distill_lightning.networks import translation_transformer as translation_transformer
     from distill_lightning.outputs import Boxes as Boxes
     from distill_lightning.outputs import Categorical as Categorical
     from distill_lightning.outputs import Gaussian as Gaussian
+    from distill_lightning.outputs import Tokens as Tokens
     from distill_lightning.outputs import metrics as metrics
     from distill_lightning.outputs.metrics import AURC as AURC
     from distill_lightning.outputs.metrics import Agreement as Agreement
@@ -97,6 +104,7 @@ if TYPE_CHECKING:
     from distill_lightning.outputs.metrics import CalibrationError as CalibrationError
     from distill_lightning.outputs.metrics import GapReduction as GapReduction
     from distill_lightning.schedules import GroupSchedules as GroupSchedules
+    from distill_lightning.schedules import InverseSquareRoot as InverseSquareRoot
     from distill_lightning.schedules import OneCycle as OneCycle
     from distill_lightning.storage import PredictionStore as PredictionStore
     from distill_lightning.studies.export.command import export_checkpoint as export_checkpoint
@@ -186,11 +194,13 @@ _PUBLIC = {
         "NoTranslator",
     ),
     "distill_lightning.modules.parts.past": ("MovingAverage", "PastModel", "StoredPast"),
+    "distill_lightning.modules.parts.search": ("BeamSearch", "NoSearch"),
     "distill_lightning.modules.parts.sizes": ("EqualSizes", "PooledSize", "StudentSize", "TeacherSize"),
     "distill_lightning.modules.self_kd": ("SelfKDModule",),
     "distill_lightning.modules.self_kd_detection": ("SelfKDDetectionModule",),
     "distill_lightning.modules.sequential_feed": ("sequential_feed",),
     "distill_lightning.modules.supervised": ("RegressionModule", "SupervisedModule"),
+    "distill_lightning.modules.translation": ("SelfKDTranslationModule", "TranslationModule"),
     "distill_lightning.networks": (
         "AdaptedInput",
         "Pretrained",
@@ -198,13 +208,15 @@ _PUBLIC = {
         "SmallLSTM",
         "SmallResNet",
         "SmallTransformer",
+        "faster_rcnn",
         "pytorchcv_network",
         "timm_network",
         "torchvision_network",
+        "translation_transformer",
     ),
-    "distill_lightning.outputs": ("Boxes", "Categorical", "Gaussian", "metrics"),
+    "distill_lightning.outputs": ("Boxes", "Categorical", "Gaussian", "Tokens", "metrics"),
     "distill_lightning.outputs.metrics": ("AURC", "Agreement", "AngularError", "CalibrationError", "GapReduction"),
-    "distill_lightning.schedules": ("GroupSchedules", "OneCycle"),
+    "distill_lightning.schedules": ("GroupSchedules", "InverseSquareRoot", "OneCycle"),
     "distill_lightning.storage": ("PredictionStore",),
     "distill_lightning.studies.export.command": ("export_checkpoint",),
     "distill_lightning.studies.export.student": ("load_exported",),

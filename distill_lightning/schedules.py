@@ -96,7 +96,49 @@ class OneCycle(LRScheduler):
         return [rate * self.factor(progress) for rate in self.base_lrs]
 
 
-STEPPED_BY_BATCH = (OneCycle, OneCycleLR, CyclicLR)
+class InverseSquareRoot(LRScheduler):
+    r"""The schedule of the first Transformers, stepped after every batch: a linear rise, then a slow decline.
+
+    .. math:: \eta_s = \eta \, \min\!\left(\frac{s}{w}, \sqrt{\frac{w}{s}}\right)
+
+    at step ``s``, counted from 1, with the optimiser's own rate :math:`\eta` as the peak, at step ``w``. It does not
+    know where the training ends.
+
+    Vaswani et al.: *Attention Is All You Need*, https://arxiv.org/abs/1706.03762
+
+    Args:
+        optimizer: the optimiser, whose groups' ``lr`` are the peaks.
+        warmup_steps: ``w``, optimiser steps spent rising.
+
+    Raises:
+        InputError: ``warmup_steps`` is below 1.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch.optim import Adam
+        >>> from distill_lightning.schedules import InverseSquareRoot
+        >>> schedule = InverseSquareRoot(Adam(nn.Linear(2, 2).parameters(), lr=1.0), warmup_steps=4)
+        >>> [schedule.factor(step) for step in (1, 2, 4, 16)]
+        [0.25, 0.5, 1.0, 0.5]
+    """
+
+    def __init__(self, optimizer: Optimizer, *, warmup_steps: int = 4000) -> None:
+        check_finite("InverseSquareRoot: warmup_steps", warmup_steps)
+        if warmup_steps < 1:
+            raise InputError(f"InverseSquareRoot: warmup_steps must be at least 1, got {warmup_steps}")
+        self.warmup_steps = warmup_steps
+        super().__init__(optimizer)
+
+    def factor(self, step: int) -> float:
+        """The factor of the peak rate at a step, counted from 1."""
+        return min(step / self.warmup_steps, math.sqrt(self.warmup_steps / step))
+
+    def get_lr(self) -> list[Any]:
+        """The groups' rates for the next step."""
+        return [rate * self.factor(self.last_epoch + 1) for rate in self.base_lrs]
+
+
+STEPPED_BY_BATCH = (OneCycle, InverseSquareRoot, OneCycleLR, CyclicLR)
 """Schedules that are stepped after every batch; all others are stepped after every epoch."""
 
 

@@ -58,8 +58,9 @@ ROOMS = {
         portable
     """,
     "callbacks": """
-        checkpoint_io figures structure_hooks stages run_keeper
-        compression reconstruction teacher_report
+        checkpoint_io loggers prediction_writers structure_hooks stages run_keeper
+        figures tables
+        compression reconstruction samples teacher_report
     """,
     "cli": """
         class_page error_line from_file
@@ -173,29 +174,33 @@ ROOMS = {
         parts
         base generator paraphraser
         compression detection extracurricular feed kd meal_v2 self_kd supervised
-        self_kd_detection sequential_feed
+        self_kd_detection sequential_feed translation
     """,
     "modules/parts": """
-        adversary alpha asleep_norms checkpoints data_wait distances evaluation extra_inputs
-        guard holds_frozen means optimization past_network regions sizes
-        boxes past skipping
+        adversary alpha asleep_norms backbone checkpoints data_wait distances evaluation extra_inputs
+        guard holds_frozen means optimization past_network regions search sizes
+        boxes past skipping translating
     """,
     "networks": """
         budget provenance sizes weights
         adapted images libraries pretrained sequences
+        backbones translation
+        detectors
     """,
     "outputs": """
         metrics output
         boxes categorical gaussian
+        tokens
     """,
     "outputs/metrics": """
         exact
         mean gap
         classification detection regression
+        translation
     """,
     "plots": """
         style
-        comparison compression confidence reconstruction teachers
+        comparison compression confidence detection reconstruction teachers
     """,
     "storage": """
         files top_k
@@ -239,7 +244,10 @@ ROOMS = {
         recorder
     """,
     "testing": """
-        tiny waits
+        processes tiny tiny_detection tiny_translation waits
+        kits
+        points
+        points_of_networks points_of_runs
         contract
     """,
 }

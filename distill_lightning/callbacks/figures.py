@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
@@ -13,13 +10,25 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from distill_lightning import functional
+from distill_lightning.callbacks.loggers import Take, folder_of, hand_over
 from distill_lightning.errors import InputError
 from distill_lightning.outputs.metrics import Confidences
 from distill_lightning.plots import reliability_diagram, risk_coverage_curve
 from distill_lightning.storage import whole_file
 
-# By the logger's class name, because none of these packages is required.
-_TAKES: dict[str, Callable[[Any, str, Figure, int], object]] = {
+
+def _save(logger: Any, name: str, figure: Figure, step: int) -> None:
+    folder = folder_of(logger, "figures", name)
+    if folder is not None:
+        with whole_file(folder / _file_name(name, step)) as partial:
+            figure.savefig(partial, dpi=150)
+
+
+def _file_name(name: str, step: int) -> str:
+    return f"{name.replace('/', '_')}_{step}.png"
+
+
+_TAKES: dict[str, Take] = {
     "TensorBoardLogger": lambda logger, name, figure, step: logger.experiment.add_figure(
         name, figure, global_step=step, close=False
     ),
@@ -31,8 +40,7 @@ _TAKES: dict[str, Callable[[Any, str, Figure, int], object]] = {
         figure_name=name, figure=figure, step=step
     ),
     "NeptuneLogger": lambda logger, name, figure, step: logger.experiment[name].append(figure, step=step),
-    # With fast_dev_run, this replaces every logger.
-    "DummyLogger": lambda *_: None,
+    "Logger": _save,
 }
 
 
@@ -48,28 +56,7 @@ def log_figure(trainer: pl.Trainer, name: str, figure: Figure, step: int) -> Non
         figure: the figure.
         step: the training step it belongs to.
     """
-    if not trainer.is_global_zero:
-        return
-    for logger in trainer.loggers:
-        kinds = [kind.__name__ for kind in type(logger).__mro__]
-        take = next((_TAKES[kind] for kind in kinds if kind in _TAKES), _save)
-        take(logger, name, figure, step)
-
-
-def _save(logger: Any, name: str, figure: Figure, step: int) -> None:
-    # A logger that makes its folder later would warn that it is not empty.
-    _ = logger.experiment
-    folder = getattr(logger, "log_dir", None) or logger.save_dir
-    if not isinstance(folder, (str, os.PathLike)):
-        warnings.warn(f"{type(logger).__name__} takes no figures and has no folder: {name} is not kept", stacklevel=2)
-        return
-    path = Path(folder) / "figures" / _file_name(name, step)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=150)
-
-
-def _file_name(name: str, step: int) -> str:
-    return f"{name.replace('/', '_')}_{step}.png"
+    hand_over(trainer, _TAKES, name, figure, step)
 
 
 class ConfidenceFigure(pl.Callback):

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import distill_lightning
 from distill_lightning.arguments import arguments_of, takes
 from distill_lightning.callables import check_callables, named
-from distill_lightning.callbacks import write_checkpoints_whole, written_checkpoints
+from distill_lightning.callbacks import PredictionWriter, write_checkpoints_whole, writer_for, written_checkpoints
 from distill_lightning.choices import choice_class, is_choice, is_plain, plain
 from distill_lightning.cli.class_page import page_of
 from distill_lightning.cli.from_file import class_of, safe_options
@@ -33,7 +33,7 @@ from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.networks.provenance import restore_structure
 from distill_lightning.networks.weights import check_architecture, read_checkpoint
 from distill_lightning.schedules import OneCycle
-from distill_lightning.storage import write_tensors
+from distill_lightning.storage import free_path, write_tensors
 from distill_lightning.teachers import TeacherStore
 from distill_lightning.teachers.recorder import Recorded, record
 
@@ -224,6 +224,8 @@ class DistillCLI(LightningCLI):
         path, checkpoint = self._checkpoint_path(), self._checkpoint
         # What the Trainer reads itself is not to be in memory twice.
         self._checkpoint = None
+        if self.config.get("subcommand") == "predict":
+            self._write_predictions()
         if not isinstance(self.model, DistillationModule):
             return
         if checkpoint is not None:
@@ -234,6 +236,13 @@ class DistillCLI(LightningCLI):
             if isinstance(check_optimizer(self.model), OneCycle) and endless:
                 raise InputError("OneCycle needs the length of the training: give trainer.max_epochs or max_steps")
 
+    def _write_predictions(self) -> None:
+        """Have predictions that have a format of their own written, unless the configuration says where."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]  # the Trainer's is no typed attribute
+        writer = writer_for(self.model)
+        if writer is not None and not any(isinstance(callback, PredictionWriter) for callback in callbacks):
+            callbacks.append(writer)
+
     def after_fit(self) -> None:
         """Say where the checkpoints are, by which the next command finds what was trained."""
         if self.trainer.is_global_zero:
@@ -241,9 +250,19 @@ class DistillCLI(LightningCLI):
                 print(line)
 
     def after_predict(self) -> None:
-        """Write the predictions, which the Trainer would only return, beside the configuration that they are of."""
+        """Write the predictions, which the Trainer would only return, beside the configuration that they are of.
+
+        Translations and boxes are written in a format of their own, by a callback.
+        """
+        writers = [callback for callback in self.trainer.callbacks if isinstance(callback, PredictionWriter)]
+        if writers:
+            for path in (path for writer in writers for path in writer.written):
+                print(f"Written: {path}")
+            return
         share = "" if self.trainer.world_size == 1 else f"_{self.trainer.global_rank}"
-        path = _free(Path(self.trainer.log_dir or self.trainer.default_root_dir) / f"predictions{share}.safetensors")
+        path = free_path(
+            Path(self.trainer.log_dir or self.trainer.default_root_dir) / f"predictions{share}.safetensors"
+        )
         outputs = self.trainer.predict_loop.predictions
         # A regression's outputs are no logits.
         name = "logits" if getattr(self.model, "num_classes", None) else "output"
@@ -289,12 +308,6 @@ def _unambiguous(word: str) -> str:
     flag, equals, value = word.rpartition("=")
     name = ReduceLROnPlateau.__name__
     return f"{flag}{equals}{ReduceLROnPlateau.__module__}.{name}" if value == name else word
-
-
-def _free(path: Path) -> Path:
-    """A path, with a number if there is something: without a logger, all runs have one folder."""
-    numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(2))
-    return next(one for one in itertools.chain([path], numbered) if not one.exists())
 
 
 def _check_files(arguments: Sequence[str]) -> None:

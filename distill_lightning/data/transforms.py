@@ -332,8 +332,8 @@ def _distributions(
     if isinstance(target, Tensor) and not target.is_floating_point() and (target.ndim == 1 or positions):
         classes = target.long()
         ignored = classes == IGNORED
-        rows = hard_targets(classes.masked_fill(ignored, 0).flatten(), num_classes, label_smoothing=smoothing)
-        return rows.view(*classes.shape, num_classes).masked_fill(ignored[..., None], 0)
+        rows = hard_targets(classes.masked_fill(ignored, 0), num_classes, label_smoothing=smoothing)
+        return rows.masked_fill(ignored[..., None], 0)
     fits = isinstance(target, Tensor) and (target.ndim == 2 or positions) and target.shape[-1:] == (num_classes,)
     if fits and target.is_floating_point():
         rows = wide(target)

@@ -13,12 +13,12 @@ def hard_targets(target: Tensor, num_classes: int, *, label_smoothing: float = 0
     r"""Classes as distributions, :math:`(1 - \epsilon) \, y + \epsilon / K` with the one-hot :math:`y`.
 
     Args:
-        target: class indices ``(N,)``.
+        target: class indices ``(N,)``, or ``(N, T)`` where each position has one.
         num_classes: ``K``.
         label_smoothing: :math:`\epsilon` in ``[0, 1)``; with 0 the rows are exactly one-hot.
 
     Returns:
-        float32 ``(N, K)``.
+        float32 ``(N, K)``, or ``(N, T, K)``.
 
     Raises:
         InputError: ``label_smoothing`` is out of range.
@@ -36,20 +36,20 @@ def hard_targets(target: Tensor, num_classes: int, *, label_smoothing: float = 0
     if not 0 <= label_smoothing < 1:
         raise InputError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     rest = label_smoothing / num_classes
-    rows = torch.full((len(target), num_classes), rest, dtype=wide_default(), device=target.device)
-    return rows.scatter_(1, target.long()[:, None], 1 - label_smoothing + rest)
+    rows = torch.full((*target.shape, num_classes), rest, dtype=wide_default(), device=target.device)
+    return rows.scatter_(-1, target.long()[..., None], 1 - label_smoothing + rest)
 
 
 def progressive_targets(hard: Tensor, past: Tensor, alpha: float) -> Tensor:
     r"""Self-KD's target, :math:`q = (1 - \alpha) \, y + \alpha \, s`.
 
     Args:
-        hard: the labels :math:`y` as distributions, ``(N, K)``.
-        past: the past prediction :math:`s`, probabilities ``(N, K)``.
+        hard: the labels :math:`y` as distributions, ``(..., K)``.
+        past: the past prediction :math:`s`, probabilities ``(..., K)``.
         alpha: :math:`\alpha` in ``[0, 1]``.
 
     Returns:
-        Probabilities ``(N, K)``, in float32 or wider.
+        Probabilities ``(..., K)``, in float32 or wider.
 
     Raises:
         InputError: the shapes differ or ``alpha`` is out of range.

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from distill_lightning.modules.sequential_feed import Stage as Stage
     from distill_lightning.modules.supervised import RegressionModule as RegressionModule
     from distill_lightning.modules.supervised import SupervisedModule as SupervisedModule
+    from distill_lightning.modules.translation import SelfKDTranslationModule as SelfKDTranslationModule
+    from distill_lightning.modules.translation import TranslationModule as TranslationModule
 
 _FILES = {
     "CompressionBaseline": "compression",
@@ -30,9 +32,11 @@ _FILES = {
     "ParaphraserModule": "paraphraser",
     "RegressionModule": "supervised",
     "SelfKDModule": "self_kd",
+    "SelfKDTranslationModule": "translation",
     "Stage": "sequential_feed",
     "SupervisedModule": "supervised",
     "TrainingOptions": "options",
+    "TranslationModule": "translation",
     "default_optimizer": "options",
 }
 

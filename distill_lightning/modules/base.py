@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,13 @@ from distill_lightning.lightning_internals import place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.modules.parts import checkpoints
 from distill_lightning.modules.parts.asleep_norms import AsleepNorms
+from distill_lightning.modules.parts.backbone import ExportsBackbone
 from distill_lightning.modules.parts.checkpoints import RemembersArguments
 from distill_lightning.modules.parts.data_wait import DataWait
 from distill_lightning.modules.parts.evaluation import Evaluation
 from distill_lightning.modules.parts.guard import Guard, with_targets
 from distill_lightning.modules.parts.holds_frozen import HoldsFrozen
-from distill_lightning.modules.parts.means import RunningMeans, weighted_sum
+from distill_lightning.modules.parts.means import RunningMeans, balanced, weighted_sum
 from distill_lightning.modules.parts.optimization import compile_networks, plan_anew, with_rate, with_schedule
 from distill_lightning.modules.parts.skipping import Skipping, nothing_to_learn
 from distill_lightning.networks.provenance import plain_network
@@ -38,7 +39,7 @@ from distill_lightning.teachers import Teachers
 from distill_lightning.teachers.layer_errors import explained
 
 
-class DistillationModule(RemembersArguments, HoldsFrozen):
+class DistillationModule(RemembersArguments, HoldsFrozen, ExportsBackbone):
     r"""A student and a loss that is a weighted sum of named terms, :math:`L = \sum_t w_t L_t`.
 
     A method defines its arguments, `terms` and `weights`::
@@ -102,7 +103,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
             student does not give as many outputs for an input of ``input_shape``.
     """
 
-    per_position: ClassVar[bool] = False
+    per_position: bool = False
 
     @property
     def reads_labels(self) -> bool:
@@ -214,15 +215,18 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         """The student's output for its inputs, or for a batch of any kind, labelled or not."""
         if named or len(inputs) != 1:
             return only_output(self.student, self.student(*inputs, **named))
-        return call(self.student, inputs[0] if isinstance(inputs[0], Tensor) else Batch.of(inputs[0]).input)
+        return call(self.student, inputs[0] if isinstance(inputs[0], Tensor) else self.read_batch(inputs[0]).input)
+
+    def read_batch(self, batch: Any) -> Batch:
+        """The batch of any data module, of any stage, as this method looks at it; reading it again changes nothing."""
+        return Batch.of(batch)
 
     def prepared(self, batch: Any, batch_idx: int = 0) -> Batch:
         """The training batch of any data module as `terms` gets it, transformed."""
-        ready = with_targets(self, Batch.of(batch))
         epoch, place = place_of(self, batch_idx)
         # Without views, a store holds one answer per sample, so draws must not depend on the epoch.
         has_store = isinstance(self.teachers, Teachers) and self.teachers.store is not None
-        ready = ready.replace(when=(0 if has_store else epoch, place))
+        ready = with_targets(self, self.read_batch(batch)).replace(when=(0 if has_store else epoch, place))
         for transform in self.transforms:
             ready = transform(ready, num_classes=self.num_classes or 0)
         return ready
@@ -254,7 +258,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
             return nothing_to_learn(self)
         values = self.means.add(logs | self._observed, batch.count)
         self.guard.hold(self, values[: len(watched)], list(watched), batch, batch_idx)
-        return logs["loss"]
+        return balanced(self, logs["loss"], batch.count)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Add a batch to the metrics under ``val/``; callbacks get the student's ``output`` and the ``target``.
@@ -269,7 +273,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
 
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
         """The student's output for the samples of a batch that count, or for a tensor of inputs."""
-        batch = Batch(batch) if isinstance(batch, Tensor) else Batch.of(batch)
+        batch = Batch(batch) if isinstance(batch, Tensor) else self.read_batch(batch)
         output: Tensor = explained(self, lambda one: call(self, one.input), batch, f"prediction batch {batch_idx}")
         return output[batch.counted] if batch.counted is not None and batch.counted.ndim == 1 else output
 
@@ -282,7 +286,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         return self.evaluation.score(self, map(self._evaluated, batches))
 
     def _evaluated(self, batch: Any) -> Batch:
-        return with_targets(self, Batch.of(batch), is_evaluated=True)
+        return with_targets(self, self.read_batch(batch), is_evaluated=True)
 
     def configure_optimizers(self) -> Any:
         """The optimiser over `parameter_groups` and, if there is one, its schedule.
@@ -314,10 +318,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         """What tells the frozen networks from others; computed once in a ``fit``, because large ones take a while."""
         if self._fingerprints is not None:
             return self._fingerprints
-        found: dict[str, str] = {}
-        for name, frozen in self.frozen.items():
-            found |= frozen.fingerprints(name)
-        return found
+        return {key: value for name, frozen in self.frozen.items() for key, value in frozen.fingerprints(name).items()}
 
     def forget_fingerprints(self) -> None:
         """Compute them anew when they are next asked for: the networks may be others."""

@@ -93,11 +93,9 @@ class DetectionModule(DistillationModule):
         found: Detections = self.student(_images(images))
         return found
 
-    def prepared(self, batch: Any, batch_idx: int = 0) -> Batch:
-        """The training batch of any data module, looked at."""
-        ready = DetectionBatch.of(batch)
-        self.guard.look(self, ready, batch_idx, "train")
-        return super().prepared(ready, batch_idx)
+    def read_batch(self, batch: Any) -> DetectionBatch:
+        """The images and boxes of any data module."""
+        return DetectionBatch.of(batch)
 
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Detections:  # type: ignore[override]
         """Boxes, scores and labels of each image of a batch that counts, or of each in a list of images."""
@@ -126,9 +124,6 @@ class DetectionModule(DistillationModule):
     def on_test_epoch_end(self) -> None:
         """Log the metrics under ``test/``."""
         self.evaluation.log(self, "test")
-
-    def _evaluated(self, batch: Any) -> Batch:
-        return super()._evaluated(DetectionBatch.of(batch))
 
     def _refuse(self, options: TrainingOptions) -> None:
         reasons = {

@@ -1,4 +1,4 @@
-"""Self-KD for classification (PS-KD): the labels, refined by what the network itself said before."""
+"""Self-KD (PS-KD): the labels, refined by what the network itself said before."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from distill_lightning import functional
 from distill_lightning.data.batch import IGNORED, Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import positive, wide, wide_default
-from distill_lightning.layers.call import call
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.modules.parts.alpha import Alpha, AlphaSchedule
@@ -27,11 +26,12 @@ class SelfKDModule(DistillationModule):
 
     in epoch ``t`` of ``T``, with logits ``z`` ``(N, K)``, labels ``y`` and the network's own past prediction ``s``. It
     is the only term, logged as ``train/self_kd``; the labels are in ``q``. A sample without a past has its label as the
-    target, so the first epoch is plain cross entropy.
+    target, so the first epoch is plain cross entropy. With logits for each position, ``(N, T, K)``, and targets
+    ``(N, T)`` the sum goes over all positions that count, each of which has a past of its own.
 
     The paper says that ``s`` is what the student of the epoch before predicts; its code keeps what was predicted while
     that epoch was training. Here `StoredPast` is the code's way, `PastModel` the equation, and `MovingAverage` an
-    extension.
+    extension; positions need one of the latter two.
 
     With `Mixup` or `CutMix` among the ``transforms`` a mixed input has a mixed label. Networks predict for the mixed
     input; with `StoredPast` the rows of the two samples are mixed like their labels, and a mixed input is not stored.
@@ -84,6 +84,8 @@ class SelfKDModule(DistillationModule):
         past_temperature: float = 1.0,
         **options: Unpack[TrainingOptions],
     ) -> None:
+        # Before networks are checked: the rows of a store are of samples.
+        self.per_position = not isinstance(past, StoredPast)
         super().__init__(student, num_classes=num_classes, **options)
         positive("past_temperature", past_temperature)
         if isinstance(past, StoredPast) and any(getattr(one, "probability", 0) == 1 for one in self.transforms):
@@ -101,38 +103,42 @@ class SelfKDModule(DistillationModule):
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The cross entropy to the refined labels."""
         alpha = self.alpha.at(self.trainer)
-        logits = call(self.student, batch.input)
+        logits = self.respond(batch)
+        counted = self.output.counted(logits, batch)
         hard = _distributions(batch.target, logits.shape[-1])
         past, known = self.past.read(batch, hard, temperature=self.past_temperature)
         # Without a past exactly the label: (1 - alpha) + alpha need not round to 1.
-        target = torch.where(known[:, None], functional.progressive_targets(hard, past, alpha), hard)
+        target = torch.where(known[..., None], functional.progressive_targets(hard, past, alpha), hard)
         self.past.write(batch, wide(logits.detach()).softmax(dim=-1))
-        self._observe(batch, alpha, target, logits.argmax(dim=1) == past.argmax(dim=1), known)
         rows = functional.soft_cross_entropy_rows(logits, target)
-        return {"self_kd": functional.counted_mean(rows, batch.counted)}
+        agree = logits.argmax(dim=-1) == past.argmax(dim=-1)
+        self._observe(batch, alpha, target, agree=agree, known=known, counted=counted)
+        return {"self_kd": functional.counted_mean(rows, counted)}
 
     def weights(self) -> dict[str, float]:
         """The one term is the loss."""
         return {"self_kd": 1.0}
 
-    def _observe(self, batch: Batch, alpha: float, target: Tensor, agree: Tensor, known: Tensor) -> None:
-        mean = partial(functional.counted_mean, counted=batch.counted)
-        with_past = known if batch.counted is None else known & batch.counted
+    def _observe(
+        self, batch: Batch, alpha: float, target: Tensor, *, agree: Tensor, known: Tensor, counted: Tensor | None
+    ) -> None:
+        mean = partial(functional.counted_mean, counted=counted)
+        with_past = known if counted is None else known & counted
         self.observe("alpha", torch.full((), alpha, dtype=wide_default(), device=target.device))
-        self.observe("target_gt_prob", mean(target.gather(1, _labels(batch)[:, None])[:, 0]))
-        self.observe("target_entropy", mean(torch.special.entr(target).sum(dim=1)))
+        self.observe("target_gt_prob", mean(target.gather(-1, _labels(batch)[..., None])[..., 0]))
+        self.observe("target_entropy", mean(torch.special.entr(target).sum(dim=-1)))
         self.observe("agree_past", functional.counted_mean(agree.float(), with_past))
         self.observe("known_fraction", mean(known.float()))
 
 
 def _distributions(target: Tensor, num_classes: int) -> Tensor:
-    """Targets ``(N, K)`` as they are, or of classes ``(N,)``; what stands for -100 is not looked at."""
+    """Distributions ``(..., K)`` as they are, or of classes ``(...)``; what stands for -100 is not looked at."""
     if target.is_floating_point():
         return wide(target)
     return functional.hard_targets(target.masked_fill(target == IGNORED, 0), num_classes)
 
 
 def _labels(batch: Batch) -> Tensor:
-    """The classes ``(N,)`` of what each row began as."""
+    """The classes ``(N,)`` or ``(N, T)`` of what each row began as."""
     target: Tensor = batch.target if batch.mixture is None else batch.mixture.first
-    return target.argmax(dim=1) if target.is_floating_point() else target.masked_fill(target == IGNORED, 0).long()
+    return target.argmax(dim=-1) if target.is_floating_point() else target.masked_fill(target == IGNORED, 0).long()

@@ -31,7 +31,7 @@ def torchvision_network(name: str, *, num_classes: int, in_channels: int = 3) ->
         >>> network.conv1.in_channels, network.fc.out_features
         (1, 10)
     """
-    models = _package("torchvision.models", extra="")
+    models = package("torchvision.models", extra="")
     if name not in models.list_models(module=models):
         near = _near(name, models.list_models(module=models))
         raise InputError(f"torchvision has no network {name!r}: {near}see torchvision.models.list_models()")
@@ -58,7 +58,7 @@ def timm_network(name: str, *, num_classes: int, in_channels: int = 3, pretraine
         >>> network.fc.out_features
         10
     """
-    timm = _package("timm", extra="timm")
+    timm = package("timm", extra="timm")
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
         raise InputError(f"timm has no network {name!r}: {_near(name, timm.list_models())}see timm.list_models()")
     with refusing(f"timm_network {name!r}", RuntimeError):
@@ -91,7 +91,7 @@ def pytorchcv_network(
         >>> network(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    provider = _package("pytorchcv.model_provider", extra="pytorchcv")
+    provider = package("pytorchcv.model_provider", extra="pytorchcv")
     options: dict[str, Any] = {"pretrained": pretrained, "in_channels": in_channels}
     if image_size is not None:
         options["in_size"] = (image_size, image_size)
@@ -129,11 +129,25 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f"similar names: {', '.join(near)}; " if near else ""
 
 
-def _package(name: str, *, extra: str) -> Any:
+def package(name: str, *, extra: str) -> Any:
+    """Import a module of an optional library.
+
+    Args:
+        name: of the module, dotted.
+        extra: of this package that installs the library; empty: it is one that this package needs.
+
+    Raises:
+        InputError: it is not installed.
+
+    Example:
+        >>> from distill_lightning.networks.libraries import package
+        >>> package("torchvision.models", extra="").resnet18.__name__
+        'resnet18'
+    """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name.split(".", maxsplit=1)[0]:
             raise
-        package = f"'distill-lightning[{extra}]'" if extra else error.name
-        raise InputError(f"{error.name} is not installed: pip install {package}") from error
+        what = f"'distill-lightning[{extra}]'" if extra else error.name
+        raise InputError(f"{error.name} is not installed: pip install {what}") from error

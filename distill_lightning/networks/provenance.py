@@ -18,6 +18,8 @@ NetworkClass = TypeVar("NetworkClass", bound=type[nn.Module])
 Recipe = dict[str, Any]
 """How a network was built, in plain types: ``{"factory": name, "arguments": {...}}``."""
 
+# The arguments of factories that are networks themselves.
+_NETWORKS = ("network", "backbone")
 _FACTORIES: dict[str, Callable[..., nn.Module]] = {}
 
 
@@ -49,9 +51,10 @@ def build_from(recipe: Recipe) -> nn.Module:
     """
     if recipe.get("factory") not in _FACTORIES:
         raise InputError(f"unknown network factory {recipe.get('factory')!r}: known ones are {', '.join(_FACTORIES)}")
-    arguments = dict(recipe["arguments"])
-    if isinstance(arguments.get("network"), Mapping):
-        arguments["network"] = build_from(arguments["network"])
+    arguments = {
+        name: build_from(value) if name in _NETWORKS and isinstance(value, Mapping) else value
+        for name, value in recipe["arguments"].items()
+    }
     return _FACTORIES[recipe["factory"]](**arguments)
 
 
@@ -69,10 +72,13 @@ def without_weights(known: Recipe | None) -> Recipe | None:
     arguments = dict(known["arguments"])
     if known["factory"] == "Pretrained":
         return without_weights(arguments["network"])
-    if isinstance(arguments.get("network"), Mapping):
-        arguments["network"] = without_weights(arguments["network"])
+    for name in _NETWORKS:
+        if isinstance(arguments.get(name), Mapping):
+            arguments[name] = without_weights(arguments[name])
     if "pretrained" in arguments:
         arguments["pretrained"] = False
+    if "backbone_weights" in arguments:
+        arguments["backbone_weights"] = None
     return {"factory": known["factory"], "arguments": arguments}
 
 

@@ -5,8 +5,9 @@ from distill_lightning.outputs.boxes import Boxes
 from distill_lightning.outputs.categorical import Categorical
 from distill_lightning.outputs.gaussian import Gaussian
 from distill_lightning.outputs.output import Output
+from distill_lightning.outputs.tokens import Tokens
 
-__all__ = ["Boxes", "Categorical", "Gaussian", "Output", "output_of"]
+__all__ = ["Boxes", "Categorical", "Gaussian", "Output", "Tokens", "output_of"]
 
 
 def output_of(who: str, num_classes: int | None, num_targets: int | None) -> Output:

@@ -18,6 +18,11 @@ from distill_lightning.functional.common import wide
 from distill_lightning.outputs.metrics import Agreement, MeanDivergence, classification_metrics
 from distill_lightning.outputs.output import Output
 
+_POSITIONS = (
+    "use a module that takes positions: SupervisedModule, KDModule, CompressionBaseline, or SelfKDModule with "
+    "past=PastModel()"
+)
+
 
 @dataclass(frozen=True)
 class Categorical(Output):
@@ -79,8 +84,7 @@ class Categorical(Output):
         if len(shape) > 2 and shape[1 if self.class_dim == "second" else -1] == self.num_classes:
             if not per_position:
                 raise InputError(
-                    f"{who} ({type(network).__name__}) predicts a class for each position, {tuple(shape)}: "
-                    "use a module that takes positions: SupervisedModule, KDModule or CompressionBaseline"
+                    f"{who} ({type(network).__name__}) predicts a class for each position, {tuple(shape)}: {_POSITIONS}"
                 )
         elif len(shape) != 2 or shape[1] != self.num_classes:
             found = f"{shape[1]} classes" if len(shape) == 2 else f"an output of shape {tuple(shape)}"
@@ -121,8 +125,7 @@ class Categorical(Output):
             ways = {1: "give target.squeeze(1), or ", self.num_classes: "give target.argmax(1) or floats, or "}
             raise InputError(
                 f"{who} takes one class for each sample, and the targets have shape {tuple(target.shape)}: "
-                f"{ways.get(target.shape[-1], '')}use a module that takes positions: SupervisedModule, KDModule or "
-                "CompressionBaseline"
+                f"{ways.get(target.shape[-1], '')}{_POSITIONS}"
             )
 
     def as_target(self, target: Tensor) -> Tensor:

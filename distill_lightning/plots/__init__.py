@@ -11,10 +11,13 @@ from distill_lightning.plots.compression import (
     plot_spectra,
 )
 from distill_lightning.plots.confidence import reliability_diagram, risk_coverage_curve
+from distill_lightning.plots.detection import DrawnBoxes, detected_boxes
 from distill_lightning.plots.reconstruction import reconstruction_errors
 from distill_lightning.plots.teachers import teacher_bars
 
 __all__ = [
+    "DrawnBoxes",
+    "detected_boxes",
     "learning_curves",
     "plot_bits",
     "plot_codebook",

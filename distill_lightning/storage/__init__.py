@@ -3,6 +3,7 @@
 from distill_lightning.storage.files import (
     CHECKSUM_BYTES,
     checksum_fits,
+    free_path,
     sweep_partial,
     whole_file,
     with_checksum,
@@ -27,6 +28,7 @@ __all__ = [
     "ShardedRecords",
     "Sidecar",
     "checksum_fits",
+    "free_path",
     "largest",
     "read_fields",
     "read_header",

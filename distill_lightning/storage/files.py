@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +25,12 @@ def write_all(file: Any, content: Any) -> None:
     left = memoryview(content)
     while left:
         left = left[file.write(left) :]
+
+
+def free_path(path: Path) -> Path:
+    """A path, with a number if there is something: without a logger, all runs have one folder."""
+    numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(2))
+    return next(one for one in itertools.chain([path], numbered) if not one.exists())
 
 
 @contextmanager

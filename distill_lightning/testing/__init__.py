@@ -9,7 +9,26 @@
         assert_module_contract(build)
 """
 
-from distill_lightning.testing.contract import CONTRACT, Build, assert_module_contract
+from distill_lightning.testing.contract import assert_module_contract
+from distill_lightning.testing.kits import DetectionKit, ImageKit, Kit, TranslationKit
+from distill_lightning.testing.points import CONTRACT, Build
 from distill_lightning.testing.tiny import TinyDataModule, TinyNet, tiny_trainer
+from distill_lightning.testing.tiny_detection import TinyDetectionDataModule, TinyFasterRCNN
+from distill_lightning.testing.tiny_translation import TinyEncoderDecoder, TinyTranslationDataModule
 
-__all__ = ["CONTRACT", "Build", "TinyDataModule", "TinyNet", "assert_module_contract", "tiny_trainer"]
+__all__ = [
+    "CONTRACT",
+    "Build",
+    "DetectionKit",
+    "ImageKit",
+    "Kit",
+    "TinyDataModule",
+    "TinyDetectionDataModule",
+    "TinyEncoderDecoder",
+    "TinyFasterRCNN",
+    "TinyNet",
+    "TinyTranslationDataModule",
+    "TranslationKit",
+    "assert_module_contract",
+    "tiny_trainer",
+]

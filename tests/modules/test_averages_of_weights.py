@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distill_lightning import FEEDModule, KDModule, MEALV2Module, NoDiscriminator, SupervisedModule
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
-from distill_lightning.testing.contract import process_strategy
+from distill_lightning.testing.processes import process_strategy
 
 AVERAGES = {
     "stochastic": partial(StochasticWeightAveraging, swa_lrs=0.05, swa_epoch_start=2),

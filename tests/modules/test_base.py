@@ -509,7 +509,7 @@ def test_a_checkpoint_holds_the_weights_of_a_pretrained_student(tmp_path, monkey
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64 * in_chans, num_classes))
 
     fake = SimpleNamespace(is_model=lambda name: True, create_model=create_model)
-    monkeypatch.setattr("distill_lightning.networks.libraries._package", lambda *args, **options: fake)
+    monkeypatch.setattr("distill_lightning.networks.libraries.package", lambda *args, **options: fake)
     file = SmallResNet(3, width=2)
     write_weights(file, tmp_path / "begin.safetensors")
     for number, student in enumerate(

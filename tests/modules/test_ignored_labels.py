@@ -31,7 +31,7 @@ from distill_lightning import (
 )
 from distill_lightning.callbacks import ConfidenceFigure, TeacherReport
 from distill_lightning.testing import TinyNet, tiny_trainer
-from distill_lightning.testing.contract import process_strategy
+from distill_lightning.testing.processes import process_strategy
 
 CLASSES, SAMPLES = 3, 24
 IGNORED = [0, 1, 2, 4, 5, 6, 7, 13, 22, *range(16, 22)]

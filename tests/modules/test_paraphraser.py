@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from distill_lightning import Batch, FEEDModule, InputError, OneCycle, ParaphraserModule, SmallResNet, TeacherEnsemble
 from distill_lightning.layers import Paraphraser
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
-from distill_lightning.testing.contract import process_strategy
+from distill_lightning.testing.processes import process_strategy
 
 SHAPE = (1, 8, 8)
 

@@ -13,7 +13,7 @@ from distill_lightning import InputError
 from distill_lightning.storage import FORMAT, PredictionStore
 from distill_lightning.storage import rows as rows_file
 from distill_lightning.storage.prediction_rows import PredictionRows
-from distill_lightning.testing.contract import leave_the_group
+from distill_lightning.testing.processes import leave_the_group
 
 N, K = 11, 5
 KINDS = [

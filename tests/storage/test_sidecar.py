@@ -20,7 +20,7 @@ from torch import multiprocessing
 from distill_lightning import InputError
 from distill_lightning.storage import FORMAT, PredictionStore, Sidecar, files
 from distill_lightning.storage import rows as rows_file
-from distill_lightning.testing.contract import leave_the_group
+from distill_lightning.testing.processes import leave_the_group
 
 N, K = 11, 5
 KINDS = [

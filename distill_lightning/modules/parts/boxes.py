@@ -107,7 +107,9 @@ class DetectionEvaluation(Evaluation):
             metrics = metrics_of(module, f"{stage}_metrics", loader)
             _name_classes(metrics, getattr(module.trainer, "datamodule", None))
             suffix = f"/dataloader_idx_{loader}" if len(loaders) > 1 else ""
-            module.log_dict({f"{name}{suffix}": value for name, value in _scalars(metrics.compute()).items()})
+            values = {f"{name}{suffix}": value for name, value in _scalars(metrics.compute()).items()}
+            # All processes have computed the same; Lightning warns where it is not told to make sure.
+            module.log_dict(values, sync_dist=True)
 
     @torch.no_grad()
     def score(self, module: Any, batches: Iterable[Batch]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distill_lightning.lightning_internals import begins_anew, is_last_batch
+from distill_lightning.lightning_internals import begins_anew, has_trainer, is_last_batch
 from distill_lightning.part import Part
 from distill_lightning.processes import gathered
 
@@ -51,6 +51,28 @@ def weight_of(count: int | Tensor, mean: Tensor) -> Any:
     """
     weight = count if isinstance(count, Tensor) else torch.full((), count, device=mean.device)
     return weight.float().clamp_min(_NOTHING)
+
+
+def balanced(module: Any, loss: Tensor, count: int | Tensor) -> Tensor:
+    r"""A process's mean loss, for a strategy that averages the processes' gradients; as it is where there is one.
+
+    .. math:: \frac{c_p}{\frac{1}{P} \sum_r c_r} L_p
+
+    of process ``p`` of ``P``, in which :math:`c_p` samples or positions count: so a token weighs the same wherever it
+    is, and the gradient is that of the mean over all of them.
+
+    Args:
+        module: that is trained.
+        loss: the mean over what counts in this process's batch.
+        count: how many do, see `Batch.count`.
+    """
+    if not has_trainer(module) or module.trainer.world_size == 1:
+        return loss
+    own = count if isinstance(count, Tensor) else torch.full((), count, device=loss.device)
+    own = own.to(torch.float32)
+    every = module.trainer.strategy.reduce(own.clone(), reduce_op="sum")
+    # Where nothing counts in any of them, all losses are 0.
+    return loss * (own * module.trainer.world_size / every.clamp_min(1))
 
 
 class _Sums(NamedTuple):

@@ -53,15 +53,15 @@ class RunningPast(Part, ABC):
 
         Args:
             batch: as the student sees it.
-            like: probabilities ``(N, K)`` that stand where nothing is known.
+            like: probabilities ``(N, K)``, or ``(N, T, K)`` of positions, that stand where nothing is known.
             temperature: that past predictions are softened with.
 
         Returns:
-            Probabilities ``(N, K)``, and of which samples there is a past, bool ``(N,)``.
+            Probabilities of that shape, and of which samples or positions there is a past, bool ``(N,)`` or ``(N, T)``.
         """
 
     def write(self, batch: Batch, probs: Tensor) -> None:
-        """Keep what the student predicts for a batch, probabilities ``(N, K)``."""
+        """Keep what the student predicts for a batch, probabilities ``(N, K)`` or ``(N, T, K)``."""
 
     @abstractmethod
     def begin(self, module: Any) -> None:
@@ -147,6 +147,8 @@ class StoredPast(Past):
             cannot be resumed.
         num_samples: size of the training set whose indices the batches carry; ``None``: length of the training loader's
             data set.
+
+    Tokens and other positions have no rows: `PastModel` and `MovingAverage` predict them.
 
     A checkpoint knows whose predictions it holds: a resumed training with other samples, labels, or another order of
     the data set is refused, as far as they are cheap to see (see `distill_lightning.data.fingerprint`; not if
@@ -406,6 +408,11 @@ class RunningNetwork(RunningPast):
     def __init__(self, kind: str, network: PastNetwork) -> None:
         super().__init__(kind)
         self.network = network
+        self._output: Any = None
+
+    def joined(self, module: Any) -> None:
+        """The network's outputs are laid out like those of the module's student."""
+        self._output = module.output
 
     @property
     def model(self) -> nn.Module | None:
@@ -414,8 +421,8 @@ class RunningNetwork(RunningPast):
 
     def read(self, batch: Batch, like: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
         """What the network predicts for the input, mixed or not."""
-        known = torch.full((len(like),), self.network.ready, device=like.device)
-        past = self.network.predict(batch.input) if self.network.ready else like
+        known = torch.full(like.shape[:-1], self.network.ready, device=like.device)
+        past = self.network.predict(batch.input, laid_out=self._output.laid_out) if self.network.ready else like
         return functional.soften(past, temperature=temperature), known
 
     def begin(self, module: Any) -> None:

@@ -7,7 +7,7 @@ module reaches it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,11 +45,16 @@ class PastNetwork:
         self.ready = False
 
     @torch.no_grad()
-    def predict(self, inputs: Any) -> Tensor:
-        """Probabilities ``(N, K)``, from the network in eval mode."""
+    def predict(self, inputs: Any, *, laid_out: Callable[[Tensor], Tensor] = lambda logits: logits) -> Tensor:
+        """Probabilities ``(N, K)`` or ``(N, T, K)``, from the network in eval mode.
+
+        Args:
+            inputs: what the network reads.
+            laid_out: puts the classes of its logits last.
+        """
         if self.model is None:
             raise RuntimeError("there is no past network before the end of the first epoch")
-        return wide(call(self.model, inputs)).softmax(dim=-1)
+        return wide(laid_out(call(self.model, inputs))).softmax(dim=-1)
 
     def after_step(self, student: nn.Module) -> None:
         """Called after every optimiser step."""

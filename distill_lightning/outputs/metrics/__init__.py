@@ -28,6 +28,7 @@ from distill_lightning.outputs.metrics.regression import (
     IntervalCalibration,
     regression_metrics,
 )
+from distill_lightning.outputs.metrics.translation import Perplexity, corpus_scores, token_metrics
 
 __all__ = [
     "AURC",
@@ -48,8 +49,11 @@ __all__ = [
     "IntervalCalibration",
     "MeanDivergence",
     "NegativeLogLikelihood",
+    "Perplexity",
     "VOC07AveragePrecision",
     "classification_metrics",
+    "corpus_scores",
     "detection_metrics",
     "regression_metrics",
+    "token_metrics",
 ]

@@ -29,7 +29,7 @@ from distill_lightning import (
 )
 from distill_lightning.errors import InputError, NonFiniteError
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
-from distill_lightning.testing.contract import process_strategy
+from distill_lightning.testing.processes import process_strategy
 
 CLASSES = 3
 INPUTS = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -25,7 +25,7 @@ from distill_lightning.outputs.metrics import (
     NegativeLogLikelihood,
     classification_metrics,
 )
-from distill_lightning.testing.contract import leave_the_group
+from distill_lightning.testing.processes import leave_the_group
 
 SIZES = [[1], [5], [4, 4, 4], [7, 1, 3]]
 
