@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
-from distill_lightning import layers, networks
+from distill_lightning import FashionVOC, layers, networks, write_fashion_voc
 from distill_lightning.cli import main
 from distill_lightning.compression import load_compressed
 from distill_lightning.studies.compare import command
@@ -85,17 +85,49 @@ def test_every_yaml_is_in_a_tested_folder():
     assert set(CONFIGS.rglob("*.yaml")) == {*COMPARE, *START}
 
 
+def small_images(folder, data):
+    """A few images in the files that a data module reads, and what makes it read them."""
+    options = data.setdefault("init_args", {})
+    options.update(subset=64, val_size=40, test_size=50)
+    if "FashionMNIST" in data["class_path"]:
+        if not list(folder.glob("*.gz")):
+            small_fashion_mnist(folder)
+        options["data_dir"] = str(folder)
+    if "ImageFolder" in data["class_path"]:
+        if not (folder / "images").exists():
+            small_image_folder(folder / "images", classes=12)
+        options.update(subset=8, val_size=4, test_size=8, num_workers=0, data_dir=str(folder / "images"))
+
+
+def small_detection(folder, config):
+    """A few pictures with boxes, and images for the backbones."""
+    options = config["data"]["init_args"]
+    options.update(data_dir=str(folder / "voc"), batch_size=2, num_workers=0)
+    pictures = {"items": "digits", "images": [4, 2, 2], "size": 64, "item_size": [16, 32]}
+    if "pictures" in options:
+        options["pictures"]["init_args"] = pictures
+    else:
+        write_fashion_voc(folder / "voc", FashionVOC(**pictures))
+        options["class_names"] = list("0123456789")
+    config["student"]["init_args"].update(min_size=64, max_size=64)
+    for backbone in config["backbones"].values():
+        backbone["epochs"] = 1
+        small_images(folder, backbone["data"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", COMPARE, ids=lambda path: path.stem)
 def test_compare_runs(path, tmp_path):
     config = yaml.safe_load(path.read_text())
-    config |= {"epochs": 1, "seeds": [0], "output": str(tmp_path / "out")}
-    config["data"].setdefault("init_args", {}).update(subset=64, val_size=40, test_size=50)
-    if "FashionMNIST" in config["data"]["class_path"]:
-        small_fashion_mnist(tmp_path)
-        config["data"]["init_args"]["data_dir"] = str(tmp_path)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    config |= {"epochs": 1, "seeds": [0], "output": str(tmp_path / "out"), "accelerator": "cpu"}
     given = [str(tmp_path / "config.yaml")]
+    if "Translation" in config["data"]["class_path"]:
+        given += [option.replace("model.init_args.", "") for option in small_translations(tmp_path, config)]
+    elif "VOC" in config["data"]["class_path"]:
+        small_detection(tmp_path, config)
+    else:
+        small_images(tmp_path, config["data"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     command.run(parse_config(given), given, console=Console(file=io.StringIO()))
     lines = (tmp_path / "out/results.csv").read_text().splitlines()
     rows = 1 + sum(spec.get("stages", 1) for spec in config["methods"].values())
