@@ -338,6 +338,29 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, capsys, config, change,
     assert not (tmp_path / "out").exists()
 
 
+def test_keys_inside_of_a_spec_are_given_on_the_command_line(tmp_path):
+    line = [
+        "--data.init_args.data_dir=here", "--methods.b1.init_args.width", "3", "--epochs", "7",
+        "--student.init_args.backbone.init_args.width=5", "--backbones.plain.data.init_args.subset", "[1, 2]",
+    ]  # fmt: skip
+    config = parse_config([written(tmp_path, DETECTION), *line])
+    assert config.data["init_args"] == {"data_dir": "here"}
+    assert config.methods["b1"]["init_args"] == {"width": 3}
+    assert config.student["init_args"]["backbone"]["init_args"] == {"width": 5}
+    assert config.backbones["plain"]["data"]["init_args"]["subset"] == [1, 2]
+    assert config.backbones["plain"]["data"]["init_args"]["val_size"] == 50
+    assert config.epochs == 7
+    for given, message in (
+        (["--data.init_args.size"], "--data.init_args.size needs a value"),
+        (["--data.init_args.size", "--epochs"], "--data.init_args.size needs a value"),
+        (["--methods.none.init_args.size", "3"], "there is no methods.none with keys of its own"),
+        (["--lr_scheduler.init_args.size", "3"], "there is no lr_scheduler with keys of its own"),
+        (["--data.init_args.size", "{"], "--data.init_args.size is no YAML"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse_config([written(tmp_path, DETECTION), *given])
+
+
 def test_what_the_data_warn_of_is_said_once(tmp_path, monkeypatch):
     def setup(data, stage=None):
         if not hasattr(data, "pairs"):
