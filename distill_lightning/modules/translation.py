@@ -43,8 +43,8 @@ class Translates(DistillationModule):
         """Take the options that the modules share, once the base class has been initialised."""
         if not 0 <= pad_id < self.output.num_classes:  # type: ignore[attr-defined]  # it is Categorical
             raise InputError(
-                f"{type(self).__name__}: pad_id must be an id from 0 to {self.num_classes} - 1, got {pad_id}: give the "
-                "tokenizer's"
+                f"{type(self).__name__}: pad_id must be an id below num_classes={self.num_classes}, got {pad_id}: give "
+                "the tokenizer's"
             )
         if not 0 <= label_smoothing < 1:
             raise InputError(f"{type(self).__name__}: label_smoothing must be in [0, 1), got {label_smoothing}")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distill_lightning.data.batch import Batch
-from distill_lightning.layers.call import outputs_of
+from distill_lightning.layers.call import call
 from distill_lightning.testing.tiny import TinyDataModule, TinyNet
 from distill_lightning.testing.tiny_detection import TinyDetectionDataModule, TinyFasterRCNN
 from distill_lightning.testing.tiny_translation import TinyEncoderDecoder, TinyTranslationDataModule
@@ -66,8 +66,8 @@ class Kit:
         return next(iter(data.test_dataloader())).input
 
     def run(self, network: nn.Module, inputs: Any) -> Any:
-        """What a network gives for a batch's inputs: tensors, in any nest of lists and dicts."""
-        return outputs_of(network, inputs)
+        """What is meant of what a network gives for a batch's inputs: tensors, in any nest of lists and dicts."""
+        return call(network, inputs)
 
     def predict(self, network: nn.Module, batch: Batch) -> Any:
         """What a module's ``predict_step`` is to give for a batch, from the network alone."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import LambdaCallback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill_lightning.data.batch import tensors_of
@@ -98,7 +99,8 @@ def modes_are_kept(build: Build) -> None:
     seen: list[bool] = []
 
     def look(_trainer: Any, pl_module: Any, *_: Any) -> None:
-        seen.append(all(child.training for child in pl_module.student.modules()))
+        asleep = {id(part) for part in _frozen_parts(pl_module.student)}
+        seen.append(all(child.training for child in pl_module.student.modules() if id(child) not in asleep))
         for name, frozen in pl_module.frozen.items():
             require(not is_awake(frozen), f"{name} is in train mode while the student trains")
 
@@ -108,6 +110,14 @@ def modes_are_kept(build: Build) -> None:
     module.train()
     for name, frozen in module.frozen.items():
         require(not is_awake(frozen), f"train() woke {name}")
+
+
+def _frozen_parts(network: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a network whose parameters are all frozen, fixed positions for example, and what is in them."""
+    for part in network.modules():
+        parameters = list(part.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            yield from part.modules()
 
 
 @point
@@ -196,7 +206,9 @@ def an_exported_student_is_a_plain_network(build: Build) -> None:
 
 def _pairs(first: Any, second: Any) -> list[tuple[Tensor, Tensor]]:
     """The tensors of two nests, which have equally many."""
-    return list(zip(tensors_of(first), tensors_of(second), strict=True))
+    tensors, others = list(tensors_of(first)), list(tensors_of(second))
+    require(len(tensors) == len(others), f"{len(tensors)} tensors are given where the student gives {len(others)}")
+    return list(zip(tensors, others, strict=True))
 
 
 def _same(first: Any, second: Any) -> bool:

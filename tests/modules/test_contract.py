@@ -4,7 +4,21 @@ from dataclasses import replace
 
 import pytest
 
-from distill_lightning import CompressionBaseline, FEEDModule, KDModule, LogitTerm, SupervisedModule, TeacherEnsemble
+from distill_lightning import (
+    BeamSearch,
+    CompressionBaseline,
+    DetectionModule,
+    FEEDModule,
+    KDModule,
+    LogitTerm,
+    MovingAverage,
+    SelfKDDetectionModule,
+    SelfKDTranslationModule,
+    SupervisedModule,
+    TeacherEnsemble,
+    TranslationModule,
+    translation_transformer,
+)
 from distill_lightning.compression import (
     L0,
     Cubic,
@@ -18,7 +32,14 @@ from distill_lightning.compression import (
     ShareWeights,
 )
 from distill_lightning.errors import InputError
-from distill_lightning.testing import CONTRACT, TinyNet, tiny_trainer
+from distill_lightning.testing import (
+    CONTRACT,
+    DetectionKit,
+    TinyNet,
+    TranslationKit,
+    assert_module_contract,
+    tiny_trainer,
+)
 
 # The contract's trainings are longer than the steps, and its networks are not trained before.
 pytestmark = [
@@ -62,6 +83,79 @@ def under_teachers(student, teachers, num_classes):
 @pytest.mark.parametrize("point", CONTRACT)
 def test_contract(point, build):
     CONTRACT[point](build)
+
+
+def translation(student, teachers, num_classes):
+    return TranslationModule(student, num_classes=num_classes, pad_id=0, label_smoothing=0.1)
+
+
+def self_kd_translation(student, teachers, num_classes):
+    return SelfKDTranslationModule(student, num_classes=num_classes, pad_id=0, alpha_T=0.5)
+
+
+def averaged_translation(student, teachers, num_classes):
+    return SelfKDTranslationModule(
+        student,
+        num_classes=num_classes,
+        pad_id=0,
+        alpha_unit="step",
+        past=MovingAverage(decay=0.9),
+        label_smoothing=0.1,
+    )
+
+
+def detection(student, teachers, num_classes):
+    return DetectionModule(student, num_classes=num_classes)
+
+
+def self_kd_detection(student, teachers, num_classes):
+    return SelfKDDetectionModule(student, num_classes=num_classes, alpha_T=0.5, objectness=True)
+
+
+def averaged_detection(student, teachers, num_classes):
+    return SelfKDDetectionModule(
+        student, num_classes=num_classes, alpha_unit="step", past=MovingAverage(decay=0.9), foreground_only=True
+    )
+
+
+OTHER_BATCHES = {
+    TranslationKit(): [translation, self_kd_translation, averaged_translation],
+    DetectionKit(): [detection, self_kd_detection, averaged_detection],
+}
+for kit, builds in OTHER_BATCHES.items():
+    for one in builds:
+        one.kit = kit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [build for builds in OTHER_BATCHES.values() for build in builds])
+@pytest.mark.parametrize("point", CONTRACT)
+def test_contract_where_a_batch_is_not_an_input_and_a_target(point, build):
+    CONTRACT[point](build)
+
+
+class MarianKit(TranslationKit):
+    """A network of the transformers library, without dropout: its draws would be others after resuming."""
+
+    part = "model.encoder.layers.0.final_layer_norm"
+    head = "model.decoder.layers.0.fc2.weight"
+    waiting = frozenset({"transformers"})
+
+    def network(self, num_classes, *, norm):
+        sizes = {"width": 8, "encoder_depth": 1, "decoder_depth": 1, "heads": 2, "feedforward": 8}
+        return translation_transformer(num_classes, **sizes, dropout=0.0, max_length=8)
+
+
+def self_kd_marian(student, teachers, num_classes):
+    return SelfKDTranslationModule(student, num_classes=num_classes, pad_id=0, alpha_T=0.5, beam=BeamSearch(size=1))
+
+
+self_kd_marian.kit = MarianKit()
+
+
+@pytest.mark.slow
+def test_contract_of_a_network_of_the_transformers_library():
+    assert_module_contract(self_kd_marian)
 
 
 # The last layer keeps its name, which a point of the contract looks for.
