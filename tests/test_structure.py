@@ -477,10 +477,12 @@ def test_only_networks_are_positional(module):
 @pytest.mark.slow
 @pytest.mark.parametrize("module", METHODS)
 def test_no_tensor_hides_outside_the_buffers(module):
-    options = {"num_classes": 3, "student_layer": "features", "input_shape": (1, 8, 8)}
+    options = {"num_classes": 3, "student_layer": "features", "input_shape": (1, 8, 8), "pad_id": 0}
     network = testing.TinyNet
     if module is distill_lightning.RegressionModule:
         options, network = {"num_targets": 3}, lambda: testing.TinyNet(None, num_targets=3)
+    if issubclass(module, distill_lightning.DetectionModule):
+        options, network = {"num_classes": 3}, lambda: testing.TinyFasterRCNN(3)
     accepted = arguments_of(module)
     networks_needed = [network() for name in ("student", "network", "teachers") if name in accepted]
     if "discriminator" in accepted:

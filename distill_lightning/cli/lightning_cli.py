@@ -238,10 +238,15 @@ class DistillCLI(LightningCLI):
 
     def _write_predictions(self) -> None:
         """Have predictions that have a format of their own written, unless the configuration says where."""
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]  # the Trainer's is no typed attribute
         writer = writer_for(self.model)
-        if writer is not None and not any(isinstance(callback, PredictionWriter) for callback in callbacks):
-            callbacks.append(writer)
+        if writer is not None and not any(isinstance(callback, PredictionWriter) for callback in self._callbacks):
+            self._callbacks.append(writer)
+
+    @property
+    def _callbacks(self) -> list[Any]:
+        """The Trainer's, which it has not declared."""
+        callbacks: list[Any] = cast("Any", self.trainer).callbacks
+        return callbacks
 
     def after_fit(self) -> None:
         """Say where the checkpoints are, by which the next command finds what was trained."""
@@ -254,10 +259,10 @@ class DistillCLI(LightningCLI):
 
         Translations and boxes are written in a format of their own, by a callback.
         """
-        writers = [callback for callback in self.trainer.callbacks if isinstance(callback, PredictionWriter)]
+        writers = [callback for callback in self._callbacks if isinstance(callback, PredictionWriter)]
+        for path in (path for writer in writers for path in writer.written):
+            print(f"Written: {path}")
         if writers:
-            for path in (path for writer in writers for path in writer.written):
-                print(f"Written: {path}")
             return
         share = "" if self.trainer.world_size == 1 else f"_{self.trainer.global_rank}"
         path = free_path(
