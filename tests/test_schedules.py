@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import (
 )
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from distill_lightning import GroupSchedules, InputError, OneCycle, SupervisedModule
+from distill_lightning import GroupSchedules, InputError, InverseSquareRoot, OneCycle, SupervisedModule
 from distill_lightning.testing import TinyNet, tiny_trainer
 
 
@@ -101,6 +101,23 @@ def test_steps_after_the_last_keep_the_last_rate():
 def test_a_training_of_one_step_has_a_finite_rate():
     schedule = OneCycle(optimizer_with(0.5), total_steps=1)
     assert rates_of(schedule, 1)[0] == pytest.approx([0.5 * 0.04])
+
+
+@pytest.mark.parametrize("warmup", [1, 4, 30])
+def test_the_inverse_square_root_is_that_of_the_first_transformers(warmup):
+    width = 512
+    schedule = InverseSquareRoot(optimizer_with(width**-0.5 * warmup**-0.5, 2.0), warmup_steps=warmup)
+    for step, (first, second) in enumerate(rates_of(schedule, 20), start=1):
+        assert first == pytest.approx(width**-0.5 * min(step**-0.5, step * warmup**-1.5), rel=1e-12)
+        assert second == pytest.approx(first * 2.0 / (width**-0.5 * warmup**-0.5), rel=1e-12)
+    restored = InverseSquareRoot(optimizer_with(width**-0.5 * warmup**-0.5, 2.0))
+    restored.load_state_dict(schedule.state_dict())
+    assert rates_of(restored, 3)[1:] == rates_of(schedule, 3)[1:]
+
+
+def test_a_rise_of_no_steps_is_refused():
+    with pytest.raises(InputError, match="InverseSquareRoot: warmup_steps must be at least 1, got 0"):
+        InverseSquareRoot(optimizer_with(1.0), warmup_steps=0)
 
 
 @pytest.mark.parametrize("warmup", [0, 0.3, 1])

@@ -466,7 +466,7 @@ def test_only_networks_are_positional(module):
 @pytest.mark.slow
 @pytest.mark.parametrize("module", METHODS)
 def test_no_tensor_hides_outside_the_buffers(module):
-    options = {"num_classes": 3, "student_layer": "features", "input_shape": (1, 8, 8)}
+    options = {"num_classes": 3, "student_layer": "features", "input_shape": (1, 8, 8), "pad_id": 0}
     network = testing.TinyNet
     if module is distill_lightning.RegressionModule:
         options, network = {"num_targets": 3}, lambda: testing.TinyNet(None, num_targets=3)

@@ -214,9 +214,9 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         """The student's output for its inputs, or for a batch of any kind, labelled or not."""
         if named or len(inputs) != 1:
             return only_output(self.student, self.student(*inputs, **named))
-        return call(self.student, inputs[0] if isinstance(inputs[0], Tensor) else self.read(inputs[0]).input)
+        return call(self.student, inputs[0] if isinstance(inputs[0], Tensor) else self.read_batch(inputs[0]).input)
 
-    def read(self, batch: Any) -> Batch:
+    def read_batch(self, batch: Any) -> Batch:
         """The batch of any data module, of any stage, as this method looks at it; reading it again changes nothing."""
         return Batch.of(batch)
 
@@ -225,7 +225,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         epoch, place = place_of(self, batch_idx)
         # Without views, a store holds one answer per sample, so draws must not depend on the epoch.
         has_store = isinstance(self.teachers, Teachers) and self.teachers.store is not None
-        ready = with_targets(self, self.read(batch)).replace(when=(0 if has_store else epoch, place))
+        ready = with_targets(self, self.read_batch(batch)).replace(when=(0 if has_store else epoch, place))
         for transform in self.transforms:
             ready = transform(ready, num_classes=self.num_classes or 0)
         return ready
@@ -272,7 +272,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
 
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
         """The student's output for the samples of a batch that count, or for a tensor of inputs."""
-        batch = Batch(batch) if isinstance(batch, Tensor) else self.read(batch)
+        batch = Batch(batch) if isinstance(batch, Tensor) else self.read_batch(batch)
         output: Tensor = explained(self, lambda one: call(self, one.input), batch, f"prediction batch {batch_idx}")
         return output[batch.counted] if batch.counted is not None and batch.counted.ndim == 1 else output
 
@@ -285,7 +285,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen):
         return self.evaluation.score(self, map(self._evaluated, batches))
 
     def _evaluated(self, batch: Any) -> Batch:
-        return with_targets(self, self.read(batch), is_evaluated=True)
+        return with_targets(self, self.read_batch(batch), is_evaluated=True)
 
     def configure_optimizers(self) -> Any:
         """The optimiser over `parameter_groups` and, if there is one, its schedule.

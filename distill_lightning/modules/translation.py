@@ -43,8 +43,8 @@ class Translates(DistillationModule):
         """Take the options that the modules share, once the base class has been initialised."""
         if not 0 <= pad_id < self.output.num_classes:  # type: ignore[attr-defined]  # it is Categorical
             raise InputError(
-                f"{type(self).__name__}: pad_id must be an id from 0 to {self.num_classes} - 1, got {pad_id}: give the "
-                "tokenizer's"
+                f"{type(self).__name__}: pad_id must be an id below num_classes={self.num_classes}, got {pad_id}: give "
+                "the tokenizer's"
             )
         if not 0 <= label_smoothing < 1:
             raise InputError(f"{type(self).__name__}: label_smoothing must be in [0, 1), got {label_smoothing}")
@@ -58,7 +58,7 @@ class Translates(DistillationModule):
         """How sacrebleu has computed the last scores, by the scores' names; empty before there are any."""
         return self.translating.signatures
 
-    def read(self, batch: Any) -> Batch:
+    def read_batch(self, batch: Any) -> Batch:
         """The batch with padding that does not count, and what the decoder reads."""
         return self.translating.read(self, batch)
 
@@ -71,7 +71,7 @@ class Translates(DistillationModule):
         return self._evaluate(super().test_step, batch, batch_idx, dataloader_idx, "test")
 
     def _evaluate(self, step: Any, batch: Any, number: int, loader: int, stage: str) -> dict[str, Any]:
-        batch = self.read(batch)
+        batch = self.read_batch(batch)
         found: dict[str, Any] = step(batch, number, loader)
         return found | self.translating.add(self, batch, number, stage, dataloader_idx=loader)
 
@@ -86,7 +86,10 @@ class Translates(DistillationModule):
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
         """Token ids ``(N, T')`` of the translations of the sentences that count; `texts` makes texts of them."""
         return explained(
-            self, lambda one: self.translating.translate(self, one), self.read(batch), f"prediction batch {batch_idx}"
+            self,
+            lambda one: self.translating.translate(self, one),
+            self.read_batch(batch),
+            f"prediction batch {batch_idx}",
         )
 
     def texts(self, ids: Tensor) -> list[str]:
@@ -106,7 +109,7 @@ class Translates(DistillationModule):
         Raises:
             InputError: the student cannot translate, or nobody knows how to decode its ids.
         """
-        return self.texts(self.translating.translate(self, self.read(batch)))
+        return self.texts(self.translating.translate(self, self.read_batch(batch)))
 
 
 def _with_tokens(num_classes: int, options: TrainingOptions) -> TrainingOptions:

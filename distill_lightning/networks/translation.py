@@ -97,7 +97,7 @@ def translation_transformer(
         use_cache=False,
     )
     network: nn.Module = transformers.MarianMTModel(config)
-    network.generation_config = transformers.GenerationConfig(  # type: ignore[assignment]  # neither tensor nor module
+    network.generation_config = transformers.GenerationConfig(
         pad_token_id=pad_id,
         bos_token_id=bos_id,
         eos_token_id=eos_id,

@@ -1,6 +1,7 @@
 """Outputs for positions whose classes stand in the second dimension, in the last one, or may stand in either."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -13,6 +14,8 @@ from distill_lightning import (
     CompressionBaseline,
     InputError,
     KDModule,
+    PastModel,
+    SelfKDModule,
     SupervisedModule,
     TeacherStore,
 )
@@ -94,6 +97,34 @@ def test_losses_and_metrics_read_the_classes_where_they_stand(flat, last):
         assert scores["nll"] == pytest.approx(ce / count, rel=1e-5)
         # Who asks the student himself gets what it says.
         assert module(batch.input).shape == student(batch.input).shape
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_self_kd_softens_every_position_by_its_own_past(flat, last):
+    output, alpha = Categorical(K, class_dim="last" if last else "second"), 0.3
+    module = SelfKDModule(Segmenter(last=last, flat=flat), num_classes=K, output=output, past=PastModel())
+    module.alpha = SimpleNamespace(at=lambda _trainer: alpha)
+    module._trainer = SimpleNamespace(world_size=1, current_epoch=1, global_rank=0)
+    module.past.network.model, module.past.network.ready = Segmenter(last=last, flat=flat, seed=1), True
+    batch = batch_of(flat=flat)
+    loss = at_label = agree = count = 0
+    with torch.no_grad():
+        plain, other = Segmenter(flat=flat)(batch.input), Segmenter(flat=flat, seed=1)(batch.input)
+        pairs = zip(places(plain, batch.target), places(other, batch.target), strict=True)
+        for (row, label), (past, _) in pairs:
+            says = [math.exp(value) for value in log_softmax(past)]
+            q = [(1 - alpha) * (k == label) + alpha * says[k] for k in range(K)]
+            loss -= sum(value * log for value, log in zip(q, log_softmax(row), strict=True))
+            at_label += q[label]
+            agree += row.index(max(row)) == past.index(max(past))
+            count += 1
+        assert count < batch.target.numel()
+        terms = module.terms(module.prepared(batch))
+    assert terms["self_kd"].item() == pytest.approx(loss / count, rel=1e-5)
+    assert float(module._observed["target_gt_prob"]) == pytest.approx(at_label / count, rel=1e-5)
+    assert float(module._observed["agree_past"]) == pytest.approx(agree / count, rel=1e-5)
+    assert float(module._observed["known_fraction"]) == 1
 
 
 def loaders(size=K):

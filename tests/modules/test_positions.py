@@ -18,6 +18,7 @@ from distill_lightning import (
     MEALV2Module,
     NoDiscriminator,
     NoTranslator,
+    PastModel,
     SelfKDModule,
     SmallLSTM,
     SmallTransformer,
@@ -161,8 +162,23 @@ def naive_metrics(module, loader):
     return count, {name: value / count for name, value in found.items()}
 
 
+def self_kd_of_positions(**options):
+    """Self-KD with the past model, which positions need."""
+    return SelfKDModule(lstm(), num_classes=CLASSES, input_shape=(LENGTH,), past=PastModel(), **options)
+
+
+def test_its_first_epoch_is_plain_training_at_every_position(data):
+    modules = [self_kd_of_positions(), supervised()]
+    for module in modules:
+        tiny_trainer(max_epochs=1).fit(module, datamodule=data)
+    first, second = (module.state_dict() for module in modules)
+    for name, value in first.items():
+        # The mean is taken over rows of another shape.
+        torch.testing.assert_close(value, second[name], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [supervised, kd])
+@pytest.mark.parametrize("build", [supervised, kd, self_kd_of_positions])
 def test_training_validation_and_test_count_positions(data, build):
     module = build()
     trainer = tiny_trainer(max_epochs=3)
@@ -330,7 +346,10 @@ OTHERS = [feed, self_kd, meal_v2, extracurricular]
 
 @pytest.mark.parametrize("build", OTHERS)
 def test_other_methods_refuse_networks_that_predict_every_position(build):
-    message = r"student \(SmallLSTM\) predicts a class for each position, \(1, 6, 256\): use a module that takes pos"
+    message = (
+        r"student \(SmallLSTM\) predicts a class for each position, \(1, 6, 256\): use a module that takes pos.*"
+        r"SelfKDModule with past=PastModel\(\)"
+    )
     with pytest.raises(InputError, match=message):
         build(lstm(), loud(1), input_shape=(LENGTH,))
 

@@ -104,7 +104,7 @@ class Guard(Part):
         Raises:
             InputError: a label that counts cannot be right; the message names the sample.
         """
-        ready, who = module.read(batch), type(module).__name__
+        ready, who = module.read_batch(batch), type(module).__name__
         target, is_evaluated = ready.target, stage != "train"
         if self._is_new and not is_evaluated:
             self._watch(module, batch)

@@ -69,10 +69,10 @@ def balanced(module: Any, loss: Tensor, count: int | Tensor) -> Tensor:
     if not has_trainer(module) or module.trainer.world_size == 1:
         return loss
     own = count if isinstance(count, Tensor) else torch.full((), count, device=loss.device)
-    own = own.to(torch.float32)
-    every = module.trainer.strategy.reduce(own.clone(), reduce_op="sum")
+    own, processes = own.to(torch.float32), int(module.trainer.world_size)
+    every: Tensor = module.trainer.strategy.reduce(own.clone(), reduce_op="sum")
     # Where nothing counts in any of them, all losses are 0.
-    return loss * (own * module.trainer.world_size / every.clamp_min(1))
+    return loss * (own * processes / every.clamp_min(1))
 
 
 class _Sums(NamedTuple):

@@ -49,13 +49,13 @@ class Translating(Part):
 
     # Batches
 
-    def read(self, module: Any, batch: Any) -> Batch:
+    def read(self, module: Any, given: Any) -> Batch:
         """A batch whose padding does not count, and with what the decoder reads.
 
         Raises:
             InputError: it does not hold sentences, one is too long, or it cannot be known what the decoder begins with.
         """
-        batch = Batch.of(batch)
+        batch = Batch.of(given)
         who, target = type(module).__name__, batch.target
         if not isinstance(batch.input, Mapping) or "input_ids" not in batch.input:
             raise InputError(
@@ -145,7 +145,7 @@ class Translating(Part):
         if self.bleu_every == 0:
             return False
         trainer = module.trainer
-        return trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.bleu_every == 0
+        return bool(trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.bleu_every == 0)
 
     def add(
         self, module: Any, batch: Batch, batch_idx: int, stage: str, *, dataloader_idx: int = 0
@@ -179,7 +179,8 @@ class Translating(Part):
             for name, score in scores.items():
                 self.signatures[name] = score.signature
                 # All processes have computed the same.
-                module.log(f"{stage}/{name}{of}", score.value, on_step=False, on_epoch=True, sync_dist=True)
+                told = {"on_step": False, "on_epoch": True, "sync_dist": True, "add_dataloader_idx": False}
+                module.log(f"{stage}/{name}{of}", score.value, **told)
         self._pairs = {}
         if trainer.state.fn != "fit":
             self._tell()

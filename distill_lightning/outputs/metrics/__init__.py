@@ -21,7 +21,7 @@ from distill_lightning.outputs.metrics.regression import (
     IntervalCalibration,
     regression_metrics,
 )
-from distill_lightning.outputs.metrics.translation import CorpusScore, Perplexity, corpus_scores, token_metrics
+from distill_lightning.outputs.metrics.translation import Perplexity, corpus_scores, token_metrics
 
 __all__ = [
     "AURC",
@@ -31,7 +31,6 @@ __all__ = [
     "BrierScore",
     "CalibrationError",
     "Confidences",
-    "CorpusScore",
     "GapReduction",
     "GaussianDivergence",
     "GaussianMeanAbsoluteError",

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distill_lightning import FixedDiscriminator, KDModule, MEALV2Module, SupervisedModule
 from distill_lightning.errors import InputError
-from distill_lightning.schedules import GroupSchedules, OneCycle
+from distill_lightning.schedules import GroupSchedules, InverseSquareRoot, OneCycle
 from distill_lightning.testing import TinyNet, tiny_trainer
 
 CLASSES = 3
@@ -53,9 +53,10 @@ def naive_rates(schedule, rate=0.1):
         lambda optimizer: OneCycleLR(optimizer, max_lr=0.2, total_steps=STEPS),
         lambda optimizer: OneCycleLR(optimizer, max_lr=0.2, total_steps=2 * STEPS),
         lambda optimizer: CyclicLR(optimizer, base_lr=0.01, max_lr=0.1, step_size_up=3),
+        lambda optimizer: InverseSquareRoot(optimizer, warmup_steps=5),
     ],
 )
-def test_pytorchs_cycles_are_stepped_after_every_batch(schedule):
+def test_schedules_over_the_steps_are_stepped_after_every_batch(schedule):
     module = SupervisedModule(TinyNet(), num_classes=CLASSES, optimizer=sgd, lr_scheduler=schedule)
     assert rates_of(module) == naive_rates(schedule)
 

@@ -32,6 +32,7 @@ from distill_lightning.outputs.metrics import (
     IntervalCalibration,
     MeanDivergence,
     NegativeLogLikelihood,
+    Perplexity,
     classification_metrics,
     regression_metrics,
 )
@@ -48,6 +49,7 @@ CONVERSIONS = {
 METRICS = {
     Accuracy: {},
     NegativeLogLikelihood: {},
+    Perplexity: {},
     BrierScore: {},
     CalibrationError: {},
     Confidences: {},
