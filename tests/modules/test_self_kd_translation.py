@@ -437,6 +437,19 @@ def test_repeated_sentences_are_left_out(trained):
     assert first == pytest.approx(second, rel=1e-5)
 
 
+def test_several_loaders_are_a_corpus_each(trained):
+    module, _ = trained
+
+    class Two(Pairs):
+        def test_dataloader(self):
+            return [self.loader([1000, 1002]), self.loader(list(range(1000, 1011)))]
+
+    first, second = tiny_trainer().test(module, datamodule=Two(), verbose=False)
+    alone = tiny_trainer().test(module, datamodule=Pairs(), verbose=False)[0]
+    assert second == pytest.approx({f"{name}/dataloader_idx_1": value for name, value in alone.items()}, rel=1e-5)
+    assert first["test/chrf/dataloader_idx_0"] != second["test/chrf/dataloader_idx_1"]
+
+
 def test_validations_translate_every_so_many_epochs(trained):
     module, _ = trained
     seen = []

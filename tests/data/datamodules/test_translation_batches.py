@@ -78,6 +78,11 @@ def test_every_sentence_once_and_no_batch_above_the_budget(max_tokens, options):
         assert len(indices) == 1 or len(indices) * int(inside.max(dim=0).values.sum()) <= max_tokens
     if options.get("in_order"):
         assert list(itertools.chain(*batches)) == list(range(60))
+    if not made.shuffle:
+        # No batch has room for the first sentence of the next one.
+        for indices, following in itertools.pairwise(batches):
+            inside = data.lengths[[*indices, following[0]]]
+            assert len(inside) * int(inside.max(dim=0).values.sum()) > max_tokens
 
 
 def test_sentences_of_a_batch_are_about_as_long():

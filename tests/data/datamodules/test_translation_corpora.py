@@ -264,6 +264,7 @@ msgstr ""
 
 #, fuzzy
 msgid "Edit"
+
 msgstr "Ansicht"
 
 msgid "untranslated"
@@ -322,6 +323,7 @@ def test_two_languages_meet_in_the_english_message(tmp_path):
         ("x.mo", binary(MESSAGES)[:-40], r"x\.mo is damaged \(a message ends at byte"),
         ("x.mo", binary({"": HEADER, "a": "ä"}).replace(b"UTF-8", b"ascii"), r"x\.mo is damaged \('ascii' codec"),
         ("x.po", PO.replace('msgstr "Akte"', "msgstr Akte"), r"x\.po:13 is no line of a catalogue: 'msgstr Akte'"),
+        ("x.po", PO[: PO.index('msgstr "Akte"')], r"x\.po:11 begins an entry without msgstr"),
         ("x.po", PO.encode("latin-1"), r"x\.po:25 is not in the character set UTF-8"),
     ],
 )

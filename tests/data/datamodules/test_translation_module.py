@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -186,6 +187,14 @@ def test_the_same_text_makes_the_same_tokenizer():
     texts = [sentence(number) for number in range(60)]
     made = [BytePairTokenizer.trained(texts, vocab_size=320).definition for _ in range(3)]
     assert made[0] == made[1] == made[2]
+
+
+def test_without_the_library_the_extra_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(
+        InputError, match=r"tokenizers is not installed: pip install 'distill-lightning\[translation\]'"
+    ):
+        data_of(folder).prepare_data()
 
 
 # Lengths

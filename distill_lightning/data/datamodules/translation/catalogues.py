@@ -64,14 +64,16 @@ class GettextCatalogues(Corpus):
     def read(self, data_dir: Path | None, *, source: str, target: str, faults: Faults) -> Splits:
         """All pairs, as training pairs."""
         folder = LOCALE_FOLDER if data_dir is None else data_dir
-        sides = [_texts(folder, language, faults) for language in (source, target) if language != _MESSAGES_ARE_IN]
-        found: list[Pair] = []
-        for key, (own, where) in sides[-1].items():
-            other = sides[0][key][0] if len(sides) == 2 and key in sides[0] else key[-1] if len(sides) == 1 else ""
-            texts = (own, other) if target == _MESSAGES_ARE_IN else (other, own)
-            if all(texts) and texts[0] != texts[1]:
-                found.append(Pair(*texts, where))
-        return {"train": found}
+        sides = {
+            language: _texts(folder, language, faults) for language in (source, target) if language != _MESSAGES_ARE_IN
+        }
+
+        def said(language: str, key: _Key) -> str:
+            return key[-1] if language == _MESSAGES_ARE_IN else sides[language].get(key, ("", ""))[0]
+
+        known = sides.get(target) or sides[source]
+        pairs = (Pair(said(source, key), said(target, key), where) for key, (_, where) in known.items())
+        return {"train": [pair for pair in pairs if pair.source and pair.source != pair.target]}
 
 
 _Key = tuple[str, str, str]
@@ -150,7 +152,7 @@ def read_mo(path: Path) -> Iterator[Message]:
             context, _, message = id_.decode(charset).rpartition("\4")
             yield Message(context, tuple(message.split("\0")), tuple(text.decode(charset).split("\0")), number)
     except (struct.error, UnicodeDecodeError, LookupError) as error:
-        raise InputError(f"{path} is damaged ({error}): install the package of the program again") from error
+        raise InputError(f"{path} is damaged ({error})") from error
 
 
 def _slice(content: bytes, length: int, offset: int) -> bytes:
@@ -181,8 +183,8 @@ def read_po(path: Path) -> Iterator[Message]:
         except (UnicodeDecodeError, LookupError) as error:
             raise InputError(f"{path}:{number} is not in the character set {charset} ({error})") from error
         keyword = _KEYWORD.match(line)
-        starts = keyword is not None and keyword[1] in ("msgctxt", "msgid") and "msgstr" in entry
-        if entry and (not line or line.startswith("#") or starts):
+        starts = keyword is not None and keyword[1] in ("msgctxt", "msgid")
+        if "msgstr" in entry and (not line or line.startswith("#") or starts):
             yield from _finished(entry, begins, is_fuzzy=is_fuzzy)
             entry, is_fuzzy = {}, False
         if line.startswith("#"):
@@ -196,10 +198,12 @@ def read_po(path: Path) -> Iterator[Message]:
                 parts = entry.setdefault(keyword[1], [])
                 parts.append("")
             parts[-1] += _unescaped(string[1])
+    if entry:
+        raise InputError(f"{path}:{begins} begins an entry without msgstr: the file is damaged")
 
 
 def _finished(entry: dict[str, list[str]], begins: int, *, is_fuzzy: bool) -> Iterator[Message]:
-    if not is_fuzzy and "msgid" in entry and "msgstr" in entry:
+    if not is_fuzzy and "msgid" in entry:
         ids = (entry["msgid"][0], *entry.get("msgid_plural", []))
         yield Message(entry.get("msgctxt", [""])[0], ids, tuple(entry["msgstr"]), begins)
 

@@ -35,6 +35,7 @@ class Faults:
 
     Args:
         on_damaged: ``"error"``: the first one is refused; ``"skip"``: they are left out, and counted.
+        way_out: of a refusal, with which its message ends.
 
     Attributes:
         counts: how many were left out, by reason.
@@ -44,9 +45,11 @@ class Faults:
         InputError: ``on_damaged`` is neither.
     """
 
-    def __init__(self, on_damaged: Literal["error", "skip"]) -> None:
+    def __init__(
+        self, on_damaged: Literal["error", "skip"], *, way_out: str = "mend it, or give on_damaged: skip"
+    ) -> None:
         check_one_of("on_damaged", on_damaged, ("error", "skip"))
-        self.skips = on_damaged == "skip"
+        self.skips, self.way_out = on_damaged == "skip", way_out
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}
 
@@ -61,7 +64,7 @@ class Faults:
             InputError: pairs are not to be skipped.
         """
         if not self.skips:
-            raise InputError(f"{message}: mend it, or give on_damaged: skip")
+            raise InputError(f"{message}: {self.way_out}")
         self.counts[reason] += 1
         self.first.setdefault(reason, message)
 

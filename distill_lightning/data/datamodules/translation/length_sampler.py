@@ -72,7 +72,7 @@ class LengthSampler(DistributedSampler[Any]):
         order = self._sorted(np.arange(len(lengths)))
         self._cuts = cuts(self._lengths[order], self.budget)
 
-    def __iter__(self) -> Iterator[Keys]:  # type: ignore[override]  # batches of them
+    def __iter__(self) -> Iterator[Keys]:
         return islice(map(self._share, self.batches()), self.skip, None)
 
     def __len__(self) -> int:

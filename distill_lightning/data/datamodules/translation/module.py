@@ -26,7 +26,7 @@ from distill_lightning.data.datamodules.translation.tokenizer import (
     kept_tokenizer,
 )
 from distill_lightning.data.datamodules.view_data_module import ViewDataModule
-from distill_lightning.errors import InputError, check_one_of
+from distill_lightning.errors import InputError
 
 # Pairs for validation and for test, where there are no files for them.
 _DRAWN = 1000
@@ -50,7 +50,7 @@ class PairOptions(TypedDict, total=False):
 
 
 class TranslationDataModule(ViewDataModule):
-    """Sentences and their translations, for networks with an encoder and a decoder.
+    r"""Sentences and their translations, for networks with an encoder and a decoder.
 
     A batch of ``N`` pairs, of at most ``S`` source and ``T`` target ids, is a `Batch` of int64 tensors: ``input`` is
     ``{"input_ids": (N, S), "attention_mask": (N, S), "decoder_input_ids": (N, T)}``, ``target`` ``(N, T)``. Sentences
@@ -79,8 +79,9 @@ class TranslationDataModule(ViewDataModule):
         max_tokens: budget of a batch and process: its number of sentences times the longest source and target together.
         min_length: ids that each side has at least; shorter pairs are left out of every split.
         max_length: ids that a side may have at most, the end's included: the positions that the network knows.
-        on_damaged: what becomes of a pair with an empty side, of bytes that are not UTF-8 and of a sentence longer than
-            ``max_length``: ``"error"`` refuses it, ``"skip"`` leaves it out of its split and tells how many there were.
+        on_damaged: what becomes of a pair with an empty side, bytes that are not UTF-8, a damaged catalogue, and a
+            sentence longer than ``max_length``: ``"error"`` refuses it, ``"skip"`` leaves it out and tells how many
+            there were.
         val_size: pairs for validation: the first ones of its files, or so many drawn by ``seed`` where it has none;
             ``None``: all, or 1,000.
         test_size: pairs for test, likewise.
@@ -94,18 +95,23 @@ class TranslationDataModule(ViewDataModule):
             unequal length, something in them is damaged, a sentence is too long, or a split is larger than the text.
 
     Example:
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
         >>> from distill_lightning import TranslationDataModule
-        >>> data = TranslationDataModule(data_dir="multi30k", max_tokens=4096)  # doctest: +SKIP
-        >>> next(iter(data.train_dataloader())).target.shape  # doctest: +SKIP
-        torch.Size([124, 16])
+        >>> folder = Path(mkdtemp())
+        >>> for language, text in (("en", "One dog.\nTwo dogs.\nA cat."), ("de", "Ein Hund.\nZwei Hunde.\nKatze.")):
+        ...     _ = (folder / f"train.{language}").write_text(text)
+        >>> data = TranslationDataModule(data_dir=folder, vocab_size=280, val_size=1, test_size=1)
+        >>> len(data.dataset("train"))
+        1
+        >>> data.decode(data.encode_target("Drei Hunde."))
+        'Drei Hunde.'
     """
 
     task = "translation"
     pad_id = PAD
     num_classes: int
     input_shape = None  # type: ignore[assignment]  # sentences have lengths of their own
-    # All that are for it, where there are any; ViewDataModule's others are required.
-    val_size: int | None
 
     def __init__(
         self,
@@ -131,7 +137,6 @@ class TranslationDataModule(ViewDataModule):
         if source == target:
             raise InputError(f"source and target are both {source!r}: give two languages")
         check_vocab_size(vocab_size)
-        check_one_of("on_damaged", on_damaged, ("error", "skip"))
         if not 1 <= min_length <= max_length:
             raise InputError(
                 f"min_length={min_length}, max_length={max_length}: the first must be at least 1, at most the second"
@@ -213,8 +218,7 @@ class TranslationDataModule(ViewDataModule):
         """The sentences of ``predict_file``, or those for test, in their order."""
         if self.predict_file is None:
             return self._batches(self.dataset("test"), in_order=True)
-        faults = Faults("error")
-        lines = [line or "" for line in read_lines(self.predict_file, faults)]
+        lines = [line or "" for line in read_lines(self.predict_file, Faults("error", way_out="mend it"))]
         if not lines:
             raise InputError(f"{self.predict_file} is empty: write sentences into it, one a line")
         ids = self.tokenizer.encode_all(lines)
@@ -272,6 +276,13 @@ class TranslationDataModule(ViewDataModule):
     def _batches(
         self, dataset: TranslationDataset, *, shuffle: bool = False, in_order: bool = False, seed: int = 0
     ) -> DataLoader[Batch]:
-        options = {"max_tokens": self.max_tokens, "shuffle": shuffle, "in_order": in_order, "seed": seed}
-        sampler = LengthSampler(dataset, dataset.lengths, **options, **self._share)
+        sampler = LengthSampler(
+            dataset,
+            dataset.lengths,
+            max_tokens=self.max_tokens,
+            shuffle=shuffle,
+            in_order=in_order,
+            seed=seed,
+            **self._share,
+        )
         return self._loader_of(dataset, sampler, batch_size=None)

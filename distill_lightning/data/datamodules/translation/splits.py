@@ -93,7 +93,7 @@ def _draw(by_source: dict[str, list[Pair]], order: list[str], split: str, size: 
 
 
 def _hash(source: str, seed: int) -> bytes:
-    return blake2b(source.encode(errors="surrogatepass"), key=seed.to_bytes(8, "little", signed=True)).digest()
+    return blake2b(source.encode(errors="surrogatepass"), key=str(seed).encode()).digest()
 
 
 def texts(pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
