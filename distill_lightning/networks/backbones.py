@@ -112,7 +112,7 @@ class Features(nn.Module):
         self.body = nn.Module()
         for path in self.steps:
             _add(self.body, path, network.get_submodule(path))
-        images = torch.rand(2, *likely_input_shape(network)[:1], 64, 64, generator=torch.Generator().manual_seed(0))
+        images = torch.rand(2, *likely_input_shape(network), generator=torch.Generator().manual_seed(0))
         expected = _tapped(network, self.layers, images)
         with torch.no_grad(), eval_mode(self):
             found = list(self(images).values()) if last >= 0 else []

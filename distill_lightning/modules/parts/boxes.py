@@ -109,7 +109,7 @@ class DetectionEvaluation(Evaluation):
             suffix = f"/dataloader_idx_{loader}" if len(loaders) > 1 else ""
             values = {f"{name}{suffix}": value for name, value in _scalars(metrics.compute()).items()}
             # All processes have computed the same; Lightning warns where it is not told to make sure.
-            module.log_dict(values, sync_dist=True)
+            module.log_dict(values, sync_dist=True, add_dataloader_idx=False)
 
     @torch.no_grad()
     def score(self, module: Any, batches: Iterable[Batch]) -> dict[str, float]:

@@ -129,7 +129,8 @@ class COCOAveragePrecision(BoxMetric):
 
     def compute(self) -> dict[str, Tensor]:  # type: ignore[override]  # torchmetrics says Any
         """The values over everything added, by name."""
-        metric = MeanAveragePrecision(backend=_backend(), class_metrics=True)
+        # Each process has the images of all by now.
+        metric = MeanAveragePrecision(backend=_backend(), class_metrics=True, sync_on_compute=False)
         metric.warn_on_many_detections = False
         for image in self.images():
             metric.update(*_as_coco(image))
