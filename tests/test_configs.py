@@ -81,6 +81,21 @@ def small_translations(folder, config):
     ]
 
 
+def small_voc(folder):
+    """As many classes as Pascal VOC has, in as many small images for training, and two for test."""
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / part).mkdir(parents=True)
+    for number in range(22):
+        Image.effect_noise((96, 64), 50).convert("RGB").save(folder / f"JPEGImages/{number:06}.jpg")
+        box = "<bndbox><xmin>20</xmin><ymin>10</ymin><xmax>60</xmax><ymax>50</ymax></bndbox>"
+        (folder / f"Annotations/{number:06}.xml").write_text(
+            "<annotation><size><width>96</width><height>64</height></size>"
+            f"<object><name>class {number % 20:02}</name>{box}</object></annotation>"
+        )
+    for split, numbers in (("trainval", range(20)), ("test", range(20, 22))):
+        (folder / f"ImageSets/Main/{split}.txt").write_text("".join(f"{number:06}\n" for number in numbers))
+
+
 def test_every_yaml_is_in_a_tested_folder():
     assert set(CONFIGS.rglob("*.yaml")) == {*COMPARE, *START}
 
@@ -191,6 +206,17 @@ def test_deep_compression_holds_its_promise(tmp_path, monkeypatch):
         assert 20 * final["nbytes"]["artefact"] <= dense["nbytes"][key]
 
 
+def voc_arguments(kind, folder):
+    """A detection on few pictures, laid into a folder."""
+    if kind == "FashionVOCDataModule":
+        write_fashion_voc(folder / "fashion_voc", FashionVOC(items="digits", images=(10, 4, 4)))
+        return ["--data.init_args.pictures.items", "digits", "--data.init_args.pictures.images", "[10, 4, 4]"]
+    small_voc(folder / "VOCdevkit/VOC2007")
+    sizes = {"subset": 2, "val_size": 2, "batch_size": 2, "num_workers": 0}
+    given = [f"--data.init_args.{name}={value}" for name, value in sizes.items()]
+    return ["--model.init_args.student.init_args.min_size=64", *given]
+
+
 def small_arguments(path, folder):
     """A configuration on little data, with the files that it reads laid into the working folder."""
     config = yaml.safe_load(path.read_text())
@@ -207,7 +233,7 @@ def small_arguments(path, folder):
     arguments = ["--config", str(path), "--trainer.accelerator", "cpu"]
     if "Translation" in config["data"]["class_path"]:
         return arguments + small_translations(folder, config)
-    if "ImageFolder" not in config["data"]["class_path"]:
+    if not any(name in config["data"]["class_path"] for name in ("ImageFolder", "VOC")):
         arguments += ["--data.init_args.subset", "64", "--data.init_args.val_size", "40"]
     if "FashionMNIST" in config["data"]["class_path"]:
         small_fashion_mnist(folder)
@@ -217,6 +243,8 @@ def small_arguments(path, folder):
         sizes = {"image_size": 32, "resize_size": 36, "subset": 4, "val_size": 4, "test_size": 4, "batch_size": 8}
         for name, value in (sizes | {"num_workers": 0}).items():
             arguments += [f"--data.init_args.{name}", str(value)]
+    if "VOC" in config["data"]["class_path"]:
+        arguments += voc_arguments(config["data"]["class_path"], folder / "data")
     if "Docstrings" in config["data"]["class_path"]:
         # Reading Python's own takes seconds.
         for number in range(30):

@@ -390,6 +390,7 @@ def cut(folder):
             r"JPEGImages/000009\.png has 30x20 pixels, and its annotation says 64x48",
         ),
     ],
+    ids=["cut", "another size"],
 )
 def test_images_that_cannot_be_used_are_named(folder, edit, message):
     edit(folder)
