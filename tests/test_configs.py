@@ -217,12 +217,10 @@ def voc_arguments(kind, folder):
     return ["--model.init_args.student.init_args.min_size=64", *given]
 
 
-def small_arguments(path, folder):
-    """A configuration on little data, with the files that it reads laid into the working folder."""
-    config = yaml.safe_load(path.read_text())
-    # What a comparison, or the training before this one, would have left.
+def leave_networks(model, folder):
+    """Write what a comparison, or the training before this one, would have left."""
     left = collections.defaultdict(dict)
-    for pretrained in networks_in(config["model"]):
+    for pretrained in networks_in(model):
         name = pretrained["network"]["class_path"].rpartition(".")[2]
         network = (getattr(layers, name, None) or getattr(networks, name))(**pretrained["network"]["init_args"])
         part = f"{pretrained['part']}." if "part" in pretrained else ""
@@ -230,6 +228,18 @@ def small_arguments(path, folder):
     for file, state in left.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / file) if file.endswith(".safetensors") else torch.save(state, folder / file)
+
+
+def small_texts(folder):
+    """Python files with docstrings; reading Python's own takes seconds."""
+    for number in range(30):
+        (folder / f"text_{number}.py").write_text(f'"""{f"What file {number} does. " * 60}"""\n')
+
+
+def small_arguments(path, folder):
+    """A configuration on little data, with the files that it reads laid into the working folder."""
+    config = yaml.safe_load(path.read_text())
+    leave_networks(config["model"], folder)
     arguments = ["--config", str(path), "--trainer.accelerator", "cpu"]
     if "Translation" in config["data"]["class_path"]:
         return arguments + small_translations(folder, config)
@@ -246,9 +256,7 @@ def small_arguments(path, folder):
     if "VOC" in config["data"]["class_path"]:
         arguments += voc_arguments(config["data"]["class_path"], folder / "data")
     if "Docstrings" in config["data"]["class_path"]:
-        # Reading Python's own takes seconds.
-        for number in range(30):
-            (folder / f"text_{number}.py").write_text(f'"""{f"What file {number} does. " * 60}"""\n')
+        small_texts(folder)
         arguments += ["--data.init_args.data_dir", str(folder)]
     return arguments
 
