@@ -63,7 +63,7 @@ class LengthSampler(DistributedSampler[Any]):
         rank: int = 0,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed * _SEED_STRIDE)
-        # Lightning is to see that no sentence is read twice and counted.
+        # Evaluations look here for samples that count twice; those that are repeated do not count.
         self.total_size = len(lengths)
         self.budget = num_replicas * max_tokens
         self.skip = 0
