@@ -11,11 +11,14 @@ import warnings
 import pytest
 import torch
 import yaml
+from pytorch_lightning.utilities import rank_zero_info
 from safetensors.torch import load_file
 
 import distill_lightning
-from distill_lightning import FEEDModule, HintDistance, SmallResNet, SupervisedModule, cli
+from distill_lightning import BeamSearch, FEEDModule, HintDistance, SmallResNet, SupervisedModule, cli
 from distill_lightning.cli import DistillCLI, main
+from distill_lightning.cli.entry import _quiet_down
+from distill_lightning.modules.parts.translating import Translating
 from distill_lightning.networks.weights import read_weights
 from distill_lightning.testing import TinyDataModule, tiny_trainer
 
@@ -166,6 +169,16 @@ def test_bad_configurations_get_one_line(write, tmp_path, capsys, change, messag
     config = write(change)
     line = refused(capsys, tmp_path, "fit", "--config", config)
     assert re.search(message, line), line
+
+
+def test_what_this_package_tells_is_heard_and_what_lightning_tells_is_not(caplog):
+    _quiet_down()
+    # This file is not of the package.
+    rank_zero_info("GPU available: False")
+    told = Translating(0, BeamSearch(), 1, None)
+    told.signatures = {"bleu": "nrefs:1|tok:13a"}
+    told.fit_ends(None)
+    assert [record.getMessage() for record in caplog.records] == ["bleu: nrefs:1|tok:13a"]
 
 
 def test_a_missing_configuration_gets_one_line(write, tmp_path, capsys):

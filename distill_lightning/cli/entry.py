@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 VERBS = ("fit", "validate", "test", "predict", "record", "compare", "compress", "export", "doctor")
+_PACKAGE = Path(distill_lightning.__file__).parent
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -135,4 +136,13 @@ def _quiet_down() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # What this package has to say goes the same way, and is to be heard.
+    told = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    told.setLevel(logging.INFO)
+    told.addFilter(_is_to_be_heard)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+
+def _is_to_be_heard(record: logging.LogRecord) -> bool:
+    """Whether a message is a warning, or a line of this package."""
+    return record.levelno >= logging.WARNING or Path(record.pathname).is_relative_to(_PACKAGE)

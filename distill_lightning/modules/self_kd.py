@@ -109,7 +109,7 @@ class SelfKDModule(DistillationModule):
         past, known = self.past.read(batch, hard, temperature=self.past_temperature)
         # Without a past exactly the label: (1 - alpha) + alpha need not round to 1.
         target = torch.where(known[..., None], functional.progressive_targets(hard, past, alpha), hard)
-        self.past.write(batch, wide(logits.detach()).softmax(dim=-1))
+        self.past.write(batch, logits.detach())
         rows = functional.soft_cross_entropy_rows(logits, target)
         agree = logits.argmax(dim=-1) == past.argmax(dim=-1)
         self._observe(batch, alpha, target, agree=agree, known=known, counted=counted)

@@ -437,6 +437,23 @@ def test_repeated_sentences_are_left_out(trained):
     assert first == pytest.approx(second, rel=1e-5)
 
 
+def test_several_loaders_are_a_corpus_each(trained):
+    module, _ = trained
+
+    class Two(Pairs):
+        def test_dataloader(self):
+            return [self.loader([1000, 1002]), self.loader(list(range(1000, 1011)))]
+
+    trainer = tiny_trainer()
+    trainer.test(module, datamodule=Two(), verbose=False)
+    alone = tiny_trainer().test(module, datamodule=Pairs(), verbose=False)[0]
+    found = trainer.callback_metrics
+    for name, value in alone.items():
+        assert float(found[f"{name}/dataloader_idx_1"]) == pytest.approx(value, rel=1e-5)
+    assert float(found["test/chrf/dataloader_idx_0"]) != pytest.approx(alone["test/chrf"])
+    assert len(found) == 2 * len(alone)
+
+
 def test_validations_translate_every_so_many_epochs(trained):
     module, _ = trained
     seen = []

@@ -17,6 +17,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.data.fingerprint import Fingerprint, data_difference, loader_fingerprint
 from distill_lightning.data.mixing import mixup
 from distill_lightning.errors import InputError, check_finite, refusing
+from distill_lightning.functional.common import wide
 from distill_lightning.lightning_internals import begins_anew, training_loaders
 from distill_lightning.modules.parts.past_network import AveragedNetwork, PastNetwork
 from distill_lightning.part import Part
@@ -60,8 +61,8 @@ class RunningPast(Part, ABC):
             Probabilities of that shape, and of which samples or positions there is a past, bool ``(N,)`` or ``(N, T)``.
         """
 
-    def write(self, batch: Batch, probs: Tensor) -> None:
-        """Keep what the student predicts for a batch, probabilities ``(N, K)`` or ``(N, T, K)``."""
+    def write(self, batch: Batch, logits: Tensor) -> None:
+        """Keep what the student says of a batch, logits ``(N, K)`` or ``(N, T, K)`` without a graph."""
 
     @abstractmethod
     def begin(self, module: Any) -> None:
@@ -295,9 +296,9 @@ class RunningStore(RunningPast):
         other = torch.where(other_known[:, None], other, mixture.second)
         return mixup(own, other, mixture.share), known | (other_known & (mixture.share < 1))
 
-    def write(self, batch: Batch, probs: Tensor) -> None:
-        """Keep the rows of samples that count and were not mixed."""
-        keep = batch.counted
+    def write(self, batch: Batch, logits: Tensor) -> None:
+        """Keep the probabilities of samples that count and were not mixed."""
+        probs, keep = wide(logits).softmax(dim=-1), batch.counted
         if batch.mixture is not None:
             whole = batch.mixture.share == 1
             keep = whole if keep is None else keep & whole

@@ -179,7 +179,8 @@ class Translating(Part):
             for name, score in scores.items():
                 self.signatures[name] = score.signature
                 # All processes have computed the same.
-                module.log(f"{stage}/{name}{of}", score.value, on_step=False, on_epoch=True, sync_dist=True)
+                told = {"on_step": False, "on_epoch": True, "sync_dist": True, "add_dataloader_idx": False}
+                module.log(f"{stage}/{name}{of}", score.value, **told)
         self._pairs = {}
         if trainer.state.fn != "fit":
             self._tell()
