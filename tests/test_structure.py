@@ -469,6 +469,8 @@ def test_no_tensor_hides_outside_the_buffers(module):
     network = testing.TinyNet
     if module is distill_lightning.RegressionModule:
         options, network = {"num_targets": 3}, lambda: testing.TinyNet(None, num_targets=3)
+    if issubclass(module, distill_lightning.DetectionModule):
+        options, network = {"num_classes": 2}, testing.TinyFasterRCNN
     accepted = arguments_of(module)
     networks_needed = [network() for name in ("student", "network", "teachers") if name in accepted]
     if "discriminator" in accepted:
