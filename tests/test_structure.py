@@ -184,7 +184,7 @@ ROOMS = {
     """,
     "modules/parts": """
         adversary alpha asleep_norms backbone checkpoints data_wait distances evaluation extra_inputs
-        guard holds_frozen means optimization past_network regions search sizes
+        guard holds_frozen means optimization past_network refinement regions search sizes
         boxes past skipping translating
     """,
     "networks": """
@@ -482,7 +482,7 @@ def test_no_tensor_hides_outside_the_buffers(module):
     if module is distill_lightning.RegressionModule:
         options, network = {"num_targets": 3}, lambda: testing.TinyNet(None, num_targets=3)
     if issubclass(module, distill_lightning.DetectionModule):
-        options, network = {"num_classes": 3}, lambda: testing.TinyFasterRCNN(3)
+        options, network = {"num_classes": 2}, testing.TinyFasterRCNN
     accepted = arguments_of(module)
     networks_needed = [network() for name in ("student", "network", "teachers") if name in accepted]
     if "discriminator" in accepted:

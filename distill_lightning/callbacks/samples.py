@@ -76,7 +76,7 @@ class ValidationSamples(pl.Callback):
 class DetectionFigures(ValidationSamples):
     """Draws what a detector finds on the first images of the validation, logged as ``val/detections``.
 
-    True boxes are drawn, too, dashed. It uses what the module's ``validation_step`` returns, and
+    True boxes are drawn, too, dashed in white. It uses what the module's ``validation_step`` returns, and
     `distill_lightning.plots.detected_boxes` draws it; the figure goes to whichever logger is there (`log_figure`).
 
     ::

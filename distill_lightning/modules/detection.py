@@ -56,6 +56,8 @@ class DetectionModule(DistillationModule):
             schedule waits for the mean average precision to fall.
     """
 
+    evaluation: DetectionEvaluation
+
     def __init__(
         self,
         student: nn.Module,

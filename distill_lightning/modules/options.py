@@ -32,7 +32,8 @@ class TrainingOptions(TypedDict, total=False):
         optimizer: makes the optimiser from the trainable parameters; `default_optimizer` by default.
         lr_scheduler: makes the schedule from the optimiser; ``None`` by default. It is stepped after every epoch,
             `OneCycle`, `InverseSquareRoot`, PyTorch's `OneCycleLR` and `CyclicLR` after every batch;
-            `ReduceLROnPlateau` watches ``val/nll``, of several validation loaders that of the first.
+            `ReduceLROnPlateau` watches ``val/nll``, of detectors ``val/map``, of several validation loaders that of the
+            first.
         transforms: what is done to each training batch of a classifier, in this order: `Mixup`, `CutMix`, `Cutout`,
             `LabelSmoothing`. Empty by default.
         metrics: of the student's output and the target; by default those of the output,

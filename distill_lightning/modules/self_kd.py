@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal, Unpack
 
 import torch
@@ -11,11 +10,12 @@ from torch import Tensor, nn
 from distill_lightning import functional
 from distill_lightning.data.batch import IGNORED, Batch
 from distill_lightning.errors import InputError
-from distill_lightning.functional.common import positive, wide, wide_default
+from distill_lightning.functional.common import positive, wide
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
-from distill_lightning.modules.parts.alpha import Alpha, AlphaSchedule
+from distill_lightning.modules.parts.alpha import AlphaSchedule, alpha_of
 from distill_lightning.modules.parts.past import Past, StoredPast
+from distill_lightning.modules.parts.refinement import observe_refinement
 
 
 class SelfKDModule(DistillationModule):
@@ -93,11 +93,8 @@ class SelfKDModule(DistillationModule):
                 "StoredPast keeps no prediction of a mixed input, and probability=1 mixes every one: lower it, or use "
                 "past=PastModel()"
             )
-        if alpha_schedule == "constant":
-            self.refuse_unused("alpha_unit", alpha_unit, "with alpha_schedule='constant'")
-            self.refuse_unused("total_epochs", total_epochs, "with alpha_schedule='constant'")
         self.past_temperature = past_temperature
-        self.alpha = Alpha(alpha_T, alpha_schedule, alpha_unit, total_epochs)
+        self.alpha = alpha_of(self, alpha_T, alpha_schedule, alpha_unit, total_epochs)
         self.past = past.start()
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
@@ -112,23 +109,12 @@ class SelfKDModule(DistillationModule):
         self.past.write(batch, logits.detach())
         rows = functional.soft_cross_entropy_rows(logits, target)
         agree = logits.argmax(dim=-1) == past.argmax(dim=-1)
-        self._observe(batch, alpha, target, agree=agree, known=known, counted=counted)
+        observe_refinement(self, alpha, _labels(batch), target, agree=agree, known=known, counted=counted)
         return {"self_kd": functional.counted_mean(rows, counted)}
 
     def weights(self) -> dict[str, float]:
         """The one term is the loss."""
         return {"self_kd": 1.0}
-
-    def _observe(
-        self, batch: Batch, alpha: float, target: Tensor, *, agree: Tensor, known: Tensor, counted: Tensor | None
-    ) -> None:
-        mean = partial(functional.counted_mean, counted=counted)
-        with_past = known if counted is None else known & counted
-        self.observe("alpha", torch.full((), alpha, dtype=wide_default(), device=target.device))
-        self.observe("target_gt_prob", mean(target.gather(-1, _labels(batch)[..., None])[..., 0]))
-        self.observe("target_entropy", mean(torch.special.entr(target).sum(dim=-1)))
-        self.observe("agree_past", functional.counted_mean(agree.float(), with_past))
-        self.observe("known_fraction", mean(known.float()))
 
 
 def _distributions(target: Tensor, num_classes: int) -> Tensor:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from distill_lightning import functional
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.functional.common import positive, wide, wide_default
+from distill_lightning.functional.common import positive, wide
 from distill_lightning.modules.detection import DetectionModule
 from distill_lightning.modules.options import TrainingOptions
-from distill_lightning.modules.parts.alpha import Alpha, AlphaSchedule
+from distill_lightning.modules.parts.alpha import AlphaSchedule, alpha_of
 from distill_lightning.modules.parts.past import Past, PastModel, RunningNetwork
+from distill_lightning.modules.parts.refinement import observe_refinement
 from distill_lightning.modules.parts.regions import Regions, check_regions, recorded
 
 
@@ -85,11 +86,8 @@ class SelfKDDetectionModule(DetectionModule):
         super().__init__(student, num_classes=num_classes, class_names=class_names, **options)
         check_regions(f"{type(self).__name__}: the student", student)
         positive("past_temperature", past_temperature)
-        if alpha_schedule == "constant":
-            self.refuse_unused("alpha_unit", alpha_unit, "with alpha_schedule='constant'")
-            self.refuse_unused("total_epochs", total_epochs, "with alpha_schedule='constant'")
         self.past_temperature, self.foreground_only, self.objectness = past_temperature, foreground_only, objectness
-        self.alpha = Alpha(alpha_T, alpha_schedule, alpha_unit, total_epochs)
+        self.alpha = alpha_of(self, alpha_T, alpha_schedule, alpha_unit, total_epochs)
         running = past.start()
         if not isinstance(running, RunningNetwork):
             raise InputError(
@@ -103,7 +101,10 @@ class SelfKDDetectionModule(DetectionModule):
         alpha, past = self.alpha.at(self.trainer), self.past.model
         if past is None or alpha == 0:
             terms = super().terms(batch)
-            self._observe(alpha, terms["classifier"], known=0.0, gt_prob=1.0)
+            # Of every box the target is its class.
+            nothing = torch.zeros(1, dtype=torch.int64, device=terms["classifier"].device)
+            hard = functional.hard_targets(nothing, 1)
+            observe_refinement(self, alpha, nothing, hard, agree=nothing > 0, known=nothing > 0)
             return terms
         with recorded(self.student) as seen:
             terms = super().terms(batch)
@@ -114,38 +115,18 @@ class SelfKDDetectionModule(DetectionModule):
         return terms
 
     def _classifier(self, seen: Regions, past_logits: Tensor, alpha: float) -> Tensor:
-        hard = functional.hard_targets(seen.labels, seen.logits.shape[1])
+        labels, logits = seen.labels, seen.logits
+        hard = functional.hard_targets(labels, logits.shape[1])
         past = functional.soften(wide(past_logits).softmax(dim=1), temperature=self.past_temperature)
         target = functional.progressive_targets(hard, past, alpha)
         if self.foreground_only:
-            target = torch.where(seen.labels[:, None] > 0, target, hard)
-        self._observe(
-            alpha,
-            target,
-            known=1.0,
-            gt_prob=target.gather(1, seen.labels[:, None]).mean(),
-            entropy=torch.special.entr(target).sum(dim=1).mean(),
-            agree=(seen.logits.argmax(dim=1) == past.argmax(dim=1)).float().mean(),
-        )
-        return functional.soft_cross_entropy_rows(seen.logits, target).mean()
+            target = torch.where(labels[:, None] > 0, target, hard)
+        agree = logits.argmax(dim=1) == past.argmax(dim=1)
+        observe_refinement(self, alpha, labels, target, agree=agree, known=torch.ones_like(agree))
+        return functional.soft_cross_entropy_rows(logits, target).mean()
 
     def _objectness(self, seen: Regions, past_logits: Tensor, alpha: float) -> Tensor:
         past = (wide(past_logits) / self.past_temperature).sigmoid()
         target = functional.progressive_targets(seen.is_object, past, alpha)
         rows = functional.soft_binary_cross_entropy_rows(seen.objectness, target)
         return functional.counted_mean(rows, seen.sampled)
-
-    def _observe(
-        self,
-        alpha: float,
-        like: Tensor,
-        *,
-        known: float,
-        gt_prob: float | Tensor,
-        entropy: float | Tensor = 0.0,
-        agree: float | Tensor = 0.0,
-    ) -> None:
-        values = {"alpha": alpha, "target_gt_prob": gt_prob, "target_entropy": entropy}
-        for name, value in {**values, "agree_past": agree, "known_fraction": known}.items():
-            is_scalar = isinstance(value, Tensor)
-            self.observe(name, value if is_scalar else torch.full((), value, dtype=wide_default(), device=like.device))

@@ -41,7 +41,7 @@ class Translates(DistillationModule):
         self, pad_id: int, label_smoothing: float, beam: Search, bleu_every: int, decode: Decode | None
     ) -> None:
         """Take the options that the modules share, once the base class has been initialised."""
-        if not 0 <= pad_id < self.output.num_classes:  # type: ignore[attr-defined]  # it is Categorical
+        if not 0 <= pad_id < self.output.num_classes:
             raise InputError(
                 f"{type(self).__name__}: pad_id must be an id below num_classes={self.num_classes}, got {pad_id}: give "
                 "the tokenizer's"

@@ -140,7 +140,7 @@ def _head_of(network: nn.Module, num_classes: int) -> str:
         for name, layer in network.named_modules()
         if isinstance(layer, (nn.Linear, nn.Conv2d))
     }
-    heads = [name for name, size in sizes.items() if size == num_classes]
+    heads: list[str] = [name for name, size in sizes.items() if size == num_classes]
     if not heads:
         raise InputError(
             f"{type(network).__name__} has no last layer of {num_classes} outputs that a backbone could do without: "

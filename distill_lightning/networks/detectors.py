@@ -108,7 +108,7 @@ def faster_rcnn(
                 freeze(layer)
     pyramid = Pyramid(features, fpn_channels)
     anchors = _anchors(anchor_sizes, levels=pyramid.levels)
-    return FasterRCNN(
+    detector: nn.Module = FasterRCNN(
         pyramid,
         min_size=min_size,
         max_size=max_size,
@@ -124,6 +124,7 @@ def faster_rcnn(
         box_predictor=FastRCNNPredictor(head_features, num_classes + 1),
         box_batch_size_per_image=samples,
     )
+    return detector
 
 
 class Pyramid(nn.Module):

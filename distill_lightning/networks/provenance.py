@@ -52,7 +52,7 @@ def build_from(recipe: Recipe) -> nn.Module:
     if recipe.get("factory") not in _FACTORIES:
         raise InputError(f"unknown network factory {recipe.get('factory')!r}: known ones are {', '.join(_FACTORIES)}")
     arguments = {
-        name: build_from(value) if name in _NETWORKS and isinstance(value, Mapping) else value
+        name: build_from(dict(value)) if name in _NETWORKS and isinstance(value, Mapping) else value
         for name, value in recipe["arguments"].items()
     }
     return _FACTORIES[recipe["factory"]](**arguments)

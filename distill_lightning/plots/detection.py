@@ -10,12 +10,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from distill_lightning.plots.style import ShownFigure
 
 _COLUMNS = 4
-_TRUE = "0.85"
+_WIDTH = 3.0
+"""Of an image, in inches."""
+_TRUE = "white"
+# Readable on light and on dark images.
+_OUTLINED = [withStroke(linewidth=2.5, foreground="0.2")]
 
 
 class DrawnBoxes(NamedTuple):
@@ -39,7 +44,7 @@ def detected_boxes(
     *,
     class_names: Sequence[str] | None = None,
 ) -> Figure:
-    """Draw boxes on images: what was found in the colour of its class with its score, what is there dashed in grey.
+    """Draw boxes on images: what was found in the colour of its class with its score, what is there dashed in white.
 
     Args:
         images: ``(H, W)`` in grey or ``(H, W, 3)`` in colour, in ``[0, 1]``; sizes may differ.
@@ -49,7 +54,8 @@ def detected_boxes(
     """
     columns = max(min(_COLUMNS, len(images)), 1)
     rows = max(math.ceil(len(images) / columns), 1)
-    figure = ShownFigure(figsize=(3 * columns, 3 * rows), layout="constrained")
+    tallest = max((len(image) / image.shape[1] for image in images), default=1.0)
+    figure = ShownFigure(figsize=(_WIDTH * columns, _WIDTH * tallest * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel in panels:
         panel.set_axis_off()
@@ -65,12 +71,15 @@ def _draw(axes: Axes, boxes: DrawnBoxes, class_names: Sequence[str] | None) -> N
     for place, (left, top, right, bottom) in enumerate(boxes.boxes):
         label = int(boxes.labels[place])
         name = str(label) if class_names is None else class_names[label - 1]
-        is_true = boxes.scores is None
-        color = _TRUE if is_true else f"C{(label - 1) % 10}"
         # Pixels are drawn around their centres, and boxes reach from edge to edge.
         corner, sides = (left - 0.5, top - 0.5), (right - left, bottom - top)
-        axes.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=color, linestyle="--" if is_true else "-"))
         if boxes.scores is None:
-            axes.text(left, bottom, name, color=color, fontsize=7, va="bottom", clip_on=True)
+            box = Rectangle(corner, *sides, fill=False, edgecolor=_TRUE, linestyle="--", path_effects=_OUTLINED)
+            axes.text(left, bottom, name, color=_TRUE, fontsize=7, va="bottom", clip_on=True, path_effects=_OUTLINED)
         else:
-            axes.text(left, top, f"{name} {boxes.scores[place]:.2f}", color=color, fontsize=7, va="top", clip_on=True)
+            color = f"C{(label - 1) % 10}"
+            box = Rectangle(corner, *sides, fill=False, edgecolor=color, linestyle="-")
+            text = f"{name} {boxes.scores[place]:.2f}"
+            under = {"facecolor": color, "edgecolor": "none", "pad": 0.5, "alpha": 0.7}
+            axes.text(left, top, text, color="white", fontsize=7, va="top", clip_on=True, bbox=under)
+        axes.add_patch(box)

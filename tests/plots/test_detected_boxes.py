@@ -34,4 +34,4 @@ def test_images_stand_in_rows_of_four():
     figure = detected_boxes([GREY] * 5, [NONE] * 5)
     assert len(figure.axes) == 8
     assert [len(axes.images) for axes in figure.axes] == [1] * 5 + [0] * 3
-    assert figure.get_size_inches().tolist() == [12, 6]
+    assert figure.get_size_inches().tolist() == pytest.approx([12, 4.8])

@@ -118,6 +118,20 @@ class Alpha(Part):
         self._loaded = state["length"]
 
 
+def alpha_of(
+    module: Any, final: float, schedule: AlphaSchedule, unit: Literal["epoch", "step"], total_epochs: int | None
+) -> Alpha:
+    """The `Alpha` of a module's arguments ``alpha_T``, ``alpha_schedule``, ``alpha_unit`` and ``total_epochs``.
+
+    Raises:
+        InputError: one is out of range, or would do nothing.
+    """
+    if schedule == "constant":
+        module.refuse_unused("alpha_unit", unit, "with alpha_schedule='constant'")
+        module.refuse_unused("total_epochs", total_epochs, "with alpha_schedule='constant'")
+    return Alpha(final, schedule, unit, total_epochs)
+
+
 def training_length(trainer: pl.Trainer, total_epochs: int | None) -> int:
     """``T``, the epochs of the whole training; that in which stochastic averaging measures statistics is none of them.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ def recorded(detector: nn.Module) -> Iterator[Regions]:
     It computes what it would compute alone, from the same random numbers: hooks listen to its layers, and two of its
     own methods, replaced on this object alone and put back afterwards, pass on what they return.
     """
-    seen, parts = Regions(), detector
+    seen, parts = Regions(), cast("Any", detector)
     heads, rpn = parts.roi_heads, parts.rpn
     select, compute, sample = heads.select_training_samples, rpn.compute_loss, rpn.fg_bg_sampler
 

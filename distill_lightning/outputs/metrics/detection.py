@@ -127,7 +127,7 @@ class COCOAveragePrecision(BoxMetric):
         self.num_classes = num_classes
         self.class_names = class_names
 
-    def compute(self) -> dict[str, Tensor]:  # type: ignore[override]  # torchmetrics says Any
+    def compute(self) -> dict[str, Tensor]:
         """The values over everything added, by name."""
         # Each process has the images of all by now.
         metric = MeanAveragePrecision(backend=_backend(), class_metrics=True, sync_on_compute=False)
