@@ -263,7 +263,8 @@ def test_its_limits_are_plain_training_bit_for_bit(options, epochs, epsilon):
     trained, expected = self_kd(label_smoothing=epsilon, **options), plain(label_smoothing=epsilon)
     for module in (trained, expected):
         torch.manual_seed(3)
-        fitted(module, max_epochs=epochs)
+        trainer = fitted(module, max_epochs=epochs)
+        assert trainer.callback_metrics.get("train/known_fraction", 0) == (epochs > 1 and module is trained)
     assert same(trained.state_dict(), expected.state_dict())
     assert not same(trained.state_dict(), plain().state_dict())
 

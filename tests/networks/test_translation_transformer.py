@@ -120,8 +120,8 @@ def naive_greedy(network, length):
 @torch.no_grad()
 def test_a_beam_of_one_is_the_most_probable_token_each_time():
     built = network().eval()
-    # So that sentences end.
-    built.final_logits_bias[0, 2] = 1.0
+    # So that sentences end, and what is never to be named would be.
+    built.final_logits_bias[0, :3] = torch.tensor([5.0, 5.0, 1.0])
     found = BeamSearch(size=1, max_length=9)(built, SOURCE).tolist()
     expected = naive_greedy(built, 9)
     assert [row[: len(one)] for row, one in zip(found, expected, strict=True)] == expected
