@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from distill_lightning.data.batch import Batch, first_tensor
+from distill_lightning.data.detection_batch import DetectionBatch
 from distill_lightning.errors import InputError
 from distill_lightning.teachers.ensemble import TeacherEnsemble
 
@@ -49,6 +50,9 @@ def explained(module: Any, run: Callable[[GivenT], ResultT], given: GivenT, wher
 
 def _reason(module: Any, run_again: Callable[[], Any], given: Any, where: str) -> str | None:
     images = first_tensor(given.input if isinstance(given, Batch) else given)
+    if isinstance(given, DetectionBatch):
+        # Its images come one by one.
+        images = images[None]
     found: list[str] = []
     handles = []
     for who, network in _networks_of(module):

@@ -230,6 +230,26 @@ def test_boxes_that_cannot_be_right_are_named(boxes, labels, message):
         fitted(module_of(), loader(samples))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda image: (image * 255).byte(),
+            r"the images in training batch 0 are torch.uint8, and .* floats in \[0, 1\]",
+        ),
+        (
+            lambda image: image.expand(3, -1, -1),
+            r"reads 1 channel .* gets 3 of the inputs \(N, 3, 32, 32\) of training",
+        ),
+        (lambda image: image[0], "the images of a detection must be a list of tensors"),
+    ],
+)
+def test_images_that_cannot_be_read_are_refused(change, message):
+    image, target = images_and_boxes(3)[2]
+    with pytest.raises(InputError, match=message):
+        fitted(module_of(), loader([(change(image), target)]))
+
+
 def test_images_that_are_not_finite_are_named():
     samples = images_and_boxes(3)
     samples[2][0][0, 3, 3] = torch.nan

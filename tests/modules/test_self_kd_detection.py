@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
 from distill_lightning import (
@@ -283,6 +284,17 @@ def mask_rcnn():
     )  # fmt: skip
 
 
+def keypoint_rcnn():
+    backbone = SmallCNN(num_classes=5, width=4).features
+    backbone.out_channels = 16
+    heads = {"keypoint_head": KeypointRCNNHeads(16, (8,)), "keypoint_predictor": KeypointRCNNPredictor(8, 1)}
+    pools = {name: MultiScaleRoIAlign(["0"], 2, 2) for name in ("box_roi_pool", "keypoint_roi_pool")}
+    return detection.KeypointRCNN(
+        backbone, CLASSES + 1, rpn_anchor_generator=AnchorGenerator(((8, 16),), ((1.0,),)), **pools, **heads, **SIZES,
+        box_batch_size_per_image=8, rpn_post_nms_top_n_train=10,
+    )  # fmt: skip
+
+
 def mobilenet():
     backbone = torchvision_network("mobilenet_v3_small", num_classes=5, in_channels=1)
     return faster_rcnn(backbone, num_classes=CLASSES, layers="features.3", **SIZES, **FEW)
@@ -296,20 +308,24 @@ def resnet():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [mask_rcnn, mobilenet, resnet])
+@pytest.mark.parametrize("build", [mask_rcnn, keypoint_rcnn, mobilenet, resnet])
 @pytest.mark.parametrize("past", [PastModel(), MovingAverage(decay=0.9)], ids=["model", "average"])
 def test_the_whole_family_is_trained(build, past, monkeypatch):
-    masks = [
-        (image, {**target, "masks": torch.ones(len(target["boxes"]), *image.shape[1:], dtype=torch.uint8)})
-        for image, target in Numbered.samples
-    ]
-    monkeypatch.setattr(Numbered, "samples", masks)
+    more = []
+    for image, target in Numbered.samples:
+        masks = torch.ones(len(target["boxes"]), *image.shape[1:], dtype=torch.uint8)
+        # The middle of each box, which can be seen.
+        corners = target["boxes"].view(-1, 2, 2).mean(dim=1)
+        keypoints = torch.cat([corners, torch.ones(len(corners), 1)], dim=1)[:, None]
+        more.append((image, {**target, "masks": masks, "keypoints": keypoints}))
+    monkeypatch.setattr(Numbered, "samples", more)
     module = module_of(build, past=past, objectness=True, alpha_T=0.5)
     trainer = fitted(module, max_epochs=2)
     assert trainer.callback_metrics["train/known_fraction"] == 1
     assert trainer.callback_metrics["train/target_gt_prob"] < 1
     assert trainer.callback_metrics["train/loss"].isfinite()
     assert ("mask" in module.weights()) == (build is mask_rcnn)
+    assert ("keypoint" in module.weights()) == (build is keypoint_rcnn)
 
 
 @pytest.mark.parametrize("past", [PastModel(), MovingAverage(decay=0.9)], ids=["model", "average"])

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from distill_lightning.data.batch import Batch, first_tensor
-from distill_lightning.data.detection_batch import DetectionBatch
 from distill_lightning.errors import InputError, NonFiniteError
 from distill_lightning.layers import eval_mode
 from distill_lightning.modules.parts.evaluation import Evaluation, metrics_of
@@ -46,9 +45,15 @@ class DetectionGuard(Guard):
             stage: ``"train"``, ``"val"`` or ``"test"``.
 
         Raises:
-            InputError: boxes or classes that cannot be right; the message names the image.
+            InputError: boxes or classes that cannot be right, and the message names the image; or images of bytes.
         """
-        ready = DetectionBatch.of(batch)
+        ready = module.read_batch(batch)
+        kinds = {image.dtype for image in ready.input if not image.is_floating_point()}
+        if kinds:
+            raise InputError(
+                f"{type(module).__name__}: the images in {STAGES[stage]} batch {number} are {kinds.pop()}, and a "
+                "detector reads floats in [0, 1]: let the data module give v2.ToDtype(torch.float32, scale=True)"
+            )
         if ready.target is None or not _is_read(first_tensor(ready.input), number):
             return
         for row, target in enumerate(ready.target):
