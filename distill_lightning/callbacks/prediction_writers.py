@@ -90,8 +90,8 @@ class PredictionWriter(pl.Callback):
         read = self.read(batch)
         rows = self.of_batch(pl_module, outputs, read)
         if read.key is not None:
-            places = read.key.index if read.counted is None else read.key.index[read.counted.to(read.key.index.device)]
-            numbers = places.tolist()
+            places, counted = read.key.index, read.counted_rows
+            numbers = (places if counted is None else places[counted.to(places.device)]).tolist()
         else:
             before = self._counts.get(loader, 0)
             self._counts[loader] = before + len(rows)

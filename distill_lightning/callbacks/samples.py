@@ -182,9 +182,8 @@ class TranslationSamples(ValidationSamples):
                 "nothing is translated"
             )
         read = Batch.of(batch)
-        rows = torch.arange(read.size, device=read.device)
-        if read.counted is not None:
-            rows = rows[read.counted if read.counted.ndim == 1 else read.counted.any(dim=1)]
+        rows, counted = torch.arange(read.size, device=read.device), read.counted_rows
+        rows = rows if counted is None else rows[counted]
         few = read.replace(index=None, view=None).map(lambda tensor: tensor[rows[: self.samples]])
         sources = pl_module.texts(few.input["input_ids"])
         if "translations" in outputs:

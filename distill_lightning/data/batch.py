@@ -177,6 +177,11 @@ class Batch:
         return counted.sum()
 
     @property
+    def counted_rows(self) -> Tensor | None:
+        """Which samples count, or have a position that does, bool ``(N,)``; ``None``: all."""
+        return self.counted if self.counted is None or self.counted.ndim == 1 else self.counted.flatten(1).any(dim=1)
+
+    @property
     def device(self) -> torch.device:
         """Where the inputs are."""
         return first_tensor(self.input).device
