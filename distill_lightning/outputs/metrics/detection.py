@@ -17,8 +17,7 @@ from distill_lightning.functional.calibration import ECE_BINS
 from distill_lightning.outputs.metrics.exact import ExactMetric
 
 # What a row of numbers is about: an image, which the rows below it belong to, a detection or an object.
-_IMAGE, _DETECTION, _OBJECT = 0, 1, 2
-_COLUMNS = 7
+_IMAGE, _DETECTION, _OBJECT, _COLUMNS = 0, 1, 2, 7
 # Larger than any image: COCO's code leaves out objects of a larger area than this.
 _LEFT_OUT_AREA = 1e12
 
@@ -136,13 +135,11 @@ class COCOAveragePrecision(BoxMetric):
             metric.update(*_as_coco(image))
         found = metric.compute()
         # The backends say -1 where there is nothing to find.
-        values = {name: _or_nan(found[name]) for name in ("map", "map_50")}
         by_class = dict(zip(found["classes"].reshape(-1).tolist(), found["map_per_class"].reshape(-1), strict=True))
-        names = self.class_names or [str(number + 1) for number in range(self.num_classes)]
+        names = self.class_names or range(1, self.num_classes + 1)
         nothing = torch.tensor(-1.0)
-        return values | {
-            f"map_{name}": _or_nan(by_class.get(number, nothing)) for number, name in enumerate(names, start=1)
-        }
+        values = {name: _or_nan(found[name]) for name in ("map", "map_50")}
+        return values | {f"map_{name}": _or_nan(by_class.get(number, nothing)) for number, name in enumerate(names, 1)}
 
 
 class VOC07AveragePrecision(BoxMetric):
@@ -174,14 +171,11 @@ class VOC07AveragePrecision(BoxMetric):
         images = self.images()
         scores, labels, hit = _joined(images)
         objects = torch.cat([image.target_labels[~image.difficult] for image in images] or [labels])
-        return torch.stack(
-            [
-                functional.eleven_point_precision(
-                    scores[labels == number], hit[labels == number], int((objects == number).sum())
-                )
-                for number in range(1, self.num_classes + 1)
-            ]
-        ).float()
+        values = []
+        for number in range(1, self.num_classes + 1):
+            own, count = labels == number, int((objects == number).sum())
+            values.append(functional.eleven_point_precision(scores[own], hit[own], count))
+        return torch.stack(values).float()
 
     def compute(self) -> Tensor:
         """The mean over the classes; NaN if none has an object."""
@@ -255,8 +249,8 @@ def detection_metrics(num_classes: int, *, class_names: Sequence[str] | None = N
 
 
 def _rows(kind: int, labels: Tensor, numbers: Tensor, boxes: Tensor) -> Tensor:
-    kinds = torch.full_like(labels, kind)
-    return torch.cat([torch.stack([kinds, labels, numbers], dim=1), boxes.reshape(-1, 4)], dim=1).float()
+    about = torch.stack([torch.full_like(labels, kind), labels, numbers], dim=1)
+    return torch.cat([about, boxes.reshape(-1, 4)], dim=1).float()
 
 
 def _image(rows: Tensor) -> Image:
