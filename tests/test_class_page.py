@@ -33,7 +33,7 @@ def test_the_page_is_the_methods_own(form, capsys):
     assert len(page.splitlines()) < 90
     assert "torch.nn" not in page
     assert f"  temperature: float = {arguments_of(KDModule)['temperature'].default}\n      " in page
-    assert "One of Categorical, Gaussian, Tokens." in page
+    assert "One of Boxes, Categorical, Gaussian, Tokens." in page
     assert "One of CutMix, Cutout, LabelSmoothing, Mixup." in page
     assert "Any class of PyTorch modules" in page
 

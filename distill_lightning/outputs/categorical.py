@@ -165,6 +165,8 @@ class Categorical(Output):
     def counted(self, output: Tensor, batch: Batch) -> Tensor | None:
         """Bool ``(N,)``, or ``(N, T)`` of outputs for positions, among which targets of -100 do not count."""
         counted, target, places = batch.counted, batch.target, output[..., 0]
+        if isinstance(target, Tensor):
+            _check_pair(output, target)
         if counted is not None:
             counted = spread(counted, places).expand(places.shape)
         if output.ndim < 3 or target is None or target.is_floating_point():

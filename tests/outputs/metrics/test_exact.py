@@ -22,9 +22,12 @@ from distill_lightning.outputs.metrics import (
     Accuracy,
     Agreement,
     AngularError,
+    BoxMetric,
     BrierScore,
     CalibrationError,
+    COCOAveragePrecision,
     Confidences,
+    DetectionCalibrationError,
     GaussianDivergence,
     GaussianMeanAbsoluteError,
     GaussianNegativeLogLikelihood,
@@ -33,10 +36,12 @@ from distill_lightning.outputs.metrics import (
     MeanDivergence,
     NegativeLogLikelihood,
     Perplexity,
+    VOC07AveragePrecision,
     classification_metrics,
     regression_metrics,
 )
 from distill_lightning.outputs.metrics.exact import ExactMetric
+from distill_lightning.outputs.metrics.mean import SampleMean
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -62,15 +67,21 @@ METRICS = {
     IntervalCalibration: {"num_targets": 1},
     GaussianDivergence: {},
     AngularError: {},
+    COCOAveragePrecision: {"num_classes": 2},
+    VOC07AveragePrecision: {"num_classes": 2},
+    DetectionCalibrationError: {},
 }
 
 
 def of_kind(metric, updates=300, seed=0):
     """Batches of 64 that a metric takes."""
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(updates):
+    for number in range(updates):
         first, second = torch.randn(64, 2, generator=generator), torch.randn(64, 2, generator=generator)
-        if isinstance(metric, (Agreement, GaussianDivergence, AngularError)):
+        if isinstance(metric, BoxMetric):
+            if number < 8:
+                yield [on_an_image(first)], [on_an_image(second[:8])]
+        elif isinstance(metric, (Agreement, GaussianDivergence, AngularError)):
             yield first, second
         elif isinstance(metric, MeanDivergence):
             yield first, second.log_softmax(dim=1)
@@ -78,6 +89,13 @@ def of_kind(metric, updates=300, seed=0):
             yield first, second[:, :1]
         else:
             yield first, second.argmax(dim=1)
+
+
+def on_an_image(corners):
+    """Boxes of one size at different places, most of which overlap, with classes and scores."""
+    places = 100 + 10 * corners
+    labels = 1 + (corners[:, 0] > 0).long()
+    return {"boxes": torch.cat([places, places + 30], dim=1), "labels": labels, "scores": corners[:, 1].sigmoid()}
 
 
 def value_of(metric, batches):
@@ -88,6 +106,8 @@ def value_of(metric, batches):
 
 def same(first, second):
     """Bit for bit."""
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(value, second[name]) for name, value in first.items())
     if isinstance(first, tuple):
         return all(same(*pair) for pair in zip(first, second, strict=True))
     return first.dtype == second.dtype and torch.equal(first, second)
@@ -96,8 +116,9 @@ def same(first, second):
 def test_every_metric_of_the_package_is_here():
     below = {kind for base in ExactMetric.__subclasses__() for kind in [base, *base.__subclasses__()]}
     below |= {kind for base in below for kind in base.__subclasses__()}
-    ours = {kind for kind in below if kind.__module__.startswith("distill_lightning") and kind.__name__ != "SampleMean"}
-    assert ours == set(METRICS)
+    ours = {kind for kind in below if kind.__module__.startswith("distill_lightning")}
+    bases = {BoxMetric, SampleMean}
+    assert ours - bases == set(METRICS)
 
 
 @pytest.mark.slow
