@@ -61,15 +61,19 @@ bench: .venv/bench.stamp
 	MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 \
 		$(BIN)/python -m benchmarks.throughput
 
-table: .venv/run.stamp
+table: .venv/table.stamp
 	$(BIN)/distill-lightning compare configs/compare/$(TABLE).yaml
 	mkdir -p benchmarks/results/$(TABLE)/figures
-	cd results/$(TABLE) && cp compare.yaml results.csv teachers.csv results.md ../../benchmarks/results/$(TABLE)
+	cd results/$(TABLE) && cp compare.yaml *.csv results.md ../../benchmarks/results/$(TABLE)
 	cp results/$(TABLE)/figures/*.png benchmarks/results/$(TABLE)/figures
 
 .venv/run.stamp: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/table.stamp: .venv/run.stamp
+	$(BIN)/python -m pip install --quiet --editable '.[translation,detection]'
 	touch $@
 
 .venv/bench.stamp: .venv/run.stamp
