@@ -27,7 +27,7 @@ class DetectionModule(DistillationModule):
     torchvision's reference code collates them. Any network will do that is called like torchvision's detectors, with
     images and targets, and returns a dict of losses in train mode, and boxes, scores and labels in eval mode.
 
-    Logged under ``val/`` and ``test/``: ``map``, ``map_50``, ``voc07_map_50``, ``ece`` and ``map_<class>``, see
+    Logged under ``val/`` and ``test/``: ``map``, ``map_50``, ``voc07_map_50``, ``ece`` and ``map_class_<name>``, see
     `outputs.metrics.detection_metrics`. `torch.optim.lr_scheduler.ReduceLROnPlateau` watches ``val/map``.
 
     A detector waits for the device in each step, where it samples boxes: that is torchvision's own code.
@@ -67,7 +67,7 @@ class DetectionModule(DistillationModule):
         **options: Unpack[TrainingOptions],
     ) -> None:
         options.setdefault("output", None)
-        self._refuse(options)
+        self._refuse(options, class_names)
         options["output"] = options["output"] or Boxes(num_classes, class_names)
         super().__init__(student, num_classes=num_classes, **options)
         _check_detector(f"{type(self).__name__}: the student", student, num_classes)
@@ -127,7 +127,7 @@ class DetectionModule(DistillationModule):
         """Log the metrics under ``test/``."""
         self.evaluation.log(self, "test")
 
-    def _refuse(self, options: TrainingOptions) -> None:
+    def _refuse(self, options: TrainingOptions, class_names: Sequence[str] | None) -> None:
         reasons = {
             "transforms": "batches of boxes are not mixed: let the data module transform images and boxes together",
             "input_shape": "images of a detection may have any size: leave it out",
@@ -138,6 +138,11 @@ class DetectionModule(DistillationModule):
                 raise InputError(f"{type(self).__name__}: {name}={options[name]}: {reason}")  # type: ignore[literal-required]
         if not isinstance(options["output"], Boxes | None):
             raise InputError(f"{type(self).__name__}: output={options['output']}: leave it out, or give Boxes")
+        if options["output"] is not None and class_names is not None:
+            raise InputError(
+                f"{type(self).__name__}: class_names={class_names} would do nothing beside output={options['output']}: "
+                "give them to Boxes"
+            )
 
 
 def _images(batch: Any) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torchmetrics import MetricCollection
 
 from distill_lightning.errors import InputError
 from distill_lightning.outputs.metrics import detection_metrics
+from distill_lightning.outputs.metrics.detection import check_class_names
 from distill_lightning.outputs.output import Output
 
 
@@ -24,7 +25,7 @@ class Boxes(Output):
         class_names: by which the metrics of the classes are logged; ``None``: their numbers, from 1.
 
     Raises:
-        InputError: no class, or another number of names.
+        InputError: no class, another number of names, a name twice, or a single string.
 
     Example:
         >>> from distill_lightning import Boxes
@@ -44,11 +45,7 @@ class Boxes(Output):
         """Check the numbers."""
         if self.num_classes < 1:
             raise InputError(f"num_classes must be at least 1, without the background, got {self.num_classes}")
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise InputError(
-                f"{len(self.class_names)} class_names for num_classes={self.num_classes}: name each class but the "
-                "background"
-            )
+        check_class_names(self.num_classes, self.class_names)
 
     def check(self, who: str, network: nn.Module, shape: Sequence[int], *, per_position: bool = False) -> None:
         """Refuse a network that returns a tensor."""

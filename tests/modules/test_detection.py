@@ -122,7 +122,7 @@ def trained():
 def test_metrics_are_those_of_all_images():
     module, data, trainer = trained()
     tested = trainer.test(module, datamodule=data, verbose=False)[0]
-    assert {"test/map_square1", "test/map_square2", "test/voc07_map_50", "test/ece"} <= tested.keys()
+    assert {"test/map_class_square1", "test/map_class_square2", "test/voc07_map_50", "test/ece"} <= tested.keys()
     metric = MeanAveragePrecision()
     module.student.eval()
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_metrics_are_those_of_all_images():
     assert expected["map_50"] > 0
     for name in ("map", "map_50"):
         assert tested[f"test/{name}"] == pytest.approx(float(expected[name]))
-    by_class = (tested["test/map_square1"] + tested["test/map_square2"]) / 2
+    by_class = (tested["test/map_class_square1"] + tested["test/map_class_square2"]) / 2
     assert by_class == pytest.approx(tested["test/map"])
     module.train()
     scored = module.score(data.test_dataloader())
@@ -142,8 +142,8 @@ def test_metrics_are_those_of_all_images():
 
 def test_several_loaders_have_metrics_of_their_own():
     trainer = fitted(module_of(class_names=["a", "b"]), val=[loader(), loader(images_and_boxes(2))])
-    names = {name for name in trainer.callback_metrics if name.startswith("val/map_a")}
-    assert names == {"val/map_a/dataloader_idx_0", "val/map_a/dataloader_idx_1"}
+    names = {name for name in trainer.callback_metrics if name.startswith("val/map_class_a")}
+    assert names == {"val/map_class_a/dataloader_idx_0", "val/map_class_a/dataloader_idx_1"}
 
 
 def test_only_images_that_count_do():
@@ -169,12 +169,12 @@ def test_metrics_of_the_user_are_logged():
 
 
 def test_a_checkpoint_and_an_exported_student_are_the_detector(tmp_path):
-    module = module_of()
+    module = module_of(class_names=["a", "b"])
     trainer = fitted(module)
     trainer.save_checkpoint(tmp_path / "detector.ckpt")
     loaded = DetectionModule.load_from_checkpoint(tmp_path / "detector.ckpt")
     assert same(state_of(loaded.student), state_of(module.student))
-    assert loaded.output == Boxes(2)
+    assert loaded.output == Boxes(2, ["a", "b"])
     fresh = detector(seed=5)
     module.export_student(tmp_path / "detector.pt")
     fresh.load_state_dict(torch.load(tmp_path / "detector.pt"))
@@ -200,6 +200,12 @@ def test_another_kind_of_detector_is_trained_too():
         (detector, {"compile": True}, "compile=True: the shapes of a detector change"),
         (detector, {"output": Categorical(2)}, r"output=Categorical.*: leave it out"),
         (detector, {"class_names": ["a"]}, "1 class_names for num_classes=2"),
+        (detector, {"class_names": "ab"}, "must be a list of names"),
+        (
+            detector,
+            {"class_names": ["a", "b"], "output": Boxes(2)},
+            r"class_names=\['a', 'b'\] would do nothing beside",
+        ),
         (detector, {"num_classes": 3}, r"\(FasterRCNN\) has 3 classes where num_classes=3 needs 4"),
         (detector, {"num_classes": 0}, "num_classes must be at least 1"),
         (lambda: SmallCNN(num_classes=2), {}, "does not take images and targets: give a detector"),

@@ -1,5 +1,6 @@
 """Metrics that torchmetrics lacks, or counts otherwise."""
 
+from distill_lightning.outputs.metrics.box_metric import BoxMetric
 from distill_lightning.outputs.metrics.classification import (
     AURC,
     Accuracy,
@@ -12,7 +13,6 @@ from distill_lightning.outputs.metrics.classification import (
     classification_metrics,
 )
 from distill_lightning.outputs.metrics.detection import (
-    BoxMetric,
     COCOAveragePrecision,
     DetectionCalibrationError,
     VOC07AveragePrecision,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
@@ -14,85 +15,12 @@ from torchmetrics.detection import MeanAveragePrecision
 from distill_lightning import functional
 from distill_lightning.errors import InputError
 from distill_lightning.functional.calibration import ECE_BINS
-from distill_lightning.outputs.metrics.exact import ExactMetric
+from distill_lightning.outputs.metrics.box_metric import BoxMetric, Image
 
-# What a row of numbers is about: an image, which the rows below it belong to, a detection or an object.
-_IMAGE, _DETECTION, _OBJECT, _COLUMNS = 0, 1, 2, 7
 # Larger than any image: COCO's code leaves out objects of a larger area than this.
 _LEFT_OUT_AREA = 1e12
-
-
-class Image(NamedTuple):
-    """What was detected on an image, and what is there: boxes ``(M, 4)`` and ``(G, 4)``, with what belongs to each."""
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    target_boxes: Tensor
-    target_labels: Tensor
-    difficult: Tensor
-
-    def matched(self) -> tuple[Tensor, Tensor]:
-        """Hits, and what counts, see `distill_lightning.functional.match_detections`."""
-        return functional.match_detections(*self[:-1], difficult=self.difficult)
-
-
-class BoxMetric(ExactMetric):
-    """A metric of boxes, which keeps all of them: 28 bytes each, from all processes.
-
-    The result does not depend on the order of the images, not even where scores are equal.
-
-    Example:
-        >>> from torch import tensor
-        >>> from distill_lightning.outputs.metrics import BoxMetric
-        >>> class Objects(BoxMetric):
-        ...     def compute(self):
-        ...         return sum(len(image.target_boxes) for image in self.images())
-        >>> metric = Objects()
-        >>> box = tensor([[0.0, 0.0, 4.0, 4.0]])
-        >>> there = {"boxes": box, "labels": tensor([1])}
-        >>> metric.update([{**there, "scores": tensor([0.9])}], [there])
-        >>> metric.compute()
-        1
-    """
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    rows: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Flat and in float32, because a process without images joins in with an empty tensor of that kind.
-        self.add_state("rows", [], dist_reduce_fx="cat")
-
-    def update(self, predictions: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Tensor]]) -> None:
-        """Add images.
-
-        Args:
-            predictions: ``boxes`` ``(M, 4)``, ``scores`` and ``labels`` ``(M,)`` of each, as torchvision's detectors
-                return them.
-            targets: ``boxes`` ``(G, 4)``, ``labels`` and perhaps ``difficult`` ``(G,)`` of each.
-        """
-        for found, there in zip(predictions, targets, strict=True):
-            objects = there["labels"]
-            difficult = there.get("difficult", torch.zeros_like(objects))
-            rows = [
-                torch.zeros(1, _COLUMNS, device=objects.device),
-                _rows(_DETECTION, found["labels"], found["scores"], found["boxes"]),
-                _rows(_OBJECT, objects, difficult, there["boxes"]),
-            ]
-            self.rows.append(torch.cat(rows).flatten())
-
-    def images(self) -> list[Image]:
-        """Everything added, on the host."""
-        state: Any = self.rows
-        # Between processes torchmetrics has joined the list itself.
-        flat = state if isinstance(state, Tensor) else torch.cat([torch.zeros(0, device=self.device), *state])
-        rows = flat.cpu().view(-1, _COLUMNS)
-        starts = (rows[:, 0] == _IMAGE).nonzero().flatten()
-        pieces = rows.tensor_split(starts[1:]) if len(starts) else []
-        return [_image(piece) for piece in sorted(pieces, key=lambda piece: piece.numpy().tobytes())]
+# In float64, as COCO's code has them: rounded to float32, torchmetrics' own ones decide otherwise at the edge.
+_OVERLAPS, _RECALLS = np.linspace(0.5, 0.95, 10).tolist(), np.linspace(0.0, 1.0, 101).tolist()
 
 
 class COCOAveragePrecision(BoxMetric):
@@ -100,15 +28,16 @@ class COCOAveragePrecision(BoxMetric):
 
     It is computed by torchmetrics' ``MeanAveragePrecision`` with ``faster-coco-eval`` or ``pycocotools``, whichever is
     installed. ``map`` is the mean over the intersections over union 0.50, 0.55, ..., 0.95, ``map_50`` that of 0.50
-    alone, and ``map_<class>`` the mean of ``map`` for one class. A difficult object is neither hit nor missed, and what
-    is detected on it does not count. Without an object that counts a value is NaN.
+    alone, and ``map_class_<name>`` the mean of ``map`` for one class. A difficult object is neither hit nor missed, and
+    what is detected on it does not count. Without an object that counts a value is NaN.
 
     Args:
         num_classes: ``C``, without the background.
         class_names: of the classes from 1 on; ``None``: their numbers.
 
     Raises:
-        InputError: when it is computed: neither of the two packages is installed.
+        InputError: `check_class_names` refuses the names; when it is computed: neither of the two packages is
+            installed.
 
     Example:
         >>> from torch import tensor
@@ -118,28 +47,38 @@ class COCOAveragePrecision(BoxMetric):
         >>> found = {"boxes": boxes[:1], "scores": tensor([0.9]), "labels": tensor([1])}
         >>> metric.update([found], [{"boxes": boxes, "labels": tensor([1, 1])}])
         >>> {name: round(float(value), 4) for name, value in metric.compute().items()}
-        {'map': 0.505, 'map_50': 0.505, 'map_cat': 0.505}
+        {'map': 0.505, 'map_50': 0.505, 'map_class_cat': 0.505}
     """
 
     def __init__(self, num_classes: int, *, class_names: Sequence[str] | None = None) -> None:
         super().__init__()
+        check_class_names(num_classes, class_names)
         self.num_classes = num_classes
         self.class_names = class_names
 
     def compute(self) -> dict[str, Tensor]:
         """The values over everything added, by name."""
         # Each process has the images of all by now.
-        metric = MeanAveragePrecision(backend=_backend(), class_metrics=True, sync_on_compute=False)
+        metric = MeanAveragePrecision(
+            iou_thresholds=_OVERLAPS,
+            rec_thresholds=_RECALLS,
+            class_metrics=True,
+            backend=coco_backend(),
+            sync_on_compute=False,
+        )
         metric.warn_on_many_detections = False
         for image in self.images():
             metric.update(*_as_coco(image))
         found = metric.compute()
-        # The backends say -1 where there is nothing to find.
-        by_class = dict(zip(found["classes"].reshape(-1).tolist(), found["map_per_class"].reshape(-1), strict=True))
+        # Without an image there is none for each class.
+        of_each = found.get("map_per_class", torch.zeros(0)).reshape(-1)
+        by_class = dict(zip(found["classes"].reshape(-1).tolist(), of_each, strict=True))
         names = self.class_names or range(1, self.num_classes + 1)
         nothing = torch.tensor(-1.0)
-        values = {name: _or_nan(found[name]) for name in ("map", "map_50")}
-        return values | {f"map_{name}": _or_nan(by_class.get(number, nothing)) for number, name in enumerate(names, 1)}
+        values = {name: found[name] for name in ("map", "map_50")}
+        values |= {f"map_class_{name}": by_class.get(number, nothing) for number, name in enumerate(names, 1)}
+        # The backends say -1 where there is nothing to find.
+        return {name: torch.where(value < 0, torch.nan, value) for name, value in values.items()}
 
 
 class VOC07AveragePrecision(BoxMetric):
@@ -219,11 +158,39 @@ class DetectionCalibrationError(BoxMetric):
         return functional.expected_calibration_error(scores, hit, bins=self.bins).float()
 
 
+def check_class_names(num_classes: int, class_names: Sequence[str] | None) -> None:
+    """Refuse names that metrics of classes cannot be told apart by.
+
+    Args:
+        num_classes: ``C``, without the background.
+        class_names: of the classes from 1 on; ``None``: their numbers.
+
+    Raises:
+        InputError: a single string, another number of names, or a name twice.
+
+    Example:
+        >>> from distill_lightning.outputs.metrics.detection import check_class_names
+        >>> check_class_names(2, ["cat", "dog"])
+    """
+    if class_names is None:
+        return
+    if isinstance(class_names, str):
+        raise InputError(f"class_names must be a list of names, one for each class, got the string {class_names!r}")
+    if len(class_names) != num_classes:
+        raise InputError(
+            f"{len(class_names)} class_names for num_classes={num_classes}: name each class but the background"
+        )
+    shown = list(map(str, class_names))
+    twice = next((name for name in shown if shown.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"class_names have {twice!r} twice, and metrics go by them: give each class a name of its own")
+
+
 def detection_metrics(num_classes: int, *, class_names: Sequence[str] | None = None) -> MetricCollection:
     """What every detector is judged by.
 
-    ``map``, ``map_50`` and ``map_<class>`` (`COCOAveragePrecision`), ``voc07_map_50`` (`VOC07AveragePrecision`), and
-    ``ece`` (`DetectionCalibrationError`, 15 bins), all in ``[0, 1]``.
+    ``map``, ``map_50`` and ``map_class_<name>`` (`COCOAveragePrecision`), ``voc07_map_50`` (`VOC07AveragePrecision`),
+    and ``ece`` (`DetectionCalibrationError`, 15 bins), all in ``[0, 1]``.
 
     Args:
         num_classes: ``C``, without the background.
@@ -237,7 +204,7 @@ def detection_metrics(num_classes: int, *, class_names: Sequence[str] | None = N
         >>> found = {"boxes": boxes[:1], "scores": tensor([0.9]), "labels": tensor([1])}
         >>> values = metrics([found], [{"boxes": boxes, "labels": tensor([1, 1])}])
         >>> {name: round(float(value), 4) for name, value in values.items()}
-        {'map': 0.505, 'map_50': 0.505, 'map_cat': 0.505, 'ece': 0.1, 'voc07_map_50': 0.5455}
+        {'map': 0.505, 'map_50': 0.505, 'map_class_cat': 0.505, 'ece': 0.1, 'voc07_map_50': 0.5455}
     """
     return MetricCollection(
         {
@@ -246,16 +213,6 @@ def detection_metrics(num_classes: int, *, class_names: Sequence[str] | None = N
             "ece": DetectionCalibrationError(),
         }
     )
-
-
-def _rows(kind: int, labels: Tensor, numbers: Tensor, boxes: Tensor) -> Tensor:
-    about = torch.stack([torch.full_like(labels, kind), labels, numbers], dim=1)
-    return torch.cat([about, boxes.reshape(-1, 4)], dim=1).float()
-
-
-def _image(rows: Tensor) -> Image:
-    found, there = rows[rows[:, 0] == _DETECTION], rows[rows[:, 0] == _OBJECT]
-    return Image(found[:, 3:], found[:, 2], found[:, 1].long(), there[:, 3:], there[:, 1].long(), there[:, 2] > 0)
 
 
 def _joined(images: Sequence[Image]) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,11 +243,12 @@ def _as_coco(image: Image) -> tuple[list[dict[str, Tensor]], list[dict[str, Tens
     return [found], [{name: value.repeat_interleave(copies, dim=0) for name, value in target.items()}]
 
 
-def _or_nan(value: Tensor) -> Tensor:
-    return torch.where(value < 0, torch.nan, value)
+def coco_backend() -> Any:
+    """The package that computes `COCOAveragePrecision`.
 
-
-def _backend() -> Any:
+    Raises:
+        InputError: neither of the two is installed.
+    """
     for package in ("faster_coco_eval", "pycocotools"):
         if find_spec(package):
             return package

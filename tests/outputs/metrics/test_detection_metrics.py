@@ -5,10 +5,10 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
-from torchmetrics.detection import MeanAveragePrecision
 
 from distill_lightning import functional
 from distill_lightning.errors import InputError
+from distill_lightning.outputs import Boxes
 from distill_lightning.outputs.metrics import (
     COCOAveragePrecision,
     DetectionCalibrationError,
@@ -135,16 +135,84 @@ def test_the_calibration_error_is_a_mean_over_bins_by_hand(seed):
     assert metric.compute().item() == pytest.approx(error, abs=1e-6)
 
 
-def test_cocos_precision_without_difficult_objects_is_that_of_torchmetrics():
-    found, there = scenes(difficult=0.0)
+def pycocotools_says(found, there):
+    """``map``, ``map_50`` and ``map`` of each class; an image has few objects, so copies of a difficult one do."""
+    coco, evaluation = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
+
+    def as_coco(boxes):
+        return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).double().tolist()
+
+    truth, results = coco.COCO(), []
+    categories = [{"id": label} for label in range(1, CLASSES + 1)]
+    annotations = []
+    for image, target in enumerate(there, start=1):
+        rows = zip(as_coco(target["boxes"]), target["labels"].tolist(), target["difficult"].tolist(), strict=True)
+        for box, label, difficult in rows:
+            of_box = {"image_id": image, "category_id": label, "bbox": box, "iscrowd": 0}
+            # COCO leaves out what is larger than its largest area.
+            area = 1e11 if difficult else box[2] * box[3]
+            annotations += [{**of_box, "area": area} for _ in range(20 if difficult else 1)]
+    for number, annotation in enumerate(annotations, start=1):
+        annotation["id"] = number
+    truth.dataset = {"images": [{"id": n + 1} for n in range(len(there))], "annotations": annotations}
+    truth.dataset["categories"] = categories
+    truth.createIndex()
+    for image, one in enumerate(found, start=1):
+        rows = zip(as_coco(one["boxes"]), one["labels"].tolist(), one["scores"].tolist(), strict=True)
+        results += [{"image_id": image, "category_id": k, "bbox": box, "score": score} for box, k, score in rows]
+    run = evaluation.COCOeval(truth, truth.loadRes(results), "bbox")
+    run.evaluate()
+    run.accumulate()
+    run.summarize()
+    precision = run.eval["precision"][:, :, :, 0, 2]
+    return [*run.stats[:2], *(precision[:, :, place].mean() for place in range(CLASSES))]
+
+
+@pytest.mark.parametrize("difficult", [0.0, 0.3])
+def test_cocos_precision_is_that_of_its_own_code_even_at_the_edges_of_its_thresholds(difficult):
+    found, there = scenes(100, difficult=difficult)
+    # Overlaps of 0.55, 0.6 and so on exactly, recalls of 0.01, 0.02 and so on.
+    there = [{**one, "boxes": one["boxes"].round()} for one in there]
+    for one in found:
+        one["boxes"] = one["boxes"].round()
+    exact = torch.tensor([[0.0, 0, 20, 20]])
+    for label in range(1, CLASSES + 1):
+        for number in range(20):
+            inside = exact * torch.tensor([1, 1, 1, (number + 1) / 20])
+            some = torch.tensor([label])
+            found.append({"boxes": inside, "scores": torch.ones(1), "labels": some})
+            there.append({"boxes": exact, "labels": some, "difficult": torch.tensor([False])})
     found = distinct(found)
-    ours, theirs = COCOAveragePrecision(CLASSES), MeanAveragePrecision(class_metrics=True)
-    ours.update(found, there)
-    theirs.update(found, there)
-    values, expected = ours.compute(), theirs.compute()
-    for name in ("map", "map_50"):
-        assert values[name] == pytest.approx(float(expected[name]))
-    assert [float(values[f"map_{label}"]) for label in (1, 2, 3)] == pytest.approx(expected["map_per_class"].tolist())
+    metric = COCOAveragePrecision(CLASSES)
+    metric.update(found, there)
+    values = metric.compute()
+    assert list(values) == ["map", "map_50", "map_class_1", "map_class_2", "map_class_3"]
+    assert [float(value) for value in values.values()] == pytest.approx(pycocotools_says(found, there), abs=1e-6)
+
+
+def test_a_class_of_any_name_has_a_value_of_its_own():
+    names = ["50", "50_class", "class_50"]
+    metrics = detection_metrics(3, class_names=names)
+    boxes = torch.tensor([[0.0, 0, 20, 20]])
+    found = {"boxes": boxes, "scores": torch.ones(1), "labels": torch.tensor([1])}
+    there = {"boxes": boxes.repeat(2, 1), "labels": torch.tensor([1, 2])}
+    values = metrics([found], [there])
+    assert values["map_50"] == 0.5
+    assert [float(values[f"map_class_{name}"]) for name in names] == pytest.approx([1, 0, torch.nan], nan_ok=True)
+
+
+@pytest.mark.parametrize("kind", [Boxes, COCOAveragePrecision])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("ab", "class_names must be a list of names, one for each class, got the string 'ab'"),
+        (["a", "a"], "class_names have 'a' twice"),
+        (["a"], "1 class_names for num_classes=2"),
+    ],
+)
+def test_names_that_tell_no_classes_apart_are_refused(kind, names, message):
+    with pytest.raises(InputError, match=message):
+        kind(2, class_names=names)
 
 
 def test_difficult_objects_are_neither_found_nor_missed():
@@ -187,13 +255,20 @@ def test_without_objects_or_images_there_is_no_precision():
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     one = {"boxes": torch.tensor([[0.0, 0, 4, 4]]), "labels": torch.tensor([1])}
     values = metrics([{**one, "scores": torch.tensor([0.75])}], [nothing])
-    assert all(values[name].isnan() for name in ("map", "map_50", "map_a", "map_b", "voc07_map_50"))
+    assert all(values[name].isnan() for name in ("map", "map_50", "map_class_a", "map_class_b", "voc07_map_50"))
     assert values["ece"] == 0.75
     metrics.reset()
     values = metrics([{**nothing, "scores": torch.zeros(0)}], [one])
-    assert [float(values[name]) for name in ("map", "map_a", "voc07_map_50")] == [0, 0, 0]
-    assert values["map_b"].isnan()
+    assert [float(values[name]) for name in ("map", "map_class_a", "voc07_map_50")] == [0, 0, 0]
+    assert values["map_class_b"].isnan()
     assert values["ece"].isnan()
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+def test_before_an_image_there_is_nothing_to_tell():
+    values = detection_metrics(2).compute()
+    assert len(values) == 6
+    assert all(value.isnan() for value in values.values())
 
 
 def gathered(rank, folder, results):

@@ -83,7 +83,7 @@ class Translator(SupervisedModule):
 class Detector(SupervisedModule):
     def _logged(self, stage):
         total = next(self.student.parameters()).detach().double().abs().mean()
-        self.log_dict({f"{stage}/{name}": total for name in ("map", "map_50", "voc07_map_50", "map_shoe")})
+        self.log_dict({f"{stage}/{name}": total for name in ("map", "map_50", "voc07_map_50", "map_class_shoe")})
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         self._logged("val")
@@ -398,7 +398,7 @@ def test_a_detection_is_scored_by_its_precision(detected):
     assert "| row | mAP % | sel. % | mAP@50 % | VOC07 mAP@50 % | ECE % | params | s/epoch |" in text
     header = (folder / "out/results.csv").read_text().splitlines()[0]
     assert header.startswith("method,seed,test_map,test_map_selected,map_50,voc07_map_50,ece,")
-    assert "map_shoe" in header
+    assert "map_class_shoe" in header
     assert "Backbone self_kd: SelfKDModule(alpha_T=0.8, past=PastModel) on DigitsDataModule(subset=64" in text
     assert len(re.findall(r"2 epochs \(validation accuracy [\d.]+ %, validation accuracy [\d.]+ %\)\.", text)) == 2
     assert "Student: Detecting(backbone=SmallResNet(width=2))" in text
