@@ -17,7 +17,7 @@ from distill_lightning.errors import InputError, check_one_of
 from distill_lightning.layers.call import only_output
 from distill_lightning.layers.channels import ChannelDims
 from distill_lightning.layers.modes import eval_mode
-from distill_lightning.layers.wrappers import named_parts, part_at, plain_name, unwrapped
+from distill_lightning.layers.wrappers import is_compiled, named_parts, part_at, plain_name, unwrapped
 
 Channels = Literal["first", "last"]
 Modes = tuple[bool, ...]
@@ -88,7 +88,7 @@ class FeatureTap:
         self._hook()
         modules = list(self.network.modules())
         modes = tuple([module.training for module in modules])
-        if any(_is_compiled(module) for module in modules):
+        if any(is_compiled(module) for module in modules):
             _guard_hooks()
         self._kept = {name: [] for name in self.layers}
         self._copied = {name for name in self.layers if (name, modes) not in self._intact}
@@ -231,18 +231,14 @@ class FeatureTap:
 @contextmanager
 def _eager(network: nn.Module) -> Iterator[None]:
     """Compiled code shows nothing of what it does."""
-    is_compiled = any(_is_compiled(module) for module in network.modules())
-    with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+    some_are = any(is_compiled(module) for module in network.modules())
+    with torch.compiler.set_stance("force_eager") if some_are else nullcontext():
         yield
 
 
 def _version(tensor: Tensor) -> int:
     """How often a tensor has been written into."""
     return tensor._version  # noqa: SLF001
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules  # noqa: SLF001
 
 
 def _guard_hooks() -> None:

@@ -77,6 +77,18 @@ def plain_name(network: nn.Module, name: str) -> str:
     return ".".join(kept)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` is around a module, or ``module.compile()`` was called.
+
+    Example:
+        >>> from torch import nn
+        >>> from distill_lightning.layers.wrappers import is_compiled
+        >>> is_compiled(nn.Linear(1, 1))
+        False
+    """
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules  # noqa: SLF001
+
+
 def _inner_name(module: object) -> str | None:
     if isinstance(module, _HOLDERS):
         return "module"

@@ -380,6 +380,31 @@ def test_what_makes_no_sense_is_refused(options, message):
         module_of(**options)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_detectors_are_refused(whole):
+    student = one_layer()
+    # Nothing is compiled before it is called.
+    student.backbone.compile()
+    SelfKDDetectionModule(student, num_classes=CLASSES)
+    if not whole:
+        student.roi_heads.compile()
+    with pytest.raises(
+        InputError, match=r"is compiled \((the whole detector|roi_heads)\), .* compile its backbone alone"
+    ):
+        SelfKDDetectionModule(torch.compile(student) if whole else student, num_classes=CLASSES)
+
+
+def test_what_a_detector_does_not_show_is_named(monkeypatch):
+    module = module_of(alpha_schedule="constant")
+    fitted(module, max_epochs=2)
+    heads = module.student.roi_heads
+    # As compiled code does.
+    monkeypatch.setattr(module.student, "forward", lambda *_: {"loss_classifier": torch.zeros(())})
+    with pytest.raises(InputError, match="FasterRCNN has not shown its images, proposals, .* in a training step"):
+        module.terms(module.prepared(next(iter(loader()))))
+    assert "select_training_samples" not in vars(heads)
+
+
 def test_other_detectors_are_refused():
     retina = detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=CLASSES + 1)
     with pytest.raises(InputError, match=r"\(RetinaNet\) has no rpn, .*: give a FasterRCNN, MaskRCNN or KeypointRCNN"):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from distill_lightning.errors import InputError
+from distill_lightning.layers.wrappers import is_compiled
 
 _PARTS = ("transform", "backbone", "rpn", "roi_heads")
 _OF_HEADS = ("box_roi_pool", "box_head", "box_predictor", "select_training_samples")
@@ -65,7 +66,7 @@ def check_regions(who: str, detector: nn.Module) -> None:
     """Look whether a detector has the parts that are recorded.
 
     Raises:
-        InputError: it is not of the R-CNN family.
+        InputError: it is not of the R-CNN family, or compiled, which hides what it samples.
     """
     heads = getattr(detector, "roi_heads", None)
     missing = [part for part in _PARTS if not hasattr(detector, part)]
@@ -75,6 +76,13 @@ def check_regions(who: str, detector: nn.Module) -> None:
             f"{who} ({type(detector).__name__}) has no {missing[0]}, and only torchvision's R-CNN family samples "
             "boxes: give a FasterRCNN, MaskRCNN or KeypointRCNN, or use DetectionModule"
         )
+    for name, part in detector.named_modules():
+        # What samples no boxes may be.
+        if is_compiled(part) and not name.startswith("backbone"):
+            raise InputError(
+                f"{who} is compiled ({name or 'the whole detector'}), and compiled code does not show which boxes it "
+                "samples: give it as it is, or compile its backbone alone"
+            )
 
 
 @contextmanager
@@ -83,6 +91,9 @@ def recorded(detector: nn.Module) -> Iterator[Regions]:
 
     It computes what it would compute alone, from the same random numbers: hooks listen to its layers, and two of its
     own methods, replaced on this object alone and put back afterwards, pass on what they return.
+
+    Raises:
+        InputError: at the end, if something of it was not seen.
     """
     seen, parts = Regions(), cast("Any", detector)
     heads, rpn = parts.roi_heads, parts.rpn
@@ -121,6 +132,12 @@ def recorded(detector: nn.Module) -> Iterator[Regions]:
         stack.enter_context(_replaced(heads, select_training_samples=selected))
         stack.enter_context(_replaced(rpn, compute_loss=computed, fg_bg_sampler=sampled))
         yield seen
+    unseen = [part.name for part in fields(seen) if not hasattr(seen, part.name)]
+    if unseen:
+        raise InputError(
+            f"{type(detector).__name__} has not shown its {', '.join(unseen)} in a training step: give it neither "
+            "compiled nor with a forward of its own, or use DetectionModule"
+        )
 
 
 @contextmanager
