@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from distill_lightning.errors import InputError
-from distill_lightning.layers import FeatureTap, eval_mode, unwrapped
+from distill_lightning.layers import FeatureTap, dry_forward, eval_mode, unwrapped
 from distill_lightning.networks.adapted import likely_input_shape
 from distill_lightning.networks.provenance import note_weights
 from distill_lightning.networks.weights import check_architecture, read_weights
@@ -27,13 +28,14 @@ def write_backbone(network: nn.Module, path: Path, *, num_classes: int) -> Path:
     Args:
         network: the plain classifier.
         path: ``.safetensors``; its folder is made.
-        num_classes: ``K``, by which the last layer is known.
+        num_classes: ``K``, by which the last layer is known: nothing with weights runs behind it.
 
     Returns:
         The path.
 
     Raises:
-        InputError: another suffix, no such layer, or the disk is full or refuses.
+        InputError: another suffix; the network has no such layer, or several, and cannot be run to see which of them is
+            the last; or the disk is full or refuses.
 
     Example:
         >>> import tempfile
@@ -135,18 +137,56 @@ class Features(nn.Module):
 
 
 def _head_of(network: nn.Module, num_classes: int) -> str:
-    sizes = {
-        name: getattr(layer, "out_features", getattr(layer, "out_channels", None))
+    """The layer of ``num_classes`` outputs behind which nothing with weights runs."""
+    who, way_out = type(network).__name__, "use export_student"
+    heads = [
+        name
         for name, layer in network.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d))
-    }
-    heads: list[str] = [name for name, size in sizes.items() if size == num_classes]
-    if not heads:
+        if (isinstance(layer, nn.Linear) and layer.out_features == num_classes)
+        or (isinstance(layer, nn.Conv2d) and layer.out_channels == num_classes)
+    ]
+    last = _last_to_run(network) if heads else None
+    if not heads or (last is not None and last not in heads):
+        found = f": {last!r} is its last" if last is not None else ""
         raise InputError(
-            f"{type(network).__name__} has no last layer of {num_classes} outputs that a backbone could do without: "
-            "use export_student"
+            f"{who} has no last layer of {num_classes} outputs that a backbone could do without{found}: {way_out}"
         )
-    return heads[-1]
+    if last is None and len(heads) > 1:
+        raise InputError(
+            f"{who} has several layers of {num_classes} outputs ({', '.join(heads)}), and does not run on an image or "
+            f"a row of numbers, which would show which of them is the last: {way_out}"
+        )
+    return heads[0] if last is None else last
+
+
+def _last_to_run(network: nn.Module) -> str | None:
+    """The layer with weights of its own that runs last; ``None``: no input is known that the network takes."""
+    ran: list[str] = []
+    watches = [
+        layer.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, layer in network.named_modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) or [*layer.parameters(recurse=False)]
+    ]
+    try:
+        for shape in _likely_shapes(network):
+            ran.clear()
+            with suppress(InputError):
+                dry_forward(network, shape)
+                return ran[-1] if ran else None
+    finally:
+        for watch in watches:
+            watch.remove()
+    return None
+
+
+def _likely_shapes(network: nn.Module) -> list[tuple[int, ...]]:
+    """Of inputs that the network may take: images, some networks need large ones, or rows of numbers."""
+    layers = list(network.modules())
+    # Of all layers, the first has the fewest channels.
+    channels = min((layer.in_channels for layer in layers if isinstance(layer, nn.Conv2d)), default=None)
+    if channels is not None:
+        return [(channels, side, side) for side in (32, 224)]
+    return [(layer.in_features,) for layer in layers if isinstance(layer, nn.Linear)][:1]
 
 
 def _steps(module: nn.Module, layers: Sequence[str], before: str = "") -> Iterator[str]:

@@ -226,6 +226,53 @@ def test_files_that_are_no_backbone_of_this_network_are_refused(tmp_path):
         module.export_backbone(tmp_path / "backbone.pt")
 
 
+class Backwards(nn.Module):
+    """It declares its head before its features, whose channels are as many as its classes."""
+
+    def __init__(self, classes=16):
+        super().__init__()
+        self.head, self.features = nn.Linear(16, classes), nn.Conv2d(1, 16, 3)
+
+    def forward(self, images):
+        return self.head(self.features(images).mean(dim=(2, 3)))
+
+
+class Tokens(nn.Module):
+    """What it reads is not known by its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, inputs, mask):
+        return self.second(self.first(inputs * mask))
+
+
+def test_the_head_is_the_last_layer_that_runs(tmp_path):
+    network, other = Backwards(), Backwards(classes=3)
+    load_backbone(other, write_backbone(network, tmp_path / "backbone.safetensors", num_classes=16))
+    assert torch.equal(other.features.weight, network.features.weight)
+    rows = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    path = write_backbone(rows, tmp_path / "rows.safetensors", num_classes=6)
+    other = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    load_backbone(other, path)
+    assert torch.equal(other[0].weight, rows[0].weight)
+    assert not torch.equal(other[2].weight, rows[2].weight)
+
+
+@pytest.mark.parametrize(
+    ("network", "classes", "message"),
+    [
+        (Tokens(), 4, r"Tokens has several layers of 4 outputs \(first, second\), and does not run"),
+        (Backwards(classes=3), 16, "Backwards has no last layer of 16 outputs .*: 'head' is its last: use"),
+    ],
+)
+def test_a_head_that_cannot_be_told_is_refused(network, classes, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        write_backbone(network, tmp_path / "backbone.safetensors", num_classes=classes)
+    assert not any(tmp_path.iterdir())
+
+
 def test_only_classifiers_have_a_backbone(tmp_path):
     regression = RegressionModule(SmallResNet(num_targets=2), num_targets=2)
     with pytest.raises(InputError, match="RegressionModule trains no classifier"):
