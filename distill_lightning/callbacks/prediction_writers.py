@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -68,8 +68,13 @@ class PredictionWriter(pl.Callback):
         """What is to be written of each sample that counts, as plain values."""
 
     @abstractmethod
-    def content(self, rows: Mapping[int, Any]) -> str:
-        """The file's text, of the samples' values by their place in the data, in its order."""
+    def content(self, rows: Mapping[int, Any], data: Any) -> str:
+        """The file's text.
+
+        Args:
+            rows: the samples' values by their place in the data, in its order.
+            data: the ``dataset`` of the loader; ``None``: it has none.
+        """
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the last prediction.
@@ -112,7 +117,7 @@ class PredictionWriter(pl.Callback):
         for loader in sorted({loader for loader, _ in every} | {0}):
             own = path.with_name(f"{path.stem}_{loader}{path.suffix}") if loader else path
             rows = {number: row for (other, number), row in sorted(every.items()) if other == loader}
-            write_whole(own, [self.content(rows).encode()])
+            write_whole(own, [self.content(rows, _data_of(trainer, loader)).encode()])
             self.written.append(own)
 
 
@@ -153,7 +158,7 @@ class TranslationWriter(PredictionWriter):
         texts: list[str] = pl_module.texts(outputs) if isinstance(outputs, Tensor) else outputs
         return [" ".join(text.splitlines()) for text in texts]
 
-    def content(self, rows: Mapping[int, Any]) -> str:
+    def content(self, rows: Mapping[int, Any], data: Any) -> str:
         """A line for each."""
         return "".join(f"{row}\n" for row in rows.values())
 
@@ -163,7 +168,9 @@ class DetectionWriter(PredictionWriter):
 
     That is a list of ``{"image_id": i, "category_id": k, "bbox": [left, top, width, height], "score": s}``, in pixels,
     one for each box, image by image and as the detector returned them. ``image_id`` is that of the image's target, or
-    where there is none, its place in the data. ``category_id`` is the label: 1 is the first class.
+    where there is none, its place in the data. ``category_id`` is the label: 1 is the first class. Where the loader's
+    data set has a method ``file_name(place)``, as those of `VOCDetectionDataModule`, each box has its image's
+    ``file_name``, too.
 
     ::
 
@@ -201,10 +208,12 @@ class DetectionWriter(PredictionWriter):
         ids = [_plain(target.get("image_id")) for target, counts in zip(targets, counted, strict=True) if counts]
         return [(number, _results(found)) for number, found in zip(ids, outputs, strict=True)]
 
-    def content(self, rows: Mapping[int, Any]) -> str:
+    def content(self, rows: Mapping[int, Any], data: Any) -> str:
         """One list."""
+        name_of: Callable[[int], str] | None = getattr(data, "file_name", None)
         found = [
             {"image_id": place if number is None else number, **box}
+            | ({} if name_of is None else {"file_name": name_of(place)})
             for place, (number, boxes) in rows.items()
             for box in boxes
         ]
@@ -216,6 +225,14 @@ def _results(found: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     corners, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     rows = zip(found["labels"].tolist(), corners.tolist(), sides.tolist(), scores.tolist(), strict=True)
     return [{"category_id": label, "bbox": [*corner, *side], "score": score} for label, corner, side, score in rows]
+
+
+def _data_of(trainer: pl.Trainer, loader: int) -> Any:
+    """What one of the loaders reads."""
+    loaders: Any = trainer.predict_dataloaders
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    return getattr(loaders[loader] if isinstance(loaders, Sequence) else loaders, "dataset", None)
 
 
 def _plain(number: Any) -> int | None:

@@ -49,6 +49,8 @@ class DetectionBatch(Batch):
     def of(cls, batch: Any) -> DetectionBatch:
         """Read a `DetectionBatch`, or images and perhaps targets, as torchvision's reference code collates them.
 
+        Images alone may be a list of ``(C, H, W)`` or a tensor ``(N, C, H, W)``.
+
         Raises:
             InputError: it is neither.
 
@@ -61,7 +63,7 @@ class DetectionBatch(Batch):
         """
         if isinstance(batch, cls):
             return batch
-        read = Batch.of(batch)
+        read = Batch(batch) if _are_images(batch) else Batch.of(batch)
         images, targets = read.input, read.target
         if not isinstance(images, (Tensor, Sequence)) or not all(_is_image(image) for image in images):
             raise InputError(
@@ -78,6 +80,11 @@ class DetectionBatch(Batch):
 
 def _is_image(image: Any) -> bool:
     return isinstance(image, torch.Tensor) and image.ndim == 3
+
+
+def _are_images(batch: Any) -> bool:
+    is_list = isinstance(batch, (list, tuple)) and bool(batch)
+    return all(map(_is_image, batch)) if is_list else isinstance(batch, Tensor) and batch.ndim == 4
 
 
 def _are_targets(targets: Any) -> bool:

@@ -92,7 +92,7 @@ class DetectionModule(DistillationModule):
 
     def forward(self, images: Any) -> Detections:  # type: ignore[override]  # boxes are no tensor
         """What the student finds on a list of images ``(C, H, W)``, or on those of a batch, labelled or not."""
-        found: Detections = self.student(_images(images))
+        found: Detections = self.student(self.read_batch(images).input)
         return found
 
     def read_batch(self, batch: Any) -> DetectionBatch:
@@ -100,8 +100,8 @@ class DetectionModule(DistillationModule):
         return DetectionBatch.of(batch)
 
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Detections:  # type: ignore[override]
-        """Boxes, scores and labels of each image of a batch that counts, or of each in a list of images."""
-        batch = DetectionBatch(_images(batch)) if not isinstance(batch, Batch) else batch
+        """Boxes, scores and labels of each image of a batch that counts, or of each in a list or tensor of images."""
+        batch = self.read_batch(batch)
         return counted(batch, explained(self, lambda one: self(one.input), batch, f"prediction batch {batch_idx}"))
 
     def configure_optimizers(self) -> Any:
@@ -143,13 +143,6 @@ class DetectionModule(DistillationModule):
                 f"{type(self).__name__}: class_names={class_names} would do nothing beside output={options['output']}: "
                 "give them to Boxes"
             )
-
-
-def _images(batch: Any) -> list[Tensor]:
-    if isinstance(batch, Batch):
-        return list(batch.input)
-    is_images = isinstance(batch, Tensor) or all(isinstance(image, Tensor) and image.ndim == 3 for image in batch)
-    return list(batch) if is_images else DetectionBatch.of(batch).input
 
 
 def _check_detector(who: str, student: nn.Module, num_classes: int) -> None:

@@ -8,7 +8,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from distill_lightning import InputError, SupervisedModule, TranslationModule
+from distill_lightning import (
+    DetectionModule,
+    FashionVOC,
+    InputError,
+    SupervisedModule,
+    TranslationModule,
+    VOCDetectionDataModule,
+    write_fashion_voc,
+)
 from distill_lightning.callbacks import DetectionWriter, TranslationWriter, writer_for
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.detection_batch import DetectionBatch
@@ -17,6 +25,7 @@ from distill_lightning.testing import (
     TinyDataModule,
     TinyDetectionDataModule,
     TinyEncoderDecoder,
+    TinyFasterRCNN,
     TinyNet,
     TinyTranslationDataModule,
     tiny_trainer,
@@ -65,7 +74,11 @@ class Finds(pl.LightningModule):
         counted = [True] * batch.size if batch.counted is None else batch.counted.tolist()
         rows = zip(batch.target, batch.index.tolist(), counted, strict=True)
         return [
-            {"boxes": target["boxes"], "labels": target["labels"], "scores": torch.tensor([number / 64])}
+            {
+                "boxes": target["boxes"],
+                "labels": target["labels"],
+                "scores": torch.full(target["labels"].shape, number / 64),
+            }
             for target, number, counts in rows
             if counts
         ]
@@ -158,6 +171,42 @@ def test_images_without_ids_and_without_boxes(tmp_path):
     tiny_trainer(callbacks=[DetectionWriter(path=tmp_path / "out.json")]).predict(Nothing(), loader)
     expected = [{"image_id": 0, "category_id": 1, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.5}]
     assert json.loads((tmp_path / "out.json").read_text()) == expected
+
+
+@pytest.mark.parametrize("collate", [list, torch.stack], ids=["list", "tensor"])
+def test_images_without_targets_are_read_as_the_module_reads_them(collate, tmp_path):
+    data = TinyDetectionDataModule(samples=3, batch_size=3).dataset("test")
+    module = DetectionModule(TinyFasterRCNN(2), num_classes=2)
+    loader = DataLoader(list(data.images), 2, collate_fn=collate)
+    found = tiny_trainer(callbacks=[DetectionWriter(path=tmp_path / "out.json")]).predict(module, loader)
+    counts = [len(one["boxes"]) for batch in found for one in batch]
+    assert any(counts)
+    written = [line["image_id"] for line in json.loads((tmp_path / "out.json").read_text())]
+    assert written == [image for image, count in enumerate(counts) for _ in range(count)]
+
+
+def test_boxes_of_image_files_have_their_names(tmp_path):
+    pycocotools = pytest.importorskip("pycocotools.coco")
+    write_fashion_voc(tmp_path / "voc", FashionVOC(items="digits", images=(1, 3, 2), size=64, item_size=(16, 24)))
+    names = {"class_names": list("0123456789"), "batch_size": 2, "num_workers": 0}
+    data = VOCDetectionDataModule(data_dir=tmp_path / "voc", **names)
+    loaders = [data.val_dataloader(), data.test_dataloader()]
+
+    class Two(Finds):
+        def predict_step(self, batch, batch_idx, dataloader_idx):
+            return super().predict_step(batch, batch_idx)
+
+    writer = DetectionWriter(path=tmp_path / "out.json")
+    tiny_trainer(callbacks=[writer]).predict(Two(), loaders)
+    for path, split, count in zip(writer.written, ("val", "test"), (3, 2), strict=True):
+        files = data.file_names(split)
+        assert files == [f"VOC2007/JPEGImages/{split}_{number:06}.jpg" for number in range(count)]
+        written = json.loads(path.read_text())
+        assert {(line["image_id"], line["file_name"]) for line in written} == set(enumerate(files))
+        coco = pycocotools.COCO()
+        coco.dataset = {"images": [{"id": place} for place in range(count)], "categories": [{"id": 1}]}
+        coco.createIndex()
+        assert len(coco.loadRes(str(path)).anns) == len(written)
 
 
 def test_several_loaders_have_a_file_each(tmp_path):

@@ -155,6 +155,10 @@ class DetectionFiles(ViewDataset):
         images, targets = zip(*map(self._view, index.tolist(), seeds), strict=True)
         return DetectionBatch(list(images), list(targets), index, view)
 
+    def file_name(self, place: int) -> str:
+        """Name of the image at a place of this set, below the folder, with the name of its own."""
+        return os.fsdecode(self.files.paths[place])
+
     def columns(self) -> Columns:
         """Paths, below the folder, and objects."""
         boxes, labels, difficult = (part.numpy() for part in self.files[3:])
@@ -178,7 +182,7 @@ class DetectionFiles(ViewDataset):
         return v2.functional.to_dtype(image, torch.float32, scale=True), target
 
     def _decoded(self, sample: int) -> Tensor:
-        path = self.folder / os.fsdecode(self.files.paths[sample])
+        path = self.folder / self.file_name(sample)
         image = decode(path)
         size = (image.shape[2], image.shape[1])
         said = tuple(self.files.sizes[sample].tolist())

@@ -147,6 +147,11 @@ class VOCDetectionDataModule(ImageDataModule):
             seed=self.seed,
         )
 
+    def file_names(self, split: str) -> list[str]:
+        """The image files of a split, below ``data_dir``; the number of each is its ``image_id``."""
+        dataset = self.dataset(split)
+        return [dataset.file_name(place) for place in range(len(dataset))]
+
     def _read_files(self) -> None:
         """Read which images there are, and their annotations; those of training tell the classes."""
         images = self._images()
