@@ -39,9 +39,9 @@ class SelfKDDetectionModule(DetectionModule):
     \sigma(z_\mathrm{past})` is the target of the binary cross entropy of the sampled anchors.
 
     Logged besides, over the sampled boxes: ``train/alpha``; ``train/target_gt_prob`` and ``train/target_entropy``, the
-    mean ``q`` at the box's class and the mean entropy of ``q``; ``train/known_fraction``, 1 where the past has a share
-    in the targets and else 0, and ``train/agree_past``, the part of the boxes whose most probable class is the past one
-    (0 where it has none).
+    mean ``q`` at the box's class and the mean entropy of ``q``; ``train/known_fraction``, the part of the boxes that
+    have a share of the past in their targets, and ``train/agree_past``, the part of these whose most probable class is
+    the past one (0 where there are none).
 
     Kim, Ji, Yoon, Hwang: *Self-Knowledge Distillation with Progressive Refinement of Targets*,
     https://arxiv.org/abs/2006.12000
@@ -119,10 +119,10 @@ class SelfKDDetectionModule(DetectionModule):
         hard = functional.hard_targets(labels, logits.shape[1])
         past = functional.soften(wide(past_logits).softmax(dim=1), temperature=self.past_temperature)
         target = functional.progressive_targets(hard, past, alpha)
-        if self.foreground_only:
-            target = torch.where(labels[:, None] > 0, target, hard)
+        softened = labels > 0 if self.foreground_only else torch.ones_like(labels, dtype=torch.bool)
+        target = torch.where(softened[:, None], target, hard)
         agree = logits.argmax(dim=1) == past.argmax(dim=1)
-        observe_refinement(self, alpha, labels, target, agree=agree, known=torch.ones_like(agree))
+        observe_refinement(self, alpha, labels, target, agree=agree, known=softened)
         return functional.soft_cross_entropy_rows(logits, target).mean()
 
     def _objectness(self, seen: Regions, past_logits: Tensor, alpha: float) -> Tensor:

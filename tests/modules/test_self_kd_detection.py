@@ -180,6 +180,8 @@ def test_terms_equal_loops_over_boxes_and_anchors(build, options, monkeypatch):
             total -= float(sum(q[k] * log_p[k] for k in range(CLASSES + 1)))
     assert terms["classifier"].item() == pytest.approx(total / len(labels), rel=1e-4)
     assert terms["classifier"].item() != pytest.approx(stock["classifier"].item(), rel=1e-4)
+    softened = [label > 0 or "foreground_only" not in options for label in labels]
+    assert module._observed["known_fraction"].item() == pytest.approx(sum(softened) / len(labels))
     untouched = {"box_reg", "rpn_box_reg"} | ({"objectness"} if not options.get("objectness") else set())
     assert all(torch.equal(terms[name], stock[name]) for name in untouched)
     if options.get("objectness"):
