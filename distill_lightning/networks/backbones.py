@@ -89,7 +89,8 @@ class Features(nn.Module):
         in_channels: of the images.
 
     Raises:
-        InputError: there is no such layer, or the network runs its layers in another way.
+        InputError: there is no such layer, one is named twice, out of order or returns no ``(N, C, H, W)``, or the
+            network runs its layers in another way.
 
     Example:
         >>> import torch
@@ -105,6 +106,8 @@ class Features(nn.Module):
     def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
         who = type(network).__name__
+        if len(set(layers)) < len(layers):
+            raise InputError(f"{who}: layers={list(layers)} have one twice: name each once")
         tap = FeatureTap(network, layers)
         tap.remove()
         self.layers = tap.layers
@@ -116,13 +119,25 @@ class Features(nn.Module):
             _add(self.body, path, network.get_submodule(path))
         images = torch.rand(2, *likely_input_shape(network), generator=torch.Generator().manual_seed(0))
         expected = _tapped(network, self.layers, images)
-        with torch.no_grad(), eval_mode(self):
-            found = list(self(images).values()) if last >= 0 else []
+        for layer, feature in zip(self.layers, expected, strict=True):
+            if feature.ndim != 4:
+                raise InputError(
+                    f"{who}: {layer!r} returns a tensor of {feature.ndim} dimensions, and a detector reads "
+                    "feature maps (N, C, H, W): name a layer before it"
+                )
+        numbered: dict[str, Tensor] = {}
+        # What does not follow from the layer before may well have another shape.
+        with torch.no_grad(), eval_mode(self), suppress(RuntimeError, TypeError, ValueError):
+            numbered = self(images)
+        found = [numbered[str(number)] for number in range(len(numbered))]
         if len(found) != len(expected) or not all(map(torch.equal, found, expected)):
             raise InputError(
                 f"{who} does not run its layers one after the other down to {', '.join(self.layers)}: name layers that "
                 "it does so, stages for example"
             )
+        in_order = [self.layers[int(number)] for number in numbered]
+        if in_order != list(self.layers):
+            raise InputError(f"{who} runs these layers in the order {', '.join(in_order)}: name them so")
         self.channels = [feature.shape[1] for feature in found]
         self.in_channels = images.shape[1]
 

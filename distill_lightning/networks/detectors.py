@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def faster_rcnn(
             max_size: 320
 
     Args:
-        backbone: a classifier; its number of classes does not matter.
+        backbone: a classifier, which is copied; its number of classes does not matter.
         num_classes: ``C``, without the background; the detector has one class more.
         layers: dotted paths of the classifier's layers, from the largest feature map to the smallest.
         backbone_weights: a file of `DistillationModule.export_backbone`; ``None``: the classifier's own weights.
@@ -78,8 +79,10 @@ def faster_rcnn(
         samples: of them, with which the box head is trained on each image.
 
     Raises:
-        InputError: a size that is not positive; not a mean and a deviation for each channel that the classifier reads,
-            or not as many anchor sizes as there are levels; no such layer; or a file of another network.
+        InputError: a size that is not positive, or a shorter side that is longer than the longer one; not a mean and a
+            deviation for each channel that the classifier reads, or not as many anchor sizes as there are levels; no
+            such layer, layers twice or not in the order in which they run, or one that returns no feature map; or a
+            file of another network.
 
     Example:
         >>> import torch
@@ -93,6 +96,13 @@ def faster_rcnn(
     """
     sizes = {"num_classes": num_classes, "min_size": min_size, "max_size": max_size, "fpn_channels": fpn_channels}
     check_sizes("faster_rcnn", {**sizes, "head_features": head_features, "proposals": proposals, "samples": samples})
+    if min_size > max_size:
+        raise InputError(
+            f"faster_rcnn: min_size={min_size} is the shorter side of an image, and max_size={max_size} bounds the "
+            "longer one: raise max_size"
+        )
+    # The caller's own may be frozen, trained and loaded as something else.
+    backbone = copy.deepcopy(backbone)
     if backbone_weights is not None:
         load_backbone(backbone, Path(backbone_weights))
     features = Features(backbone, [layers] if isinstance(layers, str) else list(layers))

@@ -176,6 +176,20 @@ def test_frozen_norms_keep_their_statistics():
         assert torch.equal(value, before[name]) == (name.rpartition(".")[0] in norms), name
 
 
+def test_the_callers_own_classifier_is_left_alone(tmp_path):
+    classifier = SmallCNN(num_classes=5, width=4)
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    other = write_backbone(SmallCNN(num_classes=3, width=4), tmp_path / "backbone.safetensors", num_classes=3)
+    first = faster_rcnn(classifier, num_classes=2, layers="features.6", backbone_weights=other, **GREY)
+    second = faster_rcnn(classifier, num_classes=2, layers="features.6", frozen_norms=True, **GREY)
+    assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
+    assert all(parameter.requires_grad for parameter in classifier.parameters())
+    pointers = [{parameter.data_ptr() for parameter in network.parameters()} for network in (classifier, first, second)]
+    assert not pointers[0] & pointers[1]
+    assert not pointers[0] & pointers[2]
+    assert not pointers[1] & pointers[2]
+
+
 class Shortcut(nn.Module):
     """Its second layer reads more than the first has given."""
 
@@ -186,6 +200,17 @@ class Shortcut(nn.Module):
     def forward(self, images):
         first = self.first(images)
         return self.head((self.second(first + 1)).mean(dim=(2, 3)))
+
+
+class Flattening(nn.Module):
+    """It gives its last layer another shape than the first has returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 4, 3), nn.Conv2d(2, 4, 1)
+
+    def forward(self, images):
+        return self.last(self.first(images).unflatten(1, (2, 2)).sum(dim=2)).mean(dim=(2, 3))
 
 
 def small(**options):
@@ -201,6 +226,14 @@ def small(**options):
         (lambda: small(anchor_sizes=[[8], [16]]), r"of 2 levels, and there are 3 \(one for each layer, and one for"),
         (lambda: small(layers="stage3"), "of 3 levels, and there are 1: give sizes for each"),
         (lambda: small(layers="stage9"), "stage9"),
+        (
+            lambda: small(layers="head"),
+            "SmallResNet: 'head' returns a tensor of 2 dimensions, .* name a layer before it",
+        ),
+        (lambda: small(layers=["stage3", "stage2"]), "runs these layers in the order stage2, stage3: name them so"),
+        (lambda: small(layers=["stage3", "stage3"]), r"layers=\['stage3', 'stage3'\] have one twice"),
+        (lambda: small(min_size=100), "min_size=100 is the shorter side of an image, and max_size=64 bounds"),
+        (lambda: faster_rcnn(Flattening(), num_classes=2, layers="last", **GREY), "one after the other down to last"),
         (lambda: faster_rcnn(Shortcut(), num_classes=2, layers="second", **GREY), "one after the other down to second"),
         (lambda: faster_rcnn(SmallLSTM(5, input_size=8), num_classes=2, layers="lstm", **GREY), "SmallLSTM"),
     ],
