@@ -23,6 +23,7 @@ from distill_lightning import (
     faster_rcnn,
 )
 from distill_lightning.errors import NonFiniteError
+from distill_lightning.outputs.metrics import DetectionCalibrationError
 from distill_lightning.testing import TinyDetectionDataModule, TinyFasterRCNN, tiny_trainer
 
 
@@ -138,6 +139,23 @@ def test_metrics_are_those_of_all_images():
     scored = module.score(data.test_dataloader())
     assert scored == pytest.approx({name.removeprefix("test/"): value for name, value in tested.items()})
     assert module.training
+
+
+def test_without_cocos_code_nothing_that_needs_it_begins(monkeypatch):
+    monkeypatch.setattr("distill_lightning.outputs.metrics.detection.find_spec", lambda name: None)
+    fitted(module_of())
+    module = module_of(metrics=MetricCollection({"ece": DetectionCalibrationError()}))
+    fitted(module, val=loader())
+    module = module_of()
+    before = state_of(module.student)
+    for begin in ("fit", "validate", "test"):
+        trainer = tiny_trainer(num_sanity_val_steps=0)
+        loaders = [loader(), loader()] if begin == "fit" else [loader()]
+        with pytest.raises(InputError, match=r"pip install 'distill-lightning\[detection\]'"):
+            getattr(trainer, begin)(module, *loaders)
+        assert same(before, state_of(module.student))
+        metrics = [*module.val_metrics.values(), *module.test_metrics.values()]
+        assert not any(metric.rows for metric in metrics)
 
 
 def test_several_loaders_have_metrics_of_their_own():

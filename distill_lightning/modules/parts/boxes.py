@@ -14,6 +14,7 @@ from distill_lightning.layers import eval_mode
 from distill_lightning.modules.parts.evaluation import Evaluation, metrics_of
 from distill_lightning.modules.parts.guard import FIRST, STAGES, WAY_OUT, Guard, named
 from distill_lightning.outputs.metrics import COCOAveragePrecision
+from distill_lightning.outputs.metrics.detection import coco_backend
 from distill_lightning.teachers.layer_errors import explained
 
 Detections = list[dict[str, Tensor]]
@@ -126,20 +127,34 @@ class DetectionEvaluation(Evaluation):
                 metrics.update(counted(batch, module.student(batch.input)), counted(batch, batch.target))
         return {name.removeprefix("test/"): float(value) for name, value in _scalars(metrics.compute()).items()}
 
+    def fit_starts(self, module: Any) -> None:
+        """Make sure that a validation can be computed, before an epoch is trained."""
+        super().fit_starts(module)
+        if module.trainer.enable_validation:
+            _check_backend(module.val_metrics)
+
     def validation_starts(self, module: Any) -> None:
         """Forget what an interrupted validation has left."""
         super().validation_starts(module)
+        _check_backend(module.val_metrics)
         self._loaders.pop("val", None)
 
     def test_starts(self, module: Any) -> None:
         """Forget what an interrupted test has left."""
         super().test_starts(module)
+        _check_backend(module.test_metrics)
         self._loaders.pop("test", None)
 
 
 def _scalars(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What can be logged: torchmetrics' own metrics of boxes return rows of numbers, too."""
     return {name: value for name, value in values.items() if isinstance(value, Tensor) and value.numel() == 1}
+
+
+def _check_backend(metrics: Any) -> None:
+    """Refuse before the first image what would be refused after the last."""
+    if any(isinstance(metric, COCOAveragePrecision) for metric in metrics.values()):
+        coco_backend()
 
 
 def _name_classes(metrics: Any, datamodule: Any) -> None:
