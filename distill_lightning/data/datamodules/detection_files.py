@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -24,6 +25,8 @@ from distill_lightning.errors import InputError
 
 # Keeps the draws of the views apart from others.
 _STREAM = 0x424F5845
+# EXIF's tag; of upright images it is 1.
+_ORIENTATION = 0x0112
 # Red, green and blue in a grey image, in parts of 2 ** 16, so that grey stays what it is; as Pillow has them.
 _GREY = (19595, 38470, 7471)
 
@@ -187,9 +190,13 @@ class DetectionFiles(ViewDataset):
         size = (image.shape[2], image.shape[1])
         said = tuple(self.files.sizes[sample].tolist())
         if size != said:
+            with Image.open(path) as opened:
+                is_turned = opened.getexif().get(_ORIENTATION, 1) > 1
+            turned = " as its EXIF orientation turns it" if is_turned else ""
+            way_out = "save it upright, or annotate what a viewer shows" if is_turned else "mend one of the two"
             raise InputError(
-                f"{path} has {size[0]}x{size[1]} pixels, and its annotation says {said[0]}x{said[1]}: its boxes would "
-                "be elsewhere; mend one of the two"
+                f"{path} has {size[0]}x{size[1]} pixels{turned}, and its annotation says {said[0]}x{said[1]}: its "
+                f"boxes would be elsewhere; {way_out}"
             )
         return image if self.channels == 3 else grey(image)
 

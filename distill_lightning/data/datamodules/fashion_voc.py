@@ -138,7 +138,7 @@ class FashionVOCDataModule(VOCDetectionDataModule):
         augmentation: of the training images.
         val_size: number of validation images, the first ones; ``None``: all.
         test_size: number of test images, the first ones; ``None``: all.
-        options: how samples are chosen, ordered and loaded; see `LoadingOptions`.
+        options: how samples are chosen, ordered and loaded; see `LoadingOptions`. ``batch_size`` is 8 by default.
 
     Raises:
         InputError: as `write_fashion_voc` and `VOCDetectionDataModule`, from ``prepare_data`` or ``setup``.

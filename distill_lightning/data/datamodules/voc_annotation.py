@@ -13,6 +13,7 @@ _SIDES = ("xmin", "ymin", "xmax", "ymax")
 # Tools count from 0 or from 1, and round up or down.
 _ROUNDING = 1.0
 _NO_AREA = "without an area"
+_IS_DIFFICULT = {"": False, "0": False, "false": False, "1": True, "true": True}
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom in pixels, of which the first has its left edge at 0."""
@@ -29,6 +30,7 @@ class Annotation(NamedTuple):
         boxes: where each is.
         difficult: whether it is marked as hard to recognise.
         faults: a line for each box that was left out or cut off at the image's edge.
+        cut: those of them that were cut off.
     """
 
     width: int
@@ -38,6 +40,7 @@ class Annotation(NamedTuple):
     boxes: list[Box]
     difficult: list[bool]
     faults: list[str]
+    cut: list[str]
 
 
 def read_annotation(path: Path, *, mend: bool = False) -> Annotation:
@@ -54,8 +57,8 @@ def read_annotation(path: Path, *, mend: bool = False) -> Annotation:
             in it left out, instead of being refused.
 
     Raises:
-        InputError: the file is missing or no XML, has no size, or has an object without a name or a box; or a box is
-            outside the image or upside down.
+        InputError: the file is missing or no XML, has no size in whole pixels, or has an object without a name or a
+            box, or one of which it is not clear whether it is difficult; or a box is outside the image or upside down.
     """
     if not path.is_file():
         raise InputError(f"{path} is not there: add the annotation, or take the image out of ImageSets")
@@ -65,7 +68,9 @@ def read_annotation(path: Path, *, mend: bool = False) -> Annotation:
     width, height = (_number(root.find(f"size/{side}")) for side in ("width", "height"))
     if not (width >= 1 and height >= 1):
         raise InputError(f"{path} has no size with the image's width and height: add it")
-    found = Annotation(int(width), int(height), [], [], [], [], [])
+    if not (width.is_integer() and height.is_integer()):
+        raise InputError(f"{path} has the size {width:g}x{height:g}, and pixels are whole: mend it")
+    found = Annotation(int(width), int(height), [], [], [], [], [], [])
     for number, element in enumerate(root.findall("object"), start=1):
         name = (element.findtext("name") or "").strip()
         where = f"{path}: object {number} ({name or 'without a name'})"
@@ -78,6 +83,9 @@ def read_annotation(path: Path, *, mend: bool = False) -> Annotation:
                 f"{where} has a box {fault}, {_written(corners)} in an image of {found.width}x{found.height} pixels: "
                 "mend it, or give on_damaged='mend'"
             )
+        difficult = (element.findtext("difficult") or "").strip()
+        if difficult.lower() not in _IS_DIFFICULT:
+            raise InputError(f"{where} has difficult={difficult!r}: write 1 or 0")
         if fault:
             found.faults.append(f"{where} has a box {fault}, {_written(corners)}")
         left, top = max(corners[0] - 1, 0.0), max(corners[1] - 1, 0.0)
@@ -86,7 +94,8 @@ def read_annotation(path: Path, *, mend: bool = False) -> Annotation:
             found.numbers.append(number)
             found.names.append(name)
             found.boxes.append((left, top, right, bottom))
-            found.difficult.append((element.findtext("difficult") or "").strip() == "1")
+            found.difficult.append(_IS_DIFFICULT[difficult.lower()])
+            found.cut.extend(found.faults[-1:] if fault else [])
     return found
 
 

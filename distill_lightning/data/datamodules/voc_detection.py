@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Unpack
@@ -14,7 +15,7 @@ from distill_lightning.data.datamodules.image_data_module import ImageDataModule
 from distill_lightning.data.datamodules.image_file import SUFFIXES
 from distill_lightning.data.datamodules.options import LoadingOptions
 from distill_lightning.data.datamodules.voc_annotation import Annotation, read_annotation
-from distill_lightning.errors import InputError, check_one_of
+from distill_lightning.errors import InputError, check_one_of, refusing
 
 # Boxes that a warning names.
 _SHOWN = 10
@@ -61,16 +62,18 @@ class VOCDetectionDataModule(ImageDataModule):
             ``"mend"``: it is cut off at the image's edge, or left out where nothing remains, and said so once.
         val_size: number of validation images, the first ones, or to be drawn; ``None``: all.
         test_size: number of test images, the first ones; ``None``: all.
-        options: how samples are chosen, ordered and loaded; see `LoadingOptions`.
+        options: how samples are chosen, ordered and loaded; see `LoadingOptions`. ``batch_size`` is 8 by default,
+            because images are large and a detector keeps much of each.
 
     Attributes:
         faults: a line for each box that was left out or cut off.
 
     Raises:
         InputError: an option is out of range, or ``data_dir`` holds no such folder; where the files are read (here if
-            ``class_names`` are not given, else in ``setup``): a split is missing, empty, larger than the data or shares
-            an image with another; an image or annotation is missing; an annotation cannot be used or has a class that
-            is not known; from a loader: an image cannot be decoded, or is not as large as its annotation says.
+            ``class_names`` are not given, else in ``setup``): a split is missing, no text, empty, larger than the data
+            or shares an image with another; an image or annotation is missing; an annotation cannot be used or has a
+            class that is not known; from a loader: an image cannot be decoded, or is not as large as its annotation
+            says.
 
     Everingham et al.: *The PASCAL Visual Object Classes Challenge: A Retrospective*,
     https://doi.org/10.1007/s11263-014-0733-5
@@ -102,6 +105,7 @@ class VOCDetectionDataModule(ImageDataModule):
         test_size: int | None = None,
         **options: Unpack[LoadingOptions],
     ) -> None:
+        options.setdefault("batch_size", 8)
         super().__init__(
             val_size=val_size, test_size=test_size, views=None, views_per_load=1, partners=False, **options
         )
@@ -171,9 +175,11 @@ class VOCDetectionDataModule(ImageDataModule):
         if self.faults:
             shown = "".join(f"\n  {fault}" for fault in self.faults[:_SHOWN])
             more = f"\n  and {len(self.faults) - _SHOWN:,} more, which are in faults" * (len(self.faults) > _SHOWN)
-            left_out = "left out, or cut off at the image's edge" if self.on_damaged == "mend" else "left out"
+            cut = sum(len(annotation.cut) for several in found.values() for _, annotation in several)
+            ways = {0: "left out", len(self.faults): "cut off at the image's edge"}
+            did = ways.get(cut, " or ".join(ways.values()))
             number = f"{len(self.faults):,} box{'es' if len(self.faults) > 1 else ''}"
-            rank_zero_warn(f"{type(self).__name__}: {number} in {self.data_dir} {left_out}:{shown}{more}")
+            rank_zero_warn(f"{type(self).__name__}: {number} in {self.data_dir} {did}:{shown}{more}")
 
     def _images(self) -> dict[str, dict[str, _Image]]:
         """The images of each split by set and name, in the order of the files that list them."""
@@ -185,6 +191,11 @@ class VOCDetectionDataModule(ImageDataModule):
                 key = f"{image.folder.name}/{image.name}"
                 twice = next((other for other in found if key in found[other]), None)
                 if twice is not None:
+                    if twice == split:
+                        raise InputError(
+                            f"{image.line}: {image.name} is listed twice in {split}, first in {own[key].line}: take "
+                            "one of the lines out"
+                        )
                     raise InputError(
                         f"{image.line}: {image.name} is already in {twice} ({found[twice][key].line}): an image may be "
                         "in one split alone; with val=null and val_size, images are drawn from the training split"
@@ -197,6 +208,11 @@ class VOCDetectionDataModule(ImageDataModule):
     def _annotation(self, image: _Image) -> Annotation:
         path = image.folder / "Annotations" / f"{image.name}.xml"
         if not path.is_file():
+            if re.fullmatch(r"\S+\s+(-1|0|1)", image.name):
+                raise InputError(
+                    f"{image.line}: {image.name!r} is an image and whether a class is on it: give the split itself, "
+                    "train='train' for example, not the list of one of its classes"
+                )
             raise InputError(f"{image.line}: {image.name} has no annotation {path}: add it, or take the line out")
         return read_annotation(path, mend=self.on_damaged == "mend")
 
@@ -249,9 +265,14 @@ def _listed(data_dir: Path, folders: Sequence[Path], split: str, name: str) -> l
     return [
         _Image(folder, line.strip(), f"{path}:{number}")
         for folder, path in present
-        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        for number, line in enumerate(_text(path).splitlines(), start=1)
         if line.strip()
     ]
+
+
+def _text(path: Path) -> str:
+    with refusing(f"{path} is no text in UTF-8, save it so", OSError, ValueError):
+        return path.read_text(encoding="utf-8-sig")
 
 
 def _image_file(image: _Image) -> Path:

@@ -150,6 +150,24 @@ def test_objects_that_are_difficult_are_seen_in_evaluation_alone(folder):
     assert kept["difficult"].tolist() == [True, True]
 
 
+@pytest.mark.parametrize("written", ["1", "true", " True "])
+def test_difficult_may_be_a_word(folder, written):
+    path = folder / "Annotations/000000.xml"
+    path.write_text(annotation_of([object_of("cat", 2, 20, 3, 30, difficult=written)]))
+    assert read_annotation(path).difficult == [True]
+
+
+def test_a_list_may_begin_with_a_mark_of_its_coding(folder):
+    path = folder / "ImageSets/Main/train.txt"
+    path.write_bytes("\N{BYTE ORDER MARK}".encode() + path.read_bytes())
+    assert len(data_of(folder).dataset("train")) == 6
+
+
+def test_a_batch_has_eight_images_if_nothing_else_is_said(folder):
+    data = VOCDetectionDataModule(data_dir=folder)
+    assert data.batch_size == data.train_dataloader().batch_size == 8
+
+
 def test_parts_of_objects_are_no_objects(folder):
     head = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></part>"
     path = folder / "Annotations/000000.xml"
@@ -284,6 +302,9 @@ def test_a_box_without_an_area_is_left_out_and_said_so_once(folder):
         place = paths_of(data, "train").index("JPEGImages/000000.png")
         assert data.dataset("train")[place].target["boxes"].tolist() == [[33, 24, 60, 40]]
     assert len(data.faults) == 1
+    # Nothing was cut off.
+    with pytest.warns(UserWarning, match="1 box in .* left out:"):
+        data_of(folder, on_damaged="mend")
 
 
 def test_boxes_beyond_the_edge_are_cut_off_where_that_is_asked_for(folder):
@@ -296,7 +317,11 @@ def test_boxes_beyond_the_edge_are_cut_off_where_that_is_asked_for(folder):
     found = read_annotation(path, mend=True)
     assert found.boxes == [(6, 0, 64, 20), (33, 24, 64, 48)]
     assert len(found.faults) == 2
-    with pytest.warns(UserWarning, match="2 boxes in .* left out, or cut off"):
+    assert found.cut == found.faults[:1]
+    with pytest.warns(UserWarning, match="2 boxes in .* left out or cut off at the image's edge:"):
+        data_of(folder, on_damaged="mend")
+    path.write_text(annotation_of([object_of("cat", 24, 52, 33, 70)]))
+    with pytest.warns(UserWarning, match="1 box in .* cut off at the image's edge:"):
         data_of(folder, on_damaged="mend")
 
 
@@ -325,7 +350,12 @@ BAD = {
     "no image": (lambda d: (d / "JPEGImages/000004.png").unlink(), r"train\.txt:5: there is no image .*000004\.jpg"),
     "no list": (lambda d: (d / "ImageSets/Main/test.txt").unlink(), r"test='test': .*test\.txt is not there: give"),
     "empty list": (lambda d: (d / "ImageSets/Main/val.txt").write_text("\n"), r"val \(val\) has no image: give"),
-    "twice": (edited("000003", "000002", TRAIN), r"train\.txt:4: 000002 is already in train \(.*train\.txt:3\)"),
+    "twice": (edited("000003", "000002", TRAIN), r"train\.txt:4: 000002 is listed twice in train, first in .*txt:3:"),
+    "size of a fraction": (edited("<width>64", "<width>64.7"), r"000001\.xml has the size 64.7x48, and pixels are"),
+    "size without an end": (edited("<width>64", "<width>inf"), r"000001\.xml has the size infx48, and pixels are"),
+    "perhaps difficult": (edited("<difficult>0", "<difficult>2"), r"object 1 \(emu\) has difficult='2': write 1 or 0"),
+    "list in Latin-1": (lambda d: (d / TRAIN).write_bytes(b"caf\xe9\n"), r"train\.txt is no text in UTF-8, save it so"),
+    "list of a class": (edited("000003", "000003 -1", TRAIN), r"train\.txt:4: '000003 -1' is an image and whether a"),
     "class of val alone": (edited("dog", "fox", "Annotations/000006.xml"), r"000006\.xml: object 1 \(fox\) is none"),
     "no set": (lambda d: shutil.rmtree(d / "ImageSets"), r"holds no folder in VOC's layout, with Annotations"),
 }
@@ -381,16 +411,24 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:-200])
 
 
+def turned(folder):
+    (folder / "JPEGImages/000009.png").unlink()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels_of(RECTANGLES[0])).save(folder / "JPEGImages/000009.jpg", exif=exif)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (cut, r"JPEGImages/000009\.jpg cannot be decoded \(.*\): mend it"),
+        (turned, r"000009\.jpg has 48x64 pixels as its EXIF orientation turns it, .* says 64x48: .*save it upright"),
         (
             lambda d: Image.new("RGB", (30, 20)).save(d / "JPEGImages/000009.png"),
             r"JPEGImages/000009\.png has 30x20 pixels, and its annotation says 64x48",
         ),
     ],
-    ids=["cut", "another size"],
+    ids=["cut", "turned", "another size"],
 )
 def test_images_that_cannot_be_used_are_named(folder, edit, message):
     edit(folder)
