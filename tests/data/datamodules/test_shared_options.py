@@ -113,6 +113,8 @@ def test_the_defaults_are_those_of_the_base(kind, folder):
     data, base = kind(**needed(kind, folder)), keywords(ViewDataModule)
     workers = len(os.sched_getaffinity(0)) if kind.default_workers is None else 0
     expected = {name: base[name].default for name in MODULES[kind]} | {"num_workers": workers}
+    # A detector keeps much of each image.
+    expected |= {"batch_size": 8} if issubclass(kind, VOCDetectionDataModule) else {}
     assert {name: getattr(data, name) for name in expected} == expected
     assert kind(**needed(kind, folder), num_workers=0).num_workers == 0
 
