@@ -158,6 +158,15 @@ def test_without_cocos_code_nothing_that_needs_it_begins(monkeypatch):
         assert not any(metric.rows for metric in metrics)
 
 
+def test_names_of_the_data_are_looked_at_before_an_epoch():
+    module, data = DetectionModule(TinyFasterRCNN(2), num_classes=2, optimizer=sgd), TinyDetectionDataModule()
+    data.class_names = ("a", "a")
+    before = state_of(module.student)
+    with pytest.raises(InputError, match="class_names have 'a' twice"):
+        tiny_trainer(num_sanity_val_steps=0).fit(module, datamodule=data)
+    assert same(before, state_of(module.student))
+
+
 def test_several_loaders_have_metrics_of_their_own():
     trainer = fitted(module_of(class_names=["a", "b"]), val=[loader(), loader(images_and_boxes(2))])
     names = {name for name in trainer.callback_metrics if name.startswith("val/map_class_a")}

@@ -112,8 +112,9 @@ class VOCDetectionDataModule(ImageDataModule):
         check_one_of("on_damaged", on_damaged, ("error", "mend"))
         if channels not in (1, 3):
             raise InputError(f"channels must be 1 or 3, got {channels}")
-        if class_names is not None and (not class_names or len(set(class_names)) < len(class_names)):
-            raise InputError(f"class_names must be at least one name, and each once, got {class_names}")
+        is_string = isinstance(class_names, str)
+        if class_names is not None and (is_string or not class_names or len(set(class_names)) < len(class_names)):
+            raise InputError(f"class_names must be a list of at least one name, and each once, got {class_names!r}")
         self.data_dir = Path(data_dir)
         self.in_channels = self.channels = channels
         self.keep_difficult, self.augmentation, self.on_damaged = keep_difficult, augmentation, on_damaged

@@ -14,7 +14,7 @@ from distill_lightning.layers import eval_mode
 from distill_lightning.modules.parts.evaluation import Evaluation, metrics_of
 from distill_lightning.modules.parts.guard import FIRST, STAGES, WAY_OUT, Guard, named
 from distill_lightning.outputs.metrics import COCOAveragePrecision
-from distill_lightning.outputs.metrics.detection import coco_backend
+from distill_lightning.outputs.metrics.detection import check_class_names, coco_backend
 from distill_lightning.teachers.layer_errors import explained
 
 Detections = list[dict[str, Tensor]]
@@ -111,7 +111,7 @@ class DetectionEvaluation(Evaluation):
         loaders = sorted(self._loaders.pop(stage, ()))
         for loader in loaders:
             metrics = metrics_of(module, f"{stage}_metrics", loader)
-            _name_classes(metrics, getattr(module.trainer, "datamodule", None))
+            _name_classes(module, metrics)
             suffix = f"/dataloader_idx_{loader}" if len(loaders) > 1 else ""
             values = {f"{name}{suffix}": value for name, value in _scalars(metrics.compute()).items()}
             # All processes have computed the same; Lightning warns where it is not told to make sure.
@@ -131,18 +131,18 @@ class DetectionEvaluation(Evaluation):
         """Make sure that a validation can be computed, before an epoch is trained."""
         super().fit_starts(module)
         if module.trainer.enable_validation:
-            _check_backend(module.val_metrics)
+            _prepare(module, module.val_metrics)
 
     def validation_starts(self, module: Any) -> None:
         """Forget what an interrupted validation has left."""
         super().validation_starts(module)
-        _check_backend(module.val_metrics)
+        _prepare(module, module.val_metrics)
         self._loaders.pop("val", None)
 
     def test_starts(self, module: Any) -> None:
         """Forget what an interrupted test has left."""
         super().test_starts(module)
-        _check_backend(module.test_metrics)
+        _prepare(module, module.test_metrics)
         self._loaders.pop("test", None)
 
 
@@ -151,18 +151,20 @@ def _scalars(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if isinstance(value, Tensor) and value.numel() == 1}
 
 
-def _check_backend(metrics: Any) -> None:
+def _prepare(module: Any, metrics: Any) -> None:
     """Refuse before the first image what would be refused after the last."""
     if any(isinstance(metric, COCOAveragePrecision) for metric in metrics.values()):
         coco_backend()
+    _name_classes(module, metrics)
 
 
-def _name_classes(metrics: Any, datamodule: Any) -> None:
+def _name_classes(module: Any, metrics: Any) -> None:
     """Give classes without names those of the data module."""
-    names = getattr(datamodule, "class_names", None)
+    names = getattr(getattr(module.trainer, "datamodule", None), "class_names", None)
     for metric in metrics.values():
         is_nameless = isinstance(metric, COCOAveragePrecision) and metric.class_names is None
         if is_nameless and names is not None and len(names) == metric.num_classes:
+            check_class_names(metric.num_classes, names)
             metric.class_names = tuple(names)
 
 
