@@ -194,7 +194,7 @@ def _last_to_run(network: nn.Module) -> str | None:
     return None
 
 
-def _likely_shapes(network: nn.Module) -> list[tuple[int, ...]]:
+def _likely_shapes(network: nn.Module) -> Sequence[tuple[int, ...]]:
     """Of inputs that the network may take: images, some networks need large ones, or rows of numbers."""
     layers = list(network.modules())
     # Of all layers, the first has the fewest channels.
