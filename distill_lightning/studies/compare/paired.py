@@ -18,8 +18,8 @@ _LEVEL = 0.95
 LEGEND = """\
 difference: the row's value minus that of the student alone with the same seed, mean ± standard deviation over the seeds
 k/n: better than the student alone in k of n seeds
-≈: within the noise of so few seeds: the 95 % interval of the mean difference, Student's t with n-1 degrees of \
-freedom, holds 0"""
+≈: within the noise of so few seeds: the 95 % interval of the mean difference, Student's t with n-1 degrees of freedom,
+holds 0"""
 
 
 @dataclass(frozen=True)

@@ -330,6 +330,13 @@ KD = {"class_path": "KDModule"}
 NETWORK = {"class_path": "SmallResNet"}
 
 
+NUMBERS = {"class_path": "distill_lightning.testing.TinyDataModule", "init_args": {"num_targets": 1}}
+
+
+def plain_by(class_path):
+    return lambda config: config["backbones"]["plain"].update(class_path=class_path)
+
+
 def with_methods(**methods):
     return lambda config: config["methods"].update(methods)
 
@@ -351,6 +358,10 @@ def with_methods(**methods):
         (DETECTION, lambda c: c["backbones"]["plain"].update(epoch=1), "backbones.plain: unknown key 'epoch'"),
         (DETECTION, lambda c: c["backbones"]["plain"].update(class_path="Supr"), "backbones.plain.*Supr"),
         (DETECTION, lambda c: c["backbones"]["plain"].update(data=c["data"]), "backbones.plain.data: a backbone le"),
+        (DETECTION, lambda c: c["backbones"]["plain"].update(data=NUMBERS), "backbones.plain.data: a backbone le"),
+        (DETECTION, plain_by("SelfKDDetectionModule"), "backbones.plain: a backbone is .* and SelfKDDetectionModule"),
+        (DETECTION, plain_by("TranslationModule"), "backbones.plain: a backbone is .*, and TranslationModule trains"),
+        (DETECTION, plain_by("RegressionModule"), "backbones.plain: a backbone is a classifier's, and RegressionM"),
         (DETECTION, lambda c: c["backbones"]["plain"]["optimizer"]["init_args"].update(lr=-1), "Invalid learning rate"),
         (DETECTION, lambda c: c["student"]["init_args"]["backbone"]["init_args"].update(widht=3), "widht"),
     ],
