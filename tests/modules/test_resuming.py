@@ -109,6 +109,17 @@ class PlainData(pl.LightningDataModule):
         return DataLoader(self.samples, 12)
 
 
+class NoisyData(PlainData):
+    """Whose batches are drawn in the training's own process."""
+
+    def train_dataloader(self):
+        def noisy(samples):
+            inputs, targets = torch.utils.data.default_collate(samples)
+            return inputs + 0.1 * torch.randn_like(inputs), targets
+
+        return DataLoader(self.samples, self.batch_size, collate_fn=noisy)
+
+
 def transformer(dropout=0.3):
     return SmallTransformer(3, length=8, input_size=8, width=8, depth=1, heads=2, feedforward=8, dropout=dropout)
 
@@ -199,7 +210,9 @@ def test_also_with_parts_schedules_and_other_lengths(kind, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data_of", [partial(TinyDataModule, batch_size=4), PlainData], ids=["own", "plain"])
+@pytest.mark.parametrize(
+    "data_of", [partial(TinyDataModule, batch_size=4), PlainData, NoisyData], ids=["own", "plain", "noisy"]
+)
 @pytest.mark.parametrize(
     "options",
     [
