@@ -30,6 +30,7 @@ from distill_lightning.modules.parts.guard import Guard, with_targets
 from distill_lightning.modules.parts.holds_frozen import HoldsFrozen
 from distill_lightning.modules.parts.means import RunningMeans, balanced, weighted_sum
 from distill_lightning.modules.parts.optimization import compile_networks, plan_anew, with_rate, with_schedule
+from distill_lightning.modules.parts.random_state import RandomState
 from distill_lightning.modules.parts.skipping import Skipping, nothing_to_learn
 from distill_lightning.networks.provenance import plain_network
 from distill_lightning.networks.weights import write_weights
@@ -75,8 +76,10 @@ class DistillationModule(RemembersArguments, HoldsFrozen, ExportsBackbone):
     several, ``train/<term>_share`` (weighted, as a part of the loss). In validation and test it logs the student's
     metrics under ``val/`` and ``test/``. Attributes that are `Part` objects are called at the moments of a training;
     those that are `Frozen`, `Teachers` for example, stay in eval mode, out of the optimiser and out of the checkpoint,
-    which holds how they were built and a fingerprint of their weights instead. A ``fit`` puts the module in train mode;
-    a part of the student all of whose parameters are frozen keeps the mode that it came in.
+    which holds how they were built and a fingerprint of their weights instead. The checkpoint holds the state of
+    torch's random generators, too: a training that goes on from it, in as many processes, ends as the undisturbed one
+    does, also where dropout or a detector's samplers draw. A ``fit`` puts the module in train mode; a part of the
+    student all of whose parameters are frozen keeps the mode that it came in.
 
     Args:
         student: the network that learns; maps ``(N, ...)`` to logits ``(N, K)``.
@@ -152,8 +155,8 @@ class DistillationModule(RemembersArguments, HoldsFrozen, ExportsBackbone):
         comparison = self.output.teacher_metrics()
         self.val_teacher_metrics = comparison.clone(prefix="val/")
         self.test_teacher_metrics = comparison.clone(prefix="test/")
-        self.means, self.data_wait, self.evaluation = RunningMeans(), DataWait(), Evaluation()
-        self.guard, self.skipping, self.asleep_norms = Guard(), Skipping(nonfinite), AsleepNorms()
+        self.means, self.data_wait, self.evaluation, self.guard = RunningMeans(), DataWait(), Evaluation(), Guard()
+        self.skipping, self.asleep_norms, self.random_state = Skipping(nonfinite), AsleepNorms(), RandomState()
         # No teachers by default.
         self.teachers = Teachers(None, ask=[])
         self._observed: dict[str, Tensor] = {}

@@ -11,7 +11,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import LambdaCallback
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F  # its usual name
 
 from distill_lightning.data.batch import Batch, Key
 from distill_lightning.testing.points import (
@@ -32,21 +33,26 @@ from distill_lightning.testing.waits import Wait, Waits
 
 @point
 def a_resumed_run_equals_the_uninterrupted_one(build: Build) -> None:
-    """Bit for bit: weights, optimiser, whatever else the module keeps."""
+    """Bit for bit: weights, optimiser, whatever else the module keeps; the student draws random numbers on the way."""
 
     class StopAfterOne(pl.callbacks.Checkpoint):
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             trainer.save_checkpoint(path)
             trainer.should_stop = True
 
+    def trained(*callbacks: pl.Callback, seed: int = 0, ckpt_path: str | None = None) -> tuple[Any, pl.Trainer]:
+        module, _ = make(build, seed=seed)
+        module.student.get_submodule(kit_of(build).part).register_forward_hook(_with_dropout)
+        trainer = tiny_trainer(max_epochs=3, callbacks=list(callbacks), enable_checkpointing=bool(callbacks))
+        trainer.fit(module, datamodule=data_of(build), ckpt_path=ckpt_path)
+        return module, trainer
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "module.ckpt"
-        whole, whole_trainer = fitted(build, max_epochs=3)
-        fitted(build, max_epochs=3, callbacks=[StopAfterOne()], enable_checkpointing=True)
+        whole, whole_trainer = trained()
+        trained(StopAfterOne())
         # Another seed: everything that matters must come from the checkpoint.
-        resumed, _ = make(build, seed=7)
-        trainer = tiny_trainer(max_epochs=3)
-        trainer.fit(resumed, datamodule=data_of(build), ckpt_path=str(path))
+        resumed, trainer = trained(seed=7, ckpt_path=str(path))
     require(trainer.current_epoch == whole_trainer.current_epoch == 3, "the resumed run did not go on to the end")
     require_same(snapshot(whole), snapshot(resumed), "after resuming")
     first, second = (run.optimizers[0].state_dict()["state"] for run in (whole_trainer, trainer))
@@ -62,6 +68,10 @@ def a_resumed_run_equals_the_uninterrupted_one(build: Build) -> None:
     require(not lost, f"after resuming, {lost[:3]} are not logged")
     for name, value in trainer.callback_metrics.items():
         require(torch.equal(value, whole_trainer.callback_metrics[name]), f"after resuming, {name} differs")
+
+
+def _with_dropout(layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    return F.dropout(output, 0.2, training=layer.training)
 
 
 @point

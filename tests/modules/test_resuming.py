@@ -12,8 +12,27 @@ from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 from torch.utils.data import DataLoader, TensorDataset
 
-from distill_lightning import InputError, SelfKDModule, SupervisedModule
-from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
+from distill_lightning import (
+    InputError,
+    KDModule,
+    NoSearch,
+    PastModel,
+    SelfKDDetectionModule,
+    SelfKDModule,
+    SelfKDTranslationModule,
+    SmallTransformer,
+    SupervisedModule,
+    translation_transformer,
+)
+from distill_lightning.testing import (
+    TinyDataModule,
+    TinyDetectionDataModule,
+    TinyFasterRCNN,
+    TinyNet,
+    TinyTranslationDataModule,
+    tiny_trainer,
+)
+from distill_lightning.testing.processes import LeaveTheGroup, process_strategy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
@@ -90,10 +109,27 @@ class PlainData(pl.LightningDataModule):
         return DataLoader(self.samples, 12)
 
 
+class NoisyData(PlainData):
+    """Whose batches are drawn in the training's own process."""
+
+    def train_dataloader(self):
+        def noisy(samples):
+            inputs, targets = torch.utils.data.default_collate(samples)
+            return inputs + 0.1 * torch.randn_like(inputs), targets
+
+        return DataLoader(self.samples, self.batch_size, collate_fn=noisy)
+
+
+def transformer(dropout=0.3):
+    return SmallTransformer(3, length=8, input_size=8, width=8, depth=1, heads=2, feedforward=8, dropout=dropout)
+
+
 def module_of(kind):
     torch.manual_seed(0)
     if kind == "self_kd":
         return SelfKDModule(TinyNet(), num_classes=3, optimizer=sgd)
+    if kind == "drawing":
+        return SupervisedModule(transformer(), num_classes=3, optimizer=sgd)
     schedule = plateau if kind == "plateau" else None
     return SupervisedModule(TinyNet(), num_classes=3, optimizer=sgd, lr_scheduler=schedule)
 
@@ -101,6 +137,8 @@ def module_of(kind):
 def run(folder, lines, kind="plain", data=None, *, kill=0, every=None, ckpt_path=None, **options):
     """Train for three epochs of 6 steps; returns what the training ended with, or ``None`` if it was killed."""
     module, watch = module_of(kind), Watch()
+    # A training that goes on draws what comes next all the same.
+    torch.manual_seed(1 if ckpt_path is None else 7)
     options = {"max_epochs": 3, "num_sanity_val_steps": 0, **options}
     keep = {"save_on_train_epoch_end": False} if every is None else {"every_n_train_steps": every}
     keeper = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **keep)
@@ -169,6 +207,120 @@ def test_a_training_that_was_killed_twice_is_the_undisturbed_one(every, data_of,
 )
 def test_also_with_parts_schedules_and_other_lengths(kind, options):
     assert_undisturbed((24, 11), partial(TinyDataModule, batch_size=4), kind=kind, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "data_of", [partial(TinyDataModule, batch_size=4), PlainData, NoisyData], ids=["own", "plain", "noisy"]
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"every": 3, "num_sanity_val_steps": 2},
+        {"every": 4, "limit_val_batches": 0},
+        {"every": 1, "val_check_interval": 0.5},
+        {"every": 2, "val_check_interval": 2},
+        {"every": None, "check_val_every_n_epoch": 2},
+    ],
+)
+def test_also_where_the_network_draws_random_numbers(options, data_of):
+    assert_undisturbed((24, 11), data_of, kind="drawing", **options)
+
+
+def sampling_detector():
+    network = TinyFasterRCNN(2)
+    network.rpn.fg_bg_sampler.batch_size_per_image = network.roi_heads.fg_bg_sampler.batch_size_per_image = 6
+    return network
+
+
+def kd():
+    return KDModule(transformer(), [transformer(dropout=0.0)], num_classes=3, optimizer=sgd)
+
+
+def self_kd_translation():
+    sizes = {"width": 8, "encoder_depth": 1, "decoder_depth": 1, "heads": 2, "feedforward": 8, "max_length": 8}
+    student = translation_transformer(12, dropout=0.3, **sizes)
+    return SelfKDTranslationModule(
+        student, num_classes=12, pad_id=0, past=PastModel(), beam=NoSearch(), bleu_every=0, optimizer=sgd
+    )
+
+
+def self_kd_detection():
+    return SelfKDDetectionModule(sampling_detector(), num_classes=2, past=PastModel(), alpha_T=0.7, optimizer=sgd)
+
+
+class Seed(Callback):
+    """Other numbers in every process, as where each of them is started by itself."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def on_fit_start(self, trainer, pl_module):
+        torch.manual_seed(self.seed + trainer.global_rank)
+
+
+class SaveOften(Checkpoint):
+    """A checkpoint of every moment at which Lightning makes one."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def save(self, trainer, moment):
+        if not trainer.sanity_checking:
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step}-{moment}.ckpt")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.save(trainer, "batch")
+
+    def on_validation_end(self, trainer, pl_module):
+        self.save(trainer, "validation")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.save(trainer, "epoch")
+
+    def on_train_end(self, trainer, pl_module):
+        self.save(trainer, "training")
+
+
+def trained(build, data, seed, *, callbacks=(), ckpt_path=None, **options):
+    """What a training of two epochs of 3 steps ends with."""
+    torch.manual_seed(0)
+    module = build()
+    callbacks = [Seed(seed), *callbacks]
+    trainer = tiny_trainer(max_epochs=2, callbacks=callbacks, enable_checkpointing=len(callbacks) > 1, **options)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return module.state_dict()
+
+
+def assert_goes_on(build, data_of, folder, callbacks=(), **options):
+    """From every checkpoint, and with another seed, a training ends as the undisturbed one."""
+    whole = trained(build, data_of(), 1, callbacks=[*callbacks, SaveOften(folder)], **options)
+    other = trained(build, data_of(), 7, callbacks=callbacks, **options)
+    assert any(not torch.equal(value, other[name]) for name, value in whole.items()), "it draws nothing"
+    paths = sorted(folder.glob("*.ckpt"))
+    assert {path.stem for path in paths} >= {"2-batch", "3-batch", "3-validation", "3-epoch", "6-training"}
+    for path in paths:
+        resumed = trained(build, data_of(), 7, callbacks=callbacks, ckpt_path=path, **options)
+        assert all(torch.equal(value, resumed[name]) for name, value in whole.items()), path.stem
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "data_of"),
+    [
+        (kd, partial(TinyDataModule, batch_size=8)),
+        (self_kd_translation, TinyTranslationDataModule),
+        (self_kd_detection, TinyDetectionDataModule),
+    ],
+)
+def test_random_numbers_go_on_where_the_checkpoint_was_made(tmp_path, build, data_of):
+    assert_goes_on(build, data_of, tmp_path)
+
+
+@pytest.mark.slow
+def test_random_numbers_of_every_process_go_on(tmp_path):
+    options = {"devices": 2, "strategy": process_strategy(), "callbacks": [LeaveTheGroup()]}
+    assert_goes_on(partial(module_of, "drawing"), partial(TinyDataModule, batch_size=4), tmp_path, **options)
 
 
 @pytest.mark.slow

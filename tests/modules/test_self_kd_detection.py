@@ -352,7 +352,6 @@ def test_a_resumed_training_is_the_undisturbed_one(past, when, tmp_path):
     def run(seed, **options):
         torch.manual_seed(seed)
         method = {"past": past, "alpha_T": 0.7, "objectness": True, "optimizer": sgd}
-        # Nothing here hangs on random numbers, which a checkpoint does not keep.
         module = SelfKDDetectionModule(TinyFasterRCNN(CLASSES), num_classes=CLASSES, **method)
         trainer = tiny_trainer(max_epochs=3, callbacks=options.pop("callbacks", []))
         trainer.fit(module, datamodule=TinyDetectionDataModule(), **options)

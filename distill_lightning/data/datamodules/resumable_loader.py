@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from distill_lightning.data.batch import Batch
@@ -35,7 +36,12 @@ class ResumableLoader(DataLoader[Batch]):
                 self._given = saved["batches"]
                 self._refuse_others(saved)
             sampler.skip = self._given * (self.batch_size or 1)
-        for batch in super().__iter__():
+        state = torch.get_rng_state()
+        batches = super().__iter__()
+        if self._given:
+            # An iterator draws a number when it is made: that of this epoch was drawn before the checkpoint.
+            torch.set_rng_state(state)
+        for batch in batches:
             self._given += 1
             yield batch
 

@@ -14,12 +14,17 @@ from distill_lightning.arguments import takes
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError
 from distill_lightning.modules import DistillationModule
+from distill_lightning.modules.detection import DetectionModule
 from distill_lightning.modules.parts.optimization import check_optimizer
+from distill_lightning.modules.supervised import RegressionModule
+from distill_lightning.modules.translation import Translates
 from distill_lightning.studies.compare.config import CompareConfig, Spec
-from distill_lightning.studies.compare.outputs_task import OutputsTask
+from distill_lightning.studies.compare.outputs_task import Classification
 from distill_lightning.studies.compare.specs import filled, find, parsed, remembering_warnings, set_up, told_by
 from distill_lightning.studies.compare.tasks import task_of
 from distill_lightning.studies.data import splits_of
+
+_OTHER_TASKS = (DetectionModule, RegressionModule, Translates)
 
 
 class Backbone:
@@ -38,17 +43,23 @@ class Backbone:
 
     Raises:
         ArgumentError: a class that cannot be found or does not take what it is given.
-        InputError: data that cannot be read, or are not a classifier's.
+        InputError: data that cannot be read, or data or a module that are not a classifier's.
     """
 
     def __init__(self, name: str, spec: Spec, network: Spec) -> None:
         key = f"backbones.{name}"
+        trains = find(str(spec.get("class_path")))
+        if isinstance(trains, type) and issubclass(trains, _OTHER_TASKS):
+            raise InputError(
+                f"{key}: a backbone is a classifier's, and {trains.__name__} trains none: name a module that trains a "
+                "classifier, such as SupervisedModule"
+            )
         self.epochs: int = spec["epochs"]
         self._data = parsed(f"{key}.data", LightningDataModule, spec["data"])
         with remembering_warnings() as self.warned:
             sample = self.data(order_seed=0)
             self.task = task_of(sample)
-            if not isinstance(self.task, OutputsTask):
+            if not isinstance(self.task, Classification):
                 raise InputError(
                     f"{key}.data: a backbone learns to classify, and {type(sample).__name__} is for another task"
                 )

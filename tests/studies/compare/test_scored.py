@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distill_lightning import DigitsDataModule, InputError, SmallResNet, SupervisedModule
 from distill_lightning.cli import main
+from distill_lightning.pages import csv_text
 from distill_lightning.studies.compare import command
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
@@ -239,7 +240,8 @@ def test_rows_are_paired_with_the_student_alone_by_seed(translated):
         worse = name in ("nll", "ece")
         better = sum(d < 0 if worse else d > 0 for d in differences)
         assert int(line["better"]) == better
-        is_noise = abs(mean) < 2 * sd / math.sqrt(3)
+        # A table's 97.5 % of Student's t with 2 degrees of freedom.
+        is_noise = abs(mean) <= 4.3027 * sd / math.sqrt(3)
         assert line["within_noise"] == str(is_noise)
         if name == "test_bleu":
             cell = f"{'≈ ' if is_noise else ''}{mean + 0.0:+.2f} ± {sd:.2f}, {better}/3"
@@ -249,21 +251,44 @@ def test_rows_are_paired_with_the_student_alone_by_seed(translated):
     assert "within the noise of so few seeds" in text
 
 
-def test_the_mark_stands_where_the_mean_is_within_two_standard_errors():
+# Of Student's t, 97.5 %, from a table.
+@pytest.mark.parametrize(("seeds", "quantile"), [(2, 12.706), (3, 4.303), (4, 3.182), (10, 2.262)])
+def test_the_mark_stands_where_the_interval_of_the_mean_holds_zero(seeds, quantile):
     column = Column("nll", "NLL", mode="min")
-    # Standard errors of exactly 1: deviations of 2 over four seeds.
-    spread = (-math.sqrt(3), -math.sqrt(3), math.sqrt(3), math.sqrt(3))
+    # With a sample standard deviation of sqrt(n), standard errors are exactly 1.
+    spread = torch.arange(seeds).double()
+    spread = (spread - spread.mean()) / spread.std() * math.sqrt(seeds)
 
     def paired(mean):
-        return Paired("row", column, tuple(mean + each for each in spread))
+        return Paired("row", column, tuple((mean + spread).tolist()))
 
-    assert paired(1.999).is_noise
-    assert not paired(2.001).is_noise
-    assert paired(-1.999).cell() == "≈ -1.999 ± 2.000, 4/4"
-    assert paired(-2.001).cell() == "-2.001 ± 2.000, 4/4"
-    assert paired(0.0).better == 2
-    assert Paired("row", column, (0.1, math.nan)).cell() == "-"
+    for sign in (1, -1):
+        assert paired(sign * (quantile - 0.001)).is_noise
+        assert not paired(sign * (quantile + 0.001)).is_noise
+    assert paired(0.0).better == seeds // 2
+
+
+def test_a_cell_says_what_is_known():
+    column = Column("nll", "NLL", mode="min")
+    spread = (-math.sqrt(3), -math.sqrt(3), math.sqrt(3), math.sqrt(3))
+    assert Paired("row", column, tuple(-3.1 + each for each in spread)).cell() == "≈ -3.100 ± 2.000, 4/4"
+    assert Paired("row", column, tuple(-3.2 + each for each in spread)).cell() == "-3.200 ± 2.000, 4/4"
+    # What is equal to the student alone is not told apart from it; what is better by the same in every seed, is.
+    assert Paired("row", column, (0.0, 0.0)).cell() == "≈ +0.000 ± 0.000, 0/2"
+    assert Paired("row", column, (-0.5, -0.5)).cell() == "-0.500 ± 0.000, 2/2"
+    unknown = Paired("row", column, (0.1, math.nan))
+    assert unknown.cell() == "-"
+    (line,) = csv.DictReader(csv_text([unknown.line()]).splitlines())
+    assert (line["seeds"], line["better"], line["within_noise"]) == ("2", "", "")
     assert pair({"alone": {0: {"nll": 1.0}}, "row": {0: {"nll": 2.0}}}, [column]) == []
+
+
+def test_one_of_twenty_means_of_noise_is_not_marked():
+    column = Column("nll", "NLL", mode="min")
+    drawn = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)).tolist()
+    told_apart = sum(not Paired("row", column, tuple(row)).is_noise for row in drawn)
+    # 200 are expected; a binomial's standard deviation is 14.
+    assert abs(told_apart - 200) < 42
 
 
 def test_one_seed_has_no_differences(tmp_path):
@@ -305,6 +330,13 @@ KD = {"class_path": "KDModule"}
 NETWORK = {"class_path": "SmallResNet"}
 
 
+NUMBERS = {"class_path": "distill_lightning.testing.TinyDataModule", "init_args": {"num_targets": 1}}
+
+
+def plain_by(class_path):
+    return lambda config: config["backbones"]["plain"].update(class_path=class_path)
+
+
 def with_methods(**methods):
     return lambda config: config["methods"].update(methods)
 
@@ -326,6 +358,10 @@ def with_methods(**methods):
         (DETECTION, lambda c: c["backbones"]["plain"].update(epoch=1), "backbones.plain: unknown key 'epoch'"),
         (DETECTION, lambda c: c["backbones"]["plain"].update(class_path="Supr"), "backbones.plain.*Supr"),
         (DETECTION, lambda c: c["backbones"]["plain"].update(data=c["data"]), "backbones.plain.data: a backbone le"),
+        (DETECTION, lambda c: c["backbones"]["plain"].update(data=NUMBERS), "backbones.plain.data: a backbone le"),
+        (DETECTION, plain_by("SelfKDDetectionModule"), "backbones.plain: a backbone is .* and SelfKDDetectionModule"),
+        (DETECTION, plain_by("TranslationModule"), "backbones.plain: a backbone is .*, and TranslationModule trains"),
+        (DETECTION, plain_by("RegressionModule"), "backbones.plain: a backbone is a classifier's, and RegressionM"),
         (DETECTION, lambda c: c["backbones"]["plain"]["optimizer"]["init_args"].update(lr=-1), "Invalid learning rate"),
         (DETECTION, lambda c: c["student"]["init_args"]["backbone"]["init_args"].update(widht=3), "widht"),
     ],
