@@ -179,13 +179,15 @@ ROOMS = {
         options
         parts
         base generator paraphraser
+        translates
         compression detection extracurricular feed kd meal_v2 self_kd supervised
         self_kd_detection sequential_feed translation
     """,
     "modules/parts": """
         adversary alpha asleep_norms backbone checkpoints data_wait distances evaluation extra_inputs
         guard holds_frozen means optimization past_network refinement regions search sizes
-        boxes past skipping translating
+        boxes past skipping vocabulary
+        translating
     """,
     "networks": """
         budget provenance sizes weights
