@@ -179,6 +179,7 @@ ROOMS = {
         options
         parts
         base generator paraphraser
+        translates
         compression detection extracurricular feed kd meal_v2 self_kd supervised
         self_kd_detection sequential_feed translation
     """,
@@ -186,6 +187,9 @@ ROOMS = {
         adversary alpha asleep_norms backbone checkpoints data_wait distances evaluation extra_inputs
         guard holds_frozen means optimization past_network random_state refinement regions search sizes
         boxes past skipping translating
+        guard holds_frozen means optimization past_network refinement regions search sizes
+        boxes past skipping vocabulary
+        translating
     """,
     "networks": """
         budget provenance sizes weights

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytorch_lightning as pl
 from torch import Tensor
 
-from distill_lightning.data.batch import Batch
+from distill_lightning.data.batch import Batch, answered_rows
 from distill_lightning.data.detection_batch import DetectionBatch
 from distill_lightning.errors import InputError
 from distill_lightning.outputs import Boxes
@@ -65,7 +65,7 @@ class PredictionWriter(pl.Callback):
 
     @abstractmethod
     def of_batch(self, pl_module: Any, outputs: Any, batch: Batch) -> Sequence[Any]:
-        """What is to be written of each sample that counts, as plain values."""
+        """What is to be written of each sample that has a prediction, as plain values."""
 
     @abstractmethod
     def content(self, rows: Mapping[int, Any], data: Any) -> str:
@@ -95,8 +95,8 @@ class PredictionWriter(pl.Callback):
         read = self.read(batch)
         rows = self.of_batch(pl_module, outputs, read)
         if read.key is not None:
-            places, counted = read.key.index, read.counted_rows
-            numbers = (places if counted is None else places[counted.to(places.device)]).tolist()
+            places, answered = read.key.index, answered_rows(read)
+            numbers = (places if answered is None else places[answered.to(places.device)]).tolist()
         else:
             before = self._counts.get(loader, 0)
             self._counts[loader] = before + len(rows)

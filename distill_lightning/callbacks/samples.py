@@ -12,7 +12,6 @@ from torch import Tensor
 
 from distill_lightning.callbacks.figures import log_figure
 from distill_lightning.callbacks.tables import Table, log_table
-from distill_lightning.data.batch import Batch
 from distill_lightning.data.detection_batch import DetectionBatch
 from distill_lightning.errors import InputError
 from distill_lightning.plots import DrawnBoxes, detected_boxes
@@ -181,16 +180,16 @@ class TranslationSamples(ValidationSamples):
                 f"TranslationSamples: {type(pl_module).__name__} has no method translate: leave the callback out where "
                 "nothing is translated"
             )
-        read = Batch.of(batch)
-        rows, counted = torch.arange(read.size, device=read.device), read.counted_rows
-        rows = rows if counted is None else rows[counted]
-        few = read.replace(index=None, view=None).map(lambda tensor: tensor[rows[: self.samples]])
-        sources = pl_module.texts(few.input["input_ids"])
         if "translations" in outputs:
-            translations, references = (outputs[name][: self.samples] for name in ("translations", "references"))
+            shown = [outputs[name][: self.samples] for name in ("sources", "references", "translations")]
         else:
-            translations, references = pl_module.translate(few), pl_module.texts(few.target)
-        return list(zip(sources, references, translations, strict=True))
+            read = pl_module.read_batch(batch)
+            rows, counted = torch.arange(read.size, device=read.device), read.counted_rows
+            rows = rows if counted is None else rows[counted]
+            few = read.replace(index=None, view=None).map(lambda tensor: tensor[rows[: self.samples]])
+            texts = [pl_module.texts(ids) for ids in (few.input["input_ids"], few.target)]
+            shown = [*texts, pl_module.translate(few)]
+        return list(zip(*shown, strict=True))
 
     def show(self, trainer: pl.Trainer, pl_module: Any, kept: Sequence[Any]) -> None:
         """Log the table."""

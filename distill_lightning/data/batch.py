@@ -316,6 +316,23 @@ def spread(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(*rows.shape, *[1] * (like.ndim - rows.ndim))
 
 
+def answered_rows(batch: Batch) -> Tensor | None:
+    """Which samples of a batch get a prediction, bool ``(N,)``; ``None``: all.
+
+    What only fills up a batch gets none; a sample with no target but -100 gets one, for nobody looks at its target.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.data.batch import Batch, answered_rows
+        >>> answered_rows(Batch(torch.zeros(2, 3), torch.tensor([[4, -100], [-100, -100]])))
+        tensor([True, True])
+    """
+    rows, target = batch.counted_rows, batch.target
+    if rows is None or batch.counted is None or batch.counted.ndim == 1 or not isinstance(target, Tensor):
+        return rows
+    return rows | (target == IGNORED).flatten(1).all(dim=1)
+
+
 def map_tensors(function: Callable[..., Tensor], value: Any, *others: Any) -> Any:
     """Apply a function to every tensor in a nest of dicts, tuples and lists, and keep the nest's structure.
 

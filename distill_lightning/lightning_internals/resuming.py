@@ -38,14 +38,15 @@ def noted_place(module: Any) -> dict[str, Any]:
     """What a checkpoint says, besides Lightning's own progress, of the place in a training at which it was made.
 
     Returns:
-        ``batches``, how the training data come, and ``metrics``, what callbacks and schedules can read; nothing where
-        Lightning cannot go on from inside an epoch, or no Trainer is at work.
+        ``batches``, how the training data come, ``seeds``, by which they are split and ordered, and ``metrics``, what
+        callbacks and schedules can read; nothing where Lightning cannot go on from inside an epoch, or no Trainer is at
+        work.
     """
     if VERSION < (2, 5) or not has_trainer(module):
         return {}
     trainer = module.trainer
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-    return {"batches": _ways_of_batches(trainer), "metrics": metrics}
+    return {"batches": _ways_of_batches(trainer), "seeds": _seeds_of(trainer), "metrics": metrics}
 
 
 def settle_progress(module: Any, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
@@ -153,12 +154,30 @@ def _let_schedules_follow(trainer: Any, place: dict[str, Any]) -> None:
 
 
 def _ways_of_batches(trainer: Any) -> list[dict[str, int | None]]:
-    """How each loader's batches come: samples in one, batches in an epoch, and the processes that share the data."""
+    """How each loader's batches come: samples in one, batches in an epoch, and the processes that share the data.
+
+    Of a loader whose batches are the same in any number of processes, what it says of itself in the place of the first
+    and the last.
+    """
     loader = trainer.fit_loop._combined_loader
-    return [
-        {"size": _batch_size_of(part), "number": length_of(part), "processes": trainer.world_size}
-        for part in ([] if loader is None else loader.flattened)
-    ]
+    return [_way_of(part, trainer.world_size) for part in ([] if loader is None else loader.flattened)]
+
+
+def _way_of(loader: Any, processes: int) -> dict[str, int | None]:
+    own, number = getattr(loader, "way", None), length_of(loader)
+    if isinstance(own, dict) and "processes" not in own:
+        return {**own, "number": number}
+    return {"size": _batch_size_of(loader), "number": number, "processes": processes}
+
+
+def _seeds_of(trainer: Any) -> dict[str, int]:
+    """By which seeds a data module splits its samples and orders them, as far as it has such."""
+    data = getattr(trainer, "datamodule", None)
+    # The data module within an IndexedDataModule.
+    data = vars(data).get("datamodule", data) if data is not None else None
+    seed, order = getattr(data, "seed", None), getattr(data, "order_seed", None)
+    found = {"seed": seed, "order_seed": seed if order is None else order}
+    return {name: value for name, value in found.items() if isinstance(value, int)}
 
 
 def _batch_size_of(loader: Any) -> int | None:
@@ -174,14 +193,30 @@ def _refuse_other_batches(trainer: Any, place: dict[str, Any], begun: int) -> No
             f"{_described(before)}, and now they come in {_described(now)}: samples would be read twice or never; "
             "resume with the same, or from a checkpoint of an epoch's end"
         )
+    seeds = _seeds_of(trainer)
+    seeds_before = place.get("seeds", seeds)
+    if seeds_before != seeds:
+        was, is_now = (", ".join(f"{name}={value}" for name, value in of.items()) for of in (seeds_before, seeds))
+        raise InputError(
+            f"the checkpoint was made after {begun} batches of an epoch, of data with {was or 'no seed'}, and now they "
+            f"have {is_now or 'none'}: samples would be read twice or never; resume with the same, or from a "
+            "checkpoint of an epoch's end"
+        )
 
 
 def _described(ways: list[dict[str, int | None]]) -> str:
     return " and ".join(
-        f"{'an unknown number of' if way['number'] is None else way['number']} batches of {way['size'] or '?'} samples "
-        f"in {way['processes']} process{'es' if way['processes'] != 1 else ''}"
+        f"{'an unknown number of' if way['number'] is None else way['number']} batches of {_size_described(way)}"
         for way in ways
     )
+
+
+def _size_described(way: dict[str, int | None]) -> str:
+    if "processes" not in way:
+        told = ", ".join(f"{name}={value}" for name, value in way.items() if name != "number")
+        return f"{told} of all processes together"
+    size = f"{way['size'] or 'an unknown number of'} samples"
+    return f"{size} in {way['processes']} process{'es' if way['processes'] != 1 else ''}"
 
 
 def _pass_over(trainer: Any, batches: int) -> None:

@@ -2,114 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch
-from distill_lightning.data.transforms import LabelSmoothing
 from distill_lightning.errors import InputError
-from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.modules.parts.alpha import AlphaSchedule
 from distill_lightning.modules.parts.past import Past, PastModel, StoredPast
 from distill_lightning.modules.parts.search import BeamSearch, Search
-from distill_lightning.modules.parts.translating import Decode, Translating
+from distill_lightning.modules.parts.translating import Decode
 from distill_lightning.modules.self_kd import SelfKDModule
+from distill_lightning.modules.translates import Translates
 from distill_lightning.outputs import Tokens
-from distill_lightning.teachers.layer_errors import explained
-
-
-class Translates(DistillationModule):
-    """What modules have in common whose student translates; methods stand beside it in a module's bases.
-
-    A batch's input is a dict of ``input_ids`` and ``attention_mask`` ``(N, S)`` and ``decoder_input_ids`` ``(N, T)``,
-    its target the ids ``(N, T)``. Without ``decoder_input_ids`` the decoder reads the target one place later, behind
-    the ``config.decoder_start_token_id`` of the student, so that what transformers' ``DataCollatorForSeq2Seq`` collates
-    is understood. Neither targets of ``pad_id`` nor of -100 count.
-
-    Validation and test log ``nll`` (nats per token), ``perplexity``, ``accuracy`` and ``ece`` of the tokens that count,
-    each after the true ones before it; and ``bleu`` and ``chrf`` of the translations, 0 to 100, as one corpus, whatever
-    the number of processes and batches. `signatures` say how the latter two were computed, and are told at the end.
-    What a step returns has, where it translates, the texts ``"translations"`` and ``"references"`` for callbacks.
-    """
-
-    per_position = True
-    translating: Translating
-
-    def begins_to_translate(
-        self, pad_id: int, label_smoothing: float, beam: Search, bleu_every: int, decode: Decode | None
-    ) -> None:
-        """Take the options that the modules share, once the base class has been initialised."""
-        if not 0 <= pad_id < self.output.num_classes:
-            raise InputError(
-                f"{type(self).__name__}: pad_id must be an id below num_classes={self.num_classes}, got {pad_id}: give "
-                "the tokenizer's"
-            )
-        if not 0 <= label_smoothing < 1:
-            raise InputError(f"{type(self).__name__}: label_smoothing must be in [0, 1), got {label_smoothing}")
-        if label_smoothing:
-            self.transforms = (*self.transforms, LabelSmoothing(label_smoothing))
-        self.pad_id = pad_id
-        self.translating = Translating(pad_id, beam, bleu_every, decode)
-
-    @property
-    def signatures(self) -> dict[str, str]:
-        """How sacrebleu has computed the last scores, by the scores' names; empty before there are any."""
-        return self.translating.signatures
-
-    def read_batch(self, batch: Any) -> Batch:
-        """The batch with padding that does not count, and what the decoder reads."""
-        return self.translating.read(self, batch)
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Add a batch to the metrics and translate it, in the epochs that are due."""
-        return self._evaluate(super().validation_step, batch, batch_idx, dataloader_idx, "val")
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Add a batch to the metrics and translate it."""
-        return self._evaluate(super().test_step, batch, batch_idx, dataloader_idx, "test")
-
-    def _evaluate(self, step: Any, batch: Any, number: int, loader: int, stage: str) -> dict[str, Any]:
-        batch = self.read_batch(batch)
-        found: dict[str, Any] = step(batch, number, loader)
-        return found | self.translating.add(self, batch, number, stage, dataloader_idx=loader)
-
-    def on_validation_epoch_end(self) -> None:
-        """Score the translations."""
-        self.translating.log(self, "val")
-
-    def on_test_epoch_end(self) -> None:
-        """Score the translations, and tell how."""
-        self.translating.log(self, "test")
-
-    def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
-        """Token ids ``(N, T')`` of the translations of the sentences that count; `texts` makes texts of them."""
-        return explained(
-            self,
-            lambda one: self.translating.translate(self, one),
-            self.read_batch(batch),
-            f"prediction batch {batch_idx}",
-        )
-
-    def texts(self, ids: Tensor) -> list[str]:
-        """The texts of token ids ``(N, T)``, by ``decode`` or the data module's method of that name.
-
-        Raises:
-            InputError: there is neither.
-        """
-        return self.translating.texts(self, ids)
-
-    def translate(self, batch: Any) -> list[str]:
-        """The translations of the sentences of a batch that count.
-
-        Args:
-            batch: of any data module, on the module's device; its target may be missing.
-
-        Raises:
-            InputError: the student cannot translate, or nobody knows how to decode its ids.
-        """
-        return self.texts(self.translating.translate(self, self.read_batch(batch)))
 
 
 def _with_tokens(num_classes: int, options: TrainingOptions) -> TrainingOptions:
@@ -143,8 +49,9 @@ class TranslationModule(Translates):
         pad_id: what sources and targets are filled up with.
         label_smoothing: :math:`\epsilon` in ``[0, 1)``.
         beam: how translations are found: `BeamSearch`, or `NoSearch`, with which neither BLEU nor chrF are computed.
-        bleu_every: epochs from one validation that translates to the next, which takes longer than all else in it; 0:
-            only a test translates.
+        bleu_every: epochs from one validation that translates to the next, which takes longer than all else in it; the
+            last of ``max_epochs`` does, too. 0: only a test translates. A callback that monitors ``val/bleu`` needs the
+            same number: ``ModelCheckpoint(monitor="val/bleu", mode="max", every_n_epochs=...)``.
         decode: from a sequence of token ids to a text without special tokens; ``None``: the data module's method of
             that name.
         options: see `TrainingOptions`.
@@ -167,7 +74,7 @@ class TranslationModule(Translates):
         **options: Unpack[TrainingOptions],
     ) -> None:
         super().__init__(student, num_classes=num_classes, **_with_tokens(num_classes, options))
-        self.begins_to_translate(pad_id, label_smoothing, beam, bleu_every, decode)
+        self.prepare_to_translate(pad_id, label_smoothing, beam, bleu_every, decode)
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The tokens' negative log-likelihood, mean over those that count."""
@@ -258,4 +165,4 @@ class SelfKDTranslationModule(Translates, SelfKDModule):
             past_temperature=past_temperature,
             **_with_tokens(num_classes, options),
         )
-        self.begins_to_translate(pad_id, label_smoothing, beam, bleu_every, decode)
+        self.prepare_to_translate(pad_id, label_smoothing, beam, bleu_every, decode)

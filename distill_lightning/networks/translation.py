@@ -20,7 +20,7 @@ def translation_transformer(
     heads: int = 4,
     feedforward: int = 1024,
     dropout: float = 0.1,
-    max_length: int = 256,
+    max_length: int = 512,
     pad_id: int = 0,
     bos_id: int = 1,
     eos_id: int = 2,

@@ -128,17 +128,17 @@ def test_samples_stand_where_their_index_says(tmp_path):
     assert (tmp_path / "out.txt").read_text() == "number 3\nnumber 5\nnumber 7\n"
 
 
-def test_a_sentence_without_a_token_that_counts_has_no_line(tmp_path):
+def test_a_sentence_without_a_token_that_counts_has_a_line(tmp_path):
     class Translates(Echo):
         def predict_step(self, batch, batch_idx):
-            return ["one", "three"]
+            return ["one", "two", "three"]
 
     target = torch.tensor([[5, -100], [-100, -100], [4, 2]])
     batch = Batch({"input_ids": torch.tensor([[1], [2], [3]])}, target, torch.tensor([2, 1, 0]))
     tiny_trainer(callbacks=[TranslationWriter(path=tmp_path / "out.txt")]).predict(
         Translates(), DataLoader([batch], batch_size=None)
     )
-    assert (tmp_path / "out.txt").read_text() == "three\none\n"
+    assert (tmp_path / "out.txt").read_text() == "three\ntwo\none\n"
 
 
 def test_boxes_are_cocos_results(tmp_path):

@@ -31,7 +31,7 @@ from distill_lightning import (
 )
 from distill_lightning.callbacks import ConfidenceFigure, TeacherReport
 from distill_lightning.testing import TinyNet, tiny_trainer
-from distill_lightning.testing.processes import process_strategy
+from distill_lightning.testing.processes import LeaveTheGroup, process_strategy
 
 CLASSES, SAMPLES = 3, 24
 IGNORED = [0, 1, 2, 4, 5, 6, 7, 13, 22, *range(16, 22)]
@@ -240,12 +240,6 @@ def test_two_processes_log_what_one_logs(method, ignored):
         assert double[name] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), name
     if len(ignored) == SAMPLES:
         assert double["train/loss"] == 0
-
-
-class LeaveTheGroup(pl.Callback):
-    def teardown(self, trainer, pl_module, stage):
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 # Metrics, figures and reports

@@ -26,7 +26,7 @@ from distill_lightning import (
 )
 from distill_lightning.modules.parts.alpha import Alpha
 from distill_lightning.testing import tiny_trainer
-from distill_lightning.testing.contract import _LeaveTheGroup, process_strategy
+from distill_lightning.testing.processes import LeaveTheGroup, process_strategy
 from distill_lightning.testing.waits import Waits
 
 VOCABULARY, PAD, BOS, EOS = 12, 0, 1, 2
@@ -347,7 +347,7 @@ def test_two_processes_with_unlike_numbers_of_tokens_are_one(build):
     single = fitted(alone, Pairs(batch_size=8), max_epochs=3)
     double = fitted(
         together, Pairs(batch_size=4), max_epochs=3, devices=2, strategy=process_strategy(),
-        callbacks=[_LeaveTheGroup()],
+        callbacks=[LeaveTheGroup()],
     )  # fmt: skip
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(together.state_dict()[name], value, rtol=1e-4, atol=1e-5)

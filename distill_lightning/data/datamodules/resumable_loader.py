@@ -47,7 +47,7 @@ class ResumableLoader(DataLoader[Batch]):
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, how many of its batches were given, and of which size in how many processes."""
-        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": self._given, **self._way}
+        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": self._given, **self.way}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Leave out the batches that were given, if the next epoch is the one of the state."""
@@ -55,10 +55,11 @@ class ResumableLoader(DataLoader[Batch]):
 
     def begin_after(self, batches: int, *, epoch: int) -> None:
         """Leave out so many batches, if the next epoch is the given one."""
-        self._saved = {"epoch": epoch, "batches": batches, **self._way}
+        self._saved = {"epoch": epoch, "batches": batches, **self.way}
 
     @property
-    def _way(self) -> dict[str, int]:
+    def way(self) -> dict[str, int]:
+        """In which batches the samples come: two loaders with the same way give the same."""
         budget = getattr(self.sampler, "budget", None)
         if budget is not None:
             # However many processes share a batch, it holds the same.
@@ -66,7 +67,7 @@ class ResumableLoader(DataLoader[Batch]):
         return {"batch_size": self.batch_size or 1, "processes": getattr(self.sampler, "num_replicas", 1)}
 
     def _refuse_others(self, saved: Mapping[str, int]) -> None:
-        before, now = {**self._way, **saved}, self._way
+        before, now = {**self.way, **saved}, self.way
         if self._given and any(before[name] != value for name, value in now.items()):
             raise InputError(
                 f"the checkpoint was made after {self._given} batches of an epoch, with {_told(before)}, and now there "

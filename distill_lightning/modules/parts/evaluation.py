@@ -122,9 +122,7 @@ class Evaluation(Part):
         module: Any, batch: Batch, batch_idx: int, stage: str, *, dataloader_idx: int = 0
     ) -> tuple[Batch, str]:
         """A batch in which what a distributed sampler has repeated does not count, and its name in messages."""
-        repeated = repeated_rows(module, batch_idx, dataloader_idx, batch.size)
-        if repeated is not None:
-            batch = _without(batch, repeated.to(batch.device))
+        batch = without_repeated(module, batch, batch_idx, dataloader_idx)
         module.guard.look(module, batch, batch_idx, stage)
         return batch, f"{_STAGES[stage]} batch {batch_idx}"
 
@@ -182,6 +180,11 @@ class Evaluation(Part):
         return answer.prediction if same else None
 
 
-def _without(batch: Batch, repeated: Tensor) -> Batch:
-    counted = ~repeated if batch.counted is None else batch.counted & spread(~repeated, batch.counted)
+def without_repeated(module: Any, batch: Batch, batch_idx: int, dataloader_idx: int) -> Batch:
+    """The batch of an evaluation in which what a distributed sampler has repeated does not count."""
+    repeated = repeated_rows(module, batch_idx, dataloader_idx, batch.size)
+    if repeated is None:
+        return batch
+    kept = ~repeated.to(batch.device)
+    counted = kept if batch.counted is None else batch.counted & spread(kept, batch.counted)
     return batch.replace(counted=counted, is_checked=batch.is_checked)

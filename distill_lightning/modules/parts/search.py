@@ -5,12 +5,30 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from distill_lightning.choices import Choice
 from distill_lightning.errors import InputError, check_finite
+
+
+class SpecialIds(NamedTuple):
+    """Ids that are no words, of the data or else of the student; ``None`` where neither tells.
+
+    Attributes:
+        pad: what sources and targets are filled up with.
+        start: what the decoder begins with.
+        end: the last of a sentence.
+    """
+
+    pad: int | None = None
+    start: int | None = None
+    end: int | None = None
+
+
+OWN_IDS = SpecialIds()
+"""Those of the student, whatever they are."""
 
 
 class Search(Choice):
@@ -25,12 +43,13 @@ class Search(Choice):
         """
 
     @abstractmethod
-    def __call__(self, student: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    def __call__(self, student: nn.Module, inputs: Mapping[str, Any], ids: SpecialIds = OWN_IDS) -> Tensor:
         """Translations of a batch.
 
         Args:
             student: in eval mode.
             inputs: what it reads, ``input_ids`` ``(N, S)`` among it.
+            ids: by which translations begin and end; ``None``: the student's own.
 
         Returns:
             Token ids, int64 ``(N, T')``, filled up where a translation is shorter, and without what they begin with.
@@ -44,7 +63,8 @@ class BeamSearch(Search):
     .. math:: \frac{1}{T^{\lambda}} \sum_{t=1}^{T} \log p(y_t \mid y_{<t}, x)
 
     It is the network's own ``generate``, called as the transformers library's networks are, with ``num_beams``,
-    ``length_penalty`` and ``max_new_tokens``; what it returns begins with the decoder's first token.
+    ``length_penalty``, ``max_new_tokens``, and the ids by which translations begin and end; what it returns begins with
+    the decoder's first token.
 
     Args:
         size: sentences that are kept at each step; 1: the most probable token each time.
@@ -71,9 +91,8 @@ class BeamSearch(Search):
     def __post_init__(self) -> None:
         """Check the options."""
         for name, count in (("size", self.size), ("max_length", self.max_length)):
-            check_finite(f"BeamSearch: {name}", count)
-            if count < 1:
-                raise InputError(f"BeamSearch: {name} must be at least 1, got {count}")
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise InputError(f"BeamSearch: {name} must be an integer of at least 1, got {count!r}")
         check_finite("BeamSearch: length_penalty", self.length_penalty)
 
     def check(self, who: str, student: nn.Module) -> None:
@@ -84,7 +103,7 @@ class BeamSearch(Search):
                 "need: take a network that has, as translation_transformer makes, or beam=NoSearch()"
             )
 
-    def __call__(self, student: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    def __call__(self, student: nn.Module, inputs: Mapping[str, Any], ids: SpecialIds = OWN_IDS) -> Tensor:
         """What ``generate`` returns, without the first token."""
         self.check("BeamSearch", student)
         positions = positions_of(student)
@@ -92,9 +111,13 @@ class BeamSearch(Search):
         source = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
         # Without a beam it would only be warned of.
         penalty = {"length_penalty": self.length_penalty} if self.size > 1 else {}
+        told = {"pad_token_id": ids.pad, "decoder_start_token_id": ids.start, "eos_token_id": ids.end}
+        known = {name: value for name, value in told.items() if value is not None}
         generate: Any = student.generate
-        ids: Tensor = generate(**source, num_beams=self.size, do_sample=False, max_new_tokens=length, **penalty)
-        return ids[:, 1:]
+        found: Tensor = generate(
+            **source, **known, num_beams=self.size, do_sample=False, max_new_tokens=length, **penalty
+        )
+        return found[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -104,7 +127,7 @@ class NoSearch(Search):
     def check(self, who: str, student: nn.Module) -> None:
         """Every network will do."""
 
-    def __call__(self, student: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    def __call__(self, student: nn.Module, inputs: Mapping[str, Any], ids: SpecialIds = OWN_IDS) -> Tensor:
         """There is no translation.
 
         Raises:

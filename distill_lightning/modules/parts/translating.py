@@ -9,12 +9,21 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from distill_lightning.data.batch import IGNORED, Batch, spread
+from distill_lightning.data.batch import IGNORED, Batch, answered_rows, spread
 from distill_lightning.errors import InputError
 from distill_lightning.layers import eval_mode
-from distill_lightning.lightning_internals import repeated_rows
-from distill_lightning.modules.parts.guard import named
+from distill_lightning.modules.parts.evaluation import without_repeated
+from distill_lightning.modules.parts.guard import FIRST, STAGES, named
 from distill_lightning.modules.parts.search import NoSearch, Search, positions_of
+from distill_lightning.modules.parts.vocabulary import (
+    check_ids,
+    check_longest,
+    check_vocabulary,
+    data_of,
+    is_token,
+    special_ids,
+    told_id,
+)
 from distill_lightning.networks.libraries import package
 from distill_lightning.outputs.metrics import corpus_scores
 from distill_lightning.part import Part
@@ -29,20 +38,18 @@ class Translating(Part):
     The texts of an evaluation are kept until its end, when those of all processes are scored as one corpus.
 
     Args:
-        pad_id: what sources and targets are filled up with.
         search: how a translation is found.
         bleu_every: epochs from one validation with translations to the next; 0: there are none in a validation.
         decode: from token ids to a text; ``None``: that of the data module.
 
     Raises:
-        InputError: a number is negative.
+        InputError: ``bleu_every`` is negative.
     """
 
-    def __init__(self, pad_id: int, search: Search, bleu_every: int, decode: Decode | None) -> None:
-        for name, value in (("pad_id", pad_id), ("bleu_every", bleu_every)):
-            if value < 0:
-                raise InputError(f"{name} cannot be negative, got {value}")
-        self.pad_id, self.search, self.bleu_every, self.decode = pad_id, search, bleu_every, decode
+    def __init__(self, search: Search, bleu_every: int, decode: Decode | None) -> None:
+        if bleu_every < 0:
+            raise InputError(f"bleu_every cannot be negative, got {bleu_every}")
+        self.search, self.bleu_every, self.decode = search, bleu_every, decode
         self.signatures: dict[str, str] = {}
         # Translation and reference, by the number of the data loader.
         self._pairs: dict[int, list[tuple[str, str]]] = {}
@@ -63,29 +70,19 @@ class Translating(Part):
                 f"{type(batch.input).__name__}: use a data module of sentence pairs, TranslationDataModule for example"
             )
         if isinstance(target, Tensor) and not target.is_floating_point():
-            tokens = (target != self.pad_id) & (target != IGNORED)
+            tokens = is_token(target, special_ids(module))
             counted = tokens if batch.counted is None else tokens & spread(batch.counted, tokens)
             batch = batch.replace(counted=counted, is_checked=True)
             if "decoder_input_ids" not in batch.input:
-                first = self._first(who, module.student)
-                batch = batch.replace(input={**batch.input, "decoder_input_ids": self._shifted(target, first)})
+                batch = batch.replace(input={**batch.input, "decoder_input_ids": self._shifted(module, target)})
         self._check_lengths(module, batch)
         return batch
 
-    def _shifted(self, target: Tensor, first: int) -> Tensor:
-        """What the decoder reads: the target one place later."""
-        begin = torch.full_like(target[:, :1], first)
-        return torch.cat([begin, target[:, :-1].masked_fill(target[:, :-1] == IGNORED, self.pad_id)], dim=1)
-
     @staticmethod
-    def _first(who: str, student: Any) -> int:
-        first = getattr(getattr(student, "config", None), "decoder_start_token_id", None)
-        if first is None:
-            raise InputError(
-                f"{who}: the batch has no decoder_input_ids, and the student ({type(student).__name__}) no "
-                "config.decoder_start_token_id to begin them with: let the data module give them"
-            )
-        return int(first)
+    def _shifted(module: Any, target: Tensor) -> Tensor:
+        """What the decoder reads: the target one place later."""
+        begin = torch.full_like(target[:, :1], _start(module))
+        return torch.cat([begin, target[:, :-1].masked_fill(target[:, :-1] == IGNORED, module.pad_id)], dim=1)
 
     def _check_lengths(self, module: Any, batch: Batch) -> None:
         positions = positions_of(module.student)
@@ -105,13 +102,19 @@ class Translating(Part):
 
     # Translations
 
+    def translate(self, module: Any, given: Any, where: str = "the batch") -> Tensor:
+        """Token ids of the translations of a batch, ``(N, T')``, those of `answered_rows`."""
+        batch = self.read(module, given)
+        check_ids(module, batch, where)
+        return self._found(module, batch, answered_rows(Batch.of(given)))
+
     @torch.no_grad()
-    def translate(self, module: Any, batch: Batch) -> Tensor:
-        """Token ids of the translations of the sentences that count, ``(N, T')``."""
+    def _found(self, module: Any, batch: Batch, rows: Tensor | None) -> Tensor:
         self.search.check(type(module).__name__, module.student)
+        # Before anything is computed, refuse what cannot begin.
+        start = _start(module, batch)
         with eval_mode(module.student):
-            ids = self.search(module.student, batch.input)
-        rows = sentences(batch)
+            ids = self.search(module.student, batch.input, special_ids(module)._replace(start=start))
         return ids if rows is None else ids[rows]
 
     def texts(self, module: Any, ids: Tensor) -> list[str]:
@@ -120,19 +123,20 @@ class Translating(Part):
         Raises:
             InputError: neither the module nor its data know how to decode them.
         """
-        decode, left_out = self._decoder(module), {self.pad_id, IGNORED}
-        return [decode([token for token in row if token not in left_out]) for row in ids.tolist()]
+        decode, left_out = self._decoder(module, ""), {module.pad_id, IGNORED}
+        # Of the data alone: a student's own may be a word of theirs.
+        end = told_id(data_of(module), "eos_id")
+        rows = [row[: row.index(end)] if end in row else row for row in ids.tolist()]
+        return [decode([token for token in row if token not in left_out]) for row in rows]
 
-    def _decoder(self, module: Any) -> Decode:
-        trainer = getattr(module, "_trainer", None)
-        data = getattr(trainer, "datamodule", None)
-        # The data module within an IndexedDataModule.
-        data = vars(data).get("datamodule", data) if data is not None else None
-        decode: Decode | None = self.decode or getattr(data, "decode", None)
+    def _decoder(self, module: Any, way_out: str) -> Decode:
+        decode: Decode | None = self.decode or getattr(data_of(module), "decode", None)
         if decode is None:
+            is_lost = "decode" in module._missing  # noqa: SLF001
+            lost = ", and the checkpoint could not keep the decode that was given" if is_lost else ""
             raise InputError(
-                f"{type(module).__name__}: nobody knows how to make texts of token ids, which BLEU and chrF need: give "
-                "decode, a data module with a method decode, or beam=NoSearch()"
+                f"{type(module).__name__}: nobody knows how to make texts of token ids{lost}: give decode, or a data "
+                f"module with a method decode{way_out}"
             )
         return decode
 
@@ -144,8 +148,8 @@ class Translating(Part):
             return True
         if self.bleu_every == 0:
             return False
-        trainer = module.trainer
-        return bool(trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.bleu_every == 0)
+        trainer, epochs = module.trainer, module.trainer.current_epoch + 1
+        return bool(trainer.state.fn != "fit" or epochs % self.bleu_every == 0 or epochs == trainer.max_epochs)
 
     def add(
         self, module: Any, batch: Batch, batch_idx: int, stage: str, *, dataloader_idx: int = 0
@@ -153,18 +157,19 @@ class Translating(Part):
         """Translate a batch of an evaluation, if that is due.
 
         Returns:
-            ``"translations"`` and ``"references"``, those of the sentences that count; nothing if it is not due.
+            ``"sources"``, ``"references"`` and ``"translations"`` of the sentences that count; nothing if it is not
+            due.
         """
         if not self.is_due(module, stage):
             return {}
-        repeated = repeated_rows(module, batch_idx, dataloader_idx, batch.size)
-        if repeated is not None and batch.counted is not None:
-            batch = batch.replace(counted=batch.counted & ~repeated.to(batch.device)[:, None], is_checked=True)
-        rows = sentences(batch)
-        references = self.texts(module, batch.target if rows is None else batch.target[rows])
-        translations = self.texts(module, self.translate(module, batch))
+        batch = without_repeated(module, batch, batch_idx, dataloader_idx)
+        rows = batch.counted_rows
+        sources, references = (
+            self.texts(module, ids if rows is None else ids[rows]) for ids in (batch.input["input_ids"], batch.target)
+        )
+        translations = self.texts(module, self._found(module, batch, rows))
         self._pairs.setdefault(dataloader_idx, []).extend(zip(translations, references, strict=True))
-        return {"translations": translations, "references": references}
+        return {"sources": sources, "references": references, "translations": translations}
 
     def log(self, module: Any, stage: str) -> None:
         """At the end of an evaluation, log the scores of its translations as one corpus."""
@@ -191,19 +196,37 @@ class Translating(Part):
 
     # Moments
 
+    def look(self, module: Any, given: Any, number: int, stage: str) -> None:
+        """Look at the ids of a batch of a training or an evaluation: on the CPU, elsewhere at an epoch's first ones.
+
+        Raises:
+            InputError: the student has no embedding for one.
+        """
+        if module.device.type == "cpu" or number < FIRST:
+            check_ids(module, self.read(module, given), f"{STAGES[stage]} batch {number}")
+
+    def predict_starts(self, module: Any) -> None:
+        """See whether the data fit."""
+        check_vocabulary(module)
+
     def fit_starts(self, module: Any) -> None:
-        """See whether validations can translate before anything is trained."""
+        """See whether the data fit, and validations can translate, before anything is trained."""
         self.signatures = {}
+        check_vocabulary(module)
+        check_longest(module)
         if self.bleu_every and not isinstance(self.search, NoSearch):
             self._check(module)
 
     def validation_starts(self, module: Any) -> None:
         """Each has texts of its own."""
         self._pairs = {}
+        if module.trainer.state.fn != "fit":
+            check_vocabulary(module)
 
     def test_starts(self, module: Any) -> None:
-        """See whether it can translate."""
+        """See whether the data fit, and it can translate."""
         self._pairs = {}
+        check_vocabulary(module)
         if not isinstance(self.search, NoSearch):
             self._check(module)
 
@@ -213,11 +236,16 @@ class Translating(Part):
 
     def _check(self, module: Any) -> None:
         self.search.check(type(module).__name__, module.student)
-        self._decoder(module)
+        self._decoder(module, "; or, for neither BLEU nor chrF, beam=NoSearch()")
         package("sacrebleu", extra="translation")
 
 
-def sentences(batch: Batch) -> Tensor | None:
-    """Which sentences of a batch have anything that counts, bool ``(N,)``; ``None``: all."""
-    counted = batch.counted
-    return counted.any(dim=1) if counted is not None and counted.ndim > 1 else counted
+def _start(module: Any, batch: Batch | None = None) -> int:
+    start = special_ids(module, batch).start
+    if start is None:
+        raise InputError(
+            f"{type(module).__name__}: nobody knows what the decoder begins with: let batches have decoder_input_ids, "
+            f"the data module a bos_id, or the student ({type(module.student).__name__}) a "
+            "config.decoder_start_token_id"
+        )
+    return start

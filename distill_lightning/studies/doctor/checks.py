@@ -56,13 +56,15 @@ def class_counts(labels: Tensor | None, num_classes: int | None, keys: Keys, *, 
     """How many training samples each class has.
 
     Args:
-        labels: int64 ``(N,)``; ``None``: the targets are no classes.
+        labels: int64 ``(N,)``; ``None``: the targets are not one class each.
         num_classes: that there should be; ``None``: it is not known.
         keys: of the configuration.
         is_all: whether these are all labels of the training set.
     """
     if labels is None:
-        return Finding("classes", "the targets are no classes")
+        return Finding(
+            "classes", "the targets, token ids or numbers or boxes, are not one class for each sample: none are counted"
+        )
     labels = labels[labels >= 0]
     counts = torch.bincount(labels, minlength=num_classes or 0).tolist()
     among = f"{len(labels):,} samples" if is_all else f"{len(labels):,} samples looked at"

@@ -179,7 +179,7 @@ def _classes(module: Any, data: Any, keys: Keys) -> Finding:
 
 
 def _labels(loader: Any) -> tuple[Tensor | None, bool]:
-    """The classes of the training samples, and whether these are all; ``None``: the targets are no classes."""
+    """The classes of the training samples, and whether these are all; ``None``: the targets are not one class each."""
     dataset = getattr(loader, "dataset", None)
     targets = getattr(getattr(dataset, "files", dataset), "targets", None)
     if targets is not None:

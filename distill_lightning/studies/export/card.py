@@ -27,8 +27,7 @@ def rows_of(files: Sequence[Exported]) -> list[list[str]]:
             file.path.name,
             f"{file.nbytes:,}",
             f"{file.difference:.1g}",
-            f"{file.milliseconds:.3f}",
-            f"{file.of_network:.3f}",
+            *("-" if time is None else f"{time:.3f}" for time in (file.milliseconds, file.of_network)),
         ]
         for file in files
     ]
@@ -76,8 +75,8 @@ def model_card(
     size = sum(parameter.numel() for parameter in network.parameters())
     begin = [
         f"# {description['class']}, trained with {method or 'an unknown method'}",
-        f"A network of {size:,} parameters, for inputs of shape {tuple(description['input_shape'])}, without what it "
-        f"was trained with. Written by `distill-lightning export` on {datetime.datetime.now(datetime.UTC).date()}.",
+        f"A network of {size:,} parameters, for {_inputs(description)}, without what it was trained with. Written by "
+        f"`distill-lightning export` on {datetime.datetime.now(datetime.UTC).date()}.",
     ]
     body = [f"## {title}\n\n{text.strip()}" for title, text in parts.items()]
     return "\n\n".join([_header(method, description, metrics), *begin, *body]) + "\n"
@@ -87,14 +86,24 @@ def _header(method: str, description: Mapping[str, Any], metrics: Mapping[str, f
     told: dict[str, Any] = {"library_name": "distill_lightning", "tags": ["distill_lightning", "pytorch"]}
     if method:
         told["tags"].append(method)
-    if description.get("num_classes") and len(description["input_shape"]) == 3:
+    if description["input_shape"] is None:
+        told["pipeline_tag"] = "translation"
+    elif description.get("num_classes") and len(description["input_shape"]) == 3:
         told["pipeline_tag"] = "image-classification"
     if "val/accuracy" in metrics or "test/accuracy" in metrics:
         told["metrics"] = ["accuracy"]
     return f"---\n{yaml.safe_dump(told, sort_keys=False)}---"
 
 
+def _inputs(description: Mapping[str, Any]) -> str:
+    shape = description["input_shape"]
+    return "sentences of token ids" if shape is None else f"inputs of shape {tuple(shape)}"
+
+
 def _files(files: Sequence[Exported]) -> str:
+    if any(file.milliseconds is None for file in files):
+        told = "Each file was read back and holds the network's very weights; it was not run."
+        return f"{markdown_table(rows_of(files))}\n{told}"
     return (
         f"{markdown_table(rows_of(files))}\n"
         "Each file was read back and run. The difference is the largest of any output from the network's in PyTorch, "
@@ -119,6 +128,11 @@ def _usage(description: Mapping[str, Any], checkpoint: Mapping[str, Any], files:
 
 def _meaning(description: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
     """What goes in, and what comes out."""
+    if description["input_shape"] is None:
+        return (
+            "It reads `input_ids` and `attention_mask` `(N, S)` and `decoder_input_ids` `(N, T)`, and gives logits "
+            f"`(N, T, {description['num_classes']})`; its `generate` translates."
+        )
     lines = [f"Inputs have the shape `(N, {', '.join(map(str, description['input_shape']))})`."]
     data = data_of(checkpoint)
     if {"mean", "std"} <= data.keys():

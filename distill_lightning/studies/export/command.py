@@ -18,7 +18,7 @@ from distill_lightning.layers import dry_forward
 from distill_lightning.storage import write_whole
 from distill_lightning.studies.export.card import data_of, model_card, rows_of
 from distill_lightning.studies.export.config import FORMATS, ExportConfig, Format
-from distill_lightning.studies.export.formats import Exported, write_format
+from distill_lightning.studies.export.formats import Exported, reads_sentences, refuse_sentences, write_format
 from distill_lightning.studies.export.student import DESCRIPTION, read_training, recipe_in, student_of
 from distill_lightning.studies.output import print_written, refuse_foreign_folder, table_of, wide_console
 
@@ -57,7 +57,8 @@ def export_checkpoint(
 
     The folder gets ``model.safetensors``, ``model.pt2`` or ``model.onnx``, all for a batch of any size;
     ``config.json``, from which `load_exported` builds the network again; and ``README.md``. With ``model.safetensors``
-    it can be put on the Hugging Face Hub as it is (``hf upload NAME FOLDER``).
+    it can be put on the Hugging Face Hub as it is (``hf upload NAME FOLDER``). A network that translates, which reads
+    more than one tensor, is written as weights alone, which are compared and not run.
 
     Args:
         checkpoint: of a training with one of this package's methods. Only tensors and plain values are read of it.
@@ -66,35 +67,39 @@ def export_checkpoint(
             ``"safetensors"``, read back as ``huggingface_hub`` reads it (needs the extra ``hub``). Nothing is
             downloaded or sent.
         student: a network that is built as the trained one was; only needed if no factory of this package built it.
-        input_shape: of one input; only needed if the checkpoint does not say it.
+        input_shape: of one input; only needed if the checkpoint does not say it; not read of a network that translates.
 
     Returns:
         The student, and what was measured of the files.
 
     Raises:
         InputError: the checkpoint is missing, damaged, unsafe, or of something else; ``student`` or ``input_shape`` is
-            needed; the network cannot be exported, or a file gives other outputs than it; the folder is another's; the
-            disk is full or refuses.
+            needed; the network cannot be exported, as one that translates in a format of more than weights, or a file
+            gives other outputs than it; the folder is another's; the disk is full or refuses.
     """
     path, folder = Path(checkpoint), Path(output)
     for kind in to:
         check_one_of("export: to", kind, FORMATS)
     refuse_foreign_folder(folder, known=DESCRIPTION)
     told = read_training(path)
+    network = student_of(path, told, student)
     shape = input_shape or told["hyper_parameters"].get("input_shape")
-    if shape is None:
+    if reads_sentences(network):
+        shape = None
+        refuse_sentences(network, to)
+    elif shape is None:
         raise InputError(
             f"{path} does not say what shape its inputs have: give --input_shape, for example 1 28 28, or in Python "
             "export_checkpoint(..., input_shape=(1, 28, 28))"
         )
-    network = student_of(path, told, student)
-    dry_forward(network, shape)
+    else:
+        dry_forward(network, shape)
     description = {
         "library": "distill_lightning",
         "class": type(network).__name__,
         "recipe": recipe_in(told) if student is None else None,
         "structure": plain_structure(structure_of(network)),
-        "input_shape": list(shape),
+        "input_shape": None if shape is None else list(shape),
         **{name: told["hyper_parameters"].get(name) for name in ("num_classes", "num_targets")},
         # Without them nobody can feed the files, or read what they say.
         **{name: value for name, value in data_of(told).items() if name in ("class_names", "mean", "std")},

@@ -22,6 +22,8 @@ from distill_lightning.studies.export.config import Format
 from distill_lightning.studies.export.student import WEIGHTS, load_exported
 
 _CHECKED = (1, 3)
+# Formats of weights alone, by which the same code computes.
+_WEIGHTS = ("safetensors", "hub")
 _NAMES: Mapping[Format, str] = {
     "safetensors": WEIGHTS,
     "hub": WEIGHTS,
@@ -33,14 +35,15 @@ Run = Callable[[Tensor], Any]
 
 
 class Exported(NamedTuple):
-    """A file that was written and run.
+    """A file that was written and, unless its network reads sentences, run.
 
     Attributes:
         format: of the file.
         path: of the file.
         nbytes: its bytes.
-        difference: the largest absolute difference of its outputs from the network's, at batches of 1 and 3.
-        milliseconds: its time for a batch of one, on one thread of the CPU: the median of 50.
+        difference: the largest absolute difference of its outputs from the network's, at batches of 1 and 3; of one
+            that was not run, of its weights.
+        milliseconds: its time for a batch of one, on one thread of the CPU: the median of 50; ``None``: it was not run.
         of_network: the same of the network in PyTorch, in turns with it.
     """
 
@@ -48,8 +51,27 @@ class Exported(NamedTuple):
     path: Path
     nbytes: int
     difference: float
-    milliseconds: float
-    of_network: float
+    milliseconds: float | None
+    of_network: float | None
+
+
+def reads_sentences(network: nn.Module) -> bool:
+    """Whether it is an encoder and a decoder of the transformers library, which read a tensor each."""
+    return bool(getattr(getattr(network, "config", None), "is_encoder_decoder", False))
+
+
+def refuse_sentences(network: nn.Module, to: Sequence[Format]) -> None:
+    """Refuse formats of more than weights for a network that reads sentences.
+
+    Raises:
+        InputError: there is one among them.
+    """
+    others = [kind for kind in to if kind not in _WEIGHTS]
+    if others:
+        raise InputError(
+            f"export: {type(network).__name__} translates step by step, and a file of {' or '.join(others)} holds one "
+            "step on one tensor: give --to safetensors"
+        )
 
 
 def example_batch(network: nn.Module, input_shape: Sequence[int], size: int) -> Tensor:
@@ -69,7 +91,7 @@ def example_batch(network: nn.Module, input_shape: Sequence[int], size: int) -> 
 
 
 def write_format(
-    network: nn.Module, kind: Format, folder: Path, description: Mapping[str, Any], input_shape: Sequence[int]
+    network: nn.Module, kind: Format, folder: Path, description: Mapping[str, Any], input_shape: Sequence[int] | None
 ) -> Exported:
     """Write a network in one format, read the file, and hold its outputs against the network's.
 
@@ -78,13 +100,17 @@ def write_format(
         kind: the format.
         folder: of the file, with the description.
         description: how the network is built, for the formats that hold only weights.
-        input_shape: of one input.
+        input_shape: of one input; ``None``: it is of several, and weights are compared in the place of outputs.
 
     Raises:
         InputError: a package is missing, the network cannot be exported, the file gives other outputs, or the disk is
             full or refuses.
     """
     path = folder / _NAMES[kind]
+    if input_shape is None:
+        found = _WRITERS[kind](network, path, description, torch.empty(0))
+        _check_weights(network, found, path)
+        return Exported(kind, path, path.stat().st_size, 0.0, None, None)
     run = _WRITERS[kind](network, path, description, example_batch(network, input_shape, 2))
     gaps = [_gap(network, run, path, example_batch(network, input_shape, size), kind) for size in _CHECKED]
     one = example_batch(network, input_shape, 1)
@@ -94,6 +120,13 @@ def write_format(
     return Exported(kind, path, path.stat().st_size, max(gaps), ours, theirs)
 
 
+def _check_weights(network: nn.Module, found: Any, path: Path) -> None:
+    read = found.state_dict()
+    for name, tensor in network.state_dict().items():
+        if not torch.equal(tensor, read[name]):
+            raise InputError(f"{path} does not hold what {type(network).__name__} does: {name} differs")
+
+
 def _gap(network: nn.Module, run: Run, path: Path, inputs: Tensor, kind: Format) -> float:
     with torch.inference_mode():
         wanted, found = outputs_of(network(inputs)), outputs_of(run(inputs))
@@ -101,8 +134,7 @@ def _gap(network: nn.Module, run: Run, path: Path, inputs: Tensor, kind: Format)
         raise InputError(f"{path} gives outputs of other shapes than {type(network).__name__}")
     largest = max((float(output.double().abs().max()) for output in wanted), default=0.0)
     gap = max((float((a.double() - b.double()).abs().max()) for a, b in zip(wanted, found, strict=True)), default=0.0)
-    # What holds only weights is computed by the same code.
-    allowed = 0.0 if kind in ("safetensors", "hub") else TOLERANCE * max(1.0, largest)
+    allowed = 0.0 if kind in _WEIGHTS else TOLERANCE * max(1.0, largest)
     # NaN is never within the tolerance.
     if not gap <= allowed:
         raise InputError(

@@ -29,7 +29,7 @@ from distill_lightning import (
 )
 from distill_lightning.errors import InputError, NonFiniteError
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
-from distill_lightning.testing.processes import process_strategy
+from distill_lightning.testing.processes import LeaveTheGroup, process_strategy
 
 CLASSES = 3
 INPUTS = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -327,12 +327,6 @@ class Halves(pl.LightningDataModule):
         return DataLoader(TensorDataset(self.inputs[rows], LABELS[rows]), batch_size=8 // world)
 
     val_dataloader = train_dataloader
-
-
-class LeaveTheGroup(pl.Callback):
-    def teardown(self, trainer, pl_module, stage):
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def grouped(**options):

@@ -262,6 +262,13 @@ def test_a_missing_class():
     assert "is of class 2 of 3" in finding.found
 
 
+def test_token_ids_are_not_called_anything_else():
+    read = examination._labels([(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.long))])
+    found = checks.class_counts(read[0], 3, Keys(SupervisedModule(TinyNet(), num_classes=3), data()), is_all=read[1])
+    assert "token ids" in found.found
+    assert "not one class for each sample" in found.found
+
+
 def test_classes_are_counted_by_reading_where_the_data_set_does_not_tell_them():
     labels = torch.tensor([0, 0, 1, 0, 2, 1])
     loader = DataLoader(TensorDataset(torch.zeros(6, 1), labels), batch_size=4)

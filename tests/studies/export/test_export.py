@@ -27,8 +27,10 @@ from distill_lightning import (
     SmallCNN,
     SmallTransformer,
     SupervisedModule,
+    TranslationModule,
     export_checkpoint,
     load_exported,
+    translation_transformer,
 )
 from distill_lightning.cli import main
 from distill_lightning.compression import PruneUnits, PruneWeights, Quantize
@@ -118,6 +120,29 @@ def test_the_student_of_every_method_is_exported_from_its_checkpoint_alone(name,
     assert citation is None or citation in parts["Citation"]
     told = {name: of["fingerprint"] for name, of in blocks.get("Teachers", {}).items()}
     assert told == module.fingerprints()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "hub"])
+def test_a_network_that_translates_is_its_weights(kind, tmp_path, capsys):
+    pytest.importorskip({"hub": "huggingface_hub"}.get(kind, "transformers"))
+    network = translation_transformer(20, width=8, encoder_depth=1, decoder_depth=1, heads=2, feedforward=8)
+    module, trainer = TranslationModule(network, num_classes=20, pad_id=0), tiny_trainer()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    assert main(["export", str(tmp_path / "run.ckpt"), "--output", str(tmp_path / "out"), "--to", kind]) == 0
+    loaded = load_exported(tmp_path / "out")
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in network.state_dict().items())
+    source, first = torch.full((2, 3), 5), torch.full((2, 1), 1)
+    with torch.no_grad():
+        found = [one.eval()(input_ids=source, decoder_input_ids=first).logits for one in (network, loaded)]
+    assert torch.equal(*found)
+    header, parts, _ = card_of(tmp_path / "out")
+    assert header["pipeline_tag"] == "translation"
+    assert "decoder_input_ids" in parts["Use"]
+    assert "was not run" in parts["Files"]
+    with pytest.raises(InputError, match=r"MarianMTModel translates step by step.*give --to safetensors"):
+        export_checkpoint(tmp_path / "run.ckpt", tmp_path / "other", to=["onnx"])
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow
