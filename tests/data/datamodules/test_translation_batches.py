@@ -166,6 +166,14 @@ def test_a_state_of_another_budget_is_refused():
         next(iter(other))
 
 
+@pytest.mark.parametrize("where", [(), ("a:1", "a:2", "a:3")])
+def test_the_longest_sentence(where):
+    rows = [[7, EOS], [8, 9, EOS], [5, EOS]], [[4, EOS], [EOS], [5, 6, 7, EOS]]
+    data = TranslationDataset(*rows, sentences=([], []), where=where)
+    assert data.longest() == (4, "a:3" if where else "sentence 3")
+    assert TranslationDataset(rows[0], None, sentences=([], []), where=where).longest()[0] == 3
+
+
 def test_data_are_known_by_their_text():
     known = data_fingerprint(dataset())
     assert known == data_fingerprint(dataset())

@@ -214,6 +214,16 @@ def test_a_sentence_that_is_too_long_is_told_with_file_and_line(folder, split, m
     assert f"skipped: 1 pairs longer than max_length=45 (the first: {folder}/{split}.en:4: the target" in told[0]
 
 
+@pytest.mark.parametrize(("split", "side"), [("train", "en"), ("val", "de"), ("test", "de")])
+def test_the_longest_sentence_is_told_with_file_and_line(folder, split, side):
+    path = folder / f"{split}.{side}"
+    lines = path.read_text().splitlines()
+    lines[6] = "".join(map(chr, range(0x4E00, 0x4E40)))
+    path.write_text("\n".join(lines))
+    data = data_of(folder)
+    assert data.longest() == (len(data.encode_target(lines[6])), f"{folder}/{split}.en:7")
+
+
 def test_short_pairs_are_left_out(folder):
     every, longer = data_of(folder), data_of(folder, min_length=10)
     lengths = every.dataset("train").lengths

@@ -50,6 +50,7 @@ class TranslationDataset(ViewDataset):
         source: the sentences, each with its end.
         target: their translations; ``None``: there are none.
         sentences: the text of both, in UTF-8, by which the data are known again.
+        where: the file and the line of each sentence, for messages; empty: they are told by their numbers.
     """
 
     depends_on = ()
@@ -60,11 +61,13 @@ class TranslationDataset(ViewDataset):
         target: Sequence[Sequence[int]] | None,
         *,
         sentences: tuple[list[bytes], list[bytes]],
+        where: Sequence[str] = (),
     ) -> None:
         super().__init__(seed=0, partners=False)
         self.source = Ragged(source)
         self.target = None if target is None else Ragged(target)
         self._sentences = sentences
+        self._where = where
 
     def __len__(self) -> int:
         return len(self.source.lengths)
@@ -74,6 +77,11 @@ class TranslationDataset(ViewDataset):
         """Ids of source and target of each sentence, int64 ``(N, 2)``; without translations these count 0."""
         source = self.source.lengths
         return torch.stack([source, torch.zeros_like(source) if self.target is None else self.target.lengths], dim=1)
+
+    def longest(self) -> tuple[int, str]:
+        """The most ids that a source or a target has, and where that sentence stands."""
+        count, place = self.lengths.max(dim=1).values.max(dim=0)
+        return int(count), self._where[int(place)] if self._where else f"sentence {int(place) + 1}"
 
     def make(self, index: Tensor, view: Tensor) -> Batch:
         """The batch of these sentences; the decoder reads the target one step late, behind a beginning."""

@@ -201,6 +201,11 @@ class TranslationDataModule(ViewDataModule):
         self.setup()
         return self._splits[split]
 
+    def longest(self) -> tuple[int, str]:
+        """Of the splits' longest sentence, source or target, its number of ids and its file and line."""
+        self.setup()
+        return max((dataset.longest() for dataset in self._splits.values()), key=lambda found: found[0])
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of similar length, shuffled."""
         seed = self.seed if self.order_seed is None else self.order_seed
@@ -249,7 +254,8 @@ class TranslationDataModule(ViewDataModule):
         kept = [place for place, pair in enumerate(pairs) if self._fits(pair.where, ids[0][place], ids[1][place])]
         chosen = [[side[place] for place in kept] for side in ids]
         sentences = [[side[place].encode(errors="surrogatepass") for place in kept] for side in sides]
-        return TranslationDataset(*chosen, sentences=(sentences[0], sentences[1]))
+        where = [pairs[place].where for place in kept]
+        return TranslationDataset(*chosen, sentences=(sentences[0], sentences[1]), where=where)
 
     def _fits(self, where: str, source: list[int], target: list[int]) -> bool:
         if min(len(source), len(target)) < self.min_length:
