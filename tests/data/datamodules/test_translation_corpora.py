@@ -297,6 +297,24 @@ def test_text_catalogues(tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ("before", "message", "expected"),
+    [
+        # The flag is the obsolete entry's.
+        ('#, fuzzy\n#~ msgid "old"\n#~ msgstr "alt"\n\n', "neu", "neu"),
+        ('#, fuzzy\n#~ msgid "old"\n#~ msgstr "alt"\n', "neu", "neu"),
+        ('#, fuzzy\n#~| msgid "older"\n#~ msgid "old"\n#~ msgstr "alt"\n\n#, fuzzy\n', "neu", None),
+        ("", r"\x5bn\145u\033\x5d\\033", "[neu\033]\\033"),
+        ("", r"l\303\244uft \xc3\xbcber", "läuft über"),
+    ],
+)
+@pytest.mark.parametrize("head", ["", "\ufeff", 'msgid ""\nmsgstr "Content-Type: text/plain; charset=CHARSET\\n"\n\n'])
+def test_text_catalogues_are_read_as_gettext_reads_them(tmp_path, head, before, message, expected):
+    write(tmp_path, {"de.po": f'{head}{before}msgid "new"\nmsgstr "{message}"\n'})
+    forms = [found.forms for found in catalogues.read_po(tmp_path / "de.po") if found.ids == ("new",)]
+    assert forms == ([] if expected is None else [(expected,)])
+
+
+@pytest.mark.parametrize(
     ("forms", "expected"),
     [
         ("%d个", [("%d files", "%d个")]),
@@ -324,6 +342,7 @@ def test_two_languages_meet_in_the_english_message(tmp_path):
         ("x.mo", binary({"": HEADER, "a": "ä"}).replace(b"UTF-8", b"ascii"), r"x\.mo is damaged \('ascii' codec"),
         ("x.po", PO.replace('msgstr "Akte"', "msgstr Akte"), r"x\.po:13 is no line of a catalogue: 'msgstr Akte'"),
         ("x.po", PO[: PO.index('msgstr "Akte"')], r"x\.po:11 begins an entry without msgstr"),
+        ("x.po", PO.replace("Akte", r"Akte \344"), r"x\.po:13: an escape is not in the character set UTF-8"),
         ("x.po", PO.encode("latin-1"), r"x\.po:25 is not in the character set UTF-8"),
     ],
 )
