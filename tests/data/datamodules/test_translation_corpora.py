@@ -98,6 +98,15 @@ def test_iwslts_files(tmp_path, called):
     assert only["test"] == [("en & tst2013", "de & tst2013"), ("<en>", "<de>")]
 
 
+def test_a_sentence_is_the_same_in_iwslts_two_kinds_of_files(tmp_path):
+    for language in ("en", "de"):
+        write(tmp_path, {f"train.tags.en-de.{language}": "<url>x</url>\n Rock &amp;  roll, &#39;&lt;{}&gt;&quot;.\n"})
+        segment = '<seg id="1"> Rock &amp; roll, &#39;&lt;{}&gt;&quot;. </seg>\n'
+        write(tmp_path, {f"I.TED.tst1.en-de.{language}.xml": segment})
+    found, _ = read(ParallelText(), tmp_path)
+    assert found["train"] == found["test"] == [("Rock & roll, '<{}>\".",) * 2]
+
+
 @pytest.mark.parametrize(
     ("files", "line"),
     [

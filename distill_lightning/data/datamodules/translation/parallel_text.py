@@ -95,13 +95,10 @@ def _plain(folder: Path, name: str, source: str, target: str) -> tuple[Path, Pat
 def _pairs(of_source: Path, of_target: Path, *, faults: Faults) -> list[Pair]:
     if of_source.suffix == ".xml":
         return list(usable(iwslt.segments(of_source, of_target, faults), faults))
-    sides = [
-        [(number, line) for number, line in enumerate(read_lines(path, faults), start=1)]
-        for path in (of_source, of_target)
-    ]
     if iwslt.is_tagged(of_source):
-        sides = [[(number, line) for number, line in side if line is None or not iwslt.is_tag(line)] for side in sides]
-    first, second = sides
+        first, second = (iwslt.sentences(path, faults) for path in (of_source, of_target))
+    else:
+        first, second = (list(enumerate(read_lines(path, faults), start=1)) for path in (of_source, of_target))
     if len(first) != len(second):
         longer, shorter = (of_source, of_target) if len(first) > len(second) else (of_target, of_source)
         number = max(first, second, key=len)[min(len(first), len(second))][0]
