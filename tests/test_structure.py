@@ -161,7 +161,7 @@ ROOMS = {
         fashion_voc
     """,
     "data/datamodules/translation": """
-        corpus tokenizer length_sampler
+        corpus length_sampler pair_options tokenizer
         catalogues dataset iwslt libreoffice splits
         parallel_text
         module
