@@ -189,7 +189,7 @@ def test_help_pages_are_paired_by_ids(tmp_path):
             ("Again.", "Nochmals."),
         ]
     }
-    assert libreoffice.read_help(tmp_path, "en", "de")[1].where == f"{tmp_path}/en-US/text/a/1.html:6"
+    assert libreoffice.read_help(tmp_path, "en", "de").pairs[1].where == f"{tmp_path}/en-US/text/a/1.html:6"
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -200,6 +200,26 @@ def test_what_is_wrong_with_the_help_is_told(tmp_path, damaged):
     line = r"de/1\.html:2 is not UTF-8" if damaged else r"de is not there: apt-get install libreoffice-help-de, or give"
     with pytest.raises(InputError, match=line):
         read(LibreOfficeHelp(), tmp_path)
+
+
+def test_damaged_pages_of_the_help_can_be_left_out(tmp_path):
+    for name, german in (("1", page("de", '<p id="par_id1">Eins</p>')), ("2", b"\xff"), ("3", b"\n\n\xff")):
+        english = page("en-US", '<p id="par_id1">One</p>')
+        write(tmp_path, {f"en-US/{name}.html": english, f"de/{name}.html": german})
+    found, faults = read(LibreOfficeHelp(), tmp_path, on_damaged="skip")
+    assert found == {"train": [("One", "Eins")]}
+    assert faults.told() == f"2 pages that are not UTF-8 (the first: {tmp_path}/de/2.html:1 is not UTF-8)"
+    # What is kept of the first reading is refused all the same.
+    with pytest.raises(InputError, match=r"de/2\.html:1 is not UTF-8: mend it, or give on_damaged: skip"):
+        read(LibreOfficeHelp(), tmp_path)
+
+
+@pytest.mark.parametrize("between", ["<br>", "<br/>", '<BR class="x" />', " <br>\n"])
+def test_a_break_parts_two_words(tmp_path, between):
+    for language in ("en-US", "de"):
+        text = f'<p id="par_id1">{language} tool<b>bar</b>{between}and</p>'
+        write(tmp_path, {f"{language}/1.html": page(language, text)})
+    assert read(LibreOfficeHelp(), tmp_path)[0] == {"train": [("en-US toolbar and", "de toolbar and")]}
 
 
 @pytest.mark.slow
