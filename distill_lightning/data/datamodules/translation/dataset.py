@@ -13,6 +13,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.data.columns import Columns
 from distill_lightning.data.datamodules.translation.tokenizer import BOS, PAD
 from distill_lightning.data.datamodules.view_dataset import ViewDataset, ViewKey
+from distill_lightning.data.sequences import shifted_right
 
 
 class Ragged:
@@ -90,8 +91,8 @@ class TranslationDataset(ViewDataset):
         if self.target is None:
             return Batch(inputs, None, index, view)
         target = self.target.padded(index)
-        before = torch.cat([torch.full_like(target[:, :1], BOS), target[:, :-1]], dim=1)
-        inputs["decoder_input_ids"] = torch.where(target == PAD, PAD, before)
+        # The end of a sentence, which stands before the first padding, is not read.
+        inputs["decoder_input_ids"] = shifted_right(target, begin=BOS, pad_id=PAD).masked_fill(target == PAD, PAD)
         return Batch(inputs, target, index, view)
 
     def __getitem__(self, key: ViewKey | Sequence[ViewKey]) -> Batch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_lightning.errors import InputError
+from distill_lightning.libraries import package
 from distill_lightning.storage.files import write_whole
 
 PAD, BOS, EOS, UNK = range(4)
@@ -46,7 +46,7 @@ class BytePairTokenizer:
 
     def __init__(self, definition: str) -> None:
         self.definition = definition
-        self._tokenizer: Any = _library().Tokenizer.from_str(definition)
+        self._tokenizer: Any = package("tokenizers", extra="translation").Tokenizer.from_str(definition)
         # Else a sentence about HTML would end at its "</s>". It does not stand in the definition.
         self._tokenizer.encode_special_tokens = True
 
@@ -62,7 +62,7 @@ class BytePairTokenizer:
             InputError: ``vocab_size`` is below 260, or the library is not installed.
         """
         check_vocab_size(vocab_size)
-        library = _library()
+        library = package("tokenizers", extra="translation")
         tokenizer = library.Tokenizer(library.models.BPE(unk_token=_SPECIAL[UNK]))
         tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = library.decoders.ByteLevel()
@@ -151,12 +151,3 @@ def cache_folder(given: Path | None, data_dir: Path | None) -> Path:
         return data_dir
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "distill_lightning"
-
-
-def _library() -> Any:
-    try:
-        return importlib.import_module("tokenizers")
-    except ModuleNotFoundError as error:
-        if error.name != "tokenizers":
-            raise
-        raise InputError("tokenizers is not installed: pip install 'distill-lightning[translation]'") from error
