@@ -232,10 +232,16 @@ def test_the_tokenizer_is_kept_and_never_stale(folder):
     (folder / "val.en").write_text((folder / "val.en").read_text().replace("dog", "cow"))
     data_of(folder).prepare_data()
     assert len(list(folder.glob("tokenizer-*.json"))) == 3
-    first.write_text("{")
-    (folder / "train.en").write_text((folder / "train.en").read_text().replace("cow", "dog"))
-    with pytest.raises(InputError, match=f"{first.name} is damaged: remove it"):
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"model": {"type": "BPE"}}', "\xff"])
+def test_a_damaged_tokenizer_is_refused(folder, content):
+    data_of(folder).prepare_data()
+    (path,) = folder.glob("tokenizer-*.json")
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(InputError, match=f"{path.name} is damaged: remove it, and it is made again: .") as caught:
         data_of(folder).prepare_data()
+    assert "\n" not in str(caught.value)
 
 
 def test_where_the_tokenizer_is_kept(folder, tmp_path, monkeypatch):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, refusing
 from distill_lightning.libraries import package
 from distill_lightning.storage.files import write_whole
 
@@ -136,11 +135,9 @@ def kept_tokenizer(folder: Path, sentences: Sequence[str], *, vocab_size: int) -
         write_whole(path, [tokenizer.definition.encode()])
         return tokenizer
     definition = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        json.loads(definition)
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: remove it, and it is made again") from error
-    return BytePairTokenizer(definition)
+    # The library raises nothing more special.
+    with refusing(f"{path} is damaged: remove it, and it is made again", Exception):
+        return BytePairTokenizer(definition)
 
 
 def cache_folder(given: Path | None, data_dir: Path | None) -> Path:
