@@ -85,6 +85,12 @@ def test_every_sentence_once_and_no_batch_above_the_budget(max_tokens, options):
             assert len(inside) * int(inside.max(dim=0).values.sum()) > max_tokens
 
 
+@pytest.mark.parametrize("max_tokens", [1, -5, 96.0])
+def test_a_budget_that_is_none(max_tokens):
+    with pytest.raises(InputError, match="max_tokens must be a"):
+        sampler(dataset(), max_tokens=max_tokens)
+
+
 def test_sentences_of_a_batch_are_about_as_long():
     data = dataset(2000)
     inside = [data.lengths[indices] for indices in sampler(data, max_tokens=400).batches()]

@@ -54,6 +54,13 @@ def test_several_names_make_one_split(tmp_path):
     assert read(ParallelText(train=["b", "a"]), tmp_path)[0] == {"train": [("b en", "b de"), ("a en", "a de")]}
 
 
+@pytest.mark.parametrize("names", [{"train": []}, {"val": []}, {"test": ""}])
+def test_names_of_no_files_are_refused(names):
+    ((split, given),) = names.items()
+    with pytest.raises(InputError, match=re.escape(f"ParallelText: {split}={given!r} names no file: give names, or")):
+        ParallelText(**names)
+
+
 TAGS = """<doc docid="1" genre="lectures">
 <url>http://www.ted.com/talks/1</url>
 <keywords>talks, {0}</keywords>

@@ -310,7 +310,10 @@ def test_short_pairs_are_left_out(folder):
         ({"vocab_size": 259}, "vocab_size must be at least 260, 4 special ids and 256 bytes, got 259"),
         ({"target": "en"}, "source and target are both 'en'"),
         ({"max_tokens": 1}, "max_tokens must be at least 2"),
-        ({"min_length": 9, "max_length": 8}, "min_length=9, max_length=8"),
+        ({"vocab_size": 300.0}, "vocab_size must be an integer, got 300.0"),
+        ({"max_tokens": 2.5}, "max_tokens must be an integer, got 2.5"),
+        ({"min_length": True}, "min_length must be an integer, got True"),
+        ({"min_length": 9, "max_length": 8}, "max_length must be at least 9, min_length, got 8"),
         ({"on_damaged": "warn"}, "on_damaged must be one of error, skip"),
         ({"val_size": 0}, "val_size must be at least 1"),
     ],
@@ -334,6 +337,9 @@ def test_prediction_is_in_the_order_of_the_text(folder):
     assert [data.decode(row) for row in batch.input["input_ids"]] == ["a dog", "", "the cat sees"]
     (folder / "new.txt").write_text(f"a dog\n{'Ö' * 300}\n")
     with pytest.raises(InputError, match=r"new\.txt:2 has 601 ids, more than max_length=512"):
+        data.predict_dataloader()
+    (folder / "new.txt").unlink()
+    with pytest.raises(InputError, match=r"new\.txt cannot be read \(No such .*\): give a file that is there and that"):
         data.predict_dataloader()
 
 

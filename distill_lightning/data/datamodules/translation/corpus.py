@@ -128,7 +128,7 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error.strerror}): give the folder of the texts as data_dir"
+            f"{path} cannot be read ({error.strerror}): give a file that is there and that you may read"
         ) from error
 
 

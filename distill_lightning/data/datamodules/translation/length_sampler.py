@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
+from distill_lightning.errors import check_count
+
 # As ViewSampler's: neighbouring order seeds would repeat each other's epochs.
 _SEED_STRIDE = 1_000_003
 
@@ -48,6 +50,9 @@ class LengthSampler(DistributedSampler[Any]):
     Attributes:
         skip: how many batches are left out at the beginning.
         budget: of all processes together, ``W * B``.
+
+    Raises:
+        InputError: ``max_tokens`` is below 2, or no integer.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class LengthSampler(DistributedSampler[Any]):
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
+        check_max_tokens(max_tokens)
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed * _SEED_STRIDE)
         # Evaluations look here for samples that count twice; those that are repeated do not count.
         self.total_size = len(lengths)
@@ -102,6 +108,15 @@ class LengthSampler(DistributedSampler[Any]):
         own = [(index, 0) for index in batch[self.rank :: self.num_replicas]]
         fill = -(-len(batch) // self.num_replicas) - len(own)
         return own + [(batch[0], -1)] * fill
+
+
+def check_max_tokens(max_tokens: int) -> None:
+    """Refuse a budget that no pair fits.
+
+    Raises:
+        InputError: it is below 2, or no integer.
+    """
+    check_count("max_tokens", max_tokens, at_least=2, because="a source and a target id")
 
 
 def cuts(lengths: NDArray[np.int64], budget: int) -> list[int]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.datamodules.translation.corpus import Corpus, Faults, Pair, read_lines
 from distill_lightning.data.datamodules.translation.dataset import TranslationDataset
-from distill_lightning.data.datamodules.translation.length_sampler import LengthSampler
+from distill_lightning.data.datamodules.translation.length_sampler import LengthSampler, check_max_tokens
 from distill_lightning.data.datamodules.translation.libreoffice import LibreOfficeHelp
 from distill_lightning.data.datamodules.translation.pair_options import PairOptions
 from distill_lightning.data.datamodules.translation.parallel_text import ParallelText
@@ -28,7 +28,7 @@ from distill_lightning.data.datamodules.translation.tokenizer import (
     kept_tokenizer,
 )
 from distill_lightning.data.datamodules.view_data_module import ViewDataModule
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_count
 
 # Pairs for validation and for test, where there are no files for them.
 _DRAWN = 1000
@@ -122,12 +122,9 @@ class TranslationDataModule(ViewDataModule):
         if source == target:
             raise InputError(f"source and target are both {source!r}: give two languages")
         check_vocab_size(vocab_size)
-        if not 1 <= min_length <= max_length:
-            raise InputError(
-                f"min_length={min_length}, max_length={max_length}: the first must be at least 1, at most the second"
-            )
-        if max_tokens < 2:
-            raise InputError(f"max_tokens must be at least 2, a source and a target id, got {max_tokens}")
+        check_max_tokens(max_tokens)
+        check_count("min_length", min_length, at_least=1)
+        check_count("max_length", max_length, at_least=min_length, because="min_length")
         self.source, self.target = source, target
         self.data_dir = None if data_dir is None else Path(data_dir)
         self.corpus = corpus or (LibreOfficeHelp() if data_dir is None else ParallelText())

@@ -34,11 +34,21 @@ class ParallelText(Corpus):
         train: name, or names, of the training files; ``None``: known ones.
         val: of those for validation.
         test: of those for test.
+
+    Raises:
+        InputError: a list of names is empty.
     """
 
     train: str | list[str] | None = None
     val: str | list[str] | None = None
     test: str | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for split in _KNOWN:
+            if not (names := getattr(self, split)) and names is not None:
+                raise InputError(
+                    f"ParallelText: {split}={names!r} names no file: give names, or null for the known ones"
+                )
 
     def read(self, data_dir: Path | None, *, source: str, target: str, faults: Faults) -> Splits:
         """The pairs of each split that has files."""

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from distill_lightning.errors import InputError, refusing
+from distill_lightning.errors import check_count, refusing
 from distill_lightning.libraries import package
 from distill_lightning.storage.files import write_whole
 
@@ -58,7 +58,7 @@ class BytePairTokenizer:
             vocab_size: number of ids at most; few sentences make fewer.
 
         Raises:
-            InputError: ``vocab_size`` is below 260, or the library is not installed.
+            InputError: ``vocab_size`` is below 260 or no integer, or the library is not installed.
         """
         check_vocab_size(vocab_size)
         library = package("tokenizers", extra="translation")
@@ -107,10 +107,9 @@ def check_vocab_size(vocab_size: int) -> None:
     """Refuse a vocabulary that has no room for all bytes.
 
     Raises:
-        InputError: it is below 260.
+        InputError: it is below 260, or no integer.
     """
-    if vocab_size < SMALLEST:
-        raise InputError(f"vocab_size must be at least {SMALLEST}, 4 special ids and 256 bytes, got {vocab_size}")
+    check_count("vocab_size", vocab_size, at_least=SMALLEST, because="4 special ids and 256 bytes")
 
 
 def kept_tokenizer(folder: Path, sentences: Sequence[str], *, vocab_size: int) -> BytePairTokenizer:
