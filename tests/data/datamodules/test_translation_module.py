@@ -360,6 +360,35 @@ def test_processes_get_their_share(folder):
     assert (loader.sampler.num_replicas, loader.sampler.rank, loader.sampler.budget) == (2, 1, 400)
 
 
+@pytest.mark.parametrize("overfit_batches", [2, 0.5])
+def test_overfitting_reads_the_same_whole_batches(folder, overfit_batches):
+    seen = {"train": [], "val": []}
+
+    class Reads(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def training_step(self, batch, batch_idx):
+            seen["train"].append(batch.index.tolist())
+            return self.weight**2
+
+        def validation_step(self, batch, batch_idx):
+            seen["val"].append(batch.index.tolist())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = data_of(folder)
+    trainer = tiny_trainer(max_epochs=2, overfit_batches=overfit_batches, num_sanity_val_steps=0)
+    trainer.fit(Reads(), datamodule=data)
+    for split, loader in (("train", data_of(folder).train_dataloader()), ("val", data_of(folder).val_dataloader())):
+        whole = [[index for index, _ in keys] for keys in loader.sampler]
+        count = 2 if overfit_batches == 2 else len(whole) // 2
+        assert seen[split] == whole[:count] * 2
+        assert max(map(len, whole[:count])) > 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 6, 9])
 def test_a_training_goes_on_from_any_step(folder, step):

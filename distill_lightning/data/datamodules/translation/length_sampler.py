@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 from distill_lightning.errors import check_count
 
@@ -89,12 +89,17 @@ class LengthSampler(DistributedSampler[Any]):
         order = np.arange(len(self._lengths))
         numbers = np.arange(len(self))
         if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            generator = torch.Generator().manual_seed(self.seed + self._drawn_in)
             order = torch.randperm(len(order), generator=generator).numpy()
             numbers = torch.randperm(len(numbers), generator=generator).numpy()
         order = self._sorted(order)
         for number in numbers.tolist():
             yield order[self._cuts[number] : self._cuts[number + 1]].tolist()
+
+    @property
+    def _drawn_in(self) -> int:
+        """The epoch whose order it is."""
+        return self.epoch
 
     def _sorted(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
         """By length, keeping the order of what has the same lengths."""
@@ -108,6 +113,18 @@ class LengthSampler(DistributedSampler[Any]):
         own = [(index, 0) for index in batch[self.rank :: self.num_replicas]]
         fill = -(-len(batch) // self.num_replicas) - len(own)
         return own + [(batch[0], -1)] * fill
+
+
+class SameLengthSampler(LengthSampler, SequentialSampler):  # type: ignore[misc]  # both yield; LengthSampler's counts
+    """A `LengthSampler` with the same batches in every epoch, those of the first one.
+
+    For Lightning's ``overfit_batches``, which puts single samples in the place of any sampler that is no
+    `SequentialSampler`.
+    """
+
+    @property
+    def _drawn_in(self) -> int:
+        return 0
 
 
 def check_max_tokens(max_tokens: int) -> None:

@@ -15,7 +15,11 @@ from torch.utils.data import DataLoader
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.datamodules.translation.corpus import Corpus, Faults, Pair, read_lines
 from distill_lightning.data.datamodules.translation.dataset import TranslationDataset
-from distill_lightning.data.datamodules.translation.length_sampler import LengthSampler, check_max_tokens
+from distill_lightning.data.datamodules.translation.length_sampler import (
+    LengthSampler,
+    SameLengthSampler,
+    check_max_tokens,
+)
 from distill_lightning.data.datamodules.translation.libreoffice import LibreOfficeHelp
 from distill_lightning.data.datamodules.translation.pair_options import PairOptions
 from distill_lightning.data.datamodules.translation.parallel_text import ParallelText
@@ -269,7 +273,8 @@ class TranslationDataModule(ViewDataModule):
     def _batches(
         self, dataset: TranslationDataset, *, shuffle: bool = False, in_order: bool = False, seed: int = 0
     ) -> DataLoader[Batch]:
-        sampler = LengthSampler(
+        overfits = getattr(self.trainer, "overfit_batches", 0) > 0
+        sampler = (SameLengthSampler if overfits else LengthSampler)(
             dataset,
             dataset.lengths,
             max_tokens=self.max_tokens,
