@@ -8,6 +8,7 @@ import os
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -73,6 +74,30 @@ def check_finite(name: str, *values: Any) -> None:
             is_finite = False
         if not is_finite:
             raise InputError(f"{name} must be a finite number, got {value!r}")
+
+
+def check_count(name: str, value: object, *, at_least: int, because: str = "") -> None:
+    """Refuse what is no integer, and one that is too small.
+
+    Args:
+        name: of the option, with which the message begins.
+        value: of it.
+        at_least: the smallest one.
+        because: what that many are, for the message.
+
+    Raises:
+        InputError: it is no integer, or smaller.
+
+    Example:
+        >>> from distill_lightning.errors import check_count
+        >>> check_count("max_tokens", 2.5, at_least=2)
+        Traceback (most recent call last):
+        distill_lightning.errors.InputError: max_tokens must be an integer, got 2.5
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InputError(f"{name} must be an integer, got {value!r}")
+    if value < at_least:
+        raise InputError(f"{name} must be at least {at_least}{because and f', {because}'}, got {value}")
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}

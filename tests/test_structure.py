@@ -40,7 +40,7 @@ PACKAGE = Path(distill_lightning.__file__).parent
 ROOMS = {
     "": """
         errors part processes plots
-        arguments choices functional schedules storage
+        arguments choices functional libraries schedules storage
         callables layers pages
         networks data
         outputs lightning_internals compression
@@ -145,7 +145,7 @@ ROOMS = {
     "data": """
         views
         batch digests
-        columns detection_batch
+        columns detection_batch sequences
         fingerprint
         mixing datamodules
         samplers transforms
@@ -161,7 +161,7 @@ ROOMS = {
         fashion_voc
     """,
     "data/datamodules/translation": """
-        corpus tokenizer length_sampler
+        corpus length_sampler pair_options tokenizer
         catalogues dataset iwslt libreoffice splits
         parallel_text
         module

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from distill_lightning.errors import InputError, refusing
+from distill_lightning.libraries import package
 from distill_lightning.networks.provenance import factory_with_recipe
+
+# Those who make a network of another library ask for it here.
+__all__ = ["package", "pytorchcv_network", "timm_network", "torchvision_network"]
 
 
 @factory_with_recipe
@@ -127,27 +130,3 @@ def _with_input_channels(network: nn.Module, in_channels: int) -> nn.Module:
 def _near(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known))
     return f"similar names: {', '.join(near)}; " if near else ""
-
-
-def package(name: str, *, extra: str) -> Any:
-    """Import a module of an optional library.
-
-    Args:
-        name: of the module, dotted.
-        extra: of this package that installs the library; empty: it is one that this package needs.
-
-    Raises:
-        InputError: it is not installed.
-
-    Example:
-        >>> from distill_lightning.networks.libraries import package
-        >>> package("torchvision.models", extra="").resnet18.__name__
-        'resnet18'
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name.split(".", maxsplit=1)[0]:
-            raise
-        what = f"'distill-lightning[{extra}]'" if extra else error.name
-        raise InputError(f"{error.name} is not installed: pip install {what}") from error

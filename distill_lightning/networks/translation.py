@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from distill_lightning.errors import InputError
-from distill_lightning.networks.libraries import package
+from distill_lightning.libraries import package
 from distill_lightning.networks.provenance import factory_with_recipe
 from distill_lightning.networks.sizes import check_sizes
 

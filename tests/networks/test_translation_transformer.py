@@ -13,9 +13,9 @@ from distill_lightning import (
     TranslationModule,
     translation_transformer,
 )
+from distill_lightning.libraries import package
 from distill_lightning.modules.parts.search import BeamSearch
 from distill_lightning.networks import build_from, recipe_of
-from distill_lightning.networks.libraries import package
 from distill_lightning.networks.weights import load_strictly, read_weights
 
 SIZES = {"width": 16, "encoder_depth": 2, "decoder_depth": 1, "heads": 2, "feedforward": 32, "max_length": 12}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from distill_lightning.networks.libraries import package
+from distill_lightning.libraries import package
 from distill_lightning.outputs.metrics.classification import Accuracy, CalibrationError, NegativeLogLikelihood
 
 

@@ -85,6 +85,12 @@ def test_every_sentence_once_and_no_batch_above_the_budget(max_tokens, options):
             assert len(inside) * int(inside.max(dim=0).values.sum()) > max_tokens
 
 
+@pytest.mark.parametrize("max_tokens", [1, -5, 96.0])
+def test_a_budget_that_is_none(max_tokens):
+    with pytest.raises(InputError, match="max_tokens must be a"):
+        sampler(dataset(), max_tokens=max_tokens)
+
+
 def test_sentences_of_a_batch_are_about_as_long():
     data = dataset(2000)
     inside = [data.lengths[indices] for indices in sampler(data, max_tokens=400).batches()]
@@ -164,6 +170,14 @@ def test_a_state_of_another_budget_is_refused():
     other.load_state_dict(first.state_dict())
     with pytest.raises(InputError, match=r"with max_tokens=96 of all processes .*now there are max_tokens=48 of"):
         next(iter(other))
+
+
+@pytest.mark.parametrize("where", [(), ("a:1", "a:2", "a:3")])
+def test_the_longest_sentence(where):
+    rows = [[7, EOS], [8, 9, EOS], [5, EOS]], [[4, EOS], [EOS], [5, 6, 7, EOS]]
+    data = TranslationDataset(*rows, sentences=([], []), where=where)
+    assert data.longest() == (4, "a:3" if where else "sentence 3")
+    assert TranslationDataset(rows[0], None, sentences=([], []), where=where).longest()[0] == 3
 
 
 def test_data_are_known_by_their_text():

@@ -54,6 +54,13 @@ def test_several_names_make_one_split(tmp_path):
     assert read(ParallelText(train=["b", "a"]), tmp_path)[0] == {"train": [("b en", "b de"), ("a en", "a de")]}
 
 
+@pytest.mark.parametrize("names", [{"train": []}, {"val": []}, {"test": ""}])
+def test_names_of_no_files_are_refused(names):
+    ((split, given),) = names.items()
+    with pytest.raises(InputError, match=re.escape(f"ParallelText: {split}={given!r} names no file: give names, or")):
+        ParallelText(**names)
+
+
 TAGS = """<doc docid="1" genre="lectures">
 <url>http://www.ted.com/talks/1</url>
 <keywords>talks, {0}</keywords>
@@ -96,6 +103,15 @@ def test_iwslts_files(tmp_path, called):
     assert [source for source, _ in found["test"]] == ["en & tst2010", "<en>", "en & tst2013", "<en>"]
     only, _ = read(ParallelText(test="tst2013"), tmp_path)
     assert only["test"] == [("en & tst2013", "de & tst2013"), ("<en>", "<de>")]
+
+
+def test_a_sentence_is_the_same_in_iwslts_two_kinds_of_files(tmp_path):
+    for language in ("en", "de"):
+        write(tmp_path, {f"train.tags.en-de.{language}": "<url>x</url>\n Rock &amp;  roll, &#39;&lt;{}&gt;&quot;.\n"})
+        segment = '<seg id="1"> Rock &amp; roll, &#39;&lt;{}&gt;&quot;. </seg>\n'
+        write(tmp_path, {f"I.TED.tst1.en-de.{language}.xml": segment})
+    found, _ = read(ParallelText(), tmp_path)
+    assert found["train"] == found["test"] == [("Rock & roll, '<{}>\".",) * 2]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +196,7 @@ def test_help_pages_are_paired_by_ids(tmp_path):
             ("Again.", "Nochmals."),
         ]
     }
-    assert libreoffice.read_help(tmp_path, "en", "de")[1].where == f"{tmp_path}/en-US/text/a/1.html:6"
+    assert libreoffice.read_help(tmp_path, "en", "de").pairs[1].where == f"{tmp_path}/en-US/text/a/1.html:6"
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -191,6 +207,26 @@ def test_what_is_wrong_with_the_help_is_told(tmp_path, damaged):
     line = r"de/1\.html:2 is not UTF-8" if damaged else r"de is not there: apt-get install libreoffice-help-de, or give"
     with pytest.raises(InputError, match=line):
         read(LibreOfficeHelp(), tmp_path)
+
+
+def test_damaged_pages_of_the_help_can_be_left_out(tmp_path):
+    for name, german in (("1", page("de", '<p id="par_id1">Eins</p>')), ("2", b"\xff"), ("3", b"\n\n\xff")):
+        english = page("en-US", '<p id="par_id1">One</p>')
+        write(tmp_path, {f"en-US/{name}.html": english, f"de/{name}.html": german})
+    found, faults = read(LibreOfficeHelp(), tmp_path, on_damaged="skip")
+    assert found == {"train": [("One", "Eins")]}
+    assert faults.told() == f"2 pages that are not UTF-8 (the first: {tmp_path}/de/2.html:1 is not UTF-8)"
+    # What is kept of the first reading is refused all the same.
+    with pytest.raises(InputError, match=r"de/2\.html:1 is not UTF-8: mend it, or give on_damaged: skip"):
+        read(LibreOfficeHelp(), tmp_path)
+
+
+@pytest.mark.parametrize("between", ["<br>", "<br/>", '<BR class="x" />', " <br>\n"])
+def test_a_break_parts_two_words(tmp_path, between):
+    for language in ("en-US", "de"):
+        text = f'<p id="par_id1">{language} tool<b>bar</b>{between}and</p>'
+        write(tmp_path, {f"{language}/1.html": page(language, text)})
+    assert read(LibreOfficeHelp(), tmp_path)[0] == {"train": [("en-US toolbar and", "de toolbar and")]}
 
 
 @pytest.mark.slow
@@ -297,6 +333,24 @@ def test_text_catalogues(tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ("before", "message", "expected"),
+    [
+        # The flag is the obsolete entry's.
+        ('#, fuzzy\n#~ msgid "old"\n#~ msgstr "alt"\n\n', "neu", "neu"),
+        ('#, fuzzy\n#~ msgid "old"\n#~ msgstr "alt"\n', "neu", "neu"),
+        ('#, fuzzy\n#~| msgid "older"\n#~ msgid "old"\n#~ msgstr "alt"\n\n#, fuzzy\n', "neu", None),
+        ("", r"\x5bn\145u\033\x5d\\033", "[neu\033]\\033"),
+        ("", r"l\303\244uft \xc3\xbcber", "läuft über"),
+    ],
+)
+@pytest.mark.parametrize("head", ["", "\ufeff", 'msgid ""\nmsgstr "Content-Type: text/plain; charset=CHARSET\\n"\n\n'])
+def test_text_catalogues_are_read_as_gettext_reads_them(tmp_path, head, before, message, expected):
+    write(tmp_path, {"de.po": f'{head}{before}msgid "new"\nmsgstr "{message}"\n'})
+    forms = [found.forms for found in catalogues.read_po(tmp_path / "de.po") if found.ids == ("new",)]
+    assert forms == ([] if expected is None else [(expected,)])
+
+
+@pytest.mark.parametrize(
     ("forms", "expected"),
     [
         ("%d个", [("%d files", "%d个")]),
@@ -324,6 +378,7 @@ def test_two_languages_meet_in_the_english_message(tmp_path):
         ("x.mo", binary({"": HEADER, "a": "ä"}).replace(b"UTF-8", b"ascii"), r"x\.mo is damaged \('ascii' codec"),
         ("x.po", PO.replace('msgstr "Akte"', "msgstr Akte"), r"x\.po:13 is no line of a catalogue: 'msgstr Akte'"),
         ("x.po", PO[: PO.index('msgstr "Akte"')], r"x\.po:11 begins an entry without msgstr"),
+        ("x.po", PO.replace("Akte", r"Akte \344"), r"x\.po:13: an escape is not in the character set UTF-8"),
         ("x.po", PO.encode("latin-1"), r"x\.po:25 is not in the character set UTF-8"),
     ],
 )

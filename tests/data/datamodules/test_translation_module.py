@@ -68,7 +68,7 @@ def test_training_pairs_are_distinct_and_know_no_other_split():
     assert [pair.where for pair in dealt.splits["train"]] == ["file:1", "file:2", "file:4"]
     assert [pair[:2] for pair in dealt.splits["val"]] == [("c", "v"), ("e", "u")]
     assert dealt.splits["test"] == read["test"]
-    assert (dealt.repeated, dealt.held_out) == (1, 3)
+    assert dealt.left_out == {"repeated": 1, "with a source sentence of another split": 3}
 
 
 @pytest.mark.parametrize("has_val", [True, False])
@@ -81,6 +81,64 @@ def test_what_has_no_files_is_drawn_by_source_sentence(has_val):
     assert len(set.union(*sources)) == sum(map(len, sources)) == 50
     assert deal(read, val_size=10, test_size=None, drawn=7, seed=0) == dealt
     assert deal(read, val_size=10, test_size=None, drawn=7, seed=1).splits["test"] != dealt.splits["test"]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        {"train": pairs(*[(f"s{number // 3}", f"t{number % 7}") for number in range(60)], ("s1", "t4"))},
+        {"train": pairs(("a", "x"), *[("b", f"y{number}") for number in range(5)])},
+        {"train": pairs(("a", "x"), ("b", "y"), ("c", "y")), "test": pairs(("b", "y"), ("d", "w"), ("d", "w"))},
+        {"train": pairs(("a", "x"), ("b", "y")), "val": pairs(("d", "v"), ("e", "u")), "test": pairs(("d", "w"))},
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_pair_is_in_a_split_or_counted(read, seed):
+    dealt = deal(read, val_size=1 if "val" in read else None, test_size=1, drawn=0, seed=seed)
+    assert sum(map(len, [*dealt.splits.values()])) + sum(dealt.left_out.values()) == sum(map(len, read.values()))
+    assert all(dealt.left_out.values())
+
+
+@pytest.mark.parametrize("twin", ["A  dog.", "A\N{NO-BREAK SPACE}dog.", "A\u2028dog.", "a DOG.", " A dog. "])
+def test_white_space_and_case_make_no_other_sentence(twin):
+    rest = [(f"s{number}", "t") for number in range(6)]
+    held = deal(
+        {"train": pairs((twin, "x"), *rest), "test": pairs(("A dog.", "y"))},
+        val_size=1,
+        test_size=None,
+        drawn=0,
+        seed=0,
+    )
+    assert [len(held.splits[split]) for split in ("train", "val", "test")] == [5, 1, 1]
+    for seed in range(4):
+        read = {"train": pairs((twin, "x"), ("A dog.", "x"), ("A dog.", "z"), *rest)}
+        drawn = deal(read, val_size=4, test_size=3, drawn=0, seed=seed)
+        homes = [split for split, found in drawn.splits.items() if any("dog" in pair.source.lower() for pair in found)]
+        assert len(homes) == 1
+        assert ("repeated" in drawn.left_out) == (twin != "a DOG.")
+
+
+@pytest.mark.parametrize(
+    ("read", "line"),
+    [
+        (
+            {"val": pairs(("c", "v")), "test": pairs(("C", "v"))},
+            "all 1 pairs for val have a source sentence of another",
+        ),
+        ({"val": pairs(("a", "x"), ("b", "y"))}, "all 2 pairs for train have a source sentence of another split's"),
+        ({"val": [], "test": pairs(("c", "v"))}, "no pair for val can be used: mend its files, or give others"),
+        ({"val": pairs(("c", "v"))}, "test has no files, and 3 pairs cannot be drawn for it from the 2 that are left"),
+        ({}, "test has no files, and 3 pairs cannot be drawn .*: give files for it, or a lower test_size"),
+    ],
+)
+def test_splits_without_pairs(read, line):
+    with pytest.raises(InputError, match=line):
+        deal({"train": pairs(("a", "x"), ("b", "y"))} | read, val_size=None, test_size=None, drawn=3, seed=0)
+
+
+def test_a_training_without_pairs():
+    with pytest.raises(InputError, match="drawn for validation and test leaves none of 2 pairs to train on: lower val"):
+        deal({"train": pairs(("a", "x"), ("b", "y"))}, val_size=1, test_size=1, drawn=3, seed=0)
 
 
 def test_sentences_keep_their_split_where_others_are_added():
@@ -117,9 +175,15 @@ def test_the_splits_of_files(folder, monkeypatch):
         "TranslationDataModule: pairs of en and de: 78 for train, 20 for val, 10 for test; left out: 1 repeated, 2 "
         "with a source sentence of another split"
     ]
-    small = data_of(folder, val_size=5, test_size=3)
-    assert text_of(small, "test") == text_of(data, "test")[:3]
-    assert len(small.dataset("train")) == 78
+    small = data_of(folder, val_size=5, test_size=3, subset=70, min_length=8)
+    assert text_of(data_of(folder, test_size=3), "test") == text_of(data, "test")[:3]
+    sizes = [len(small.dataset(split)) for split in ("train", "val", "test")]
+    short = 78 - sum(sizes)
+    assert short > 0
+    assert told[-1].endswith(
+        "; left out: 1 repeated, 2 with a source sentence of another split, 7 beyond test_size, 15 beyond val_size, 8 "
+        f"beyond subset=70, {short} shorter than min_length=8"
+    )
 
 
 def test_a_smaller_subset_is_part_of_a_larger_one(folder):
@@ -168,10 +232,16 @@ def test_the_tokenizer_is_kept_and_never_stale(folder):
     (folder / "val.en").write_text((folder / "val.en").read_text().replace("dog", "cow"))
     data_of(folder).prepare_data()
     assert len(list(folder.glob("tokenizer-*.json"))) == 3
-    first.write_text("{")
-    (folder / "train.en").write_text((folder / "train.en").read_text().replace("cow", "dog"))
-    with pytest.raises(InputError, match=f"{first.name} is damaged: remove it"):
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"model": {"type": "BPE"}}', "\xff"])
+def test_a_damaged_tokenizer_is_refused(folder, content):
+    data_of(folder).prepare_data()
+    (path,) = folder.glob("tokenizer-*.json")
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(InputError, match=f"{path.name} is damaged: remove it, and it is made again: .") as caught:
         data_of(folder).prepare_data()
+    assert "\n" not in str(caught.value)
 
 
 def test_where_the_tokenizer_is_kept(folder, tmp_path, monkeypatch):
@@ -214,13 +284,23 @@ def test_a_sentence_that_is_too_long_is_told_with_file_and_line(folder, split, m
     assert f"skipped: 1 pairs longer than max_length=45 (the first: {folder}/{split}.en:4: the target" in told[0]
 
 
+@pytest.mark.parametrize(("split", "side"), [("train", "en"), ("val", "de"), ("test", "de")])
+def test_the_longest_sentence_is_told_with_file_and_line(folder, split, side):
+    path = folder / f"{split}.{side}"
+    lines = path.read_text().splitlines()
+    lines[6] = "".join(map(chr, range(0x4E00, 0x4E40)))
+    path.write_text("\n".join(lines))
+    data = data_of(folder)
+    assert data.longest() == (len(data.encode_target(lines[6])), f"{folder}/{split}.en:7")
+
+
 def test_short_pairs_are_left_out(folder):
     every, longer = data_of(folder), data_of(folder, min_length=10)
     lengths = every.dataset("train").lengths
     expected = int((lengths.min(dim=1).values >= 10).sum())
     assert 0 < expected < 78
     assert len(longer.dataset("train")) == expected
-    with pytest.raises(InputError, match="no pair for train is left: lower min_length"):
+    with pytest.raises(InputError, match="none of 78 pairs for train has between min_length=400 and"):
         data_of(folder, min_length=400).setup()
 
 
@@ -230,7 +310,10 @@ def test_short_pairs_are_left_out(folder):
         ({"vocab_size": 259}, "vocab_size must be at least 260, 4 special ids and 256 bytes, got 259"),
         ({"target": "en"}, "source and target are both 'en'"),
         ({"max_tokens": 1}, "max_tokens must be at least 2"),
-        ({"min_length": 9, "max_length": 8}, "min_length=9, max_length=8"),
+        ({"vocab_size": 300.0}, "vocab_size must be an integer, got 300.0"),
+        ({"max_tokens": 2.5}, "max_tokens must be an integer, got 2.5"),
+        ({"min_length": True}, "min_length must be an integer, got True"),
+        ({"min_length": 9, "max_length": 8}, "max_length must be at least 9, min_length, got 8"),
         ({"on_damaged": "warn"}, "on_damaged must be one of error, skip"),
         ({"val_size": 0}, "val_size must be at least 1"),
     ],
@@ -255,6 +338,9 @@ def test_prediction_is_in_the_order_of_the_text(folder):
     (folder / "new.txt").write_text(f"a dog\n{'Ö' * 300}\n")
     with pytest.raises(InputError, match=r"new\.txt:2 has 601 ids, more than max_length=512"):
         data.predict_dataloader()
+    (folder / "new.txt").unlink()
+    with pytest.raises(InputError, match=r"new\.txt cannot be read \(No such .*\): give a file that is there and that"):
+        data.predict_dataloader()
 
 
 def test_a_study_knows_its_data_again(folder):
@@ -272,6 +358,35 @@ def test_processes_get_their_share(folder):
     )
     loader = data.train_dataloader()
     assert (loader.sampler.num_replicas, loader.sampler.rank, loader.sampler.budget) == (2, 1, 400)
+
+
+@pytest.mark.parametrize("overfit_batches", [2, 0.5])
+def test_overfitting_reads_the_same_whole_batches(folder, overfit_batches):
+    seen = {"train": [], "val": []}
+
+    class Reads(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def training_step(self, batch, batch_idx):
+            seen["train"].append(batch.index.tolist())
+            return self.weight**2
+
+        def validation_step(self, batch, batch_idx):
+            seen["val"].append(batch.index.tolist())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = data_of(folder)
+    trainer = tiny_trainer(max_epochs=2, overfit_batches=overfit_batches, num_sanity_val_steps=0)
+    trainer.fit(Reads(), datamodule=data)
+    for split, loader in (("train", data_of(folder).train_dataloader()), ("val", data_of(folder).val_dataloader())):
+        whole = [[index for index, _ in keys] for keys in loader.sampler]
+        count = 2 if overfit_batches == 2 else len(whole) // 2
+        assert seen[split] == whole[:count] * 2
+        assert max(map(len, whole[:count])) > 1
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ from distill_lightning.data.datamodules.translation.corpus import Corpus, Faults
 from distill_lightning.data.datamodules.translation.dataset import TranslationDataset
 from distill_lightning.data.datamodules.translation.length_sampler import LengthSampler
 from distill_lightning.data.datamodules.translation.libreoffice import LibreOfficeHelp
-from distill_lightning.data.datamodules.translation.module import PairOptions, TranslationDataModule
+from distill_lightning.data.datamodules.translation.module import TranslationDataModule
+from distill_lightning.data.datamodules.translation.pair_options import PairOptions
 from distill_lightning.data.datamodules.translation.parallel_text import ParallelText
 from distill_lightning.data.datamodules.translation.tokenizer import BytePairTokenizer
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distill_lightning.data.datamodules.translation.corpus import (
+    BYTE_ORDER_MARK,
     Corpus,
     Faults,
     Pair,
@@ -26,6 +27,9 @@ _MESSAGES_ARE_IN = "en"
 _CHARSET = re.compile(r"charset=([\w-]+)")
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"\s*$')
 _KEYWORD = re.compile(r"(msgctxt|msgid_plural|msgid|msgstr)(?:\[\d+\])?\s+")
+# What is written as numbers are bytes, of which several may be one character.
+_ESCAPE = re.compile(r"((?:\\[0-7]{1,3}|\\x[0-9a-fA-F]{1,2})+)|\\(.)")
+_NUMBER = re.compile(r"\\(?:x([0-9a-fA-F]+)|([0-7]+))")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v"}
 
 
@@ -163,7 +167,8 @@ def _slice(content: bytes, length: int, offset: int) -> bytes:
 
 def _charset(header: bytes) -> str:
     found = _CHARSET.search(header.decode("latin-1"))
-    return found[1] if found else "utf-8"
+    # "CHARSET" is what templates have there.
+    return found[1] if found and found[1] != "CHARSET" else "utf-8"
 
 
 def read_po(path: Path) -> Iterator[Message]:
@@ -172,7 +177,7 @@ def read_po(path: Path) -> Iterator[Message]:
     Raises:
         InputError: a line is none of a catalogue's, or is not in the character set of the header.
     """
-    content = read_bytes(path)
+    content = read_bytes(path).removeprefix(BYTE_ORDER_MARK)
     charset = _charset(content)
     entry: dict[str, list[str]] = {}
     parts: list[str] = []
@@ -188,7 +193,8 @@ def read_po(path: Path) -> Iterator[Message]:
             yield from _finished(entry, begins, is_fuzzy=is_fuzzy)
             entry, is_fuzzy = {}, False
         if line.startswith("#"):
-            is_fuzzy |= line.startswith("#,") and "fuzzy" in line
+            # The flags before an obsolete entry are that one's.
+            is_fuzzy = not line.startswith("#~") and (is_fuzzy or (line.startswith("#,") and "fuzzy" in line))
         elif line:
             string = _STRING.match(line, keyword.end() if keyword else 0)
             if string is None or not (keyword or entry):
@@ -197,7 +203,12 @@ def read_po(path: Path) -> Iterator[Message]:
                 begins = begins if entry else number
                 parts = entry.setdefault(keyword[1], [])
                 parts.append("")
-            parts[-1] += _unescaped(string[1])
+            try:
+                parts[-1] += _unescaped(string[1], charset)
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path}:{number}: an escape is not in the character set {charset} ({error})"
+                ) from error
     if entry:
         raise InputError(f"{path}:{begins} begins an entry without msgstr: the file is damaged")
 
@@ -208,5 +219,13 @@ def _finished(entry: dict[str, list[str]], begins: int, *, is_fuzzy: bool) -> It
         yield Message(entry.get("msgctxt", [""])[0], ids, tuple(entry["msgstr"]), begins)
 
 
-def _unescaped(text: str) -> str:
-    return re.sub(r"\\(.)", lambda match: _ESCAPES.get(match[1], match[1]), text)
+def _unescaped(text: str, charset: str) -> str:
+    def shown(match: re.Match[str]) -> str:
+        if match[1]:
+            numbers = (
+                int(hexadecimal or octal, 16 if hexadecimal else 8) for hexadecimal, octal in _NUMBER.findall(match[1])
+            )
+            return bytes(number % 256 for number in numbers).decode(charset)
+        return _ESCAPES.get(match[2], match[2])
+
+    return _ESCAPE.sub(shown, text)

@@ -11,6 +11,9 @@ from typing import Literal, NamedTuple
 from distill_lightning.choices import Choice
 from distill_lightning.errors import InputError, check_one_of
 
+# With which some editors begin a file in UTF-8.
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
 
 class Pair(NamedTuple):
     """A sentence and its translation.
@@ -105,7 +108,7 @@ def read_lines(path: Path, faults: Faults) -> list[str | None]:
     Raises:
         InputError: the file cannot be read, or a line is not UTF-8 and is not to be skipped.
     """
-    content = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    content = read_bytes(path).removeprefix(BYTE_ORDER_MARK)
     lines = content.split(b"\n")
     if not lines[-1]:
         lines.pop()
@@ -125,7 +128,7 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error.strerror}): give the folder of the texts as data_dir"
+            f"{path} cannot be read ({error.strerror}): give a file that is there and that you may read"
         ) from error
 
 

@@ -13,6 +13,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.data.columns import Columns
 from distill_lightning.data.datamodules.translation.tokenizer import BOS, PAD
 from distill_lightning.data.datamodules.view_dataset import ViewDataset, ViewKey
+from distill_lightning.data.sequences import shifted_right
 
 
 class Ragged:
@@ -50,6 +51,7 @@ class TranslationDataset(ViewDataset):
         source: the sentences, each with its end.
         target: their translations; ``None``: there are none.
         sentences: the text of both, in UTF-8, by which the data are known again.
+        where: the file and the line of each sentence, for messages; empty: they are told by their numbers.
     """
 
     depends_on = ()
@@ -60,11 +62,13 @@ class TranslationDataset(ViewDataset):
         target: Sequence[Sequence[int]] | None,
         *,
         sentences: tuple[list[bytes], list[bytes]],
+        where: Sequence[str] = (),
     ) -> None:
         super().__init__(seed=0, partners=False)
         self.source = Ragged(source)
         self.target = None if target is None else Ragged(target)
         self._sentences = sentences
+        self._where = where
 
     def __len__(self) -> int:
         return len(self.source.lengths)
@@ -75,6 +79,11 @@ class TranslationDataset(ViewDataset):
         source = self.source.lengths
         return torch.stack([source, torch.zeros_like(source) if self.target is None else self.target.lengths], dim=1)
 
+    def longest(self) -> tuple[int, str]:
+        """The most ids that a source or a target has, and where that sentence stands."""
+        count, place = self.lengths.max(dim=1).values.max(dim=0)
+        return int(count), self._where[int(place)] if self._where else f"sentence {int(place) + 1}"
+
     def make(self, index: Tensor, view: Tensor) -> Batch:
         """The batch of these sentences; the decoder reads the target one step late, behind a beginning."""
         source = self.source.padded(index)
@@ -82,8 +91,8 @@ class TranslationDataset(ViewDataset):
         if self.target is None:
             return Batch(inputs, None, index, view)
         target = self.target.padded(index)
-        before = torch.cat([torch.full_like(target[:, :1], BOS), target[:, :-1]], dim=1)
-        inputs["decoder_input_ids"] = torch.where(target == PAD, PAD, before)
+        # The end of a sentence, which stands before the first padding, is not read.
+        inputs["decoder_input_ids"] = shifted_right(target, begin=BOS, pad_id=PAD).masked_fill(target == PAD, PAD)
         return Batch(inputs, target, index, view)
 
     def __getitem__(self, key: ViewKey | Sequence[ViewKey]) -> Batch:

@@ -42,9 +42,10 @@ def is_tagged(path: Path) -> bool:
     return path.name.startswith("train.tags.")
 
 
-def is_tag(line: str) -> bool:
-    """Whether a line of a training file is mark-up."""
-    return _TAG.match(line) is not None
+def sentences(path: Path, faults: Faults) -> list[tuple[int, str | None]]:
+    """Line number and text of each line of a training file that is no mark-up."""
+    lines = enumerate(read_lines(path, faults), start=1)
+    return [(number, line and _text(line)) for number, line in lines if line is None or not _TAG.match(line)]
 
 
 def segments(of_source: Path, of_target: Path, faults: Faults) -> Iterator[tuple[str | None, str | None, str]]:
@@ -80,7 +81,12 @@ def _segments(path: Path, faults: Faults) -> list[tuple[int, str, str | None]]:
         match = _SEGMENT.match(line)
         if match is None:
             raise InputError(f'{path}:{number} is no <seg id="...">...</seg> of one line: mend it')
-        found.append((number, match[1], one_line(html.unescape(match[2]))))
+        found.append((number, match[1], _text(match[2])))
     if not found:
         raise InputError(f"{path} has no <seg>: give IWSLT's files as they are published")
     return found
+
+
+def _text(written: str) -> str:
+    """A sentence as the other kind of file has it, too: some have entities, some do not."""
+    return one_line(html.unescape(written))

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
+
+from distill_lightning.errors import check_count
 
 # As ViewSampler's: neighbouring order seeds would repeat each other's epochs.
 _SEED_STRIDE = 1_000_003
@@ -48,6 +50,9 @@ class LengthSampler(DistributedSampler[Any]):
     Attributes:
         skip: how many batches are left out at the beginning.
         budget: of all processes together, ``W * B``.
+
+    Raises:
+        InputError: ``max_tokens`` is below 2, or no integer.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class LengthSampler(DistributedSampler[Any]):
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
+        check_max_tokens(max_tokens)
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed * _SEED_STRIDE)
         # Evaluations look here for samples that count twice; those that are repeated do not count.
         self.total_size = len(lengths)
@@ -83,12 +89,17 @@ class LengthSampler(DistributedSampler[Any]):
         order = np.arange(len(self._lengths))
         numbers = np.arange(len(self))
         if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            generator = torch.Generator().manual_seed(self.seed + self._drawn_in)
             order = torch.randperm(len(order), generator=generator).numpy()
             numbers = torch.randperm(len(numbers), generator=generator).numpy()
         order = self._sorted(order)
         for number in numbers.tolist():
             yield order[self._cuts[number] : self._cuts[number + 1]].tolist()
+
+    @property
+    def _drawn_in(self) -> int:
+        """The epoch whose order it is."""
+        return self.epoch
 
     def _sorted(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
         """By length, keeping the order of what has the same lengths."""
@@ -102,6 +113,27 @@ class LengthSampler(DistributedSampler[Any]):
         own = [(index, 0) for index in batch[self.rank :: self.num_replicas]]
         fill = -(-len(batch) // self.num_replicas) - len(own)
         return own + [(batch[0], -1)] * fill
+
+
+class SameLengthSampler(LengthSampler, SequentialSampler):  # type: ignore[misc]  # both yield; LengthSampler's counts
+    """A `LengthSampler` with the same batches in every epoch, those of the first one.
+
+    For Lightning's ``overfit_batches``, which puts single samples in the place of any sampler that is no
+    `SequentialSampler`.
+    """
+
+    @property
+    def _drawn_in(self) -> int:
+        return 0
+
+
+def check_max_tokens(max_tokens: int) -> None:
+    """Refuse a budget that no pair fits.
+
+    Raises:
+        InputError: it is below 2, or no integer.
+    """
+    check_count("max_tokens", max_tokens, at_least=2, because="a source and a target id")
 
 
 def cuts(lengths: NDArray[np.int64], budget: int) -> list[int]:

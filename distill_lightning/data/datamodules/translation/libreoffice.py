@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from distill_lightning.data.datamodules.translation.corpus import Corpus, Faults, Pair, Splits, one_line, read_bytes
 from distill_lightning.errors import InputError
@@ -22,6 +23,7 @@ _ELEMENT = re.compile(r'<(p|h[1-6])\b[^>]*?\sid="((?:par|hd)_id[^"]*)"[^>]*>(.*?
 # languages, "default" is.
 _SWITCH = re.compile(r'<span\s+hidden="true"\s+id="(?!default)[^"]*"[^>]*>')
 _SPAN = re.compile(r"<span\b|</span>")
+_BREAK = re.compile(r"<br\b[^>]*>", re.IGNORECASE)
 _TAG = re.compile(r"<[^>]*>")
 
 
@@ -40,29 +42,53 @@ class LibreOfficeHelp(Corpus):
     def read(self, data_dir: Path | None, *, source: str, target: str, faults: Faults) -> Splits:
         """All pairs, as training pairs."""
         folder = HELP_FOLDER if data_dir is None else data_dir
-        return {"train": list(read_help(folder, source, target))}
+        pages = read_help(folder, source, target)
+        for message in pages.damaged:
+            faults.note("pages that are not UTF-8", message)
+        if not pages.pairs:
+            raise InputError(
+                f"{folder} has no elements with the same ids in {source} and {target}: give the folder of "
+                "LibreOffice's help, or another corpus"
+            )
+        return {"train": list(pages.pairs)}
+
+
+class Pages(NamedTuple):
+    """What is in a folder of help pages.
+
+    Attributes:
+        pairs: in the order of the pages' paths.
+        damaged: a message for each page that cannot be read, in either language.
+    """
+
+    pairs: tuple[Pair, ...]
+    damaged: tuple[str, ...]
 
 
 # Reading takes seconds, and a comparison makes a data module for every training.
 @lru_cache(maxsize=2)
-def read_help(folder: Path, source: str, target: str) -> tuple[Pair, ...]:
-    """The pairs of a folder of help pages, in the order of the pages' paths; kept while the process lasts.
+def read_help(folder: Path, source: str, target: str) -> Pages:
+    """The pairs of a folder of help pages; kept while the process lasts.
 
     Raises:
-        InputError: a language is not there, or a page is not UTF-8.
+        InputError: a language is not there.
     """
     of_source, of_target = (_language(folder, language) for language in (source, target))
     found: list[Pair] = []
+    damaged: list[str] = []
     for page in sorted(of_source.rglob("*.html")):
         other = of_target / page.relative_to(of_source)
-        if other.is_file():
+        if not other.is_file():
+            continue
+        try:
             found += _pairs(page, _elements(page), _elements(other))
-    if not found:
-        raise InputError(
-            f"{of_source} and {of_target} have no elements with the same ids: give the folder of LibreOffice's help, "
-            "or another corpus"
-        )
-    return tuple(found)
+        except _DamagedPageError as error:
+            damaged.append(str(error))
+    return Pages(tuple(found), tuple(damaged))
+
+
+class _DamagedPageError(Exception):
+    pass
 
 
 def _language(folder: Path, language: str) -> Path:
@@ -85,7 +111,7 @@ def _elements(page: Path) -> _Elements:
         text = content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{page}:{line} is not UTF-8: install the package of the help again") from error
+        raise _DamagedPageError(f"{page}:{line} is not UTF-8") from error
     found: _Elements = {}
     seen: Counter[str] = Counter()
     for match in _ELEMENT.finditer(text):
@@ -103,7 +129,7 @@ def _shown(markup: str) -> str:
     """The text of an element."""
     if "hidden=" in markup:
         markup = _without_switched(markup)
-    return one_line(html.unescape(_TAG.sub("", markup)))
+    return one_line(html.unescape(_TAG.sub("", _BREAK.sub(" ", markup))))
 
 
 def _without_switched(markup: str) -> str:

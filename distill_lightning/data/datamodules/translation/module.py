@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, Unpack
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info
@@ -14,8 +15,13 @@ from torch.utils.data import DataLoader
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.datamodules.translation.corpus import Corpus, Faults, Pair, read_lines
 from distill_lightning.data.datamodules.translation.dataset import TranslationDataset
-from distill_lightning.data.datamodules.translation.length_sampler import LengthSampler
+from distill_lightning.data.datamodules.translation.length_sampler import (
+    LengthSampler,
+    SameLengthSampler,
+    check_max_tokens,
+)
 from distill_lightning.data.datamodules.translation.libreoffice import LibreOfficeHelp
+from distill_lightning.data.datamodules.translation.pair_options import PairOptions
 from distill_lightning.data.datamodules.translation.parallel_text import ParallelText
 from distill_lightning.data.datamodules.translation.splits import Dealt, deal, texts
 from distill_lightning.data.datamodules.translation.tokenizer import (
@@ -26,27 +32,10 @@ from distill_lightning.data.datamodules.translation.tokenizer import (
     kept_tokenizer,
 )
 from distill_lightning.data.datamodules.view_data_module import ViewDataModule
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_count
 
 # Pairs for validation and for test, where there are no files for them.
 _DRAWN = 1000
-
-
-class PairOptions(TypedDict, total=False):
-    """How pairs of sentences are chosen, ordered and loaded; every key is optional.
-
-    Args:
-        subset: number of training pairs, drawn by ``seed``; smaller subsets are part of larger ones; ``None``, the
-            default: all that the other splits leave.
-        seed: of the split and the subset, 0 by default.
-        order_seed: of the order of the training pairs; ``None``, the default: ``seed``.
-        num_workers: worker processes of a loader; ``None``, the default: none, for a batch is cheap to make.
-    """
-
-    subset: int | None
-    seed: int
-    order_seed: int | None
-    num_workers: int | None
 
 
 class TranslationDataModule(ViewDataModule):
@@ -57,9 +46,9 @@ class TranslationDataModule(ViewDataModule):
     end with id 2 and are padded by id 0; the decoder reads id 1, then the target up to the id before its last.
 
     By default the text is LibreOffice's help, two packages of Debian; with ``data_dir`` it is in that folder, plain
-    parallel text or IWSLT's own files. Repeated pairs are dropped from the training, and **no source sentence stands in
-    two splits**: see `ParallelText`, `LibreOfficeHelp`, `GettextCatalogues`. A line tells how many pairs there are, and
-    how many were left out.
+    parallel text or IWSLT's own files: see `ParallelText`, `LibreOfficeHelp`, `GettextCatalogues`. Repeated pairs are
+    dropped from the training, not from validation and test files, and **no source sentence stands in two splits**, in
+    other white space or case neither. A line tells how many pairs there are, and how many were left out and why.
 
     The tokenizer is a byte-level byte-pair encoding (`BytePairTokenizer`) of both languages, trained on the training
     pairs alone, on all of them whatever ``subset`` says, so that losses per token can be compared. It is kept in a file
@@ -137,12 +126,9 @@ class TranslationDataModule(ViewDataModule):
         if source == target:
             raise InputError(f"source and target are both {source!r}: give two languages")
         check_vocab_size(vocab_size)
-        if not 1 <= min_length <= max_length:
-            raise InputError(
-                f"min_length={min_length}, max_length={max_length}: the first must be at least 1, at most the second"
-            )
-        if max_tokens < 2:
-            raise InputError(f"max_tokens must be at least 2, a source and a target id, got {max_tokens}")
+        check_max_tokens(max_tokens)
+        check_count("min_length", min_length, at_least=1)
+        check_count("max_length", max_length, at_least=min_length, because="min_length")
         self.source, self.target = source, target
         self.data_dir = None if data_dir is None else Path(data_dir)
         self.corpus = corpus or (LibreOfficeHelp() if data_dir is None else ParallelText())
@@ -153,6 +139,7 @@ class TranslationDataModule(ViewDataModule):
         self.cache_dir = cache_folder(None if cache_dir is None else Path(cache_dir), self.data_dir)
         self.predict_file = None if predict_file is None else Path(predict_file)
         self._faults = Faults(on_damaged)
+        self._left_out: Counter[str] = Counter()
         self._splits: dict[str, TranslationDataset] = {}
 
     def prepare_data(self) -> None:
@@ -163,18 +150,22 @@ class TranslationDataModule(ViewDataModule):
         """Read the text, split it and make ids of it; a second call does nothing."""
         if self._splits:
             return
-        pairs = dict(self._dealt.splits)
+        pairs, self._left_out = dict(self._dealt.splits), Counter(self._dealt.left_out)
         if self.subset is not None:
             if self.subset > len(pairs["train"]):
                 raise InputError(
                     f"subset={self.subset} is larger than the {len(pairs['train']):,} training pairs that are left"
                 )
+            self._left_out[f"beyond subset={self.subset}"] = len(pairs["train"]) - self.subset
             order = torch.randperm(len(pairs["train"]), generator=torch.Generator().manual_seed(self.seed))
             pairs["train"] = [pairs["train"][place] for place in order[: self.subset].tolist()]
         splits = {split: self._encoded(pairs[split]) for split in pairs}
         for split, dataset in splits.items():
             if not len(dataset):
-                raise InputError(f"{self._place}: no pair for {split} is left: lower min_length, or raise max_length")
+                raise InputError(
+                    f"{self._place}: none of {len(pairs[split]):,} pairs for {split} has between "
+                    f"min_length={self.min_length} and max_length={self.max_length} ids: lower or raise them"
+                )
         self._splits = splits
         self._tell()
 
@@ -200,6 +191,11 @@ class TranslationDataModule(ViewDataModule):
         """One split, ``"train"``, ``"val"`` or ``"test"``; there is nothing to ``augment``."""
         self.setup()
         return self._splits[split]
+
+    def longest(self) -> tuple[int, str]:
+        """Of the splits' longest sentence, source or target, its number of ids and its file and line."""
+        self.setup()
+        return max((dataset.longest() for dataset in self._splits.values()), key=lambda found: found[0])
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of similar length, shuffled."""
@@ -249,10 +245,12 @@ class TranslationDataModule(ViewDataModule):
         kept = [place for place, pair in enumerate(pairs) if self._fits(pair.where, ids[0][place], ids[1][place])]
         chosen = [[side[place] for place in kept] for side in ids]
         sentences = [[side[place].encode(errors="surrogatepass") for place in kept] for side in sides]
-        return TranslationDataset(*chosen, sentences=(sentences[0], sentences[1]))
+        where = [pairs[place].where for place in kept]
+        return TranslationDataset(*chosen, sentences=(sentences[0], sentences[1]), where=where)
 
     def _fits(self, where: str, source: list[int], target: list[int]) -> bool:
         if min(len(source), len(target)) < self.min_length:
+            self._left_out[f"shorter than min_length={self.min_length}"] += 1
             return False
         side, longest = ("source", source) if len(source) >= len(target) else ("target", target)
         if len(longest) <= self.max_length:
@@ -265,8 +263,7 @@ class TranslationDataModule(ViewDataModule):
 
     def _tell(self) -> None:
         sizes = ", ".join(f"{len(dataset):,} for {split}" for split, dataset in self._splits.items())
-        left = [(self._dealt.repeated, "repeated"), (self._dealt.held_out, "with a source sentence of another split")]
-        counts = [f"{count:,} {why}" for count, why in left if count]
+        counts = [f"{count:,} {why}" for why, count in self._left_out.items() if count]
         rank_zero_info(
             f"TranslationDataModule: pairs of {self.source} and {self.target}: {sizes}"
             + (f"; left out: {', '.join(counts)}" if counts else "")
@@ -276,7 +273,8 @@ class TranslationDataModule(ViewDataModule):
     def _batches(
         self, dataset: TranslationDataset, *, shuffle: bool = False, in_order: bool = False, seed: int = 0
     ) -> DataLoader[Batch]:
-        sampler = LengthSampler(
+        overfits = getattr(self.trainer, "overfit_batches", 0) > 0
+        sampler = (SameLengthSampler if overfits else LengthSampler)(
             dataset,
             dataset.lengths,
             max_tokens=self.max_tokens,

@@ -34,11 +34,21 @@ class ParallelText(Corpus):
         train: name, or names, of the training files; ``None``: known ones.
         val: of those for validation.
         test: of those for test.
+
+    Raises:
+        InputError: a list of names is empty.
     """
 
     train: str | list[str] | None = None
     val: str | list[str] | None = None
     test: str | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for split in _KNOWN:
+            if not (names := getattr(self, split)) and names is not None:
+                raise InputError(
+                    f"ParallelText: {split}={names!r} names no file: give names, or null for the known ones"
+                )
 
     def read(self, data_dir: Path | None, *, source: str, target: str, faults: Faults) -> Splits:
         """The pairs of each split that has files."""
@@ -95,13 +105,10 @@ def _plain(folder: Path, name: str, source: str, target: str) -> tuple[Path, Pat
 def _pairs(of_source: Path, of_target: Path, *, faults: Faults) -> list[Pair]:
     if of_source.suffix == ".xml":
         return list(usable(iwslt.segments(of_source, of_target, faults), faults))
-    sides = [
-        [(number, line) for number, line in enumerate(read_lines(path, faults), start=1)]
-        for path in (of_source, of_target)
-    ]
     if iwslt.is_tagged(of_source):
-        sides = [[(number, line) for number, line in side if line is None or not iwslt.is_tag(line)] for side in sides]
-    first, second = sides
+        first, second = (iwslt.sentences(path, faults) for path in (of_source, of_target))
+    else:
+        first, second = (list(enumerate(read_lines(path, faults), start=1)) for path in (of_source, of_target))
     if len(first) != len(second):
         longer, shorter = (of_source, of_target) if len(first) > len(second) else (of_target, of_source)
         number = max(first, second, key=len)[min(len(first), len(second))][0]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import check_count, refusing
+from distill_lightning.libraries import package
 from distill_lightning.storage.files import write_whole
 
 PAD, BOS, EOS, UNK = range(4)
@@ -46,7 +45,7 @@ class BytePairTokenizer:
 
     def __init__(self, definition: str) -> None:
         self.definition = definition
-        self._tokenizer: Any = _library().Tokenizer.from_str(definition)
+        self._tokenizer: Any = package("tokenizers", extra="translation").Tokenizer.from_str(definition)
         # Else a sentence about HTML would end at its "</s>". It does not stand in the definition.
         self._tokenizer.encode_special_tokens = True
 
@@ -59,10 +58,10 @@ class BytePairTokenizer:
             vocab_size: number of ids at most; few sentences make fewer.
 
         Raises:
-            InputError: ``vocab_size`` is below 260, or the library is not installed.
+            InputError: ``vocab_size`` is below 260 or no integer, or the library is not installed.
         """
         check_vocab_size(vocab_size)
-        library = _library()
+        library = package("tokenizers", extra="translation")
         tokenizer = library.Tokenizer(library.models.BPE(unk_token=_SPECIAL[UNK]))
         tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = library.decoders.ByteLevel()
@@ -108,10 +107,9 @@ def check_vocab_size(vocab_size: int) -> None:
     """Refuse a vocabulary that has no room for all bytes.
 
     Raises:
-        InputError: it is below 260.
+        InputError: it is below 260, or no integer.
     """
-    if vocab_size < SMALLEST:
-        raise InputError(f"vocab_size must be at least {SMALLEST}, 4 special ids and 256 bytes, got {vocab_size}")
+    check_count("vocab_size", vocab_size, at_least=SMALLEST, because="4 special ids and 256 bytes")
 
 
 def kept_tokenizer(folder: Path, sentences: Sequence[str], *, vocab_size: int) -> BytePairTokenizer:
@@ -136,11 +134,9 @@ def kept_tokenizer(folder: Path, sentences: Sequence[str], *, vocab_size: int) -
         write_whole(path, [tokenizer.definition.encode()])
         return tokenizer
     definition = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        json.loads(definition)
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: remove it, and it is made again") from error
-    return BytePairTokenizer(definition)
+    # The library raises nothing more special.
+    with refusing(f"{path} is damaged: remove it, and it is made again", Exception):
+        return BytePairTokenizer(definition)
 
 
 def cache_folder(given: Path | None, data_dir: Path | None) -> Path:
@@ -151,12 +147,3 @@ def cache_folder(given: Path | None, data_dir: Path | None) -> Path:
         return data_dir
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "distill_lightning"
-
-
-def _library() -> Any:
-    try:
-        return importlib.import_module("tokenizers")
-    except ModuleNotFoundError as error:
-        if error.name != "tokenizers":
-            raise
-        raise InputError("tokenizers is not installed: pip install 'distill-lightning[translation]'") from error
