@@ -17,7 +17,7 @@ from distill_lightning.modules import DistillationModule
 from distill_lightning.modules.detection import DetectionModule
 from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.modules.supervised import RegressionModule
-from distill_lightning.modules.translation import Translates
+from distill_lightning.modules.translates import Translates
 from distill_lightning.studies.compare.config import CompareConfig, Spec
 from distill_lightning.studies.compare.outputs_task import Classification
 from distill_lightning.studies.compare.specs import filled, find, parsed, remembering_warnings, set_up, told_by

@@ -15,7 +15,7 @@ from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.measures import measures_of
 from distill_lightning.studies.compare.paired import LEGEND
-from distill_lightning.studies.compare.report import Report
+from distill_lightning.studies.compare.report import Report, as_list
 from distill_lightning.studies.compare.runner import execute, make_trainer
 from distill_lightning.studies.compare.runs import Run, plan
 from distill_lightning.studies.data import keep_data, refuse_other_data, remove_runs
@@ -131,7 +131,7 @@ def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Ru
         f"Mean ± standard deviation over {len(config.seeds)} seeds ({', '.join(map(str, config.seeds))}), "
         f"{experiment.task.samples}, no epoch chosen on them.",
         "",
-        *(f"- {line}" for line in _legend(experiment, runs).splitlines()),
+        as_list(_legend(experiment, runs)),
     ]
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from distill_lightning.studies.compare.paired import LEGEND, pair, paired_rows
 from distill_lightning.studies.compare.runs import Run
 from distill_lightning.studies.compare.task import Column, Task
 
+# Up to three words and a colon, at the beginning of a line.
+_EXPLAINED = r"[^\s:]+( [^\s:]+){0,2}:"
 _SECONDS = Column("seconds_per_epoch", "s/epoch", 1, 2)
 
 
@@ -165,8 +168,7 @@ class Report:
         pages = {"results.csv": csv_text([score.line() for score in self.students])}
         if self.paired:
             pages["paired.csv"] = csv_text([each.line() for row in self.paired for each in row])
-            legend = "".join(f"- {line}\n" for line in LEGEND.splitlines())
-            text += f"\n{markdown_table(self.paired_rows())}\n{legend}"
+            text += f"\n{markdown_table(self.paired_rows())}\n{as_list(LEGEND)}\n"
         if self.teachers:
             pages["teachers.csv"] = csv_text([score.line() for score in self.teachers])
         return write_pages(folder, {**pages, "results.md": text}, self.figures())
@@ -174,6 +176,12 @@ class Report:
     def paired_rows(self) -> list[list[str]]:
         """The table of differences from the student alone; there are several seeds, and other rows."""
         return paired_rows(self.paired)
+
+
+def as_list(legend: str) -> str:
+    """A legend as a Markdown list: an item begins with what it explains and a colon, other lines go on with it."""
+    joined = re.sub(rf"\n(?!{_EXPLAINED})", " ", legend)
+    return re.sub(rf"^(?={_EXPLAINED})", "- ", joined, flags=re.MULTILINE)
 
 
 def _cell(column: Column, values: Sequence[float]) -> str:
