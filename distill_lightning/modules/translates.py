@@ -84,7 +84,8 @@ class Translates(DistillationModule):
         """The student's logits for a batch; those of padding get no gradient, even where they are not finite."""
         logits, counted = super().respond(batch), batch.counted
         if counted is not None and counted.ndim > 1 and logits.requires_grad:
-            logits.register_hook(lambda gradient: gradient.masked_fill(~counted[..., None], 0))
+            hook: Any = logits.register_hook
+            hook(lambda gradient: gradient.masked_fill(~counted[..., None], 0))
         return logits
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

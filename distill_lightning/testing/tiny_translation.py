@@ -129,7 +129,7 @@ class TinyTranslationDataModule(ViewDataModule):
     task = "translation"
     num_classes: int
     input_shape = None  # type: ignore[assignment]  # sentences are of any length
-    pad_id = PAD
+    pad_id, bos_id, eos_id = PAD, BOS, EOS
     source, target = "forwards", "backwards"
 
     def __init__(

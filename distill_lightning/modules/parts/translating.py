@@ -70,7 +70,7 @@ class Translating(Part):
                 f"{type(batch.input).__name__}: use a data module of sentence pairs, TranslationDataModule for example"
             )
         if isinstance(target, Tensor) and not target.is_floating_point():
-            tokens = is_token(target, special_ids(module))
+            tokens = is_token(target, module.pad_id, special_ids(module).end)
             counted = tokens if batch.counted is None else tokens & spread(batch.counted, tokens)
             batch = batch.replace(counted=counted, is_checked=True)
             if "decoder_input_ids" not in batch.input:

@@ -50,15 +50,15 @@ def _own(config: Any, name: str) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def is_token(target: Tensor, ids: SpecialIds) -> Tensor:
+def is_token(target: Tensor, pad_id: int, end: int | None) -> Tensor:
     """Which positions of targets ``(N, T)`` are of a sentence; the others fill it up.
 
     Filled up is with -100 or the padding's id. Where this is the end's, too, the first one in a row is the end.
     """
-    is_padding = target == ids.pad
-    if ids.pad == ids.end:
+    is_padding: Tensor = target.eq(pad_id)
+    if pad_id == end:
         is_padding = is_padding & (is_padding.cumsum(dim=1) > 1)
-    return ~is_padding & (target != IGNORED)
+    return ~is_padding & target.ne(IGNORED)
 
 
 def check_vocabulary(module: Any) -> None:
