@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distill_lightning.modules.base import DistillationModule as DistillationModule
     from distill_lightning.modules.compression import CompressionBaseline as CompressionBaseline
+    from distill_lightning.modules.detection import DetectionModule as DetectionModule
     from distill_lightning.modules.extracurricular import ExtracurricularModule as ExtracurricularModule
     from distill_lightning.modules.feed import FEEDModule as FEEDModule
     from distill_lightning.modules.generator import GeneratorModule as GeneratorModule
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from distill_lightning.modules.options import default_optimizer as default_optimizer
     from distill_lightning.modules.paraphraser import ParaphraserModule as ParaphraserModule
     from distill_lightning.modules.self_kd import SelfKDModule as SelfKDModule
+    from distill_lightning.modules.self_kd_detection import SelfKDDetectionModule as SelfKDDetectionModule
     from distill_lightning.modules.sequential_feed import Stage as Stage
     from distill_lightning.modules.supervised import RegressionModule as RegressionModule
     from distill_lightning.modules.supervised import SupervisedModule as SupervisedModule
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 _FILES = {
     "CompressionBaseline": "compression",
+    "DetectionModule": "detection",
     "DistillationModule": "base",
     "ExtracurricularModule": "extracurricular",
     "FEEDModule": "feed",
@@ -31,6 +34,7 @@ _FILES = {
     "MEALV2Module": "meal_v2",
     "ParaphraserModule": "paraphraser",
     "RegressionModule": "supervised",
+    "SelfKDDetectionModule": "self_kd_detection",
     "SelfKDModule": "self_kd",
     "SelfKDTranslationModule": "translation",
     "Stage": "sequential_feed",
