@@ -204,7 +204,7 @@ ROOMS = {
     """,
     "outputs/metrics": """
         exact
-        mean gap
+        box_metric mean gap
         classification detection regression
         translation
     """,
