@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distill_lightning import FEEDModule, KDModule, MEALV2Module, NoDiscriminator, SupervisedModule
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
-from distill_lightning.testing.processes import process_strategy
+from distill_lightning.testing.processes import LeaveTheGroup, process_strategy
 
 AVERAGES = {
     "stochastic": partial(StochasticWeightAveraging, swa_lrs=0.05, swa_epoch_start=2),
@@ -188,7 +188,7 @@ def test_other_teachers_than_the_checkpoints_are_used_and_left_alone(average, tm
     assert_as_given(others, given)
 
 
-class Watch(pl.Callback):
+class Watch(LeaveTheGroup):
     """Notes in every process whether the teachers are what they were at first, and has the first one tell."""
 
     def __init__(self, given):
@@ -197,10 +197,6 @@ class Watch(pl.Callback):
     def on_train_end(self, trainer, pl_module):
         assert_as_given(list(pl_module.teachers), self.given)
         assert trainer.world_size == 2
-
-    def teardown(self, trainer, pl_module, stage):
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
