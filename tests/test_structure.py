@@ -151,13 +151,18 @@ ROOMS = {
         samplers transforms
     """,
     "data/datamodules": """
-        options view_dataset view_sampler indexed image_file detection_augmentation voc_annotation
-        resumable_loader detection_files
+        options view_dataset view_sampler indexed image_file
+        resumable_loader
         view_data_module
         image_data_module docstrings translation
-        in_memory image_folder voc_detection
+        in_memory image_folder
         digits fashion_mnist
-        rotated scenes
+        rotated detection
+    """,
+    "data/datamodules/detection": """
+        annotation augmentation
+        files
+        scenes voc
         fashion_voc
     """,
     "data/datamodules/translation": """

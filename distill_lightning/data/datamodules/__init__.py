@@ -1,11 +1,21 @@
 """One file per kind of data; each yields `distill_lightning.Batch`."""
 
-from distill_lightning.data.datamodules.detection_augmentation import DetectionAugmentation
-from distill_lightning.data.datamodules.detection_files import AnnotatedFile, AnnotatedFiles, DetectionFiles
+from distill_lightning.data.datamodules.detection import (
+    AnnotatedFile,
+    AnnotatedFiles,
+    Annotation,
+    DetectionAugmentation,
+    DetectionFiles,
+    FashionVOC,
+    FashionVOCDataModule,
+    Scene,
+    VOCDetectionDataModule,
+    read_annotation,
+    write_fashion_voc,
+)
 from distill_lightning.data.datamodules.digits import DigitsDataModule
 from distill_lightning.data.datamodules.docstrings import ByteWindows, DocstringsDataModule
 from distill_lightning.data.datamodules.fashion_mnist import FashionMNISTDataModule
-from distill_lightning.data.datamodules.fashion_voc import FashionVOCDataModule, write_fashion_voc
 from distill_lightning.data.datamodules.image_data_module import ImageDataModule
 from distill_lightning.data.datamodules.image_folder import Files, ImageFiles, ImageFolderDataModule
 from distill_lightning.data.datamodules.in_memory import Images, ImageTensors, InMemoryImageDataModule
@@ -13,7 +23,6 @@ from distill_lightning.data.datamodules.indexed import IndexedDataModule
 from distill_lightning.data.datamodules.options import LoadingOptions, ViewOptions
 from distill_lightning.data.datamodules.resumable_loader import ResumableLoader
 from distill_lightning.data.datamodules.rotated import RotatedDigitsDataModule, RotatedFashionMNISTDataModule, rotate
-from distill_lightning.data.datamodules.scenes import FashionVOC, Scene
 from distill_lightning.data.datamodules.translation import (
     BytePairTokenizer,
     GettextCatalogues,
@@ -27,8 +36,6 @@ from distill_lightning.data.datamodules.translation import (
 from distill_lightning.data.datamodules.view_data_module import ViewDataModule
 from distill_lightning.data.datamodules.view_dataset import ViewDataset
 from distill_lightning.data.datamodules.view_sampler import ViewSampler
-from distill_lightning.data.datamodules.voc_annotation import Annotation, read_annotation
-from distill_lightning.data.datamodules.voc_detection import VOCDetectionDataModule
 
 __all__ = [
     "AnnotatedFile",

@@ -17,7 +17,7 @@ from distill_lightning import (
     VOCDetectionDataModule,
     write_fashion_voc,
 )
-from distill_lightning.data.datamodules import fashion_voc
+from distill_lightning.data.datamodules.detection import fashion_voc
 from distill_lightning.data.datamodules.fashion_mnist import DEBIAN_FOLDER
 
 FEW = FashionVOC(items="digits", images=(6, 2, 3), size=48, item_size=(12, 20), per_image=(1, 4))

@@ -12,10 +12,10 @@ from xml.etree import ElementTree as ET
 
 from PIL import Image
 
-from distill_lightning.data.datamodules.detection_augmentation import DetectionAugmentation
+from distill_lightning.data.datamodules.detection.augmentation import DetectionAugmentation
+from distill_lightning.data.datamodules.detection.scenes import SCENES_VERSION, SPLITS, FashionVOC, Scene
+from distill_lightning.data.datamodules.detection.voc import VOCDetectionDataModule
 from distill_lightning.data.datamodules.options import LoadingOptions
-from distill_lightning.data.datamodules.scenes import SCENES_VERSION, SPLITS, FashionVOC, Scene
-from distill_lightning.data.datamodules.voc_detection import VOCDetectionDataModule
 from distill_lightning.errors import InputError, refusing, refusing_to_write
 
 _SET = "VOC2007"

@@ -9,12 +9,12 @@ from typing import Literal, NamedTuple, Unpack
 
 from pytorch_lightning.utilities import rank_zero_warn
 
-from distill_lightning.data.datamodules.detection_augmentation import DetectionAugmentation
-from distill_lightning.data.datamodules.detection_files import AnnotatedFile, AnnotatedFiles, DetectionFiles
+from distill_lightning.data.datamodules.detection.annotation import Annotation, read_annotation
+from distill_lightning.data.datamodules.detection.augmentation import DetectionAugmentation
+from distill_lightning.data.datamodules.detection.files import AnnotatedFile, AnnotatedFiles, DetectionFiles
 from distill_lightning.data.datamodules.image_data_module import ImageDataModule
 from distill_lightning.data.datamodules.image_file import SUFFIXES
 from distill_lightning.data.datamodules.options import LoadingOptions
-from distill_lightning.data.datamodules.voc_annotation import Annotation, read_annotation
 from distill_lightning.errors import InputError, check_one_of, refusing
 
 # Boxes that a warning names.

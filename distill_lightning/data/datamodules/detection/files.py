@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.columns import Columns
-from distill_lightning.data.datamodules.detection_augmentation import DetectionAugmentation
+from distill_lightning.data.datamodules.detection.augmentation import DetectionAugmentation
 from distill_lightning.data.datamodules.image_file import decode
 from distill_lightning.data.datamodules.view_dataset import ViewDataset, ViewKey
 from distill_lightning.data.detection_batch import DetectionBatch
@@ -206,7 +206,7 @@ def grey(image: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from distill_lightning.data.datamodules.detection_files import grey
+        >>> from distill_lightning.data.datamodules.detection.files import grey
         >>> grey(torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1))
         tensor([[[76]]], dtype=torch.uint8)
     """
