@@ -175,7 +175,7 @@ def test_what_this_package_tells_is_heard_and_what_lightning_tells_is_not(caplog
     _quiet_down()
     # This file is not of the package.
     rank_zero_info("GPU available: False")
-    told = Translating(0, BeamSearch(), 1, None)
+    told = Translating(BeamSearch(), 1, None)
     told.signatures = {"bleu": "nrefs:1|tok:13a"}
     told.fit_ends(None)
     assert [record.getMessage() for record in caplog.records] == ["bleu: nrefs:1|tok:13a"]

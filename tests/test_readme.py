@@ -107,11 +107,22 @@ def test_the_compare_command_is_understood():
 
 
 def test_the_compress_command_is_understood():
-    command = blocks("bash")[5].split("#")[0].split()
-    assert command[:2] == ["distill-lightning", "compress"]
+    (block,) = (block for block in blocks("bash") if block.startswith("distill-lightning compress"))
+    command = block.split("#")[0].split()
     config = parse_compress([str(ROOT / command[2]), *command[3:]])
     assert config.seeds == [0, 1, 2]
     assert not config.overrides
+
+
+def test_the_commands_of_detection_and_translation_name_what_there_is():
+    """Each configuration is run in a test of its own."""
+    section = README.partition("## Detection and translation")[2].partition("\n## ")[0]
+    named = re.findall(r"configs/[\w/]+\.yaml", section)
+    assert len(named) >= 3
+    assert all((ROOT / name).exists() for name in named)
+    extras = re.search(r"distill-lightning\[([\w,]+)\]", section)[1].split(",")
+    declared = (ROOT / "setup.cfg").read_text().partition("[options.extras_require]")[2]
+    assert all(f"\n{extra} =" in declared for extra in extras)
 
 
 @pytest.mark.slow
