@@ -1,6 +1,6 @@
 # demo: the main job on real images.
 # compress: a network's file at a twentieth of its size, with the report that shows it, 2 minutes on 2 cores.
-# test: everything that must hold, 13 minutes on 2 cores.
+# test: everything that must hold, 16 minutes on 2 cores.
 # test-lightning: three methods' contract and the quick tests of modules and callbacks under older versions of Lightning.
 # test-lowest: the contract and the tests of values with the lowest version of everything, two environments of 7 GB.
 # check: what reads the code and does not run it.
