@@ -11,6 +11,7 @@ from torch import Tensor
 from distill_lightning.data.batch import Batch, first_tensor
 from distill_lightning.errors import InputError, NonFiniteError
 from distill_lightning.layers import eval_mode
+from distill_lightning.lightning_internals import suffix_of_loader
 from distill_lightning.modules.parts.evaluation import Evaluation, metrics_of
 from distill_lightning.modules.parts.guard import FIRST, STAGES, WAY_OUT, Guard, named
 from distill_lightning.outputs.metrics import COCOAveragePrecision
@@ -112,7 +113,7 @@ class DetectionEvaluation(Evaluation):
         for loader in loaders:
             metrics = metrics_of(module, f"{stage}_metrics", loader)
             _name_classes(module, metrics)
-            suffix = f"/dataloader_idx_{loader}" if len(loaders) > 1 else ""
+            suffix = suffix_of_loader(loader) if len(loaders) > 1 else ""
             values = {f"{name}{suffix}": value for name, value in _scalars(metrics.compute()).items()}
             # All processes have computed the same; Lightning warns where it is not told to make sure.
             module.log_dict(values, sync_dist=True, add_dataloader_idx=False)

@@ -12,6 +12,7 @@ from torch import Tensor
 from distill_lightning.data.batch import IGNORED, Batch, answered_rows, spread
 from distill_lightning.errors import InputError
 from distill_lightning.layers import eval_mode
+from distill_lightning.lightning_internals import suffix_of_loader
 from distill_lightning.modules.parts.evaluation import without_repeated
 from distill_lightning.modules.parts.guard import FIRST, STAGES, named
 from distill_lightning.modules.parts.search import NoSearch, Search, positions_of
@@ -180,7 +181,7 @@ class Translating(Part):
         for number in range(loaders):
             pairs = [pair for of_one in gathered(self._pairs.get(number, [])) for pair in of_one]
             scores = corpus_scores([translation for translation, _ in pairs], [reference for _, reference in pairs])
-            of = f"/dataloader_idx_{number}" if loaders > 1 else ""
+            of = suffix_of_loader(number) if loaders > 1 else ""
             for name, score in scores.items():
                 self.signatures[name] = score.signature
                 # All processes have computed the same.
