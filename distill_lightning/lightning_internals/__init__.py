@@ -29,6 +29,7 @@ from distill_lightning.lightning_internals.changes import (
 from distill_lightning.lightning_internals.place import (
     begins_anew,
     circumstances,
+    data_module_of,
     epochs_in,
     has_trainer,
     is_last_batch,
@@ -57,6 +58,7 @@ __all__ = [
     "begins_anew",
     "circumstances",
     "convert_early",
+    "data_module_of",
     "drawing_parts",
     "epochs_in",
     "expect_eval_modes",

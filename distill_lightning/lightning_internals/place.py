@@ -29,6 +29,16 @@ def has_trainer(module: Any) -> bool:
     return getattr(module, "_trainer", None) is not None
 
 
+def data_module_of(module: Any) -> Any:
+    """The data module of a module's Trainer, that within an `IndexedDataModule`; ``None``: there is none."""
+    try:
+        data = getattr(getattr(module, "_trainer", None), "datamodule", None)
+    except ReferenceError:
+        # Lightning 1.9 refers to the Trainer weakly, and it is gone.
+        return None
+    return None if data is None else vars(data).get("datamodule", data)
+
+
 def circumstances(module: Any) -> dict[str, Any]:
     """With what and on which data a module is trained, and how good it is now, for whoever gets the checkpoint.
 

@@ -374,14 +374,16 @@ def test_a_step_does_not_wait_for_the_device():
 
 
 @pytest.fixture(scope="module")
-def trained():
+def trained(tmp_path_factory):
+    """A module, and the checkpoint of its training."""
     torch.manual_seed(0)
     module = plain(
         network(width=32, dropout=0.0), optimizer=lambda p: torch.optim.Adam(p, lr=0.01), bleu_every=3,
         beam=BeamSearch(size=3, max_length=10),
     )  # fmt: skip
-    trainer = fitted(module, Pairs(samples=96), max_epochs=6)
-    return module, trainer
+    path = tmp_path_factory.mktemp("trained") / "module.ckpt"
+    fitted(module, Pairs(samples=96), max_epochs=6).save_checkpoint(path)
+    return module, path
 
 
 def test_metrics_are_those_of_the_tokens_that_count(trained):
@@ -473,12 +475,13 @@ def test_predictions_are_ids_and_translate_gives_texts(trained):
     module, _ = trained
     data, batch = Pairs(), batch_of([1, 2, 3])
     own = plain(module.student, decode=data.decode)
+    before = module.student.training
     ids = own.predict_step(batch)
     assert own.translate(batch) == own.texts(ids) == [data.decode(row) for row in ids.tolist()]
     assert own.translate(Batch(batch.input)) == own.translate(batch)
     batch.counted = torch.tensor([True, False, True])
     assert own.translate(batch) == [own.texts(ids)[row] for row in (0, 2)]
-    assert not module.student.training
+    assert module.student.training == before
 
 
 def test_what_a_collator_of_transformers_makes_is_understood():
@@ -496,9 +499,8 @@ def test_what_a_collator_of_transformers_makes_is_understood():
 
 
 def test_a_checkpoint_builds_the_module_again_and_an_export_the_student(tmp_path, trained):
-    module, trainer = trained
-    trainer.save_checkpoint(tmp_path / "module.ckpt")
-    loaded = TranslationModule.load_from_checkpoint(tmp_path / "module.ckpt")
+    module, path = trained
+    loaded = TranslationModule.load_from_checkpoint(path)
     assert loaded.translating.search == BeamSearch(size=3, max_length=10)
     batch = batch_of([1, 2, 3])
     assert torch.equal(loaded.predict_step(batch), module.predict_step(batch))

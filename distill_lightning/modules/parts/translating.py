@@ -12,7 +12,7 @@ from torch import Tensor
 from distill_lightning.data.batch import IGNORED, Batch, answered_rows, spread
 from distill_lightning.errors import InputError
 from distill_lightning.layers import eval_mode
-from distill_lightning.lightning_internals import suffix_of_loader
+from distill_lightning.lightning_internals import data_module_of, suffix_of_loader
 from distill_lightning.modules.parts.evaluation import without_repeated
 from distill_lightning.modules.parts.guard import FIRST, STAGES, named
 from distill_lightning.modules.parts.search import NoSearch, Search, positions_of
@@ -20,7 +20,6 @@ from distill_lightning.modules.parts.vocabulary import (
     check_ids,
     check_longest,
     check_vocabulary,
-    data_of,
     is_token,
     special_ids,
     told_id,
@@ -126,12 +125,12 @@ class Translating(Part):
         """
         decode, left_out = self._decoder(module, ""), {module.pad_id, IGNORED}
         # Of the data alone: a student's own may be a word of theirs.
-        end = told_id(data_of(module), "eos_id")
+        end = told_id(data_module_of(module), "eos_id")
         rows = [row[: row.index(end)] if end in row else row for row in ids.tolist()]
         return [decode([token for token in row if token not in left_out]) for row in rows]
 
     def _decoder(self, module: Any, way_out: str) -> Decode:
-        decode: Decode | None = self.decode or getattr(data_of(module), "decode", None)
+        decode: Decode | None = self.decode or getattr(data_module_of(module), "decode", None)
         if decode is None:
             is_lost = "decode" in module._missing  # noqa: SLF001
             lost = ", and the checkpoint could not keep the decode that was given" if is_lost else ""

@@ -8,14 +8,9 @@ from torch import Tensor, nn
 
 from distill_lightning.data.batch import IGNORED, Batch
 from distill_lightning.errors import InputError
+from distill_lightning.lightning_internals import data_module_of
 from distill_lightning.modules.parts.guard import named
 from distill_lightning.modules.parts.search import SpecialIds, positions_of
-
-
-def data_of(module: Any) -> Any:
-    """The data module of a module's Trainer, that within an `IndexedDataModule`; ``None``: there is none."""
-    data = getattr(getattr(module, "_trainer", None), "datamodule", None)
-    return None if data is None else vars(data).get("datamodule", data)
 
 
 def told_id(data: Any, name: str) -> int | None:
@@ -34,7 +29,7 @@ def special_ids(module: Any, batch: Batch | None = None) -> SpecialIds:
         module: that translates; its ``pad_id`` is checked against the data's.
         batch: whose ``decoder_input_ids``, if it has some, begin with the start; a device is waited for.
     """
-    data, config = data_of(module), getattr(module.student, "config", None)
+    data, config = data_module_of(module), getattr(module.student, "config", None)
     read = None if batch is None else batch.input.get("decoder_input_ids")
     start = told_id(data, "bos_id") if read is None else int(read[0, 0])
     end = told_id(data, "eos_id")
@@ -67,7 +62,7 @@ def check_vocabulary(module: Any) -> None:
     Raises:
         InputError: they have another padding, or ids for which the student has no embedding or the loss no class.
     """
-    who, data = type(module).__name__, data_of(module)
+    who, data = type(module).__name__, data_module_of(module)
     pad_id, count = told_id(data, "pad_id"), getattr(data, "num_classes", None)
     if pad_id is not None and pad_id != module.pad_id:
         raise InputError(
@@ -92,7 +87,7 @@ def check_longest(module: Any) -> None:
     Raises:
         InputError: it is longer.
     """
-    positions, longest = positions_of(module.student), getattr(data_of(module), "longest", None)
+    positions, longest = positions_of(module.student), getattr(data_module_of(module), "longest", None)
     if positions is None or longest is None:
         return
     count, where = longest()
