@@ -104,9 +104,9 @@ def repeated_rows(module: Any, batch_idx: int, dataloader_idx: int, rows: int) -
 def suffix_of_loader(number: int) -> str:
     """What stands behind the name of a value that is logged for one of several loaders when all are done.
 
-    Lightning's own, which 1.9 keeps for what is logged in a step.
+    Lightning's own, which versions before 2.6 keep for what is logged in a step.
     """
-    return f"/dataloader_idx_{number}" if VERSION >= (2, 0) else f"/loader_{number}"
+    return f"/dataloader_idx_{number}" if VERSION >= (2, 6) else f"/loader_{number}"
 
 
 def training_loaders(trainer: Any) -> Any:

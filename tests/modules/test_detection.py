@@ -167,7 +167,7 @@ def test_names_of_the_data_are_looked_at_before_an_epoch():
     assert same(before, state_of(module.student))
 
 
-@pytest.mark.lightning(since=(2, 0))
+@pytest.mark.lightning(since=(2, 6))
 def test_several_loaders_have_metrics_of_their_own():
     trainer = fitted(module_of(class_names=["a", "b"]), val=[loader(), loader(images_and_boxes(2))])
     names = {name for name in trainer.callback_metrics if name.startswith("val/map_class_a")}

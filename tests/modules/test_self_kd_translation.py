@@ -440,7 +440,7 @@ def test_repeated_sentences_are_left_out(trained):
     assert first == pytest.approx(second, rel=1e-5)
 
 
-@pytest.mark.lightning(since=(2, 0))
+@pytest.mark.lightning(since=(2, 6))
 def test_several_loaders_are_a_corpus_each(trained):
     module, _ = trained
 
