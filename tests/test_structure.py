@@ -229,7 +229,9 @@ ROOMS = {
         compare compress export doctor
     """,
     "studies/compare": """
-        config task
+        rows task
+        checks
+        config
         outputs_task paired scored_task specs
         tasks
         backbones

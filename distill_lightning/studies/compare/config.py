@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +12,17 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from distill_lightning.errors import InputError, refusing
+from distill_lightning.studies.compare.checks import check
+from distill_lightning.studies.compare.rows import ALONE
 
 # A bare dict: where its values may be of any type, jsonargparse makes objects of what has a class_path inside.
 Spec = dict
 """A ``class_path`` with its ``init_args``, as everywhere in the YAML files."""
 
-ALONE = "alone"
-# A row has a folder of its name, which must not be hidden or stand elsewhere.
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+# How and where a table is made, what is shown of it: none of its numbers depend on that.
+_HOW = ("output", "workers", "ray", "only", "retry", "anew", "baseline", "confidence")
 # What stands inside of a spec; jsonargparse sets the keys of a plain dict, but not those of a dict in it.
 _INSIDE = re.compile(r"--(data|student|methods|supervised|backbones|optimizer|lr_scheduler)\.")
-_METHOD_KEYS = ("class_path", "init_args", "teachers", "stages", "initial", "paraphrasers", "backbone")
-_BACKBONE_KEYS = ("class_path", "init_args", "data", "epochs", "optimizer", "lr_scheduler")
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,29 @@ class TeachersConfig:
         network: what each of them is, by ``class_path`` and ``init_args``; ``None``: there are none.
         number: how many, each from its own seed.
         epochs: how long each is trained; ``None``: as long as the students.
+        sets: how many times so many are trained, every time from other seeds, with students of their own under each.
     """
 
     network: Spec | None = None
     number: int = 3
     epochs: int | None = None
+    sets: int = 1
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """What the teachers say about the training views, kept for all rows and seeds.
+
+    Args:
+        views: how many views of a sample there are; ``None``: as many as there are epochs.
+        logits: bytes that the teachers' outputs may take, for example ``"1GB"``; beyond, the teachers run beside the
+            students.
+        features: bytes that their features may take.
+    """
+
+    views: int | None = None
+    logits: str = "1GB"
+    features: str = "0"
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,18 @@ class CompareConfig:
         accelerator: the Trainer's.
         precision: the Trainer's.
         gradient_clip_val: the Trainer's: the norm that the gradients of every run are cut down to; ``None``: none.
+        teachers_store: what of the teachers' answers is kept; ``None``: nothing, they run beside every student.
+        search: by row, lists of values to try, by the name of an option in its ``init_args``, or by a dotted path from
+            the row or, for the optimiser, from the top: ``alone: {optimizer.init_args.lr: [0.1, 0.03]}``.
+        trials: how many combinations each row tries; ``None``: as many as the row with most of them has.
+        search_seeds: of the trials; none of ``seeds``. ``None``: one that is none of these.
+        baseline: the row that the others' differences are taken from.
+        confidence: whether the table has columns of how far confidences can be trusted.
+        threads_per_run: of PyTorch, in every run; ``None``: its default. Another number gives other last bits.
+        workers: how many runs are made side by side on this machine.
+        ray: address of a Ray cluster that makes the runs, or ``"local"``; ``None``: this machine does.
+        only: rows that are to be made, of these seeds; ``None``: all, and then the report.
+        retry: whether runs that have diverged or failed are made again.
         anew: whether the runs that are in the folder are removed and made again.
     """
 
@@ -94,82 +123,28 @@ class CompareConfig:
     accelerator: str = "auto"
     precision: str = "32"
     gradient_clip_val: float | None = None
+    teachers_store: StoreConfig | None = StoreConfig()
+    search: dict[str, dict[str, list[Any]]] | None = None
+    trials: int | None = None
+    search_seeds: list[int] | None = None
+    baseline: str = ALONE
+    confidence: bool = False
+    threads_per_run: int | None = None
+    workers: int = 1
+    ray: str | None = None
+    only: list[str] | None = None
+    retry: bool = False
     anew: bool = False
 
     def as_plain(self) -> dict[str, Any]:
         """Everything that the results depend on, in plain types."""
         plain = dataclasses.asdict(self)
-        return {name: value for name, value in plain.items() if name not in ("output", "anew")}
+        return {name: value for name, value in plain.items() if name not in _HOW}
 
     @property
     def number_of_teachers(self) -> int:
         """How many there are."""
         return 0 if self.teachers.network is None else self.teachers.number
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table.
-
-    Attributes:
-        name: how it is called.
-        method: the key in ``methods`` that describes it; ``None``: the student alone.
-        teachers: how many of the teachers it gets, or the row whose student teaches it.
-        stage: how many students taught one another before this one.
-        initial: the row whose student's weights it begins with.
-        backbone: the key in ``backbones`` of the weights that its student's backbone begins with.
-    """
-
-    name: str
-    method: str | None = None
-    teachers: int | str = 0
-    stage: int = 0
-    initial: str | None = None
-    backbone: str | None = None
-
-
-def rows_of(config: CompareConfig) -> list[Row]:
-    """The students' rows, the student alone first.
-
-    Raises:
-        InputError: a row has a name that another has or that is reserved, or names as its teacher or its beginning one
-            that does not come before it, or a backbone that is none.
-    """
-    backbones = config.backbones or {}
-    reserved = (ALONE, "ensemble", *map(backbone_run, backbones))
-    rows = {ALONE: Row(ALONE, backbone=(config.supervised or {}).get("backbone"))}
-    for method, spec in config.methods.items():
-        names = [f"{method}_{stage}" for stage in range(1, spec.get("stages", 0) + 1)] or [method]
-        teachers = ALONE if "stages" in spec else spec.get("teachers", config.number_of_teachers)
-        initial = spec.get("initial")
-        for name in (method, *names):
-            if not _NAME.fullmatch(name) or name in reserved or name.startswith("teacher_"):
-                raise InputError(
-                    f"methods: {name!r} cannot be a method's name: letters, digits and _.+-, not a row's own"
-                )
-        for name in names:
-            for key, earlier in (("teachers", teachers), ("initial", initial)):
-                if isinstance(earlier, str) and earlier not in rows:
-                    raise InputError(
-                        f"methods.{method}.{key}: {earlier!r} is no earlier row; rows so far: {', '.join(rows)}"
-                    )
-            if name in rows:
-                raise InputError(f"methods: two rows are called {name!r}")
-            stage = rows[teachers].stage + 1 if isinstance(teachers, str) else 0
-            rows[name] = Row(name, method, teachers, stage, initial, spec.get("backbone"))
-            teachers = name if "stages" in spec else teachers
-    for row in rows.values():
-        if row.backbone is not None and row.backbone not in backbones:
-            where = "supervised" if row.method is None else f"methods.{row.method}"
-            raise InputError(
-                f"{where}.backbone: {row.backbone!r} is none of the backbones; these are: {', '.join(backbones) or '-'}"
-            )
-    return list(rows.values())
-
-
-def backbone_run(name: str) -> str:
-    """How the runs are called that train the backbone of a name."""
-    return f"backbone_{name}"
 
 
 def parse_config(arguments: Sequence[str]) -> CompareConfig:
@@ -189,7 +164,8 @@ def parse_config(arguments: Sequence[str]) -> CompareConfig:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="The YAML file.")
-    parser.add_class_arguments(CompareConfig, skip={"anew"})
+    parser.add_class_arguments(CompareConfig, skip={"anew", "retry"})
+    parser.add_argument("--retry", action="store_true", help="Make runs again that have diverged or failed.")
     parser.add_argument("--anew", action="store_true", help="Remove the runs in the folder, and make them again.")
     given = list(arguments)
     if given and not given[0].startswith("-"):
@@ -205,7 +181,7 @@ def parse_config(arguments: Sequence[str]) -> CompareConfig:
     for path, value in changes:
         _change(options, path, value)
     config = CompareConfig(**{name: value for name, value in options.items() if name != "config"})
-    _check(config)
+    check(config)
     return config
 
 
@@ -236,62 +212,3 @@ def _change(options: dict[str, Any], path: str, value: Any) -> None:
             raise InputError(f"--{path}: there is no {'.'.join(parts[: number + 1])} with keys of its own")
         place = place[part]
     place[last] = value
-
-
-def _check(config: CompareConfig) -> None:
-    for epochs in (config.epochs, config.teachers.epochs):
-        if epochs is not None and epochs < 1:
-            raise InputError(f"epochs must be at least 1, got {epochs}")
-    if config.teachers.number < 1:
-        raise InputError(f"teachers.number must be at least 1, got {config.teachers.number}")
-    if config.teachers.network is None and config.teachers != TeachersConfig():
-        raise InputError("teachers.network is missing: give it by class_path and init_args, or no teachers at all")
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise InputError(f"seeds must be different numbers, at least one, got {config.seeds}")
-    if not all(0 <= seed < 2**32 for seed in config.seeds):
-        raise InputError(f"seeds must lie between 0 and 2**32 - 1, got {config.seeds}")
-    for name, spec in config.methods.items():
-        _check_method(name, spec, config.number_of_teachers)
-    for name, spec in (config.backbones or {}).items():
-        _check_backbone(name, spec)
-    rows_of(config)
-
-
-def _check_method(name: str, spec: Spec, available: int) -> None:
-    _check_keys(f"methods.{name}", spec, _METHOD_KEYS)
-    if "stages" in spec and ("teachers" in spec or not is_count(spec["stages"])):
-        raise InputError(f"methods.{name}.stages is a number, at least 1, and leaves no choice of teachers")
-    if not isinstance(spec.get("initial", ""), str) or ("stages" in spec and "initial" in spec):
-        raise InputError(f"methods.{name}.initial is an earlier row's name, and stages begin afresh")
-    if "initial" in spec and "backbone" in spec:
-        raise InputError(f"methods.{name}: initial and backbone both give weights to begin with: leave one out")
-    teachers = spec.get("teachers", available)
-    if not available and "teachers" in spec and not isinstance(teachers, str):
-        raise InputError(
-            f"methods.{name}.teachers is {teachers}, but the comparison has no teachers: give some at the top level, "
-            "or an earlier row's name"
-        )
-    counted = is_count(teachers) and teachers <= available
-    if available and not counted and not isinstance(teachers, str):
-        raise InputError(
-            f"methods.{name}.teachers must be between 1 and {available}, or an earlier row's name, got {teachers}"
-        )
-
-
-def _check_backbone(name: str, spec: Spec) -> None:
-    _check_keys(f"backbones.{name}", spec, _BACKBONE_KEYS)
-    if not _NAME.fullmatch(name):
-        raise InputError(f"backbones: {name!r} cannot be a backbone's name: letters, digits and _.+-")
-    if not isinstance(spec.get("data"), Mapping) or not is_count(spec.get("epochs")):
-        raise InputError(f"backbones.{name}: expected data and epochs, at least 1, beside class_path and init_args")
-
-
-def _check_keys(where: str, spec: Spec, known: Sequence[str]) -> None:
-    unknown = spec.keys() - set(known)
-    if unknown:
-        raise InputError(f"{where}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(known)}")
-
-
-def is_count(value: Any) -> bool:
-    """Whether a value from the file is a number of things, at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

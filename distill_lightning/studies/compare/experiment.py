@@ -18,8 +18,10 @@ from distill_lightning.layers import dry_forward
 from distill_lightning.modules import DistillationModule, ParaphraserModule
 from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.studies.compare.backbones import backbones_of, with_backbone
-from distill_lightning.studies.compare.config import ALONE, CompareConfig, Row, Spec, is_count, rows_of
+from distill_lightning.studies.compare.checks import is_count
+from distill_lightning.studies.compare.config import CompareConfig, Spec
 from distill_lightning.studies.compare.outputs_task import OutputsTask
+from distill_lightning.studies.compare.rows import ALONE, Row, rows_of
 from distill_lightning.studies.compare.specs import filled, find, parsed, remembering_warnings, set_up, told_by
 from distill_lightning.studies.compare.tasks import task_of
 from distill_lightning.studies.data import splits_of

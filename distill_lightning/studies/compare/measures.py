@@ -12,9 +12,9 @@ from typing import cast
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from distill_lightning.studies.compare.config import ALONE
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.outputs_task import OutputsTask
+from distill_lightning.studies.compare.rows import ALONE
 from distill_lightning.studies.compare.runner import load_test_targets
 from distill_lightning.studies.compare.runs import Run
 from distill_lightning.studies.compare.scored_task import ScoredTask

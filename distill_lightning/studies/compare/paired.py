@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from scipy.special import stdtrit
 
-from distill_lightning.studies.compare.config import ALONE
+from distill_lightning.studies.compare.rows import ALONE
 from distill_lightning.studies.compare.task import Column
 
 # So many of the means of nothing but noise are marked, whatever the number of seeds.

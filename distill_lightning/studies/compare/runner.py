@@ -26,9 +26,10 @@ from distill_lightning.modules import DistillationModule
 from distill_lightning.networks import Pretrained
 from distill_lightning.networks.weights import read_checkpoint
 from distill_lightning.storage import write_tensors, write_whole
-from distill_lightning.studies.compare.config import CompareConfig, Row
+from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.outputs_task import OutputsTask
+from distill_lightning.studies.compare.rows import Row
 from distill_lightning.studies.compare.runs import TEACHER_SEED, Run, RunResult
 from distill_lightning.studies.compare.scored_task import ScoredTask
 from distill_lightning.studies.data import DataWatch

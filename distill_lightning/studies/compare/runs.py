@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from distill_lightning.errors import refusing
-from distill_lightning.studies.compare.config import Row, backbone_run
 from distill_lightning.studies.compare.experiment import Experiment
+from distill_lightning.studies.compare.rows import Row, backbone_run
 
 # Teachers' seeds begin far from the students', so that no teacher shares its initial weights with a student.
 TEACHER_SEED = 1000
@@ -34,6 +35,11 @@ class Run:
         initial: the run whose student's weights it begins with.
         backbone: the run whose backbone's weights it begins with.
         makes_backbone: the key in ``backbones`` of the backbone that it makes; empty: it makes none.
+        makes_store: whether it asks its teachers about every view and keeps what they say.
+        store: the run that has kept what its teachers say; ``None``: they run beside it.
+        teacher_set: which set of teachers it is of.
+        options: values in place of those of the row's ``init_args`` and of the optimiser, by dotted path.
+        chosen_from: the trials of a search that its options are chosen from.
     """
 
     row: Row | None
@@ -46,11 +52,22 @@ class Run:
     initial: Run | None = None
     backbone: Run | None = None
     makes_backbone: str = ""
+    makes_store: bool = False
+    store: Run | None = None
+    teacher_set: int = 1
+    options: tuple[tuple[str, Any], ...] = ()
+    chosen_from: tuple[Run, ...] = ()
+
+    @property
+    def depends_on(self) -> tuple[Run, ...]:
+        """The runs that must have ended before it begins."""
+        others = (*self.teachers, self.initial, self.backbone, self.store, *self.chosen_from)
+        return tuple(run for run in others if run is not None)
 
     @property
     def is_teacher(self) -> bool:
         """Whether it makes one of the teachers."""
-        return self.row is None and not self.makes_backbone
+        return self.row is None and not self.makes_backbone and not self.makes_store
 
     @property
     def is_student(self) -> bool:

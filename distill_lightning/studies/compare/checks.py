@@ -1,0 +1,79 @@
+"""What a comparison's configuration may say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from distill_lightning.errors import InputError
+from distill_lightning.studies.compare.rows import NAME, rows_of
+
+if TYPE_CHECKING:
+    from distill_lightning.studies.compare.config import CompareConfig, Spec
+
+METHOD_KEYS = ("class_path", "init_args", "teachers", "stages", "initial", "paraphrasers", "backbone")
+BACKBONE_KEYS = ("class_path", "init_args", "data", "epochs", "optimizer", "lr_scheduler")
+
+
+def check(config: CompareConfig) -> None:
+    """Refuse what cannot be used.
+
+    Raises:
+        InputError: a number or a name that cannot be used.
+    """
+    for epochs in (config.epochs, config.teachers.epochs):
+        if epochs is not None and epochs < 1:
+            raise InputError(f"epochs must be at least 1, got {epochs}")
+    if config.teachers.number < 1:
+        raise InputError(f"teachers.number must be at least 1, got {config.teachers.number}")
+    if config.teachers.network is None and config.teachers != type(config.teachers)():
+        raise InputError("teachers.network is missing: give it by class_path and init_args, or no teachers at all")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        raise InputError(f"seeds must be different numbers, at least one, got {config.seeds}")
+    if not all(0 <= seed < 2**32 for seed in config.seeds):
+        raise InputError(f"seeds must lie between 0 and 2**32 - 1, got {config.seeds}")
+    for name, spec in config.methods.items():
+        _check_method(name, spec, config.number_of_teachers)
+    for name, spec in (config.backbones or {}).items():
+        _check_backbone(name, spec)
+    rows_of(config)
+
+
+def _check_method(name: str, spec: Spec, available: int) -> None:
+    _check_keys(f"methods.{name}", spec, METHOD_KEYS)
+    if "stages" in spec and ("teachers" in spec or not is_count(spec["stages"])):
+        raise InputError(f"methods.{name}.stages is a number, at least 1, and leaves no choice of teachers")
+    if not isinstance(spec.get("initial", ""), str) or ("stages" in spec and "initial" in spec):
+        raise InputError(f"methods.{name}.initial is an earlier row's name, and stages begin afresh")
+    if "initial" in spec and "backbone" in spec:
+        raise InputError(f"methods.{name}: initial and backbone both give weights to begin with: leave one out")
+    teachers = spec.get("teachers", available)
+    if not available and "teachers" in spec and not isinstance(teachers, str):
+        raise InputError(
+            f"methods.{name}.teachers is {teachers}, but the comparison has no teachers: give some at the top level, "
+            "or an earlier row's name"
+        )
+    counted = is_count(teachers) and teachers <= available
+    if available and not counted and not isinstance(teachers, str):
+        raise InputError(
+            f"methods.{name}.teachers must be between 1 and {available}, or an earlier row's name, got {teachers}"
+        )
+
+
+def _check_backbone(name: str, spec: Spec) -> None:
+    _check_keys(f"backbones.{name}", spec, BACKBONE_KEYS)
+    if not NAME.fullmatch(name):
+        raise InputError(f"backbones: {name!r} cannot be a backbone's name: letters, digits and _.+-")
+    if not isinstance(spec.get("data"), Mapping) or not is_count(spec.get("epochs")):
+        raise InputError(f"backbones.{name}: expected data and epochs, at least 1, beside class_path and init_args")
+
+
+def _check_keys(where: str, spec: Spec, known: Sequence[str]) -> None:
+    unknown = spec.keys() - set(known)
+    if unknown:
+        raise InputError(f"{where}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(known)}")
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value from the file is a number of things, at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
