@@ -238,6 +238,7 @@ ROOMS = {
         experiment
         runs
         runner
+        pool
         measures
         report
         command
