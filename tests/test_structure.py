@@ -229,7 +229,7 @@ ROOMS = {
         compare compress export doctor
     """,
     "studies/compare": """
-        rows task
+        claims rows task
         checks
         config
         outputs_task paired scored_task specs
@@ -238,6 +238,7 @@ ROOMS = {
         experiment
         runs
         runner
+        attempt
         pool
         measures
         report

@@ -11,8 +11,9 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import Progress
 
+from distill_lightning.studies.compare.attempt import attempt
 from distill_lightning.studies.compare.experiment import Experiment
-from distill_lightning.studies.compare.runner import execute, give_up
+from distill_lightning.studies.compare.runner import leave_none
 from distill_lightning.studies.compare.runs import Run
 from distill_lightning.studies.progress import COLUMNS, OnEpoch, reporting_interrupts
 
@@ -80,8 +81,7 @@ def make(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> Finished:
         run: which; those that it depends on are finished.
         on_epoch: called with the number of finished epochs, after each.
     """
-    execute(experiment, run, on_epoch)
-    return Finished(run)
+    return Finished(run, elsewhere=attempt(experiment, run, on_epoch))
 
 
 class InProcess:
@@ -180,7 +180,7 @@ class _Schedule:
                 self.waiting.insert(0, run)
                 self._print(f"{run.title}: {finished.error}; it is tried again")
             else:
-                give_up(self.experiment, run, f"{finished.error}, {_TRIES} times")
+                leave_none(self.experiment, run, failed=f"{finished.error}, {_TRIES} times")
                 self._advance(run, run.epochs)
                 self._print(f"{run.title}: {finished.error}, {_TRIES} times: given up")
 
