@@ -232,7 +232,7 @@ ROOMS = {
         rows task
         checks
         config
-        outputs_task paired scored_task specs
+        outputs_task paired scored_task scores specs
         tasks
         backbones
         experiment

@@ -13,7 +13,7 @@ from rich.console import Console
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
-from distill_lightning.studies.compare.measures import measures_of
+from distill_lightning.studies.compare.measures import scores_of
 from distill_lightning.studies.compare.paired import LEGEND
 from distill_lightning.studies.compare.report import Report, as_list
 from distill_lightning.studies.compare.runner import execute, make_trainer
@@ -57,12 +57,12 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     keep_data(folder, data)
     runs = plan(experiment, folder)
     _train(experiment, runs, folder, console)
-    report = Report(runs, experiment.task, measures_of(experiment, runs))
-    paths = report.write(folder, heading=_heading(experiment, arguments, runs))
+    report = report_of(experiment, runs, arguments)
+    paths = report.write(folder)
     console.print(table_of(report.rows()))
     for note in report.notes():
         console.print(note, markup=False, highlight=False)
-    console.print(_legend(experiment, runs), style="dim", highlight=False)
+    console.print(report.scores.legend, style="dim", highlight=False)
     if report.paired:
         console.print()
         console.print(table_of(report.paired_rows()))
@@ -106,6 +106,18 @@ def _train(experiment: Experiment, runs: Sequence[Run], folder: Path, console: C
         console.print(f"{run.title}: {score}", markup=False, highlight=False)
 
     train_missing(runs, train, name="compare", epochs=lambda run: run.epochs, folder=folder, console=console)
+
+
+def report_of(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[str]) -> Report:
+    """The report of a comparison whose runs are finished.
+
+    Args:
+        experiment: the comparison.
+        runs: all of its runs.
+        arguments: what it was called with, for the heading.
+    """
+    heading, legend = _heading(experiment, arguments, runs), _legend(experiment, runs)
+    return Report(scores_of(experiment, runs, heading=heading, legend=legend))
 
 
 def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Run]) -> str:
