@@ -142,12 +142,12 @@ class _Schedule:
         self._show()
         while self.waiting or self.at_work:
             self._submit()
-            if not self.at_work:
-                # All that is left is made, or waited for, by another call.
+            if self.at_work:
+                for finished in self.pool.wait(self._advance):
+                    self._settle(finished)
+            elif self.waiting:
+                # All that is left is made by another call, or has to wait for it.
                 time.sleep(_PAUSE)
-                continue
-            for finished in self.pool.wait(self._advance):
-                self._settle(finished)
 
     def _submit(self) -> None:
         for run in list(self.waiting):
