@@ -229,15 +229,19 @@ ROOMS = {
         compare compress export doctor
     """,
     "studies/compare": """
-        rows task
+        claims rows task
         checks
         config
-        outputs_task paired scored_task specs
+        outputs_task paired scored_task scores specs
         tasks
         backbones
         experiment
         runs
         runner
+        attempt
+        pool sharing
+        workers
+        pools
         measures
         report
         command

@@ -35,7 +35,7 @@ from distill_lightning import (
 )
 from distill_lightning.cli import main
 from distill_lightning.modules.parts.optimization import check_optimizer
-from distill_lightning.studies.compare import command, runner
+from distill_lightning.studies.compare import attempt, command, runner
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.runs import plan
@@ -95,7 +95,7 @@ def test_results_have_a_row_per_method_and_seed(finished):
     text = (folder / "out/results.csv").read_text()
     assert text.splitlines()[0] == (
         "method,seed,test_accuracy,test_accuracy_selected,nll,ece,brier,aurc,eaurc,top5,agreement,teacher_kl,"
-        "gap_closed,parameters,seconds_per_epoch"
+        "gap_closed,parameters,seconds_per_epoch,peak_memory,shared"
     )
     rows = lines_of(folder / "out/results.csv")
     expected = [(name, str(seed)) for seed in (0, 1) for name in ("alone", "kd_one", "feed")]
@@ -216,7 +216,7 @@ def test_shared_options_are_filled_in_as_a_modules_own(tmp_path):
 def test_a_finished_comparison_trains_nothing_again(finished, monkeypatch):
     folder, _ = finished
     before = (folder / "out/results.csv").read_text()
-    monkeypatch.setattr(command, "execute", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(attempt, "execute", lambda *_: pytest.fail("trained again"))
     compare(written(folder), folder / "out")
     assert (folder / "out/results.csv").read_text() == before
 
@@ -226,8 +226,8 @@ def test_a_seed_and_a_method_can_be_added(finished, tmp_path, monkeypatch):
     output = tmp_path / "out"
     subprocess.run(["cp", "-r", folder / "out", output], check=True)
     executed = []
-    execute = command.execute
-    monkeypatch.setattr(command, "execute", lambda *given: (executed.append(given[1].title), execute(*given)))
+    execute = attempt.execute
+    monkeypatch.setattr(attempt, "execute", lambda *given: (executed.append(given[1].title), execute(*given)))
 
     def more(config):
         config["seeds"] = [0, 1, 2]
@@ -354,8 +354,9 @@ def test_a_run_killed_between_its_last_epoch_and_its_result_is_finished_without_
     monkeypatch.setattr(runner, "_test_outputs", original)
     compare(written(tmp_path), output)
     assert json.loads((output / "runs/alone/seed_0/result.json").read_text())["history"] == kept
-    first, second = ((path / "results.csv").read_text().splitlines()[1] for path in (folder / "out", output))
-    assert first.rpartition(",")[0] == second.rpartition(",")[0]
+    first, second = (lines_of(path / "results.csv")[0] for path in (folder / "out", output))
+    cost = {"seconds_per_epoch": "", "peak_memory": ""}
+    assert {**first, **cost} == {**second, **cost}
 
 
 def poison(monkeypatch, *places, epoch=1):
@@ -544,7 +545,7 @@ def test_a_killed_comparison_ends_like_an_undisturbed_one(finished, tmp_path, af
 
     def table(output):
         return [
-            {name: value for name, value in row.items() if name != "seconds_per_epoch"}
+            {name: value for name, value in row.items() if name not in ("seconds_per_epoch", "peak_memory")}
             for name in ("results.csv", "teachers.csv")
             for row in lines_of(output / name)
         ]
