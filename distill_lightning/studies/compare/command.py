@@ -72,7 +72,7 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
 
 
 def _check_folder(folder: Path, config: CompareConfig) -> None:
-    """Refuse a folder of another configuration; methods, backbones and seeds may be added, or all made anew."""
+    """Refuse a folder of another configuration; methods, backbones, seeds, sets of teachers may be added to it."""
     refuse_foreign_folder(folder, known=_CONFIG_FILE)
     known = folder / _CONFIG_FILE
     if config.anew or not known.exists():
@@ -88,6 +88,10 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
             same = set(before or []) <= set(now)
         elif key in ("methods", "backbones"):
             same = all((now or {}).get(name) == spec for name, spec in (before or {}).items())
+        elif key == "teachers":
+            # Sets can be added, and older folders do not tell of any.
+            before = {"sets": 1, **before}
+            same = before["sets"] <= now["sets"] and {**before, "sets": now["sets"]} == now
         else:
             same = before == now
         if not same:

@@ -30,7 +30,7 @@ from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import Row
-from distill_lightning.studies.compare.runs import TEACHER_SEED, Run, RunResult
+from distill_lightning.studies.compare.runs import TEACHER_SEED, Run, RunResult, seed_in_set
 from distill_lightning.studies.compare.scored_task import ScoredTask
 from distill_lightning.studies.data import DataWatch
 from distill_lightning.studies.progress import EpochCounter, OnEpoch
@@ -117,7 +117,7 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
     module = _module(experiment, run, networks, paraphrasers)
     source = experiment.backbones[run.makes_backbone] if run.makes_backbone else experiment
     task = source.task
-    keeper = RunKeeper(run.folder, seed=run.seed, monitor=task.monitor, mode=task.mode)
+    keeper = RunKeeper(run.folder, seed=run.order_seed, monitor=task.monitor, mode=task.mode)
     callbacks = [keeper, EpochCounter(on_epoch), DataWatch(run.title, source.splits)]
     trainer = make_trainer(experiment.config, max_epochs=run.epochs, callbacks=callbacks)
     checkpoint = str(run.checkpoint) if run.checkpoint.exists() else None
@@ -129,7 +129,7 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
         for text in source.warned:
             # It was said when the comparison began.
             warnings.filterwarnings("ignore", message=re.escape(text))
-        trainer.fit(module, datamodule=source.data(order_seed=run.seed), ckpt_path=checkpoint)
+        trainer.fit(module, datamodule=source.data(order_seed=run.order_seed), ckpt_path=checkpoint)
     if len(keeper.history) < run.epochs:
         # Lightning may return from an interrupted fit as if it had ended.
         raise KeyboardInterrupt(f"{run.title} was interrupted")
@@ -153,7 +153,8 @@ def _module(
 def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module]) -> list[nn.Module] | None:
     """A row's paraphrasers: trained once for all seeds under the same teachers, or for each seed under a student."""
     row = cast("Row", run.row)
-    torch.manual_seed(TEACHER_SEED)
+    seed = seed_in_set(TEACHER_SEED, run.teacher_set)
+    torch.manual_seed(seed)
     module = experiment.paraphrasers(row, teachers)
     if module is None:
         return None
@@ -166,7 +167,7 @@ def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module
         epochs = experiment.config.methods[cast("str", row.method)]["paraphrasers"]["epochs"]
         watch = DataWatch(f"the paraphrasers of {run.name}", experiment.splits)
         trainer = make_trainer(experiment.config, max_epochs=epochs, enable_checkpointing=False, callbacks=[watch])
-        trainer.fit(module, datamodule=experiment.data(order_seed=TEACHER_SEED))
+        trainer.fit(module, datamodule=experiment.data(order_seed=seed))
         if trainer.current_epoch < epochs:
             raise KeyboardInterrupt(f"the paraphrasers of {run.name} were interrupted")
         write_tensors(file, module.paraphrasers.state_dict())

@@ -18,6 +18,8 @@ from distill_lightning.studies.compare.rows import Row, backbone_run
 TEACHER_SEED = 1000
 # An odd number near the golden ratio of 2 ** 32: no stage meets its teacher's seed again.
 _STAGE_STRIDE = 0x9E3779B1
+# Another odd number far from its multiples: no two sets of teachers share a seed, and no two students of two sets.
+_SET_STRIDE = 0x5851F42D
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Run:
     Attributes:
         row: of the table; ``None``: a teacher, or a backbone.
         name: the row's, the teacher's or the backbone's.
-        seed: of the order of the data.
+        seed: which of the comparison's seeds it is of.
         initial_seed: of the initial weights.
         epochs: its length.
         folder: where its files are.
@@ -37,7 +39,8 @@ class Run:
         makes_backbone: the key in ``backbones`` of the backbone that it makes; empty: it makes none.
         makes_store: whether it asks its teachers about every view and keeps what they say.
         store: the run that has kept what its teachers say; ``None``: they run beside it.
-        teacher_set: which set of teachers it is of.
+        teacher_set: which set of teachers it is of, from 1; its students have this number as well.
+        sets: how many sets there are.
         options: values in place of those of the row's ``init_args`` and of the optimiser, by dotted path.
         chosen_from: the trials of a search that its options are chosen from.
     """
@@ -55,6 +58,7 @@ class Run:
     makes_store: bool = False
     store: Run | None = None
     teacher_set: int = 1
+    sets: int = 1
     options: tuple[tuple[str, Any], ...] = ()
     chosen_from: tuple[Run, ...] = ()
 
@@ -77,7 +81,17 @@ class Run:
     @property
     def title(self) -> str:
         """For the progress bar."""
-        return self.name if self.is_teacher else f"{self.name}, seed {self.seed}"
+        which = [] if self.is_teacher else [f"seed {self.seed}"]
+        which += [f"set {self.teacher_set}"] if self.sets > 1 else []
+        return ", ".join([self.name, *which])
+
+    @property
+    def order_seed(self) -> int:
+        """Of the order of the data and of what is drawn in training.
+
+        Students of the same seed under two sets of teachers have nothing in common: they count as two draws.
+        """
+        return seed_in_set(self.seed, self.teacher_set)
 
     @property
     def result_file(self) -> Path:
@@ -145,46 +159,75 @@ class RunResult:
     signatures: dict[str, str] = field(default_factory=dict)
 
 
+def seed_in_set(seed: int, teacher_set: int, *, stage: int = 0) -> int:
+    """A seed under a set of teachers; in the first set it is the seed itself.
+
+    Args:
+        seed: as it was given.
+        teacher_set: which set, from 1.
+        stage: of a student that others of its kind have taught before; it must not begin with its teacher's weights.
+
+    Returns:
+        Between 0 and 2**32 - 1: PyTorch reads the lower 32 bits of a seed.
+    """
+    return (seed + (teacher_set - 1) * _SET_STRIDE + stage * _STAGE_STRIDE) % 2**32
+
+
 def plan(experiment: Experiment, folder: Path) -> list[Run]:
-    """All runs in the order they are made: the teachers, then seed by seed the backbones and every row of the table."""
-    config = experiment.config
-    epochs = config.teachers.epochs or config.epochs
-    teachers = []
-    for number in range(1, config.number_of_teachers + 1):
-        name, seed = f"teacher_{number}", TEACHER_SEED + number
-        teachers.append(Run(None, name, seed, seed, epochs, folder / "runs" / name))
-    runs = list(teachers)
-    for seed in config.seeds:
+    """All runs in the order they are made.
+
+    Set by set of teachers: the teachers, then seed by seed the backbones and every row of the table, also those without
+    a teacher, as the seeds are nested in the sets. The first set's runs are where those of a comparison with one set
+    are, so that sets can be added.
+    """
+    sets = experiment.config.teachers.sets
+    return [run for number in range(1, sets + 1) for run in _Set(experiment, folder, number).runs()]
+
+
+class _Set:
+    """The runs under one set of teachers."""
+
+    def __init__(self, experiment: Experiment, folder: Path, number: int) -> None:
+        self.experiment = experiment
+        self.number = number
+        self.folder = folder / "runs" if number == 1 else folder / "runs" / f"set_{number}"
+        self.teachers = [self._teacher(count) for count in range(1, experiment.config.number_of_teachers + 1)]
+
+    def runs(self) -> list[Run]:
+        return self.teachers + [run for seed in self.experiment.config.seeds for run in self._of_seed(seed)]
+
+    def _of_seed(self, seed: int) -> list[Run]:
+        rows = self.experiment.rows
         backbones: dict[str | None, Run] = {
-            key: _backbone(key, seed, backbone.epochs, folder)
-            for key, backbone in experiment.backbones.items()
-            if key in [row.backbone for row in experiment.rows]
+            key: self._backbone(key, seed) for key in self.experiment.backbones if key in [row.backbone for row in rows]
         }
         students: dict[str | None, Run] = {}
-        for row in experiment.rows:
-            own = [students[row.teachers]] if isinstance(row.teachers, str) else teachers[: row.teachers]
-            # A student that is taught by one of its kind must not begin with its teacher's initial weights.
-            # PyTorch reads the lower 32 bits of a seed.
-            initial_seed = (seed + row.stage * _STAGE_STRIDE) % 2**32
-            students[row.name] = Run(
-                row,
+        for row in rows:
+            own = [students[row.teachers]] if isinstance(row.teachers, str) else self.teachers[: row.teachers]
+            students[row.name] = self._run(
                 row.name,
                 seed,
-                initial_seed,
-                config.epochs,
-                _place(folder, row.name, seed),
-                tuple(own),
+                self.folder / row.name / f"seed_{seed}",
+                row=row,
+                epochs=self.experiment.config.epochs,
+                initial_seed=seed_in_set(seed, self.number, stage=row.stage),
+                teachers=tuple(own),
                 initial=students.get(row.initial),
                 backbone=backbones.get(row.backbone),
             )
-        runs += [*backbones.values(), *students.values()]
-    return runs
+        return [*backbones.values(), *students.values()]
 
+    def _teacher(self, count: int) -> Run:
+        name, seed = f"teacher_{count}", TEACHER_SEED + count
+        config = self.experiment.config
+        return self._run(name, seed, self.folder / name, epochs=config.teachers.epochs or config.epochs)
 
-def _backbone(key: str, seed: int, epochs: int, folder: Path) -> Run:
-    name = backbone_run(key)
-    return Run(None, name, seed, seed, epochs, _place(folder, name, seed), makes_backbone=key)
+    def _backbone(self, key: str, seed: int) -> Run:
+        name = backbone_run(key)
+        epochs = self.experiment.backbones[key].epochs
+        return self._run(name, seed, self.folder / name / f"seed_{seed}", epochs=epochs, makes_backbone=key)
 
-
-def _place(folder: Path, name: str, seed: int) -> Path:
-    return folder / "runs" / name / f"seed_{seed}"
+    def _run(self, name: str, seed: int, folder: Path, *, row: Row | None = None, epochs: int, **more: Any) -> Run:
+        initial_seed = more.pop("initial_seed", seed_in_set(seed, self.number))
+        of_set = {"teacher_set": self.number, "sets": self.experiment.config.teachers.sets}
+        return Run(row, name, seed, initial_seed, epochs, folder, **of_set, **more)
