@@ -230,6 +230,7 @@ ROOMS = {
     """,
     "studies/compare": """
         rows task
+        trials
         checks
         config
         outputs_task paired scored_task specs
@@ -237,6 +238,7 @@ ROOMS = {
         backbones
         experiment
         runs
+        plan search
         runner
         measures
         report

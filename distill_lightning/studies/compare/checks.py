@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_lightning.errors import InputError
 from distill_lightning.studies.compare.rows import NAME, rows_of
+from distill_lightning.studies.compare.trials import check_search
 
 if TYPE_CHECKING:
     from distill_lightning.studies.compare.config import CompareConfig, Spec
@@ -38,6 +39,7 @@ def check(config: CompareConfig) -> None:
     for name, spec in (config.backbones or {}).items():
         _check_backbone(name, spec)
     rows_of(config)
+    check_search(config)
 
 
 def _check_method(name: str, spec: Spec, available: int) -> None:

@@ -15,9 +15,11 @@ from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.measures import measures_of
 from distill_lightning.studies.compare.paired import LEGEND
+from distill_lightning.studies.compare.plan import plan
 from distill_lightning.studies.compare.report import Report, as_list
 from distill_lightning.studies.compare.runner import execute, make_trainer
-from distill_lightning.studies.compare.runs import Run, plan
+from distill_lightning.studies.compare.runs import Run
+from distill_lightning.studies.compare.trials import searched
 from distill_lightning.studies.data import keep_data, refuse_other_data, remove_runs
 from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
 from distill_lightning.studies.progress import OnEpoch, train_missing
@@ -92,6 +94,9 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
             # Sets can be added, and older folders do not tell of any.
             before = {"sets": 1, **before}
             same = before["sets"] <= now["sets"] and {**before, "sets": now["sets"]} == now
+        elif key == "search":
+            # Rows can be added with their searches, but none that are there can be chosen anew.
+            same = (before or {}) == searched(config, stored["methods"])
         else:
             same = before == now
         if not same:

@@ -32,6 +32,7 @@ from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import Row
 from distill_lightning.studies.compare.runs import TEACHER_SEED, Run, RunResult, seed_in_set
 from distill_lightning.studies.compare.scored_task import ScoredTask
+from distill_lightning.studies.compare.search import options_of
 from distill_lightning.studies.data import DataWatch
 from distill_lightning.studies.progress import EpochCounter, OnEpoch
 
@@ -56,17 +57,25 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
         module.export_backbone(run.backbone_file)
     else:
         module.export_student(run.student_file)
-        if isinstance(experiment.task, ScoredTask):
-            scores = _scores(experiment, experiment.task, run, module, keeper)
-        else:
-            outputs = {"last": _test_outputs(experiment, module)}
-            module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
-            outputs["selected"] = _test_outputs(experiment, module)
-            write_tensors(run.folder / "test_logits.safetensors", outputs)
+        # What is chosen by a search must not have seen them.
+        scores = {} if run.in_search else _tested(experiment, run, module, keeper)
     size = _size_of(module.student)
     signatures = dict(getattr(module, "signatures", {}))
     history = keeper.history
     _write_result(run, RunResult(size, keeper.selected_epoch, history, made_with(), "", scores, signatures))
+
+
+def _tested(
+    experiment: Experiment, run: Run, module: DistillationModule, keeper: RunKeeper
+) -> dict[str, dict[str, float]]:
+    """What a run scored on the test samples; where that is computed from outputs, these are kept instead."""
+    if isinstance(experiment.task, ScoredTask):
+        return _scores(experiment, experiment.task, run, module, keeper)
+    outputs = {"last": _test_outputs(experiment, module)}
+    module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
+    outputs["selected"] = _test_outputs(experiment, module)
+    write_tensors(run.folder / "test_logits.safetensors", outputs)
+    return {}
 
 
 def _scores(
@@ -108,6 +117,9 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
         if other is not None and other.result().diverged:
             raise NonFiniteError(f"{other.title}, from which it learns, has no finite numbers")
     run.folder.mkdir(parents=True, exist_ok=True)
+    options = options_of(run, experiment.task)
+    if run.row is not None and options:
+        experiment = experiment.with_options(run.row, options)
     networks = [
         Pretrained(experiment.teacher() if teacher.is_teacher else experiment.student(), teacher.student_file)
         for teacher in run.teachers

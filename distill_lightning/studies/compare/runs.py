@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from distill_lightning.errors import refusing
-from distill_lightning.studies.compare.experiment import Experiment
-from distill_lightning.studies.compare.rows import Row, backbone_run
+from distill_lightning.studies.compare.rows import Row
+from distill_lightning.studies.compare.trials import Options, told
 
 # Teachers' seeds begin far from the students', so that no teacher shares its initial weights with a student.
 TEACHER_SEED = 1000
@@ -43,6 +42,8 @@ class Run:
         sets: how many sets there are.
         options: values in place of those of the row's ``init_args`` and of the optimiser, by dotted path.
         chosen_from: the trials of a search that its options are chosen from.
+        in_search: whether it is part of a search: a trial, or one that a trial learns from. Such a run sees no test
+            samples, and the table does not know it.
     """
 
     row: Row | None
@@ -59,8 +60,9 @@ class Run:
     store: Run | None = None
     teacher_set: int = 1
     sets: int = 1
-    options: tuple[tuple[str, Any], ...] = ()
+    options: Options = field(default=(), hash=False)
     chosen_from: tuple[Run, ...] = ()
+    in_search: bool = False
 
     @property
     def depends_on(self) -> tuple[Run, ...]:
@@ -76,13 +78,14 @@ class Run:
     @property
     def is_student(self) -> bool:
         """Whether it is one of a row of the table."""
-        return self.row is not None
+        return self.row is not None and not self.in_search
 
     @property
     def title(self) -> str:
         """For the progress bar."""
         which = [] if self.is_teacher else [f"seed {self.seed}"]
         which += [f"set {self.teacher_set}"] if self.sets > 1 else []
+        which += [f"search ({told(self.options)})" if self.options else "search"] if self.in_search else []
         return ", ".join([self.name, *which])
 
     @property
@@ -171,63 +174,3 @@ def seed_in_set(seed: int, teacher_set: int, *, stage: int = 0) -> int:
         Between 0 and 2**32 - 1: PyTorch reads the lower 32 bits of a seed.
     """
     return (seed + (teacher_set - 1) * _SET_STRIDE + stage * _STAGE_STRIDE) % 2**32
-
-
-def plan(experiment: Experiment, folder: Path) -> list[Run]:
-    """All runs in the order they are made.
-
-    Set by set of teachers: the teachers, then seed by seed the backbones and every row of the table, also those without
-    a teacher, as the seeds are nested in the sets. The first set's runs are where those of a comparison with one set
-    are, so that sets can be added.
-    """
-    sets = experiment.config.teachers.sets
-    return [run for number in range(1, sets + 1) for run in _Set(experiment, folder, number).runs()]
-
-
-class _Set:
-    """The runs under one set of teachers."""
-
-    def __init__(self, experiment: Experiment, folder: Path, number: int) -> None:
-        self.experiment = experiment
-        self.number = number
-        self.folder = folder / "runs" if number == 1 else folder / "runs" / f"set_{number}"
-        self.teachers = [self._teacher(count) for count in range(1, experiment.config.number_of_teachers + 1)]
-
-    def runs(self) -> list[Run]:
-        return self.teachers + [run for seed in self.experiment.config.seeds for run in self._of_seed(seed)]
-
-    def _of_seed(self, seed: int) -> list[Run]:
-        rows = self.experiment.rows
-        backbones: dict[str | None, Run] = {
-            key: self._backbone(key, seed) for key in self.experiment.backbones if key in [row.backbone for row in rows]
-        }
-        students: dict[str | None, Run] = {}
-        for row in rows:
-            own = [students[row.teachers]] if isinstance(row.teachers, str) else self.teachers[: row.teachers]
-            students[row.name] = self._run(
-                row.name,
-                seed,
-                self.folder / row.name / f"seed_{seed}",
-                row=row,
-                epochs=self.experiment.config.epochs,
-                initial_seed=seed_in_set(seed, self.number, stage=row.stage),
-                teachers=tuple(own),
-                initial=students.get(row.initial),
-                backbone=backbones.get(row.backbone),
-            )
-        return [*backbones.values(), *students.values()]
-
-    def _teacher(self, count: int) -> Run:
-        name, seed = f"teacher_{count}", TEACHER_SEED + count
-        config = self.experiment.config
-        return self._run(name, seed, self.folder / name, epochs=config.teachers.epochs or config.epochs)
-
-    def _backbone(self, key: str, seed: int) -> Run:
-        name = backbone_run(key)
-        epochs = self.experiment.backbones[key].epochs
-        return self._run(name, seed, self.folder / name / f"seed_{seed}", epochs=epochs, makes_backbone=key)
-
-    def _run(self, name: str, seed: int, folder: Path, *, row: Row | None = None, epochs: int, **more: Any) -> Run:
-        initial_seed = more.pop("initial_seed", seed_in_set(seed, self.number))
-        of_set = {"teacher_set": self.number, "sets": self.experiment.config.teachers.sets}
-        return Run(row, name, seed, initial_seed, epochs, folder, **of_set, **more)

@@ -10,8 +10,8 @@ import yaml
 from distill_lightning import InputError
 from distill_lightning.studies.compare import command
 from distill_lightning.studies.compare.config import parse_config
+from distill_lightning.studies.compare.plan import plan
 from distill_lightning.studies.compare.rows import rows_of
-from distill_lightning.studies.compare.runs import plan
 
 KD = {"class_path": "KDModule"}
 CONFIG = {
