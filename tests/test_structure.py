@@ -240,6 +240,7 @@ ROOMS = {
         runs
         plan search
         runner
+        pool
         measures
         report
         command

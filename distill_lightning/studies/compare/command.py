@@ -16,13 +16,13 @@ from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.measures import measures_of
 from distill_lightning.studies.compare.paired import LEGEND
 from distill_lightning.studies.compare.plan import plan
+from distill_lightning.studies.compare.pool import InProcess, make_all
 from distill_lightning.studies.compare.report import Report, as_list
-from distill_lightning.studies.compare.runner import execute, make_trainer
+from distill_lightning.studies.compare.runner import make_trainer
 from distill_lightning.studies.compare.runs import Run
 from distill_lightning.studies.compare.trials import searched
 from distill_lightning.studies.data import keep_data, refuse_other_data, remove_runs
 from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
-from distill_lightning.studies.progress import OnEpoch, train_missing
 
 _CONFIG_FILE = "compare.yaml"
 _DATA = "data"
@@ -58,7 +58,7 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     claim_folder(folder, known=_CONFIG_FILE, content=yaml.safe_dump(config.as_plain(), sort_keys=False))
     keep_data(folder, data)
     runs = plan(experiment, folder)
-    _train(experiment, runs, folder, console)
+    make_all(experiment, runs, InProcess(experiment), console)
     report = Report(runs, experiment.task, measures_of(experiment, runs))
     paths = report.write(folder, heading=_heading(experiment, arguments, runs))
     console.print(table_of(report.rows()))
@@ -104,17 +104,6 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
                 f"output folder {folder} belongs to another configuration ({key} was {before}): "
                 "give another folder with --output, or make the runs again with --anew"
             )
-
-
-def _train(experiment: Experiment, runs: Sequence[Run], folder: Path, console: Console) -> None:
-    def train(run: Run, on_epoch: OnEpoch) -> None:
-        execute(experiment, run, on_epoch)
-        result = run.result()
-        task = experiment.backbones[run.makes_backbone].task if run.makes_backbone else experiment.task
-        score = result.diverged or task.validation_score(result.history[-1])
-        console.print(f"{run.title}: {score}", markup=False, highlight=False)
-
-    train_missing(runs, train, name="compare", epochs=lambda run: run.epochs, folder=folder, console=console)
 
 
 def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Run]) -> str:

@@ -78,6 +78,11 @@ def _tested(
     return {}
 
 
+def give_up(experiment: Experiment, run: Run, why: str) -> None:
+    """Leave a result that says why a run has no scores."""
+    _write_result(run, RunResult(_size_of(experiment.student()), 0, [], made_with(), failed=why))
+
+
 def _scores(
     experiment: Experiment, task: ScoredTask, run: Run, module: DistillationModule, keeper: RunKeeper
 ) -> dict[str, dict[str, float]]:
@@ -114,7 +119,7 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
         NonFiniteError: its numbers, or those of a run that it learns from, were not finite.
     """
     for other in (*run.teachers, run.initial, run.backbone):
-        if other is not None and other.result().diverged:
+        if other is not None and other.result().without_scores:
             raise NonFiniteError(f"{other.title}, from which it learns, has no finite numbers")
     run.folder.mkdir(parents=True, exist_ok=True)
     options = options_of(run, experiment.task)

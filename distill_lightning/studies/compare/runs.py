@@ -148,6 +148,7 @@ class RunResult:
         history: what was logged of each epoch.
         made: when and with what.
         diverged: why the run was stopped, if its numbers were not finite; it has no weights and no outputs then.
+        failed: why it was stopped, if something else went wrong; it has none then, either.
         scores: what was logged of the test samples with the weights after the ``"last"`` and at the ``"selected"``
             epoch, where no outputs are kept.
         signatures: how scores were computed, by their names, where the module says so.
@@ -160,6 +161,12 @@ class RunResult:
     diverged: str = ""
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     signatures: dict[str, str] = field(default_factory=dict)
+    failed: str = ""
+
+    @property
+    def without_scores(self) -> str:
+        """Why it has no scores; empty: it has some."""
+        return self.diverged or self.failed
 
 
 def seed_in_set(seed: int, teacher_set: int, *, stage: int = 0) -> int:
