@@ -233,7 +233,7 @@ ROOMS = {
         trials
         checks
         config
-        outputs_task paired scored_task specs
+        outputs_task paired scored_task scores specs
         tasks
         backbones
         experiment
