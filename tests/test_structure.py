@@ -234,10 +234,10 @@ ROOMS = {
         config
         outputs_task paired scored_task specs
         tasks
-        backbones
+        backbones storage
         experiment
         runs
-        runner
+        runner savings
         measures
         report
         command
@@ -263,7 +263,7 @@ ROOMS = {
         layer_errors origin questions
         store
         teachers
-        recorder
+        recorder shared
     """,
     "testing": """
         processes tiny tiny_detection tiny_translation waits

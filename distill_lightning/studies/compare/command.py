@@ -18,6 +18,7 @@ from distill_lightning.studies.compare.paired import LEGEND
 from distill_lightning.studies.compare.report import Report, as_list
 from distill_lightning.studies.compare.runner import execute, make_trainer
 from distill_lightning.studies.compare.runs import Run, plan
+from distill_lightning.studies.compare.savings import asked_once, told_of_storage
 from distill_lightning.studies.data import keep_data, refuse_other_data, remove_runs
 from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
 from distill_lightning.studies.progress import OnEpoch, train_missing
@@ -101,6 +102,9 @@ def _train(experiment: Experiment, runs: Sequence[Run], folder: Path, console: C
     def train(run: Run, on_epoch: OnEpoch) -> None:
         execute(experiment, run, on_epoch)
         result = run.result()
+        if run.makes_store:
+            console.print(f"{run.title}: {asked_once(result)}", markup=False, highlight=False)
+            return
         task = experiment.backbones[run.makes_backbone].task if run.makes_backbone else experiment.task
         score = result.diverged or task.validation_score(result.history[-1])
         console.print(f"{run.title}: {score}", markup=False, highlight=False)
@@ -110,6 +114,7 @@ def _train(experiment: Experiment, runs: Sequence[Run], folder: Path, console: C
 
 def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Run]) -> str:
     config = experiment.config
+    kept = told_of_storage(experiment.storage, runs)
     made = [f"Data: {_called(config.data)}. Student: {_called(config.student)}."]
     if config.teachers.network is not None:
         epochs = config.teachers.epochs or config.epochs
@@ -128,6 +133,7 @@ def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Ru
         "",
         f"{' '.join(made)} Every student: {config.epochs} epochs.",
         "",
+        *([kept, ""] if kept else []),
         f"Mean ± standard deviation over {len(config.seeds)} seeds ({', '.join(map(str, config.seeds))}), "
         f"{experiment.task.samples}, no epoch chosen on them.",
         "",

@@ -48,7 +48,7 @@ def selected_name(headline: Column) -> str:
 
 def measures_of(experiment: Experiment, runs: Sequence[Run]) -> Measures:
     """The scores of a comparison's finished runs, of teachers and of students."""
-    finite = [run for run in runs if not run.makes_backbone and not run.result().diverged]
+    finite = [run for run in runs if (run.is_teacher or run.is_student) and not run.result().diverged]
     if isinstance(experiment.task, ScoredTask):
         return _logged(experiment.task, finite)
     targets, counted = load_test_targets(experiment)

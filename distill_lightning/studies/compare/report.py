@@ -63,7 +63,7 @@ class Report:
     """
 
     def __init__(self, runs: Sequence[Run], task: Task, measures: Measures) -> None:
-        self.runs = [run for run in runs if not run.makes_backbone]
+        self.runs = [run for run in runs if run.is_teacher or run.is_student]
         self.task = task
         self.measures = measures
         self._diverged = {run.folder: run.result().diverged for run in runs if run.result().diverged}

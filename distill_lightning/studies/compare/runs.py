@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class Run:
     @property
     def title(self) -> str:
         """For the progress bar."""
-        return self.name if self.is_teacher else f"{self.name}, seed {self.seed}"
+        return self.name if self.is_teacher or self.makes_store else f"{self.name}, seed {self.seed}"
 
     @property
     def result_file(self) -> Path:
@@ -153,7 +154,8 @@ def plan(experiment: Experiment, folder: Path) -> list[Run]:
     for number in range(1, config.number_of_teachers + 1):
         name, seed = f"teacher_{number}", TEACHER_SEED + number
         teachers.append(Run(None, name, seed, seed, epochs, folder / "runs" / name))
-    runs = list(teachers)
+    store = _store(experiment, teachers, folder)
+    runs = [*teachers, *([] if store is None else [store])]
     for seed in config.seeds:
         backbones: dict[str | None, Run] = {
             key: _backbone(key, seed, backbone.epochs, folder)
@@ -176,6 +178,7 @@ def plan(experiment: Experiment, folder: Path) -> list[Run]:
                 tuple(own),
                 initial=students.get(row.initial),
                 backbone=backbones.get(row.backbone),
+                store=store if row.name in experiment.storage.rows else None,
             )
         runs += [*backbones.values(), *students.values()]
     return runs
@@ -184,6 +187,16 @@ def plan(experiment: Experiment, folder: Path) -> list[Run]:
 def _backbone(key: str, seed: int, epochs: int, folder: Path) -> Run:
     name = backbone_run(key)
     return Run(None, name, seed, seed, epochs, _place(folder, name, seed), makes_backbone=key)
+
+
+def _store(experiment: Experiment, teachers: Sequence[Run], folder: Path) -> Run | None:
+    """What asks a set of teachers for all that is kept of them; ``None``: nothing is."""
+    storage = experiment.storage
+    if not storage.rows:
+        return None
+    own = tuple(teachers[: storage.teachers])
+    place = folder / "runs/store" / storage.name
+    return Run(None, "store", 0, 0, storage.kept_views, place, own, makes_store=True)
 
 
 def _place(folder: Path, name: str, seed: int) -> Path:
