@@ -235,11 +235,11 @@ ROOMS = {
         config
         outputs_task paired scored_task scores specs
         tasks
-        backbones
+        backbones storage
         experiment
         runs
         plan search
-        runner
+        runner savings
         pool
         measures
         report
@@ -266,7 +266,7 @@ ROOMS = {
         layer_errors origin questions
         store
         teachers
-        recorder
+        recorder shared
     """,
     "testing": """
         processes tiny tiny_detection tiny_translation waits

@@ -20,6 +20,7 @@ from distill_lightning.studies.compare.pool import InProcess, make_all
 from distill_lightning.studies.compare.report import Report, as_list
 from distill_lightning.studies.compare.runner import make_trainer
 from distill_lightning.studies.compare.runs import Run
+from distill_lightning.studies.compare.savings import told_of_storage
 from distill_lightning.studies.compare.search import search_section, trials_in, write_search
 from distill_lightning.studies.compare.trials import searched
 from distill_lightning.studies.data import keep_data, refuse_other_data, remove_runs
@@ -123,6 +124,7 @@ def report_of(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[s
 
 def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Run]) -> str:
     config = experiment.config
+    kept = told_of_storage(experiment.storage, runs)
     made = [f"Data: {_called(config.data)}. Student: {_called(config.student)}."]
     if config.teachers.network is not None:
         epochs = config.teachers.epochs or config.epochs
@@ -141,6 +143,7 @@ def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Ru
         "",
         f"{' '.join(made)} Every student: {config.epochs} epochs.",
         "",
+        *([kept, ""] if kept else []),
         f"Mean ± standard deviation over {len(config.seeds)} seeds ({', '.join(map(str, config.seeds))}), "
         f"{experiment.task.samples}, no epoch chosen on them.",
         "",

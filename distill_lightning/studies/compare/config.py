@@ -54,8 +54,8 @@ class StoreConfig:
     """
 
     views: int | None = None
-    logits: str = "1GB"
-    features: str = "0"
+    logits: str | int = "1GB"
+    features: str | int = 0
 
 
 @dataclass(frozen=True)

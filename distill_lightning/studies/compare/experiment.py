@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from distill_lightning.studies.compare.config import CompareConfig, Spec
 from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import ALONE, Row, rows_of
 from distill_lightning.studies.compare.specs import filled, find, parsed, remembering_warnings, set_up, told_by
+from distill_lightning.studies.compare.storage import Storage, storage_of
 from distill_lightning.studies.compare.tasks import task_of
 from distill_lightning.studies.compare.trials import Options, trials_of, with_options
 from distill_lightning.studies.data import splits_of
@@ -79,6 +81,12 @@ class Experiment:
             name: self._parsed_paraphrasers(name) for name, spec in config.methods.items() if "paraphrasers" in spec
         }
         self._try()
+        self.storage  # noqa: B018  (a limit that is none is found before a training)
+
+    @cached_property
+    def storage(self) -> Storage:
+        """What of the teachers' answers is kept for all rows and seeds."""
+        return storage_of(self)
 
     def data(self, *, order_seed: int) -> ViewDataModule:
         """The data module, its training order drawn by ``order_seed``."""

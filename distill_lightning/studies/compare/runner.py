@@ -35,6 +35,7 @@ from distill_lightning.studies.compare.scored_task import ScoredTask
 from distill_lightning.studies.compare.search import options_of
 from distill_lightning.studies.data import DataWatch
 from distill_lightning.studies.progress import EpochCounter, OnEpoch
+from distill_lightning.teachers.recorder import record
 
 
 def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
@@ -45,6 +46,9 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
         run: which; the runs that it learns from are finished.
         on_epoch: called with the number of finished epochs, after each.
     """
+    if run.makes_store:
+        _write_result(run, _filled(experiment, run, on_epoch))
+        return
     try:
         module, keeper = _trained(experiment, run, on_epoch)
     except NonFiniteError as error:
@@ -125,13 +129,12 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
     options = options_of(run, experiment.task)
     if run.row is not None and options:
         experiment = experiment.with_options(run.row, options)
-    networks = [
-        Pretrained(experiment.teacher() if teacher.is_teacher else experiment.student(), teacher.student_file)
-        for teacher in run.teachers
-    ]
+    networks = _networks(experiment, run)
     paraphrasers = None if run.row is None else _paraphrasers(experiment, run, networks)
     torch.manual_seed(run.initial_seed)
     module = _module(experiment, run, networks, paraphrasers)
+    if run.store is not None:
+        experiment.storage.read_by(run.store.folder, module, run.name)
     source = experiment.backbones[run.makes_backbone] if run.makes_backbone else experiment
     task = source.task
     keeper = RunKeeper(run.folder, seed=run.order_seed, monitor=task.monitor, mode=task.mode)
@@ -146,11 +149,50 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
         for text in source.warned:
             # It was said when the comparison began.
             warnings.filterwarnings("ignore", message=re.escape(text))
-        trainer.fit(module, datamodule=source.data(order_seed=run.order_seed), ckpt_path=checkpoint)
+        data = source.data(order_seed=run.order_seed)
+        if run.row is not None:
+            experiment.storage.number(data)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     if len(keeper.history) < run.epochs:
         # Lightning may return from an interrupted fit as if it had ended.
         raise KeyboardInterrupt(f"{run.title} was interrupted")
     return module, keeper
+
+
+def _networks(experiment: Experiment, run: Run) -> list[nn.Module]:
+    """The trained networks of a run's teachers."""
+    return [
+        Pretrained(experiment.teacher() if teacher.is_teacher else experiment.student(), teacher.student_file)
+        for teacher in run.teachers
+    ]
+
+
+def _filled(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> RunResult:
+    """Ask a run's teachers for all that is kept of them, as far as that was not done; and what it took."""
+    storage, networks = experiment.storage, _networks(experiment, run)
+    row = next(row for row in experiment.rows if row.name in storage.rows)
+    with torch.random.fork_rng(devices=[]):
+        module = experiment.method(row, experiment.student(), networks[: storage.rows[row.name].teachers])
+    storage.filled_by(run.folder, module, networks, experiment.sample.input_shape)
+    data = experiment.data(order_seed=0)
+    data.views = storage.kept_views
+    done = record(make_trainer(experiment.config, callbacks=[_Views(storage.kept_views, on_epoch)]), module, data)
+    asked = storage.samples * storage.kept_views
+    took = {"answers": asked, "seconds": done.seconds / max(done.answers, 1) * asked, "bytes": done.nbytes}
+    return RunResult(0, 0, [], made_with(), scores={"store": took})
+
+
+class _Views(pl.Callback):
+    """Reports how many views have been asked about."""
+
+    def __init__(self, views: int, on_epoch: OnEpoch) -> None:
+        self.views, self.on_epoch = views, on_epoch
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """Report it."""
+        self.on_epoch(self.views * (batch_idx + 1) // int(trainer.num_predict_batches[0]))
 
 
 def _module(

@@ -24,6 +24,7 @@ from distill_lightning.studies.compare.rows import rows_of
 from distill_lightning.studies.compare.runner import execute
 from distill_lightning.studies.compare.runs import RunResult
 from distill_lightning.studies.compare.search import options_of, search_section, trials_in
+from distill_lightning.studies.compare.storage import Reads, Storage
 from distill_lightning.studies.compare.trials import search_seeds_of, trials_of, with_options
 
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
@@ -56,7 +57,8 @@ def config_of(folder, *arguments, **changes):
 def planned(folder, **changes):
     config = config_of(folder, **changes)
     made = {name: SimpleNamespace(epochs=spec["epochs"]) for name, spec in (config.backbones or {}).items()}
-    return plan(SimpleNamespace(config=config, rows=rows_of(config), backbones=made), folder / "out")
+    fake = SimpleNamespace(config=config, rows=rows_of(config), backbones=made, storage=Storage())
+    return plan(fake, folder / "out")
 
 
 TASK = SimpleNamespace(monitor="val/accuracy", mode="max", watched="accuracy", watched_scale=100)
@@ -276,6 +278,17 @@ def test_options_that_do_not_fit_are_found_before_the_first_training(tmp_path, c
     assert main(["compare", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_kept_of_teachers_holds_for_all_trials(tmp_path):
+    feed = {"class_path": "FEEDModule", "init_args": {"student_layer": "stage3"}}
+    methods = {"kd": CONFIG["methods"]["kd"], "mixed": CONFIG["methods"]["kd"], "feed": feed}
+    mixed = [[], [{"class_path": "Mixup", "init_args": {"alpha": 1.0}}]]
+    layers = {"student_layer": ["stage2", "stage3"]}
+    search = {"kd": {"temperature": [1.0, 2.0]}, "mixed": {"transforms": mixed}, "feed": layers}
+    experiment = Experiment(config_of(tmp_path, methods=methods, search=search, teachers_store={"features": "1GB"}))
+    assert experiment.storage.rows == {"kd": Reads(1, True, ())}
+    assert experiment.storage.live == dict.fromkeys(("mixed", "feed"), "its search changes what is asked")
 
 
 @pytest.mark.slow
