@@ -163,9 +163,10 @@ def storage_of(experiment: Experiment) -> Storage:
         return Storage(live=dict.fromkeys(modules, ""))
     reason = _no_store_of(sample) if isinstance(experiment.task, OutputsTask) else "the task has no outputs to keep"
     reasons = {name: reason or _reason(module) or changing.get(name, "") for name, module in modules.items()}
+    students = {row.name: f"{row.teachers} teaches it" for row in experiment.rows if isinstance(row.teachers, str)}
     reading = {name: module for name, module in modules.items() if not reasons[name]}
     if not reading:
-        return Storage(live=reasons)
+        return Storage(live=reasons | students)
     views = _views(experiment)
     data = sample.train_dataloader().dataset
     samples, kept_views = len(data), 1 if data.views_are_alike else views
@@ -183,7 +184,7 @@ def storage_of(experiment: Experiment) -> Storage:
         elif not set(reads.tapped) <= set(tapped):
             reasons[name] = f"features are more than teachers_store.features: {config.teachers_store.features}"
     rows = {name: reads for name, reads in wanted.items() if not reasons[name]}
-    live = {name: reason for name, reason in reasons.items() if reason}
+    live = {name: reason for name, reason in reasons.items() if reason} | students
     tapped = tuple(tap for tap in tapped if any(tap in reads.tapped for reads in rows.values()))
     dtype = dtype if any(reads.outputs for reads in rows.values()) else None
     return Storage(samples, views, kept_views, dtype, tapped, features, rows, live) if rows else Storage(live=live)
