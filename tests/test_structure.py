@@ -230,14 +230,16 @@ ROOMS = {
     """,
     "studies/compare": """
         claims rows task
+        trials
         checks
         config
         outputs_task paired scored_task scores specs
         tasks
-        backbones
+        backbones storage
         experiment
         runs
-        runner
+        plan search
+        runner savings
         attempt
         pool sharing
         workers
@@ -267,7 +269,7 @@ ROOMS = {
         layer_errors origin questions
         store
         teachers
-        recorder
+        recorder shared
     """,
     "testing": """
         processes tiny tiny_detection tiny_translation waits

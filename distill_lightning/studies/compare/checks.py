@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_lightning.errors import InputError, check_count
 from distill_lightning.studies.compare.rows import NAME, rows_of
+from distill_lightning.studies.compare.trials import check_search
 
 if TYPE_CHECKING:
     from distill_lightning.studies.compare.config import CompareConfig, Spec
@@ -24,8 +25,9 @@ def check(config: CompareConfig) -> None:
     for epochs in (config.epochs, config.teachers.epochs):
         if epochs is not None and epochs < 1:
             raise InputError(f"epochs must be at least 1, got {epochs}")
-    if config.teachers.number < 1:
-        raise InputError(f"teachers.number must be at least 1, got {config.teachers.number}")
+    for key in ("number", "sets"):
+        if (count := getattr(config.teachers, key)) < 1:
+            raise InputError(f"teachers.{key} must be at least 1, got {count}")
     if config.teachers.network is None and config.teachers != type(config.teachers)():
         raise InputError("teachers.network is missing: give it by class_path and init_args, or no teachers at all")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
@@ -38,6 +40,7 @@ def check(config: CompareConfig) -> None:
     for name, spec in (config.backbones or {}).items():
         _check_backbone(name, spec)
     rows_of(config)
+    check_search(config)
 
 
 def _check_work(config: CompareConfig) -> None:

@@ -16,12 +16,16 @@ from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.measures import scores_of
 from distill_lightning.studies.compare.paired import LEGEND
+from distill_lightning.studies.compare.plan import plan
 from distill_lightning.studies.compare.pool import make_all
 from distill_lightning.studies.compare.pools import pool_of, with_threads
 from distill_lightning.studies.compare.report import Report, as_list
 from distill_lightning.studies.compare.runner import make_trainer
-from distill_lightning.studies.compare.runs import Run, plan
+from distill_lightning.studies.compare.runs import Run
+from distill_lightning.studies.compare.savings import told_of_storage
+from distill_lightning.studies.compare.search import search_section, trials_in, write_search
 from distill_lightning.studies.compare.sharing import chosen, forget_failures, refuse_others, stored_config
+from distill_lightning.studies.compare.trials import searched
 from distill_lightning.studies.data import keep_data, refuse_other_data, remove_runs
 from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
 
@@ -80,7 +84,8 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
 
 def _reported(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[str], console: Console) -> Report:
     report = report_of(experiment, runs, arguments)
-    paths = report.write(Path(experiment.config.output))
+    folder = Path(experiment.config.output)
+    paths = [*report.write(folder), *write_search(folder, trials_in(runs, experiment.task))]
     console.print(table_of(report.rows()))
     for note in report.notes():
         console.print(note, markup=False, highlight=False)
@@ -94,7 +99,7 @@ def _reported(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[s
 
 
 def _check_folder(folder: Path, config: CompareConfig) -> None:
-    """Refuse a folder of another configuration; methods, backbones and seeds may be added, or all made anew."""
+    """Refuse a folder of another configuration; methods, backbones, seeds, sets of teachers may be added to it."""
     refuse_foreign_folder(folder, known=_CONFIG_FILE, ignored=AT_WORK)
     stored = None if config.anew else stored_config(folder / _CONFIG_FILE)
     if stored is None:
@@ -106,6 +111,13 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
             same = set(before or []) <= set(now)
         elif key in ("methods", "backbones"):
             same = all((now or {}).get(name) == spec for name, spec in (before or {}).items())
+        elif key == "teachers":
+            # Sets can be added, and older folders do not tell of any.
+            before = {"sets": 1, **before}
+            same = before["sets"] <= now["sets"] and {**before, "sets": now["sets"]} == now
+        elif key == "search":
+            # Rows can be added with their searches, but none that are there can be chosen anew.
+            same = (before or {}) == searched(config, stored["methods"])
         else:
             same = before == now
         if not same:
@@ -123,12 +135,15 @@ def report_of(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[s
         runs: all of its runs.
         arguments: what it was called with, for the heading.
     """
+    sections = search_section(trials_in(runs, experiment.task), experiment.task, [row.name for row in experiment.rows])
+    runs = [run for run in runs if not run.in_search]
     heading, legend = _heading(experiment, arguments, runs), _legend(experiment, runs)
-    return Report(scores_of(experiment, runs, heading=heading, legend=legend))
+    return Report(scores_of(experiment, runs, heading=heading, legend=legend, sections=sections))
 
 
 def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Run]) -> str:
     config = experiment.config
+    kept = told_of_storage(experiment.storage, runs)
     made = [f"Data: {_called(config.data)}. Student: {_called(config.student)}."]
     if config.teachers.network is not None:
         epochs = config.teachers.epochs or config.epochs
@@ -147,6 +162,7 @@ def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Ru
         "",
         f"{' '.join(made)} Every student: {config.epochs} epochs.",
         "",
+        *([kept, ""] if kept else []),
         f"Mean ± standard deviation over {len(config.seeds)} seeds ({', '.join(map(str, config.seeds))}), "
         f"{experiment.task.samples}, no epoch chosen on them.",
         "",

@@ -16,6 +16,7 @@ from distill_lightning.studies.compare.attempt import attempt
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.runner import leave_none
 from distill_lightning.studies.compare.runs import Run
+from distill_lightning.studies.compare.savings import asked_once
 from distill_lightning.studies.progress import COLUMNS, reporting_interrupts
 
 _TRIES = 3
@@ -187,6 +188,8 @@ class _Schedule:
 
     def _told(self, run: Run) -> str:
         result = run.result()
+        if run.makes_store and not result.without_scores:
+            return asked_once(result)
         if result.without_scores or not result.history:
             return result.without_scores or "done"
         makes = run.makes_backbone

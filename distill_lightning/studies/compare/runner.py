@@ -32,10 +32,12 @@ from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import Row
-from distill_lightning.studies.compare.runs import TEACHER_SEED, Run, RunResult
+from distill_lightning.studies.compare.runs import TEACHER_SEED, Run, RunResult, seed_in_set
 from distill_lightning.studies.compare.scored_task import ScoredTask
+from distill_lightning.studies.compare.search import options_of
 from distill_lightning.studies.data import DataWatch
 from distill_lightning.studies.progress import EpochCounter, OnEpoch
+from distill_lightning.teachers.recorder import record
 
 IN_EPOCH = "in epoch"
 BESIDE = "beside"
@@ -54,25 +56,36 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch, is_beside: Call
     Raises:
         NonFiniteError: its numbers were not finite.
     """
+    if run.makes_store:
+        _write_result(run, _filled(experiment, run, on_epoch))
+        return
     module, keeper = _trained(experiment, run, on_epoch, is_beside)
     scores: dict[str, dict[str, float]] = {}
     if run.makes_backbone:
         module.export_backbone(run.backbone_file)
     else:
         module.export_student(run.student_file)
-        if isinstance(experiment.task, ScoredTask):
-            scores = _scores(experiment, experiment.task, run, module, keeper)
-        else:
-            outputs = {"last": _test_outputs(experiment, module)}
-            module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
-            outputs["selected"] = _test_outputs(experiment, module)
-            write_tensors(run.folder / "test_logits.safetensors", outputs)
+        # What is chosen by a search must not have seen them.
+        scores = {} if run.in_search else _tested(experiment, run, module, keeper)
     size = _size_of(module.student)
     signatures = dict(getattr(module, "signatures", {}))
     history = keeper.history
     shared = any(line.get(BESIDE) for line in history)
     result = RunResult(size, keeper.selected_epoch, history, made_with(), "", scores, signatures, shared=shared)
     _write_result(run, result)
+
+
+def _tested(
+    experiment: Experiment, run: Run, module: DistillationModule, keeper: RunKeeper
+) -> dict[str, dict[str, float]]:
+    """What a run scored on the test samples; where that is computed from outputs, these are kept instead."""
+    if isinstance(experiment.task, ScoredTask):
+        return _scores(experiment, experiment.task, run, module, keeper)
+    outputs = {"last": _test_outputs(experiment, module)}
+    module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
+    outputs["selected"] = _test_outputs(experiment, module)
+    write_tensors(run.folder / "test_logits.safetensors", outputs)
+    return {}
 
 
 def leave_none(experiment: Experiment, run: Run, *, diverged: str = "", failed: str = "") -> None:
@@ -115,17 +128,19 @@ def _trained(
 ) -> tuple[DistillationModule, RunKeeper]:
     """A run's module after its last epoch, and what its epochs logged."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    networks = [
-        Pretrained(experiment.teacher() if teacher.is_teacher else experiment.student(), teacher.student_file)
-        for teacher in run.teachers
-    ]
+    options = options_of(run, experiment.task)
+    if run.row is not None and options:
+        experiment = experiment.with_options(run.row, options)
+    networks = _networks(experiment, run)
     paraphrasers = None if run.row is None else _paraphrasers(experiment, run, networks)
     torch.manual_seed(run.initial_seed)
     module = _module(experiment, run, networks, paraphrasers)
+    if run.store is not None:
+        experiment.storage.read_by(run.store.folder, module, run.name)
     source = experiment.backbones[run.makes_backbone] if run.makes_backbone else experiment
     task = source.task
     keeper = RunKeeper(
-        run.folder, seed=run.seed, monitor=task.monitor, mode=task.mode, note=lambda: {BESIDE: is_beside()}
+        run.folder, seed=run.order_seed, monitor=task.monitor, mode=task.mode, note=lambda: {BESIDE: is_beside()}
     )
     callbacks = [keeper, EpochCounter(on_epoch), DataWatch(run.title, source.splits)]
     trainer = make_trainer(experiment.config, max_epochs=run.epochs, callbacks=callbacks)
@@ -138,8 +153,11 @@ def _trained(
         for text in source.warned:
             # It was said when the comparison began.
             warnings.filterwarnings("ignore", message=re.escape(text))
+        data = source.data(order_seed=run.order_seed)
+        if run.row is not None:
+            experiment.storage.number(data)
         try:
-            trainer.fit(module, datamodule=source.data(order_seed=run.seed), ckpt_path=checkpoint)
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         except Exception as error:
             error.add_note(f"{IN_EPOCH} {trainer.current_epoch}")
             raise
@@ -147,6 +165,42 @@ def _trained(
         # Lightning may return from an interrupted fit as if it had ended.
         raise KeyboardInterrupt(f"{run.title} was interrupted")
     return module, keeper
+
+
+def _networks(experiment: Experiment, run: Run) -> list[nn.Module]:
+    """The trained networks of a run's teachers."""
+    return [
+        Pretrained(experiment.teacher() if teacher.is_teacher else experiment.student(), teacher.student_file)
+        for teacher in run.teachers
+    ]
+
+
+def _filled(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> RunResult:
+    """Ask a run's teachers for all that is kept of them, as far as that was not done; and what it took."""
+    storage, networks = experiment.storage, _networks(experiment, run)
+    row = next(row for row in experiment.rows if row.name in storage.rows)
+    with torch.random.fork_rng(devices=[]):
+        module = experiment.method(row, experiment.student(), networks[: storage.rows[row.name].teachers])
+    storage.filled_by(run.folder, module, networks, experiment.sample.input_shape)
+    data = experiment.data(order_seed=0)
+    data.views = storage.kept_views
+    done = record(make_trainer(experiment.config, callbacks=[_Views(storage.kept_views, on_epoch)]), module, data)
+    asked = storage.samples * storage.kept_views
+    took = {"answers": asked, "seconds": done.seconds / max(done.answers, 1) * asked, "bytes": done.nbytes}
+    return RunResult(0, 0, [], made_with(), scores={"store": took})
+
+
+class _Views(pl.Callback):
+    """Reports how many views have been asked about."""
+
+    def __init__(self, views: int, on_epoch: OnEpoch) -> None:
+        self.views, self.on_epoch = views, on_epoch
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """Report it."""
+        self.on_epoch(self.views * (batch_idx + 1) // int(trainer.num_predict_batches[0]))
 
 
 def _module(
@@ -166,7 +220,8 @@ def _module(
 def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module]) -> list[nn.Module] | None:
     """A row's paraphrasers: trained once for all seeds under the same teachers, or for each seed under a student."""
     row = cast("Row", run.row)
-    torch.manual_seed(TEACHER_SEED)
+    seed = seed_in_set(TEACHER_SEED, run.teacher_set)
+    torch.manual_seed(seed)
     module = experiment.paraphrasers(row, teachers)
     if module is None:
         return None
@@ -181,7 +236,7 @@ def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module
             epochs = experiment.config.methods[cast("str", row.method)]["paraphrasers"]["epochs"]
             watch = DataWatch(f"the paraphrasers of {run.name}", experiment.splits)
             trainer = make_trainer(experiment.config, max_epochs=epochs, enable_checkpointing=False, callbacks=[watch])
-            trainer.fit(module, datamodule=experiment.data(order_seed=TEACHER_SEED))
+            trainer.fit(module, datamodule=experiment.data(order_seed=seed))
             if trainer.current_epoch < epochs:
                 raise KeyboardInterrupt(f"the paraphrasers of {run.name} were interrupted")
             write_tensors(file, module.paraphrasers.state_dict())

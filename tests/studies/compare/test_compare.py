@@ -38,7 +38,7 @@ from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.studies.compare import attempt, command, runner
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
-from distill_lightning.studies.compare.runs import plan
+from distill_lightning.studies.compare.plan import plan
 from distill_lightning.studies.output import table_of
 from distill_lightning.testing import tiny_trainer
 
