@@ -237,7 +237,7 @@ ROOMS = {
         backbones
         experiment
         runs
-        runner
+        runner trained_teachers
         measures
         report
         command

@@ -9,7 +9,7 @@ from distill_lightning.errors import InputError
 from distill_lightning.studies.compare.rows import NAME, rows_of
 
 if TYPE_CHECKING:
-    from distill_lightning.studies.compare.config import CompareConfig, Spec
+    from distill_lightning.studies.compare.config import CompareConfig, Spec, TeachersConfig
 
 METHOD_KEYS = ("class_path", "init_args", "teachers", "stages", "initial", "paraphrasers", "backbone")
 BACKBONE_KEYS = ("class_path", "init_args", "data", "epochs", "optimizer", "lr_scheduler")
@@ -24,10 +24,7 @@ def check(config: CompareConfig) -> None:
     for epochs in (config.epochs, config.teachers.epochs):
         if epochs is not None and epochs < 1:
             raise InputError(f"epochs must be at least 1, got {epochs}")
-    if config.teachers.number < 1:
-        raise InputError(f"teachers.number must be at least 1, got {config.teachers.number}")
-    if config.teachers.network is None and config.teachers != type(config.teachers)():
-        raise InputError("teachers.network is missing: give it by class_path and init_args, or no teachers at all")
+    _check_teachers(config.teachers)
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise InputError(f"seeds must be different numbers, at least one, got {config.seeds}")
     if not all(0 <= seed < 2**32 for seed in config.seeds):
@@ -37,6 +34,20 @@ def check(config: CompareConfig) -> None:
     for name, spec in (config.backbones or {}).items():
         _check_backbone(name, spec)
     rows_of(config)
+
+
+def _check_teachers(teachers: TeachersConfig) -> None:
+    if teachers.number < 1:
+        raise InputError(f"teachers.number must be at least 1, got {teachers.number}")
+    if teachers.given is not None:
+        if not teachers.given or not all(isinstance(spec, Mapping) and "class_path" in spec for spec in teachers.given):
+            raise InputError(
+                f"teachers, where it is a list, holds networks by class_path and init_args, got {teachers.given}"
+            )
+        if teachers != type(teachers)(given=teachers.given):
+            raise InputError("teachers are trained already where they are a list: leave out network, number and so on")
+    elif teachers.network is None and teachers != type(teachers)():
+        raise InputError("teachers.network is missing: give it by class_path and init_args, or no teachers at all")
 
 
 def _check_method(name: str, spec: Spec, available: int) -> None:

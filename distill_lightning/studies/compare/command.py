@@ -18,6 +18,7 @@ from distill_lightning.studies.compare.paired import LEGEND
 from distill_lightning.studies.compare.report import Report, as_list
 from distill_lightning.studies.compare.runner import execute, make_trainer
 from distill_lightning.studies.compare.runs import Run, plan
+from distill_lightning.studies.compare.trained_teachers import refuse_other_teachers, refuse_untrained
 from distill_lightning.studies.data import keep_data, refuse_other_data, remove_runs
 from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
 from distill_lightning.studies.progress import OnEpoch, train_missing
@@ -47,15 +48,17 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     _check_folder(folder, config)
     experiment = Experiment(config)
     make_trainer(config)
+    refuse_untrained(experiment)
     data = {_DATA: experiment.splits}
     data |= {f"{_DATA} of backbone {name}": backbone.splits for name, backbone in experiment.backbones.items()}
+    runs = plan(experiment, folder)
     if config.anew:
         remove_runs(folder)
     elif any(folder.glob("runs/*")):
         refuse_other_data(folder, data)
+        refuse_other_teachers(experiment, runs)
     claim_folder(folder, known=_CONFIG_FILE, content=yaml.safe_dump(config.as_plain(), sort_keys=False))
     keep_data(folder, data)
-    runs = plan(experiment, folder)
     _train(experiment, runs, folder, console)
     report = Report(runs, experiment.task, measures_of(experiment, runs))
     paths = report.write(folder, heading=_heading(experiment, arguments, runs))
@@ -102,7 +105,8 @@ def _train(experiment: Experiment, runs: Sequence[Run], folder: Path, console: C
         execute(experiment, run, on_epoch)
         result = run.result()
         task = experiment.backbones[run.makes_backbone].task if run.makes_backbone else experiment.task
-        score = result.diverged or task.validation_score(result.history[-1])
+        reached = task.validation_score(result.history[-1]) if result.history else "was trained before"
+        score = result.diverged or reached
         console.print(f"{run.title}: {score}", markup=False, highlight=False)
 
     train_missing(runs, train, name="compare", epochs=lambda run: run.epochs, folder=folder, console=console)
@@ -111,6 +115,8 @@ def _train(experiment: Experiment, runs: Sequence[Run], folder: Path, console: C
 def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Run]) -> str:
     config = experiment.config
     made = [f"Data: {_called(config.data)}. Student: {_called(config.student)}."]
+    if config.teachers.given is not None:
+        made.append(f"Teachers, trained before: {'; '.join(map(_called, config.teachers.given))}.")
     if config.teachers.network is not None:
         epochs = config.teachers.epochs or config.epochs
         made.append(f"{config.teachers.number} teachers: {_called(config.teachers.network)}, {epochs} epochs.")

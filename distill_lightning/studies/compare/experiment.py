@@ -13,13 +13,13 @@ from torch import nn
 import distill_lightning
 from distill_lightning.arguments import takes
 from distill_lightning.data.datamodules import ViewDataModule
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, refused_at
 from distill_lightning.layers import dry_forward
 from distill_lightning.modules import DistillationModule, ParaphraserModule
 from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.studies.compare.backbones import backbones_of, with_backbone
 from distill_lightning.studies.compare.checks import is_count
-from distill_lightning.studies.compare.config import CompareConfig, Spec
+from distill_lightning.studies.compare.config import CompareConfig, Spec, TeachersConfig
 from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import ALONE, Row, rows_of
 from distill_lightning.studies.compare.specs import filled, find, parsed, remembering_warnings, set_up, told_by
@@ -66,10 +66,9 @@ class Experiment:
             "lr_scheduler": config.lr_scheduler,
         }
         self.backbones = backbones_of(config)
-        if config.teachers.network is not None:
-            self._teacher = parsed(
-                "teachers.network", nn.Module, filled("teachers.network", config.teachers.network, known)
-            )
+        self._teachers = [
+            parsed(key, nn.Module, _filled_teacher(key, spec, known)) for key, spec in _teacher_specs(config.teachers)
+        ]
         self._student = self._parsed_student()
         supervised = {"class_path": f"distill_lightning.{self.task.module}", **(config.supervised or {})}
         supervised.pop("backbone", None)
@@ -105,9 +104,13 @@ class Experiment:
         data.order_seed = order_seed
         return data
 
-    def teacher(self) -> nn.Module:
-        """One teacher's network."""
-        network: nn.Module = self._teacher()
+    def teacher(self, number: int = 1) -> nn.Module:
+        """One teacher's network.
+
+        Args:
+            number: its place in the list of those that are given, from 1; those that are trained here are of one kind.
+        """
+        network: nn.Module = self._teachers[min(number, len(self._teachers)) - 1]()
         return network
 
     def student(self, backbone: Path | None = None) -> nn.Module:
@@ -178,17 +181,34 @@ class Experiment:
     def _try(self) -> None:
         """Build everything once, so that nothing is found wrong after hours of training."""
         with torch.random.fork_rng(devices=[]):
-            teachers = [self.teacher() for _ in range(self.config.number_of_teachers)]
-            if teachers:
-                shape = dry_forward(teachers[0], self.sample.input_shape).shape
-                self.supervised(self.student()).check_output("teachers.network", teachers[0], shape)
+            teachers = [self.teacher(number + 1) for number in range(self.config.number_of_teachers)]
+            for (key, _), teacher in zip(_teacher_specs(self.config.teachers), teachers, strict=False):
+                shape = dry_forward(teacher, self.sample.input_shape).shape
+                self.supervised(self.student()).check_output(key, teacher, shape)
             for name in sorted({row.backbone for row in self.rows if row.backbone is not None}):
                 self.backbones[name].try_on(self.student)
             for row in self.rows:
-                own = [self.student()] if isinstance(row.teachers, str) else teachers[: row.teachers]
-                paraphrasers = self.paraphrasers(row, own)
-                given = None if paraphrasers is None else list(paraphrasers.paraphrasers)
-                check_optimizer(self.method(row, self.student(), own, given))
+                with refused_at("supervised" if row.method is None else f"methods.{row.method}"):
+                    own = [self.student()] if isinstance(row.teachers, str) else teachers[: row.teachers]
+                    paraphrasers = self.paraphrasers(row, own)
+                    given = None if paraphrasers is None else list(paraphrasers.paraphrasers)
+                    check_optimizer(self.method(row, self.student(), own, given))
+
+
+def _teacher_specs(teachers: TeachersConfig) -> list[tuple[str, Spec]]:
+    """What describes the teachers' networks, under the keys where it stands."""
+    if teachers.given is not None:
+        return [(f"teachers.{number}", spec) for number, spec in enumerate(teachers.given)]
+    return [] if teachers.network is None else [("teachers.network", teachers.network)]
+
+
+def _filled_teacher(key: str, spec: Spec, known: Mapping[str, Any]) -> Spec:
+    """A teacher's spec with the known values in the network whose weights are loaded, too."""
+    arguments = spec.get("init_args")
+    if isinstance(arguments, Mapping) and isinstance(arguments.get("network"), Mapping):
+        nested = _filled_teacher(f"{key}.init_args.network", dict(arguments["network"]), known)
+        spec = {**spec, "init_args": {**arguments, "network": nested}}
+    return filled(key, spec, known)
 
 
 def _check_told(data: Any, *names: str) -> None:

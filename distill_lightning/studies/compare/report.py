@@ -80,7 +80,8 @@ class Report:
             first, *others = (column.name for column in self.measures.columns)
             names = [first, selected_name(self.task.headline), *others]
             return Score(run.name, run.seed, dict.fromkeys(names, math.nan), result.parameters, math.nan)
-        seconds = statistics.median(line["seconds"] for line in result.history)
+        # A teacher that is given has no epochs.
+        seconds = statistics.median([line["seconds"] for line in result.history] or [math.nan])
         return Score(run.name, run.seed, self.measures.values[run.folder], result.parameters, seconds)
 
     def header(self) -> list[str]:

@@ -44,6 +44,9 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
         run: which; the runs that it learns from are finished.
         on_epoch: called with the number of finished epochs, after each.
     """
+    if run.is_given:
+        _evaluate_given(experiment, run)
+        return
     try:
         module, keeper = _trained(experiment, run, on_epoch)
     except NonFiniteError as error:
@@ -67,6 +70,17 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
     signatures = dict(getattr(module, "signatures", {}))
     history = keeper.history
     _write_result(run, RunResult(size, keeper.selected_epoch, history, made_with(), "", scores, signatures))
+
+
+def _evaluate_given(experiment: Experiment, run: Run) -> None:
+    """Keep the weights of a teacher that is trained already, and its outputs on the test samples."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    module = experiment.supervised(experiment.teacher(run.number))
+    module.export_student(run.student_file)
+    outputs = _test_outputs(experiment, module)
+    # safetensors refuses tensors that share their memory.
+    write_tensors(run.folder / "test_logits.safetensors", {"last": outputs, "selected": outputs.clone()})
+    _write_result(run, RunResult(_size_of(module.student), 0, [], made_with()))
 
 
 def _scores(
@@ -109,7 +123,9 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
             raise NonFiniteError(f"{other.title}, from which it learns, has no finite numbers")
     run.folder.mkdir(parents=True, exist_ok=True)
     networks = [
-        Pretrained(experiment.teacher() if teacher.is_teacher else experiment.student(), teacher.student_file)
+        Pretrained(
+            experiment.teacher(teacher.number) if teacher.is_teacher else experiment.student(), teacher.student_file
+        )
         for teacher in run.teachers
     ]
     paraphrasers = None if run.row is None else _paraphrasers(experiment, run, networks)

@@ -29,7 +29,7 @@ class Run:
         name: the row's, the teacher's or the backbone's.
         seed: of the order of the data.
         initial_seed: of the initial weights.
-        epochs: its length.
+        epochs: its length; 0 for a teacher that is given.
         folder: where its files are.
         teachers: the runs whose networks teach it.
         initial: the run whose student's weights it begins with.
@@ -68,6 +68,16 @@ class Run:
     def is_teacher(self) -> bool:
         """Whether it makes one of the teachers."""
         return self.row is None and not self.makes_backbone and not self.makes_store
+
+    @property
+    def is_given(self) -> bool:
+        """Whether it makes nothing, and only evaluates a teacher that was trained before."""
+        return self.is_teacher and self.epochs == 0
+
+    @property
+    def number(self) -> int:
+        """The place of a teacher among those of its set, from 1."""
+        return int(self.name.rpartition("_")[2])
 
     @property
     def is_student(self) -> bool:
@@ -148,7 +158,7 @@ class RunResult:
 def plan(experiment: Experiment, folder: Path) -> list[Run]:
     """All runs in the order they are made: the teachers, then seed by seed the backbones and every row of the table."""
     config = experiment.config
-    epochs = config.teachers.epochs or config.epochs
+    epochs = 0 if config.teachers.given is not None else config.teachers.epochs or config.epochs
     teachers = []
     for number in range(1, config.number_of_teachers + 1):
         name, seed = f"teacher_{number}", TEACHER_SEED + number
