@@ -230,6 +230,7 @@ ROOMS = {
     """,
     "studies/compare": """
         rows task
+        trials
         checks
         config
         outputs_task paired scored_task specs
@@ -237,7 +238,9 @@ ROOMS = {
         backbones
         experiment
         runs
-        runner trained_teachers
+        plan search trained_teachers
+        runner
+        pool
         measures
         report
         command

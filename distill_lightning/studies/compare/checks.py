@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_lightning.errors import InputError
 from distill_lightning.studies.compare.rows import NAME, rows_of
+from distill_lightning.studies.compare.trials import check_search
 
 if TYPE_CHECKING:
     from distill_lightning.studies.compare.config import CompareConfig, Spec, TeachersConfig
@@ -34,11 +35,13 @@ def check(config: CompareConfig) -> None:
     for name, spec in (config.backbones or {}).items():
         _check_backbone(name, spec)
     rows_of(config)
+    check_search(config)
 
 
 def _check_teachers(teachers: TeachersConfig) -> None:
-    if teachers.number < 1:
-        raise InputError(f"teachers.number must be at least 1, got {teachers.number}")
+    for key in ("number", "sets"):
+        if (count := getattr(teachers, key)) < 1:
+            raise InputError(f"teachers.{key} must be at least 1, got {count}")
     if teachers.given is not None:
         if not teachers.given or not all(isinstance(spec, Mapping) and "class_path" in spec for spec in teachers.given):
             raise InputError(

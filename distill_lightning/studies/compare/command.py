@@ -15,13 +15,15 @@ from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.measures import measures_of
 from distill_lightning.studies.compare.paired import LEGEND
+from distill_lightning.studies.compare.plan import plan
+from distill_lightning.studies.compare.pool import InProcess, make_all
 from distill_lightning.studies.compare.report import Report, as_list
-from distill_lightning.studies.compare.runner import execute, make_trainer
-from distill_lightning.studies.compare.runs import Run, plan
+from distill_lightning.studies.compare.runner import make_trainer
+from distill_lightning.studies.compare.runs import Run
 from distill_lightning.studies.compare.trained_teachers import refuse_other_teachers, refuse_untrained
+from distill_lightning.studies.compare.trials import searched
 from distill_lightning.studies.data import keep_data, refuse_other_data, remove_runs
 from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
-from distill_lightning.studies.progress import OnEpoch, train_missing
 
 _CONFIG_FILE = "compare.yaml"
 _DATA = "data"
@@ -59,7 +61,7 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
         refuse_other_teachers(experiment, runs)
     claim_folder(folder, known=_CONFIG_FILE, content=yaml.safe_dump(config.as_plain(), sort_keys=False))
     keep_data(folder, data)
-    _train(experiment, runs, folder, console)
+    make_all(experiment, runs, InProcess(experiment), console)
     report = Report(runs, experiment.task, measures_of(experiment, runs))
     paths = report.write(folder, heading=_heading(experiment, arguments, runs))
     console.print(table_of(report.rows()))
@@ -75,7 +77,7 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
 
 
 def _check_folder(folder: Path, config: CompareConfig) -> None:
-    """Refuse a folder of another configuration; methods, backbones and seeds may be added, or all made anew."""
+    """Refuse a folder of another configuration; methods, backbones, seeds, sets of teachers may be added to it."""
     refuse_foreign_folder(folder, known=_CONFIG_FILE)
     known = folder / _CONFIG_FILE
     if config.anew or not known.exists():
@@ -91,6 +93,13 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
             same = set(before or []) <= set(now)
         elif key in ("methods", "backbones"):
             same = all((now or {}).get(name) == spec for name, spec in (before or {}).items())
+        elif key == "teachers":
+            # Sets can be added, and older folders do not tell of any.
+            before = {"sets": 1, **before}
+            same = before["sets"] <= now["sets"] and {**before, "sets": now["sets"]} == now
+        elif key == "search":
+            # Rows can be added with their searches, but none that are there can be chosen anew.
+            same = (before or {}) == searched(config, stored["methods"])
         else:
             same = before == now
         if not same:
@@ -98,18 +107,6 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
                 f"output folder {folder} belongs to another configuration ({key} was {before}): "
                 "give another folder with --output, or make the runs again with --anew"
             )
-
-
-def _train(experiment: Experiment, runs: Sequence[Run], folder: Path, console: Console) -> None:
-    def train(run: Run, on_epoch: OnEpoch) -> None:
-        execute(experiment, run, on_epoch)
-        result = run.result()
-        task = experiment.backbones[run.makes_backbone].task if run.makes_backbone else experiment.task
-        reached = task.validation_score(result.history[-1]) if result.history else "was trained before"
-        score = result.diverged or reached
-        console.print(f"{run.title}: {score}", markup=False, highlight=False)
-
-    train_missing(runs, train, name="compare", epochs=lambda run: run.epochs, folder=folder, console=console)
 
 
 def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Run]) -> str:

@@ -22,7 +22,7 @@ Spec = dict
 # How and where a table is made, what is shown of it: none of its numbers depend on that.
 _HOW = ("output", "workers", "ray", "only", "retry", "anew", "baseline", "confidence")
 # What stands inside of a spec; jsonargparse sets the keys of a plain dict, but not those of a dict in it.
-_INSIDE = re.compile(r"--(data|student|methods|supervised|backbones|optimizer|lr_scheduler)\.")
+_INSIDE = re.compile(r"--(data|student|methods|supervised|backbones|optimizer|lr_scheduler|search)\.")
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,13 @@ class CompareConfig:
         precision: the Trainer's.
         gradient_clip_val: the Trainer's: the norm that the gradients of every run are cut down to; ``None``: none.
         teachers_store: what of the teachers' answers is kept; ``None``: nothing, they run beside every student.
-        search: by row, lists of values to try, by the name of an option in its ``init_args``, or by a dotted path from
-            the row or, for the optimiser, from the top: ``alone: {optimizer.init_args.lr: [0.1, 0.03]}``.
-        trials: how many combinations each row tries; ``None``: as many as the row with most of them has.
+        search: by row, lists of values to try, by the name of an option in its ``init_args`` or a dotted path there
+            (``distance.init_args.p``), in its ``paraphrasers``, or in the optimiser or the schedule that it has or that
+            stand at the top: ``alone: {optimizer.init_args.lr: [0.1, 0.03]}``. The combination whose validation is best
+            after the last epoch, as a mean over ``search_seeds``, under the first set of teachers, is the row's in the
+            table. The teachers keep what they have.
+        trials: how many combinations each of these rows tries, drawn from those that it has; ``None``: all, and all
+            rows have as many.
         search_seeds: of the trials; none of ``seeds``. ``None``: one that is none of these.
         baseline: the row that the others' differences are taken from.
         confidence: whether the table has columns of how far confidences can be trusted.
@@ -128,7 +132,7 @@ class CompareConfig:
     precision: str = "32"
     gradient_clip_val: float | None = None
     teachers_store: StoreConfig | None = StoreConfig()
-    search: dict[str, dict[str, list[Any]]] | None = None
+    search: dict[str, Spec] | None = None
     trials: int | None = None
     search_seeds: list[int] | None = None
     baseline: str = ALONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import ALONE, Row, rows_of
 from distill_lightning.studies.compare.specs import filled, find, parsed, remembering_warnings, set_up, told_by
 from distill_lightning.studies.compare.tasks import task_of
+from distill_lightning.studies.compare.trials import Options, trials_of, with_options
 from distill_lightning.studies.data import splits_of
 
 
@@ -70,31 +72,10 @@ class Experiment:
             parsed(key, nn.Module, _filled_teacher(key, spec, known)) for key, spec in _teacher_specs(config.teachers)
         ]
         self._student = self._parsed_student()
-        supervised = {"class_path": f"distill_lightning.{self.task.module}", **(config.supervised or {})}
-        supervised.pop("backbone", None)
-        self._supervised = parsed(
-            "supervised", Callable[[nn.Module], DistillationModule], filled("supervised", supervised, known)
-        )
-        self._methods = {
-            name: parsed(
-                f"methods.{name}",
-                Callable[[nn.Module, Sequence[nn.Module]], DistillationModule]
-                if self._takes_teachers(name)
-                else Callable[[nn.Module], DistillationModule],
-                filled(
-                    f"methods.{name}", {key: spec[key] for key in ("class_path", "init_args") if key in spec}, known
-                ),
-            )
-            for name, spec in config.methods.items()
-        }
+        self._supervised = self._parsed_supervised()
+        self._methods = {name: self._parsed_method(name) for name in config.methods}
         self._paraphrasers = {
-            name: parsed(
-                f"methods.{name}.paraphrasers",
-                Callable[[Sequence[nn.Module]], ParaphraserModule],
-                filled(f"methods.{name}.paraphrasers", _paraphraser_spec(name, spec), known),
-            )
-            for name, spec in config.methods.items()
-            if "paraphrasers" in spec
+            name: self._parsed_paraphrasers(name) for name, spec in config.methods.items() if "paraphrasers" in spec
         }
         self._try()
 
@@ -125,6 +106,47 @@ class Experiment:
     def _parsed_student(self, backbone: Path | None = None) -> Callable[[], Any]:
         spec = with_backbone(self.config.student, self._known, backbone)
         return parsed("student", nn.Module, filled("student", spec, self._known))
+
+    def _parsed_supervised(self) -> Callable[[], Any]:
+        spec = {"class_path": f"distill_lightning.{self.task.module}", **(self.config.supervised or {})}
+        spec.pop("backbone", None)
+        kind = Callable[[nn.Module], DistillationModule]
+        return parsed("supervised", kind, filled("supervised", spec, self._known))
+
+    def _parsed_method(self, name: str) -> Callable[[], Any]:
+        given = self.config.methods[name]
+        spec = {key: given[key] for key in ("class_path", "init_args") if key in given}
+        kind = (
+            Callable[[nn.Module, Sequence[nn.Module]], DistillationModule]
+            if self._takes_teachers(name)
+            else Callable[[nn.Module], DistillationModule]
+        )
+        return parsed(f"methods.{name}", kind, filled(f"methods.{name}", spec, self._known))
+
+    def _parsed_paraphrasers(self, name: str) -> Callable[[], Any]:
+        spec = filled(f"methods.{name}.paraphrasers", _paraphraser_spec(name, self.config.methods[name]), self._known)
+        return parsed(f"methods.{name}.paraphrasers", Callable[[Sequence[nn.Module]], ParaphraserModule], spec)
+
+    def with_options(self, row: Row, options: Options) -> Experiment:
+        """The same comparison, in which a row has other options: a trial of its search, or what was chosen by it.
+
+        Raises:
+            ArgumentError: the row's class does not take them.
+            InputError: there is no such option.
+        """
+        changed = copy.copy(self)
+        changed.use(row, options)
+        return changed
+
+    def use(self, row: Row, options: Options) -> None:
+        """Give a row other options from now on; see `with_options`."""
+        self.config = with_options(self.config, row, options)
+        if row.method is None:
+            self._supervised = self._parsed_supervised()
+            return
+        self._methods = {**self._methods, row.method: self._parsed_method(row.method)}
+        if row.method in self._paraphrasers:
+            self._paraphrasers = {**self._paraphrasers, row.method: self._parsed_paraphrasers(row.method)}
 
     def supervised(self, network: nn.Module) -> DistillationModule:
         """Plain training, of a teacher or of the student alone."""
@@ -180,6 +202,7 @@ class Experiment:
 
     def _try(self) -> None:
         """Build everything once, so that nothing is found wrong after hours of training."""
+        trials = trials_of(self.config, self.rows)
         with torch.random.fork_rng(devices=[]):
             teachers = [self.teacher(number + 1) for number in range(self.config.number_of_teachers)]
             for (key, _), teacher in zip(_teacher_specs(self.config.teachers), teachers, strict=False):
@@ -188,11 +211,21 @@ class Experiment:
             for name in sorted({row.backbone for row in self.rows if row.backbone is not None}):
                 self.backbones[name].try_on(self.student)
             for row in self.rows:
-                with refused_at("supervised" if row.method is None else f"methods.{row.method}"):
-                    own = [self.student()] if isinstance(row.teachers, str) else teachers[: row.teachers]
-                    paraphrasers = self.paraphrasers(row, own)
-                    given = None if paraphrasers is None else list(paraphrasers.paraphrasers)
-                    check_optimizer(self.method(row, self.student(), own, given))
+                own = [self.student()] if isinstance(row.teachers, str) else teachers[: row.teachers]
+                self.try_row(row, own)
+                for options in trials.get(row.name, []):
+                    self.with_options(row, options).try_row(row, own)
+
+    def try_row(self, row: Row, teachers: Sequence[nn.Module]) -> None:
+        """Build a row's module, so that what is wrong with it is said.
+
+        Raises:
+            InputError: networks, layers and options that do not fit together.
+        """
+        with refused_at("supervised" if row.method is None else f"methods.{row.method}"):
+            paraphrasers = self.paraphrasers(row, teachers)
+            given = None if paraphrasers is None else list(paraphrasers.paraphrasers)
+            check_optimizer(self.method(row, self.student(), teachers, given))
 
 
 def _teacher_specs(teachers: TeachersConfig) -> list[tuple[str, Spec]]:

@@ -30,8 +30,9 @@ from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import Row
-from distill_lightning.studies.compare.runs import TEACHER_SEED, Run, RunResult
+from distill_lightning.studies.compare.runs import TEACHER_SEED, Run, RunResult, seed_in_set
 from distill_lightning.studies.compare.scored_task import ScoredTask
+from distill_lightning.studies.compare.search import options_of
 from distill_lightning.studies.data import DataWatch
 from distill_lightning.studies.progress import EpochCounter, OnEpoch
 
@@ -59,13 +60,8 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
         module.export_backbone(run.backbone_file)
     else:
         module.export_student(run.student_file)
-        if isinstance(experiment.task, ScoredTask):
-            scores = _scores(experiment, experiment.task, run, module, keeper)
-        else:
-            outputs = {"last": _test_outputs(experiment, module)}
-            module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
-            outputs["selected"] = _test_outputs(experiment, module)
-            write_tensors(run.folder / "test_logits.safetensors", outputs)
+        # What is chosen by a search must not have seen them.
+        scores = {} if run.in_search else _tested(experiment, run, module, keeper)
     size = _size_of(module.student)
     signatures = dict(getattr(module, "signatures", {}))
     history = keeper.history
@@ -81,6 +77,24 @@ def _evaluate_given(experiment: Experiment, run: Run) -> None:
     # safetensors refuses tensors that share their memory.
     write_tensors(run.folder / "test_logits.safetensors", {"last": outputs, "selected": outputs.clone()})
     _write_result(run, RunResult(_size_of(module.student), 0, [], made_with()))
+
+
+def _tested(
+    experiment: Experiment, run: Run, module: DistillationModule, keeper: RunKeeper
+) -> dict[str, dict[str, float]]:
+    """What a run scored on the test samples; where that is computed from outputs, these are kept instead."""
+    if isinstance(experiment.task, ScoredTask):
+        return _scores(experiment, experiment.task, run, module, keeper)
+    outputs = {"last": _test_outputs(experiment, module)}
+    module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
+    outputs["selected"] = _test_outputs(experiment, module)
+    write_tensors(run.folder / "test_logits.safetensors", outputs)
+    return {}
+
+
+def give_up(experiment: Experiment, run: Run, why: str) -> None:
+    """Leave a result that says why a run has no scores."""
+    _write_result(run, RunResult(_size_of(experiment.student()), 0, [], made_with(), failed=why))
 
 
 def _scores(
@@ -119,9 +133,12 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
         NonFiniteError: its numbers, or those of a run that it learns from, were not finite.
     """
     for other in (*run.teachers, run.initial, run.backbone):
-        if other is not None and other.result().diverged:
+        if other is not None and other.result().without_scores:
             raise NonFiniteError(f"{other.title}, from which it learns, has no finite numbers")
     run.folder.mkdir(parents=True, exist_ok=True)
+    options = options_of(run, experiment.task)
+    if run.row is not None and options:
+        experiment = experiment.with_options(run.row, options)
     networks = [
         Pretrained(
             experiment.teacher(teacher.number) if teacher.is_teacher else experiment.student(), teacher.student_file
@@ -133,7 +150,7 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
     module = _module(experiment, run, networks, paraphrasers)
     source = experiment.backbones[run.makes_backbone] if run.makes_backbone else experiment
     task = source.task
-    keeper = RunKeeper(run.folder, seed=run.seed, monitor=task.monitor, mode=task.mode)
+    keeper = RunKeeper(run.folder, seed=run.order_seed, monitor=task.monitor, mode=task.mode)
     callbacks = [keeper, EpochCounter(on_epoch), DataWatch(run.title, source.splits)]
     trainer = make_trainer(experiment.config, max_epochs=run.epochs, callbacks=callbacks)
     checkpoint = str(run.checkpoint) if run.checkpoint.exists() else None
@@ -145,7 +162,7 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
         for text in source.warned:
             # It was said when the comparison began.
             warnings.filterwarnings("ignore", message=re.escape(text))
-        trainer.fit(module, datamodule=source.data(order_seed=run.seed), ckpt_path=checkpoint)
+        trainer.fit(module, datamodule=source.data(order_seed=run.order_seed), ckpt_path=checkpoint)
     if len(keeper.history) < run.epochs:
         # Lightning may return from an interrupted fit as if it had ended.
         raise KeyboardInterrupt(f"{run.title} was interrupted")
@@ -169,7 +186,8 @@ def _module(
 def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module]) -> list[nn.Module] | None:
     """A row's paraphrasers: trained once for all seeds under the same teachers, or for each seed under a student."""
     row = cast("Row", run.row)
-    torch.manual_seed(TEACHER_SEED)
+    seed = seed_in_set(TEACHER_SEED, run.teacher_set)
+    torch.manual_seed(seed)
     module = experiment.paraphrasers(row, teachers)
     if module is None:
         return None
@@ -182,7 +200,7 @@ def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module
         epochs = experiment.config.methods[cast("str", row.method)]["paraphrasers"]["epochs"]
         watch = DataWatch(f"the paraphrasers of {run.name}", experiment.splits)
         trainer = make_trainer(experiment.config, max_epochs=epochs, enable_checkpointing=False, callbacks=[watch])
-        trainer.fit(module, datamodule=experiment.data(order_seed=TEACHER_SEED))
+        trainer.fit(module, datamodule=experiment.data(order_seed=seed))
         if trainer.current_epoch < epochs:
             raise KeyboardInterrupt(f"the paraphrasers of {run.name} were interrupted")
         write_tensors(file, module.paraphrasers.state_dict())

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from distill_lightning import SmallCNN, SmallResNet
 from distill_lightning.cli import main
-from distill_lightning.studies.compare import command
+from distill_lightning.studies.compare import command, pool
 from distill_lightning.studies.compare.config import CompareConfig, TeachersConfig, parse_config
 from distill_lightning.studies.compare.experiment import Experiment
-from distill_lightning.studies.compare.runs import plan
+from distill_lightning.studies.compare.plan import plan
 
 pytestmark = pytest.mark.slow
 
@@ -71,18 +71,18 @@ def compare(folder, config, *arguments):
 
 
 def test_unlike_teachers_are_rows_and_teach_but_are_not_trained(tmp_path, config, monkeypatch):
-    trained, execute = [], command.execute
+    trained, execute = [], pool.execute
 
     def watched(experiment, run, on_epoch):
         execute(experiment, run, on_epoch)
         trained.append((run.name, run.is_given, len(run.result().history)))
 
-    monkeypatch.setattr(command, "execute", watched)
+    monkeypatch.setattr(pool, "execute", watched)
     shown = compare(tmp_path, config)
     assert trained == [
         ("teacher_1", True, 0), ("teacher_2", True, 0), ("alone", False, 1), ("kd_one", False, 1), ("feed", False, 1)
     ]  # fmt: skip
-    assert "teacher_1: was trained before" in shown
+    assert "teacher_1: done" in shown
     rows = {row["method"]: row for row in csv.DictReader((tmp_path / "out/teachers.csv").read_text().splitlines())}
     experiment = Experiment(parse_config([written(tmp_path, config)]))
     for name, file, network in (
