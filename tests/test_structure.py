@@ -229,18 +229,18 @@ ROOMS = {
         compare compress export doctor
     """,
     "studies/compare": """
-        rows task
+        rows task constructors foreign_data
         trials
         checks
         config
-        outputs_task paired scored_task specs
-        tasks
+        outputs_task paired scored_task specs subject
+        foreign tasks
         backbones
         experiment
         runs
         plan search trained_teachers
         runner
-        pool
+        pool trial
         measures
         report
         command

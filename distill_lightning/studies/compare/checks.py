@@ -12,7 +12,7 @@ from distill_lightning.studies.compare.trials import check_search
 if TYPE_CHECKING:
     from distill_lightning.studies.compare.config import CompareConfig, Spec, TeachersConfig
 
-METHOD_KEYS = ("class_path", "init_args", "teachers", "stages", "initial", "paraphrasers", "backbone")
+METHOD_KEYS = ("class_path", "init_args", "teachers", "stages", "initial", "paraphrasers", "backbone", "evaluate")
 BACKBONE_KEYS = ("class_path", "init_args", "data", "epochs", "optimizer", "lr_scheduler")
 
 

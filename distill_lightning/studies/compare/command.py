@@ -21,6 +21,7 @@ from distill_lightning.studies.compare.report import Report, as_list
 from distill_lightning.studies.compare.runner import make_trainer
 from distill_lightning.studies.compare.runs import Run
 from distill_lightning.studies.compare.trained_teachers import refuse_other_teachers, refuse_untrained
+from distill_lightning.studies.compare.trial import try_runs
 from distill_lightning.studies.compare.trials import searched
 from distill_lightning.studies.data import keep_data, refuse_other_data, remove_runs
 from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
@@ -54,6 +55,7 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     data = {_DATA: experiment.splits}
     data |= {f"{_DATA} of backbone {name}": backbone.splits for name, backbone in experiment.backbones.items()}
     runs = plan(experiment, folder)
+    try_runs(experiment, [run for run in runs if config.anew or not run.is_finished])
     if config.anew:
         remove_runs(folder)
     elif any(folder.glob("runs/*")):

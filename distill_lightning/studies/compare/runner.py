@@ -22,17 +22,20 @@ import distill_lightning
 from distill_lightning.callbacks import RunKeeper, write_checkpoints_whole
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import NonFiniteError, refusing
-from distill_lightning.modules import DistillationModule
+from distill_lightning.lightning_internals import epochs_in
 from distill_lightning.networks import Pretrained
 from distill_lightning.networks.weights import read_checkpoint
 from distill_lightning.storage import write_tensors, write_whole
 from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
+from distill_lightning.studies.compare.foreign import LossGuard, SubjectKeeper
+from distill_lightning.studies.compare.foreign_data import Prepared
 from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import Row
 from distill_lightning.studies.compare.runs import TEACHER_SEED, Run, RunResult, seed_in_set
 from distill_lightning.studies.compare.scored_task import ScoredTask
 from distill_lightning.studies.compare.search import options_of
+from distill_lightning.studies.compare.subject import Subject
 from distill_lightning.studies.data import DataWatch
 from distill_lightning.studies.progress import EpochCounter, OnEpoch
 
@@ -49,7 +52,7 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
         _evaluate_given(experiment, run)
         return
     try:
-        module, keeper = _trained(experiment, run, on_epoch)
+        subject, keeper = _trained(experiment, run, on_epoch)
     except NonFiniteError as error:
         if run.is_teacher:
             raise NonFiniteError(f"{run.title} is to teach the others: {error}") from error
@@ -57,13 +60,13 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
         return
     scores: dict[str, dict[str, float]] = {}
     if run.makes_backbone:
-        module.export_backbone(run.backbone_file)
+        subject.module.export_backbone(run.backbone_file)
     else:
-        module.export_student(run.student_file)
+        subject.export(run.student_file)
         # What is chosen by a search must not have seen them.
-        scores = {} if run.in_search else _tested(experiment, run, module, keeper)
-    size = _size_of(module.student)
-    signatures = dict(getattr(module, "signatures", {}))
+        scores = {} if run.in_search else _tested(experiment, run, subject, keeper)
+    size = _size_of(subject.kept)
+    signatures = dict(getattr(subject.module, "signatures", {}))
     history = keeper.history
     _write_result(run, RunResult(size, keeper.selected_epoch, history, made_with(), "", scores, signatures))
 
@@ -71,23 +74,22 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
 def _evaluate_given(experiment: Experiment, run: Run) -> None:
     """Keep the weights of a teacher that is trained already, and its outputs on the test samples."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    module = experiment.supervised(experiment.teacher(run.number))
-    module.export_student(run.student_file)
-    outputs = _test_outputs(experiment, module)
+    network = experiment.teacher(run.number)
+    subject = experiment.subject(None, experiment.supervised(network), network)
+    subject.export(run.student_file)
+    outputs = _test_outputs(experiment, subject)
     # safetensors refuses tensors that share their memory.
     write_tensors(run.folder / "test_logits.safetensors", {"last": outputs, "selected": outputs.clone()})
-    _write_result(run, RunResult(_size_of(module.student), 0, [], made_with()))
+    _write_result(run, RunResult(_size_of(subject.kept), 0, [], made_with()))
 
 
-def _tested(
-    experiment: Experiment, run: Run, module: DistillationModule, keeper: RunKeeper
-) -> dict[str, dict[str, float]]:
+def _tested(experiment: Experiment, run: Run, subject: Subject, keeper: RunKeeper) -> dict[str, dict[str, float]]:
     """What a run scored on the test samples; where that is computed from outputs, these are kept instead."""
     if isinstance(experiment.task, ScoredTask):
-        return _scores(experiment, experiment.task, run, module, keeper)
-    outputs = {"last": _test_outputs(experiment, module)}
-    module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
-    outputs["selected"] = _test_outputs(experiment, module)
+        return _scores(experiment, experiment.task, run, subject, keeper)
+    outputs = {"last": _test_outputs(experiment, subject)}
+    subject.evaluated.load_state_dict(load_file(run.folder / "selected.safetensors"))
+    outputs["selected"] = _test_outputs(experiment, subject)
     write_tensors(run.folder / "test_logits.safetensors", outputs)
     return {}
 
@@ -98,21 +100,21 @@ def give_up(experiment: Experiment, run: Run, why: str) -> None:
 
 
 def _scores(
-    experiment: Experiment, task: ScoredTask, run: Run, module: DistillationModule, keeper: RunKeeper
+    experiment: Experiment, task: ScoredTask, run: Run, subject: Subject, keeper: RunKeeper
 ) -> dict[str, dict[str, float]]:
     """What a test logs with the weights after the last epoch, and with those of the selected one."""
 
     def tested() -> dict[str, float]:
         # With the data module: that is where a module looks for how tokens are read, and classes called.
         trainer = make_trainer(experiment.config)
-        trainer.test(module, datamodule=experiment.sample, verbose=False)
+        trainer.test(subject.module, datamodule=experiment.sample, verbose=False)
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        return task.scores_of(type(module).__name__, logged)
+        return task.scores_of(type(subject.module).__name__, logged)
 
     last = tested()
     if keeper.selected_epoch == run.epochs:
         return {"last": last, "selected": last}
-    module.student.load_state_dict(load_file(run.folder / "selected.safetensors"))
+    subject.evaluated.load_state_dict(load_file(run.folder / "selected.safetensors"))
     return {"last": last, "selected": tested()}
 
 
@@ -126,8 +128,8 @@ def _size_of(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[DistillationModule, RunKeeper]:
-    """A run's module after its last epoch, and what its epochs logged.
+def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Subject, RunKeeper]:
+    """What a run's module is evaluated by after its last epoch, and what its epochs logged.
 
     Raises:
         NonFiniteError: its numbers, or those of a run that it learns from, were not finite.
@@ -147,40 +149,46 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
     ]
     paraphrasers = None if run.row is None else _paraphrasers(experiment, run, networks)
     torch.manual_seed(run.initial_seed)
-    module = _module(experiment, run, networks, paraphrasers)
+    subject = _subject(experiment, run, networks, paraphrasers)
     source = experiment.backbones[run.makes_backbone] if run.makes_backbone else experiment
     task = source.task
-    keeper = RunKeeper(run.folder, seed=run.order_seed, monitor=task.monitor, mode=task.mode)
+    keeper = SubjectKeeper(run.folder, seed=run.order_seed, task=task, subject=subject)
     callbacks = [keeper, EpochCounter(on_epoch), DataWatch(run.title, source.splits)]
+    if not subject.is_own:
+        callbacks.append(LossGuard())
     trainer = make_trainer(experiment.config, max_epochs=run.epochs, callbacks=callbacks)
-    checkpoint = str(run.checkpoint) if run.checkpoint.exists() else None
-    if checkpoint is not None:
-        read_checkpoint(run.checkpoint)
+    checkpoint, first_epoch = None, 0
+    if run.checkpoint.exists():
+        checkpoint, first_epoch = str(run.checkpoint), epochs_in(read_checkpoint(run.checkpoint)) or 0
     with warnings.catch_warnings():
         # A run killed between its last checkpoint and its result resumes with nothing left to train.
         warnings.filterwarnings("ignore", message=".*has already.*max_epochs.*")
+        # The validation of a module that has none is the keeper's.
+        warnings.filterwarnings("ignore", message=".*have no `validation_step`.*")
         for text in source.warned:
             # It was said when the comparison began.
             warnings.filterwarnings("ignore", message=re.escape(text))
-        trainer.fit(module, datamodule=source.data(order_seed=run.order_seed), ckpt_path=checkpoint)
+        data = source.data(order_seed=run.order_seed, first_epoch=first_epoch)
+        trainer.fit(subject.module, datamodule=data, ckpt_path=checkpoint)
     if len(keeper.history) < run.epochs:
         # Lightning may return from an interrupted fit as if it had ended.
         raise KeyboardInterrupt(f"{run.title} was interrupted")
-    return module, keeper
+    return subject, keeper
 
 
-def _module(
+def _subject(
     experiment: Experiment, run: Run, teachers: Sequence[nn.Module], paraphrasers: Sequence[nn.Module] | None
-) -> DistillationModule:
-    """A run's module before its training; the random state is set."""
+) -> Subject:
+    """A run's module before its training, and what of it is evaluated; the random state is set."""
     if run.makes_backbone:
-        return experiment.backbones[run.makes_backbone].module()
+        return Subject(f"backbones.{run.makes_backbone}", experiment.backbones[run.makes_backbone].module())
     if run.row is None:
-        return experiment.supervised(experiment.teacher())
+        network = experiment.teacher(run.number)
+        return experiment.subject(None, experiment.supervised(network), network)
     student = experiment.student(None if run.backbone is None else run.backbone.backbone_file)
     if run.initial is not None:
         student = Pretrained(student, run.initial.student_file)
-    return experiment.method(run.row, student, teachers, paraphrasers)
+    return experiment.subject(run.row, experiment.method(run.row, student, teachers, paraphrasers), student)
 
 
 def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module]) -> list[nn.Module] | None:
@@ -235,10 +243,11 @@ def made_with() -> str:
     )
 
 
-def _test_outputs(experiment: Experiment, module: DistillationModule) -> Tensor:
-    outputs = make_trainer(experiment.config).predict(module, dataloaders=experiment.sample.test_dataloader())
-    output = module.output.laid_out(torch.cat(cast("list[Tensor]", outputs)).float().cpu())
-    return cast("OutputsTask", experiment.task).flat_output(module.output.prediction(output))
+def _test_outputs(experiment: Experiment, subject: Subject) -> Tensor:
+    judge = subject.judge(experiment.sample)
+    outputs = make_trainer(experiment.config).predict(judge, datamodule=Prepared(experiment.sample, predicts="test"))
+    output = judge.output.laid_out(torch.cat(cast("list[Tensor]", outputs)).float().cpu())
+    return cast("OutputsTask", experiment.task).flat_output(judge.output.prediction(output))
 
 
 def make_trainer(config: CompareConfig, **options: Any) -> pl.Trainer:

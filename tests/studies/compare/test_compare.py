@@ -297,8 +297,8 @@ SYSTEM = {"class_path": "os.system", "init_args": {"command": "touch owned"}}
         (lambda c: c["lr_scheduler"].update(init_args={"warmup": 30}), "warmup is a share of the training"),
         (lambda c: c.update(optimizer=SYSTEM), "supervised.optimizer: os.system makes no Optimizer"),
         (lambda c: c.update(lr_scheduler=SYSTEM), "supervised.lr_scheduler: os.system makes no LRScheduler or Reduce"),
-        (lambda c: c.update(supervised=SYSTEM), "supervised: os.system makes no DistillationModule"),
-        (lambda c: c["methods"].update(feed=SYSTEM), "methods.feed: os.system makes no DistillationModule"),
+        (lambda c: c.update(supervised=SYSTEM), "supervised: os.system makes no LightningModule"),
+        (lambda c: c["methods"].update(feed=SYSTEM), "methods.feed: os.system makes no LightningModule"),
         (lambda c: c["student"].update(init_args=[1]), "student: expected a class_path and init_args with its arg"),
     ],
 )  # fmt: skip
