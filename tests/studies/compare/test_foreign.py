@@ -6,7 +6,6 @@ import io
 import json
 import re
 import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -19,7 +18,10 @@ from distill_lightning.cli import main
 from distill_lightning.studies.compare import command
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
+from distill_lightning.studies.compare.foreign import SubjectKeeper
+from distill_lightning.studies.compare.plan import plan
 from distill_lightning.studies.compare.runner import load_test_targets
+from distill_lightning.studies.compare.trial import try_runs
 
 pytestmark = [
     pytest.mark.slow,
@@ -176,9 +178,41 @@ class Behind(Plain):
         super().__init__(model, lr)
 
 
+class Untested(Bars):
+    test_dataloader = pl.LightningDataModule.test_dataloader
+
+
+class Shuffled(Bars):
+    def test_dataloader(self):
+        return DataLoader(self.test, batch_size=25, shuffle=True)
+
+
+class Places(Bars):
+    """Where the bar is, as a number."""
+
+    num_classes = None
+    num_targets = 1
+
+    def setup(self, stage=None):
+        super().setup(stage)
+        for split in (self.train, self.val, self.test):
+            split.labels = 1.0 * split.labels[:, None]
+
+
+class Points(Alone):
+    """Predicts a number without a variance."""
+
+    def __init__(self, width: int):
+        super().__init__(width, 1)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.mse_loss(self(x), y)
+
+
 class Short(Alone):
     def __init__(self, width: int):
-        super().__init__(width, 3)
+        super().__init__(width, 5)
 '''
 
 CONFIG = {
@@ -247,10 +281,7 @@ def test_rows_of_any_module_are_scored_by_what_is_evaluated(tmp_path):
         logits, state = load_file(run / "test_logits.safetensors")["last"], load_file(run / "student.safetensors")
         accuracy = np.mean([int(z.argmax()) == y for z, y in zip(logits, targets.tolist(), strict=True)])
         assert float(row["test_accuracy"]) == pytest.approx(accuracy)
-        if name == "alone_mlp":
-            network = sys.modules["mymodule"].Alone(8, 4)
-        else:
-            network = experiment.student()
+        network = sys.modules["mymodule"].Alone(8, 4) if name == "alone_mlp" else experiment.student()
         network.load_state_dict(state)
         images = torch.cat([image for image, _ in experiment.sample.test_dataloader()])
         with torch.no_grad():
@@ -275,8 +306,8 @@ def test_the_computed_validation_score_is_that_of_the_network(tmp_path):
     module.load_state_dict(load_file(run / "selected.safetensors"))
     data = sys.modules["mymodule"].Bars()
     data.setup()
-    hits = [int(z.argmax()) == int(y) for x, labels in data.val_dataloader() for z, y in zip(module(x), labels)]
-    assert max(scores) == pytest.approx(np.mean(hits))
+    hits = [(module(images).argmax(1) == labels).float() for images, labels in data.val_dataloader()]
+    assert max(scores) == pytest.approx(float(torch.cat(hits).mean()))
 
 
 def test_a_score_that_the_module_logs_comes_first(tmp_path):
@@ -290,20 +321,146 @@ def test_a_score_that_the_module_logs_comes_first(tmp_path):
     assert result["selected_epoch"] == 1
 
 
-def test_batches_that_are_dicts_and_data_that_tell_nothing_make_the_same_table(tmp_path):
-    rows = ("kd", "plain", "distils")
-    scores = [
-        [{k: v for k, v in row.items() if k != "seconds_per_epoch"} for row in compare(tmp_path, change, out=out).values()]
-        for out, change in (
-            ("tuples", only(*rows)),
-            ("dicts", only(*rows, data={"class_path": "mymodule.Bars", "init_args": {"layout": "dict"}})),
-            ("untold", only(*rows, data={"class_path": "mymodule.Untold", "num_classes": 4, "input_shape": [1, 8, 8]})),
-            ("indexed", only("kd", "plain", "distils", data={
-                "class_path": "IndexedDataModule",
-                "init_args": {"datamodule": {"class_path": "mymodule.Bars", "init_args": {"layout": "dict"}}},
-            })),
-        )
-    ]  # fmt: skip
-    assert scores[0] == scores[1] == scores[2]
-    # A dict with an index has a third value, which these modules unpack.
-    assert scores[0] != []
+def test_dicts_and_data_that_tell_nothing_make_the_same_table(tmp_path):
+    """Students of a seed see the data in one order, whoever shuffles them and however their batches look."""
+    untold = {"class_path": "mymodule.Untold", "num_classes": 4, "input_shape": [1, 8, 8]}
+    data = {"class_path": "mymodule.Bars", "init_args": {"layout": "dict"}}
+
+    def table(out, **keys):
+        rows = compare(tmp_path, only("kd", "plain", **keys), out=out).values()
+        return [{name: value for name, value in row.items() if name != "seconds_per_epoch"} for row in rows]
+
+    assert table("tuples") == table("dicts", data=data) == table("untold", data=untold)
+
+
+def test_the_order_of_foreign_data_is_a_function_of_seed_and_epoch(tmp_path):
+    experiment = Experiment(parse_config([written(tmp_path)]))
+
+    def epochs(seed, count, first_epoch=0):
+        data = experiment.data(order_seed=seed, first_epoch=first_epoch)
+        data.setup()
+        loader = data.train_dataloader()
+        for epoch in range(first_epoch, first_epoch + count):
+            if epoch > first_epoch:
+                loader.batch_sampler.sampler.set_epoch(epoch)
+            torch.rand(epoch + 1)
+            yield torch.cat([image.flatten(1).sum(1) for image, _ in loader]).tolist()
+
+    first, second, third = epochs(5, 3)
+    assert first != second != third
+    assert sorted(first) == sorted(second)
+    assert [second, third] == list(epochs(5, 2, first_epoch=1))
+    assert [first] != list(epochs(6, 1))
+
+
+@pytest.mark.parametrize("row", ["plain", "average"])
+def test_a_run_of_a_foreign_module_goes_on_where_it_was_killed(tmp_path, monkeypatch, row):
+    change = only(row, epochs=3)
+    undisturbed = compare(tmp_path, change)[row]
+    save = SubjectKeeper.on_train_epoch_end
+
+    def killed(self, trainer, pl_module):
+        save(self, trainer, pl_module)
+        if f"runs/{row}" in str(self.folder) and trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SubjectKeeper, "on_train_epoch_end", killed)
+    with pytest.raises(SystemExit):
+        compare(tmp_path, change, out="again")
+    assert (tmp_path / f"again/runs/{row}/seed_0/last.ckpt").exists()
+    monkeypatch.setattr(SubjectKeeper, "on_train_epoch_end", save)
+    assert compare(tmp_path, change, out="again")[row]["nll"] == undisturbed["nll"]
+
+
+def test_a_foreign_module_that_diverges_is_a_row_that_says_so(tmp_path):
+    def diverges(config):
+        only("plain")(config)
+        config["methods"]["plain"]["class_path"] = "mymodule.Diverges"
+
+    rows = compare(tmp_path, diverges)
+    assert rows["plain"]["nll"] == "nan" != rows["alone"]["nll"]
+    note = "plain, seed 0: Diverges: train/loss is not finite in batch 0 of epoch 1"
+    assert note in (tmp_path / "out/results.md").read_text()
+
+
+def row(name, **keys):
+    """A change by which there is one row, of a class of the person's file."""
+
+    def change(config):
+        only()(config)
+        config["methods"] = {"row": {"class_path": name if "." in name else f"mymodule.{name}", **keys}}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (row("Breaks"), r"methods.row: Breaks fails in its first step \(mymodule.py, line \d+\): RuntimeError: no"),
+        (row("Plain", evaluate="modle"), "methods.row.evaluate: Plain has no network 'modle'; it has model, dropout"),
+        (row("Silent", init_args={"width": 4}), "methods.row: Silent has no student and no forward: .* evaluate: <att"),
+        (row("Short", init_args={"width": 4}), "methods.row: what is evaluated of Short .* has 5 classes"),
+        (row("Behind", init_args={"lr": 0.1}), "methods.row: Behind takes model behind other arguments"),
+        (row("Alone", init_args={"width": 4}, initial="alone"), "methods.row: .*Alone builds a network of its own: le"),
+        (row("Plain", teachers=1), "methods.row: mymodule.Plain has no teachers: leave out teachers"),
+        (row("Distils", init_args={"lrr": 1}), "methods.row: .*lrr"),
+        (row("distill_lightning.SelfKDModule"), "methods.row: StoredPast needs to know which sample .* no index: wrap"),
+        (lambda c: (only("distils")(c), c["teachers"].update(number=2), c["methods"]["distils"].pop("teachers")),
+         "methods.distils takes one teacher, and the row has 2: let it say teachers: 1"),
+        (lambda c: (only("alone_mlp")(c), c["methods"].update(kd={"class_path": "KDModule", "teachers": "alone_mlp"})),
+         r"methods.kd.teachers: the network of alone_mlp \(Alone\) is not such as the student"),
+        (only(data={"class_path": "mymodule.Bars", "num_classes": 5}), "data.num_classes is 5, and Bars tells 4"),
+        (only(data={"class_path": "mymodule.Untold"}), "data: Untold does not tell its num_classes: give it .* beside"),
+        (only(data={"class_path": "mymodule.Untested"}), "data: Untested has no test_dataloader"),
+        (only(data={"class_path": "mymodule.Shuffled"}), "data: Shuffled shuffles the test samples"),
+        (only(supervised={"class_path": "mymodule.Alone", "init_args": {"width": 4}}), "supervised: .*Alone builds a"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_said_in_one_line_before_anything_is_trained(tmp_path, capsys, change, message):
+    assert main(["compare", written(tmp_path, change), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_trial_draws_no_random_number_and_leaves_the_data_alone(tmp_path):
+    experiment = Experiment(parse_config([written(tmp_path, only("kd", "plain"))]))
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    try_runs(experiment, plan(experiment, tmp_path / "out"))
+    assert torch.equal(torch.rand(3), expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_persons_module_may_train_the_teachers_and_the_student_alone(tmp_path):
+    def supervised(config):
+        only("kd", supervised={"class_path": "mymodule.Plain", "evaluate": "model"})(config)
+        config["methods"]["kd"] = {"class_path": "mymodule.MyKD"}
+
+    compare(tmp_path, supervised)
+    experiment = Experiment(parse_config([written(tmp_path, supervised)]))
+    images = torch.cat([image for image, _ in experiment.sample.test_dataloader()])
+    for name, network in (("teacher_1", experiment.teacher()), ("alone/seed_0", experiment.student())):
+        network.load_state_dict(load_file(tmp_path / f"out/runs/{name}/student.safetensors"))
+        with torch.no_grad():
+            logits = load_file(tmp_path / f"out/runs/{name}/test_logits.safetensors")["last"]
+            assert torch.allclose(network.eval()(images), logits, atol=1e-5)
+
+
+def test_a_point_has_errors_and_no_likelihood(tmp_path):
+    def regression(config):
+        only(data={"class_path": "mymodule.Places"})(config)
+        config["methods"] = {"points": {"class_path": "mymodule.Points", "init_args": {"width": 8}}}
+        config["teachers"]["network"]["class_path"] = "SmallResNet"
+
+    rows = compare(tmp_path, regression)
+    output = load_file(tmp_path / "out/runs/points/seed_0/test_logits.safetensors")["last"]
+    targets = load_test_targets(Experiment(parse_config([written(tmp_path, regression)])))[0]
+    assert targets.shape == (60, 1)
+    errors = [abs(float(mean) - float(target)) for (mean, _), target in zip(output, targets, strict=True)]
+    assert float(rows["points"]["test_mae"]) == pytest.approx(np.mean(errors), rel=1e-5)
+    assert rows["points"]["nll"] == "nan" != rows["alone"]["nll"]
+    history = json.loads((tmp_path / "out/runs/points/seed_0/result.json").read_text())["history"]
+    assert all(np.isfinite(line["val/mae"]) for line in history)
