@@ -229,18 +229,18 @@ ROOMS = {
         compare compress export doctor
     """,
     "studies/compare": """
-        claims rows task
+        claims rows task constructors foreign_data
         trials
         checks
         config
-        outputs_task paired scored_task scores specs
-        tasks
+        outputs_task paired scored_task scores specs subject
+        foreign tasks
         backbones storage
         experiment
         runs
-        plan search
+        plan search trained_teachers
         runner savings
-        attempt
+        attempt trial
         pool sharing
         workers
         pools

@@ -25,6 +25,8 @@ from distill_lightning.studies.compare.runs import Run
 from distill_lightning.studies.compare.savings import told_of_storage
 from distill_lightning.studies.compare.search import search_section, trials_in, write_search
 from distill_lightning.studies.compare.sharing import chosen, forget_failures, refuse_others, stored_config
+from distill_lightning.studies.compare.trained_teachers import refuse_other_teachers, refuse_untrained
+from distill_lightning.studies.compare.trial import try_runs
 from distill_lightning.studies.compare.trials import searched
 from distill_lightning.studies.data import keep_data, refuse_other_data, remove_runs
 from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
@@ -55,10 +57,12 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     _check_folder(folder, config)
     experiment = Experiment(config)
     make_trainer(config)
+    refuse_untrained(experiment)
     data = {_DATA: experiment.splits}
     data |= {f"{_DATA} of backbone {name}": backbone.splits for name, backbone in experiment.backbones.items()}
     runs = plan(experiment, folder)
     wanted = chosen(runs, config)
+    try_runs(experiment, [run for run in wanted if config.anew or not run.is_finished])
     with Presence(folder) as presence:
         # Another call may have come first, and with another configuration.
         _check_folder(folder, config)
@@ -67,6 +71,7 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
             remove_runs(folder)
         elif any(folder.glob("runs/*")):
             refuse_other_data(folder, data)
+            refuse_other_teachers(experiment, runs)
         content = yaml.safe_dump(config.as_plain(), sort_keys=False)
         claim_folder(folder, known=_CONFIG_FILE, content=content, sweeps=presence.is_alone)
         keep_data(folder, data)
@@ -145,6 +150,8 @@ def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Ru
     config = experiment.config
     kept = told_of_storage(experiment.storage, runs)
     made = [f"Data: {_called(config.data)}. Student: {_called(config.student)}."]
+    if config.teachers.given is not None:
+        made.append(f"Teachers, trained before: {'; '.join(map(_called, config.teachers.given))}.")
     if config.teachers.network is not None:
         epochs = config.teachers.epochs or config.epochs
         made.append(f"{config.teachers.number} teachers: {_called(config.teachers.network)}, {epochs} epochs.")

@@ -34,12 +34,16 @@ class TeachersConfig:
         number: how many, each from its own seed.
         epochs: how long each is trained; ``None``: as long as the students.
         sets: how many times so many are trained, every time from other seeds, with students of their own under each.
+        given: networks that are trained already, perhaps of unlike kinds, each by ``class_path`` and ``init_args``, in
+            the place of ``network``: `Pretrained`, or whatever else loads its weights. In the YAML file a list of them
+            stands in the place of all keys. None of them is trained again.
     """
 
     network: Spec | None = None
     number: int = 3
     epochs: int | None = None
     sets: int = 1
+    given: list[Spec] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,8 @@ class CompareConfig:
             gives the student the weights of one of ``backbones``. The student alone is always compared.
         epochs: length of every run.
         seeds: of the students' initial weights and of the order of their data.
-        teachers: the teachers' network and number; without, there are none, and no row but those taught by an earlier
-            one has a class that takes teachers.
+        teachers: the teachers' network and number, or a list of networks that are trained already; without, there are
+            none, and no row but those taught by an earlier one has a class that takes teachers.
         supervised: what trains the teachers and the student alone, perhaps with a ``backbone``; without a
             ``class_path``, `SupervisedModule`, `RegressionModule` where the data have no classes, `TranslationModule`
             or `DetectionModule`.
@@ -144,14 +148,24 @@ class CompareConfig:
     retry: bool = False
     anew: bool = False
 
+    def __post_init__(self) -> None:
+        """A list of networks stands for teachers that are given."""
+        if isinstance(self.teachers, (list, tuple)):
+            object.__setattr__(self, "teachers", TeachersConfig(given=list(self.teachers)))
+
     def as_plain(self) -> dict[str, Any]:
         """Everything that the results depend on, in plain types."""
         plain = dataclasses.asdict(self)
+        if plain["teachers"]["given"] is None:
+            # So that folders that were written before there was this key belong to the same configuration.
+            plain["teachers"].pop("given")
         return {name: value for name, value in plain.items() if name not in _HOW}
 
     @property
     def number_of_teachers(self) -> int:
-        """How many there are."""
+        """How many there are, in each set."""
+        if self.teachers.given is not None:
+            return len(self.teachers.given)
         return 0 if self.teachers.network is None else self.teachers.number
 
 
@@ -184,12 +198,16 @@ def parse_config(arguments: Sequence[str]) -> CompareConfig:
     if parsed.only is not None and any(re.match("--seeds(=|$)", argument) for argument in given):
         # Before the file, which then has the last word.
         only_seeds, parsed = parsed.seeds, parser.parse_args(_seeds_first(given))
-    if not isinstance(parsed.teachers, Namespace):
+    # What is not of its type is left as it is where a group of keys is expected.
+    given_teachers = None if isinstance(parsed.teachers, Namespace) else parsed.pop("teachers")
+    if not isinstance(given_teachers, (list, type(None))):
         raise InputError(
-            "teachers is a network and a number, for example {network: {class_path: SmallResNet}, number: 2}: compare "
-            "trains them itself, all of one kind; for networks that are there, of unlike kinds, see fit and Pretrained"
+            "teachers is a network and a number, for example {network: {class_path: SmallResNet}, number: 2}, or a "
+            f"list of networks that are trained already, got {given_teachers!r}"
         )
     options = vars(parser.instantiate(parsed))
+    if given_teachers is not None:
+        options["teachers"] = given_teachers
     for path, value in changes:
         _change(options, path, value)
     config = CompareConfig(

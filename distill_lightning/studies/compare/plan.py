@@ -91,7 +91,8 @@ class _Set:
     def _teacher(self, count: int) -> Run:
         name, seed = f"teacher_{count}", TEACHER_SEED + count
         config = self.experiment.config
-        return self._run(name, seed, self.folder / name, epochs=config.teachers.epochs or config.epochs)
+        epochs = 0 if config.teachers.given is not None else config.teachers.epochs or config.epochs
+        return self._run(name, seed, self.folder / name, epochs=epochs)
 
     def _run(self, name: str, seed: int, folder: Path, *, row: Row | None = None, epochs: int, **more: Any) -> Run:
         initial_seed = more.pop("initial_seed", seed_in_set(seed, self.number))

@@ -30,7 +30,7 @@ class Run:
         name: the row's, the teacher's or the backbone's.
         seed: which of the comparison's seeds it is of.
         initial_seed: of the initial weights.
-        epochs: its length.
+        epochs: its length; 0 for a teacher that is given.
         folder: where its files are.
         teachers: the runs whose networks teach it.
         initial: the run whose student's weights it begins with.
@@ -74,6 +74,16 @@ class Run:
     def is_teacher(self) -> bool:
         """Whether it makes one of the teachers."""
         return self.row is None and not self.makes_backbone and not self.makes_store
+
+    @property
+    def is_given(self) -> bool:
+        """Whether it makes nothing, and only evaluates a teacher that was trained before."""
+        return self.is_teacher and self.epochs == 0
+
+    @property
+    def number(self) -> int:
+        """The place of a teacher among those of its set, from 1."""
+        return int(self.name.rpartition("_")[2])
 
     @property
     def is_student(self) -> bool:

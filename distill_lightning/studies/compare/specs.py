@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning import LightningDataModule
 
+import distill_lightning
 from distill_lightning.arguments import arguments_of
 from distill_lightning.callables import check_callables, named
 from distill_lightning.errors import InputError
@@ -33,12 +35,25 @@ def parsed(key: str, kind: Any, spec: Spec) -> Callable[[], Any]:
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument(f"--{key}", type=kind, required=True)
-    nested: Any = spec
+    nested: Any = _spelled_out(spec)
     for part in reversed(key.split(".")):
         nested = {part: nested}
     found = parser.parse_object(nested)
     check_callables(key, kind, found[key].as_dict() if isinstance(found[key], Namespace) else found[key])
     return lambda: parser.instantiate(found)[key]
+
+
+def _spelled_out(value: Any) -> Any:
+    """A value of the YAML file in which functions, too, have whole names: parsers know short ones of classes alone."""
+    if isinstance(value, list):
+        return [_spelled_out(part) for part in value]
+    if not isinstance(value, Mapping):
+        return value
+    spelled_out = {name: _spelled_out(part) for name, part in value.items()}
+    path = value.get("class_path")
+    if isinstance(path, str) and "." not in path and inspect.isroutine(named(path)):
+        spelled_out["class_path"] = f"{distill_lightning.__name__}.{path}"
+    return spelled_out
 
 
 def filled(key: str, spec: Spec, known: Mapping[str, Any]) -> Spec:

@@ -192,7 +192,7 @@ def storage_of(experiment: Experiment) -> Storage:
 
 def _modules(experiment: Experiment) -> dict[str, Any]:
     """A module of every row that the comparison's own teachers teach."""
-    teachers = [experiment.teacher() for _ in range(experiment.config.number_of_teachers)]
+    teachers = [experiment.teacher(place + 1) for place in range(experiment.config.number_of_teachers)]
     modules = {}
     for row in experiment.rows:
         if isinstance(row.teachers, int) and row.teachers and row.method is not None:
@@ -214,7 +214,7 @@ def _changing(experiment: Experiment, modules: Mapping[str, DistillationModule])
     for row in experiment.rows:
         if row.name in modules and row.name in trials:
             known = modules[row.name]
-            teachers = [experiment.teacher() for _ in range(len(known.teachers))]
+            teachers = [experiment.teacher(place + 1) for place in range(len(known.teachers))]
             tried = [_module(experiment.with_options(row, options), row, teachers) for options in trials[row.name]]
             if any(_reason(module) or _reads(module) != _reads(known) for module in tried):
                 found[row.name] = "its search changes what is asked"
