@@ -232,14 +232,16 @@ ROOMS = {
         claims rows task
         checks
         config
-        outputs_task paired scored_task specs
+        outputs_task paired scored_task scores specs
         tasks
         backbones
         experiment
         runs
         runner
         attempt
-        pool
+        pool sharing
+        workers
+        pools
         measures
         report
         command

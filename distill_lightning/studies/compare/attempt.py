@@ -61,6 +61,14 @@ def attempt(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> str:
     return ""
 
 
+def clean_up(run: Run) -> None:
+    """Remove what a killed process has left of a run, besides what the run goes on from."""
+    claim = Claim(run.folder)
+    if claim.take() is None:
+        sweep_partial(run.folder, "*")
+        claim.release()
+
+
 def forget(run: Run) -> None:
     """Let a run that has diverged or failed be made from its beginning."""
     for path in (run.checkpoint, run.folder / _ERROR_FILE, run.result_file):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from uuid import uuid4
 
 from distill_lightning.errors import refusing_to_write
@@ -166,6 +166,7 @@ class Presence:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         with refusing_to_write("output"):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = (folder / AT_WORK).open("ab")
@@ -177,8 +178,10 @@ class Presence:
         """Let others in, who have waited: whoever is alone has the folder to himself until then."""
         self._lock(fcntl.LOCK_SH)
 
-    def end(self) -> None:
-        """Leave."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def _lock(self, kind: int) -> bool:

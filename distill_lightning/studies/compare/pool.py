@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -15,7 +16,7 @@ from distill_lightning.studies.compare.attempt import attempt
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.runner import leave_none
 from distill_lightning.studies.compare.runs import Run
-from distill_lightning.studies.progress import COLUMNS, OnEpoch, reporting_interrupts
+from distill_lightning.studies.progress import COLUMNS, reporting_interrupts
 
 _TRIES = 3
 _PAUSE = 0.5
@@ -73,22 +74,11 @@ class Pool(Protocol):
         """End everything that it has begun, at once."""
 
 
-def make(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> Finished:
-    """Make a run in this process, which is what every pool does in the end.
-
-    Args:
-        experiment: builds its objects.
-        run: which; those that it depends on are finished.
-        on_epoch: called with the number of finished epochs, after each.
-    """
-    return Finished(run, elsewhere=attempt(experiment, run, on_epoch))
-
-
 class InProcess:
     """Makes one run after the other, in this process.
 
     Args:
-        experiment: the comparison.
+        experiment: the comparison. Its number of threads per run is set in this process until `close`.
     """
 
     capacity = 1
@@ -97,6 +87,9 @@ class InProcess:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self._next: list[Run] = []
+        self._threads_before = torch.get_num_threads()
+        if experiment.config.threads_per_run is not None:
+            torch.set_num_threads(experiment.config.threads_per_run)
 
     def submit(self, run: Run) -> None:
         """Remember the run; it is made by `wait`."""
@@ -105,10 +98,11 @@ class InProcess:
     def wait(self, on_epoch: OnEpochOf) -> Iterable[Finished]:
         """Make it."""
         run = self._next.pop()
-        return [make(self.experiment, run, lambda epoch: on_epoch(run, epoch))]
+        return [Finished(run, elsewhere=attempt(self.experiment, run, lambda epoch: on_epoch(run, epoch)))]
 
     def close(self) -> None:
-        """Nothing is left to end."""
+        """Give the threads back."""
+        torch.set_num_threads(self._threads_before)
 
 
 def make_all(experiment: Experiment, runs: Sequence[Run], pool: Pool, console: Console) -> None:
@@ -141,6 +135,7 @@ class _Schedule:
         self.at_work: dict[Path, Run] = {}
         self.reached = {run.folder: run.epochs if run.is_finished else 0 for run in runs}
         self.tries = {run.folder: 0 for run in runs}
+        self.not_before = dict.fromkeys(self.reached, 0.0)
         self.bar = progress.add_task("compare", total=sum(run.epochs for run in runs))
 
     def make(self) -> None:
@@ -161,16 +156,22 @@ class _Schedule:
             if run.is_finished:
                 self.waiting.remove(run)
                 self._advance(run, run.epochs)
-            elif self.pool.waits_for_others or all(other.is_finished for other in run.depends_on):
+            elif self._can_begin(run):
                 self.waiting.remove(run)
                 self.at_work[run.folder] = run
                 self._show()
                 self.pool.submit(run)
 
+    def _can_begin(self, run: Run) -> bool:
+        if time.monotonic() < self.not_before[run.folder]:
+            return False
+        return self.pool.waits_for_others or all(other.is_finished for other in run.depends_on)
+
     def _settle(self, finished: Finished) -> None:
         run = self.at_work.pop(finished.run.folder)
         if finished.elsewhere:
             self.waiting.append(run)
+            self.not_before[run.folder] = time.monotonic() + _PAUSE
         elif finished.error is None:
             self._advance(run, run.epochs)
             self._print(f"{run.title}: {self._told(run)}")
