@@ -241,6 +241,8 @@ ROOMS = {
         attempt
         pool sharing
         workers
+        cluster_task
+        cluster
         pools
         measures
         report

@@ -72,7 +72,8 @@ class RayPool:
         self._runs[str(run.folder)] = run
         at_work = {other.folder: task for task, other in self._tasks.items()}
         others = [at_work[other.folder] for other in run.depends_on if other.folder in at_work]
-        task = self._task.options(name=run.title).remote(self._parcel, self._token, run, self._news.actor, *others)
+        make = self._ray.remote(make_there).options(name=run.title, **self._options)
+        task = make.remote(self._parcel, self._token, run, self._news.actor, *others)
         self._tasks[task] = run
 
     def wait(self, on_epoch: OnEpochOf) -> Iterable[Finished]:
@@ -88,8 +89,12 @@ class RayPool:
 
     def close(self) -> None:
         """Interrupt the runs, so that they leave their claims, and end the cluster if it was started here."""
-        if self._news is None:
-            return
+        if self._news is not None:
+            self._cancel()
+        if self._is_ours and self._ray.is_initialized():
+            self._ray.shutdown()
+
+    def _cancel(self) -> None:
         begun = [task for task, run in self._tasks.items() if all(other.is_finished for other in run.depends_on)]
         # Those that wait for others first: they are not to begin.
         for task in reversed(self._tasks):
@@ -99,19 +104,20 @@ class RayPool:
             self._ray.cancel(task, force=True)
         self._news.shutdown(force=True)
         self._tasks, self._held, self._news = {}, [], None
-        if self._is_ours:
-            self._ray.shutdown()
 
     def _connect(self) -> None:
         ray, config = self._ray, self.experiment.config
         if self._is_ours:
-            started = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if self.address == LOCAL else {}
+            started = (
+                {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if self.address == LOCAL else {}
+            )
             # A cluster that is started here tells nobody of it.
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             with refusing(f"ray: {self.address}", ConnectionError, RuntimeError, ValueError):
                 ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, **started)
         needs = needs_of_a_run(config.accelerator, self._threads, ray.nodes())
-        self._task = ray.remote(make_there).options(max_retries=0, runtime_env=_environment(self._threads), **needs)
+        # Who tries a run again, and how often, is the schedule's business.
+        self._options = {"max_retries": 0, "runtime_env": _environment(self._threads), **needs}
         backbones = {name: backbone.splits for name, backbone in self.experiment.backbones.items()}
         parcel = Parcel(config, Path.cwd(), self._threads, self.experiment.splits, backbones)
         with refusing(
