@@ -48,7 +48,7 @@ def _check_work(config: CompareConfig) -> None:
     check_count("workers", config.workers, at_least=1)
     if config.ray is not None and config.workers > 1:
         raise InputError(
-            f"workers is {config.workers}, but how many runs a Ray cluster makes at a time is its own affair: leave it out"
+            f"workers is {config.workers}, but how many runs a Ray cluster makes at a time is its affair: leave it out"
         )
     if config.threads_per_run is not None:
         check_count("threads_per_run", config.threads_per_run, at_least=1)

@@ -28,7 +28,7 @@ _SECONDS = 1.0
 _GRACE = 10.0
 _PATIENCE = 5.0
 # Little goes through Ray: what the runs leave is in the folder.
-_OBJECT_STORE = 100 * 2**20
+_STARTED = {"include_dashboard": False, "object_store_memory": 100 * 2**20}
 
 
 class RayPool:
@@ -108,9 +108,7 @@ class RayPool:
     def _connect(self) -> None:
         ray, config = self._ray, self.experiment.config
         if self._is_ours:
-            started = (
-                {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if self.address == LOCAL else {}
-            )
+            started = _STARTED if self.address == LOCAL else {}
             # A cluster that is started here tells nobody of it.
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             with refusing(f"ray: {self.address}", ConnectionError, RuntimeError, ValueError):

@@ -135,8 +135,8 @@ def _experiment(parcels: Sequence[Any], token: str) -> Experiment:
 def _check_shared(file: Path) -> None:
     if not appears(file):
         raise InputError(
-            f"ray: {socket.gethostname()} does not see {file.absolute()}: give a folder with --output that all machines "
-            "of the cluster share under the same path"
+            f"ray: {socket.gethostname()} does not see {file.absolute()}: give a folder with --output that all "
+            "machines of the cluster share under the same path"
         )
 
 
@@ -149,9 +149,9 @@ def _check_same(name: str, known: Splits, present: Splits) -> None:
         )
 
 
-def appears(file: Path, *, within: float = _LATE) -> bool:
+def appears(file: Path) -> bool:
     """Whether a file that another machine has written is seen here, perhaps after a while."""
-    until = time.monotonic() + within
+    until = time.monotonic() + _LATE
     while not file.exists():
         if time.monotonic() > until:
             return False
