@@ -243,6 +243,8 @@ ROOMS = {
         attempt trial
         pool sharing
         workers
+        cluster_task
+        cluster
         pools
         measures
         report

@@ -45,6 +45,10 @@ def _check_work(config: CompareConfig) -> None:
     if unknown:
         raise InputError(f"seeds: {unknown} are none of the comparison's, {config.seeds}, of which only some are made")
     check_count("workers", config.workers, at_least=1)
+    if config.ray is not None and config.workers > 1:
+        raise InputError(
+            f"workers is {config.workers}, but how many runs a Ray cluster makes at a time is its affair: leave it out"
+        )
     if config.threads_per_run is not None:
         check_count("threads_per_run", config.threads_per_run, at_least=1)
 

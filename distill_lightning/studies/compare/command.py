@@ -56,7 +56,8 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     config = with_threads(config, folder / _CONFIG_FILE)
     _check_folder(folder, config)
     experiment = Experiment(config)
-    make_trainer(config)
+    if config.ray is None:
+        make_trainer(config)
     refuse_untrained(experiment)
     data = {_DATA: experiment.splits}
     data |= {f"{_DATA} of backbone {name}": backbone.splits for name, backbone in experiment.backbones.items()}

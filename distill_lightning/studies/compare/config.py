@@ -111,7 +111,9 @@ class CompareConfig:
         confidence: whether the table has columns of how far confidences can be trusted.
         threads_per_run: of PyTorch, in every run; ``None``: its default. Another number gives other last bits.
         workers: how many runs are made side by side on this machine.
-        ray: address of a Ray cluster that makes the runs, or ``"local"``; ``None``: this machine does.
+        ray: address of a Ray cluster that makes the runs, ``host:port``, ``"auto"`` on one of its machines, or
+            ``"local"`` for one that is started here. They share the folder in which the comparison is called, and
+            ``output``. ``None``: this machine makes the runs.
         only: rows that are to be made, with what they depend on; ``None``: all of them. The report is written by the
             call after which no run is left.
         only_seeds: of these rows' runs that are made; ``None``: those of all seeds. On the command line it is

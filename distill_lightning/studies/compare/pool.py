@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from distill_lightning.studies.progress import COLUMNS, reporting_interrupts
 
 _TRIES = 3
 _PAUSE = 0.5
+_LONGEST = 60
 
 OnEpochOf = Callable[[Run, int], None]
 """Called with a run and the number of its finished epochs, after each."""
@@ -206,4 +208,5 @@ class _Schedule:
     def _show(self) -> None:
         titles = ", ".join(run.title for run in self.at_work.values())
         done = sum(self.reached.values())
-        self.progress.update(self.bar, completed=done, description=titles or "compare")
+        shown = textwrap.shorten(titles, _LONGEST, placeholder=" ...") or "compare"
+        self.progress.update(self.bar, completed=done, description=shown)

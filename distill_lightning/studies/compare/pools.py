@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from distill_lightning.studies.compare.cluster import RayPool
 from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.pool import InProcess, Pool
@@ -18,6 +19,8 @@ from distill_lightning.studies.compare.workers import Processes
 def pool_of(experiment: Experiment) -> Pool:
     """The pool that a comparison's configuration asks for."""
     config = experiment.config
+    if config.ray is not None:
+        return RayPool(experiment, config.ray)
     if config.workers > 1:
         # Without a number, as many as the runs have that were made one after the other.
         return Processes(config, config.workers, config.threads_per_run or torch.get_num_threads())
@@ -28,7 +31,7 @@ def with_threads(config: CompareConfig, known: Path) -> CompareConfig:
     """The configuration with the number of threads that its runs have, of which the last bits of all numbers depend.
 
     Where it says none, it is that of the runs that are there, however many workers have made them; where there are
-    none and there are several workers, these share the processor.
+    none and there are several workers, these share the processor; on a Ray cluster, it is 1.
 
     Args:
         config: the comparison.
@@ -42,6 +45,8 @@ def with_threads(config: CompareConfig, known: Path) -> CompareConfig:
     stored = None if config.anew else stored_config(known)
     if stored is not None:
         return replace(config, threads_per_run=stored.get("threads_per_run"))
+    if config.ray is not None:
+        return replace(config, threads_per_run=1)
     if config.workers == 1:
         return config
     return replace(config, threads_per_run=max(1, _usable_cores() // config.workers))
