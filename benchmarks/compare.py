@@ -76,7 +76,9 @@ class Bench:
         for row in rows:
             table.add_row(*[_shown(value) for value in row.values()])
         self.console.print(table)
-        plain = [{key: list(value) if isinstance(value, Figure) else value for key, value in row.items()} for row in rows]
+        plain = [
+            {key: list(value) if isinstance(value, Figure) else value for key, value in row.items()} for row in rows
+        ]
         self.content["sections"][name] = {"note": note, "rows": plain, "clock": self.clock, "machine": circumstances()}
         self.write()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from distill_lightning.errors import InputError
 from distill_lightning.studies.compare.claims import AT_WORK, Presence
-from distill_lightning.studies.compare.config import CompareConfig
+from distill_lightning.studies.compare.config import CompareConfig, StoreConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.measures import scores_of
 from distill_lightning.studies.compare.paired import LEGEND
@@ -53,8 +54,7 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     """
     console = wide_console(console)
     folder = Path(config.output)
-    config = with_threads(config, folder / _CONFIG_FILE)
-    _check_folder(folder, config)
+    config = _check_folder(folder, with_threads(config, folder / _CONFIG_FILE))
     experiment = Experiment(config)
     if config.ray is None:
         make_trainer(config)
@@ -104,12 +104,18 @@ def _reported(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[s
     return report
 
 
-def _check_folder(folder: Path, config: CompareConfig) -> None:
-    """Refuse a folder of another configuration; methods, backbones, seeds, sets of teachers may be added to it."""
+def _check_folder(folder: Path, config: CompareConfig) -> CompareConfig:
+    """Refuse a folder of another configuration; methods, backbones, seeds, sets of teachers may be added to it.
+
+    Returns:
+        The configuration; of a folder that was begun before there were stores, without one.
+    """
     refuse_foreign_folder(folder, known=_CONFIG_FILE, ignored=AT_WORK)
     stored = None if config.anew else stored_config(folder / _CONFIG_FILE)
     if stored is None:
-        return
+        return config
+    if "teachers_store" not in stored and config.teachers_store == StoreConfig():
+        config = dataclasses.replace(config, teachers_store=None)
     given = yaml.safe_load(yaml.safe_dump(config.as_plain()))
     for key in sorted(stored.keys() | given.keys()):
         before, now = stored.get(key), given.get(key)
@@ -131,6 +137,7 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
                 f"output folder {folder} belongs to another configuration ({key} was {before}): "
                 "give another folder with --output, or make the runs again with --anew"
             )
+    return config
 
 
 def report_of(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[str]) -> Report:
