@@ -229,10 +229,11 @@ ROOMS = {
         compare compress export doctor
     """,
     "studies/compare": """
-        rows task
+        intervals rows task
         checks
         config
         outputs_task paired scored_task scores specs
+        drawn
         tasks
         backbones
         experiment

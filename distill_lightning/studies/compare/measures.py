@@ -16,17 +16,10 @@ from distill_lightning.studies.compare.rows import ALONE
 from distill_lightning.studies.compare.runner import load_test_targets
 from distill_lightning.studies.compare.runs import Run
 from distill_lightning.studies.compare.scored_task import ScoredTask
-from distill_lightning.studies.compare.scores import Bins, Score, Scores, Section
+from distill_lightning.studies.compare.scores import GAP, Bins, Score, Scores, Section, selected_name
 from distill_lightning.studies.compare.task import Column, Task
 
-GAP = Column("gap_closed", "gap %", 100, 0, of_ensemble=True)
-
 _Outputs = Mapping[Path, Mapping[str, Tensor]]
-
-
-def selected_name(headline: Column) -> str:
-    """Under which name the headline stands with the weights of the selected epoch."""
-    return f"{headline.name}_selected"
 
 
 def scores_of(
