@@ -229,7 +229,7 @@ ROOMS = {
         compare compress export doctor
     """,
     "studies/compare": """
-        intervals rows task
+        claims intervals rows task
         checks
         config
         outputs_task paired scored_task scores specs
@@ -239,6 +239,10 @@ ROOMS = {
         experiment
         runs
         runner
+        attempt
+        pool sharing
+        workers
+        pools
         measures
         report
         command
