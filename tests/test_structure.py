@@ -229,7 +229,7 @@ ROOMS = {
         compare compress export doctor
     """,
     "studies/compare": """
-        claims intervals rows task
+        claims intervals memory rows task
         checks
         config
         outputs_task paired scored_task scores specs

@@ -37,7 +37,9 @@ def check(config: CompareConfig) -> None:
         _check_method(name, spec, config.number_of_teachers)
     for name, spec in (config.backbones or {}).items():
         _check_backbone(name, spec)
-    rows_of(config)
+    rows = [row.name for row in rows_of(config)]
+    if config.baseline not in rows:
+        raise InputError(f"baseline: {config.baseline!r} is no row; rows: {', '.join(rows)}")
 
 
 def _check_work(config: CompareConfig) -> None:

@@ -15,7 +15,7 @@ from distill_lightning.studies.compare.scores import Bins, Score, Scores
 
 
 def figures_of(scores: Scores, intervals: Mapping[str, Interval]) -> dict[str, Figure]:
-    """The figures by file name; rows with a run that has no scores are in none, and leave the others' looks as they are.
+    """The figures by file name. Rows with a run that has no scores are in none, and the others look as with them.
 
     Args:
         scores: what the runs scored.

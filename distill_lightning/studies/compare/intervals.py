@@ -21,8 +21,8 @@ class Interval:
         mean: of the sets' means.
         low: the lower bound; NaN where too few values tell.
         high: the upper bound.
-        between: standard deviation between sets, the part of the values' that a set's values share; NaN with one set, or
-            where no set has two values.
+        between: standard deviation between sets, of what a set's values have in common; NaN with one set, or where no
+            set has two values.
         within: standard deviation of the values of a set around its own mean; NaN where no set has two values.
         deviation: standard deviation of a value from a set of its own; NaN for one value.
     """

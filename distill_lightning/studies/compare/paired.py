@@ -93,7 +93,9 @@ class Paired:
     def verdict(self) -> str:
         """What the difference comes to, in words."""
         if not self.is_known:
-            return f"cannot be compared with {self.baseline}: a run of one of them has no scores"
+            lost = sum(not math.isfinite(difference) for own in self.differences for difference in own)
+            have = "has" if lost == 1 else "have"
+            return f"cannot be compared with {self.baseline}: {lost} of {self.pairs} pairs {have} no scores"
         found = self.interval
         if self.is_noise:
             told = f"not told apart from {self.baseline}: {self.cell().removeprefix('≈ ')}"
@@ -139,17 +141,23 @@ def pair(values: Mapping[str, Values], columns: Sequence[Column], baseline: str)
     ]
 
 
-def paired_rows(paired: Sequence[Sequence[Paired]]) -> list[list[str]]:
-    """The table of differences: a header that says from what and over how many pairs, and the rows."""
+def paired_rows(paired: Sequence[Sequence[Paired]], columns: Sequence[Column]) -> list[list[str]]:
+    """The table of differences: a header that says from what and over how many pairs, and the rows.
+
+    Args:
+        paired: of each row, column by column.
+        columns: those that are shown.
+    """
     first = paired[0][0]
-    header = [f"minus {first.baseline}, {pairs_of(first.differences)}", *(each.column.title for each in paired[0])]
-    return [header, *([row[0].method, *(each.cell() for each in row)] for row in paired)]
+    shown = [[each for each in row if each.column in columns] for row in paired]
+    header = [f"minus {first.baseline}, {pairs_of(first.differences)}", *(each.column.title for each in shown[0])]
+    return [header, *([row[0].method, *(each.cell() for each in row)] for row in shown)]
 
 
 def pairs_of(sets: Sequence[Sequence[float]]) -> str:
     """Over how many sets and seeds something is, in words."""
     seeds = "1 seed" if len(sets[0]) == 1 else f"{len(sets[0])} seeds"
-    return seeds if len(sets) == 1 else f"{len(sets)} sets × {seeds}"
+    return seeds if len(sets) == 1 else f"{len(sets)} sets of teachers, {seeds} each"
 
 
 def legend(paired: Sequence[Sequence[Paired]]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from distill_lightning.pages import csv_text, markdown_table, write_pages
 from distill_lightning.studies.compare.drawn import figures_of
 from distill_lightning.studies.compare.intervals import Interval, interval_of
 from distill_lightning.studies.compare.paired import Values, legend, pair, paired_rows, pairs_of
-from distill_lightning.studies.compare.scores import GAP, Score, Scores, by_set, selected_name
+from distill_lightning.studies.compare.scores import GAP, Score, Scores, Section, by_set, selected_name
 from distill_lightning.studies.compare.task import Column
 
 # Up to three words and a colon, at the beginning of a line.
@@ -40,7 +39,7 @@ class Report:
         self.methods = list(dict.fromkeys(score.method for score in self.students))
         self.paired = pair(
             {name: self._values(name) for name in self.methods},
-            [column for column in self._columns() if column != GAP],
+            [column for column in scores.columns if column.title and column != GAP],
             scores.baseline,
         )
 
@@ -102,33 +101,13 @@ class Report:
         """Of the mean of a row's headline, over the sets of teachers and the seeds."""
         return interval_of([[each[self.scores.headline.name] for each in own] for own in by_set(self.of(name))])
 
-    def table(self) -> list[dict[str, object]]:
-        """The table as numbers, one line a row: means, and standard deviations in columns that end in ``_sd``.
-
-        Students also have the bounds of the headline's interval, and what their difference from the baseline comes to.
-        """
-        verdicts = self.verdicts()
-        lines = []
-        for name in dict.fromkeys(score.method for score in self.scores.runs):
-            scores = self.of(name)
-            line: dict[str, object] = {"row": name, "runs": len(scores)}
-            for column in self._columns():
-                found = interval_of([[each[column.name] for each in own] for own in by_set(scores)])
-                line |= {column.name: found.mean, f"{column.name}_sd": found.deviation}
-            if not scores[0].is_teacher:
-                found = self.interval(name)
-                line |= {"low": found.low, "high": found.high, "verdict": verdicts.get(name, "")}
-            costs = {column.name: _mean_cost(column, scores) for column in self._costs()}
-            lines.append({**line, "parameters": scores[0].parameters, **costs})
-        return lines
-
     def verdicts(self) -> dict[str, str]:
         """What each row's difference from the baseline comes to in the headline; empty where there is but one pair."""
         return {row[0].method: row[0].verdict() for row in self.paired}
 
     def paired_rows(self) -> list[list[str]]:
         """The table of differences from the baseline; there are several pairs, and other rows."""
-        return paired_rows(self.paired)
+        return paired_rows(self.paired, self._columns())
 
     def spread_rows(self) -> list[list[str]]:
         """Whose the variance of each row is, where there are several sets of teachers."""
@@ -161,41 +140,42 @@ class Report:
         if len(self.students) == len(self.methods):
             notes.append("One run a row: nothing tells how far these figures would vary.")
         if any(score.shared for score in self.scores.runs):
-            notes.append("s/epoch: only of epochs in which no other run was made beside it.")
+            notes.append("s/epoch: of the epochs in which no other run was made beside it; -: there were none.")
         return notes
 
-    def tables(self) -> list[tuple[str, list[list[str]], str]]:
-        """The tables below the first: what each is about, a header and rows, and what stands below."""
+    def tables(self) -> list[Section]:
+        """What stands below the first table: verdicts and differences, whose the variance is, the other sections."""
         tables = []
         if self.paired:
             lines = "\n".join(f"{name}: {verdict}" for name, verdict in self.verdicts().items())
-            tables.append((f"Against {self.scores.baseline}, by {self.scores.headline.title}", [], lines))
-            tables.append(("", self.paired_rows(), legend(self.paired)))
+            tables.append(Section(f"{self.scores.headline.title}: the rows and {self.scores.baseline}", [], lines))
+            tables.append(Section("", self.paired_rows(), legend(self.paired)))
         if self.sets > 1:
-            sets = [own for own in by_set(self.of(self.methods[0]))]
-            tables.append((f"Whose the variance is: {pairs_of(sets)}", self.spread_rows(), _SPREAD))
-        return tables + [(each.title, each.rows, each.text) for each in self.scores.sections]
+            sets = by_set(self.of(self.methods[0]))
+            tables.append(Section(f"Whose the variance is: {pairs_of(sets)}", self.spread_rows(), _SPREAD))
+        return tables + self.scores.sections
 
     def figures(self) -> dict[str, Figure]:
         """The figures by file name."""
         return figures_of(self.scores, {name: self.interval(name) for name in self.methods})
 
     def write(self, folder: Path) -> list[Path]:
-        """Write ``results.md``, ``results.csv``, ``report.json``, figures; ``paired.csv``, ``teachers.csv`` unless empty.
+        """Write ``results.md``, ``results.csv``, ``report.json`` and figures.
+
+        Where there are several pairs, ``paired.csv`` as well, where there are teachers, ``teachers.csv``.
 
         Returns:
             The paths.
         """
         footnotes = "".join(f"\n{note}\n" for note in self.notes())
         text = f"{self.scores.heading}\n\n{markdown_table(self.rows())}{footnotes}"
-        for title, rows, below in self.tables():
-            text += (
-                "\n"
-                + "\n".join(
-                    part for part in (title and f"## {title}\n", rows and markdown_table(rows), as_list(below)) if part
-                )
-                + "\n"
+        for table in self.tables():
+            parts = (
+                table.title and f"## {table.title}",
+                table.rows and markdown_table(table.rows),
+                as_list(table.text),
             )
+            text += "".join(f"\n{part.rstrip()}\n" for part in parts if part)
         pages = {"results.csv": csv_text([score.line(sets=self.sets) for score in self.students])}
         if self.paired:
             pages["paired.csv"] = csv_text([each.line() for row in self.paired for each in row])
@@ -230,16 +210,12 @@ def _spread(column: Column, values: Sequence[Sequence[float]]) -> str:
 
 
 def _cost(column: Column, scores: Sequence[Score]) -> str:
-    mean = _mean_cost(column, scores)
-    return "-" if math.isnan(mean) else column.text(mean)
-
-
-def _mean_cost(column: Column, scores: Sequence[Score]) -> float:
-    """Over the runs of which it is known; the most, for memory."""
-    known = [value for value in (getattr(score, column.name) for score in scores) if value and math.isfinite(value)]
-    if not known:
-        return math.nan
-    return float(max(known)) if column is _MEMORY else statistics.fmean(known)
+    """Of the runs that tell: the mean and standard deviation of seconds, the most memory."""
+    if column is _MEMORY:
+        most = max(score.peak_memory for score in scores)
+        return column.text(most) if most else "-"
+    known = [score.seconds_per_epoch for score in scores if math.isfinite(score.seconds_per_epoch)]
+    return _spread(column, [known]) if known else "-"
 
 
 def _text(column: Column, value: float) -> str:

@@ -30,6 +30,7 @@ from distill_lightning.storage import write_tensors, write_whole
 from distill_lightning.studies.compare.claims import claimed
 from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
+from distill_lightning.studies.compare.memory import PeakMemory
 from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import Row
 from distill_lightning.studies.compare.runs import TEACHER_SEED, Run, RunResult
@@ -54,7 +55,8 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch, is_beside: Call
     Raises:
         NonFiniteError: its numbers were not finite.
     """
-    module, keeper = _trained(experiment, run, on_epoch, is_beside)
+    memory = PeakMemory()
+    module, keeper = _trained(experiment, run, on_epoch, is_beside, memory)
     scores: dict[str, dict[str, float]] = {}
     if run.makes_backbone:
         module.export_backbone(run.backbone_file)
@@ -71,8 +73,13 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch, is_beside: Call
     signatures = dict(getattr(module, "signatures", {}))
     history = keeper.history
     shared = any(line.get(BESIDE) for line in history)
-    result = RunResult(size, keeper.selected_epoch, history, made_with(), "", scores, signatures, shared=shared)
-    _write_result(run, result)
+    _write_result(
+        run,
+        RunResult(
+            size, keeper.selected_epoch, history, made_with(), "", scores, signatures,
+            shared=shared, peak_memory=memory.bytes,
+        ),
+    )  # fmt: skip
 
 
 def leave_none(experiment: Experiment, run: Run, *, diverged: str = "", failed: str = "") -> None:
@@ -111,7 +118,7 @@ def _size_of(network: nn.Module) -> int:
 
 
 def _trained(
-    experiment: Experiment, run: Run, on_epoch: OnEpoch, is_beside: Callable[[], bool]
+    experiment: Experiment, run: Run, on_epoch: OnEpoch, is_beside: Callable[[], bool], memory: PeakMemory
 ) -> tuple[DistillationModule, RunKeeper]:
     """A run's module after its last epoch, and what its epochs logged."""
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +134,7 @@ def _trained(
     keeper = RunKeeper(
         run.folder, seed=run.seed, monitor=task.monitor, mode=task.mode, note=lambda: {BESIDE: is_beside()}
     )
-    callbacks = [keeper, EpochCounter(on_epoch), DataWatch(run.title, source.splits)]
+    callbacks = [keeper, EpochCounter(on_epoch), DataWatch(run.title, source.splits), memory]
     trainer = make_trainer(experiment.config, max_epochs=run.epochs, callbacks=callbacks)
     checkpoint = str(run.checkpoint) if run.checkpoint.exists() else None
     if checkpoint is not None:
