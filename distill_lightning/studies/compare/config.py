@@ -168,7 +168,7 @@ def parse_config(arguments: Sequence[str]) -> CompareConfig:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="The YAML file.")
-    parser.add_class_arguments(CompareConfig, skip={"anew", "retry", "only_seeds"})
+    parser.add_class_arguments(CompareConfig, skip={"anew", "retry", "confidence", "only_seeds"})
     parser.add_argument("--confidence", action="store_true", help="Show how far confidences can be trusted, too.")
     parser.add_argument("--retry", action="store_true", help="Make runs again that have diverged or failed.")
     parser.add_argument("--anew", action="store_true", help="Remove the runs in the folder, and make them again.")

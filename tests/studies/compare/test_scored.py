@@ -394,7 +394,7 @@ def detected(tmp_path_factory):
 def test_a_detection_is_scored_by_its_precision(detected):
     folder, shown = detected
     text = (folder / "out/results.md").read_text()
-    assert "| row | mAP % | sel. % | mAP@50 % | VOC07 mAP@50 % | ECE % | params | s/epoch |" in text
+    assert "| row | mAP % | sel. % | mAP@50 % | VOC07 mAP@50 % | params | s/epoch | peak MB |" in text
     header = (folder / "out/results.csv").read_text().splitlines()[0]
     assert header.startswith("method,seed,test_map,test_map_selected,map_50,voc07_map_50,ece,")
     assert "map_class_shoe" in header
@@ -506,7 +506,7 @@ def test_a_killed_comparison_ends_like_an_undisturbed_one(request, tmp_path, con
     compare(path, tmp_path / "out")
 
     def table(output):
-        return [{**line, "seconds_per_epoch": ""} for line in lines_of(output / "results.csv")]
+        return [{**line, "seconds_per_epoch": "", "peak_memory": ""} for line in lines_of(output / "results.csv")]
 
     assert table(tmp_path / "out") == table(folder / "out")
     assert (tmp_path / "out/paired.csv").read_bytes() == (folder / "out/paired.csv").read_bytes()
