@@ -229,11 +229,12 @@ ROOMS = {
         compare compress export doctor
     """,
     "studies/compare": """
-        claims rows task constructors foreign_data
+        claims intervals memory rows task constructors foreign_data
         trials
         checks
         config
         outputs_task paired scored_task scores specs subject
+        drawn
         foreign tasks
         backbones storage
         experiment

@@ -7,37 +7,52 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
-from distill_lightning.plots.style import Array, ShownFigure, plain
+from distill_lightning.plots.style import Array, RowStyle, ShownFigure, panels, plain, row_styles, title
 
 Bins = tuple[Array, Array, Array]
 Curve = tuple[Array, Array]
 
+# Of so few samples an accuracy says nothing.
+_FEWEST = 10
 
-def reliability_diagram(bins: Mapping[str, Bins], references: Mapping[str, Bins] | None = None) -> Figure:
-    """Plot accuracy against confidence by bin, and the share of samples in each bin.
+
+def reliability_diagram(
+    bins: Mapping[str, Bins],
+    references: Mapping[str, Bins] | None = None,
+    *,
+    styles: Mapping[str, RowStyle] | None = None,
+) -> Figure:
+    """Plot accuracy against confidence by bin, a panel for each method, over the share of samples in each bin.
 
     Args:
         bins: for each method what `distill_lightning.functional.calibration_bins` returns: counts, sums of confidences
             and hits. Bins with fewer than 10 samples are not drawn.
-        references: bins that are drawn in grey, for example the ensemble's.
+        references: bins that are drawn in grey in every panel, for example the ensemble's.
+        styles: how the methods look; by default by their order.
     """
-    figure = ShownFigure(figsize=(5, 5.5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    above.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
-    colors = [f"C{place % 10}" for place in range(len(bins))] + ["0.4"] * len(references or {})
-    for color, (name, (counts, confidences, hits)) in zip(colors, {**bins, **(references or {})}.items(), strict=True):
-        filled = counts >= 10
-        confidence, accuracy = confidences[filled] / counts[filled], hits[filled] / counts[filled]
-        above.plot(confidence, accuracy, "o-", color=color, markersize=4, label=name)
-        centres = (np.arange(len(counts)) + 0.5) / len(counts)
-        below.step(centres, counts / counts.sum(), where="mid", color=color)
-    above.set_ylabel("accuracy")
-    above.legend(frameon=False)
-    below.set_ylabel("share of samples")
-    below.set_xlabel("confidence")
-    for axes in (above, below):
-        plain(axes)
+    styles = styles or row_styles(bins)
+    figure = ShownFigure(layout="constrained")
+    axes = panels(figure, len(bins))
+    for own, (name, (counts, confidences, hits)) in zip(axes, bins.items(), strict=True):
+        color, marker, _ = styles[name]
+        own.bar((np.arange(len(counts)) + 0.5) / len(counts), counts / counts.sum(), 1 / len(counts), color="0.88")
+        own.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
+        own.plot(*_drawn(counts, confidences, hits), marker=marker, color=color, markersize=3.5, label=name)
+        for number, (other, given) in enumerate((references or {}).items()):
+            own.plot(*_drawn(*given), color="0.4", linestyle=("-", ":")[number % 2], linewidth=1.2, label=other)
+        title(own, name, styles[name])
+        own.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        plain(own)
+    others = f"; grey: {', '.join(references)}" if references else ""
+    figure.supxlabel(f"confidence{others}", fontsize=10)
+    figure.supylabel("accuracy; bars: share of samples", fontsize=10)
     return figure
+
+
+def _drawn(counts: Array, confidences: Array, hits: Array) -> tuple[Array, Array]:
+    """Mean confidence and accuracy of the bins that hold enough samples."""
+    filled = counts >= _FEWEST
+    return confidences[filled] / counts[filled], hits[filled] / counts[filled]
 
 
 def risk_coverage_curve(curves: Mapping[str, Curve]) -> Figure:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import textwrap
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,6 +13,34 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+
+# Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow, which is too pale for lines.
+_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_MARKERS = ("o", "s", "^", "D")
+_LINES = ("-", "--", "-.", ":")
+# Characters above a small panel.
+_TITLE = 30
+
+
+class RowStyle(NamedTuple):
+    """How a row of a comparison looks, the same in every figure."""
+
+    color: str
+    marker: str
+    line: str
+
+
+def row_styles(names: Iterable[str]) -> dict[str, RowStyle]:
+    """A look for each row by its place: seven colours, and for further rows the same with other markers and lines.
+
+    Args:
+        names: all rows of the comparison, whichever of them a figure shows.
+    """
+    rounds = len(_COLORS)
+    return {
+        name: RowStyle(_COLORS[place % rounds], *(each[place // rounds % len(each)] for each in (_MARKERS, _LINES)))
+        for place, name in enumerate(names)
+    }
 
 
 class ShownFigure(Figure):
@@ -21,8 +52,39 @@ class ShownFigure(Figure):
         return png.getvalue()
 
 
-def plain(axes: Axes) -> None:
-    """Remove the frame, and put light horizontal lines behind the data."""
+def plain(axes: Axes, *, grid: Literal["x", "y", "both"] = "y") -> None:
+    """Remove the frame, and put light lines behind the data.
+
+    Args:
+        axes: the axes.
+        grid: from which axis they go out.
+    """
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="0.9")
+    axes.grid(axis=grid, color="0.9")
     axes.set_axisbelow(True)
+
+
+def title(axes: Axes, name: str, style: RowStyle) -> None:
+    """Write a row's name in its colour above a small panel, in lines that fit it."""
+    axes.set_title("\n".join(textwrap.wrap(name, _TITLE)), color=style.color, fontsize=9)
+
+
+def panels(figure: Figure, count: int) -> list[Axes]:
+    """Small panels with the same axes, in rows of up to four; only those at the left and below have numbers.
+
+    Args:
+        figure: an empty figure, which gets its size.
+        count: how many.
+    """
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure.set_size_inches(1 + 2.3 * max(columns, 2), 1.1 + 1.9 * rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    axes = list(grid.flat)
+    for place, each in enumerate(axes):
+        if place >= count:
+            each.set_visible(False)
+        elif place + columns >= count:
+            # The panel below it is empty.
+            each.tick_params(labelbottom=True)
+    return axes[:count]

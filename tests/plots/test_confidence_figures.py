@@ -10,11 +10,14 @@ from distill_lightning.plots import reliability_diagram, risk_coverage_curve
 def test_reliability_leaves_out_bins_with_few_samples_and_draws_references_in_grey():
     bins = (np.array([100.0, 5.0, 50.0]), np.array([20.0, 2.0, 45.0]), np.array([30.0, 1.0, 40.0]))
     figure = reliability_diagram({"kd": bins}, {"ensemble": bins})
-    _, method, reference = figure.axes[0].lines
+    (axes,) = figure.axes
+    _, method, reference = axes.lines
     assert method.get_xdata() == pytest.approx([0.2, 0.9])
     assert method.get_ydata() == pytest.approx([0.3, 0.8])
     assert reference.get_color() == "0.4" != method.get_color()
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["kd", "ensemble"]
+    assert axes.get_title() == "kd"
+    assert "grey: ensemble" in figure.get_supxlabel()
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([100 / 155, 5 / 155, 50 / 155])
 
 
 def curve(*wrong):

@@ -41,7 +41,9 @@ def check(config: CompareConfig) -> None:
         _check_method(name, spec, config.number_of_teachers)
     for name, spec in (config.backbones or {}).items():
         _check_backbone(name, spec)
-    rows_of(config)
+    rows = [row.name for row in rows_of(config)]
+    if config.baseline not in rows:
+        raise InputError(f"baseline: {config.baseline!r} is no row; rows: {', '.join(rows)}")
     check_search(config)
 
 

@@ -16,7 +16,6 @@ from distill_lightning.studies.compare.claims import AT_WORK, Presence
 from distill_lightning.studies.compare.config import CompareConfig, StoreConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.measures import scores_of
-from distill_lightning.studies.compare.paired import LEGEND
 from distill_lightning.studies.compare.plan import plan
 from distill_lightning.studies.compare.pool import make_all
 from distill_lightning.studies.compare.pools import pool_of, with_threads
@@ -96,10 +95,14 @@ def _reported(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[s
     for note in report.notes():
         console.print(note, markup=False, highlight=False)
     console.print(report.scores.legend, style="dim", highlight=False)
-    if report.paired:
+    for table in report.tables():
         console.print()
-        console.print(table_of(report.paired_rows()))
-        console.print(LEGEND, style="dim", highlight=False)
+        if table.title:
+            console.print(table.title, style="bold", markup=False, highlight=False)
+        if table.rows:
+            console.print(table_of(table.rows))
+        style = "dim" if table.rows else None
+        console.print(table.text, style=style, markup=False, highlight=False)
     print_written(console, paths)
     return report
 
@@ -178,19 +181,31 @@ def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Ru
         f"{' '.join(made)} Every student: {config.epochs} epochs.",
         "",
         *([kept, ""] if kept else []),
-        f"Mean ± standard deviation over {len(config.seeds)} seeds ({', '.join(map(str, config.seeds))}), "
-        f"{experiment.task.samples}, no epoch chosen on them.",
+        f"{_spread(config)}, {experiment.task.samples}, no epoch chosen on them.",
         "",
         as_list(_legend(experiment, runs)),
     ]
     return "\n".join(lines)
 
 
+def _spread(config: CompareConfig) -> str:
+    """What ± stands for."""
+    seeds = f"{len(config.seeds)} seeds ({', '.join(map(str, config.seeds))})"
+    if config.teachers.sets == 1:
+        return f"Mean ± standard deviation over {seeds}"
+    return (
+        f"Mean ± standard deviation over {config.teachers.sets} sets of teachers and {seeds} under each: that of a "
+        "student with a seed and teachers of its own"
+    )
+
+
 def _legend(experiment: Experiment, runs: Sequence[Run]) -> str:
     """What the table's titles mean, and how scores were computed where the modules say so."""
     signatures = dict.fromkeys(item for run in runs for item in run.result().signatures.items())
     lines = [f"signature of {name}: {signature}" for name, signature in signatures]
-    return "\n".join([experiment.task.legend(with_ensemble=experiment.config.number_of_teachers > 0), *lines])
+    config = experiment.config
+    legend = experiment.task.legend(with_ensemble=config.number_of_teachers > 0, confidence=config.confidence)
+    return "\n".join([legend, *lines])
 
 
 def _called(spec: dict[str, Any]) -> str:

@@ -108,7 +108,7 @@ class CompareConfig:
             rows have as many.
         search_seeds: of the trials; none of ``seeds``. ``None``: one that is none of these.
         baseline: the row that the others' differences are taken from.
-        confidence: whether the table has columns of how far confidences can be trusted.
+        confidence: whether the table has columns of how far confidences can be trusted, and there is a figure of it.
         threads_per_run: of PyTorch, in every run; ``None``: its default. Another number gives other last bits.
         workers: how many runs are made side by side on this machine.
         ray: address of a Ray cluster that makes the runs, ``host:port``, ``"auto"`` on one of its machines, or
@@ -188,7 +188,8 @@ def parse_config(arguments: Sequence[str]) -> CompareConfig:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="The YAML file.")
-    parser.add_class_arguments(CompareConfig, skip={"anew", "retry", "only_seeds"})
+    parser.add_class_arguments(CompareConfig, skip={"anew", "retry", "confidence", "only_seeds"})
+    parser.add_argument("--confidence", action="store_true", help="Show how far confidences can be trusted, too.")
     parser.add_argument("--retry", action="store_true", help="Make runs again that have diverged or failed.")
     parser.add_argument("--anew", action="store_true", help="Remove the runs in the folder, and make them again.")
     given = list(arguments)

@@ -13,20 +13,13 @@ from torch import Tensor
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import ALONE
-from distill_lightning.studies.compare.runner import load_test_targets
+from distill_lightning.studies.compare.runner import BESIDE, load_test_targets
 from distill_lightning.studies.compare.runs import Run
 from distill_lightning.studies.compare.scored_task import ScoredTask
-from distill_lightning.studies.compare.scores import Bins, Score, Scores, Section
+from distill_lightning.studies.compare.scores import GAP, Bins, Score, Scores, Section, selected_name
 from distill_lightning.studies.compare.task import Column, Task
 
-GAP = Column("gap_closed", "gap %", 100, 0, of_ensemble=True)
-
 _Outputs = Mapping[Path, Mapping[str, Tensor]]
-
-
-def selected_name(headline: Column) -> str:
-    """Under which name the headline stands with the weights of the selected epoch."""
-    return f"{headline.name}_selected"
 
 
 def scores_of(
@@ -137,13 +130,17 @@ def _score(
     values = _ordered(task, {column.name: math.nan for column in columns}, math.nan)
     if not failed:
         values |= values_of(run)
+    # With others beside it, an epoch takes as long as they let it.
+    seconds = [line["seconds"] for line in result.history if not line.get(BESIDE)]
     return Score(
         run.name,
         run.seed,
         values,
         result.parameters,
-        math.nan if failed else statistics.median(line["seconds"] for line in result.history),
+        statistics.median(seconds) if seconds else math.nan,
         teacher_set=run.teacher_set,
+        peak_memory=result.peak_memory,
+        shared=result.shared,
         is_teacher=run.is_teacher,
         failed=failed,
         curve=[line[task.monitor] for line in result.history],

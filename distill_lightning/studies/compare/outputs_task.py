@@ -69,10 +69,10 @@ class Classification(OutputsTask):
     watched_scale = 100
     columns = (
         Column("nll", "NLL", mode="min"),
-        Column("ece", "ECE %", 100, 2, mode="min"),
-        Column("brier"),
-        Column("aurc"),
-        Column("eaurc"),
+        Column("ece", "ECE %", 100, 2, mode="min", of_confidence=True),
+        Column("brier", "Brier", mode="min", of_confidence=True),
+        Column("aurc", "AURC ‰", 1, 1, mode="min", of_confidence=True),
+        Column("eaurc", "E-AURC ‰", 1, 1, mode="min", of_confidence=True),
         Column("top5"),
         Column("agreement", "agree %", 100, 1, of_ensemble=True),
         Column("teacher_kl", of_ensemble=True),
@@ -80,10 +80,13 @@ class Classification(OutputsTask):
     monitor = "val/accuracy"
     mode = "max"
     module = "SupervisedModule"
-    _legend = f"""\
+    _legend = """\
 test: accuracy on the test images with the weights after the last epoch, which all columns but the next describe
 sel.: test accuracy with the weights of the epoch that was best on the validation images
-NLL: mean negative log-likelihood (nats); ECE: expected calibration error ({ECE_BINS} bins)"""
+NLL: mean negative log-likelihood (nats)"""
+    _confidence_legend = f"""\
+ECE: expected calibration error ({ECE_BINS} bins); Brier: mean squared distance of probabilities and answers
+AURC: area under the curve of risk and coverage; E-AURC: the part of it that a better order of the answers would save"""
     _ensemble_legend = """\
 agree: test images on which the ensemble names the same class
 gap: how much of the way from the student alone (mean over its seeds) to the ensemble is closed"""
@@ -117,7 +120,7 @@ class Regression(OutputsTask):
     columns = (
         Column("rmse", "RMSE", mode="min"),
         Column("nll", "NLL", mode="min"),
-        Column("calibration_error", "calib. %", 100, 1, mode="min"),
+        Column("calibration_error", "calib. %", 100, 1, mode="min", of_confidence=True),
         Column("teacher_kl", "KL ens.", mode="min", of_ensemble=True),
     )
     monitor = "val/mae"
@@ -126,8 +129,8 @@ class Regression(OutputsTask):
     _legend = """\
 MAE: mean absolute error on the test images, in the targets' unit, with the weights after the last epoch, which all
 columns but the next describe; sel.: with the weights of the epoch that was best on the validation images
-RMSE: root of the mean square error; NLL: mean negative log-likelihood (nats)
-calib.: mean distance between level and coverage of nine central predicted intervals"""
+RMSE: root of the mean square error; NLL: mean negative log-likelihood (nats)"""
+    _confidence_legend = "calib.: mean distance between level and coverage of nine central predicted intervals"
     _ensemble_legend = """\
 KL ens.: mean divergence from the ensemble (nats)
 gap: how much of the way from the student alone (mean over its seeds) to the ensemble is closed"""

@@ -32,6 +32,7 @@ from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.foreign import LossGuard, SubjectKeeper
 from distill_lightning.studies.compare.foreign_data import Prepared
+from distill_lightning.studies.compare.memory import PeakMemory
 from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import Row
 from distill_lightning.studies.compare.runs import TEACHER_SEED, Run, RunResult, seed_in_set
@@ -65,7 +66,8 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch, is_beside: Call
     if run.makes_store:
         _write_result(run, _filled(experiment, run, on_epoch))
         return
-    subject, keeper = _trained(experiment, run, on_epoch, is_beside)
+    memory = PeakMemory()
+    subject, keeper = _trained(experiment, run, on_epoch, is_beside, memory)
     scores: dict[str, dict[str, float]] = {}
     if run.makes_backbone:
         subject.module.export_backbone(run.backbone_file)
@@ -77,8 +79,13 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch, is_beside: Call
     signatures = dict(getattr(subject.module, "signatures", {}))
     history = keeper.history
     shared = any(line.get(BESIDE) for line in history)
-    result = RunResult(size, keeper.selected_epoch, history, made_with(), "", scores, signatures, shared=shared)
-    _write_result(run, result)
+    _write_result(
+        run,
+        RunResult(
+            size, keeper.selected_epoch, history, made_with(), "", scores, signatures,
+            shared=shared, peak_memory=memory.bytes,
+        ),
+    )  # fmt: skip
 
 
 def _evaluate_given(experiment: Experiment, run: Run) -> None:
@@ -140,7 +147,7 @@ def _size_of(network: nn.Module) -> int:
 
 
 def _trained(
-    experiment: Experiment, run: Run, on_epoch: OnEpoch, is_beside: Callable[[], bool]
+    experiment: Experiment, run: Run, on_epoch: OnEpoch, is_beside: Callable[[], bool], memory: PeakMemory
 ) -> tuple[Subject, RunKeeper]:
     """A run's module, by what it is evaluated with, after its last epoch, and what its epochs logged."""
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +165,7 @@ def _trained(
     keeper = SubjectKeeper(
         run.folder, seed=run.order_seed, task=task, subject=subject, note=lambda: {BESIDE: is_beside()}
     )
-    callbacks = [keeper, EpochCounter(on_epoch), DataWatch(run.title, source.splits)]
+    callbacks = [keeper, EpochCounter(on_epoch), DataWatch(run.title, source.splits), memory]
     if not subject.is_own:
         callbacks.append(LossGuard())
     trainer = make_trainer(experiment.config, max_epochs=run.epochs, callbacks=callbacks)

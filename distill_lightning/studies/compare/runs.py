@@ -160,6 +160,7 @@ class RunResult:
         diverged: why the run was stopped, if its numbers were not finite; it has no weights and no outputs then.
         failed: why it was stopped, if something else went wrong; it has none then, either.
         shared: whether other runs were made on the machine in any of its epochs, so that its seconds say less.
+        peak_memory: bytes that its training held at most, see `PeakMemory`; 0: not known.
         scores: what was logged of the test samples with the weights after the ``"last"`` and at the ``"selected"``
             epoch, where no outputs are kept.
         signatures: how scores were computed, by their names, where the module says so.
@@ -174,6 +175,7 @@ class RunResult:
     signatures: dict[str, str] = field(default_factory=dict)
     failed: str = ""
     shared: bool = False
+    peak_memory: int = 0
 
     @property
     def without_scores(self) -> str:

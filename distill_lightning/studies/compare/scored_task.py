@@ -39,7 +39,7 @@ class Translation(ScoredTask):
     columns = (
         Column("chrf", "chrF", 1, 2),
         Column("nll", "NLL", mode="min"),
-        Column("ece", "ECE %", 100, 2, mode="min"),
+        Column("ece", "ECE %", 100, 2, mode="min", of_confidence=True),
         Column("perplexity", mode="min"),
         Column("accuracy"),
     )
@@ -52,8 +52,8 @@ class Translation(ScoredTask):
     _legend = """\
 BLEU: on the test sentences with the weights after the last epoch, which all columns but the next describe
 sel.: BLEU with the weights of the epoch whose NLL was best on the validation sentences
-chrF: character n-gram F-score; NLL: mean negative log-likelihood of the references' tokens (nats per token)
-ECE: expected calibration error of the tokens' probabilities"""
+chrF: character n-gram F-score; NLL: mean negative log-likelihood of the references' tokens (nats per token)"""
+    _confidence_legend = "ECE: expected calibration error of the tokens' probabilities"
 
     def validation_score(self, metrics: Mapping[str, float]) -> str:
         """The negative log-likelihood."""
@@ -68,7 +68,7 @@ class Detection(ScoredTask):
     columns = (
         Column("map_50", "mAP@50 %", 100, 2),
         Column("voc07_map_50", "VOC07 mAP@50 %", 100, 2),
-        Column("ece", "ECE %", 100, 2, mode="min"),
+        Column("ece", "ECE %", 100, 2, mode="min", of_confidence=True),
     )
     monitor = "val/map_50"
     mode = "max"
@@ -78,8 +78,8 @@ class Detection(ScoredTask):
     _legend = """\
 mAP: mean average precision over overlaps from 0.5 to 0.95, on the test images with the weights after the last epoch,
 which all columns but the next describe; sel.: with the weights of the epoch whose mAP@50 was best in validation
-mAP@50: at an overlap of 0.5; VOC07: the 11-point figure of that challenge
-ECE: expected calibration error of the class scores of the detected boxes"""
+mAP@50: at an overlap of 0.5; VOC07: the 11-point figure of that challenge"""
+    _confidence_legend = "ECE: expected calibration error of the class scores of the detected boxes"
 
     def validation_score(self, metrics: Mapping[str, float]) -> str:
         """The mean average precision at an overlap of one half."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,17 @@ from distill_lightning.storage import write_whole
 from distill_lightning.studies.compare.rows import ALONE
 from distill_lightning.studies.compare.task import Column
 
+GAP = Column("gap_closed", "gap %", 100, 0, of_ensemble=True)
 REPORT_FILE = "report.json"
 
 Bins = list[list[float]]
 """Counts, sums of confidences and hits, as `distill_lightning.plots.reliability_diagram` takes them; empty: there are
 none."""
+
+
+def selected_name(headline: Column) -> str:
+    """Under which name the headline stands with the weights of the selected epoch."""
+    return f"{headline.name}_selected"
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,11 @@ class Score:
         seed: its seed.
         values: by column: the task's (shares are parts of 1, NLL is in nats) and ``gap_closed``, a part of 1.
         parameters: of the network that is used at test time.
-        seconds_per_epoch: median over the epochs, training only.
+        seconds_per_epoch: median over the epochs in which no other run was made beside it, training only; NaN: there
+            are none.
         teacher_set: which set of teachers it is of.
         peak_memory: bytes that its training took at most; 0 where that is not known.
-        shared: whether other runs were made beside it, so that its seconds say nothing.
+        shared: whether other runs were made beside it in any of its epochs.
         is_teacher: whether it is one of the teachers.
         failed: what happened if it has no scores, with the epoch where that is known.
         curve: the watched metric after each epoch, on the validation samples.
@@ -59,11 +66,24 @@ class Score:
         """By which it is paired with other rows' runs: the set of its teachers, and its seed."""
         return self.teacher_set, self.seed
 
-    def line(self) -> dict[str, object]:
-        """By the CSV's columns."""
-        first = {"method": self.method, "seed": self.seed}
+    def line(self, *, sets: int = 1) -> dict[str, object]:
+        """By the CSV's columns.
+
+        Args:
+            sets: how many sets of teachers there are; of one, nothing is said.
+        """
+        of_set = {"teacher_set": self.teacher_set} if sets > 1 else {}
         cost = {"parameters": self.parameters, "seconds_per_epoch": self.seconds_per_epoch}
-        return {**first, **self.values, **cost, "peak_memory": self.peak_memory or None, "shared": self.shared}
+        cost |= {"peak_memory": self.peak_memory or math.nan, "shared": self.shared}
+        return {"method": self.method, **of_set, "seed": self.seed, **self.values, **cost}
+
+
+def by_set(scores: Iterable[Score]) -> list[list[dict[str, float]]]:
+    """The values of runs, of each set of teachers on their own."""
+    sets: dict[int, list[dict[str, float]]] = {}
+    for score in scores:
+        sets.setdefault(score.teacher_set, []).append(score.values)
+    return list(sets.values())
 
 
 @dataclass(frozen=True)

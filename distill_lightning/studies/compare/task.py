@@ -9,8 +9,10 @@ from typing import Literal
 
 from distill_lightning.pages import fixed
 
-_TIMES = """\
-params: parameters of the network that is used at test time; s/epoch: median over the epochs, training only"""
+_COSTS = """\
+params: parameters of the network that is used at test time; s/epoch: median over the epochs, training only
+peak MB: the most memory that a run's training held: allocated on the GPU, or else the whole process's, libraries and
+data included"""
 
 
 @dataclass(frozen=True)
@@ -67,21 +69,30 @@ class Task(ABC):
     watched_scale: float = 1
     samples: str = "test images"
     module: str
-    # What the table's titles mean, and those that are there with teachers alone.
+    # What the table's titles mean, and those that are there with teachers only.
     _legend: str
     _ensemble_legend: str = ""
+    # What the columns of confidence mean.
+    _confidence_legend: str = ""
 
     @abstractmethod
     def validation_score(self, metrics: Mapping[str, float]) -> str:
         """What an epoch reached on the validation samples, for a line about its run."""
 
-    def legend(self, *, with_ensemble: bool) -> str:
+    def legend(self, *, with_ensemble: bool, confidence: bool = False) -> str:
         """What the table's titles mean.
 
         Args:
             with_ensemble: whether there are teachers.
+            confidence: whether the columns of confidence are shown.
         """
-        return "\n".join([self._legend, *([self._ensemble_legend] if with_ensemble else []), _TIMES])
+        parts = [
+            self._legend,
+            self._confidence_legend if confidence else "",
+            self._ensemble_legend if with_ensemble else "",
+            _COSTS,
+        ]
+        return "\n".join(filter(None, parts))
 
     def measured(self, *, with_ensemble: bool) -> list[Column]:
         """The headline and the other columns.

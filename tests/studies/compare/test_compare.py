@@ -155,7 +155,7 @@ def test_the_table_is_printed_and_written(finished):
     assert f"| feed | {100 * mean:.2f} ± " in table
     assert "distill-lightning compare" in table
     assert "42/42 epochs" in shown
-    for path in ("results.csv", "figures/accuracy.png", "figures/learning_curves.png", "figures/reliability.png"):
+    for path in ("results.csv", "report.json", "figures/accuracy.png", "figures/learning_curves.png"):
         assert path in shown
         assert (folder / "out" / path).stat().st_size > 0
     assert (folder / "out/figures/accuracy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -388,7 +388,7 @@ def test_a_diverged_run_and_a_missing_gap_do_not_stop_the_table(tmp_path, monkey
     table = (tmp_path / "out/results.md").read_text()
     row = next(line for line in table.splitlines() if line.startswith("| alone"))
     assert row.split("|")[2].strip() == "-", "the diverged runs' accuracy"
-    assert row.split("|")[7].strip() == "-", "the gap, which has no beginning"
+    assert row.split("|")[6].strip() == "-", "the gap, which has no beginning"
     lines = lines_of(tmp_path / "out/results.csv")
     assert {line["gap_closed"] for line in lines} == {line["test_accuracy"] for line in lines} == {"nan"}
     for seed in CONFIG["seeds"]:
@@ -642,9 +642,10 @@ def test_the_cells_are_means_and_sample_deviations(finished):
         return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
 
     assert table["feed"] == [
-        cell("test_accuracy", 100, 2), cell("test_accuracy_selected", 100, 2), cell("nll", 1, 3), cell("ece", 100, 2),
+        cell("test_accuracy", 100, 2), cell("test_accuracy_selected", 100, 2), cell("nll", 1, 3),
         cell("agreement", 100, 1), cell("gap_closed", 100, 0),
         f"{int(rows[0]['parameters']):,}", cell("seconds_per_epoch", 1, 2),
+        f"{max(int(row['peak_memory']) for row in rows) / 1e6:.0f}",
     ]  # fmt: skip
     logits = [load_file(folder / f"out/runs/teacher_{n}/test_logits.safetensors")["last"].double() for n in (1, 2)]
     probs = sum(torch.softmax(value, dim=1) for value in logits) / 2
@@ -653,7 +654,7 @@ def test_the_cells_are_means_and_sample_deviations(finished):
     parameters = 2 * sum(p.numel() for p in SmallResNet(10, width=4).parameters())
     accuracy = 100 * (probs.argmax(dim=1) == targets).double().mean()
     assert table["ensemble"][:3] == [f"{accuracy:.2f}", "", f"{nll:.3f}"]
-    assert table["ensemble"][4:] == ["100.0", "100", f"{parameters:,}", ""]
+    assert table["ensemble"][3:] == ["100.0", "100", f"{parameters:,}", "", ""]
     history = json.loads((folder / "out/runs/feed/seed_0/result.json").read_text())["history"]
     assert float(rows[0]["seconds_per_epoch"]) == pytest.approx(np.median([line["seconds"] for line in history]))
 
@@ -858,7 +859,7 @@ def language_models(tmp_path):
 
 def test_language_models_are_compared_at_every_position(tmp_path):
     options, texts = language_models(tmp_path)
-    compare(written(tmp_path, texts), tmp_path / "out")
+    compare(written(tmp_path, texts), tmp_path / "out", "--confidence")
     targets = torch.cat([batch.target for batch in DocstringsDataModule(**options).test_dataloader()])
     for row in lines_of(tmp_path / "out/results.csv"):
         logits = load_file(tmp_path / "out/runs" / row["method"] / "seed_0/test_logits.safetensors")["last"]
@@ -881,7 +882,7 @@ def test_positions_that_do_not_count_are_not_scored(tmp_path, monkeypatch):
         return DataLoader(found, batch_size=None)
 
     monkeypatch.setattr(DocstringsDataModule, "test_dataloader", masked)
-    compare(written(tmp_path, texts), tmp_path / "out")
+    compare(written(tmp_path, texts), tmp_path / "out", "--confidence")
     targets = torch.cat([batch.target for batch in DocstringsDataModule(**options).test_dataloader()]).flatten()
     for row in lines_of(tmp_path / "out/results.csv"):
         logits = load_file(tmp_path / "out/runs" / row["method"] / "seed_0/test_logits.safetensors")["last"]

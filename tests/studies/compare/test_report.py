@@ -5,6 +5,7 @@ import math
 import pytest
 
 from distill_lightning import InputError
+from distill_lightning.plots.style import row_styles
 from distill_lightning.studies.compare.report import Report
 from distill_lightning.studies.compare.scores import Score, Scores, Section
 from distill_lightning.studies.compare.task import Column
@@ -46,3 +47,105 @@ def test_a_folder_without_a_report_or_with_a_damaged_one_is_named(tmp_path):
         (tmp_path / "report.json").write_text(content)
         with pytest.raises(InputError, match="report.json is damaged, call compare again"):
             Report.load(tmp_path)
+
+
+def table(rows):
+    header, *lines = rows
+    return {line[0]: dict(zip(header[1:], line[1:], strict=True)) for line in lines}
+
+
+def of_sets(kd=(0.02, 0.03), **options):
+    """Two sets of teachers with three seeds each, under which ``kd`` is better by so much."""
+    runs = [score("teacher_1", 1001, 0.9 + s / 100, teacher_set=s, is_teacher=True) for s in (1, 2)]
+    for s, gain in zip((1, 2), kd, strict=True):
+        for seed in (0, 1, 2):
+            alone = 0.7 + seed / 100
+            runs += [score("alone", seed, alone, teacher_set=s), score("kd", seed, alone + gain, teacher_set=s)]
+    ensembles = {s: {"test_accuracy": 0.9 + s / 50, "nll": 0.1} for s in (1, 2)}
+    return scores(runs, ensembles=ensembles, **options)
+
+
+def test_means_are_over_sets_and_it_is_said_whose_the_variance_is(tmp_path):
+    report = Report(of_sets())
+    cells = table(report.rows())
+    # The sets of teachers differ by a hundredth, seeds by one as well; of alone, only seeds.
+    assert cells["alone"]["test %"] == "71.00 ± 1.00"
+    assert cells["teacher_1"]["test %"] == "91.50 ± 0.71"
+    assert cells["ensemble"]["test %"] == "93.00 ± 1.41"
+    assert cells["ensemble"]["params"] == "1,000"
+    header, alone, kd = report.spread_rows()
+    assert header[1:] == ["test %", "95 % interval", "sd between sets", "sd between seeds"]
+    assert alone[1:] == ["71.00", "[71.00, 71.00]", "0.00", "1.00"]
+    # t = 12.706 on the means 73 and 74; the variance between them is 1/2 less 1/3.
+    assert kd[1:] == ["73.50", "[67.15, 79.85]", "0.41", "1.00"]
+    assert report.verdicts() == {
+        "kd": "not told apart from alone: +2.50 [-3.85, +8.85]; of that, sd 0.71 between sets of teachers, "
+        "0.00 between seeds"
+    }
+    report.write(tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "## Whose the variance is: 2 sets of teachers, 3 seeds each" in text
+    assert "these teachers only" not in text
+    assert (tmp_path / "results.csv").read_text().startswith("method,teacher_set,seed,")
+
+
+def test_of_one_set_the_report_says_that_it_speaks_of_these_teachers_only():
+    runs = [score("teacher_1", 1001, 0.9, is_teacher=True)]
+    runs += [score(name, seed, 0.7) for seed in (0, 1) for name in ("alone", "kd")]
+    assert "of these teachers only" in Report(scores(runs)).notes()[0]
+    # Where there are none, there is nothing to say of them.
+    assert Report(scores(runs[1:])).notes() == []
+
+
+def test_the_baseline_is_a_row_of_ones_choice():
+    report = Report(of_sets(kd=(0.02, 0.02), baseline="kd"))
+    assert report.verdicts() == {
+        "alone": "worse than kd by 2.00 [2.00, 2.00]; of that, sd 0.00 between sets of teachers, 0.00 between seeds"
+    }
+    assert report.paired_rows()[0][0] == "minus kd, 2 sets of teachers, 3 seeds each"
+
+
+def test_a_run_without_scores_leaves_a_row_that_says_so(tmp_path):
+    runs = [score(name, seed, 0.7 + seed / 100) for seed in (0, 1, 2) for name in ("alone", "kd", "feed")]
+    lost = dict.fromkeys(runs[0].values, math.nan)
+    runs[4] = Score("kd", 1, lost, 1000, math.nan, failed="not finite in batch 0 of epoch 1")
+    report = Report(scores(runs, failures=["kd, seed 1: not finite in batch 0 of epoch 1"]))
+    assert table(report.rows())["kd"] == {
+        "test %": "-", "sel. %": "-", "NLL": "-", "params": "1,000", "s/epoch": "1.50 ± 0.00"
+    }  # fmt: skip
+    assert report.verdicts()["kd"] == "cannot be compared with alone: 1 of 3 pairs has no scores"
+    assert report.verdicts()["feed"].startswith("not told apart from alone")
+    report.write(tmp_path)
+    assert "\nkd, seed 1: not finite in batch 0 of epoch 1\n" in (tmp_path / "results.md").read_text()
+    (axes,) = report.figures()["accuracy.png"].axes
+    assert {label.get_text() for label in axes.get_yticklabels()} == {"alone", "feed"}
+    # Its colour is not another's.
+    curves = report.figures()["learning_curves.png"].axes
+    styles = row_styles(["alone", "kd", "feed"])
+    assert [axes.title.get_color() for axes in curves] == [styles["alone"].color, styles["feed"].color]
+
+
+def test_costs_are_of_runs_that_tell():
+    alone = [score("alone", 0, 0.7, peak_memory=2_000_000), score("alone", 1, 0.7, peak_memory=3_400_000)]
+    beside = Score("kd", 0, alone[0].values, 1000, math.nan, shared=True)
+    report = Report(scores([alone[0], beside, alone[1], Score("kd", 1, alone[0].values, 1000, 2.5)]))
+    cells = table(report.rows())
+    assert (cells["alone"]["s/epoch"], cells["alone"]["peak MB"]) == ("1.50 ± 0.00", "3")
+    assert (cells["kd"]["s/epoch"], cells["kd"]["peak MB"]) == ("2.50", "-")
+    assert "s/epoch: of the epochs in which no other run was made beside it" in report.notes()[0]
+
+
+def test_confidence_is_shown_where_it_is_asked_for(tmp_path):
+    columns = [*COLUMNS, Column("ece", "ECE %", 100, 2, mode="min", of_confidence=True)]
+    bins = [[20.0, 30.0], [5.0, 27.0], [4.0, 28.0]]
+    runs = [score(name, seed, 0.7 + seed / 10, bins=bins) for seed in (0, 1) for name in ("alone", "kd")]
+    for run in runs:
+        run.values["ece"] = 0.01
+    silent, telling = (Report(Scores(columns, "accuracy", "accuracy", 100, runs, confidence=c)) for c in (False, True))
+    for report, is_there in ((silent, False), (telling, True)):
+        assert ("ECE %" in report.header()) == ("ECE %" in report.paired_rows()[0]) == is_there
+        assert ("reliability.png" in report.figures()) == is_there
+    # The files keep it in any case.
+    silent.write(tmp_path)
+    assert "ece" in (tmp_path / "results.csv").read_text().splitlines()[0]
+    assert "kd,alone,ece," in (tmp_path / "paired.csv").read_text()

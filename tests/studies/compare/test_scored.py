@@ -23,13 +23,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distill_lightning import DigitsDataModule, InputError, SmallResNet, SupervisedModule
 from distill_lightning.cli import main
-from distill_lightning.pages import csv_text
 from distill_lightning.studies.compare import command
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
-from distill_lightning.studies.compare.paired import Paired, pair
 from distill_lightning.studies.compare.plan import plan
-from distill_lightning.studies.compare.task import Column
 from distill_lightning.testing import tiny_trainer
 
 pytestmark = pytest.mark.slow
@@ -212,7 +209,7 @@ def test_a_translation_is_scored_by_what_its_test_logs(translated):
         epochs = [entry["val/nll"] for entry in history]
         assert json.loads((place / "result.json").read_text())["selected_epoch"] == 1 + epochs.index(min(epochs))
     text = (folder / "out/results.md").read_text()
-    assert "| row | BLEU | sel. | chrF | NLL | ECE % | params | s/epoch |" in text
+    assert "| row | BLEU | sel. | chrF | NLL | params | s/epoch | peak MB |" in text
     assert "nrefs:1|tok:13a" in text
     assert "nrefs:1|tok:13a" in shown
     assert "test sentences, no epoch chosen on them" in text
@@ -229,6 +226,7 @@ def test_rows_are_paired_with_the_student_alone_by_seed(translated):
     scores = {(line["method"], line["seed"]): line for line in lines_of(folder / "out/results.csv")}
     found = lines_of(folder / "out/paired.csv")
     columns = ["test_bleu", "chrf", "nll", "ece"]
+    assert {(line["baseline"], line["sets"], line["pairs"]) for line in found} == {("alone", "1", "3")}
     assert [(line["method"], line["column"]) for line in found] == [(m, c) for m in ("same", "slow") for c in columns]
     text = (folder / "out/results.md").read_text()
     for line in found:
@@ -241,66 +239,30 @@ def test_rows_are_paired_with_the_student_alone_by_seed(translated):
         better = sum(d < 0 if worse else d > 0 for d in differences)
         assert int(line["better"]) == better
         # A table's 97.5 % of Student's t with 2 degrees of freedom.
-        is_noise = abs(mean) <= 4.3027 * sd / math.sqrt(3)
+        half = 4.3027 * sd / math.sqrt(3)
+        assert (float(line["low"]), float(line["high"])) == pytest.approx((mean - half, mean + half), abs=1e-3)
+        is_noise = abs(mean) <= half
         assert line["within_noise"] == str(is_noise)
         if name == "test_bleu":
-            cell = f"{'≈ ' if is_noise else ''}{mean + 0.0:+.2f} ± {sd:.2f}, {better}/3"
-            assert f"| {line['method']} - alone | {cell} |" in text
-    assert "slow - alone" in shown
-    assert "within the noise of so few seeds" in shown
-    assert "within the noise of so few seeds" in text
-
-
-# Of Student's t, 97.5 %, from a table.
-@pytest.mark.parametrize(("seeds", "quantile"), [(2, 12.706), (3, 4.303), (4, 3.182), (10, 2.262)])
-def test_the_mark_stands_where_the_interval_of_the_mean_holds_zero(seeds, quantile):
-    column = Column("nll", "NLL", mode="min")
-    # With a sample standard deviation of sqrt(n), standard errors are exactly 1.
-    spread = torch.arange(seeds).double()
-    spread = (spread - spread.mean()) / spread.std() * math.sqrt(seeds)
-
-    def paired(mean):
-        return Paired("row", column, tuple((mean + spread).tolist()))
-
-    for sign in (1, -1):
-        assert paired(sign * (quantile - 0.001)).is_noise
-        assert not paired(sign * (quantile + 0.001)).is_noise
-    assert paired(0.0).better == seeds // 2
-
-
-def test_a_cell_says_what_is_known():
-    column = Column("nll", "NLL", mode="min")
-    spread = (-math.sqrt(3), -math.sqrt(3), math.sqrt(3), math.sqrt(3))
-    assert Paired("row", column, tuple(-3.1 + each for each in spread)).cell() == "≈ -3.100 ± 2.000, 4/4"
-    assert Paired("row", column, tuple(-3.2 + each for each in spread)).cell() == "-3.200 ± 2.000, 4/4"
-    # What is equal to the student alone is not told apart from it; what is better by the same in every seed, is.
-    assert Paired("row", column, (0.0, 0.0)).cell() == "≈ +0.000 ± 0.000, 0/2"
-    assert Paired("row", column, (-0.5, -0.5)).cell() == "-0.500 ± 0.000, 2/2"
-    unknown = Paired("row", column, (0.1, math.nan))
-    assert unknown.cell() == "-"
-    (line,) = csv.DictReader(csv_text([unknown.line()]).splitlines())
-    assert (line["seeds"], line["better"], line["within_noise"]) == ("2", "", "")
-    assert pair({"alone": {0: {"nll": 1.0}}, "row": {0: {"nll": 2.0}}}, [column]) == []
-
-
-def test_one_of_twenty_means_of_noise_is_not_marked():
-    column = Column("nll", "NLL", mode="min")
-    drawn = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)).tolist()
-    told_apart = sum(not Paired("row", column, tuple(row)).is_noise for row in drawn)
-    # 200 are expected; a binomial's standard deviation is 14.
-    assert abs(told_apart - 200) < 42
+            bounds = f"[{mean - half + 0.0:+.2f}, {mean + half + 0.0:+.2f}]"
+            assert f"| {line['method']} | {'≈ ' if is_noise else ''}{mean + 0.0:+.2f} {bounds} |" in text
+    assert "| minus alone, 3 seeds | BLEU | chrF | NLL |" in text
+    for written_or_shown in (text, shown):
+        assert "slow: " in written_or_shown
+        assert "the interval holds 0" in written_or_shown
 
 
 def test_one_seed_has_no_differences(tmp_path):
     shown = compare(written(tmp_path, TRANSLATION, lambda config: config.update(seeds=[4])), tmp_path / "out")
     assert not (tmp_path / "out/paired.csv").exists()
-    assert "- alone" not in shown
+    assert "minus alone" not in shown
+    assert "One run a row: nothing tells how far these figures would vary." in shown
 
 
 def test_classifiers_are_compared_without_teachers(tmp_path):
     def change(config):
         config.update(data=DIGITS, student={"class_path": "SmallResNet", "init_args": {"width": 2}}, epochs=1)
-        config.update(seeds=[0, 1])
+        config.update(seeds=[0, 1], confidence=True)
         del config["supervised"]
         config["methods"] = {
             "self_kd": {"class_path": "SelfKDModule", "init_args": {"alpha_T": 0.5}},
@@ -314,7 +276,7 @@ def test_classifiers_are_compared_without_teachers(tmp_path):
         "peak_memory,shared"
     )
     text = (tmp_path / "out/results.md").read_text()
-    assert "| row | test % | sel. % | NLL | ECE % | params | s/epoch |" in text
+    assert "| row | test % | sel. % | NLL | ECE % | Brier | AURC ‰ | E-AURC ‰ | params | s/epoch | peak MB |" in text
     for word in ("ensemble", "agree", "gap", "teacher"):
         assert word not in text
         assert word not in shown
@@ -432,7 +394,7 @@ def detected(tmp_path_factory):
 def test_a_detection_is_scored_by_its_precision(detected):
     folder, shown = detected
     text = (folder / "out/results.md").read_text()
-    assert "| row | mAP % | sel. % | mAP@50 % | VOC07 mAP@50 % | ECE % | params | s/epoch |" in text
+    assert "| row | mAP % | sel. % | mAP@50 % | VOC07 mAP@50 % | params | s/epoch | peak MB |" in text
     header = (folder / "out/results.csv").read_text().splitlines()[0]
     assert header.startswith("method,seed,test_map,test_map_selected,map_50,voc07_map_50,ece,")
     assert "map_class_shoe" in header
@@ -544,7 +506,7 @@ def test_a_killed_comparison_ends_like_an_undisturbed_one(request, tmp_path, con
     compare(path, tmp_path / "out")
 
     def table(output):
-        return [{**line, "seconds_per_epoch": ""} for line in lines_of(output / "results.csv")]
+        return [{**line, "seconds_per_epoch": "", "peak_memory": ""} for line in lines_of(output / "results.csv")]
 
     assert table(tmp_path / "out") == table(folder / "out")
     assert (tmp_path / "out/paired.csv").read_bytes() == (folder / "out/paired.csv").read_bytes()
