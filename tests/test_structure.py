@@ -63,7 +63,7 @@ ROOMS = {
         compression reconstruction samples teacher_report
     """,
     "cli": """
-        class_page error_line from_file
+        class_page from_file
         lightning_cli
         entry
     """,
@@ -225,22 +225,23 @@ ROOMS = {
         prediction shards
     """,
     "studies": """
-        data output progress
+        data error_line output progress quiet
         compare compress export doctor
     """,
     "studies/compare": """
-        rows task
+        blueprint given python_digest rows task
         checks
         config
         outputs_task paired scored_task scores specs
         tasks
-        backbones
+        backbones from_python
         experiment
         runs
         runner
         measures
         report
-        command
+        command comparison
+        api
     """,
     "studies/compress": """
         config runs

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_INTERRUPTED = 130
+INTERRUPTED = 130
 
 OnEpoch = Callable[[int], None]
 """Called with the number of finished epochs of a training, after each."""
@@ -91,7 +91,7 @@ def _reporting_interrupts(runs: Sequence[Training], folder: Path, console: Conso
             highlight=False,
             soft_wrap=True,
         )
-        raise SystemExit(_INTERRUPTED) from None
+        raise SystemExit(INTERRUPTED) from None
 
 
 class EpochCounter(pl.Callback):

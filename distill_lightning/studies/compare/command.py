@@ -13,6 +13,7 @@ from rich.console import Console
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
+from distill_lightning.studies.compare.given import Given
 from distill_lightning.studies.compare.measures import scores_of
 from distill_lightning.studies.compare.paired import LEGEND
 from distill_lightning.studies.compare.report import Report, as_list
@@ -26,13 +27,16 @@ _CONFIG_FILE = "compare.yaml"
 _DATA = "data"
 
 
-def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | None = None) -> Report:
+def run(
+    config: CompareConfig, arguments: Sequence[str] | None, *, console: Console | None = None, shows: bool = True
+) -> Report:
     """Run ``distill-lightning compare CONFIG [--key value ...]``.
 
     Args:
         config: the comparison.
-        arguments: what follows the verb, for the heading of the results.
+        arguments: what follows the verb, for the heading of the results; ``None``: it is called from Python.
         console: where the progress and the table are shown.
+        shows: whether the table is shown, and not the progress alone.
 
     Returns:
         The scores that were written.
@@ -59,6 +63,8 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     _train(experiment, runs, folder, console)
     report = report_of(experiment, runs, arguments)
     paths = report.write(folder)
+    if not shows:
+        return report
     console.print(table_of(report.rows()))
     for note in report.notes():
         console.print(note, markup=False, highlight=False)
@@ -108,19 +114,19 @@ def _train(experiment: Experiment, runs: Sequence[Run], folder: Path, console: C
     train_missing(runs, train, name="compare", epochs=lambda run: run.epochs, folder=folder, console=console)
 
 
-def report_of(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[str]) -> Report:
+def report_of(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[str] | None) -> Report:
     """The report of a comparison whose runs are finished.
 
     Args:
         experiment: the comparison.
         runs: all of its runs.
-        arguments: what it was called with, for the heading.
+        arguments: what it was called with, for the heading; ``None``: it was called from Python.
     """
     heading, legend = _heading(experiment, arguments, runs), _legend(experiment, runs)
     return Report(scores_of(experiment, runs, heading=heading, legend=legend))
 
 
-def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Run]) -> str:
+def _heading(experiment: Experiment, arguments: Sequence[str] | None, runs: Sequence[Run]) -> str:
     config = experiment.config
     made = [f"Data: {_called(config.data)}. Student: {_called(config.student)}."]
     if config.teachers.network is not None:
@@ -134,7 +140,9 @@ def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Ru
     lines = [
         "# Comparison",
         "",
-        f"`distill-lightning compare {shlex.join(arguments)}`",
+        "`distill_lightning.compare(...)`"
+        if arguments is None
+        else f"`distill-lightning compare {shlex.join(arguments)}`",
         "",
         *(f"{note}." for note in dict.fromkeys(run.result().made for run in runs)),
         "",
@@ -161,4 +169,5 @@ def _called(spec: dict[str, Any]) -> str:
         f"{name}={_called(value) if isinstance(value, dict) and 'class_path' in value else value}"
         for name, value in (spec.get("init_args") or {}).items()
     )
-    return f"{spec['class_path'].rpartition('.')[2]}({arguments})"
+    made = spec["class_path"]
+    return f"{made.name if isinstance(made, Given) else made.rpartition('.')[2]}({arguments})"

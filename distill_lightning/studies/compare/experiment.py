@@ -22,7 +22,16 @@ from distill_lightning.studies.compare.checks import is_count
 from distill_lightning.studies.compare.config import CompareConfig, Spec
 from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import ALONE, Row, rows_of
-from distill_lightning.studies.compare.specs import filled, find, parsed, remembering_warnings, set_up, told_by
+from distill_lightning.studies.compare.specs import (
+    filled,
+    find,
+    parsed,
+    remembering_warnings,
+    set_up,
+    takes_teachers,
+    told_by,
+    with_optimizer,
+)
 from distill_lightning.studies.compare.tasks import task_of
 from distill_lightning.studies.data import splits_of
 
@@ -126,7 +135,7 @@ class Experiment:
     def supervised(self, network: nn.Module) -> DistillationModule:
         """Plain training, of a teacher or of the student alone."""
         module: DistillationModule = self._supervised()(network)
-        return module
+        return with_optimizer(module, self.config.supervised or {}, self._known)
 
     def paraphrasers(self, row: Row, teachers: Sequence[nn.Module]) -> ParaphraserModule | None:
         """The module that trains the paraphrasers of a row's own teachers, if the row has any."""
@@ -148,13 +157,13 @@ class Experiment:
         networks = (student, list(teachers)) if self._takes_teachers(row.method) else (student,)
         options = {} if paraphrasers is None else {"paraphrasers": list(paraphrasers)}
         module: DistillationModule = self._methods[row.method]()(*networks, **options)
-        return module
+        return with_optimizer(module, self.config.methods[row.method], self._known)
 
     def _takes_teachers(self, method: str) -> bool:
         """Whether a method's class takes teachers; one that cannot be found is left to the parser to report."""
         spec = self.config.methods[method]
-        target = find(str(spec.get("class_path")))
-        has_teachers = target is None or takes(target, "teachers")
+        target = find(spec.get("class_path"))
+        has_teachers = takes_teachers(spec.get("class_path"))
         if not has_teachers and ("teachers" in spec or "stages" in spec):
             raise InputError(f"methods.{method}: {spec['class_path']} has no teachers: leave out teachers and stages")
         if (
@@ -213,7 +222,7 @@ def _paraphraser_spec(name: str, spec: Spec) -> Spec:
     given = spec["paraphrasers"]
     if not isinstance(given, Mapping) or not is_count(given.get("epochs")) or given.keys() - {"epochs", "init_args"}:
         raise InputError(f"methods.{name}.paraphrasers: expected epochs, at least 1, and init_args, got {given}")
-    target = find(str(spec.get("class_path")))
+    target = find(spec.get("class_path"))
     if target is not None and not takes(target, "paraphrasers"):
         raise InputError(f"methods.{name}: {spec['class_path']} takes no paraphrasers: leave them out")
     taps = spec.get("init_args") or {}
