@@ -78,7 +78,7 @@ def compare(
         ...         optimizer=partial(SGD, lr=0.1, momentum=0.9),
         ...         lr_scheduler=OneCycle,
         ...         epochs=1,
-        ...         seeds=[0, 1],
+        ...         seeds=[0],
         ...         accelerator="cpu",
         ...         output=folder,
         ...         console=Console(quiet=True),

@@ -37,12 +37,24 @@ def python_digest(value: Any, *, weights: bool = True) -> str:
 
 
 def import_path(value: Any) -> str | None:
-    """Where a class or function can be imported from by any process; ``None``: nowhere."""
+    """Where any process can import a class or function from, as one would write it in a YAML file.
+
+    Args:
+        value: the class or function.
+
+    Returns:
+        The shortest path; the bare name of a class that this package makes public. ``None``: it can be imported from
+        nowhere, or stands in a notebook or in the script that runs.
+    """
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(name, str) or module == "__main__":
         return None
-    path = f"{module}.{name}"
-    return path if named(path) is value else None
+    parts = module.split(".")
+    paths = (".".join([*parts[:length], name]) for length in range(1, len(parts) + 1))
+    path = next((path for path in paths if named(path) is value), None)
+    # Functions have no bare names there.
+    is_bare = path == f"distill_lightning.{name}" and isinstance(value, type)
+    return name if is_bare else path
 
 
 def _pieces(value: Any, seen: dict[int, Any], *, weights: bool) -> Iterator[bytes]:

@@ -70,9 +70,11 @@ def _made(key: str, kind: Any, spec: Spec) -> Any:
     wanted = kind if origin is None else typing.get_args(kind)[1]
 
     def make(*networks: Any, **more: Any) -> Any:
+        signature = None
         with suppress(ValueError):
-            # Python knows no signature of some that are not written in it.
+            # Python knows none of some that are not written in it.
             signature = inspect.signature(given.make)
+        if signature is not None:
             with refusing(f"{key}: {given.name} is called with other arguments than it takes", TypeError):
                 signature.bind(*networks, **options, **more)
         made = given.make(*networks, **options, **more)
@@ -83,6 +85,8 @@ def _made(key: str, kind: Any, spec: Spec) -> Any:
             )
         return made
 
+    # What reads a configuration asks a function for what it makes.
+    make.__annotations__["return"] = wanted
     return make() if origin is None else make
 
 
