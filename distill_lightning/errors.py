@@ -32,6 +32,14 @@ class InputError(ValueError):
         InputError.latest = message
 
 
+class DiskError(InputError):
+    """A file that cannot be written, because the disk is full or refuses it.
+
+    Args:
+        message: the line, which names the file and the way out.
+    """
+
+
 class NonFiniteError(InputError):
     """A loss or an output of a network that is nan or infinite.
 
@@ -109,6 +117,11 @@ def is_of_the_disk(error: OSError) -> bool:
     return error.errno in _FULL | _REFUSED or _is_unmakeable(error)
 
 
+def is_full(error: OSError) -> bool:
+    """Whether there was no room left for a file."""
+    return error.errno in _FULL
+
+
 def _is_unmakeable(error: OSError) -> bool:
     """Whether a file system takes no folder, as /proc does: one is missing to what makes all that are missing."""
     last = traceback.extract_tb(error.__traceback__)[-1:]
@@ -134,7 +147,7 @@ def disk_line(error: OSError, path: Path | None = None) -> str:
 
 @contextmanager
 def refusing_to_write(where: str) -> Iterator[None]:
-    """Turn what a full disk or a refused folder raises into an `InputError` that says what to do.
+    """Turn what a full disk or a refused folder raises into a `DiskError` that says what to do.
 
     Args:
         where: the key or folder with which the message begins.
@@ -142,7 +155,7 @@ def refusing_to_write(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{where}: {disk_line(error)}") from error
+        raise DiskError(f"{where}: {disk_line(error)}") from error
 
 
 @contextmanager

@@ -229,7 +229,7 @@ ROOMS = {
         compare compress export doctor
     """,
     "studies/compare": """
-        blueprint given python_digest rows task
+        blueprint claims given python_digest rows task
         checks
         config
         outputs_task paired scored_task scores specs
@@ -238,6 +238,10 @@ ROOMS = {
         experiment
         runs
         runner
+        attempt
+        pool sharing
+        workers
+        pools
         measures
         report
         command comparison

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ class RunKeeper(pl.callbacks.Checkpoint):
         monitor: the metric; of equal epochs, the first one is selected. An epoch in which it is NaN is selected only if
             it is NaN in all of them, and then it is the first.
         mode: ``"max"`` if higher values of the metric are better, ``"min"`` if lower ones are.
+        note: asked at the end of every epoch what else is to stand in its line of the history.
 
     Raises:
         InputError: an unknown mode; at the end of an epoch in which the metric was not logged.
@@ -42,6 +44,7 @@ class RunKeeper(pl.callbacks.Checkpoint):
         seed: int,
         monitor: str = "val/accuracy",
         mode: Literal["max", "min"] = "max",
+        note: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         if mode not in ("max", "min"):
             raise InputError(f"RunKeeper: mode must be 'max' or 'min', got {mode!r}")
@@ -49,6 +52,7 @@ class RunKeeper(pl.callbacks.Checkpoint):
         self.seed = seed
         self.monitor = monitor
         self.sign = 1 if mode == "max" else -1
+        self.note = note
         self.history: list[dict[str, float]] = []
         self.selected_epoch = 0
         self._started = self._trained = 0.0
@@ -85,7 +89,7 @@ class RunKeeper(pl.callbacks.Checkpoint):
         # A maximum that begins with NaN would stay NaN.
         best = max((value for value in before if not math.isnan(value)), default=-math.inf)
         epoch = trainer.current_epoch + 1
-        self.history.append({"epoch": epoch, "seconds": self._trained - self._started, **metrics})
+        self.history.append({"epoch": epoch, "seconds": self._trained - self._started, **self.note(), **metrics})
         # The first epoch in any case: there is always a selected one.
         if not before or score > best:
             self.selected_epoch = epoch

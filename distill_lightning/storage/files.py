@@ -15,7 +15,7 @@ from uuid import uuid4
 from safetensors.torch import save
 from torch import Tensor
 
-from distill_lightning.errors import InputError, disk_line
+from distill_lightning.errors import DiskError, disk_line
 
 CHECKSUM_BYTES = 4
 
@@ -77,14 +77,14 @@ def whole_file(path: Path) -> Iterator[Path]:
         Where to write it; the name ends as the file's own. Nothing is left there if the writing fails.
 
     Raises:
-        InputError: the disk is full or refuses; what was there before is kept.
+        DiskError: the disk is full or refuses; what was there before is kept.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced_file(path) as partial:
             yield partial
     except OSError as error:
-        raise InputError(disk_line(error, path)) from error
+        raise DiskError(disk_line(error, path)) from error
 
 
 def write_parts(path: Path, parts: Iterable[Any]) -> None:
@@ -102,7 +102,7 @@ def write_whole(path: Path, parts: Iterable[Any]) -> None:
         parts: its bytes, one after the other; they need not be in memory at once.
 
     Raises:
-        InputError: the disk is full or refuses; what was there before is kept.
+        DiskError: the disk is full or refuses; what was there before is kept.
     """
     with whole_file(path) as partial:
         write_parts(partial, parts)
@@ -117,7 +117,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         metadata: text that stands in the file's header.
 
     Raises:
-        InputError: the disk is full or refuses; what was there before is kept.
+        DiskError: the disk is full or refuses; what was there before is kept.
     """
     own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     write_whole(path, [save(own, None if metadata is None else dict(metadata))])
@@ -162,11 +162,11 @@ def explaining_disk_errors(
         way_out: what to do about a full disk.
 
     Raises:
-        InputError: in place of any ``OSError``.
+        DiskError: in place of any ``OSError``.
     """
     try:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise InputError(f"the disk of the store {folder} is full: {way_out}") from error
-        raise InputError(f"the store {folder} cannot be written: {error.strerror or error}") from error
+            raise DiskError(f"the disk of the store {folder} is full: {way_out}") from error
+        raise DiskError(f"the store {folder} cannot be written: {error.strerror or error}") from error

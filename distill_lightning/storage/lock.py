@@ -10,6 +10,7 @@ import socket
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +33,9 @@ class FillingLock:
     Args:
         folder: is made if it is not there.
 
+    Attributes:
+        is_kept: whether the file system keeps what was taken last; some know no locks.
+
     Example:
         >>> from pathlib import Path
         >>> from tempfile import mkdtemp
@@ -44,10 +48,14 @@ class FillingLock:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.is_kept = True
         self._end: Callable[[], Any] | None = None
 
-    def take(self) -> str | None:
+    def take(self, *, warns: bool = True) -> str | None:
         """Take the lock if it is free.
+
+        Args:
+            warns: whether to warn of a file system that knows no locks.
 
         Returns:
             Who holds it, if it is not.
@@ -61,9 +69,15 @@ class FillingLock:
             path = self.folder.resolve() / _NAME
             file, number = _held.get((os.getpid(), path), (None, 0))[0], next(_numbers)
             if file is None:
-                file = _locked(path)
-                if file is None:
-                    return path.read_text(errors="replace").strip() or "another process"
+                locked = _locked(path)
+                if locked is None:
+                    return _holder(path)
+                file, self.is_kept = locked
+                if warns and not self.is_kept:
+                    warnings.warn(
+                        f"the file system of {path.parent} knows no locks: let no other training fill the same folder",
+                        stacklevel=2,
+                    )
                 file.truncate()
                 file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
                 file.flush()
@@ -82,8 +96,15 @@ class FillingLock:
         return {**vars(self), "_end": None}
 
 
-def _locked(path: Path) -> BinaryIO | None:
-    """The locked file; ``None``: another process has locked it."""
+def _holder(path: Path) -> str:
+    """Who has written in the file that he holds it; he may have let go of it meanwhile."""
+    with suppress(FileNotFoundError):
+        return path.read_text(errors="replace").strip() or "another process"
+    return "another process"
+
+
+def _locked(path: Path) -> tuple[BinaryIO, bool] | None:
+    """The locked file, and whether the file system keeps the lock; ``None``: another process has locked it."""
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
         try:
@@ -96,14 +117,11 @@ def _locked(path: Path) -> BinaryIO | None:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 file.close()
                 raise
-            warnings.warn(
-                f"the file system of {path.parent} knows no locks: let no other training fill the same folder",
-                stacklevel=2,
-            )
-            return file
+            return file, False
         # Whoever held it has removed it meanwhile, and a third process may have made another.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file, True
         file.close()
 
 

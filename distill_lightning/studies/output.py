@@ -23,12 +23,13 @@ def wide_console(console: Console | None) -> Console:
     return console
 
 
-def refuse_foreign_folder(folder: Path, *, known: str) -> None:
+def refuse_foreign_folder(folder: Path, *, known: str, ignored: str = "") -> None:
     """Refuse an output folder that holds something else than the study's own files.
 
     Args:
         folder: that was given with ``--output``.
         known: name of the file that makes a folder the study's own.
+        ignored: name of a file that may be there before it.
 
     Raises:
         InputError: it is a file, or other files are in it.
@@ -36,25 +37,28 @@ def refuse_foreign_folder(folder: Path, *, known: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output {folder} is a file: give the path of a folder with --output")
     # A call killed at its very start leaves a partial file.
-    found = folder.exists() and any(not path.name.startswith("partial.") for path in folder.iterdir())
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    found = any(not name.startswith("partial.") and name != ignored for name in names)
     if found and not (folder / known).exists():
         raise InputError(f"output folder {folder} holds something else: give an empty or new one with --output")
 
 
-def claim_folder(folder: Path, *, known: str, content: str) -> None:
+def claim_folder(folder: Path, *, known: str, content: str, sweeps: bool = True) -> None:
     """Make an output folder a study's own, and remove what killed calls have left half-written in it.
 
     Args:
         folder: the folder, which may exist.
         known: see `refuse_foreign_folder`.
         content: what that file says.
+        sweeps: whether to remove that; not while other calls may write there.
 
     Raises:
         InputError: the folder cannot be written to.
     """
     with refusing_to_write("output"):
         folder.mkdir(parents=True, exist_ok=True)
-        sweep_partial(folder, "**/*")
+        if sweeps:
+            sweep_partial(folder, "**/*")
         write_whole(folder / known, [content.encode()])
 
 

@@ -12,6 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 INTERRUPTED = 130
+COLUMNS = (
+    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
+    TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
+)  # fmt: skip
+"""Of a study's progress bar."""
 
 OnEpoch = Callable[[int], None]
 """Called with the number of finished epochs of a training, after each."""
@@ -54,11 +59,7 @@ def train_missing(
     Raises:
         SystemExit: with status 130, after Ctrl-C.
     """
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
-        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
-    )  # fmt: skip
-    with _reporting_interrupts(runs, folder, console), Progress(*columns, console=console) as progress:
+    with reporting_interrupts(runs, folder, console), Progress(*COLUMNS, console=console) as progress:
         done = sum(epochs(run) for run in runs if run.is_finished)
         bar = progress.add_task(name, total=sum(map(epochs, runs)), completed=done)
         for run in runs:
@@ -76,7 +77,7 @@ def train_missing(
 
 
 @contextmanager
-def _reporting_interrupts(runs: Sequence[Training], folder: Path, console: Console) -> Iterator[None]:
+def reporting_interrupts(runs: Sequence[Training], folder: Path, console: Console) -> Iterator[None]:
     """After Ctrl-C, print what is kept, and exit with the status that shells give to it."""
     try:
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, check_count
 from distill_lightning.studies.compare.rows import NAME, rows_of
 
 if TYPE_CHECKING:
@@ -32,11 +32,22 @@ def check(config: CompareConfig) -> None:
         raise InputError(f"seeds must be different numbers, at least one, got {config.seeds}")
     if not all(0 <= seed < 2**32 for seed in config.seeds):
         raise InputError(f"seeds must lie between 0 and 2**32 - 1, got {config.seeds}")
+    _check_work(config)
     for name, spec in config.methods.items():
         _check_method(name, spec, config.number_of_teachers)
     for name, spec in (config.backbones or {}).items():
         _check_backbone(name, spec)
     rows_of(config)
+
+
+def _check_work(config: CompareConfig) -> None:
+    """Refuse what is no part of the comparison, or makes nothing of it."""
+    unknown = [seed for seed in config.only_seeds or () if seed not in config.seeds]
+    if unknown:
+        raise InputError(f"seeds: {unknown} are none of the comparison's, {config.seeds}, of which only some are made")
+    check_count("workers", config.workers, at_least=1)
+    if config.threads_per_run is not None:
+        check_count("threads_per_run", config.threads_per_run, at_least=1)
 
 
 def _check_method(name: str, spec: Spec, available: int) -> None:

@@ -10,18 +10,21 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from distill_lightning.errors import InputError, refusing
+from distill_lightning.errors import InputError
+from distill_lightning.studies.compare.claims import AT_WORK, Presence
 from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.given import Given
 from distill_lightning.studies.compare.measures import scores_of
 from distill_lightning.studies.compare.paired import LEGEND
+from distill_lightning.studies.compare.pool import make_all
+from distill_lightning.studies.compare.pools import pool_of, with_threads
 from distill_lightning.studies.compare.report import Report, as_list
-from distill_lightning.studies.compare.runner import execute, make_trainer
+from distill_lightning.studies.compare.runner import make_trainer
 from distill_lightning.studies.compare.runs import Run, plan
+from distill_lightning.studies.compare.sharing import chosen, forget_failures, refuse_others, stored_config
 from distill_lightning.studies.data import keep_data, refuse_other_data, remove_runs
 from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
-from distill_lightning.studies.progress import OnEpoch, train_missing
 
 _CONFIG_FILE = "compare.yaml"
 _DATA = "data"
@@ -29,7 +32,7 @@ _DATA = "data"
 
 def run(
     config: CompareConfig, arguments: Sequence[str] | None, *, console: Console | None = None, shows: bool = True
-) -> Report:
+) -> Report | None:
     """Run ``distill-lightning compare CONFIG [--key value ...]``.
 
     Args:
@@ -39,7 +42,7 @@ def run(
         shows: whether the table is shown, and not the progress alone.
 
     Returns:
-        The scores that were written.
+        The scores that were written; ``None``: runs are left that were not asked for.
 
     Raises:
         ArgumentError: a class cannot be found or does not take what it is given.
@@ -48,23 +51,42 @@ def run(
     """
     console = wide_console(console)
     folder = Path(config.output)
+    config = with_threads(config, folder / _CONFIG_FILE)
     _check_folder(folder, config)
     experiment = Experiment(config)
     make_trainer(config)
     data = {_DATA: experiment.splits}
     data |= {f"{_DATA} of backbone {name}": backbone.splits for name, backbone in experiment.backbones.items()}
-    if config.anew:
-        remove_runs(folder)
-    elif any(folder.glob("runs/*")):
-        refuse_other_data(folder, data)
-    claim_folder(folder, known=_CONFIG_FILE, content=yaml.safe_dump(config.as_plain(), sort_keys=False))
-    keep_data(folder, data)
     runs = plan(experiment, folder)
-    _train(experiment, runs, folder, console)
-    report = report_of(experiment, runs, arguments)
-    paths = report.write(folder)
-    if not shows:
-        return report
+    wanted = chosen(runs, config)
+    with Presence(folder) as presence:
+        # Another call may have come first, and with another configuration.
+        _check_folder(folder, config)
+        if config.anew:
+            refuse_others("--anew", presence)
+            remove_runs(folder)
+        elif any(folder.glob("runs/*")):
+            refuse_other_data(folder, data)
+        content = yaml.safe_dump(config.as_plain(), sort_keys=False)
+        claim_folder(folder, known=_CONFIG_FILE, content=content, sweeps=presence.is_alone)
+        keep_data(folder, data)
+        if config.retry:
+            refuse_others("--retry", presence)
+            forget_failures(wanted)
+        presence.admit()
+        make_all(experiment, wanted, pool_of(experiment), console)
+        left = sum(not run.is_finished for run in runs)
+        if left:
+            console.print(f"{left} of {len(runs)} runs are left for other calls; the last one writes the report.")
+            return None
+        report = report_of(experiment, runs, arguments)
+        paths = report.write(folder)
+    if shows:
+        _show(report, paths, console)
+    return report
+
+
+def _show(report: Report, paths: Sequence[Path], console: Console) -> None:
     console.print(table_of(report.rows()))
     for note in report.notes():
         console.print(note, markup=False, highlight=False)
@@ -74,19 +96,14 @@ def run(
         console.print(table_of(report.paired_rows()))
         console.print(LEGEND, style="dim", highlight=False)
     print_written(console, paths)
-    return report
 
 
 def _check_folder(folder: Path, config: CompareConfig) -> None:
     """Refuse a folder of another configuration; methods, backbones and seeds may be added, or all made anew."""
-    refuse_foreign_folder(folder, known=_CONFIG_FILE)
-    known = folder / _CONFIG_FILE
-    if config.anew or not known.exists():
+    refuse_foreign_folder(folder, known=_CONFIG_FILE, ignored=AT_WORK)
+    stored = None if config.anew else stored_config(folder / _CONFIG_FILE)
+    if stored is None:
         return
-    with refusing(f"{known} is damaged, remove the folder or give another with --output", yaml.YAMLError, UnicodeError):
-        stored = yaml.safe_load(known.read_text())
-    if not isinstance(stored, dict):
-        raise InputError(f"{known} is damaged: remove the folder or give another with --output")
     given = yaml.safe_load(yaml.safe_dump(config.as_plain()))
     for key in sorted(stored.keys() | given.keys()):
         before, now = stored.get(key), given.get(key)
@@ -101,17 +118,6 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
                 f"output folder {folder} belongs to another configuration ({key} was {before}): "
                 "give another folder with --output, or make the runs again with --anew"
             )
-
-
-def _train(experiment: Experiment, runs: Sequence[Run], folder: Path, console: Console) -> None:
-    def train(run: Run, on_epoch: OnEpoch) -> None:
-        execute(experiment, run, on_epoch)
-        result = run.result()
-        task = experiment.backbones[run.makes_backbone].task if run.makes_backbone else experiment.task
-        score = result.diverged or task.validation_score(result.history[-1])
-        console.print(f"{run.title}: {score}", markup=False, highlight=False)
-
-    train_missing(runs, train, name="compare", epochs=lambda run: run.epochs, folder=folder, console=console)
 
 
 def report_of(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[str] | None) -> Report:

@@ -20,7 +20,7 @@ Spec = dict
 """A ``class_path`` with its ``init_args``, as everywhere in the YAML files."""
 
 # How and where a table is made, what is shown of it: none of its numbers depend on that.
-_HOW = ("output", "workers", "ray", "only", "retry", "anew", "baseline", "confidence")
+_HOW = ("output", "workers", "ray", "only", "only_seeds", "retry", "anew", "baseline", "confidence")
 # What stands inside of a spec; jsonargparse sets the keys of a plain dict, but not those of a dict in it.
 _INSIDE = re.compile(r"--(data|student|methods|supervised|backbones|optimizer|lr_scheduler)\.")
 
@@ -104,7 +104,10 @@ class CompareConfig:
         threads_per_run: of PyTorch, in every run; ``None``: its default. Another number gives other last bits.
         workers: how many runs are made side by side on this machine.
         ray: address of a Ray cluster that makes the runs, or ``"local"``; ``None``: this machine does.
-        only: rows that are to be made, of these seeds; ``None``: all, and then the report.
+        only: rows that are to be made, with what they depend on; ``None``: all of them. The report is written by the
+            call after which no run is left.
+        only_seeds: of these rows' runs that are made; ``None``: those of all seeds. On the command line it is
+            ``--seeds`` beside ``--only``, where the file tells all seeds.
         retry: whether runs that have diverged or failed are made again.
         anew: whether the runs that are in the folder are removed and made again.
     """
@@ -133,6 +136,7 @@ class CompareConfig:
     workers: int = 1
     ray: str | None = None
     only: list[str] | None = None
+    only_seeds: list[int] | None = None
     retry: bool = False
     anew: bool = False
 
@@ -158,21 +162,27 @@ def parse_config(arguments: Sequence[str]) -> CompareConfig:
     if given and not given[0].startswith("-"):
         given[:1] = ["--config", given[0]]
     given, changes = _changes(given)
-    return _config(parser, parser.parse_args(given), changes)
+    parsed = parser.parse_args(given)
+    only_seeds = None
+    if parsed.only is not None and any(re.match("--seeds(=|$)", argument) for argument in given):
+        # Before the file, which then has the last word.
+        only_seeds, parsed = parsed.seeds, parser.parse_args(_seeds_first(given))
+    return _config(parser, parsed, changes, only_seeds)
 
 
-def config_of(keys: Mapping[str, Any]) -> CompareConfig:
+def config_of(keys: Mapping[str, Any], *, only_seeds: list[int] | None = None) -> CompareConfig:
     """The comparison that the keys of a YAML file describe.
 
     Args:
         keys: with a `Given` where a file would name a class or say a value, if there is something that none can.
+        only_seeds: see `CompareConfig`.
 
     Raises:
         ArgumentError: a key is missing or unknown, or a value has the wrong type.
         InputError: a number or a name that cannot be used.
     """
     parser = _parser()
-    return _config(parser, parser.parse_object(dict(keys)), [])
+    return _config(parser, parser.parse_object(dict(keys)), [], only_seeds)
 
 
 def _parser() -> ArgumentParser:
@@ -186,13 +196,15 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="The YAML file.")
-    parser.add_class_arguments(CompareConfig, skip={"anew", "retry"})
+    parser.add_class_arguments(CompareConfig, skip={"anew", "retry", "only_seeds"})
     parser.add_argument("--retry", action="store_true", help="Make runs again that have diverged or failed.")
     parser.add_argument("--anew", action="store_true", help="Remove the runs in the folder, and make them again.")
     return parser
 
 
-def _config(parser: ArgumentParser, parsed: Namespace, changes: Sequence[tuple[str, Any]]) -> CompareConfig:
+def _config(
+    parser: ArgumentParser, parsed: Namespace, changes: Sequence[tuple[str, Any]], only_seeds: list[int] | None
+) -> CompareConfig:
     if not isinstance(parsed.teachers, Namespace):
         raise InputError(
             "teachers is a network and a number, for example {network: {class_path: SmallResNet}, number: 2}: compare "
@@ -201,9 +213,22 @@ def _config(parser: ArgumentParser, parsed: Namespace, changes: Sequence[tuple[s
     options = vars(parser.instantiate(parsed))
     for path, value in changes:
         _change(options, path, value)
-    config = CompareConfig(**{name: value for name, value in options.items() if name != "config"})
+    config = CompareConfig(
+        **{name: value for name, value in options.items() if name != "config"}, only_seeds=only_seeds
+    )
     check(config)
     return config
+
+
+def _seeds_first(arguments: Sequence[str]) -> list[str]:
+    """A command line with ``--seeds`` at its beginning."""
+    seeds, others, rest = [], [], iter(arguments)
+    for argument in rest:
+        if argument == "--seeds":
+            seeds += [argument, next(rest)]
+        else:
+            (seeds if argument.startswith("--seeds=") else others).append(argument)
+    return [*seeds, *others]
 
 
 def _changes(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, Any]]]:

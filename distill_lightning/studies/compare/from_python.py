@@ -47,7 +47,13 @@ def config_from(
         known = dict(config)
     else:
         known = {} if config is None else _read(Path(config))
-    described = config_of({name: described_value(name, value) for name, value in {**known, **keys}.items()})
+    given = {**known, **keys}
+    only_seeds = given.pop("only_seeds", None)
+    if given.get("only") is not None and {"seeds"} <= known.keys() & keys.keys():
+        # As on the command line: those of the configuration stay, and these are made.
+        only_seeds, given["seeds"] = list(keys["seeds"]), known["seeds"]
+    plain = {name: described_value(name, value) for name, value in given.items()}
+    described = config_of(plain, only_seeds=only_seeds)
     if described.workers > 1:
         refuse_unsendable(described)
     return described

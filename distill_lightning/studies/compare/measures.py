@@ -51,9 +51,9 @@ def scores_of(
         sections: what else there is to tell.
     """
     task, config = experiment.task, experiment.config
-    failures = [f"{run.title}: {run.result().diverged}" for run in runs if run.result().diverged]
+    failures = [f"{run.title}: {run.result().without_scores}" for run in runs if run.result().without_scores]
     runs = [run for run in runs if run.is_teacher or run.is_student]
-    finite = [run for run in runs if not run.result().diverged]
+    finite = [run for run in runs if not run.result().without_scores]
     ensembles: dict[int, dict[str, float]] = {}
     ensemble_bins: dict[int, Bins] = {}
     if isinstance(task, ScoredTask):
@@ -84,8 +84,9 @@ class _OfSet:
 
     def __init__(self, task: OutputsTask, runs: Sequence[Run], outputs: _Outputs, targets: Tensor) -> None:
         self._task, self._outputs, self.targets = task, outputs, targets
-        taught = [outputs[run.folder]["last"] for run in runs if run.is_teacher and run.folder in outputs]
-        self.ensemble = task.combine(taught) if taught else None
+        teachers = [run for run in runs if run.is_teacher]
+        is_whole = bool(teachers) and all(run.folder in outputs for run in teachers)
+        self.ensemble = task.combine([outputs[run.folder]["last"] for run in teachers]) if is_whole else None
         self._reached = None if self.ensemble is None else task.score(self.ensemble, targets)
         alone = [run for run in runs if run.name == ALONE and run.folder in outputs]
         self._start = _mean([task.score(outputs[run.folder]["last"], targets) for run in alone])
@@ -131,8 +132,11 @@ def _score(
     bins_of: Callable[[Run], Bins] = lambda _: [],
 ) -> Score:
     result = run.result()
-    failed = result.diverged
-    values = _ordered(task, {column.name: math.nan for column in columns}, math.nan) if failed else values_of(run)
+    failed = result.without_scores
+    # An ensemble with a teacher that failed has no scores, and nothing to compare with.
+    values = _ordered(task, {column.name: math.nan for column in columns}, math.nan)
+    if not failed:
+        values |= values_of(run)
     return Score(
         run.name,
         run.seed,

@@ -7,7 +7,8 @@ import json
 import platform
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, cast
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 import distill_lightning
 from distill_lightning.callbacks import RunKeeper, write_checkpoints_whole
 from distill_lightning.data.batch import Batch
-from distill_lightning.errors import NonFiniteError, refusing
+from distill_lightning.errors import refusing
 from distill_lightning.modules import DistillationModule
 from distill_lightning.networks import Pretrained
 from distill_lightning.networks.weights import read_checkpoint
 from distill_lightning.storage import write_tensors, write_whole
+from distill_lightning.studies.compare.claims import claimed
 from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.outputs_task import OutputsTask
@@ -35,22 +37,24 @@ from distill_lightning.studies.compare.scored_task import ScoredTask
 from distill_lightning.studies.data import DataWatch
 from distill_lightning.studies.progress import EpochCounter, OnEpoch
 
+IN_EPOCH = "in epoch"
+BESIDE = "beside"
+"""In a run's history: whether another one was made on the machine in this epoch."""
 
-def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
+
+def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch, is_beside: Callable[[], bool] = lambda: False) -> None:
     """Train a run, from its last checkpoint if it has one, and evaluate it on the test samples.
 
     Args:
         experiment: builds the networks, the data and the method.
-        run: which; the runs that it learns from are finished.
+        run: which; the runs that it learns from have scores.
         on_epoch: called with the number of finished epochs, after each.
+        is_beside: whether other runs were made on this machine since it was asked last.
+
+    Raises:
+        NonFiniteError: its numbers were not finite.
     """
-    try:
-        module, keeper = _trained(experiment, run, on_epoch)
-    except NonFiniteError as error:
-        if run.is_teacher:
-            raise NonFiniteError(f"{run.title} is to teach the others: {error}") from error
-        _write_result(run, RunResult(_size_of(experiment.student()), 0, [], made_with(), diverged=str(error)))
-        return
+    module, keeper = _trained(experiment, run, on_epoch, is_beside)
     scores: dict[str, dict[str, float]] = {}
     if run.makes_backbone:
         module.export_backbone(run.backbone_file)
@@ -66,7 +70,15 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
     size = _size_of(module.student)
     signatures = dict(getattr(module, "signatures", {}))
     history = keeper.history
-    _write_result(run, RunResult(size, keeper.selected_epoch, history, made_with(), "", scores, signatures))
+    shared = any(line.get(BESIDE) for line in history)
+    result = RunResult(size, keeper.selected_epoch, history, made_with(), "", scores, signatures, shared=shared)
+    _write_result(run, result)
+
+
+def leave_none(experiment: Experiment, run: Run, *, diverged: str = "", failed: str = "") -> None:
+    """Leave a result that says why a run has no scores."""
+    size = _size_of(experiment.student())
+    _write_result(run, RunResult(size, 0, [], made_with(), diverged=diverged, failed=failed))
 
 
 def _scores(
@@ -98,15 +110,10 @@ def _size_of(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[DistillationModule, RunKeeper]:
-    """A run's module after its last epoch, and what its epochs logged.
-
-    Raises:
-        NonFiniteError: its numbers, or those of a run that it learns from, were not finite.
-    """
-    for other in (*run.teachers, run.initial, run.backbone):
-        if other is not None and other.result().diverged:
-            raise NonFiniteError(f"{other.title}, from which it learns, has no finite numbers")
+def _trained(
+    experiment: Experiment, run: Run, on_epoch: OnEpoch, is_beside: Callable[[], bool]
+) -> tuple[DistillationModule, RunKeeper]:
+    """A run's module after its last epoch, and what its epochs logged."""
     run.folder.mkdir(parents=True, exist_ok=True)
     networks = [
         Pretrained(experiment.teacher() if teacher.is_teacher else experiment.student(), teacher.student_file)
@@ -117,7 +124,9 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
     module = _module(experiment, run, networks, paraphrasers)
     source = experiment.backbones[run.makes_backbone] if run.makes_backbone else experiment
     task = source.task
-    keeper = RunKeeper(run.folder, seed=run.seed, monitor=task.monitor, mode=task.mode)
+    keeper = RunKeeper(
+        run.folder, seed=run.seed, monitor=task.monitor, mode=task.mode, note=lambda: {BESIDE: is_beside()}
+    )
     callbacks = [keeper, EpochCounter(on_epoch), DataWatch(run.title, source.splits)]
     trainer = make_trainer(experiment.config, max_epochs=run.epochs, callbacks=callbacks)
     checkpoint = str(run.checkpoint) if run.checkpoint.exists() else None
@@ -129,7 +138,11 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Disti
         for text in source.warned:
             # It was said when the comparison began.
             warnings.filterwarnings("ignore", message=re.escape(text))
-        trainer.fit(module, datamodule=source.data(order_seed=run.seed), ckpt_path=checkpoint)
+        try:
+            trainer.fit(module, datamodule=source.data(order_seed=run.seed), ckpt_path=checkpoint)
+        except Exception as error:
+            error.add_note(f"{IN_EPOCH} {trainer.current_epoch}")
+            raise
     if len(keeper.history) < run.epochs:
         # Lightning may return from an interrupted fit as if it had ended.
         raise KeyboardInterrupt(f"{run.title} was interrupted")
@@ -160,16 +173,18 @@ def _paraphrasers(experiment: Experiment, run: Run, teachers: Sequence[nn.Module
     # The comparison's teachers are the same for all seeds of the row; a student that teaches has the run's own seed.
     place = run.folder.parent if all(teacher.is_teacher for teacher in run.teachers) else run.folder
     file = place / "paraphrasers.safetensors"
-    if file.exists():
-        module.paraphrasers.load_state_dict(load_file(file))
-    else:
-        epochs = experiment.config.methods[cast("str", row.method)]["paraphrasers"]["epochs"]
-        watch = DataWatch(f"the paraphrasers of {run.name}", experiment.splits)
-        trainer = make_trainer(experiment.config, max_epochs=epochs, enable_checkpointing=False, callbacks=[watch])
-        trainer.fit(module, datamodule=experiment.data(order_seed=TEACHER_SEED))
-        if trainer.current_epoch < epochs:
-            raise KeyboardInterrupt(f"the paraphrasers of {run.name} were interrupted")
-        write_tensors(file, module.paraphrasers.state_dict())
+    # Runs of other seeds may need them at the same time.
+    with nullcontext() if place == run.folder else claimed(place):
+        if file.exists():
+            module.paraphrasers.load_state_dict(load_file(file))
+        else:
+            epochs = experiment.config.methods[cast("str", row.method)]["paraphrasers"]["epochs"]
+            watch = DataWatch(f"the paraphrasers of {run.name}", experiment.splits)
+            trainer = make_trainer(experiment.config, max_epochs=epochs, enable_checkpointing=False, callbacks=[watch])
+            trainer.fit(module, datamodule=experiment.data(order_seed=TEACHER_SEED))
+            if trainer.current_epoch < epochs:
+                raise KeyboardInterrupt(f"the paraphrasers of {run.name} were interrupted")
+            write_tensors(file, module.paraphrasers.state_dict())
     return list(module.paraphrasers)
 
 

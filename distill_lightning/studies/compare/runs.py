@@ -131,6 +131,8 @@ class RunResult:
         history: what was logged of each epoch.
         made: when and with what.
         diverged: why the run was stopped, if its numbers were not finite; it has no weights and no outputs then.
+        failed: why it was stopped, if something else went wrong; it has none then, either.
+        shared: whether other runs were made on the machine in any of its epochs, so that its seconds say less.
         scores: what was logged of the test samples with the weights after the ``"last"`` and at the ``"selected"``
             epoch, where no outputs are kept.
         signatures: how scores were computed, by their names, where the module says so.
@@ -143,6 +145,13 @@ class RunResult:
     diverged: str = ""
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     signatures: dict[str, str] = field(default_factory=dict)
+    failed: str = ""
+    shared: bool = False
+
+    @property
+    def without_scores(self) -> str:
+        """Why it has no scores; empty: it has some."""
+        return self.diverged or self.failed
 
 
 def plan(experiment: Experiment, folder: Path) -> list[Run]:

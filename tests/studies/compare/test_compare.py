@@ -35,7 +35,7 @@ from distill_lightning import (
 )
 from distill_lightning.cli import main
 from distill_lightning.modules.parts.optimization import check_optimizer
-from distill_lightning.studies.compare import command, runner
+from distill_lightning.studies.compare import attempt, command, runner
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.runs import plan
@@ -216,7 +216,7 @@ def test_shared_options_are_filled_in_as_a_modules_own(tmp_path):
 def test_a_finished_comparison_trains_nothing_again(finished, monkeypatch):
     folder, _ = finished
     before = (folder / "out/results.csv").read_text()
-    monkeypatch.setattr(command, "execute", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(attempt, "execute", lambda *_: pytest.fail("trained again"))
     compare(written(folder), folder / "out")
     assert (folder / "out/results.csv").read_text() == before
 
@@ -226,8 +226,8 @@ def test_a_seed_and_a_method_can_be_added(finished, tmp_path, monkeypatch):
     output = tmp_path / "out"
     subprocess.run(["cp", "-r", folder / "out", output], check=True)
     executed = []
-    execute = command.execute
-    monkeypatch.setattr(command, "execute", lambda *given: (executed.append(given[1].title), execute(*given)))
+    execute = attempt.execute
+    monkeypatch.setattr(attempt, "execute", lambda *given: (executed.append(given[1].title), execute(*given)))
 
     def more(config):
         config["seeds"] = [0, 1, 2]
