@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from distill_lightning.studies.compare.report import Report
-from distill_lightning.studies.output import table_of, wide_console
+from distill_lightning.studies.output import table_of
 
 
 class Comparison:
@@ -77,11 +77,12 @@ class Comparison:
 
     def __repr__(self) -> str:
         shown = io.StringIO()
-        console = wide_console(Console(file=shown, width=100, force_jupyter=False))
+        # Text alone, whatever shows it, in lines as long as they are.
+        console = Console(file=shown, width=_UNLIMITED, force_jupyter=False, force_terminal=False, color_system=None)
         console.print(table_of(self.report.rows()))
         for note in self.report.notes():
             console.print(note, markup=False, highlight=False)
-        return shown.getvalue().rstrip("\n")
+        return "\n".join(line.rstrip() for line in shown.getvalue().splitlines())
 
     def _repr_html_(self) -> str:
         parts = [_html_table(self.report.rows())]
@@ -108,6 +109,7 @@ class Comparison:
         return rows
 
 
+_UNLIMITED = 10_000
 # What tells runs apart is no number that has a mean.
 _NO_MEAN = ("seed", "teacher_set", "shared", "is_teacher")
 
