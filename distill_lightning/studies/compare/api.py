@@ -22,7 +22,7 @@ def compare(
     *,
     console: Console | None = None,
     **keys: Any,
-) -> Comparison:
+) -> Comparison | None:
     r"""Compare methods on one's own data: teachers, then every method with every seed, one table and its figures.
 
     This is ``distill-lightning compare``, with the same numbers. What is in the output folder is not made again: after
@@ -54,7 +54,8 @@ def compare(
             ``epochs`` and ``seeds`` are needed. They win over ``config``.
 
     Returns:
-        The table, the runs and the figures; a notebook shows it.
+        The table, the runs and the figures; a notebook shows it. ``None`` where ``only`` has asked for a part of the
+        runs, or other calls in the same folder are making some, and these are not finished.
 
     Raises:
         InputError: the configuration cannot be used, or the output folder belongs to another one, or to other data.
@@ -105,4 +106,4 @@ def compare(
             raise
         # Which does not end a notebook's kernel.
         raise KeyboardInterrupt(f"compare(..., output={described.output!r}) goes on when it is called again") from None
-    return Comparison(report, Path(described.output))
+    return None if report is None else Comparison(report, Path(described.output))

@@ -18,7 +18,7 @@ from torch import nn
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.studies.compare.blueprint import Blueprint, Copies
 from distill_lightning.studies.compare.config import CompareConfig, config_of
-from distill_lightning.studies.compare.given import Given, refuse_unsendable
+from distill_lightning.studies.compare.given import Given, all_given, refuse_unsendable
 from distill_lightning.studies.compare.python_digest import import_path, python_digest
 
 # Under these keys stands one thing that is made, under the others of the second line several by name.
@@ -80,6 +80,8 @@ def described_value(key: str, value: Any) -> Any:
         return {name: _spec(f"{key}.{name}", one) for name, one in value.items()}
     if key == "teachers":
         return _teachers(value)
+    if key == "search":
+        return _plain_search(value)
     if isinstance(value, (tuple, range)):
         return list(value)
     if dataclasses.is_dataclass(value):
@@ -87,10 +89,22 @@ def described_value(key: str, value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def _plain_search(value: Any) -> Any:
+    """Values to try, which stand in the names of files and in the report."""
+    found = _argument("search", value)
+    for key, given in all_given(found).items():
+        raise InputError(
+            f"{key}: {given.name} was given in Python, and values to try are numbers, texts or a class by class_path "
+            "and init_args"
+        )
+    return found
+
+
 def _teachers(value: Any) -> Any:
     """A network that several are trained of, or finished ones."""
     if dataclasses.is_dataclass(value):
-        value = vars(value)
+        value = {name: part for name, part in vars(value).items() if part is not None}
+        value = value.get("given", value)
     if callable(value):
         raise InputError(
             "teachers is a network: give [network] if it is trained already, or dict(network=..., number=3) to train "

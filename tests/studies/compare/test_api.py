@@ -208,6 +208,7 @@ class Token(nn.Module):
         ({"epoch": 3}, "Option 'epoch' is not accepted"),
         ({"epochs": "long"}, "epochs: Expected a <class 'int'>. Got value: long"),
         ({"seeds": [1, 1]}, "seeds must be different numbers"),
+        ({"search": {"kd": {"temperature": [len]}}}, "search.kd.temperature.0: len was given in Python, and values to"),
         ({"student": lambda: 3}, "student: lambda makes a int, and a Module is needed here"),
         ({"methods": {"kd": lambda: 3}}, "methods.kd: lambda is called with other arguments than it takes: too many"),
         ({"methods": {"kd": lambda s, t: s}}, "methods.kd: lambda s, t makes a SmallResNet, and a "),
