@@ -111,6 +111,8 @@ if TYPE_CHECKING:
     from distill_lightning.schedules import InverseSquareRoot as InverseSquareRoot
     from distill_lightning.schedules import OneCycle as OneCycle
     from distill_lightning.storage import PredictionStore as PredictionStore
+    from distill_lightning.studies.compare.api import compare as compare
+    from distill_lightning.studies.compare.comparison import Comparison as Comparison
     from distill_lightning.studies.export.command import export_checkpoint as export_checkpoint
     from distill_lightning.studies.export.student import load_exported as load_exported
     from distill_lightning.teachers import Features as Features
@@ -226,6 +228,8 @@ _PUBLIC = {
     "distill_lightning.outputs.metrics": ("AURC", "Agreement", "AngularError", "CalibrationError", "GapReduction"),
     "distill_lightning.schedules": ("GroupSchedules", "InverseSquareRoot", "OneCycle"),
     "distill_lightning.storage": ("PredictionStore",),
+    "distill_lightning.studies.compare.api": ("compare",),
+    "distill_lightning.studies.compare.comparison": ("Comparison",),
     "distill_lightning.studies.export.command": ("export_checkpoint",),
     "distill_lightning.studies.export.student": ("load_exported",),
     "distill_lightning.teachers": (

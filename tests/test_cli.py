@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 import distill_lightning
 from distill_lightning import BeamSearch, FEEDModule, HintDistance, SmallResNet, SupervisedModule, cli
 from distill_lightning.cli import DistillCLI, main
-from distill_lightning.cli.entry import _quiet_down
 from distill_lightning.modules.parts.translating import Translating
 from distill_lightning.networks.weights import read_weights
+from distill_lightning.studies.quiet import quiet_down
 from distill_lightning.testing import TinyDataModule, tiny_trainer
 
 # Of a parser and of nobody, where a checkpoint has a module's options.
@@ -172,7 +172,7 @@ def test_bad_configurations_get_one_line(write, tmp_path, capsys, change, messag
 
 
 def test_what_this_package_tells_is_heard_and_what_lightning_tells_is_not(caplog):
-    _quiet_down()
+    quiet_down()
     # This file is not of the package.
     rank_zero_info("GPU available: False")
     told = Translating(BeamSearch(), 1, None)

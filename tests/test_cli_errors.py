@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distill_lightning.cli import main
-from distill_lightning.cli.error_line import own_lines
+from distill_lightning.studies.error_line import own_lines
 
 CONFIG = """
 seed_everything: 0

@@ -15,6 +15,7 @@ QUICK = {
     "02_what_of_a_network_is_needed": (
         "dense_epochs, finetune_epochs, amount, clusters, training_images = 1, 2, 0.5, 8, 64"
     ),
+    "03_does_it_help_on_my_data": "training_images, num_teachers, teacher_width, epochs, seeds = 64, 1, 2, 1, [0, 1]",
 }
 
 

@@ -63,7 +63,7 @@ ROOMS = {
         compression reconstruction samples teacher_report
     """,
     "cli": """
-        class_page error_line from_file
+        class_page from_file
         lightning_cli
         entry
     """,
@@ -225,18 +225,18 @@ ROOMS = {
         prediction shards
     """,
     "studies": """
-        data output progress
+        data error_line output progress quiet
         compare compress export doctor
     """,
     "studies/compare": """
-        claims intervals memory rows task constructors foreign_data
+        blueprint claims given intervals memory python_digest rows task constructors foreign_data
         trials
         checks
         config
         outputs_task paired scored_task scores specs subject
         drawn
         foreign tasks
-        backbones storage
+        backbones storage from_python
         experiment
         runs
         plan search trained_teachers
@@ -249,7 +249,8 @@ ROOMS = {
         pools
         measures
         report
-        command
+        command comparison
+        api
     """,
     "studies/compress": """
         config runs

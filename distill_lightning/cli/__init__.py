@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from distill_lightning.cli.entry import main
-from distill_lightning.cli.error_line import one_line
+from distill_lightning.studies.error_line import one_line
 
 if TYPE_CHECKING:
     from distill_lightning.cli.lightning_cli import DistillCLI

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import difflib
-import logging
-import os
 import sys
-import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import distill_lightning
-from distill_lightning.cli.error_line import one_line, own_lines, refusal
 from distill_lightning.errors import InputError, disk_line, is_of_the_disk
 from distill_lightning.studies.compare import config as compare
 from distill_lightning.studies.compress import config as compress
 from distill_lightning.studies.doctor import config as doctor
+from distill_lightning.studies.error_line import one_line, own_lines, refusal
 from distill_lightning.studies.export import config as export
+from distill_lightning.studies.quiet import quiet_down
 
 if TYPE_CHECKING:
     from distill_lightning.studies.compress.runs import Setup
 
 
 VERBS = ("fit", "validate", "test", "predict", "record", "compare", "compress", "export", "doctor")
-_PACKAGE = Path(distill_lightning.__file__).parent
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -75,25 +72,25 @@ def _run(arguments: list[str]) -> int:
         compared = compare.parse_config(options)
         from distill_lightning.studies.compare import command as compare_command  # noqa: PLC0415
 
-        _quiet_down()
+        quiet_down()
         compare_command.run(compared, options)
     elif verb == "compress":
         compressed = compress.parse_config(options)
         from distill_lightning.studies.compress import command as compress_command  # noqa: PLC0415
 
-        _quiet_down()
+        quiet_down()
         compress_command.run(compressed, options, _setup_of)
     elif verb == "export":
         exported = export.parse_config(options)
         from distill_lightning.studies.export import command as export_command  # noqa: PLC0415
 
-        _quiet_down()
+        quiet_down()
         export_command.run(exported, _setup_of)
     elif verb == "doctor":
         examined = doctor.parse_config(options)
         from distill_lightning.studies.doctor import command as doctor_command  # noqa: PLC0415
 
-        _quiet_down()
+        quiet_down()
         return 0 if doctor_command.run(examined, _setup_of).is_well else 1
     elif not verb.startswith("-") and verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
@@ -104,7 +101,7 @@ def _run(arguments: list[str]) -> int:
     else:
         from distill_lightning.cli.lightning_cli import DistillCLI  # noqa: PLC0415
 
-        _quiet_down()
+        quiet_down()
         DistillCLI(arguments)
     return 0
 
@@ -116,33 +113,3 @@ def _setup_of(arguments: Sequence[str]) -> Setup:
 
     cli = DistillCLI(arguments, run=False)
     return Setup(cli.model, cli.datamodule, cli.trainer)
-
-
-def _quiet_down() -> None:
-    """Leave out what Lightning says about things that are meant to be so, after its import has set its own level."""
-    for message in (
-        ".*does not have many workers.*",
-        "Found .* module.* in eval mode at the start of training.*",
-        ".*isinstance.treespec, LeafSpec.. is deprecated.*",
-        ".*instantiate_classes. was deprecated.*",
-        # main(args) passes its arguments on.
-        "LightningCLI's args parameter is intended.*",
-        ".*`tensorboardX` has been removed.*",
-        "The dirpath has changed from .*",
-        # The training's own configuration is in it; after_fit tells of another training's checkpoints.
-        "Checkpoint directory .* exists and is not empty.*",
-        "The number of training batches .* is smaller than the logging interval.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # What this package has to say goes the same way, and is to be heard.
-    told = logging.getLogger("pytorch_lightning.utilities.rank_zero")
-    told.setLevel(logging.INFO)
-    told.addFilter(_is_to_be_heard)
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-
-
-def _is_to_be_heard(record: logging.LogRecord) -> bool:
-    """Whether a message is a warning, or a line of this package."""
-    return record.levelno >= logging.WARNING or Path(record.pathname).is_relative_to(_PACKAGE)

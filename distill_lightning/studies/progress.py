@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_INTERRUPTED = 130
+INTERRUPTED = 130
 COLUMNS = (
     TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
     TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
@@ -92,7 +92,7 @@ def reporting_interrupts(runs: Sequence[Training], folder: Path, console: Consol
             highlight=False,
             soft_wrap=True,
         )
-        raise SystemExit(_INTERRUPTED) from None
+        raise SystemExit(INTERRUPTED) from None
 
 
 class EpochCounter(pl.Callback):

@@ -48,7 +48,7 @@ class Backbone:
 
     def __init__(self, name: str, spec: Spec, network: Spec) -> None:
         key = f"backbones.{name}"
-        trains = find(str(spec.get("class_path")))
+        trains = find(spec.get("class_path"))
         if isinstance(trains, type) and issubclass(trains, _OTHER_TASKS):
             raise InputError(
                 f"{key}: a backbone is a classifier's, and {trains.__name__} trains none: name a module that trains a "
@@ -129,7 +129,7 @@ def with_backbone(spec: Spec, known: Mapping[str, Any], weights: Path | None = N
         spec = {**spec, "init_args": {**arguments, "backbone": nested}}
     if weights is None:
         return spec
-    target = find(str(spec.get("class_path")))
+    target = find(spec.get("class_path"))
     if target is not None and not takes(target, "backbone_weights"):
         raise InputError(f"backbones: {spec['class_path']}, the student, takes no backbone_weights: leave them out")
     return {**spec, "init_args": {**spec["init_args"], "backbone_weights": str(weights)}}

@@ -15,6 +15,7 @@ from distill_lightning.errors import InputError
 from distill_lightning.studies.compare.claims import AT_WORK, Presence
 from distill_lightning.studies.compare.config import CompareConfig, StoreConfig
 from distill_lightning.studies.compare.experiment import Experiment
+from distill_lightning.studies.compare.given import Given
 from distill_lightning.studies.compare.measures import scores_of
 from distill_lightning.studies.compare.plan import plan
 from distill_lightning.studies.compare.pool import make_all
@@ -35,13 +36,16 @@ _CONFIG_FILE = "compare.yaml"
 _DATA = "data"
 
 
-def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | None = None) -> Report | None:
+def run(
+    config: CompareConfig, arguments: Sequence[str] | None, *, console: Console | None = None, shows: bool = True
+) -> Report | None:
     """Run ``distill-lightning compare CONFIG [--key value ...]``.
 
     Args:
         config: the comparison.
-        arguments: what follows the verb, for the heading of the results.
+        arguments: what follows the verb, for the heading of the results; ``None``: it is called from Python.
         console: where the progress and the table are shown.
+        shows: whether the table is shown, and not the progress alone.
 
     Returns:
         The scores that were written; ``None``: runs are left that were not asked for.
@@ -84,13 +88,14 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
         if left:
             console.print(f"{left} of {len(runs)} runs are left for other calls; the last one writes the report.")
             return None
-        return _reported(experiment, runs, arguments, console)
+        report = report_of(experiment, runs, arguments)
+        paths = [*report.write(folder), *write_search(folder, trials_in(runs, experiment.task))]
+    if shows:
+        _show(report, paths, console)
+    return report
 
 
-def _reported(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[str], console: Console) -> Report:
-    report = report_of(experiment, runs, arguments)
-    folder = Path(experiment.config.output)
-    paths = [*report.write(folder), *write_search(folder, trials_in(runs, experiment.task))]
+def _show(report: Report, paths: Sequence[Path], console: Console) -> None:
     console.print(table_of(report.rows()))
     for note in report.notes():
         console.print(note, markup=False, highlight=False)
@@ -104,7 +109,6 @@ def _reported(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[s
         style = "dim" if table.rows else None
         console.print(table.text, style=style, markup=False, highlight=False)
     print_written(console, paths)
-    return report
 
 
 def _check_folder(folder: Path, config: CompareConfig) -> CompareConfig:
@@ -143,13 +147,13 @@ def _check_folder(folder: Path, config: CompareConfig) -> CompareConfig:
     return config
 
 
-def report_of(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[str]) -> Report:
+def report_of(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[str] | None) -> Report:
     """The report of a comparison whose runs are finished.
 
     Args:
         experiment: the comparison.
         runs: all of its runs.
-        arguments: what it was called with, for the heading.
+        arguments: what it was called with, for the heading; ``None``: it was called from Python.
     """
     sections = search_section(trials_in(runs, experiment.task), experiment.task, [row.name for row in experiment.rows])
     runs = [run for run in runs if not run.in_search]
@@ -157,7 +161,7 @@ def report_of(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[s
     return Report(scores_of(experiment, runs, heading=heading, legend=legend, sections=sections))
 
 
-def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Run]) -> str:
+def _heading(experiment: Experiment, arguments: Sequence[str] | None, runs: Sequence[Run]) -> str:
     config = experiment.config
     kept = told_of_storage(experiment.storage, runs)
     made = [f"Data: {_called(config.data)}. Student: {_called(config.student)}."]
@@ -174,7 +178,9 @@ def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Ru
     lines = [
         "# Comparison",
         "",
-        f"`distill-lightning compare {shlex.join(arguments)}`",
+        "`distill_lightning.compare(...)`"
+        if arguments is None
+        else f"`distill-lightning compare {shlex.join(arguments)}`",
         "",
         *(f"{note}." for note in dict.fromkeys(run.result().made for run in runs)),
         "",
@@ -214,4 +220,5 @@ def _called(spec: dict[str, Any]) -> str:
         f"{name}={_called(value) if isinstance(value, dict) and 'class_path' in value else value}"
         for name, value in (spec.get("init_args") or {}).items()
     )
-    return f"{spec['class_path'].rpartition('.')[2]}({arguments})"
+    made = spec["class_path"]
+    return f"{made.name if isinstance(made, Given) else made.rpartition('.')[2]}({arguments})"

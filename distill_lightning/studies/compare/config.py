@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.studies.compare.checks import check
+from distill_lightning.studies.compare.given import plain
 from distill_lightning.studies.compare.rows import ALONE
 
 # A bare dict: where its values may be of any type, jsonargparse makes objects of what has a class_path inside.
@@ -157,11 +157,11 @@ class CompareConfig:
 
     def as_plain(self) -> dict[str, Any]:
         """Everything that the results depend on, in plain types."""
-        plain = dataclasses.asdict(self)
-        if plain["teachers"]["given"] is None:
+        found = plain(self)
+        if found["teachers"]["given"] is None:
             # So that folders that were written before there was this key belong to the same configuration.
-            plain["teachers"].pop("given")
-        return {name: value for name, value in plain.items() if name not in _HOW}
+            found["teachers"].pop("given")
+        return {name: value for name, value in found.items() if name not in _HOW}
 
     @property
     def number_of_teachers(self) -> int:
@@ -178,6 +178,35 @@ def parse_config(arguments: Sequence[str]) -> CompareConfig:
         ArgumentError: the file is missing or no YAML, a key is unknown, a value has the wrong type.
         InputError: a number or a name that cannot be used.
     """
+    parser = _parser()
+    given = list(arguments)
+    if given and not given[0].startswith("-"):
+        given[:1] = ["--config", given[0]]
+    given, changes = _changes(given)
+    parsed = parser.parse_args(given)
+    only_seeds = None
+    if parsed.only is not None and any(re.match("--seeds(=|$)", argument) for argument in given):
+        # Before the file, which then has the last word.
+        only_seeds, parsed = parsed.seeds, parser.parse_args(_seeds_first(given))
+    return _config(parser, parsed, changes, only_seeds)
+
+
+def config_of(keys: Mapping[str, Any], *, only_seeds: list[int] | None = None) -> CompareConfig:
+    """The comparison that the keys of a YAML file describe.
+
+    Args:
+        keys: with a `Given` where a file would name a class or say a value, if there is something that none can.
+        only_seeds: see `CompareConfig`.
+
+    Raises:
+        ArgumentError: a key is missing or unknown, or a value has the wrong type.
+        InputError: a number or a name that cannot be used.
+    """
+    parser = _parser()
+    return _config(parser, parser.parse_object(dict(keys)), [], only_seeds)
+
+
+def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="distill-lightning compare",
         usage="distill-lightning compare CONFIG [--epochs N] [--seeds [0,1,2]] [--output FOLDER] [--anew] ...",
@@ -192,15 +221,12 @@ def parse_config(arguments: Sequence[str]) -> CompareConfig:
     parser.add_argument("--confidence", action="store_true", help="Show how far confidences can be trusted, too.")
     parser.add_argument("--retry", action="store_true", help="Make runs again that have diverged or failed.")
     parser.add_argument("--anew", action="store_true", help="Remove the runs in the folder, and make them again.")
-    given = list(arguments)
-    if given and not given[0].startswith("-"):
-        given[:1] = ["--config", given[0]]
-    given, changes = _changes(given)
-    parsed = parser.parse_args(given)
-    only_seeds = None
-    if parsed.only is not None and any(re.match("--seeds(=|$)", argument) for argument in given):
-        # Before the file, which then has the last word.
-        only_seeds, parsed = parsed.seeds, parser.parse_args(_seeds_first(given))
+    return parser
+
+
+def _config(
+    parser: ArgumentParser, parsed: Namespace, changes: Sequence[tuple[str, Any]], only_seeds: list[int] | None
+) -> CompareConfig:
     # What is not of its type is left as it is where a group of keys is expected.
     given_teachers = None if isinstance(parsed.teachers, Namespace) else parsed.pop("teachers")
     if not isinstance(given_teachers, (list, type(None))):

@@ -25,9 +25,18 @@ from distill_lightning.studies.compare.checks import is_count
 from distill_lightning.studies.compare.config import CompareConfig, Spec, TeachersConfig
 from distill_lightning.studies.compare.constructors import Constructor, constructor_of
 from distill_lightning.studies.compare.foreign_data import TOLD, check_loaders, find_shape, first_batch, ordered, tell
+from distill_lightning.studies.compare.given import Given
 from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import ALONE, Row, rows_of
-from distill_lightning.studies.compare.specs import filled, find, parsed, remembering_warnings, set_up, told_by
+from distill_lightning.studies.compare.specs import (
+    filled,
+    find,
+    parsed,
+    remembering_warnings,
+    set_up,
+    told_by,
+    with_optimizer,
+)
 from distill_lightning.studies.compare.storage import Storage, storage_of
 from distill_lightning.studies.compare.subject import Subject
 from distill_lightning.studies.compare.tasks import task_of
@@ -132,7 +141,7 @@ class Experiment:
         spec = {"class_path": f"distill_lightning.{self.task.module}", **(self.config.supervised or {})}
         for name in ("backbone", "evaluate"):
             spec.pop(name, None)
-        constructor = constructor_of("supervised", find(str(spec["class_path"])))
+        constructor = constructor_of("supervised", find(spec["class_path"]))
         if constructor.student is None:
             raise InputError(
                 f"supervised: {spec['class_path']} builds a network of its own, and has to train the student and the "
@@ -178,7 +187,8 @@ class Experiment:
     def supervised(self, network: nn.Module) -> Any:
         """Plain training, of a teacher or of the student alone."""
         constructor, make = self._supervised
-        return constructor.build("supervised", make(), network, [])
+        module = constructor.build("supervised", make(), network, [])
+        return with_optimizer(module, self.config.supervised or {}, self._known)
 
     def subject(self, row: Row | None, module: LightningModule, given: nn.Module | None) -> Subject:
         """What of a module is evaluated, and kept.
@@ -210,13 +220,14 @@ class Experiment:
             return self.supervised(student)
         constructor, make = self._methods[row.method]
         options = {} if paraphrasers is None else {"paraphrasers": list(paraphrasers)}
-        return constructor.build(key_of(row), make(), student, teachers, **options)
+        module = constructor.build(key_of(row), make(), student, teachers, **options)
+        return with_optimizer(module, self.config.methods[row.method], self._known)
 
     def _constructor(self, method: str) -> Constructor:
         """How a method's class takes its networks; one that cannot be found is left to the parser to report."""
         spec = self.config.methods[method]
-        target = find(str(spec.get("class_path")))
-        constructor = constructor_of(f"methods.{method}", target)
+        target = find(spec.get("class_path"))
+        constructor = constructor_of(f"methods.{method}", target, by_place=isinstance(spec.get("class_path"), Given))
         has_teachers = constructor.teachers is not None
         if not has_teachers and ("teachers" in spec or "stages" in spec):
             raise InputError(f"methods.{method}: {spec['class_path']} has no teachers: leave out teachers and stages")
@@ -318,7 +329,7 @@ def _paraphraser_spec(name: str, spec: Spec) -> Spec:
     given = spec["paraphrasers"]
     if not isinstance(given, Mapping) or not is_count(given.get("epochs")) or given.keys() - {"epochs", "init_args"}:
         raise InputError(f"methods.{name}.paraphrasers: expected epochs, at least 1, and init_args, got {given}")
-    target = find(str(spec.get("class_path")))
+    target = find(spec.get("class_path"))
     if target is not None and not takes(target, "paraphrasers"):
         raise InputError(f"methods.{name}: {spec['class_path']} takes no paraphrasers: leave them out")
     taps = spec.get("init_args") or {}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, cast
 
 from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning import LightningDataModule
@@ -14,9 +16,12 @@ from pytorch_lightning import LightningDataModule
 import distill_lightning
 from distill_lightning.arguments import arguments_of
 from distill_lightning.callables import check_callables, named
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, refusing
+from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.studies.compare.config import Spec
+from distill_lightning.studies.compare.given import Given, all_given
 
+_FUNCTIONS: dict[str, Any] = {"optimizer": OptimizerCallable, "lr_scheduler": LRSchedulerCallable}
 # What data tell that some class is built with.
 _TOLD = ("num_classes", "num_targets", "in_channels", "input_shape", "pad_id", "class_names")
 
@@ -33,14 +38,70 @@ def parsed(key: str, kind: Any, spec: Spec) -> Callable[[], Any]:
         ArgumentError: there is no such class, or it does not take what it is given.
         InputError: what is named makes something else.
     """
+    if isinstance(spec.get("class_path"), Given):
+        return partial(_made, key, kind, spec)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument(f"--{key}", type=kind, required=True)
-    nested: Any = _spelled_out(spec)
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    found = parser.parse_object(nested)
+
+    def read() -> Namespace:
+        nested: Any = _spelled_out(_resolved(key, spec))
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        return parser.parse_object(nested)
+
+    found = read()
     check_callables(key, kind, found[key].as_dict() if isinstance(found[key], Namespace) else found[key])
-    return lambda: parser.instantiate(found)[key]
+    # What Python has given is a fresh object every time.
+    return lambda: parser.instantiate(read() if all_given(spec) else found)[key]
+
+
+def _made(key: str, kind: Any, spec: Spec) -> Any:
+    """What a class or function from Python makes, or, where a function is wanted, that function, with its options.
+
+    Raises:
+        InputError: it takes other arguments, or makes something else.
+    """
+    given: Given = spec["class_path"]
+    options = {
+        name: parsed(name, _FUNCTIONS[name], part)() if name in _FUNCTIONS and isinstance(part, Mapping) else part
+        for name, part in _resolved(key, spec.get("init_args") or {}).items()
+    }
+    origin = typing.get_origin(kind)
+    wanted = kind if origin is None else typing.get_args(kind)[1]
+
+    def make(*networks: Any, **more: Any) -> Any:
+        signature = None
+        with suppress(ValueError):
+            # Python knows none of some that are not written in it.
+            signature = inspect.signature(given.make)
+        if signature is not None:
+            with refusing(f"{key}: {given.name} is called with other arguments than it takes", TypeError):
+                signature.bind(*networks, **options, **more)
+        made = given.make(*networks, **options, **more)
+        if not isinstance(made, wanted):
+            raise InputError(
+                f"{key}: {given.name} makes a {type(made).__name__}, and a {getattr(wanted, '__name__', wanted)} is "
+                "needed here"
+            )
+        return made
+
+    # What reads a configuration asks a function for what it makes.
+    make.__annotations__["return"] = wanted
+    return make() if origin is None else make
+
+
+def _resolved(key: str, value: Any) -> Any:
+    """A part of a configuration with the objects that were given in Python for it."""
+    if isinstance(value, Given):
+        return value.make()
+    if isinstance(value, Mapping) and isinstance(value.get("class_path"), Given):
+        name = key.rpartition(".")[2]
+        return _made(key, _FUNCTIONS.get(name, object), cast("Spec", value))
+    if isinstance(value, Mapping):
+        return {name: _resolved(f"{key}.{name}", part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_resolved(f"{key}.{number}", part) for number, part in enumerate(value)]
+    return value
 
 
 def _spelled_out(value: Any) -> Any:
@@ -63,7 +124,7 @@ def filled(key: str, spec: Spec, known: Mapping[str, Any]) -> Spec:
         InputError: it is no ``class_path`` with ``init_args``.
     """
     arguments = spec.get("init_args") or {}
-    if not isinstance(spec.get("class_path"), str) or not isinstance(arguments, Mapping):
+    if not isinstance(spec.get("class_path"), (str, Given)) or not isinstance(arguments, Mapping):
         raise InputError(f"{key}: expected a class_path and init_args with its arguments, got {spec!r}")
     target = find(spec["class_path"])
     accepted = {} if target is None else arguments_of(target)
@@ -71,10 +132,25 @@ def filled(key: str, spec: Spec, known: Mapping[str, Any]) -> Spec:
     return {**spec, "init_args": {**missing, **arguments}}
 
 
-def find(class_path: str) -> Any:
+def find(class_path: Any) -> Any:
     """The class or function; ``None`` if there is none: the parser's message is the better one then."""
-    found = named(class_path)
+    found = class_path.make if isinstance(class_path, Given) else named(class_path)
     return found if callable(found) else None
+
+
+def with_optimizer(module: Any, spec: Spec, known: Mapping[str, Any]) -> Any:
+    """A module that a function from Python made, with the comparison's optimiser unless it has one of its own.
+
+    Args:
+        module: is changed.
+        spec: of what made it.
+        known: the comparison's ``optimizer`` and ``lr_scheduler``.
+    """
+    if isinstance(spec.get("class_path"), Given) and getattr(module, "optimizer", None) is default_optimizer:
+        for name, kind in _FUNCTIONS.items():
+            if known[name] is not None:
+                setattr(module, name, parsed(name, kind, known[name])())
+    return module
 
 
 def set_up(data: LightningDataModule) -> LightningDataModule:
