@@ -434,12 +434,19 @@ def test_who_learns_from_a_run_that_diverged_at_once_has_no_scores_either(tmp_pa
     assert [line["test_accuracy"] == "nan" for line in lines_of(tmp_path / "out/results.csv")] == [False, True, True]
 
 
-def test_a_teacher_that_diverges_stops_the_comparison(tmp_path, capsys):
-    def diverging(config):
-        config["optimizer"]["init_args"]["lr"] = 1e9
+def test_the_rows_of_a_teacher_that_diverges_say_so_and_the_others_are_made(tmp_path, monkeypatch):
+    poison(monkeypatch, "runs/teacher_2")
 
-    assert main(["compare", written(tmp_path, diverging), "--output", str(tmp_path / "out")]) == 2
-    assert "teacher_1 is to teach the others: SupervisedModule: " in capsys.readouterr().err
+    def short(config):
+        config["teachers"].update(epochs=2)
+        config.update(epochs=1, seeds=[0])
+
+    compare(written(tmp_path, short), tmp_path / "out")
+    text = (tmp_path / "out/results.md").read_text()
+    assert "teacher_2: SupervisedModule: train/ce is not finite in batch 0 of epoch 1" in text
+    assert "feed, seed 0: teacher_2, from which it learns, has no finite numbers" in text
+    scored = {line["method"]: line["test_accuracy"] != "nan" for line in lines_of(tmp_path / "out/results.csv")}
+    assert scored == {"alone": True, "kd_one": True, "feed": False}
 
 
 @pytest.mark.parametrize(
