@@ -52,7 +52,7 @@ def score_bars(
     for number, (name, value) in enumerate(references.items()):
         axes.axvline(scale * value, color="0.35", linestyle=("--", ":", "-.")[number % 3], linewidth=1.2, label=name)
     for place, name in enumerate(names):
-        color, marker, _ = styles[name]
+        color, marker = styles[name]
         shown = scale * np.asarray(scores[name], dtype=float)
         mean, low, high = (scale * bound for bound in bounds[name])
         axes.plot(shown, np.full(len(shown), place) + 0.22, ".", color=color, alpha=0.6, markersize=5, linewidth=0)
