@@ -8,6 +8,8 @@ import torch
 from distill_lightning import InputError, SupervisedModule
 from distill_lightning.plots.style import row_styles
 from distill_lightning.studies.compare import memory
+from distill_lightning.studies.compare.checks import check
+from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.memory import PeakMemory
 from distill_lightning.studies.compare.report import Report
 from distill_lightning.studies.compare.scores import Score, Scores, Section
@@ -185,3 +187,9 @@ def test_a_resumed_training_tells_of_all_its_parts():
     found = PeakMemory()
     found.load_state_dict({"bytes": 10**15})
     assert found.state_dict() == {"bytes": 10**15}
+
+
+def test_a_baseline_that_is_no_row_is_named():
+    config = CompareConfig({}, {}, {"kd": {"teachers": "alone"}}, 1, [0], baseline="kdd")
+    with pytest.raises(InputError, match="baseline: 'kdd' is no row; rows: alone, kd"):
+        check(config)
