@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from distill_lightning.plots.style import Array, RowStyle, ShownFigure, panels, plain, row_styles, title
 
@@ -52,7 +53,7 @@ def score_bars(
     for number, (name, value) in enumerate(references.items()):
         axes.axvline(scale * value, color="0.35", linestyle=("--", ":", "-.")[number % 3], linewidth=1.2, label=name)
     for place, name in enumerate(names):
-        color, marker, _ = styles[name]
+        color, marker = styles[name]
         shown = scale * np.asarray(scores[name], dtype=float)
         mean, low, high = (scale * bound for bound in bounds[name])
         axes.plot(shown, np.full(len(shown), place) + 0.22, ".", color=color, alpha=0.6, markersize=5, linewidth=0)
@@ -119,7 +120,7 @@ def learning_curves(
         late = np.concatenate([values[:, length // 3 :].ravel() for values in shown.values()])
         margin = 0.08 * (late.max() - late.min() or 1.0)
         axes[0].set_ylim(late.min() - margin, late.max() + margin)
-    axes[0].xaxis.get_major_locator().set_params(integer=True)
+    axes[0].xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     dashed = f"; dashed: {reference}" if reference in shown and len(shown) > 1 else ""
     figure.supxlabel(f"epoch{dashed}", fontsize=10)
     figure.supylabel(label, fontsize=10)

@@ -34,7 +34,7 @@ def reliability_diagram(
     figure = ShownFigure(layout="constrained")
     axes = panels(figure, len(bins))
     for own, (name, (counts, confidences, hits)) in zip(axes, bins.items(), strict=True):
-        color, marker, _ = styles[name]
+        color, marker = styles[name]
         own.bar((np.arange(len(counts)) + 0.5) / len(counts), counts / counts.sum(), 1 / len(counts), color="0.88")
         own.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
         own.plot(*_drawn(counts, confidences, hits), marker=marker, color=color, markersize=3.5, label=name)

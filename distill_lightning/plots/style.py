@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow, which is too pale for lines.
-_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_MARKERS = ("o", "s", "^", "D")
-_LINES = ("-", "--", "-.", ":")
+# Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow, which is too pale for lines. Black
+# is the first row's own.
+_BLACK = "#000000"
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_MARKERS = ("o", "s", "^", "D", "v")
 # Characters above a small panel.
 _TITLE = 30
 
@@ -27,19 +28,19 @@ class RowStyle(NamedTuple):
 
     color: str
     marker: str
-    line: str
 
 
 def row_styles(names: Iterable[str]) -> dict[str, RowStyle]:
-    """A look for each row by its place: seven colours, and for further rows the same with other markers and lines.
+    """A look for each row by its place: black, six colours, and for further rows these again with other markers.
 
     Args:
         names: all rows of the comparison, whichever of them a figure shows.
     """
-    rounds = len(_COLORS)
-    return {
-        name: RowStyle(_COLORS[place % rounds], *(each[place // rounds % len(each)] for each in (_MARKERS, _LINES)))
-        for place, name in enumerate(names)
+    first, *others = names
+    count = len(_COLORS)
+    return {first: RowStyle(_BLACK, _MARKERS[0])} | {
+        name: RowStyle(_COLORS[place % count], _MARKERS[place // count % len(_MARKERS)])
+        for place, name in enumerate(others)
     }
 
 

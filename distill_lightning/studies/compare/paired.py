@@ -154,7 +154,7 @@ def paired_rows(paired: Sequence[Sequence[Paired]], columns: Sequence[Column]) -
     return [header, *([row[0].method, *(each.cell() for each in row)] for row in shown)]
 
 
-def pairs_of(sets: Sequence[Sequence[float]]) -> str:
+def pairs_of(sets: Sequence[Sequence[object]]) -> str:
     """Over how many sets and seeds something is, in words."""
     seeds = "1 seed" if len(sets[0]) == 1 else f"{len(sets[0])} seeds"
     return seeds if len(sets) == 1 else f"{len(sets)} sets of teachers, {seeds} each"

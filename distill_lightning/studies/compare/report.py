@@ -148,7 +148,7 @@ class Report:
         tables = []
         if self.paired:
             lines = "\n".join(f"{name}: {verdict}" for name, verdict in self.verdicts().items())
-            tables.append(Section(f"{self.scores.headline.title}: the rows and {self.scores.baseline}", [], lines))
+            tables.append(Section(f"{self.scores.headline.title}, compared with {self.scores.baseline}", [], lines))
             tables.append(Section("", self.paired_rows(), legend(self.paired)))
         if self.sets > 1:
             sets = by_set(self.of(self.methods[0]))

@@ -639,7 +639,7 @@ def test_the_cells_are_means_and_sample_deviations(finished):
     folder, _ = finished
     table = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
-        for line in (folder / "out/results.md").read_text().splitlines()
+        for line in (folder / "out/results.md").read_text().partition("\n## ")[0].splitlines()
         if line.startswith("| ")
     }
     rows = [row for row in lines_of(folder / "out/results.csv") if row["method"] == "feed"]

@@ -3,12 +3,18 @@
 import math
 
 import pytest
+import torch
 
-from distill_lightning import InputError
+from distill_lightning import InputError, SupervisedModule
 from distill_lightning.plots.style import row_styles
+from distill_lightning.studies.compare import memory
+from distill_lightning.studies.compare.checks import check
+from distill_lightning.studies.compare.config import CompareConfig
+from distill_lightning.studies.compare.memory import PeakMemory
 from distill_lightning.studies.compare.report import Report
 from distill_lightning.studies.compare.scores import Score, Scores, Section
 from distill_lightning.studies.compare.task import Column
+from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 COLUMNS = [Column("test_accuracy", "test %", 100, 2), Column("nll", "NLL", mode="min")]
 
@@ -149,3 +155,41 @@ def test_confidence_is_shown_where_it_is_asked_for(tmp_path):
     silent.write(tmp_path)
     assert "ece" in (tmp_path / "results.csv").read_text().splitlines()[0]
     assert "kd,alone,ece," in (tmp_path / "paired.csv").read_text()
+
+
+class Greedy(SupervisedModule):
+    """Needs so many bytes in every step, and leaves none of them."""
+
+    needs = 0
+
+    def terms(self, batch):
+        torch.ones(self.needs, dtype=torch.uint8)
+        return super().terms(batch)
+
+
+@pytest.mark.skipif(not memory._IS_KNOWN, reason="the peak of a process is known under Linux alone")
+def test_the_peak_of_a_training_is_its_own(monkeypatch):
+    def peak(needs):
+        monkeypatch.setattr(Greedy, "needs", needs)
+        found = PeakMemory()
+        tiny_trainer(callbacks=[found]).fit(Greedy(TinyNet(), num_classes=3), datamodule=TinyDataModule())
+        return found
+
+    peak(0)
+    before, greedy, after = (peak(needs).bytes for needs in (0, 400_000_000, 0))
+    assert greedy - before == pytest.approx(400_000_000, rel=0.2)
+    # What an earlier training needed is forgotten.
+    assert abs(after - before) < 100_000_000
+
+
+@pytest.mark.skipif(not memory._IS_KNOWN, reason="the peak of a process is known under Linux alone")
+def test_a_resumed_training_tells_of_all_its_parts():
+    found = PeakMemory()
+    found.load_state_dict({"bytes": 10**15})
+    assert found.state_dict() == {"bytes": 10**15}
+
+
+def test_a_baseline_that_is_no_row_is_named():
+    config = CompareConfig({}, {}, {"kd": {"teachers": "alone"}}, 1, [0], baseline="kdd")
+    with pytest.raises(InputError, match="baseline: 'kdd' is no row; rows: alone, kd"):
+        check(config)
