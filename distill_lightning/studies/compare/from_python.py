@@ -78,10 +78,8 @@ def described_value(key: str, value: Any) -> Any:
         return _spec(key, value)
     if key in _MADE_BY_NAME and isinstance(value, Mapping):
         return {name: _spec(f"{key}.{name}", one) for name, one in value.items()}
-    if key == "teachers":
-        return _teachers(value)
-    if key == "search":
-        return _plain_search(value)
+    if key in ("teachers", "search"):
+        return _teachers(value) if key == "teachers" else _plain_search(value)
     if isinstance(value, (tuple, range)):
         return list(value)
     if dataclasses.is_dataclass(value):
