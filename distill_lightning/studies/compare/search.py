@@ -67,10 +67,10 @@ def trials_in(runs: Iterable[Run], task: Task) -> list[Trial]:
             scores.setdefault(key, {})[run.seed] = _score(run, task)
     sign = 1 if task.mode == "max" else -1
     best: dict[str, tuple[float, str]] = {}
-    for (row, key), found in scores.items():
+    for (row, combination), found in scores.items():
         reached = sign * statistics.fmean(found.values())
         if not math.isnan(reached) and (row not in best or reached > best[row][0]):
-            best[row] = (reached, key)
+            best[row] = (reached, combination)
     return [
         Trial(row, options[row, key], found, row in best and best[row][1] == key)
         for (row, key), found in scores.items()
