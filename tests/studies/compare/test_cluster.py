@@ -111,6 +111,8 @@ def address():
     own = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray would let everything else on the machine go before its workers.
+        patch.setenv("RAY_worker_niceness", "0")
         ray_cluster = Cluster(initialize_head=True, head_node_args={**own, "include_dashboard": False})
         try:
             ray_cluster.add_node(**own)
