@@ -159,6 +159,28 @@ def refusing_to_write(where: str) -> Iterator[None]:
 
 
 @contextmanager
+def refused_at(where: str) -> Iterator[None]:
+    """Let every `InputError` begin with the key of the configuration that it is about.
+
+    Args:
+        where: the key; a message that names it already stays as it is.
+
+    Example:
+        >>> from distill_lightning.errors import InputError, refused_at
+        >>> with refused_at("methods.kd"):
+        ...     raise InputError("temperature must be positive, got -1.0")
+        Traceback (most recent call last):
+        distill_lightning.errors.InputError: methods.kd: temperature must be positive, got -1.0
+    """
+    try:
+        yield
+    except InputError as error:
+        if where in str(error):
+            raise
+        raise type(error)(f"{where}: {error}") from error
+
+
+@contextmanager
 def refusing(where: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turn an exception that another library raises because of an argument into an `InputError`.
 

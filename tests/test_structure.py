@@ -229,16 +229,18 @@ ROOMS = {
         compare compress export doctor
     """,
     "studies/compare": """
-        blueprint claims given python_digest rows task
+        blueprint claims given python_digest rows task constructors foreign_data
+        trials
         checks
         config
-        outputs_task paired scored_task scores specs
-        tasks
-        backbones from_python
+        outputs_task paired scored_task scores specs subject
+        foreign tasks
+        backbones from_python storage
         experiment
         runs
-        runner
-        attempt
+        plan search trained_teachers
+        runner savings
+        attempt trial
         pool sharing
         workers
         pools
@@ -268,7 +270,7 @@ ROOMS = {
         layer_errors origin questions
         store
         teachers
-        recorder
+        recorder shared
     """,
     "testing": """
         processes tiny tiny_detection tiny_translation waits

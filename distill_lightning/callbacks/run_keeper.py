@@ -79,7 +79,7 @@ class RunKeeper(pl.callbacks.Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add a line to the history, keep the weights if they are the best so far, and checkpoint."""
-        metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        metrics = dict(sorted(self.metrics_of(trainer, pl_module).items()))
         if self.monitor not in metrics:
             raise InputError(
                 f"RunKeeper: {self.monitor} was not logged in this epoch: give monitor= one of {', '.join(metrics)}"
@@ -93,7 +93,14 @@ class RunKeeper(pl.callbacks.Checkpoint):
         # The first epoch in any case: there is always a selected one.
         if not before or score > best:
             self.selected_epoch = epoch
-            # A method of every module with a student.
-            pl_module.export_student(self.folder / "selected.safetensors")  # type: ignore[operator]
+            self.export_selected(pl_module, self.folder / "selected.safetensors")
         with whole_file(self.folder / "last.ckpt") as partial:
             trainer.save_checkpoint(partial)
+
+    def metrics_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        """What an epoch reached, by name: what was logged of it."""
+        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    def export_selected(self, pl_module: pl.LightningModule, path: Path) -> None:
+        """Write the weights of the best epoch so far: those of the student, which every module of this package has."""
+        pl_module.export_student(path)  # type: ignore[operator]

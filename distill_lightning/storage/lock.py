@@ -16,6 +16,9 @@ from typing import Any, BinaryIO
 
 from distill_lightning.storage.files import explaining_disk_errors
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems say that know no locks."""
+
 _NAME = "filling.lock"
 
 # The open file and the number of who took it last; by process, because a forked one does not hold what its parent does.
@@ -114,7 +117,7 @@ def _locked(path: Path) -> tuple[BinaryIO, bool] | None:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.close()
                 return None
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in NO_LOCKS:
                 file.close()
                 raise
             return file, False

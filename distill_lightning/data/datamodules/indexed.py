@@ -15,7 +15,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 
 # What Lightning calls on a data module, besides train_dataloader.
-_HOOKS = (
+HOOKS = (
     "prepare_data",
     "setup",
     "teardown",
@@ -75,7 +75,7 @@ class IndexedDataModule(pl.LightningDataModule):
         # Lightning's own __init__ would only make attributes that hide the data module's.
         self.__dict__["datamodule"] = datamodule
         # In the instance, because Lightning compares them with its own to see which the data module overrides.
-        self.__dict__.update({name: getattr(datamodule, name) for name in _HOOKS if hasattr(datamodule, name)})
+        self.__dict__.update({name: getattr(datamodule, name) for name in HOOKS if hasattr(datamodule, name)})
 
     def __getattr__(self, name: str) -> Any:
         # While being unpickled or copied there is nothing to ask yet.

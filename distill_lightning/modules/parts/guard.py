@@ -297,7 +297,7 @@ def teachers_answers(module: Any, batch: Batch) -> Iterator[tuple[str, Tensor, T
         yield f"{type(module).__name__}: teacher {number} ({type(module.teachers[number]).__name__})", output, broken
 
 
-def check_loss(module: Any, loss: Tensor, batch: Batch, number: int) -> None:
+def check_loss(module: Any, loss: Tensor, batch: Batch | None, number: int) -> None:
     """Stop a training without a `Guard` on a loss that is not finite.
 
     On the CPU every batch is looked at; any other device is waited for in an epoch's first batches and after every 50:
@@ -306,7 +306,7 @@ def check_loss(module: Any, loss: Tensor, batch: Batch, number: int) -> None:
     Args:
         module: that is trained.
         loss: of the batch.
-        batch: that it is of.
+        batch: that it is of; ``None``: of a kind that cannot be read.
         number: of the batch in its epoch.
 
     Raises:

@@ -11,7 +11,6 @@ from pytorch_lightning import LightningDataModule
 from torch import nn
 
 from distill_lightning.arguments import takes
-from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError
 from distill_lightning.modules import DistillationModule
 from distill_lightning.modules.detection import DetectionModule
@@ -19,6 +18,7 @@ from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.modules.supervised import RegressionModule
 from distill_lightning.modules.translates import Translates
 from distill_lightning.studies.compare.config import CompareConfig, Spec
+from distill_lightning.studies.compare.foreign_data import ordered
 from distill_lightning.studies.compare.outputs_task import Classification
 from distill_lightning.studies.compare.specs import filled, find, parsed, remembering_warnings, set_up, told_by
 from distill_lightning.studies.compare.tasks import task_of
@@ -69,11 +69,9 @@ class Backbone:
         module = {name: spec[name] for name in ("class_path", "init_args") if name in spec}
         self._module = parsed(key, Callable[[nn.Module], DistillationModule], filled(key, module, known))
 
-    def data(self, *, order_seed: int) -> ViewDataModule:
-        """Its data module, with the training order drawn by ``order_seed``."""
-        data: ViewDataModule = self._data()
-        data.order_seed = order_seed
-        return data
+    def data(self, *, order_seed: int, first_epoch: int = 0) -> Any:
+        """Its data module, with the training order drawn by ``order_seed``; see `Experiment.data`."""
+        return ordered(self._data(), order_seed, first_epoch)
 
     def module(self) -> DistillationModule:
         """What trains the classifier, with the classifier as its student."""

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from distill_lightning.errors import InputError, check_count
 from distill_lightning.studies.compare.rows import NAME, rows_of
+from distill_lightning.studies.compare.trials import check_search
 
 if TYPE_CHECKING:
-    from distill_lightning.studies.compare.config import CompareConfig, Spec
+    from distill_lightning.studies.compare.config import CompareConfig, Spec, TeachersConfig
 
-METHOD_KEYS = ("class_path", "init_args", "teachers", "stages", "initial", "paraphrasers", "backbone")
+METHOD_KEYS = ("class_path", "init_args", "teachers", "stages", "initial", "paraphrasers", "backbone", "evaluate")
 BACKBONE_KEYS = ("class_path", "init_args", "data", "epochs", "optimizer", "lr_scheduler")
 
 
@@ -24,10 +25,7 @@ def check(config: CompareConfig) -> None:
     for epochs in (config.epochs, config.teachers.epochs):
         if epochs is not None and epochs < 1:
             raise InputError(f"epochs must be at least 1, got {epochs}")
-    if config.teachers.number < 1:
-        raise InputError(f"teachers.number must be at least 1, got {config.teachers.number}")
-    if config.teachers.network is None and config.teachers != type(config.teachers)():
-        raise InputError("teachers.network is missing: give it by class_path and init_args, or no teachers at all")
+    _check_teachers(config.teachers)
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise InputError(f"seeds must be different numbers, at least one, got {config.seeds}")
     if not all(0 <= seed < 2**32 for seed in config.seeds):
@@ -38,6 +36,7 @@ def check(config: CompareConfig) -> None:
     for name, spec in (config.backbones or {}).items():
         _check_backbone(name, spec)
     rows_of(config)
+    check_search(config)
 
 
 def _check_work(config: CompareConfig) -> None:
@@ -48,6 +47,21 @@ def _check_work(config: CompareConfig) -> None:
     check_count("workers", config.workers, at_least=1)
     if config.threads_per_run is not None:
         check_count("threads_per_run", config.threads_per_run, at_least=1)
+
+
+def _check_teachers(teachers: TeachersConfig) -> None:
+    for key in ("number", "sets"):
+        if (count := getattr(teachers, key)) < 1:
+            raise InputError(f"teachers.{key} must be at least 1, got {count}")
+    if teachers.given is not None:
+        if not teachers.given or not all(isinstance(spec, Mapping) and "class_path" in spec for spec in teachers.given):
+            raise InputError(
+                f"teachers, where it is a list, holds networks by class_path and init_args, got {teachers.given}"
+            )
+        if teachers != type(teachers)(given=teachers.given):
+            raise InputError("teachers are trained already where they are a list: leave out network, number and so on")
+    elif teachers.network is None and teachers != type(teachers)():
+        raise InputError("teachers.network is missing: give it by class_path and init_args, or no teachers at all")
 
 
 def _check_method(name: str, spec: Spec, available: int) -> None:

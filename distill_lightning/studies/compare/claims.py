@@ -17,7 +17,7 @@ from typing import Any, Self
 from uuid import uuid4
 
 from distill_lightning.errors import refusing_to_write
-from distill_lightning.storage import FillingLock
+from distill_lightning.storage.lock import NO_LOCKS, FillingLock
 
 AT_WORK = "at_work.lock"
 _CLAIM = "claim.json"
@@ -169,7 +169,8 @@ class Presence:
         self.folder = folder
         with refusing_to_write("output"):
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / AT_WORK).open("ab")
+            # Read, too: the file is locked with others.
+            self._file = (folder / AT_WORK).open("a+b")
         self.is_alone = self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB) and not _others_are_fresh(folder)
         if not self.is_alone:
             self.admit()
@@ -188,7 +189,10 @@ class Presence:
         try:
             fcntl.lockf(self._file, kind)
         except OSError as error:
-            return error.errno not in (errno.EACCES, errno.EAGAIN)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            if error.errno not in NO_LOCKS:
+                raise
         return True
 
 

@@ -17,12 +17,18 @@ from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.given import Given
 from distill_lightning.studies.compare.measures import scores_of
 from distill_lightning.studies.compare.paired import LEGEND
+from distill_lightning.studies.compare.plan import plan
 from distill_lightning.studies.compare.pool import make_all
 from distill_lightning.studies.compare.pools import pool_of, with_threads
 from distill_lightning.studies.compare.report import Report, as_list
 from distill_lightning.studies.compare.runner import make_trainer
-from distill_lightning.studies.compare.runs import Run, plan
+from distill_lightning.studies.compare.runs import Run
+from distill_lightning.studies.compare.savings import told_of_storage
+from distill_lightning.studies.compare.search import search_section, trials_in, write_search
 from distill_lightning.studies.compare.sharing import chosen, forget_failures, refuse_others, stored_config
+from distill_lightning.studies.compare.trained_teachers import refuse_other_teachers, refuse_untrained
+from distill_lightning.studies.compare.trial import try_runs
+from distill_lightning.studies.compare.trials import searched
 from distill_lightning.studies.data import keep_data, refuse_other_data, remove_runs
 from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
 
@@ -55,10 +61,12 @@ def run(
     _check_folder(folder, config)
     experiment = Experiment(config)
     make_trainer(config)
+    refuse_untrained(experiment)
     data = {_DATA: experiment.splits}
     data |= {f"{_DATA} of backbone {name}": backbone.splits for name, backbone in experiment.backbones.items()}
     runs = plan(experiment, folder)
     wanted = chosen(runs, config)
+    try_runs(experiment, [run for run in wanted if config.anew or not run.is_finished])
     with Presence(folder) as presence:
         # Another call may have come first, and with another configuration.
         _check_folder(folder, config)
@@ -67,6 +75,7 @@ def run(
             remove_runs(folder)
         elif any(folder.glob("runs/*")):
             refuse_other_data(folder, data)
+            refuse_other_teachers(experiment, runs)
         content = yaml.safe_dump(config.as_plain(), sort_keys=False)
         claim_folder(folder, known=_CONFIG_FILE, content=content, sweeps=presence.is_alone)
         keep_data(folder, data)
@@ -80,7 +89,7 @@ def run(
             console.print(f"{left} of {len(runs)} runs are left for other calls; the last one writes the report.")
             return None
         report = report_of(experiment, runs, arguments)
-        paths = report.write(folder)
+        paths = [*report.write(folder), *write_search(folder, trials_in(runs, experiment.task))]
     if shows:
         _show(report, paths, console)
     return report
@@ -99,7 +108,7 @@ def _show(report: Report, paths: Sequence[Path], console: Console) -> None:
 
 
 def _check_folder(folder: Path, config: CompareConfig) -> None:
-    """Refuse a folder of another configuration; methods, backbones and seeds may be added, or all made anew."""
+    """Refuse a folder of another configuration; methods, backbones, seeds, sets of teachers may be added to it."""
     refuse_foreign_folder(folder, known=_CONFIG_FILE, ignored=AT_WORK)
     stored = None if config.anew else stored_config(folder / _CONFIG_FILE)
     if stored is None:
@@ -111,6 +120,13 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
             same = set(before or []) <= set(now)
         elif key in ("methods", "backbones"):
             same = all((now or {}).get(name) == spec for name, spec in (before or {}).items())
+        elif key == "teachers":
+            # Sets can be added, and older folders do not tell of any.
+            before = {"sets": 1, **before}
+            same = before["sets"] <= now["sets"] and {**before, "sets": now["sets"]} == now
+        elif key == "search":
+            # Rows can be added with their searches, but none that are there can be chosen anew.
+            same = (before or {}) == searched(config, stored["methods"])
         else:
             same = before == now
         if not same:
@@ -128,13 +144,18 @@ def report_of(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[s
         runs: all of its runs.
         arguments: what it was called with, for the heading; ``None``: it was called from Python.
     """
+    sections = search_section(trials_in(runs, experiment.task), experiment.task, [row.name for row in experiment.rows])
+    runs = [run for run in runs if not run.in_search]
     heading, legend = _heading(experiment, arguments, runs), _legend(experiment, runs)
-    return Report(scores_of(experiment, runs, heading=heading, legend=legend))
+    return Report(scores_of(experiment, runs, heading=heading, legend=legend, sections=sections))
 
 
 def _heading(experiment: Experiment, arguments: Sequence[str] | None, runs: Sequence[Run]) -> str:
     config = experiment.config
+    kept = told_of_storage(experiment.storage, runs)
     made = [f"Data: {_called(config.data)}. Student: {_called(config.student)}."]
+    if config.teachers.given is not None:
+        made.append(f"Teachers, trained before: {'; '.join(map(_called, config.teachers.given))}.")
     if config.teachers.network is not None:
         epochs = config.teachers.epochs or config.epochs
         made.append(f"{config.teachers.number} teachers: {_called(config.teachers.network)}, {epochs} epochs.")
@@ -154,6 +175,7 @@ def _heading(experiment: Experiment, arguments: Sequence[str] | None, runs: Sequ
         "",
         f"{' '.join(made)} Every student: {config.epochs} epochs.",
         "",
+        *([kept, ""] if kept else []),
         f"Mean ± standard deviation over {len(config.seeds)} seeds ({', '.join(map(str, config.seeds))}), "
         f"{experiment.task.samples}, no epoch chosen on them.",
         "",

@@ -22,7 +22,7 @@ Spec = dict
 # How and where a table is made, what is shown of it: none of its numbers depend on that.
 _HOW = ("output", "workers", "ray", "only", "only_seeds", "retry", "anew", "baseline", "confidence")
 # What stands inside of a spec; jsonargparse sets the keys of a plain dict, but not those of a dict in it.
-_INSIDE = re.compile(r"--(data|student|methods|supervised|backbones|optimizer|lr_scheduler)\.")
+_INSIDE = re.compile(r"--(data|student|methods|supervised|backbones|optimizer|lr_scheduler|search)\.")
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,16 @@ class TeachersConfig:
         number: how many, each from its own seed.
         epochs: how long each is trained; ``None``: as long as the students.
         sets: how many times so many are trained, every time from other seeds, with students of their own under each.
+        given: networks that are trained already, perhaps of unlike kinds, each by ``class_path`` and ``init_args``, in
+            the place of ``network``: `Pretrained`, or whatever else loads its weights. In the YAML file a list of them
+            stands in the place of all keys. None of them is trained again.
     """
 
     network: Spec | None = None
     number: int = 3
     epochs: int | None = None
     sets: int = 1
+    given: list[Spec] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class StoreConfig:
     """
 
     views: int | None = None
-    logits: str = "1GB"
-    features: str = "0"
+    logits: str | int = "1GB"
+    features: str | int = 0
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,8 @@ class CompareConfig:
             gives the student the weights of one of ``backbones``. The student alone is always compared.
         epochs: length of every run.
         seeds: of the students' initial weights and of the order of their data.
-        teachers: the teachers' network and number; without, there are none, and no row but those taught by an earlier
-            one has a class that takes teachers.
+        teachers: the teachers' network and number, or a list of networks that are trained already; without, there are
+            none, and no row but those taught by an earlier one has a class that takes teachers.
         supervised: what trains the teachers and the student alone, perhaps with a ``backbone``; without a
             ``class_path``, `SupervisedModule`, `RegressionModule` where the data have no classes, `TranslationModule`
             or `DetectionModule`.
@@ -95,9 +99,13 @@ class CompareConfig:
         precision: the Trainer's.
         gradient_clip_val: the Trainer's: the norm that the gradients of every run are cut down to; ``None``: none.
         teachers_store: what of the teachers' answers is kept; ``None``: nothing, they run beside every student.
-        search: by row, lists of values to try, by the name of an option in its ``init_args``, or by a dotted path from
-            the row or, for the optimiser, from the top: ``alone: {optimizer.init_args.lr: [0.1, 0.03]}``.
-        trials: how many combinations each row tries; ``None``: as many as the row with most of them has.
+        search: by row, lists of values to try, by the name of an option in its ``init_args`` or a dotted path there
+            (``distance.init_args.p``), in its ``paraphrasers``, or in the optimiser or the schedule that it has or that
+            stand at the top: ``alone: {optimizer.init_args.lr: [0.1, 0.03]}``. The combination whose validation is best
+            after the last epoch, as a mean over ``search_seeds``, under the first set of teachers, is the row's in the
+            table. The teachers keep what they have.
+        trials: how many combinations each of these rows tries, drawn from those that it has; ``None``: all, and all
+            rows have as many.
         search_seeds: of the trials; none of ``seeds``. ``None``: one that is none of these.
         baseline: the row that the others' differences are taken from.
         confidence: whether the table has columns of how far confidences can be trusted.
@@ -127,7 +135,7 @@ class CompareConfig:
     precision: str = "32"
     gradient_clip_val: float | None = None
     teachers_store: StoreConfig | None = StoreConfig()
-    search: dict[str, dict[str, list[Any]]] | None = None
+    search: dict[str, Spec] | None = None
     trials: int | None = None
     search_seeds: list[int] | None = None
     baseline: str = ALONE
@@ -140,13 +148,24 @@ class CompareConfig:
     retry: bool = False
     anew: bool = False
 
+    def __post_init__(self) -> None:
+        """A list of networks stands for teachers that are given."""
+        if isinstance(self.teachers, (list, tuple)):
+            object.__setattr__(self, "teachers", TeachersConfig(given=list(self.teachers)))
+
     def as_plain(self) -> dict[str, Any]:
         """Everything that the results depend on, in plain types."""
-        return {name: value for name, value in plain(self).items() if name not in _HOW}
+        values = plain(self)
+        if values["teachers"]["given"] is None:
+            # So that folders that were written before there was this key belong to the same configuration.
+            values["teachers"].pop("given")
+        return {name: value for name, value in values.items() if name not in _HOW}
 
     @property
     def number_of_teachers(self) -> int:
-        """How many there are."""
+        """How many there are, in each set."""
+        if self.teachers.given is not None:
+            return len(self.teachers.given)
         return 0 if self.teachers.network is None else self.teachers.number
 
 
@@ -205,12 +224,16 @@ def _parser() -> ArgumentParser:
 def _config(
     parser: ArgumentParser, parsed: Namespace, changes: Sequence[tuple[str, Any]], only_seeds: list[int] | None
 ) -> CompareConfig:
-    if not isinstance(parsed.teachers, Namespace):
+    # What is not of its type is left as it is where a group of keys is expected.
+    given_teachers = None if isinstance(parsed.teachers, Namespace) else parsed.pop("teachers")
+    if not isinstance(given_teachers, (list, type(None))):
         raise InputError(
-            "teachers is a network and a number, for example {network: {class_path: SmallResNet}, number: 2}: compare "
-            "trains them itself, all of one kind; for networks that are there, of unlike kinds, see fit and Pretrained"
+            "teachers is a network and a number, for example {network: {class_path: SmallResNet}, number: 2}, or a "
+            f"list of networks that are trained already, got {given_teachers!r}"
         )
     options = vars(parser.instantiate(parsed))
+    if given_teachers is not None:
+        options["teachers"] = given_teachers
     for path, value in changes:
         _change(options, path, value)
     config = CompareConfig(

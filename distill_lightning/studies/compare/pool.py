@@ -16,6 +16,7 @@ from distill_lightning.studies.compare.attempt import attempt
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.runner import leave_none
 from distill_lightning.studies.compare.runs import Run
+from distill_lightning.studies.compare.savings import asked_once
 from distill_lightning.studies.progress import COLUMNS, reporting_interrupts
 
 _TRIES = 3
@@ -142,12 +143,12 @@ class _Schedule:
         self._show()
         while self.waiting or self.at_work:
             self._submit()
-            if not self.at_work:
-                # All that is left is made, or waited for, by another call.
+            if self.at_work:
+                for finished in self.pool.wait(self._advance):
+                    self._settle(finished)
+            elif self.waiting:
+                # All that is left is made by another call, or has to wait for it.
                 time.sleep(_PAUSE)
-                continue
-            for finished in self.pool.wait(self._advance):
-                self._settle(finished)
 
     def _submit(self) -> None:
         for run in list(self.waiting):
@@ -187,6 +188,8 @@ class _Schedule:
 
     def _told(self, run: Run) -> str:
         result = run.result()
+        if run.makes_store and not result.without_scores:
+            return asked_once(result)
         if result.without_scores or not result.history:
             return result.without_scores or "done"
         makes = run.makes_backbone

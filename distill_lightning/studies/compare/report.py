@@ -122,7 +122,7 @@ class Report:
         return self.scores.failures
 
     def write(self, folder: Path) -> list[Path]:
-        """Write ``results.md``, ``results.csv``, ``report.json``, figures; ``paired.csv``, ``teachers.csv`` if not empty.
+        """Write ``results.md``, ``results.csv``, ``report.json``, figures; ``paired.csv`` and ``teachers.csv`` if any.
 
         Returns:
             The paths.

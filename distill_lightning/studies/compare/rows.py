@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 ALONE = "alone"
 # A row has a folder of its name, which must not be hidden or stand elsewhere.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+# These stand beside the rows' folders.
+_OTHERS = re.compile(r"teacher_.*|set_\d+|search|store")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def rows_of(config: CompareConfig) -> list[Row]:
         teachers = ALONE if "stages" in spec else spec.get("teachers", config.number_of_teachers)
         initial = spec.get("initial")
         for name in (method, *names):
-            if not NAME.fullmatch(name) or name in reserved or name.startswith("teacher_"):
+            if not NAME.fullmatch(name) or name in reserved or _OTHERS.fullmatch(name):
                 raise InputError(
                     f"methods: {name!r} cannot be a method's name: letters, digits and _.+-, not a row's own"
                 )

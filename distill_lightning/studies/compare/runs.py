@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from distill_lightning.errors import refusing
-from distill_lightning.studies.compare.experiment import Experiment
-from distill_lightning.studies.compare.rows import Row, backbone_run
+from distill_lightning.studies.compare.rows import Row
+from distill_lightning.studies.compare.trials import Options, told
 
 # Teachers' seeds begin far from the students', so that no teacher shares its initial weights with a student.
 TEACHER_SEED = 1000
 # An odd number near the golden ratio of 2 ** 32: no stage meets its teacher's seed again.
 _STAGE_STRIDE = 0x9E3779B1
+# Another odd number far from its multiples: no two sets of teachers share a seed, and no two students of two sets.
+_SET_STRIDE = 0x5851F42D
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Run:
     Attributes:
         row: of the table; ``None``: a teacher, or a backbone.
         name: the row's, the teacher's or the backbone's.
-        seed: of the order of the data.
+        seed: which of the comparison's seeds it is of.
         initial_seed: of the initial weights.
-        epochs: its length.
+        epochs: its length; 0 for a teacher that is given.
         folder: where its files are.
         teachers: the runs whose networks teach it.
         initial: the run whose student's weights it begins with.
@@ -37,9 +38,12 @@ class Run:
         makes_backbone: the key in ``backbones`` of the backbone that it makes; empty: it makes none.
         makes_store: whether it asks its teachers about every view and keeps what they say.
         store: the run that has kept what its teachers say; ``None``: they run beside it.
-        teacher_set: which set of teachers it is of.
+        teacher_set: which set of teachers it is of, from 1; its students have this number as well.
+        sets: how many sets there are.
         options: values in place of those of the row's ``init_args`` and of the optimiser, by dotted path.
         chosen_from: the trials of a search that its options are chosen from.
+        in_search: whether it is part of a search: a trial, or one that a trial learns from. Such a run sees no test
+            samples, and the table does not know it.
     """
 
     row: Row | None
@@ -55,8 +59,10 @@ class Run:
     makes_store: bool = False
     store: Run | None = None
     teacher_set: int = 1
-    options: tuple[tuple[str, Any], ...] = ()
+    sets: int = 1
+    options: Options = field(default=(), hash=False)
     chosen_from: tuple[Run, ...] = ()
+    in_search: bool = False
 
     @property
     def depends_on(self) -> tuple[Run, ...]:
@@ -70,14 +76,35 @@ class Run:
         return self.row is None and not self.makes_backbone and not self.makes_store
 
     @property
+    def is_given(self) -> bool:
+        """Whether it makes nothing, and only evaluates a teacher that was trained before."""
+        return self.is_teacher and self.epochs == 0
+
+    @property
+    def number(self) -> int:
+        """The place of a teacher among those of its set, from 1."""
+        return int(self.name.rpartition("_")[2])
+
+    @property
     def is_student(self) -> bool:
         """Whether it is one of a row of the table."""
-        return self.row is not None
+        return self.row is not None and not self.in_search
 
     @property
     def title(self) -> str:
         """For the progress bar."""
-        return self.name if self.is_teacher else f"{self.name}, seed {self.seed}"
+        which = [] if self.is_teacher or self.makes_store else [f"seed {self.seed}"]
+        which += [f"set {self.teacher_set}"] if self.sets > 1 else []
+        which += [f"search ({told(self.options)})" if self.options else "search"] if self.in_search else []
+        return ", ".join([self.name, *which])
+
+    @property
+    def order_seed(self) -> int:
+        """Of the order of the data and of what is drawn in training.
+
+        Students of the same seed under two sets of teachers have nothing in common: they count as two draws.
+        """
+        return seed_in_set(self.seed, self.teacher_set)
 
     @property
     def result_file(self) -> Path:
@@ -154,46 +181,15 @@ class RunResult:
         return self.diverged or self.failed
 
 
-def plan(experiment: Experiment, folder: Path) -> list[Run]:
-    """All runs in the order they are made: the teachers, then seed by seed the backbones and every row of the table."""
-    config = experiment.config
-    epochs = config.teachers.epochs or config.epochs
-    teachers = []
-    for number in range(1, config.number_of_teachers + 1):
-        name, seed = f"teacher_{number}", TEACHER_SEED + number
-        teachers.append(Run(None, name, seed, seed, epochs, folder / "runs" / name))
-    runs = list(teachers)
-    for seed in config.seeds:
-        backbones: dict[str | None, Run] = {
-            key: _backbone(key, seed, backbone.epochs, folder)
-            for key, backbone in experiment.backbones.items()
-            if key in [row.backbone for row in experiment.rows]
-        }
-        students: dict[str | None, Run] = {}
-        for row in experiment.rows:
-            own = [students[row.teachers]] if isinstance(row.teachers, str) else teachers[: row.teachers]
-            # A student that is taught by one of its kind must not begin with its teacher's initial weights.
-            # PyTorch reads the lower 32 bits of a seed.
-            initial_seed = (seed + row.stage * _STAGE_STRIDE) % 2**32
-            students[row.name] = Run(
-                row,
-                row.name,
-                seed,
-                initial_seed,
-                config.epochs,
-                _place(folder, row.name, seed),
-                tuple(own),
-                initial=students.get(row.initial),
-                backbone=backbones.get(row.backbone),
-            )
-        runs += [*backbones.values(), *students.values()]
-    return runs
+def seed_in_set(seed: int, teacher_set: int, *, stage: int = 0) -> int:
+    """A seed under a set of teachers; in the first set it is the seed itself.
 
+    Args:
+        seed: as it was given.
+        teacher_set: which set, from 1.
+        stage: of a student that others of its kind have taught before; it must not begin with its teacher's weights.
 
-def _backbone(key: str, seed: int, epochs: int, folder: Path) -> Run:
-    name = backbone_run(key)
-    return Run(None, name, seed, seed, epochs, _place(folder, name, seed), makes_backbone=key)
-
-
-def _place(folder: Path, name: str, seed: int) -> Path:
-    return folder / "runs" / name / f"seed_{seed}"
+    Returns:
+        Between 0 and 2**32 - 1: PyTorch reads the lower 32 bits of a seed.
+    """
+    return (seed + (teacher_set - 1) * _SET_STRIDE + stage * _STAGE_STRIDE) % 2**32

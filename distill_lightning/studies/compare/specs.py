@@ -7,21 +7,24 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning import LightningDataModule
 
-from distill_lightning.arguments import arguments_of, takes
+import distill_lightning
+from distill_lightning.arguments import arguments_of
 from distill_lightning.callables import check_callables, named
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.studies.compare.config import Spec
+from distill_lightning.studies.compare.constructors import Constructor, constructor_of
 from distill_lightning.studies.compare.given import Given, all_given
 
 _FUNCTIONS: dict[str, Any] = {"optimizer": OptimizerCallable, "lr_scheduler": LRSchedulerCallable}
-_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 # What data tell that some class is built with.
 _TOLD = ("num_classes", "num_targets", "in_channels", "input_shape", "pad_id", "class_names")
 
@@ -44,7 +47,7 @@ def parsed(key: str, kind: Any, spec: Spec) -> Callable[[], Any]:
     parser.add_argument(f"--{key}", type=kind, required=True)
 
     def read() -> Namespace:
-        nested: Any = _resolved(key, spec)
+        nested: Any = _spelled_out(_resolved(key, spec))
         for part in reversed(key.split(".")):
             nested = {part: nested}
         return parser.parse_object(nested)
@@ -104,6 +107,19 @@ def _resolved(key: str, value: Any) -> Any:
     return value
 
 
+def _spelled_out(value: Any) -> Any:
+    """A value of the YAML file in which functions, too, have whole names: parsers know short ones of classes alone."""
+    if isinstance(value, list):
+        return [_spelled_out(part) for part in value]
+    if not isinstance(value, Mapping):
+        return value
+    spelled_out = {name: _spelled_out(part) for name, part in value.items()}
+    path = value.get("class_path")
+    if isinstance(path, str) and "." not in path and inspect.isroutine(named(path)):
+        spelled_out["class_path"] = f"{distill_lightning.__name__}.{path}"
+    return spelled_out
+
+
 def filled(key: str, spec: Spec, known: Mapping[str, Any]) -> Spec:
     """A spec with the known values that its class takes and its ``init_args`` leave out.
 
@@ -125,16 +141,25 @@ def find(class_path: Any) -> Any:
     return found if callable(found) else None
 
 
-def takes_teachers(class_path: Any) -> bool:
-    """Whether a method is made of a student and teachers; a class that cannot be found is left to the parser."""
+def constructor_for(key: str, class_path: Any) -> Constructor:
+    """How what stands at a ``class_path`` is given its networks, see `constructor_of`.
+
+    Args:
+        key: of the configuration, for messages.
+        class_path: a path, or what Python has given; one that cannot be found is left to the parser.
+
+    Raises:
+        InputError: another argument stands before a network.
+    """
     target = find(class_path)
-    if target is None or takes(target, "teachers"):
-        return True
-    if not isinstance(class_path, Given) or isinstance(target, type):
-        return False
+    constructor = constructor_of(key, target)
+    if not isinstance(class_path, Given) or isinstance(target, type) or constructor.teachers is not None:
+        return constructor
     # A function of Python's may call its arguments what it likes.
-    by_place = [each for each in inspect.signature(target).parameters.values() if each.kind in _BY_PLACE]
-    return len([each for each in by_place if each.default is each.empty]) > 1
+    parameters = inspect.signature(target).parameters.values()
+    needed = [each.name for each in parameters if each.kind in _BY_NAME and each.default is each.empty]
+    teachers = next((name for name in needed if name != constructor.student), None)
+    return replace(constructor, teachers=teachers)
 
 
 def with_optimizer(module: Any, spec: Spec, known: Mapping[str, Any]) -> Any:

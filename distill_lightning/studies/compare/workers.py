@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal
 
 import torch
 
@@ -26,6 +26,8 @@ from distill_lightning.studies.compare.pool import Finished, OnEpochOf
 from distill_lightning.studies.compare.runs import Run
 
 _SECONDS = 1.0
+# Nothing of what a process has done so far, its threads and its GPU, goes over to another.
+_START_METHOD: Literal["spawn", "fork"] = "spawn"
 _LOGGERS = ("pytorch_lightning", "lightning_fabric")
 
 
@@ -121,7 +123,7 @@ class Processes:
 
 @dataclass
 class _Worker:
-    process: SpawnProcess
+    process: BaseProcess
     connection: Connection
     run: Run | None = None
     is_ready: bool = False
@@ -159,7 +161,7 @@ def quiet_experiment(config: CompareConfig) -> Experiment:
 
 
 def _started(config: CompareConfig, threads: int, device: str | None) -> _Worker:
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(_START_METHOD)
     ours, theirs = context.Pipe()
     process = context.Process(
         target=_work, args=(config, threads, device, Quiet.here(), theirs), name="compare worker", daemon=False

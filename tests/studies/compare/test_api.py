@@ -210,7 +210,12 @@ class Token(nn.Module):
         ({"seeds": [1, 1]}, "seeds must be different numbers"),
         ({"search": {"kd": {"temperature": [len]}}}, "search.kd.temperature.0: len was given in Python, and values to"),
         ({"student": lambda: 3}, "student: lambda makes a int, and a Module is needed here"),
-        ({"methods": {"kd": lambda: 3}}, "methods.kd: lambda is called with other arguments than it takes: too many"),
+        ({"methods": {"kd": lambda: 3}}, "methods.kd: lambda makes a int, and a LightningModule is needed here"),
+        (
+            {"methods": {"kd": lambda s, ts, *, b: 3}},
+            "methods.kd: lambda s, ts, b is called with other .*argument: 'b'",
+        ),
+        ({"teachers": [lambda: SmallResNet(10)]}, "teachers.0 is to be trained already, and this SmallResNet begins"),
         ({"methods": {"kd": lambda s, t: s}}, "methods.kd: lambda s, t makes a SmallResNet, and a "),
         ({"data": lambda: 3}, "data: lambda makes a int, and a LightningDataModule is needed here"),
     ],

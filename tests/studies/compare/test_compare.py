@@ -38,7 +38,7 @@ from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.studies.compare import attempt, command, runner
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
-from distill_lightning.studies.compare.runs import plan
+from distill_lightning.studies.compare.plan import plan
 from distill_lightning.studies.output import table_of
 from distill_lightning.testing import tiny_trainer
 
@@ -273,7 +273,8 @@ SYSTEM = {"class_path": "os.system", "init_args": {"command": "touch owned"}}
         (lambda c: c.update(epoch=4), "'epoch'"),
         (lambda c: c.pop("student"), "student"),
         (lambda c: c["teachers"].update(numbr=4), "numbr"),
-        (lambda c: c.update(teachers=[c["teachers"]["network"]]), "teachers is a network and a number.* fit and Pret"),
+        (lambda c: c.update(teachers=[c["teachers"]["network"]]), "teachers.0 is to be trained already, .*Pretrained"),
+        (lambda c: c.update(teachers=3), "teachers is a network and a number.* or a list"),
         (lambda c: c["methods"]["feed"]["init_args"].update(betta=4), "methods.feed: Option 'betta'"),
         (lambda c: c["methods"]["feed"]["init_args"].update(student_layer="stage4"), "no layer 'stage4'; similar"),
         (lambda c: c["methods"]["feed"].update(class_path="FEDModule"), "methods.feed.*FEDModule"),
@@ -296,8 +297,8 @@ SYSTEM = {"class_path": "os.system", "init_args": {"command": "touch owned"}}
         (lambda c: c["lr_scheduler"].update(init_args={"warmup": 30}), "warmup is a share of the training"),
         (lambda c: c.update(optimizer=SYSTEM), "supervised.optimizer: os.system makes no Optimizer"),
         (lambda c: c.update(lr_scheduler=SYSTEM), "supervised.lr_scheduler: os.system makes no LRScheduler or Reduce"),
-        (lambda c: c.update(supervised=SYSTEM), "supervised: os.system makes no DistillationModule"),
-        (lambda c: c["methods"].update(feed=SYSTEM), "methods.feed: os.system makes no DistillationModule"),
+        (lambda c: c.update(supervised=SYSTEM), "supervised: os.system makes no LightningModule"),
+        (lambda c: c["methods"].update(feed=SYSTEM), "methods.feed: os.system makes no LightningModule"),
         (lambda c: c["student"].update(init_args=[1]), "student: expected a class_path and init_args with its arg"),
     ],
 )  # fmt: skip

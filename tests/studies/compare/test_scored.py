@@ -28,7 +28,7 @@ from distill_lightning.studies.compare import command
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.paired import Paired, pair
-from distill_lightning.studies.compare.runs import plan
+from distill_lightning.studies.compare.plan import plan
 from distill_lightning.studies.compare.task import Column
 from distill_lightning.testing import tiny_trainer
 
