@@ -245,7 +245,9 @@ def _config(
 
 def _seeds_first(arguments: Sequence[str]) -> list[str]:
     """A command line with ``--seeds`` at its beginning."""
-    seeds, others, rest = [], [], iter(arguments)
+    seeds: list[str] = []
+    others: list[str] = []
+    rest = iter(arguments)
     for argument in rest:
         if argument == "--seeds":
             seeds += [argument, next(rest)]
