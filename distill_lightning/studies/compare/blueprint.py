@@ -39,7 +39,8 @@ class Blueprint:
     def __init__(self, key: str, network: nn.Module) -> None:
         self._network = network
         with torch.random.fork_rng(devices=[]), refusing(f"{key}: no copy can be made", TypeError, RuntimeError):
-            torch.manual_seed(0)
+            # torch.manual_seed would seed the GPUs, too.
+            torch.default_generator.manual_seed(0)
             fresh = dict(_values(self()))
         may_be_read = recipe_of(network) is not None
         for name, value in _values(network):

@@ -157,11 +157,11 @@ class CompareConfig:
 
     def as_plain(self) -> dict[str, Any]:
         """Everything that the results depend on, in plain types."""
-        found = plain(self)
-        if found["teachers"]["given"] is None:
+        values = plain(self)
+        if values["teachers"]["given"] is None:
             # So that folders that were written before there was this key belong to the same configuration.
-            found["teachers"].pop("given")
-        return {name: value for name, value in found.items() if name not in _HOW}
+            values["teachers"].pop("given")
+        return {name: value for name, value in values.items() if name not in _HOW}
 
     @property
     def number_of_teachers(self) -> int:

@@ -66,7 +66,7 @@ class Constructor:
         return module
 
 
-def constructor_of(key: str, target: Any, *, by_place: bool = False) -> Constructor:
+def constructor_of(key: str, target: Any) -> Constructor:
     """How a class, or a function, is given its networks.
 
     They are its first arguments: ``student`` (or ``network``, ``model``, ``net``, or any name with the annotation
@@ -75,7 +75,6 @@ def constructor_of(key: str, target: Any, *, by_place: bool = False) -> Construc
     Args:
         key: where it stands in the YAML file.
         target: the class or function; ``None``: there is none, as the parser will say.
-        by_place: whether a function's second argument is for the teachers, whatever it is called.
 
     Raises:
         InputError: another argument stands before a network.
@@ -88,9 +87,6 @@ def constructor_of(key: str, target: Any, *, by_place: bool = False) -> Construc
     others = [name for name in arguments if name != teachers]
     if student is None and others and (not _builds_its_own(target) or _is_network(arguments[others[0]])):
         student = others[0]
-        if by_place and teachers is None and not isinstance(target, type):
-            required = [name for name in others if arguments[name].default is Parameter.empty]
-            teachers = required[1] if len(required) > 1 else None
     networks = [name for name in (student, teachers) if name is not None]
     if set(list(arguments)[: len(networks)]) != set(networks):
         raise InputError(

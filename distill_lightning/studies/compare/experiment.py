@@ -23,12 +23,12 @@ from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.studies.compare.backbones import backbones_of, with_backbone
 from distill_lightning.studies.compare.checks import is_count
 from distill_lightning.studies.compare.config import CompareConfig, Spec, TeachersConfig
-from distill_lightning.studies.compare.constructors import Constructor, constructor_of
+from distill_lightning.studies.compare.constructors import Constructor
 from distill_lightning.studies.compare.foreign_data import TOLD, check_loaders, find_shape, first_batch, ordered, tell
-from distill_lightning.studies.compare.given import Given
 from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import ALONE, Row, rows_of
 from distill_lightning.studies.compare.specs import (
+    constructor_for,
     filled,
     find,
     parsed,
@@ -141,7 +141,7 @@ class Experiment:
         spec = {"class_path": f"distill_lightning.{self.task.module}", **(self.config.supervised or {})}
         for name in ("backbone", "evaluate"):
             spec.pop(name, None)
-        constructor = constructor_of("supervised", find(spec["class_path"]))
+        constructor = constructor_for("supervised", spec["class_path"])
         if constructor.student is None:
             raise InputError(
                 f"supervised: {spec['class_path']} builds a network of its own, and has to train the student and the "
@@ -227,7 +227,7 @@ class Experiment:
         """How a method's class takes its networks; one that cannot be found is left to the parser to report."""
         spec = self.config.methods[method]
         target = find(spec.get("class_path"))
-        constructor = constructor_of(f"methods.{method}", target, by_place=isinstance(spec.get("class_path"), Given))
+        constructor = constructor_for(f"methods.{method}", spec.get("class_path"))
         has_teachers = constructor.teachers is not None
         if not has_teachers and ("teachers" in spec or "stages" in spec):
             raise InputError(f"methods.{method}: {spec['class_path']} has no teachers: leave out teachers and stages")

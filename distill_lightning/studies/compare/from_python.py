@@ -78,19 +78,17 @@ def described_value(key: str, value: Any) -> Any:
         return _spec(key, value)
     if key in _MADE_BY_NAME and isinstance(value, Mapping):
         return {name: _spec(f"{key}.{name}", one) for name, one in value.items()}
-    if key in ("teachers", "search"):
-        return _teachers(value) if key == "teachers" else _plain_search(value)
-    if isinstance(value, (tuple, range)):
-        return list(value)
+    if key in _OTHERWISE:
+        return _OTHERWISE[key](value)
     if dataclasses.is_dataclass(value):
         return vars(value)
-    return str(value) if isinstance(value, Path) else value
+    return list(value) if isinstance(value, (tuple, range)) else str(value) if isinstance(value, Path) else value
 
 
 def _plain_search(value: Any) -> Any:
     """Values to try, which stand in the names of files and in the report."""
     found = _argument("search", value)
-    for key, given in all_given(found).items():
+    for key, given in all_given(found, "search").items():
         raise InputError(
             f"{key}: {given.name} was given in Python, and values to try are numbers, texts or a class by class_path "
             "and init_args"
@@ -113,6 +111,9 @@ def _teachers(value: Any) -> Any:
     if isinstance(value, Mapping) and value.get("network") is not None:
         return {**value, "network": _spec("teachers.network", value["network"])}
     return value
+
+
+_OTHERWISE = {"teachers": _teachers, "search": _plain_search}
 
 
 def _spec(key: str, value: Any) -> Any:

@@ -7,6 +7,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -19,9 +20,11 @@ from distill_lightning.callables import check_callables, named
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.studies.compare.config import Spec
+from distill_lightning.studies.compare.constructors import Constructor, constructor_of
 from distill_lightning.studies.compare.given import Given, all_given
 
 _FUNCTIONS: dict[str, Any] = {"optimizer": OptimizerCallable, "lr_scheduler": LRSchedulerCallable}
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 # What data tell that some class is built with.
 _TOLD = ("num_classes", "num_targets", "in_channels", "input_shape", "pad_id", "class_names")
 
@@ -136,6 +139,27 @@ def find(class_path: Any) -> Any:
     """The class or function; ``None`` if there is none: the parser's message is the better one then."""
     found = class_path.make if isinstance(class_path, Given) else named(class_path)
     return found if callable(found) else None
+
+
+def constructor_for(key: str, class_path: Any) -> Constructor:
+    """How what stands at a ``class_path`` is given its networks, see `constructor_of`.
+
+    Args:
+        key: of the configuration, for messages.
+        class_path: a path, or what Python has given; one that cannot be found is left to the parser.
+
+    Raises:
+        InputError: another argument stands before a network.
+    """
+    target = find(class_path)
+    constructor = constructor_of(key, target)
+    if not isinstance(class_path, Given) or isinstance(target, type) or constructor.teachers is not None:
+        return constructor
+    # A function of Python's may call its arguments what it likes.
+    parameters = inspect.signature(target).parameters.values()
+    needed = [each.name for each in parameters if each.kind in _BY_NAME and each.default is each.empty]
+    teachers = next((name for name in needed if name != constructor.student), None)
+    return replace(constructor, teachers=teachers)
 
 
 def with_optimizer(module: Any, spec: Spec, known: Mapping[str, Any]) -> Any:

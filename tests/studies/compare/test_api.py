@@ -5,6 +5,7 @@ import csv
 import io
 import os
 import pickle
+import re
 import statistics
 import subprocess
 import sys
@@ -178,7 +179,8 @@ def test_the_same_call_goes_on_after_an_interrupt(tmp_path, folders):
     given["methods"] = {"kd": lambda s, ts: Interrupted(s, ts, num_classes=10, temperature=3.0)}
     with pytest.raises(KeyboardInterrupt):
         compare(**given)
-    assert "Interrupted: 2 of 5 runs are finished" in shown.getvalue()
+    assert re.search(r"Interrupted: \d of \d runs are finished and kept", shown.getvalue())
+    assert Interrupted.left == 0
     comparison = compare(**given)
     expected = undisturbed.table.drop(index="feed", columns=["seconds_per_epoch", "seconds_per_epoch_sd"])
     pd.testing.assert_frame_equal(comparison.table[expected.columns], expected)
@@ -210,7 +212,12 @@ class Token(nn.Module):
         ({"seeds": [1, 1]}, "seeds must be different numbers"),
         ({"search": {"kd": {"temperature": [len]}}}, "search.kd.temperature.0: len was given in Python, and values to"),
         ({"student": lambda: 3}, "student: lambda makes a int, and a Module is needed here"),
-        ({"methods": {"kd": lambda: 3}}, "methods.kd: lambda is called with other arguments than it takes: too many"),
+        ({"methods": {"kd": lambda: 3}}, "methods.kd: lambda makes a int, and a LightningModule is needed here"),
+        (
+            {"methods": {"kd": lambda s, ts, *, b: 3}},
+            "methods.kd: lambda s, ts, b is called with other .*argument: 'b'",
+        ),
+        ({"teachers": [lambda: SmallResNet(10)]}, "teachers.0 is to be trained already, and this SmallResNet begins"),
         ({"methods": {"kd": lambda s, t: s}}, "methods.kd: lambda s, t makes a SmallResNet, and a "),
         ({"data": lambda: 3}, "data: lambda makes a int, and a LightningDataModule is needed here"),
     ],
@@ -253,6 +260,16 @@ def test_weights_that_were_trained_are_not_thrown_away():
     optimizer.step()
     with pytest.raises(InputError, match=r"copy.deepcopy\(network\), where every run is to begin with these weights"):
         Blueprint("student", network)
+
+
+def test_finished_teachers_keep_their_weights():
+    config = config_from({**CONFIG, "teachers": [TRAINED, {"class_path": "SmallCNN"}]}, {})
+    made = config.teachers.given[0]["class_path"].make()
+    assert made is not TRAINED
+    assert torch.equal(made.head.weight, TRAINED.head.weight)
+    plain = config.as_plain()["teachers"]["given"]
+    assert plain[0]["class_path"].startswith("given in Python: SmallResNet (")
+    assert config_from(config, {}).as_plain() == config.as_plain()
 
 
 TEMPERATURE = 4.0
