@@ -266,6 +266,8 @@ class ReadTeachers(Teachers):
         said, kept = self._outputs_of(few), store.read_or_ask(few, None, device=batch.device)
         now = {"logits": torch.stack([self._laid_out(*one) for one in enumerate(said.outputs)], dim=1)}
         now |= {f"feature_{number}": feature for number, feature in enumerate(said.features)}
+        # These few are not the batch's.
+        self.heard = ()
         for name, read in kept.items():
             if (now[name] - read).abs().max() > _FAR * (read.max() - read.min()):
                 raise InputError(

@@ -190,7 +190,7 @@ def test_what_does_not_fit_stays_live_and_earlier_rows_come_first(tmp_path):
     [
         (["--teachers_store.logits", "2 apples"], "teachers_store.logits must be a number of bytes, for example"),
         (["--teachers_store.views", "0"], "teachers_store.views must be at least 1, got 0"),
-        (["--teachers_store.views", "2", "--data.init_args.views", "3"], "teachers_store.views is 2, and the data have"),
+        (["--teachers_store.views", "2", "--data.init_args.views", "3"], "teachers_store.views is 2, and the data"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_kept_is_named(tmp_path, arguments, message):
