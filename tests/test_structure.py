@@ -233,13 +233,13 @@ ROOMS = {
         trials
         checks
         config
-        outputs_task paired scored_task specs subject
+        outputs_task paired scored_task scores specs subject
         foreign tasks
-        backbones
+        backbones storage
         experiment
         runs
         plan search trained_teachers
-        runner
+        runner savings
         pool trial
         measures
         report
@@ -266,7 +266,7 @@ ROOMS = {
         layer_errors origin questions
         store
         teachers
-        recorder
+        recorder shared
     """,
     "testing": """
         processes tiny tiny_detection tiny_translation waits

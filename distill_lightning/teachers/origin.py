@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # Samples of which is looked at what the loader makes of them.
 _LOOKED_AT = 16
 
+_HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
+
 
 def begin_store(module: Any, teachers: Teachers, store: TeacherStore) -> None:
     """Tell a store what its answers are about, when a training starts.
@@ -124,14 +126,19 @@ def finish_epoch(trainer: Any, store: TeacherStore) -> None:
 
 def _refuse_hooks(module: Any, data: Any) -> None:
     """Hooks between the loader and the step are not part of the data: nobody can know what they do to a view."""
-    for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
-        for who, base in ((module, pl.LightningModule), (data, pl.LightningDataModule)):
-            own = getattr(getattr(who, hook, None), "__func__", None)
-            if own is not None and own is not getattr(base, hook):
-                raise InputError(
-                    f"a TeacherStore must see the inputs as the loader makes them, and {type(who).__name__} has a hook "
-                    f"{hook}: do in the data set what it does"
-                )
+    for who in (module, data):
+        for hook in own_hooks(who):
+            raise InputError(
+                f"a TeacherStore must see the inputs as the loader makes them, and {type(who).__name__} has a hook "
+                f"{hook}: do in the data set what it does"
+            )
+
+
+def own_hooks(who: Any) -> list[str]:
+    """Those between the loader and the step that a module, or data, define themselves."""
+    base = pl.LightningModule if isinstance(who, pl.LightningModule) else pl.LightningDataModule
+    found = {hook: getattr(getattr(who, hook, None), "__func__", None) for hook in _HOOKS}
+    return [hook for hook, own in found.items() if own is not None and own is not getattr(base, hook)]
 
 
 def _made_by(module: Any, teachers: Teachers, data: Any, loader: Any, precision: str) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class _Recorder(pl.LightningModule):
                 "own index: let a sample's index be its place in the data set"
             )
         rows = explained(self.module, self.teachers.rows_to_store, batch, f"recorded batch {batch_idx}")
-        self._parts.append(self.store.codec.narrow(rows))
+        self._parts.append(self.store.narrowed(rows))
         self.answers += batch.size
         if is_last:
             names = self._parts[0]

@@ -91,6 +91,9 @@ class TeacherStore:
         >>> tiny_trainer().fit(alone, datamodule=TinyDataModule(views=2))
     """
 
+    # Whether there are features beside the logits of keep="logits".
+    holds_features = False
+
     def __init__(
         self,
         path: str | Path,
@@ -244,6 +247,10 @@ class TeacherStore:
         """
         packed = self.codec.pack(answers)
         self._made(packed).write_shard(view, shard, packed)
+
+    def narrowed(self, answers: Answers) -> dict[str, Tensor]:
+        """Answers on the host, in no more memory than they need there until they are written."""
+        return self.codec.narrow(answers)
 
     def unfinished(self) -> list[tuple[int, int]]:
         """The views and shards that are not complete."""

@@ -224,7 +224,7 @@ class Teachers(Frozen):
         suffixes = self.about.suffixes(batch, self.inputs(batch))
         questions = [Logits()] if self._are_logits_kept() else self.questions
         rows = split_rows(answered(questions, self._outputs_of(batch)), suffixes, batch.size)
-        _refuse_non_finite(rows, batch)
+        refuse_non_finite(rows, batch)
         return rows
 
     def _from_store(self, batch: Batch, store: TeacherStore) -> dict[str, Tensor]:
@@ -232,8 +232,9 @@ class Teachers(Frozen):
         ask = None if self.ensemble is None else partial(self.rows_to_store, batch)
         found = store.read_or_ask(batch, ask, device=batch.device)
         if self._are_logits_kept():
-            logits = found["logits"].transpose(0, 1).unbind()
-            return answered(self.questions, TeacherOutputs(logits, (), self.rule, self._known_output))
+            logits = found["logits"].transpose(0, 1).unbind() if "logits" in found else ()
+            features = [found[name] for name in feature_names(found)]
+            return answered(self.questions, TeacherOutputs(logits, features, self.rule, self._known_output))
         return join_rows(found, suffixes)
 
     def _outputs_of(self, batch: Batch) -> TeacherOutputs:
@@ -281,7 +282,8 @@ class Teachers(Frozen):
     def _are_logits_kept(self) -> bool:
         if self.store is None or self.store.keep != "logits":
             return False
-        if any(question.needs_features for question in self.questions) or type(self.about) is not About:
+        asks_features = any(question.needs_features for question in self.questions)
+        if (asks_features and not self.store.holds_features) or type(self.about) is not About:
             raise InputError(f"{self._who} needs more than its teachers' logits: leave the store's keep out")
         return True
 
@@ -369,8 +371,12 @@ class Teachers(Frozen):
         return {"networks": [recipe_of(network) for network in self.ensemble], **self.ensemble.options()}
 
 
-def _refuse_non_finite(rows: Mapping[str, Tensor], batch: Batch) -> None:
-    """What is not finite must not be kept; rounding would hide it. Minus infinity masks classes of logits."""
+def refuse_non_finite(rows: Mapping[str, Tensor], batch: Batch) -> None:
+    """What is not finite must not be kept; rounding would hide it. Minus infinity masks classes of logits.
+
+    Raises:
+        NonFiniteError: an answer that counts is nan or infinite.
+    """
     for name, values in rows.items():
         bad = values.isnan() | values.isposinf()
         if batch.counted is not None and bad.shape[: batch.counted.ndim] == batch.counted.shape:

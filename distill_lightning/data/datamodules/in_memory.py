@@ -81,6 +81,11 @@ class ImageTensors(ViewDataset):
         """The plain images, and their targets."""
         return Columns(labels=self.targets, contents=(self.images,))
 
+    @property
+    def views_are_alike(self) -> bool:
+        """Whether nothing is cropped or mirrored, nor done by a `make` of a subclass's own."""
+        return type(self).make is ImageTensors.make and not (self.padding or self.flip)
+
     def make(self, index: Tensor, view: Tensor) -> Batch:
         """The batch of these views, both ``(N,)``."""
         images = self.images[index]

@@ -39,6 +39,11 @@ class ViewDataset(Dataset[Batch]):
     def __len__(self) -> int:
         raise NotImplementedError(f"{type(self).__name__} must define __len__()")
 
+    @property
+    def views_are_alike(self) -> bool:
+        """Whether all views of a sample have the same input, as those that nothing augments do."""
+        return False
+
     def make(self, index: Tensor, view: Tensor) -> Batch:
         """The batch of these views, both ``(N,)``."""
         raise NotImplementedError(f"{type(self).__name__} must define make(index, view)")

@@ -13,13 +13,15 @@ from rich.console import Console
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.experiment import Experiment
-from distill_lightning.studies.compare.measures import measures_of
+from distill_lightning.studies.compare.measures import scores_of
 from distill_lightning.studies.compare.paired import LEGEND
 from distill_lightning.studies.compare.plan import plan
 from distill_lightning.studies.compare.pool import InProcess, make_all
 from distill_lightning.studies.compare.report import Report, as_list
 from distill_lightning.studies.compare.runner import make_trainer
 from distill_lightning.studies.compare.runs import Run
+from distill_lightning.studies.compare.savings import told_of_storage
+from distill_lightning.studies.compare.search import search_section, trials_in, write_search
 from distill_lightning.studies.compare.trained_teachers import refuse_other_teachers, refuse_untrained
 from distill_lightning.studies.compare.trial import try_runs
 from distill_lightning.studies.compare.trials import searched
@@ -64,12 +66,12 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     claim_folder(folder, known=_CONFIG_FILE, content=yaml.safe_dump(config.as_plain(), sort_keys=False))
     keep_data(folder, data)
     make_all(experiment, runs, InProcess(experiment), console)
-    report = Report(runs, experiment.task, measures_of(experiment, runs))
-    paths = report.write(folder, heading=_heading(experiment, arguments, runs))
+    report = report_of(experiment, runs, arguments)
+    paths = [*report.write(folder), *write_search(folder, trials_in(runs, experiment.task))]
     console.print(table_of(report.rows()))
     for note in report.notes():
         console.print(note, markup=False, highlight=False)
-    console.print(_legend(experiment, runs), style="dim", highlight=False)
+    console.print(report.scores.legend, style="dim", highlight=False)
     if report.paired:
         console.print()
         console.print(table_of(report.paired_rows()))
@@ -111,8 +113,23 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
             )
 
 
+def report_of(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[str]) -> Report:
+    """The report of a comparison whose runs are finished.
+
+    Args:
+        experiment: the comparison.
+        runs: all of its runs.
+        arguments: what it was called with, for the heading.
+    """
+    sections = search_section(trials_in(runs, experiment.task), experiment.task, [row.name for row in experiment.rows])
+    runs = [run for run in runs if not run.in_search]
+    heading, legend = _heading(experiment, arguments, runs), _legend(experiment, runs)
+    return Report(scores_of(experiment, runs, heading=heading, legend=legend, sections=sections))
+
+
 def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Run]) -> str:
     config = experiment.config
+    kept = told_of_storage(experiment.storage, runs)
     made = [f"Data: {_called(config.data)}. Student: {_called(config.student)}."]
     if config.teachers.given is not None:
         made.append(f"Teachers, trained before: {'; '.join(map(_called, config.teachers.given))}.")
@@ -133,6 +150,7 @@ def _heading(experiment: Experiment, arguments: Sequence[str], runs: Sequence[Ru
         "",
         f"{' '.join(made)} Every student: {config.epochs} epochs.",
         "",
+        *([kept, ""] if kept else []),
         f"Mean ± standard deviation over {len(config.seeds)} seeds ({', '.join(map(str, config.seeds))}), "
         f"{experiment.task.samples}, no epoch chosen on them.",
         "",

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from distill_lightning.studies.compare.experiment import Experiment
@@ -18,27 +16,12 @@ from distill_lightning.studies.compare.rows import ALONE
 from distill_lightning.studies.compare.runner import load_test_targets
 from distill_lightning.studies.compare.runs import Run
 from distill_lightning.studies.compare.scored_task import ScoredTask
-from distill_lightning.studies.compare.task import Column
+from distill_lightning.studies.compare.scores import Bins, Score, Scores, Section
+from distill_lightning.studies.compare.task import Column, Task
 
 GAP = Column("gap_closed", "gap %", 100, 0, of_ensemble=True)
 
-
-@dataclass(frozen=True)
-class Measures:
-    """What the runs of a comparison scored.
-
-    Attributes:
-        columns: that have a value, the headline first.
-        values: by the folder of a run with finite numbers, by column; under ``<headline>_selected`` the headline with
-            the weights of the selected epoch.
-        ensemble: the values of the teachers' ensemble; ``None``: there are no teachers.
-        figures: makes the task's own figures, by file name, of the rows with these names.
-    """
-
-    columns: list[Column]
-    values: dict[Path, dict[str, float]]
-    ensemble: dict[str, float] | None
-    figures: Callable[[Sequence[str]], dict[str, Figure]]
+_Outputs = Mapping[Path, Mapping[str, Tensor]]
 
 
 def selected_name(headline: Column) -> str:
@@ -46,54 +29,120 @@ def selected_name(headline: Column) -> str:
     return f"{headline.name}_selected"
 
 
-def measures_of(experiment: Experiment, runs: Sequence[Run]) -> Measures:
-    """The scores of a comparison's finished runs, of teachers and of students."""
-    finite = [run for run in runs if not run.makes_backbone and not run.result().diverged]
-    if isinstance(experiment.task, ScoredTask):
-        return _logged(experiment.task, finite)
-    targets, counted = load_test_targets(experiment)
-    outputs = {run.folder: {name: output[counted] for name, output in run.outputs().items()} for run in finite}
-    return _computed(cast("OutputsTask", experiment.task), finite, outputs, targets[counted])
+def scores_of(
+    experiment: Experiment,
+    runs: Sequence[Run],
+    *,
+    heading: str = "",
+    legend: str = "",
+    sections: Sequence[Section] = (),
+) -> Scores:
+    """What a comparison's finished runs scored, teachers and students, and all that a report tells of them.
+
+    The gap that a run closes is its distance from the mean score of the student alone, as a part of the distance from
+    there to the ensemble; 0 for the student alone on average, 1 at the ensemble's score. Both are those of the run's
+    own set of teachers.
+
+    Args:
+        experiment: the comparison.
+        runs: its finished runs.
+        heading: what stands above the table, in Markdown.
+        legend: what the table's titles mean.
+        sections: what else there is to tell.
+    """
+    task, config = experiment.task, experiment.config
+    failures = [f"{run.title}: {run.result().diverged}" for run in runs if run.result().diverged]
+    runs = [run for run in runs if run.is_teacher or run.is_student]
+    finite = [run for run in runs if not run.result().diverged]
+    ensembles: dict[int, dict[str, float]] = {}
+    ensemble_bins: dict[int, Bins] = {}
+    if isinstance(task, ScoredTask):
+        columns = task.measured(with_ensemble=False)
+        scores = [_score(run, task, columns, lambda run: _logged(task, run)) for run in runs]
+    else:
+        task = cast("OutputsTask", task)
+        targets, counted = load_test_targets(experiment)
+        outputs = {run.folder: {name: output[counted] for name, output in run.outputs().items()} for run in finite}
+        with_ensemble = any(run.is_teacher for run in runs)
+        columns = task.measured(with_ensemble=with_ensemble) + ([GAP] if with_ensemble else [])
+        scores = []
+        for number in dict.fromkeys(run.teacher_set for run in runs):
+            own = [run for run in runs if run.teacher_set == number]
+            measured = _OfSet(task, own, outputs, targets[counted])
+            scores += [_score(run, task, columns, measured.values, measured.bins) for run in own]
+            if measured.ensemble is not None:
+                ensembles[number] = measured.quality(measured.ensemble)
+                ensemble_bins[number] = task.bins(measured.ensemble, measured.targets)
+    return Scores(
+        columns, task.quantity, task.watched, task.watched_scale, scores, ensembles, ensemble_bins, failures,
+        heading, legend, list(sections), config.baseline, config.confidence,
+    )  # fmt: skip
 
 
-def _logged(task: ScoredTask, runs: Sequence[Run]) -> Measures:
-    headline, values = task.headline.name, {}
-    for run in runs:
-        scores = run.result().scores
-        first = {headline: scores["last"][headline], selected_name(task.headline): scores["selected"][headline]}
-        values[run.folder] = {**first, **{name: value for name, value in scores["last"].items() if name != headline}}
-    return Measures(task.measured(with_ensemble=False), values, None, _no_figures)
+class _OfSet:
+    """Measures the outputs of the runs of one set of teachers."""
 
+    def __init__(self, task: OutputsTask, runs: Sequence[Run], outputs: _Outputs, targets: Tensor) -> None:
+        self._task, self._outputs, self.targets = task, outputs, targets
+        taught = [outputs[run.folder]["last"] for run in runs if run.is_teacher and run.folder in outputs]
+        self.ensemble = task.combine(taught) if taught else None
+        self._reached = None if self.ensemble is None else task.score(self.ensemble, targets)
+        alone = [run for run in runs if run.name == ALONE and run.folder in outputs]
+        self._start = _mean([task.score(outputs[run.folder]["last"], targets) for run in alone])
 
-def _no_figures(_: Sequence[str]) -> dict[str, Figure]:
-    return {}
-
-
-def _computed(
-    task: OutputsTask, runs: Sequence[Run], outputs: dict[Path, dict[str, Tensor]], targets: Tensor
-) -> Measures:
-    teachers = [outputs[run.folder]["last"] for run in runs if run.is_teacher]
-    ensemble = task.combine(teachers) if teachers else None
-    reached = None if ensemble is None else task.score(ensemble, targets)
-    alone = [task.score(outputs[run.folder]["last"], targets) for run in runs if run.name == ALONE]
-    start = statistics.fmean(alone) if alone else math.nan
-
-    def quality(output: Tensor) -> dict[str, float]:
-        values = task.measure(output, targets, ensemble)
-        if reached is not None:
-            values[GAP.name] = task.gap_closed(values[task.headline.name], start, reached)
+    def quality(self, output: Tensor) -> dict[str, float]:
+        """The values of all columns."""
+        values = self._task.measure(output, self.targets, self.ensemble)
+        if self._reached is not None:
+            values[GAP.name] = self._task.gap_closed(values[self._task.headline.name], self._start, self._reached)
         return values
 
-    values = {}
-    for run in runs:
-        last = quality(outputs[run.folder]["last"])
-        first = {task.headline.name: last.pop(task.headline.name)}
-        first[selected_name(task.headline)] = task.score(outputs[run.folder]["selected"], targets)
-        values[run.folder] = {**first, **last}
+    def values(self, run: Run) -> dict[str, float]:
+        """The values of all columns, and the headline's with the weights of the selected epoch."""
+        task, outputs = self._task, self._outputs[run.folder]
+        return _ordered(task, self.quality(outputs["last"]), task.score(outputs["selected"], self.targets))
 
-    def figures(names: Sequence[str]) -> dict[str, Figure]:
-        rows = {name: [outputs[run.folder]["last"] for run in runs if run.name == name] for name in names}
-        return task.figures(rows, ensemble, targets)
+    def bins(self, run: Run) -> Bins:
+        """Of the run's confidences, where the task has such."""
+        return self._task.bins(self._outputs[run.folder]["last"], self.targets)
 
-    columns = task.measured(with_ensemble=ensemble is not None) + ([] if ensemble is None else [GAP])
-    return Measures(columns, values, None if ensemble is None else quality(ensemble), figures)
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else math.nan
+
+
+def _ordered(task: Task, last: Mapping[str, float], selected: float) -> dict[str, float]:
+    """The headline, what it is with the selected epoch's weights, and the others."""
+    name = task.headline.name
+    first = {name: last[name], selected_name(task.headline): selected}
+    return {**first, **{other: value for other, value in last.items() if other != name}}
+
+
+def _logged(task: ScoredTask, run: Run) -> dict[str, float]:
+    scores = run.result().scores
+    return _ordered(task, scores["last"], scores["selected"][task.headline.name])
+
+
+def _score(
+    run: Run,
+    task: Task,
+    columns: Sequence[Column],
+    values_of: Callable[[Run], dict[str, float]],
+    bins_of: Callable[[Run], Bins] = lambda _: [],
+) -> Score:
+    result = run.result()
+    failed = result.diverged
+    values = _ordered(task, {column.name: math.nan for column in columns}, math.nan) if failed else values_of(run)
+    return Score(
+        run.name,
+        run.seed,
+        values,
+        result.parameters,
+        # A teacher that is given has no epochs.
+        math.nan if failed or not result.history else statistics.median(line["seconds"] for line in result.history),
+        teacher_set=run.teacher_set,
+        is_teacher=run.is_teacher,
+        failed=failed,
+        curve=[line[task.monitor] for line in result.history],
+        bins=[] if failed else bins_of(run),
+    )

@@ -6,9 +6,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,7 +13,6 @@ from distill_lightning import functional
 from distill_lightning.functional.calibration import ECE_BINS
 from distill_lightning.outputs import Categorical, Gaussian, Output
 from distill_lightning.pages import fixed
-from distill_lightning.plots import reliability_diagram
 from distill_lightning.studies.compare.task import Column, Task
 
 
@@ -35,17 +31,9 @@ class OutputsTask(Task):
     def _output_kind(self, output: Tensor) -> Output:
         """The kind of output that predictions like these are."""
 
-    def figures(
-        self, rows: Mapping[str, Sequence[Tensor]], ensemble: Tensor | None, targets: Tensor
-    ) -> dict[str, Figure]:
-        """Figures by file name that only this task has.
-
-        Args:
-            rows: by the row's name, the predictions of its runs.
-            ensemble: the ensemble's predictions; ``None``: there are no teachers.
-            targets: the test samples' targets.
-        """
-        return {}
+    def bins(self, output: Tensor, targets: Tensor) -> list[list[float]]:
+        """Counts, sums of confidences and hits by confidence; empty where there are no confidences."""
+        return []
 
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
         """The ensemble's prediction from its members', in the form that `measure` reads."""
@@ -112,13 +100,10 @@ gap: how much of the way from the student alone (mean over its seeds) to the ens
         """The accuracy."""
         return f"validation accuracy {100 * metrics[self.monitor]:.1f} %"
 
-    def figures(
-        self, rows: Mapping[str, Sequence[Tensor]], ensemble: Tensor | None, targets: Tensor
-    ) -> dict[str, Figure]:
+    def bins(self, output: Tensor, targets: Tensor) -> list[list[float]]:
         """How well confidences and accuracies agree."""
-        bins = {name: _bins(outputs, targets) for name, outputs in rows.items()}
-        references = {} if ensemble is None else {"ensemble": _bins([ensemble], targets)}
-        return {"reliability.png": reliability_diagram(bins, references)}
+        confidence, predicted = F.softmax(output, dim=-1).max(dim=-1)
+        return [part.tolist() for part in functional.calibration_bins(confidence, predicted == targets, bins=ECE_BINS)]
 
     def _output_kind(self, output: Tensor) -> Output:
         return Categorical(output.shape[1])
@@ -162,11 +147,3 @@ gap: how much of the way from the student alone (mean over its seeds) to the ens
     def _output_kind(self, output: Tensor) -> Output:
         # The predictions are within their module's bounds, whichever these are.
         return Gaussian(output.shape[1] // 2, log_var_bounds=(-math.inf, math.inf))
-
-
-def _bins(outputs: Sequence[Tensor], targets: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts, mean confidences and accuracies by confidence, over the logits of several runs."""
-    confidence, predicted = F.softmax(torch.cat(list(outputs)), dim=-1).max(dim=-1)
-    correct = predicted == targets.repeat(len(outputs))
-    counts, confidences, hits = functional.calibration_bins(confidence, correct, bins=ECE_BINS)
-    return counts.numpy(), confidences.numpy(), hits.numpy()

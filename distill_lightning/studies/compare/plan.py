@@ -23,7 +23,7 @@ def plan(experiment: Experiment, folder: Path) -> list[Run]:
     search = _Search(sets[0])
     found: list[Run] = []
     for each in sets:
-        found += [*each.teachers, *(search.runs if each is sets[0] else [])]
+        found += [*each.teachers, *each.stores, *(search.runs if each is sets[0] else [])]
         found += [run for seed in experiment.config.seeds for run in each.of_seed(seed, search.trials)]
     return found
 
@@ -36,6 +36,7 @@ class _Set:
         self.number = number
         self.folder = folder / "runs" if number == 1 else folder / "runs" / f"set_{number}"
         self.teachers = [self._teacher(count) for count in range(1, experiment.config.number_of_teachers + 1)]
+        self.stores = [self._store()] if experiment.storage.rows else []
 
     def of_seed(self, seed: int, trials: Mapping[str, tuple[Run, ...]]) -> list[Run]:
         rows = self.experiment.rows
@@ -71,8 +72,16 @@ class _Set:
             teachers=tuple(own),
             initial=None if row.initial is None else students[row.initial],
             backbone=None if row.backbone is None else backbones[row.backbone],
+            store=self.stores[0] if row.name in self.experiment.storage.rows else None,
             **more,
         )
+
+    def _store(self) -> Run:
+        """What asks the teachers for all that is kept of them."""
+        storage = self.experiment.storage
+        own = tuple(self.teachers[: storage.teachers])
+        place = self.folder / "store" / storage.name
+        return self._run("store", 0, place, epochs=storage.kept_views, teachers=own, makes_store=True)
 
     def backbone(self, key: str, seed: int, folder: Path, **more: Any) -> Run:
         name = backbone_run(key)

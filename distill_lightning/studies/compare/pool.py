@@ -14,6 +14,7 @@ from rich.progress import Progress
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.runner import execute, give_up
 from distill_lightning.studies.compare.runs import Run
+from distill_lightning.studies.compare.savings import asked_once
 from distill_lightning.studies.progress import COLUMNS, OnEpoch, reporting_interrupts
 
 _TRIES = 3
@@ -186,6 +187,8 @@ class _Schedule:
 
     def _told(self, run: Run) -> str:
         result = run.result()
+        if run.makes_store and not result.without_scores:
+            return asked_once(result)
         if result.without_scores or not result.history:
             return result.without_scores or "done"
         makes = run.makes_backbone

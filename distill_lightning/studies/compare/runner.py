@@ -38,6 +38,7 @@ from distill_lightning.studies.compare.search import options_of
 from distill_lightning.studies.compare.subject import Subject
 from distill_lightning.studies.data import DataWatch
 from distill_lightning.studies.progress import EpochCounter, OnEpoch
+from distill_lightning.teachers.recorder import record
 
 
 def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
@@ -50,6 +51,9 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> None:
     """
     if run.is_given:
         _evaluate_given(experiment, run)
+        return
+    if run.makes_store:
+        _write_result(run, _filled(experiment, run, on_epoch))
         return
     try:
         subject, keeper = _trained(experiment, run, on_epoch)
@@ -141,15 +145,12 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Subje
     options = options_of(run, experiment.task)
     if run.row is not None and options:
         experiment = experiment.with_options(run.row, options)
-    networks = [
-        Pretrained(
-            experiment.teacher(teacher.number) if teacher.is_teacher else experiment.student(), teacher.student_file
-        )
-        for teacher in run.teachers
-    ]
+    networks = _networks(experiment, run)
     paraphrasers = None if run.row is None else _paraphrasers(experiment, run, networks)
     torch.manual_seed(run.initial_seed)
     subject = _subject(experiment, run, networks, paraphrasers)
+    if run.store is not None:
+        experiment.storage.read_by(run.store.folder, subject.module, run.name)
     source = experiment.backbones[run.makes_backbone] if run.makes_backbone else experiment
     task = source.task
     keeper = SubjectKeeper(run.folder, seed=run.order_seed, task=task, subject=subject)
@@ -169,11 +170,51 @@ def _trained(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> tuple[Subje
             # It was said when the comparison began.
             warnings.filterwarnings("ignore", message=re.escape(text))
         data = source.data(order_seed=run.order_seed, first_epoch=first_epoch)
+        if run.row is not None:
+            experiment.storage.number(data)
         trainer.fit(subject.module, datamodule=data, ckpt_path=checkpoint)
     if len(keeper.history) < run.epochs:
         # Lightning may return from an interrupted fit as if it had ended.
         raise KeyboardInterrupt(f"{run.title} was interrupted")
     return subject, keeper
+
+
+def _networks(experiment: Experiment, run: Run) -> list[nn.Module]:
+    """The trained networks of a run's teachers."""
+    return [
+        Pretrained(
+            experiment.teacher(teacher.number) if teacher.is_teacher else experiment.student(), teacher.student_file
+        )
+        for teacher in run.teachers
+    ]
+
+
+def _filled(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> RunResult:
+    """Ask a run's teachers for all that is kept of them, as far as that was not done; and what it took."""
+    storage, networks = experiment.storage, _networks(experiment, run)
+    row = next(row for row in experiment.rows if row.name in storage.rows)
+    with torch.random.fork_rng(devices=[]):
+        module = experiment.method(row, experiment.student(), networks[: storage.rows[row.name].teachers])
+    storage.filled_by(run.folder, module, networks, experiment.sample.input_shape)
+    data = experiment.data(order_seed=0)
+    data.views = storage.kept_views
+    done = record(make_trainer(experiment.config, callbacks=[_Views(storage.kept_views, on_epoch)]), module, data)
+    asked = storage.samples * storage.kept_views
+    took = {"answers": asked, "seconds": done.seconds / max(done.answers, 1) * asked, "bytes": done.nbytes}
+    return RunResult(0, 0, [], made_with(), scores={"store": took})
+
+
+class _Views(pl.Callback):
+    """Reports how many views have been asked about."""
+
+    def __init__(self, views: int, on_epoch: OnEpoch) -> None:
+        self.views, self.on_epoch = views, on_epoch
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """Report it."""
+        self.on_epoch(self.views * (batch_idx + 1) // int(trainer.num_predict_batches[0]))
 
 
 def _subject(

@@ -93,7 +93,7 @@ class Run:
     @property
     def title(self) -> str:
         """For the progress bar."""
-        which = [] if self.is_teacher else [f"seed {self.seed}"]
+        which = [] if self.is_teacher or self.makes_store else [f"seed {self.seed}"]
         which += [f"set {self.teacher_set}"] if self.sets > 1 else []
         which += [f"search ({told(self.options)})" if self.options else "search"] if self.in_search else []
         return ", ".join([self.name, *which])

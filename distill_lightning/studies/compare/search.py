@@ -8,10 +8,13 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from distill_lightning.errors import InputError, NonFiniteError, refusing
+from distill_lightning.pages import csv_text, write_pages
 from distill_lightning.storage import write_whole
 from distill_lightning.studies.compare.runs import Run
+from distill_lightning.studies.compare.scores import Section
 from distill_lightning.studies.compare.task import Task
 from distill_lightning.studies.compare.trials import Options, told
 
@@ -112,38 +115,34 @@ def options_of(run: Run, task: Task) -> Options:
     return chosen
 
 
-def search_rows(trials: Sequence[Trial], task: Task) -> list[list[str]]:
-    """The table of what was tried: a header, and a row for each combination; nothing where nothing was searched."""
-    if not trials:
-        return []
-    count = len(trials[0].scores)
-    title = f"validation {task.watched}{' %' if task.watched_scale == 100 else ''}"
-    header = ["row", "options tried", title if count == 1 else f"{title}, mean of {count} seeds", ""]
-    return [header, *([each.row, told(each.options), _shown(each, task), _mark(each)] for each in trials)]
-
-
-def search_note(trials: Sequence[Trial], rows: Iterable[str]) -> str:
-    """How rows came to their options, in a sentence or two; empty where nothing was searched.
+def search_section(trials: Sequence[Trial], task: Task, rows: Iterable[str]) -> list[Section]:
+    """What a report tells of the searches: each combination with what it reached; none where nothing was searched.
 
     Args:
         trials: of all rows.
+        task: whose validation they were chosen by.
         rows: the table's rows.
     """
     if not trials:
-        return ""
-    counts = Counter(trial.row for trial in trials)
-    seeds = ", ".join(map(str, trials[0].scores))
+        return []
+    seeds, counts = list(trials[0].scores), Counter(trial.row for trial in trials)
+    reached = f"validation {task.watched}{' %' if task.watched_scale == 100 else ''}"
+    header = ["row", "options tried", reached if len(seeds) == 1 else f"{reached}, mean", ""]
+    table = [[each.row, told(each.options), _shown(each, task), "chosen" if each.is_chosen else ""] for each in trials]
+    which = f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
+    text = (
+        f"{counts[trials[0].row]} combinations of options for each of these rows, with {which}, of which the table has "
+        "none; the best on the validation samples after the last epoch is the row's in the table."
+    )
     left = [row for row in rows if row not in counts]
-    which = f"seed{'s' if len(trials[0].scores) > 1 else ''} {seeds}, of which the table has none"
-    count = counts[trials[0].row]
-    note = f"Options of {', '.join(counts)}: the best in validation of {count} combinations each, with {which}."
-    return f"{note} Not searched: {', '.join(left)}." if left else note
+    return [Section("Search", [header, *table], f"{text} Not searched: {', '.join(left)}." if left else text)]
+
+
+def write_search(folder: Path, trials: Sequence[Trial]) -> list[Path]:
+    """Write ``search.csv``, a line for each combination; nothing where nothing was searched."""
+    return write_pages(folder, {"search.csv": csv_text([each.line() for each in trials])}, {}) if trials else []
 
 
 def _shown(trial: Trial, task: Task) -> str:
     digits = 1 if task.watched_scale == 100 else 3
     return "-" if math.isnan(trial.mean) else f"{task.watched_scale * trial.mean:.{digits}f}"
-
-
-def _mark(trial: Trial) -> str:
-    return "chosen" if trial.is_chosen else ""

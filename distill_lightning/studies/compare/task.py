@@ -26,6 +26,8 @@ class Column:
         digits: its decimals there.
         mode: whether more of it is better, or less.
         of_ensemble: whether it compares with the teachers' ensemble, and is not there without one.
+        of_confidence: whether it tells how far confidences can be trusted; the table shows it only where that is asked
+            for.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Column:
     digits: int = 3
     mode: Literal["max", "min"] = "max"
     of_ensemble: bool = False
+    of_confidence: bool = False
 
     def text(self, mean: float, *, sign: str = "") -> str:
         """The mean as the table shows it; ``sign="+"`` for one before positive numbers, too."""

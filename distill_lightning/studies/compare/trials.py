@@ -128,7 +128,7 @@ def _drawn(text: str) -> bytes:
 def _combination(options: Mapping[str, list[Any]], number: int) -> Options:
     """The combination of a number, as `itertools.product` counts them: the last option changes first."""
     found = []
-    for path, values in reversed(options.items()):
+    for path, values in reversed(list(options.items())):
         number, place = divmod(number, len(values))
         found.append((path, values[place]))
     return tuple(reversed(found))

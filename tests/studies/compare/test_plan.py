@@ -12,6 +12,7 @@ from distill_lightning.studies.compare import command
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.plan import plan
 from distill_lightning.studies.compare.rows import rows_of
+from distill_lightning.studies.compare.storage import Reads, Storage
 
 KD = {"class_path": "KDModule"}
 CONFIG = {
@@ -30,10 +31,13 @@ def config_of(folder, **changes):
     return parse_config([str(path), "--output", str(folder / "out")])
 
 
-def planned(folder, *, backbones=(), **changes):
+def planned(folder, *, backbones=(), storage=None, **changes):
     """The plan, without the networks and the data that it does not look at."""
     config = config_of(folder, **changes)
-    experiment = SimpleNamespace(config=config, rows=rows_of(config), backbones=dict.fromkeys(backbones))
+    storage = storage or Storage()
+    experiment = SimpleNamespace(
+        config=config, rows=rows_of(config), backbones=dict.fromkeys(backbones), storage=storage
+    )
     return plan(experiment, folder)
 
 
@@ -69,6 +73,18 @@ def test_sets_have_teachers_and_students_of_their_own(tmp_path):
         assert run.epochs == (7 if run.is_teacher else 3)
     titles = [run.title for run in three if run.teacher_set == 2]
     assert titles[:3] == ["teacher_1, set 2", "teacher_2, set 2", "alone, seed 0, set 2"]
+
+
+def test_each_set_has_a_store_for_the_rows_that_read(tmp_path):
+    storage = Storage(kept_views=9, rows={"kd": Reads(1, True, ())})
+    runs = planned(tmp_path, storage=storage, **sets(2))
+    stores = [run for run in runs if run.makes_store]
+    assert [(run.title, run.epochs) for run in stores] == [("store, set 1", 9), ("store, set 2", 9)]
+    for run in runs:
+        assert run.store == (stores[run.teacher_set - 1] if run.name == "kd" else None)
+        assert not (run.makes_store and (run.is_student or run.is_teacher))
+    for store in stores:
+        assert [(each.name, each.teacher_set) for each in store.teachers] == [("teacher_1", store.teacher_set)]
 
 
 def test_no_seed_is_drawn_twice(tmp_path):

@@ -194,7 +194,7 @@ def test_a_translation_is_scored_by_what_its_test_logs(translated):
     folder, shown = translated
     header = (folder / "out/results.csv").read_text().splitlines()[0]
     assert header.startswith("method,seed,test_bleu,test_bleu_selected,chrf,nll,ece,perplexity,accuracy,")
-    assert header.endswith(",parameters,seconds_per_epoch")
+    assert header.endswith(",parameters,seconds_per_epoch,peak_memory,shared")
     data = Sentences()
     data.setup()
     for line in lines_of(folder / "out/results.csv"):
@@ -310,7 +310,8 @@ def test_classifiers_are_compared_without_teachers(tmp_path):
     shown = compare(written(tmp_path, TRANSLATION, change), tmp_path / "out")
     header = (tmp_path / "out/results.csv").read_text().splitlines()[0]
     assert header == (
-        "method,seed,test_accuracy,test_accuracy_selected,nll,ece,brier,aurc,eaurc,top5,parameters,seconds_per_epoch"
+        "method,seed,test_accuracy,test_accuracy_selected,nll,ece,brier,aurc,eaurc,top5,parameters,seconds_per_epoch,"
+        "peak_memory,shared"
     )
     text = (tmp_path / "out/results.md").read_text()
     assert "| row | test % | sel. % | NLL | ECE % | params | s/epoch |" in text
