@@ -129,22 +129,23 @@ class Store:
     def __init__(self, experiment: Experiment, folder: Path, clock: Clock) -> None:
         self.clock = clock
         self.experiment, self.storage, self.folder = experiment, experiment.storage, folder
+        self._rows = {row.name: row for row in experiment.rows}
+        # Set up once: files are not read again in every turn.
+        self.data = experiment.data(order_seed=0)
         torch.manual_seed(0)
         self.networks = [experiment.teacher() for _ in range(self.storage.teachers)]
         for network in self.networks:
             # What follows those that know nothing ends in numbers so small that a processor is slow with them.
             self._fit(experiment.supervised(network), max_epochs=1)
-        self._rows = {row.name: row for row in experiment.rows}
 
     def fill(self, folder: Path) -> float:
         """Fill a store, start and writing included; seconds."""
         name = next(iter(self.storage.rows))
         module = self._module(name)
         self.storage.filled_by(folder, module, self.networks, self.experiment.sample.input_shape)
-        data = self.experiment.data(order_seed=0)
-        data.views = self.storage.kept_views
+        self.data.views = self.storage.kept_views
         begin = self.clock()
-        record(make_trainer(self.experiment.config), module, data)
+        record(make_trainer(self.experiment.config), module, self.data)
         return self.clock() - begin
 
     def fill_another(self) -> float:
@@ -154,9 +155,8 @@ class Store:
 
     def run_once(self) -> float:
         """Make every view, and run the teachers on it, in inference mode; seconds."""
-        data = self.experiment.data(order_seed=0)
-        data.setup("fit")
-        dataset, size = data.dataset("train", augment=True), data.batch_size
+        self.data.setup("fit")
+        dataset, size = self.data.dataset("train", augment=True), self.data.batch_size
         start = self.clock()
         with torch.inference_mode():
             for view in range(self.storage.kept_views):
@@ -182,10 +182,9 @@ class Store:
         module = self._module(name)
         if not isinstance(module, FEEDModule):
             raise TypeError(f"{name} has no translators")
-        data = self.experiment.data(order_seed=0)
-        data.setup("fit")
-        sizes = [len(batch.input) for batch in data.train_dataloader()]
-        inputs = next(iter(data.train_dataloader())).input
+        self.data.setup("fit")
+        sizes = [batch.size for batch in self.data.train_dataloader()]
+        inputs = next(iter(self.data.train_dataloader())).input
         _, features = module.student_tap(inputs)
         (shape,) = (feature.shape[1:] for feature in features.values())
         optimizer = torch.optim.SGD(module.translators.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -220,11 +219,10 @@ class Store:
     def _fit(self, module: DistillationModule, *, max_epochs: int) -> float:
         """Train; seconds of the last epoch."""
         times = _EpochTimes(self.clock)
-        data = self.experiment.data(order_seed=0)
-        self.storage.number(data)
+        self.storage.number(self.data)
         options: dict[str, Any] = {"limit_val_batches": 0, "enable_checkpointing": False, "max_epochs": max_epochs}
         trainer = make_trainer(self.experiment.config, callbacks=[times], **options)
-        trainer.fit(module, datamodule=data)
+        trainer.fit(module, datamodule=self.data)
         return times.seconds[-1]
 
 
@@ -281,12 +279,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", nargs="*", choices=list(SECTIONS), help="names of sections")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--images", type=int, default=1280)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    rounds, images = (1, 128) if given.small else (given.rounds, 1280)
+    rounds, images = (1, 128) if given.small else (given.rounds, given.images)
     bench = Bench(given.output, rounds=rounds, config=given.config, images=images, clock=given.clock)
     for name in given.only or SECTIONS:
         SECTIONS[name](bench)

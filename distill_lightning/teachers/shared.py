@@ -25,10 +25,10 @@ from distill_lightning.teachers.teachers import Teachers, refuse_non_finite
 # What of a method's description the outputs of a network do not depend on.
 _OF_METHODS = ("ensemble", "num_classes", "num_targets")
 
-# Samples of a training's first batch about which the networks are asked, and how far from the kept answers, as a share
-# of the largest, no rounding leads.
+# Samples of a training's first batch about which the networks are asked, and a share of the range of what is kept, from
+# which no rounding leads so far.
 _LOOKED_AT = 4
-_FAR = 0.1
+_FAR = 0.05
 
 Dtype = Literal["float16", "float32"]
 
@@ -254,19 +254,24 @@ class ReadTeachers(Teachers):
         self._is_sure = False
 
     def _from_store(self, batch: Batch, store: TeacherStore) -> dict[str, Tensor]:
-        found = super()._from_store(batch, store)
         if not self._is_sure:
             self._is_sure = True
-            few = Batch(map_tensors(lambda values: values[:_LOOKED_AT], batch.input))
-            for name, asked in self.run(few).items():
-                read = found[name][: len(asked)]
-                if (asked - read).abs().max() > _FAR * read.abs().max():
-                    raise InputError(
-                        f"{self._who}: the teachers' {name} in {store.path} are not what they say now: a method that "
-                        "asks about other inputs than the data's views needs them at work (in compare: teachers_store: "
-                        "null)"
-                    )
-        return found
+            self._look_at(batch, store)
+        return super()._from_store(batch, store)
+
+    def _look_at(self, batch: Batch, store: TeacherStore) -> None:
+        inputs = map_tensors(lambda values: values[:_LOOKED_AT], batch.input)
+        index, view = (None if key is None else key[:_LOOKED_AT] for key in (batch.index, batch.view))
+        few = Batch(inputs, index=index, view=view)
+        said, kept = self._outputs_of(few), store.read_or_ask(few, None, device=batch.device)
+        now = {"logits": torch.stack([self._laid_out(*one) for one in enumerate(said.outputs)], dim=1)}
+        now |= {f"feature_{number}": feature for number, feature in enumerate(said.features)}
+        for name, read in kept.items():
+            if (now[name] - read).abs().max() > _FAR * (read.max() - read.min()):
+                raise InputError(
+                    f"{self._who}: what is kept in {store.path} is not what the teachers say now. A method that asks "
+                    "about other inputs than the data's views needs them at work (in compare: teachers_store: null)"
+                )
 
     def prediction(self, inputs: Any) -> None:
         """None: the store knows of training samples alone, and the networks need not run."""

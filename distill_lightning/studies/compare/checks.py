@@ -30,6 +30,12 @@ def check(config: CompareConfig) -> None:
         raise InputError(f"seeds must be different numbers, at least one, got {config.seeds}")
     if not all(0 <= seed < 2**32 for seed in config.seeds):
         raise InputError(f"seeds must lie between 0 and 2**32 - 1, got {config.seeds}")
+    if (
+        config.teachers_store is not None
+        and config.teachers_store.views is not None
+        and config.teachers_store.views < 1
+    ):
+        raise InputError(f"teachers_store.views must be at least 1, got {config.teachers_store.views}")
     for name, spec in config.methods.items():
         _check_method(name, spec, config.number_of_teachers)
     for name, spec in (config.backbones or {}).items():

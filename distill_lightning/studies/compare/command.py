@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from distill_lightning.errors import InputError, refusing
-from distill_lightning.studies.compare.config import CompareConfig
+from distill_lightning.studies.compare.config import CompareConfig, StoreConfig
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.measures import scores_of
 from distill_lightning.studies.compare.paired import LEGEND
@@ -50,7 +51,7 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     """
     console = wide_console(console)
     folder = Path(config.output)
-    _check_folder(folder, config)
+    config = _check_folder(folder, config)
     experiment = Experiment(config)
     make_trainer(config)
     refuse_untrained(experiment)
@@ -80,16 +81,22 @@ def run(config: CompareConfig, arguments: Sequence[str], *, console: Console | N
     return report
 
 
-def _check_folder(folder: Path, config: CompareConfig) -> None:
-    """Refuse a folder of another configuration; methods, backbones, seeds, sets of teachers may be added to it."""
+def _check_folder(folder: Path, config: CompareConfig) -> CompareConfig:
+    """Refuse a folder of another configuration; methods, backbones, seeds, sets of teachers may be added to it.
+
+    Returns:
+        The configuration; of a folder that was begun before there were stores, without one.
+    """
     refuse_foreign_folder(folder, known=_CONFIG_FILE)
     known = folder / _CONFIG_FILE
     if config.anew or not known.exists():
-        return
+        return config
     with refusing(f"{known} is damaged, remove the folder or give another with --output", yaml.YAMLError, UnicodeError):
         stored = yaml.safe_load(known.read_text())
     if not isinstance(stored, dict):
         raise InputError(f"{known} is damaged: remove the folder or give another with --output")
+    if "teachers_store" not in stored and config.teachers_store == StoreConfig():
+        config = dataclasses.replace(config, teachers_store=None)
     given = yaml.safe_load(yaml.safe_dump(config.as_plain()))
     for key in sorted(stored.keys() | given.keys()):
         before, now = stored.get(key), given.get(key)
@@ -111,6 +118,7 @@ def _check_folder(folder: Path, config: CompareConfig) -> None:
                 f"output folder {folder} belongs to another configuration ({key} was {before}): "
                 "give another folder with --output, or make the runs again with --anew"
             )
+    return config
 
 
 def report_of(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[str]) -> Report:
