@@ -70,15 +70,20 @@ class CompareConfig:
     repeated: where a class takes one and its ``init_args`` are silent, the data's or the top level's is put in.
 
     Args:
-        data: the data module, by ``class_path`` and ``init_args``. One with an attribute ``task``, ``"translation"`` or
-            ``"detection"``, is compared by what its modules log in a test; any other by its outputs.
+        data: any data module, by ``class_path`` and ``init_args``, whose batches are a `Batch`, tuples or dicts. What
+            it does not tell by attributes may stand beside these: ``num_classes``, ``num_targets``, ``task``,
+            ``input_shape``, ``class_names``. One with an attribute ``task``, ``"translation"`` or ``"detection"``, is
+            compared by what its modules log in a test; any other by its outputs.
         student: the student's network.
-        methods: by name, each a module with a student and, if it takes any, teachers, by ``class_path`` and
-            ``init_args``. ``teachers`` beside them says how many of the teachers it gets (all, if left out), or names
-            an earlier row, whose student of the same seed is then its only teacher. ``stages: 3`` makes three such
-            rows, ``<name>_1`` to ``<name>_3``: the first taught by the student alone, each other one by the one before
-            it, as in sequential FEED. ``initial: <row>`` begins with the weights of an earlier row's student of the
-            same seed, for methods that need a trained one, as MEAL V2 does. ``paraphrasers: {epochs: 5, init_args:
+        methods: by name, each a module by ``class_path`` and ``init_args``: one of this package, a subclass, or any
+            LightningModule, whose first arguments are its networks, ``student`` (or ``model``, ``network``, ``net``)
+            and, if it takes any, ``teachers`` or one ``teacher``; one without the former builds a network of its own.
+            ``evaluate: <attribute>`` names the network that is evaluated; else that is the module's ``student`` or what
+            its ``forward`` computes. ``teachers`` beside them says how many of the teachers it gets (all, if left out),
+            or names an earlier row, whose student of the same seed is then its only teacher. ``stages: 3`` makes three
+            such rows, ``<name>_1`` to ``<name>_3``: the first taught by the student alone, each other one by the one
+            before it, as in sequential FEED. ``initial: <row>`` begins with the weights of an earlier row's student of
+            the same seed, for methods that need a trained one, as MEAL V2 does. ``paraphrasers: {epochs: 5, init_args:
             {rate: 0.5}}`` trains a `ParaphraserModule` on the teachers first, for Factor Transfer. ``backbone: <name>``
             gives the student the weights of one of ``backbones``. The student alone is always compared.
         epochs: length of every run.
@@ -86,8 +91,8 @@ class CompareConfig:
         teachers: the teachers' network and number, or a list of networks that are trained already; without, there are
             none, and no row but those taught by an earlier one has a class that takes teachers.
         supervised: what trains the teachers and the student alone, perhaps with a ``backbone``; without a
-            ``class_path``, `SupervisedModule`, `RegressionModule` where the data have no classes, `TranslationModule`
-            or `DetectionModule`.
+            ``class_path`` it is `SupervisedModule`, `RegressionModule` where the data have no classes,
+            `TranslationModule` or `DetectionModule`.
         backbones: by name, each a training of the classifier that stands in the student's ``init_args.backbone``: a
             module's ``class_path`` and ``init_args``, ``data`` and ``epochs`` of its own, and perhaps ``optimizer``
             and ``lr_scheduler``. For each seed it is trained from that seed, the same initial weights under every name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,35 @@ from pytorch_lightning import LightningDataModule, LightningModule
 from torch import nn
 
 import distill_lightning
-from distill_lightning.arguments import takes
 from distill_lightning.errors import InputError, refused_at
 from distill_lightning.layers import dry_forward, eval_mode
 from distill_lightning.layers.call import call
 from distill_lightning.modules import DistillationModule, ParaphraserModule
 from distill_lightning.modules.parts.optimization import check_optimizer
 from distill_lightning.studies.compare.backbones import backbones_of, with_backbone
-from distill_lightning.studies.compare.checks import is_count
-from distill_lightning.studies.compare.config import CompareConfig, Spec, TeachersConfig
+from distill_lightning.studies.compare.config import CompareConfig
 from distill_lightning.studies.compare.constructors import Constructor
-from distill_lightning.studies.compare.foreign_data import TOLD, check_loaders, find_shape, first_batch, ordered, tell
+from distill_lightning.studies.compare.foreign_data import (
+    TOLD,
+    check_loaders,
+    check_told,
+    find_shape,
+    first_batch,
+    ordered,
+    tell,
+)
 from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import ALONE, Row, rows_of
 from distill_lightning.studies.compare.specs import (
     constructor_for,
     filled,
+    filled_network,
     find,
+    paraphraser_spec,
     parsed,
     remembering_warnings,
     set_up,
+    teacher_specs,
     told_by,
     with_optimizer,
 )
@@ -75,9 +84,9 @@ class Experiment:
             self._refuse_teachers()
             if isinstance(self.task, OutputsTask):
                 # Not after a download of hours.
-                _check_told(self.sample, "num_classes")
+                check_told(self.sample)
             set_up(self.sample)
-            _check_told(self.sample, "num_classes")
+            check_told(self.sample)
             check_loaders(self.sample)
             if isinstance(self.task, OutputsTask):
                 find_shape(self.sample)
@@ -88,7 +97,7 @@ class Experiment:
         }
         self.backbones = backbones_of(config)
         self._teachers = [
-            parsed(key, nn.Module, _filled_teacher(key, spec, known)) for key, spec in _teacher_specs(config.teachers)
+            parsed(key, nn.Module, filled_network(key, spec, known)) for key, spec in teacher_specs(config.teachers)
         ]
         self._student = self._parsed_student()
         self._supervised = self._parsed_supervised()
@@ -160,7 +169,7 @@ class Experiment:
         return constructor, parsed(key, constructor.kind, filled(key, spec, self._known))
 
     def _parsed_paraphrasers(self, name: str) -> Callable[[], Any]:
-        spec = filled(f"methods.{name}.paraphrasers", _paraphraser_spec(name, self.config.methods[name]), self._known)
+        spec = filled(f"methods.{name}.paraphrasers", paraphraser_spec(name, self.config.methods[name]), self._known)
         return parsed(f"methods.{name}.paraphrasers", Callable[[Sequence[nn.Module]], ParaphraserModule], spec)
 
     def with_options(self, row: Row, options: Options) -> Experiment:
@@ -256,7 +265,7 @@ class Experiment:
             teachers = [self.teacher(number + 1) for number in range(self.config.number_of_teachers)]
             student = self.student()
             judge = self.subject(None, self.supervised(student), student).judge(self.sample) if teachers else None
-            for (key, _), teacher in zip(_teacher_specs(self.config.teachers), teachers, strict=False):
+            for (key, _), teacher in zip(teacher_specs(self.config.teachers), teachers, strict=False):
                 judge.check_output(key, teacher, self._output_shape(teacher))
             for name in sorted({row.backbone for row in self.rows if row.backbone is not None}):
                 self.backbones[name].try_on(self.student)
@@ -289,50 +298,3 @@ class Experiment:
 def key_of(row: Row | None) -> str:
     """Where the class that trains a row stands in the YAML file."""
     return "supervised" if row is None or row.method is None else f"methods.{row.method}"
-
-
-def _teacher_specs(teachers: TeachersConfig) -> list[tuple[str, Spec]]:
-    """What describes the teachers' networks, under the keys where it stands."""
-    if teachers.given is not None:
-        return [(f"teachers.{number}", spec) for number, spec in enumerate(teachers.given)]
-    return [] if teachers.network is None else [("teachers.network", teachers.network)]
-
-
-def _filled_teacher(key: str, spec: Spec, known: Mapping[str, Any]) -> Spec:
-    """A teacher's spec with the known values in the network whose weights are loaded, too."""
-    arguments = spec.get("init_args")
-    if isinstance(arguments, Mapping) and isinstance(arguments.get("network"), Mapping):
-        nested = _filled_teacher(f"{key}.init_args.network", dict(arguments["network"]), known)
-        spec = {**spec, "init_args": {**arguments, "network": nested}}
-    return filled(key, spec, known)
-
-
-def _check_told(data: Any, *names: str) -> None:
-    """Refuse data that do not tell what everything is built with.
-
-    Raises:
-        InputError: a name has no value; a regression has no classes, and says so.
-    """
-    is_regression = hasattr(data, "num_classes") and getattr(data, "num_targets", None) is not None
-    missing = [
-        name for name in names if getattr(data, name, None) is None and not (name == "num_classes" and is_regression)
-    ]
-    if missing:
-        raise InputError(
-            f"data: {type(data).__name__} does not tell its {' and '.join(missing)}: give it "
-            f"{'these attributes' if len(missing) > 1 else 'that attribute'}, or write it beside data.class_path"
-        )
-
-
-def _paraphraser_spec(name: str, spec: Spec) -> Spec:
-    """The spec of what trains a method's paraphrasers, its layers those that the method taps."""
-    given = spec["paraphrasers"]
-    if not isinstance(given, Mapping) or not is_count(given.get("epochs")) or given.keys() - {"epochs", "init_args"}:
-        raise InputError(f"methods.{name}.paraphrasers: expected epochs, at least 1, and init_args, got {given}")
-    target = find(spec.get("class_path"))
-    if target is not None and not takes(target, "paraphrasers"):
-        raise InputError(f"methods.{name}: {spec['class_path']} takes no paraphrasers: leave them out")
-    taps = spec.get("init_args") or {}
-    layers = taps.get("teacher_layers") or taps.get("student_layer")
-    arguments = {"layers": layers, **(given.get("init_args") or {})}
-    return {"class_path": "distill_lightning.ParaphraserModule", "init_args": arguments}

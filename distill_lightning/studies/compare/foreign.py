@@ -43,6 +43,11 @@ class SubjectKeeper(RunKeeper):
         super().__init__(folder, seed=seed, monitor=task.monitor, mode=task.mode, note=note)
         self.task, self.subject = task, subject
 
+    @property
+    def state_key(self) -> str:
+        """The key of a `RunKeeper` in checkpoints, so that runs of older versions go on."""
+        return RunKeeper.__qualname__
+
     def metrics_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """What the module has logged and, where the monitored metric is not among that, the scores on its data."""
         logged = super().metrics_of(trainer, pl_module)

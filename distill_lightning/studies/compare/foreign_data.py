@@ -37,6 +37,20 @@ def tell(data: Any, told: Mapping[str, Any]) -> None:
             raise InputError(f"data.{name} is {value}, and {type(data).__name__} tells {known}: leave it out")
 
 
+def check_told(data: Any) -> None:
+    """Refuse data that do not tell how many classes, or numbers, there are to predict.
+
+    Raises:
+        InputError: they do not; a regression has no classes, and says so.
+    """
+    is_regression = hasattr(data, "num_classes") and getattr(data, "num_targets", None) is not None
+    if getattr(data, "num_classes", None) is None and not is_regression:
+        raise InputError(
+            f"data: {type(data).__name__} does not tell its num_classes: give it that attribute, or write "
+            "num_classes beside data.class_path"
+        )
+
+
 def check_loaders(data: Any) -> None:
     """Look at the loaders of a data module that is set up.
 

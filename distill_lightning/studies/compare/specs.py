@@ -15,11 +15,12 @@ from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning import LightningDataModule
 
 import distill_lightning
-from distill_lightning.arguments import arguments_of
+from distill_lightning.arguments import arguments_of, takes
 from distill_lightning.callables import check_callables, named
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
-from distill_lightning.studies.compare.config import Spec
+from distill_lightning.studies.compare.checks import is_count
+from distill_lightning.studies.compare.config import Spec, TeachersConfig
 from distill_lightning.studies.compare.constructors import Constructor, constructor_of
 from distill_lightning.studies.compare.given import Given, all_given
 
@@ -135,6 +136,22 @@ def filled(key: str, spec: Spec, known: Mapping[str, Any]) -> Spec:
     return {**spec, "init_args": {**missing, **arguments}}
 
 
+def teacher_specs(teachers: TeachersConfig) -> list[tuple[str, Spec]]:
+    """What describes the teachers' networks, under the keys where it stands."""
+    if teachers.given is not None:
+        return [(f"teachers.{number}", spec) for number, spec in enumerate(teachers.given)]
+    return [] if teachers.network is None else [("teachers.network", teachers.network)]
+
+
+def filled_network(key: str, spec: Spec, known: Mapping[str, Any]) -> Spec:
+    """The spec of a network with the known values in the network whose weights are loaded, too."""
+    arguments = spec.get("init_args")
+    if isinstance(arguments, Mapping) and isinstance(arguments.get("network"), Mapping):
+        nested = filled_network(f"{key}.init_args.network", dict(arguments["network"]), known)
+        spec = {**spec, "init_args": {**arguments, "network": nested}}
+    return filled(key, spec, known)
+
+
 def find(class_path: Any) -> Any:
     """The class or function; ``None`` if there is none: the parser's message is the better one then."""
     found = class_path.make if isinstance(class_path, Given) else named(class_path)
@@ -206,3 +223,17 @@ def told_by(data: Any) -> dict[str, Any]:
     if found["class_names"] is not None:
         found["class_names"] = list(found["class_names"])
     return found
+
+
+def paraphraser_spec(name: str, spec: Spec) -> Spec:
+    """The spec of what trains a method's paraphrasers, its layers those that the method taps."""
+    given = spec["paraphrasers"]
+    if not isinstance(given, Mapping) or not is_count(given.get("epochs")) or given.keys() - {"epochs", "init_args"}:
+        raise InputError(f"methods.{name}.paraphrasers: expected epochs, at least 1, and init_args, got {given}")
+    target = find(spec.get("class_path"))
+    if target is not None and not takes(target, "paraphrasers"):
+        raise InputError(f"methods.{name}: {spec['class_path']} takes no paraphrasers: leave them out")
+    taps = spec.get("init_args") or {}
+    layers = taps.get("teacher_layers") or taps.get("student_layer")
+    arguments = {"layers": layers, **(given.get("init_args") or {})}
+    return {"class_path": "distill_lightning.ParaphraserModule", "init_args": arguments}

@@ -192,12 +192,12 @@ def storage_of(experiment: Experiment) -> Storage:
 
 def _modules(experiment: Experiment) -> dict[str, Any]:
     """A module of every row that the comparison's own teachers teach."""
-    teachers = [experiment.teacher(place + 1) for place in range(experiment.config.number_of_teachers)]
+    teachers = [experiment.teacher(number + 1) for number in range(experiment.config.number_of_teachers)]
     modules = {}
     for row in experiment.rows:
         if isinstance(row.teachers, int) and row.teachers and row.method is not None:
             module = _module(experiment, row, teachers[: row.teachers])
-            if takes(type(module), "teachers"):
+            if takes(type(module), "teachers") or takes(type(module), "teacher"):
                 modules[row.name] = module
     return modules
 
@@ -214,7 +214,7 @@ def _changing(experiment: Experiment, modules: Mapping[str, DistillationModule])
     for row in experiment.rows:
         if row.name in modules and row.name in trials:
             known = modules[row.name]
-            teachers = [experiment.teacher(place + 1) for place in range(len(known.teachers))]
+            teachers = [experiment.teacher(number + 1) for number in range(int(row.teachers))]
             tried = [_module(experiment.with_options(row, options), row, teachers) for options in trials[row.name]]
             if any(_reason(module) or _reads(module) != _reads(known) for module in tried):
                 found[row.name] = "its search changes what is asked"
@@ -223,6 +223,8 @@ def _changing(experiment: Experiment, modules: Mapping[str, DistillationModule])
 
 def _reason(module: DistillationModule) -> str:
     """Why a row's teachers have to run beside it; empty: they need not."""
+    if not isinstance(module, DistillationModule):
+        return f"{type(module).__name__} asks them itself"
     return reason_to_ask(module) or _no_store_of(module)
 
 

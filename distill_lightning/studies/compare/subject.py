@@ -58,35 +58,42 @@ class Subject:
 
     Attributes:
         module: of the run.
-        evaluated: the network whose outputs count.
-        kept: the network whose weights are kept after the last epoch, and counted as the row's.
+        is_own: whether the module is one of this package's, and says itself what it is evaluated by.
 
     Raises:
         InputError: the module has no such attribute, or nothing to evaluate.
     """
-
-    evaluated: nn.Module
-    kept: nn.Module
 
     def __init__(
         self, key: str, module: pl.LightningModule, given: nn.Module | None = None, *, evaluate: str | None = None
     ) -> None:
         self.module = module
         self.is_own = isinstance(module, DistillationModule) and evaluate is None
-        held = next((part for part in module.modules() if part is given), None)
+        held = next((name for name, part in module.named_modules() if part is given), "")
         if evaluate is not None:
-            self.evaluated = self.kept = _attribute(key, module, evaluate)
+            _check_attribute(key, module, evaluate)
+            self._evaluated = self._kept = evaluate
         elif isinstance(getattr(module, "student", None), nn.Module):
-            self.evaluated = self.kept = module.student  # type: ignore[assignment]  # see the condition
+            self._evaluated = self._kept = "student"
         elif type(module).forward is not pl.LightningModule.forward:
-            self.evaluated, self.kept = module, held or module
-        elif held is not None:
-            self.evaluated = self.kept = held
+            self._evaluated, self._kept = "", held
+        elif held:
+            self._evaluated = self._kept = held
         else:
             raise InputError(
                 f"{key}: {type(module).__name__} has no student and no forward: name the network that is to be "
                 "evaluated by evaluate: <attribute>"
             )
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network whose outputs count."""
+        return _part(self.module, self._evaluated)
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network whose weights are kept after the last epoch, and counted as the row's."""
+        return _part(self.module, self._kept)
 
     def export(self, path: Path) -> None:
         """Write the weights that others begin with, or learn from."""
@@ -136,12 +143,17 @@ def _export(module: pl.LightningModule, network: nn.Module, path: Path) -> None:
         write_weights(plain_network(network), path)
 
 
-def _attribute(key: str, module: pl.LightningModule, path: str) -> nn.Module:
+def _part(module: pl.LightningModule, path: str) -> nn.Module:
+    # Asked for anew each time: a module may put another network there, a smaller one for example.
+    found: nn.Module = operator.attrgetter(path)(module) if path else module
+    return found
+
+
+def _check_attribute(key: str, module: pl.LightningModule, path: str) -> None:
     try:
-        found = operator.attrgetter(path)(module)
+        found = _part(module, path)
     except AttributeError:
         found = None
     if not isinstance(found, nn.Module):
         names = ", ".join(name for name, _ in module.named_children()) or "none"
         raise InputError(f"{key}.evaluate: {type(module).__name__} has no network {path!r}; it has {names}")
-    return found

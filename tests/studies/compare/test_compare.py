@@ -515,21 +515,23 @@ def test_any_data_module_that_tells_its_classes_and_shape_will_do(tmp_path, monk
     assert len(lines_of(tmp_path / "out/results.csv")) == 3
 
 
-@pytest.mark.parametrize(
-    ("change", "names"),
-    [
-        (("num_classes = 10", "num_classes = None"), "num_classes"),
-        (("input_shape = (1, 8, 8)", "input_shape = None"), "input_shape"),
-        (("num_classes = 10\n    input_shape = (1, 8, 8)", "nothing = 0"), "num_classes and input_shape"),
-    ],
-)
-def test_what_a_data_module_does_not_tell_is_asked_for_at_once(tmp_path, monkeypatch, change, names):
+def silent(tmp_path, monkeypatch, change):
+    """The configuration of a comparison on data that tell less."""
     (tmp_path / "silent.py").write_text(OWN_DATA.replace(*change))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "silent", raising=False)
-    config = parse_config([str(written(tmp_path, lambda config: config.update(data={"class_path": "silent.Pairs"})))])
-    with pytest.raises(InputError, match=f"data: Pairs does not tell its {names}: give it"):
+    return parse_config([str(written(tmp_path, lambda config: config.update(data={"class_path": "silent.Pairs"})))])
+
+
+def test_a_number_of_classes_that_is_not_told_is_asked_for_at_once(tmp_path, monkeypatch):
+    config = silent(tmp_path, monkeypatch, ("num_classes = 10", "num_classes = None"))
+    with pytest.raises(InputError, match="data: Pairs does not tell its num_classes: give it"):
         Experiment(config)
+
+
+def test_a_shape_that_is_not_told_is_seen(tmp_path, monkeypatch):
+    config = silent(tmp_path, monkeypatch, ("input_shape = (1, 8, 8)", "nothing = 0"))
+    assert Experiment(config).sample.input_shape == (1, 8, 8)
 
 
 @pytest.mark.parametrize(
