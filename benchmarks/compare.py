@@ -27,6 +27,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.compare_ray import ray_worker
+from benchmarks.compare_whole import demo, whole_table
 from benchmarks.timing import Figure, Turn, circumstances, ratio, take_turns
 from distill_lightning.modules import DistillationModule, FEEDModule
 from distill_lightning.studies.compare.config import CompareConfig, parse_config
@@ -49,11 +51,20 @@ class Bench:
         config: the comparison.
         images: how many training images an epoch has.
         clock: name of what measures, ``"wall"``, or on a machine that others use, too, ``"cpu"``.
+        is_small: whether everything is run once, to see that it runs.
     """
 
     def __init__(
-        self, path: Path, *, rounds: int, config: Path = TABLE, images: int = 1280, clock: str = "wall"
+        self,
+        path: Path,
+        *,
+        rounds: int,
+        config: Path = TABLE,
+        images: int = 1280,
+        clock: str = "wall",
+        is_small: bool = False,
     ) -> None:
+        self.is_small = is_small
         self.path, self.rounds, self.config, self.images, self.clock = path, rounds, config, images, clock
         self.console = Console(width=120)
         known = json.loads(path.read_text()) if path.exists() else {}
@@ -267,7 +278,13 @@ def filling(bench: Bench) -> None:
     bench.section("filling the store", rows, note=f"2 views of {bench.images} images, start and writing included")
 
 
-SECTIONS: Mapping[str, Callable[[Bench], None]] = {"epochs": epochs, "filling": filling}
+SECTIONS: Mapping[str, Callable[[Bench], None]] = {
+    "epochs": epochs,
+    "filling": filling,
+    "ray": ray_worker,
+    "table": whole_table,
+    "demo": demo,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -286,7 +303,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     rounds, images = (1, 128) if given.small else (given.rounds, given.images)
-    bench = Bench(given.output, rounds=rounds, config=given.config, images=images, clock=given.clock)
+    bench = Bench(
+        given.output, rounds=rounds, config=given.config, images=images, clock=given.clock, is_small=given.small
+    )
     for name in given.only or SECTIONS:
         SECTIONS[name](bench)
     for name, value in bench.content["ratios"].items():

@@ -13,8 +13,9 @@ from distill_lightning.studies.compare.attempt import attempt
 from distill_lightning.studies.compare.claims import Presence
 from distill_lightning.studies.compare.cluster import LOCAL, RayPool
 from distill_lightning.studies.compare.experiment import Experiment
+from distill_lightning.studies.compare.plan import plan
 from distill_lightning.studies.compare.rows import ALONE
-from distill_lightning.studies.compare.runs import Run, plan
+from distill_lightning.studies.compare.runs import Run
 
 if TYPE_CHECKING:
     from benchmarks.compare import Bench

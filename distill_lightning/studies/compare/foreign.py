@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distill_lightning.callbacks import RunKeeper
-from distill_lightning.lightning_internals import TrainersBatches
+from distill_lightning.lightning_internals import TrainersBatches, step_precision
 from distill_lightning.modules.parts.guard import check_loss
 from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.subject import Subject
@@ -56,7 +56,7 @@ class SubjectKeeper(RunKeeper):
         data = cast("Any", trainer).datamodule
         judge = self.subject.judge(data)
         # A loader draws a seed for its workers.
-        with torch.random.fork_rng(devices=[]), trainer.precision_plugin.val_step_context():
+        with torch.random.fork_rng(devices=[]), step_precision(trainer):
             batches = TrainersBatches(trainer, pl_module, data.val_dataloader(), number=0, training=False)
             return logged | {f"val/{name}": value for name, value in judge.score(batches).items()}
 
