@@ -220,7 +220,7 @@ class AskedForAll(Teachers):
         """
         inputs = self.inputs(batch)
         self.about.suffixes(batch, inputs)
-        rows = {}
+        rows: dict[str, Tensor] = {}
         for number, given in enumerate(self.ensemble.each(inputs[""], self.runs) if self.ensemble else ()):
             output, features = given if isinstance(given, tuple) else (given, {})
             self.check(number, self[number], output.shape)

@@ -132,7 +132,7 @@ def _check_folder(folder: Path, config: CompareConfig) -> CompareConfig:
             same = all((now or {}).get(name) == spec for name, spec in (before or {}).items())
         elif key == "teachers":
             # Sets can be added, and older folders do not tell of any.
-            before = {"sets": 1, **before}
+            before = {"sets": 1, **(before or {})}
             same = before["sets"] <= now["sets"] and {**before, "sets": now["sets"]} == now
         elif key == "search":
             # Rows can be added with their searches, but none that are there can be chosen anew.

@@ -264,9 +264,10 @@ class Experiment:
         with torch.random.fork_rng(devices=[]):
             teachers = [self.teacher(number + 1) for number in range(self.config.number_of_teachers)]
             student = self.student()
-            judge = self.subject(None, self.supervised(student), student).judge(self.sample) if teachers else None
-            for (key, _), teacher in zip(teacher_specs(self.config.teachers), teachers, strict=False):
-                judge.check_output(key, teacher, self._output_shape(teacher))
+            if teachers:
+                judge = self.subject(None, self.supervised(student), student).judge(self.sample)
+                for (key, _), teacher in zip(teacher_specs(self.config.teachers), teachers, strict=False):
+                    judge.check_output(key, teacher, self._output_shape(teacher))
             for name in sorted({row.backbone for row in self.rows if row.backbone is not None}):
                 self.backbones[name].try_on(self.student)
             for row in self.rows:
@@ -288,11 +289,11 @@ class Experiment:
             if isinstance(module, DistillationModule):
                 check_optimizer(module)
 
-    def _output_shape(self, network: nn.Module) -> torch.Size:
+    def _output_shape(self, network: nn.Module) -> Sequence[int]:
         if getattr(self.sample, "input_shape", None) is not None:
             return dry_forward(network, self.sample.input_shape).shape
         with eval_mode(network), torch.no_grad():
-            return call(network, first_batch(self.sample).input).shape
+            return tuple(call(network, first_batch(self.sample).input).shape)
 
 
 def key_of(row: Row | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -51,7 +52,7 @@ def scores_of(
     ensemble_bins: dict[int, Bins] = {}
     if isinstance(task, ScoredTask):
         columns = task.measured(with_ensemble=False)
-        scores = [_score(run, task, columns, lambda run: _logged(task, run)) for run in runs]
+        scores = [_score(run, task, columns, partial(_logged, task)) for run in runs]
     else:
         task = cast("OutputsTask", task)
         targets, counted = load_test_targets(experiment)

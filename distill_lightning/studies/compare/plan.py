@@ -96,7 +96,7 @@ class _Set:
 
     def _run(self, name: str, seed: int, folder: Path, *, row: Row | None = None, epochs: int, **more: Any) -> Run:
         initial_seed = more.pop("initial_seed", seed_in_set(seed, self.number))
-        of_set = {"teacher_set": self.number, "sets": self.experiment.config.teachers.sets}
+        of_set: dict[str, Any] = {"teacher_set": self.number, "sets": self.experiment.config.teachers.sets}
         return Run(row, name, seed, initial_seed, epochs, folder, **of_set, **more)
 
 

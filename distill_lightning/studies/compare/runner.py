@@ -24,6 +24,7 @@ from distill_lightning.callbacks import RunKeeper, write_checkpoints_whole
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import refusing
 from distill_lightning.lightning_internals import epochs_in
+from distill_lightning.modules import DistillationModule
 from distill_lightning.networks import Pretrained
 from distill_lightning.networks.weights import read_checkpoint
 from distill_lightning.storage import write_tensors, write_whole
@@ -70,7 +71,7 @@ def execute(experiment: Experiment, run: Run, on_epoch: OnEpoch, is_beside: Call
     subject, keeper = _trained(experiment, run, on_epoch, is_beside, memory)
     scores: dict[str, dict[str, float]] = {}
     if run.makes_backbone:
-        subject.module.export_backbone(run.backbone_file)
+        cast("DistillationModule", subject.module).export_backbone(run.backbone_file)
     else:
         subject.export(run.student_file)
         # What is chosen by a search must not have seen them.

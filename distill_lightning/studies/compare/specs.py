@@ -51,7 +51,7 @@ def parsed(key: str, kind: Any, spec: Spec) -> Callable[[], Any]:
         nested: Any = _spelled_out(_resolved(key, spec))
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        return parser.parse_object(nested)
+        return cast("Namespace", parser.parse_object(nested))
 
     found = read()
     check_callables(key, kind, found[key].as_dict() if isinstance(found[key], Namespace) else found[key])
@@ -67,7 +67,7 @@ def _made(key: str, kind: Any, spec: Spec) -> Any:
     """
     given: Given = spec["class_path"]
     options = {
-        name: parsed(name, _FUNCTIONS[name], part)() if name in _FUNCTIONS and isinstance(part, Mapping) else part
+        name: parsed(name, _FUNCTIONS[name], dict(part))() if name in _FUNCTIONS and isinstance(part, Mapping) else part
         for name, part in _resolved(key, spec.get("init_args") or {}).items()
     }
     origin = typing.get_origin(kind)

@@ -111,7 +111,7 @@ class Storage:
         )
         module.teachers = AskedForAll(store, shape)
 
-    def read_by(self, path: Path, module: DistillationModule, row: str) -> None:
+    def read_by(self, path: Path, module: Any, row: str) -> None:
         """Have a module of a row read what is kept.
 
         Args:
@@ -202,7 +202,7 @@ def _modules(experiment: Experiment) -> dict[str, Any]:
     return modules
 
 
-def _module(experiment: Experiment, row: Row, teachers: Sequence[nn.Module]) -> DistillationModule:
+def _module(experiment: Experiment, row: Row, teachers: Sequence[nn.Module]) -> Any:
     stage = experiment.paraphrasers(row, teachers)
     given = None if stage is None else list(stage.paraphrasers)
     return experiment.method(row, experiment.student(), teachers, given)
@@ -221,7 +221,7 @@ def _changing(experiment: Experiment, modules: Mapping[str, DistillationModule])
     return found
 
 
-def _reason(module: DistillationModule) -> str:
+def _reason(module: Any) -> str:
     """Why a row's teachers have to run beside it; empty: they need not."""
     if not isinstance(module, DistillationModule):
         return f"{type(module).__name__} asks them itself"

@@ -86,7 +86,8 @@ def _check_succession(experiment: Experiment, rows: Iterable[Row], subjects: Map
     expected = {name: value.shape for name, value in experiment.student().state_dict().items()}
     for row in rows:
         for part, name in (("teachers", row.teachers), ("initial", row.initial)):
-            kept = None if name not in subjects or subjects[name].is_own else subjects[name].kept
+            taken = subjects.get(name) if isinstance(name, str) else None
+            kept = None if taken is None or taken.is_own else taken.kept
             if kept is not None and {key: value.shape for key, value in kept.state_dict().items()} != expected:
                 raise InputError(
                     f"{key_of(row)}.{part}: the network of {name} ({type(kept).__name__}) is not such as the student, "
