@@ -291,7 +291,7 @@ class Experiment:
 
     def _output_shape(self, network: nn.Module) -> Sequence[int]:
         if getattr(self.sample, "input_shape", None) is not None:
-            return dry_forward(network, self.sample.input_shape).shape
+            return tuple(dry_forward(network, self.sample.input_shape).shape)
         with eval_mode(network), torch.no_grad():
             return tuple(call(network, first_batch(self.sample).input).shape)
 

@@ -123,7 +123,7 @@ class Storage:
         store = OutputsStore(
             path,
             # As one, so that a rule of its own stays.
-            teachers.ensemble,  # type: ignore[arg-type]  # a row that reads has networks
+            teachers.ensemble,
             outputs=self.outputs if reads.outputs else None,
             tapped=reads.tapped,
             features=self.features,
