@@ -27,7 +27,7 @@ def blocks(language):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", blocks("python"), ids=["subclass", "notebook", "own_data", "compression"])
+@pytest.mark.parametrize("code", blocks("python"), ids=["subclass", "notebook", "compare", "own_data", "compression"])
 @pytest.mark.filterwarnings("default")  # as a user's own process has them
 def test_python_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
