@@ -97,7 +97,7 @@ def _leave_result(experiment: Experiment, run: Run, on_epoch: OnEpoch, neighbour
 
 def _lacking(run: Run) -> dict[str, Any]:
     """Why a run cannot be made, if one that it learns from has no scores."""
-    for other in (*run.teachers, run.initial, run.backbone, run.store):
+    for other in (*run.teachers, run.initial, run.backbone):
         if other is None:
             continue
         result = other.result()

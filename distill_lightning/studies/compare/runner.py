@@ -159,7 +159,8 @@ def _trained(
     paraphrasers = None if run.row is None else _paraphrasers(experiment, run, networks)
     torch.manual_seed(run.initial_seed)
     subject = _subject(experiment, run, networks, paraphrasers)
-    if run.store is not None:
+    # Without it, the teachers that there are say the same beside the student.
+    if run.store is not None and not run.store.result().without_scores:
         experiment.storage.read_by(run.store.folder, subject.module, run.name)
     source = experiment.backbones[run.makes_backbone] if run.makes_backbone else experiment
     task = source.task

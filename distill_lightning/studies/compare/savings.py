@@ -25,10 +25,11 @@ def told_of_storage(storage: Storage, runs: Sequence[Run]) -> str:
     kinds += [f"features {storage.features} of {layers}"] if layers else []
     told = f"Teachers' answers: kept once for {', '.join(storage.rows)} ({views}, {'; '.join(kinds)})"
     told += f"; live for {live}. " if live else ". "
-    took = [run.result().scores["store"] for run in runs if run.makes_store]
+    filled = [run for run in runs if run.makes_store and not run.result().without_scores]
+    took = [run.result().scores["store"] for run in filled]
     asked, seconds = (sum(one[what] for one in took) for what in ("answers", "seconds"))
     # What every student's teachers would have been asked.
-    spared = sum(run.epochs * storage.samples * len(run.teachers) for run in runs if run.store is not None)
+    spared = sum(run.epochs * storage.samples * len(run.teachers) for run in runs if run.store in filled)
     each = seconds / (asked * storage.teachers) if asked else 0
     told += f"{asked * storage.teachers:,.0f} forward passes of a teacher and a sample in {seconds:.0f} s, instead of "
     return f"{told}{spared:,} beside the students, about {each * spared:.0f} s."

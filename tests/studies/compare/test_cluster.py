@@ -82,9 +82,11 @@ def compare(folder, *arguments, **changes):
 
 
 def table_of(folder):
-    """What does not tell of the time that it took."""
+    """What does not tell of the time and memory that it took."""
     with (folder / "out/results.csv").open() as file:
-        return [{name: value for name, value in row.items() if "seconds" not in name} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    measured = ("seconds_per_epoch", "peak_memory", "shared")
+    return [{name: value for name, value in row.items() if name not in measured} for row in rows]
 
 
 def weights_in(folder):
