@@ -69,9 +69,11 @@ def score_bars(
     axes.margins(x=0.03)
     # The interval of two runs may be ten times as wide as everything else: it goes on outside.
     inside = scale * np.array([*references.values(), *(value for values in scores.values() for value in values)])
-    room = 0.75 * np.ptp(inside) or np.inf
-    left, right = axes.get_xlim()
-    axes.set_xlim(max(left, inside.min() - room), min(right, inside.max() + room))
+    inside = inside[np.isfinite(inside)]
+    if len(inside):
+        room = 0.75 * np.ptp(inside) or np.inf
+        left, right = axes.get_xlim()
+        axes.set_xlim(max(left, inside.min() - room), min(right, inside.max() + room))
     plain(axes, grid="x")
     if references:
         figure.legend(loc="outside lower center", ncols=len(references), frameon=False, fontsize=9)
@@ -116,8 +118,10 @@ def learning_curves(
         title(own, name, styles[name])
         plain(own)
     length = max(map(len, means.values()))
-    if length >= _LONG:
-        late = np.concatenate([values[:, length // 3 :].ravel() for values in shown.values()])
+    late = np.concatenate([values[:, length // 3 :].ravel() for values in shown.values()])
+    # An epoch whose score is no number leaves a gap.
+    late = late[np.isfinite(late)]
+    if length >= _LONG and len(late):
         margin = 0.08 * (late.max() - late.min() or 1.0)
         axes[0].set_ylim(late.min() - margin, late.max() + margin)
     axes[0].xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))

@@ -60,6 +60,14 @@ def test_learning_curves_are_means_over_runs_with_the_others_in_grey():
     assert other.get_color() == "0.85"
 
 
+def test_an_epoch_whose_score_is_no_number_is_a_gap():
+    values = np.linspace(0.5, 0.8, 8)[None].repeat(2, axis=0)
+    values[0, 5] = np.nan
+    for curves in ({"a": values, "b": np.full((2, 8), np.nan)}, {"b": np.full((2, 8), np.nan)}):
+        FigureCanvasAgg(learning_curves(curves)).draw()
+    FigureCanvasAgg(score_bars({"a": [0.7, np.nan], "b": [np.nan, np.nan]}, {})).draw()
+
+
 def test_a_figure_shows_itself_in_a_notebook():
     figure = score_bars({"alone": [0.8]}, {})
     assert figure._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -87,7 +87,7 @@ def _leave_result(experiment: Experiment, run: Run, on_epoch: OnEpoch, neighbour
     except _OF_ALL:
         raise
     except NonFiniteError as error:
-        leave_none(experiment, run, diverged=str(error))
+        leave_none(experiment, run, diverged=str(error) if " epoch " in str(error) else f"{error}{_when(error)}")
     except Exception as error:
         if isinstance(error, OSError) and is_full(error):
             raise
@@ -112,5 +112,8 @@ def _line_of(error: Exception) -> str:
     """What went wrong, when, and where to read more, in one line."""
     kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
     said = textwrap.shorten(str(error), _LONGEST, placeholder=" ...")
-    when = "".join(f", {note}" for note in getattr(error, "__notes__", ()) if note.startswith(IN_EPOCH))
-    return f"{kind}{said}{when} ({_ERROR_FILE} in its folder tells more)"
+    return f"{kind}{said}{_when(error)} ({_ERROR_FILE} in its folder tells more)"
+
+
+def _when(error: Exception) -> str:
+    return "".join(f", {note}" for note in getattr(error, "__notes__", ()) if note.startswith(IN_EPOCH))

@@ -7,8 +7,7 @@ import html
 import importlib
 import io
 import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from distill_lightning.studies.compare.intervals import interval_of
 from distill_lightning.studies.compare.report import Report
+from distill_lightning.studies.compare.scores import Score, by_set
 from distill_lightning.studies.output import table_of
 
 
@@ -68,7 +69,7 @@ class Comparison:
     @property
     def runs(self) -> Any:
         """The numbers of each run, teachers' first: a ``pandas.DataFrame`` if pandas is installed, else dicts."""
-        return _frame([score.line() for score in self._scores])
+        return _frame([score.line(sets=self.report.sets) for score in self._scores])
 
     @cached_property
     def figures(self) -> dict[str, Figure]:
@@ -98,35 +99,39 @@ class Comparison:
 
     def _rows(self) -> list[dict[str, Any]]:
         """The rows in the order of the report's table."""
-        by_row: dict[str, list[dict[str, Any]]] = {}
-        for score in self._scores:
-            by_row.setdefault(score.method, []).append(_numbers(score.line()))
-        teachers = {score.method for score in self.report.teachers}
-        rows = [{"row": name, **_over_seeds(lines)} for name, lines in by_row.items()]
-        ensembles = [dict(values) for values in self.report.scores.ensembles.values()]
+        names = dict.fromkeys(score.method for score in self._scores)
+        rows = [{"row": name, **_over_runs(self.report.of(name))} for name in names]
+        ensembles = [[values] for values in self.report.scores.ensembles.values()]
         if ensembles:
-            rows.insert(len(teachers), {"row": "ensemble", **_over_seeds(ensembles)})
+            teachers = self.report.teachers
+            parameters = sum(score.parameters for score in teachers) // len(ensembles)
+            row = {"row": "ensemble", **_over_sets(ensembles), "parameters": parameters}
+            rows.insert(len({score.method for score in teachers}), row)
         return rows
 
 
 _UNLIMITED = 10_000
-# What tells runs apart is no number that has a mean.
-_NO_MEAN = ("seed", "teacher_set", "shared", "is_teacher")
 
 
-def _numbers(line: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if isinstance(value, (int, float)) and name not in _NO_MEAN}
+def _over_runs(scores: Sequence[Score]) -> dict[str, Any]:
+    """What the report's table says of a row, as numbers: seconds are of the runs that tell, memory is the most."""
+    seconds = [score.seconds_per_epoch for score in scores if math.isfinite(score.seconds_per_epoch)]
+    known = interval_of([seconds]) if seconds else None
+    return {
+        **_over_sets(by_set(scores)),
+        "parameters": scores[0].parameters,
+        "seconds_per_epoch": math.nan if known is None else known.mean,
+        "seconds_per_epoch_sd": math.nan if known is None else known.deviation,
+        "peak_memory": max(score.peak_memory for score in scores) or math.nan,
+    }
 
 
-def _over_seeds(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means and, of several runs, standard deviations; NaN where a run has no number."""
-    found: dict[str, Any] = {}
-    for name in lines[0]:
-        values = [float(line.get(name, math.nan)) for line in lines]
-        found[name] = lines[0][name] if len(set(values)) == 1 else statistics.fmean(values)
-        if name != "parameters":
-            known = len(values) > 1 and all(map(math.isfinite, values))
-            found[f"{name}_sd"] = statistics.stdev(values) if known else math.nan
+def _over_sets(values: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
+    """Means and standard deviations over sets of teachers and the seeds under each; NaN where a run has no number."""
+    found = {}
+    for name in values[0][0]:
+        interval = interval_of([[each.get(name, math.nan) for each in own] for own in values])
+        found |= {name: interval.mean, f"{name}_sd": interval.deviation}
     return found
 
 

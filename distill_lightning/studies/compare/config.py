@@ -187,7 +187,7 @@ def parse_config(arguments: Sequence[str]) -> CompareConfig:
     given = list(arguments)
     if given and not given[0].startswith("-"):
         given[:1] = ["--config", given[0]]
-    given, changes = _changes(given)
+    given, changes = _changes(_listed(given))
     parsed = parser.parse_args(given)
     only_seeds = None
     if parsed.only is not None and any(re.match("--seeds(=|$)", argument) for argument in given):
@@ -249,6 +249,22 @@ def _config(
     )
     check(config)
     return config
+
+
+def _listed(arguments: Sequence[str]) -> list[str]:
+    """A command line in which ``--only kd`` and ``--seeds 3`` are lists of one, as jobs of an array write them."""
+    listed: list[str] = []
+    for argument in arguments:
+        name, is_there, value = argument.partition("=")
+        if name in ("--only", "--seeds") and is_there:
+            listed.append(f"{name}={_as_list(value)}")
+        else:
+            listed.append(_as_list(argument) if listed and listed[-1] in ("--only", "--seeds") else argument)
+    return listed
+
+
+def _as_list(value: str) -> str:
+    return f"[{value}]" if re.fullmatch(r"[\w.+-]+", value) and value != "null" else value
 
 
 def _seeds_first(arguments: Sequence[str]) -> list[str]:

@@ -181,7 +181,9 @@ class Report:
             pages["paired.csv"] = csv_text([each.line() for row in self.paired for each in row])
         if self.teachers:
             pages["teachers.csv"] = csv_text([score.line(sets=self.sets) for score in self.teachers])
-        return [*write_pages(folder, {**pages, "results.md": text}, self.figures()), self.save(folder)]
+        written = [*write_pages(folder, {**pages, "results.md": text}, {}), self.save(folder)]
+        # Last, so that no figure can cost a table.
+        return [*written, *write_pages(folder, {}, self.figures())]
 
 
 _SPREAD = """\

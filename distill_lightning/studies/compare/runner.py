@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import distill_lightning
 from distill_lightning.callbacks import RunKeeper, write_checkpoints_whole
 from distill_lightning.data.batch import Batch
-from distill_lightning.errors import refusing
+from distill_lightning.errors import NonFiniteError, refusing
 from distill_lightning.lightning_internals import epochs_in
 from distill_lightning.modules import DistillationModule
 from distill_lightning.networks import Pretrained
@@ -39,7 +39,7 @@ from distill_lightning.studies.compare.rows import Row
 from distill_lightning.studies.compare.runs import TEACHER_SEED, Run, RunResult, seed_in_set
 from distill_lightning.studies.compare.scored_task import ScoredTask
 from distill_lightning.studies.compare.search import options_of
-from distill_lightning.studies.compare.subject import Subject
+from distill_lightning.studies.compare.subject import Judge, Subject
 from distill_lightning.studies.data import DataWatch
 from distill_lightning.studies.progress import EpochCounter, OnEpoch
 from distill_lightning.teachers.recorder import record
@@ -307,6 +307,10 @@ def _test_outputs(experiment: Experiment, subject: Subject) -> Tensor:
     judge = subject.judge(experiment.sample)
     outputs = make_trainer(experiment.config).predict(judge, datamodule=Prepared(experiment.sample, predicts="test"))
     output = judge.output.laid_out(torch.cat(cast("list[Tensor]", outputs)).float().cpu())
+    # A point has no variance, which stands behind it; minus infinity masks a class.
+    said = output[..., : judge.num_targets] if isinstance(judge, Judge) else output
+    if bool((said.isnan() | said.isposinf()).any()):
+        raise NonFiniteError(f"{type(subject.module).__name__}: its network gives nan or inf for test samples")
     return cast("OutputsTask", experiment.task).flat_output(judge.output.prediction(output))
 
 

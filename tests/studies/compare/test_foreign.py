@@ -169,6 +169,13 @@ class Diverges(Plain):
         return super().training_step(batch, batch_idx) * (float("nan") if self.current_epoch else 1)
 
 
+class SaysNothing(Plain):
+    """Trains well, and says NaN when it is evaluated."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 if self.training else float("nan"))
+
+
 class Silent(Alone):
     forward = pl.LightningModule.forward
 
@@ -373,15 +380,21 @@ def test_a_run_of_a_foreign_module_goes_on_where_it_was_killed(tmp_path, monkeyp
     assert compare(tmp_path, change, out="again")[row]["nll"] == undisturbed["nll"]
 
 
-def test_a_foreign_module_that_diverges_is_a_row_that_says_so(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("Diverges", "Diverges: train/loss is not finite in batch 0 of epoch 1"),
+        ("SaysNothing", "SaysNothing: its network gives nan or inf for test samples"),
+    ],
+)
+def test_a_foreign_module_that_diverges_is_a_row_that_says_so(tmp_path, name, note):
     def diverges(config):
         only("plain")(config)
-        config["methods"]["plain"]["class_path"] = "mymodule.Diverges"
+        config["methods"]["plain"]["class_path"] = f"mymodule.{name}"
 
     rows = compare(tmp_path, diverges)
     assert rows["plain"]["nll"] == "nan" != rows["alone"]["nll"]
-    note = "plain, seed 0: Diverges: train/loss is not finite in batch 0 of epoch 1"
-    assert note in (tmp_path / "out/results.md").read_text()
+    assert f"plain, seed 0: {note}" in (tmp_path / "out/results.md").read_text()
 
 
 def row(name, **keys):

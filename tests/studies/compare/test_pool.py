@@ -213,8 +213,11 @@ def test_only_some_rows_and_seeds_and_what_they_depend_on(tmp_path):
 
 def test_beside_only_the_seeds_are_some_of_the_files(tmp_path):
     path = written(tmp_path)
-    for seeds in (["--seeds", "[1]"], ["--seeds=[1]"]):
-        config = parse_config([path, "--only", "[kd]", *seeds])
+    ways = (["--only", "[kd]", "--seeds", "[1]"], ["--only=[kd]", "--seeds=[1]"])
+    # As jobs of an array write them.
+    ways += (["--only", "kd", "--seeds", "1"], ["--only=kd", "--seeds=1"])
+    for way in ways:
+        config = parse_config([path, *way])
         assert (config.seeds, config.only_seeds, config.only) == ([0, 1], [1], ["kd"])
         assert config.as_plain() == parse_config([path]).as_plain()
     assert parse_config([path, "--seeds", "[1]"]).seeds == [1]

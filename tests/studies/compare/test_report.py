@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from distill_lightning import InputError, SupervisedModule
+from distill_lightning import Comparison, InputError, SupervisedModule
 from distill_lightning.plots.style import row_styles
 from distill_lightning.studies.compare import memory
 from distill_lightning.studies.compare.checks import check
@@ -93,6 +93,29 @@ def test_means_are_over_sets_and_it_is_said_whose_the_variance_is(tmp_path):
     assert "## Whose the variance is: 2 sets of teachers, 3 seeds each" in text
     assert "these teachers only" not in text
     assert (tmp_path / "results.csv").read_text().startswith("method,teacher_set,seed,")
+
+
+def test_a_table_of_numbers_says_what_the_report_says(tmp_path):
+    comparison = Comparison(Report(of_sets()), tmp_path)
+    rows = comparison.table.reset_index().to_dict("records") if hasattr(comparison.table, "loc") else comparison.table
+    found = {row["row"]: row for row in rows}
+    assert list(found) == ["teacher_1", "ensemble", "alone", "kd"]
+    # The sets' means are 0.73 and 0.74, and the seeds under each lie 0.01 apart.
+    assert found["kd"]["test_accuracy"] == pytest.approx(0.735)
+    assert found["kd"]["test_accuracy_sd"] == pytest.approx((0.01**2 + (0.01**2 / 2 - 0.01**2 / 3)) ** 0.5)
+    assert found["alone"]["test_accuracy_sd"] == pytest.approx(0.01)
+    assert found["ensemble"]["parameters"] == found["teacher_1"]["parameters"] == 1000
+    runs = comparison.runs.to_dict("records") if hasattr(comparison.runs, "loc") else comparison.runs
+    assert {(run["teacher_set"], run["seed"]) for run in runs if run["method"] == "kd"} == {
+        (number, seed) for number in (1, 2) for seed in (0, 1, 2)
+    }
+
+
+def test_no_figure_costs_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(Report, "figures", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Report(of_sets()).write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"results.md", "results.csv", "paired.csv", "report.json"}
 
 
 def test_of_one_set_the_report_says_that_it_speaks_of_these_teachers_only():
