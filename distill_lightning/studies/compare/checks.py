@@ -52,6 +52,9 @@ def _check_work(config: CompareConfig) -> None:
     unknown = [seed for seed in config.only_seeds or () if seed not in config.seeds]
     if unknown:
         raise InputError(f"seeds: {unknown} are none of the comparison's, {config.seeds}, of which only some are made")
+    for key in ("confidence", "retry", "anew"):
+        if not isinstance(getattr(config, key), bool):
+            raise InputError(f"{key} must be true or false, got {getattr(config, key)!r}")
     check_count("workers", config.workers, at_least=1)
     if config.ray is not None and config.workers > 1:
         raise InputError(
