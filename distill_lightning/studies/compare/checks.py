@@ -79,6 +79,14 @@ def _check_teachers(teachers: TeachersConfig) -> None:
         raise InputError("teachers.network is missing: give it by class_path and init_args, or no teachers at all")
 
 
+def no_teachers(value: Any) -> InputError:
+    """The refusal of what can be no teachers at all."""
+    return InputError(
+        "teachers is a network and a number, for example {network: {class_path: SmallResNet}, number: 2}, or a list of "
+        f"networks that are trained already, got {value!r}"
+    )
+
+
 def _check_method(name: str, spec: Spec, available: int) -> None:
     _check_keys(f"methods.{name}", spec, METHOD_KEYS)
     if "stages" in spec and ("teachers" in spec or not is_count(spec["stages"])):

@@ -11,7 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from distill_lightning.errors import InputError, refusing
-from distill_lightning.studies.compare.checks import check
+from distill_lightning.studies.compare.checks import check, no_teachers
 from distill_lightning.studies.compare.given import plain
 from distill_lightning.studies.compare.rows import ALONE
 
@@ -208,6 +208,9 @@ def config_of(keys: Mapping[str, Any], *, only_seeds: list[int] | None = None) -
         InputError: a number or a name that cannot be used.
     """
     parser = _parser()
+    if isinstance(keys.get("teachers"), str):
+        # jsonargparse would look for a file of that name.
+        raise no_teachers(keys["teachers"])
     return _config(parser, parser.parse_object(dict(keys)), [], only_seeds)
 
 
@@ -235,10 +238,7 @@ def _config(
     # What is not of its type is left as it is where a group of keys is expected.
     given_teachers = None if isinstance(parsed.teachers, Namespace) else parsed.pop("teachers")
     if not isinstance(given_teachers, (list, type(None))):
-        raise InputError(
-            "teachers is a network and a number, for example {network: {class_path: SmallResNet}, number: 2}, or a "
-            f"list of networks that are trained already, got {given_teachers!r}"
-        )
+        raise no_teachers(given_teachers)
     options = vars(parser.instantiate(parsed))
     if given_teachers is not None:
         options["teachers"] = given_teachers

@@ -211,6 +211,7 @@ class Token(nn.Module):
         ({"methods": {"kd": nn.Linear(1, 1)}}, "methods.kd: this Linear belongs to one student"),
         ({"epoch": 3}, "Option 'epoch' is not accepted"),
         ({"epochs": "long"}, "epochs: Expected a <class 'int'>. Got value: long"),
+        ({"teachers": "x"}, "teachers is a network and a number, .* or a list of networks .* got 'x'"),
         ({"confidence": "yes"}, "confidence must be true or false, got 'yes'"),
         ({"retry": 1}, "retry must be true or false, got 1"),
         ({"anew": None}, "anew must be true or false, got None"),
