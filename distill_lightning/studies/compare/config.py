@@ -87,7 +87,8 @@ class CompareConfig:
             {rate: 0.5}}`` trains a `ParaphraserModule` on the teachers first, for Factor Transfer. ``backbone: <name>``
             gives the student the weights of one of ``backbones``. The student alone is always compared.
         epochs: length of every run.
-        seeds: of the students' initial weights and of the order of their data.
+        seeds: of the students' initial weights and of the order of their data. On the command line, beside ``--only``:
+            those of the file's that are made.
         teachers: the teachers' network and number, or a list of networks that are trained already; without, there are
             none, and no row but those taught by an earlier one has a class that takes teachers.
         supervised: what trains the teachers and the student alone, perhaps with a ``backbone``; without a
@@ -219,7 +220,9 @@ def _parser() -> ArgumentParser:
         prog="distill-lightning compare",
         usage="distill-lightning compare CONFIG [--epochs N] [--seeds [0,1,2]] [--output FOLDER] [--anew] ...",
         description=(
-            "Train the teachers, if any, then every method with every seed; write results.csv, results.md and figures. "
+            "Train the teachers, if any, then every method with every seed; write results.md, results.csv, "
+            "report.json and figures, teachers.csv, paired.csv and search.csv where there is something to tell, and "
+            "below runs what each run leaves; compare.yaml and data.json tell what the folder belongs to. "
             "Called again with the same configuration and data, it goes on where it stopped."
         ),
         exit_on_error=False,

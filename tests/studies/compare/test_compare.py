@@ -326,7 +326,11 @@ def test_help_explains(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["compare", "--help"])
     assert stop.value.code == 0
-    assert "goes on where it stopped" in capsys.readouterr().out.replace("\n", " ")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "goes on where it stopped" in shown
+    assert "beside ``--only``: those of the file's that are made" in shown
+    written = ("results.md", "results.csv", "teachers.csv", "paired.csv", "search.csv", "report.json", "figures")
+    assert all(name in shown for name in (*written, "compare.yaml", "data.json"))
 
 
 def history_of(checkpoint):
