@@ -52,6 +52,9 @@ def _check_work(config: CompareConfig) -> None:
     unknown = [seed for seed in config.only_seeds or () if seed not in config.seeds]
     if unknown:
         raise InputError(f"seeds: {unknown} are none of the comparison's, {config.seeds}, of which only some are made")
+    for key in ("confidence", "retry", "anew"):
+        if not isinstance(getattr(config, key), bool):
+            raise InputError(f"{key} must be true or false, got {getattr(config, key)!r}")
     check_count("workers", config.workers, at_least=1)
     if config.ray is not None and config.workers > 1:
         raise InputError(
@@ -74,6 +77,14 @@ def _check_teachers(teachers: TeachersConfig) -> None:
             raise InputError("teachers are trained already where they are a list: leave out network, number and so on")
     elif teachers.network is None and teachers != type(teachers)():
         raise InputError("teachers.network is missing: give it by class_path and init_args, or no teachers at all")
+
+
+def no_teachers(value: Any) -> InputError:
+    """The refusal of what can be no teachers at all."""
+    return InputError(
+        "teachers is a network and a number, for example {network: {class_path: SmallResNet}, number: 2}, or a list of "
+        f"networks that are trained already, got {value!r}"
+    )
 
 
 def _check_method(name: str, spec: Spec, available: int) -> None:

@@ -25,6 +25,8 @@ _PAUSE = 0.5
 _BEAT = 5.0
 # Some file systems show a machine another one's times a minute late.
 _DEAD_AFTER = 120.0
+# What file systems say that know no second name of a file.
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class ClaimLostError(Exception):
@@ -95,13 +97,27 @@ class Claim:
             self._move_away(known)
         told = {"token": self._token, "machine": _machine(), "process": os.getpid(), "host": socket.gethostname()}
         try:
-            # The one call that at most one of several machines succeeds with.
-            with self.file.open("x") as file:
-                file.write(json.dumps(told))
-        except FileExistsError:
+            self._publish(json.dumps(told))
+        except (FileExistsError, FileNotFoundError):
+            # Somebody was quicker, and may have swept away what was half-written here.
             return _name_of(_read(self.file) or {})
         threading.Thread(target=_beat, args=(self.file, self._ends), daemon=True).start()
         return None
+
+    def _publish(self, content: str) -> None:
+        """Have the file appear with its content, so that nobody who is killed meanwhile leaves an empty one."""
+        partial = self.file.with_name(f"partial.{self._token}.{_CLAIM}")
+        partial.write_text(content)
+        try:
+            # The one call that at most one of several machines succeeds with.
+            os.link(partial, self.file)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with self.file.open("x") as file:
+                file.write(content)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _move_away(self, dead: Mapping[str, Any]) -> None:
         """Remove a dead claim, and not that of somebody who has found it dead at the same time and was quicker."""

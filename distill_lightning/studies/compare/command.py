@@ -28,7 +28,7 @@ from distill_lightning.studies.compare.search import search_section, trials_in, 
 from distill_lightning.studies.compare.sharing import chosen, forget_failures, refuse_others, stored_config
 from distill_lightning.studies.compare.trained_teachers import refuse_other_teachers, refuse_untrained
 from distill_lightning.studies.compare.trial import try_runs
-from distill_lightning.studies.compare.trials import searched
+from distill_lightning.studies.compare.trials import search_seeds_in, searched, with_search_seeds
 from distill_lightning.studies.data import keep_data, refuse_other_data, remove_runs
 from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
 
@@ -115,10 +115,12 @@ def _check_folder(folder: Path, config: CompareConfig) -> CompareConfig:
     """Refuse a folder of another configuration; methods, backbones, seeds, sets of teachers may be added to it.
 
     Returns:
-        The configuration; of a folder that was begun before there were stores, without one.
+        The configuration, with the seeds of its search; of a folder that was begun before there were stores, without
+        one.
     """
     refuse_foreign_folder(folder, known=_CONFIG_FILE, ignored=AT_WORK)
     stored = None if config.anew else stored_config(folder / _CONFIG_FILE)
+    config = with_search_seeds(config, stored)
     if stored is None:
         return config
     if "teachers_store" not in stored and config.teachers_store == StoreConfig():
@@ -137,6 +139,9 @@ def _check_folder(folder: Path, config: CompareConfig) -> CompareConfig:
         elif key == "search":
             # Rows can be added with their searches, but none that are there can be chosen anew.
             same = (before or {}) == searched(config, stored["methods"])
+        elif key == "search_seeds":
+            before = search_seeds_in(stored)
+            same = before in (None, now)
         else:
             same = before == now
         if not same:

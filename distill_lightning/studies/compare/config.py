@@ -11,7 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from distill_lightning.errors import InputError, refusing
-from distill_lightning.studies.compare.checks import check
+from distill_lightning.studies.compare.checks import check, no_teachers
 from distill_lightning.studies.compare.given import plain
 from distill_lightning.studies.compare.rows import ALONE
 
@@ -87,7 +87,8 @@ class CompareConfig:
             {rate: 0.5}}`` trains a `ParaphraserModule` on the teachers first, for Factor Transfer. ``backbone: <name>``
             gives the student the weights of one of ``backbones``. The student alone is always compared.
         epochs: length of every run.
-        seeds: of the students' initial weights and of the order of their data.
+        seeds: of the students' initial weights and of the order of their data. On the command line, beside ``--only``:
+            those of the file's that are made.
         teachers: the teachers' network and number, or a list of networks that are trained already; without, there are
             none, and no row but those taught by an earlier one has a class that takes teachers.
         supervised: what trains the teachers and the student alone, perhaps with a ``backbone``; without a
@@ -208,6 +209,9 @@ def config_of(keys: Mapping[str, Any], *, only_seeds: list[int] | None = None) -
         InputError: a number or a name that cannot be used.
     """
     parser = _parser()
+    if isinstance(keys.get("teachers"), str):
+        # jsonargparse would look for a file of that name.
+        raise no_teachers(keys["teachers"])
     return _config(parser, parser.parse_object(dict(keys)), [], only_seeds)
 
 
@@ -216,7 +220,9 @@ def _parser() -> ArgumentParser:
         prog="distill-lightning compare",
         usage="distill-lightning compare CONFIG [--epochs N] [--seeds [0,1,2]] [--output FOLDER] [--anew] ...",
         description=(
-            "Train the teachers, if any, then every method with every seed; write results.csv, results.md and figures. "
+            "Train the teachers, if any, then every method with every seed; write results.md, results.csv, "
+            "report.json and figures, teachers.csv, paired.csv and search.csv where there is something to tell, and "
+            "below runs what each run leaves; compare.yaml and data.json tell what the folder belongs to. "
             "Called again with the same configuration and data, it goes on where it stopped."
         ),
         exit_on_error=False,
@@ -235,10 +241,7 @@ def _config(
     # What is not of its type is left as it is where a group of keys is expected.
     given_teachers = None if isinstance(parsed.teachers, Namespace) else parsed.pop("teachers")
     if not isinstance(given_teachers, (list, type(None))):
-        raise InputError(
-            "teachers is a network and a number, for example {network: {class_path: SmallResNet}, number: 2}, or a "
-            f"list of networks that are trained already, got {given_teachers!r}"
-        )
+        raise no_teachers(given_teachers)
     options = vars(parser.instantiate(parsed))
     if given_teachers is not None:
         options["teachers"] = given_teachers

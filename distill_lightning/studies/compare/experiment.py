@@ -34,6 +34,7 @@ from distill_lightning.studies.compare.foreign_data import (
 from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import ALONE, Row, rows_of
 from distill_lightning.studies.compare.specs import (
+    check_top_level,
     constructor_for,
     filled,
     filled_network,
@@ -76,6 +77,7 @@ class Experiment:
         distill_lightning.import_all()
         self.config = config
         self.rows = rows_of(config)
+        check_top_level(config)
         spec = {name: value for name, value in config.data.items() if name not in TOLD}
         self._data = parsed("data", LightningDataModule, spec)
         with remembering_warnings() as self.warned:

@@ -136,6 +136,7 @@ class _Schedule:
         self.experiment, self.runs, self.pool, self.progress = experiment, runs, pool, progress
         self.waiting = [run for run in runs if not run.is_finished]
         self.at_work: dict[Path, Run] = {}
+        self.elsewhere: set[Path] = set()
         self.reached = {run.folder: run.epochs if run.is_finished else 0 for run in runs}
         self.tries = {run.folder: 0 for run in runs}
         self.not_before = dict.fromkeys(self.reached, 0.0)
@@ -174,6 +175,9 @@ class _Schedule:
         run = self.at_work.pop(finished.run.folder)
         if finished.elsewhere:
             self.waiting.append(run)
+            if run.folder not in self.elsewhere:
+                self.elsewhere.add(run.folder)
+                self._print(f"{run.title} is made elsewhere ({finished.elsewhere}); this call waits for it")
             self.not_before[run.folder] = time.monotonic() + _PAUSE
         elif finished.error is None:
             self._advance(run, run.epochs)

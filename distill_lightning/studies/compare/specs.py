@@ -20,7 +20,7 @@ from distill_lightning.callables import check_callables, named
 from distill_lightning.errors import InputError, refusing
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
 from distill_lightning.studies.compare.checks import is_count
-from distill_lightning.studies.compare.config import Spec, TeachersConfig
+from distill_lightning.studies.compare.config import CompareConfig, Spec, TeachersConfig
 from distill_lightning.studies.compare.constructors import Constructor, constructor_of
 from distill_lightning.studies.compare.given import Given, all_given
 
@@ -192,6 +192,18 @@ def with_optimizer(module: Any, spec: Spec, known: Mapping[str, Any]) -> Any:
             if known[name] is not None:
                 setattr(module, name, parsed(name, kind, known[name])())
     return module
+
+
+def check_top_level(config: CompareConfig) -> None:
+    """See to what all classes get, so that what is wrong with it is not said of the first of them.
+
+    Raises:
+        ArgumentError: there is no such class, or it does not take what it is given.
+        InputError: what is named makes something else.
+    """
+    for name, kind in _FUNCTIONS.items():
+        if getattr(config, name) is not None:
+            parsed(name, kind, getattr(config, name))
 
 
 def set_up(data: LightningDataModule) -> LightningDataModule:

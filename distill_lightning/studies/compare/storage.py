@@ -154,12 +154,16 @@ def bytes_of_size(key: str, size: str | int) -> int:
 def storage_of(experiment: Experiment) -> Storage:
     """What a comparison keeps: what its rows ask for, as far as it fits into the bytes that it may take."""
     config, sample = experiment.config, experiment.sample
+    store = config.teachers_store
+    # What is no size is refused where there is nothing to keep, too.
+    limit = 0 if store is None else bytes_of_size("teachers_store.logits", store.logits)
+    features_limit = 0 if store is None else bytes_of_size("teachers_store.features", store.features)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # What they warn of was said when everything was tried.
         warnings.simplefilter("ignore")
         modules = _modules(experiment)
         changing = _changing(experiment, modules)
-    if not modules or config.teachers_store is None:
+    if not modules or store is None:
         return Storage(live=dict.fromkeys(modules, ""))
     reason = _no_store_of(sample) if isinstance(experiment.task, OutputsTask) else "the task has no outputs to keep"
     reasons = {name: reason or _reason(module) or changing.get(name, "") for name, module in modules.items()}
@@ -173,16 +177,14 @@ def storage_of(experiment: Experiment) -> Storage:
     wanted = {name: _reads(module) for name, module in reading.items()}
     widest = max(reading.values(), key=lambda module: len(module.teachers))
     outputs = sum(dry_forward(network, sample.input_shape).shape.numel() for network in widest.teachers)
-    limit = bytes_of_size("teachers_store.logits", config.teachers_store.logits)
     dtype = _fitting(samples * kept_views * outputs, limit) if any(reads.outputs for reads in wanted.values()) else None
-    limit = bytes_of_size("teachers_store.features", config.teachers_store.features)
-    tapped, features = _kept_features(reading, samples * kept_views, sample.input_shape, limit)
+    tapped, features = _kept_features(reading, samples * kept_views, sample.input_shape, features_limit)
     for name, reads in wanted.items():
         if reads.outputs and dtype is None:
             size = size_in_words(samples * kept_views * outputs * _BYTES["float16"])
-            reasons[name] = f"outputs of {size} are more than teachers_store.logits: {config.teachers_store.logits}"
+            reasons[name] = f"outputs of {size} are more than teachers_store.logits: {store.logits}"
         elif not set(reads.tapped) <= set(tapped):
-            reasons[name] = f"features are more than teachers_store.features: {config.teachers_store.features}"
+            reasons[name] = f"features are more than teachers_store.features: {store.features}"
     rows = {name: reads for name, reads in wanted.items() if not reasons[name]}
     live = {name: reason for name, reason in reasons.items() if reason} | students
     tapped = tuple(tap for tap in tapped if any(tap in reads.tapped for reads in rows.values()))

@@ -7,7 +7,7 @@ import hashlib
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -90,15 +90,42 @@ def _check_seeds(config: CompareConfig) -> None:
     if shared:
         raise InputError(
             f"search_seeds: {shared[0]} is one of the table's seeds, and what is chosen on it would be shown on it: "
-            "give others"
+            "give others, or the table others"
         )
 
 
 def search_seeds_of(config: CompareConfig) -> list[int]:
     """The seeds of the trials."""
-    if config.search_seeds is not None:
-        return config.search_seeds
-    return [next(seed for seed in itertools.count(_SEARCH_SEED) if seed not in config.seeds)]
+    return _default_seeds(config.seeds) if config.search_seeds is None else config.search_seeds
+
+
+def search_seeds_in(stored: Mapping[str, Any] | None) -> list[int] | None:
+    """The seeds of the trials that a folder has, by the configuration that it belongs to; ``None``: it has none."""
+    if stored is None or not stored.get("search"):
+        return None
+    # Older folders do not tell of their default.
+    return stored.get("search_seeds") or _default_seeds(stored["seeds"])
+
+
+def with_search_seeds(config: CompareConfig, stored: Mapping[str, Any] | None) -> CompareConfig:
+    """A configuration that tells the seeds of its trials: without any of its own, those of the folder.
+
+    Args:
+        config: the comparison.
+        stored: the configuration that its folder belongs to; ``None``: to none.
+
+    Raises:
+        InputError: the table has come to have one of them.
+    """
+    if not config.search:
+        return config
+    config = replace(config, search_seeds=config.search_seeds or search_seeds_in(stored) or search_seeds_of(config))
+    _check_seeds(config)
+    return config
+
+
+def _default_seeds(seeds: Sequence[int]) -> list[int]:
+    return [next(seed for seed in itertools.count(_SEARCH_SEED) if seed not in seeds)]
 
 
 def trials_of(config: CompareConfig, rows: Iterable[Row]) -> dict[str, list[Options]]:

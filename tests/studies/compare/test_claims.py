@@ -1,5 +1,6 @@
 """Claims: who makes a run, when several processes and machines share a comparison's folder."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -77,6 +78,35 @@ def test_what_a_killed_process_has_half_written_is_a_claim_too(tmp_path):
     claim = Claim(tmp_path)
     assert claim.take() is None
     claim.release()
+
+
+def test_a_claim_appears_with_its_content(tmp_path, monkeypatch):
+    """Whoever is killed before it is whole leaves none, which would hold others up."""
+
+    def killed(partial, file):
+        assert json.loads(partial.read_text())["process"] == os.getpid()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(claims.os, "link", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Claim(tmp_path).take()
+    monkeypatch.undo()
+    assert not (tmp_path / "claim.json").exists()
+    assert Claim(tmp_path).take() is None
+
+
+def test_a_file_system_without_links_has_claims(tmp_path, monkeypatch):
+    def refused(partial, file):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(claims.os, "link", refused)
+    first = Claim(tmp_path)
+    assert first.take() is None
+    with pytest.raises(FileExistsError):
+        Claim(tmp_path)._publish("another's")
+    first.check()
+    first.release()
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
 def test_of_two_machines_that_find_a_claim_dead_one_gets_it(tmp_path, monkeypatch):

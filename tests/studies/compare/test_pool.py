@@ -198,6 +198,14 @@ def test_a_run_that_another_call_makes_is_waited_for_while_others_are_made(tmp_p
     assert "a: done" not in shown
 
 
+def test_who_makes_a_run_is_said_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "_PAUSE", 0)
+    fake = FakePool(1, {"a": [{"elsewhere": "process 7 on far"}] * 3})
+    shown = make(planned(tmp_path), fake, tmp_path)
+    assert fake.began.count("a") == 4
+    assert shown.count("a is made elsewhere (process 7 on far); this call waits for it\n") == 1
+
+
 def test_only_some_rows_and_seeds_and_what_they_depend_on(tmp_path):
     runs = planned(tmp_path)
 

@@ -253,6 +253,34 @@ def test_the_default_seed_is_none_of_the_tables(tmp_path):
     assert search_seeds_of(config_of(tmp_path, seeds=[2000, 2001])) == [2002]
 
 
+@pytest.mark.parametrize("written", [[2000], None])
+def test_a_folder_keeps_the_seeds_of_its_search(tmp_path, written):
+    """Older folders do not tell their default."""
+    (tmp_path / "out").mkdir()
+    first = command._check_folder(tmp_path / "out", config_of(tmp_path))
+    assert first.as_plain()["search_seeds"] == [2000]
+    stored = yaml.safe_dump({**first.as_plain(), "search_seeds": written})
+    (tmp_path / "out/compare.yaml").write_text(stored)
+    more = command._check_folder(tmp_path / "out", config_of(tmp_path, seeds=[0, 1, 2]))
+    assert (more, more.search_seeds) == (command._check_folder(tmp_path / "out", more), [2000])
+    with pytest.raises(InputError, match="search_seeds: 2000 is one of the table's seeds"):
+        command._check_folder(tmp_path / "out", config_of(tmp_path, seeds=[0, 1, 2000]))
+    with pytest.raises(InputError, match=r"another configuration \(search_seeds was \[2000\]\)"):
+        command._check_folder(tmp_path / "out", config_of(tmp_path, search_seeds=[5]))
+    anew = command._check_folder(tmp_path / "out", config_of(tmp_path, "--anew", seeds=[0, 1, 2000]))
+    assert anew.search_seeds == [2001]
+
+
+def test_a_search_may_come_later_with_seeds_of_its_own(tmp_path):
+    (tmp_path / "out").mkdir()
+    plain = command._check_folder(tmp_path / "out", config_of(tmp_path, search=None)).as_plain()
+    assert plain["search_seeds"] is None
+    (tmp_path / "out/compare.yaml").write_text(yaml.safe_dump(plain))
+    some = {"methods": {**CONFIG["methods"], "new": {"class_path": "KDModule"}}, "search_seeds": [7]}
+    config = config_of(tmp_path, search={"new": {"temperature": [1.0, 3.0]}}, **some)
+    assert command._check_folder(tmp_path / "out", config).search_seeds == [7]
+
+
 def test_rows_are_added_with_their_searches(tmp_path):
     (tmp_path / "out").mkdir()
     plain = config_of(tmp_path).as_plain()

@@ -198,6 +198,16 @@ def test_what_cannot_be_kept_is_named(tmp_path, arguments, message):
         storage(tmp_path, *arguments)
 
 
+@pytest.mark.parametrize("key", ["logits", "features"])
+def test_sizes_are_checked_without_teachers_too(tmp_path, key):
+    path = written(tmp_path, methods={}, teachers_store={key: "2 apples"})
+    plain = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del plain["teachers"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain))
+    with pytest.raises(InputError, match=f"teachers_store.{key} must be a number of bytes"):
+        Experiment(parse_config([path]))
+
+
 @pytest.mark.parametrize(("size", "count"), [("2GB", 2 * 10**9), ("1.5 kb", 1500), (7, 7), ("7", 7), ("3B", 3)])
 def test_sizes_are_read(size, count):
     assert bytes_of_size("features", size) == count
