@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def run(
             refuse_others("--retry", presence)
             forget_failures(wanted)
         presence.admit()
-        make_all(experiment, wanted, pool_of(experiment), console)
+        make_all(experiment, wanted, pool_of(experiment, partial(console.print, highlight=False)), console)
         left = sum(not run.is_finished for run in runs)
         if left:
             console.print(f"{left} of {len(runs)} runs are left for other calls; the last one writes the report.")
