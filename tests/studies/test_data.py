@@ -173,7 +173,10 @@ def test_runs_whose_data_nobody_noted_are_refused(tmp_path, images, capsys, verb
     assert study(verb, tmp_path, images) == 2
     assert f"{noted} is damaged, give another folder with --output, or --anew" in capsys.readouterr().err
     noted.unlink()
+    # The folder of an earlier version; it stays as it is.
+    (tmp_path / "out/at_work.lock").unlink(missing_ok=True)
     assert study(verb, tmp_path, images) == 2
+    assert not (tmp_path / "out/at_work.lock").exists()
     error = capsys.readouterr().err
     assert "does not tell on which data its runs were made: give another folder with --output, or make the" in error
 

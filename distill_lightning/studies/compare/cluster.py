@@ -8,7 +8,7 @@ import pickle
 import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -44,6 +44,7 @@ class RayPool:
         experiment: the comparison.
         address: of the cluster, ``host:port``; ``"auto"``: the one that this machine is part of; ``"local"``: one is
             started here, and ended by `close`.
+        say: is given a line of what there is to wait for before the first run begins; ``None``: nobody is told.
 
     Raises:
         InputError: Ray is not installed, or nothing answers at the address.
@@ -53,8 +54,9 @@ class RayPool:
     capacity = sys.maxsize
     waits_for_others = True
 
-    def __init__(self, experiment: Experiment, address: str) -> None:
+    def __init__(self, experiment: Experiment, address: str, say: Callable[[str], None] | None = None) -> None:
         self._ray = package("ray", extra="ray")
+        self._say = say or (lambda _: None)
         self.experiment, self.address = experiment, address
         self._threads = experiment.config.threads_per_run or torch.get_num_threads()
         self._is_ours = not self._ray.is_initialized()
@@ -108,6 +110,7 @@ class RayPool:
     def _connect(self) -> None:
         ray, config = self._ray, self.experiment.config
         if self._is_ours:
+            self._say("ray: starting Ray" if self.address == LOCAL else f"ray: connecting to {self.address}")
             started = _STARTED if self.address == LOCAL else {}
             # A cluster that is started here tells nobody of it.
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -127,6 +130,7 @@ class RayPool:
         self._token = uuid4().hex
         queue = package("ray.util.queue", extra="ray").Queue
         self._news = queue(actor_options={"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1})
+        self._say("ray: waiting for a worker, which has the first run begin")
 
     def _submit_held(self) -> None:
         """Submit those again whose turn had not come, once what they depend on is made or at work."""

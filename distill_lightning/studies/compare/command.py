@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from distill_lightning.studies.compare.sharing import chosen, forget_failures, r
 from distill_lightning.studies.compare.trained_teachers import refuse_other_teachers, refuse_untrained
 from distill_lightning.studies.compare.trial import try_runs
 from distill_lightning.studies.compare.trials import search_seeds_in, searched, with_search_seeds
-from distill_lightning.studies.data import keep_data, refuse_other_data, remove_runs
+from distill_lightning.studies.data import Splits, keep_data, refuse_other_data, remove_runs
 from distill_lightning.studies.output import claim_folder, print_written, refuse_foreign_folder, table_of, wide_console
 
 _CONFIG_FILE = "compare.yaml"
@@ -65,6 +66,8 @@ def run(
     data = {_DATA: experiment.splits}
     data |= {f"{_DATA} of backbone {name}": backbone.splits for name, backbone in experiment.backbones.items()}
     runs = plan(experiment, folder)
+    # Before anything is written to the folder.
+    _refuse_others(experiment, runs, data)
     wanted = chosen(runs, config)
     try_runs(experiment, [run for run in wanted if config.anew or not run.is_finished])
     with Presence(folder) as presence:
@@ -73,9 +76,7 @@ def run(
         if config.anew:
             refuse_others("--anew", presence)
             remove_runs(folder)
-        elif any(folder.glob("runs/*")):
-            refuse_other_data(folder, data)
-            refuse_other_teachers(experiment, runs)
+        _refuse_others(experiment, runs, data)
         content = yaml.safe_dump(config.as_plain(), sort_keys=False)
         claim_folder(folder, known=_CONFIG_FILE, content=content, sweeps=presence.is_alone)
         keep_data(folder, data)
@@ -83,7 +84,7 @@ def run(
             refuse_others("--retry", presence)
             forget_failures(wanted)
         presence.admit()
-        make_all(experiment, wanted, pool_of(experiment), console)
+        make_all(experiment, wanted, pool_of(experiment, partial(console.print, highlight=False)), console)
         left = sum(not run.is_finished for run in runs)
         if left:
             console.print(f"{left} of {len(runs)} runs are left for other calls; the last one writes the report.")
@@ -93,6 +94,14 @@ def run(
     if shows:
         _show(report, paths, console)
     return report
+
+
+def _refuse_others(experiment: Experiment, runs: Sequence[Run], data: Mapping[str, Splits]) -> None:
+    """Refuse a folder with runs on other data, or under other teachers, unless these are made anew."""
+    folder = Path(experiment.config.output)
+    if not experiment.config.anew and any(folder.glob("runs/*")):
+        refuse_other_data(folder, data)
+        refuse_other_teachers(experiment, runs)
 
 
 def _show(report: Report, paths: Sequence[Path], console: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,16 @@ from distill_lightning.studies.compare.sharing import stored_config
 from distill_lightning.studies.compare.workers import Processes
 
 
-def pool_of(experiment: Experiment) -> Pool:
-    """The pool that a comparison's configuration asks for."""
+def pool_of(experiment: Experiment, say: Callable[[str], None] | None = None) -> Pool:
+    """The pool that a comparison's configuration asks for.
+
+    Args:
+        experiment: the comparison.
+        say: is given lines of what the pool waits for.
+    """
     config = experiment.config
     if config.ray is not None:
-        return RayPool(experiment, config.ray)
+        return RayPool(experiment, config.ray, say)
     if config.workers > 1:
         # Without a number, as many as the runs have that were made one after the other.
         return Processes(config, config.workers, config.threads_per_run or torch.get_num_threads())

@@ -205,6 +205,17 @@ def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
         compare(tmp_path, "--ray", "local")
 
 
+def test_what_there_is_to_wait_for_is_said(monkeypatch):
+    nodes = [{"Alive": True, "Resources": {"CPU": 2}}]
+    ray = SimpleNamespace(init=lambda *given, **more: said.append("init"), nodes=lambda: nodes, put=lambda parcel: 1)
+    ray.Queue, ray.is_initialized, said = (lambda **more: None), (lambda: False), []
+    monkeypatch.setattr(cluster, "package", lambda name, extra: ray)
+    config = SimpleNamespace(threads_per_run=1, accelerator="cpu")
+    experiment = SimpleNamespace(config=config, splits={}, backbones={})
+    cluster.RayPool(experiment, "local", said.append)._connect()
+    assert said == ["ray: starting Ray", "init", "ray: waiting for a worker, which has the first run begin"]
+
+
 def test_the_cluster_says_how_many_runs_are_made_at_a_time(tmp_path):
     with pytest.raises(InputError, match="workers is 2, but .* leave it out"):
         parse_config([config_in(tmp_path), "--ray", "local", "--workers", "2"])
