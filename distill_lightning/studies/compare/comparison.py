@@ -128,7 +128,7 @@ def _over_runs(scores: Sequence[Score]) -> dict[str, Any]:
 
 def _over_sets(values: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
     """Means and standard deviations over sets of teachers and the seeds under each; NaN where a run has no number."""
-    found = {}
+    found: dict[str, float] = {}
     for name in values[0][0]:
         interval = interval_of([[each.get(name, math.nan) for each in own] for own in values])
         found |= {name: interval.mean, f"{name}_sd": interval.deviation}
