@@ -352,5 +352,7 @@ def test_the_table_has_what_was_chosen(tmp_path):
     shutil.copytree(out / "runs/teacher_1", tmp_path / "plain/runs/teacher_1")
     for run in runs[1:]:
         execute(experiment, run, lambda epoch: None)
+        if run.makes_store:
+            continue
         given, searched = load_file(run.student_file), load_file(out / f"runs/{run.name}/seed_3/student.safetensors")
         assert all((searched[key] == given[key]).all() for key in given)
