@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from distill_lightning import SmallCNN, SmallResNet
 from distill_lightning.cli import main
-from distill_lightning.studies.compare import command, pool
+from distill_lightning.studies.compare import attempt, command
 from distill_lightning.studies.compare.config import CompareConfig, TeachersConfig, parse_config
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.plan import plan
@@ -71,13 +71,13 @@ def compare(folder, config, *arguments):
 
 
 def test_unlike_teachers_are_rows_and_teach_but_are_not_trained(tmp_path, config, monkeypatch):
-    trained, execute = [], pool.execute
+    trained, execute = [], attempt.execute
 
     def watched(experiment, run, on_epoch):
         execute(experiment, run, on_epoch)
         trained.append((run.name, run.is_given, len(run.result().history)))
 
-    monkeypatch.setattr(pool, "execute", watched)
+    monkeypatch.setattr(attempt, "execute", watched)
     shown = compare(tmp_path, config)
     assert trained == [
         ("teacher_1", True, 0), ("teacher_2", True, 0), ("alone", False, 1), ("kd_one", False, 1), ("feed", False, 1)
