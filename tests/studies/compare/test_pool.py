@@ -308,7 +308,11 @@ def test_killed_ten_times_with_two_workers_it_ends_with_the_undisturbed_table(
             process.join()
             process = None
         else:
-            os.kill(moments.choice(numbers), signal.SIGKILL)
+            try:
+                os.kill(moments.choice(numbers), signal.SIGKILL)
+            except ProcessLookupError:
+                # It has ended by itself meanwhile: another moment.
+                continue
         kills += 1
     if process is not None:
         os.killpg(process.pid, signal.SIGKILL)
@@ -359,7 +363,9 @@ def test_ctrl_c_ends_all_workers_and_the_same_command_goes_on(undisturbed, tmp_p
     assert [process.is_alive() for process in stopped[2:]] == [False, False]
     assert not left_over(output)
     monkeypatch.undo()
-    assert len(made(compare(config, output))) == 8
+    shown = compare(config, output)
+    # The store is no name of the table's, and may have been the third that had ended.
+    assert len(made(shown)) + ("store: " in shown) == 8
     assert table(output) == undisturbed
 
 
