@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distill_lightning import IndexedDataModule, InputError, SmallCNN, SupervisedModule
 from distill_lightning.cli import main
-from distill_lightning.studies.compare import command as compare_command
+from distill_lightning.studies.compare import attempt as compare_attempt
 from distill_lightning.studies.compress import command as compress_command
 from distill_lightning.studies.data import DataWatch, has_loader, keep_data, refuse_other_data, splits_of
 from distill_lightning.testing import TinyDataModule, tiny_trainer
@@ -130,7 +130,7 @@ def test_runs_on_other_files_are_not_taken_up(tmp_path, images, capsys, verb, ch
 
 def table(folder):
     (path,) = [folder / name for name in ("results.csv", "report.csv") if (folder / name).exists()]
-    timed = ("seconds", "torch to torch", "claim")
+    timed = ("seconds", "torch to torch", "claim", "peak_memory", "shared")
     rows = csv.DictReader(path.read_text().splitlines())
     return [{name: value for name, value in row.items() if not any(word in name for word in timed)} for row in rows]
 
@@ -183,8 +183,8 @@ def test_runs_whose_data_nobody_noted_are_refused(tmp_path, images, capsys, verb
 
 @pytest.mark.parametrize("verb", ["compare", "compress"])
 def test_files_that_change_between_two_runs_of_a_call_are_noticed(tmp_path, images, capsys, monkeypatch, verb):
-    command = compare_command if verb == "compare" else compress_command
-    execute, done = command.execute, []
+    place = compare_attempt if verb == "compare" else compress_command
+    execute, done = place.execute, []
 
     def changing(*given):
         if len(done) == 1:
@@ -192,10 +192,12 @@ def test_files_that_change_between_two_runs_of_a_call_are_noticed(tmp_path, imag
         execute(*given)
         done.append(given)
 
-    monkeypatch.setattr(command, "execute", changing)
+    monkeypatch.setattr(place, "execute", changing)
     assert study(verb, tmp_path, images, controls=["same_size"]) == 2
     error = capsys.readouterr().err
-    assert re.search(r"(alone, seed 0|same size, seed 0) would be trained on other data than the study began", error)
+    assert re.search(
+        r"(store would be filled|same size, seed 0 would be trained) on other data than the study began", error
+    )
     assert len(done) == 1
     # The run has left no result that another call would take up.
     assert len([path for path in runs_in(tmp_path / "out") if path.suffix == ".json"]) == 1

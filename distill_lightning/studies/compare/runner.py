@@ -39,8 +39,9 @@ from distill_lightning.studies.compare.rows import Row
 from distill_lightning.studies.compare.runs import TEACHER_SEED, Run, RunResult, seed_in_set
 from distill_lightning.studies.compare.scored_task import ScoredTask
 from distill_lightning.studies.compare.search import options_of
+from distill_lightning.studies.compare.specs import set_up
 from distill_lightning.studies.compare.subject import Judge, Subject
-from distill_lightning.studies.data import DataWatch
+from distill_lightning.studies.data import DataWatch, OtherDataError, differences_of, splits_of
 from distill_lightning.studies.progress import EpochCounter, OnEpoch
 from distill_lightning.teachers.recorder import record
 
@@ -214,6 +215,12 @@ def _filled(experiment: Experiment, run: Run, on_epoch: OnEpoch) -> RunResult:
         module = experiment.method(row, experiment.student(), networks[: storage.rows[row.name].teachers])
     storage.filled_by(run.folder, module, networks, experiment.sample.input_shape)
     data = experiment.data(order_seed=0)
+    found = differences_of(experiment.splits, splits_of(set_up(data)))
+    if found:
+        raise OtherDataError(
+            f"{run.title} would be filled on other data than the study began with ({'; '.join(found)}): leave the "
+            "files as they are"
+        )
     data.views = storage.kept_views
     done = record(make_trainer(experiment.config, callbacks=[_Views(storage.kept_views, on_epoch)]), module, data)
     asked = storage.samples * storage.kept_views
