@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -572,3 +572,9 @@ def test_a_plain_method_loads_no_compression():
     loaded = done.stdout.split()
     assert "distill_lightning.modules.kd" in loaded
     assert not [module for module in loaded if "compression" in module or "callbacks" in module]
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """Pytest imports them by these."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("*.py"))
+    assert not [name for name, count in names.items() if count > 1]
