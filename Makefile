@@ -25,7 +25,7 @@ OLD := -n auto --dist worksteal -W default -W "ignore:This property will be remo
 .PHONY: demo compress test test-lightning test-lowest check check-fast bench table
 
 demo: .venv/run.stamp
-	$(BIN)/distill-lightning compare configs/compare/digits.yaml
+	$(BIN)/distill-lightning compare configs/compare/digits.yaml --workers 2
 
 compress: .venv/run.stamp
 	$(BIN)/distill-lightning compress configs/start/deep_compression_cnn.yaml --seeds 0 1 2

@@ -146,7 +146,7 @@ def test_compare_runs(path, tmp_path):
     command.run(parse_config(given), given, console=Console(file=io.StringIO()))
     lines = (tmp_path / "out/results.csv").read_text().splitlines()
     rows = 1 + sum(spec.get("stages", 1) for spec in config["methods"].values())
-    assert len(lines) == 1 + rows
+    assert len(lines) == 1 + rows * config.get("teachers", {}).get("sets", 1)
 
 
 def networks_in(value):

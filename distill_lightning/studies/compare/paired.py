@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,7 @@ from functools import cached_property
 from distill_lightning.studies.compare.intervals import Interval, interval_of
 from distill_lightning.studies.compare.task import Column
 
+_WIDTH = 118
 Values = Mapping[tuple[int, int], Mapping[str, float]]
 """A row's values by set of teachers and seed, and by column."""
 
@@ -168,8 +170,11 @@ def legend(paired: Sequence[Sequence[Paired]]) -> str:
     over = f"the {len(first.differences)} sets' means" if several else "the differences"
     freedom = (len(first.differences) if several else first.pairs) - 1
     degrees = "1 degree" if freedom == 1 else f"{freedom} degrees"
+    difference = (
+        f"difference: a row's value minus that of {first.baseline} {pairs}; its mean, and in brackets the 95 % "
+        f"interval of that mean, by Student's t on {over} with {degrees} of freedom"
+    )
     return f"""\
-difference: a row's value minus that of {first.baseline} {pairs}; its mean, and in brackets the 95 % interval of that
-mean, by Student's t on {over} with {degrees} of freedom
+{textwrap.fill(difference, _WIDTH)}
 ≈: the interval holds 0, so that the rows are not told apart; of twenty that are alike, about one is told apart by
 chance"""

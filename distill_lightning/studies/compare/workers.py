@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -191,6 +192,8 @@ def _work(config: CompareConfig, threads: int, device: str | None, quiet: Quiet,
     torch.set_num_threads(threads)
     try:
         experiment = quiet_experiment(config)
+        # The hundreds of thousands of objects of the imports stay; to look through them before each run takes long.
+        gc.freeze()
         connection.send(("ready", None))
         while True:
             run = connection.recv()
