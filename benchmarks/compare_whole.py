@@ -34,7 +34,7 @@ def whole_table(bench: Bench) -> None:
 
 def demo(bench: Bench) -> None:
     """``make demo`` after the installation, in minutes; once."""
-    minutes = _seconds([str(DEMO), *(["--epochs", "1"] if bench.is_small else [])]) / 60
+    minutes = _seconds([str(DEMO), "--workers", "2", *(["--epochs", "1"] if bench.is_small else [])]) / 60
     bench.section("make demo", [{"": "after the installation", "min": minutes}], note="once, start included")
     bench.ratio("demo_minutes", Figure.of([minutes]))
 

@@ -255,17 +255,13 @@ class ShardedRecords:
         """
         count = len(self.samples_of(shard))
         known = np.ones(count, dtype=np.bool_) if known is None else known
-        # What is not known is zero, so that a store's bytes tell nothing of how it came about.
-        columns = {
-            field.name: [
-                np.where(
-                    known.reshape(-1, *[1] * len(field.shape)),
-                    self._fitting(field, rows, count),
-                    np.zeros((), field.kind),
-                )
-            ]
-            for field in self.fields
-        }
+        columns = {field.name: [self._fitting(field, rows, count)] for field in self.fields}
+        if not known.all():
+            # What is not known is zero, so that a store's bytes tell nothing of how it came about.
+            for field in self.fields:
+                (given,) = columns[field.name]
+                is_known = known.reshape(-1, *[1] * len(field.shape))
+                columns[field.name] = [np.where(is_known, given, np.zeros((), field.kind))]
         with explaining_disk_errors(self.folder):
             self._folder_of(view).mkdir(exist_ok=True)
             RowFile.write(self.path_of(view, shard), self._layout(view, shard), {**columns, _KNOWN.name: [known]})

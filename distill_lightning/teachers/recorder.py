@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -62,7 +63,7 @@ def record(trainer: pl.Trainer, module: Any, datamodule: pl.LightningDataModule)
         try:
             trainer.predict(recorder, return_predictions=False)
         finally:
-            recorder.store.release()
+            recorder.end()
     return Recorded(recorder.answers, recorder.answers * recorder.store.nbytes, time.perf_counter() - start)
 
 
@@ -80,6 +81,10 @@ class _Recorder(pl.LightningModule):
         self.teachers, self.store = teachers, teachers.store
         self.answers = 0
         self._parts: list[dict[str, Tensor]] = []
+        # The disk is written to while the teachers are asked about the next shard. Begun with the first one: what has
+        # threads cannot be sent to other processes.
+        self._writer: ThreadPoolExecutor | None = None
+        self._written: Future[None] | None = None
 
     def predict_dataloader(self) -> _Gaps:
         """The training samples of this process's share of the shards."""
@@ -115,14 +120,31 @@ class _Recorder(pl.LightningModule):
         self._parts.append(self.store.narrowed(rows))
         self.answers += batch.size
         if is_last:
-            names = self._parts[0]
-            self.store.write(view, shard, {name: torch.cat([part[name] for part in self._parts]) for name in names})
+            # No more than one shard waits, and what has gone wrong with the last one is told here.
+            self._wait()
+            if self._writer is None:
+                self._writer = ThreadPoolExecutor(max_workers=1)
+            self._written = self._writer.submit(self._write, view, shard, self._parts)
             self._parts = []
         return int(batch.size)
 
     def on_predict_end(self) -> None:
         """Here too, because this may be another process than the one that has called `record`."""
+        self._wait()
         self.store.release()
+
+    def end(self) -> None:
+        """Leave the store, whatever has happened."""
+        if self._writer is not None:
+            self._writer.shutdown()
+        self.store.release()
+
+    def _write(self, view: int, shard: int, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        self.store.write(view, shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    def _wait(self) -> None:
+        if self._written is not None:
+            self._written.result()
 
 
 class _Gaps:
