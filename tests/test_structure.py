@@ -151,13 +151,13 @@ ROOMS = {
         samplers transforms
     """,
     "data/datamodules": """
-        options view_dataset view_sampler indexed image_file
+        options view_dataset view_sampler indexed image_file gaze_files
         resumable_loader
         view_data_module
         image_data_module docstrings translation
         in_memory image_folder
         digits fashion_mnist
-        rotated detection
+        rotated detection gaze
     """,
     "data/datamodules/detection": """
         annotation augmentation
@@ -173,7 +173,7 @@ ROOMS = {
     """,
     "functional": """
         common mean
-        adversarial calibration detection features predictions scores self_distillation
+        adversarial calibration detection features gaze predictions scores self_distillation
         gaussian
     """,
     "layers": """
@@ -198,7 +198,7 @@ ROOMS = {
     """,
     "networks": """
         budget provenance sizes weights
-        adapted images libraries pretrained sequences
+        adapted gaze images libraries pretrained sequences
         backbones translation
         detectors
     """,

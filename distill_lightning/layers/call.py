@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from distill_lightning.errors import InputError
+
+InputShape = Sequence[int] | Mapping[str, Sequence[int]]
+"""Shape of one input, ``(C, H, W)`` say, or those of the tensors that a network gets by keyword, by their names."""
+
+
+def plain_shape(shape: InputShape) -> InputShape:
+    """A shape in tuples, whatever sequences it was given in.
+
+    Example:
+        >>> from distill_lightning.layers.call import plain_shape
+        >>> plain_shape([1, 28, 28])
+        (1, 28, 28)
+        >>> plain_shape({"image": [1, 36, 60], "pose": [2]})
+        {'image': (1, 36, 60), 'pose': (2,)}
+    """
+    return {name: tuple(part) for name, part in shape.items()} if isinstance(shape, Mapping) else tuple(shape)
 
 
 def call(network: nn.Module, inputs: Any) -> Tensor:
@@ -60,6 +76,37 @@ def outputs_of(network: Callable[..., Any], inputs: Any) -> Any:
     if isinstance(inputs, (tuple, list)):
         return network(*inputs)
     return network(inputs)
+
+
+def by_position(network: nn.Module, inputs: Any) -> Any:
+    """Inputs by name as a tuple in the order of a network's arguments; any other inputs as they are.
+
+    Args:
+        network: that is to get them.
+        inputs: of a batch.
+
+    Raises:
+        InputError: the network takes no argument of a key, or takes one by keyword alone.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning.layers import by_position
+        >>> by_position(nn.Bilinear(1, 1, 1), {"input2": torch.ones(1, 1), "input1": torch.zeros(1, 1)})
+        (tensor([[0.]]), tensor([[1.]]))
+    """
+    if not isinstance(inputs, Mapping):
+        return inputs
+    _check_keywords(network, inputs)
+    bound = inspect.signature(network.forward).bind(**inputs)
+    # A default may stand between two that are given.
+    bound.apply_defaults()
+    if bound.kwargs:
+        raise InputError(
+            f"{type(network).__name__} takes {', '.join(bound.kwargs)} by keyword alone, and here it is called by "
+            "position: wrap it in a network that takes such arguments"
+        )
+    return bound.args
 
 
 def only_output(network: nn.Module, output: Any) -> Tensor:
