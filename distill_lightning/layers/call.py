@@ -39,7 +39,8 @@ def call(network: nn.Module, inputs: Any) -> Tensor:
         What the network returns, see `only_output`.
 
     Raises:
-        InputError: the network takes no argument of a dict's key, or does not return one output.
+        InputError: the network takes no argument of a dict's key, not as many as a tuple has, or does not return one
+            output.
 
     Example:
         >>> import torch
@@ -58,7 +59,7 @@ def outputs_of(network: Callable[..., Any], inputs: Any) -> Any:
     """Run a network, or a tap of one, on a batch's inputs; arguments as of `call`, the output is returned as it is.
 
     Raises:
-        InputError: the network takes no argument of a dict's key.
+        InputError: the network takes no argument of a dict's key, or not as many as a tuple has.
 
     Example:
         >>> import torch
@@ -74,7 +75,11 @@ def outputs_of(network: Callable[..., Any], inputs: Any) -> Any:
             _check_keywords(network, inputs)
             raise
     if isinstance(inputs, (tuple, list)):
-        return network(*inputs)
+        try:
+            return network(*inputs)
+        except TypeError:
+            _check_positions(network, inputs)
+            raise
     return network(inputs)
 
 
@@ -152,14 +157,32 @@ def only_output(network: nn.Module, output: Any) -> Tensor:
     )
 
 
+def _check_positions(network: Any, inputs: Sequence[Any]) -> None:
+    """Refuse more or fewer inputs than a network takes by position."""
+    name, signature = _taken_by(network)
+    try:
+        signature.bind(*inputs)
+    except TypeError as error:
+        raise InputError(
+            f"{name} takes {', '.join(signature.parameters)}, and the batch gives it {len(inputs)} inputs by position "
+            f"({error}): if they are views of its samples, wrap the data in IndexedDataModule(datamodule, "
+            "join_views=True)"
+        ) from error
+
+
 def _check_keywords(network: Any, inputs: Mapping[str, Any]) -> None:
     """Refuse keys of a batch that a network has no argument for, or whose arguments it lacks."""
-    forward = network.forward if isinstance(network, nn.Module) else network
-    signature = inspect.signature(forward)
+    name, signature = _taken_by(network)
     try:
         signature.bind(**inputs)
     except TypeError as error:
         raise InputError(
-            f"{type(network).__name__} takes {', '.join(signature.parameters)}, and the batch gives it "
-            f"{', '.join(inputs)} by keyword ({error}): name the batch's entries so, or its only input 'input'"
+            f"{name} takes {', '.join(signature.parameters)}, and the batch gives it {', '.join(inputs)} by keyword "
+            f"({error}): name the batch's entries so, or its only input 'input'"
         ) from error
+
+
+def _taken_by(network: Any) -> tuple[str, inspect.Signature]:
+    """The name of a network, or of that which a tap runs, and the arguments that it takes."""
+    run = network if isinstance(network, nn.Module) else getattr(network, "network", network)
+    return type(run).__name__, inspect.signature(getattr(run, "forward", run))
