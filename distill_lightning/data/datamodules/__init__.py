@@ -16,6 +16,7 @@ from distill_lightning.data.datamodules.detection import (
 from distill_lightning.data.datamodules.digits import DigitsDataModule
 from distill_lightning.data.datamodules.docstrings import ByteWindows, DocstringsDataModule
 from distill_lightning.data.datamodules.fashion_mnist import FashionMNISTDataModule
+from distill_lightning.data.datamodules.gaze import EyeTensors, GazeDataModule
 from distill_lightning.data.datamodules.image_data_module import ImageDataModule
 from distill_lightning.data.datamodules.image_folder import Files, ImageFiles, ImageFolderDataModule
 from distill_lightning.data.datamodules.in_memory import Images, ImageTensors, InMemoryImageDataModule
@@ -47,10 +48,12 @@ __all__ = [
     "DetectionFiles",
     "DigitsDataModule",
     "DocstringsDataModule",
+    "EyeTensors",
     "FashionMNISTDataModule",
     "FashionVOC",
     "FashionVOCDataModule",
     "Files",
+    "GazeDataModule",
     "GettextCatalogues",
     "ImageDataModule",
     "ImageFiles",
