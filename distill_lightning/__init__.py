@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from distill_lightning.data.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
     from distill_lightning.data.datamodules import FashionVOC as FashionVOC
     from distill_lightning.data.datamodules import FashionVOCDataModule as FashionVOCDataModule
+    from distill_lightning.data.datamodules import GazeDataModule as GazeDataModule
     from distill_lightning.data.datamodules import GettextCatalogues as GettextCatalogues
     from distill_lightning.data.datamodules import ImageFolderDataModule as ImageFolderDataModule
     from distill_lightning.data.datamodules import IndexedDataModule as IndexedDataModule
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from distill_lightning.modules.translation import SelfKDTranslationModule as SelfKDTranslationModule
     from distill_lightning.modules.translation import TranslationModule as TranslationModule
     from distill_lightning.networks import AdaptedInput as AdaptedInput
+    from distill_lightning.networks import GazeNet as GazeNet
     from distill_lightning.networks import Pretrained as Pretrained
     from distill_lightning.networks import SmallCNN as SmallCNN
     from distill_lightning.networks import SmallLSTM as SmallLSTM
@@ -160,6 +162,7 @@ _PUBLIC = {
         "FashionMNISTDataModule",
         "FashionVOC",
         "FashionVOCDataModule",
+        "GazeDataModule",
         "GettextCatalogues",
         "ImageFolderDataModule",
         "InMemoryImageDataModule",
@@ -219,6 +222,7 @@ _PUBLIC = {
     "distill_lightning.modules.translation": ("SelfKDTranslationModule", "TranslationModule"),
     "distill_lightning.networks": (
         "AdaptedInput",
+        "GazeNet",
         "Pretrained",
         "SmallCNN",
         "SmallLSTM",

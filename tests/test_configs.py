@@ -9,12 +9,14 @@ import struct
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
+from scipy.io import savemat
 
 from distill_lightning import FashionVOC, layers, networks, write_fashion_voc
 from distill_lightning.cli import main
@@ -236,6 +238,24 @@ def small_texts(folder):
         (folder / f"text_{number}.py").write_text(f'"""{f"What file {number} does. " * 60}"""\n')
 
 
+def small_mpiigaze(folder):
+    """Three people, a day of 80 frames each, of which every eye is listed that looks left or right."""
+    generator = np.random.default_rng(0)
+    for person in ("p00", "p01", "p02"):
+        data = {}
+        for side in ("left", "right"):
+            gaze = generator.normal(size=(80, 3)) * 0.2 + [0, 0, -1]
+            images = generator.integers(0, 256, (80, 36, 60), dtype=np.uint8)
+            data[side] = {"gaze": gaze, "image": images, "pose": generator.normal(size=(80, 3)) * 0.2}
+        (folder / "Data/Normalized" / person).mkdir(parents=True)
+        names = np.array([[f"{number:04}.jpg"] for number in range(80)], dtype=object)
+        savemat(folder / "Data/Normalized" / person / "day01.mat", {"data": data, "filenames": names})
+        lists = folder / "Evaluation Subset/sample list for eye image"
+        lists.mkdir(parents=True, exist_ok=True)
+        sides = ("left", "right")
+        (lists / f"{person}.txt").write_text("".join(f"day01/{n:04}.jpg {sides[n % 2]}\n" for n in range(80)))
+
+
 def small_arguments(path, folder):
     """A configuration on little data, with the files that it reads laid into the working folder."""
     config = yaml.safe_load(path.read_text())
@@ -255,6 +275,8 @@ def small_arguments(path, folder):
             arguments += [f"--data.init_args.{name}", str(value)]
     if "VOC" in config["data"]["class_path"]:
         arguments += voc_arguments(config["data"]["class_path"], folder / "data")
+    if "Gaze" in config["data"]["class_path"]:
+        small_mpiigaze(folder / config["data"]["init_args"]["data_dir"])
     if "Docstrings" in config["data"]["class_path"]:
         small_texts(folder)
         arguments += ["--data.init_args.data_dir", str(folder)]

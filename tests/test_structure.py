@@ -152,13 +152,13 @@ ROOMS = {
         samplers transforms
     """,
     "data/datamodules": """
-        options view_dataset view_sampler indexed image_file
+        options view_dataset view_sampler indexed image_file gaze_files
         resumable_loader
         view_data_module
         image_data_module docstrings translation
         cifar_pickle image_files in_memory
         cifar digits fashion_mnist image_folder
-        rotated detection
+        rotated detection gaze
     """,
     "data/datamodules/detection": """
         annotation augmentation
@@ -174,7 +174,7 @@ ROOMS = {
     """,
     "functional": """
         common mean
-        adversarial calibration detection features predictions scores self_distillation
+        adversarial calibration detection features gaze predictions scores self_distillation
         gaussian
     """,
     "layers": """
@@ -199,7 +199,7 @@ ROOMS = {
     """,
     "networks": """
         budget provenance sizes weights
-        adapted images libraries pretrained sequences
+        adapted gaze images libraries pretrained sequences
         backbones translation
         detectors
     """,

@@ -27,6 +27,7 @@ from distill_lightning.compression.steps import Order, Step
 from distill_lightning.compression.structure.changes import NOTHING, checkpoint_entry, structure_of
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
+from distill_lightning.layers import by_position
 from distill_lightning.lightning_internals import (
     TrainersBatches,
     forget_best,
@@ -394,7 +395,8 @@ class CompressionCallback(pl.Callback):
         own = TrainersBatches(trainer, pl_module, loader, number=0, training=True)
         with isolate_rng(), undrawn(loader):
             batches = [Batch.of(batch) for batch in islice(own, number or self.calibration_batches)]
-        pairs = [(batch.input, batch.target) for batch in batches]
+        network = getattr(pl_module, self.attribute)
+        pairs = [(by_position(network, batch.input), batch.target) for batch in batches]
         if trainer.world_size > 1:
             pairs = trainer.strategy.broadcast(pairs)
         return pairs

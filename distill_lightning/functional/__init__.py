@@ -41,6 +41,7 @@ from distill_lightning.functional.gaussian import (
     join_gaussian,
     split_gaussian,
 )
+from distill_lightning.functional.gaze import gaze_to_angles, pose_to_angles
 from distill_lightning.functional.mean import counted_mean, zero_uncounted
 from distill_lightning.functional.predictions import (
     Direction,
@@ -81,6 +82,7 @@ __all__ = [
     "gaussian_nll",
     "gaussian_nll_rows",
     "gaze_angle",
+    "gaze_to_angles",
     "hard_targets",
     "hint_distance",
     "intersection_over_union",
@@ -91,6 +93,7 @@ __all__ = [
     "match_detections",
     "mean_probabilities",
     "member_shares",
+    "pose_to_angles",
     "progressive_targets",
     "reverse_gradient",
     "risk_coverage",

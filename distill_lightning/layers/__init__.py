@@ -2,7 +2,7 @@
 
 from distill_lightning.layers.autoencoder import ImageDecoder, ImageEncoder
 from distill_lightning.layers.batch_norm import kept_statistics
-from distill_lightning.layers.call import call, only_output, outputs_of
+from distill_lightning.layers.call import InputShape, by_position, call, only_output, outputs_of, plain_shape
 from distill_lightning.layers.discriminator import Discriminator, DiscriminatorKind
 from distill_lightning.layers.feature_tap import FeatureTap, dry_forward, resolve_layer, resolve_layers
 from distill_lightning.layers.fingerprints import fingerprint, structure
@@ -18,9 +18,11 @@ __all__ = [
     "GaussianHead",
     "ImageDecoder",
     "ImageEncoder",
+    "InputShape",
     "Paraphraser",
     "Translator",
     "asleep",
+    "by_position",
     "call",
     "dry_forward",
     "eval_mode",
@@ -32,6 +34,7 @@ __all__ = [
     "only_output",
     "outputs_of",
     "plain_name",
+    "plain_shape",
     "resolve_layer",
     "resolve_layers",
     "structure",

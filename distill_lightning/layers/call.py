@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from distill_lightning.errors import InputError
+
+InputShape = Sequence[int] | Mapping[str, Sequence[int]]
+"""Shape of one input, ``(C, H, W)`` say, or those of the tensors that a network gets by keyword, by their names."""
+
+
+def plain_shape(shape: InputShape) -> InputShape:
+    """A shape in tuples, whatever sequences it was given in.
+
+    Example:
+        >>> from distill_lightning.layers.call import plain_shape
+        >>> plain_shape([1, 28, 28])
+        (1, 28, 28)
+        >>> plain_shape({"image": [1, 36, 60], "pose": [2]})
+        {'image': (1, 36, 60), 'pose': (2,)}
+    """
+    return {name: tuple(part) for name, part in shape.items()} if isinstance(shape, Mapping) else tuple(shape)
 
 
 def call(network: nn.Module, inputs: Any) -> Tensor:
@@ -23,7 +39,8 @@ def call(network: nn.Module, inputs: Any) -> Tensor:
         What the network returns, see `only_output`.
 
     Raises:
-        InputError: the network takes no argument of a dict's key, or does not return one output.
+        InputError: the network takes no argument of a dict's key, not as many as a tuple has, or does not return one
+            output.
 
     Example:
         >>> import torch
@@ -42,7 +59,7 @@ def outputs_of(network: Callable[..., Any], inputs: Any) -> Any:
     """Run a network, or a tap of one, on a batch's inputs; arguments as of `call`, the output is returned as it is.
 
     Raises:
-        InputError: the network takes no argument of a dict's key.
+        InputError: the network takes no argument of a dict's key, or not as many as a tuple has.
 
     Example:
         >>> import torch
@@ -58,8 +75,43 @@ def outputs_of(network: Callable[..., Any], inputs: Any) -> Any:
             _check_keywords(network, inputs)
             raise
     if isinstance(inputs, (tuple, list)):
-        return network(*inputs)
+        try:
+            return network(*inputs)
+        except TypeError:
+            _check_positions(network, inputs)
+            raise
     return network(inputs)
+
+
+def by_position(network: nn.Module, inputs: Any) -> Any:
+    """Inputs by name as a tuple in the order of a network's arguments; any other inputs as they are.
+
+    Args:
+        network: that is to get them.
+        inputs: of a batch.
+
+    Raises:
+        InputError: the network takes no argument of a key, or takes one by keyword alone.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distill_lightning.layers import by_position
+        >>> by_position(nn.Bilinear(1, 1, 1), {"input2": torch.ones(1, 1), "input1": torch.zeros(1, 1)})
+        (tensor([[0.]]), tensor([[1.]]))
+    """
+    if not isinstance(inputs, Mapping):
+        return inputs
+    _check_keywords(network, inputs)
+    bound = inspect.signature(network.forward).bind(**inputs)
+    # A default may stand between two that are given.
+    bound.apply_defaults()
+    if bound.kwargs:
+        raise InputError(
+            f"{type(network).__name__} takes {', '.join(bound.kwargs)} by keyword alone, and here it is called by "
+            "position: wrap it in a network that takes such arguments"
+        )
+    return bound.args
 
 
 def only_output(network: nn.Module, output: Any) -> Tensor:
@@ -105,14 +157,32 @@ def only_output(network: nn.Module, output: Any) -> Tensor:
     )
 
 
+def _check_positions(network: Any, inputs: Sequence[Any]) -> None:
+    """Refuse more or fewer inputs than a network takes by position."""
+    name, signature = _taken_by(network)
+    try:
+        signature.bind(*inputs)
+    except TypeError as error:
+        raise InputError(
+            f"{name} takes {', '.join(signature.parameters)}, and the batch gives it {len(inputs)} inputs by position "
+            f"({error}): if they are views of its samples, wrap the data in IndexedDataModule(datamodule, "
+            "join_views=True)"
+        ) from error
+
+
 def _check_keywords(network: Any, inputs: Mapping[str, Any]) -> None:
     """Refuse keys of a batch that a network has no argument for, or whose arguments it lacks."""
-    forward = network.forward if isinstance(network, nn.Module) else network
-    signature = inspect.signature(forward)
+    name, signature = _taken_by(network)
     try:
         signature.bind(**inputs)
     except TypeError as error:
         raise InputError(
-            f"{type(network).__name__} takes {', '.join(signature.parameters)}, and the batch gives it "
-            f"{', '.join(inputs)} by keyword ({error}): name the batch's entries so, or its only input 'input'"
+            f"{name} takes {', '.join(signature.parameters)}, and the batch gives it {', '.join(inputs)} by keyword "
+            f"({error}): name the batch's entries so, or its only input 'input'"
         ) from error
+
+
+def _taken_by(network: Any) -> tuple[str, inspect.Signature]:
+    """The name of a network, or of that which a tap runs, and the arguments that it takes."""
+    run = network if isinstance(network, nn.Module) else getattr(network, "network", network)
+    return type(run).__name__, inspect.signature(getattr(run, "forward", run))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from distill_lightning.errors import InputError, check_one_of
-from distill_lightning.layers.call import only_output
+from distill_lightning.layers.call import InputShape, only_output, outputs_of, plain_shape
 from distill_lightning.layers.channels import ChannelDims
 from distill_lightning.layers.modes import eval_mode
 from distill_lightning.layers.wrappers import is_compiled, named_parts, part_at, plain_name, unwrapped
@@ -108,7 +108,7 @@ class FeatureTap:
         }
 
     @torch.no_grad()
-    def shapes(self, input_shape: Sequence[int]) -> tuple[torch.Size, dict[str, torch.Size]]:
+    def shapes(self, input_shape: InputShape) -> tuple[torch.Size, dict[str, torch.Size]]:
         """Shapes of the output and of the features for one all-zero input of ``input_shape`` (without the batch).
 
         The network is run once, in eval mode, and left as it was. From then on features come in one layout.
@@ -251,12 +251,13 @@ def _guard_hooks() -> None:
 
 
 @torch.no_grad()
-def dry_forward(network: nn.Module, input_shape: Sequence[int], *, run: Callable[[Tensor], Any] | None = None) -> Any:
+def dry_forward(network: nn.Module, input_shape: InputShape, *, run: Callable[..., Any] | None = None) -> Any:
     """Run ``network`` once on a single all-zero input of ``input_shape`` (without the batch), and leave it as it was.
 
     Args:
         network: it runs in eval mode; the modes and buffers of its modules do not change.
         input_shape: for example ``(C, H, W)``. For a network with an embedding, ``(T,)`` is an input of tokens, int64.
+            Shapes by name are of tensors that the network gets by keyword.
         run: a function to call instead of the network itself.
 
     Raises:
@@ -270,23 +271,33 @@ def dry_forward(network: nn.Module, input_shape: Sequence[int], *, run: Callable
         torch.Size([1, 8, 30, 30])
         >>> network.training
         True
+        >>> dry_forward(nn.Bilinear(2, 3, 5), {"input1": (2,), "input2": (3,)}).shape
+        torch.Size([1, 5])
     """
     example = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(1))
-    # Not for images, which have more dimensions: their networks may have an embedding, too, of positions for example.
-    reads_tokens = len(input_shape) == 1 and any(isinstance(module, nn.Embedding) for module in network.modules())
-    dtype = torch.int64 if reads_tokens else example.dtype
-    inputs = torch.zeros((1, *input_shape), dtype=dtype, device=example.device)
+    has_table = any(isinstance(module, nn.Embedding) for module in network.modules())
+
+    def zeros(shape: Sequence[int]) -> Tensor:
+        # Images, which have more dimensions, are no tokens: their networks may embed positions, for example.
+        dtype = torch.int64 if has_table and len(shape) == 1 else example.dtype
+        return torch.zeros((1, *shape), dtype=dtype, device=example.device)
+
+    shapes = plain_shape(input_shape)
+    inputs = {name: zeros(part) for name, part in shapes.items()} if isinstance(shapes, Mapping) else zeros(shapes)
     try:
         with eval_mode(network):
-            return only_output(network, network(inputs)) if run is None else run(inputs)
+            return only_output(network, outputs_of(network, inputs)) if run is None else outputs_of(run, inputs)
     except InputError:
         raise
     except Exception as error:  # networks may raise anything: assertions, index errors
         reason = (str(error) or type(error).__name__).splitlines()[0]
         way_out = "(C, H, W) of your images, or a network with matching in_channels"
+        if isinstance(shapes, Mapping):
+            way_out = "that of each tensor by its name, or another network"
+        elif has_table and len(shapes) == 1:
+            way_out = "(T,) of your tokens, or another network"
         raise InputError(
-            f"{type(network).__name__} does not take an input of shape {tuple(input_shape)} ({reason}); "
-            f"give input_shape={'(T,) of your tokens, or another network' if reads_tokens else way_out}"
+            f"{type(network).__name__} does not take an input of shape {shapes} ({reason}); give input_shape={way_out}"
         ) from error
 
 

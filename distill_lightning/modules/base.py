@@ -16,7 +16,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.data.transforms import BatchTransform
 from distill_lightning.errors import InputError
 from distill_lightning.layers import dry_forward, wake
-from distill_lightning.layers.call import call, only_output
+from distill_lightning.layers.call import InputShape, call, only_output, plain_shape
 from distill_lightning.layers.modes import refuse_exported
 from distill_lightning.lightning_internals import place_of, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
@@ -120,7 +120,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen, ExportsBackbone):
         num_classes: int | None = None,
         num_targets: int | None = None,
         output: Output | None = None,
-        input_shape: Sequence[int] | None = None,
+        input_shape: InputShape | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         transforms: Sequence[BatchTransform] = (),
@@ -143,7 +143,7 @@ class DistillationModule(RemembersArguments, HoldsFrozen, ExportsBackbone):
             raise InputError(f"{type(self).__name__}: {', '.join(unfit)} need a classifier's batches: leave them out")
         refuse_exported(f"{type(self).__name__}: the student", student)
         self.student = student.to(memory_format=torch.channels_last) if channels_last else student
-        self.input_shape = None if input_shape is None else tuple(input_shape)
+        self.input_shape = None if input_shape is None else plain_shape(input_shape)
         if self.input_shape is not None:
             self.check_output("student", student, dry_forward(student, self.input_shape).shape)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler

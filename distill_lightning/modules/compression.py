@@ -27,7 +27,8 @@ class CompressionBaseline(DistillationModule):
         \mathrm{KL}(\mathrm{softmax}(t / T) \,\|\, \mathrm{softmax}(s / T))
 
     with the network's logits ``s`` and the teacher's ``t``, ``(N, K)`` or ``(N, T, K)``; without a teacher
-    :math:`\lambda = 1`. Logged as ``train/ce`` and ``train/kd``, beside what `CompressionCallback` logs, which this
+    :math:`\lambda = 1`. Of a regression, with ``num_targets``, the terms are those of `KDModule`'s. Logged as
+    ``train/ce`` (``train/nll``) and ``train/kd``, beside what `CompressionCallback` logs, which this
     module brings along and which does the steps::
 
         CompressionBaseline(
@@ -39,13 +40,14 @@ class CompressionBaseline(DistillationModule):
 
     Args:
         network: compressed in place; ``student`` is another name for it.
-        num_classes: ``K``.
+        num_classes: ``K`` of a classifier.
+        num_targets: ``d`` of a regression.
         steps: the steps, in order; without any, this is ordinary training, bit for bit.
         dense_epochs: number of epochs of ordinary training before the first step, if that step has no ``at``.
         teacher: ``"none"``; ``"dense"``: the network as it is when the first step begins, frozen, which should
             have been trained by then; or a network, several, a `TeacherEnsemble` or a `TeacherStore`, which teach from
             the first epoch on.
-        temperature: ``T``.
+        temperature: ``T`` of a classifier; a regression has none.
         hard_label_weight: the labels' share :math:`\lambda` in ``[0, 1]`` under a teacher.
         calibration_batches: see `CompressionCallback`.
         restart: see `CompressionCallback`.
@@ -64,7 +66,8 @@ class CompressionBaseline(DistillationModule):
         self,
         network: nn.Module,
         *,
-        num_classes: int,
+        num_classes: int | None = None,
+        num_targets: int | None = None,
         steps: Sequence[Step] = (),
         dense_epochs: int = 0,
         teacher: Literal["none", "dense"] | nn.Module | Sequence[nn.Module] | TeacherStore = "none",
@@ -76,7 +79,7 @@ class CompressionBaseline(DistillationModule):
         report: Measurements | None = None,
         **options: Unpack[TrainingOptions],
     ) -> None:
-        super().__init__(network, num_classes=num_classes, **options)
+        super().__init__(network, num_classes=num_classes, num_targets=num_targets, **options)
         check_finite("temperature", temperature)
         if not 0 <= hard_label_weight <= 1:
             raise InputError(f"hard_label_weight must be in [0, 1], got {hard_label_weight}")
@@ -88,6 +91,8 @@ class CompressionBaseline(DistillationModule):
         if teacher == "none":
             self.refuse_unused("temperature", temperature, "without a teacher")
             self.refuse_unused("hard_label_weight", hard_label_weight, "without a teacher")
+        elif not self.output.has_temperature:
+            self.refuse_unused("temperature", temperature, f"with {type(self.output).__name__} outputs")
         self.callback = CompressionCallback(
             steps,
             dense_epochs=dense_epochs,
@@ -126,20 +131,20 @@ class CompressionBaseline(DistillationModule):
         return not self.teachers or self.hard_label_weight > 0
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """The labels' cross entropy and, under a teacher, the divergence from its prediction."""
-        logits = self.respond(batch)
-        if not self.teachers:
-            return {"ce": self.output.label_loss(logits, batch)}
-        teacher = self.teachers.probabilities(batch)
+        """The labels' likelihood and, under a teacher, the divergence from its prediction."""
+        output = self.respond(batch)
         # Labels that have no weight may be missing.
-        label = {"ce": self.output.label_loss(logits, batch)} if self.hard_label_weight else {}
-        return {**label, "kd": self.output.divergence(logits, teacher, batch, temperature=self.temperature)}
+        label = {self.output.label_term: self.output.label_loss(output, batch)} if self.reads_labels else {}
+        if not self.teachers:
+            return label
+        teacher = self.teachers.distribution(batch)
+        return {**label, "kd": self.output.divergence(output, teacher, batch, temperature=self.temperature)}
 
     def weights(self) -> dict[str, float]:
         """The labels' share and, under a teacher, the rest."""
         if not self.teachers:
-            return {"ce": 1.0}
-        label = {"ce": self.hard_label_weight} if self.hard_label_weight else {}
+            return {self.output.label_term: 1.0}
+        label = {self.output.label_term: self.hard_label_weight} if self.hard_label_weight else {}
         return {**label, "kd": 1 - self.hard_label_weight}
 
     def before_compression(self) -> None:

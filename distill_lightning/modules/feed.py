@@ -19,7 +19,7 @@ from distill_lightning.modules.options import TrainingOptions
 from distill_lightning.modules.parts.distances import Distance, FactorDistance, LogitTerm, make_translators
 from distill_lightning.modules.parts.sizes import EqualSizes, Sizes, channels_of
 from distill_lightning.networks import likely_input_shape
-from distill_lightning.teachers import Features, Given, Softened, Teachers
+from distill_lightning.teachers import Features, Given, Teachers
 
 
 class FEEDModule(DistillationModule):
@@ -37,6 +37,9 @@ class FEEDModule(DistillationModule):
     ``train/feed_share`` (its part of the loss: near 0 or 1 means that ``beta`` is off), ``train/feed_teacher_<m>`` and
     ``train/zero_features``, the share of translated features so near zero that ``u`` cannot bring them to norm 1 (mean
     over teachers).
+
+    With ``output: Gaussian`` in place of ``num_classes`` the labels' term is the Gaussian's negative log-likelihood,
+    ``train/nll``, and ``logit_term`` the divergence from the teachers' Gaussian.
 
     ``distance`` puts another ``L_m`` in its place, for comparisons under the same teachers; the logged names then begin
     with its name. `FactorDistance` with ``paraphrasers`` is Factor Transfer.
@@ -77,7 +80,7 @@ class FEEDModule(DistillationModule):
         teacher_weights: ``w_m``, used as given; ``None``: all 1.
         paraphrasers: trained `Paraphraser` networks, one per teacher (`ParaphraserModule` trains them): the targets
             become their codes, as in Factor Transfer. Frozen.
-        logit_term: an additional term; ``None``: there is none.
+        logit_term: an additional term; ``None``: there is none. Its temperature is a classifier's.
         options: see `TrainingOptions`. Without an ``input_shape`` the channel counts are found at 32x32.
 
     Raises:
@@ -91,7 +94,7 @@ class FEEDModule(DistillationModule):
         student: nn.Module,
         teachers: Given = None,
         *,
-        num_classes: int,
+        num_classes: int | None = None,
         student_layer: str,
         teacher_layers: str | Sequence[str] | None = None,
         channels: Channels | Sequence[Channels | None] | None = None,
@@ -120,7 +123,7 @@ class FEEDModule(DistillationModule):
             paraphrasers=copy.deepcopy(list(paraphrasers or ())),
             size=sizes.pooled,
         )
-        kd = [Softened(logit_term.temperature)] if logit_term is not None else []
+        kd = [] if logit_term is None else [logit_term.question(self.output)]
         self.teachers = Teachers(teachers, ask=[features, *kd])
         self.student_tap = FeatureTap(student, resolve_layer(student, student_layer), channels=own)
         self.probed_shape = self.input_shape or likely_input_shape(student)
@@ -147,11 +150,11 @@ class FEEDModule(DistillationModule):
         weighted = torch.stack([w * distance for w, distance in zip(self.teacher_weights, distances, strict=True)])
         name = self.distance.name
         terms = {
-            "ce": self.output.label_loss(logits, batch),
+            self.output.label_term: self.output.label_loss(logits, batch),
             name: weighted.mean() if self.teacher_reduction == "mean" else weighted.sum(),
         }
         if self.logit_term is not None:
-            teacher = self.teachers.probabilities(batch)
+            teacher = self.teachers.distribution(batch)
             terms["kd"] = self.output.divergence(logits, teacher, batch, temperature=self.logit_term.temperature)
         for observed, value in self.distance.observed([translated for translated, _ in pairs], counted).items():
             self.observe(observed, value)
@@ -162,7 +165,7 @@ class FEEDModule(DistillationModule):
         name = self.distance.name
         kd = {} if self.logit_term is None else {"kd": self.logit_term.weight}
         single = {f"{name}_teacher_{m}": 0.0 for m in range(len(self.teacher_weights))}
-        return {"ce": 1.0, name: self.beta, **kd, **single}
+        return {self.output.label_term: 1.0, name: self.beta, **kd, **single}
 
     def after_compression(self) -> None:
         """See whether the translators can read the student's feature as it is now; `CompressionCallback` calls this.

@@ -106,6 +106,8 @@ class MEALV2Module(DistillationModule):
         **options: Unpack[TrainingOptions],
     ) -> None:
         super().__init__(student, num_classes=num_classes, **options)
+        if self.num_classes is None:
+            raise InputError(f"{type(self).__name__} trains a classifier, which {self.output} is not: give num_classes")
         check_finite("hard_label_weight", hard_label_weight)
         if not hard_label_weight >= 0:
             raise InputError(f"hard_label_weight cannot be negative, got {hard_label_weight}")

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
 from distill_lightning.data.transforms import BatchTransform
+from distill_lightning.layers.call import InputShape
 from distill_lightning.outputs import Output
 
 OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]  # jsonargparse needs the bare Iterable
@@ -27,8 +28,9 @@ class TrainingOptions(TypedDict, total=False):
     Args:
         output: what an output of the networks means; ``None``: `Categorical` of ``num_classes``, or `Gaussian` of
             ``num_targets``.
-        input_shape: shape of one input, ``(C, H, W)`` or, of tokens, ``(T,)``; with it, networks are checked in the
-            constructor and not at the first batch. ``None`` by default.
+        input_shape: shape of one input, ``(C, H, W)`` or, of tokens, ``(T,)``; of inputs that a network gets by keyword
+            those of each, ``{image: (C, H, W), pose: (2,)}``. With it, networks are checked in the constructor and not
+            at the first batch. ``None`` by default.
         optimizer: makes the optimiser from the trainable parameters; `default_optimizer` by default.
         lr_scheduler: makes the schedule from the optimiser; ``None`` by default. It is stepped after every epoch,
             `OneCycle`, `InverseSquareRoot`, PyTorch's `OneCycleLR` and `CyclicLR` after every batch;
@@ -49,7 +51,7 @@ class TrainingOptions(TypedDict, total=False):
     """
 
     output: Output | None
-    input_shape: Sequence[int] | None
+    input_shape: InputShape | None
     optimizer: OptimizerCallable
     lr_scheduler: LRSchedulerCallable | None
     transforms: Sequence[BatchTransform]

@@ -14,7 +14,7 @@ from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
-from distill_lightning.layers import FeatureTap, Paraphraser, wake
+from distill_lightning.layers import FeatureTap, InputShape, Paraphraser, wake
 from distill_lightning.layers.feature_tap import Channels
 from distill_lightning.lightning_internals import convert_early, summarise_frozen
 from distill_lightning.modules.options import LRSchedulerCallable, OptimizerCallable, default_optimizer
@@ -68,8 +68,8 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
             as the networks' own operations tell, see `layers.FeatureTap`.
         rate: factor channels per channel.
         batch_norm: BatchNorm in the paraphrasers.
-        input_shape: shape of one input, ``(C, H, W)``; ``None``: the first convolution's channels at 32x32. One forward
-            of zeros through every teacher finds the channel counts.
+        input_shape: shape of one input, see `TrainingOptions`; ``None``: the first convolution's channels at 32x32. One
+            forward of zeros through every teacher finds the channel counts.
         optimizer: makes the optimiser from the paraphrasers' parameters. The default, Factor Transfer's, is made for
             thousands of steps; where there are few hundred, ``Adam`` with rate 0.001 gets further.
         lr_scheduler: makes the schedule from the optimiser. It is stepped after every epoch, `OneCycle` after every
@@ -88,7 +88,7 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
         channels: Channels | Sequence[Channels | None] | None = None,
         rate: float = 0.5,
         batch_norm: bool = False,
-        input_shape: Sequence[int] | None = None,
+        input_shape: InputShape | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -201,7 +201,7 @@ class ParaphraserModule(RemembersArguments, HoldsFrozen):
         ]
 
 
-def _channels(number: int, tap: FeatureTap, input_shape: Sequence[int] | None) -> int:
+def _channels(number: int, tap: FeatureTap, input_shape: InputShape | None) -> int:
     _, features = tap.shapes(input_shape or likely_input_shape(tap.network))
     shape = features[tap.layers[0]]
     if len(shape) != 4:

@@ -87,6 +87,8 @@ class SelfKDModule(DistillationModule):
         # Before networks are checked: the rows of a store are of samples.
         self.per_position = not isinstance(past, StoredPast)
         super().__init__(student, num_classes=num_classes, **options)
+        if self.num_classes is None:
+            raise InputError(f"{type(self).__name__} trains a classifier, which {self.output} is not: give num_classes")
         positive("past_temperature", past_temperature)
         if isinstance(past, StoredPast) and any(getattr(one, "probability", 0) == 1 for one in self.transforms):
             raise InputError(

@@ -2,6 +2,7 @@
 
 from distill_lightning.networks.adapted import AdaptedInput, likely_input_shape, without_deviation
 from distill_lightning.networks.detectors import faster_rcnn
+from distill_lightning.networks.gaze import GazeNet
 from distill_lightning.networks.images import SmallCNN, SmallResNet
 from distill_lightning.networks.libraries import pytorchcv_network, timm_network, torchvision_network
 from distill_lightning.networks.pretrained import Pretrained
@@ -11,6 +12,7 @@ from distill_lightning.networks.translation import translation_transformer
 
 __all__ = [
     "AdaptedInput",
+    "GazeNet",
     "Pretrained",
     "Recipe",
     "SmallCNN",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch, map_tensors
 from distill_lightning.errors import InputError
-from distill_lightning.layers import FeatureTap
+from distill_lightning.layers import FeatureTap, InputShape
 from distill_lightning.layers.feature_tap import Channels
 from distill_lightning.teachers.about import About
 from distill_lightning.teachers.ensemble import TeacherEnsemble
@@ -199,7 +199,7 @@ class AskedForAll(Teachers):
         input_shape: of a sample, by which features get the one layout in which methods read them.
     """
 
-    def __init__(self, store: OutputsStore, input_shape: Sequence[int]) -> None:
+    def __init__(self, store: OutputsStore, input_shape: InputShape) -> None:
         super().__init__(store, ask=[Logits()])
         self.kept = store
         self.runs: list[Callable[[Any], Any]] = []

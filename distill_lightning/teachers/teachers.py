@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distill_lightning.data.batch import Batch, spread
 from distill_lightning.data.samplers import join
 from distill_lightning.errors import InputError, NonFiniteError
-from distill_lightning.layers import FeatureTap, dry_forward, fingerprint
+from distill_lightning.layers import FeatureTap, InputShape, dry_forward, fingerprint
 from distill_lightning.networks.provenance import recipe_of
 from distill_lightning.outputs import Output
 from distill_lightning.teachers import origin
@@ -125,7 +125,7 @@ class Teachers(Frozen):
         """
         self._known_output.check_teacher(f"teacher {number}", network, shape, per_position=self._per_position)
 
-    def shapes(self, input_shape: Sequence[int]) -> list[tuple[int, ...]]:
+    def shapes(self, input_shape: InputShape) -> list[tuple[int, ...]]:
         """Shapes ``(1, C, H, W)`` of the teachers' tapped features, from one dry forward or as a store tells them."""
         if self.ensemble is None:
             if self.store is None:

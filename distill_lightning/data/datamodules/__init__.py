@@ -17,6 +17,7 @@ from distill_lightning.data.datamodules.detection import (
 from distill_lightning.data.datamodules.digits import DigitsDataModule
 from distill_lightning.data.datamodules.docstrings import ByteWindows, DocstringsDataModule
 from distill_lightning.data.datamodules.fashion_mnist import FashionMNISTDataModule
+from distill_lightning.data.datamodules.gaze import EyeTensors, GazeDataModule
 from distill_lightning.data.datamodules.image_data_module import ImageDataModule
 from distill_lightning.data.datamodules.image_files import Files, ImageFiles
 from distill_lightning.data.datamodules.image_folder import ImageFolderDataModule
@@ -50,10 +51,12 @@ __all__ = [
     "DetectionFiles",
     "DigitsDataModule",
     "DocstringsDataModule",
+    "EyeTensors",
     "FashionMNISTDataModule",
     "FashionVOC",
     "FashionVOCDataModule",
     "Files",
+    "GazeDataModule",
     "GettextCatalogues",
     "ImageDataModule",
     "ImageFiles",

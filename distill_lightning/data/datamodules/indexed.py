@@ -52,10 +52,13 @@ class IndexedDataModule(pl.LightningDataModule):
 
     Args:
         datamodule: the data module.
+        join_views: whether the input of a batch is a list of views of its samples, as transforms of self-supervised
+            learning make them, which then become the rows of one tensor ``(V * N, ...)``, each with the target and
+            index of its sample: first all first views. Otherwise a list is for a network of several arguments.
 
     Raises:
-        InputError: from ``train_dataloader``, or when a batch is made: the training data cannot be indexed, or a
-            ``collate_fn`` drops or adds samples.
+        InputError: from ``train_dataloader``, or when a batch is made: the training data cannot be indexed, a
+            ``collate_fn`` drops or adds samples, or views cannot be joined.
 
     Example:
         >>> import torch
@@ -70,10 +73,11 @@ class IndexedDataModule(pl.LightningDataModule):
     """
 
     datamodule: pl.LightningDataModule
+    join_views: bool
 
-    def __init__(self, datamodule: pl.LightningDataModule) -> None:
+    def __init__(self, datamodule: pl.LightningDataModule, *, join_views: bool = False) -> None:
         # Lightning's own __init__ would only make attributes that hide the data module's.
-        self.__dict__["datamodule"] = datamodule
+        self.__dict__.update(datamodule=datamodule, join_views=join_views)
         # In the instance, because Lightning compares them with its own to see which the data module overrides.
         self.__dict__.update({name: getattr(datamodule, name) for name in HOOKS if hasattr(datamodule, name)})
 
@@ -88,7 +92,7 @@ class IndexedDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The data module's loader, with indices."""
-        return _indexed(self.datamodule.train_dataloader())
+        return _indexed(self.datamodule.train_dataloader(), join_views=self.join_views)
 
 
 class _Asked(NamedTuple):
@@ -131,10 +135,10 @@ class _IndexedDataset(Dataset[Any]):
 
 
 class _Collate:
-    """Collates as the loader did, and adds the indices."""
+    """Collates as the loader did, adds the indices, and may join views."""
 
-    def __init__(self, collate: Callable[[Any], Any]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Callable[[Any], Any], *, join_views: bool) -> None:
+        self.collate, self.join_views = collate, join_views
 
     def __call__(self, asked: _Asked) -> Any:
         batch = self.collate(asked.samples)
@@ -147,6 +151,8 @@ class _Collate:
                 f"IndexedDataModule: {len(index)} samples became a batch of {count}, so which is which cannot be told: "
                 "let the data module yield distill_lightning.Batch(input, target, index)"
             )
+        if self.join_views:
+            return _joined(Batch.of(batch).replace(index=index))
         if isinstance(batch, Mapping):
             return {**batch, "index": index}
         if isinstance(batch, tuple) and "index" in getattr(batch, "_fields", ()):
@@ -169,6 +175,21 @@ def _index_of(keys: Any) -> Tensor:
         ) from None
 
 
+def _joined(batch: Batch) -> Batch:
+    """A batch whose views are rows."""
+    views = batch.input
+    are_views = isinstance(views, (list, tuple)) and all(isinstance(view, Tensor) for view in views)
+    if not are_views or len({view.shape for view in views}) != 1:
+        found = [tuple(view.shape) for view in views] if are_views else type(views).__name__
+        raise InputError(
+            f"IndexedDataModule: join_views=True joins a list of views of one shape, and the batch has {found}: leave "
+            "it out, or let the data module make views of one size"
+        )
+    rows = batch.replace(input=None).map(lambda column: torch.cat([column] * len(views)))
+    # With the index a batch gets its key anew.
+    return rows.replace(input=torch.cat(list(views)), index=rows.index)
+
+
 def _rows(batch: Any) -> int | None:
     """Length of the first tensor in a batch."""
     if isinstance(batch, Batch):
@@ -180,7 +201,7 @@ def _rows(batch: Any) -> int | None:
     return None
 
 
-def _indexed(loader: Any) -> DataLoader[Any]:
+def _indexed(loader: Any, *, join_views: bool) -> DataLoader[Any]:
     """The same loader around an `_IndexedDataset`."""
     if not isinstance(loader, DataLoader):
         raise InputError(
@@ -213,7 +234,7 @@ def _indexed(loader: Any) -> DataLoader[Any]:
         options = {k: v for k, v in options.items() if k not in ("sampler", "batch_size", "drop_last")}
         options["batch_sampler"] = batches
     options["dataset"] = _IndexedDataset(loader.dataset, whole_batches=batches is None)
-    options["collate_fn"] = _Collate(loader.collate_fn)
+    options["collate_fn"] = _Collate(loader.collate_fn, join_views=join_views)
     try:
         return type(loader)(**options)
     except TypeError as error:

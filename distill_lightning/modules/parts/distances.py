@@ -16,6 +16,8 @@ from distill_lightning.choices import Choice
 from distill_lightning.errors import InputError, check_finite
 from distill_lightning.functional.common import wide
 from distill_lightning.layers import Translator
+from distill_lightning.outputs import Output
+from distill_lightning.teachers import Softened
 
 # The smallest norm that a feature is divided by.
 _EPS = 1e-6
@@ -285,6 +287,16 @@ class LogitTerm(Choice):
         check_finite("LogitTerm: temperature", self.temperature)
         if not self.weight >= 0 or not self.temperature > 0:
             raise InputError(f"LogitTerm: weight must be 0 or more and temperature positive, got {self}")
+
+    def question(self, output: Output) -> Softened:
+        """What the teachers are asked.
+
+        Raises:
+            InputError: a temperature is given for an output that has none.
+        """
+        if not output.has_temperature and self.temperature != LogitTerm.temperature:
+            raise InputError(f"LogitTerm: {type(output).__name__} has no temperature: leave {self.temperature} out")
+        return Softened(self.temperature)
 
 
 def make_translators(distance: Distance, source: int, targets: Sequence[int]) -> nn.ModuleList:

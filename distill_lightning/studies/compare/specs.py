@@ -229,7 +229,10 @@ def remembering_warnings() -> Iterator[list[str]]:
 def told_by(data: Any) -> dict[str, Any]:
     """What a data module that is set up tells of its data, by the names of arguments, as plain values."""
     found = {name: getattr(data, name, None) for name in _TOLD}
-    if found["input_shape"] is not None:
+    if isinstance(found["input_shape"], Mapping):
+        # As plain values, and without channels: they are of more than one tensor.
+        found["input_shape"] = {name: list(shape) for name, shape in found["input_shape"].items()}
+    elif found["input_shape"] is not None:
         found["input_shape"] = list(found["input_shape"])
         found["in_channels"] = found["input_shape"][0]
     if found["class_names"] is not None:

@@ -16,7 +16,7 @@ from torch import nn
 from distill_lightning.arguments import takes
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError
-from distill_lightning.layers import dry_forward
+from distill_lightning.layers import InputShape, dry_forward
 from distill_lightning.modules import DistillationModule
 from distill_lightning.studies.compare.outputs_task import OutputsTask
 from distill_lightning.studies.compare.rows import Row
@@ -272,7 +272,7 @@ def _reads(module: DistillationModule) -> Reads:
 
 
 def _kept_features(
-    modules: Mapping[str, DistillationModule], rows: int, shape: Sequence[int], limit: int
+    modules: Mapping[str, DistillationModule], rows: int, shape: InputShape, limit: int
 ) -> tuple[tuple[Tapped, ...], Dtype]:
     """The features that fit, those of earlier rows first, and their type."""
     kept: dict[Tapped, int] = {}

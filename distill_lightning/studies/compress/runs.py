@@ -25,6 +25,7 @@ from distill_lightning.compression.run.preview import Preview, preview
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError, refusing
+from distill_lightning.layers import by_position
 from distill_lightning.storage.files import write_whole
 from distill_lightning.studies.data import DataWatch, OtherDataError, Splits
 from distill_lightning.studies.progress import EpochCounter, OnEpoch
@@ -174,7 +175,7 @@ def _train_same_size(run: Run, setup: Setup, callback: CompressionCallback, want
     cast("Any", setup.trainer).callbacks.append(scoring)
     setup.data.prepare_data()
     setup.data.setup("fit")
-    inputs = first_samples(Batch.of(next(iter(setup.data.train_dataloader()))).input, 2)
+    inputs = first_samples(by_position(network, Batch.of(next(iter(setup.data.train_dataloader()))).input), 2)
     # Not the packed file: what quantization has rounded to zero there was not pruned.
     compressed = load_compressed(checkpoint, copy_network(dense), bake=False)
     same_size_network(network, compressed, inputs, seed=run.seed)
@@ -198,8 +199,9 @@ class _Scoring(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measure the network beside the dense one."""
-        batch = next(iter(cast("Any", trainer.train_dataloader)))
-        compressor = Compressor(getattr(pl_module, self.attribute), [], first_samples(Batch.of(batch).input, 2))
+        network = getattr(pl_module, self.attribute)
+        inputs = by_position(network, Batch.of(next(iter(cast("Any", trainer.train_dataloader)))).input)
+        compressor = Compressor(network, [], first_samples(inputs, 2))
         compressor.dense = self.dense
         self.stages = measure(
             trainer, pl_module, compressor, self.wanted, name=CONTROL_SCRATCH, kind="control", notes=self.notes
@@ -211,12 +213,13 @@ def preview_of(setup: Setup) -> Preview:
     setup.data.prepare_data()
     setup.data.setup("fit")
 
-    def drawn(count: int) -> list[tuple[Any, Any]]:
-        batches = [Batch.of(batch) for batch in islice(setup.data.train_dataloader(), count)]
-        return [(batch.input, batch.target) for batch in batches]
-
     callback = setup.callback
     network = cast("nn.Module", getattr(setup.model, callback.attribute))
+
+    def drawn(count: int) -> list[tuple[Any, Any]]:
+        batches = [Batch.of(batch) for batch in islice(setup.data.train_dataloader(), count)]
+        return [(by_position(network, batch.input), batch.target) for batch in batches]
+
     inputs = first_samples(drawn(1)[0][0], 1)
     return preview(network, callback.steps, inputs, batches=lambda: drawn(callback.calibration_batches))
 

@@ -97,6 +97,8 @@ def _header(method: str, description: Mapping[str, Any], metrics: Mapping[str, f
 
 def _inputs(description: Mapping[str, Any]) -> str:
     shape = description["input_shape"]
+    if isinstance(shape, Mapping):
+        return " and ".join(f"`{name}` of shape {tuple(part)}" for name, part in shape.items())
     return "sentences of token ids" if shape is None else f"inputs of shape {tuple(shape)}"
 
 
@@ -114,16 +116,23 @@ def _files(files: Sequence[Exported]) -> str:
 def _usage(description: Mapping[str, Any], checkpoint: Mapping[str, Any], files: Sequence[Exported]) -> str:
     argument = "" if description["recipe"] is not None else ", network"
     hint = "" if not argument else "`network` is built as it was before its training, and must be given.\n\n"
+    given, fed = "`inputs` is a NumPy array", "{session.get_inputs()[0].name: inputs}"
+    if isinstance(description["input_shape"], Mapping):
+        given, fed = "`inputs` holds a NumPy array for each name", "inputs"
     ways = {
         ("safetensors", "hub"): f"{hint}```python\nfrom distill_lightning import load_exported\n\n"
         f'student = load_exported("."{argument})  # the folder of config.json and model.safetensors\n```',
         ("torch_export",): '```python\nimport torch\n\nstudent = torch.export.load("model.pt2").module()\n```',
-        ("onnx",): "`inputs` is a NumPy array:\n\n"
+        ("onnx",): f"{given}:\n\n"
         '```python\nimport onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")\n'
-        "(outputs,) = session.run(None, {session.get_inputs()[0].name: inputs})\n```",
+        f"(outputs,) = session.run(None, {fed})\n```",
     }
     written = {file.format for file in files}
     return "\n\n".join([_meaning(description, checkpoint), *(way for of, way in ways.items() if written & set(of))])
+
+
+def _batch_of(shape: Sequence[int]) -> str:
+    return f"`(N, {', '.join(map(str, shape))})`"
 
 
 def _meaning(description: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
@@ -133,7 +142,11 @@ def _meaning(description: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> s
             "It reads `input_ids` and `attention_mask` `(N, S)` and `decoder_input_ids` `(N, T)`, and gives logits "
             f"`(N, T, {description['num_classes']})`; its `generate` translates."
         )
-    lines = [f"Inputs have the shape `(N, {', '.join(map(str, description['input_shape']))})`."]
+    shape = description["input_shape"]
+    lines = [f"Inputs have the shape {_batch_of(shape)}."]
+    if isinstance(shape, Mapping):
+        parts = " and ".join(f"`{name}` {_batch_of(part)}" for name, part in shape.items())
+        lines = [f"It reads {parts}, by these names or in the order of its arguments."]
     data = data_of(checkpoint)
     if {"mean", "std"} <= data.keys():
         # Of a class of the user's own it is not known what its attributes mean.

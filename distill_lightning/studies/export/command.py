@@ -14,7 +14,7 @@ from torch import nn
 
 from distill_lightning.compression.structure.changes import plain_structure, structure_of
 from distill_lightning.errors import InputError, check_one_of, refusing_to_write
-from distill_lightning.layers import dry_forward
+from distill_lightning.layers import InputShape, dry_forward, plain_shape
 from distill_lightning.storage import write_whole
 from distill_lightning.studies.export.card import data_of, model_card, rows_of
 from distill_lightning.studies.export.config import FORMATS, ExportConfig, Format
@@ -51,7 +51,7 @@ def export_checkpoint(
     *,
     to: Sequence[Format] = ("safetensors",),
     student: nn.Module | None = None,
-    input_shape: Sequence[int] | None = None,
+    input_shape: InputShape | None = None,
 ) -> Export:
     """Write the student of a checkpoint alone, run the files, and describe it in a model card.
 
@@ -67,7 +67,8 @@ def export_checkpoint(
             ``"safetensors"``, read back as ``huggingface_hub`` reads it (needs the extra ``hub``). Nothing is
             downloaded or sent.
         student: a network that is built as the trained one was; only needed if no factory of this package built it.
-        input_shape: of one input; only needed if the checkpoint does not say it; not read of a network that translates.
+        input_shape: of one input, or of each of several by name; only needed if the checkpoint does not say it; not
+            read of a network that translates.
 
     Returns:
         The student, and what was measured of the files.
@@ -99,7 +100,7 @@ def export_checkpoint(
         "class": type(network).__name__,
         "recipe": recipe_in(told) if student is None else None,
         "structure": plain_structure(structure_of(network)),
-        "input_shape": None if shape is None else list(shape),
+        "input_shape": None if shape is None else plain_shape(shape),
         **{name: told["hyper_parameters"].get(name) for name in ("num_classes", "num_targets")},
         # Without them nobody can feed the files, or read what they say.
         **{name: value for name, value in data_of(told).items() if name in ("class_names", "mean", "std")},

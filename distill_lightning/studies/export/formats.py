@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from distill_lightning.compression.access.calibration import inputs_of
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.report.measure import compare_latency
 from distill_lightning.compression.report.onnx import TOLERANCE, OnnxNetwork, export_onnx, outputs_of
 from distill_lightning.errors import InputError
-from distill_lightning.layers import eval_mode
+from distill_lightning.layers import InputShape, by_position, eval_mode
 from distill_lightning.networks.weights import load_strictly, read_weights, write_weights
 from distill_lightning.storage import write_whole
 from distill_lightning.studies.export.config import Format
@@ -31,7 +32,7 @@ _NAMES: Mapping[Format, str] = {
     "onnx": "model.onnx",
 }
 
-Run = Callable[[Tensor], Any]
+Run = Callable[..., Any]
 
 
 class Exported(NamedTuple):
@@ -74,24 +75,31 @@ def refuse_sentences(network: nn.Module, to: Sequence[Format]) -> None:
         )
 
 
-def example_batch(network: nn.Module, input_shape: Sequence[int], size: int) -> Tensor:
+def example_batch(network: nn.Module, input_shape: InputShape, size: int) -> Tensor | tuple[Tensor, ...]:
     """A batch of random inputs: images and the like in [0, 1), tokens for a network that reads them.
 
     Args:
         network: that reads them.
-        input_shape: of one input.
+        input_shape: of one input; with several by name, the batch is a tuple in the order of the network's arguments.
         size: of the batch.
     """
     generator = torch.Generator().manual_seed(0)
     tables = [module.num_embeddings for module in network.modules() if isinstance(module, nn.Embedding)]
-    if len(input_shape) == 1 and tables:
-        return torch.randint(max(tables), (size, *input_shape), generator=generator)
     kind = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    return torch.rand((size, *input_shape), generator=generator).to(kind)
+
+    def random(shape: Sequence[int]) -> Tensor:
+        if len(shape) == 1 and tables:
+            return torch.randint(max(tables), (size, *shape), generator=generator)
+        return torch.rand((size, *shape), generator=generator).to(kind)
+
+    if not isinstance(input_shape, Mapping):
+        return random(input_shape)
+    batch: tuple[Tensor, ...] = by_position(network, {name: random(shape) for name, shape in input_shape.items()})
+    return batch
 
 
 def write_format(
-    network: nn.Module, kind: Format, folder: Path, description: Mapping[str, Any], input_shape: Sequence[int] | None
+    network: nn.Module, kind: Format, folder: Path, description: Mapping[str, Any], input_shape: InputShape | None
 ) -> Exported:
     """Write a network in one format, read the file, and hold its outputs against the network's.
 
@@ -115,7 +123,7 @@ def write_format(
     gaps = [_gap(network, run, path, example_batch(network, input_shape, size), kind) for size in _CHECKED]
     one = example_batch(network, input_shape, 1)
     with eval_mode(network):
-        latency = compare_latency(lambda: network(one), lambda: run(one))
+        latency = compare_latency(lambda: network(*inputs_of(one)), lambda: run(*inputs_of(one)))
     ours, theirs = (1e3 * statistics.median(times) for times in (latency.compressed_wall, latency.dense_wall))
     return Exported(kind, path, path.stat().st_size, max(gaps), ours, theirs)
 
@@ -127,9 +135,10 @@ def _check_weights(network: nn.Module, found: Any, path: Path) -> None:
             raise InputError(f"{path} does not hold what {type(network).__name__} does: {name} differs")
 
 
-def _gap(network: nn.Module, run: Run, path: Path, inputs: Tensor, kind: Format) -> float:
+def _gap(network: nn.Module, run: Run, path: Path, example: Any, kind: Format) -> float:
+    inputs = inputs_of(example)
     with torch.inference_mode():
-        wanted, found = outputs_of(network(inputs)), outputs_of(run(inputs))
+        wanted, found = outputs_of(network(*inputs)), outputs_of(run(*inputs))
     if [output.shape for output in wanted] != [output.shape for output in found]:
         raise InputError(f"{path} gives outputs of other shapes than {type(network).__name__}")
     largest = max((float(output.double().abs().max()) for output in wanted), default=0.0)
@@ -138,13 +147,13 @@ def _gap(network: nn.Module, run: Run, path: Path, inputs: Tensor, kind: Format)
     # NaN is never within the tolerance.
     if not gap <= allowed:
         raise InputError(
-            f"{path} does not compute what {type(network).__name__} does: with a batch of {len(inputs)} outputs differ "
-            f"by {gap:.3g}; does its forward draw at random, or depend on values of its input?"
+            f"{path} does not compute what {type(network).__name__} does: with a batch of {len(inputs[0])} outputs "
+            f"differ by {gap:.3g}; does its forward draw at random, or depend on values of its input?"
         )
     return gap
 
 
-def _write_safetensors(network: nn.Module, path: Path, description: Mapping[str, Any], _: Tensor) -> Run:
+def _write_safetensors(network: nn.Module, path: Path, description: Mapping[str, Any], _: Any) -> Run:
     write_weights(network, path)
     if description["recipe"] is not None:
         return load_exported(path.parent)
@@ -157,7 +166,7 @@ def _write_safetensors(network: nn.Module, path: Path, description: Mapping[str,
     return like.eval()
 
 
-def _write_hub(network: nn.Module, path: Path, description: Mapping[str, Any], inputs: Tensor) -> Run:
+def _write_hub(network: nn.Module, path: Path, description: Mapping[str, Any], inputs: Any) -> Run:
     try:
         import huggingface_hub  # noqa: PLC0415  (an extra)
     except ModuleNotFoundError as error:
@@ -171,10 +180,11 @@ def _write_hub(network: nn.Module, path: Path, description: Mapping[str, Any], i
     return like.eval()
 
 
-def _write_torch_export(network: nn.Module, path: Path, _: Mapping[str, Any], inputs: Tensor) -> Run:
+def _write_torch_export(network: nn.Module, path: Path, _: Mapping[str, Any], inputs: Any) -> Run:
+    arguments, batch = inputs_of(inputs), torch.export.Dim("batch")
     try:
         with torch.no_grad():
-            program = torch.export.export(network, (inputs,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            program = torch.export.export(network, arguments, dynamic_shapes=tuple({0: batch} for _ in arguments))
     except Exception as error:  # whatever a forward may do that cannot be traced
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{type(network).__name__} cannot be exported by torch.export: {reason}") from error
@@ -185,11 +195,11 @@ def _write_torch_export(network: nn.Module, path: Path, _: Mapping[str, Any], in
     return module
 
 
-def _write_onnx(network: nn.Module, path: Path, _: Mapping[str, Any], inputs: Tensor) -> Run:
+def _write_onnx(network: nn.Module, path: Path, _: Mapping[str, Any], inputs: Any) -> Run:
     return OnnxNetwork(export_onnx(network, path, inputs))
 
 
-_WRITERS: Mapping[Format, Callable[[nn.Module, Path, Mapping[str, Any], Tensor], Run]] = {
+_WRITERS: Mapping[Format, Callable[[nn.Module, Path, Mapping[str, Any], Any], Run]] = {
     "safetensors": _write_safetensors,
     "hub": _write_hub,
     "torch_export": _write_torch_export,
