@@ -74,11 +74,10 @@ def test_every_file_is_in_an_experiment_and_trained():
     assert set(ON_TOP) <= {one[1:] for one in TRAINED}
 
 
-@pytest.mark.parametrize("name", ["feed/resnet56", *ONE_TEACHER])
+@pytest.mark.parametrize("name", ["feed/resnet56_sequential", *NOT_TRAINED])
 def test_a_stage_of_sequential_feed_has_the_first_teacher_alone(name):
-    parallel, stage = (
-        yaml.safe_load((REPRODUCE / f"{file}.yaml").read_text()) for file in (name, f"{name}_sequential")
-    )
+    paths = paths_of([name.removesuffix("_sequential"), name])
+    parallel, stage = (yaml.safe_load(path.read_text()) for path in paths)
     teachers = parallel["model"]["init_args"].pop("teachers")
     assert stage["model"]["init_args"].pop("teachers") == teachers[0]
     assert stage == parallel
