@@ -152,8 +152,8 @@ ROOMS = {
         samplers transforms
     """,
     "data/datamodules": """
-        options view_dataset view_sampler indexed image_file gaze_files
-        resumable_loader
+        options view_dataset view_sampler indexed image_file mat_file
+        gaze_files resumable_loader
         view_data_module
         image_data_module docstrings translation
         cifar_pickle image_files in_memory

@@ -32,10 +32,8 @@ def gaze_to_angles(gaze: Tensor) -> Tensor:
     Example:
         >>> from torch import tensor
         >>> from distill_lightning.functional import gaze_to_angles
-        >>> gaze_to_angles(tensor([[0.0, 0.0, -1.0], [-1.0, 0.0, 0.0], [0.0, -0.6, -0.8]]))
-        tensor([[0.0000, 0.0000],
-                [0.0000, 1.5708],
-                [0.6435, 0.0000]])
+        >>> gaze_to_angles(tensor([[-0.36, -0.48, -0.8]]))
+        tensor([[0.5007, 0.4229]])
     """
     x, y, z = _three("directions of gaze", gaze)
     return torch.stack([torch.atan2(-y, torch.hypot(x, z)), torch.atan2(-x, -z)], dim=1)

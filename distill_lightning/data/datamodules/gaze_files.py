@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.io import loadmat
 from torch import Tensor
 
 from distill_lightning import functional
+from distill_lightning.data.datamodules.mat_file import read_mat
 from distill_lightning.errors import InputError, refusing
 
 SHAPE = (36, 60)
@@ -114,15 +114,13 @@ def read_day(path: Path, *, mirror_right: bool = True) -> Day:
     Raises:
         InputError: the file is damaged, or holds something else.
     """
-    # A damaged file makes SciPy raise whatever comes.
-    with refusing(f"{path} is damaged or no MATLAB file, fetch it again", Exception):
-        found = loadmat(path, variable_names=["data", "filenames"])
-        # A cell of texts; each is an array of one.
-        frames = [str(np.asarray(name).item()) for name in np.ravel(found.get("filenames", ()))]
-    data = found.get("data")
+    found = read_mat(path, ["data", "filenames"])
+    names = found.get("filenames", [])
+    # A cell of texts, or a text of several lines; of a single one, just that.
+    frames = [str(name) for name in ([names] if isinstance(names, str) else names)]
     eyes = {}
     for side in SIDES:
-        struct = _field(path, data, "data", side)
+        struct = _field(path, found.get("data"), "data", side)
         parts = {name: _field(path, struct, f"data.{side}", name) for name in ("image", "gaze", "pose")}
         eyes[side] = _eyes(path, side, parts, frames)
     if mirror_right:
@@ -133,9 +131,9 @@ def read_day(path: Path, *, mirror_right: bool = True) -> Day:
 
 
 def _field(path: Path, struct: Any, name: str, field: str) -> Any:
-    if not isinstance(struct, np.ndarray) or struct.size != 1 or field not in (struct.dtype.names or ()):
+    if not isinstance(struct, Mapping) or field not in struct:
         raise InputError(f"{path}: {name} is no struct with {field}: it is not one of MPIIGaze's normalised files")
-    return struct[field].item()
+    return struct[field]
 
 
 def _eyes(path: Path, side: str, parts: Mapping[str, Any], frames: Sequence[str]) -> Eyes:
