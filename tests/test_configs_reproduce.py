@@ -2,7 +2,7 @@
 
 Files have the formats of the real ones. The teachers' and students' names are timm's own, with their tags; weights are
 not fetched. What takes longest is left out: random numbers (here they repeat), three of four rows and columns of
-CIFAR's images, all but the first teacher of the two largest ensembles, ImageNet's teachers once they have answered, and
+CIFAR's images, all but the first teacher of the three largest ensembles, ImageNet's teachers once they have answered, and
 in compressions the search for the amount in large networks, and AlexNet's linear layers.
 """
 
@@ -49,7 +49,6 @@ def own_file(experiment):
 # Each file as it stands, and one small network with each kind of what goes on top. Sequential FEED of a larger network
 # is FEED with one of its teachers.
 ON_TOP = [
-    ("feed/resnet56", "base/kd"),
     ("feed/resnet56", "base/baseline", "base/cutmix"),
     ("self_kd/preact_resnet18", "base/cutout"),
     ("self_kd/preact_resnet18", "base/cutmix"),
@@ -273,7 +272,7 @@ def shortened(path, folder):
     """A file with one teacher of the largest, and with a compression in two epochs."""
     config = yaml.safe_load(path.read_text())
     options = config["model"].setdefault("init_args", {})
-    if path.stem in ("wrn28_10", "resnext29_16x64d"):
+    if path.stem in ("resnet110", "wrn28_10", "resnext29_16x64d"):
         del options["teachers"][1:]
     if "steps" in options:
         options["dense_epochs"] = min(options.get("dense_epochs", 0), 1)
@@ -281,7 +280,7 @@ def shortened(path, folder):
         trained = [step for step in options["steps"] if "finetune_epochs" in step.get("init_args", {})]
         for step in trained:
             step["init_args"]["finetune_epochs"] = 1
-            if path.stem in ("resnet110_filters", "resnet50_filters"):
+            if path.stem in ("resnet56_channels", "resnet110_filters", "resnet50_filters"):
                 # To find the amount takes the network apart a dozen times.
                 step["init_args"] = {**step["init_args"], "budget": None, "amount": 0.25}
             if path.stem == "alexnet_deep_compression":
