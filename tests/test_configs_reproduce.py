@@ -2,8 +2,8 @@
 
 Files have the formats of the real ones. The teachers' and students' names are timm's own, with their tags; weights are
 not fetched. What takes longest is left out: random numbers (here they repeat), three of four rows and columns of
-CIFAR's images, all but the first teacher of the three largest ensembles, ImageNet's teachers once they have answered, and
-in compressions the search for the amount in large networks, and AlexNet's linear layers.
+CIFAR's images, all but the first teacher of the three largest ensembles, ImageNet's teachers once they have answered,
+and in compressions the search for the amount in large networks, and AlexNet's linear layers.
 """
 
 import io
