@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from distill_lightning.compression import export_onnx as export_onnx
     from distill_lightning.compression import load_compressed as load_compressed
     from distill_lightning.data import samplers as samplers
+    from distill_lightning.data.augmentation import ColorJitter as ColorJitter
+    from distill_lightning.data.augmentation import Lighting as Lighting
+    from distill_lightning.data.augmentation import RandAugment as RandAugment
     from distill_lightning.data.batch import Batch as Batch
+    from distill_lightning.data.datamodules import CIFARDataModule as CIFARDataModule
     from distill_lightning.data.datamodules import DetectionAugmentation as DetectionAugmentation
     from distill_lightning.data.datamodules import DigitsDataModule as DigitsDataModule
     from distill_lightning.data.datamodules import DocstringsDataModule as DocstringsDataModule
@@ -148,9 +152,11 @@ _PUBLIC = {
     "distill_lightning.callbacks": ("CompressionCallback",),
     "distill_lightning.compression": ("Compressor", "export_onnx", "load_compressed"),
     "distill_lightning.data": ("samplers",),
+    "distill_lightning.data.augmentation": ("ColorJitter", "Lighting", "RandAugment"),
     "distill_lightning.data.batch": ("Batch",),
     "distill_lightning.data.detection_batch": ("DetectionBatch",),
     "distill_lightning.data.datamodules": (
+        "CIFARDataModule",
         "DetectionAugmentation",
         "DigitsDataModule",
         "DocstringsDataModule",

@@ -146,8 +146,9 @@ ROOMS = {
         views
         batch digests
         columns detection_batch sequences
-        fingerprint
-        mixing datamodules
+        fingerprint image_operations
+        augmentation mixing
+        datamodules
         samplers transforms
         unlabelled
     """,
@@ -156,8 +157,8 @@ ROOMS = {
         gaze_files resumable_loader
         view_data_module
         image_data_module docstrings translation
-        in_memory image_folder
-        digits fashion_mnist
+        cifar_pickle image_files in_memory
+        cifar digits fashion_mnist image_folder
         rotated detection gaze
     """,
     "data/datamodules/detection": """
@@ -423,7 +424,8 @@ def test_the_public_names_of_the_design_are_there():
         "DistillationModule", "SupervisedModule", "KDModule", "FEEDModule", "TeacherEnsemble", "Pretrained", "Batch",
         "DigitsDataModule", "FashionMNISTDataModule", "functional", "SelfKDModule", "MEALV2Module",
         "ExtracurricularModule", "IndexedDataModule", "PredictionStore", "MixupSampler", "CutMixSampler",
-        "GeneratorSampler", "EmpiricalSampler", "ImageFolderDataModule", "AURC", "GapReduction", "AngularError",
+        "GeneratorSampler", "EmpiricalSampler", "CIFARDataModule", "ImageFolderDataModule", "AURC", "GapReduction",
+        "AngularError",
     }  # fmt: skip
     assert names <= set(distill_lightning.__all__)
     assert all(hasattr(distill_lightning, name) for name in distill_lightning.__all__)

@@ -165,6 +165,43 @@ def test_the_last_layer_of_pytorchcv_keeps_its_weights_where_the_classes_fit():
     assert same_state(network, get_pytorchcv_model("resnet20_cifar10").state_dict())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["preresnet18", "densenet121"])
+def test_a_stem_of_pytorchcv_for_small_images_shrinks_nothing(name):
+    network = pytorchcv_network(name, num_classes=7, image_size=32, stem="conv3x3").eval()
+    sizes = {}
+    for path, module in network.features.named_children():
+        module.register_forward_hook(lambda _, __, output, path=path: sizes.__setitem__(path, tuple(output.shape[2:])))
+    assert network(torch.rand(1, 3, 32, 32)).shape == (1, 7)
+    assert [sizes[f"stage{number}"] for number in (1, 2, 3, 4)] == [(32, 32), (16, 16), (8, 8), (4, 4)]
+    own = pytorchcv_network(name, num_classes=7)
+    assert count(own) - count(network) == 64 * (3 * 7 * 7 + 2) - 64 * 3 * 3 * 3
+
+
+def test_pytorchcv_makes_a_resnext_that_has_no_name_there():
+    with torch.device("meta"):
+        network = pytorchcv_network("resnext29_8x64d_cifar10", num_classes=10)
+    assert round(count(network) / 1e6, 1) == 34.4  # what Xie et al. print
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "resnet20_cifar10",
+            {"stem": "conv3x3"},
+            "'resnet20_cifar10' begins with no convolution that shrinks the image",
+        ),
+        ("preresnet18", {"stem": "small"}, "stem must be one of own, conv3x3, got 'small'"),
+        ("resnext28_8x64d_cifar10", {}, "a ResNeXt for CIFAR has 9 n \\+ 2 layers"),
+        ("resnext29_8x64d_cifar10", {"pretrained": True}, "pytorchcv has no weights of 'resnext29_8x64d_cifar10'"),
+    ],
+)
+def test_what_pytorchcv_has_not_is_refused(name, options, message):
+    with pytest.raises(InputError, match=message):
+        pytorchcv_network(name, num_classes=10, **options)
+
+
 def test_pytorchcv_takes_another_image_size():
     network = pytorchcv_network("resnet20_cifar10", num_classes=10, in_channels=1, image_size=28).eval()
     assert network.in_size == (28, 28)

@@ -1,5 +1,6 @@
 """One file per kind of data; each yields `distill_lightning.Batch`."""
 
+from distill_lightning.data.datamodules.cifar import CIFARDataModule
 from distill_lightning.data.datamodules.detection import (
     AnnotatedFile,
     AnnotatedFiles,
@@ -18,7 +19,8 @@ from distill_lightning.data.datamodules.docstrings import ByteWindows, Docstring
 from distill_lightning.data.datamodules.fashion_mnist import FashionMNISTDataModule
 from distill_lightning.data.datamodules.gaze import EyeTensors, GazeDataModule
 from distill_lightning.data.datamodules.image_data_module import ImageDataModule
-from distill_lightning.data.datamodules.image_folder import Files, ImageFiles, ImageFolderDataModule
+from distill_lightning.data.datamodules.image_files import Files, ImageFiles
+from distill_lightning.data.datamodules.image_folder import ImageFolderDataModule
 from distill_lightning.data.datamodules.in_memory import Images, ImageTensors, InMemoryImageDataModule
 from distill_lightning.data.datamodules.indexed import IndexedDataModule
 from distill_lightning.data.datamodules.options import LoadingOptions, ViewOptions
@@ -44,6 +46,7 @@ __all__ = [
     "Annotation",
     "BytePairTokenizer",
     "ByteWindows",
+    "CIFARDataModule",
     "DetectionAugmentation",
     "DetectionFiles",
     "DigitsDataModule",

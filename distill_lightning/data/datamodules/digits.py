@@ -8,6 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
+from distill_lightning.data.augmentation import RandAugment
 from distill_lightning.data.datamodules.in_memory import Images, InMemoryImageDataModule
 from distill_lightning.data.datamodules.options import ViewOptions
 from distill_lightning.errors import InputError
@@ -25,6 +26,8 @@ class DigitsDataModule(InMemoryImageDataModule):
         test_size: number of test images.
         image_size: rows and columns; other than 8 enlarges the images bilinearly, once.
         padding: pixels of zeros around a training image that its random crop may take in.
+        cutout: side in pixels of a square of the mean colour in every training view; 0: none.
+        randaugment: operations that are drawn for every training view; ``None``: none.
         options: how samples are chosen, ordered and loaded, and which views of them; see `ViewOptions`.
 
     Raises:
@@ -52,10 +55,20 @@ class DigitsDataModule(InMemoryImageDataModule):
         test_size: int = 500,
         image_size: int = 16,
         padding: int = 1,
+        cutout: int = 0,
+        randaugment: RandAugment | None = None,
         **options: Unpack[ViewOptions],
     ) -> None:
-        # A mirrored digit is not a digit.
-        super().__init__(val_size=val_size, test_size=test_size, padding=padding, flip=False, **options)
+        super().__init__(
+            val_size=val_size,
+            test_size=test_size,
+            padding=padding,
+            # A mirrored digit is not a digit.
+            flip=False,
+            cutout=cutout,
+            randaugment=randaugment,
+            **options,
+        )
         if image_size < 1:
             raise InputError(f"image_size must be at least 1, got {image_size}")
         if test_size is None:

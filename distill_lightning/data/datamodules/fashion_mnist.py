@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
+from distill_lightning.data.augmentation import RandAugment
 from distill_lightning.data.datamodules.in_memory import Images, InMemoryImageDataModule
 from distill_lightning.data.datamodules.options import ViewOptions
 from distill_lightning.errors import InputError, refusing
@@ -35,6 +36,8 @@ class FashionMNISTDataModule(InMemoryImageDataModule):
         test_size: number of test images, the first ones; ``None``: all 10,000.
         padding: pixels of zeros around a training image that its random crop may take in.
         flip: whether half of the training views are mirrored.
+        cutout: side in pixels of a square of the mean colour in every training view; 0: none.
+        randaugment: operations that are drawn for every training view; ``None``: none.
         options: how samples are chosen, ordered and loaded, and which views of them; see `ViewOptions`.
 
     Raises:
@@ -57,9 +60,19 @@ class FashionMNISTDataModule(InMemoryImageDataModule):
         test_size: int | None = None,
         padding: int = 2,
         flip: bool = True,
+        cutout: int = 0,
+        randaugment: RandAugment | None = None,
         **options: Unpack[ViewOptions],
     ) -> None:
-        super().__init__(val_size=val_size, test_size=test_size, padding=padding, flip=flip, **options)
+        super().__init__(
+            val_size=val_size,
+            test_size=test_size,
+            padding=padding,
+            flip=flip,
+            cutout=cutout,
+            randaugment=randaugment,
+            **options,
+        )
         if download and data_dir is None:
             raise InputError("download=True needs data_dir, the folder to download into")
         self.data_dir = DEBIAN_FOLDER if data_dir is None else Path(data_dir)

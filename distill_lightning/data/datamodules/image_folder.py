@@ -2,149 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import warnings
 from pathlib import Path
-from typing import Literal, NamedTuple, Unpack
+from typing import Literal, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as transforms
 
-from distill_lightning.data.batch import Batch
-from distill_lightning.data.columns import Columns
+from distill_lightning.data.augmentation import ColorJitter, Lighting, RandAugment
 from distill_lightning.data.datamodules.image_data_module import ImageDataModule
-from distill_lightning.data.datamodules.image_file import SUFFIXES, DamagedImageError, decode
+from distill_lightning.data.datamodules.image_file import SUFFIXES, decode
+from distill_lightning.data.datamodules.image_files import Files, ImageFiles
 from distill_lightning.data.datamodules.options import ViewOptions
-from distill_lightning.data.datamodules.view_dataset import ViewDataset
-from distill_lightning.data.views import CROP_DRAWS, random_box, uniform_draws
 from distill_lightning.errors import InputError, check_one_of
 
 # Damaged files that a warning names.
 _SHOWN = 100
-
-
-class Files(NamedTuple):
-    """Image files below a folder: their paths as bytes, in one array ``(N,)``, and their classes ``(N,)`` as int64.
-
-    Not a list of strings, of which every worker process would in time make its own copy, by counting references.
-    """
-
-    paths: NDArray[np.bytes_]
-    targets: Tensor
-
-    def take(self, index: Tensor) -> Files:
-        """The files at ``index``."""
-        return Files(self.paths[index.numpy()], self.targets[index])
-
-
-class ImageFiles(ViewDataset):
-    """Images in files, each decoded when it is asked for; their views depend on nothing but their keys.
-
-    Rows of a batch that follow one another and are views of one image share its decoding. With ``augment`` a view is a
-    random part of the image (`distill_lightning.data.views.random_box`), resized to a square, mirrored or not. Without,
-    every view is the plain image: its shorter side resized, and the centre of that.
-
-    Args:
-        folder: where the files' paths begin.
-        files: the samples.
-        image_size: rows and columns of a view.
-        resize_size: length of the shorter side of a plain image, of which the centre is taken.
-        mean: of each channel, in ``[0, 1]``; views are ``(pixel / 255 - mean) / std`` in float32.
-        std: of each channel, in the same unit.
-        augment: whether views are random.
-        crop_scale: smallest and largest part of an image's area that a random view shows.
-        crop_ratio: smallest and largest ratio of width to height of that part.
-        flip: whether half of the random views are mirrored.
-        seed: of the views and the partners.
-        partners: whether each view comes with another sample in the same view, drawn from the view's own key.
-        damaged: where damaged files are noted, bool ``(N,)``, in memory that worker processes share; their views then
-            are images of the mean colour that do not count. ``None``: a damaged file is an error.
-    """
-
-    depends_on = ("mean", "std", "seed", "image_size", "crop_scale", "crop_ratio", "flip", "partners")
-
-    def __init__(
-        self,
-        folder: str | Path,
-        files: Files,
-        *,
-        image_size: int,
-        resize_size: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        augment: bool = False,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: bool = True,
-        seed: int = 0,
-        partners: bool = False,
-        damaged: Tensor | None = None,
-    ) -> None:
-        super().__init__(seed=seed, partners=partners)
-        self.folder, self.files, self.damaged = Path(folder), files, damaged
-        self.image_size, self.resize_size = image_size, resize_size
-        self.mean, self.std = mean, std
-        self.augment, self.crop_scale, self.crop_ratio, self.flip = augment, crop_scale, crop_ratio, flip
-
-    def __len__(self) -> int:
-        return len(self.files.targets)
-
-    def make(self, index: Tensor, view: Tensor) -> Batch:
-        """The batch of these views, both ``(N,)``.
-
-        Raises:
-            InputError: a file cannot be read or, unless damaged files are noted, decoded.
-        """
-        draws = uniform_draws(self.seed, index, view, 1 + CROP_DRAWS).tolist() if self.augment else []
-        pixels = torch.empty(len(index), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        counted = torch.ones(len(index), dtype=torch.bool)
-        for sample, rows in itertools.groupby(range(len(index)), key=index.tolist().__getitem__):
-            image = self._decoded(sample)
-            for row in rows:
-                if image is None:
-                    counted[row] = False
-                else:
-                    pixels[row] = self._random(image, draws[row]) if self.augment else self._plain(image)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        inputs = pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
-        if counted.all():
-            return Batch(inputs, self.files.targets[index], index, view)
-        inputs[~counted] = 0
-        return Batch(inputs, self.files.targets[index], index, view, counted)
-
-    def make_partner(self, index: Tensor, view: Tensor, others: Tensor) -> Batch:
-        """As of every `ViewDataset`, but instead of a damaged image the sample is its own partner."""
-        partner = self.make(others, view)
-        return partner if partner.counted is None else self.make(torch.where(partner.counted, others, index), view)
-
-    def _decoded(self, sample: int) -> Tensor | None:
-        try:
-            return decode(self.folder / os.fsdecode(self.files.paths[sample]))
-        except DamagedImageError:
-            if self.damaged is None:
-                raise
-            self.damaged[sample] = True
-            return None
-
-    def columns(self) -> Columns:
-        """Paths, below the folder, and classes."""
-        return Columns(names=self.files.paths.tolist(), labels=self.files.targets, folder=str(self.folder))
-
-    def _random(self, image: Tensor, draws: list[float]) -> Tensor:
-        height, width = image.shape[1:]
-        box = random_box(height, width, draws[1:], scale=self.crop_scale, ratio=self.crop_ratio)
-        part: Tensor = transforms.resized_crop(image, *box, [self.image_size, self.image_size], antialias=True)
-        return part.flip(2) if self.flip and draws[0] < 0.5 else part
-
-    def _plain(self, image: Tensor) -> Tensor:
-        resized = transforms.resize(image, [self.resize_size], antialias=True)
-        centre: Tensor = transforms.center_crop(resized, [self.image_size, self.image_size])
-        return centre
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -163,11 +40,14 @@ class ImageFolderDataModule(ImageDataModule):
     ``.tiff``, ``.pbm``, ``.pgm`` or ``.ppm``, in capitals or not.
 
     A view is a function of ``(seed, sample index, view number)`` alone: torchvision's ``RandomResizedCrop`` and a flip,
-    with bilinear interpolation and antialiasing. All images become RGB with 8 bits: grey ones, palettes and CMYK JPEGs
-    are converted, transparency is dropped, 16 bits lose the lower 8, and of an animation or several pages the first
-    counts; levels of PGM and PPM files are stretched so that their largest is white. TIFF files of other numbers than
-    unsigned ones of at most 16 bits are refused. The orientation that JPEG, PNG and TIFF files tell is followed; that
-    of WebP files is not.
+    with bilinear interpolation and antialiasing; then, where they are given, ``randaugment``, ``color_jitter`` and
+    ``lighting``, in this order. ``color_jitter=ColorJitter(), lighting=Lighting()`` is Self-KD's recipe for ImageNet.
+    MEAL V2 reads ``image_size=224`` and ``resize_size=256``, or 380 and 434, without any of them.
+
+    All images become RGB with 8 bits: grey ones, palettes and CMYK JPEGs are converted, transparency is dropped, 16
+    bits lose the lower 8, and of an animation or several pages the first counts; levels of PGM and PPM files are
+    stretched so that their largest is white. TIFF files of other numbers than unsigned ones of at most 16 bits are
+    refused. The orientation that JPEG, PNG and TIFF files tell is followed; that of WebP files is not.
 
     With ``views_per_load=R`` an image is decoded once for ``R`` of its views, which follow one another in a batch; an
     epoch then reads the views ``e * R`` to ``e * R + R - 1``, modulo ``views``, and is ``R`` times as long. Shen, Xing:
@@ -186,6 +66,9 @@ class ImageFolderDataModule(ImageDataModule):
         test_size: number of test images, drawn by ``seed``; ``None``: all.
         mean: of red, green and blue in ``[0, 1]``; the networks read ``(pixel / 255 - mean) / std``.
         std: of red, green and blue, in the same unit.
+        color_jitter: how colours of training views are changed at random; ``None``: not at all.
+        lighting: noise along the principal components of colours, of training views; ``None``: none.
+        randaugment: operations that are drawn for every training view; ``None``: none.
         on_damaged: what becomes of an image that cannot be decoded: ``"error"`` stops the run; with ``"skip"`` a view
             of the mean colour takes its place and does not count (``Batch.counted``): it is in no loss and no metric,
             prediction leaves it out, and it is no one's partner. At the end each process warns of such files that it
@@ -215,6 +98,9 @@ class ImageFolderDataModule(ImageDataModule):
         test_size: int | None = None,
         mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
         std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        color_jitter: ColorJitter | None = None,
+        lighting: Lighting | None = None,
+        randaugment: RandAugment | None = None,
         on_damaged: Literal["error", "skip"] = "error",
         **options: Unpack[ViewOptions],
     ) -> None:
@@ -240,6 +126,7 @@ class ImageFolderDataModule(ImageDataModule):
         self.crop_scale = (float(crop_scale[0]), float(crop_scale[1]))
         self.crop_ratio = (float(crop_ratio[0]), float(crop_ratio[1]))
         self.flip = flip
+        self.color_jitter, self.lighting, self.randaugment = color_jitter, lighting, randaugment
         self.mean = (float(mean[0]), float(mean[1]), float(mean[2]))
         self.std = (float(std[0]), float(std[1]), float(std[2]))
         self.class_names = _class_names(self.data_dir / "train")
@@ -335,6 +222,9 @@ class ImageFolderDataModule(ImageDataModule):
             crop_scale=self.crop_scale,
             crop_ratio=self.crop_ratio,
             flip=self.flip,
+            color_jitter=self.color_jitter,
+            lighting=self.lighting,
+            randaugment=self.randaugment,
             seed=self.seed,
             partners=self.partners and augment,
             damaged=self._damaged.get(split),

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
+from distill_lightning.data.augmentation import RandAugment
 from distill_lightning.data.batch import Batch
 from distill_lightning.data.columns import Columns
 from distill_lightning.data.datamodules.image_data_module import ImageDataModule
 from distill_lightning.data.datamodules.options import ViewOptions
 from distill_lightning.data.datamodules.view_dataset import ViewDataset
+from distill_lightning.data.mixing import cutout
 from distill_lightning.data.views import crop_and_flip, uniform_draws
 from distill_lightning.errors import InputError
+
+# Which of a view's random numbers are whose: those of the crop and the flip, and where the others' begin.
+_CROP_DRAWS, _CUTOUT, _RANDAUGMENT = 3, 3, 5
 
 
 class Images(NamedTuple):
@@ -40,11 +45,13 @@ class ImageTensors(ViewDataset):
 
     Args:
         images: the samples.
-        mean: of the pixels, in ``[0, 1]``; views are ``(pixel / 255 - mean) / std`` in float32.
-        std: of the pixels, in the same unit.
+        mean: of the pixels, or of each channel, in ``[0, 1]``; views are ``(pixel / 255 - mean) / std`` in float32.
+        std: of the pixels, or of each channel, in the same unit.
         seed: of the views.
         padding: pixels of zeros around the image that a random crop may take in; 0 crops nothing.
         flip: whether half of the views are mirrored.
+        cutout: side in pixels of a square that every view loses, see `distill_lightning.data.mixing.cutout`; 0: none.
+        randaugment: operations that are drawn for every view after cropping and mirroring; ``None``: none.
         partners: whether each view comes with another sample in the same view, drawn from the view's own key.
 
     Example:
@@ -62,17 +69,22 @@ class ImageTensors(ViewDataset):
         self,
         images: Images,
         *,
-        mean: float,
-        std: float,
+        mean: float | tuple[float, ...],
+        std: float | tuple[float, ...],
         seed: int = 0,
         padding: int = 0,
         flip: bool = False,
+        cutout: int = 0,
+        randaugment: RandAugment | None = None,
         partners: bool = False,
     ) -> None:
         super().__init__(seed=seed, partners=partners)
         self.images, self.targets = images
         self.mean, self.std = mean, std
         self.padding, self.flip = padding, flip
+        self.cutout, self.randaugment = cutout, randaugment
+        # Only where they are used: what was kept of other views, before there were these options, is still theirs.
+        self.depends_on += tuple(name for name in ("cutout", "randaugment") if getattr(self, name))
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -83,30 +95,47 @@ class ImageTensors(ViewDataset):
 
     @property
     def views_are_alike(self) -> bool:
-        """Whether nothing is cropped or mirrored, nor done by a `make` of a subclass's own."""
-        return type(self).make is ImageTensors.make and not (self.padding or self.flip)
+        """Whether nothing is cropped, mirrored or else changed, nor done by a `make` of a subclass's own."""
+        changes = (self.padding, self.flip, self.cutout, self.randaugment)
+        return type(self).make is ImageTensors.make and not any(changes)
 
     def make(self, index: Tensor, view: Tensor) -> Batch:
         """The batch of these views, both ``(N,)``."""
         images = self.images[index]
         if self.padding or self.flip:
-            draws = uniform_draws(self.seed, index, view, 3)
+            draws = uniform_draws(self.seed, index, view, _CROP_DRAWS)
             images = crop_and_flip(images, draws, padding=self.padding, flip=self.flip)
-        inputs = images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        if self.randaugment is not None:
+            draws = uniform_draws(self.seed, index, view, self.randaugment.draws, first=_RANDAUGMENT)
+            images = self.randaugment(images, draws)
+        inputs = images.to(torch.float32).div_(255).sub_(_by_channel(self.mean)).div_(_by_channel(self.std))
+        if self.cutout:
+            inputs = cutout(inputs, self.cutout, uniform_draws(self.seed, index, view, 2, first=_CUTOUT))
         return Batch(inputs, self.targets[index], index, view)
+
+
+def _by_channel(values: float | tuple[float, ...]) -> Any:
+    """One number as it is, several as ``(C, 1, 1)``."""
+    return torch.tensor(values).view(-1, 1, 1) if isinstance(values, tuple) else values
 
 
 class InMemoryImageDataModule(ImageDataModule):
     """Base of the small image sets: reads once, splits by seed, yields `Batch`.
 
     A subclass sets ``num_classes`` (or, for a regression, ``num_targets``), ``input_shape``, ``class_names``, ``mean``
-    and ``std``, and defines `read`. The test images are never part of training or validation.
+    and ``std``, each of these one number or a tuple with one for each channel, and defines `read`. The test images are
+    never part of training or validation.
+
+    The options change training views alone, in the order crop, flip, RandAugment, Cutout. Unlike the transform
+    `distill_lightning.Cutout` of a module, these are part of the view: a teacher's answer about it can be stored.
 
     Args:
         val_size: number of validation images, drawn by ``seed`` from the training files.
         test_size: number of test images, the first ones; ``None``: all.
         padding: pixels of zeros around a training image that its random crop may take in; 0 crops nothing.
         flip: whether half of the training views are mirrored.
+        cutout: side in pixels of a square of the mean colour in every training view; 0: none.
+        randaugment: operations that are drawn for every training view; ``None``: none.
         options: how samples are chosen, ordered and loaded, and which views of them; see `ViewOptions`.
 
     Raises:
@@ -129,8 +158,8 @@ class InMemoryImageDataModule(ImageDataModule):
     """
 
     val_size: int  # required: there are no files for validation alone
-    mean: float
-    std: float
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
 
     def __init__(
         self,
@@ -139,12 +168,17 @@ class InMemoryImageDataModule(ImageDataModule):
         test_size: int | None = None,
         padding: int = 2,
         flip: bool = False,
+        cutout: int = 0,
+        randaugment: RandAugment | None = None,
         **options: Unpack[ViewOptions],
     ) -> None:
         super().__init__(val_size=val_size, test_size=test_size, **options)
         if padding < 0:
             raise InputError(f"padding cannot be negative, got {padding}")
+        if cutout < 0:
+            raise InputError(f"cutout is a square's side in pixels, 0 for none, got {cutout}")
         self.padding, self.flip = padding, flip
+        self.cutout, self.randaugment = cutout, randaugment
         self._splits: dict[str, Images] = {}
         self._left_out = torch.empty(0, dtype=torch.long)
 
@@ -191,5 +225,7 @@ class InMemoryImageDataModule(ImageDataModule):
             seed=self.seed,
             padding=self.padding if augment else 0,
             flip=self.flip and augment,
+            cutout=self.cutout if augment else 0,
+            randaugment=self.randaugment if augment else None,
             partners=self.partners and augment,
         )

@@ -76,8 +76,10 @@ class RotatedFashionMNISTDataModule(_Rotated, FashionMNISTDataModule):
             val_size=val_size,
             test_size=test_size,
             padding=padding,
-            # A mirrored image would be turned the other way.
+            # A mirrored image would be turned the other way, and RandAugment turns images itself.
             flip=False,
+            cutout=0,
+            randaugment=None,
             **options,
         )
         self._turn_by(max_angle)
@@ -111,7 +113,16 @@ class RotatedDigitsDataModule(_Rotated, DigitsDataModule):
         padding: int = 0,
         **options: Unpack[ViewOptions],
     ) -> None:
-        super().__init__(val_size=val_size, test_size=test_size, image_size=image_size, padding=padding, **options)
+        super().__init__(
+            val_size=val_size,
+            test_size=test_size,
+            image_size=image_size,
+            padding=padding,
+            cutout=0,
+            # It turns images itself.
+            randaugment=None,
+            **options,
+        )
         self._turn_by(max_angle)
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from distill_lightning import Batch, ImageFolderDataModule, InputError, KDModule, TeacherStore
 from distill_lightning.cli import main
-from distill_lightning.data.datamodules import ImageDataModule, ViewDataset, ViewSampler, image_folder
+from distill_lightning.data.datamodules import ImageDataModule, ViewDataset, ViewSampler, image_files, image_folder
 from distill_lightning.data.datamodules.image_file import decode
 from distill_lightning.data.fingerprint import data_difference
 from distill_lightning.data.views import uniform_draws
@@ -617,8 +617,8 @@ def test_what_is_abstract_says_so():
 @pytest.fixture
 def decoded(monkeypatch):
     """The files that were decoded, in order."""
-    paths, whole = [], image_folder.decode
-    monkeypatch.setattr(image_folder, "decode", lambda path: paths.append(path) or whole(path))
+    paths, whole = [], image_files.decode
+    monkeypatch.setattr(image_files, "decode", lambda path: paths.append(path) or whole(path))
     return paths
 
 

@@ -9,7 +9,14 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from distill_lightning import Batch, IndexedDataModule, InMemoryImageDataModule, InputError, SupervisedModule
+from distill_lightning import (
+    Batch,
+    IndexedDataModule,
+    InMemoryImageDataModule,
+    InputError,
+    RandAugment,
+    SupervisedModule,
+)
 from distill_lightning.data.datamodules import Images, ImageTensors, ResumableLoader, ViewSampler
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
@@ -407,7 +414,8 @@ def test_the_fingerprint_tells_samples_their_order_and_the_views_apart():
     assert of() == of()
     assert of(("order_seed", 5)) == of() == of(("batch_size", 3)) == of(views=4)
     assert of(samples=20)["data"] != of()["data"]
-    for change in (("padding", 2), ("flip", True), ("partners", True), ("mean", 0.3), ("std", 0.5)):
+    changes = [("padding", 2), ("flip", True), ("partners", True), ("mean", 0.3), ("std", 0.5), ("mean", (0.3,))]
+    for change in [*changes, ("cutout", 3), ("randaugment", RandAugment()), ("randaugment", RandAugment(1))]:
         assert of(change)["data"] == of()["data"]
         assert of(change)["transform"] != of()["transform"]
     assert of(seed=1)["transform"] != of()["transform"]

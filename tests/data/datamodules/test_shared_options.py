@@ -6,9 +6,12 @@ import re
 
 import pytest
 import pytorch_lightning as pl
+import yaml
 from jsonargparse import ArgumentParser
 
 from distill_lightning import (
+    CIFARDataModule,
+    ColorJitter,
     DigitsDataModule,
     DocstringsDataModule,
     FashionMNISTDataModule,
@@ -16,6 +19,8 @@ from distill_lightning import (
     ImageFolderDataModule,
     InMemoryImageDataModule,
     InputError,
+    Lighting,
+    RandAugment,
     RotatedDigitsDataModule,
     RotatedFashionMNISTDataModule,
     VOCDetectionDataModule,
@@ -31,6 +36,7 @@ VALUES = {
 LOADING = {name: value for name, value in VALUES.items() if name in LoadingOptions.__optional_keys__}
 MODULES = {
     DigitsDataModule: VALUES,
+    CIFARDataModule: VALUES,
     FashionMNISTDataModule: VALUES,
     RotatedDigitsDataModule: VALUES,
     RotatedFashionMNISTDataModule: VALUES,
@@ -57,6 +63,8 @@ def needed(kind, folder):
     """What has no default."""
     if kind is VOCDetectionDataModule:
         return {"data_dir": folder, "class_names": ["cat"]}
+    if kind is CIFARDataModule:
+        return {"data_dir": folder}
     return {"data_dir": folder, "val_size": 1} if kind is ImageFolderDataModule else {}
 
 
@@ -98,7 +106,7 @@ def test_a_data_module_has_few_arguments_of_its_own_and_names_none_again(kind):
     options = own.pop("options")
     assert options.kind is inspect.Parameter.VAR_KEYWORD
     assert not own.keys() & ViewOptions.__optional_keys__
-    assert len(own) <= 11
+    assert len(own) <= 14
 
 
 @pytest.mark.parametrize("kind", MODULES)
@@ -136,9 +144,35 @@ def test_the_options_are_read_from_yaml_and_the_command_line(kind, way, folder):
     assert {name: getattr(data, name) for name in MODULES[kind]} == MODULES[kind]
 
 
+# Choices of augmentations
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "choice"),
+    [
+        (CIFARDataModule, "randaugment", RandAugment(operations=3, magnitude=9)),
+        (FashionMNISTDataModule, "randaugment", RandAugment(operations=1, magnitude=4)),
+        (ImageFolderDataModule, "color_jitter", ColorJitter(brightness=0.1, hue=0.2)),
+        (ImageFolderDataModule, "lighting", Lighting(std=0.3)),
+    ],
+)
+def test_a_choice_is_read_from_yaml_and_the_command_line(kind, name, choice, folder):
+    given = {key: str(value) for key, value in needed(kind, folder).items()}
+    fields = {key: value for key, value in vars(choice).items() if value != getattr(type(choice), key)}
+    lines = [f"--data={kind.__name__}", *(f"--data.{key}={value}" for key, value in given.items())]
+    made = [parsed(kind, [*lines, *(f"--data.{name}.{key}={value}" for key, value in fields.items())])]
+    for written in (fields, {"class_path": type(choice).__name__, "init_args": fields}):
+        config = {"data": {"class_path": kind.__name__, "init_args": given | {name: written}}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        made.append(parsed(kind, [f"--config={folder / 'config.yaml'}"]))
+    assert [getattr(data, name) for data in made] == [choice] * 3
+    assert getattr(parsed(kind, lines), name) is None
+
+
 UNKNOWN = [
     *[(kind, "batchsize") for kind in MODULES],
     *[(kind, "flip") for kind in (DigitsDataModule, RotatedDigitsDataModule, RotatedFashionMNISTDataModule)],
+    *[(kind, "randaugment") for kind in (RotatedDigitsDataModule, RotatedFashionMNISTDataModule)],
     *[(DocstringsDataModule, name) for name in ("flip", "views", "views_per_load", "partners")],
     *[(VOCDetectionDataModule, name) for name in ("flip", "views", "partners")],
     (ImageFolderDataModule, "padding"),

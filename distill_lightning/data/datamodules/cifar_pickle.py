@@ -1,0 +1,135 @@
+"""Reading CIFAR's pickled files without running anything that they might ask for."""
+
+from __future__ import annotations
+
+import _codecs
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill_lightning.errors import InputError, refusing
+
+_AGAIN = ": get the python version again from https://www.cs.toronto.edu/~kriz/cifar.html"
+
+_WHOLE = re.compile("[iu][1248]")
+
+# What pickle's machine runs into in a damaged file, whose instructions may be anything.
+_FAILURES = (
+    *(pickle.UnpicklingError, EOFError, OSError, ValueError, TypeError, AttributeError, LookupError),
+    *(OverflowError, MemoryError, RecursionError, ImportError),
+)
+
+
+class _Dtype:
+    """Stands for `numpy.dtype`: keeps what a file says of one, without making it."""
+
+    __slots__ = ("code", "order")
+
+    def __init__(self, code: Any, *flags: Any) -> None:
+        self.code, self.order = code, "|"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+
+class _Array:
+    """Stands for `numpy.ndarray` and the function that rebuilds one: keeps its parts, without making it."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, *empty: Any) -> None:
+        self.parts: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.parts = state
+
+    def made(self) -> NDArray[Any]:
+        """The array, a view of its bytes.
+
+        Raises:
+            TypeError: it is not of whole numbers, or its parts are not what they should be.
+            ValueError: they do not fit together.
+        """
+        _, shape, dtype, by_column, content = self.parts
+        code, order = (text.decode() if isinstance(text, bytes) else text for text in (dtype.code, dtype.order))
+        if not _WHOLE.fullmatch(code):
+            raise TypeError(f"they are of the type {code!r}")
+        flat = np.frombuffer(content, np.dtype(code).newbyteorder(order))
+        return flat.reshape(shape, order="F" if by_column else "C")
+
+
+# All that an array, or bytes written by Python 3 for Python 2, are made of. numpy moved its own in version 2.
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _codecs.encode,
+}
+
+
+class _Reader(pickle.Unpickler):
+    """Finds nothing but what is in ``_KNOWN``; no other function can so be called.
+
+    Args:
+        path: of the file, for the message.
+        file: that is read.
+    """
+
+    def __init__(self, path: Path, file: Any) -> None:
+        # Python 2's text, which the official files hold, is bytes.
+        super().__init__(file, encoding="bytes")
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What stands for a global."""
+        if (module, name) not in _KNOWN:
+            raise InputError(
+                f"{self.path} asks for {module}.{name}, which CIFAR's files do not need; it is not run{_AGAIN}"
+            )
+        return _KNOWN[module, name]
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """Read one of CIFAR's pickled dicts, of numbers, text, lists and NumPy's arrays; nothing in it is run.
+
+    The official files, which Python 2 wrote, are read like copies that were written again, by any version of Python
+    and NumPy, in a protocol up to 4.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The dict, its keys as text, its arrays not yet made; `whole_numbers` makes them.
+
+    Raises:
+        InputError: the file asks for anything that these are not made of, is damaged, or holds no dict.
+    """
+    with refusing(str(path), OSError), path.open("rb") as file, refusing(f"{path} is damaged{_AGAIN}", *_FAILURES):
+        content = _Reader(path, file).load()
+        if not isinstance(content, dict):
+            raise InputError(f"{path} holds a {type(content).__name__}, not a dict{_AGAIN}")
+        return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in content.items()}
+
+
+def whole_numbers(path: Path, content: dict[str, Any], name: str) -> NDArray[Any]:
+    """An array, or lists, of whole numbers in what `read_pickle` gave.
+
+    Args:
+        path: the file, for the message.
+        content: the dict.
+        name: the key.
+
+    Raises:
+        InputError: there is none, or it holds something else.
+    """
+    with refusing(f"{path} has no whole numbers as {name!r}{_AGAIN}", *_FAILURES):
+        value = content[name]
+        numbers = value.made() if isinstance(value, _Array) else np.asarray(value)
+        if numbers.dtype.kind not in "iu":
+            raise TypeError(f"they are of the type {numbers.dtype}")
+        return numbers
