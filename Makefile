@@ -27,7 +27,7 @@ QUICK := -m 'not slow' tests/test_versions.py tests/callbacks tests/modules
 # Old libraries warn of one another, and the tests of warnings look for ours.
 OLD := -n auto --dist worksteal -W default -W "ignore:This property will be removed:DeprecationWarning"
 # Of lightning-bolts 0.7.0 and pytorch-lightning 1.9.5 these are accepted, beside those of pyproject.toml; all others are
-# errors. Both declare namespaces by pkg_resources, and call what lightning-utilities, torchmetrics and Lightning have renamed;
+# errors. Both declare namespaces by pkg_resources and call what lightning-utilities and torchmetrics have renamed;
 BOLTS := -n auto --dist worksteal -W 'ignore:pkg_resources is deprecated as an API:UserWarning' \
 	-W 'ignore:Deprecated call to `pkg_resources:DeprecationWarning' \
 	-W 'ignore:`ModuleAvailableCache` is a special case:DeprecationWarning' \
@@ -35,6 +35,12 @@ BOLTS := -n auto --dist worksteal -W 'ignore:pkg_resources is deprecated as an A
 	-W 'ignore:`pytorch_lightning.utilities.apply_func.apply_to_collection` has been:DeprecationWarning'
 # lightning-bolts looks whether NumPy has its old names, and says of most of its classes that they may change.
 BOLTS += -W 'ignore:In the future `np.:FutureWarning' -W 'ignore:The feature'
+# Lightning 1.9 says that it calls a module's optimizer_step at optimiser steps alone, as the package wants it; that it does
+# not know the samples of a prediction, which batches tell; that a run of one batch, logged or not, is a short one; and of
+# two processes what pyproject.toml accepts of one: data in memory need no workers.
+BOLTS += -W 'ignore:When using `Trainer(accumulate_grad_batches:UserWarning' \
+	-W "ignore:Lightning couldn't infer the indices fetched:UserWarning" \
+	-W 'ignore:The number of training batches:UserWarning' -W 'ignore:strategy=ddp_spawn and num_workers=0:UserWarning'
 
 .PHONY: demo compress test test-lightning test-bolts test-lowest check check-fast bench table
 
@@ -105,7 +111,7 @@ table: .venv/table.stamp
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv-lightning/$* pytorch-lightning==$* 'setuptools<81'
 	touch $@
 
-# An environment of its own, in which pip chooses; what it finds in .venv and can use, PyTorch above all, it need not install.
+# An environment of its own, in which pip chooses; what it can use of .venv, PyTorch above all, it need not install again.
 .venv-bolts/stamp: .venv/dev.stamp
 	test -x .venv-bolts/bin/python || $(PYTHON) -m venv .venv-bolts
 	$(BIN)/python -c 'import site; print(*site.getsitepackages())' > $$(echo .venv-bolts/lib/python*/site-packages)/shared.pth
