@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+from importlib.util import find_spec
 
 # One thread each: the workers of a parallel run and the spawned processes would otherwise wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,10 @@ from lightning_fabric.utilities import registry
 # Every Trainer looks through the metadata of all installed packages, which takes longer than most of these trainings.
 if hasattr(registry, "entry_points"):  # since Lightning 2
     registry.entry_points = functools.cache(registry.entry_points)
+
+
+# Only with lightning-bolts, which goes with an old Lightning alone: `make test-bolts`.
+collect_ignore = [] if find_spec("pl_bolts") else ["bolts"]
 
 
 def pytest_collection_finish(session):

@@ -96,7 +96,8 @@ class Batch:
         input: what the networks read: ``(N, C, H, W)`` for images, int64 ``(N, T)`` for tokens; a tuple of such tensors
             for a network of several arguments, a dict for keyword arguments.
         target: class indices ``(N,)``, or ``(N, T)`` where each position has one; distributions ``(N, K)`` where labels
-            were mixed or smoothed; real numbers ``(N, d)`` of a regression; ``None`` where nobody looks at labels.
+            were mixed or smoothed; real numbers ``(N, d)`` of a regression, ``(N,)`` will do for a single one; ``None``
+            where nobody looks at labels.
         index: which sample of the training set each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
         view: which augmented view of that sample each row is, int64 ``(N,)``; ``None`` if the data module cannot tell.
         counted: which samples ``(N,)`` or positions ``(N, T)`` count in losses and metrics, bool; ``None``: all. A

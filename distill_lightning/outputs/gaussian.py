@@ -108,12 +108,17 @@ class Gaussian(Output):
     def check_target(
         self, who: str, target: Tensor | None, *, per_position: bool = False, is_evaluated: bool = False
     ) -> None:
-        """``(N, d)`` is needed."""
-        if isinstance(target, Tensor) and (target.ndim != 2 or target.shape[1] != self.num_targets):
+        """``(N, d)`` is needed, or real numbers ``(N,)`` of a single target."""
+        if isinstance(target, Tensor) and self.as_target(target).shape[1:] != (self.num_targets,):
             raise InputError(
                 f"{who}: the targets have shape {tuple(target.shape)} where num_targets={self.num_targets} needs "
                 f"(N, {self.num_targets}): reshape them"
             )
+
+    def as_target(self, target: Tensor) -> Tensor:
+        """Targets ``(N, d)``; integers ``(N,)`` stay, for they are classes."""
+        is_column = target.ndim == 1 and self.num_targets == 1 and target.is_floating_point()
+        return target[:, None] if is_column else target
 
     def target_rule(self, target: Tensor) -> str:
         """They must be finite."""
@@ -121,7 +126,7 @@ class Gaussian(Output):
 
     def wrong_targets(self, target: Tensor) -> Tensor:
         """Rows that hold a number that is not finite."""
-        return ~target.isfinite().all(dim=-1)
+        return ~self.as_target(target).isfinite().all(dim=-1)
 
     def select(self, output: Tensor, target: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
         """The samples that count."""

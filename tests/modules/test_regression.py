@@ -419,6 +419,30 @@ def test_an_odd_number_of_outputs_is_refused():
         terms_of(torch.zeros(4, 3), torch.zeros(4, 1))
 
 
+def flat_and_column(module, **changes):
+    """A batch with targets (N,), and the same one with targets (N, 1)."""
+    batch = Batch(torch.rand(6, *SHAPE), torch.randn(6), **changes)
+    for targets in (batch.target, batch.target[:, None]):
+        yield module.prepared(batch.replace(target=targets))
+
+
+def test_a_single_target_needs_no_dimension_of_its_own():
+    module = RegressionModule(TinyNet(None, num_targets=1), num_targets=1).eval()
+    flat, column = flat_and_column(module, counted=torch.tensor([True] * 5 + [False]))
+    assert flat.target.shape == (6, 1)
+    assert torch.equal(flat.target, column.target)
+    assert all(torch.equal(value, module.terms(column)[name]) for name, value in module.terms(flat).items())
+
+
+def test_flat_targets_are_looked_at_one_by_one():
+    module = RegressionModule(TinyNet(None, num_targets=1), num_targets=1)
+    targets = torch.tensor([0.5, 1.0, math.nan, 2.0])
+    with pytest.raises(InputError, match="label of sample 2 .* is nan, and labels must be finite"):
+        module.guard.look(module, Batch(torch.rand(4, *SHAPE), targets), 0, "train")
+    with pytest.raises(InputError, match=r"targets have shape \(4,\) where num_targets=1 needs \(N, 1\)"):
+        module.guard.look(module, Batch(torch.rand(4, *SHAPE), torch.arange(4)), 0, "train")
+
+
 # The contract
 
 
