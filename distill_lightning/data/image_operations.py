@@ -65,7 +65,8 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
         # How far a channel lies below the highest one, in parts of the extent: up and down along the circle.
         place = (turned + start) % 6
         channels.append(highest - extent * torch.minimum(place, 4 - place).clamp(0, 1))
-    return (torch.stack(channels, dim=1) * 255).round().to(torch.uint8)
+    turned_back: Tensor = (torch.stack(channels, dim=1) * 255).round().to(torch.uint8)
+    return turned_back
 
 
 def posterize(images: Tensor, bits: int) -> Tensor:

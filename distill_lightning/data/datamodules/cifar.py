@@ -100,6 +100,7 @@ class CIFARDataModule(InMemoryImageDataModule):
         torch.Size([3, 32, 32])
     """
 
+    num_classes: int
     input_shape = _SHAPE
     mean = (0.4914, 0.4822, 0.4465)
     std = (0.2023, 0.1994, 0.2010)

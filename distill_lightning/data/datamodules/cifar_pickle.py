@@ -6,7 +6,7 @@ import _codecs
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +58,7 @@ class _Array:
         code, order = (text.decode() if isinstance(text, bytes) else text for text in (dtype.code, dtype.order))
         if not _WHOLE.fullmatch(code):
             raise TypeError(f"they are of the type {code!r}")
-        flat = np.frombuffer(content, np.dtype(code).newbyteorder(order))
+        flat = np.frombuffer(content, np.dtype(code).newbyteorder(cast("Any", order)))
         return flat.reshape(shape, order="F" if by_column else "C")
 
 

@@ -69,7 +69,7 @@ class ImageFiles(ViewDataset):
             are images of the mean colour that do not count. ``None``: a damaged file is an error.
     """
 
-    depends_on = ("mean", "std", "seed", "image_size", "crop_scale", "crop_ratio", "flip", "partners")
+    depends_on: tuple[str, ...] = ("mean", "std", "seed", "image_size", "crop_scale", "crop_ratio", "flip", "partners")
 
     def __init__(
         self,

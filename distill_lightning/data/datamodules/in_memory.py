@@ -63,7 +63,7 @@ class ImageTensors(ViewDataset):
         (tensor([2, 0]), tensor([2.]))
     """
 
-    depends_on = ("mean", "std", "seed", "padding", "flip", "partners")
+    depends_on: tuple[str, ...] = ("mean", "std", "seed", "padding", "flip", "partners")
 
     def __init__(
         self,
