@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from distill_lightning.data.transforms import Cutout as Cutout
     from distill_lightning.data.transforms import LabelSmoothing as LabelSmoothing
     from distill_lightning.data.transforms import Mixup as Mixup
+    from distill_lightning.data.unlabelled import UnlabelledSampler as UnlabelledSampler
     from distill_lightning.errors import InputError as InputError
     from distill_lightning.layers.call import call as call
     from distill_lightning.modules.base import DistillationModule as DistillationModule
@@ -174,6 +175,7 @@ _PUBLIC = {
         "MixupSampler",
     ),
     "distill_lightning.data.transforms": ("CutMix", "Cutout", "LabelSmoothing", "Mixup"),
+    "distill_lightning.data.unlabelled": ("UnlabelledSampler",),
     "distill_lightning.errors": ("InputError",),
     "distill_lightning.layers.call": ("call",),
     "distill_lightning.modules.base": ("DistillationModule",),

@@ -149,6 +149,7 @@ ROOMS = {
         fingerprint
         mixing datamodules
         samplers transforms
+        unlabelled
     """,
     "data/datamodules": """
         options view_dataset view_sampler indexed image_file

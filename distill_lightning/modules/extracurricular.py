@@ -111,8 +111,9 @@ class ExtracurricularModule(DistillationModule):
         num_classes: ``K`` of a classification: networks give logits ``(N, K)``.
         num_targets: ``d`` of a regression: networks give means and log-variances ``(N, 2 d)``. ``output: Gaussian``
             sets the log-variances' bounds, and the ``teacher_variance`` of teachers that give means alone.
-        samplers: what makes the additional inputs, see `distill_lightning.data.samplers`; ``None``: `MixupSampler`.
-            With nothing but `EmpiricalSampler` there are none, and this is standard knowledge distillation.
+        samplers: what makes the additional inputs, see `distill_lightning.data.samplers`, or `UnlabelledSampler`, which
+            takes real ones; ``None``: `MixupSampler`. With nothing but `EmpiricalSampler` there are none, and this is
+            standard knowledge distillation.
         sampler_weights: shares of the samplers in the additional inputs, divided by their sum; ``None``: equal.
         extra_ratio: ``M / N``.
         temperature: ``T``, in classification, of a whole distribution.

@@ -13,6 +13,7 @@ from distill_lightning import (
     AttentionDistance,
     Batch,
     CutMixSampler,
+    DigitsDataModule,
     EmpiricalSampler,
     EqualSizes,
     ExtracurricularModule,
@@ -29,6 +30,7 @@ from distill_lightning import (
     PooledSize,
     StudentSize,
     TeacherEnsemble,
+    UnlabelledSampler,
 )
 from distill_lightning.errors import NonFiniteError
 from distill_lightning.layers import Paraphraser
@@ -77,6 +79,9 @@ METHODS = {
     "xcl_twice": partial(xcl, extra_ratio=2, temperature=3.0),
     "xcl_empirical": partial(xcl, samplers=[EmpiricalSampler()]),
     "xcl_several": several,
+    "xcl_unlabelled": lambda teachers: xcl(
+        teachers, samplers=[UnlabelledSampler(DigitsDataModule(subset=100, image_size=8))]
+    ),
     "kd": kd,
     "meal": meal,
     "meal_alone": partial(meal, discriminator=NoDiscriminator()),

@@ -36,6 +36,8 @@ class ImageDataModule(ViewDataModule):
     def split(self, rest: int, test: int, val: int | None = None) -> dict[str, Tensor]:
         """Which samples belong to ``"train"``, ``"val"`` and ``"test"``, as their places in what was read.
 
+        ``"rest"`` are the training samples that ``subset`` leaves out, see `UnlabelledSampler`.
+
         Args:
             rest: number of samples for training, and for validation where no others are for that.
             test: number of samples for test.
@@ -61,6 +63,7 @@ class ImageDataModule(ViewDataModule):
         order = torch.randperm(rest, generator=torch.Generator().manual_seed(self.seed))
         return {
             "train": order[drawn:][: self.subset],
+            "rest": order[drawn:][available if self.subset is None else self.subset :],
             "val": order[:drawn] if val is None else torch.arange(self.val_size or val),
             "test": torch.arange(self.test_size or test),
         }

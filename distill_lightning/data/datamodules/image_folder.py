@@ -314,12 +314,15 @@ class ImageFolderDataModule(ImageDataModule):
             flowers/train/rose/17.jpg cannot be decoded (Premature end of JPEG file): mend it, or take it out ...
         """
         self.setup()
-        paths = np.concatenate([files.paths for files in self._splits.values()])
+        paths = np.concatenate([files.paths for split, files in self._splits.items() if split != "rest"])
         found = DataLoader(_Faults(self.data_dir, paths), batch_size=None, num_workers=self.num_workers)
         return [fault for fault in found if fault]
 
     def dataset(self, split: str, *, augment: bool = False) -> ImageFiles:
-        """One split, ``"train"``, ``"val"`` or ``"test"``; without ``augment`` every view is the plain image."""
+        """One split, ``"train"``, ``"val"``, ``"test"``, or ``"rest"``: the training images that ``subset`` leaves out.
+
+        Without ``augment`` every view is the plain image.
+        """
         self.setup()
         return ImageFiles(
             self.data_dir,

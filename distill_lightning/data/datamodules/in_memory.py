@@ -146,6 +146,7 @@ class InMemoryImageDataModule(ImageDataModule):
             raise InputError(f"padding cannot be negative, got {padding}")
         self.padding, self.flip = padding, flip
         self._splits: dict[str, Images] = {}
+        self._left_out = torch.empty(0, dtype=torch.long)
 
     def read(self) -> tuple[Images, Images]:
         """The images for training and validation, and those for test."""
@@ -162,6 +163,7 @@ class InMemoryImageDataModule(ImageDataModule):
             "val": self.samples(rest, chosen["val"], part=0),
             "test": self.samples(test, chosen["test"], part=1),
         }
+        self._left_out = chosen["rest"]
 
     def samples(self, images: Images, index: Tensor, *, part: int) -> Images:
         """The samples of a split; a data module that makes another task of them does so here.
@@ -174,8 +176,14 @@ class InMemoryImageDataModule(ImageDataModule):
         return images.take(index)
 
     def dataset(self, split: str, *, augment: bool = False) -> ImageTensors:
-        """One split, ``"train"``, ``"val"`` or ``"test"``; without ``augment`` every view is the plain image."""
+        """One split, ``"train"``, ``"val"``, ``"test"``, or ``"rest"``: the training images that ``subset`` leaves out.
+
+        Without ``augment`` every view is the plain image.
+        """
         self.setup()
+        if split == "rest" and split not in self._splits:
+            # Few ask for them, so that they are not kept until someone does.
+            self._splits[split] = self.samples(self.read()[0], self._left_out, part=0)
         return ImageTensors(
             self._splits[split],
             mean=self.mean,
