@@ -16,6 +16,20 @@ QUICK = {
         "dense_epochs, finetune_epochs, amount, clusters, training_images = 1, 2, 0.5, 8, 64"
     ),
     "03_does_it_help_on_my_data": "training_images, num_teachers, teacher_width, epochs, seeds = 64, 1, 2, 1, [0, 1]",
+    "04_write_your_own_method": (
+        "training_images, num_teachers, teacher_width, student_width, epochs, seeds = 64, 1, 2, 2, 1, [0]"
+    ),
+    "05_ensembles_and_features": (
+        "training_images, num_teachers, teacher_width, student_width, epochs, probe_epochs, seeds = 64, 1, 2, 2, 1, 1, [0]"
+    ),
+    "06_self_kd_and_confidence": "training_images, wrong_labels, width, epochs, alpha_T, seeds = 64, 0.2, 2, 2, 0.8, [0]",
+    "07_meal_v2_and_the_discriminator": (
+        "training_images, num_teachers, teacher_width, student_width, epochs, seeds = 64, 1, 2, 2, 1, [0]"
+    ),
+    "08_extracurricular_learning": "training_points, num_teachers, epochs, seeds = 100, 1, 1, [0]",
+    "09_your_own_data_and_teachers": (
+        "labelled, unlabelled, teacher_side, student_width, epochs, seeds = 20, 25, 32, 2, 2, [0]"
+    ),
 }
 
 

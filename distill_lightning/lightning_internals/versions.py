@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,6 +10,14 @@ import pytorch_lightning as pl
 from distill_lightning.errors import InputError
 
 VERSION = tuple(map(int, pl.__version__.split(".")[:2]))
+
+# Lightning 2.6 uses a class that torch 2.14 renames: nobody who trains a module can do anything about it.
+warnings.filterwarnings(
+    "ignore",
+    message=".isinstance.treespec, LeafSpec.. is deprecated",
+    category=FutureWarning,
+    module=r"pytorch_lightning\.utilities\._pytree",
+)
 
 
 def refuse_mid_epoch(trainer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -185,6 +186,9 @@ class ViewDataModule(pl.LightningDataModule):
         self, dataset: ViewDataset, sampler: Sampler[Any], *, batch_size: int | None, drop_last: bool = False
     ) -> DataLoader[Batch]:
         """A loader that goes on in the middle of an epoch; without ``batch_size`` the sampler gives whole batches."""
+        if self.default_workers == 0 == self.num_workers:
+            # Lightning would ask for more; it does not say of which loader, so this can be no narrower.
+            warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
         return ResumableLoader(
             dataset,
             batch_size=batch_size,

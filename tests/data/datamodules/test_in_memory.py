@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.connectors import data_connector
 from torch.utils.data import DataLoader
 
 from distill_lightning import (
@@ -550,3 +551,9 @@ def test_a_training_goes_on_from_any_step(tmp_path, step, wrapped):
     whole = fit(callbacks=[Save()])
     resumed = fit(tmp_path / "middle.ckpt")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole if name.startswith("student."))
+
+
+@pytest.mark.filterwarnings("error:.*does not have many workers")
+def test_lightning_does_not_ask_for_workers_where_there_are_to_be_none(monkeypatch):
+    monkeypatch.setattr(data_connector, "suggested_max_num_workers", lambda _: 8)
+    tiny_trainer(limit_train_batches=1).fit(SupervisedModule(TinyNet(), num_classes=3), datamodule=TinyDataModule())
