@@ -11,7 +11,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # The settings cell of each notebook, made small.
 QUICK = {
-    "01_first_distillation": "num_teachers, teacher_width, student_width, epochs, training_images = 2, 3, 2, 2, 64",
+    "01_first_distillation": (
+        "training_images, num_teachers, teacher_width, student_width, epochs, seeds = 50, 2, 3, 2, 2, [0]"
+    ),
     "02_what_of_a_network_is_needed": (
         "dense_epochs, finetune_epochs, amount, clusters, training_images = 1, 2, 0.5, 8, 64"
     ),
