@@ -11,7 +11,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # The settings cell of each notebook, made small.
 QUICK = {
-    "01_first_distillation": "num_teachers, teacher_width, student_width, epochs, training_images = 2, 3, 2, 2, 64",
+    "01_first_distillation": (
+        "training_images, num_teachers, teacher_width, student_width, epochs, seeds = 50, 2, 3, 2, 2, [0]"
+    ),
     "02_what_of_a_network_is_needed": (
         "dense_epochs, finetune_epochs, amount, clusters, training_images = 1, 2, 0.5, 8, 64"
     ),
@@ -20,9 +22,12 @@ QUICK = {
         "training_images, num_teachers, teacher_width, student_width, epochs, seeds = 64, 1, 2, 2, 1, [0]"
     ),
     "05_ensembles_and_features": (
-        "training_images, num_teachers, teacher_width, student_width, epochs, probe_epochs, seeds = 64, 1, 2, 2, 1, 1, [0]"
+        "training_images, num_teachers, teacher_width, student_width, epochs, probe_epochs, seeds = "
+        "64, 1, 2, 2, 1, 1, [0]"
     ),
-    "06_self_kd_and_confidence": "training_images, wrong_labels, width, epochs, alpha_T, seeds = 64, 0.2, 2, 2, 0.8, [0]",
+    "06_self_kd_and_confidence": (
+        "training_images, wrong_labels, width, epochs, alpha, seeds = 64, 0.2, 2, 2, 0.8, [0]"
+    ),
     "07_meal_v2_and_the_discriminator": (
         "training_images, num_teachers, teacher_width, student_width, epochs, seeds = 64, 1, 2, 2, 1, [0]"
     ),
