@@ -155,7 +155,7 @@ def data(**options):
         (lambda config: config["trainer"].update(devices=0), "trainer: .*0"),
         (model(sizes={"class_path": "StudnetSize"}), "sizes.*StudnetSize"),
         (data(subset=5000), "subset=5000 is larger than the 1265 training images"),
-        (data(val_size=0), "val_size must be at least 1, got 0: the split or batch would be empty"),
+        (data(test_size=0), "test_size must be at least 1, got 0: the split or batch would be empty"),
         (data(val_size=1297), "leaves none of 1297 images"),
         (
             lambda config: config.update(

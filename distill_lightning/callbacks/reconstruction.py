@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from operator import itemgetter
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -20,9 +21,9 @@ from torchmetrics.regression import WeightedMeanAbsolutePercentageError
 
 from distill_lightning import functional
 from distill_lightning.callbacks.figures import log_figure
-from distill_lightning.data.batch import Batch
+from distill_lightning.data.batch import Batch, map_tensors
 from distill_lightning.errors import InputError, check_finite
-from distill_lightning.layers import FeatureTap, Paraphraser, Translator, freeze, resolve_layer, unwrapped
+from distill_lightning.layers import FeatureTap, Paraphraser, Translator, freeze, outputs_of, resolve_layer, unwrapped
 from distill_lightning.layers.feature_tap import Channels
 from distill_lightning.lightning_internals import TrainersBatches, drawing_parts, training_loaders, undrawn
 from distill_lightning.plots import reconstruction_errors
@@ -227,7 +228,7 @@ class ReconstructionErrorProbe(pl.Callback):
             for name, network in {**networks, **teachers}.items()
         }
 
-    def _plan(self, taps: Mapping[str, FeatureTap], example: Tensor, teachers: Iterable[str]) -> list[_Probe]:
+    def _plan(self, taps: Mapping[str, FeatureTap], example: Any, teachers: Iterable[str]) -> list[_Probe]:
         """The probes, untrained."""
         shapes = {name: _map_shape(name, tap, example) for name, tap in taps.items()}
         if self.kind == "self":
@@ -305,9 +306,9 @@ def _device(network: nn.Module) -> torch.device:
     return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
 
 
-def _map_shape(name: str, tap: FeatureTap, example: Tensor) -> tuple[int, ...]:
+def _map_shape(name: str, tap: FeatureTap, example: Any) -> tuple[int, ...]:
     """``(C, H, W)`` of a network's tapped feature map."""
-    _, features = tap.shapes(example.shape[1:])
+    _, features = tap.shapes(map_tensors(lambda part: part.shape[1:], example))
     shape = tuple(features[tap.layers[0]])
     if len(shape) != 4:
         raise InputError(f"{name}'s {tap.layers[0]!r} gives shape {shape}, not (N, C, H, W): tap a convolutional layer")
@@ -315,27 +316,27 @@ def _map_shape(name: str, tap: FeatureTap, example: Tensor) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _features(taps: Mapping[str, FeatureTap], inputs: Tensor, device: torch.device) -> dict[str, Tensor]:
-    inputs = inputs.to(device, torch.float32)
-    return {name: tap(inputs)[1][tap.layers[0]] for name, tap in taps.items()}
+def _features(taps: Mapping[str, FeatureTap], inputs: Any, device: torch.device) -> dict[str, Tensor]:
+    inputs = map_tensors(lambda part: part.to(device, torch.float32 if part.is_floating_point() else None), inputs)
+    return {name: outputs_of(tap, inputs)[1][tap.layers[0]] for name, tap in taps.items()}
 
 
-def _counted_inputs(loader: Iterable[Any], limit: int | None) -> Iterator[Tensor]:
+def _counted_inputs(loader: Iterable[Any], limit: int | None) -> Iterator[Any]:
     """The inputs of the samples that count, batch by batch, where there are any."""
     for batch in map(Batch.of, islice(loader, limit)):
-        whole = batch.counted is None or batch.counted.ndim > 1
-        inputs = batch.input if whole else batch.input[batch.counted]
-        if len(inputs):
-            yield inputs
+        if batch.counted is None or batch.counted.ndim > 1:
+            yield batch.input
+        elif batch.counted.any():
+            yield map_tensors(itemgetter(batch.counted), batch.input)
 
 
-def _first_input(loader: Iterable[Any]) -> Tensor:
+def _first_input(loader: Iterable[Any]) -> Any:
     for batch in loader:
         inputs = Batch.of(batch).input
-        if not isinstance(inputs, Tensor):
+        if not isinstance(inputs, (Tensor, Mapping)):
             raise InputError(
-                f"ReconstructionErrorProbe reads inputs that are one tensor, got {type(inputs).__name__}: leave it out "
-                "for networks of several inputs"
+                f"ReconstructionErrorProbe reads inputs that are one tensor or several by name, got "
+                f"{type(inputs).__name__}: give them as a dict, or leave it out"
             )
         return inputs
     raise InputError("ReconstructionErrorProbe: the validation loader has no batch to measure errors on")

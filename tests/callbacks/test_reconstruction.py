@@ -462,7 +462,37 @@ def test_samples_that_do_not_count_are_left_out():
     assert probe.measure(networks, train + noise, padded + noise) == probe.measure(networks, train, val)
 
 
-def test_inputs_of_several_tensors_are_refused():
+class Shifted(TinyNet):
+    """Of an image and what is added to all its pixels."""
+
+    def forward(self, image, shift):
+        return super().forward(image + shift[:, :, None, None])
+
+
+def test_inputs_by_name_are_probed_like_one_tensor():
+    torch.manual_seed(1)
+    network, plain = Shifted(width=4), TinyNet(width=4)
+    plain.load_state_dict(network.state_dict())
+
+    def by_name(parts, *, counted):
+        shifts = [torch.rand(len(images), 1) for images, _ in parts]
+        named = [
+            Batch({"image": images - shift[:, :, None, None], "shift": shift}, target, counted=counted)
+            for (images, target), shift in zip(parts, shifts, strict=True)
+        ]
+        whole = [Batch(images, target, counted=counted) for images, target in parts]
+        return named, whole
+
+    train, val = by_name(batches(2), counted=None), by_name(batches(2, seed=1), counted=torch.tensor([1, 0, 1, 1]) > 0)
+    probe = ReconstructionErrorProbe("features", epochs=2)
+    told, expected = (
+        [row["relative"] for row in probe.measure({"a": one}, *loaders)]
+        for one, loaders in ((network, (train[0], val[0])), (plain, (train[1], val[1])))
+    )
+    assert told == pytest.approx(expected, rel=1e-4)
+
+
+def test_inputs_by_position_are_refused():
     several = [((images, images), target) for images, target in batches(1)]
-    with pytest.raises(InputError, match="reads inputs that are one tensor, got tuple: leave it out"):
+    with pytest.raises(InputError, match="one tensor or several by name, got tuple: give them as a dict"):
         ReconstructionErrorProbe("features").measure(networks_of(4), several, several)

@@ -291,7 +291,7 @@ def test_images_that_are_not_finite_are_named():
         fitted(module_of(), loader(samples))
     module = module_of(nonfinite="skip")
     before = state_of(module.student)
-    with pytest.raises(NonFiniteError, match="1 of 1 batches of epoch 0 were skipped"):
+    with pytest.raises(NonFiniteError, match="1 of 1 batches of epoch 1 were skipped"):
         fitted(module, loader(samples))
     assert same(before, state_of(module.student))
 

@@ -79,7 +79,7 @@ class CIFARDataModule(InMemoryImageDataModule):
         data_dir: the folder with ``cifar-10-batches-py`` or ``cifar-100-python``, or that folder itself.
         num_classes: 10 or 100, which of the two sets.
         download: fetch the files with torchvision into ``data_dir`` where one is missing.
-        val_size: number of validation images.
+        val_size: number of validation images; 0: all 50,000 are trained on, as most papers do, and none validates.
         test_size: number of test images, the first ones; ``None``: all 10,000.
         padding: pixels of zeros around a training image that its random crop may take in.
         flip: whether half of the training views are mirrored.
@@ -91,7 +91,7 @@ class CIFARDataModule(InMemoryImageDataModule):
         class_names: the usual ones; after ``setup`` those in ``batches.meta`` or ``meta``, where there is such a file.
 
     Raises:
-        InputError: ``num_classes`` is another number, or a size is not positive; from ``setup``: a file is missing,
+        InputError: ``num_classes`` is another number, or a size is too small; from ``setup``: a file is missing,
             damaged, or asks for code to be run, or a size is larger than the data.
 
     Example:

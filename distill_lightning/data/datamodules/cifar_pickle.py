@@ -39,10 +39,11 @@ class _Dtype:
 class _Array:
     """Stands for `numpy.ndarray` and the function that rebuilds one: keeps its parts, without making it."""
 
-    __slots__ = ("parts",)
+    __slots__ = ("axes", "parts")
 
     def __init__(self, *empty: Any) -> None:
         self.parts: Any = None
+        self.axes: Any = None
 
     def __setstate__(self, state: Any) -> None:
         self.parts = state
@@ -59,13 +60,33 @@ class _Array:
         if not _WHOLE.fullmatch(code):
             raise TypeError(f"they are of the type {code!r}")
         flat = np.frombuffer(content, np.dtype(code).newbyteorder(cast("Any", order)))
-        return flat.reshape(shape, order="F" if by_column else "C")
+        array = flat.reshape(shape, order="F" if by_column else "C")
+        return array if self.axes is None else array.transpose(self.axes)
+
+
+class _ArrayOfBytes(_Array):
+    """Stands for the function that makes an array of its bytes, in files of protocol 5.
+
+    Raises:
+        ValueError: they are neither by row nor by column, nor by row with the axes exchanged afterwards.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, content: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> None:
+        super().__init__()
+        if order not in ("C", "F") and (order != "K" or axes is None):
+            raise ValueError(f"an array is in the order {order!r}")
+        self.parts = (1, shape, dtype, order == "F", content)
+        self.axes = axes if order == "K" else None
 
 
 # All that an array, or bytes written by Python 3 for Python 2, are made of. numpy moved its own in version 2.
 _KNOWN: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy.core.numeric", "_frombuffer"): _ArrayOfBytes,
+    ("numpy._core.numeric", "_frombuffer"): _ArrayOfBytes,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _codecs.encode,
@@ -98,7 +119,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     """Read one of CIFAR's pickled dicts, of numbers, text, lists and NumPy's arrays; nothing in it is run.
 
     The official files, which Python 2 wrote, are read like copies that were written again, by any version of Python
-    and NumPy, in a protocol up to 4.
+    and NumPy, in any protocol up to 5.
 
     Args:
         path: the file.

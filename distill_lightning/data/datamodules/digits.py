@@ -22,7 +22,7 @@ class DigitsDataModule(InMemoryImageDataModule):
     Digits*, UCI, as in `sklearn.datasets.load_digits`.
 
     Args:
-        val_size: number of validation images.
+        val_size: number of validation images; 0: none, and nothing is validated.
         test_size: number of test images.
         image_size: rows and columns; other than 8 enlarges the images bilinearly, once.
         padding: pixels of zeros around a training image that its random crop may take in.

@@ -32,7 +32,7 @@ class FashionMNISTDataModule(InMemoryImageDataModule):
         data_dir: folder with the four IDX files, packed (``.gz``) or not, or torchvision's root folder; ``None``: where
             the Debian package ``dataset-fashion-mnist`` puts them.
         download: fetch the files with torchvision into ``data_dir`` where they are missing.
-        val_size: number of validation images.
+        val_size: number of validation images; 0: none, and nothing is validated.
         test_size: number of test images, the first ones; ``None``: all 10,000.
         padding: pixels of zeros around a training image that its random crop may take in.
         flip: whether half of the training views are mirrored.

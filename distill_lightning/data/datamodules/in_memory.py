@@ -130,7 +130,8 @@ class InMemoryImageDataModule(ImageDataModule):
     `distill_lightning.Cutout` of a module, these are part of the view: a teacher's answer about it can be stored.
 
     Args:
-        val_size: number of validation images, drawn by ``seed`` from the training files.
+        val_size: number of validation images, drawn by ``seed`` from the training files; 0: none, and nothing is
+            validated.
         test_size: number of test images, the first ones; ``None``: all.
         padding: pixels of zeros around a training image that its random crop may take in; 0 crops nothing.
         flip: whether half of the training views are mirrored.
@@ -158,6 +159,7 @@ class InMemoryImageDataModule(ImageDataModule):
     """
 
     val_size: int  # required: there are no files for validation alone
+    least_val_size = 0
     mean: float | tuple[float, ...]
     std: float | tuple[float, ...]
 

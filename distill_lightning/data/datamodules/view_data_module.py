@@ -52,6 +52,8 @@ class ViewDataModule(pl.LightningDataModule):
     input_shape: tuple[int, ...]
     # Zero workers: a batch made in memory costs less than handing it over from another process. None: one per CPU.
     default_workers: int | None = 0
+    # 0 where a training may do without a validation.
+    least_val_size: int = 1
 
     def __init__(
         self,
@@ -78,8 +80,9 @@ class ViewDataModule(pl.LightningDataModule):
             "views_per_load": views_per_load,
         }
         for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise InputError(f"{name} must be at least 1, got {size}: the split or batch would be empty")
+            least = self.least_val_size if name == "val_size" else 1
+            if size is not None and size < least:
+                raise InputError(f"{name} must be at least {least}, got {size}: the split or batch would be empty")
         for name, size in (("batch_size", batch_size), ("views", views)):
             if size is not None and size % views_per_load:
                 raise InputError(
@@ -148,8 +151,12 @@ class ViewDataModule(pl.LightningDataModule):
             )
         return loader
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Plain samples in order."""
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Plain samples in order; no loader with ``val_size=0``."""
+        if self.val_size == 0:
+            # That was the intention, by which Lightning asks.
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+            return []
         return self._loader(self.dataset("val"))
 
     def test_dataloader(self) -> DataLoader[Batch]:

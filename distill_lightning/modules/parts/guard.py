@@ -271,7 +271,7 @@ class Guard(Part):
                 of = "" if index is None else f" (samples {_listed(index.tolist())})"
                 raise NonFiniteError(
                     f"{type(module).__name__}: train/{name} is not finite in batch {number} of epoch "
-                    f"{module.trainer.current_epoch}{of}: {_reason(batch)}"
+                    f"{module.trainer.current_epoch + 1}{of}: {_reason(batch)}"
                 )
 
     @staticmethod
@@ -315,7 +315,7 @@ def check_loss(module: Any, loss: Tensor, batch: Batch | None, number: int) -> N
     if (_is_read(loss, number) or number % _EVERY == 0) and has_trainer(module) and not loss.isfinite():
         raise NonFiniteError(
             f"{type(module).__name__}: train/loss is not finite in batch {number} of epoch "
-            f"{module.trainer.current_epoch}: {_reason(batch)}"
+            f"{module.trainer.current_epoch + 1}: {_reason(batch)}"
         )
 
 

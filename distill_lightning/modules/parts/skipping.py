@@ -123,7 +123,7 @@ class Skipping(Part):
         if not skipped:
             return
         told = (
-            f"{type(module).__name__}: {skipped} of {batches} batches of epoch {module.trainer.current_epoch} were "
+            f"{type(module).__name__}: {skipped} of {batches} batches of epoch {module.trainer.current_epoch + 1} were "
             f"skipped because of nan or inf, the first for {first}"
         )
         if skipped == batches:

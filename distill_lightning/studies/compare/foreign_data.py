@@ -55,11 +55,17 @@ def check_loaders(data: Any) -> None:
     """Look at the loaders of a data module that is set up.
 
     Raises:
-        InputError: one is missing, or the test samples come in another order every time.
+        InputError: one is missing, there are no validation samples, or the test samples come in another order every
+            time.
     """
     missing = [f"{split}_dataloader" for split in _SPLITS if not has_loader(data, split)]
     if missing:
         raise InputError(f"data: {type(data).__name__} has no {' and no '.join(missing)}: give it one")
+    if data.val_dataloader() == []:
+        raise InputError(
+            f"data: {type(data).__name__} has no validation samples, by which an epoch is chosen: give it some "
+            "(val_size)"
+        )
     if isinstance(getattr(data.test_dataloader(), "sampler", None), RandomSampler):
         raise InputError(
             f"data: {type(data).__name__} shuffles the test samples, and outputs are compared sample by sample: let "

@@ -189,7 +189,8 @@ def _trained(
         try:
             trainer.fit(subject.module, datamodule=data, ckpt_path=checkpoint)
         except Exception as error:
-            error.add_note(f"{IN_EPOCH} {trainer.current_epoch}")
+            # From 1, as in histories, curves and tables.
+            error.add_note(f"{IN_EPOCH} {trainer.current_epoch + 1}")
             raise
     if len(keeper.history) < run.epochs:
         # Lightning may return from an interrupted fit as if it had ended.

@@ -113,7 +113,11 @@ def _report(module: Any, data: Any, trainer: Any, watch: Watch) -> Report:
     keys = Keys(module, data)
     frozen = _fingerprints(module)
     failures: list[Finding] = []
-    has_validation = is_overridden("val_dataloader", data) and is_overridden("validation_step", module)
+    has_validation = (
+        is_overridden("val_dataloader", data)
+        and is_overridden("validation_step", module)
+        and getattr(data, "val_size", None) != 0
+    )
     if has_validation:
         run = lambda: trainer.validate(module, datamodule=data, verbose=False)  # noqa: E731
         failures += _failure("validation", run, keys)

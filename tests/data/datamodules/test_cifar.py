@@ -1,18 +1,22 @@
 """CIFAR's pickled files: as they are distributed, written again, damaged, and malicious."""
 
+import io
 import os
 import pickle
 import struct
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
-from distill_lightning import CIFARDataModule, InputError, RandAugment
+from distill_lightning import CIFARDataModule, InputError, KDModule, RandAugment, SmallResNet, SupervisedModule
 from distill_lightning.data.datamodules import cifar
 from distill_lightning.data.datamodules.cifar_pickle import read_pickle, whole_numbers
 from distill_lightning.data.views import uniform_draws
+from distill_lightning.studies.doctor.examination import examine
+from distill_lightning.testing import CONTRACT, Kit, TinyNet, tiny_trainer
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 RANDOM = np.random.default_rng(0)
@@ -65,12 +69,34 @@ def by_numpy(protocol, module):
     return write
 
 
+def by_old_numpy(content):
+    """As by NumPy 1 in protocol 5, without frames, which tell the length of what is in them."""
+    file, new, old = io.BytesIO(), b"numpy._core.numeric", b"numpy.core.numeric"
+    pickler = pickle._Pickler(file, protocol=5)
+    pickler.framer.start_framing = lambda: None
+    pickler.dump(content)
+    assert (new in file.getvalue()) == (b"data" in content)
+    return file.getvalue().replace(bytes([0x8C, len(new)]) + new, bytes([0x8C, len(old)]) + old)
+
+
+def with_axes_exchanged(content):
+    """Images as such, of which NumPy 2 writes the pixels in the order that they have in memory."""
+    pixels = content.get(b"data")
+    if pixels is not None:
+        places_first = np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(2, 3, 0, 1))
+        content = content | {b"data": places_first.transpose(2, 3, 0, 1)}
+    return pickle.dumps(content, protocol=5)
+
+
 WRITERS = {
     "official": official,
     "python 3, protocol 2, old numpy": by_numpy(2, b"numpy.core.multiarray"),
     "python 3, protocol 2, new numpy": by_numpy(2, b"numpy._core.multiarray"),
     "python 3, protocol 3, old numpy": by_numpy(3, b"numpy.core.multiarray"),
     "python 3, protocol 4": lambda content: pickle.dumps(content, protocol=4),
+    "python 3, protocol 5, new numpy": lambda content: pickle.dumps(content, protocol=5),
+    "python 3, protocol 5, old numpy": by_old_numpy,
+    "python 3, protocol 5, images with their axes exchanged": with_axes_exchanged,
     "text for keys, lists": lambda content: pickle.dumps(with_lists(content)),
     "text for keys, arrays by column and of other numbers": lambda content: pickle.dumps(
         {
@@ -196,6 +222,67 @@ def test_the_options_of_the_views_reach_the_data_set(tmp_path):
     assert data.dataset("train", augment=True).randaugment == RandAugment(3, 5)
 
 
+def test_all_training_images_may_be_trained_on(tmp_path):
+    data = data_of(write(tmp_path), val_size=0, batch_size=10)
+    assert [len(data.dataset(split)) for split in ("train", "val", "test")] == [30, 0, 8]
+    torch.manual_seed(0)
+    module = SupervisedModule(SmallResNet(10, width=2, in_channels=3), num_classes=10)
+    before = module.student.head.weight.clone()
+    trainer = tiny_trainer(max_epochs=1)
+    trainer.fit(module, datamodule=data)
+    assert not torch.equal(module.student.head.weight, before)
+    assert trainer.global_step == 3
+    assert not [name for name in trainer.callback_metrics if name.startswith("val")]
+    assert trainer.validate(module, datamodule=data) == []
+
+
+class CIFARKit(Kit):
+    """The contract's data, from files."""
+
+    num_classes = fewest_classes = 10
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def network(self, num_classes, *, norm):
+        return TinyNet(num_classes, in_channels=3, norm=norm)
+
+    def data(self, *, samples=24, batch_size=8, val_size=6, num_classes=10):
+        return data_of(self.folder, num_classes, subset=samples, batch_size=batch_size, val_size=val_size)
+
+
+@pytest.mark.slow
+def test_the_contract_holds_on_them(tmp_path):
+    def build(student, teachers, num_classes):
+        return KDModule(student, teachers, num_classes=num_classes)
+
+    build.kit = CIFARKit(write(tmp_path))
+    for point in (
+        "a_resumed_run_equals_the_uninterrupted_one",
+        "one_sample_and_two_classes_work",
+    ):
+        CONTRACT[point](build)
+
+
+@pytest.mark.slow
+def test_the_doctor_finds_all_well_and_says_what_there_is_none_of(tmp_path):
+    of_every_class = {
+        name: content | {b"labels": [(6 * number + place) % 10 for place in range(6)]}
+        for number, (name, content) in enumerate(SETS[10].items())
+        if name.startswith("data_batch")
+    }
+    write(tmp_path, **of_every_class)
+    for val_size, teachers in ((6, "teacher 0 (TinyNet): accuracy"), (0, "no validation to score them on")):
+        student, teacher = (TinyNet(10, in_channels=3) for _ in range(2))
+        data = data_of(tmp_path, val_size=val_size, batch_size=8)
+        report = examine(KDModule(student, teacher, num_classes=10), data, trainer=tiny_trainer(max_epochs=1))
+        assert report.is_well, report.rows()
+        found = {finding.check: finding.found for finding in report.findings}
+        assert "input float32 (8, 3, 32, 32); target int64 (8,)" in found["shapes"]
+        assert teachers in found["teachers"]
+        assert "in each of 10 classes" in found["classes"]
+
+
 # Download
 
 
@@ -226,7 +313,7 @@ class Touch:
         return self.function, (str(self.path),)
 
 
-@pytest.mark.parametrize("protocol", range(5))
+@pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize(("function", "name"), [(os.mkdir, "posix.mkdir"), (exec, r"(__builtin__|builtins)\.exec")])
 def test_what_a_file_asks_to_be_run_is_not_run(tmp_path, protocol, function, name):
     path = tmp_path / "ran"
@@ -248,7 +335,7 @@ def test_what_a_file_asks_to_be_run_is_not_run(tmp_path, protocol, function, nam
         (b"(S'true'\nios\nsystem\n.", "os.system"),
         (b"cnumpy\nload\n(S'x'\ntR.", "numpy.load"),
         (b"cnumpy.core.multiarray\nscalar\n.", "numpy.core.multiarray.scalar"),
-        (b"cnumpy._core.numeric\n_frombuffer\n.", "numpy._core.numeric._frombuffer"),
+        (b"cnumpy._core.numeric\nfromfile\n.", "numpy._core.numeric.fromfile"),
         (b"c_codecs\ndecode\n.", "_codecs.decode"),
         (b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.", "numpy.ndarray.tofile"),
         (b"c__builtin__\ngetattr\n.", "__builtin__.getattr"),
@@ -261,14 +348,38 @@ def test_nothing_but_arrays_and_bytes_is_found(tmp_path, content, name):
         read_pickle(tmp_path / "file")
 
 
+FROM_BUFFER = b"cnumpy.core.numeric\n_frombuffer\n"
+
+
 @pytest.mark.parametrize("state", [b"}U\x05partsK\x01s", b"N}U\x0c__setstate__K\x01s\x86", b"(K\x01K\x02t"])
-@pytest.mark.parametrize("known", [b"cnumpy\nndarray\n", b"cnumpy\ndtype\n", b"c_codecs\nencode\n"])
+@pytest.mark.parametrize("known", [b"cnumpy\nndarray\n", b"cnumpy\ndtype\n", b"c_codecs\nencode\n", FROM_BUFFER])
 def test_a_file_cannot_change_what_reads_it(tmp_path, known, state):
     (tmp_path / "file").write_bytes(b"\x80\x02" + known + state + b"b.")
     with pytest.raises(InputError, match="file is damaged"):
         read_pickle(tmp_path / "file")
     (tmp_path / "file").write_bytes(official(SETS[10]["test_batch"]))
     assert whole_numbers(tmp_path / "file", read_pickle(tmp_path / "file"), "data").shape == (8, 3072)
+
+
+U1 = b"cnumpy\ndtype\nU\x02u1\x85R"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (b"U\x02ab" + U1 + b"K\x02\x85X\x01\0\0\0A", "file is damaged: .* an array is in the order 'A'"),
+        (b"U\x02ab" + U1 + b"K\x02\x85X\x01\0\0\0K", "file is damaged: .* an array is in the order 'K'"),
+        (b"K\x02" + U1 + b"K\x02\x85X\x01\0\0\0C", "no whole numbers as 'data'"),
+        (b"U\x02ab" + b"N" + b"K\x02\x85X\x01\0\0\0C", "no whole numbers as 'data'"),
+        (b"U\x02ab" + U1 + b"K\x03\x85X\x01\0\0\0C", "no whole numbers as 'data': .*cannot reshape"),
+        (b"U\x02ab" + U1, "file is damaged"),
+    ],
+)
+def test_bytes_that_are_no_array_are_refused(tmp_path, given, message):
+    path = tmp_path / "file"
+    path.write_bytes(b"\x80\x02}U\x04data" + FROM_BUFFER + b"(" + given + b"tRs.")
+    with pytest.raises(InputError, match=message):
+        whole_numbers(path, read_pickle(path), "data")
 
 
 # Missing and damaged files
@@ -298,8 +409,9 @@ def damaged(content):
         yield content[:place] + (other if other != b"r" else b"s") + content[place + 1 :]
 
 
-def test_a_file_damaged_anywhere_is_read_or_refused(tmp_path):
-    small = official({b"data": np.zeros((2, 3), np.uint8), b"labels": [1, 300]})
+@pytest.mark.parametrize("writer", [official, partial(pickle.dumps, protocol=5)])
+def test_a_file_damaged_anywhere_is_read_or_refused(tmp_path, writer):
+    small = writer({b"data": np.zeros((2, 3), np.uint8), b"labels": [1, 300]})
     path, refusals = tmp_path / "file", []
     for content in damaged(small):
         path.write_bytes(content)

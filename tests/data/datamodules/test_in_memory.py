@@ -139,10 +139,15 @@ def test_a_dataset_sets_up_by_itself():
     assert len(Numbered(val_size=20).dataset("train")) == 100
 
 
-@pytest.mark.parametrize("name", ["subset", "val_size", "test_size", "batch_size", "views"])
 @pytest.mark.parametrize("size", [0, -3])
-def test_a_size_that_is_not_positive_is_refused(name, size):
-    with pytest.raises(InputError, match=f"{name} must be at least 1, got {size}: the split or batch would be empty"):
+@pytest.mark.parametrize(
+    ("name", "least"), [("subset", 1), ("val_size", 0), ("test_size", 1), ("batch_size", 1), ("views", 1)]
+)
+def test_a_size_that_is_too_small_is_refused(name, least, size):
+    size += least - 1
+    with pytest.raises(
+        InputError, match=f"{name} must be at least {least}, got {size}: the split or batch would be empty"
+    ):
         Numbered(**({"val_size": 20} | {name: size}))
 
 

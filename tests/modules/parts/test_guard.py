@@ -273,7 +273,7 @@ def test_a_loss_that_overflows_is_named_with_batch_and_epoch():
             return {"ce": 1.0, "more": 1.0}
 
     module = Exploding(TinyNet(), num_classes=CLASSES, optimizer=sgd())
-    message = r"Exploding: train/more is not finite in batch 2 of epoch 1 \(samples 107, .*\): the inputs are finite"
+    message = r"Exploding: train/more is not finite in batch 2 of epoch 2 \(samples 107, .*\): the inputs are finite"
     with pytest.raises(NonFiniteError, match=message):
         train(module, indexed(), max_epochs=2)
 
@@ -297,7 +297,7 @@ def test_another_device_is_read_at_the_end_of_an_epoch(monkeypatch):
     monkeypatch.setattr("distill_lightning.modules.parts.guard._is_read", lambda tensor, number: False)
     inputs = INPUTS.clone()
     inputs[10] = math.nan
-    with pytest.raises(NonFiniteError, match=r"train/ce is not finite in batch 1 of epoch 0 \(samples 115, 114, "):
+    with pytest.raises(NonFiniteError, match=r"train/ce is not finite in batch 1 of epoch 1 \(samples 115, 114, "):
         train(module, indexed(inputs=inputs))
     # All batches were trained on.
     assert module.trainer.global_step == 3
@@ -308,7 +308,7 @@ def test_another_device_is_read_every_so_many_batches(monkeypatch):
     monkeypatch.setattr("distill_lightning.modules.parts.guard._EVERY", 2)
     module, inputs = supervised(), INPUTS.clone()
     inputs[1] = math.nan
-    with pytest.raises(NonFiniteError, match="train/ce is not finite in batch 0 of epoch 0"):
+    with pytest.raises(NonFiniteError, match="train/ce is not finite in batch 0 of epoch 1"):
         train(module, indexed(inputs=inputs))
     assert module.trainer.global_step == 2
 
@@ -498,7 +498,7 @@ def test_what_the_device_has_noted_is_read_before_a_validation(monkeypatch):
     monkeypatch.setattr("distill_lightning.modules.parts.guard._is_read", lambda tensor, number: False)
     inputs = INPUTS.clone()
     inputs[1] = math.nan
-    with pytest.raises(NonFiniteError, match="train/ce is not finite in batch 0 of epoch 0"):
+    with pytest.raises(NonFiniteError, match="train/ce is not finite in batch 0 of epoch 1"):
         tiny_trainer().fit(supervised(), indexed(inputs=inputs), indexed())
 
 
@@ -619,6 +619,6 @@ def test_labels_of_which_none_counts_are_said_to_teach_nothing():
 def test_modules_without_a_student_stop_on_nan(build):
     inputs = INPUTS.clone()
     inputs[13] = math.nan
-    told = r"train/loss is not finite in batch 1 of epoch 0: the inputs of samples 5 of the batch hold nan"
+    told = r"train/loss is not finite in batch 1 of epoch 1: the inputs of samples 5 of the batch hold nan"
     with pytest.raises(NonFiniteError, match=told):
         tiny_trainer(max_epochs=1).fit(build(), loader(LABELS, inputs))

@@ -208,7 +208,7 @@ def marked(row):
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_a_teachers_answer_that_is_not_finite_is_skipped(weight):
     module = KDModule(TinyNet(), [TinyNet(), Broken()], num_classes=CLASSES, nonfinite="skip", hard_label_weight=weight)
-    with pytest.warns(UserWarning, match=r"1 of 4 batches of epoch 0 .* teacher 1 \(Broken\) in batch 2"):
+    with pytest.warns(UserWarning, match=r"1 of 4 batches of epoch 1 .* teacher 1 \(Broken\) in batch 2"):
         trainer = fitted(module, marked(17))
     assert all(value.isfinite().all() for value in trainer.callback_metrics.values())
     assert all(value.isfinite().all() for value in module.state_dict().values())
@@ -225,13 +225,13 @@ def test_the_warning_names_the_first_term_and_its_samples():
             return {"ce": 1.0, "more": 1.0}
 
     module = Exploding(TinyNet(), num_classes=CLASSES, nonfinite="skip")
-    message = r"2 of 3 batches of epoch 0 were skipped .*, the first for train/more in batch 2 \(samples \d+, .*\)$"
+    message = r"2 of 3 batches of epoch 1 were skipped .*, the first for train/more in batch 2 \(samples \d+, .*\)$"
     with pytest.warns(UserWarning, match=message.replace("2 of 3", "1 of 3")):
         tiny_trainer().fit(module, datamodule=TinyDataModule())
 
 
 def test_an_epoch_of_nothing_else_stops():
-    with pytest.raises(NonFiniteError, match="4 of 4 batches of epoch 0 were skipped .*: mend the data") as caught:
+    with pytest.raises(NonFiniteError, match="4 of 4 batches of epoch 1 were skipped .*: mend the data") as caught:
         fitted(supervised(), loader(0, 1, 2, 3))
     assert "\n" not in str(caught.value)
 

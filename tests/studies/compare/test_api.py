@@ -1,7 +1,6 @@
 """compare as a function: the command line's numbers from Python's objects, what it returns, and what it refuses."""
 
 import copy
-import csv
 import io
 import os
 import pickle
@@ -15,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from compare_files import numbers_in
 from rich.console import Console
 from torch import nn
 from torch.optim import SGD
@@ -88,15 +88,6 @@ def from_objects(output):
     }
 
 
-def lines_of(path):
-    """The lines of a results file, without what differs from run to run."""
-    measured = ("seconds_per_epoch", "peak_memory", "shared")
-    return [
-        {name: value for name, value in line.items() if name not in measured}
-        for line in csv.DictReader(path.read_text().splitlines())
-    ]
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """The folders of one comparison, from the command line and from Python, and what compare returned."""
@@ -111,9 +102,9 @@ def folders(tmp_path_factory):
 def test_objects_give_the_command_lines_numbers(folders):
     folder, _ = folders
     for name in ("results.csv", "teachers.csv"):
-        expected = lines_of(folder / "command" / name)
+        expected = numbers_in(folder / "command" / name)
         assert len(expected) > 0
-        assert lines_of(folder / "python" / name) == expected
+        assert numbers_in(folder / "python" / name) == expected
 
 
 @pytest.mark.slow
@@ -133,7 +124,7 @@ def test_a_file_and_classes_go_on_where_the_command_line_stopped(folders):
 @pytest.mark.slow
 def test_the_table_and_the_runs_are_numbers(folders, monkeypatch):
     folder, comparison = folders
-    lines = lines_of(folder / "python/results.csv")
+    lines = numbers_in(folder / "python/results.csv")
     accuracies = [float(line["test_accuracy"]) for line in lines if line["method"] == "kd"]
     assert list(comparison.table.index) == ["teacher_1", "ensemble", "alone", "kd", "feed"]
     assert comparison.table.loc["kd", "test_accuracy"] == pytest.approx(statistics.fmean(accuracies))

@@ -1,7 +1,5 @@
 """compare on a Ray cluster: the same numbers, whoever is killed meanwhile; and what is refused."""
 
-import csv
-import io
 import os
 import signal
 import sys
@@ -11,13 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
-from rich.console import Console
+from compare_files import compare, numbers_in, write_config
 from safetensors.torch import load_file
 
 from distill_lightning import InputError, KDModule, SupervisedModule
 from distill_lightning.callbacks import RunKeeper
-from distill_lightning.studies.compare import cluster, cluster_task, command
+from distill_lightning.studies.compare import cluster, cluster_task
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
 
@@ -68,27 +65,6 @@ CONFIG = {
 }  # fmt: skip
 
 
-def config_in(folder, **changes):
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({**CONFIG, **changes}, sort_keys=False))
-    return str(path)
-
-
-def compare(folder, *arguments, **changes):
-    shown = io.StringIO()
-    given = [config_in(folder, **changes), "--output", str(folder / "out"), *arguments]
-    command.run(parse_config(given), given, console=Console(file=shown, width=160))
-    return shown.getvalue()
-
-
-def table_of(folder):
-    """What does not tell of the time and memory that it took."""
-    with (folder / "out/results.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    measured = ("seconds_per_epoch", "peak_memory", "shared")
-    return [{name: value for name, value in row.items() if name not in measured} for row in rows]
-
-
 def weights_in(folder):
     paths = sorted((folder / "out/runs").glob("**/student.safetensors"))
     return {path.relative_to(folder): load_file(path) for path in paths}
@@ -100,7 +76,7 @@ def undisturbed(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / SPARED).touch()
-    compare(folder)
+    compare(write_config(CONFIG, folder), folder / "out")
     return folder
 
 
@@ -128,7 +104,7 @@ def address():
 def test_killed_workers_leave_the_undisturbed_table(undisturbed, address, tmp_path):
     import ray
 
-    shown = compare(tmp_path, "--ray", address)
+    shown = compare(write_config(CONFIG, tmp_path), tmp_path / "out", "--ray", address)
     assert not ray.is_initialized()
     # Once each; the students who wait for the teacher are not at fault.
     for title in ("teacher_1", "kd, seed 1"):
@@ -138,7 +114,7 @@ def test_killed_workers_leave_the_undisturbed_table(undisturbed, address, tmp_pa
         lines = (tmp_path / "out/runs" / name / "epochs.txt").read_text().split()
         assert [int(epoch) for epoch in lines[1::2]] == [0, 1, 1, 2], "it went on from its checkpoint"
         assert list(Counter(lines[::2]).values()) == [2, 2], "in another process"
-    assert table_of(tmp_path) == table_of(undisturbed)
+    assert numbers_in(tmp_path / "out/results.csv") == numbers_in(undisturbed / "out/results.csv")
     ours, theirs = weights_in(tmp_path), weights_in(undisturbed)
     assert ours.keys() == theirs.keys()
     assert len(ours) == 5
@@ -151,13 +127,14 @@ def test_a_cluster_of_the_callers_own_is_used_and_kept(undisturbed, address, tmp
     import ray
 
     (tmp_path / SPARED).touch()
+    alone = write_config({**CONFIG, "methods": {}, "teachers": {}, "seeds": [0]}, tmp_path)
     ray.init(address, log_to_driver=False)
     try:
-        compare(tmp_path, "--ray", "auto", methods={}, teachers={}, seeds=[0])
+        compare(alone, tmp_path / "out", "--ray", "auto")
         assert ray.is_initialized()
     finally:
         ray.shutdown()
-    ours, theirs = table_of(tmp_path), table_of(undisturbed)
+    ours, theirs = numbers_in(tmp_path / "out/results.csv"), numbers_in(undisturbed / "out/results.csv")
     assert [row["nll"] for row in ours] == [row["nll"] for row in theirs if row["method"] == "alone"][:1]
 
 
@@ -202,7 +179,7 @@ def test_addresses_at_which_there_is_no_cluster_are_refused_at_once(address, sai
 def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"ray is not installed: pip install 'distill-lightning\[ray\]'"):
-        compare(tmp_path, "--ray", "local")
+        compare(write_config(CONFIG, tmp_path), tmp_path / "out", "--ray", "local")
 
 
 def test_what_there_is_to_wait_for_is_said(monkeypatch):
@@ -218,7 +195,7 @@ def test_what_there_is_to_wait_for_is_said(monkeypatch):
 
 def test_the_cluster_says_how_many_runs_are_made_at_a_time(tmp_path):
     with pytest.raises(InputError, match="workers is 2, but .* leave it out"):
-        parse_config([config_in(tmp_path), "--ray", "local", "--workers", "2"])
+        parse_config([write_config(CONFIG, tmp_path), "--ray", "local", "--workers", "2"])
 
 
 @pytest.mark.parametrize(
@@ -230,7 +207,7 @@ def test_the_cluster_says_how_many_runs_are_made_at_a_time(tmp_path):
     ],
 )
 def test_a_machine_that_sees_other_files_makes_no_run(tmp_path, monkeypatch, change, said):
-    config = parse_config([config_in(tmp_path), "--output", str(tmp_path / "out")])
+    config = parse_config([write_config(CONFIG, tmp_path), "--output", str(tmp_path / "out")])
     splits = Experiment(config).splits
     if change == "data":
         config = replace(config, data={**CONFIG["data"], "init_args": {**CONFIG["data"]["init_args"], "subset": 64}})

@@ -1,7 +1,5 @@
 """compare: what it writes, that it resumes, and what it refuses."""
 
-import copy
-import csv
 import io
 import json
 import multiprocessing
@@ -10,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TypedDict, Unpack
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-import yaml
+from compare_files import compare, lines_of, numbers_of, write_config
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
@@ -35,7 +34,7 @@ from distill_lightning import (
 )
 from distill_lightning.cli import main
 from distill_lightning.modules.parts.optimization import check_optimizer
-from distill_lightning.studies.compare import attempt, command, runner
+from distill_lightning.studies.compare import attempt, runner
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.plan import plan
@@ -63,23 +62,7 @@ CONFIG = {
 }  # fmt: skip
 
 
-def written(folder, change=lambda config: None):
-    config = copy.deepcopy(CONFIG)
-    change(config)
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    return str(path)
-
-
-def compare(config, output, *arguments):
-    shown = io.StringIO()
-    given = [config, "--output", str(output), *arguments]
-    command.run(parse_config(given), given, console=Console(file=shown, width=160))
-    return shown.getvalue()
-
-
-def lines_of(path):
-    return list(csv.DictReader(path.read_text().splitlines()))
+written = partial(write_config, CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +271,7 @@ SYSTEM = {"class_path": "os.system", "init_args": {"command": "touch owned"}}
         (lambda c: c["optimizer"]["init_args"].update(lrr=7), r"(?<!supervised\.)optimizer: .*lrr"),
         (lambda c: c["data"]["init_args"].update(subset=5000), "subset=5000 is larger than the 1497"),
         (lambda c: c["data"]["init_args"].update(test_size=0), "split or batch would be empty"),
+        (lambda c: c["data"]["init_args"].update(val_size=0), "has no validation samples, by which an epoch is cho"),
         (lambda c: c.update(data={"class_path": "FashionMNISTDataModule", "init_args": {"data_dir": "no"}}), "no tra"),
         (lambda c: c.update(seeds=[]), "seeds must be different numbers, at least one"),
         (lambda c: c.update(epochs=0), "epochs must be at least 1"),
@@ -397,7 +381,7 @@ def test_a_diverged_run_and_a_missing_gap_do_not_stop_the_table(tmp_path, monkey
     lines = lines_of(tmp_path / "out/results.csv")
     assert {line["gap_closed"] for line in lines} == {line["test_accuracy"] for line in lines} == {"nan"}
     for seed in CONFIG["seeds"]:
-        note = f"alone, seed {seed}: SupervisedModule: train/ce is not finite in batch 0 of epoch 1"
+        note = f"alone, seed {seed}: SupervisedModule: train/ce is not finite in batch 0 of epoch 2"
         assert note in table
         assert note in " ".join(shown.split())
     assert not list((tmp_path / "out/figures").glob("accuracy.png"))
@@ -434,7 +418,7 @@ def test_who_learns_from_a_run_that_diverged_at_once_has_no_scores_either(tmp_pa
 
     compare(written(tmp_path, in_turn), tmp_path / "out")
     table = (tmp_path / "out/results.md").read_text()
-    assert "kd, seed 0: KDModule: train/ce is not finite in batch 0 of epoch 0" in table
+    assert "kd, seed 0: KDModule: train/ce is not finite in batch 0 of epoch 1" in table
     assert "ban, seed 0: kd, seed 0, from which it learns, has no finite numbers" in table
     assert [line["test_accuracy"] == "nan" for line in lines_of(tmp_path / "out/results.csv")] == [False, True, True]
 
@@ -448,7 +432,7 @@ def test_the_rows_of_a_teacher_that_diverges_say_so_and_the_others_are_made(tmp_
 
     compare(written(tmp_path, short), tmp_path / "out")
     text = (tmp_path / "out/results.md").read_text()
-    assert "teacher_2: SupervisedModule: train/ce is not finite in batch 0 of epoch 1" in text
+    assert "teacher_2: SupervisedModule: train/ce is not finite in batch 0 of epoch 2" in text
     assert "feed, seed 0: teacher_2, from which it learns, has no finite numbers" in text
     scored = {line["method"]: line["test_accuracy"] != "nan" for line in lines_of(tmp_path / "out/results.csv")}
     assert scored == {"alone": True, "kd_one": True, "feed": False}
@@ -558,17 +542,10 @@ def test_a_killed_comparison_ends_like_an_undisturbed_one(finished, tmp_path, af
     kept = history_of(tmp_path / "out" / after)
     compare(config, tmp_path / "out")
 
-    def table(output):
-        return [
-            {name: value for name, value in row.items() if name not in ("seconds_per_epoch", "peak_memory")}
-            for name in ("results.csv", "teachers.csv")
-            for row in lines_of(output / name)
-        ]
-
     # The epochs before the kill were not made again: they took just as long.
     history = json.loads((tmp_path / "out" / after).with_name("result.json").read_text())["history"]
     assert history[: len(kept)] == kept
-    assert table(tmp_path / "out") == table(folder / "out")
+    assert numbers_of(tmp_path / "out") == numbers_of(folder / "out")
     assert not list((tmp_path / "out").rglob("partial*"))
 
 

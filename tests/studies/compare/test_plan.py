@@ -1,11 +1,11 @@
 """The plan of a comparison: which runs there are, from which seeds, and what each waits for."""
 
-import copy
 import itertools
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from compare_files import write_config
 
 from distill_lightning import InputError
 from distill_lightning.studies.compare import command
@@ -26,9 +26,7 @@ CONFIG = {
 
 
 def config_of(folder, **changes):
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(copy.deepcopy(CONFIG) | changes, sort_keys=False))
-    return parse_config([str(path), "--output", str(folder / "out")])
+    return parse_config([write_config(CONFIG | changes, folder), "--output", str(folder / "out")])
 
 
 def planned(folder, *, backbones=(), storage=None, **changes):

@@ -1,7 +1,5 @@
 """Many runs at once, calls that share a folder, and what goes wrong meanwhile: the table is always the same."""
 
-import copy
-import csv
 import dataclasses
 import io
 import json
@@ -12,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from compare_files import compare, lines_of, numbers_of, write_config
 from rich.console import Console
 
 from distill_lightning import InputError, KDModule, SupervisedModule
@@ -57,34 +57,12 @@ NAMES = {f"{name}, seed {seed}" for name in ("alone", "kd", "ft", "ban") for see
 }
 
 
-def written(folder, change=lambda config: None):
-    config = copy.deepcopy(CONFIG)
-    change(config)
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    return str(path)
-
-
-def compare(config, output, *arguments):
-    shown = io.StringIO()
-    given = [config, "--output", str(output), *arguments]
-    command.run(parse_config(given), given, console=Console(file=shown, width=160))
-    return shown.getvalue()
+written = partial(write_config, CONFIG)
 
 
 def made(shown):
     """The runs of which a call has told that they have ended."""
     return {line.partition(":")[0] for line in shown.splitlines()} & NAMES
-
-
-def table(output):
-    """All numbers of the results but those of time."""
-    cost = ("seconds", "memory", "shared")
-    return [
-        {name: value for name, value in row.items() if not any(part in name for part in cost)}
-        for name in ("results.csv", "teachers.csv")
-        for row in csv.DictReader((output / name).read_text().splitlines())
-    ]
 
 
 def left_over(output):
@@ -97,7 +75,7 @@ def undisturbed(tmp_path_factory):
     """The table of one run after the other."""
     folder = tmp_path_factory.mktemp("undisturbed")
     compare(written(folder), folder / "out")
-    return table(folder / "out")
+    return numbers_of(folder / "out")
 
 
 @pytest.fixture
@@ -260,7 +238,7 @@ def test_two_workers_make_the_same_table_as_one_process(undisturbed, tmp_path):
     )
     assert made(done.stdout) == NAMES
     assert done.stderr == ""
-    assert table(tmp_path / "out") == undisturbed
+    assert numbers_of(tmp_path / "out") == undisturbed
     results = [json.loads(path.read_text()) for path in (tmp_path / "out/runs").rglob("result.json")]
     assert any(result["shared"] for result in results)
     assert all("1 threads" in result["made"] for result in results)
@@ -318,7 +296,7 @@ def test_killed_ten_times_with_two_workers_it_ends_with_the_undisturbed_table(
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
     compare(written(tmp_path), output, "--workers", "2")
-    assert table(output) == undisturbed
+    assert numbers_of(output) == undisturbed
     assert not left_over(output)
 
 
@@ -338,7 +316,7 @@ def test_two_calls_at_once_share_the_work(undisturbed, tmp_path, start_method):
     assert not first & second
     assert first
     assert second
-    assert table(tmp_path / "out") == undisturbed
+    assert numbers_of(tmp_path / "out") == undisturbed
     assert not left_over(tmp_path / "out")
 
 
@@ -366,7 +344,7 @@ def test_ctrl_c_ends_all_workers_and_the_same_command_goes_on(undisturbed, tmp_p
     shown = compare(config, output)
     # The store is no name of the table's, and may have been the third that had ended.
     assert len(made(shown)) + ("store: " in shown) == 8
-    assert table(output) == undisturbed
+    assert numbers_of(output) == undisturbed
 
 
 @pytest.mark.slow
@@ -379,7 +357,7 @@ def test_an_array_of_jobs_makes_the_table_bit_by_bit(undisturbed, tmp_path):
     assert made(compare(config, output, "--only", "[teacher_2]")) == {"teacher_2"}
     assert made(compare(config, output, "--only", "[ban]", "--seeds=[1]")) == {"ban, seed 1"}
     assert len(made(compare(config, output, "--only", "[ban, alone, ft]"))) == 6
-    assert table(output) == undisturbed
+    assert numbers_of(output) == undisturbed
 
 
 class Failing(KDModule):
@@ -403,12 +381,12 @@ def test_a_run_that_fails_is_a_row_that_says_so_and_is_tried_again_if_asked_to(t
 
     config, output = written(tmp_path, failing), tmp_path / "out"
     shown = compare(config, output)
-    why = "broken, seed 1: RuntimeError: no such luck, in epoch 1 (error.txt in its folder tells more)"
+    why = "broken, seed 1: RuntimeError: no such luck, in epoch 2 (error.txt in its folder tells more)"
     for text in (shown, (output / "results.md").read_text()):
         assert why in " ".join(text.split())
         assert "after, seed 1: broken, seed 1, from which it learns, has failed" in text
     assert 'raise RuntimeError("no such luck")' in (output / "runs/broken/seed_1/error.txt").read_text()
-    lines = list(csv.DictReader((output / "results.csv").read_text().splitlines()))
+    lines = lines_of(output / "results.csv")
     assert {(line["method"], line["seed"]) for line in lines if line["test_accuracy"] == "nan"} == {
         ("broken", "1"), ("after", "1"),
     }  # fmt: skip
@@ -440,12 +418,12 @@ def test_the_rows_of_a_teacher_that_fails_say_so(tmp_path):
     compare(written(tmp_path, failing), tmp_path / "out")
     text = (tmp_path / "out/results.md").read_text()
     for line in (
-        "teacher_1: RuntimeError: too large, in epoch 1",
+        "teacher_1: RuntimeError: too large, in epoch 2",
         "kd, seed 0: teacher_1, from which it learns, has failed",
         "ban, seed 0: kd, seed 0, from which it learns, has failed",
     ):
         assert line in text
-    alone = next(row for row in table(tmp_path / "out") if row["method"] == "alone")
+    alone = next(row for row in numbers_of(tmp_path / "out") if row["method"] == "alone")
     assert 0 <= float(alone["test_accuracy"]) <= 1
 
 
@@ -467,7 +445,7 @@ def test_a_full_disk_is_one_line_and_the_next_call_goes_on(undisturbed, tmp_path
         assert (disk / "out/runs/teacher_1/result.json").exists()
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         assert main(given) == 0
-        assert table(disk / "out") == undisturbed
+        assert numbers_of(disk / "out") == undisturbed
         assert "teacher_1:" not in capsys.readouterr().out
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -1,7 +1,5 @@
 """Searches: what is tried, on which seeds, what is chosen, and that the table has it."""
 
-import copy
-import csv
 import io
 import itertools
 import json
@@ -10,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from compare_files import lines_of, write_config
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -49,9 +48,7 @@ CONFIG = {
 
 
 def config_of(folder, *arguments, **changes):
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(copy.deepcopy(CONFIG) | changes, sort_keys=False))
-    return parse_config([str(path), "--output", str(folder / "out"), *arguments])
+    return parse_config([write_config(CONFIG | changes, folder), "--output", str(folder / "out"), *arguments])
 
 
 def planned(folder, **changes):
@@ -328,7 +325,7 @@ def test_the_table_has_what_was_chosen(tmp_path):
     console = Console(file=io.StringIO(), width=160)
     command.run(config, [str(tmp_path / "config.yaml")], console=console)
     out = tmp_path / "out"
-    lines = list(csv.DictReader((out / "search.csv").read_text().splitlines()))
+    lines = lines_of(out / "search.csv")
     chosen = {}
     for row, rates in (("alone", [0.3, 0.03]), ("kd", [0.01, 0.1])):
         results = [json.loads((out / f"runs/search/{row}/trial_{n}/seed_5/result.json").read_text()) for n in (1, 2)]
@@ -341,7 +338,7 @@ def test_the_table_has_what_was_chosen(tmp_path):
         assert told == [(json.dumps({RATE: rate}), score, is_chosen) for rate, score, is_chosen in tried]
     # The trials saw no test images, and the table no trials.
     assert not list((out / "runs/search").rglob("test_logits.safetensors"))
-    table = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    table = lines_of(out / "results.csv")
     assert [(line["method"], line["seed"]) for line in table] == [("alone", "3"), ("kd", "3")]
     # Its students are, bit for bit, those of a comparison with these options, under the same teachers.
     of_row = {row: {"init_args": {"optimizer": {**SGD, "init_args": {**SGD["init_args"], "lr": rate}}}}

@@ -1,11 +1,11 @@
 """What teachers say is kept once for all rows and seeds of a comparison, and the table stays what it was."""
 
-import copy
 import io
 
 import pytest
 import torch
 import yaml
+from compare_files import compare, write_config
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -47,16 +47,7 @@ LIVE = {
 
 
 def written(folder, **changes):
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({**copy.deepcopy(CONFIG), **changes}, sort_keys=False))
-    return str(path)
-
-
-def compare(config, output, *arguments):
-    shown = io.StringIO()
-    given = [config, "--output", str(output), *arguments]
-    command.run(parse_config(given), given, console=Console(file=shown, width=160))
-    return shown.getvalue()
+    return write_config({**CONFIG, **changes}, folder)
 
 
 def outputs(folder, row, seed=0):

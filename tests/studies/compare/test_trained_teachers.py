@@ -1,19 +1,16 @@
 """compare with teachers that one already has: of unlike kinds, in a list, never trained again."""
 
-import csv
-import io
 import json
 import re
 
 import pytest
 import torch
-import yaml
-from rich.console import Console
+from compare_files import compare, lines_of, write_config
 from safetensors.torch import load_file, save_file
 
 from distill_lightning import SmallCNN, SmallResNet
 from distill_lightning.cli import main
-from distill_lightning.studies.compare import attempt, command
+from distill_lightning.studies.compare import attempt
 from distill_lightning.studies.compare.config import CompareConfig, TeachersConfig, parse_config
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.plan import plan
@@ -57,19 +54,6 @@ def config(tmp_path):
     }
 
 
-def written(folder, config):
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    return str(path)
-
-
-def compare(folder, config, *arguments):
-    shown = io.StringIO()
-    given = [written(folder, config), "--output", str(folder / "out"), *arguments]
-    command.run(parse_config(given), given, console=Console(file=shown, width=160))
-    return shown.getvalue()
-
-
 def test_unlike_teachers_are_rows_and_teach_but_are_not_trained(tmp_path, config, monkeypatch):
     trained, execute = [], attempt.execute
 
@@ -79,13 +63,13 @@ def test_unlike_teachers_are_rows_and_teach_but_are_not_trained(tmp_path, config
             trained.append((run.name, run.is_given, len(run.result().history)))
 
     monkeypatch.setattr(attempt, "execute", watched)
-    shown = compare(tmp_path, config)
+    shown = compare(write_config(config, tmp_path), tmp_path / "out")
     assert trained == [
         ("teacher_1", True, 0), ("teacher_2", True, 0), ("alone", False, 1), ("kd_one", False, 1), ("feed", False, 1)
     ]  # fmt: skip
     assert "teacher_1: done" in shown
-    rows = {row["method"]: row for row in csv.DictReader((tmp_path / "out/teachers.csv").read_text().splitlines())}
-    experiment = Experiment(parse_config([written(tmp_path, config)]))
+    rows = {row["method"]: row for row in lines_of(tmp_path / "out/teachers.csv")}
+    experiment = Experiment(parse_config([write_config(config, tmp_path)]))
     for name, file, network in (
         ("teacher_1", "resnet", SmallResNet(10, width=4)),
         ("teacher_2", "cnn", SmallCNN(10, width=4)),
@@ -115,13 +99,13 @@ def test_students_learn_from_the_teachers_that_are_given(tmp_path, config):
     optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}}
     kd = {"class_path": "KDModule", "init_args": {"temperature": 1.0, "hard_label_weight": 0.0}}
     config.update(teachers=config["teachers"][1:], methods={"kd": kd}, optimizer=optimizer, epochs=8)
-    compare(tmp_path, config)
+    compare(write_config(config, tmp_path), tmp_path / "out")
     logits = load_file(tmp_path / "out/runs/kd/seed_0/test_logits.safetensors")["last"]
     assert (logits.argmax(1) == 3).all()
 
 
 def test_the_plan_has_no_training_of_them(tmp_path, config):
-    experiment = Experiment(parse_config([written(tmp_path, config)]))
+    experiment = Experiment(parse_config([write_config(config, tmp_path)]))
     assert experiment.config.teachers == TeachersConfig(given=config["teachers"])
     assert experiment.config.number_of_teachers == 2
     runs = plan(experiment, tmp_path)
@@ -164,7 +148,7 @@ def test_a_list_stands_for_the_key_given(config):
 )
 def test_what_cannot_teach_is_one_line_and_writes_nothing(tmp_path, config, capsys, change, message):
     change(config)
-    assert main(["compare", written(tmp_path, config), "--output", str(tmp_path / "out")]) == 2
+    assert main(["compare", write_config(config, tmp_path), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(message, error), error
@@ -172,11 +156,11 @@ def test_what_cannot_teach_is_one_line_and_writes_nothing(tmp_path, config, caps
 
 
 def test_other_weights_under_the_same_name_are_refused(tmp_path, config, capsys):
-    compare(tmp_path, config)
+    compare(write_config(config, tmp_path), tmp_path / "out")
     before = json.loads((tmp_path / "out/runs/feed/seed_0/result.json").read_text())
     save_file(SmallCNN(10, width=4).state_dict(), tmp_path / "cnn.safetensors")
     config["seeds"] = [0, 1]
-    assert main(["compare", written(tmp_path, config), "--output", str(tmp_path / "out")]) == 2
+    assert main(["compare", write_config(config, tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "teachers.1 has other weights than when" in capsys.readouterr().err
     assert json.loads((tmp_path / "out/runs/feed/seed_0/result.json").read_text()) == before
     assert not (tmp_path / "out/runs/feed/seed_1").exists()
