@@ -48,24 +48,44 @@ def test_it_is_committed_without_output(path):
     assert not [cell for cell in cells if cell.cell_type == "code" and (cell.outputs or cell.execution_count)]
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_silences_no_warning(path):
+    source = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+    assert not [word for word in ("filterwarnings", "simplefilter", "catch_warnings", "%%capture") if word in source]
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    """One process for all notebooks, which would take longer over their imports than over everything else."""
+    client = NotebookClient(nbformat.v4.new_notebook(), timeout=300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with client.setup_kernel():
+            yield client
+
+
+# What a notebook leaves behind, the next one must not find: its names, its folder, and how much Lightning says.
+AFRESH = """\
+import logging
+for name in ("pytorch_lightning", "lightning_fabric"):
+    logging.getLogger(name).setLevel(logging.INFO)
+%reset -f
+%cd -q {folder}"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs(path, monkeypatch, tmp_path):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_it_runs(path, kernel, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     settings = next(cell for cell in notebook.cells if cell.cell_type == "code")
     names = {line.split("=")[0].strip() for line in settings.source.splitlines()}
     assert names == set(QUICK[path.stem].split(" = ")[0].split(", ")), "the settings cell has other names"
     settings.source = QUICK[path.stem]
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    figures = [
-        output
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-        if "image/png" in output.get("data", {})
-    ]
-    assert figures, "it shows no picture"
-    assert not [
-        output for cell in notebook.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"
-    ]
+    kernel.nb = notebook
+    kernel.reset_execution_trackers()
+    kernel.execute_cell(nbformat.v4.new_code_cell(AFRESH.format(folder=tmp_path)), 0)
+    for number, cell in enumerate(notebook.cells):
+        kernel.execute_cell(cell, number)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert [output for output in outputs if "image/png" in output.get("data", {})], "it shows no picture"
+    assert not [output for output in outputs if output.get("name") == "stderr"]

@@ -106,8 +106,11 @@ class Report:
         return {row[0].method: row[0].verdict() for row in self.paired}
 
     def paired_rows(self) -> list[list[str]]:
-        """The table of differences from the baseline; there are several pairs, and other rows."""
-        return paired_rows(self.paired, self._columns())
+        """The table of differences from the baseline; where there are none, a line that says what they need."""
+        if self.paired:
+            return paired_rows(self.paired, self._columns())
+        lacking = "several seeds" if len(self.methods) > 1 else "another row"
+        return [[f"no differences from {self.scores.baseline}: they need {lacking}"]]
 
     def spread_rows(self) -> list[list[str]]:
         """Whose the variance of each row is, where there are several sets of teachers."""

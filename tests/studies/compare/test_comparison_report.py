@@ -134,6 +134,12 @@ def test_the_baseline_is_a_row_of_ones_choice():
     assert report.paired_rows()[0][0] == "minus kd, 2 sets of teachers, 3 seeds each"
 
 
+def test_what_cannot_be_paired_says_what_it_needs():
+    runs = [score(name, seed, 0.7) for seed in (0, 1) for name in ("alone", "kd")]
+    assert Report(scores(runs[:2])).paired_rows() == [["no differences from alone: they need several seeds"]]
+    assert Report(scores(runs[::2])).paired_rows() == [["no differences from alone: they need another row"]]
+
+
 def test_a_run_without_scores_leaves_a_row_that_says_so(tmp_path):
     runs = [score(name, seed, 0.7 + seed / 100) for seed in (0, 1, 2) for name in ("alone", "kd", "feed")]
     lost = dict.fromkeys(runs[0].values, math.nan)
