@@ -21,9 +21,14 @@ LIGHTNINGS := 1.9.5 2.5.0
 # Tests of the contract and of values: what else there is does not depend on versions, or is about the sources.
 VALUES := tests/test_versions.py tests/test_schedules.py tests/callbacks tests/compression tests/data tests/functional \
 	tests/layers tests/modules tests/outputs tests/storage tests/teachers
-# What of them is enough under an older Lightning with the libraries that are there.
-CONTRACT := tests/modules/test_contract.py -k 'kd or feed or under_dense'
-QUICK := -m 'not slow' tests/test_versions.py tests/callbacks tests/modules
+# What of them depends on Lightning, for an older one with the libraries that are there. Every module is trained for an epoch,
+# comes back from its checkpoint and validates, tests and predicts; of these methods the whole contract holds, resuming,
+# accumulation and two processes too (and of lightning-bolts, where it is, there is everything);
+CONTRACT := tests/modules/test_every_method.py tests/modules/test_contract.py -k 'every_method or bolts or kd or feed or under_dense'
+# and the quick tests of hooks, loops, logging, callbacks and refusals, but for files that are about what methods compute.
+FORMULAS := extracurricular feed feed_features kd kd_regression outputs_of_networks positions regression
+QUICK := -m 'not slow' tests/test_versions.py tests/callbacks tests/modules/parts \
+	$(filter-out $(FORMULAS:%=tests/modules/test_%.py),$(wildcard tests/modules/test_*.py))
 # Old libraries warn of one another, and the tests of warnings look for ours.
 OLD := -n auto --dist worksteal -W default -W "ignore:This property will be removed:DeprecationWarning"
 # Of lightning-bolts 0.7.0 and pytorch-lightning 1.9.5 these are accepted, beside those of pyproject.toml; all others are
@@ -59,8 +64,7 @@ test-lightning: .venv/dev.stamp .venv-lightning/$(lastword $(LIGHTNINGS)).stamp
 	PYTHONPATH=$(CURDIR)/.venv-lightning/$(lastword $(LIGHTNINGS)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(OLD) $(QUICK)
 
 test-bolts: .venv-bolts/stamp
-	OMP_NUM_THREADS=1 .venv-bolts/bin/python -m pytest $(BOLTS) tests/bolts
-	OMP_NUM_THREADS=1 .venv-bolts/bin/python -m pytest $(BOLTS) $(CONTRACT)
+	OMP_NUM_THREADS=1 .venv-bolts/bin/python -m pytest $(BOLTS) tests/bolts $(CONTRACT)
 	OMP_NUM_THREADS=1 .venv-bolts/bin/python -m pytest $(BOLTS) $(QUICK)
 
 test-lowest: .venv-lowest/stamp .venv-lowest-onnx/stamp $(LIGHTNINGS:%=.venv-lightning/%.stamp)

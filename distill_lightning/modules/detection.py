@@ -46,7 +46,9 @@ class DetectionModule(DistillationModule):
 
     Args:
         student: a detector with ``num_classes + 1`` classes, of which class 0 is the background.
-        num_classes: ``C``, without the background.
+        num_classes: ``C``, without the background. Configurations take it from the data module; where that counts the
+            background, as the 21 classes of lightning-bolts' ``VOCDetectionDataModule``, derive one whose
+            ``num_classes`` is 20.
         class_names: of the classes from 1 on; ``None``: those of the data module, or their numbers.
         options: see `TrainingOptions`; ``transforms`` and ``input_shape`` are for other networks, and a detector whose
             shapes change with every batch is not compiled.
@@ -159,7 +161,10 @@ def _check_detector(who: str, student: nn.Module, num_classes: int) -> None:
         for step in (*path.split("."), name):
             part = getattr(part, step, None)
         if isinstance(part, int) and part != num_classes + 1:
+            advice = "build it so"
+            if part == num_classes:
+                advice += ", or leave the background out of num_classes, in the data module where it comes from there"
             raise InputError(
                 f"{who} ({type(student).__name__}) has {part} classes where num_classes={num_classes} needs "
-                f"{num_classes + 1}, because the background is one of them: build it so"
+                f"{num_classes + 1}, because the background is one of them: {advice}"
             )

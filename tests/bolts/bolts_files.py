@@ -131,3 +131,9 @@ class WrittenVOCDataModule(VOCDetectionDataModule):
 
 def voc(folder, **options):
     return WrittenVOCDataModule(str(folder), batch_size=2, pin_memory=False, **options)
+
+
+class ForegroundVOCDataModule(WrittenVOCDataModule):
+    """Without the background among the classes."""
+
+    num_classes = 20

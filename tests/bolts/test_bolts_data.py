@@ -27,6 +27,7 @@ from distill_lightning import (
     SupervisedModule,
     TeacherStore,
 )
+from distill_lightning.cli import main
 from distill_lightning.testing import TinyFasterRCNN, TinyNet, tiny_trainer
 
 
@@ -152,6 +153,36 @@ def test_detectors_train_on_voc(pascal):
     # Of sheep and cows there are some.
     metrics = trainer.callback_metrics
     assert [number for number in range(1, 21) if metrics[f"val/map_class_{number}"].isfinite()] == [10, 17]
+
+
+DETECTION = """
+trainer:
+  max_epochs: 1
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+model:
+  class_path: DetectionModule
+  init_args:
+    student: {{class_path: distill_lightning.testing.TinyFasterRCNN, init_args: {{num_classes: 20, in_channels: 3}}}}
+data:
+  class_path: bolts_files.{data}
+  init_args: {{data_dir: {folder}, batch_size: 2, pin_memory: false}}
+"""
+
+
+def test_the_background_is_no_class_of_a_detection_module(pascal, tmp_path, capsys):
+    def fit(data):
+        path = tmp_path / f"{data}.yaml"
+        path.write_text(DETECTION.format(data=data, folder=pascal))
+        return main(["fit", "--config", str(path)])
+
+    assert fit("WrittenVOCDataModule") != 0
+    assert "has 21 classes where num_classes=21 needs 22" in (said := capsys.readouterr().err)
+    assert "leave the background out of num_classes, in the data module where it comes from there" in said
+    assert fit("ForegroundVOCDataModule") == 0, capsys.readouterr().err
 
 
 def test_self_kd_of_a_detector_trains_on_voc(pascal):
