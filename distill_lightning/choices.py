@@ -16,6 +16,7 @@ _PACKAGE = __name__.partition(".")[0]
 _KEYS = {"class_path", "init_args"}
 # As text, because the modules of choices postpone the evaluation of annotations.
 _COUNTS = (int, int | None, "int", "int | None")
+_NUMBERS = (float, float | None, "float", "float | None")
 
 
 class Choice(ABC):  # noqa: B024  (kinds of choices say what their alternatives must define)
@@ -39,10 +40,11 @@ class Choice(ABC):  # noqa: B024  (kinds of choices say what their alternatives 
     def check_numbers(self) -> None:
         """Refuse infinity and NaN in every option, also in those of choices within, and fractions in counts.
 
-        A count is what the dataclass declares as ``int`` or ``int | None``.
+        A count is what the dataclass declares as ``int`` or ``int | None``, a number what it declares as ``float`` or
+        ``float | None``.
 
         Raises:
-            InputError: a number is not finite, or a count is not an integer.
+            InputError: a number is not finite or is none, or a count is not an integer.
         """
         fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
         for field in fields:
@@ -50,6 +52,8 @@ class Choice(ABC):  # noqa: B024  (kinds of choices say what their alternatives 
             is_count = isinstance(value, Integral) and not isinstance(value, bool)
             if field.type in _COUNTS and value is not None and not is_count:
                 raise InputError(f"{name} must be an integer, got {value!r}")
+            if field.type in _NUMBERS and value is not None and not isinstance(value, Real):
+                raise InputError(f"{name} must be a number, got {value!r}")
             parts = value.values() if isinstance(value, Mapping) else value
             for part in parts if isinstance(value, (Mapping, list, tuple)) else [value]:
                 if isinstance(part, Choice):

@@ -83,7 +83,7 @@ ROOMS = {
         moments
     """,
     "compression/costs": """
-        macs parameters
+        latency macs parameters
     """,
     "compression/factor": """
         decompositions

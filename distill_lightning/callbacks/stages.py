@@ -13,11 +13,12 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from distill_lightning.compression.access.calibration import each_tensor
 from distill_lightning.compression.access.computed import fewest_bits
 from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.costs.latency import MIN_ROUNDS
 from distill_lightning.compression.file.artefact import load_compressed, write_artefact
 from distill_lightning.compression.report.details import details_of
-from distill_lightning.compression.report.measure import MIN_ROUNDS
 from distill_lightning.compression.report.onnx import NetworkInOnnx, OnnxNetwork
 from distill_lightning.compression.report.stages import INT8, INT8_FILE, SEE, Onnx, Stage, StageKind, measure_stage
 from distill_lightning.compression.run.compressor import Compressor
@@ -187,6 +188,4 @@ def _scored_batches(trainer: Any, pl_module: Any, split: str) -> Iterable[Any]:
 
 def on_cpu(values: Any) -> Any:
     """A network's inputs on the CPU."""
-    if isinstance(values, (tuple, list)):
-        return tuple(on_cpu(part) for part in values)
-    return values.cpu() if isinstance(values, Tensor) else values
+    return each_tensor(Tensor.cpu, values)

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
-from distill_lightning.compression.costs.parameters import count_parameters
-from distill_lightning.compression.report.measure import (
+from distill_lightning.compression.costs.latency import (
     NO_SPEED_UP,
     Clocks,
     Latency,
     Ratio,
     bootstrap_ratio,
     compare_latency,
-    measure_file,
 )
+from distill_lightning.compression.costs.parameters import count_parameters
+from distill_lightning.compression.report.measure import measure_file
 from distill_lightning.networks.weights import load_strictly, read_weights, write_weights
 from distill_lightning.testing import TinyNet
 

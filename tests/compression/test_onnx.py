@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 
 from distill_lightning import InputError
 from distill_lightning.compression.access.computed import bake
+from distill_lightning.compression.costs.latency import Latency, compare_latency
 from distill_lightning.compression.report import onnx as onnx_export
-from distill_lightning.compression.report.measure import Latency, compare_latency
 from distill_lightning.compression.report.onnx import (
     OnnxNetwork,
     at_batch,

@@ -24,6 +24,7 @@ from distill_lightning.compression import (
     TieLayers,
     preview,
 )
+from distill_lightning.compression.access.computed import computed_in
 from distill_lightning.compression.costs.macs import count_macs
 from distill_lightning.compression.costs.parameters import count_parameters
 
@@ -137,7 +138,9 @@ def test_it_prints_as_a_table():
     text = str(preview(SmallCNN(10), [CHANNELS], IMAGES))
     assert text.splitlines()[0].split("  ")[0] == "layer"
     assert "10,368 -> 2,592" in text
-    assert text.splitlines()[-1].startswith("total")
+    layers, units = text.split("\n\n")
+    assert layers.splitlines()[-1].startswith("total")
+    assert units.splitlines()[0].startswith("layer")
 
 
 CHOSEN = "how much is pruned is chosen in training"
@@ -180,3 +183,73 @@ def test_heads_of_a_threshold_depend_on_the_training():
         rows = {row.layer: row.reason for row in preview(network, step, torch.randn(2, 5, 8)).rows}
         assert rows["layers.0.self_attn"] == (CHOSEN if isinstance(step, PruneUnits) else "trained with a penalty")
         assert rows["layers.0.linear1"] == "not changed by these steps"
+
+
+def test_the_units_that_would_leave_are_listed_before_they_leave():
+    torch.manual_seed(0)
+    network, before = SmallCNN(10), SmallCNN(10)
+    before.load_state_dict(network.state_dict())
+    shown = preview(network, [CHANNELS], IMAGES)
+    compressed = copy.deepcopy(network)
+    Compressor(compressed, [CHANNELS], IMAGES).apply()
+    assert [one.layer for one in shown.units] == ["features.0", "features.4", "features.8"]
+    for one in shown.units:
+        stays = [unit for unit in range(one.size) if unit not in one.gone]
+        # What the next layer reads of each unit is what has stayed.
+        kept = before.get_submodule(one.layer).weight[stays]
+        assert compressed.get_submodule(one.layer).weight.shape[0] == len(kept)
+        assert torch.equal(compressed.get_submodule(one.layer).weight[:, :1], kept[:, _read(shown, one)][:, :1])
+    first = shown.units[0]
+    assert (first.unit, first.size, len(first.gone)) == ("channel", 24, 12)
+    assert first.others == ("features.1", "features.4")
+    lines = shown.units_table()
+    assert lines[0] == ["layer", "units", "leave", "which", "with slices of"]
+    assert lines[1][:3] == ["features.0", "24 channels", "12"]
+    assert str(shown).endswith("features.9, head")
+    assert preview(network, [PruneWeights(amount=0.5)], IMAGES).units_table() == []
+
+
+def _read(shown, one):
+    """The input channels that stay of a layer whose own units leave."""
+    above = [other for other in shown.units if one.layer in other.others]
+    return [unit for unit in range(above[0].size) if unit not in above[0].gone] if above else [0]
+
+
+def test_heads_neurons_and_layers_are_listed_too():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    network = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    for unit, amount, gone in (("head", 0.5, 1), ("neuron", 0.25, 4)):
+        shown = preview(network, PruneUnits(unit=unit, amount=amount, scope="layer"), torch.randn(2, 5, 8))
+        assert [(one.unit, len(one.gone)) for one in shown.units] == [(unit, gone)] * 3
+    (one,) = preview(network, PruneUnits(unit="layer", amount=1 / 3), torch.randn(2, 5, 8)).units
+    assert (one.layer, one.size, len(one.gone), one.others) == ("", 3, 1, ())
+
+
+@pytest.mark.parametrize(
+    "mask", [Movement(0.5, scope="layer"), SoftMovement(Threshold(0.5)), L0(0.01), L0(0.01, per="row")]
+)
+def test_a_learned_mask_shows_what_it_would_take_at_present(mask):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    inputs = torch.randn(2, 6)
+    compressor = Compressor(network, [LearnMask(mask, finetune_epochs=2)], inputs, epochs=2)
+    compressor.begin_epoch(0, steps_per_epoch=4)
+    for entry in computed_in(network).values():
+        for learned in entry.parameters():
+            nn.init.normal_(learned, std=3)
+    compressor.begin_epoch(1, steps_per_epoch=4)
+    for _ in range(3):
+        compressor.after_optimizer_step()
+    before = copy.deepcopy(network.state_dict())
+    rows = {row.layer: row for row in preview(network, [], inputs).rows}
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    zeros = {"0": network.eval()[0].weight == 0, "2": network[2].weight == 0}
+    assert any(zero.any() for zero in zeros.values())
+    for path, zero in zeros.items():
+        share = float(zero.double().mean())
+        assert rows[path].after == (f"{rows[path].before} {share:.0%} zeros" if share else "")
+        assert rows[path].reason == "as its learned mask is at present"
+    assert rows["0"].before == "Linear 8x6"
+    # What comes after the phase is shown on top of it.
+    rows = {row.layer: row for row in preview(network, [Quantize(weight_bits=4)], inputs).rows}
+    assert rows["0"].after.startswith("Linear 8x6 4 bit")

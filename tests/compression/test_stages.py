@@ -10,11 +10,11 @@ from torch import nn
 
 from distill_lightning import InputError
 from distill_lightning.compression.access.computed import computed, original_of
+from distill_lightning.compression.costs.latency import Latency, Ratio
 from distill_lightning.compression.factor.factoring import build_factors, replace_layer
 from distill_lightning.compression.file.format import read_packed, write_packed
 from distill_lightning.compression.file.packed import pack_codes, pack_dense
 from distill_lightning.compression.report import stages
-from distill_lightning.compression.report.measure import Latency, Ratio
 from distill_lightning.compression.report.stages import LatencyRow, Stage, measure_stage
 from distill_lightning.compression.values.quantizer import quantize_weights
 from distill_lightning.compression.values.scheme import Scheme

@@ -30,20 +30,41 @@ def first_samples(inputs: Any, count: int) -> Any:
     """The first samples of a batch's inputs.
 
     Args:
-        inputs: a tensor ``(N, ...)``, or a tuple of arguments, whose tensors have the batch as their first dimension.
+        inputs: a tensor ``(N, ...)``, or a nest of tuples, lists and dicts, whose tensors all have the batch as their
+            first dimension; what is no tensor in it, or has no dimension, stays as it is.
         count: number of samples.
 
-    Raises:
-        InputError: the inputs are neither, and no network is called with them here.
+    Example:
+        >>> import torch
+        >>> first_samples((torch.zeros(8, 3), {"mask": torch.ones(8, 1)}), 1)
+        (tensor([[0., 0., 0.]]), {'mask': tensor([[1.]])})
     """
+    return each_tensor(lambda tensor: tensor[:count] if tensor.ndim else tensor, inputs)
+
+
+def each_tensor(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
+    """Inputs with a function applied to each of their tensors, in the same nest of tuples, lists and dicts."""
     if isinstance(inputs, Tensor):
-        return inputs[:count]
+        return function(inputs)
+    if isinstance(inputs, Mapping):
+        return {name: each_tensor(function, part) for name, part in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return tuple(part[:count] if isinstance(part, Tensor) else part for part in inputs)
-    raise InputError(
-        f"compression calls networks with a tensor or a tuple of arguments, and the batches have inputs of type "
-        f"{type(inputs).__name__}: wrap the network in one that takes such arguments"
-    )
+        parts = [each_tensor(function, part) for part in inputs]
+        # A NamedTuple takes its fields one by one.
+        return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)
+    return inputs
+
+
+def tensors_in(inputs: Any) -> list[Tensor]:
+    """The tensors of a nest of tuples, lists and dicts, in its order."""
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    each_tensor(keep, inputs)
+    return found
 
 
 @contextmanager
@@ -143,7 +164,9 @@ def gradients(
             if value.ndim or not value.isfinite():
                 raise InputError(f"the loss on the calibration data must be a finite scalar, got {value.detach()}")
             found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
-            yield dict(zip(parameters, found, strict=True)), len(arguments[0])
+            # Embeddings may have sparse ones.
+            whole = [gradient.to_dense() if gradient.is_sparse else gradient for gradient in found]
+            yield dict(zip(parameters, whole, strict=True)), len(tensors_in(arguments)[0])
     if not seen:
         raise InputError("there is no calibration batch: give at least one pair (inputs, targets)")
 
@@ -152,5 +175,5 @@ def _split(batches: Batches) -> Iterator[tuple[Any, Any]]:
     """Batches of one sample."""
     for inputs, targets in batches:
         for number in range(len(targets)):
-            one = tuple(part[number : number + 1] if isinstance(part, Tensor) else part for part in inputs_of(inputs))
-            yield one, targets[number : number + 1]
+            one = slice(number, number + 1)
+            yield each_tensor(lambda tensor, one=one: tensor[one] if tensor.ndim else tensor, inputs), targets[one]

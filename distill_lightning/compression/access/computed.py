@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,9 +90,27 @@ def compute(layer: nn.Module, name: str, entry: ComputedWeight) -> None:
     if not entry.keeps_parameter:
         # No other layer with the parameter, no previous optimiser and no gradient may still refer to it.
         setattr(layer, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
+    if getattr(layer, "sparse", False):
+        entry.register_forward_hook(_with_dense_gradient)
     parametrize.register_parametrization(layer, name, entry)
     if entry.frozen:
         original_of(layer, name).requires_grad = False
+
+
+class _DenseGradient(torch.autograd.Function):
+    """The weight itself; what computes it gets a dense gradient also from an embedding that makes sparse ones."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:  # noqa: ARG004  # autograd asks for it
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004  # as above
+        return grads[0].to_dense() if grads[0].is_sparse else grads[0]
+
+
+def _with_dense_gradient(entry: nn.Module, inputs: Any, weight: Tensor) -> Tensor:  # noqa: ARG001  # a hook's arguments
+    return cast("Tensor", _DenseGradient.apply(weight))
 
 
 def free_weights(layer: nn.Module, names: Sequence[str] | None, *, act: str) -> list[str]:

@@ -1,1 +1,1 @@
-"""What a network costs before it runs anywhere: parameters and multiply-accumulates."""
+"""What a network costs: parameters, multiply-accumulates and time."""

@@ -72,8 +72,15 @@ class Masks:
     def project_gradients(self, network: nn.Module) -> None:
         """Set the gradients of pruned weights to zero, so that they contribute to no norm and no moment."""
         for _, parameter, pruned in self._of(network):
-            if parameter.grad is not None:
-                parameter.grad.masked_fill_(pruned, 0)
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.is_sparse:
+                # A row of an embedding that was read twice has two entries before.
+                parameter.grad = gradient = gradient.coalesce()
+                gradient.values().masked_fill_(pruned[gradient.indices().unbind()], 0)
+            else:
+                gradient.masked_fill_(pruned, 0)
 
     @torch.no_grad()
     def project_optimizer(self, network: nn.Module, optimizer: Optimizer) -> None:

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from distill_lightning.compression.access.calibration import calibrating, inputs_of
+from distill_lightning.compression.access.calibration import calibrating, each_tensor, inputs_of, tensors_in
 from distill_lightning.compression.access.computed import is_computed
-from distill_lightning.compression.report.measure import Latency, compare_latency
+from distill_lightning.compression.costs.latency import Latency, compare_latency
 from distill_lightning.compression.structure.changes import plain_copy
 from distill_lightning.errors import InputError, check_one_of
 from distill_lightning.layers import eval_mode
@@ -159,16 +159,17 @@ def export_onnx(network: nn.Module, path: Path | str, example_inputs: Any, *, dy
                 "with torch.nn.utils.parametrize.remove_parametrizations, or export a copy without it"
             )
     # The exporter would treat a size of 1 as a constant.
-    inputs = at_batch(example_inputs, max(2, len(inputs_of(example_inputs)[0]))) if dynamic_batch else example_inputs
+    inputs = at_batch(example_inputs, max(2, len(tensors_in(example_inputs)[0]))) if dynamic_batch else example_inputs
     arguments = inputs_of(inputs)
-    batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} if isinstance(value, Tensor) else None for value in arguments) if dynamic_batch else None
+    checked = [at_batch(inputs, size) for size in _BATCHES] if dynamic_batch else [inputs]
+    if dynamic_batch:
+        _check_batches(network, example_inputs, checked)
+    shapes = _shapes(arguments, torch.export.Dim("batch")) if dynamic_batch else None
     with calibrating(network), torch.no_grad(), _known_warnings():
         try:
             program = torch.onnx.export(network, arguments, dynamo=True, dynamic_shapes=shapes, verbose=False)
         except torch.onnx.errors.OnnxExporterError as error:
             raise InputError(f"{type(network).__name__} cannot be exported to ONNX: {_in_a_line(error)}") from error
-    checked = [at_batch(inputs, size) for size in _BATCHES] if dynamic_batch else [inputs]
     with whole_file(path) as partial:
         # The exporter's own way to a file would tell of a full disk in words of its own.
         write_parts(partial, [_stripped(cast("Any", program).model_proto).SerializeToString()])
@@ -296,21 +297,19 @@ def at_batch(example_inputs: Any, size: int) -> Any:
     """Example inputs at another batch size: their samples repeated, or only the first ones.
 
     Args:
-        example_inputs: a tensor, or a tuple of arguments; the batch is the first dimension of each tensor.
+        example_inputs: a tensor, or a tuple of arguments; the batch is the first dimension of each tensor in them.
         size: the new batch size.
 
     Raises:
         InputError: a tensor without samples.
     """
-    resized = []
-    for value in inputs_of(example_inputs):
-        if not isinstance(value, Tensor):
-            resized.append(value)
-            continue
+
+    def resized(value: Tensor) -> Tensor:
         if not value.ndim or not len(value):
             raise InputError(f"example inputs of shape {tuple(value.shape)} have no sample: give a batch (N, ...)")
-        resized.append(value[torch.arange(size, device=value.device) % len(value)])
-    return resized[0] if isinstance(example_inputs, Tensor) else tuple(resized)
+        return value[torch.arange(size, device=value.device) % len(value)]
+
+    return each_tensor(resized, example_inputs)
 
 
 def tensors_of(example_inputs: Any) -> tuple[Tensor, ...]:
@@ -319,7 +318,7 @@ def tensors_of(example_inputs: Any) -> tuple[Tensor, ...]:
     Args:
         example_inputs: a tensor, or a tuple of arguments.
     """
-    return tuple(value for value in inputs_of(example_inputs) if isinstance(value, Tensor))
+    return tuple(tensors_in(example_inputs))
 
 
 def outputs_of(output: Any) -> tuple[Tensor, ...]:
@@ -391,6 +390,33 @@ def _stripped(model: Any) -> Any:
     return model
 
 
+def _check_batches(network: nn.Module, example_inputs: Any, others: Iterable[Any]) -> None:
+    """Refuse a network that runs with the batch of its example inputs alone."""
+    own = len(tensors_in(example_inputs)[0])
+    with calibrating(network), torch.no_grad():
+        network(*inputs_of(example_inputs))
+        for given in others:
+            size = len(tensors_in(given)[0])
+            try:
+                network(*inputs_of(given))
+            except Exception as error:  # a network may raise anything
+                raise InputError(
+                    f"{type(network).__name__} runs with a batch of {own} and not with one of {size} "
+                    f"({_in_a_line(error)}): give dynamic_batch=False for a file of that batch alone"
+                ) from error
+
+
+def _shapes(value: Any, batch: Any) -> Any:
+    """Which dimensions of inputs are dynamic, as `torch.onnx.export` asks for it: the first of every tensor."""
+    if isinstance(value, Tensor):
+        return {0: batch}
+    if isinstance(value, Mapping):
+        return {name: _shapes(part, batch) for name, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_shapes(part, batch) for part in value)
+    return None
+
+
 def _check_equal(network: nn.Module, session: OnnxNetwork, arguments: tuple[Any, ...]) -> None:
     with calibrating(network), torch.inference_mode():
         wanted = outputs_of(network(*arguments))
@@ -406,7 +432,8 @@ def _check_equal(network: nn.Module, session: OnnxNetwork, arguments: tuple[Any,
         if not gap <= TOLERANCE * max(1.0, float(ours.double().abs().max())):
             raise InputError(
                 f"{session.path} does not compute what {type(network).__name__} does: with a batch of "
-                f"{len(arguments[0])} outputs differ by {gap:.3g}; does its forward depend on values of its input?"
+                f"{len(tensors_in(arguments)[0])} outputs differ by {gap:.3g}; does its forward depend "
+                "on values of its input?"
             )
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from distill_lightning.compression.costs.latency import NO_SPEED_UP
 from distill_lightning.compression.costs.macs import DEFINITION
 from distill_lightning.compression.report.details import draw_details
-from distill_lightning.compression.report.measure import NO_SPEED_UP
 from distill_lightning.compression.report.stages import (
     CONTROL_RANDOM,
     CONTROL_SCRATCH,

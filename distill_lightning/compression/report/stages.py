@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from distill_lightning.compression.access.calibration import calibrating, inputs_of
+from distill_lightning.compression.costs.latency import NO_SPEED_UP, Latency, compare_latency
 from distill_lightning.compression.costs.macs import Macs, count_macs
 from distill_lightning.compression.costs.parameters import count_parameters
-from distill_lightning.compression.report.measure import NO_SPEED_UP, Latency, compare_latency, measure_file
+from distill_lightning.compression.report.measure import measure_file
 from distill_lightning.compression.report.onnx import (
     TOLERANCE,
     OnnxNetwork,

@@ -20,7 +20,7 @@ from distill_lightning.compression.access.parameters import cuda_devices, split_
 from distill_lightning.compression.file.artefact import write_artefact
 from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.compression.run.batch_norm import recalibrate
-from distill_lightning.compression.run.phases import Phase, check_order, check_targets, plan, step_of
+from distill_lightning.compression.run.phases import Phase, check_network, check_order, check_targets, plan, step_of
 from distill_lightning.compression.steps.base import Step
 from distill_lightning.compression.steps.workpiece import Workpiece, cross_entropy
 from distill_lightning.errors import InputError
@@ -65,8 +65,9 @@ class Compressor:
         watch: called at each moment (see `Moment`), with the moment and the phase.
 
     Raises:
-        InputError: the order makes no sense, or phases overlap or do not fit into ``epochs``, see `plan`; or
-            ``targets`` match no layer, as far as no earlier step can give the network other layers.
+        InputError: the order makes no sense, or phases overlap or do not fit into ``epochs``, see `plan`; ``targets``
+            match no layer, as far as no earlier step can give the network other layers; or the network is compiled, or
+            has lazy layers that have seen no input.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Compressor:
         self.phases = (
             plan(self.steps, epochs=epochs, dense_epochs=dense_epochs) if self.trains else _at_once(self.steps)
         )
+        check_network(network)
         check_targets(network, self.steps)
         draw = batches if callable(batches) or batches is None else _kept(batches)
         self.piece = Workpiece(network, example_inputs, seed=seed, draw=draw, loss=loss)
@@ -192,7 +194,8 @@ class Compressor:
             gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                    # In this order, because the gradient of an embedding may be sparse.
+                    parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
         self.masks.project_gradients(self.network)
         return None if penalty is None else penalty.detach()
 

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from distill_lightning.compression.access.targets import check_patterns
 from distill_lightning.compression.steps.base import Order, Step
 from distill_lightning.errors import InputError
+from distill_lightning.layers import unwrapped
+from distill_lightning.layers.wrappers import is_compiled
 
 _REASONS = {
     (Order.MASKS, Order.STRUCTURE): (
@@ -119,6 +122,26 @@ def check_order(steps: Sequence[Step]) -> None:
             raise InputError(f"{step_of(number, step)} cannot come after {step_of(*last)}: {reason}; swap them")
         if step.order is not None:
             last = number, step
+
+
+def check_network(network: nn.Module) -> None:
+    """Refuse a network whose layers have other names than their own, or no weights yet.
+
+    Raises:
+        InputError: `torch.compile` has compiled it or a part of it, or it has lazy layers that have seen no input.
+    """
+    for path, module in network.named_modules():
+        what = path or type(unwrapped(network)).__name__
+        if is_compiled(module):
+            raise InputError(
+                f"{what} is compiled by torch.compile, and compression changes what was compiled: compress the network "
+                "without it, and compile the result"
+            )
+        if any(is_lazy(tensor) for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            raise InputError(
+                f"{what} ({type(module).__name__}) has no weights before it has seen an input: run the network once on "
+                "example inputs, then compress it"
+            )
 
 
 def check_targets(network: nn.Module, steps: Sequence[Step]) -> None:

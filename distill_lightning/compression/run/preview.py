@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,13 +16,15 @@ from distill_lightning.compression.access.parameters import cuda_devices, join_p
 from distill_lightning.compression.access.targets import Targets, match_layers
 from distill_lightning.compression.access.weights import weight_names
 from distill_lightning.compression.costs.macs import count_macs
+from distill_lightning.compression.mask.learned import LearnedMask, bake_masks, learned
 from distill_lightning.compression.mask.masks import Masks
-from distill_lightning.compression.run.phases import check_order, check_targets
+from distill_lightning.compression.run.phases import check_network, check_order, check_targets
 from distill_lightning.compression.steps.base import Step
-from distill_lightning.compression.steps.workpiece import Workpiece, cross_entropy
+from distill_lightning.compression.steps.workpiece import RemovedUnits, Workpiece, cross_entropy
 from distill_lightning.errors import InputError
 
 HEADER = ("layer", "before", "after", "parameters", "MACs", "why it is left alone")
+UNITS_HEADER = ("layer", "units", "leave", "which", "with slices of")
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,12 @@ class Preview:
     Attributes:
         rows: one for each layer with weights, in the network's order.
         notes: what the steps say about their work.
+        units: the channels, hidden units, neurons, heads and layers that would leave, step by step.
     """
 
     rows: list[PreviewRow]
     notes: list[str]
+    units: list[RemovedUnits] = field(default_factory=list)
 
     def table(self) -> list[list[str]]:
         """The rows as text: a header, the layers and their total."""
@@ -75,12 +79,31 @@ class Preview:
         ]
         return [list(HEADER), *lines]
 
+    def units_table(self) -> list[list[str]]:
+        """The units that would leave as text: a header, and a line for each layer that makes them; or nothing."""
+        lines = [
+            [one.layer, f"{one.size} {one.unit}s", str(len(one.gone)), _runs(one.gone), ", ".join(one.others)]
+            for one in self.units
+        ]
+        return [list(UNITS_HEADER), *lines] if lines else []
+
     def __str__(self) -> str:
-        lines = self.table()
-        widths = [max(len(line[place]) for line in lines) for place in range(len(HEADER))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        return "\n\n".join(_in_columns(lines) for lines in (self.table(), self.units_table()) if lines)
+
+
+def _in_columns(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Rising numbers in a few words: ``"0-2, 5"``."""
+    known = set(numbers)
+    starts = [number for number in numbers if number - 1 not in known]
+    ends = [number for number in numbers if number + 1 not in known]
+    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
 
 
 def preview(
@@ -96,7 +119,10 @@ def preview(
 
     The steps run one after the other on a copy, each to the end of its phase, but without any training between: which
     weights go may differ after training. How many go does not, if the steps have amounts or budgets; where a threshold,
-    a penalty or learned gates decide, the row says that it depends on the training. ::
+    a penalty or learned gates decide, the row says that it depends on the training.
+
+    A network in the phase of a `LearnMask` loses what its masks would take if that ended now, before the steps do
+    anything: in the middle of a training ``preview(network, [], images)`` shows how far they are. ::
 
         >>> from distill_lightning.compression import PruneUnits, preview
         >>> import torch; from torch import nn
@@ -106,7 +132,7 @@ def preview(
 
     Args:
         network: any network.
-        steps: one step, or several in their order.
+        steps: one step, or several in their order; none for what learned masks take at present.
         example_inputs: a tensor ``(N, ...)`` that the network takes, or a tuple of its arguments.
         batches: calibration data, see `Compressor`; only for steps that need it.
         loss: see `Compressor`.
@@ -116,6 +142,7 @@ def preview(
         InputError: what `Compressor` and the steps raise for this network, such as missing calibration data.
     """
     steps = [steps] if isinstance(steps, Step) else list(steps)
+    check_network(network)
     check_order(steps)
     check_targets(network, steps)
     copied = copy_network(network)
@@ -127,6 +154,9 @@ def preview(
     sample = first_samples(example_inputs, 1)
     macs = _macs(copied, sample, piece)
     later: dict[str, str] = {}
+    for place in learned(copied, LearnedMask):  # type: ignore[type-abstract]
+        later |= dict.fromkeys(_rows_at(layers, copied, place), "as its learned mask is at present")
+    piece.prune(bake_masks(copied))
     with torch.random.fork_rng(devices=cuda_devices(copied)):
         torch.manual_seed(seed)
         for step in steps:
@@ -160,7 +190,7 @@ def preview(
         said = [why[path] for why in (piece.left, later) if path in why]
         reason = "; ".join(said) or ("" if after else _reason(network, path, steps))
         rows.append(PreviewRow(path, told, after, (parameters, left), (macs.get(path, 0), own), reason))
-    return Preview(rows, list(piece.notes))
+    return Preview(rows, list(piece.notes), list(piece.removed))
 
 
 def _macs(network: nn.Module, sample: Any, piece: Workpiece) -> Mapping[str, int]:
@@ -184,7 +214,7 @@ def _rows_at(layers: Mapping[str, nn.Module], network: nn.Module, place: str) ->
 
 def _reason(network: nn.Module, path: str, steps: Sequence[Step]) -> str:
     """Why a layer is as it was, of which no step has said why."""
-    named = any(step.targets is None or _matches(network, step.targets, path) for step in steps)
+    named = not steps or any(step.targets is None or _matches(network, step.targets, path) for step in steps)
     return "not changed by these steps" if named else "not among the targets"
 
 

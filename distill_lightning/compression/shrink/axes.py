@@ -58,10 +58,7 @@ def slices(layer: nn.Module, axis: str) -> list[Slice]:
     Raises:
         InputError: the layer has no such axis.
     """
-    for kinds, axes in _AXES:
-        if isinstance(layer, kinds) and axis in axes:
-            return [found for found in axes[axis](layer) if _tensor(layer, found.tensor) is not None]
-    raise InputError(f"{type(layer).__name__} has no axis {axis!r} to shrink along")
+    return [found for found in _along(layer, axis) if _tensor(layer, found.tensor) is not None]
 
 
 def length(layer: nn.Module, axis: str) -> int:
@@ -70,7 +67,8 @@ def length(layer: nn.Module, axis: str) -> int:
     Raises:
         InputError: the layer has no such axis.
     """
-    return 1 + max(int(found.positions.max()) for found in slices(layer, axis))
+    # A norm may have the axis and no tensor along it.
+    return 1 + max(int(found.positions.max()) for found in _along(layer, axis))
 
 
 def cut(layer: nn.Module, axis: str, keep: Tensor) -> None:
@@ -109,6 +107,14 @@ def check_cut(layer: nn.Module, axis: str, keep: Tensor) -> None:
 
 def _counts(layer: nn.Module, keep: Tensor) -> list[int]:
     return [int(count) for count in keep.view(-1, int(layer.hidden_size)).sum(1)]  # type: ignore[arg-type]
+
+
+def _along(layer: nn.Module, axis: str) -> list[Slice]:
+    """The slices along an axis, those of tensors that the layer was built without included."""
+    for kinds, axes in _AXES:
+        if isinstance(layer, kinds) and axis in axes:
+            return axes[axis](layer)
+    raise InputError(f"{type(layer).__name__} has no axis {axis!r} to shrink along")
 
 
 def _tensor(layer: nn.Module, name: str) -> Tensor | None:

@@ -27,7 +27,7 @@ from distill_lightning.compression.steps import weights
 from distill_lightning.compression.steps.base import CHOSEN_IN_TRAINING, Order, Step, TargetedStep, Work
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.prune_weights import PruneWeights
-from distill_lightning.compression.steps.pruning import Level
+from distill_lightning.compression.steps.pruning import Level, check_amounts
 from distill_lightning.compression.steps.schedules import Cubic, Schedule, Threshold
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
@@ -87,9 +87,7 @@ class Movement(MaskRule):
 
     def __post_init__(self) -> None:
         self.check_numbers()
-        amounts = list(self.amount.values()) if isinstance(self.amount, dict) else [self.amount]
-        if min(amounts, default=-1) < 0 or max(amounts, default=1) > 1:
-            raise InputError(f"Movement: amount must be between 0 and 1, got {self.amount}")
+        check_amounts("Movement", self.amount)
         if self.schedule.amount(1.0, step=0, steps=1) > 0:
             raise InputError(
                 "Movement needs a schedule that begins at 0, Cubic(initial=0): before training all scores are equal"

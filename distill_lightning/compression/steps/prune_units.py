@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_lightning.compression.access.calibration import inputs_of
 from distill_lightning.compression.mask.lottery import copy_state
@@ -19,6 +19,7 @@ from distill_lightning.compression.steps.pruning import Level, Pruning, PruningW
 from distill_lightning.compression.steps.schedules import Threshold
 from distill_lightning.compression.steps.sensitivity import Sensitivity
 from distill_lightning.compression.steps.workpiece import Workpiece
+from distill_lightning.compression.structure.changes import note_amount
 
 UnitCriterion = Literal["magnitude", "random", "gradient", "taylor", "obd", "snip", "bn_scale"]
 
@@ -39,8 +40,12 @@ class PruneUnits(Pruning):
             over the weights that are removed with the unit, or their sum for criteria that estimate the loss. With
             ``"magnitude"``, units compete by their importance relative to that of their layer, because weights of
             larger layers are smaller.
-        budget: instead of the amount, ``"macs:0.5"`` or ``"params:0.5"``: the smallest amount that leaves at most this
-            share of what the step found. (Half of the channels leave about a quarter of both.)
+        budget: instead of the amount, ``"macs:0.5"``, ``"params:0.5"`` or ``"latency:0.5"``: the smallest amount that
+            leaves at most this share of what the step found. (Half of the channels leave about a quarter of the first
+            two.) The time is measured when the phase begins, on the example inputs, in turns with the network as it
+            was found, on the CPU with one thread. It differs between machines, so the amount that was found stands in
+            the notes of the report and in the network's structure: given as ``amount``, it has the same result
+            everywhere.
         round_to: the remaining channels of each layer are a multiple of this number, so a little less than the amount
             is pruned.
         backend: what finds the channels that belong together: ``"own"``, or ``"torch_pruning"`` if it is installed.
@@ -77,7 +82,7 @@ class PruneUnits(Pruning):
             ),
         )
         if self.budget is not None:
-            unit_amounts.parse_budget(self.budget)
+            unit_amounts.UnitBudget.parse(self.budget)
 
     @property
     def title(self) -> str:
@@ -101,10 +106,12 @@ class PruningUnits(PruningWork):
 
     def __init__(self, step: PruneUnits) -> None:
         super().__init__(step)
-        # The units that stay so far, the cost that the budget leaves, and the families; the last are not saved,
-        # because a resumed run finds the same ones.
+        self.budget = None if step.budget is None else unit_amounts.UnitBudget.parse(step.budget)
+        # The units that stay so far, the cost that the budget leaves, the one that the amount has, and the families;
+        # the last are not saved, because a resumed run finds the same ones.
         self.kept: units.Kept | None = None
         self.limit: float | None = None
+        self.cost: float | None = None
         self._found: list[units.Family] | None = None
 
     def explain(self, piece: Workpiece) -> None:
@@ -130,9 +137,9 @@ class PruningUnits(PruningWork):
             shown, step, names, targets=step.named, refuse=step.unit == "channel" and not step.exclude,
             why=self._fixed(piece), rule=f"it has no {step.unit}s that could leave it",
         )  # fmt: skip
-        if step.budget is not None:
-            self.limit = unit_amounts.limit_of(step.budget, piece.network, piece.example_inputs)
-            self.final = self._smallest(shown, families)
+        if self.budget is not None:
+            self.limit = self.budget.limit(piece.network, piece.example_inputs)
+            self._find_amount(shown, families, self.budget, before=piece.network)
         if isinstance(step.scope, Sensitivity):
             self.final = unit_amounts.bearable(shown, step.unit, families, step.scope, criterion=step.criterion)
         if step.at_once:
@@ -162,9 +169,10 @@ class PruningUnits(PruningWork):
 
     def _remove_masked(self, piece: Workpiece) -> None:
         families = self._families(piece)
-        if self.step.budget is not None:
-            # Other units are pruned than those with which the amount was found.
-            self.final = self._smallest(piece, families)
+        if self.budget is not None and self.budget.measure != "latency":
+            # Other units are pruned than those with which the amount was found. Time is not measured again: with
+            # the amount in place of the budget, training has to see the same units go.
+            self._find_amount(piece, families, self.budget, before=piece.network)
         self.advance(piece, self.level(step=1, steps=1))
         if self.kept is not None:
             self._remove(piece, families, self.kept)
@@ -181,7 +189,7 @@ class PruningUnits(PruningWork):
 
     def state_dict(self) -> dict[str, Any]:
         """The units that stay, the amounts and the budget, and the network to rewind to."""
-        return {**super().state_dict(), "kept": self.kept, "limit": self.limit}
+        return {**super().state_dict(), "kept": self.kept, "limit": self.limit, "cost": self.cost}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned."""
@@ -216,10 +224,13 @@ class PruningUnits(PruningWork):
             kept=self.kept,
         )
 
-    def _smallest(self, piece: Workpiece, families: list[units.Family]) -> float:
+    def _find_amount(
+        self, piece: Workpiece, families: list[units.Family], budget: unit_amounts.UnitBudget, *, before: nn.Module
+    ) -> None:
         chosen = partial(self._chosen, families, units.score_units(piece, families, self.step.criterion))
-        budget, limit = self.step.budget or "", self.limit or 0.0
-        return unit_amounts.smallest_amount(piece, self.step.unit, families, chosen, budget=budget, limit=limit)
+        self.final, self.cost = unit_amounts.smallest_amount(
+            piece, self.step.unit, families, chosen, budget=budget, limit=self.limit or 0.0, before=before
+        )
 
     def _convert(self, piece: Workpiece) -> None:
         """Convert attention so that it can lose heads, also in the network to rewind to."""
@@ -229,13 +240,25 @@ class PruningUnits(PruningWork):
         units.change(piece, act)
         piece.changed = False
 
+    def _tell_amount(self, piece: Workpiece, budget: unit_amounts.UnitBudget) -> None:
+        told = f"{self.step.title}: amount={self.final} is the smallest within the budget {str(budget)!r}"
+        if budget.measure == "latency":
+            told += f" ({self.cost:.2f} of the time here): given in its place, it has the same result on any machine"
+        piece.note(told)
+
     def _remove(self, piece: Workpiece, families: list[units.Family], kept: units.Kept) -> None:
-        if all(len(kept[family.name]) == family.size for family in families):
+        if self.budget is not None:
+            self._tell_amount(piece, self.budget)
+        removed = units.removed(self.step.unit, families, kept)
+        if not removed:
             return
+        piece.removed += removed
         act = partial(units.remove, kind=self.step.unit, families=families, kept=kept)
         rewinds = self.step.rewind is not None and self.step.at_once
         before = self.earlier(piece) if rewinds and self.snapshot is not None else None
         units.change(piece, act)
+        if self.budget is not None:
+            note_amount(piece.network, self.step.title, budget=str(self.budget), amount=cast("float", self.final))
         if rewinds:
             if before is not None:
                 act(before)

@@ -25,6 +25,24 @@ Level = float | dict[str, float]
 """A share of the units, or shares by path, or a threshold."""
 
 
+def check_amounts(what: str, amount: float | Mapping[str, float]) -> list[float]:
+    """The amounts, one or one for each pattern of layers, that are shares.
+
+    Args:
+        what: has them, for the message.
+        amount: as it was given.
+
+    Raises:
+        InputError: one is no number, or outside ``[0, 1]``, or there is none.
+    """
+    amounts = list(amount.values()) if isinstance(amount, Mapping) else [amount]
+    if any(isinstance(value, bool) or not isinstance(value, Real) for value in amounts):
+        raise InputError(f"{what}: amount must be a number, or one for each pattern of layers, got {amount!r}")
+    if not amounts or min(amounts) < 0 or max(amounts) > 1:
+        raise InputError(f"{what}: amount must be between 0 and 1, got {amount}")
+    return amounts
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pruning(TargetedStep):
     """Prunes the least important units by a schedule; see also `TargetedStep`.
@@ -51,19 +69,11 @@ class Pruning(TargetedStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        amounts: list[Any] = list(self.amount.values()) if isinstance(self.amount, dict) else [self.amount]
-        if self.amount is None:
-            amounts = [0.0]
-        odd = [amount for amount in amounts if isinstance(amount, bool) or not isinstance(amount, Real)]
-        self.refuse((bool(odd), f"amount must be a number, or one for each pattern of layers, got {self.amount!r}"))
+        amounts = [0.0] if self.amount is None else check_amounts(type(self).__name__, self.amount)
         rewind, by_threshold = self.rewind, isinstance(self.schedule, Threshold)
         if not isinstance(self.scope, Sensitivity):
             self.check_known(scope=get_args(Scope))
         self.refuse(
-            (
-                min(amounts, default=-1) < 0 or max(amounts, default=1) > 1,
-                f"amount must be between 0 and 1, got {self.amount}",
-            ),
             (
                 by_threshold and self.scope == "layer",
                 "scope='layer' has no effect with a Threshold, under which units do not compete: leave it out",

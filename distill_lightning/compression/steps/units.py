@@ -23,7 +23,7 @@ from distill_lightning.compression.shrink.recurrent import unit_groups
 from distill_lightning.compression.shrink.torch_pruning import channel_groups_by_torch_pruning
 from distill_lightning.compression.shrink.transformer import head_groups, neuron_groups, remove_layers
 from distill_lightning.compression.steps.weights import REDUCE, SCORERS
-from distill_lightning.compression.steps.workpiece import Workpiece
+from distill_lightning.compression.steps.workpiece import RemovedUnits, Workpiece
 from distill_lightning.compression.structure.changes import note_change
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
@@ -181,6 +181,18 @@ def remove(
         if family.group is None and isinstance(encoder, nn.TransformerEncoder):
             remove_layers(encoder, kept[family.name])
     shrink(network, {family.group: kept[family.name] for family in families if family.group is not None})
+
+
+def removed(kind: UnitKind, families: Sequence[Family], kept: Mapping[str, Sequence[int]]) -> list[RemovedUnits]:
+    """The units that are not kept, family by family, in plain values; families that keep all are left out."""
+    found = []
+    for family in families:
+        gone = tuple(sorted(set(range(family.size)) - set(kept[family.name])))
+        members = () if family.group is None else family.group.members
+        others = tuple(dict.fromkeys(member.path for member in members if member.path != family.name))
+        if gone:
+            found.append(RemovedUnits(family.name, kind, family.size, gone, others))
+    return found
 
 
 def change(piece: Workpiece, act: Callable[[nn.Module], object]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from distill_lightning.compression.access.calibration import Loss
+from distill_lightning.compression.costs.latency import Clocks
 from distill_lightning.compression.file.packed import Coding
 from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.errors import InputError
@@ -22,6 +23,24 @@ SHOWN_LAYERS = 12
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     """Cross entropy of logits ``(N, ..., K)`` with classes ``(N, ...)``, mean over samples and positions."""
     return F.cross_entropy(output.flatten(0, -2), target.flatten())
+
+
+class RemovedUnits(NamedTuple):
+    """Units of one layer that have left a network.
+
+    Attributes:
+        layer: path of the layer that makes them.
+        unit: what they are: ``"channel"``, ``"head"`` and so on.
+        size: how many there were.
+        gone: which have left, counted from 0.
+        others: paths of the other layers that lose slices with them: norms, and layers that read them.
+    """
+
+    layer: str
+    unit: str
+    size: int
+    gone: tuple[int, ...]
+    others: tuple[str, ...]
 
 
 @dataclass
@@ -38,9 +57,11 @@ class Workpiece:
         draw: returns the calibration batches, pairs of inputs and targets from the training set; ``None`` if there are
             none.
         loss: a function of the network's output and the targets, a mean over the samples.
+        clocks: the clocks by which the time of networks is measured; ``None`` for the system's.
         coding: coding of a packed file's bytes: ``"plain"``, ``"deflate"`` or ``"huffman"``.
         notes: sentences about the steps, for the report.
         left: why layers are left alone, by path.
+        removed: the units that steps have removed, for `preview`.
         details: what steps have seen in single layers, in plain values, for figures; see `record`.
         changed: set by a step that has changed weights or structure.
         restart: set by a step after which the training starts again, with a new optimiser and the initial learning
@@ -54,9 +75,11 @@ class Workpiece:
     seed: int = 0
     draw: Callable[[], Sequence[tuple[Any, Any]]] | None = None
     loss: Loss = cross_entropy
+    clocks: Clocks | None = None
     coding: Coding = "plain"
     notes: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    removed: list[RemovedUnits] = field(default_factory=list)
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
     changed: bool = False
     restart: bool = False

@@ -30,7 +30,8 @@ from distill_lightning.networks.budget import Budget, bytes_of_tensors
 ChangeKind = Literal["sizes", "low_rank", "tied"]
 Structure = dict[str, Any]
 """``{"format": 2, "changes": [{"kind": ..., "layers": {...}}], "layers": {path: {"weights": {...}, "input": ...}}}``,
-of str, int, float, bool, lists and dicts, which JSON and ``torch.load(weights_only=True)`` accept."""
+where a change of sizes may have ``"amounts"``, see `note_amount`; of str, int, float, bool, lists and dicts, which JSON
+and ``torch.load(weights_only=True)`` accept."""
 FORMAT = 2
 """The format of `Structure`."""
 # What the changes may take, at any rate and for each byte of the network that they are made to.
@@ -51,13 +52,31 @@ def note_change(network: nn.Module, kind: ChangeKind, layers: Mapping[str, Any] 
             network.
     """
     changes = changes_of(network)
+    amounts: list[dict[str, Any]] = []
     if kind == "sizes":
         layers = sizes_of(network)
         # A later entry contains all sizes.
-        changes = changes[:-1] if changes and changes[-1]["kind"] == "sizes" else changes
+        if changes and changes[-1]["kind"] == "sizes":
+            amounts = changes[-1].get("amounts", [])
+            changes = changes[:-1]
     elif kind == "tied":
         layers = {"groups": ties_of(network)}
-    network.__dict__["_changes"] = [*changes, {"kind": kind, "layers": dict(layers or {})}]
+    change: dict[str, Any] = {"kind": kind, "layers": dict(layers or {})}
+    network.__dict__["_changes"] = [*changes, change | ({"amounts": amounts} if amounts else {})]
+
+
+def note_amount(network: nn.Module, step: str, *, budget: str, amount: float) -> None:
+    """Record with the last change how much a step has pruned to meet a budget; nothing reads it but people.
+
+    Args:
+        network: the network after `note_change`.
+        step: the step's title.
+        budget: what was asked for.
+        amount: what was found.
+    """
+    *changes, last = changes_of(network)
+    amounts = [*last.get("amounts", []), {"step": step, "budget": budget, "amount": amount}]
+    network.__dict__["_changes"] = [*changes, {**last, "amounts": amounts}]
 
 
 def changes_of(network: nn.Module) -> list[dict[str, Any]]:

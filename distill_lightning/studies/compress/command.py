@@ -21,6 +21,7 @@ from distill_lightning.callbacks import Measurements
 from distill_lightning.callbacks.stages import trained_before
 from distill_lightning.compression.report.report import Report, circumstances
 from distill_lightning.compression.report.stages import FINAL
+from distill_lightning.compression.run.preview import Preview
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError
 from distill_lightning.networks import recipe_of
@@ -81,10 +82,7 @@ def run(
 
     first = setup_of(config.seeds[0], folder)
     if config.preview:
-        preview = preview_of(first)
-        console.print(table_of(preview.table()))
-        for note in preview.notes:
-            console.print(note, style="dim", highlight=False)
+        _show(preview_of(first), console)
         return None
     _check_metric(first.model, config.metric)
     earlier = _epochs_before(first, config.dense_epochs)
@@ -116,6 +114,14 @@ def run(
         console.print("no ONNX file: pip install 'distill-lightning[onnx]'", highlight=False)
     print_written(console, paths)
     return report
+
+
+def _show(preview: Preview, console: Console) -> None:
+    console.print(table_of(preview.table()))
+    if preview.units:
+        console.print(table_of(preview.units_table()))
+    for note in preview.notes:
+        console.print(note, style="dim", highlight=False)
 
 
 def _check_metric(model: Any, metric: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill_lightning.compression.access.calibration import inputs_of
 from distill_lightning.compression.access.copies import copy_network
-from distill_lightning.compression.report.measure import compare_latency
+from distill_lightning.compression.costs.latency import compare_latency
 from distill_lightning.compression.report.onnx import TOLERANCE, OnnxNetwork, export_onnx, outputs_of
 from distill_lightning.errors import InputError
 from distill_lightning.layers import InputShape, by_position, eval_mode
