@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,13 +242,14 @@ class ShardedRecords:
 
     # Writing
 
-    def write_shard(self, view: int, shard: int, rows: Rows, known: NDArray[np.bool_] | None = None) -> None:
+    def write_shard(self, view: int, shard: int, *pieces: Rows, known: NDArray[np.bool_] | None = None) -> None:
         """Write a shard, in place of the one that may be there.
 
         Args:
             view: number of the view.
             shard: number of the shard.
-            rows: arrays by field, one row for each of the shard's samples in order.
+            pieces: arrays by field, which hold together one row for each of the shard's samples in order; a single one
+                with ``known``.
             known: bool ``(N,)``, which of the rows are kept; ``None``: all.
 
         Raises:
@@ -255,7 +257,13 @@ class ShardedRecords:
         """
         count = len(self.samples_of(shard))
         known = np.ones(count, dtype=np.bool_) if known is None else known
-        columns = {field.name: [self._fitting(field, rows, count)] for field in self.fields}
+        lengths = [len(next(iter(rows.values()))) for rows in pieces]
+        if sum(lengths) != count:
+            name, _, shape = self.fields[0]
+            raise InputError(
+                f"the store {self.folder} needs {name} {(count, *shape)}, and was given {(sum(lengths), *shape)}"
+            )
+        columns = {field.name: list(map(partial(self._fitting, field), pieces, lengths)) for field in self.fields}
         if not known.all():
             # What is not known is zero, so that a store's bytes tell nothing of how it came about.
             for field in self.fields:
@@ -324,7 +332,7 @@ class ShardedRecords:
                 known[within] = True
                 for name, values in whole.items():
                     values[within] = rows[name][chosen]
-            self.write_shard(view, shard, whole, known)
+            self.write_shard(view, shard, whole, known=known)
         for path in logs:
             path.unlink()
 

@@ -150,10 +150,8 @@ class TeacherEnsemble(nn.Module):
 
     @staticmethod
     def _run(runs: Iterable[Callable[..., Any]], inputs: Any) -> list[Any]:
-        with torch.inference_mode():
-            outputs = [call(run, inputs) if isinstance(run, nn.Module) else outputs_of(run, inputs) for run in runs]
         # Losses save the answers for backward, which autograd refuses for a tensor that was made in inference mode.
-        return [tree_map_only(Tensor, _ordinary, output) for output in outputs]
+        return [tree_map_only(Tensor, _ordinary, _said_by(run, inputs)) for run in runs]
 
     def logits(self, inputs: Any) -> Tensor:
         """Every teacher's logits, ``(M, N, K)``, without a graph."""
@@ -206,6 +204,16 @@ class TeacherEnsemble(nn.Module):
         probs = self.probabilities(inputs)
         # A probability that underflowed to zero would be an infinite logit.
         return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
+
+
+def _said_by(run: Callable[..., Any], inputs: Any) -> Any:
+    """What a network, or a tap of one, gives, without a graph."""
+    if isinstance(run, nn.Module):
+        with torch.inference_mode():
+            return call(run, inputs)
+    # Tensors of inference mode do not tell who writes into them: a tap would have to copy every feature.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        return outputs_of(run, tree_map_only(Tensor, _ordinary, inputs))
 
 
 def _ordinary(answer: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -107,13 +106,13 @@ class _Recorder(pl.LightningModule):
         share = places[self.trainer.global_rank :: self.trainer.world_size] or places[:1]
         return _Gaps(loader, self.store, share, numbered=hasattr(self.data, "views"))
 
-    def predict_step(self, item: tuple[Any, tuple[int, int], Sequence[int], bool], batch_idx: int) -> int:
+    def predict_step(self, item: tuple[Any, tuple[int, int], tuple[int, int], bool], batch_idx: int) -> int:
         """Ask about a batch; with a shard's last one, write the shard."""
-        batch, (view, shard), samples, is_last = item
+        batch, (view, shard), (begin, end), is_last = item
         batch = self.module.prepared(batch)
-        if batch.key is not None and batch.key.index.tolist() != list(samples):
+        if batch.key is not None and batch.key.index.tolist() != list(range(begin, end)):
             raise InputError(
-                f"record asked for the training samples {samples[0]} to {samples[-1]} and got others, by their "
+                f"record asked for the training samples {begin} to {end - 1} and got others, by their "
                 "own index: let a sample's index be its place in the data set"
             )
         rows = explained(self.module, self.teachers.rows_to_store, batch, f"recorded batch {batch_idx}")
@@ -124,7 +123,7 @@ class _Recorder(pl.LightningModule):
             self._wait()
             if self._writer is None:
                 self._writer = ThreadPoolExecutor(max_workers=1)
-            self._written = self._writer.submit(self._write, view, shard, self._parts)
+            self._written = self._writer.submit(self.store.write, view, shard, *self._parts)
             self._parts = []
         return int(batch.size)
 
@@ -138,9 +137,6 @@ class _Recorder(pl.LightningModule):
         if self._writer is not None:
             self._writer.shutdown()
         self.store.release()
-
-    def _write(self, view: int, shard: int, parts: Sequence[Mapping[str, Tensor]]) -> None:
-        self.store.write(view, shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def _wait(self) -> None:
         if self._written is not None:
@@ -161,7 +157,12 @@ class _Gaps:
         return len(self.batches.plan)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(DataLoader(self.batches, batch_size=None, num_workers=self.workers))
+        return iter(DataLoader(self.batches, batch_size=None, num_workers=self.workers, collate_fn=_as_it_is))
+
+
+def _as_it_is(item: Any) -> Any:
+    """The loader has made the batch; there is nothing left to convert."""
+    return item
 
 
 class _Batches(IterableDataset[Any]):
@@ -188,4 +189,5 @@ class _Batches(IterableDataset[Any]):
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for samples, place, is_last in self.plan[first::step]:
-            yield fetched(self.loader, samples, view=place[0] if self.numbered else None), place, samples, is_last
+            batch = fetched(self.loader, samples, view=place[0] if self.numbered else None)
+            yield batch, place, (samples.start, samples.stop), is_last

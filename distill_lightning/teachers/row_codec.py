@@ -37,11 +37,11 @@ class RowCodec(NamedTuple):
         """
         packed = {}
         for name, rows in answers.items():
-            kept = rows.detach().float()
+            kept = rows.detach()
             if _are_probabilities(name) and self.top_k is not None:
                 if self.top_k > kept.shape[-1]:
                     raise InputError(f"TeacherStore: top_k={self.top_k} of {kept.shape[-1]} classes: lower it")
-                kept, classes = largest(kept, self.top_k)
+                kept, classes = largest(kept.float(), self.top_k)
                 packed[f"{name}{_CLASSES}"] = classes.cpu().numpy()
             packed[name] = self._rounded(kept).cpu().numpy()
         return packed
@@ -74,9 +74,10 @@ class RowCodec(NamedTuple):
     def _rounded(self, rows: Tensor) -> Tensor:
         if self.dtype == "float32":
             return rows.float()
-        # Beyond half precision's range there is nothing to tell apart.
         limit = torch.finfo(torch.float16).max
-        return rows.float().clamp(-limit, limit).half()
+        half = rows.half()
+        # Beyond half precision's range there is nothing to tell apart. What a teacher has said stays as it is.
+        return half.clamp(-limit, limit) if half is rows else half.clamp_(-limit, limit)
 
 
 def shapes(fields: Sequence[Mapping[str, Any]], num_classes: int) -> dict[str, tuple[int, ...]]:

@@ -142,10 +142,10 @@ class OutputsStore(TeacherStore):
         found = {"logits": torch.stack(outputs, dim=1)} if outputs else {}
         return found | {f"feature_{number}": value for number, value in enumerate(maps)}
 
-    def write(self, view: int, shard: int, answers: Answers) -> None:
+    def write(self, view: int, shard: int, *answers: Answers) -> None:
         """Keep the rows of a shard, as `AskedForAll` names them."""
         for place, part in self.parts.items():
-            part.write(view, shard, {"rows": answers[row_name(*place)]})
+            part.write(view, shard, *({"rows": piece[row_name(*place)]} for piece in answers))
 
     def narrowed(self, answers: Answers) -> dict[str, Tensor]:
         """On the host, each in its own type."""

@@ -234,19 +234,19 @@ class TeacherStore:
         sweep_records(self.path)
         self.finish()
 
-    def write(self, view: int, shard: int, answers: Answers) -> None:
+    def write(self, view: int, shard: int, *answers: Answers) -> None:
         """Keep the answers about all samples of a shard.
 
         Args:
             view: of all of them.
             shard: which.
-            answers: about `samples_of` it, in order.
+            answers: about `samples_of` it, in order, in one piece or several.
 
         Raises:
             InputError: the disk is full, or the answers are of other shapes than those before.
         """
-        packed = self.codec.pack(answers)
-        self._made(packed).write_shard(view, shard, packed)
+        packed = list(map(self.codec.pack, answers))
+        self._made(packed[0]).write_shard(view, shard, *packed)
 
     def narrowed(self, answers: Answers) -> dict[str, Tensor]:
         """Answers on the host, in no more memory than they need there until they are written."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.data.batch import Batch, spread
+from distill_lightning.data.batch import Batch
 from distill_lightning.data.samplers import join
 from distill_lightning.errors import InputError, NonFiniteError
 from distill_lightning.layers import FeatureTap, InputShape, dry_forward, fingerprint
@@ -378,11 +378,16 @@ def refuse_non_finite(rows: Mapping[str, Tensor], batch: Batch) -> None:
         NonFiniteError: an answer that counts is nan or infinite.
     """
     for name, values in rows.items():
-        bad = values.isnan() | values.isposinf()
-        if batch.counted is not None and bad.shape[: batch.counted.ndim] == batch.counted.shape:
-            bad &= spread(batch.counted, bad)
+        counted = batch.counted
+        if counted is not None and values.shape[: counted.ndim] != counted.shape:
+            counted = None
+        # In one pass: the largest number is nan where any is.
+        within = tuple(range(1 if counted is None else counted.ndim, values.ndim))
+        bad = ~((values.amax(within) if within else values) < torch.inf)
+        if counted is not None:
+            bad &= counted
         # On the host, where the answers go in any case.
-        numbers = np.flatnonzero(bad.flatten(1).any(dim=1).cpu().numpy())
+        numbers = np.flatnonzero(bad.reshape(len(bad), -1).any(dim=1).cpu().numpy())
         if len(numbers):
             index = numbers if batch.key is None else batch.key.index.cpu().numpy()[numbers]
             raise NonFiniteError(

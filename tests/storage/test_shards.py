@@ -99,13 +99,13 @@ def test_nothing_is_known_before_it_is_written(tmp_path):
 def test_an_unknown_record_is_zero_whatever_was_given(tmp_path):
     found = records(tmp_path)
     known = np.array([True, False, True, False])
-    found.write_shard(0, 1, rows_of([4, 5, 6, 7], 0), known)
+    found.write_shard(0, 1, rows_of([4, 5, 6, 7], 0), known=known)
     assert_holds(found, known={(4, 0), (6, 0)})
     assert found.state_of(0, 1) == "partial"
     shutil.copytree(tmp_path, tmp_path / "copy")
     other = rows_of([4, 5, 6, 7], 0)
     other["map"][1] = np.nan
-    found.write_shard(0, 1, other, known)
+    found.write_shard(0, 1, other, known=known)
     assert found.path_of(0, 1).read_bytes() == (tmp_path / "copy/view_00000/00001.shard").read_bytes()
 
 

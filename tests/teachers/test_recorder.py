@@ -1,6 +1,9 @@
 """``record``: the store that it leaves is the one that training would have filled, whoever fills it."""
 
+import errno
 import json
+import threading
+import time
 
 import pytest
 import pytorch_lightning as pl
@@ -10,7 +13,10 @@ from torch.nn import functional as F
 
 from distill_lightning import Batch, FEEDModule, IndexedDataModule, InputError, KDModule, TeacherStore
 from distill_lightning.cli import main
+from distill_lightning.errors import DiskError
+from distill_lightning.storage.rows import RowFile
 from distill_lightning.teachers.recorder import record
+from distill_lightning.teachers.teachers import Teachers
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 
@@ -90,7 +96,7 @@ def test_only_a_damaged_shard_is_asked_about_again(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("last", range(1, 8))
+@pytest.mark.parametrize("last", range(1, 9))
 def test_a_recording_that_was_killed_is_continued(tmp_path, last, monkeypatch):
     recorded(tmp_path / "whole")
     write, written = TeacherStore.write, []
@@ -108,6 +114,64 @@ def test_a_recording_that_was_killed_is_continued(tmp_path, last, monkeypatch):
     done, _ = recorded(tmp_path / "killed")
     assert done.answers < 48 or last == 1
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [2, 8])
+def test_a_disk_that_is_full_is_one_line_and_what_was_written_is_kept(tmp_path, last, monkeypatch):
+    recorded(tmp_path / "whole")
+    write, written = RowFile.write, []
+
+    def full(*args):
+        written.append(args)
+        if len(written) >= last:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowFile, "write", full)
+        line = f"^the disk of the store {tmp_path}/full is full: make room and call again, what is written is kept$"
+        with pytest.raises(DiskError, match=line):
+            recorded(tmp_path / "full")
+    assert len(list((tmp_path / "full").rglob("*.shard"))) == last - 1
+    assert not is_writing()
+    done, _ = recorded(tmp_path / "full")
+    assert done.answers == {2: 41, 8: 3}[last]
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
+
+
+def is_writing():
+    """Whether a recording has left a thread."""
+    return any("ThreadPoolExecutor" in thread.name for thread in threading.enumerate())
+
+
+def test_ctrl_c_waits_for_what_is_being_written_and_leaves_no_thread(tmp_path, monkeypatch):
+    write, begun, asked = TeacherStore.write, threading.Event(), []
+
+    def slow(*args):
+        begun.set()
+        time.sleep(0.05)
+        write(*args)
+
+    def interrupted(teachers, batch):
+        asked.append(batch)
+        if len(asked) == 2:
+            assert begun.wait(10)
+            raise KeyboardInterrupt
+        return rows(teachers, batch)
+
+    rows = Teachers.rows_to_store
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherStore, "write", slow)
+        patch.setattr(Teachers, "rows_to_store", interrupted)
+        # Lightning ends the process.
+        with pytest.raises(SystemExit):
+            recorded(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.shard")] == ["00000.shard"]
+    assert not is_writing()
+    done, store = recorded(tmp_path)
+    assert (done.answers, store.is_complete) == (41, True)
+    assert not is_writing()
 
 
 @pytest.mark.slow
