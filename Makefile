@@ -1,7 +1,7 @@
 # demo: the main job on real images.
 # compress: a network's file at a twentieth of its size, with the report that shows it, 2 minutes on 2 cores.
 # test: everything that must hold, 16 minutes on 2 cores.
-# test-lightning: three methods' contract and the quick tests of modules and callbacks under an older version of Lightning.
+# test-lightning: every method, three methods' contract and the quick tests of hooks and callbacks under an older Lightning.
 # test-bolts: the same under the oldest, and all that is tried with lightning-bolts, which needs it.
 # test-lowest: the contract and the tests of values with the lowest version of everything, two environments of 7 GB.
 # check: what reads the code and does not run it.
