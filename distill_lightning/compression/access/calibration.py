@@ -36,10 +36,11 @@ def first_samples(inputs: Any, count: int) -> Any:
 
     Example:
         >>> import torch
+        >>> from distill_lightning.compression.access.calibration import first_samples
         >>> first_samples((torch.zeros(8, 3), {"mask": torch.ones(8, 1)}), 1)
         (tensor([[0., 0., 0.]]), {'mask': tensor([[1.]])})
     """
-    return each_tensor(lambda tensor: tensor[:count] if tensor.ndim else tensor, inputs)
+    return each_tensor(partial(_cut, rows=slice(count)), inputs)
 
 
 def each_tensor(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
@@ -176,4 +177,8 @@ def _split(batches: Batches) -> Iterator[tuple[Any, Any]]:
     for inputs, targets in batches:
         for number in range(len(targets)):
             one = slice(number, number + 1)
-            yield each_tensor(lambda tensor, one=one: tensor[one] if tensor.ndim else tensor, inputs), targets[one]
+            yield each_tensor(partial(_cut, rows=one), inputs), targets[one]
+
+
+def _cut(tensor: Tensor, rows: slice) -> Tensor:
+    return tensor[rows] if tensor.ndim else tensor

@@ -121,8 +121,10 @@ def preview(
     weights go may differ after training. How many go does not, if the steps have amounts or budgets; where a threshold,
     a penalty or learned gates decide, the row says that it depends on the training.
 
-    A network in the phase of a `LearnMask` loses what its masks would take if that ended now, before the steps do
-    anything: in the middle of a training ``preview(network, [], images)`` shows how far they are. ::
+    In the middle of a training, a network in the phase of a `LearnMask` loses before all steps what its masks would
+    take if that phase ended now, and ``preview(network, [], images)`` shows that alone.
+
+    ::
 
         >>> from distill_lightning.compression import PruneUnits, preview
         >>> import torch; from torch import nn

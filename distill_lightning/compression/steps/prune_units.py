@@ -41,11 +41,11 @@ class PruneUnits(Pruning):
             ``"magnitude"``, units compete by their importance relative to that of their layer, because weights of
             larger layers are smaller.
         budget: instead of the amount, ``"macs:0.5"``, ``"params:0.5"`` or ``"latency:0.5"``: the smallest amount that
-            leaves at most this share of what the step found. (Half of the channels leave about a quarter of the first
-            two.) The time is measured when the phase begins, on the example inputs, in turns with the network as it
-            was found, on the CPU with one thread. It differs between machines, so the amount that was found stands in
-            the notes of the report and in the network's structure: given as ``amount``, it has the same result
-            everywhere.
+            leaves at most this share of what the step found, by bisection. (Half of the channels leave about a quarter
+            of the first two.) The time is measured when the phase begins, on the example inputs, in turns with the
+            network as it was found, on the CPU with one thread; each amount that is tried takes 120 forward passes.
+            Time differs between machines, so the amount that was found stands in the notes of the report and in the
+            network's structure: given as ``amount``, it has the same result everywhere.
         round_to: the remaining channels of each layer are a multiple of this number, so a little less than the amount
             is pruned.
         backend: what finds the channels that belong together: ``"own"``, or ``"torch_pruning"`` if it is installed.
