@@ -5,6 +5,7 @@ import functools
 import gzip
 import io
 import json
+import pickle
 import struct
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,6 +104,14 @@ def test_every_yaml_is_in_a_tested_folder():
     assert set(CONFIGS.rglob("*.yaml")) == {*COMPARE, *START, *(CONFIGS / "reproduce").glob("*/*.yaml")}
 
 
+def small_cifar(folder):
+    """CIFAR-10's pickled files, of noise."""
+    draw = np.random.default_rng(0)
+    for name, count in {**{f"data_batch_{number}": 40 for number in range(1, 6)}, "test_batch": 50}.items():
+        content = {"data": draw.integers(0, 256, (count, 3072), dtype=np.uint8), "labels": [*range(10)] * (count // 10)}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+
+
 def small_images(folder, data):
     """A few images in the files that a data module reads, and what makes it read them."""
     options = data.setdefault("init_args", {})
@@ -110,6 +119,10 @@ def small_images(folder, data):
     if "FashionMNIST" in data["class_path"]:
         if not list(folder.glob("*.gz")):
             small_fashion_mnist(folder)
+        options["data_dir"] = str(folder)
+    if "CIFAR" in data["class_path"]:
+        if not (folder / "test_batch").exists():
+            small_cifar(folder)
         options["data_dir"] = str(folder)
     if "ImageFolder" in data["class_path"]:
         if not (folder / "images").exists():
@@ -133,6 +146,12 @@ def small_detection(folder, config):
         small_images(folder, backbone["data"])
 
 
+def samplers_in(methods):
+    """The arguments of every `UnlabelledSampler` in a comparison's methods."""
+    samplers = [sampler for spec in methods.values() for sampler in spec.get("init_args", {}).get("samplers", [])]
+    return [sampler["init_args"] for sampler in samplers if sampler["class_path"] == "UnlabelledSampler"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", COMPARE, ids=lambda path: path.stem)
 def test_compare_runs(path, tmp_path):
@@ -145,6 +164,11 @@ def test_compare_runs(path, tmp_path):
         small_detection(tmp_path, config)
     else:
         small_images(tmp_path, config["data"])
+    for sampler in samplers_in(config["methods"]):
+        small_images(tmp_path, sampler["data"])
+    if "search" in config:
+        config["trials"] = 1
+        config["teachers"]["network"]["init_args"]["width"] = 4
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     command.run(parse_config(given), given, console=Console(file=io.StringIO()))
     lines = (tmp_path / "out/results.csv").read_text().splitlines()

@@ -967,31 +967,33 @@ ROWS = b"".join(b"\0" + bytes(range(96)) for _ in range(32))
 WHOLE = zlib.compress(ROWS)
 
 
-@pytest.mark.parametrize(
-    ("stream", "interlaced"),
-    [
-        (WHOLE[: len(WHOLE) // 2], 0),
-        (WHOLE[:20] + bytes([WHOLE[20] ^ 0xFF]) + WHOLE[21:], 0),
-        (bytes(range(200)), 0),
-        (zlib.compress(b"\t" + ROWS[1:]), 0),
-        (zlib.compress(ROWS[:300]), 0),
-        (zlib.compress(ROWS[:300]), 1),
-        (b"", 0),
-    ],
-    ids=["cut", "flipped", "noise", "filter 9", "few rows", "few rows of seven passes", "empty"],
-)
-def test_pixels_that_are_damaged_behind_right_checksums_are_one_line(tmp_path, stream, interlaced):
+DAMAGED = {
+    "cut": (WHOLE[: len(WHOLE) // 2], 0),
+    "flipped": (WHOLE[:20] + bytes([WHOLE[20] ^ 0xFF]) + WHOLE[21:], 0),
+    "noise": (bytes(range(200)), 0),
+    "filter 9": (zlib.compress(b"\t" + ROWS[1:]), 0),
+    "few rows": (zlib.compress(ROWS[:300]), 0),
+    "few rows of seven passes": (zlib.compress(ROWS[:300]), 1),
+    "empty": (b"", 0),
+}
+
+
+def test_pixels_that_are_damaged_behind_right_checksums_are_one_line_each(tmp_path):
     """In another process, because torchvision's decoder would end this one."""
-    header = struct.pack(">IIBBBBB", 32, 32, 8, 2, 0, 0, interlaced)
-    path = tmp_path / "made.png"
-    parts = [chunk(b"IHDR", header), chunk(b"IDAT", stream), chunk(b"IEND", b"")]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    paths = [tmp_path / f"{name}.png" for name in DAMAGED]
+    for path, (stream, interlaced) in zip(paths, DAMAGED.values(), strict=True):
+        header = struct.pack(">IIBBBBB", 32, 32, 8, 2, 0, 0, interlaced)
+        parts = [chunk(b"IHDR", header), chunk(b"IDAT", stream), chunk(b"IEND", b"")]
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
     code = (
         "import sys, pathlib; from distill_lightning.data.datamodules.image_file import *\n"
-        "try: print(tuple(decode(pathlib.Path(sys.argv[1])).shape))\n"
-        "except DamagedImageError as error: print(error)"
+        "for path in sys.argv[1:]:\n"
+        "    try: print(tuple(decode(pathlib.Path(path)).shape), flush=True)\n"
+        "    except DamagedImageError as error: print(error, flush=True)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(3, 32, 32)" or re.match(rf"{path} cannot be decoded .*: mend it", done.stdout)
-    assert done.stdout.count("\n") == 1
+    done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(paths)
+    for path, line in zip(paths, lines, strict=True):
+        assert line == "(3, 32, 32)" or re.match(rf"{path} cannot be decoded .*: mend it", line), line
