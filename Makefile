@@ -1,8 +1,9 @@
 # demo: the main job on real images.
 # compress: a network's file at a twentieth of its size, with the report that shows it, 2 minutes on 2 cores.
 # test: everything that must hold, 16 minutes on 2 cores.
-# test-lightning: every method, three methods' contract and the quick tests of hooks and callbacks under an older Lightning.
-# test-bolts: the same under the oldest, and all that is tried with lightning-bolts, which needs it.
+# test-lightning: every method, some of them by the whole contract, and the quick tests of hooks and callbacks under an older
+#   version of Lightning, 2 minutes on 2 cores.
+# test-bolts: the same under the oldest, and all that is tried with lightning-bolts, which needs it, 2 minutes.
 # test-lowest: the contract and the tests of values with the lowest version of everything, two environments of 7 GB.
 # check: what reads the code and does not run it.
 # check-fast: that and the tests that are not slow, 2 minutes on 2 cores, for every save.
@@ -22,9 +23,10 @@ LIGHTNINGS := 1.9.5 2.5.0
 VALUES := tests/test_versions.py tests/test_schedules.py tests/callbacks tests/compression tests/data tests/functional \
 	tests/layers tests/modules tests/outputs tests/storage tests/teachers
 # What of them depends on Lightning, for an older one with the libraries that are there. Every module is trained for an epoch,
-# comes back from its checkpoint and validates, tests and predicts; of these methods the whole contract holds, resuming,
-# accumulation and two processes too (and of lightning-bolts, where it is, there is everything);
-CONTRACT := tests/modules/test_every_method.py tests/modules/test_contract.py -k 'every_method or bolts or kd or feed or under_dense'
+# comes back from its checkpoint and validates, tests and predicts; of the methods named the whole contract holds, resuming,
+# accumulation and two processes too (and all with lightning-bolts, where that is);
+CONTRACT := tests/modules/test_every_method.py \
+	tests/modules/test_contract.py -k 'every_method or bolts or kd or feed or under_dense'
 # and the quick tests of hooks, loops, logging, callbacks and refusals, but for files that are about what methods compute.
 FORMULAS := extracurricular feed feed_features kd kd_regression outputs_of_networks positions regression
 QUICK := -m 'not slow' tests/test_versions.py tests/callbacks tests/modules/parts \

@@ -158,6 +158,7 @@ def test_detectors_train_on_voc(pascal):
 DETECTION = """
 trainer:
   max_epochs: 1
+  default_root_dir: {out}
   accelerator: cpu
   logger: false
   enable_checkpointing: false
@@ -176,7 +177,7 @@ data:
 def test_the_background_is_no_class_of_a_detection_module(pascal, tmp_path, capsys):
     def fit(data):
         path = tmp_path / f"{data}.yaml"
-        path.write_text(DETECTION.format(data=data, folder=pascal))
+        path.write_text(DETECTION.format(data=data, folder=pascal, out=tmp_path))
         return main(["fit", "--config", str(path)])
 
     assert fit("WrittenVOCDataModule") != 0
