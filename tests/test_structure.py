@@ -193,8 +193,6 @@ ROOMS = {
     "modules/parts": """
         adversary alpha asleep_norms backbone checkpoints data_wait distances evaluation extra_inputs
         guard holds_frozen means optimization past_network random_state refinement regions search sizes
-        boxes past skipping translating
-        guard holds_frozen means optimization past_network refinement regions search sizes
         boxes past skipping vocabulary
         translating
     """,

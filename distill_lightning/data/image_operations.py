@@ -71,7 +71,7 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
 
 def posterize(images: Tensor, bits: int) -> Tensor:
     """The upper bits of each byte alone."""
-    return images & (256 - 2 ** (8 - bits))
+    return images & (256 - (1 << (8 - bits)))
 
 
 def solarize(images: Tensor, threshold: float) -> Tensor:
