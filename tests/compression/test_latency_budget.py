@@ -109,6 +109,8 @@ def test_under_a_schedule_the_amount_is_that_of_the_beginning():
         compressor = machine.compressor(step, epochs=1)
         optimizer = torch.optim.SGD(compressor.network.parameters(), lr=0.5)
         compressor.begin_epoch(0, steps_per_epoch=3, optimizer=optimizer)
+        # Whatever else takes time now, nothing is measured again.
+        machine.overhead = 10_000
         for _ in range(3):
             optimizer.zero_grad()
             compressor.network(INPUTS).square().sum().backward()
@@ -116,9 +118,25 @@ def test_under_a_schedule_the_amount_is_that_of_the_beginning():
             optimizer.step()
             compressor.after_optimizer_step(optimizer)
         networks.append(compressor.finish())
+        machine.overhead = 0
+        if step.budget is not None:
+            assert any(f"amount={naive(0.5)[0]} is the smallest" in note for note in compressor.piece.notes)
     first, second = networks
     assert sizes(first) < sizes(machine.build())
     assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_an_amount_that_is_found_again_in_the_end_counts_what_has_left():
+    machine = Machine()
+    step = PruneUnits(budget="params:0.5", unit="channel", schedule=Cubic(end=0.5), finetune_epochs=1)
+    compressor = machine.compressor(step, epochs=1)
+    compressor.begin_epoch(0, steps_per_epoch=2)
+    for _ in range(2):
+        compressor.after_optimizer_step()
+    network = compressor.finish()
+    amount, wanted = naive(0.5)
+    assert left(network) == left(wanted)
+    assert any(f"amount={amount} is the smallest" in note for note in compressor.piece.notes)
 
 
 def test_a_time_out_of_reach_says_how_much_is_left():

@@ -114,7 +114,8 @@ def smallest_amount(
             costs[count] = 1.0  # of a network and itself, the clock would say a little more or less
         return costs[count] <= limit
 
-    low, high = 0, total
+    # What has left so far stays away: a smaller amount would be the same one.
+    low, high = total - sum(map(len, chosen(0.0).values())), total
     if not fits(high):
         left = f"still takes {costs[high]:.2f} of the time" if budget.measure == "latency" else "is still larger"
         raise InputError(
