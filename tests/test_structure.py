@@ -83,7 +83,8 @@ ROOMS = {
         moments
     """,
     "compression/costs": """
-        macs parameters
+        parameters products
+        macs
     """,
     "compression/factor": """
         decompositions
