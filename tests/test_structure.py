@@ -78,7 +78,7 @@ ROOMS = {
         report
     """,
     "compression/access": """
-        copies parameters targets weights
+        copies hooks parameters targets weights
         calibration computed
         moments
     """,

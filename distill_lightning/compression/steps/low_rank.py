@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.compression.access.calibration import calibrating, inputs_of, watching
+from distill_lightning.compression.access.hooks import has_state_hooks
 from distill_lightning.compression.access.moments import input_moments
 from distill_lightning.compression.access.parameters import join_path, shared_outside
 from distill_lightning.compression.access.targets import match_layers
@@ -167,6 +168,8 @@ class LowRank(TargetedStep):
             shared = shared_outside(network, network.get_submodule(path))
             if shared:
                 piece.leave(path, f"shares a weight with {shared}")
+            elif has_state_hooks(network.get_submodule(path)):
+                piece.leave(path, "it has hooks of its state dict, which fit only its own tensors")
             else:
                 free.append(path)
         weights = [join_path(path, name) for path in free for name, _ in network.get_submodule(path).named_parameters()]
