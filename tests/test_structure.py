@@ -138,7 +138,7 @@ ROOMS = {
         checkpoints
     """,
     "compression/values": """
-        codebook corrections hashed scheme
+        codebook corrections equalisation hashed scheme
         ranges
         allocation estimators
         activations quantizer
