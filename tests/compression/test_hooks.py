@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distill_lightning import FEEDModule, InputError, SmallCNN
-from distill_lightning.compression import Compressor, LowRank, PruneUnits
+from distill_lightning.compression import Compressor, LowRank, PruneUnits, TieLayers
 from distill_lightning.compression.structure.changes import rebuild_structure, structure_of
 
 LAYERS = {
@@ -101,6 +101,30 @@ def test_those_of_a_state_dict_are_refused_or_left_alone():
     compressor.apply()
     assert type(network[0]) is nn.Linear is not type(network[1])
     assert any("0: it has hooks of its state dict" in note for note in compressor.piece.notes)
+
+
+REFUSED = {
+    "tied": (lambda network: network[0].register_forward_hook(lambda *_: None), TieLayers(groups=[["0", "1"]])),
+    "factored": (
+        lambda network: network[0].register_state_dict_post_hook(lambda *_: None), LowRank(rank=2, targets="Linear")
+    ),
+    "converted": (
+        lambda network: network[2].register_state_dict_post_hook(lambda *_: None),
+        LowRank(rank=2, convert_attention=True),
+    ),
+    "without heads": (
+        lambda network: network[2].register_state_dict_post_hook(lambda *_: None), PruneUnits(unit="head", amount=0.5)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_carried_over_is_refused_before_anything_is_trained(name):
+    hook, step = REFUSED[name]
+    network = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.MultiheadAttention(6, 2))
+    hook(network)
+    with pytest.raises(InputError, match=r"step 1 .*'[02]' has hooks"):
+        Compressor(network, [step], torch.randn(2, 6), epochs=5, dense_epochs=3)
 
 
 @pytest.mark.slow

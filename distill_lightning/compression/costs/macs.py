@@ -85,7 +85,7 @@ def count_macs(network: nn.Module, example_inputs: Any) -> Macs:
     )
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the calls of modules that have a rule and, outside of those modules, of all operations that have products.
 
     Operations are seen below the functions and methods that lead to them, so it does not matter by which they come.
@@ -94,7 +94,7 @@ class _Counter(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, network: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.weights = Weights(network)
         self.costs: dict[nn.Module, Cost] = {}
         self.ran: dict[nn.Module, None] = {}

@@ -62,7 +62,9 @@ def counts(operation: str) -> bool:
 
 def products_of(operation: str, args: tuple[Any, ...], output: Any) -> Iterator[Product]:
     """The products of one call of an operation that `counts`, with its positional arguments and what it returned."""
-    return _RULES.get(operation, _attention)(output, *args)
+    default: Callable[..., Iterator[Product]] = _attention
+    rule = _RULES.get(operation, default)
+    return rule(output, *args)
 
 
 def _place(tensor: Tensor) -> int:
@@ -111,7 +113,7 @@ def _recurrent_layers(_output: Any, inputs: Tensor, weights: list[Tensor], *_: A
 _RULES: dict[str, Callable[..., Iterator[Product]]] = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "_int_mm", "_scaled_mm"), _matrices),
     **dict.fromkeys(("addmm", "addbmm", "baddbmm", "addmv", "_addmm_activation"), _added_matrices),
-    "convolution": _convolution,
+    **dict.fromkeys(("convolution", "_convolution"), _convolution),
     "conv_tbc": _convolution_over_time,
     "_trilinear": _bilinear,
     "mkldnn_rnn_layer": _recurrent_layer,

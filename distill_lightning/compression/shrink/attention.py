@@ -174,9 +174,7 @@ def convert_attention(network: nn.Module) -> nn.Module:
         InputError: an attention has ``add_bias_kv``, ``add_zero_attn`` or hooks of its state dict; nothing is changed
             then.
     """
-    for path, module in network.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            check_hooks(path, module)
+    check_attention(network)
     converted = {
         id(module): from_multihead(module) for module in network.modules() if isinstance(module, nn.MultiheadAttention)
     }
@@ -189,6 +187,17 @@ def convert_attention(network: nn.Module) -> nn.Module:
                 setattr(parent, name, converted[id(child)])
     forbid_nested(network)
     return network
+
+
+def check_attention(network: nn.Module) -> None:
+    """Refuse a network with attention whose replacement would miss something.
+
+    Raises:
+        InputError: an attention has hooks of its state dict.
+    """
+    for path, module in network.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            check_hooks(path, module)
 
 
 def from_multihead(attention: nn.MultiheadAttention) -> Attention:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_lightning.compression.access.calibration import inputs_of
 from distill_lightning.compression.mask.lottery import copy_state
+from distill_lightning.compression.shrink.attention import check_attention
 from distill_lightning.compression.shrink.channels import fixed_channels
 from distill_lightning.compression.steps import unit_amounts, units, weights
 from distill_lightning.compression.steps.base import CHOSEN_IN_TRAINING, Order, Work
@@ -88,6 +89,11 @@ class PruneUnits(Pruning):
     def changes_at_end(self) -> bool:
         """True if the schedule continues."""
         return not self.at_once
+
+    def check_layers(self, network: nn.Module) -> None:
+        """Refuse hooks that would not fit what replaces attention."""
+        if self.unit == "head":
+            check_attention(network)
 
     def start(self) -> Work:
         """The work of this step in one run."""

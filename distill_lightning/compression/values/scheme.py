@@ -123,7 +123,8 @@ def to_rows(tensor: Tensor, scheme: Scheme) -> Tensor:
     if scheme.axis == 0:
         return tensor.flatten(1)
     # (groups, inputs of one, channels of one, ...) to (groups, channels of one, inputs of one, ...)
-    return tensor.unflatten(0, (scheme.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+    grouped = tensor.reshape(scheme.groups, len(tensor) // scheme.groups, *tensor.shape[1:])
+    return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def from_rows(rows: Tensor, shape: torch.Size, scheme: Scheme) -> Tensor:
