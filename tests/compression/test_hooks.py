@@ -8,6 +8,7 @@ from torch import nn
 
 from distill_lightning import FEEDModule, InputError, SmallCNN
 from distill_lightning.compression import Compressor, LowRank, PruneUnits, TieLayers
+from distill_lightning.compression.shrink.attention import Attention, convert_attention
 from distill_lightning.compression.structure.changes import rebuild_structure, structure_of
 
 LAYERS = {
@@ -59,15 +60,21 @@ def test_factored_layers_keep_them_in_their_order_and_handles_remove_them(kind):
 
 
 @pytest.mark.parametrize(
-    "step", [LowRank(rank=8, convert_attention=True, only_if_smaller=False), PruneUnits(unit="head", amount=0.0)]
+    "convert",
+    [
+        lambda network, inputs: convert_attention(network),
+        lambda network, inputs: apply(network, LowRank(rank=8, convert_attention=True, only_if_smaller=False), inputs),
+    ],
+    ids=["alone", "LowRank"],
 )
-def test_converted_attention_keeps_them(step):
+def test_converted_attention_keeps_them(convert):
     torch.manual_seed(0)
     network = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    network.self_attn.register_forward_hook(lambda _module, _args, output: (output[0] + 1, output[1]))
+    network.self_attn.register_forward_hook(lambda _module, _args, output: (2 * output[0], output[1]))
     inputs = torch.randn(3, 5, 8)
     wanted = network.train()(inputs).detach()
-    network = apply(network, step, inputs)
+    network = convert(network, inputs)
+    assert isinstance(network.self_attn, Attention)
     torch.testing.assert_close(network(inputs).detach(), wanted, rtol=1e-5, atol=1e-5)
 
 
