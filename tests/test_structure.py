@@ -78,12 +78,13 @@ ROOMS = {
         report
     """,
     "compression/access": """
-        copies parameters targets weights
+        copies hooks parameters targets weights
         calibration computed
         moments
     """,
     "compression/costs": """
-        latency macs parameters
+        latency parameters products
+        macs
     """,
     "compression/factor": """
         decompositions
@@ -137,7 +138,7 @@ ROOMS = {
         checkpoints
     """,
     "compression/values": """
-        codebook corrections hashed scheme
+        codebook corrections equalisation hashed scheme
         ranges
         allocation estimators
         activations quantizer

@@ -260,7 +260,7 @@ class CompressionCallback(pl.Callback):
         logs = {
             "compress/parameters": float(parameters.stored),
             "compress/nonzero": float(parameters.nonzero),
-            "compress/sparsity": compressor.masks.sparsity(),
+            "compress/sparsity": compressor.sparsity,
         }
         pl_module.log_dict(logs, on_step=False, on_epoch=True, sync_dist=True)
         self._note_sparsity(compressor)
@@ -374,8 +374,7 @@ class CompressionCallback(pl.Callback):
 
     def _note_sparsity(self, compressor: Compressor) -> None:
         """Keep the share of zeros of each pruned weight in this epoch, also if it is saved before it ends here."""
-        for path, share in compressor.masks.sparsities().items():
-            name = path.replace("parametrizations.", "").removesuffix(".original")
+        for name, share in compressor.sparsities().items():
             # It was dense until it was pruned for the first time.
             shares = self._sparsity.setdefault(name, [])
             shares += [0.0] * (self._epoch - len(shares))

@@ -1,6 +1,7 @@
 """Whole networks in packed files, and back, here and in a fresh process."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -432,6 +433,34 @@ def test_checkpoints_of_a_training_load_as_plain_networks(coding, tmp_path):
         load_compressed(tmp_path / "last.ckpt")
     loaded = load_compressed(tmp_path / "last.ckpt", SmallResNet(5, width=4))
     assert torch.equal(outputs(loaded, "resnet"), outputs(network, "resnet"))
+
+
+# oneDNN computes no projections, and says so.
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+@pytest.mark.parametrize("step", [Quantize(act_bits=8), ShareWeights(k=16), LowRank(rank=2)])
+def test_projected_recurrent_layers_reload_bit_for_bit(step, tmp_path):
+    torch.manual_seed(0)
+    network, inputs = nn.Sequential(nn.LSTM(7, 11, 2, proj_size=3, bidirectional=True)), torch.randn(5, 4, 7)
+    Compressor(network, [step], inputs, batches=[(inputs, None)]).apply()
+    write_artefact(network, tmp_path / "a.dlpk")
+    fresh = nn.Sequential(nn.LSTM(7, 11, 2, proj_size=3, bidirectional=True))
+    loaded = load_compressed(tmp_path / "a.dlpk", fresh)
+    with torch.no_grad():
+        assert torch.equal(loaded(inputs)[0], network.eval()(inputs)[0])
+
+
+def test_numbers_that_are_none_come_back_too(tmp_path):
+    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    network[1].weight = nn.Parameter(torch.zeros(4, 4))
+    with torch.no_grad():
+        network[0].weight[0, 0] = network[1].weight[0] = math.nan
+    network[1].register_buffer("mask", torch.full((2, 2), -math.inf))
+    write_artefact(network, tmp_path / "a.dlpk")
+    fresh = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    fresh[1].register_buffer("mask", torch.zeros(2, 2))
+    loaded = load_compressed(tmp_path / "a.dlpk", fresh)
+    for name, value in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name].nan_to_num(7), value.nan_to_num(7))
 
 
 def test_files_that_cannot_be_used_say_why_in_one_line(tmp_path):

@@ -1,6 +1,7 @@
 """BatchNorm statistics measured anew, and nothing else touched."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -115,6 +116,8 @@ def test_nothing_changes_when_it_fails():
         recalibrate(network, batches(), limit=0)
     with pytest.raises(InputError, match="recalibration: Expected more than 1 value per channel"):
         recalibrate(network, [*batches(), torch.randn(1, 1, 8, 8)])
+    with pytest.raises(InputError, match="recalibration: a batch gives NaN or infinity"):
+        recalibrate(network, [*batches(), torch.full((2, 1, 8, 8), math.nan)])
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     assert network[1].momentum == 0.1
     assert network[1].training

@@ -320,3 +320,25 @@ def test_a_network_is_rebuilt_once():
         rebuild_structure(network, structure_of(network))
     with pytest.raises(InputError, match="has no layer"):
         rebuild_structure(nn.Sequential(nn.Linear(2, 2)), structure_of(network))
+
+
+@pytest.mark.parametrize(
+    "after", [ShareWeights(k=8), Quantize(weight_bits=4), LearnMask(Movement(amount=0.8), finetune_epochs=1)]
+)
+def test_pruned_weights_stay_pruned_for_the_log_whatever_holds_them_at_zero(after):
+    torch.manual_seed(0)
+    network, data = TinyNet(), batches()
+    steps = [PruneWeights(amount=0.8, scope="layer"), after]
+    compressor = Compressor(network, steps, data[0][0], epochs=2, batches=data)
+    pruned, shares = [], []
+    for epoch in range(2):
+        compressor.begin_epoch(epoch, steps_per_epoch=1)
+        compressor.after_optimizer_step()
+        pruned.append(compressor.pruned)
+        shares.append(compressor.sparsity)
+        for path, share in compressor.sparsities().items():
+            with torch.no_grad():
+                weight = network.get_submodule(path.rpartition(".")[0]).weight
+            assert share <= float((weight == 0).float().mean()) + 1e-6
+    assert 0 < pruned[0] <= pruned[1]
+    assert shares == [pytest.approx(0.8, abs=0.01)] * 2

@@ -101,6 +101,27 @@ def test_channels_that_stay_are_named():
     )
 
 
+class Summed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, images):
+        hidden = self.second(self.first(images).relu()).cumsum(1)
+        return self.last(self.third(hidden).relu().mean((2, 3)))
+
+
+def test_layers_that_lose_inputs_only_are_named_too():
+    torch.manual_seed(0)
+    compressor = Compressor(Summed(), [PruneUnits(unit="channel", amount=0.5)], torch.rand(2, 1, 8, 8))
+    compressor.apply()
+    (note,) = (note for note in compressor.piece.notes if "works on" in note)
+    assert note.startswith(
+        "PruneUnits channel works on 99% of Summed's weights, only in part on second (its channels stay"
+    )
+
+
 def test_a_refusal_names_them_too():
     with pytest.raises(InputError) as refused:
         notes(LowRank(rank=2, method={"Embedding": "svd"}))

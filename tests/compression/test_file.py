@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
 from torch import nn
 
 from distill_lightning import InputError
@@ -146,7 +147,7 @@ def objective(values, centroids):
     return sum(min((v - c) ** 2 for c in centroids) for v in values)
 
 
-@pytest.mark.parametrize("init", ["linear", "density", "random"])
+@pytest.mark.parametrize("init", ["linear", "density", "random", "kmeans++"])
 @pytest.mark.parametrize("k", [2, 5, 16])
 def test_kmeans_has_k_values_falls_and_beats_uniform_levels(init, k):
     values = draw(40, 10, dtype=torch.float64)
@@ -192,11 +193,36 @@ def test_kmeans_gives_a_lost_cluster_another_place_and_knows_when_there_are_fewe
     assert kmeans(draw(100), 1).centroids.item() == pytest.approx(draw(100).mean().item(), abs=1e-6)
 
 
+def test_kmeans_is_scikit_learns_from_the_same_start():
+    values = draw(5_000)
+    start = np.linspace(values.min().item(), values.max().item(), 128)[:, None]
+    reference = KMeans(128, init=start, n_init=1, max_iter=100, tol=0).fit(values.double().numpy()[:, None])
+    found = kmeans(values, 128)
+    # Most of these clusters are empty at first, and find other places.
+    assert found.objectives[-1] == pytest.approx(reference.inertia_, rel=1e-6)
+    assert np.allclose(found.centroids, np.sort(reference.cluster_centers_[:, 0]), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_kmeans_plus_plus_draws_by_squared_distances_and_leaves_smaller_ones():
+    values = torch.tensor([0.0, 0.0, 0.0, 1.0, 10.0])
+    starts = [kmeans(values, 2, init="kmeans++", iterations=0, seed=seed).centroids.tolist() for seed in range(200)]
+    # The first is any of the values; the other one is drawn by squared distances and how often there is such a value.
+    chances = {(0.0, 10.0): 3 / 5 * 100 / 101 + 1 / 5 * 300 / 381, (0.0, 1.0): 3 / 5 / 101 + 1 / 5 * 3 / 84}
+    for pair, chance in chances.items():
+        assert starts.count(list(pair)) / 200 == pytest.approx(chance, abs=0.08)
+    weights = draw(5_000)
+    apart = kmeans(weights, 64, init="kmeans++").objectives[-1]
+    assert all(1.15 * apart < kmeans(weights, 64, init=init).objectives[-1] for init in ("linear", "density"))
+    reference = KMeans(64, init="k-means++", n_init=1, random_state=0).fit(weights.double().numpy()[:, None])
+    assert apart < 1.15 * reference.inertia_
+
+
 def test_zero_stays_the_value_of_exactly_the_pruned_weights():
     weight = draw(30, 30)
     pruned = weight.abs() < 0.8
     weight[pruned] = 0
-    for init, k in itertools.product(("linear", "density", "random"), (2, 4, 16)):
+    for init, k in itertools.product(("linear", "density", "random", "kmeans++"), (2, 4, 16)):
         found = kmeans(weight, k, init=init, keep_zero=True)
         assert len(found.centroids) == k
         assert torch.equal(found.centroids[found.indices] == 0, pruned)

@@ -213,6 +213,19 @@ def test_mixed_precision_counts_the_scales_of_transposed_convolutions():
             assert network[0].parametrizations.weight[0].scheme.axis == 1
 
 
+def test_channels_of_a_grouped_transposed_convolution_have_scales_of_their_own():
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 4, 3, 3)
+    for bits in (None, MixedPrecision(ratio=0.6, choices=[8])):
+        network = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, 2, groups=4, bias=False))
+        with torch.no_grad():
+            network[0].weight *= 10.0 ** -torch.arange(4.0).view(4, 1, 1, 1)
+        before = network(inputs)
+        compress(network, inputs, Quantize(bits=bits))
+        errors = (network(inputs) - before).abs().amax((0, 2, 3)) / before.abs().amax((0, 2, 3))
+        assert bool((errors < 0.01).all())
+
+
 def test_errors_of_weights_are_those_of_their_axis():
     torch.manual_seed(0)
     weight = torch.randn(4, 6, 3, 3) * torch.tensor([1, 2, 4, 8, 16, 32.0]).view(1, 6, 1, 1)
@@ -468,6 +481,12 @@ def test_the_report_says_what_was_not_equalised_or_rounded():
     network = build("resnet")
     piece = compress(network, inputs_for("resnet"), Quantize(equalise=True)).piece
     assert any("equalised 0 pairs" in note and "BatchNorm does not count" in note for note in piece.notes)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8))
+    inputs = torch.randn(3, 4, 4)
+    before = network(inputs)
+    piece = compress(network, inputs, Quantize(equalise=True)).piece
+    assert "Quantize did not equalise 0 and 3, which would change the outputs" in piece.notes
+    assert relative(network(inputs), before) < 0.02
     told = "inputs of attention's output projections are not rounded"
     for kind in ("transformer", "resnet"):
         inputs = inputs_for(kind)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import random
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 from distill_lightning import InputError
 from distill_lightning.compression.mask.sensitivity import amounts_within, scan
 from distill_lightning.compression.steps.sensitivity import Sensitivity
+from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.compression.values.allocation import allocate_bits
 from distill_lightning.compression.values.quantizer import quantize_weights
 from distill_lightning.compression.values.scheme import Scheme
@@ -225,3 +227,10 @@ def test_what_cannot_be_scanned_or_reached_is_one_line():
         with pytest.raises(InputError, match=words) as refused:
             action()
         assert "\n" not in str(refused.value)
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    network, batches = build(), [(torch.full((4, 6), math.nan), torch.zeros(4, dtype=torch.long))]
+    piece = Workpiece(network, batches[0][0], draw=lambda: batches)
+    with pytest.raises(InputError, match="scope Sensitivity: the loss on the calibration data is nan"):
+        Sensitivity(max_drop=0.1).amounts(piece, COUNTS, prune_lowest)

@@ -221,7 +221,7 @@ def test_tied_and_computed_weights_are_left_out_with_a_reason_or_refused_by_name
         (lambda: ShareWeights(k=257), "k must be 1 to 256"),
         (lambda: ShareWeights(k={"a": 3.5}), "k must be 1 to 256"),
         (lambda: ShareWeights(k={}), "k is empty"),
-        (lambda: ShareWeights(init="kmeans++"), "init must be"),
+        (lambda: ShareWeights(init="farthest"), "init must be"),
         (lambda: HashShare(ratio=0.5), "ratio is the number of weights per value"),
     ],
 )

@@ -21,7 +21,8 @@ from distill_lightning.compression.access.computed import (
     original_of,
     rebuild_weights,
 )
-from distill_lightning.compression.access.weights import channel_axis, weight_names
+from distill_lightning.compression.access.moments import input_moments
+from distill_lightning.compression.access.weights import channel_axis, channel_groups, weight_names
 from distill_lightning.compression.values import ranges
 from distill_lightning.compression.values.activations import (
     ActivationQuantizer,
@@ -31,7 +32,8 @@ from distill_lightning.compression.values.activations import (
     rebuild_input,
 )
 from distill_lightning.compression.values.allocation import allocate_bits, weight_errors
-from distill_lightning.compression.values.corrections import correct_biases, equalisable_pairs, equalise
+from distill_lightning.compression.values.corrections import correct_biases
+from distill_lightning.compression.values.equalisation import equalisable_pairs, equalise, pairs_that_keep_outputs
 from distill_lightning.compression.values.estimators import (
     binary,
     binary_connect,
@@ -69,6 +71,8 @@ SCHEMES = [
     )
 ]
 SCHEMES.append(Scheme(3, "affine", "group:100"))
+# Of grouped transposed convolutions.
+SCHEMES += [Scheme(4, "affine", "channel", 1, 2), Scheme(3, "symmetric", "group:5", 1, 3)]
 OTHERS = [
     Scheme(3, "dorefa", "tensor"), Scheme(1, "binary"), Scheme(1, "binary", "tensor"),
     Scheme(1, "binary", "group:4"), Scheme(1, "binaryconnect", "tensor"), Scheme(2, "ternary"),
@@ -82,7 +86,9 @@ def groups_of(weight, scheme):
     if scheme.per == "tensor":
         return [positions.ravel().tolist()]
     rows = [
-        np.take(positions, channel, axis=scheme.axis).ravel().tolist() for channel in range(weight.shape[scheme.axis])
+        np.take(part, channel, axis=scheme.axis).ravel().tolist()
+        for part in np.split(positions, scheme.groups)
+        for channel in range(weight.shape[scheme.axis])
     ]
     if scheme.per == "channel":
         return rows
@@ -354,7 +360,7 @@ def naive_kl_threshold(values, levels):
     ],
 )
 def test_the_kl_threshold_is_the_best_for_the_levels_that_a_sign_has(kind, signs, levels, bits):
-    values = draw(1, 600, seed=4).double() ** 3
+    values = draw(1, 5000, seed=4).double() ** 3
     values = values.abs() if signs == "one" else values
     expected = naive_kl_threshold(values[0].tolist(), levels(bits))
     low, high = find_range(values, Scheme(bits, kind, "tensor"), rule="kl")
@@ -408,8 +414,43 @@ def test_observers_refuse_in_one_line():
         Observer("mean")
     with pytest.raises(InputError, match="momentum"):
         Observer("ema", momentum=0)
-    with pytest.raises(InputError, match="NaN"):
-        Observer("mse")(torch.tensor([1.0, math.nan]))
+    for rule, odd in itertools.product(("minmax", "ema", "percentile", "mse", "kl"), (math.nan, math.inf)):
+        with pytest.raises(InputError, match=f"observer '{rule}' saw NaN or infinity"):
+            Observer(rule)(torch.tensor([1.0, odd]))
+
+
+def test_a_batch_of_training_that_is_not_finite_does_not_spoil_the_moving_average():
+    quantizer = ActivationQuantizer(scheme=Scheme(8, "affine", "tensor"), observer="ema", momentum=0.5).train()
+    quantizer(torch.tensor([math.nan, 1.0]))
+    quantizer(torch.tensor([0.0, 2.0]))
+    quantizer(torch.tensor([0.0, math.inf]))
+    quantizer(torch.tensor([0.0, 4.0]))
+    assert quantizer.observer.high == 3
+    assert quantizer.eval()(torch.tensor([2.5])).item() == pytest.approx(2.5, abs=0.01)
+
+
+@pytest.mark.parametrize("rule", ["minmax", "ema", "percentile", "mse", "kl"])
+@pytest.mark.parametrize("values", [torch.zeros(50), torch.full((50,), 1e-44)], ids=["zeros", "the smallest numbers"])
+def test_an_observer_of_nothing_but_zeros_has_scale_one(rule, values):
+    scheme, observer = Scheme(8, "affine", "tensor"), Observer(rule)
+    observer(values)
+    edges = torch.stack(observer.range(scheme))
+    assert bool(edges.isfinite().all())
+    if not values.any():
+        assert grid(*edges, scheme)[0] == 1
+
+
+@pytest.mark.slow
+def test_zeros_do_not_narrow_the_range_that_kl_finds():
+    torch.manual_seed(0)
+    clipped = (torch.randn(40_000) - 1).relu()
+    scheme = Scheme(8, "affine", "tensor")
+    for given in (clipped, clipped[clipped > 0]):
+        observer = Observer("kl")
+        observer(given)
+        # Of the largest 3.563; with the zeros in the first bin, 0.445.
+        assert observer.range(scheme)[1].item() == pytest.approx(2.728, abs=0.001)
+        assert find_range(given[None], scheme, rule="kl")[1].item() == pytest.approx(2.728, rel=0.02)
 
 
 # Estimators
@@ -682,6 +723,22 @@ def test_quantizing_works_in_float64_and_on_transposed_channels():
     assert weight_names(nn.LSTM(4, 3, proj_size=2)) == ["weight_hh_l0", "weight_hr_l0", "weight_ih_l0"]
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_every_output_of_a_grouped_transposed_convolution_has_its_own_scale(groups):
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(4, 4, 2, 2, groups=groups, bias=False).double()
+    with torch.no_grad():
+        for out in range(4):
+            group, channel = divmod(out, 4 // groups)
+            layer.weight[group * 4 // groups : (group + 1) * 4 // groups, channel] *= 10.0**-out
+    images = draw(2, 4, 3, 3, dtype=torch.float64)
+    before = layer(images)
+    scheme = Scheme(8, axis=channel_axis(layer), groups=channel_groups(layer))
+    quantize_weights(layer, scheme=scheme)
+    errors = (layer(images) - before).abs().amax((0, 2, 3)) / before.abs().amax((0, 2, 3))
+    assert bool((errors < 0.01).all())
+
+
 def test_a_layer_that_cannot_be_quantized_is_one_line():
     layer = nn.Linear(3, 3)
     quantize_weights(layer, scheme=Scheme())
@@ -890,6 +947,60 @@ def test_equalisation_stops_leaves_dead_channels_alone_and_refuses_in_one_line()
     assert equalisable_pairs(nn.Sequential(nn.Linear(2, 4), nn.Flatten(), nn.Linear(8, 2))) == []
 
 
+class ReadByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, inputs):
+        hidden = self.first(inputs).relu()
+        return self.second(hidden) + self.first.weight.sum()
+
+
+def hooked(place, *, before=False):
+    network = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    if before:
+        network[place].register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+    else:
+        network[place].register_forward_hook(lambda _module, _args, output: output + 1)
+    return network
+
+
+UNEQUALISABLE = {
+    "flattened positions": (
+        lambda: nn.Sequential(nn.Conv1d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(2), nn.Linear(8, 5)), (2, 3, 8)
+    ),
+    "hook of the first": (lambda: hooked(0), (2, 4)),
+    "hook between": (lambda: hooked(1), (2, 4)),
+    "hook of the second": (lambda: hooked(2, before=True), (2, 4)),
+    "read by name": (ReadByName, (2, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNEQUALISABLE)
+def test_what_is_not_two_layers_with_relu_between_is_not_equalised(name):
+    build, shape = UNEQUALISABLE[name]
+    torch.manual_seed(0)
+    network = build()
+    inputs = draw(*shape)
+    before = network(inputs).detach()
+    assert equalisable_pairs(network) == []
+    equalise(network)
+    assert torch.equal(network(inputs).detach(), before)
+
+
+def test_a_trial_finds_the_pairs_that_would_change_the_outputs():
+    torch.manual_seed(0)
+    # Without a dimension of samples, what is flattened are not the channels.
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+    pairs, before = equalisable_pairs(network), copy.deepcopy(network.state_dict())
+    assert pairs == [("0", "3"), ("3", "5")]
+    assert pairs_that_keep_outputs(network, pairs, draw(3, 4, 4)) == [("3", "5")]
+    batches = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8))
+    assert pairs_that_keep_outputs(batches, [("0", "3")], draw(2, 3, 4, 4)) == [("0", "3")]
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
 def test_bias_correction_takes_the_mean_error_away():
     torch.manual_seed(0)
     reference = nn.Sequential(
@@ -921,6 +1032,16 @@ def test_bias_correction_takes_the_mean_error_away():
 
 
 @pytest.mark.slow
+def test_calibration_data_that_is_not_finite_is_refused():
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    odd = torch.ones(2, 3)
+    odd[0, 0] = math.nan
+    with pytest.raises(InputError, match="bias correction: the outputs of '0' on the calibration data hold NaN"):
+        correct_biases(copy.deepcopy(network), network, [torch.ones(2, 3), odd])
+    with pytest.raises(InputError, match="inputs of the layer of 'first' hold NaN"):
+        input_moments(network, {"first": network[0]}, [(torch.ones(2, 3), None), (odd, None)])
+
+
 def test_on_digits_eight_bits_cost_nothing_and_training_repairs_two_bits():
     images, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
     images = images.float() / 16

@@ -71,6 +71,10 @@ class ComputedWeight(nn.Module, ABC):
         """The number of entries of the weight that are held at zero."""
         return 0
 
+    def size_of(self, original: Tensor) -> int:
+        """The number of entries of the weight, given what is trained in its place."""
+        return original.numel()
+
     @property
     def bits(self) -> int | None:
         """Bits in which an entry of the weight can be stored; ``None``: those of a float."""

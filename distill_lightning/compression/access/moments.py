@@ -31,7 +31,7 @@ def input_moments(
         convolution they are a patch of ``C H W`` numbers.
 
     Raises:
-        InputError: a layer does not run as a module.
+        InputError: a layer does not run as a module, or gets inputs that are not finite.
     """
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(layers, 0)
@@ -52,6 +52,12 @@ def input_moments(
             f"the layer of {silent[0]!r} did not run on the calibration data as a module of its own: exclude it, or "
             "give at least one batch"
         )
+    for name, total in sums.items():
+        if not bool(total.isfinite().all()):
+            raise InputError(
+                f"the inputs of the layer of {name!r} hold NaN or infinity on the calibration data: check the data "
+                "and the network"
+            )
     return {name: sums[name] / counts[name] for name in layers}
 
 

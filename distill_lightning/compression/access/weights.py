@@ -34,6 +34,11 @@ def channel_axis(layer: nn.Module) -> int:
     return int(isinstance(layer, _ConvTransposeNd))
 
 
+def channel_groups(layer: nn.Module) -> int:
+    """The groups of output channels of which `channel_axis` holds those of one: those of a transposed convolution."""
+    return layer.groups if isinstance(layer, _ConvTransposeNd) else 1
+
+
 def histogram_of(weight: Tensor, bins: int = 80) -> dict[str, Any]:
     """The distribution of a weight's entries, in plain values, with those that are zero apart.
 

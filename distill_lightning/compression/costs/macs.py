@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_lightning.compression.access.calibration import calibrating, inputs_of
+from distill_lightning.compression.costs.products import Cost, Weights, counts, products_of
 from distill_lightning.errors import InputError
 
 DEFINITION = (
@@ -39,13 +38,6 @@ class Macs(NamedTuple):
     uncounted: tuple[str, ...]
 
 
-class Cost(NamedTuple):
-    """Dense and effective multiply-accumulates of one call."""
-
-    dense: int
-    effective: int
-
-
 class CountsMacs(Protocol):
     """A module that knows the cost of its call; nothing inside it is counted then."""
 
@@ -68,7 +60,7 @@ def count_macs(network: nn.Module, example_inputs: Any) -> Macs:
     Raises:
         InputError: nothing that `DEFINITION` names runs in the network.
     """
-    counter = _Counter()
+    counter = _Counter(network)
     names = {module: name for name, module in network.named_modules()}
     with ExitStack() as stack:
         stack.enter_context(calibrating(network))
@@ -93,11 +85,17 @@ def count_macs(network: nn.Module, example_inputs: Any) -> Macs:
     )
 
 
-class _Counter(TorchFunctionMode):
-    """Counts the calls of modules that have a rule and, outside of those modules, of functions that have one."""
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the calls of modules that have a rule and, outside of those modules, of all operations that have products.
 
-    def __init__(self) -> None:
-        super().__init__()
+    Operations are seen below the functions and methods that lead to them, so it does not matter by which they come.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.weights = Weights(network)
         self.costs: dict[nn.Module, Cost] = {}
         self.ran: dict[nn.Module, None] = {}
         self.stack: list[nn.Module] = []
@@ -114,12 +112,23 @@ class _Counter(TorchFunctionMode):
             self._add(module, rule(module, _Call(args, kwargs, output)))
         self.stack.pop()
 
-    def __torch_function__(
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func in _FUNCTIONS and self.stack and not _covered(self.stack):
-            self._add(self.stack[-1], _FUNCTIONS[func](output, *args, **(kwargs or {})))
+        kwargs = kwargs or {}
+        # "aten::addmm_.out" is "addmm".
+        operation = func.name().rpartition("::")[2].partition(".")[0].rstrip("_")
+        if not counts(operation) and hasattr(func, "decompose"):
+            # In inference mode, functions come here that are made of others.
+            with self:
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        output = func(*args, **kwargs)
+        self.weights.follow(operation, args, output)
+        if counts(operation) and self.stack and not _covered(self.stack):
+            for product in products_of(operation, args, output):
+                self._add(self.stack[-1], self.weights.cost(product))
         return output
 
     def _add(self, module: nn.Module, cost: Cost) -> None:
@@ -231,65 +240,13 @@ _RULES: list[tuple[tuple[type[nn.Module], ...], Rule]] = [
 def _rule_of(module: nn.Module) -> Rule | None:
     if hasattr(module, "count_macs"):
         return _known
-    return next((rule for kinds, rule in _RULES if isinstance(module, kinds)), None)
+    return next((rule for kinds, rule in _RULES if isinstance(module, kinds) and _runs_torchs(module)), None)
 
 
-# Rules of functions: output, then the function's own arguments
-
-
-def _matrix_product(output: Tensor, left: Tensor, right: Tensor, **_: Any) -> Cost:
-    return _product(output.numel() * left.shape[-1], left, right)
-
-
-def _added_product(output: Tensor, _: Tensor, left: Tensor, right: Tensor, **__: Any) -> Cost:
-    return _product(output.numel() * left.shape[-1], left, right)
-
-
-def _functional_linear(output: Tensor, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Cost:  # noqa: A002  # torch's own names, which callers may use
-    return _product(output.numel() * input.shape[-1], input, weight)
-
-
-def _functional_convolution(output: Tensor, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Cost:  # noqa: A002
-    return _product(output.numel() * weight[0].numel(), input, weight)
-
-
-def _dot_product_attention(_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Cost:
-    positions = query.shape[:-1].numel() * key.shape[-2]
-    return Cost(*[positions * (query.shape[-1] + value.shape[-1])] * 2)
-
-
-def _einsum(_output: Tensor, equation: str, *operands: Any, **_: Any) -> Cost:
-    tensors: Sequence[Tensor] = operands[0] if len(operands) == 1 and not isinstance(operands[0], Tensor) else operands
-    terms = equation.replace(" ", "").partition("->")[0].split(",")
-    if len(tensors) < 2:
-        return Cost(0, 0)
-    if len(tensors) > 2 or "..." in equation:
-        raise InputError(f"einsum {equation!r} cannot be counted: write it as products of two tensors, without '...'")
-    sizes = {
-        letter: size
-        for term, tensor in zip(terms, tensors, strict=True)
-        for letter, size in zip(term, tensor.shape, strict=True)
-    }
-    return _product(math.prod(sizes.values()), *tensors)
-
-
-def _product(dense: int, left: Tensor, right: Tensor) -> Cost:
-    """The cost of a product, in which a parameter's zeros can be left out."""
-    weights = [tensor for tensor in (left, right) if isinstance(tensor, nn.Parameter)]
-    if not weights or not weights[0].numel():
-        return Cost(dense, dense)
-    return Cost(dense, dense * int(weights[0].count_nonzero()) // weights[0].numel())
-
-
-_FUNCTIONS: dict[Any, Callable[..., Cost]] = {
-    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv), _matrix_product),
-    **dict.fromkeys((Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, Tensor.mv), _matrix_product),
-    **dict.fromkeys((torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm), _added_product),
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _functional_convolution),
-    F.linear: _functional_linear,
-    F.scaled_dot_product_attention: _dot_product_attention,
-    torch.einsum: _einsum,
-}
+def _runs_torchs(module: nn.Module) -> bool:
+    """Whether a module of one of PyTorch's classes, or of a class below it, computes what that class does."""
+    steps = [getattr(module, name, None) for name in ("forward", "_conv_forward")]
+    return all(step is None or step.__module__.startswith("torch.nn.") for step in steps)
 
 
 def _has_matrix(module: nn.Module) -> bool:

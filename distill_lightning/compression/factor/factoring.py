@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 from torch import Tensor, nn
 
+from distill_lightning.compression.access.hooks import carry_hooks, check_hooks
 from distill_lightning.compression.access.parameters import shared_outside
 from distill_lightning.compression.factor.convolutions import ConvChain
 from distill_lightning.compression.factor.layers import LowRankEmbedding, LowRankLinear, TrainEmbedding, TrainLinear
@@ -125,11 +126,13 @@ def replace_layer(network: nn.Module, path: str, layer: nn.Module) -> nn.Module:
     """Replace a layer at all its places, and stop surrounding modules from bypassing the new one.
 
     ``nn.TransformerEncoderLayer`` reads the weights of its linear layers in eval mode without calling them; if one is
-    replaced, this shortcut is switched off. Returns the previous layer. See `check_replaceable` for what is refused.
+    replaced, this shortcut is switched off. The new layer takes over the hooks, see `carry_hooks`. Returns the previous
+    layer. See `check_replaceable` for what is refused.
     """
     check_replaceable(network, path)
     modules: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
     replaced = modules[path]
+    carry_hooks(replaced, layer)
     for place in _places(modules, replaced):
         above = _above(modules, place)
         for module in above:
@@ -145,8 +148,8 @@ def check_replaceable(network: nn.Module, path: str) -> None:
     """Refuse layers that `replace_layer` cannot replace.
 
     Raises:
-        InputError: the layer does not exist, is inside an ``nn.MultiheadAttention``, which never calls it, or shares a
-            weight with another layer. The same layer at several paths is one layer.
+        InputError: the layer does not exist, is inside an ``nn.MultiheadAttention``, which never calls it, has hooks of
+            its state dict, or shares a weight with another layer. The same layer at several paths is one layer.
     """
     modules: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
     if not path or path not in modules:
@@ -157,6 +160,7 @@ def check_replaceable(network: nn.Module, path: str) -> None:
             f"{path!r} is inside a MultiheadAttention, which uses its weight without calling it: "
             "exclude it, or convert the attention into separate layers first"
         )
+    check_hooks(path, modules[path])
     other = shared_outside(network, modules[path])
     if other is not None:
         raise InputError(

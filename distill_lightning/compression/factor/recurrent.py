@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_lightning.compression.costs.macs import Cost
+from distill_lightning.compression.costs.products import Cost
 from distill_lightning.compression.factor.decompositions import exact, relative_error, truncated_svd
 from distill_lightning.compression.factor.layers import copy_into, take_over
 

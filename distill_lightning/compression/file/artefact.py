@@ -195,7 +195,7 @@ def _load(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None
         if stored.dtype != own.dtype:
             own.data = own.data.to(stored.dtype)
         other = first.setdefault(id(own), name)
-        if not torch.equal(stored, tensors[other]):
+        if not _are_same(stored, tensors[other]):
             raise InputError(
                 f"{path} has different values for {other!r} and {name!r}, which are one tied weight in the network as "
                 "it was built: compress both or neither"
@@ -244,7 +244,7 @@ def _smallest(tensor: Tensor, computed: list[Packed], coding: Coding) -> Packed:
     if coding != "plain":
         forms = [encode(form, coding) for form in forms]
     for form in sorted(forms, key=lambda form: form.nbytes):
-        if form.codec == "dense" or torch.equal(unpack(form), tensor.cpu()):
+        if form.codec == "dense" or _are_same(unpack(form), tensor.cpu()):
             return form
     return pack_dense(tensor)
 
@@ -258,6 +258,11 @@ def _found(tensor: Tensor) -> Iterator[Packed]:
         values = pack_shared(present) if len(present) > 1 and _few(present) else None
         yield pack_bitmask(tensor, values)
         yield pack_csr(tensor, values)
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have equal entries, of which NaN equals itself."""
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _few(tensor: Tensor) -> bool:

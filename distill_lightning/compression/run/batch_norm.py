@@ -30,7 +30,8 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...
         Number of batches used.
 
     Raises:
-        InputError: there is no batch, or one has a single value per channel; the old statistics are kept then.
+        InputError: there is no batch, one has a single value per channel, or the new statistics are not finite; the old
+            ones are kept then.
     """
     kept = asleep(network)
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None and m not in kept]
@@ -55,6 +56,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...
             count += 1
         if not count:
             raise InputError("BatchNorm recalibration: no batch came: give at least one batch of training inputs")
+        _check_finite(norms)
         done = True
     finally:
         for module, training in modes:
@@ -65,3 +67,8 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...
                 for name, buffer in buffers.items():
                     norm.get_buffer(name).copy_(buffer)
     return count
+
+
+def _check_finite(norms: Iterable[nn.Module]) -> None:
+    if not all(bool(buffer.isfinite().all()) for norm in norms for buffer in norm.buffers()):
+        raise InputError("BatchNorm recalibration: a batch gives NaN or infinity: check the data and the network")

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from distill_lightning.choices import is_plain, plain
 from distill_lightning.compression.access.calibration import Loss
-from distill_lightning.compression.access.computed import computed_in
+from distill_lightning.compression.access.computed import computed_in, original_of
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.access.parameters import cuda_devices, split_path
 from distill_lightning.compression.file.artefact import write_artefact
@@ -116,13 +116,30 @@ class Compressor:
     @property
     def pruned(self) -> int:
         """Number of weights that are held at zero, by masks, learned masks or shared values."""
-        # A learned mask holds at zero what earlier masks did, too.
-        entries = computed_in(self.network)
-        inner = {
-            f"{split_path(path)[0]}.parametrizations.{split_path(path)[1]}.original".lstrip(".") for path in entries
+        return sum(zeros for zeros, _ in self._held().values())
+
+    @property
+    def sparsity(self) -> float:
+        """Their share in the weights of which some are held at zero, in ``[0, 1]``; 0 without any."""
+        return self.pruned / max(sum(total for _, total in self._held().values()), 1)
+
+    def sparsities(self) -> dict[str, float]:
+        """The share of each of these weights, by its path in the network as it was built."""
+        return {path: zeros / max(total, 1) for path, (zeros, total) in self._held().items()}
+
+    def _held(self) -> dict[str, tuple[int, int]]:
+        """How many entries of each weight are held at zero, and how many it has."""
+        held = {
+            path.replace("parametrizations.", "").removesuffix(".original"): (int((~mask).sum()), mask.numel())
+            for path, mask in self.masks.kept.items()
         }
-        others = Masks({path: kept for path, kept in self.masks.kept.items() if path not in inner})
-        return others.pruned + sum(entry.pruned() for entry in entries.values())
+        for path, entry in computed_in(self.network).items():
+            # A learned mask holds at zero what earlier masks did, too.
+            zeros = entry.pruned()
+            if zeros > held.get(path, (0, 0))[0]:
+                layer, name = split_path(path)
+                held[path] = zeros, entry.size_of(original_of(self.network.get_submodule(layer), name))
+        return held
 
     @property
     def phase(self) -> Phase | None:

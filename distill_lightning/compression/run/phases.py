@@ -145,15 +145,16 @@ def check_network(network: nn.Module) -> None:
 
 
 def check_targets(network: nn.Module, steps: Sequence[Step]) -> None:
-    """Refuse patterns that match nothing before their phase begins, as far as the layers are known.
+    """Refuse patterns that match nothing and layers that cannot be worked on, as far as the layers are known.
 
     Raises:
-        InputError: a pattern matches no part of the network.
+        InputError: a pattern matches no part of the network, or a step refuses its layers.
     """
     for number, step in enumerate(steps, start=1):
         try:
             check_patterns(network, step.targets or (), "targets")
             check_patterns(network, step.exclude, "exclude")
+            step.check_layers(network)
         except InputError as error:
             raise InputError(f"{step_of(number, step)}: {error}") from error
         if step.gives_other_parameters:

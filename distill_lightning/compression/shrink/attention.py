@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill_lightning.compression.access.hooks import carry_hooks, check_hooks
 from distill_lightning.errors import InputError
 
 
@@ -170,8 +171,10 @@ def convert_attention(network: nn.Module) -> nn.Module:
         The same network, or the new `Attention` if the network itself is an `nn.MultiheadAttention`.
 
     Raises:
-        InputError: an attention has ``add_bias_kv`` or ``add_zero_attn``; nothing is changed then.
+        InputError: an attention has ``add_bias_kv``, ``add_zero_attn`` or hooks of its state dict; nothing is changed
+            then.
     """
+    check_attention(network)
     converted = {
         id(module): from_multihead(module) for module in network.modules() if isinstance(module, nn.MultiheadAttention)
     }
@@ -186,8 +189,19 @@ def convert_attention(network: nn.Module) -> nn.Module:
     return network
 
 
+def check_attention(network: nn.Module) -> None:
+    """Refuse a network with attention whose replacement would miss something.
+
+    Raises:
+        InputError: an attention has hooks of its state dict.
+    """
+    for path, module in network.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            check_hooks(path, module)
+
+
 def from_multihead(attention: nn.MultiheadAttention) -> Attention:
-    """An `Attention` with copies of the weights of PyTorch's attention.
+    """An `Attention` with copies of the weights of PyTorch's attention, and with its hooks.
 
     Raises:
         InputError: it has ``add_bias_kv`` or ``add_zero_attn``.
@@ -198,6 +212,7 @@ def from_multihead(attention: nn.MultiheadAttention) -> Attention:
             "without, or leave it out"
         )
     own = rebuild_attention(attention, describe_attention(attention))
+    carry_hooks(attention, own)
     packed = attention.in_proj_weight
     separate = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
     biases = None if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from distill_lightning.compression.access.hooks import carry_hooks
 from distill_lightning.compression.access.parameters import layer_at
 from distill_lightning.compression.shrink.attention import (
     Attention,
@@ -53,6 +54,7 @@ def set_sizes(network: nn.Module, description: Mapping[str, Mapping[str, Any]]) 
         layer = resize_layer(original, entry)
         if layer is original:
             continue
+        carry_hooks(original, layer)
         if original is network:
             network = layer
             continue

@@ -45,6 +45,20 @@ def tie_layers(network: nn.Module, groups: Sequence[Sequence[str]], *, init: Ini
             is changed then.
     """
     check_one_of("init", init, get_args(Init))
+    check_groups(network, groups)
+    for modules in [[_module_at(network, path) for path in group] for group in groups]:
+        if init == "mean":
+            _average(modules)
+        _replace(network, modules)
+    return network
+
+
+def check_groups(network: nn.Module, groups: Sequence[Sequence[str]]) -> None:
+    """Refuse groups of modules that `tie_layers` cannot tie.
+
+    Raises:
+        InputError: see `tie_layers`.
+    """
     for group in groups:
         if isinstance(group, str) or len(group) < 2:
             raise InputError(f"a group of tied layers needs at least two paths, got {group!r}")
@@ -52,12 +66,6 @@ def tie_layers(network: nn.Module, groups: Sequence[Sequence[str]], *, init: Ini
     _check_paths([path for group in groups for path in group], found)
     for group in groups:
         _check_group(network, {path: found[path] for path in group})
-    for group in groups:
-        modules = [found[path] for path in group]
-        if init == "mean":
-            _average(modules)
-        _replace(network, modules)
-    return network
 
 
 def ties_of(network: nn.Module) -> list[list[str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_lightning.choices import Choice
 from distill_lightning.compression.access.targets import Targets
@@ -166,6 +166,13 @@ class Step(Choice):
         word = isinstance(at, bool) or (isinstance(at, str) and at not in ("start", "end"))
         number = isinstance(at, int | float) and (at < 0 or (isinstance(at, float) and at > 1))
         self.refuse((word or number, f"at is an epoch, a fraction of all epochs, 'start' or 'end', got {at!r}"))
+
+    def check_layers(self, network: nn.Module) -> None:
+        """Refuse what can be seen of a network's layers before anything is trained, as far as they are known by then.
+
+        Raises:
+            InputError: the step cannot work on them.
+        """
 
     def refuse(self, *cases: tuple[bool, str]) -> None:
         """Refuse the first case that applies.

@@ -15,6 +15,9 @@ from distill_lightning.compression.steps.base import Step
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
 
+_EXPECTED = "they are the network's outputs"
+"""Why a last layer keeps all of its units, which goes without saying."""
+
 
 def check_coverage(
     piece: Workpiece,
@@ -34,7 +37,8 @@ def check_coverage(
         weights: dotted names of the weights that it works on, as the layers have them.
         targets: targets of the step; if they name the layers, nothing is noted.
         refuse: whether a share below one half is an error.
-        why: why layers are left out, by path, as far as the step has reasons of its own beside ``piece.left``.
+        why: why layers are left out or keep their units, by path, as far as the step has reasons of its own beside
+            ``piece.left``.
         rule: why it leaves out those layers for which there is no other reason: what it works on.
 
     Raises:
@@ -47,15 +51,19 @@ def check_coverage(
     covered = dict(known[name] for name in weights if name in known)
     part = sum(covered.values()) / total
     left = [name for name, (value, _) in known.items() if value not in covered]
+    # A weight from which inputs go may keep all of its outputs.
+    whole = {path: reason for path, reason in (why or {}).items() if not reason.endswith(_EXPECTED)}
+    kept = [name for name, (value, _) in known.items() if value in covered and split_path(name)[0] in whole]
     # Rounded, a few weights that are left out would be none.
-    share = f"{min(part, 0.99) if left else part:.0%} of {type(piece.network).__name__}'s weights"
+    share = f"{min(part, 0.99) if left or kept else part:.0%} of {type(piece.network).__name__}'s weights"
     others = _told(piece, step, left, why or {}, rule)
     if refuse and 2 * part < 1:
         raise InputError(
             f"{step.title} would work on only {share}: name the layers in targets to do so on purpose; it leaves out "
             f"{others}"
         )
-    piece.note(f"{step.title} works on {share}{f', not on {others}' if left else ''}")
+    partly = f", only in part on {_told(piece, step, kept, whole, rule)}" if kept else ""
+    piece.note(f"{step.title} works on {share}{f', not on {others}' if left else ''}{partly}")
 
 
 def _told(piece: Workpiece, step: Step, names: Iterable[str], why: Mapping[str, str], rule: str) -> str:

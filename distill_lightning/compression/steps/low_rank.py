@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.compression.access.calibration import calibrating, inputs_of, watching
+from distill_lightning.compression.access.hooks import check_hooks, has_state_hooks
 from distill_lightning.compression.access.moments import input_moments
 from distill_lightning.compression.access.parameters import join_path, shared_outside
 from distill_lightning.compression.access.targets import match_layers
@@ -25,7 +26,7 @@ from distill_lightning.compression.factor.factoring import (
 )
 from distill_lightning.compression.factor.layers import LowRankEmbedding, LowRankLinear, TrainEmbedding, TrainLinear
 from distill_lightning.compression.factor.ranks import UnfactorableError, rank_rule
-from distill_lightning.compression.shrink.attention import convert_attention
+from distill_lightning.compression.shrink.attention import check_attention, convert_attention
 from distill_lightning.compression.steps.base import Order, TargetedStep
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.workpiece import Workpiece
@@ -119,6 +120,16 @@ class LowRank(TargetedStep):
         """The classes that are factored, and their methods."""
         return _methods_of(self.method)
 
+    def check_layers(self, network: nn.Module) -> None:
+        """Refuse hooks that would not fit what replaces a layer."""
+        if self.convert_attention:
+            check_attention(network)
+        elif self.targets is not None:
+            for path in match_layers(
+                network, self.targets, self.exclude, fits=lambda module: type(module) in self._methods, what="layers"
+            ):
+                check_hooks(path, network.get_submodule(path))
+
     def act(self, piece: Workpiece) -> None:
         """Factor the layers, all of them from the current network."""
         network = piece.network
@@ -167,6 +178,8 @@ class LowRank(TargetedStep):
             shared = shared_outside(network, network.get_submodule(path))
             if shared:
                 piece.leave(path, f"shares a weight with {shared}")
+            elif has_state_hooks(network.get_submodule(path)):
+                piece.leave(path, "it has hooks of its state dict, which fit only its own tensors")
             else:
                 free.append(path)
         weights = [join_path(path, name) for path in free for name, _ in network.get_submodule(path).named_parameters()]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_lightning.choices import Choice
+from distill_lightning.compression.access.weights import channel_axis, channel_groups
 from distill_lightning.compression.values.allocation import allocate_bits, weight_errors
 from distill_lightning.compression.values.ranges import RangeRule, weight_grid
 from distill_lightning.compression.values.scheme import Kind, Scheme
@@ -48,12 +49,12 @@ class MixedPrecision(Choice):
         *,
         kind: Kind,
         per: str,
-        axes: Mapping[str, int],
+        layers: Mapping[str, nn.Module],
         rule: RangeRule,
     ) -> dict[str, int]:
         """Choose the number of bits of every weight.
 
-        Numbers of bits that are given, ``fixed``, count towards the budget.
+        Numbers of bits that are given, ``fixed``, count towards the budget; ``layers`` have the weights.
         """
         errors = {
             name: weight_errors(
@@ -61,7 +62,8 @@ class MixedPrecision(Choice):
                 bits=[fixed[name]] if name in fixed else sorted(set(self.choices)),
                 kind=kind,
                 per=per,
-                axis=axes[name],
+                axis=channel_axis(layers[name]),
+                groups=channel_groups(layers[name]),
                 rule=rule,
             )
             for name, weight in weights.items()
@@ -74,7 +76,12 @@ class MixedPrecision(Choice):
             errors,
             {name: weight.numel() for name, weight in weights.items()},
             budget=budget,
-            overhead={name: scale_bytes(weight, Scheme(8, kind, per, axes[name])) for name, weight in weights.items()},
+            overhead={
+                name: scale_bytes(
+                    weight, Scheme(8, kind, per, channel_axis(layers[name]), channel_groups(layers[name]))
+                )
+                for name, weight in weights.items()
+            },
         )
 
 

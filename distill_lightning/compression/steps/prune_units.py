@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distill_lightning.compression.access.calibration import inputs_of
 from distill_lightning.compression.mask.lottery import copy_state
+from distill_lightning.compression.shrink.attention import check_attention
 from distill_lightning.compression.shrink.channels import fixed_channels
 from distill_lightning.compression.steps import unit_amounts, units, weights
 from distill_lightning.compression.steps.base import CHOSEN_IN_TRAINING, Order, Work
@@ -93,6 +94,11 @@ class PruneUnits(Pruning):
     def changes_at_end(self) -> bool:
         """True if the schedule continues."""
         return not self.at_once
+
+    def check_layers(self, network: nn.Module) -> None:
+        """Refuse hooks that would not fit what replaces attention."""
+        if self.unit == "head":
+            check_attention(network)
 
     def start(self) -> Work:
         """The work of this step in one run."""

@@ -14,7 +14,7 @@ from distill_lightning.compression.access import calibration
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.access.parameters import join_path
 from distill_lightning.compression.access.targets import match_layers
-from distill_lightning.compression.access.weights import channel_axis, weight_names
+from distill_lightning.compression.access.weights import channel_axis, channel_groups, weight_names
 from distill_lightning.compression.steps.base import Order, TargetedStep, Work
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.mixed_precision import MixedPrecision
@@ -26,7 +26,8 @@ from distill_lightning.compression.values.activations import (
     observing_inputs,
     quantize_input,
 )
-from distill_lightning.compression.values.corrections import correct_biases, equalisable_pairs, equalise
+from distill_lightning.compression.values.corrections import correct_biases
+from distill_lightning.compression.values.equalisation import equalisable_pairs, equalise, pairs_that_keep_outputs
 from distill_lightning.compression.values.quantizer import Estimator, WeightQuantizer, quantize_weights
 from distill_lightning.compression.values.ranges import ObserverRule, RangeRule
 from distill_lightning.compression.values.scheme import FIXED_BITS, UNIFORM, WHOLE_TENSOR, WITHOUT_ZERO, Kind, Scheme
@@ -248,9 +249,7 @@ class _Quantizing(Work):
             self._check_weight(piece, weight, schemes[weight.path])
         self._say_covered(piece, layers)
         if self.step.equalise:
-            pairs = equalisable_pairs(piece.network)
-            equalise(piece.network, pairs=pairs)
-            piece.note(f"Quantize equalised {len(pairs)} pairs of layers{_UNEQUALISED if not pairs else ''}")
+            self._equalise(piece)
         reference = copy_network(piece.network) if self.step.bias_correction else None
         for weight in weights:
             self._quantize_weight(piece, weight, schemes[weight.path])
@@ -270,6 +269,15 @@ class _Quantizing(Work):
             for module in piece.network.modules():
                 if isinstance(module, parametrize.ParametrizationList) and any(_is_binary_connect(m) for m in module):
                     module.original.clamp_(-1, 1)
+
+    def _equalise(self, piece: Workpiece) -> None:
+        pairs = equalisable_pairs(piece.network)
+        kept = pairs_that_keep_outputs(piece.network, pairs, piece.example_inputs)
+        equalise(piece.network, pairs=kept)
+        piece.note(f"Quantize equalised {len(kept)} pairs of layers{_UNEQUALISED if not pairs else ''}")
+        for first, second in pairs:
+            if (first, second) not in kept:
+                piece.note(f"Quantize did not equalise {first} and {second}, which would change the outputs")
 
     def _without_paddings(self, piece: Workpiece, layers: list[str], ends: set[str]) -> list[str]:
         """The layers without those embeddings whose padding row would no longer be zero."""
@@ -365,7 +373,7 @@ class _Quantizing(Work):
                 given,
                 kind=self.step.scheme,
                 per=self.step.grain,
-                axes={weight.path: channel_axis(piece.network.get_submodule(weight.layer)) for weight in once.values()},
+                layers={weight.path: piece.network.get_submodule(weight.layer) for weight in once.values()},
                 rule="mse" if self.step.estimator == "lsq" else self.step.rule,
             )
             numbers |= {weight.path: numbers[once[id(weight.value)].path] for weight in weights}
@@ -379,10 +387,11 @@ class _Quantizing(Work):
         }
 
     def _scheme(self, piece: Workpiece, weight: _Weight, number: int, *, at_end: bool) -> Scheme:
-        axis = channel_axis(piece.network.get_submodule(weight.layer))
+        layer = piece.network.get_submodule(weight.layer)
+        axis, groups = channel_axis(layer), channel_groups(layer)
         if at_end and self.step.scheme in FIXED_BITS:
-            return Scheme(number, "symmetric", "channel", axis)
-        return Scheme(number, self.step.scheme, self.step.grain, axis)
+            return Scheme(number, "symmetric", "channel", axis, groups)
+        return Scheme(number, self.step.scheme, self.step.grain, axis, groups)
 
     def _ends(self, order: list[str]) -> set[str]:
         return set() if self.step.first_last_bits is None or not order else {order[0], order[-1]}

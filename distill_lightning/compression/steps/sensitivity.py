@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -57,7 +58,7 @@ class Sensitivity(Choice):
             change: prunes one layer of a copy to an amount, in place.
 
         Raises:
-            InputError: there is no calibration data, or the target is out of reach.
+            InputError: there is no calibration data, the loss on it is not finite, or the target is out of reach.
         """
         batches = piece.batches("scope Sensitivity")
 
@@ -66,8 +67,12 @@ class Sensitivity(Choice):
                 losses = [float(piece.loss(network(*inputs_of(inputs)), targets)) for inputs, targets in batches]
             return -sum(losses) / len(losses)
 
-        curves = scan(piece.network, list(counts), self.levels, change=change, evaluate=evaluate)
         dense = evaluate(piece.network)
+        if not math.isfinite(dense):
+            raise InputError(
+                f"scope Sensitivity: the loss on the calibration data is {-dense}: check the data and the network"
+            )
+        curves = scan(piece.network, list(counts), self.levels, change=change, evaluate=evaluate)
         for name, curve in curves.items():
             losses = [-score for score in curve.values()]
             piece.record("sensitivity", name, {"levels": list(self.levels), "losses": losses, "dense": -dense})

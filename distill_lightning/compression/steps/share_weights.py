@@ -39,7 +39,7 @@ class ShareWeights(TargetedStep):
     Args:
         k: number of values, from 1 to 256; or numbers by pattern, see `Targets`, where the first pattern that matches a
             layer counts. Without ``targets``, these patterns are the targets.
-        init: the first values, see `kmeans`: ``"linear"``, ``"density"`` or ``"random"``.
+        init: the first values, see `kmeans`: ``"linear"``, ``"density"``, ``"random"`` or ``"kmeans++"``.
         finetune: whether the values continue to train; the assignment of weights to values never changes.
 
     Raises:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
+from torch import nn
+
 from distill_lightning.compression.costs.parameters import count_parameters
 from distill_lightning.compression.shrink import tying
 from distill_lightning.compression.steps.base import Order, TrainedStep
@@ -38,6 +40,10 @@ class TieLayers(TrainedStep):
         super().__post_init__()
         self.check_known(init=get_args(tying.Init))
         self.refuse((not self.groups, "groups is empty: give lists of two or more paths each"))
+
+    def check_layers(self, network: nn.Module) -> None:
+        """Refuse layers that cannot be tied."""
+        tying.check_groups(network, self.groups)
 
     def act(self, piece: Workpiece) -> None:
         """Tie the layers, and say what that saves."""

@@ -83,7 +83,7 @@ class ActivationQuantizer(nn.Module):
             observed: Tensor = self.observer(values)
             return observed
         if self.training and self.estimator == "ste" and self.observer.rule == "ema":
-            self.observer(values)
+            self.observer.follow(values)
             self._take_range(self.observer.low, self.observer.high)
         if self.estimator == "dorefa":
             return dorefa_activation(values, bits=self.scheme.bits)

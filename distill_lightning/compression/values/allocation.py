@@ -29,12 +29,13 @@ def weight_errors(
     kind: Kind = "symmetric",
     per: str = "channel",
     axis: int = 0,
+    groups: int = 1,
     rule: RangeRule = "mse",
 ) -> dict[int, float]:
     """The squared error of a weight at each of some numbers of bits; the options are those of `Scheme` and a rule."""
     errors = {}
     for width in bits:
-        scheme = Scheme(width, kind, per if weight.ndim > 1 else "tensor", axis)
+        scheme = Scheme(width, kind, per if weight.ndim > 1 else "tensor", axis, groups)
         rounded = dequantize(quantize(weight, *weight_grid(weight, scheme, rule=rule), scheme), scheme)
         errors[width] = float((rounded - wide(weight.detach())).double().square().sum())
     return errors

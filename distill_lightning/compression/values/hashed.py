@@ -123,6 +123,10 @@ class Hashed(ComputedWeight):
         """The same places for the same shape, number of values and seed."""
         return cls(weight.shape, **told)
 
+    def size_of(self, original: Tensor) -> int:
+        """The number of weights."""
+        return self.places.numel()
+
     def stored(self, original: Tensor) -> Stored:
         """The values and the seed, from which the places follow."""
         return Stored("hashed", {"values": original.detach(), "shape": self.shape, "seed": self.seed})

@@ -17,6 +17,7 @@ ObserverRule = Literal["minmax", "ema", "percentile", "mse", "kl"]
 
 _KL_BINS = 2048
 _KL_CANDIDATES = 128
+_KL_FEWEST = 2 * _KL_BINS
 
 
 def weight_grid(
@@ -69,7 +70,9 @@ def find_range(
         rule: ``"minmax"``: all of them. ``"percentile"``: without the largest absolute values; of an affine scheme,
             without half as many at either end. ``"mse"``: all of them times the one of ``candidates`` equally spaced
             factors up to 1 with the smallest squared error. ``"kl"``: up to the threshold whose histogram loses least
-            information by quantization (Migacz, *8-bit Inference with TensorRT*, GTC 2017).
+            information by quantization (Migacz, *8-bit Inference with TensorRT*, GTC 2017); zeros, which every grid
+            holds exactly, do not count, and of fewer than 4096 other values, whose histogram would show chance, all are
+            in the range.
         counts: how often each value occurs, ``(R, L)``; ``None`` for once.
         percentile: percentage of the values that remain.
         candidates: number of factors to try.
@@ -92,7 +95,7 @@ def find_range(
     if rule == "mse":
         return _smallest_error(values, counts, (low, high), scheme, candidates)
     if rule == "kl":
-        threshold = _kl_threshold(values.abs(), counts, low, scheme)
+        threshold = _kl_threshold(values.abs(), counts.masked_fill(values == 0, 0), low, scheme)
         return torch.maximum(low, -threshold), torch.minimum(high, threshold)
     raise InputError(f"rule must be one of {', '.join(get_args(RangeRule))}, got {rule!r}")
 
@@ -138,21 +141,24 @@ def _smallest_error(
 
 def _kl_threshold(magnitudes: Tensor, counts: Tensor, low: Tensor, scheme: Scheme) -> Tensor:
     """The threshold of absolute values for each row, ``(R,)``."""
-    largest = magnitudes.masked_fill(counts == 0, 0).amax(dim=1)
+    # In float64, where the smallest magnitude still has bins.
+    largest = magnitudes.masked_fill(counts == 0, 0).amax(dim=1).double()
     width = torch.where(largest > 0, largest, 1) / _KL_BINS
-    places = (magnitudes / width[:, None]).long().clamp_max(_KL_BINS - 1)
+    places = (magnitudes.double() / width[:, None]).long().clamp_max(_KL_BINS - 1)
     histogram = counts.new_zeros(len(counts), _KL_BINS, dtype=torch.float64).scatter_add_(1, places, counts.double())
     # An affine grid spends its codes on both signs unless only one occurs.
     levels = scheme.highest + 1
     halved = (levels + 1) // 2 if scheme.kind == "affine" else levels
-    best = largest.new_full((len(largest),), math.inf, dtype=torch.float64)
+    best = torch.full_like(largest, math.inf)
     threshold = largest.clone()
     for kept in range(_KL_BINS // _KL_CANDIDATES, _KL_BINS + 1, _KL_BINS // _KL_CANDIDATES):
         one_sign = kl_divergence_of_clipping(histogram, kept, levels)
         loss = torch.where(low < 0, kl_divergence_of_clipping(histogram, kept, halved), one_sign)
         threshold = torch.where(loss < best, kept * width, threshold)
         best = torch.minimum(loss, best)
-    return threshold
+    # A histogram of fewer values shows chance: per channel, it would cut off what layers need.
+    threshold = torch.where(counts.sum(dim=1) < _KL_FEWEST, largest, threshold)
+    return threshold.to(magnitudes.dtype)
 
 
 def kl_divergence_of_clipping(histogram: Tensor, kept: int, levels: int) -> Tensor:
@@ -207,6 +213,7 @@ class Observer(nn.Module):
     high: Tensor
     batches: Tensor
     counts: Tensor
+    zeros: Tensor
     exponent: Tensor
 
     def __init__(self, rule: ObserverRule = "minmax", *, momentum: float = 0.1, percentile: float = 99.99) -> None:
@@ -221,40 +228,55 @@ class Observer(nn.Module):
         if rule in ("percentile", "mse", "kl"):
             # Not in checkpoints: they are large, and only the range is needed.
             self.register_buffer("counts", torch.zeros(2 * self.SIDE, dtype=torch.long), persistent=False)
+            self.register_buffer("zeros", torch.zeros((), dtype=torch.long), persistent=False)
             # Below every normal float32.
             self.register_buffer("exponent", torch.tensor(-140), persistent=False)
 
     @torch.no_grad()
     def forward(self, values: Tensor) -> Tensor:
-        """Observe a batch of any shape, and return it unchanged."""
+        """Observe a batch of any shape, and return it unchanged.
+
+        Raises:
+            InputError: it holds NaN or infinity.
+        """
         if not values.numel():
             return values
-        smallest, largest = (edge.to(self.low.dtype) for edge in torch.aminmax(values.detach()))
-        first = self.batches == 0
-        if self.rule == "ema":
-            low, high = (old + self.momentum * (new - old) for old, new in ((self.low, smallest), (self.high, largest)))
-        else:
-            low, high = torch.minimum(self.low, smallest), torch.maximum(self.high, largest)
-        self.low.copy_(torch.where(first, smallest, low))
-        self.high.copy_(torch.where(first, largest, high))
-        self.batches += 1
+        smallest, largest = torch.aminmax(values.detach())
+        if not bool(smallest.isfinite() & largest.isfinite()):
+            raise InputError(
+                f"observer {self.rule!r} saw NaN or infinity, which have no range: check the network and its inputs"
+            )
+        self._widen(smallest, largest)
         if self.rule in ("percentile", "mse", "kl"):
             self._count(wide(values.detach()).flatten())
         return values
 
+    @torch.no_grad()
+    def follow(self, values: Tensor) -> None:
+        """Observe a batch of a training, which does not wait for the device: one with NaN or infinity is left out."""
+        if values.numel():
+            self._widen(*torch.aminmax(values.detach()))
+
+    def _widen(self, smallest: Tensor, largest: Tensor) -> None:
+        """Take the edges of a batch into account, if they are finite."""
+        known = smallest.isfinite() & largest.isfinite()
+        for edge, new, outer in ((self.low, smallest, torch.minimum), (self.high, largest, torch.maximum)):
+            seen = new.to(edge.dtype)
+            moved = edge + self.momentum * (seen - edge) if self.rule == "ema" else outer(edge, seen)
+            edge.copy_(torch.where(known, torch.where(self.batches == 0, seen, moved), edge))
+        self.batches += known
+
     def _count(self, values: Tensor) -> None:
-        if not bool(values.isfinite().all()):
-            raise InputError(
-                f"observer {self.rule!r} saw NaN or infinity, which have no range: check the network and its inputs"
-            )
-        largest, exponent = values.abs().max(), int(self.exponent)
-        needed = int(torch.frexp(largest / self.SIDE)[1]) if bool(largest > 0) else exponent
+        present = values[values != 0].double()
+        self.zeros += len(values) - len(present)
+        exponent = int(self.exponent)
+        needed = int(torch.frexp(present.abs().max() / self.SIDE)[1]) if len(present) else exponent
         # After this many mergers, all bins of one sign are one.
         for _ in range(min(max(needed - exponent, 0), 2 + self.SIDE.bit_length())):
             merged = self.counts.view(-1, 2).sum(dim=1)
             self.counts.zero_()[self.SIDE // 2 : 3 * self.SIDE // 2] = merged
         self.exponent.fill_(max(needed, exponent))
-        places = (values / 2.0 ** int(self.exponent)).floor().long() + self.SIDE
+        places = (present / 2.0 ** int(self.exponent)).floor().long() + self.SIDE
         self.counts += torch.bincount(places, minlength=2 * self.SIDE)
 
     def range(self, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -264,15 +286,15 @@ class Observer(nn.Module):
             InputError: nothing was observed.
         """
         rule = self.rule
-        counted = self.counts.any() if rule in ("percentile", "mse", "kl") else self.batches
+        counted = self.counts.any() | self.zeros.any() if rule in ("percentile", "mse", "kl") else self.batches
         if not bool(counted):
             raise InputError("an observer has seen nothing: run some training batches through the network first")
         if rule not in ("percentile", "mse", "kl"):
             return self.low, self.high
         used = self.counts.nonzero()[:, 0]
-        values = ((used - self.SIDE + 0.5) * 2.0 ** int(self.exponent)).to(self.low.dtype)
-        low, high = find_range(
-            values[None], scheme, rule=rule, counts=self.counts[used][None], percentile=self.percentile
-        )
+        middles = (used - self.SIDE + 0.5) * 2.0 ** int(self.exponent)
+        values = torch.cat([middles.new_zeros(1), middles]).to(self.low.dtype)
+        counts = torch.cat([self.zeros[None], self.counts[used]])
+        low, high = find_range(values[None], scheme, rule=rule, counts=counts[None], percentile=self.percentile)
         # The middle of a bin may lie beyond its values.
         return torch.maximum(low[0], self.low.clamp_max(0)), torch.minimum(high[0], self.high.clamp_min(0))

@@ -41,6 +41,8 @@ class Scheme:
             ``"dorefa"``, ``"binary"`` (BWN), ``"binaryconnect"``, ``"ternary"`` (TWN), ``"ttq"``.
         per: what has its own scale: ``"tensor"``, ``"channel"`` or ``"group:n"``.
         axis: axis of the channels: 0, or 1 for transposed convolutions.
+        groups: groups of channels, of which axis 1 holds the channels of one, and axis 0 the inputs of all: those of a
+            grouped transposed convolution.
 
     Raises:
         InputError: a value is invalid, or ``per`` is given although the kind has one scale for the whole tensor.
@@ -50,6 +52,7 @@ class Scheme:
     kind: Kind = "symmetric"
     per: str = "channel"
     axis: int = 0
+    groups: int = 1
 
     def __post_init__(self) -> None:
         check_one_of("kind", self.kind, get_args(Kind))
@@ -64,6 +67,10 @@ class Scheme:
             raise InputError(f"kind={self.kind!r} has one scale for a whole tensor: give per='tensor'")
         if self.axis not in (0, 1):
             raise InputError(f"axis must be 0 or 1, got {self.axis}")
+        if self.groups < 1 or (self.groups > 1 and self.axis == 0):
+            raise InputError(
+                f"groups={self.groups} is for axis=1, and at least 1: along axis 0 lie the channels of all"
+            )
 
     @property
     def group(self) -> int | None:
@@ -113,15 +120,22 @@ def to_rows(tensor: Tensor, scheme: Scheme) -> Tensor:
         return tensor.reshape(1, -1)
     if tensor.ndim < 2:
         raise InputError(f"per={scheme.per!r} needs channels, got shape {tuple(tensor.shape)}: give per='tensor'")
-    return tensor.movedim(scheme.axis, 0).flatten(1)
+    if scheme.axis == 0:
+        return tensor.flatten(1)
+    # (groups, inputs of one, channels of one, ...) to (groups, channels of one, inputs of one, ...)
+    grouped = tensor.reshape(scheme.groups, len(tensor) // scheme.groups, *tensor.shape[1:])
+    return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def from_rows(rows: Tensor, shape: torch.Size, scheme: Scheme) -> Tensor:
     """The inverse of `to_rows`: reshape ``(R, L)`` to the tensor's shape."""
     if scheme.per == "tensor":
         return rows.reshape(shape)
-    others = [size for place, size in enumerate(shape) if place != scheme.axis]
-    return rows.reshape(shape[scheme.axis], *others).movedim(0, scheme.axis).contiguous()
+    if scheme.axis == 0:
+        return rows.reshape(shape).contiguous()
+    inputs, channels, *kernel = shape
+    grouped = rows.reshape(scheme.groups, channels, inputs // scheme.groups, *kernel)
+    return grouped.transpose(1, 2).reshape(shape).contiguous()
 
 
 def cut_groups(rows: Tensor, scheme: Scheme) -> list[Tensor]:
