@@ -1,6 +1,6 @@
 # demo: the main job on real images.
 # compress: a network's file at a twentieth of its size, with the report that shows it, 2 minutes on 2 cores.
-# test: everything that must hold, 16 minutes on 2 cores.
+# test: everything that must hold, 20 minutes on 2 cores.
 # test-lightning: every method, some of them by the whole contract, and the quick tests of hooks and callbacks under an older
 #   version of Lightning, 2 minutes on 2 cores.
 # test-bolts: the same under the oldest, and all that is tried with lightning-bolts, which needs it, 2 minutes.
