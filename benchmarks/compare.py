@@ -308,6 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for name in given.only or SECTIONS:
         SECTIONS[name](bench)
+    bench.write()
     for name, value in bench.content["ratios"].items():
         print(f"{name}: {value} {bench.content['spread'][name]}")
     print(f"Written: {bench.path}")

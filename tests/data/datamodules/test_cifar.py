@@ -405,8 +405,9 @@ def damaged(content):
     for place in range(len(content)):
         yield content[:place]
         other = bytes([content[place] ^ (place * 37 % 255 + 1)])
-        # Not "r", by which pickle may be told to keep room for four billion objects.
-        yield content[:place] + (other if other != b"r" else b"s") + content[place + 1 :]
+        yield content[:place] + other + content[place + 1 :]
+        # Keeps an object under a number of four bytes, for which there is no room.
+        yield content[:place] + b"r" + content[place + 1 :]
 
 
 @pytest.mark.parametrize("writer", [official, partial(pickle.dumps, protocol=5)])
