@@ -49,7 +49,7 @@ BOLTS += -W 'ignore:When using `Trainer(accumulate_grad_batches:UserWarning' \
 	-W "ignore:Lightning couldn't infer the indices fetched:UserWarning" \
 	-W 'ignore:The number of training batches:UserWarning' -W 'ignore:strategy=ddp_spawn and num_workers=0:UserWarning'
 
-.PHONY: demo compress test test-lightning test-bolts older-environments test-lowest check check-fast bench table
+.PHONY: demo compress test test-lightning test-bolts test-lowest check check-fast bench table
 
 demo: .venv/run.stamp
 	$(BIN)/distill-lightning compare configs/compare/digits.yaml --workers 2
@@ -68,8 +68,6 @@ test-lightning: .venv/dev.stamp .venv-lightning/$(lastword $(LIGHTNINGS)).stamp
 test-bolts: .venv-bolts/stamp
 	OMP_NUM_THREADS=1 .venv-bolts/bin/python -m pytest $(BOLTS) tests/bolts $(CONTRACT)
 	OMP_NUM_THREADS=1 .venv-bolts/bin/python -m pytest $(BOLTS) $(QUICK)
-
-older-environments: .venv-lightning/$(lastword $(LIGHTNINGS)).stamp .venv-bolts/stamp
 
 test-lowest: .venv-lowest/stamp .venv-lowest-onnx/stamp $(LIGHTNINGS:%=.venv-lightning/%.stamp)
 	for version in $(LIGHTNINGS); do \
