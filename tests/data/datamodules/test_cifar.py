@@ -430,7 +430,7 @@ PIXELS = SETS[10]["test_batch"][b"data"]
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "test_batch is damaged: get the python version again from http.*: Ran out of input"),
+        (b"", "test_batch is damaged: get the python version again from http.*: EOFError"),
         (b"<html>", "test_batch is damaged"),
         (pickle.dumps([1]), "test_batch holds a list, not a dict: get"),
         ({b"labels": [1]}, "test_batch has no whole numbers as 'data': get .*: 'data'"),
