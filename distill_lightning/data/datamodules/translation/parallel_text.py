@@ -28,7 +28,8 @@ class ParallelText(Corpus):
 
     A name that is not given is looked for: ``train`` or ``training``; ``val``, ``valid``, ``validation`` or ``dev``;
     ``test``, ``tst``, ``test_2016_flickr`` (Multi30k's) or ``eval``; of IWSLT's files every ``dev*`` for validation and
-    every ``tst*`` for test. What has no files is drawn from the training pairs.
+    every ``tst*`` for test. What has no files is drawn from the training pairs; a plain file of such a name without its
+    partner is refused.
 
     Args:
         train: name, or names, of the training files; ``None``: known ones.
