@@ -28,7 +28,8 @@ class Translates(DistillationModule):
     Translations begin with what ``decoder_input_ids`` begin with, or where a batch has none, with the ids above; they
     end with the ``eos_id`` of the data module or its tokenizer, or else the student's. A training, and every
     evaluation, begin by comparing the data's ``pad_id``, number of ids and longest sentence with the module's and the
-    student's; where a batch is looked at, padding that ``attention_mask`` does not leave out is refused, too.
+    student's, and the ``digest`` of its ``tokenizer``, if it has one, with that of the training, which a checkpoint
+    holds. Where a batch is looked at, padding that ``attention_mask`` does not leave out is refused, too.
 
     Validation and test log ``nll`` (nats per token), ``perplexity``, ``accuracy`` and ``ece`` of the tokens that count,
     each after the true ones before it; and ``bleu`` and ``chrf`` of the translations, 0 to 100, as one corpus, whatever

@@ -1,6 +1,7 @@
 """Translation: what data, module and student say of token ids, and where they do not agree."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +137,29 @@ def test_a_sentence_that_is_too_long_is_refused_before_training():
     with pytest.raises(InputError, match=r"train\.en:4 has 17 tokens, .* positions for 16: .*max_length=17"):
         run("fit", module_of(), data)
     run("fit", module_of(beam=NoSearch()), Data(longest=lambda: (16, "train.en:4")))
+
+
+def test_another_tokenizer_than_that_of_the_training_is_refused(tmp_path):
+    """As where ``val_size`` is another one than in the training, and so the text that the tokenizer is trained on."""
+    ours, theirs = (Data(tokenizer=SimpleNamespace(digest=digest)) for digest in ("ours", "theirs"))
+    module = module_of(beam=NoSearch())
+    trainer = tiny_trainer(max_epochs=1)
+    trainer.fit(module, datamodule=ours)
+    trainer.save_checkpoint(tmp_path / "module.ckpt")
+    loaded = TranslationModule.load_from_checkpoint(tmp_path / "module.ckpt", student=network(), decode=str)
+    message = "the tokenizer of Data is not that of the training, .* give the text, languages, vocab_size, val_size"
+    for one in (module, loaded):
+        for stage in ("validate", "test"):
+            run(stage, one, ours)
+            run(stage, one, Data())
+        for stage in ("validate", "test", "predict"):
+            with pytest.raises(InputError, match=message):
+                run(stage, one, theirs)
+    with pytest.raises(InputError, match=message):
+        tiny_trainer(max_epochs=2).fit(module_of(), datamodule=theirs, ckpt_path=str(tmp_path / "module.ckpt"))
+    # A training from the beginning may have another.
+    run("fit", loaded, theirs)
+    run("test", loaded, theirs)
 
 
 # What counts

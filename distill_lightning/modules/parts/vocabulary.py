@@ -82,6 +82,31 @@ def check_vocabulary(module: Any) -> None:
         )
 
 
+def tokenizer_of(module: Any) -> str | None:
+    """The ``digest`` of the data module's tokenizer, by which it is told from others; ``None``: it has none."""
+    found = getattr(getattr(data_module_of(module), "tokenizer", None), "digest", None)
+    return found if isinstance(found, str) else None
+
+
+def check_tokenizer(module: Any, trained: str | None) -> None:
+    """Compare the data's tokenizer with that of the training.
+
+    Args:
+        module: that reads the data.
+        trained: `tokenizer_of` the training; ``None``: it is not known.
+
+    Raises:
+        InputError: it is another one, whose ids mean other words.
+    """
+    present = tokenizer_of(module)
+    if trained is not None and present is not None and present != trained:
+        raise InputError(
+            f"{type(module).__name__}: the tokenizer of {type(data_module_of(module)).__name__} is not that of the "
+            "training, and its ids mean other words: give the text, languages, vocab_size, val_size, test_size and "
+            "seed of the training"
+        )
+
+
 def check_longest(module: Any) -> None:
     """Compare the data's longest sentence, where a data module tells it, with the student's positions.
 
