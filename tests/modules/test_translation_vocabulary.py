@@ -120,6 +120,13 @@ def test_padding_that_would_be_read_as_words_is_refused(stage, pad_id, mask, mes
     assert "\n" not in str(error.value)
 
 
+def test_a_mask_may_hide_words():
+    batch = batch_of([[5, 6, 2], [7, 2, 0]])
+    batch.input["input_ids"][1, 2] = 0
+    batch.input["attention_mask"] = torch.tensor([[1, 0, 1], [1, 1, 0]])
+    run("validate", module_of(beam=NoSearch()), Data(batches=[batch]))
+
+
 def test_a_student_that_takes_no_mask_and_sources_without_padding_need_none():
     whole = batch_of([[5, 6, 2], [7, 2, 0]])
     del whole.input["attention_mask"]

@@ -163,7 +163,10 @@ def _check_padding(module: Any, batch: Batch, where: str) -> None:
                 f"words: let batches have one, input_ids != {pad_id}"
             )
     elif mask.shape == ids.shape:
-        other = (mask == 0) & (ids != pad_id)
+        # At the ends alone, since a mask may hide words, too.
+        hidden = mask == 0
+        filling = hidden.cummin(dim=1).values | hidden.flip(1).cummin(dim=1).values.flip(1)
+        other = filling & (ids != pad_id)
         if other.any():
             raise InputError(
                 f"{type(module).__name__}: the source of sample {_first(batch, other)} in {where} has the id "
