@@ -555,15 +555,15 @@ def test_the_console_script_finds_modules_of_the_working_directory(write, tmp_pa
         "import sys\nfrom distill_lightning.cli import main\nsys.exit(main())\n"
     )
 
-    def done(*options):
-        command = [sys.executable, *options, "bin/distill-lightning", "fit", "--config", config, "--print_config"]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+    def done(*command):
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
 
-    found = done()
+    found = done("bin/distill-lightning", "fit", "--config", config, "--print_config")
     assert found.returncode == 0, found.stderr
     assert "class_path: mydata.ShapesData" in found.stdout
     # -P keeps the folders of scripts off the path, and this one, too.
-    assert "No module named 'mydata'" in done("-P").stderr
+    calls = "from distill_lightning.cli import main; main(); import mydata"
+    assert "No module named 'mydata'" in done("-P", "-c", calls, "--version").stderr
 
 
 @pytest.mark.slow

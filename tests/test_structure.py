@@ -1,6 +1,7 @@
 """The rooms and who may enter them, the public names, and what they promise."""
 
 import ast
+import functools
 import inspect
 import re
 import subprocess
@@ -303,8 +304,13 @@ def name_of(path):
     return path.relative_to(PACKAGE).as_posix().removesuffix(".py").removeprefix(".")
 
 
+@functools.cache
 def imports_of(path):
     """The modules that a file imports when it runs, dotted; those for type checkers alone are left out."""
+    return list(_imports_of(path))
+
+
+def _imports_of(path):
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -333,14 +339,14 @@ def entries(folder):
 def imports_within(folder):
     """For each entry of a folder, the other entries that it imports."""
     prefix = ("distill_lightning", *folder.relative_to(PACKAGE).parts)
-    found = defaultdict(set)
+    found, known = defaultdict(set), entries(folder)
     for path in folder.rglob("*.py"):
         own = path.relative_to(folder).with_suffix("").parts[0]
         for module in imports_of(path):
             parts_of_name = tuple(module.split("."))
             if parts_of_name[: len(prefix)] == prefix and len(parts_of_name) > len(prefix):
                 used = parts_of_name[len(prefix)]
-                if used != own and used in entries(folder):
+                if used != own and used in known:
                     found[own].add(used)
     return found
 
