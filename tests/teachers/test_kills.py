@@ -30,9 +30,8 @@ pytestmark = [
 ]
 
 
-# Children are forked by a server that has imported everything and run nothing: they start at once, and may fork, too.
+# See conftest.py; children may fork, too.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["distill_lightning.testing", "distill_lightning.teachers.recorder"])
 
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.truncate")
 sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
