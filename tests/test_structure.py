@@ -4,8 +4,6 @@ import ast
 import functools
 import inspect
 import re
-import subprocess
-import sys
 import tomllib
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -569,17 +567,6 @@ def test_a_method_fits_on_two_screens(path):
 def test_a_method_has_few_arguments_of_its_own(module):
     own = [name for name in inspect.signature(module.__init__).parameters if name not in ("self", "options")]
     assert len(own) <= 13, own
-
-
-@pytest.mark.slow
-def test_a_plain_method_loads_no_compression():
-    code = (
-        "import sys, distill_lightning as d; d.KDModule; print(*[m for m in sys.modules if 'distill_lightning' in m])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = done.stdout.split()
-    assert "distill_lightning.modules.kd" in loaded
-    assert not [module for module in loaded if "compression" in module or "callbacks" in module]
 
 
 def test_files_of_tests_have_names_of_their_own():
