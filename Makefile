@@ -49,7 +49,7 @@ BOLTS += -W 'ignore:When using `Trainer(accumulate_grad_batches:UserWarning' \
 	-W "ignore:Lightning couldn't infer the indices fetched:UserWarning" \
 	-W 'ignore:The number of training batches:UserWarning' -W 'ignore:strategy=ddp_spawn and num_workers=0:UserWarning'
 
-.PHONY: demo compress test test-lightning test-bolts test-lowest check check-fast bench table
+.PHONY: demo compress test test-lightning test-bolts test-lowest lint check check-fast bench table
 
 demo: .venv/run.stamp
 	$(BIN)/distill-lightning compare configs/compare/digits.yaml --workers 2
@@ -57,8 +57,11 @@ demo: .venv/run.stamp
 compress: .venv/run.stamp
 	$(BIN)/distill-lightning compress configs/start/deep_compression_cnn.yaml --seeds 0 1 2
 
-test: .venv/dev.stamp check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+# mypy is a single process: beside the tests, it takes half of its time from them.
+test: .venv/dev.stamp lint
+	$(BIN)/mypy & types=$$!; \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal; tests=$$?; \
+		wait $$types && exit $$tests
 
 # Under the oldest, make test-bolts does the same and more.
 test-lightning: .venv/dev.stamp .venv-lightning/$(lastword $(LIGHTNINGS)).stamp
@@ -76,9 +79,11 @@ test-lowest: .venv-lowest/stamp .venv-lowest-onnx/stamp $(LIGHTNINGS:%=.venv-lig
 	done
 	OMP_NUM_THREADS=1 .venv-lowest-onnx/bin/python -m pytest $(OLD) tests/compression/test_onnx.py
 
-check: .venv/dev.stamp
+lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+check: .venv/dev.stamp lint
 	$(BIN)/mypy
 
 check-fast: .venv/dev.stamp check

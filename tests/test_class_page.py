@@ -1,8 +1,6 @@
 """``--model.help`` and ``--data.help`` show a class's own page."""
 
 import inspect
-import subprocess
-import sys
 
 import pytest
 
@@ -63,10 +61,6 @@ def test_every_argument_stands_there_with_what_its_docstring_says(kind):
         assert not lines[place + 1].strip().startswith("see `"), name
 
 
-def test_an_unknown_class_is_still_refused_in_one_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "distill_lightning", "fit", "--model.help", "NoModule"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_an_unknown_class_is_still_refused_in_one_line(capsys):
+    assert main(["fit", "--model.help", "NoModule"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

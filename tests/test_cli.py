@@ -523,16 +523,6 @@ def test_help_version_and_what_is_refused_at_once_need_no_torch(arguments, statu
     assert expected in "\n".join([*said, done.stderr])
 
 
-@pytest.mark.slow
-def test_a_new_process_knows_short_names_and_is_quiet(write):
-    call = [sys.executable, "-m", "distill_lightning", "fit", "--config", write(), "--trainer.fast_dev_run", "true"]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    # Lightning's own lines, and the warnings that are meant to be so.
-    assert "GPU available" not in done.stderr + done.stdout
-    assert "Warning" not in done.stderr
-
-
 def test_the_cli_class_is_imported_when_it_is_asked_for():
     assert cli.DistillCLI is DistillCLI
     assert DistillCLI.subcommands()["record"] == {"model", "datamodule"}
@@ -541,10 +531,11 @@ def test_the_cli_class_is_imported_when_it_is_asked_for():
 
 
 @pytest.mark.slow
-def test_the_console_script_finds_modules_of_the_working_directory(write, tmp_path):
+def test_the_console_script_finds_modules_of_the_working_directory_and_short_names_and_is_quiet(write, tmp_path):
     config = write()
     (tmp_path / "mydata.py").write_text(
-        "from distill_lightning import DigitsDataModule\n\n\nclass ShapesData(DigitsDataModule):\n    pass\n"
+        "from distill_lightning import DigitsDataModule\n\n\nclass ShapesData(DigitsDataModule):\n"
+        "    def prepare_data(self):\n        print('shapes')\n"
     )
     content = yaml.safe_load((tmp_path / config).read_text())
     content["data"]["class_path"] = "mydata.ShapesData"
@@ -555,15 +546,18 @@ def test_the_console_script_finds_modules_of_the_working_directory(write, tmp_pa
         "import sys\nfrom distill_lightning.cli import main\nsys.exit(main())\n"
     )
 
-    def done(*options):
-        command = [sys.executable, *options, "bin/distill-lightning", "fit", "--config", config, "--print_config"]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+    def done(*command):
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
 
-    found = done()
+    found = done("bin/distill-lightning", "fit", "--config", config, "--trainer.fast_dev_run", "true")
     assert found.returncode == 0, found.stderr
-    assert "class_path: mydata.ShapesData" in found.stdout
+    assert "shapes" in found.stdout
+    # Lightning's own lines, and the warnings that are meant to be so.
+    assert "GPU available" not in found.stderr + found.stdout
+    assert "Warning" not in found.stderr
     # -P keeps the folders of scripts off the path, and this one, too.
-    assert "No module named 'mydata'" in done("-P").stderr
+    calls = "from distill_lightning.cli import main; main(); import mydata"
+    assert "No module named 'mydata'" in done("-P", "-c", calls, "--version").stderr
 
 
 @pytest.mark.slow

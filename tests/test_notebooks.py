@@ -57,13 +57,18 @@ def test_it_silences_no_warning(path):
 @pytest.fixture(scope="module")
 def kernel():
     """One process for all notebooks, which would take longer over their imports than over everything else."""
-    client = NotebookClient(nbformat.v4.new_notebook(), timeout=300)
+    quick = nbformat.v4.new_code_cell(QUICKLY)
+    client = NotebookClient(nbformat.v4.new_notebook(cells=[quick]), timeout=300)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         with client.setup_kernel():
+            client.reset_execution_trackers()
+            client.execute_cell(quick, 0)
             yield client
 
 
+# The process is quick where those of the tests are.
+QUICKLY = f"import runpy; _ = runpy.run_path({str(Path(__file__).with_name('conftest.py'))!r})"
 # What a notebook leaves behind, the next one must not find: its names, its folder, and how much Lightning says.
 AFRESH = """\
 import logging

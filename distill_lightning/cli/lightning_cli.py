@@ -96,6 +96,10 @@ class DistillCLI(LightningCLI):
     def __init__(self, args: Sequence[str] | None = None, *, run: bool = True) -> None:
         # Classes have short names once they are imported.
         distill_lightning.import_all()
+        verbs, words = self.subcommands(), sys.argv[1:] if args is None else args
+        if run and words and words[0] in verbs:
+            # Of each verb LightningCLI would make a parser, which takes a while, and the others are not asked.
+            self.subcommands = lambda: {words[0]: verbs[words[0]]}  # type: ignore[method-assign]
         super().__init__(
             LightningModule,
             LightningDataModule,

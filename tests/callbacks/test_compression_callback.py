@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import multiprocessing
 import pickle
 import warnings
 from dataclasses import replace
@@ -300,12 +299,9 @@ def resume_all(folder):
 
 @pytest.mark.lightning(since=(2, 5))
 @pytest.mark.slow
-def test_a_fresh_process_resumes_and_reloads_bit_for_bit(tmp_path):
+def test_a_fresh_process_resumes_and_reloads_bit_for_bit(tmp_path, elsewhere):
     whole = {kind: uninterrupted(kind, tmp_path / kind) for kind in STEPS}
-    process = multiprocessing.get_context("spawn").Process(target=resume_all, args=(tmp_path,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    elsewhere(resume_all, tmp_path)
     ends = torch.load(tmp_path / "ends.pt", weights_only=True)
     for kind, module in whole.items():
         assert_same(weights_of(module.student), ends[f"{kind}, end-epoch=1"])

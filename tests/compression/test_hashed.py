@@ -4,8 +4,6 @@ import copy
 import hashlib
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -105,15 +103,14 @@ def test_two_seeds_are_independent():
     assert abs(float((one == other).double().mean()) - 1 / 200) < 4 * math.sqrt(1 / 200 / 100_000)
 
 
+def digest_of_places():
+    return hashlib.sha256(hash_places(5000, 77, 3).numpy().astype("<i4").tobytes()).hexdigest()
+
+
 @pytest.mark.slow
-def test_another_process_hashes_alike():
-    code = (
-        "import hashlib; from distill_lightning.compression.values.hashed import hash_places;"
-        "print(hashlib.sha256(hash_places(5000, 77, 3).numpy().astype('<i4').tobytes()).hexdigest())"
-    )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    here = hashlib.sha256(hash_places(5000, 77, 3).numpy().astype("<i4").tobytes()).hexdigest()
-    assert told == here
+def test_another_process_hashes_alike(elsewhere):
+    here = digest_of_places()
+    assert elsewhere(digest_of_places) == here
     # Files that were written must stay readable: this number never changes.
     assert here == "f289c320642b84924c13016ceaa7ca27cc197986cdb44711a3e400d96f6463bf"
 
@@ -350,8 +347,12 @@ def test_packed_weights_come_back_bit_for_bit(tmp_path, shape, dtype):
     assert tensors["weight"].untyped_storage().nbytes() == wanted.numel() * dtype.itemsize
 
 
+def digest_of_file(path):
+    return hashlib.sha256(read_packed(path)[1]["weight"].numpy().tobytes()).hexdigest()
+
+
 @pytest.mark.slow
-def test_the_file_holds_the_values_and_another_process_reads_it(tmp_path):
+def test_the_file_holds_the_values_and_another_process_reads_it(tmp_path, elsewhere):
     layer = nn.Linear(512, 256, bias=False)
     hash_weights(layer, ratio=1 / 32, seed=5)
     entry, values = hashed(layer)["weight"]
@@ -360,13 +361,7 @@ def test_the_file_holds_the_values_and_another_process_reads_it(tmp_path):
     assert packed.nbytes == 4 * 4096
     assert size < 4 * 4096 + 200
     assert len(values) / layer.weight.numel() == 1 / 32
-    code = (
-        "import hashlib, sys; from distill_lightning.compression.file.format import read_packed;"
-        "print(hashlib.sha256(read_packed(sys.argv[1])[1]['weight'].numpy().tobytes()).hexdigest())"
-    )
-    told = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "file")], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    told = elsewhere(digest_of_file, tmp_path / "file")
     assert told == hashlib.sha256(layer.weight.detach().numpy().tobytes()).hexdigest()
 
 

@@ -3,8 +3,6 @@
 import copy
 import io
 import itertools
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -438,21 +436,6 @@ RESUMED = {
     "channels": PruneUnits(amount=0.5, unit="channel", schedule=Cubic()),
     "budget": PruneUnits(budget="params:0.5", unit="channel", schedule=Iterative(2)),
 }
-RESUME = """
-import sys, torch
-sys.path.insert(0, {folder!r})
-from test_prune_weights import *
-state = torch.load({path!r}, weights_only=True)
-network = rebuild_structure(build(), state["structure"])
-network.load_state_dict(state["network"])
-compressor = compressor_of(network, replace(RESUMED[{name!r}], at=2, finetune_epochs=3), epochs=5)
-compressor.load_state_dict(state["compressor"])
-optimizer = OPTIMIZERS["adam"](network.parameters())
-optimizer.load_state_dict(state["optimizer"])
-losses, _ = train(compressor, OPTIMIZERS["adam"], epochs=5, first=state["epoch"], optimizer=optimizer)
-compressor.finish()
-torch.save((losses, network.state_dict(), compressor.masks.state_dict()), {path!r})
-"""
 
 
 @pytest.mark.slow
@@ -491,8 +474,21 @@ def test_a_run_that_was_killed_resumes_bit_for_bit(name):
         assert all(torch.equal(mask, second.masks.kept[path]) for path, mask in whole.masks.kept.items())
 
 
+def resume(name, path):
+    state = torch.load(path, weights_only=True)
+    network = rebuild_structure(build(), state["structure"])
+    network.load_state_dict(state["network"])
+    compressor = compressor_of(network, replace(RESUMED[name], at=2, finetune_epochs=3), epochs=5)
+    compressor.load_state_dict(state["compressor"])
+    optimizer = OPTIMIZERS["adam"](network.parameters())
+    optimizer.load_state_dict(state["optimizer"])
+    losses, _ = train(compressor, OPTIMIZERS["adam"], epochs=5, first=state["epoch"], optimizer=optimizer)
+    compressor.finish()
+    torch.save((losses, network.state_dict(), compressor.masks.state_dict()), path)
+
+
 @pytest.mark.slow
-def test_a_run_resumes_in_a_fresh_process(tmp_path, request):
+def test_a_run_resumes_in_a_fresh_process(tmp_path, elsewhere):
     name, path = "cubic", tmp_path / "state.pt"
     network = build()
     whole = compressor_of(network, replace(RESUMED[name], at=2, finetune_epochs=3), epochs=5)
@@ -503,8 +499,7 @@ def test_a_run_resumes_in_a_fresh_process(tmp_path, request):
     losses, optimizer = train(first, OPTIMIZERS["adam"], epochs=3)
     state = {"structure": structure_of(partly), "network": partly.state_dict(), "compressor": first.state_dict()}
     torch.save({**state, "optimizer": optimizer.state_dict(), "epoch": 3}, path)
-    code = RESUME.format(folder=str(request.path.parent), path=str(path), name=name)
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    elsewhere(resume, name, path)
     rest, weights, masks = torch.load(path, weights_only=True)
     assert losses + rest == expected
     assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import multiprocessing
 from functools import partial
 
 import pytest
@@ -316,7 +315,7 @@ def test_early_stopping_does_not_compare_with_the_dense_network(monitor, mode):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_opens_without_any_argument(tmp_path):
+def test_a_checkpoint_opens_without_any_argument(tmp_path, elsewhere):
     steps = [
         PruneUnits(amount=0.5, unit="channel", finetune_epochs=1),
         PruneWeights(amount=0.5, finetune_epochs=1),
@@ -332,10 +331,7 @@ def test_a_checkpoint_opens_without_any_argument(tmp_path):
     with torch.no_grad():
         expected = module.eval()(inputs)
     torch.save(inputs, tmp_path / "inputs.pt")
-    process = multiprocessing.get_context("spawn").Process(target=reload, args=(tmp_path,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    elsewhere(reload, tmp_path)
     outputs = torch.load(tmp_path / "outputs.pt", weights_only=True)
     for name in ("compressed.ckpt", "epoch=3.ckpt", "light-epoch=3.ckpt"):
         assert torch.equal(outputs[name], expected), name

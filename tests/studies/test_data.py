@@ -21,7 +21,7 @@ from distill_lightning.studies.compress import command as compress_command
 from distill_lightning.studies.data import DataWatch, has_loader, keep_data, refuse_other_data, splits_of
 from distill_lightning.testing import TinyDataModule, tiny_trainer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 
 SMALL = {"class_path": "SmallCNN", "init_args": {"width": 2}}
 

@@ -30,9 +30,8 @@ pytestmark = [
 ]
 
 
-# Children are forked by a server that has imported everything and run nothing: they start at once, and may fork, too.
+# See conftest.py; children may fork, too.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["distill_lightning.testing", "distill_lightning.teachers.recorder"])
 
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.truncate")
 sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -148,6 +147,8 @@ def child(job, folder, last, connection):
     # A group of its own, to be killed with what it starts.
     os.setsid()
     torch.set_num_threads(1)
+    # As in conftest.py: what is killed here is no power.
+    os.fsync = os.fstat
     # Files on their way into the folder must be moved there, not copied.
     tempfile.tempdir = str(folder.parent)
     stop = Stop(folder, last, connection.send)

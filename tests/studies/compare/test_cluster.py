@@ -18,6 +18,8 @@ from distill_lightning.studies.compare import cluster, cluster_task
 from distill_lightning.studies.compare.config import parse_config
 from distill_lightning.studies.compare.experiment import Experiment
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SPARED = "spared"
 
 

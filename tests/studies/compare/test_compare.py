@@ -204,6 +204,7 @@ def test_a_finished_comparison_trains_nothing_again(finished, monkeypatch):
     assert (folder / "out/results.csv").read_text() == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_seed_and_a_method_can_be_added(finished, tmp_path, monkeypatch):
     folder, _ = finished
     output = tmp_path / "out"
@@ -324,6 +325,7 @@ def history_of(checkpoint):
     return torch.load(checkpoint, weights_only=True)["callbacks"]["RunKeeper"]["history"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_killed_between_its_last_epoch_and_its_result_is_finished_without_training(
     finished, tmp_path, monkeypatch
 ):
@@ -460,6 +462,7 @@ def test_a_damaged_folder_is_named(finished, tmp_path, capsys, name, content, me
     assert error.count("\n") == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_call_killed_at_its_very_start_can_be_made_again(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/partial.0.compare.yaml").write_text("half")
@@ -493,6 +496,7 @@ class Pairs(pl.LightningDataModule):
 """
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_any_data_module_that_tells_its_classes_and_shape_will_do(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(OWN_DATA)
     monkeypatch.syspath_prepend(tmp_path)
@@ -526,6 +530,7 @@ def test_a_shape_that_is_not_told_is_seen(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "after", ["runs/teacher_2/last.ckpt", "runs/kd_one/seed_0/last.ckpt", "runs/feed/seed_1/last.ckpt"]
 )
+@pytest.mark.usefixtures("undrawn")
 def test_a_killed_comparison_ends_like_an_undisturbed_one(finished, tmp_path, after, start_method):
     folder, _ = finished
     config = written(tmp_path)
@@ -679,6 +684,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path, capsys):
     assert (tmp_path / "out").read_text() == "precious"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_students_teach_students_in_stages(tmp_path):
     def sequential(config):
         config.update(epochs=1, seeds=[3])
@@ -894,6 +900,7 @@ def test_the_epoch_of_the_smallest_error_is_selected(regression):
         assert result["selected_epoch"] == 1 + int(np.argmin(errors))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_factor_transfer_trains_its_paraphrasers_once(tmp_path, monkeypatch):
     def transfer(config):
         config.update(epochs=1, seeds=[0, 1])
@@ -932,6 +939,7 @@ def test_factor_transfer_trains_its_paraphrasers_once(tmp_path, monkeypatch):
         assert torch.allclose(value.double(), student[key].double(), rtol=1e-4, atol=1e-6), key
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_paraphrasers_of_a_student_that_teaches_are_those_of_its_seed(tmp_path, monkeypatch):
     def transfer(config):
         config.update(epochs=1, seeds=[0, 1])
@@ -971,6 +979,7 @@ def test_paraphrasers_of_a_method_that_takes_none_are_refused(tmp_path, capsys):
     assert "methods.kd_one: KDModule takes no paraphrasers: leave them out" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_row_can_begin_with_another_rows_student(tmp_path):
     def still(config):
         config.update(epochs=1, seeds=[0, 1])

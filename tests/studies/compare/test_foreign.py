@@ -292,6 +292,7 @@ def test_rows_of_any_module_are_scored_by_what_is_evaluated(tmp_path):
     assert not torch.equal(*(load_file(run)["head.weight"] for run in runs)), "an average is not what it is of"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_computed_validation_score_is_that_of_the_network(tmp_path):
     compared(tmp_path, only("plain"))
     run = tmp_path / "out/runs/plain/seed_0"
@@ -307,6 +308,7 @@ def test_the_computed_validation_score_is_that_of_the_network(tmp_path):
     assert max(scores) == pytest.approx(float(torch.cat(hits).mean()))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_score_that_the_module_logs_comes_first(tmp_path):
     def logs(config):
         only("plain")(config)
@@ -318,6 +320,7 @@ def test_a_score_that_the_module_logs_comes_first(tmp_path):
     assert result["selected_epoch"] == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_dicts_and_data_that_tell_nothing_make_the_same_table(tmp_path):
     """Students of a seed see the data in one order, whoever shuffles them and however their batches look."""
     untold = {"class_path": "mymodule.Untold", "num_classes": 4, "input_shape": [1, 8, 8]}
@@ -351,6 +354,7 @@ def test_the_order_of_foreign_data_is_a_function_of_seed_and_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("row", ["plain", "average"])
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_of_a_foreign_module_goes_on_where_it_was_killed(tmp_path, monkeypatch, row):
     change = only(row, epochs=3)
     undisturbed = compared(tmp_path, change)[row]
@@ -437,6 +441,7 @@ def test_the_trial_draws_no_random_number_and_leaves_the_data_alone(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_persons_module_may_train_the_teachers_and_the_student_alone(tmp_path):
     def supervised(config):
         only("kd", supervised={"class_path": "mymodule.Plain", "evaluate": "model"})(config)

@@ -30,6 +30,8 @@ from distill_lightning.studies.compare.pools import with_threads
 from distill_lightning.studies.compare.runs import Run
 from distill_lightning.studies.compare.sharing import chosen, refuse_others
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 CONFIG = {
     "data": {
         "class_path": "DigitsDataModule",

@@ -336,6 +336,7 @@ def test_keys_inside_of_a_spec_are_given_on_the_command_line(tmp_path):
             parse_config([write_config(DETECTION, tmp_path), *given])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_the_data_warn_of_is_said_once(tmp_path, monkeypatch):
     def setup(data, stage=None):
         if not hasattr(data, "pairs"):
@@ -427,6 +428,7 @@ def test_backbones_of_one_seed_begin_alike(tmp_path):
         assert torch.equal(value, states[1][key])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_backbone_is_added_and_none_is_changed(detected, tmp_path, capsys):
     folder, _ = detected
     shutil.copytree(folder / "out", tmp_path / "out")
@@ -467,6 +469,7 @@ def test_a_backbone_without_finite_numbers_leaves_its_rows_without_scores(tmp_pa
         (DETECTION, "runs/b1/seed_1/last.ckpt"),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_a_killed_comparison_ends_like_an_undisturbed_one(request, tmp_path, config, after, start_method):
     folder, _ = request.getfixturevalue("translated" if config is TRANSLATION else "detected")
     path = write_config(config, tmp_path)

@@ -19,6 +19,8 @@ from distill_lightning.studies.compare.storage import bytes_of_size
 from distill_lightning.teachers.shared import OutputsStore, Tapped
 from distill_lightning.testing import TinyNet
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 CONFIG = {
     "data": {"class_path": "distill_lightning.testing.TinyDataModule", "init_args": {"samples": 24}},
     "teachers": {"network": {"class_path": "distill_lightning.testing.TinyNet"}, "number": 2, "epochs": 2},

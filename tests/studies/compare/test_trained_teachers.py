@@ -90,6 +90,7 @@ def test_unlike_teachers_are_rows_and_teach_but_are_not_trained(tmp_path, config
     assert "Teachers, trained before: Pretrained(network=SmallResNet(width=4)" in table
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_students_learn_from_the_teachers_that_are_given(tmp_path, config):
     """With nothing but the teacher's word for it, a student agrees with a teacher that always says 3."""
     teacher = SmallCNN(10, width=4)
@@ -155,6 +156,7 @@ def test_what_cannot_teach_is_one_line_and_writes_nothing(tmp_path, config, caps
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_other_weights_under_the_same_name_are_refused(tmp_path, config, capsys):
     compare(write_config(config, tmp_path), tmp_path / "out")
     before = json.loads((tmp_path / "out/runs/feed/seed_0/result.json").read_text())

@@ -140,6 +140,7 @@ def test_the_control_of_the_same_size_is_no_larger(finished):
         assert control.parameters > 0.7 * final.nonzero
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_lost_run_alone_is_made_again(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "copy")
     out = tmp_path / "copy/out"
@@ -488,6 +489,7 @@ def lengths(monkeypatch):
         ("weights.pt", [], None, "? + 2"),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_the_control_is_trained_for_as_long_as_the_dense_network_was(
     trained, lengths, tmp_path, capsys, file, options, earlier, expected
 ):
@@ -528,6 +530,7 @@ def test_a_fresh_network_has_no_earlier_epochs(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_other_epochs_of_the_dense_network_are_another_study(trained, tmp_path, capsys):
     (tmp_path / "tiny.yaml").write_text(configuration(pretrained(trained / "weights.pt")))
     arguments = ["compress", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "out"), "--controls"]
