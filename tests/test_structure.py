@@ -116,10 +116,13 @@ ROOMS = {
         compressor preview
     """,
     "compression/shrink": """
-        attention tying
-        axes
+        attention norms numbers tying
+        axes watching
         groups sizes
-        torch_pruning tracing transformer
+        ledger torch_pruning transformer
+        layer_rules moves products
+        operations
+        tracing
         channels
         recurrent
     """,

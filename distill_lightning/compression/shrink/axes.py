@@ -7,12 +7,15 @@ layer                  axis            positions
 =====================  ==============  ==========================================================
 convolution, `Linear`  ``"out"``       output channels
 convolution, `Linear`  ``"in"``        input channels
-depthwise convolution  ``"channels"``  its channels
+grouped convolution    ``"channels"``  its groups, each with its channels of the input and of the output
 BatchNorm and others   ``"channels"``  its channels
+GroupNorm              ``"groups"``    its groups
+LayerNorm              ``"features"``  its features: see `CountedLayerNorm`
 RNN, LSTM, GRU         ``"in"``        features of its input
 RNN, LSTM, GRU         ``"units"``     hidden units: of layer 0 forward, then 0 backward, 1 forward ...
 `Attention`            ``"heads"``     heads
 Transformer layer      ``"neurons"``   neurons of its feed-forward network
+any other module       ``"scale.0"``   the entries of its parameter ``scale`` along dimension 0
 =====================  ==============  ==========================================================
 """
 
@@ -27,9 +30,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from distill_lightning.compression.shrink.attention import Attention
+from distill_lightning.compression.shrink.norms import CountedLayerNorm
 from distill_lightning.errors import InputError
 
 Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ConvTransposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_HERE = __name__.rpartition(".")[0]
 TransformerLayer = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
@@ -61,6 +67,9 @@ def slices(layer: nn.Module, axis: str) -> list[Slice]:
     for kinds, axes in _AXES:
         if isinstance(layer, kinds) and axis in axes:
             return [found for found in axes[axis](layer) if _tensor(layer, found.tensor) is not None]
+    name, _, dim = axis.rpartition(".")
+    if name in own_parameters(layer):
+        return [Slice(name, int(dim), torch.arange(layer.get_parameter(name).shape[int(dim)]))]
     raise InputError(f"{type(layer).__name__} has no axis {axis!r} to shrink along")
 
 
@@ -70,7 +79,16 @@ def length(layer: nn.Module, axis: str) -> int:
     Raises:
         InputError: the layer has no such axis.
     """
-    return 1 + max(int(found.positions.max()) for found in slices(layer, axis))
+    found = slices(layer, axis)
+    # A norm without parameters and statistics has nothing along its axis but its size.
+    return 1 + max(int(one.positions.max()) for one in found) if found else _size(layer)
+
+
+def _size(norm: Any) -> int:
+    if isinstance(norm, nn.LayerNorm):
+        return norm.normalized_shape[0]
+    names = ("num_groups", "num_features", "features")
+    return next(int(getattr(norm, name)) for name in names if hasattr(norm, name))
 
 
 def cut(layer: nn.Module, axis: str, keep: Tensor) -> None:
@@ -107,6 +125,20 @@ def check_cut(layer: nn.Module, axis: str, keep: Tensor) -> None:
         )
 
 
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def own_parameters(module: nn.Module) -> list[str]:
+    """Names of the parameters of a module that is none of PyTorch's or of this package's layers, nor one of their kind.
+
+    ``self.scale`` of a block, for example.
+    """
+    known = [kind for kind in type(module).__mro__ if kind.__module__.startswith(("torch.", _HERE))]
+    if any(kind not in _CONTAINERS for kind in known) or parametrize.is_parametrized(module):
+        return []
+    return [name for name, _ in module.named_parameters(recurse=False)]
+
+
 def _counts(layer: nn.Module, keep: Tensor) -> list[int]:
     return [int(count) for count in keep.view(-1, int(layer.hidden_size)).sum(1)]  # type: ignore[arg-type]
 
@@ -140,6 +172,13 @@ def _resize(layer: Any, axis: str, keep: Tensor) -> None:
         inner = count * layer.head_dim
         layer.q_proj.out_features = layer.k_proj.out_features = layer.v_proj.out_features = inner
         layer.out_proj.in_features = inner
+    elif isinstance(layer, Conv) and axis == "channels":
+        layer.in_channels, layer.out_channels = (
+            count * size // layer.groups for size in (layer.in_channels, layer.out_channels)
+        )
+        layer.groups = count
+    elif isinstance(layer, nn.GroupNorm):
+        layer.num_channels, layer.num_groups = count * layer.num_channels // layer.num_groups, count
     elif isinstance(layer, TransformerLayer):
         layer.linear1.out_features = layer.linear2.in_features = count
 
@@ -165,11 +204,32 @@ def _ungrouped(layer: Any) -> None:
         raise InputError(f"a convolution of {layer.groups} groups cannot lose single channels: leave it out")
 
 
-def _depthwise(layer: Any) -> list[Slice]:
-    if not is_depthwise(layer):
-        raise InputError("only a depthwise convolution has its input and output channels on one axis")
+def _transposed_out(layer: Any) -> list[Slice]:
+    _ungrouped(layer)
     positions = torch.arange(layer.out_channels)
+    return [Slice("weight", 1, positions), Slice("bias", 0, positions)]
+
+
+def _transposed_in(layer: Any) -> list[Slice]:
+    _ungrouped(layer)
+    return [Slice("weight", 0, torch.arange(layer.in_channels))]
+
+
+def _grouped(layer: Any) -> list[Slice]:
+    if layer.groups == 1:
+        raise InputError("only a grouped convolution has its input and output channels on one axis")
+    positions = torch.arange(layer.groups).repeat_interleave(layer.out_channels // layer.groups)
     return [Slice("weight", 0, positions), Slice("bias", 0, positions)]
+
+
+def _group_norm(layer: Any) -> list[Slice]:
+    positions = torch.arange(layer.num_groups).repeat_interleave(layer.num_channels // layer.num_groups)
+    return [Slice("weight", 0, positions), Slice("bias", 0, positions)]
+
+
+def _features(layer: Any) -> list[Slice]:
+    features = layer.features if isinstance(layer, CountedLayerNorm) else layer.normalized_shape[0]
+    return [Slice("weight", 0, torch.arange(features)), Slice("bias", 0, torch.arange(features))]
 
 
 def _norm(layer: Any) -> list[Slice]:
@@ -233,9 +293,12 @@ def _neurons(layer: Any) -> list[Slice]:
 
 
 _AXES: list[tuple[Any, dict[str, Callable[[Any], list[Slice]]]]] = [
-    (Conv, {"out": _out, "in": _in, "channels": _depthwise}),
+    (Conv, {"out": _out, "in": _in, "channels": _grouped}),
+    (ConvTransposed, {"out": _transposed_out, "in": _transposed_in}),
     (nn.Linear, {"out": _out, "in": _in}),
     (_NormBase, {"channels": _norm}),
+    (nn.GroupNorm, {"groups": _group_norm}),
+    ((nn.LayerNorm, CountedLayerNorm), {"features": _features}),
     (nn.PReLU, {"channels": lambda layer: [Slice("weight", 0, torch.arange(layer.num_parameters))]}),
     (nn.RNNBase, {"in": _rnn_in, "units": _units}),
     (Attention, {"heads": _heads}),
@@ -243,7 +306,8 @@ _AXES: list[tuple[Any, dict[str, Callable[[Any], list[Slice]]]]] = [
 ]
 
 _ATTRIBUTES: list[tuple[Any, dict[str, tuple[str, ...]]]] = [
-    (Conv, {"out": ("out_channels",), "in": ("in_channels",), "channels": ("in_channels", "out_channels", "groups")}),
+    ((*Conv, *ConvTransposed), {"out": ("out_channels",), "in": ("in_channels",)}),
+    (CountedLayerNorm, {"features": ("features",)}),
     (nn.Linear, {"out": ("out_features",), "in": ("in_features",)}),
     (_NormBase, {"channels": ("num_features",)}),
     (nn.PReLU, {"channels": ("num_parameters",)}),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.compression.shrink.groups import Group, GroupKind, Member
-from distill_lightning.compression.shrink.tracing import Channels, Dependencies, follow
+from distill_lightning.compression.shrink.numbers import Channels
+from distill_lightning.compression.shrink.tracing import Dependencies, follow
 from distill_lightning.errors import InputError
 
 
@@ -70,10 +71,11 @@ def make_group(found: Dependencies, roots: list[int], *, name: str, kind: GroupK
     The roots are those of the channels, in the group's order.
     """
     index = {root: number for number, root in enumerate(roots)}
-    members = []
-    for (path, axis), along in found.bindings.items():
-        if not index.keys().isdisjoint(along):
-            members.append(Member(path, axis, torch.tensor([index.get(root, -1) for root in along])))
+    own = {place for root in roots for place in found.places[root]}
+    members = [
+        Member(*place, torch.tensor([index.get(root, -1) for root in along]))
+        for place, along in found.bindings.items() if place in own
+    ]  # fmt: skip
     return Group(name, kind, len(roots), tuple(members))
 
 

@@ -16,7 +16,8 @@ from distill_lightning.compression.shrink.attention import (
     forbid_nested,
     rebuild_attention,
 )
-from distill_lightning.compression.shrink.axes import Conv
+from distill_lightning.compression.shrink.axes import Conv, ConvTransposed, own_parameters
+from distill_lightning.compression.shrink.norms import CountedLayerNorm, rebuild_norm
 from distill_lightning.errors import InputError
 
 Sizes = dict[str, dict[str, Any]]
@@ -24,8 +25,11 @@ Sizes = dict[str, dict[str, Any]]
 
 _SIZES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("convolution", Conv, ("in_channels", "out_channels", "groups")),
+    ("transposed", ConvTransposed, ("in_channels", "out_channels")),
     ("linear", nn.Linear, ("in_features", "out_features")),
     ("norm", _NormBase, ("num_features",)),
+    ("group_norm", nn.GroupNorm, ("num_channels", "num_groups")),
+    ("counted_norm", CountedLayerNorm, ("features", "counted")),
     ("prelu", nn.PReLU, ("num_parameters",)),
     ("recurrent", nn.RNNBase, ("input_size", "hidden_size")),
     ("encoder", nn.TransformerEncoder, ("num_layers",)),
@@ -71,7 +75,9 @@ def layer_sizes(layer: nn.Module) -> dict[str, Any] | None:
     for kind, types, names in _SIZES:
         if isinstance(layer, types):
             return {"kind": kind, **{name: int(getattr(layer, name)) for name in names}}
-    return None
+    own = {name: layer.get_parameter(name).shape for name in own_parameters(layer)}
+    sizes = {f"{name}.{dim}": size for name, shape in own.items() for dim, size in enumerate(shape)}
+    return {"kind": "parameters", **sizes} if sizes else None
 
 
 def resize_layer(original: nn.Module, description: Mapping[str, Any]) -> nn.Module:
@@ -83,6 +89,9 @@ def resize_layer(original: nn.Module, description: Mapping[str, Any]) -> nn.Modu
     if description["kind"] == "attention" and isinstance(original, (nn.MultiheadAttention, Attention)):
         same = isinstance(original, Attention) and describe_attention(original) == sizes
         return original if same else rebuild_attention(original, sizes)
+    if description["kind"] == "counted_norm" and isinstance(original, (nn.LayerNorm, CountedLayerNorm)):
+        same = isinstance(original, CountedLayerNorm) and layer_sizes(original) == description
+        return original if same else rebuild_norm(original, sizes)
     own = layer_sizes(original)
     if own is None or own["kind"] != description["kind"]:
         raise InputError(
@@ -92,9 +101,13 @@ def resize_layer(original: nn.Module, description: Mapping[str, Any]) -> nn.Modu
         return _first_layers(original, sizes["num_layers"])
     if own == description:
         return original
-    for name, value in sizes.items():
-        setattr(original, name, value)
-    for name, shape in _shapes(original).items():
+    if description["kind"] == "parameters":
+        shapes = _parameter_shapes(original, sizes)
+    else:
+        for name, value in sizes.items():
+            setattr(original, name, value)
+        shapes = _shapes(original)
+    for name, shape in shapes.items():
         old = getattr(original, name)
         if old is not None and old.shape != torch.Size(shape):
             new = old.detach().new_zeros(shape)
@@ -112,11 +125,22 @@ def _first_layers(encoder: nn.TransformerEncoder, count: int) -> nn.TransformerE
     return encoder
 
 
+def _parameter_shapes(module: nn.Module, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a module's own parameters, whose sizes are named ``"scale.0"``."""
+    ranks = {name: module.get_parameter(name).dim() for name in own_parameters(module)}
+    return {name: tuple(sizes[f"{name}.{dim}"] for dim in range(rank)) for name, rank in ranks.items()}
+
+
 def _shapes(layer: Any) -> dict[str, tuple[int, ...]]:
     """The shapes of a layer's tensors that follow from its sizes."""
     if isinstance(layer, Conv):
         kernel = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
         return {"weight": kernel, "bias": (layer.out_channels,)}
+    if isinstance(layer, ConvTransposed):
+        kernel = (layer.in_channels, layer.out_channels // layer.groups, *layer.kernel_size)
+        return {"weight": kernel, "bias": (layer.out_channels,)}
+    if isinstance(layer, nn.GroupNorm):
+        return dict.fromkeys(("weight", "bias"), (layer.num_channels,))
     if isinstance(layer, nn.Linear):
         return {"weight": (layer.out_features, layer.in_features), "bias": (layer.out_features,)}
     if isinstance(layer, _NormBase):
