@@ -5,7 +5,7 @@
 writes ``benchmarks/results/architectures.json`` and ``architectures.md``. Networks of torchvision, timm and transformers
 without weights lose half of the channels (of CNNs) or of the heads and neurons (of Transformers), as far as these can
 be removed, with `PruneUnits` and beside it with Torch-Pruning's ``MagnitudePruner``. Each runs in a process of its own,
-which is ended after ``--limit`` seconds. Ours *works* if something was removed and the outputs are those of the network
+which is ended after ``--limit`` seconds of processor time. Ours *works* if something was removed and the outputs are those of the network
 with the same weights at zero, to 1e-5 of the largest. Torch-Pruning has no masks to compare with, so there it is enough
 that something was removed and the network gives outputs of the same shape.
 
@@ -19,8 +19,11 @@ import argparse
 import copy
 import importlib
 import json
+import math
 import multiprocessing
+import resource
 import shlex
+import signal
 import sys
 import time
 from collections import Counter
@@ -52,14 +55,14 @@ Row = dict[str, Any]
 def prune(name: str) -> Row:
     """Remove half of a network's units with `PruneUnits`, and compare with the same units masked."""
     network, inputs = build(name)
-    begin = time.perf_counter()
+    begin = time.process_time()
     step = PruneUnits(unit="channel", amount=AMOUNT, scope="layer")
     small = copy.deepcopy(network)
     try:
         Compressor(small, [step], inputs).apply()
     except InputError as error:
-        return {"status": "refused", "why": str(error), "seconds": time.perf_counter() - begin}
-    seconds = time.perf_counter() - begin
+        return {"status": "refused", "why": str(error), "seconds": time.process_time() - begin}
+    seconds = time.process_time() - begin
     masked = _masked(network, inputs)
     difference = _difference(masked, small, inputs)
     if difference > EQUAL:
@@ -113,7 +116,7 @@ def prune_with_torch_pruning(name: str) -> Row:
     """Remove half of a network's channels with Torch-Pruning, but none of the classifier's outputs."""
     network, inputs = build(name)
     library = importlib.import_module("torch_pruning")
-    begin = time.perf_counter()
+    begin = time.process_time()
     small = copy.deepcopy(network)
     ends = [layer for layer in small.modules() if _channels(layer) == CLASSES]
     pruner = library.pruner.MagnitudePruner(
@@ -123,7 +126,7 @@ def prune_with_torch_pruning(name: str) -> Row:
     pruner.step()
     with torch.no_grad():
         one, other = _output(network(*inputs)), _output(small.eval()(*inputs))
-    row = _left(network, small, inputs) | {"seconds": time.perf_counter() - begin}
+    row = _left(network, small, inputs) | {"seconds": time.process_time() - begin}
     if one.shape != other.shape:
         return {"status": "differs", "why": f"outputs of shape {tuple(other.shape)}"} | row
     return {"status": "works" if row["parameters"] < 1 else "removes nothing"} | row
@@ -137,27 +140,27 @@ _WAYS = {"ours": prune, "torch_pruning": prune_with_torch_pruning}
 
 
 def measure(library: str, name: str, *, limit: float) -> Row:
-    """What becomes of a network, in a process of its own that is ended after ``limit`` seconds.
+    """What becomes of a network, in a process of its own that is ended after ``limit`` seconds of processor time.
 
-    A process is a fork, so that its time does not depend on how long it takes to import the libraries.
+    The process is a fork, so the libraries' import does not count; nor does what else the machine computes.
     """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_send, args=(theirs, library, name))
+    process = context.Process(target=_send, args=(theirs, library, name, math.ceil(limit)))
     process.start()
     theirs.close()
-    row: Row = {"status": "over the limit"}
-    if ours.poll(limit):
-        try:
-            row = ours.recv()
-        except EOFError:
-            row = {"status": "crashed", "why": "the process ended"}
-    process.kill()
+    try:
+        row: Row = ours.recv()
+    except EOFError:
+        process.join()
+        over = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+        row = {"status": "over the limit"} if over else {"status": "crashed", "why": f"exit code {process.exitcode}"}
     process.join()
     return row
 
 
-def _send(pipe: Any, library: str, name: str) -> None:
+def _send(pipe: Any, library: str, name: str, limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     try:
         row = _WAYS[library](name)
     except Exception as error:  # whatever it is, it is the result

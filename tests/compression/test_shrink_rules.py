@@ -127,7 +127,7 @@ GO = {
     ),
     "groups of a convolution": (
         lambda n, x: n.two(n.mid(n.one(x))), {**TWO, "mid": conv(8, 16, groups=4), "two": conv(16, 3)}, IMAGES,
-        {"one.weight": (4, 3, 3, 3), "mid.weight": (8, 2, 3, 3), "two.weight": (3, 8, 3, 3)},
+        {"one.weight": (4, 3, 3, 3), "mid.weight": (8, 1, 3, 3), "two.weight": (3, 8, 3, 3)},
     ),
     "several filters for a channel": (
         lambda n, x: n.two(n.mid(n.one(x))), {**TWO, "mid": conv(8, 16, groups=8), "two": conv(16, 3)}, IMAGES,

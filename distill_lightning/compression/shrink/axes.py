@@ -7,7 +7,9 @@ layer                  axis            positions
 =====================  ==============  ==========================================================
 convolution, `Linear`  ``"out"``       output channels
 convolution, `Linear`  ``"in"``        input channels
-grouped convolution    ``"channels"``  its groups, each with its channels of the input and of the output
+grouped convolution    ``"out"``       output channels of a group, the same ones of every group
+grouped convolution    ``"in"``        input channels of a group, likewise
+depthwise convolution  ``"channels"``  its groups, with their one channel of the input or of the output
 BatchNorm and others   ``"channels"``  its channels
 GroupNorm              ``"groups"``    its groups
 LayerNorm              ``"features"``  its features: see `CountedLayerNorm`
@@ -56,6 +58,11 @@ class Slice(NamedTuple):
 def is_depthwise(conv: nn.Module) -> bool:
     """Whether a layer is a convolution that filters every channel separately."""
     return isinstance(conv, Conv) and conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
+
+
+def is_by_group(conv: nn.Module) -> bool:
+    """Whether a convolution can lose groups only, because a group has but one channel of the input or of the output."""
+    return isinstance(conv, Conv) and conv.groups > 1 and conv.groups in (conv.in_channels, conv.out_channels)
 
 
 def slices(layer: nn.Module, axis: str) -> list[Slice]:
@@ -177,6 +184,8 @@ def _resize(layer: Any, axis: str, keep: Tensor) -> None:
             count * size // layer.groups for size in (layer.in_channels, layer.out_channels)
         )
         layer.groups = count
+    elif isinstance(layer, Conv):
+        setattr(layer, f"{axis}_channels", count * layer.groups)
     elif isinstance(layer, nn.GroupNorm):
         layer.num_channels, layer.num_groups = count * layer.num_channels // layer.num_groups, count
     elif isinstance(layer, TransformerLayer):
@@ -189,13 +198,12 @@ def blocks(layer: nn.RNNBase) -> int:
 
 
 def _out(layer: Any) -> list[Slice]:
-    _ungrouped(layer)
-    positions = torch.arange(layer.weight.shape[0])
+    groups = getattr(layer, "groups", 1)
+    positions = torch.arange(layer.weight.shape[0] // groups).repeat(groups)
     return [Slice("weight", 0, positions), Slice("bias", 0, positions)]
 
 
 def _in(layer: Any) -> list[Slice]:
-    _ungrouped(layer)
     return [Slice("weight", 1, torch.arange(layer.weight.shape[1]))]
 
 
@@ -306,7 +314,7 @@ _AXES: list[tuple[Any, dict[str, Callable[[Any], list[Slice]]]]] = [
 ]
 
 _ATTRIBUTES: list[tuple[Any, dict[str, tuple[str, ...]]]] = [
-    ((*Conv, *ConvTransposed), {"out": ("out_channels",), "in": ("in_channels",)}),
+    (ConvTransposed, {"out": ("out_channels",), "in": ("in_channels",)}),
     (CountedLayerNorm, {"features": ("features",)}),
     (nn.Linear, {"out": ("out_features",), "in": ("in_features",)}),
     (_NormBase, {"channels": ("num_features",)}),

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from distill_lightning.compression.shrink.axes import Conv, ConvTransposed, blocks
+from distill_lightning.compression.shrink.axes import Conv, ConvTransposed, blocks, is_by_group
 from distill_lightning.compression.shrink.ledger import Ledger
 from distill_lightning.compression.shrink.norms import CountedLayerNorm, counted_dim
 from distill_lightning.compression.shrink.numbers import Layout, parts, spread
@@ -44,10 +44,11 @@ def _linear(ledger: Ledger, call: Call, path: str, layer: nn.Linear) -> Layout:
 def _conv(ledger: Ledger, call: Call, path: str, conv: Any) -> Layout:
     dim = call.value.dim() - len(conv.kernel_size) - 1
     numbers = ledger.read(call, dim, conv.in_channels)
-    if conv.groups == 1:
-        ledger.bind(path, "in", numbers)
-        return spread(ledger.make(path, "out", conv.out_channels), call.value, dim, zero=True)
-    # A group of a convolution is one channel: without it, the others stay as they are.
+    if not is_by_group(conv):
+        # The same channels of every group, so that groups stay of one size.
+        ledger.bind(path, "in", ledger.channels.bundle(numbers.view(conv.groups, -1).T))
+        made = ledger.make(path, "out", conv.out_channels // conv.groups)
+        return spread(made.repeat(conv.groups), call.value, dim, zero=True)
     groups = ledger.channels.bundle(numbers.view(conv.groups, -1))
     ledger.bind(path, "channels", groups)
     return spread(groups.repeat_interleave(conv.out_channels // conv.groups), call.value, dim, zero=True)
