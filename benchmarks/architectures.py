@@ -2,12 +2,12 @@
 
     python -m benchmarks.architectures
 
-writes ``benchmarks/results/architectures.json`` and ``architectures.md``. Networks of torchvision, timm and transformers
-without weights lose half of the channels (of CNNs) or of the heads and neurons (of Transformers), as far as these can
-be removed, with `PruneUnits` and beside it with Torch-Pruning's ``MagnitudePruner``. Each runs in a process of its own,
-which is ended after ``--limit`` seconds of processor time. Ours *works* if something was removed and the outputs are those of the network
-with the same weights at zero, to 1e-5 of the largest. Torch-Pruning has no masks to compare with, so there it is enough
-that something was removed and the network gives outputs of the same shape.
+writes ``benchmarks/results/architectures.json`` and ``architectures.md``. Networks of torchvision, timm and
+transformers without weights lose half of the channels (of CNNs) or of the heads and neurons (of Transformers), as far
+as these can be removed, with `PruneUnits` and beside it with Torch-Pruning's ``MagnitudePruner``. Each runs in a
+process of its own, which is ended after ``--limit`` seconds of processor time. Ours *works* if something was removed
+and the outputs are those of the network with the same weights at zero, to 1e-5 of the largest. Torch-Pruning has no
+masks to compare with, so there it is enough that something was removed and the outputs have the same shape.
 
 What has run is kept in ``--runs``; ``--again refused crashed`` runs those that ended so once more. ``--small`` tries
 few and small networks.
@@ -179,7 +179,8 @@ def run(runs: Path, library: str, name: str, *, limit: float, again: Sequence[st
     row = measure(library, name, limit=limit)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(row))
-    print(f"{library:14}{name:48}{row['status']:16}{row.get('parameters', 0):6.2f} {row.get('why', '')[:160]}", flush=True)
+    told = f"{library:14}{name:48}{row['status']:16}{row.get('parameters', 0):6.2f}"
+    print(told, row.get("why", "")[:160], flush=True)
     return row
 
 
@@ -211,9 +212,9 @@ def summary(results: Mapping[str, Mapping[str, Row]]) -> list[list[str]]:
     """How many networks ended how, and how much both leave where both work."""
     counts = {library: Counter(found[library]["status"] for found in results.values()) for library in LIBRARIES}
     both = [found for found in results.values() if all(found[library]["status"] == "works" for library in LIBRARIES)]
+    statuses = dict.fromkeys(["works", *counts["ours"], *counts["torch_pruning"]])
     rows = [["", "ours", "Torch-Pruning"]]
-    for status in dict.fromkeys(["works", *counts["ours"], *counts["torch_pruning"]]):
-        rows.append([status, *(str(counts[library][status]) for library in LIBRARIES)])
+    rows += [[status, *(str(counts[library][status]) for library in LIBRARIES)] for status in statuses]
     more = [
         str(sum(found[one]["parameters"] > found[other]["parameters"] + 0.01 for found in both))
         for one, other in (LIBRARIES, LIBRARIES[::-1])

@@ -11,12 +11,18 @@ import torchvision
 from torch import Tensor, nn
 
 CLASSES = 13
-TORCHVISION = """
+
+
+def _names(text: str) -> list[str]:
+    return text.split()
+
+
+TORCHVISION = _names("""
     alexnet resnet18 resnet50 resnext50_32x4d densenet121 squeezenet1_0 squeezenet1_1 googlenet inception_v3
     mobilenet_v2 mobilenet_v3_small mnasnet0_5 shufflenet_v2_x0_5 efficientnet_b0 regnet_x_400mf convnext_tiny swin_t
     swin_v2_t maxvit_t lraspp_mobilenet_v3_large fcn_resnet50 deeplabv3_mobilenet_v3_large r3d_18 mc3_18
-""".split()
-TIMM = """
+""")
+TIMM = _names("""
     botnet26t_256 resnet26t gernet_s mobileone_s0 lambda_resnet26t eca_resnext26ts gcresnext26ts regnetz_b16
     cait_xxs24_224 coat_lite_tiny convit_tiny convnextv2_atto crossvit_tiny_240 cs3darknet_s cspresnet50
     deit_tiny_patch16_224 dla34 dpn48b edgenext_xx_small efficientformerv2_s0 efficientnet_b0 tf_efficientnet_lite0
@@ -30,7 +36,7 @@ TIMM = """
     twins_svt_small twins_pcpvt_small vgg11_bn visformer_tiny vit_tiny_patch16_224 vit_relpos_small_patch16_224
     ese_vovnet19b_dw xception41 xcit_nano_12_p16_224 densenet121 darknet17 test_vit test_resnet test_efficientnet
     test_byobnet test_convnext test_nfnet
-""".split()
+""")
 
 _SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 _IMAGES = {"image_size": 32, "patch_size": 8}
@@ -134,5 +140,5 @@ def _enliven(network: nn.Module) -> None:
                 tensor.normal_(0, 0.1)
             elif name == "running_var" or (name == "weight" and tensor.dim() == 1):
                 tensor.uniform_(0.5, 1.5)
-            elif isinstance(tensor, nn.Parameter) and float(tensor.abs().max()) < 1e-2:  # noqa: PLR2004
+            elif isinstance(tensor, nn.Parameter) and float(tensor.abs().max()) < 1e-2:
                 tensor.normal_(0, 0.3)

@@ -118,7 +118,8 @@ ROOMS = {
     "compression/shrink": """
         attention norms numbers tying
         axes watching
-        groups sizes
+        cutting sizes
+        groups
         ledger torch_pruning transformer
         layer_rules moves products
         operations

@@ -39,7 +39,8 @@ def half(groups):
 def masked(network, keep, *, only=None):
     network = copy.deepcopy(network)
     for group, kept in keep.items():
-        chosen = Group(group.name, group.kind, group.size, tuple(m for m in group.members if not only or m.axis in only))
+        members = tuple(m for m in group.members if not only or m.axis in only)
+        chosen = Group(group.name, group.kind, group.size, members)
         for name, stays in chosen.masks(network, kept).items():
             network.get_parameter(name).data.masked_fill_(~stays, 0)
     return network

@@ -98,40 +98,6 @@ def _size(norm: Any) -> int:
     return next(int(getattr(norm, name)) for name in names if hasattr(norm, name))
 
 
-def cut(layer: nn.Module, axis: str, keep: Tensor) -> None:
-    """Shrink a layer along an axis, in place.
-
-    The layer gets new parameters with their own storage and without gradients: make a new optimiser afterwards. Buffers
-    are replaced in the same way, and the layer's sizes (``out_channels`` ...) are updated. ``keep`` is bool, one per
-    position.
-    """
-    check_cut(layer, axis, keep)
-    for found in slices(layer, axis):
-        index = ((found.positions < 0) | keep[found.positions.clamp(min=0)]).nonzero().flatten()
-        _replace(layer, found.tensor, found.dim, index)
-    _resize(layer, axis, keep)
-
-
-def check_cut(layer: nn.Module, axis: str, keep: Tensor) -> None:
-    """Refuse the same arguments as `cut`, without changing anything.
-
-    Raises:
-        InputError: see `cut`.
-    """
-    name = type(layer).__name__
-    if any(parametrize.is_parametrized(module) for module in layer.modules()):
-        raise InputError(f"{name} is reparametrized: bake that in (torch.nn.utils.parametrize) before it is shrunk")
-    if len(keep) != length(layer, axis):
-        raise InputError(f"{name}: axis {axis!r} has {length(layer, axis)} positions, got {len(keep)}")
-    if not keep.any():
-        raise InputError(f"{name}: nothing would stay of axis {axis!r}: keep at least one position")
-    if axis == "units" and len(set(_counts(layer, keep))) > 1:
-        raise InputError(
-            f"{name}: every layer and direction must keep the same number of units, got {_counts(layer, keep)}: "
-            "choose the same number in each"
-        )
-
-
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -146,50 +112,9 @@ def own_parameters(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters(recurse=False)]
 
 
-def _counts(layer: nn.Module, keep: Tensor) -> list[int]:
-    return [int(count) for count in keep.view(-1, int(layer.hidden_size)).sum(1)]  # type: ignore[arg-type]
-
-
 def _tensor(layer: nn.Module, name: str) -> Tensor | None:
     parent, _, own = name.rpartition(".")
     return getattr(layer.get_submodule(parent), own)  # type: ignore[no-any-return]
-
-
-def _replace(layer: nn.Module, name: str, dim: int, index: Tensor) -> None:
-    parent, _, own = name.rpartition(".")
-    owner = layer.get_submodule(parent)
-    old = getattr(owner, own)
-    # index_select makes a copy: a view would be saved with its whole storage.
-    new = old.detach().index_select(dim, index.to(old.device))
-    setattr(owner, own, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
-
-
-def _resize(layer: Any, axis: str, keep: Tensor) -> None:
-    """Update the sizes in a layer's Python attributes after its tensors have changed."""
-    count = int(keep.sum())
-    for kinds, names in _ATTRIBUTES:
-        if isinstance(layer, kinds):
-            for name in names.get(axis, ()):
-                setattr(layer, name, count)
-    if isinstance(layer, nn.RNNBase):
-        if axis == "units":
-            layer.hidden_size = count // blocks(layer)
-        layer.flatten_parameters()
-    elif isinstance(layer, Attention):
-        inner = count * layer.head_dim
-        layer.q_proj.out_features = layer.k_proj.out_features = layer.v_proj.out_features = inner
-        layer.out_proj.in_features = inner
-    elif isinstance(layer, Conv) and axis == "channels":
-        layer.in_channels, layer.out_channels = (
-            count * size // layer.groups for size in (layer.in_channels, layer.out_channels)
-        )
-        layer.groups = count
-    elif isinstance(layer, Conv):
-        setattr(layer, f"{axis}_channels", count * layer.groups)
-    elif isinstance(layer, nn.GroupNorm):
-        layer.num_channels, layer.num_groups = count * layer.num_channels // layer.num_groups, count
-    elif isinstance(layer, TransformerLayer):
-        layer.linear1.out_features = layer.linear2.in_features = count
 
 
 def blocks(layer: nn.RNNBase) -> int:
@@ -311,14 +236,4 @@ _AXES: list[tuple[Any, dict[str, Callable[[Any], list[Slice]]]]] = [
     (nn.RNNBase, {"in": _rnn_in, "units": _units}),
     (Attention, {"heads": _heads}),
     (TransformerLayer, {"neurons": _neurons}),
-]
-
-_ATTRIBUTES: list[tuple[Any, dict[str, tuple[str, ...]]]] = [
-    (ConvTransposed, {"out": ("out_channels",), "in": ("in_channels",)}),
-    (CountedLayerNorm, {"features": ("features",)}),
-    (nn.Linear, {"out": ("out_features",), "in": ("in_features",)}),
-    (_NormBase, {"channels": ("num_features",)}),
-    (nn.PReLU, {"channels": ("num_parameters",)}),
-    (nn.RNNBase, {"in": ("input_size",)}),
-    (Attention, {"heads": ("num_heads",)}),
 ]

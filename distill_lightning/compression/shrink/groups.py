@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.compression.access.parameters import join_path, layer_at, names_of_parameters, split_path
-from distill_lightning.compression.shrink.axes import check_cut, cut, length, slices
+from distill_lightning.compression.shrink.axes import length, slices
+from distill_lightning.compression.shrink.cutting import check_cut, cut
 from distill_lightning.compression.shrink.norms import count_features
 from distill_lightning.errors import InputError
 

@@ -91,7 +91,6 @@ def _is_over(norm: nn.LayerNorm, dim: int) -> bool:
     return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-5)
 
 
-
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
 

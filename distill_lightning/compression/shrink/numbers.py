@@ -88,7 +88,8 @@ class Count(int):
     numbers: Tensor
     fix: Callable[[str], None]
 
-    def __new__(cls, value: int, numbers: Tensor, fix: Callable[[str], None]) -> Count:  # noqa: PYI034
+    def __new__(cls, value: int, numbers: Tensor, fix: Callable[[str], None]) -> Count:
+        """See the class."""
         self = super().__new__(cls, value)
         self.numbers, self.fix = numbers, fix
         return self
@@ -119,9 +120,8 @@ _CALCULATED = "the network calculates with their number"
 
 def _calculating(name: str) -> Callable[..., Any]:
     def calculate(self: Count, *others: Any) -> Any:
-        if not all(isinstance(other, Count) and torch.equal(other.numbers, self.numbers) for other in others):
-            self.fix(_CALCULATED)
-        elif not others:
+        alike = [isinstance(other, Count) and torch.equal(other.numbers, self.numbers) for other in others]
+        if not alike or not all(alike):
             self.fix(_CALCULATED)
         return getattr(int, name)(self, *others)
 

@@ -12,7 +12,7 @@ from distill_lightning.compression.shrink.watching import Call
 
 
 def product(ledger: Ledger, call: Call) -> Layout | None:
-    """Follow ``(..., n, m) @ (..., m, p)``: rows, columns and batches stay, and what is summed over leaves from both."""
+    """Follow ``(..., n, m) @ (..., m, p)``: rows, columns and batches stay, and what is summed leaves from both."""
     operands = call.tensors[:2] if call.name != "rmatmul" else call.tensors[1::-1]
     if len(operands) != 2 or min(operand.dim() for operand in operands) < 2:
         ledger.unknown(call)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -86,28 +86,20 @@ def resize_layer(original: nn.Module, description: Mapping[str, Any]) -> nn.Modu
     Tensors whose shape changes are zero.
     """
     sizes = {name: value for name, value in description.items() if name != "kind"}
-    if description["kind"] == "attention" and isinstance(original, (nn.MultiheadAttention, Attention)):
-        same = isinstance(original, Attention) and describe_attention(original) == sizes
-        return original if same else rebuild_attention(original, sizes)
-    if description["kind"] == "counted_norm" and isinstance(original, (nn.LayerNorm, CountedLayerNorm)):
-        same = isinstance(original, CountedLayerNorm) and layer_sizes(original) == description
-        return original if same else rebuild_norm(original, sizes)
     own = layer_sizes(original)
+    if own == description:
+        return original
+    if description["kind"] == "attention" and isinstance(original, (nn.MultiheadAttention, Attention)):
+        return rebuild_attention(original, sizes)
+    if description["kind"] == "counted_norm" and isinstance(original, (nn.LayerNorm, CountedLayerNorm)):
+        return rebuild_norm(original, sizes)
     if own is None or own["kind"] != description["kind"]:
         raise InputError(
             f"{type(original).__name__} cannot be rebuilt as {description['kind']!r}: build the network as before"
         )
     if isinstance(original, nn.TransformerEncoder):
         return _first_layers(original, sizes["num_layers"])
-    if own == description:
-        return original
-    if description["kind"] == "parameters":
-        shapes = _parameter_shapes(original, sizes)
-    else:
-        for name, value in sizes.items():
-            setattr(original, name, value)
-        shapes = _shapes(original)
-    for name, shape in shapes.items():
+    for name, shape in _resized(original, sizes).items():
         old = getattr(original, name)
         if old is not None and old.shape != torch.Size(shape):
             new = old.detach().new_zeros(shape)
@@ -125,29 +117,13 @@ def _first_layers(encoder: nn.TransformerEncoder, count: int) -> nn.TransformerE
     return encoder
 
 
-def _parameter_shapes(module: nn.Module, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a module's own parameters, whose sizes are named ``"scale.0"``."""
-    ranks = {name: module.get_parameter(name).dim() for name in own_parameters(module)}
-    return {name: tuple(sizes[f"{name}.{dim}"] for dim in range(rank)) for name, rank in ranks.items()}
-
-
-def _shapes(layer: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of a layer's tensors that follow from its sizes."""
-    if isinstance(layer, Conv):
-        kernel = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-        return {"weight": kernel, "bias": (layer.out_channels,)}
-    if isinstance(layer, ConvTransposed):
-        kernel = (layer.in_channels, layer.out_channels // layer.groups, *layer.kernel_size)
-        return {"weight": kernel, "bias": (layer.out_channels,)}
-    if isinstance(layer, nn.GroupNorm):
-        return dict.fromkeys(("weight", "bias"), (layer.num_channels,))
-    if isinstance(layer, nn.Linear):
-        return {"weight": (layer.out_features, layer.in_features), "bias": (layer.out_features,)}
-    if isinstance(layer, _NormBase):
-        return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (layer.num_features,))
-    if isinstance(layer, nn.PReLU):
-        return {"weight": (layer.num_parameters,)}
-    return _recurrent_shapes(layer)
+def _resized(layer: Any, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Give a layer its sizes; the shapes of its tensors that follow from them."""
+    if ranks := {name: layer.get_parameter(name).dim() for name in own_parameters(layer)}:
+        return {name: tuple(sizes[f"{name}.{dim}"] for dim in range(rank)) for name, rank in ranks.items()}
+    for name, value in sizes.items():
+        setattr(layer, name, value)
+    return next((of(layer) for kinds, of in _SHAPES if isinstance(layer, kinds)), {})
 
 
 def _recurrent_shapes(layer: nn.RNNBase) -> dict[str, tuple[int, ...]]:
@@ -163,3 +139,22 @@ def _recurrent_shapes(layer: nn.RNNBase) -> dict[str, tuple[int, ...]]:
             if layer.bias:
                 shapes[f"bias_ih{end}"] = shapes[f"bias_hh{end}"] = (rows,)
     return shapes
+
+
+_SHAPES: list[tuple[Any, Callable[[Any], dict[str, tuple[int, ...]]]]] = [
+    (Conv, lambda layer: {
+        "weight": (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size),
+        "bias": (layer.out_channels,),
+    }),
+    (ConvTransposed, lambda layer: {
+        "weight": (layer.in_channels, layer.out_channels // layer.groups, *layer.kernel_size),
+        "bias": (layer.out_channels,),
+    }),
+    (nn.Linear, lambda layer: {"weight": (layer.out_features, layer.in_features), "bias": (layer.out_features,)}),
+    (_NormBase, lambda layer: dict.fromkeys(
+        ("weight", "bias", "running_mean", "running_var"), (layer.num_features,)
+    )),
+    (nn.GroupNorm, lambda layer: dict.fromkeys(("weight", "bias"), (layer.num_channels,))),
+    (nn.PReLU, lambda layer: {"weight": (layer.num_parameters,)}),
+    (nn.RNNBase, _recurrent_shapes),
+]  # fmt: skip
