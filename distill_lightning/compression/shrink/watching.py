@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.container import ModuleDict, ModuleList, Sequential
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_lightning.compression.shrink.attention import Attention
 from distill_lightning.compression.shrink.numbers import Count, parts
@@ -82,25 +83,26 @@ class Watch(TorchFunctionMode):
     def __init__(self, see: Callable[[Call], Any]) -> None:
         super().__init__()
         self._see = see
-        self._busy = False
+        # Whether a call is being told of.
+        self.busy = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """See `Watch`."""
         del types
-        if self._busy:
+        if self.busy:
             return func(*args, **(kwargs or {}))
         return self.told(Call(func, plain_name(_name(func)), f"{_name(func)}()", args, kwargs or {}))
 
     def told(self, call: Call) -> Any:
         """Run a call, and tell of it."""
-        self._busy = True
+        self.busy = True
         try:
             call.value = call.function(*call.args, **call.kwargs)
             return self._see(call)
         finally:
-            self._busy = False
+            self.busy = False
 
     @contextmanager
     def watching(self, network: nn.Module) -> Iterator[None]:
@@ -109,16 +111,34 @@ class Watch(TorchFunctionMode):
         for path, module in taken.items():
             module.forward = partial(self._run, path, module, module.forward)
         try:
-            with self:
+            with _Beneath(self), self:
                 yield
         finally:
             for module in taken.values():
                 del module.forward
 
     def _run(self, path: str, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._busy:
+        if self.busy:
             return forward(*args, **kwargs)
         return self.told(Call(forward, type(module).__name__.lower(), path, args, kwargs, path=path, module=module))
+
+
+class _Beneath(TorchDispatchMode):
+    """Tells a `Watch` of the operations that no function of PyTorch asks for: those of compiled code."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See `Watch`."""
+        del types
+        if self._watch.busy:
+            return func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        return self._watch.told(Call(func, plain_name(name), f"{name}()", args, kwargs or {}))
 
 
 def is_one(module: nn.Module) -> bool:
