@@ -170,12 +170,14 @@ def _send(pipe: Any, library: str, name: str, limit: int) -> None:
 
 
 def run(runs: Path, library: str, name: str, *, limit: float, again: Sequence[str]) -> Row:
-    """`measure`, or what it has found before."""
+    """`measure`, or what it has found before; nothing is measured without a limit."""
     path = runs / library / f"{name.replace(' ', '-')}.json"
     if path.exists():
         row: Row = json.loads(path.read_text())
         if row["status"] not in again:
             return row
+    if not limit:
+        return {"status": "not run"}
     row = measure(library, name, limit=limit)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(row))
@@ -238,7 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=NAMES, help="names of networks, as in the table")
-    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES)
+    parser.add_argument(
+        "--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES, help="which run what is missing"
+    )
     parser.add_argument("--limit", type=float, default=20, help="seconds for a network and library")
     parser.add_argument("--again", nargs="+", default=[], metavar="STATUS", help="run those that ended so once more")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of architectures.json and .md")
@@ -251,8 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         importlib.import_module(library)
     results = {
         name: {
-            library: run(given.runs, library, name, limit=given.limit, again=given.again)
-            if library in given.libraries else {"status": "not run"}
+            library: run(
+                given.runs, library, name, again=given.again, limit=given.limit if library in given.libraries else 0
+            )
             for library in LIBRARIES
         }
         for name in (SMALL if given.small else given.only)
