@@ -151,6 +151,11 @@ GO = {
         lambda n, x: n.two(n.mid(n.one(x))), {**TWO, "mid": conv(8, 16, groups=8), "two": conv(16, 3)}, IMAGES,
         {"one.weight": (4, 3, 3, 3), "mid.weight": (8, 1, 3, 3), "two.weight": (3, 8, 3, 3)},
     ),
+    "tokens that are mixed": (
+        lambda n, x: n.two(n.one(x) * n.mid(n.one(x).mT).mT), {
+            "one": nn.Linear(6, 8), "mid": nn.Linear(5, 5), "two": nn.Linear(8, 3),
+        }, STEPS, {"one.weight": (4, 6), "mid.weight": (5, 5), "two.weight": (3, 4)},
+    ),
     "transposed": (
         lambda n, x: n.two(n.mid(n.one(x))), {**TWO, "mid": nn.ConvTranspose2d(8, 6, 2, 2), "two": conv(6, 3)}, IMAGES,
         {"one.weight": (4, 3, 3, 3), "mid.weight": (4, 3, 2, 2), "two.weight": (3, 3, 3, 3)},

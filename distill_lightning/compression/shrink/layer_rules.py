@@ -37,6 +37,12 @@ def _each(kinds: Any) -> tuple[Any, ...]:
 
 
 def _linear(ledger: Ledger, call: Call, path: str, layer: nn.Linear) -> Layout:
+    before = ledger.layout(call.first)
+    line = None if before is None else before.line()
+    if before is not None and line is not None and before.dim != call.value.dim() - 1:
+        # It mixes something else, tokens for example, each channel for itself; its own size stays beside them.
+        ledger.channels.fix(ledger.make(path, "out", layer.out_features), f"{path} lies across other channels")
+        return spread(line, call.value, before.dim, zero=before.zero and layer.bias is None)
     ledger.bind(path, "in", ledger.read(call, -1, layer.in_features))
     return spread(ledger.make(path, "out", layer.out_features), call.value, -1, zero=True)
 
