@@ -211,6 +211,9 @@ GO = {
     "summed where they are zero": (
         lambda n, x: n.two(n.one(x)) * n.one(x).relu().sum(1, keepdim=True), TWO, IMAGES, {"one.weight": (4, 3, 3, 3)},
     ),
+    "beside nothing": (
+        lambda n, x: n.two(torch.cat([torch.tensor([]), n.one(x)], 1)), TWO, IMAGES, {"one.weight": (4, 3, 3, 3)},
+    ),
     "compiled code": (lambda n, x: n.two(harmless(n.one(x))), TWO, IMAGES, {"one.weight": (4, 3, 3, 3)}),
     "a loop and a decision by the shape": (
         lambda n, x: n.two(sum(n.one(x) for _ in range(x.shape[0])) if x.shape[2] > 4 else n.one(x)), TWO, IMAGES,

@@ -118,7 +118,9 @@ def _along(ledger: Ledger, call: Call) -> Layout | None:
 
 
 def _joined(ledger: Ledger, call: Call) -> Layout | None:
-    sources = call.argument(0, "tensors")
+    rank = call.value.dim()
+    # Without those of another rank: an empty list of numbers may stand beside anything.
+    sources = [source for source in call.argument(0, "tensors") if source.dim() + (call.name == "stack") == rank]
     along = call.argument(1, "dim", 0)
     layouts = [ledger.layout(source) for source in sources]
     known = [layout for layout in layouts if layout is not None]
