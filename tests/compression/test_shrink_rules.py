@@ -79,7 +79,10 @@ class NormAct(nn.BatchNorm2d):
     """A layer of PyTorch's kind that writes its forward itself."""
 
     def forward(self, images):
-        return F.silu(F.batch_norm(images, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps))
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        statistics = self.running_mean, self.running_var
+        return F.silu(F.batch_norm(images, *statistics, self.weight, self.bias, self.training, eps=self.eps))
 
 
 class SamePadding(nn.Conv2d):
@@ -276,9 +279,10 @@ def test_layers_that_run_in_training_only_are_followed_too():
         hidden = net.one(images)
         return (net.two(hidden), net.aside(hidden)) if net.training else net.two(hidden)
 
-    network = Net(run, **copy.deepcopy(TWO), aside=conv(8, 2))
+    network = Net(run, one=nn.Sequential(conv(3, 8), NormAct(8)), two=conv(8, 3), aside=conv(8, 2))
     shrink(network, half(channel_groups(network, IMAGES)))
     assert network.aside.in_channels == 4
+    assert network.one[1].num_batches_tracked == 0
     assert [part.shape[1] for part in network.train()(IMAGES)] == [3, 2]
 
 

@@ -34,12 +34,13 @@ class Ledger:
         # Every value of the run is kept, so that no other gets its id.
         self._values: dict[int, tuple[Tensor, Layout | None]] = {}
         self._owners: dict[int, tuple[str, str]] = {}
+        self._attached: list[nn.Module] = []
         self.attach(network)
         self.record([part for part in parts(tuple(inputs)) if isinstance(part, Tensor)], None)
 
     def attach(self, network: nn.Module) -> None:
         """Know the tensors of the network, or of a copy of it that runs, too."""
-        self._attached = [*getattr(self, "_attached", []), network]
+        self._attached.append(network)  # so that it outlives the ids of its tensors
         for path, module in network.named_modules():
             for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 self._owners.setdefault(id(tensor), (path, name))
@@ -152,7 +153,12 @@ class Ledger:
         """Note the layers whose weights are read by something else than the layer."""
         for tensor in call.tensors:
             owner = self.owner(tensor)
-            if owner is not None and not own_parameters(self.network.get_submodule(owner[0])):
+            # A number of batches decides nothing about the channels.
+            if (
+                owner is not None
+                and tensor.is_floating_point()
+                and not own_parameters(self.network.get_submodule(owner[0]))
+            ):
                 self.read_directly.add(owner[0])
 
     def fix_shared(self) -> None:
