@@ -90,11 +90,9 @@ class Ledger:
         layout, found = self.layout(value), list(sizes)
         owner = self.owner(value)
         if layout is not None:
-            numbers = layout.numbers
-            found[layout.dim] = Count(
-                found[layout.dim], numbers.movedim(layout.dim, 0).flatten(1)[:, 0] if layout.line() is None else
-                layout.line(), lambda reason: self.channels.fix(numbers, reason),
-            )  # fmt: skip
+            line, numbers = layout.line(), layout.numbers
+            line = numbers.movedim(layout.dim, 0).flatten(1)[:, 0] if line is None else line
+            found[layout.dim] = Count(found[layout.dim], line, lambda reason: self.channels.fix(numbers, reason))
         elif owner is not None and isinstance(value, nn.Parameter) and not self._is_free(value):
             none = torch.zeros(0, dtype=torch.int64)
             found[:2] = [Count(size, none, lambda _: self.read_directly.add(owner[0])) for size in found[:2]]

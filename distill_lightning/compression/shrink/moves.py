@@ -39,14 +39,14 @@ def _moved(ledger: Ledger, call: Call, layout: Layout) -> Layout | None:
     count = layout.numbers.shape[layout.dim]
     place = _on(call, spread(torch.arange(count), layout.numbers, layout.dim).numbers)
     line = layout.line()
-    # The units of an RNN's blocks lie side by side in its state, so all numbers have to be moved.
-    numbers = _on(call, layout.numbers) if line is None else None
     sizes = _sizes(ledger, call)
     for dim in range(place.dim()):
         along = Layout(dim, place).line()
         if along is None or not all_in_order(along, count):
             continue
-        found = Layout(dim, numbers) if line is None else spread(line[along], place, dim, zero=layout.zero)
+        # The units of an RNN's blocks lie side by side in its state, so all numbers have to be moved.
+        moved = Layout(dim, _on(call, layout.numbers)) if line is None else spread(line[along], place, dim)
+        found = replace(moved, zero=layout.zero)
         if _follows(ledger, sizes, dim, found.numbers):
             return found
     return None if sizes is None or line is None else _divided(ledger, sizes, place, line, zero=layout.zero)

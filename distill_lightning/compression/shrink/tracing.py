@@ -135,7 +135,9 @@ def _see(ledger: Ledger, call: Call) -> Any:
             ledger.read_apart(call)
         if operation is not split:
             _fix_counts(call)
-        layouts = ledger.unknown(call) if operation is None else operation(ledger, call)
+        layouts = None if operation is None else operation(ledger, call)
+        if operation is None:
+            ledger.unknown(call)
     _record(ledger, call, layouts)
     return value
 

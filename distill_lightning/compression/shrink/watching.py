@@ -123,11 +123,11 @@ class Watch(TorchFunctionMode):
         return self.told(Call(forward, type(module).__name__.lower(), path, args, kwargs, path=path, module=module))
 
 
-class _Beneath(TorchDispatchMode):
+class _Beneath(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tells a `Watch` of the operations that no function of PyTorch asks for: those of compiled code."""
 
     def __init__(self, watch: Watch) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._watch = watch
 
     def __torch_dispatch__(
