@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=NAMES, help="names of networks, as in the table")
     parser.add_argument(
-        "--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES, help="which run what is missing"
+        "--libraries", nargs="*", choices=LIBRARIES, default=LIBRARIES, help="which run what is missing"
     )
     parser.add_argument("--limit", type=float, default=20, help="seconds for a network and library")
     parser.add_argument("--again", nargs="+", default=[], metavar="STATUS", help="run those that ended so once more")
