@@ -213,7 +213,7 @@ def test_half_of_resnet18():
 
 TORCHVISION = {  # and in how many groups their channels are
     "mobilenet_v2": 25, "mobilenet_v3_small": 27, "shufflenet_v2_x0_5": 20, "squeezenet1_0": 25, "densenet121": 120,
-    "efficientnet_b0": 40, "regnet_y_400mf": 37, "convnext_tiny": 22, "googlenet": 57, "resnext50_32x4d": 21,
+    "efficientnet_b0": 40, "regnet_y_400mf": 53, "convnext_tiny": 22, "googlenet": 57, "resnext50_32x4d": 37,
 }  # fmt: skip
 
 
