@@ -117,10 +117,14 @@ ROOMS = {
         compressor preview
     """,
     "compression/shrink": """
-        attention tying
-        axes
-        groups sizes
-        torch_pruning tracing transformer
+        attention norms numbers tying
+        axes watching
+        cutting sizes
+        groups
+        ledger torch_pruning transformer
+        layer_rules moves products
+        operations
+        tracing
         channels
         recurrent
     """,

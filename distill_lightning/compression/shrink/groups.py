@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.compression.access.parameters import join_path, layer_at, names_of_parameters, split_path
-from distill_lightning.compression.shrink.axes import check_cut, cut, length, slices
+from distill_lightning.compression.shrink.axes import length, slices
+from distill_lightning.compression.shrink.cutting import check_cut, cut
+from distill_lightning.compression.shrink.norms import count_features
 from distill_lightning.errors import InputError
 
 GroupKind = Literal["channels", "units", "heads", "neurons"]
@@ -157,7 +159,8 @@ def shrink(network: nn.Module, keep: Mapping[Group, Keep]) -> nn.Module:
         check_cut(layer, axis, own)
     for (path, axis), own in stays.items():
         if not own.all():
-            cut(network.get_submodule(path), axis, own)
+            layer = count_features(network, path) if axis == "features" else network.get_submodule(path)
+            cut(layer, axis, own)
     return network
 
 

@@ -1,4 +1,4 @@
-"""Groups of channels found by the torch-pruning library, for networks that `torch.fx` cannot trace."""
+"""Groups of channels found by the torch-pruning library, also for networks that decide by their data."""
 
 from __future__ import annotations
 
