@@ -78,8 +78,9 @@ ROOMS = {
         report
     """,
     "compression/access": """
-        copies parameters targets weights
+        copies old_hooks parameters snapshots targets weights
         calibration computed
+        readings
         moments
     """,
     "compression/costs": """
@@ -90,7 +91,7 @@ ROOMS = {
         ranks
         layers
         convolutions recurrent
-        plans
+        plans products
         factoring
     """,
     "compression/file": """
@@ -118,14 +119,14 @@ ROOMS = {
     "compression/shrink": """
         attention tying
         axes
-        groups sizes
+        counts groups sizes
         torch_pruning tracing transformer
         channels
         recurrent
     """,
     "compression/steps": """
         mixed_precision schedules workpiece
-        sensitivity
+        sensitivity trial
         base weights
         coverage encode pruning tie_layers units
         low_rank prune_weights quantize share_weights unit_amounts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill_lightning.errors import InputError
+
+_SHOWING = ("__init__", "__repr__", "extra_repr", "_reset_parameters", "__setstate__", "__getstate__", "__class__")
 
 
 class Attention(nn.Module):
@@ -157,14 +160,17 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -math.inf)
 
 
-def convert_attention(network: nn.Module) -> nn.Module:
+def convert_attention(network: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
     """Replace every `nn.MultiheadAttention` inside a network by an `Attention` that computes the same, in place.
+
+    One of a class that computes something of its own, see `foreign_attention`, stays.
 
     Where PyTorch's encoder has a ``src_key_padding_mask`` in eval mode, its fast path writes zeros to the outputs at
     padded positions; without the fast path they are ordinary numbers, as in training.
 
     Args:
         network: the network to change.
+        paths: paths of those that are replaced; ``None`` for all.
 
     Returns:
         The same network, or the new `Attention` if the network itself is an `nn.MultiheadAttention`.
@@ -172,8 +178,11 @@ def convert_attention(network: nn.Module) -> nn.Module:
     Raises:
         InputError: an attention has ``add_bias_kv`` or ``add_zero_attn``; nothing is changed then.
     """
+    foreign = foreign_attention(network)
     converted = {
-        id(module): from_multihead(module) for module in network.modules() if isinstance(module, nn.MultiheadAttention)
+        id(module): from_multihead(module)
+        for path, module in network.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and path not in foreign and (paths is None or path in paths)
     }
     if id(network) in converted:
         return converted[id(network)]
@@ -184,6 +193,30 @@ def convert_attention(network: nn.Module) -> nn.Module:
                 setattr(parent, name, converted[id(child)])
     forbid_nested(network)
     return network
+
+
+def foreign_attention(network: nn.Module) -> dict[str, str]:
+    """Why attention cannot be replaced by one that computes the same, by path: its class is another one."""
+    found = {
+        path: overridden(module, nn.MultiheadAttention)
+        for path, module in network.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    return {path: f"its class has its own {methods[0]}()" for path, methods in found.items() if methods}
+
+
+def overridden(module: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """The methods of one of PyTorch's classes in whose place a module has its own.
+
+    Constructors and what only shows or saves a module are left out.
+    """
+    below = type(module).__mro__[: type(module).__mro__.index(kind)]
+    return [
+        name
+        for own in (module, *below)
+        for name, value in vars(own).items()
+        if callable(value) and callable(getattr(kind, name, None)) and name not in _SHOWING
+    ]
 
 
 def from_multihead(attention: nn.MultiheadAttention) -> Attention:

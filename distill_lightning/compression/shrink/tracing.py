@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from distill_lightning.compression.shrink.attention import Attention
 from distill_lightning.compression.shrink.axes import Conv, blocks, is_depthwise
+from distill_lightning.compression.shrink.counts import Count, Counts, counts_in, counts_of, fits, sizes_given
 from distill_lightning.compression.shrink.groups import tied_modules
 from distill_lightning.errors import InputError
 from distill_lightning.layers import eval_mode
@@ -39,6 +40,8 @@ _MOVING = {
     "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "getitem", "movedim", "swapaxes",
     "moveaxis", "select",
 }  # fmt: skip
+# Their values are new, and of the tensor they only have the type.
+_MAKING = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"}
 _REDUCING = {"mean", "sum", "amax", "amin"}
 _POOLING = re.compile(r"(adaptive_?)?(max|avg|lp)_?pool([123])d")
 _RESIZING = {"interpolate", "upsample", "upsamplingnearest2d", "upsamplingbilinear2d"}
@@ -131,10 +134,48 @@ def follow(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Depend
     except Exception as error:  # tracing and the network may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{name} cannot be followed on these example_inputs by torch.fx ({reason})") from error
+    follower = _in_train_mode(follower, defaults, inputs)
     follower.fix_shared()
     channels = follower.channels
     bindings = {place: channels.roots(numbers) for place, numbers in follower.bindings.items()}
     return Dependencies(bindings, follower.made, channels.fixed_roots())
+
+
+def _in_train_mode(follower: _Follower, defaults: dict[str, Any], inputs: tuple[Any, ...]) -> _Follower:
+    """Follow what a network does in train mode, too, where that is something else: its channels are the same ones."""
+    network = follower.network
+    with eval_mode(network), torch.no_grad():
+        try:
+            network.train()
+            graph = _Tracer().trace(network, defaults)
+            if str(graph) == str(follower.graph):
+                return follower
+            # The layers run in eval mode, which counts the same channels and changes no statistics.
+            network.eval()
+            trained = _Follower(network, graph, follower)
+            trained.run(*copy.deepcopy(inputs))
+        except Exception as error:  # the network may raise anything
+            called = {str(node.target) for node in follower.graph.nodes if node.op == "call_module"}
+            unseen = _unseen(network, called | follower.read_directly)
+            if not unseen:
+                return follower
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"{type(network).__name__} cannot be followed in train mode on these example_inputs ({reason}), and "
+                f"only there runs {unseen[0]}, with channels that may have to stay"
+            ) from error
+    return trained
+
+
+def _unseen(network: nn.Module, called: set[str]) -> list[str]:
+    """The layers with parameters of their own that are not called."""
+    return [
+        path
+        for path, layer in network.named_modules()
+        if next(layer.parameters(recurse=False), None) is not None
+        and not any(path == place or (place and path.startswith(f"{place}.")) for place in called)
+        and layer not in {network.get_submodule(place) for place in called}
+    ]
 
 
 class _Tracer(fx.Tracer):
@@ -146,20 +187,22 @@ class _Tracer(fx.Tracer):
 class _Follower(fx.Interpreter):
     """Runs a graph, and keeps the layout of each value: a `_Layout`, a tuple of them, or ``None`` if unknown."""
 
-    def __init__(self, network: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, network: nn.Module, graph: fx.Graph, earlier: _Follower | None = None) -> None:
         super().__init__(network, graph=graph)
         self.extra_traceback = False
         self.network = network
-        self.channels = Channels()
-        self.bindings: dict[tuple[str, str], Tensor] = {}
-        self.made: list[tuple[str, str]] = []
+        self.channels = Channels() if earlier is None else earlier.channels
+        self.bindings: dict[tuple[str, str], Tensor] = {} if earlier is None else earlier.bindings
+        self.made: list[tuple[str, str]] = [] if earlier is None else earlier.made
+        self.read_directly: set[str] = set() if earlier is None else earlier.read_directly
         self.layouts: dict[fx.Node, Any] = {}
-        self.read_directly: set[str] = set()
+        self.counts: dict[fx.Node, Counts] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute the node's value, and record its layout."""
         value = super().run_node(n)
         self.layouts[n] = self._follow(n, value)
+        self._count(n, value)
         return value
 
     def fix_shared(self) -> None:
@@ -173,6 +216,30 @@ class _Follower(fx.Interpreter):
                 self.channels.fix(numbers, f"the network reads the weights of {path} itself")
             elif parametrize.is_parametrized(layer):
                 self.channels.fix(numbers, f"the weights of {path} are computed from others")
+
+    def _count(self, node: fx.Node, value: Any) -> None:
+        """Record the counts in a number that the network reads; fix what is counted for anything but a view of it."""
+        number = value is not None and not any(isinstance(part, Tensor) for part in _parts(value))
+        if number and node.op in ("call_function", "call_method"):
+            self.counts[node] = counts_of(node, value, self._sizes, self.counts)
+            return
+        shown = self.layouts[node]
+        named = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        right = self._line_roots(shown) if named in ("view", "reshape") and isinstance(shown, _Layout) else None
+        for count in counts_in([node.args, node.kwargs], self.counts):
+            if right is None or not fits(count, right, self.channels.roots):
+                self.channels.fix(count.channels, f"{_named(node)} is given how many there are")
+
+    def _sizes(self, node: fx.Node) -> list[Count | None] | None:
+        """The count along each dimension of a tensor with channels."""
+        layout = self.layouts.get(node)
+        if not isinstance(layout, _Layout):
+            return None
+        counted = Count(_unrepeated(layout.numbers).flatten(), exact=layout.line() is not None)
+        return [counted if dim == layout.dim else None for dim in range(layout.numbers.dim())]
+
+    def _line_roots(self, layout: _Layout) -> list[int]:
+        return self.channels.roots(_unrepeated(layout.numbers).flatten())
 
     # What a node does.
 
@@ -215,8 +282,9 @@ class _Follower(fx.Interpreter):
     def _operation(self, node: fx.Node, name: str, value: Any) -> Any:
         if name == "getitem" and isinstance(self._first(node), tuple):
             return self._first(node)[node.args[1]]
-        if not any(isinstance(part, Tensor) for part in _parts(value)):
-            return None  # a size: values made from it follow the network's own sizes
+        made = node.op == "call_method" and name in _MAKING
+        if made or not any(isinstance(part, Tensor) for part in _parts(value)):
+            return None  # a number, see `_count`, or a tensor without channels
         rules = (
             (_ELEMENTWISE, self._elementwise),
             (_MOVING, self._moved),
@@ -315,7 +383,7 @@ class _Follower(fx.Interpreter):
         numbers, place = self._apply(node, layout.numbers), self._apply(node, place)
         for dim in range(value.dim()):
             line = _Layout(dim, place).line()
-            if line is not None and _all_in_order(line, count) and not _written_out(node, dim):
+            if line is not None and _all_in_order(line, count) and self._follows(node, _Layout(dim, numbers)):
                 return _Layout(dim, numbers)
         return self._unknown(node)
 
@@ -358,6 +426,23 @@ class _Follower(fx.Interpreter):
         if line is None or layout.dim != value.dim() - spatial - 1:
             return self._unknown(node)
         return _spread(line, value, layout.dim)
+
+    def _follows(self, node: fx.Node, layout: _Layout) -> bool:
+        """Whether a moved value has as many channels as are left, and not a number that does not shrink with them."""
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if name == "squeeze":
+            # Without a dimension it removes every one of size 1, and a single channel may be left.
+            return len(node.args) + len(node.kwargs) > 1
+        if node.op == "call_module" or name not in ("view", "reshape"):
+            return True
+        sizes = sizes_given(node)
+        values = [self._value(size) if isinstance(size, fx.Node) else size for size in sizes]
+        counts: Any = [self.counts.get(size) if isinstance(size, fx.Node) else None for size in sizes]
+        if len(values) == 1 and isinstance(values[0], tuple):
+            values, counts = list(values[0]), counts[0] or (None,) * len(values[0])
+        if layout.dim >= len(values):
+            return False  # a view in another type
+        return values[layout.dim] == -1 or fits(counts[layout.dim], self._line_roots(layout), self.channels.roots)
 
     # Helpers.
 
@@ -409,7 +494,9 @@ class _Follower(fx.Interpreter):
         if node.op == "call_module":
             moved = self.network.get_submodule(str(node.target))(numbers)
         elif node.op == "call_method":
-            moved = getattr(numbers, str(node.target))(*args[1:], **rest)
+            # The numbers are repeated without copies, of which no view can be taken.
+            whole = numbers.contiguous() if node.target == "view" else numbers
+            moved = getattr(whole, str(node.target))(*args[1:], **rest)
         else:
             moved = node.target(numbers, *args[1:], **rest)  # type: ignore[operator]
         return moved  # type: ignore[no-any-return]
@@ -492,17 +579,3 @@ def _all_in_order(line: Tensor, count: int) -> bool:
         return False
     expected = torch.arange(count).repeat_interleave(each).repeat(len(line) // (each * count))
     return torch.equal(line, expected)
-
-
-def _written_out(node: fx.Node, dim: int) -> bool:
-    """Whether the code depends on the channels' size: ``view`` or ``reshape`` with a number that would not shrink."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name == "squeeze":
-        # Without a dimension it removes every one of size 1, and a single channel may be left.
-        return len(node.args) + len(node.kwargs) == 1
-    if node.op == "call_module" or name not in ("view", "reshape"):
-        return False
-    sizes = node.args[1:] if len(node.args) > 1 else tuple(node.kwargs.values())
-    sizes = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-    size = sizes[dim] if dim < len(sizes) else -1
-    return isinstance(size, int) and size != -1

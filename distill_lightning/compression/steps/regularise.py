@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -153,13 +152,20 @@ class _Regularising(Work):
         self.paths: list[str] = []
         self._families: list[units.Family] | None = None
 
+    def rehearse(self, piece: Workpiece) -> bool:
+        """Find the weights or units of the penalty."""
+        if self.step.unit is None or self.step.unit == "head" or self.step.weight:
+            _Regularising(self.step).begin(piece)
+        pruning = self.step.pruning()
+        return pruning is None or pruning.start().rehearse(piece)
+
     def begin(self, piece: Workpiece) -> None:
         """Find the weights or units of the penalty."""
         step = self.step
         if not step.weight:
             return
         if step.unit == "head":
-            units.change(piece, partial(units.prepare, kind=step.unit))
+            units.convert(piece, step.title)
             piece.changed = False
         if step.penalty == "bn_gamma":
             penalties.bn_gamma(piece.network)
