@@ -619,6 +619,8 @@ def test_a_second_run_leaves_the_first_ones_network(tmp_path):
 
 def test_what_would_end_too_early_or_twice_is_refused():
     steps = STEPS["masks"]()
+    with pytest.raises(InputError, match=r"1 PruneUnits channel gives .*DDPStrategy holds on .*: leave strategy out"):
+        fit(baseline([PruneUnits(unit="channel", amount=0.5, finetune_epochs=1)]), strategy="ddp")
     with pytest.raises(InputError, match="fast_dev_run ends before the steps .*limit_train_batches"):
         fit(baseline(steps, dense_epochs=1), fast_dev_run=True)
     with pytest.raises(InputError, match="max_steps=5 may end the training before the steps"):

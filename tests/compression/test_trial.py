@@ -1,7 +1,7 @@
 """What changes a network's structure is tried: nothing crashes afterwards, and nothing returns something else."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from distill_lightning import InputError
 from distill_lightning.compression import Compressor, LowRank, PruneUnits, PruneWeights, preview
 from distill_lightning.compression.access.snapshots import taken_back
 from distill_lightning.compression.file.artefact import load_compressed, write_artefact
-from distill_lightning.compression.shrink import tracing
 from distill_lightning.compression.shrink.channels import fixed_channels
+from distill_lightning.compression.shrink.groups import Group, Member
 from distill_lightning.compression.steps import Order, TrainedStep, trial, units
 from distill_lightning.compression.steps.workpiece import Workpiece
 
@@ -121,7 +121,7 @@ def test_sizes_that_are_used_as_numbers(forward, layers):
 
 def test_the_channels_of_which_a_size_is_read_stay_and_say_so():
     network = Net(scaled, **SIZED["scaled"][1]())
-    assert fixed_channels(network, IMAGES)["a"] == "its channels stay: mul() is given how many there are"
+    assert "their number" in fixed_channels(network, IMAGES)["a"]
 
 
 GOOD = {
@@ -293,17 +293,6 @@ def test_what_runs_in_training_only_is_shrunk_with_the_rest():
         assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_what_runs_in_training_only_and_cannot_be_followed():
-    def odd(net, images):
-        if net.training and images.sum() > 0:
-            net.c(net.a(images))
-        return net.head(net.a(images).mean((2, 3)))
-
-    network = Net(odd, a=conv(3, 8), c=conv(8, 6), head=nn.Linear(8, 5))
-    with pytest.raises(InputError, match=r"cannot be followed in train mode .*only there runs c"):
-        Compressor(network, [HALF], IMAGES).apply()
-
-
 # Weights that hooks compute
 
 
@@ -410,24 +399,41 @@ def test_a_step_that_is_wrong_is_taken_back(layer, reason):
     assert not calls
 
 
-def test_the_trial_stands_beneath_the_rules_of_tracing(monkeypatch):
-    monkeypatch.setattr(tracing._Follower, "_count", lambda *_: None)
-    network = Net(
-        lambda net, x: net.head((h := net.b(net.c(x)).mean((2, 3))) * h.shape[-1] ** -0.5),
-        c=conv(3, 8), b=conv(8, 8), head=nn.Linear(8, 5),
+def wrong_groups(*members):
+    """In place of tracing, which knows better."""
+    group = Group(
+        members[0].partition(":")[0], "channels", 8,
+        tuple(Member(*member.split(":"), torch.arange(8)) for member in members),
     )  # fmt: skip
+    return lambda *_: [group]
+
+
+def test_the_trial_stands_beneath_the_rules_of_tracing(monkeypatch):
+    monkeypatch.setattr(units, "channel_groups", wrong_groups("b:out", "head:in"))
+    network = Net(scaled_at_the_end, c=conv(3, 8), b=conv(8, 8), head=nn.Linear(8, 5))
     before = state_of(network)
-    with pytest.raises(InputError, match=r"^PruneUnits channel: 'b' cannot be changed so: in eval mode its outputs are "
-                       r"off by 0\.[0-9]+ of the largest one: exclude it$"):  # fmt: skip
-        Compressor(network, [HALF], IMAGES).apply()
+    message = (
+        r"^PruneUnits channel: 'b' cannot be changed so: in eval mode its outputs are off by 0\.[0-9]+ of the largest "
+        r"one: exclude it$"
+    )
+    with pytest.raises(InputError, match=message):
+        Compressor(network, [replace(HALF, targets="b")], IMAGES).apply()
     assert state_of(network) == before
+    # Whoever previews is told the same.
+    with pytest.raises(InputError, match=message):
+        preview(network, replace(HALF, targets="b"), IMAGES)
+
+
+def scaled_at_the_end(net, images):
+    features = net.b(net.c(images)).mean((2, 3))
+    return net.head(features * features.shape[-1] ** -0.5)
 
 
 def test_the_trial_sees_train_mode(monkeypatch):
-    monkeypatch.setattr(tracing, "_in_train_mode", lambda follower, *_: follower)
+    monkeypatch.setattr(units, "channel_groups", wrong_groups("a:out", "b:in"))
     network = Net(auxiliary, a=conv(3, 8), b=conv(8, 8), c=conv(8, 6), head=nn.Linear(8, 5), aux=nn.Linear(6, 5))
     with pytest.raises(InputError, match=r"^PruneUnits channel: 'a' .*in train mode the network no longer runs"):
-        Compressor(network, [PruneUnits(unit="channel", amount=0.5, targets="a")], IMAGES).apply()
+        Compressor(network, [replace(HALF, targets="a")], IMAGES).apply()
 
 
 def test_the_trial_names_the_layer_that_is_wrong():

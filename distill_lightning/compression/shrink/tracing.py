@@ -228,7 +228,7 @@ class _Follower(fx.Interpreter):
         right = self._line_roots(shown) if named in ("view", "reshape") and isinstance(shown, _Layout) else None
         for count in counts_in([node.args, node.kwargs], self.counts):
             if right is None or not fits(count, right, self.channels.roots):
-                self.channels.fix(count.channels, f"{_named(node)} is given how many there are")
+                self.channels.fix(count.channels, f"their number goes into {_named(node)}")
 
     def _sizes(self, node: fx.Node) -> list[Count | None] | None:
         """The count along each dimension of a tensor with channels."""
