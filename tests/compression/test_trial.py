@@ -430,10 +430,19 @@ def scaled_at_the_end(net, images):
 
 
 def test_the_trial_sees_train_mode(monkeypatch):
-    monkeypatch.setattr(units, "channel_groups", wrong_groups("a:out", "b:in"))
     network = Net(auxiliary, a=conv(3, 8), b=conv(8, 8), c=conv(8, 6), head=nn.Linear(8, 5), aux=nn.Linear(6, 5))
-    with pytest.raises(InputError, match=r"^PruneUnits channel: 'a' .*in train mode the network no longer runs"):
-        Compressor(network, [replace(HALF, targets="a")], IMAGES).apply()
+    network.a = nn.Sequential(network.a, nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8))
+    monkeypatch.setattr(units, "channel_groups", wrong_groups("a.0:out", "a.2:channels", "b:in"))
+    # BatchNorm in train mode has one number per channel of one image.
+    with pytest.raises(InputError, match=r"^PruneUnits channel: 'a.0' .*in train mode the network no longer runs"):
+        Compressor(network, [replace(HALF, targets="a.0")], IMAGES[:1]).apply()
+
+
+def test_a_network_that_does_not_run_on_the_example_inputs_is_not_tried():
+    network = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    compressor = Compressor(network, [LowRank(rank=2)], torch.randn(2, 7))
+    compressor.apply()
+    assert any("does not run on the example inputs, so no change was tried" in note for note in compressor.piece.notes)
 
 
 def test_the_trial_names_the_layer_that_is_wrong():

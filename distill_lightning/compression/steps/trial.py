@@ -140,12 +140,18 @@ def _in_mode(
     pair: _Pair, piece: Workpiece, inputs: tuple[Any, ...], mode: str, *, values: bool, cut: Cut | None
 ) -> _Fault | None:
     before = _run(pair.right, inputs, mode)
+    if isinstance(before, Exception) and mode == "train":
+        # BatchNorm needs more than one sample.
+        inputs = _mapped(inputs, lambda part: torch.cat([part, part]) if part.dim() else part)
+        before = _run(pair.right, inputs, mode)
     if isinstance(before, Exception):
-        return None  # it never ran in this mode on such inputs
+        # It never ran in this mode on such inputs.
+        if mode == "eval":
+            piece.note(f"the network does not run on the example inputs, so no change was tried ({_told(before)})")
+        return None
     got = _run(pair.changed, inputs if cut is None else (*inputs[:1], *_mapped(inputs[1:], cut)), mode)
     if isinstance(got, Exception):
-        words = " ".join(str(got).split())
-        return _Fault(f"in {mode} mode the network no longer runs ({type(got).__name__}: {words[:200]})")
+        return _Fault(f"in {mode} mode the network no longer runs ({_told(got)})")
     if len(before) != len(got):
         return _Fault(f"in {mode} mode the network returned {len(before)} tensors, and now {len(got)}")
     wanted = [one if cut is None or one.shape == new.shape else cut(one) for one, new in zip(before, got, strict=True)]
@@ -198,6 +204,10 @@ class _WithoutDropout(TorchFunctionMode):
             args = (*args[:4], 0.0, *args[5:])
             kwargs.pop("dropout_p", None)
         return func(*args, **kwargs)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _is_stale(module: nn.Module) -> bool:
