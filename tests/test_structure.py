@@ -129,6 +129,7 @@ ROOMS = {
         sensitivity trial
         base weights
         coverage encode pruning tie_layers units
+        unit_trials
         low_rank prune_weights quantize share_weights unit_amounts
         learn_mask prune_units
         regularise

@@ -23,16 +23,16 @@ def write_product(layer: nn.Module, factored: nn.Module) -> None:
     """
     exact: Any = copy.deepcopy(factored).double()
     values = dict(exact.named_parameters(recurse=False))
-    if isinstance(exact, LowRankLinear):
+    if isinstance(factored, LowRankLinear):
         values = {"weight": exact[1].weight @ exact[0].weight, "bias": exact[1].bias}
-    elif isinstance(exact, LowRankEmbedding):
+    elif isinstance(factored, LowRankEmbedding):
         values = {"weight": exact[0].weight @ exact[1].weight.T}
-    elif isinstance(exact, TrainLinear):
+    elif isinstance(factored, TrainLinear):
         unit = torch.eye(exact.in_features, dtype=torch.float64, device=exact.cores[0].device)
         values = {"weight": (exact(unit) - exact(torch.zeros_like(unit))).T, "bias": exact.bias}
-    elif isinstance(exact, TrainEmbedding):
+    elif isinstance(factored, TrainEmbedding):
         values = {"weight": exact(torch.arange(exact.num_embeddings, device=exact.cores[0].device))}
-    elif isinstance(exact, ConvChain):
+    elif isinstance(factored, ConvChain):
         values = {"weight": _kernel(exact), "bias": exact[-1].bias}
     else:
         values |= {name: getattr(exact, f"{name}_left") @ getattr(exact, f"{name}_right") for name in exact.ranks}

@@ -60,7 +60,7 @@ def counts_of(node: fx.Node, value: Any, line: Callable[[fx.Node], list[Count | 
     if name == "getitem" and isinstance(given[0], tuple) and _is_constant(node.args[1]):
         return given[0][node.args[1]]  # type: ignore[index, no-any-return]
     if name in ("add", "iadd") and all(isinstance(part, tuple) for part in given):
-        return given[0] + given[1]  # type: ignore[operator, no-any-return]
+        return given[0] + given[1]  # type: ignore[no-any-return]
     found = [*flat(given), *(count for other in node.all_input_nodes for count in line(other) or () if count)]
     # A constant multiple still says how many there are.
     exact = name in ("mul", "imul") and isinstance(value, int) and len(found) == 1 and found[0].exact

@@ -191,7 +191,7 @@ class _Follower(fx.Interpreter):
         super().__init__(network, graph=graph)
         self.extra_traceback = False
         self.network = network
-        self.channels = Channels() if earlier is None else earlier.channels
+        self.channels: Channels = Channels() if earlier is None else earlier.channels
         self.bindings: dict[tuple[str, str], Tensor] = {} if earlier is None else earlier.bindings
         self.made: list[tuple[str, str]] = [] if earlier is None else earlier.made
         self.read_directly: set[str] = set() if earlier is None else earlier.read_directly

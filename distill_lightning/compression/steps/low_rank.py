@@ -31,7 +31,7 @@ from distill_lightning.compression.factor.ranks import UnfactorableError, rank_r
 from distill_lightning.compression.steps.base import Order, TargetedStep, Work
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.trial import try_change
-from distill_lightning.compression.steps.units import convert
+from distill_lightning.compression.steps.unit_trials import convert
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.compression.structure.changes import note_change
 from distill_lightning.errors import InputError, check_one_of

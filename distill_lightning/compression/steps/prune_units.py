@@ -18,6 +18,7 @@ from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.pruning import Level, Pruning, PruningWork
 from distill_lightning.compression.steps.schedules import OneShot, Threshold
 from distill_lightning.compression.steps.sensitivity import Sensitivity
+from distill_lightning.compression.steps.unit_trials import convert, try_removal
 from distill_lightning.compression.steps.workpiece import Workpiece
 
 UnitCriterion = Literal["magnitude", "random", "gradient", "taylor", "obd", "snip", "bn_scale"]
@@ -242,13 +243,13 @@ class PruningUnits(PruningWork):
         """Convert attention so that it can lose heads, also in the network to rewind to."""
         if self.snapshot is not None:
             self.snapshot = copy_state(units.prepare(self.earlier(piece), "head"))
-        units.convert(piece, self.step.title)
+        convert(piece, self.step.title)
         piece.changed = False
 
     def _remove(self, piece: Workpiece, families: list[units.Family], kept: units.Kept) -> None:
         if all(len(kept[family.name]) == family.size for family in families):
             return
-        units.try_removal(piece, self.step.title, kind=self.step.unit, families=families, kept=kept)
+        try_removal(piece, self.step.title, kind=self.step.unit, families=families, kept=kept)
         act = partial(units.remove, kind=self.step.unit, families=families, kept=kept)
         rewinds = self.step.rewind is not None and self.step.at_once
         before = self.earlier(piece) if rewinds and self.snapshot is not None else None

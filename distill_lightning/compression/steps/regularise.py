@@ -15,6 +15,7 @@ from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.prune_units import PruneUnits
 from distill_lightning.compression.steps.prune_weights import PruneWeights
 from distill_lightning.compression.steps.schedules import Threshold
+from distill_lightning.compression.steps.unit_trials import convert
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
 
@@ -165,7 +166,7 @@ class _Regularising(Work):
         if not step.weight:
             return
         if step.unit == "head":
-            units.convert(piece, step.title)
+            convert(piece, step.title)
             piece.changed = False
         if step.penalty == "bn_gamma":
             penalties.bn_gamma(piece.network)
