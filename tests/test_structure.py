@@ -78,8 +78,9 @@ ROOMS = {
         report
     """,
     "compression/access": """
-        copies hooks parameters targets weights
+        copies hooks old_hooks parameters snapshots targets weights
         calibration computed
+        readings
         moments
     """,
     "compression/costs": """
@@ -91,7 +92,7 @@ ROOMS = {
         ranks
         layers
         convolutions recurrent
-        plans
+        plans products
         factoring
     """,
     "compression/file": """
@@ -130,9 +131,10 @@ ROOMS = {
     """,
     "compression/steps": """
         mixed_precision schedules workpiece
-        sensitivity
+        sensitivity trial
         base weights
         coverage encode pruning tie_layers units
+        unit_trials
         low_rank prune_weights quantize share_weights unit_amounts
         learn_mask prune_units
         regularise

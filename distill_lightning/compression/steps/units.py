@@ -15,13 +15,18 @@ from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.access.targets import Targets, match_layers
 from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.compression.mask.selection import Amount, Scope, amount_of, choose
-from distill_lightning.compression.shrink.attention import convert_attention
+from distill_lightning.compression.shrink.attention import convert_attention, foreign_attention
 from distill_lightning.compression.shrink.axes import blocks
 from distill_lightning.compression.shrink.channels import channel_groups
 from distill_lightning.compression.shrink.groups import Group, shrink
 from distill_lightning.compression.shrink.recurrent import unit_groups
 from distill_lightning.compression.shrink.torch_pruning import channel_groups_by_torch_pruning
-from distill_lightning.compression.shrink.transformer import head_groups, neuron_groups, remove_layers
+from distill_lightning.compression.shrink.transformer import (
+    foreign_neurons,
+    head_groups,
+    neuron_groups,
+    remove_layers,
+)
 from distill_lightning.compression.steps.weights import REDUCE, SCORERS
 from distill_lightning.compression.steps.workpiece import RemovedUnits, Workpiece
 from distill_lightning.compression.structure.changes import note_change
@@ -55,6 +60,11 @@ class Family:
 def prepare(network: nn.Module, kind: UnitKind) -> nn.Module:
     """Convert a network's layers, in place, so that they can lose such units."""
     return convert_attention(network) if kind == "head" else network
+
+
+def left_alone(network: nn.Module, kind: UnitKind) -> dict[str, str]:
+    """Why layers that could lose such units by their class keep them, by path."""
+    return foreign_attention(network) if kind == "head" else foreign_neurons(network) if kind == "neuron" else {}
 
 
 def find_families(
