@@ -48,8 +48,8 @@ def test_factored_layers_keep_them_in_their_order_and_handles_remove_them(kind):
     network[0].register_full_backward_pre_hook(lambda *_: seen.append("back"))
     dense = copy.deepcopy(network)
     wanted = first(dense(inputs)).detach()
-    seen.clear()
     apply(network, LowRank(only_if_smaller=False, **options), inputs)
+    seen.clear()  # of trials
     assert type(network[0]) is not type(dense[0])
     output = first(network(inputs))
     torch.testing.assert_close(output.detach(), wanted, rtol=1e-5, atol=1e-5)
@@ -108,6 +108,23 @@ def test_those_of_a_state_dict_are_refused_or_left_alone():
     compressor.apply()
     assert type(network[0]) is nn.Linear is not type(network[1])
     assert any("0: it has hooks of its state dict" in note for note in compressor.piece.notes)
+
+
+def test_a_norm_that_loses_features_keeps_them():
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+    network, inputs, seen = build(), torch.randn(2, 6), []
+    network[1].register_full_backward_hook(lambda *_: seen.append("back"))
+    apply(network, PruneUnits(unit="channel", amount=0.5), inputs)
+    assert network[1].features == 4
+    network(inputs).sum().backward()
+    assert seen == ["back"]
+    network = build()
+    network[1].register_state_dict_post_hook(lambda *_: None)
+    with pytest.raises(InputError, match="no channels that can be removed"):
+        apply(network, PruneUnits(unit="channel", amount=0.5), inputs)
 
 
 REFUSED = {

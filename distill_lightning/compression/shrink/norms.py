@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill_lightning.compression.access.hooks import carry_hooks, has_state_hooks
+
 
 class CountedLayerNorm(nn.Module):
     r"""Layer normalisation over ``features`` of what were ``counted`` features; the others count as zeros.
@@ -92,7 +94,8 @@ def _is_over(norm: nn.LayerNorm, dim: int) -> bool:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
+    called = module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001
+    return bool(called) or has_state_hooks(module)
 
 
 def count_features(network: nn.Module, path: str) -> CountedLayerNorm:
@@ -102,6 +105,7 @@ def count_features(network: nn.Module, path: str) -> CountedLayerNorm:
         return norm
     counted = _counted(norm, {"features": norm.normalized_shape[0], "counted": norm.normalized_shape[0]})
     counted.weight, counted.bias = norm.weight, norm.bias
+    carry_hooks(norm, counted)
     for parent in list(network.modules()):
         for name, child in parent._modules.items():  # noqa: SLF001  # every name of a shared layer
             if child is norm:
