@@ -458,21 +458,31 @@ def test_the_trial_names_the_layer_that_is_wrong():
     trial.try_change(piece, "a step", ["0"], change=change, expect=lambda *_: None)
 
 
-def test_rounding_is_no_fault_and_dropout_is_off():
+class InTraining(nn.Module):
+    """Nothing in eval mode, and in train mode for two samples only, as BatchNorm."""
+
+    def forward(self, features):
+        if self.training and len(features) < 2:
+            raise ValueError("Expected more than 1 value per channel when training")
+        return features if self.training else features * 0
+
+
+@pytest.mark.parametrize("last", [nn.Identity, InTraining])
+def test_rounding_is_no_fault_and_dropout_is_off(last):
     """In float32 the two ways to sum differ by more than is allowed; in float64 they are the same."""
-    network = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 4))
+    network = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 4), last())
     with torch.no_grad():
         network[2].weight.copy_(torch.randn(4, 64) * 1e-3)
         network[2].weight[:, 32:] = -network[2].weight[:, :32]
         network[0].weight[32:] = network[0].weight[:32]
-        network[0].bias.fill_(1e4)
+        network[0].bias.fill_(1e6)
 
     def change(changed, _):
         order = torch.randperm(64)
         changed[0].weight.data, changed[0].bias.data = changed[0].weight[order], changed[0].bias[order]
         changed[2].weight.data = changed[2].weight[:, order]
 
-    piece = Workpiece(network, torch.randn(3, 64))
+    piece = Workpiece(network, torch.randn(3 if last is nn.Identity else 1, 64))
     trial.try_change(piece, "a step", ["0"], change=change, expect=lambda *_: None)
 
 

@@ -108,7 +108,7 @@ def _fault_of(piece: Workpiece, parts: Sequence[str], change: Act, expect: Act |
     if fault is not None and fault.share:
         doubled, inputs = pair(exact=True), _exact(inputs_of(piece.example_inputs))
         # A copy, because train mode changes BatchNorm's statistics.
-        if not isinstance(_run(copy_network(doubled.right), inputs, fault.mode), Exception):
+        if not isinstance(_run_right(copy_network(doubled.right), inputs, fault.mode)[1], Exception):
             fault = _compare(doubled, piece, values=values, cut=cut, exact=True)
         elif fault.share < _rounding(piece.network):
             return None
@@ -139,11 +139,7 @@ def _compare(
 def _in_mode(
     pair: _Pair, piece: Workpiece, inputs: tuple[Any, ...], mode: str, *, values: bool, cut: Cut | None
 ) -> _Fault | None:
-    before = _run(pair.right, inputs, mode)
-    if isinstance(before, Exception) and mode == "train":
-        # BatchNorm needs more than one sample.
-        inputs = _mapped(inputs, lambda part: torch.cat([part, part]) if part.dim() else part)
-        before = _run(pair.right, inputs, mode)
+    inputs, before = _run_right(pair.right, inputs, mode)
     if isinstance(before, Exception):
         # It never ran in this mode on such inputs.
         if mode == "eval":
@@ -165,6 +161,17 @@ def _in_mode(
     elif share > TOLERANCE:
         return _Fault(f"in {mode} mode its outputs are off by {share:.2g} of the largest one", mode, share)
     return None
+
+
+def _run_right(
+    network: nn.Module, inputs: tuple[Any, ...], mode: str
+) -> tuple[tuple[Any, ...], list[Tensor] | Exception]:
+    """What a network as it was returns in a mode, and for which inputs: BatchNorm needs more than one sample."""
+    before = _run(network, inputs, mode)
+    if isinstance(before, Exception) and mode == "train":
+        inputs = _mapped(inputs, lambda part: torch.cat([part, part]) if part.dim() else part)
+        before = _run(network, inputs, mode)
+    return inputs, before
 
 
 @torch.no_grad()
