@@ -25,3 +25,13 @@ def test_sections_run_and_keep_what_others_have_measured(tmp_path, capsys):
     assert section["clock"] == "cpu"
     assert section["machine"]["threads"] == 1
     assert "Written: " in capsys.readouterr().out
+
+
+def test_a_ratio_that_is_told_after_its_section_is_written(tmp_path, monkeypatch):
+    def section(bench):
+        bench.section("a table", [{"row": "x"}])
+        bench.ratio("x_over_y", compare.Figure.of([2.0]))
+
+    monkeypatch.setattr(compare, "SECTIONS", {"table": section})
+    compare.main(["--output", str(tmp_path / "compare.json"), "--only", "table"])
+    assert json.loads((tmp_path / "compare.json").read_text())["ratios"] == {"x_over_y": 2.0}

@@ -166,9 +166,13 @@ def test_compare_runs(path, tmp_path):
         small_images(tmp_path, config["data"])
     for sampler in samplers_in(config["methods"]):
         small_images(tmp_path, sampler["data"])
+    if "sets" in config.get("teachers", {}):
+        config["teachers"]["sets"] = 2
     if "search" in config:
-        config["trials"] = 1
+        # Each row's first combination stands for its others, and two of the searches for all that are alike.
         config["teachers"]["network"]["init_args"]["width"] = 4
+        config["trials"] = 1
+        config["search"] = {row: config["search"][row] for row in ("label_smoothing", "unlabelled")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     command.run(parse_config(given), given, console=Console(file=io.StringIO()))
     lines = (tmp_path / "out/results.csv").read_text().splitlines()
@@ -332,8 +336,13 @@ def test_the_doctor_finds_nothing_but_the_teachers_untrained(path, tmp_path, mon
     assert all(few in line or ("teacher" in line and any(said in line for said in untrained)) for line in wrong), wrong
 
 
+# One for each set of options of a model.
+MODELS = {path: yaml.safe_load(path.read_text())["model"] for path in START}
+KINDS = {(model["class_path"], *model["init_args"]): path for path, model in MODELS.items()}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", START, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", KINDS.values(), ids=lambda path: path.stem)
 def test_a_value_on_the_line_goes_before_the_file(path, capsys):
     """In whatever way the networks are made: by classes, by functions, one in another."""
     given = yaml.safe_load(path.read_text())["model"]["init_args"]

@@ -50,6 +50,9 @@ def own_file(experiment):
 # is FEED with one of its teachers.
 ON_TOP = [
     ("feed/resnet56", "base/baseline", "base/cutmix"),
+    ("feed/resnet56", "base/kd"),
+    ("extracurricular/cifar100", "base/baseline", "base/mixup"),
+    ("meal_v2/mobilenetv3_small_075", "base/baseline"),
     ("self_kd/preact_resnet18", "base/cutout"),
     ("self_kd/preact_resnet18", "base/cutmix"),
     ("self_kd/preact_resnet18", "base/baseline", "base/label_smoothing"),

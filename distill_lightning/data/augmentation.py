@@ -49,13 +49,13 @@ _OPERATIONS: dict[str, Callable[[Tensor, float, Tensor], Tensor]] = {
 class RandAugment(Choice):
     """RandAugment: several operations one after the other, each drawn from fourteen, all of the same magnitude.
 
-    The operations are those of torchvision's ``RandAugment`` with its 31 magnitudes, nearest neighbours and black where
-    nothing was: identity, shears, translations, rotation, brightness, colour, contrast, sharpness, posterisation,
-    solarisation, automatic contrast and equalisation. Those that have a direction go either way.
+    The operations are those of torchvision's ``RandAugment`` with its 31 magnitudes, nearest-neighbour sampling and
+    uncovered pixels in black: identity, shears, translations, rotation, brightness, colour, contrast, sharpness,
+    posterisation, solarisation, automatic contrast and equalisation. Those that have a direction go either way.
 
     Args:
         operations: how many are applied to each view.
-        magnitude: of all of them, from 0 to 30.
+        magnitude: of every operation, from 0 to 30.
 
     Raises:
         InputError: an option is out of range.
@@ -116,7 +116,7 @@ class ColorJitter(Choice):
         brightness: how far the factor of the brightness may be from 1; 0 leaves it.
         contrast: the same of the contrast.
         saturation: the same of the saturation.
-        hue: how far colours may be turned around the colour circle, in parts of it, up to 0.5.
+        hue: how far colours may be turned, as a fraction of the colour circle, up to 0.5.
 
     Raises:
         InputError: an option is out of range.
@@ -219,7 +219,7 @@ class Lighting(Choice):
         """
         # Half a step above 0, where the quantile is infinite; by Python, as no vectorised function is the same
         # everywhere in a batch.
-        shares = [[_NORMAL.inv_cdf(number + 2.0**-54) for number in row] for row in draws.tolist()]
+        shares = [[_NORMAL.inv_cdf(min(number + 2.0**-54, 1 - 2.0**-53)) for number in row] for row in draws.tolist()]
         scaled = self.std * draws.new_tensor(shares).double() * torch.tensor(_SCALES, dtype=torch.float64)
         noise = (scaled[:, None] * torch.tensor(_COMPONENTS, dtype=torch.float64)).sum(dim=2)
         return images + noise.float()[:, :, None, None]

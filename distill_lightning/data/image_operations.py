@@ -1,6 +1,6 @@
 """What augmentations do to the bytes of images: a whole batch at once, each image by its own amount.
 
-With the same amount each gives what torchvision's function gives of a tensor of bytes (of hues: but for one level). All
+Given the same amount, each does what torchvision's function does to a uint8 tensor (hues may differ by one level). All
 sums are sums of whole numbers, and no image looks at another one, so what becomes of it is the same, bit for bit, in
 whatever batch it stands. Images are uint8 ``(N, C, H, W)``, grey or red, green and blue, and so is what comes out;
 amounts are float64 ``(N,)``.
@@ -29,7 +29,7 @@ def saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Mixed with its mean grey: 0 is all the same, 1 the image, more is more contrast."""
+    """Mixed with its mean grey: 0 is uniform grey, 1 the image, more is more contrast."""
     sums = _grey(images).sum(dim=(1, 2, 3), keepdim=True)
     return _mixed(images, sums.float() / (images.shape[2] * images.shape[3]), factor)
 

@@ -21,7 +21,8 @@ class UnlabelledSampler(nn.Module):
 
     A row's sample is drawn, uniformly and with replacement, from the row's own key, and is seen in the row's view, as
     augmented as training samples are. Labels, where the data have some, are never looked at. Samples are made on the
-    host, so that a step on a GPU waits for the keys of its rows.
+    host, so that a step on a GPU waits for the keys of its rows. What ``on_damaged: skip`` puts in the place of
+    a damaged file is drawn like any other sample.
 
     ::
 
@@ -61,7 +62,12 @@ class UnlabelledSampler(nn.Module):
     @cached_property
     def samples(self) -> ViewDataset:
         """The samples that are drawn from."""
-        found = self.data.dataset(self.split, augment=True)
+        try:
+            found = self.data.dataset(self.split, augment=True)
+        except KeyError as error:
+            if error.args != (self.split,):
+                raise
+            raise InputError(f"UnlabelledSampler: {type(self.data).__name__} has no split {self.split!r}") from None
         if not len(found):
             raise InputError(
                 f"UnlabelledSampler: {type(self.data).__name__} has no samples in its split {self.split!r}"

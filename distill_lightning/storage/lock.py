@@ -81,9 +81,13 @@ class FillingLock:
                         f"the file system of {path.parent} knows no locks: let no other training fill the same folder",
                         stacklevel=2,
                     )
-                file.truncate()
-                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-                file.flush()
+                try:
+                    file.truncate()
+                    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                except OSError:
+                    path.unlink(missing_ok=True)
+                    file.close()
+                    raise
             _held[os.getpid(), path] = (file, number)
         self._end = weakref.finalize(self, _let_go, os.getpid(), path, number)
         return None

@@ -122,7 +122,7 @@ class _Recorder(pl.LightningModule):
             # No more than one shard waits, and what has gone wrong with the last one is told here.
             self._wait()
             if self._writer is None:
-                self._writer = ThreadPoolExecutor(max_workers=1)
+                self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
             self._written = self._writer.submit(self.store.write, view, shard, *self._parts)
             self._parts = []
         return int(batch.size)

@@ -453,6 +453,15 @@ def test_zeros_do_not_narrow_the_range_that_kl_finds():
         assert find_range(given[None], scheme, rule="kl")[1].item() == pytest.approx(2.728, rel=0.02)
 
 
+def test_kl_takes_all_of_fewer_values_than_a_histogram_can_tell_apart():
+    scheme = Scheme(4, "symmetric", "tensor")
+    many = torch.randn(1, 40_000, generator=torch.Generator().manual_seed(0))
+    few = many[:, :4095]
+    for values in (few, torch.cat([few, torch.zeros(1, 9000)], dim=1)):
+        assert find_range(values, scheme, rule="kl")[1].item() == few.abs().max().item()
+    assert find_range(many, scheme, rule="kl")[1].item() < 0.9 * many.abs().max().item()
+
+
 # Estimators
 
 

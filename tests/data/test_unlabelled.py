@@ -67,5 +67,8 @@ def test_what_cannot_be_drawn_from_is_refused():
         UnlabelledSampler(DigitsDataModule())(torch.zeros(2, 1, 16, 16), draws_of(2))
     with pytest.raises(InputError, match=r"samples of shape \(1, 8, 8\), the training's have \(1, 16, 16\)"):
         UnlabelledSampler(DigitsDataModule(subset=9, image_size=8))(torch.zeros(2, 1, 16, 16), draws_of(2))
+    for split in ("unlabelled", "val_2"):
+        with pytest.raises(InputError, match=f"UnlabelledSampler: DigitsDataModule has no split '{split}'"):
+            UnlabelledSampler(DigitsDataModule(), split=split)(torch.zeros(2, 1, 16, 16), draws_of(2))
     with pytest.raises(InputError, match="data must be a ViewDataModule.*got TensorDataset"):
         UnlabelledSampler(TensorDataset(torch.zeros(2)))

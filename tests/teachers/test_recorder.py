@@ -142,7 +142,7 @@ def test_a_disk_that_is_full_is_one_line_and_what_was_written_is_kept(tmp_path, 
 
 def is_writing():
     """Whether a recording has left a thread."""
-    return any("ThreadPoolExecutor" in thread.name for thread in threading.enumerate())
+    return any(thread.name.startswith("recorder") for thread in threading.enumerate())
 
 
 def test_ctrl_c_waits_for_what_is_being_written_and_leaves_no_thread(tmp_path, monkeypatch):

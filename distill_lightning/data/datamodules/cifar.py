@@ -68,12 +68,12 @@ class CIFARDataModule(InMemoryImageDataModule):
     The validation images are drawn by ``seed`` from the training files; the test files are for test alone. By default
     the training views are those of most papers: a random crop after 4 pixels of padding, and a mirror image half of the
     time. ``cutout=16`` (CIFAR-10) or ``cutout=8`` (CIFAR-100) is Cutout's. Pixels are normalised by mean and deviation
-    as Self-KD and many others do it; these deviations are means of those of single images, and a little smaller than
-    the deviation of all pixels.
+    as Self-KD and many others do it; these deviations are averages of the single images' standard deviations, and a
+    little smaller than the deviation of all pixels.
 
     The pickled files are read without running anything that stands in them; a file that asks for that is refused. They
-    may have been written again, with other keys' types or lists for arrays. Krizhevsky: *Learning Multiple Layers of
-    Features from Tiny Images*, https://www.cs.toronto.edu/~kriz/cifar.html
+    may have been written again, with keys of another type or lists in place of arrays. Krizhevsky: *Learning Multiple
+    Layers of Features from Tiny Images*, https://www.cs.toronto.edu/~kriz/cifar.html
 
     Args:
         data_dir: the folder with ``cifar-10-batches-py`` or ``cifar-100-python``, or that folder itself.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _codecs
 import pickle
 import re
+import struct
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ _WHOLE = re.compile("[iu][1248]")
 # What pickle's machine runs into in a damaged file, whose instructions may be anything.
 _FAILURES = (
     *(pickle.UnpicklingError, EOFError, OSError, ValueError, TypeError, AttributeError, LookupError),
-    *(OverflowError, MemoryError, RecursionError, ImportError),
+    *(OverflowError, MemoryError, RecursionError, ImportError, struct.error),
 )
 
 
@@ -93,8 +94,10 @@ _KNOWN: dict[tuple[str, str], Any] = {
 }
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(pickle._Unpickler):  # noqa: SLF001
     """Finds nothing but what is in ``_KNOWN``; no other function can so be called.
+
+    It is pickle's reader in Python, because the one in C keeps room for as many objects as a damaged file says.
 
     Args:
         path: of the file, for the message.

@@ -58,10 +58,10 @@ class GazeDataModule(ImageDataModule):
     An input is ``{"image": (N, 1, 36, 60), "pose": (N, 2)}``, a grey image and the head's pitch and yaw in radians; a
     network gets both by keyword (`GazeNet` does). The target is the direction of the gaze, pitch and yaw in
     **radians**, ``(N, 2)``; ``num_targets`` is 2. `AngularError` is the mean angle in degrees by which these data are
-    judged, as a mean over 15 trainings with another ``held_out`` each.
+    judged, averaged over 15 trainings, each with a different ``held_out``.
 
-    The files give a direction of gaze ``g`` and the head's rotation vector ``r``, of which angles are made as is usual
-    (see `functional.gaze_to_angles` and `functional.pose_to_angles`):
+    The files give a direction of gaze ``g`` and the head's rotation vector ``r``, from which the angles are computed as
+    usual (see `functional.gaze_to_angles` and `functional.pose_to_angles`):
 
     .. math:: p_g = \arcsin(-g_y), \quad y_g = \mathrm{atan2}(-g_x, -g_z); \qquad
         p_r = \arcsin z_y, \quad y_r = \mathrm{atan2}(z_x, z_z), \quad z = \exp([r]_\times) \, e_3
@@ -82,10 +82,10 @@ class GazeDataModule(ImageDataModule):
 
     Args:
         data_dir: the folder ``MPIIGaze``, or the one that it is in.
-        held_out: the person for the test alone, ``"p00"`` to ``"p14"``.
-        val_person: the person for validation alone; ``"next"``: the one after ``held_out``, after the last one the
+        held_out: the person kept for testing only, ``"p00"`` to ``"p14"``.
+        val_person: the person kept for validation only; ``"next"``: the one after ``held_out``, after the last one the
             first; ``None``: ``val_size`` samples are drawn by ``seed`` from the others', and nobody else is left out.
-        val_size: number of validation samples, of ``val_person`` the first ones; ``None``: all of that person's.
+        val_size: number of validation samples, the first ones of ``val_person``; ``None``: all of that person's.
         test_size: number of test samples, the first ones; ``None``: all.
         samples: ``"evaluation"``: those of the lists; ``"all"``: every frame, 213,659 with two eyes each.
         eyes: which eyes, ``"both"``, ``"left"`` or ``"right"``.
@@ -144,11 +144,15 @@ class GazeDataModule(ImageDataModule):
         val, test = rest if val_person is None else read[val_person], read[self.held_out]
         chosen = self.split(len(rest.gazes), len(test.gazes), None if val_person is None else len(val.gazes))
         self._splits = {
-            split: eyes.take(chosen[split]) for split, eyes in (("train", rest), ("val", val), ("test", test))
+            split: eyes.take(chosen[split])
+            for split, eyes in (("train", rest), ("val", val), ("test", test), ("rest", rest))
         }
 
     def dataset(self, split: str, *, augment: bool = False) -> EyeTensors:
-        """One split, ``"train"``, ``"val"`` or ``"test"``; without ``augment`` every view is the plain image."""
+        """One split, ``"train"``, ``"val"``, ``"test"``, or ``"rest"``: training samples that ``subset`` leaves out.
+
+        Without ``augment`` every view is the plain image.
+        """
         self.setup()
         return EyeTensors(
             self._splits[split],

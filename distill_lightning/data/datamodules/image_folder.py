@@ -74,7 +74,7 @@ class ImageFolderDataModule(ImageDataModule):
             prediction leaves it out, and it is no one's partner. At the end each process warns of such files that it
             has met, with their number and paths; `skipped` tells them, too, and `check` finds them before.
         options: how samples are chosen, ordered and loaded, and which views of them; see `ViewOptions`. A worker
-            decodes some hundreds of images a second.
+            decodes a few hundred images per second.
 
     Raises:
         InputError: an option is out of range, ``train`` has no class folders, or ``val_size`` is missing; from

@@ -24,8 +24,8 @@ _LARGEST = 2**31
 # Types of elements, and classes of arrays. Small numbers of any class are kept in fewer bytes.
 _MATRIX, _COMPRESSED = 14, 15
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-_TEXTS = _NUMBERS | {16: "u1", 17: "u2", 18: "u4"}
 _INTEGERS = {kind: name for kind, name in _NUMBERS.items() if not name.startswith("f")}
+_TEXTS = _INTEGERS | {16: "u1", 17: "u2", 18: "u4"}
 _CELL, _STRUCT, _CHAR = 1, 2, 4
 _CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
 _COMPLEX = 0x0800
@@ -47,7 +47,7 @@ def read_mat(path: Path, names: Collection[str]) -> dict[str, Any]:
     Raises:
         InputError: the file is damaged, of another format, or a variable holds something else.
     """
-    kinds = (OSError, ValueError, struct.error, zlib.error, RecursionError)
+    kinds = (OSError, ValueError, TypeError, OverflowError, struct.error, zlib.error, RecursionError)
     with refusing(f"{path} is damaged or no MATLAB file before 7.3, fetch it again", *kinds):
         content = memoryview(path.read_bytes())
         order = {b"IM": "<", b"MI": ">"}.get(bytes(content[_HEADER - 2 : _HEADER]))
@@ -120,7 +120,8 @@ class _Reader:
             return lines[0] if len(lines) == 1 else lines
         if kind not in _CLASSES or flags & _COMPLEX:
             raise ValueError(f"an array of class {kind}{' of complex numbers' if flags & _COMPLEX else ''}")
-        values = self.numbers(parts).astype(_CLASSES[kind])
+        with np.errstate(invalid="ignore"):
+            values = self.numbers(parts).astype(_CLASSES[kind])
         return values.reshape(shape, order="F")
 
     def inner(self, parts: _Elements) -> Any:

@@ -170,14 +170,15 @@ def report_of(experiment: Experiment, runs: Sequence[Run], arguments: Sequence[s
         arguments: what it was called with, for the heading; ``None``: it was called from Python.
     """
     sections = search_section(trials_in(runs, experiment.task), experiment.task, [row.name for row in experiment.rows])
+    # Trials were spared their teachers, too.
+    kept = told_of_storage(experiment.storage, runs)
     runs = [run for run in runs if not run.in_search]
-    heading, legend = _heading(experiment, arguments, runs), _legend(experiment, runs)
+    heading, legend = _heading(experiment, arguments, runs, kept), _legend(experiment, runs)
     return Report(scores_of(experiment, runs, heading=heading, legend=legend, sections=sections))
 
 
-def _heading(experiment: Experiment, arguments: Sequence[str] | None, runs: Sequence[Run]) -> str:
+def _heading(experiment: Experiment, arguments: Sequence[str] | None, runs: Sequence[Run], kept: str) -> str:
     config = experiment.config
-    kept = told_of_storage(experiment.storage, runs)
     made = [f"Data: {_called(config.data)}. Student: {_called(config.student)}."]
     if config.teachers.given is not None:
         made.append(f"Teachers, trained before: {'; '.join(map(_called, config.teachers.given))}.")

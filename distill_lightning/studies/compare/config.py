@@ -52,9 +52,9 @@ class StoreConfig:
 
     Args:
         views: how many views of a sample there are; ``None``: as many as there are epochs.
-        logits: bytes that the teachers' outputs may take, for example ``"1GB"``; beyond, the teachers run beside the
-            students.
-        features: bytes that their features may take.
+        logits: bytes that the outputs of a set of teachers may take, for example ``"1GB"``; beyond, the teachers run
+            beside the students. What is kept stays in the output folder.
+        features: bytes that a set's features may take.
     """
 
     views: int | None = None

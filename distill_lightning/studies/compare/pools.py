@@ -37,7 +37,7 @@ def with_threads(config: CompareConfig, known: Path) -> CompareConfig:
     """The configuration with the number of threads that its runs have, of which the last bits of all numbers depend.
 
     Where it says none, it is that of the runs that are there, however many workers have made them; where there are
-    none and there are several workers, these share the processor; on a Ray cluster, it is 1.
+    none, it is PyTorch's own, several workers share the processor, and on a Ray cluster, it is 1.
 
     Args:
         config: the comparison.
@@ -53,9 +53,8 @@ def with_threads(config: CompareConfig, known: Path) -> CompareConfig:
         return replace(config, threads_per_run=stored.get("threads_per_run"))
     if config.ray is not None:
         return replace(config, threads_per_run=1)
-    if config.workers == 1:
-        return config
-    return replace(config, threads_per_run=max(1, _usable_cores() // config.workers))
+    threads = torch.get_num_threads() if config.workers == 1 else max(1, _usable_cores() // config.workers)
+    return replace(config, threads_per_run=threads)
 
 
 def _usable_cores() -> int:

@@ -98,7 +98,9 @@ def options_of(run: Run, task: Task) -> Options:
     trials = trials_in(run.chosen_from, task)
     chosen = next((trial.options for trial in trials if trial.is_chosen), None)
     if chosen is None:
-        raise NonFiniteError(f"search.{run.name}: no combination of options has finite numbers with every seed")
+        raise NonFiniteError(
+            f"search.{run.name}: no combination of options has finite numbers with every seed: they failed or diverged"
+        )
     path = run.chosen_from[0].folder.parent.parent / _CHOSEN
     plain = json.loads(json.dumps({"options": dict(chosen), "monitor": task.monitor}))
     if path.exists():

@@ -10,8 +10,9 @@ import torch
 from scipy.io import savemat
 from scipy.spatial.transform import Rotation
 
-from distill_lightning import GazeDataModule, InputError
+from distill_lightning import GazeDataModule, InputError, UnlabelledSampler
 from distill_lightning.data.datamodules.gaze_files import read_day
+from distill_lightning.data.views import Draws
 
 NORMALISED, LISTS = "Data/Normalized", "Evaluation Subset/sample list for eye image"
 DAYS, FRAMES = 2, 6
@@ -152,6 +153,17 @@ def test_a_validation_by_number_leaves_nobody_else_out(written):
     assert not images_of(data, "val") & images_of(GazeDataModule(data_dir=root), "test")
     other = GazeDataModule(data_dir=root, val_person=None, val_size=10, seed=1)
     assert images_of(data, "val") != images_of(other, "val")
+
+
+def test_the_rest_is_what_the_subset_leaves(written):
+    root, _ = written
+    data = GazeDataModule(data_dir=root, subset=20)
+    whole, rest = images_of(GazeDataModule(data_dir=root), "train"), images_of(data, "rest")
+    assert rest
+    assert rest == whole - images_of(data, "train")
+    draws = Draws(0, torch.arange(3), torch.zeros(3, dtype=torch.int64))
+    drawn = UnlabelledSampler(data)(next(iter(data.train_dataloader())).input, draws)
+    assert {name: tuple(part.shape) for name, part in drawn.items()} == {"image": (3, 1, 36, 60), "pose": (3, 2)}
 
 
 # Views

@@ -49,6 +49,22 @@ def test_what_scipy_writes_is_read(tmp_path, compressed):
     assert read_mat(path, ["text", "missing"]) == {"text": "a line"}
 
 
+@pytest.mark.parametrize(
+    ("shape", "codes"),
+    [((1, 1), struct.pack("<IIf4x", 7, 4, 65.0)), ((1,), struct.pack("<IIH6x", 4, 2, 65)),
+     ((1, 1), struct.pack("<III4x", 6, 4, 2**31))],
+    ids=["of floats", "of one dimension", "of no code"],
+)  # fmt: skip
+def test_a_text_that_is_none_is_one_line(tmp_path, shape, codes):
+    path = tmp_path / "x.mat"
+    sizes = struct.pack(f"<{len(shape)}i", *shape).ljust(8, b"\0")
+    array = struct.pack("<IIII", 6, 8, 4, 0) + struct.pack("<II", 5, 4 * len(shape)) + sizes
+    array += struct.pack("<I4s", (1 << 16) | 1, b"x") + codes
+    path.write_bytes(b" " * 124 + struct.pack("<H", 0x0100) + b"IM" + struct.pack("<II", 14, len(array)) + array)
+    with pytest.raises(InputError, match=rf"^{path} is damaged or no MATLAB file before 7.3, fetch it again"):
+        read_mat(path, ["x"])
+
+
 def test_the_other_order_of_bytes_is_read(tmp_path):
     """By hand: an array of flags, shape, name and three numbers, the name and the numbers' bytes in short elements."""
     flags = struct.pack(">IIII", 6, 8, 6, 0)

@@ -243,7 +243,8 @@ def _folders(data_dir: Path) -> list[Path]:
     if not found:
         raise InputError(
             f"{data_dir} holds no folder in VOC's layout, with Annotations, ImageSets/Main and JPEGImages: give "
-            "data_dir, one of them or the folder they are in"
+            "data_dir, one of them or the folder they are in; Pascal VOC is at http://host.robots.ox.ac.uk/pascal/VOC, "
+            "and torchvision.datasets.VOCDetection(..., download=True) fetches it"
         )
     return found
 
