@@ -486,6 +486,39 @@ def test_rounding_is_no_fault_and_dropout_is_off(last):
     trial.try_change(piece, "a step", ["0"], change=change, expect=lambda *_: None)
 
 
+class Enlarging(nn.Module):
+    """Returns the rounding of what it gets, as BatchNorm does of equal samples."""
+
+    def forward(self, features):
+        return (features * 1e16).sin()
+
+
+def test_where_rounding_decides_only_shapes_are_compared():
+    network = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4), Enlarging())
+
+    def reorder(changed, _):
+        order = torch.randperm(16)
+        changed[0].weight.data, changed[0].bias.data = changed[0].weight[order], changed[0].bias[order]
+        changed[1].weight.data = changed[1].weight[:, order]
+
+    piece = Workpiece(network, torch.randn(3, 8))
+    trial.try_change(piece, "a step", ["0"], change=reorder, expect=lambda *_: None)
+    assert any("for every rounding of its inputs: only their shapes were compared" in note for note in piece.notes)
+
+
+def test_samples_that_train_mode_needs_beside_are_others():
+    for part, other in (
+        (torch.randn(1, 3, 2, 2), lambda part: part.flip([1, 2, 3])),
+        (torch.arange(6).view(1, 6), lambda part: part.flip(1)),
+        (torch.tensor([[True, False]]), lambda part: part),
+        (torch.tensor([5]), lambda part: part),
+    ):
+        assert torch.equal(trial._with_others(part), torch.cat([part, other(part)]))
+    first, second = trial._with_others(torch.zeros(1, 3, 2, 2))
+    assert (first != second).all()
+    assert torch.equal(trial._with_others(torch.tensor(2.0)), torch.tensor(2.0))
+
+
 def test_a_network_is_taken_back_only_if_something_is_raised():
     network = nn.Sequential(nn.LSTM(3, 4), nn.Linear(4, 2))
     before = state_of(network)
