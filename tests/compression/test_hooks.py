@@ -1,6 +1,7 @@
 """Hooks stay where a step replaces the layer that they are on."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from distill_lightning import FEEDModule, InputError, SmallCNN
 from distill_lightning.compression import Compressor, LowRank, PruneUnits, TieLayers
+from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.shrink.attention import Attention, convert_attention
 from distill_lightning.compression.structure.changes import rebuild_structure, structure_of
 
@@ -93,6 +95,45 @@ def test_a_network_that_is_rebuilt_keeps_those_of_its_constructor():
     fresh = rebuild_structure(Shifted(), structure_of(network))
     fresh.load_state_dict(network.state_dict())
     assert torch.equal(fresh(inputs), network(inputs))
+
+
+class Large:
+    """What a network must not be copied with."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("copied")
+
+    def note(self, *given):
+        self.seen.append([part for part in given if not isinstance(part, (torch.Tensor, tuple))])
+
+
+class Counting(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.calls = 0
+        self.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.calls += 1
+
+
+def test_what_their_methods_belong_to_is_copied_with_its_own_network_only():
+    network, owner = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), Counting(), nn.Linear(4, 2)), Large()
+    network[1].register_forward_hook(owner.note)
+    network[1].register_forward_pre_hook(partial(owner.note, "before"))
+    network[1].register_load_state_dict_post_hook(owner.note)
+    copied = copy_network(network)
+    copied(torch.randn(2, 3))
+    assert owner.seen == [["before", copied[1]], [copied[1]]]
+    assert (network[2].calls, copied[2].calls) == (0, 1)
+    apply(network, PruneUnits(unit="channel", amount=0.5), torch.randn(2, 3))
+    assert network[0].out_features == 2
+    owner.seen.clear()
+    network(torch.randn(2, 3))
+    assert owner.seen == [["before", network[1]], [network[1]]]
 
 
 def test_those_of_a_state_dict_are_refused_or_left_alone():

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.access.parameters import cuda_devices
 from distill_lightning.compression.shrink.layer_rules import has_rule, layer_rule
 from distill_lightning.compression.shrink.ledger import Ledger
@@ -81,7 +82,7 @@ def follow(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Depend
             outputs = _outputs(network(*inputs))
         if _idle(network, ledger):
             # Some layers run in training only. On a copy, with its own statistics, and with enough samples for them.
-            twin, twice = copy.deepcopy(network).train(), _twice(inputs)
+            twin, twice = copy_network(network).train(), _twice(inputs)
             ledger.attach(twin)
             ledger.record([part for part in parts(twice) if isinstance(part, Tensor)], None)
             with torch.random.fork_rng(devices=cuda_devices(network)), torch.no_grad(), watch.watching(twin):
