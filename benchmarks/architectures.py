@@ -2,21 +2,28 @@
 
     python -m benchmarks.architectures
 
-writes ``benchmarks/results/architectures.json`` and ``architectures.md``. Networks of torchvision, timm and
-transformers without weights lose half of the channels (of CNNs) or of the heads and neurons (of Transformers), as far
-as these can be removed, with `PruneUnits` and beside it with Torch-Pruning's ``MagnitudePruner``. Each runs in a
-process of its own, which is ended after ``--limit`` seconds of processor time. Ours *works* if something was removed
-and the outputs are those of the network with the same weights at zero, to 1e-5 of the largest. Torch-Pruning has no
-masks to compare with, so there it is enough that something was removed and the outputs have the same shape.
+writes ``benchmarks/results/architectures.json`` and ``architectures.md``. It needs torchvision, timm, transformers and
+torch-pruning; their networks, without weights, lose half of the channels (of CNNs) or of the heads and neurons (of
+Transformers), as far as these can be removed, with `PruneUnits` and beside it with Torch-Pruning's
+``MagnitudePruner``. Each runs with each in a process of its own, which is ended after ``--limit`` seconds of processor
+time. What both do with a network is one of:
 
-What has run is kept in ``--runs``; ``--again refused crashed`` runs those that ended so once more. ``--small`` tries
-few and small networks.
+- works: something was removed, and the outputs are those of the network with the same weights at zero, to 1e-5 of the
+  largest
+- silent change: something was removed, and the outputs are others
+- other shape: so are their shapes
+- removes nothing
+- refused: with the reason (ours only)
+- crashed: with the error
+- over the limit
+
+What has run is kept in ``--runs``, so the same command goes on where it was stopped; ``--again refused crashed`` runs
+those that ended so once more. ``--small`` tries few and small networks.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
 import json
 import math
@@ -24,7 +31,7 @@ import multiprocessing
 import resource
 import shlex
 import signal
-import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,110 +39,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks.networks import CLASSES, NAMES, build
-from distill_lightning.compression.costs.macs import count_macs
-from distill_lightning.compression.costs.parameters import count_parameters
-from distill_lightning.compression.run.compressor import Compressor
-from distill_lightning.compression.steps import units
-from distill_lightning.compression.steps.prune_units import PruneUnits
-from distill_lightning.compression.steps.workpiece import Workpiece
-from distill_lightning.errors import InputError
+from benchmarks.networks import NAMES
+from benchmarks.pruned import AMOUNT, RAN, SILENT, WORKS, Row, prune, prune_with_torch_pruning
 from distill_lightning.pages import machine, markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("ours", "torch_pruning")
 SMALL = ["torchvision squeezenet1_1", "timm test_resnet", "transformers bert"]
-AMOUNT = 0.5
-EQUAL = 1e-5
-Row = dict[str, Any]
-
-
-def prune(name: str) -> Row:
-    """Remove half of a network's units with `PruneUnits`, and compare with the same units masked."""
-    network, inputs = build(name)
-    begin = time.process_time()
-    step = PruneUnits(unit="channel", amount=AMOUNT, scope="layer")
-    small = copy.deepcopy(network)
-    try:
-        Compressor(small, [step], inputs).apply()
-    except InputError as error:
-        return {"status": "refused", "why": str(error), "seconds": time.process_time() - begin}
-    seconds = time.process_time() - begin
-    masked = _masked(network, inputs)
-    difference = _difference(masked, small, inputs)
-    if difference > EQUAL:
-        # In single precision a deep network's rounding may be more than that.
-        precise = tuple(value.double() if value.is_floating_point() else value for value in inputs)
-        difference = _difference(masked.double(), copy.deepcopy(small).double(), precise)
-    row = {"status": "works" if difference <= EQUAL else "differs", "difference": difference, "seconds": seconds}
-    return row | _left(network, small, inputs)
-
-
-def _masked(network: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
-    """A copy of the network with the units at zero that `PruneUnits` removes."""
-    masked = copy.deepcopy(network)
-    piece = Workpiece(masked, inputs)
-    families = units.find_families(piece, "channel", targets=None, exclude=())
-    scores = units.score_units(piece, families, "magnitude")
-    kept = units.choose_units(families, scores, AMOUNT, scope="layer", relative=True)
-    with torch.no_grad():
-        for path, mask in units.unit_masks(masked, families, kept).kept.items():
-            masked.get_parameter(path).masked_fill_(~mask, 0)
-    return masked
-
-
-@torch.no_grad()
-def _difference(one: nn.Module, other: nn.Module, inputs: tuple[Tensor, ...]) -> float:
-    """The largest difference of two networks' outputs, as a part of the largest output."""
-    first, second = _output(one.eval()(*inputs)), _output(other.eval()(*inputs))
-    if first.shape != second.shape:
-        return float("inf")
-    largest = float((first - second).abs().max() / first.abs().max())
-    return largest if largest == largest else float("inf")  # noqa: PLR0124  # not a number
-
-
-def _output(output: Any) -> Tensor:
-    """The first tensor that a network returns."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values() if isinstance(output, Mapping) else output))
-    return output
-
-
-def _left(network: nn.Module, small: nn.Module, inputs: tuple[Tensor, ...]) -> Row:
-    """The shares of the parameters and multiply-accumulates that are left."""
-    parameters, macs = (
-        [of(one) for one in (small, network)]
-        for of in (lambda n: count_parameters(n).stored, lambda n: count_macs(n, inputs).dense)
-    )
-    return {"parameters": parameters[0] / parameters[1], "macs": macs[0] / macs[1]}
-
-
-def prune_with_torch_pruning(name: str) -> Row:
-    """Remove half of a network's channels with Torch-Pruning, but none of the classifier's outputs."""
-    network, inputs = build(name)
-    library = importlib.import_module("torch_pruning")
-    begin = time.process_time()
-    small = copy.deepcopy(network)
-    ends = [layer for layer in small.modules() if _channels(layer) == CLASSES]
-    pruner = library.pruner.MagnitudePruner(
-        small, inputs if len(inputs) > 1 else inputs[0], importance=library.importance.MagnitudeImportance(p=2),
-        pruning_ratio=AMOUNT, ignored_layers=ends,
-    )  # fmt: skip
-    pruner.step()
-    with torch.no_grad():
-        one, other = _output(network(*inputs)), _output(small.eval()(*inputs))
-    row = _left(network, small, inputs) | {"seconds": time.process_time() - begin}
-    if one.shape != other.shape:
-        return {"status": "differs", "why": f"outputs of shape {tuple(other.shape)}"} | row
-    return {"status": "works" if row["parameters"] < 1 else "removes nothing"} | row
-
-
-def _channels(layer: nn.Module) -> Any:
-    return getattr(layer, "out_features", getattr(layer, "out_channels", None))
-
-
+# Leaves over a point more of the parameters than the other.
+POINT = 0.01
 _WAYS = {"ours": prune, "torch_pruning": prune_with_torch_pruning}
 
 
@@ -198,35 +111,98 @@ def markdown(content: Mapping[str, Any]) -> str:
             shares = [f"{row[key]:.2f}" if key in row else "" for key in ("parameters", "macs")]
             cells += [row["status"], *shares, f"{row['seconds']:.1f}" if "seconds" in row else ""]
         rows.append(cells)
-    refused = [f"- {name}: {found['ours']['why']}" for name, found in results.items() if "why" in found["ours"]]
+    ours, theirs = LIBRARIES
+    lists = {
+        "What Torch-Pruning does and ours does not": [
+            f"{name}: {found[theirs]['status']}, {found[theirs]['parameters']:.2f} of the parameters left"
+            for name, found in results.items()
+            if _ran(found[theirs]) and found[ours]["status"] != WORKS
+        ],
+        "Where ours leaves over a point more of the parameters": [
+            f"{name}: {found[ours]['parameters']:.2f}, Torch-Pruning {found[theirs]['parameters']:.2f}"
+            for name, found in both(results).items()
+            if leaves_more(found, ours, theirs)
+        ],
+        **{
+            f"What {whose} does not do, and why": [
+                f"{name}: {textwrap.shorten(found[library]['why'], 300, placeholder=' ...')}"
+                for name, found in results.items()
+                if "why" in found[library]
+            ]
+            for library, whose in zip(LIBRARIES, ("ours", "Torch-Pruning"), strict=True)
+        },
+    }
     return "\n\n".join([
         "# Half of the channels of many networks",
         about,
         markdown_table(summary(results)).strip(),
-        "Shares of parameters and multiply-accumulates that are left. Ours works if the outputs are those of the "
-        "network with the same weights at zero; of Torch-Pruning only the outputs' shape is asked.",
+        "Shares of parameters and multiply-accumulates that are left. Works: the outputs are those of the network with "
+        "the same weights at zero, to 1e-5 of the largest; silent change: they are others, of the same shape. "
+        "Torch-Pruning normalises over the features that are left, which is meant to be another function.",
         markdown_table(rows).strip(),
-        *(["## What ours does not do, and why", "\n".join(refused)] if refused else []),
+        *(f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) for title, lines in lists.items() if lines),
     ]) + "\n"  # fmt: skip
 
 
 def summary(results: Mapping[str, Mapping[str, Row]]) -> list[list[str]]:
-    """How many networks ended how, and how much both leave where both work."""
+    """How many networks ended how, and how much both leave where both remove something."""
     counts = {library: Counter(found[library]["status"] for found in results.values()) for library in LIBRARIES}
-    both = [found for found in results.values() if all(found[library]["status"] == "works" for library in LIBRARIES)]
-    statuses = dict.fromkeys(["works", *counts["ours"], *counts["torch_pruning"]])
+    statuses = dict.fromkeys([WORKS, SILENT, *counts["ours"], *counts["torch_pruning"]])
+    listed = {name: found for name, found in results.items() if not name.startswith("transformers ")}
+    pairs, shared = (LIBRARIES, LIBRARIES[::-1]), both(results).values()
     rows = [["", "ours", "Torch-Pruning"]]
     rows += [[status, *(str(counts[library][status]) for library in LIBRARIES)] for status in statuses]
-    more = [
-        str(sum(found[one]["parameters"] > found[other]["parameters"] + 0.01 for found in both))
-        for one, other in (LIBRARIES, LIBRARIES[::-1])
-    ]
-    rows.append([f"leaves over a point more parameters, of {len(both)} where both work", *more])
-    alone = [
-        str(sum(found[one]["status"] == "works" != found[other]["status"] for found in results.values()))
-        for one, other in (LIBRARIES, LIBRARIES[::-1])
-    ]
-    return [*rows, ["works, and the other does not", *alone]]
+    for title, counted in (
+        (
+            f"works, of the {len(listed)} of torchvision and timm",
+            [sum(found[library]["status"] == WORKS for found in listed.values()) for library in LIBRARIES],
+        ),
+        (
+            f"leaves over a point more parameters, of {len(shared)} where ours works and Torch-Pruning runs",
+            [sum(leaves_more(found, *pair) for found in shared) for pair in pairs],
+        ),
+        (
+            "works, and the other does not even run",
+            [
+                sum(found[one]["status"] == WORKS and not _ran(found[other]) for found in results.values())
+                for one, other in pairs
+            ],
+        ),
+    ):
+        rows.append([title, *map(str, counted)])
+    return rows
+
+
+def both(results: Mapping[str, Mapping[str, Row]]) -> dict[str, Mapping[str, Row]]:
+    """The networks with which ours works, and with which Torch-Pruning removes something and runs."""
+    return {
+        name: found
+        for name, found in results.items()
+        if found["ours"]["status"] == WORKS and _ran(found["torch_pruning"])
+    }
+
+
+def leaves_more(found: Mapping[str, Row], one: str, other: str) -> bool:
+    """Whether one library leaves over a point more of the parameters than the other."""
+    more: bool = found[one]["parameters"] > found[other]["parameters"] + POINT
+    return more
+
+
+def _ran(row: Row) -> bool:
+    return row["status"] in RAN
+
+
+def command(given: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """How this was run, without the folders, which are of this machine."""
+    told = ["python", "-m", "benchmarks.architectures"]
+    for name, value in vars(given).items():
+        if name in ("output", "runs") or value == parser.get_default(name):
+            continue
+        told += [
+            f"--{name}",
+            *([] if value is True else map(str, value) if isinstance(value, list) else [f"{value:g}"]),
+        ]
+    return shlex.join(told)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -239,11 +215,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         What is written as JSON.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=NAMES, help="names of networks, as in the table")
+    parser.add_argument("--only", nargs="+", default=NAMES, help="names of networks, as in the table: 'timm resnet18'")
     parser.add_argument(
         "--libraries", nargs="*", choices=LIBRARIES, default=LIBRARIES, help="which run what is missing"
     )
-    parser.add_argument("--limit", type=float, default=20, help="seconds for a network and library")
+    parser.add_argument("--limit", type=float, default=20, help="seconds of processor time for a network and library")
     parser.add_argument("--again", nargs="+", default=[], metavar="STATUS", help="run those that ended so once more")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of architectures.json and .md")
     parser.add_argument("--runs", type=Path, default=Path("results/architectures"), help="folder of finished runs")
@@ -262,10 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         }
         for name in (SMALL if given.small else given.only)
     }  # fmt: skip
-    told = sys.argv[1:] if arguments is None else arguments
     content: dict[str, Any] = {
         "about": {
-            "command": f"python -m benchmarks.architectures {shlex.join(told)}".strip(),
+            "command": command(given, parser),
             "date": time.strftime("%Y-%m-%d"),
             **machine("torchvision", "timm", "transformers", "torch-pruning"),
             "amount": AMOUNT,

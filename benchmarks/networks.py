@@ -38,7 +38,8 @@ TIMM = _names("""
     test_byobnet test_convnext test_nfnet
 """)
 
-_SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+# Four times as many neurons as features, as in the published ones.
+_SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
 _IMAGES = {"image_size": 32, "patch_size": 8}
 _WORDS = {"vocab_size": 99, "max_position_embeddings": 64}
 _STAGES = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 48, 64]}
@@ -59,15 +60,15 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta": ("RobertaForSequenceClassification", _SIZES | _WORDS),
     "electra": ("ElectraForSequenceClassification", _SIZES | _WORDS | {"embedding_size": 32}),
     "distilbert": ("DistilBertForSequenceClassification", {
-        "vocab_size": 99, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4,
+        "vocab_size": 99, "dim": 64, "hidden_dim": 256, "n_layers": 2, "n_heads": 4,
     }),
     "gpt2": ("GPT2LMHeadModel", {"vocab_size": 99, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "opt": ("OPTForCausalLM", {
-        "vocab_size": 99, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        "vocab_size": 99, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 64,
     }),
     "t5": ("T5EncoderModel", {
-        "vocab_size": 99, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4,
+        "vocab_size": 99, "d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 2, "num_heads": 4,
     }),
     "llama": ("LlamaForCausalLM", _SIZES | _WORDS | {"num_key_value_heads": 2}),
     "qwen2": ("Qwen2ForCausalLM", _SIZES | _WORDS | {"num_key_value_heads": 2}),
