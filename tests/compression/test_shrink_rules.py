@@ -190,6 +190,12 @@ GO = {
             "one": nn.Linear(6, 8), "two": nn.Linear(8, 3), "token": parameter(1, 1, 8), "place": parameter(1, 6, 8),
         }, STEPS, {"token": (1, 1, 4), "place": (1, 6, 4), "one.weight": (4, 6)},
     ),
+    "embeddings that are added to channels": (
+        lambda n, x: n.two(n.norm(n.words(x.argmax(-1)) + n.one(n.alone(x.argmin(-1))))), {
+            "words": nn.Embedding(6, 8), "alone": nn.Embedding(6, 6), "one": nn.Linear(6, 8), "norm": nn.LayerNorm(8),
+            "two": nn.Linear(8, 3),
+        }, STEPS, {"words.weight": (6, 4), "alone.weight": (6, 6), "one.weight": (4, 6), "two.weight": (3, 4)},
+    ),
     "halves that gate each other": (
         lambda n, x: n.two(F.glu(n.one(x), 1)), {**TWO, "two": conv(4, 3)}, IMAGES,
         {"one.weight": (4, 3, 3, 3), "two.weight": (3, 2, 3, 3)},
@@ -252,6 +258,10 @@ STAY = {
     "written into": (lambda n, x: n.two(written(n.one(x))), r"go through __setitem__\(\)"),
     "in pieces of a written size": (lambda n, x: n.two(torch.cat(n.one(x).split(4, 1), 1)), r"go through split\(\)"),
     "read outside of its layer": (lambda n, x: n.two(n.one(x)) + n.one.weight.mean(), "reads the weights of one"),
+    "standardised weights": (
+        lambda n, x: n.two(F.conv2d(x, n.one.weight - n.one.weight.mean(1, keepdim=True), n.one.bias, padding=1)),
+        "something else than the layer reads its weights",
+    ),
     "with the layer's weight, but not its bias": (
         lambda n, x: n.two(F.conv2d(x, n.one.weight, padding=1) + n.one(x) * n.one.bias.exp().view(1, -1, 1, 1)),
         "reads the weights of one|fixed size",

@@ -13,6 +13,7 @@ depthwise convolution  ``"channels"``  its groups, with their one channel of the
 BatchNorm and others   ``"channels"``  its channels
 GroupNorm              ``"groups"``    its groups
 LayerNorm              ``"features"``  its features: see `CountedLayerNorm`
+`Embedding`            ``"columns"``   its features, which leave with channels that they are added to
 RNN, LSTM, GRU         ``"in"``        features of its input
 RNN, LSTM, GRU         ``"units"``     hidden units: of layer 0 forward, then 0 backward, 1 forward ...
 `Attention`            ``"heads"``     heads
@@ -162,6 +163,10 @@ def _features(layer: Any) -> list[Slice]:
     return [Slice("weight", 0, torch.arange(features)), Slice("bias", 0, torch.arange(features))]
 
 
+def _columns(layer: Any) -> list[Slice]:
+    return [Slice("weight", 1, torch.arange(layer.embedding_dim))]
+
+
 def _norm(layer: Any) -> list[Slice]:
     positions = torch.arange(layer.num_features)
     return [Slice(name, 0, positions) for name in ("weight", "bias", "running_mean", "running_var")]
@@ -226,6 +231,7 @@ _AXES: list[tuple[Any, dict[str, Callable[[Any], list[Slice]]]]] = [
     (Conv, {"out": _out, "in": _in, "channels": _grouped}),
     (ConvTransposed, {"out": _transposed_out, "in": _transposed_in}),
     (nn.Linear, {"out": _out, "in": _in}),
+    (nn.Embedding, {"columns": _columns}),
     (_NormBase, {"channels": _norm}),
     (nn.GroupNorm, {"groups": _group_norm}),
     ((nn.LayerNorm, CountedLayerNorm), {"features": _features}),

@@ -18,7 +18,8 @@ def channel_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -
     """Find the channels that can be removed from a network, in groups that lie along the same axes.
 
     A group contains the layers that make its channels (convolutions and linear layers; several if a shortcut adds their
-    outputs), the norms and depthwise convolutions that they pass through, and the layers that read them. Some channels
+    outputs), the embeddings that are added to these, the norms and depthwise convolutions that they pass through, and
+    the layers that read them. Some channels
     leave only together: those at one place of every group of a grouped convolution, those of a group of a group norm,
     those of equal halves, or those of a head. Layer normalisation of fewer features counts the others as zeros, see
     `CountedLayerNorm`. Never in a group are the network's outputs, so its last layer keeps them; channels that
@@ -58,7 +59,8 @@ def channel_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -
 def fixed_channels(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> dict[str, str]:
     """Why layers keep all of their channels, by path; layers whose channels can be removed are left out."""
     found = follow(network, example_inputs)
-    return {
+    apart = "something else than the layer reads its weights: weight standardisation, for example"
+    return dict.fromkeys(found.apart, apart) | {
         path: f"its channels stay: {reason}"
         for path, axis in found.made
         if axis == "out"

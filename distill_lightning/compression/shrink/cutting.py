@@ -104,6 +104,7 @@ def _one(name: str) -> Callable[[Any, str, int], None]:
 _SIZES: list[tuple[Any, Callable[[Any, str, int], None]]] = [
     ((*Conv, *ConvTransposed), _conv),
     (nn.Linear, lambda layer, axis, count: setattr(layer, f"{axis}_features", count)),
+    (nn.Embedding, _one("embedding_dim")),
     (_NormBase, _one("num_features")),
     (nn.GroupNorm, _group_norm),
     (CountedLayerNorm, _one("features")),

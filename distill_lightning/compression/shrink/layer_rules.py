@@ -67,6 +67,10 @@ def _transposed(ledger: Ledger, call: Call, path: str, conv: Any) -> Layout | No
     return _conv(ledger, call, path, conv)
 
 
+def _embedding(ledger: Ledger, call: Call, path: str, layer: nn.Embedding) -> Layout:
+    return spread(ledger.make(path, "columns", layer.embedding_dim), call.value, -1, zero=True)
+
+
 def _norm(ledger: Ledger, call: Call, path: str, norm: Any) -> Layout:
     numbers = ledger.read(call, 1, norm.num_features)
     ledger.bind(path, "channels", numbers)
@@ -133,6 +137,7 @@ _RULES: list[tuple[Any, set[str], Rule]] = [
     (nn.Linear, {"linear"}, _linear),
     (Conv, _CONV, _conv),
     (ConvTransposed, {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}, _transposed),
+    (nn.Embedding, {"embedding"}, _embedding),
     (_NormBase, {"batch_norm", "instance_norm"}, _norm),
     (nn.PReLU, {"prelu"}, _prelu),
     (nn.GroupNorm, {"group_norm"}, _group_norm),

@@ -28,6 +28,7 @@ _SIZES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("convolution", Conv, ("in_channels", "out_channels", "groups")),
     ("transposed", ConvTransposed, ("in_channels", "out_channels")),
     ("linear", nn.Linear, ("in_features", "out_features")),
+    ("embedding", nn.Embedding, ("embedding_dim",)),
     ("norm", _NormBase, ("num_features",)),
     ("group_norm", nn.GroupNorm, ("num_channels", "num_groups")),
     ("counted_norm", CountedLayerNorm, ("features", "counted")),
@@ -153,6 +154,7 @@ _SHAPES: list[tuple[Any, Callable[[Any], dict[str, tuple[int, ...]]]]] = [
         "bias": (layer.out_channels,),
     }),
     (nn.Linear, lambda layer: {"weight": (layer.out_features, layer.in_features), "bias": (layer.out_features,)}),
+    (nn.Embedding, lambda layer: {"weight": (layer.num_embeddings, layer.embedding_dim)}),
     (_NormBase, lambda layer: dict.fromkeys(
         ("weight", "bias", "running_mean", "running_var"), (layer.num_features,)
     )),

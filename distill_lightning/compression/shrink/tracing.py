@@ -50,11 +50,13 @@ class Dependencies:
         bindings: the channels along each axis of each layer, by path and axis; equal numbers are the same channel.
         made: the bindings whose layers make the channels, in the order of the forward pass.
         fixed: the channels that are never removed, with the reason.
+        apart: paths of the layers whose weights are read by something else than the layer's own operation.
     """
 
     bindings: dict[tuple[str, str], list[int]]
     made: list[tuple[str, str]]
     fixed: dict[int, str]
+    apart: frozenset[str] = frozenset()
 
     @cached_property
     def places(self) -> dict[int, set[tuple[str, str]]]:
@@ -98,7 +100,7 @@ def follow(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Depend
     ledger.fix_shared()
     channels = ledger.channels
     bindings = {place: channels.roots(numbers) for place, numbers in ledger.bindings.items()}
-    return Dependencies(bindings, ledger.made, channels.fixed_roots())
+    return Dependencies(bindings, ledger.made, channels.fixed_roots(), frozenset(ledger.read_directly))
 
 
 def _idle(network: nn.Module, ledger: Ledger) -> list[str]:
