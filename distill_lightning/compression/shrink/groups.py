@@ -87,6 +87,18 @@ class Group:
             raise InputError(f"{self!r} has no score: give values by parameter name, for example {self.name}.weight")
         return total
 
+    def parameter_names(self, network: nn.Module) -> list[str]:
+        """Names of the parameters that lose entries with the units, in ``network.named_parameters()``."""
+        found: dict[str, None] = {}
+        for member in self.members:
+            layer = layer_at(network, member.path)
+            own = dict(layer.named_parameters())
+            found |= {
+                join_path(member.path, part.tensor): None
+                for part in slices(layer, member.axis) if part.tensor in own
+            }  # fmt: skip
+        return list(found)
+
     def masks(self, network: nn.Module, keep: Keep) -> dict[str, Tensor]:
         """The weights that would be removed, as masks; nothing is removed.
 
