@@ -284,6 +284,13 @@ def test_they_stay_with_the_reason(name):
     assert re.search(reason, found), found
 
 
+@pytest.mark.slow
+def test_linear_layers_of_gpt2():
+    layer = pytest.importorskip("transformers").pytorch_utils.Conv1D
+    network = Net(lambda n, x: n.two(F.gelu(n.one(x))), one=layer(8, 6), two=layer(3, 8))
+    check(network, STEPS, {"one.weight": (6, 4), "one.bias": (4,), "two.weight": (4, 3), "two.bias": (3,)})
+
+
 def test_layers_that_run_in_training_only_are_followed_too():
     def run(net, images):
         hidden = net.one(images)

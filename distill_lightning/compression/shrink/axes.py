@@ -7,6 +7,7 @@ layer                  axis            positions
 =====================  ==============  ==========================================================
 convolution, `Linear`  ``"out"``       output channels
 convolution, `Linear`  ``"in"``        input channels
+`TurnedLinear`         the same        the same
 grouped convolution    ``"out"``       output channels of a group, the same ones of every group
 grouped convolution    ``"in"``        input channels of a group, likewise
 depthwise convolution  ``"channels"``  its groups, with their one channel of the input or of the output
@@ -24,6 +25,7 @@ any other module       ``"scale.0"``   the entries of its parameter ``scale`` al
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +41,19 @@ from distill_lightning.errors import InputError
 Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ConvTransposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _HERE = __name__.rpartition(".")[0]
+
+
+class TurnedLinear(ABC):  # noqa: B024  # for isinstance() alone
+    """The class of ``transformers.pytorch_utils.Conv1D``, GPT-2's linear layers, whether or not that is installed.
+
+    Its weight is ``(nx, nf)``, that of `nn.Linear` turned round.
+    """
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return any((k.__module__, k.__name__) == ("transformers.pytorch_utils", "Conv1D") for k in other.__mro__)
+
+
 TransformerLayer = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
@@ -96,6 +111,8 @@ def own_parameters(module: nn.Module) -> list[str]:
     known = [kind for kind in type(module).__mro__ if kind.__module__.startswith(("torch.", _HERE))]
     if any(kind not in _CONTAINERS for kind in known) or parametrize.is_parametrized(module):
         return []
+    if isinstance(module, TurnedLinear):
+        return []
     return [name for name, _ in module.named_parameters(recurse=False)]
 
 
@@ -133,6 +150,15 @@ def _in(layer: Any) -> list[Slice]:
 def _ungrouped(layer: Any) -> None:
     if getattr(layer, "groups", 1) != 1:
         raise InputError(f"a convolution of {layer.groups} groups cannot lose single channels: leave it out")
+
+
+def _turned_out(layer: Any) -> list[Slice]:
+    positions = torch.arange(layer.nf)
+    return [Slice("weight", 1, positions), Slice("bias", 0, positions)]
+
+
+def _turned_in(layer: Any) -> list[Slice]:
+    return [Slice("weight", 0, torch.arange(layer.nx))]
 
 
 def _transposed_out(layer: Any) -> list[Slice]:
@@ -231,6 +257,7 @@ _AXES: list[tuple[Any, dict[str, Callable[[Any], list[Slice]]]]] = [
     (Conv, {"out": _out, "in": _in, "channels": _grouped}),
     (ConvTransposed, {"out": _transposed_out, "in": _transposed_in}),
     (nn.Linear, {"out": _out, "in": _in}),
+    (TurnedLinear, {"out": _turned_out, "in": _turned_in}),
     (nn.Embedding, {"columns": _columns}),
     (_NormBase, {"channels": _norm}),
     (nn.GroupNorm, {"groups": _group_norm}),

@@ -10,7 +10,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from distill_lightning.compression.shrink.attention import Attention
-from distill_lightning.compression.shrink.axes import Conv, ConvTransposed, TransformerLayer, blocks, length, slices
+from distill_lightning.compression.shrink.axes import (
+    Conv,
+    ConvTransposed,
+    TransformerLayer,
+    TurnedLinear,
+    blocks,
+    length,
+    slices,
+)
 from distill_lightning.compression.shrink.norms import CountedLayerNorm
 from distill_lightning.errors import InputError
 
@@ -104,6 +112,7 @@ def _one(name: str) -> Callable[[Any, str, int], None]:
 _SIZES: list[tuple[Any, Callable[[Any, str, int], None]]] = [
     ((*Conv, *ConvTransposed), _conv),
     (nn.Linear, lambda layer, axis, count: setattr(layer, f"{axis}_features", count)),
+    (TurnedLinear, lambda layer, axis, count: setattr(layer, {"out": "nf", "in": "nx"}[axis], count)),
     (nn.Embedding, _one("embedding_dim")),
     (_NormBase, _one("num_features")),
     (nn.GroupNorm, _group_norm),

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from distill_lightning.compression.shrink.axes import Conv, ConvTransposed, blocks, is_by_group
+from distill_lightning.compression.shrink.axes import Conv, ConvTransposed, TurnedLinear, blocks, is_by_group, length
 from distill_lightning.compression.shrink.ledger import Ledger
 from distill_lightning.compression.shrink.norms import CountedLayerNorm, counted_dim
 from distill_lightning.compression.shrink.numbers import Layout, parts, spread
@@ -36,15 +36,15 @@ def _each(kinds: Any) -> tuple[Any, ...]:
     return kinds if isinstance(kinds, tuple) else (kinds,)
 
 
-def _linear(ledger: Ledger, call: Call, path: str, layer: nn.Linear) -> Layout:
+def _linear(ledger: Ledger, call: Call, path: str, layer: Any) -> Layout:
     before = ledger.layout(call.first)
     line = None if before is None else before.line()
     if before is not None and line is not None and before.dim != call.value.dim() - 1:
         # It mixes something else, tokens for example, each channel for itself; its own size stays beside them.
-        ledger.channels.fix(ledger.make(path, "out", layer.out_features), f"{path} lies across other channels")
+        ledger.channels.fix(ledger.make(path, "out", length(layer, "out")), f"{path} lies across other channels")
         return spread(line, call.value, before.dim, zero=before.zero and layer.bias is None)
-    ledger.bind(path, "in", ledger.read(call, -1, layer.in_features))
-    return spread(ledger.make(path, "out", layer.out_features), call.value, -1, zero=True)
+    ledger.bind(path, "in", ledger.read(call, -1, length(layer, "in")))
+    return spread(ledger.make(path, "out", length(layer, "out")), call.value, -1, zero=True)
 
 
 def _conv(ledger: Ledger, call: Call, path: str, conv: Any) -> Layout:
@@ -135,6 +135,7 @@ def _recurrent(ledger: Ledger, call: Call, path: str, rnn: nn.RNNBase) -> Any:
 _CONV = {"conv1d", "conv2d", "conv3d"}
 _RULES: list[tuple[Any, set[str], Rule]] = [
     (nn.Linear, {"linear"}, _linear),
+    (TurnedLinear, set(), _linear),
     (Conv, _CONV, _conv),
     (ConvTransposed, {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}, _transposed),
     (nn.Embedding, {"embedding"}, _embedding),

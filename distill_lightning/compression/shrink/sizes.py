@@ -17,7 +17,7 @@ from distill_lightning.compression.shrink.attention import (
     forbid_nested,
     rebuild_attention,
 )
-from distill_lightning.compression.shrink.axes import Conv, ConvTransposed, own_parameters
+from distill_lightning.compression.shrink.axes import Conv, ConvTransposed, TurnedLinear, own_parameters
 from distill_lightning.compression.shrink.norms import CountedLayerNorm, rebuild_norm
 from distill_lightning.errors import InputError
 
@@ -28,6 +28,7 @@ _SIZES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("convolution", Conv, ("in_channels", "out_channels", "groups")),
     ("transposed", ConvTransposed, ("in_channels", "out_channels")),
     ("linear", nn.Linear, ("in_features", "out_features")),
+    ("turned_linear", TurnedLinear, ("nx", "nf")),
     ("embedding", nn.Embedding, ("embedding_dim",)),
     ("norm", _NormBase, ("num_features",)),
     ("group_norm", nn.GroupNorm, ("num_channels", "num_groups")),
@@ -154,6 +155,7 @@ _SHAPES: list[tuple[Any, Callable[[Any], dict[str, tuple[int, ...]]]]] = [
         "bias": (layer.out_channels,),
     }),
     (nn.Linear, lambda layer: {"weight": (layer.out_features, layer.in_features), "bias": (layer.out_features,)}),
+    (TurnedLinear, lambda layer: {"weight": (layer.nx, layer.nf), "bias": (layer.nf,)}),
     (nn.Embedding, lambda layer: {"weight": (layer.num_embeddings, layer.embedding_dim)}),
     (_NormBase, lambda layer: dict.fromkeys(
         ("weight", "bias", "running_mean", "running_var"), (layer.num_features,)

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_lightning.compression.shrink.attention import Attention
+from distill_lightning.compression.shrink.axes import TurnedLinear
 from distill_lightning.compression.shrink.numbers import Count, parts
 
 _CONTAINERS = (Sequential, ModuleList, ModuleDict)
@@ -148,7 +149,7 @@ def is_one(module: nn.Module) -> bool:
     for kind in type(module).__mro__:
         if kind.__module__ == parametrize.__name__:
             continue  # a class made of the layer's own
-        if kind.__module__.startswith("torch.") or kind is Attention:
+        if kind.__module__.startswith("torch.") or kind is Attention or issubclass(kind, TurnedLinear):
             return True
         if vars(kind).keys() & {"forward", "_conv_forward"}:
             return False
