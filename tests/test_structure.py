@@ -78,7 +78,8 @@ ROOMS = {
         report
     """,
     "compression/access": """
-        copies hooks old_hooks parameters snapshots targets weights
+        hooks old_hooks parameters snapshots targets weights
+        copies
         calibration computed
         readings
         moments
@@ -119,8 +120,8 @@ ROOMS = {
     """,
     "compression/shrink": """
         attention norms numbers tying
-        axes watching
-        cutting sizes
+        axes
+        cutting sizes watching
         groups
         ledger torch_pruning transformer
         layer_rules moves products
