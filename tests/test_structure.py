@@ -77,8 +77,10 @@ ROOMS = {
         report
     """,
     "compression/access": """
-        copies hooks parameters targets weights
+        hooks old_hooks parameters snapshots targets weights
+        copies
         calibration computed
+        readings
         moments
     """,
     "compression/costs": """
@@ -90,7 +92,7 @@ ROOMS = {
         ranks
         layers
         convolutions recurrent
-        plans
+        plans products
         factoring
     """,
     "compression/file": """
@@ -116,18 +118,23 @@ ROOMS = {
         compressor preview
     """,
     "compression/shrink": """
-        attention tying
+        attention norms numbers tying
         axes
-        groups sizes
-        torch_pruning tracing transformer
+        cutting sizes watching
+        groups
+        ledger torch_pruning transformer
+        layer_rules moves products
+        operations
+        tracing
         channels
         recurrent
     """,
     "compression/steps": """
         mixed_precision schedules workpiece
-        sensitivity
+        sensitivity trial
         base weights
         coverage encode pruning tie_layers units
+        unit_trials
         low_rank prune_weights quantize share_weights unit_amounts
         learn_mask prune_units
         regularise

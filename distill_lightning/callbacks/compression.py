@@ -85,7 +85,8 @@ class CompressionCallback(pl.Callback):
 
     Raises:
         InputError: an option out of range or an order that makes no sense; when the fit starts: no ``max_epochs``, a
-            network or a Trainer that cannot be used, or a network that is compressed already.
+            network or a Trainer that cannot be used, or a network that is compressed already; when the first epoch
+            begins: a step that cannot change the network, see `Work.rehearse`.
     """
 
     def __init__(

@@ -54,6 +54,19 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bits: NaN equals itself then, and 0 differs from -0.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.layers import same_bits
+        >>> nan = torch.tensor([1.0, float("nan")])
+        >>> same_bits(nan, nan.clone()), torch.equal(nan, nan.clone())
+        (True, False)
+    """
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bytes(one), _bytes(other))
+
+
 def structure(network: nn.Module) -> str:
     """What a network does with its values: the layers and their options, a line each, by name.
 
@@ -108,8 +121,7 @@ def _add(digest: _Hash, name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         for number, part in enumerate(_plain_tensors(name, value)):
             digest.update(f"{number} {part.dtype} {tuple(part.shape)} ".encode())
-            # The view as bytes covers types that numpy lacks (bfloat16).
-            digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(_bytes(part).numpy().tobytes())
         digest.update(str(value.dtype).encode())
     elif isinstance(value, torch.ScriptObject):
         _add(digest, name, value.__getstate__())
@@ -122,6 +134,11 @@ def _add(digest: _Hash, name: str, value: Any) -> None:
         _add(digest, name, sorted(map(repr, value)))
     else:
         digest.update(_pickled(name, value))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The entries as bytes, which covers types that numpy lacks (bfloat16)."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _plain_tensors(name: str, tensor: Tensor) -> Iterator[Tensor]:

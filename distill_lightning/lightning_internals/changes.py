@@ -27,12 +27,17 @@ def refuse_reshaping(trainer: Any, name: str) -> None:
     """Refuse a training in which something holds on to the parameters that there were.
 
     Raises:
-        InputError: several processes, or a callback that averages.
+        InputError: several processes, a strategy for several, or a callback that averages.
     """
     if trainer.world_size > 1:
         raise InputError(
             f"step {name} gives the network other parameters, which several processes cannot agree on: train it in "
             "one (devices=1), or give it at='end'"
+        )
+    if isinstance(trainer.strategy, pl.strategies.ParallelStrategy):
+        raise InputError(
+            f"step {name} gives the network other parameters, and {type(trainer.strategy).__name__} holds on to those "
+            "of before, also on one device: leave strategy out, or give the step at='end'"
         )
     for callback in trainer.callbacks:
         if isinstance(callback, AVERAGING):

@@ -47,6 +47,7 @@ from distill_lightning.compression import (
     load_compressed,
 )
 from distill_lightning.errors import InputError
+from distill_lightning.lightning_internals import refuse_reshaping
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
 # A run can be resumed without the callbacks that have written its checkpoints.
@@ -615,6 +616,9 @@ def test_a_second_run_leaves_the_first_ones_network(tmp_path):
 
 def test_what_would_end_too_early_or_twice_is_refused():
     steps = STEPS["masks"]()
+    with pytest.raises(InputError, match=r"1 PruneUnits channel gives .*DDPStrategy holds on .*: leave strategy out"):
+        # A fit would leave the process in its group.
+        refuse_reshaping(tiny_trainer(strategy="ddp"), "1 PruneUnits channel")
     with pytest.raises(InputError, match="fast_dev_run ends before the steps .*limit_train_batches"):
         fit(baseline(steps, dense_epochs=1), fast_dev_run=True)
     with pytest.raises(InputError, match="max_steps=5 may end the training before the steps"):

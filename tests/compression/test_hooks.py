@@ -1,6 +1,7 @@
 """Hooks stay where a step replaces the layer that they are on."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from distill_lightning import FEEDModule, InputError, SmallCNN
 from distill_lightning.compression import Compressor, LowRank, PruneUnits, TieLayers
+from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.shrink.attention import Attention, convert_attention
 from distill_lightning.compression.structure.changes import rebuild_structure, structure_of
 
@@ -48,8 +50,8 @@ def test_factored_layers_keep_them_in_their_order_and_handles_remove_them(kind):
     network[0].register_full_backward_pre_hook(lambda *_: seen.append("back"))
     dense = copy.deepcopy(network)
     wanted = first(dense(inputs)).detach()
-    seen.clear()
     apply(network, LowRank(only_if_smaller=False, **options), inputs)
+    seen.clear()  # of trials
     assert type(network[0]) is not type(dense[0])
     output = first(network(inputs))
     torch.testing.assert_close(output.detach(), wanted, rtol=1e-5, atol=1e-5)
@@ -95,6 +97,45 @@ def test_a_network_that_is_rebuilt_keeps_those_of_its_constructor():
     assert torch.equal(fresh(inputs), network(inputs))
 
 
+class Large:
+    """What a network must not be copied with."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("copied")
+
+    def note(self, *given):
+        self.seen.append([part for part in given if not isinstance(part, (torch.Tensor, tuple))])
+
+
+class Counting(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.calls = 0
+        self.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.calls += 1
+
+
+def test_what_their_methods_belong_to_is_copied_with_its_own_network_only():
+    network, owner = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), Counting(), nn.Linear(4, 2)), Large()
+    network[1].register_forward_hook(owner.note)
+    network[1].register_forward_pre_hook(partial(owner.note, "before"))
+    network[1].register_load_state_dict_post_hook(owner.note)
+    copied = copy_network(network)
+    copied(torch.randn(2, 3))
+    assert owner.seen == [["before", copied[1]], [copied[1]]]
+    assert (network[2].calls, copied[2].calls) == (0, 1)
+    apply(network, PruneUnits(unit="channel", amount=0.5), torch.randn(2, 3))
+    assert network[0].out_features == 2
+    owner.seen.clear()
+    network(torch.randn(2, 3))
+    assert owner.seen == [["before", network[1]], [network[1]]]
+
+
 def test_those_of_a_state_dict_are_refused_or_left_alone():
     def build():
         network = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
@@ -108,6 +149,23 @@ def test_those_of_a_state_dict_are_refused_or_left_alone():
     compressor.apply()
     assert type(network[0]) is nn.Linear is not type(network[1])
     assert any("0: it has hooks of its state dict" in note for note in compressor.piece.notes)
+
+
+def test_a_norm_that_loses_features_keeps_them():
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+    network, inputs, seen = build(), torch.randn(2, 6), []
+    network[1].register_full_backward_hook(lambda *_: seen.append("back"))
+    apply(network, PruneUnits(unit="channel", amount=0.5), inputs)
+    assert network[1].features == 4
+    network(inputs).sum().backward()
+    assert seen == ["back"]
+    network = build()
+    network[1].register_state_dict_post_hook(lambda *_: None)
+    with pytest.raises(InputError, match="no channels that can be removed"):
+        apply(network, PruneUnits(unit="channel", amount=0.5), inputs)
 
 
 REFUSED = {

@@ -40,7 +40,8 @@ class Machine:
 
 
 def sizes(network):
-    return sum(parameter.numel() for parameter in network.parameters())
+    # By what the layers say: whatever reads its parameters' sizes while it runs keeps them.
+    return sum(layer.out_features * (layer.in_features + 1) for layer in network if isinstance(layer, nn.Linear))
 
 
 def left(network):
@@ -77,7 +78,8 @@ def test_the_networks_take_turns_and_both_are_warmed_up():
     network = machine.compressor(PruneUnits(budget="latency:0.5", unit="channel")).apply()
     dense = sizes(machine.build())
     turns = [pair for pair in zip(machine.calls, machine.calls[1:], strict=False) if pair[0] == dense != pair[1]]
-    assert len(turns) % 60 == 0
+    # The last two are the trial of what was found, in eval mode and in train mode.
+    assert len(turns) % 60 == 2
     assert len(turns) >= 120
     assert (dense, sizes(network)) in turns
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import statistics
 import zlib
 
@@ -19,7 +20,7 @@ from distill_lightning.compression.costs.latency import (
     compare_latency,
 )
 from distill_lightning.compression.costs.parameters import count_parameters
-from distill_lightning.compression.report.measure import measure_file
+from distill_lightning.compression.report.measure import largest_difference, measure_file, scale_of
 from distill_lightning.networks.weights import load_strictly, read_weights, write_weights
 from distill_lightning.testing import TinyNet
 
@@ -34,6 +35,27 @@ def test_parameters_are_counted_stored_and_nonzero_and_tied_ones_once():
     # weight 12, of which 4 zeros; two biases of 3; BatchNorm's weight 3 and zero bias 3
     assert count_parameters(network) == (12 + 6 + 6, 8 + 6 + 3)
     assert count_parameters(nn.ReLU()) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ([1, 2], [1, 4], 2),
+        ([math.nan, 1], [math.nan, 1.5], 0.5),
+        ([math.inf, -math.inf, 0], [math.inf, -math.inf, 0], 0),
+        ([math.nan], [1], math.inf),
+        ([math.inf], [-math.inf], math.inf),
+        ([], [], 0),
+    ],
+)
+def test_what_is_no_number_equals_itself_only(one, other, expected):
+    assert largest_difference(torch.tensor(one), torch.tensor(other)) == expected
+    assert largest_difference(torch.tensor(other), torch.tensor(one)) == expected
+
+
+def test_a_tolerance_is_relative_to_the_largest_number():
+    assert scale_of([torch.tensor([0.5, -3]), torch.tensor([math.inf, math.nan])]) == 3
+    assert scale_of([torch.tensor([0.5])]) == scale_of([]) == 1
 
 
 # files

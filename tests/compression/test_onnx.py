@@ -363,6 +363,10 @@ def test_wrong_calls_are_told_the_way_out(tmp_path):
         quantize_onnx(rnn, out, mode="dynamic", batches=[])
     with pytest.raises(InputError, match="there is no calibration batch"):
         quantize_onnx(conv, out, batches=[])
+    spoilt = torch.randn(2, 1, 8, 8)
+    spoilt[1, 0, 3, 4] = torch.nan
+    with pytest.raises(InputError, match=r"^quantize_onnx: input '\w+' of calibration batch 1 has values that are not"):
+        quantize_onnx(conv, out, batches=[torch.randn(2, 1, 8, 8), spoilt])
     with pytest.raises(InputError, match="takes 1 inputs, but a calibration batch has 2"):
         quantize_onnx(conv, out, batches=[(torch.randn(2, 1, 8, 8), torch.zeros(2))])
     with pytest.raises(InputError, match="mode must be one of static, dynamic, got 'qat'"):

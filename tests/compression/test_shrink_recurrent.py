@@ -272,7 +272,7 @@ def test_what_cannot_be_traced_is_one_line():
 
     network = Packed(nn.LSTM, final, num_layers=2, bidirectional=True)
     steps = torch.randn(2, 4, 5)
-    with pytest.raises(InputError, match="cannot be followed"):
+    with pytest.raises(InputError, match="no RNN, GRU or LSTM that can be shrunk"):
         unit_groups(network, steps)
 
 

@@ -41,8 +41,9 @@ NETWORKS = {
 }
 SLOW = {
     name: (lambda name=name: torchvision.models.get_model(name, num_classes=10), LARGE)
-    for name in ("densenet121", "regnet_y_400mf", "resnext50_32x4d", "convnext_tiny")
+    for name in ("densenet121", "efficientnet_b0", "regnet_y_400mf", "resnext50_32x4d", "convnext_tiny")
 }
+FEWER = ("regnet_y_400mf", "resnext50_32x4d", "convnext_tiny")  # it leaves grouped convolutions and layer norms alone
 every_network = pytest.mark.parametrize(
     "name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
@@ -84,7 +85,8 @@ def test_the_groups_are_ours_and_shrunk_is_masked(name):
     torch.manual_seed(0)
     network = alive(make())
     groups = channel_groups_by_torch_pruning(network, torch.randn(shape))
-    assert told(groups) == told(channel_groups(network, torch.randn(shape)))
+    ours = told(channel_groups(network, torch.randn(shape)))
+    assert all(group in ours for group in told(groups)) if name in FEWER else told(groups) == ours
     keep = half(groups)
     reference = masked(network, keep)
     assert shrink(network, keep) is network
@@ -173,7 +175,7 @@ def branching(net, images):
 def test_a_network_that_cannot_be_traced():
     network = Net(branching, one=nn.Conv2d(1, 6, 3), two=nn.Conv2d(6, 6, 3, padding=1), head=nn.Linear(6, 3)).eval()
     images = torch.randn(3, 1, 8, 8)
-    with pytest.raises(InputError, match="torch.fx"):
+    with pytest.raises(InputError, match="decides by numbers in the data"):
         channel_groups(network, images)
     (group,) = channel_groups_by_torch_pruning(network, images)
     assert repr(group) == "Group('one', 6 channels: one:out, two:out, two:in, head:in)"
@@ -272,24 +274,6 @@ def test_only_what_can_be_removed_is_in_a_group(name):
         output, expected = network(inputs), reference(inputs)
     for one, other in zip(*(o if isinstance(o, (tuple, list)) else [o] for o in (output, expected)), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_residual_blocks_behind_stochastic_depth_are_found_too():
-    """Ours does not know the operation and leaves these channels alone; they can go, as the masks show."""
-    torch.manual_seed(0)
-    network = alive(torchvision.models.efficientnet_b0(num_classes=10))
-    images = torch.randn(1, 3, 64, 64)
-    groups = channel_groups_by_torch_pruning(network, images)
-    ours = {group[0]: group for group in told(channel_groups(network, images))}
-    assert len(groups) == len(ours) + 5
-    assert all(ours[group[0]] == group for group in told(groups) if group[0] in ours)
-    keep = half(group for group in groups if group.name not in ours)
-    reference = masked(network, keep)
-    shrink(network, keep)
-    with torch.no_grad():
-        output, wanted = network(images), reference(images)
-    assert (output - wanted).norm() < 1e-4 * wanted.norm()
 
 
 def test_what_it_cannot_follow_is_one_line(monkeypatch):

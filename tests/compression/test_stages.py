@@ -1,6 +1,7 @@
 """A stage holds what was measured, recomputed here by hand, and says why where nothing was."""
 
 import copy
+import re
 import statistics
 import zlib
 
@@ -184,6 +185,36 @@ def test_reasons_stand_where_nothing_was_asked_for_or_nothing_can_be_counted():
     assert "nothing that counts" in nothing.missing["macs"]
     assert (nothing.macs, nothing.latency) == (0, [])
     assert "latency" not in nothing.missing
+
+
+class OfThree(nn.Module):
+    """Runs with a batch of 3 alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, 2)
+
+    def forward(self, images):
+        return self.head(images.reshape(3, 64))
+
+
+def test_what_a_network_of_one_batch_size_cannot_do_is_left_out(monkeypatch):
+    monkeypatch.setattr(stages, "compare_latency", fake_latency)
+    stage = measure_stage(
+        "x", OfThree(), OfThree(), IMAGES, kind="after", scores={}, write=write, read=read_of_three,
+        batch_sizes=(1, 3),
+    )  # fmt: skip
+    for what in ("macs", "latency"):
+        assert re.fullmatch(r"OfThree runs with a batch of 3 and not with one of 1 \(.*\): so .*", stage.missing[what])
+    assert stage.macs == 0
+    assert [row.batch for row in stage.latency] == [3]
+    assert {"artefact", "state_dict"} <= stage.nbytes.keys()
+
+
+def read_of_three(path):
+    network = OfThree()
+    load_strictly(network, read_packed(path)[1], source=str(path))
+    return network
 
 
 def test_wrong_calls_are_refused():

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
+from distill_lightning.compression.access.hooks import HOOKS
+
 
 def copy_network(network: nn.Module) -> nn.Module:
-    """A deep copy; works also for recurrent layers with computed weights, which PyTorch refuses to copy."""
-    memo: dict[int, Any] = {}
+    """A deep copy, also of recurrent layers with computed weights, which PyTorch refuses to copy.
+
+    A hook that is a method of something outside the network, a `LightningModule` for example, stays a method of that;
+    one of a module of the network becomes that of the module's copy.
+    """
+    memo: dict[int, Any] = {id(owner): owner for owner in _owners_outside(network)}
     for module in network.modules():
         for weight in getattr(module, "_flat_weights", []):
             if weight is not None and not weight.is_leaf:
@@ -19,6 +27,26 @@ def copy_network(network: nn.Module) -> nn.Module:
     copied = copy.deepcopy(network, memo)
     separate_classes(copied)
     return copied
+
+
+def _owners_outside(network: nn.Module) -> Iterator[object]:
+    """The objects whose methods are hooks, but for those that the network itself holds."""
+    own = {id(value) for module in network.modules() for value in (module, *vars(module).values())}
+    for module in network.modules():
+        for hooks in HOOKS:
+            for hook in vars(module).get(hooks, {}).values():
+                owner = getattr(_called(hook), "__self__", None)
+                if owner is not None and id(owner) not in own:
+                    yield owner
+
+
+def _called(hook: Any) -> Any:
+    """What a hook calls, which may have some of its arguments already."""
+    # PyTorch wraps some hooks of state dicts.
+    hook = getattr(hook, "hook", hook)
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return hook
 
 
 def separate_classes(network: nn.Module) -> None:

@@ -14,6 +14,11 @@ _OF_STATES = (
     "_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"
 )  # fmt: skip
 
+HOOKS = (
+    "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", *_OF_STATES
+)  # fmt: skip
+"""The attributes of a module that hold its hooks."""
+
 
 def carry_hooks(module: nn.Module, replacement: nn.Module) -> None:
     """Give a module, which has no hooks yet, those of the one that it replaces.

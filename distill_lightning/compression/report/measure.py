@@ -6,7 +6,7 @@ Multiply-accumulates are counted in `macs`, time is measured in `latency`.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,8 +63,7 @@ def measure_file(
     with torch.inference_mode():
         outputs = read(path)(*inputs_of(example_inputs))
     difference = _difference(path, outputs, expected)
-    # A NaN exceeds no tolerance.
-    if not difference <= tolerance:
+    if difference > tolerance:
         raise InputError(
             f"{path} does not reproduce the network: outputs differ by up to {difference:.3g} after reading it again, "
             f"more than the tolerance {tolerance:.3g}"
@@ -73,16 +72,34 @@ def measure_file(
     return FileSize(len(content), len(zlib.compress(content, 9)), difference)
 
 
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """The largest absolute difference of two tensors of one shape; infinity and NaN equal themselves and nothing else.
+
+    Example:
+        >>> import torch
+        >>> from distill_lightning.compression.report.measure import largest_difference
+        >>> one = torch.tensor([1.0, float("nan"), -float("inf")])
+        >>> largest_difference(one, one.clone()), largest_difference(one, torch.tensor([1.5, 0.0, 0.0]))
+        (0.0, inf)
+    """
+    apart = (one != other) & ~(one.isnan() & other.isnan())
+    gaps = (one.double() - other.double()).abs()[apart].nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return float(gaps.max()) if len(gaps) else 0.0
+
+
+def scale_of(outputs: Iterable[Tensor]) -> float:
+    """What a tolerance for outputs is relative to: the largest finite absolute entry of all, at least 1."""
+    entries = torch.cat([torch.ones(1, dtype=torch.float64), *(output.double().flatten().cpu() for output in outputs)])
+    return float(entries[entries.isfinite()].abs().max())
+
+
 def _difference(path: Path, found: Any, expected: Any) -> float:
     """The largest absolute difference of any number in two structures."""
     if isinstance(expected, Tensor):
         if not isinstance(found, Tensor) or found.shape != expected.shape:
             shape = getattr(found, "shape", type(found).__name__)
             raise InputError(f"{path} gives {shape} after reading it again, where {tuple(expected.shape)} is expected")
-        # Equal infinities have no difference that is a number.
-        apart = (found != expected) & ~(found.isnan() & expected.isnan())
-        gaps = (found.double() - expected.double()).abs()[apart]
-        return float(gaps.max()) if len(gaps) else 0.0
+        return largest_difference(found, expected)
     if isinstance(expected, Mapping) and isinstance(found, Mapping) and found.keys() == expected.keys():
         pairs = [(found[key], expected[key]) for key in expected]
     elif isinstance(expected, (tuple, list)) and isinstance(found, (tuple, list)) and len(found) == len(expected):

@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 from distill_lightning.compression.access.calibration import calibrating, each_tensor, inputs_of, tensors_in
 from distill_lightning.compression.access.computed import is_computed
 from distill_lightning.compression.costs.latency import Latency, compare_latency
+from distill_lightning.compression.report.measure import largest_difference, scale_of
 from distill_lightning.compression.structure.changes import plain_copy
 from distill_lightning.errors import InputError, check_one_of
 from distill_lightning.layers import eval_mode
@@ -203,9 +204,9 @@ def quantize_onnx(
 
     Raises:
         InputError: the extra ``onnx`` is not installed; a mode that does not suit the network: dynamic for convolutions
-            is several times slower than float, static leaves recurrent layers in float; ``batches`` are missing or
-            not needed; less than half of the weights could be quantized; or the disk is full or refuses. What was there
-            before is kept then.
+            is several times slower than float, static leaves recurrent layers in float; ``batches`` are missing,
+            not needed or not finite; less than half of the weights could be quantized; or the disk is full or refuses.
+            What was there before is kept then.
     """
     path, out = Path(path), Path(out)
     onnx = _package("onnx")
@@ -312,6 +313,29 @@ def at_batch(example_inputs: Any, size: int) -> Any:
     return each_tensor(resized, example_inputs)
 
 
+def check_batch(network: nn.Module, example_inputs: Any, other: Any, advice: str) -> None:
+    """Refuse a network that runs with the batch of its example inputs and not with another one.
+
+    Args:
+        network: the network.
+        example_inputs: a tensor, or a tuple of arguments, with which it runs.
+        other: the same of another batch size.
+        advice: what to do instead, for the message.
+
+    Raises:
+        InputError: it does not run with the other batch.
+    """
+    own, size = (len(tensors_in(given)[0]) for given in (example_inputs, other))
+    with calibrating(network), torch.no_grad():
+        try:
+            network(*inputs_of(other))
+        except Exception as error:  # a network may raise anything
+            raise InputError(
+                f"{type(network).__name__} runs with a batch of {own} and not with one of {size} "
+                f"({_in_a_line(error)}): {advice}"
+            ) from error
+
+
 def tensors_of(example_inputs: Any) -> tuple[Tensor, ...]:
     """The arguments that are tensors; an ONNX file has the others built in.
 
@@ -392,18 +416,10 @@ def _stripped(model: Any) -> Any:
 
 def _check_batches(network: nn.Module, example_inputs: Any, others: Iterable[Any]) -> None:
     """Refuse a network that runs with the batch of its example inputs alone."""
-    own = len(tensors_in(example_inputs)[0])
     with calibrating(network), torch.no_grad():
         network(*inputs_of(example_inputs))
-        for given in others:
-            size = len(tensors_in(given)[0])
-            try:
-                network(*inputs_of(given))
-            except Exception as error:  # a network may raise anything
-                raise InputError(
-                    f"{type(network).__name__} runs with a batch of {own} and not with one of {size} "
-                    f"({_in_a_line(error)}): give dynamic_batch=False for a file of that batch alone"
-                ) from error
+    for given in others:
+        check_batch(network, example_inputs, given, "give dynamic_batch=False for a file of that batch alone")
 
 
 def _shapes(value: Any, batch: Any) -> Any:
@@ -427,9 +443,8 @@ def _check_equal(network: nn.Module, session: OnnxNetwork, arguments: tuple[Any,
             "tensor only once"
         )
     for ours, theirs in zip(wanted, found, strict=True):
-        gap = float((ours.double() - theirs.double()).abs().max()) if ours.shape == theirs.shape else float("nan")
-        # NaN is never within the tolerance.
-        if not gap <= TOLERANCE * max(1.0, float(ours.double().abs().max())):
+        gap = largest_difference(ours, theirs) if ours.shape == theirs.shape else float("inf")
+        if gap > TOLERANCE * scale_of([ours]):
             raise InputError(
                 f"{session.path} does not compute what {type(network).__name__} does: with a batch of "
                 f"{len(tensors_in(arguments)[0])} outputs differ by {gap:.3g}; does its forward depend "
@@ -448,6 +463,12 @@ def _reader(quantization: ModuleType, path: Path, names: Sequence[str], batches:
             ]
             if len(arrays) != len(names):
                 raise InputError(f"{path} takes {len(names)} inputs, but a calibration batch has {len(arrays)}")
+            for name, array in zip(names, arrays, strict=True):
+                if not np.isfinite(array).all():
+                    raise InputError(
+                        f"quantize_onnx: input {name!r} of calibration batch {number} has values that are not finite, "
+                        "of which no range can be found: leave the batch out"
+                    )
             number += 1
             yield dict(zip(names, arrays, strict=True))
         if not number:

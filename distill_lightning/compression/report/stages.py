@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import tempfile
@@ -17,14 +16,16 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from distill_lightning.compression.access.calibration import calibrating, inputs_of
+from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.costs.latency import NO_SPEED_UP, Latency, compare_latency
 from distill_lightning.compression.costs.macs import Macs, count_macs
 from distill_lightning.compression.costs.parameters import count_parameters
-from distill_lightning.compression.report.measure import measure_file
+from distill_lightning.compression.report.measure import measure_file, scale_of
 from distill_lightning.compression.report.onnx import (
     TOLERANCE,
     OnnxNetwork,
     at_batch,
+    check_batch,
     export_onnx,
     onnx_latency,
     outputs_of,
@@ -298,7 +299,7 @@ def measure_stage(
         folder = Path(temporary) if folder is None else folder
         measuring.files(folder, write, read, tolerance)
         with measuring.reporting("macs"):
-            measuring.macs = count_macs(measuring.plain, at_batch(example_inputs, 1))
+            measuring.macs = count_macs(measuring.plain, measuring.at_batch(1))
         if onnx != "none":
             with measuring.reporting("onnx"):
                 measuring.onnx(folder, onnx, calibration)
@@ -351,6 +352,13 @@ class _Measuring:
             yield
         except InputError as error:
             self.missing[what] = str(error)
+
+    def at_batch(self, size: int) -> Any:
+        """The example inputs at a batch size, with which both networks have to run."""
+        inputs = at_batch(self.example_inputs, size)
+        for network in (self.dense, self.plain):
+            check_batch(network, self.example_inputs, inputs, "so nothing is measured at that size")
+        return inputs
 
     def _measure(self, what: str, path: Path, **options: Any) -> None:
         size = measure_file(path, **options)
@@ -411,13 +419,12 @@ class _Measuring:
         # Flat, as ONNX Runtime returns them.
         expected = outputs[0] if len(outputs) == 1 else outputs
         options = {"expected": expected, "example_inputs": tensors_of(self.example_inputs), "read": OnnxNetwork}
-        largest = max((float(output.double().abs().max()) for output in outputs), default=0.0)
         exact = folder / _ONNX_FILES["onnx"][0]
         self._measure(
             "onnx",
             exact,
             write=lambda path: export_onnx(self.plain, path, self.example_inputs),
-            tolerance=TOLERANCE * max(1.0, largest),
+            tolerance=TOLERANCE * scale_of(outputs),
             **options,
         )
         if onnx == "float":
@@ -437,7 +444,7 @@ class _Measuring:
 
     def torch_latency(self, size: int) -> None:
         """Measure both networks in PyTorch, with the fast paths that a user would get."""
-        arguments = inputs_of(at_batch(self.example_inputs, size))
+        arguments = inputs_of(self.at_batch(size))
         with eval_mode(self.dense, self.plain):
             latency = compare_latency(
                 lambda: self.dense(*arguments), lambda: self.plain(*arguments), rounds=self.rounds, seed=self.seed
@@ -450,7 +457,7 @@ class _Measuring:
         baseline = folder / "dense.onnx"
         if not baseline.exists():
             export_onnx(self.dense, baseline, self.example_inputs)
-        inputs = at_batch(self.example_inputs, size)
+        inputs = self.at_batch(size)
         found = onnx_latency(folder / file, baseline, self.dense, inputs, rounds=self.rounds, seed=self.seed)
         for other, latency in found.items():
             self.latency.append(LatencyRow.of(latency, batch=size, runtime=runtime, baseline=other))
@@ -459,7 +466,7 @@ class _Measuring:
 def _loaded(like: nn.Module, path: Path) -> nn.Module:
     # Attention with inference tensors is computed and rounded differently than with parameters.
     with torch.inference_mode(mode=False):
-        network = copy.deepcopy(like)
+        network = copy_network(like)
     with torch.no_grad():
         # Values that the file lacks must not come from the copy.
         for tensor in network.state_dict().values():

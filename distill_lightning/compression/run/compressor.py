@@ -16,12 +16,15 @@ from distill_lightning.choices import is_plain, plain
 from distill_lightning.compression.access.calibration import Loss
 from distill_lightning.compression.access.computed import computed_in, original_of
 from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.access.old_hooks import refuse_old_hooks
 from distill_lightning.compression.access.parameters import cuda_devices, split_path
+from distill_lightning.compression.access.snapshots import taken_back
 from distill_lightning.compression.file.artefact import write_artefact
 from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.compression.run.batch_norm import recalibrate
 from distill_lightning.compression.run.phases import Phase, check_network, check_order, check_targets, plan, step_of
-from distill_lightning.compression.steps.base import Step
+from distill_lightning.compression.steps.base import Order, Step
+from distill_lightning.compression.steps.trial import check_runs
 from distill_lightning.compression.steps.workpiece import Workpiece, cross_entropy
 from distill_lightning.errors import InputError
 
@@ -93,6 +96,7 @@ class Compressor:
         )
         check_network(network)
         check_targets(network, self.steps)
+        refuse_old_hooks(network)
         draw = batches if callable(batches) or batches is None else _kept(batches)
         self.piece = Workpiece(network, example_inputs, seed=seed, draw=draw, loss=loss)
         self.works = [phase.step.start() for phase in self.phases]
@@ -101,6 +105,7 @@ class Compressor:
         self.dense = copy_network(network)
         # Phases that have begun and that are over; optimiser steps of the last one, done and in total.
         self._begun = self._finished = 0
+        self._rehearsed = False
         self._step = self._steps = 0
 
     @property
@@ -158,7 +163,8 @@ class Compressor:
             The network.
 
         Raises:
-            InputError: the Compressor was made for a training, or a step needs training.
+            InputError: the Compressor was made for a training, a step needs training, or it cannot change the network
+                so that it still returns what it must; the network is then as before this step.
         """
         if self.trains:
             raise InputError("this Compressor was made for a training: leave epochs out to apply it without one")
@@ -175,8 +181,13 @@ class Compressor:
         Returns:
             Whether a new optimiser is needed, because the network has other parameters now or its training starts
             again.
+
+        Raises:
+            InputError: a step cannot change the network; in the first epoch also for steps to come. The network is as
+                it was before the step.
         """
         self.piece.optimizer = optimizer
+        self._rehearse()
         before = list(self.network.parameters())
         for work in self.works[self._begun :]:
             work.watch_epoch(self.piece, epoch)
@@ -326,13 +337,35 @@ class Compressor:
             else:
                 return
 
+    def _rehearse(self) -> None:
+        """Let the steps refuse before the first epoch what they would refuse later, after training for nothing."""
+        if self._rehearsed or self._begun:
+            return
+        self._rehearsed = True
+        piece = Workpiece(
+            copy_network(self.network), self.piece.example_inputs, seed=self.piece.seed, loss=self.piece.loss
+        )
+        with torch.random.fork_rng(devices=cuda_devices(self.network)):
+            for work in self.works:
+                if not work.rehearse(piece):
+                    break
+
     def _change(self, act: Callable[[Workpiece], None], step: Step) -> None:
         piece = self.piece
         piece.changed = False
+        masks, untried = dict(piece.masks.kept), step.order is Order.STRUCTURE and not step.tries_itself
+        before = copy_network(piece.network) if untried else None
         # Draws here must not shift the random numbers of the training.
         with torch.random.fork_rng(devices=cuda_devices(piece.network)):
             torch.manual_seed(piece.seed + self._begun)
-            act(piece)
+            try:
+                with taken_back(piece.network):
+                    act(piece)
+                    if before is not None and piece.changed:
+                        check_runs(piece, step.title, before)
+            except BaseException:
+                piece.masks.load_state_dict(masks)
+                raise
             if piece.changed and step.recalibrates and self.bn_batches:
                 self._recalibrate(piece)
         piece.forget_batches()

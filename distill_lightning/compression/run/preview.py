@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distill_lightning.compression.access.calibration import Loss, first_samples
 from distill_lightning.compression.access.computed import computed_in
 from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.access.old_hooks import refuse_old_hooks
 from distill_lightning.compression.access.parameters import cuda_devices, join_path
 from distill_lightning.compression.access.targets import Targets, match_layers
 from distill_lightning.compression.access.weights import weight_names
@@ -147,6 +148,7 @@ def preview(
     check_network(network)
     check_order(steps)
     check_targets(network, steps)
+    refuse_old_hooks(network)
     copied = copy_network(network)
     known = list(batches) if batches is not None and not callable(batches) else None
     draw = batches if callable(batches) else None if known is None else lambda: known

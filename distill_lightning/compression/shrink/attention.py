@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 
 from distill_lightning.compression.access.hooks import carry_hooks, check_hooks
 from distill_lightning.errors import InputError
+
+_SHOWING = ("__init__", "__repr__", "extra_repr", "_reset_parameters", "__setstate__", "__getstate__", "__class__")
 
 
 class Attention(nn.Module):
@@ -158,14 +161,17 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -math.inf)
 
 
-def convert_attention(network: nn.Module) -> nn.Module:
+def convert_attention(network: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
     """Replace every `nn.MultiheadAttention` inside a network by an `Attention` that computes the same, in place.
+
+    One of a class that computes something of its own, see `foreign_attention`, stays.
 
     Where PyTorch's encoder has a ``src_key_padding_mask`` in eval mode, its fast path writes zeros to the outputs at
     padded positions; without the fast path they are ordinary numbers, as in training.
 
     Args:
         network: the network to change.
+        paths: paths of those that are replaced; ``None`` for all.
 
     Returns:
         The same network, or the new `Attention` if the network itself is an `nn.MultiheadAttention`.
@@ -175,8 +181,11 @@ def convert_attention(network: nn.Module) -> nn.Module:
             then.
     """
     check_attention(network)
+    foreign = foreign_attention(network)
     converted = {
-        id(module): from_multihead(module) for module in network.modules() if isinstance(module, nn.MultiheadAttention)
+        id(module): from_multihead(module)
+        for path, module in network.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and path not in foreign and (paths is None or path in paths)
     }
     if id(network) in converted:
         return converted[id(network)]
@@ -190,14 +199,39 @@ def convert_attention(network: nn.Module) -> nn.Module:
 
 
 def check_attention(network: nn.Module) -> None:
-    """Refuse a network with attention whose replacement would miss something.
+    """Refuse a network with attention whose replacement would miss something. One that stays is passed over.
 
     Raises:
         InputError: an attention has hooks of its state dict.
     """
+    foreign = foreign_attention(network)
     for path, module in network.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention) and path not in foreign:
             check_hooks(path, module)
+
+
+def foreign_attention(network: nn.Module) -> dict[str, str]:
+    """Why attention cannot be replaced by one that computes the same, by path: its class is another one."""
+    found = {
+        path: overridden(module, nn.MultiheadAttention)
+        for path, module in network.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    return {path: f"its class has its own {methods[0]}()" for path, methods in found.items() if methods}
+
+
+def overridden(module: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """The methods of one of PyTorch's classes in whose place a module has its own.
+
+    Constructors and what only shows or saves a module are left out.
+    """
+    below = type(module).__mro__[: type(module).__mro__.index(kind)]
+    return [
+        name
+        for own in (module, *below)
+        for name, value in vars(own).items()
+        if callable(value) and callable(getattr(kind, name, None)) and name not in _SHOWING
+    ]
 
 
 def from_multihead(attention: nn.MultiheadAttention) -> Attention:

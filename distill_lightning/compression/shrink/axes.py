@@ -7,17 +7,25 @@ layer                  axis            positions
 =====================  ==============  ==========================================================
 convolution, `Linear`  ``"out"``       output channels
 convolution, `Linear`  ``"in"``        input channels
-depthwise convolution  ``"channels"``  its channels
+`TurnedLinear`         the same        the same
+grouped convolution    ``"out"``       output channels of a group, the same ones of every group
+grouped convolution    ``"in"``        input channels of a group, likewise
+depthwise convolution  ``"channels"``  its groups, with their one channel of the input or of the output
 BatchNorm and others   ``"channels"``  its channels
+GroupNorm              ``"groups"``    its groups
+LayerNorm              ``"features"``  its features: see `CountedLayerNorm`
+`Embedding`            ``"columns"``   its features, which leave with channels that they are added to
 RNN, LSTM, GRU         ``"in"``        features of its input
 RNN, LSTM, GRU         ``"units"``     hidden units: of layer 0 forward, then 0 backward, 1 forward ...
 `Attention`            ``"heads"``     heads
 Transformer layer      ``"neurons"``   neurons of its feed-forward network
+any other module       ``"scale.0"``   the entries of its parameter ``scale`` along dimension 0
 =====================  ==============  ==========================================================
 """
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,9 +35,25 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from distill_lightning.compression.shrink.attention import Attention
+from distill_lightning.compression.shrink.norms import CountedLayerNorm
 from distill_lightning.errors import InputError
 
 Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ConvTransposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_HERE = __name__.rpartition(".")[0]
+
+
+class TurnedLinear(ABC):  # noqa: B024  # for isinstance() alone
+    """The class of ``transformers.pytorch_utils.Conv1D``, GPT-2's linear layers, whether or not that is installed.
+
+    Its weight is ``(nx, nf)``, that of `nn.Linear` turned round.
+    """
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return any((k.__module__, k.__name__) == ("transformers.pytorch_utils", "Conv1D") for k in other.__mro__)
+
+
 TransformerLayer = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
@@ -52,6 +76,11 @@ def is_depthwise(conv: nn.Module) -> bool:
     return isinstance(conv, Conv) and conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
 
 
+def is_by_group(conv: nn.Module) -> bool:
+    """Whether a convolution can lose groups only, because a group has but one channel of the input or of the output."""
+    return isinstance(conv, Conv) and conv.groups > 1 and conv.groups in (conv.in_channels, conv.out_channels)
+
+
 def slices(layer: nn.Module, axis: str) -> list[Slice]:
     """The slices along an axis of a layer; see the table above.
 
@@ -71,42 +100,20 @@ def length(layer: nn.Module, axis: str) -> int:
     return 1 + max(int(found.positions.max()) for found in _along(layer, axis))
 
 
-def cut(layer: nn.Module, axis: str, keep: Tensor) -> None:
-    """Shrink a layer along an axis, in place.
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
-    The layer gets new parameters with their own storage and without gradients: make a new optimiser afterwards. Buffers
-    are replaced in the same way, and the layer's sizes (``out_channels`` ...) are updated. ``keep`` is bool, one per
-    position.
+
+def own_parameters(module: nn.Module) -> list[str]:
+    """Names of the parameters of a module that is none of PyTorch's or of this package's layers, nor one of their kind.
+
+    ``self.scale`` of a block, for example.
     """
-    check_cut(layer, axis, keep)
-    for found in slices(layer, axis):
-        index = ((found.positions < 0) | keep[found.positions.clamp(min=0)]).nonzero().flatten()
-        _replace(layer, found.tensor, found.dim, index)
-    _resize(layer, axis, keep)
-
-
-def check_cut(layer: nn.Module, axis: str, keep: Tensor) -> None:
-    """Refuse the same arguments as `cut`, without changing anything.
-
-    Raises:
-        InputError: see `cut`.
-    """
-    name = type(layer).__name__
-    if any(parametrize.is_parametrized(module) for module in layer.modules()):
-        raise InputError(f"{name} is reparametrized: bake that in (torch.nn.utils.parametrize) before it is shrunk")
-    if len(keep) != length(layer, axis):
-        raise InputError(f"{name}: axis {axis!r} has {length(layer, axis)} positions, got {len(keep)}")
-    if not keep.any():
-        raise InputError(f"{name}: nothing would stay of axis {axis!r}: keep at least one position")
-    if axis == "units" and len(set(_counts(layer, keep))) > 1:
-        raise InputError(
-            f"{name}: every layer and direction must keep the same number of units, got {_counts(layer, keep)}: "
-            "choose the same number in each"
-        )
-
-
-def _counts(layer: nn.Module, keep: Tensor) -> list[int]:
-    return [int(count) for count in keep.view(-1, int(layer.hidden_size)).sum(1)]  # type: ignore[arg-type]
+    known = [kind for kind in type(module).__mro__ if kind.__module__.startswith(("torch.", _HERE))]
+    if any(kind not in _CONTAINERS for kind in known) or parametrize.is_parametrized(module):
+        return []
+    if isinstance(module, TurnedLinear):
+        return []
+    return [name for name, _ in module.named_parameters(recurse=False)]
 
 
 def _along(layer: nn.Module, axis: str) -> list[Slice]:
@@ -114,6 +121,9 @@ def _along(layer: nn.Module, axis: str) -> list[Slice]:
     for kinds, axes in _AXES:
         if isinstance(layer, kinds) and axis in axes:
             return axes[axis](layer)
+    name, _, dim = axis.rpartition(".")
+    if name in own_parameters(layer):
+        return [Slice(name, int(dim), torch.arange(layer.get_parameter(name).shape[int(dim)]))]
     raise InputError(f"{type(layer).__name__} has no axis {axis!r} to shrink along")
 
 
@@ -122,47 +132,18 @@ def _tensor(layer: nn.Module, name: str) -> Tensor | None:
     return getattr(layer.get_submodule(parent), own)  # type: ignore[no-any-return]
 
 
-def _replace(layer: nn.Module, name: str, dim: int, index: Tensor) -> None:
-    parent, _, own = name.rpartition(".")
-    owner = layer.get_submodule(parent)
-    old = getattr(owner, own)
-    # index_select makes a copy: a view would be saved with its whole storage.
-    new = old.detach().index_select(dim, index.to(old.device))
-    setattr(owner, own, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
-
-
-def _resize(layer: Any, axis: str, keep: Tensor) -> None:
-    """Update the sizes in a layer's Python attributes after its tensors have changed."""
-    count = int(keep.sum())
-    for kinds, names in _ATTRIBUTES:
-        if isinstance(layer, kinds):
-            for name in names.get(axis, ()):
-                setattr(layer, name, count)
-    if isinstance(layer, nn.RNNBase):
-        if axis == "units":
-            layer.hidden_size = count // blocks(layer)
-        layer.flatten_parameters()
-    elif isinstance(layer, Attention):
-        inner = count * layer.head_dim
-        layer.q_proj.out_features = layer.k_proj.out_features = layer.v_proj.out_features = inner
-        layer.out_proj.in_features = inner
-    elif isinstance(layer, TransformerLayer):
-        layer.linear1.out_features = layer.linear2.in_features = count
-
-
 def blocks(layer: nn.RNNBase) -> int:
     """Number of layers times directions of an RNN."""
     return layer.num_layers * (2 if layer.bidirectional else 1)
 
 
 def _out(layer: Any) -> list[Slice]:
-    _ungrouped(layer)
-    positions = torch.arange(layer.weight.shape[0])
+    groups = getattr(layer, "groups", 1)
+    positions = torch.arange(layer.weight.shape[0] // groups).repeat(groups)
     return [Slice("weight", 0, positions), Slice("bias", 0, positions)]
 
 
 def _in(layer: Any) -> list[Slice]:
-    _ungrouped(layer)
     return [Slice("weight", 1, torch.arange(layer.weight.shape[1]))]
 
 
@@ -171,11 +152,45 @@ def _ungrouped(layer: Any) -> None:
         raise InputError(f"a convolution of {layer.groups} groups cannot lose single channels: leave it out")
 
 
-def _depthwise(layer: Any) -> list[Slice]:
-    if not is_depthwise(layer):
-        raise InputError("only a depthwise convolution has its input and output channels on one axis")
+def _turned_out(layer: Any) -> list[Slice]:
+    positions = torch.arange(layer.nf)
+    return [Slice("weight", 1, positions), Slice("bias", 0, positions)]
+
+
+def _turned_in(layer: Any) -> list[Slice]:
+    return [Slice("weight", 0, torch.arange(layer.nx))]
+
+
+def _transposed_out(layer: Any) -> list[Slice]:
+    _ungrouped(layer)
     positions = torch.arange(layer.out_channels)
+    return [Slice("weight", 1, positions), Slice("bias", 0, positions)]
+
+
+def _transposed_in(layer: Any) -> list[Slice]:
+    _ungrouped(layer)
+    return [Slice("weight", 0, torch.arange(layer.in_channels))]
+
+
+def _grouped(layer: Any) -> list[Slice]:
+    if layer.groups == 1:
+        raise InputError("only a grouped convolution has its input and output channels on one axis")
+    positions = torch.arange(layer.groups).repeat_interleave(layer.out_channels // layer.groups)
     return [Slice("weight", 0, positions), Slice("bias", 0, positions)]
+
+
+def _group_norm(layer: Any) -> list[Slice]:
+    positions = torch.arange(layer.num_groups).repeat_interleave(layer.num_channels // layer.num_groups)
+    return [Slice("weight", 0, positions), Slice("bias", 0, positions)]
+
+
+def _features(layer: Any) -> list[Slice]:
+    features = layer.features if isinstance(layer, CountedLayerNorm) else layer.normalized_shape[0]
+    return [Slice("weight", 0, torch.arange(features)), Slice("bias", 0, torch.arange(features))]
+
+
+def _columns(layer: Any) -> list[Slice]:
+    return [Slice("weight", 1, torch.arange(layer.embedding_dim))]
 
 
 def _norm(layer: Any) -> list[Slice]:
@@ -239,20 +254,16 @@ def _neurons(layer: Any) -> list[Slice]:
 
 
 _AXES: list[tuple[Any, dict[str, Callable[[Any], list[Slice]]]]] = [
-    (Conv, {"out": _out, "in": _in, "channels": _depthwise}),
+    (Conv, {"out": _out, "in": _in, "channels": _grouped}),
+    (ConvTransposed, {"out": _transposed_out, "in": _transposed_in}),
     (nn.Linear, {"out": _out, "in": _in}),
+    (TurnedLinear, {"out": _turned_out, "in": _turned_in}),
+    (nn.Embedding, {"columns": _columns}),
     (_NormBase, {"channels": _norm}),
+    (nn.GroupNorm, {"groups": _group_norm}),
+    ((nn.LayerNorm, CountedLayerNorm), {"features": _features}),
     (nn.PReLU, {"channels": lambda layer: [Slice("weight", 0, torch.arange(layer.num_parameters))]}),
     (nn.RNNBase, {"in": _rnn_in, "units": _units}),
     (Attention, {"heads": _heads}),
     (TransformerLayer, {"neurons": _neurons}),
-]
-
-_ATTRIBUTES: list[tuple[Any, dict[str, tuple[str, ...]]]] = [
-    (Conv, {"out": ("out_channels",), "in": ("in_channels",), "channels": ("in_channels", "out_channels", "groups")}),
-    (nn.Linear, {"out": ("out_features",), "in": ("in_features",)}),
-    (_NormBase, {"channels": ("num_features",)}),
-    (nn.PReLU, {"channels": ("num_parameters",)}),
-    (nn.RNNBase, {"in": ("input_size",)}),
-    (Attention, {"heads": ("num_heads",)}),
 ]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.compression.shrink.groups import Group, GroupKind, Member
-from distill_lightning.compression.shrink.tracing import Channels, Dependencies, follow
+from distill_lightning.compression.shrink.numbers import Channels
+from distill_lightning.compression.shrink.tracing import Dependencies, follow
 from distill_lightning.errors import InputError
 
 
@@ -17,21 +18,24 @@ def channel_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -
     """Find the channels that can be removed from a network, in groups that lie along the same axes.
 
     A group contains the layers that make its channels (convolutions and linear layers; several if a shortcut adds their
-    outputs), the norms and depthwise convolutions that they pass through, and the layers that read them. Never in a
-    group are the network's outputs, so its last layer keeps them; channels that other grouped, transposed or
-    reparametrized convolutions or layers with shared weights make or read; and channels that pass through an unknown
-    operation.
+    outputs), the embeddings that are added to these, the norms and depthwise convolutions that they pass through, and
+    the layers that read them. Some channels
+    leave only together: those at one place of every group of a grouped convolution, those of a group of a group norm,
+    those of equal halves, or those of a head. Layer normalisation of fewer features counts the others as zeros, see
+    `CountedLayerNorm`. Never in a group are the network's outputs, so its last layer keeps them; channels that
+    reparametrized layers or layers with shared weights make or read; and channels that pass through an unknown
+    operation, or whose number the network calculates with.
 
     Args:
-        network: a network that `torch.fx` can trace: sequential, residual or densely connected, with
-            squeeze-and-excite, flattened feature maps and branches. It is left as it was.
+        network: any network that does not decide by the numbers in its data what it computes. It is run once, also in
+            training mode if some layers have not run then, and left as it was.
         example_inputs: its input, or a tuple of its inputs; one sample of any supported size is enough.
 
     Returns:
         The groups in the order of the forward pass; see `shrink`.
 
     Raises:
-        InputError: the network cannot be traced, or no channel of it can be removed.
+        InputError: the network cannot be followed, or no channel of it can be removed.
     """
     found = follow(network, example_inputs)
     makers = [place for place in found.made if place[1] == "out"]
@@ -55,7 +59,8 @@ def channel_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -
 def fixed_channels(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> dict[str, str]:
     """Why layers keep all of their channels, by path; layers whose channels can be removed are left out."""
     found = follow(network, example_inputs)
-    return {
+    apart = "something else than the layer reads its weights: weight standardisation, for example"
+    return dict.fromkeys(found.apart, apart) | {
         path: f"its channels stay: {reason}"
         for path, axis in found.made
         if axis == "out"
@@ -70,10 +75,11 @@ def make_group(found: Dependencies, roots: list[int], *, name: str, kind: GroupK
     The roots are those of the channels, in the group's order.
     """
     index = {root: number for number, root in enumerate(roots)}
-    members = []
-    for (path, axis), along in found.bindings.items():
-        if not index.keys().isdisjoint(along):
-            members.append(Member(path, axis, torch.tensor([index.get(root, -1) for root in along])))
+    own = {place for root in roots for place in found.places[root]}
+    members = [
+        Member(*place, torch.tensor([index.get(root, -1) for root in along]))
+        for place, along in found.bindings.items() if place in own
+    ]  # fmt: skip
     return Group(name, kind, len(roots), tuple(members))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from distill_lightning.compression.access.parameters import join_path, layer_at, names_of_parameters, split_path
-from distill_lightning.compression.shrink.axes import check_cut, cut, length, slices
+from distill_lightning.compression.shrink.axes import Slice, length, slices
+from distill_lightning.compression.shrink.cutting import check_cut, cut
+from distill_lightning.compression.shrink.norms import count_features
 from distill_lightning.errors import InputError
 
 GroupKind = Literal["channels", "units", "heads", "neurons"]
@@ -85,6 +87,10 @@ class Group:
             raise InputError(f"{self!r} has no score: give values by parameter name, for example {self.name}.weight")
         return total
 
+    def parameter_names(self, network: nn.Module) -> list[str]:
+        """Names of the parameters that lose entries with the units, in ``network.named_parameters()``."""
+        return list(dict.fromkeys(name for name, _, _, _ in self._parts(network)))
+
     def masks(self, network: nn.Module, keep: Keep) -> dict[str, Tensor]:
         """The weights that would be removed, as masks; nothing is removed.
 
@@ -103,17 +109,24 @@ class Group:
             InputError: see `shrink`.
         """
         kept = kept_mask(self, keep)
-        parameters = dict(network.named_parameters())
         masks: dict[str, Tensor] = {}
+        for name, parameter, part, member in self._parts(network):
+            stays, shape = _positions_kept(member, kept), parameter.shape
+            along = (part.positions < 0) | stays[part.positions.clamp(min=0)]
+            along = along.view([-1 if d == part.dim % len(shape) else 1 for d in range(len(shape))]).expand(shape)
+            along = along.to(parameter.device)
+            masks[name] = masks[name] & along if name in masks else along.clone()
+        return masks
+
+    def _parts(self, network: nn.Module) -> Iterator[tuple[str, Tensor, Slice, Member]]:
+        """Name, parameter, dimension with its positions, and member, of every parameter that loses entries."""
         for member in self.members:
-            stays = _positions_kept(member, kept)
-            for tensor, dim, positions in _slices(network, member):
-                if tensor in parameters:
-                    shape = parameters[tensor].shape
-                    along = (positions < 0) | stays[positions.clamp(min=0)]
-                    along = along.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
-                    masks[tensor] = masks[tensor] & along if tensor in masks else along.clone()
-        return {name: mask.to(parameters[name].device) for name, mask in masks.items()}
+            layer = layer_at(network, member.path)
+            # Of the layer alone: a large network has thousands of parameters, and hundreds of groups.
+            own = dict(layer.named_parameters())
+            for part in slices(layer, member.axis):
+                if part.tensor in own:
+                    yield join_path(member.path, part.tensor), own[part.tensor], part, member
 
 
 def shrink(network: nn.Module, keep: Mapping[Group, Keep]) -> nn.Module:
@@ -157,7 +170,8 @@ def shrink(network: nn.Module, keep: Mapping[Group, Keep]) -> nn.Module:
         check_cut(layer, axis, own)
     for (path, axis), own in stays.items():
         if not own.all():
-            cut(network.get_submodule(path), axis, own)
+            layer = count_features(network, path) if axis == "features" else network.get_submodule(path)
+            cut(layer, axis, own)
     return network
 
 

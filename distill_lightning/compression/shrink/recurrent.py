@@ -27,7 +27,7 @@ def unit_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> l
     initial state the network makes itself is left out.
 
     Args:
-        network: a network that `torch.fx` can trace; it is left as it was.
+        network: a network as for `channel_groups`; it is left as it was.
         example_inputs: its input, or a tuple of its inputs.
 
     Returns:
@@ -35,7 +35,7 @@ def unit_groups(network: nn.Module, example_inputs: Tensor | Sequence[Any]) -> l
         with units that go through an unknown operation are left out.
 
     Raises:
-        InputError: the network cannot be traced, or no RNN of it can be shrunk.
+        InputError: the network cannot be followed, or no RNN of it can be shrunk.
     """
     found = follow(network, example_inputs)
     made = {place: found.bindings[place] for place in found.made}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from distill_lightning.compression.shrink.attention import (
     forbid_nested,
     rebuild_attention,
 )
-from distill_lightning.compression.shrink.axes import Conv
+from distill_lightning.compression.shrink.axes import Conv, ConvTransposed, TurnedLinear, own_parameters
+from distill_lightning.compression.shrink.norms import CountedLayerNorm, rebuild_norm
 from distill_lightning.errors import InputError
 
 Sizes = dict[str, dict[str, Any]]
@@ -25,8 +26,13 @@ Sizes = dict[str, dict[str, Any]]
 
 _SIZES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("convolution", Conv, ("in_channels", "out_channels", "groups")),
+    ("transposed", ConvTransposed, ("in_channels", "out_channels")),
     ("linear", nn.Linear, ("in_features", "out_features")),
+    ("turned_linear", TurnedLinear, ("nx", "nf")),
+    ("embedding", nn.Embedding, ("embedding_dim",)),
     ("norm", _NormBase, ("num_features",)),
+    ("group_norm", nn.GroupNorm, ("num_channels", "num_groups")),
+    ("counted_norm", CountedLayerNorm, ("features", "counted")),
     ("prelu", nn.PReLU, ("num_parameters",)),
     ("recurrent", nn.RNNBase, ("input_size", "hidden_size")),
     ("encoder", nn.TransformerEncoder, ("num_layers",)),
@@ -73,7 +79,9 @@ def layer_sizes(layer: nn.Module) -> dict[str, Any] | None:
     for kind, types, names in _SIZES:
         if isinstance(layer, types):
             return {"kind": kind, **{name: int(getattr(layer, name)) for name in names}}
-    return None
+    own = {name: layer.get_parameter(name).shape for name in own_parameters(layer)}
+    sizes = {f"{name}.{dim}": size for name, shape in own.items() for dim, size in enumerate(shape)}
+    return {"kind": "parameters", **sizes} if sizes else None
 
 
 def resize_layer(original: nn.Module, description: Mapping[str, Any]) -> nn.Module:
@@ -82,21 +90,20 @@ def resize_layer(original: nn.Module, description: Mapping[str, Any]) -> nn.Modu
     Tensors whose shape changes are zero.
     """
     sizes = {name: value for name, value in description.items() if name != "kind"}
-    if description["kind"] == "attention" and isinstance(original, (nn.MultiheadAttention, Attention)):
-        same = isinstance(original, Attention) and describe_attention(original) == sizes
-        return original if same else rebuild_attention(original, sizes)
     own = layer_sizes(original)
+    if own == description:
+        return original
+    if description["kind"] == "attention" and isinstance(original, (nn.MultiheadAttention, Attention)):
+        return rebuild_attention(original, sizes)
+    if description["kind"] == "counted_norm" and isinstance(original, (nn.LayerNorm, CountedLayerNorm)):
+        return rebuild_norm(original, sizes)
     if own is None or own["kind"] != description["kind"]:
         raise InputError(
             f"{type(original).__name__} cannot be rebuilt as {description['kind']!r}: build the network as before"
         )
     if isinstance(original, nn.TransformerEncoder):
         return _first_layers(original, sizes["num_layers"])
-    if own == description:
-        return original
-    for name, value in sizes.items():
-        setattr(original, name, value)
-    for name, shape in _shapes(original).items():
+    for name, shape in _resized(original, sizes).items():
         old = getattr(original, name)
         if old is not None and old.shape != torch.Size(shape):
             new = old.detach().new_zeros(shape)
@@ -114,18 +121,13 @@ def _first_layers(encoder: nn.TransformerEncoder, count: int) -> nn.TransformerE
     return encoder
 
 
-def _shapes(layer: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of a layer's tensors that follow from its sizes."""
-    if isinstance(layer, Conv):
-        kernel = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-        return {"weight": kernel, "bias": (layer.out_channels,)}
-    if isinstance(layer, nn.Linear):
-        return {"weight": (layer.out_features, layer.in_features), "bias": (layer.out_features,)}
-    if isinstance(layer, _NormBase):
-        return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (layer.num_features,))
-    if isinstance(layer, nn.PReLU):
-        return {"weight": (layer.num_parameters,)}
-    return _recurrent_shapes(layer)
+def _resized(layer: Any, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Give a layer its sizes; the shapes of its tensors that follow from them."""
+    if ranks := {name: layer.get_parameter(name).dim() for name in own_parameters(layer)}:
+        return {name: tuple(sizes[f"{name}.{dim}"] for dim in range(rank)) for name, rank in ranks.items()}
+    for name, value in sizes.items():
+        setattr(layer, name, value)
+    return next((of(layer) for kinds, of in _SHAPES if isinstance(layer, kinds)), {})
 
 
 def _recurrent_shapes(layer: nn.RNNBase) -> dict[str, tuple[int, ...]]:
@@ -141,3 +143,24 @@ def _recurrent_shapes(layer: nn.RNNBase) -> dict[str, tuple[int, ...]]:
             if layer.bias:
                 shapes[f"bias_ih{end}"] = shapes[f"bias_hh{end}"] = (rows,)
     return shapes
+
+
+_SHAPES: list[tuple[Any, Callable[[Any], dict[str, tuple[int, ...]]]]] = [
+    (Conv, lambda layer: {
+        "weight": (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size),
+        "bias": (layer.out_channels,),
+    }),
+    (ConvTransposed, lambda layer: {
+        "weight": (layer.in_channels, layer.out_channels // layer.groups, *layer.kernel_size),
+        "bias": (layer.out_channels,),
+    }),
+    (nn.Linear, lambda layer: {"weight": (layer.out_features, layer.in_features), "bias": (layer.out_features,)}),
+    (TurnedLinear, lambda layer: {"weight": (layer.nx, layer.nf), "bias": (layer.nf,)}),
+    (nn.Embedding, lambda layer: {"weight": (layer.num_embeddings, layer.embedding_dim)}),
+    (_NormBase, lambda layer: dict.fromkeys(
+        ("weight", "bias", "running_mean", "running_var"), (layer.num_features,)
+    )),
+    (nn.GroupNorm, lambda layer: dict.fromkeys(("weight", "bias"), (layer.num_channels,))),
+    (nn.PReLU, lambda layer: {"weight": (layer.num_parameters,)}),
+    (nn.RNNBase, _recurrent_shapes),
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Groups of channels found by the torch-pruning library, for networks that `torch.fx` cannot trace."""
+"""Groups of channels found by the torch-pruning library, also for networks that decide by their data."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
+from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.shrink.attention import Attention
 from distill_lightning.compression.shrink.axes import Conv, is_depthwise, length
 from distill_lightning.compression.shrink.groups import Group, Member, shrink, tied_modules
@@ -50,7 +51,7 @@ def channel_groups_by_torch_pruning(network: nn.Module, example_inputs: Tensor |
     name = type(network).__name__
     try:
         # A copy: the library sets modes and hooks, and needs gradients of everything.
-        traced, inputs = copy.deepcopy(network).eval().requires_grad_(True), copy.deepcopy(inputs)  # noqa: FBT003
+        traced, inputs = copy_network(network).eval().requires_grad_(True), copy.deepcopy(inputs)  # noqa: FBT003
         order = _Order(traced)
         with torch.enable_grad():
             graph = library.DependencyGraph().build_dependency(traced, inputs, forward_fn=order.run, verbose=False)
@@ -120,7 +121,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 def _hold(network: nn.Module, groups: Sequence[Group], inputs: Sequence[Any]) -> bool:
     """Whether removing every other channel of a network and masking their weights give the same outputs."""
     keep = {group: range(0, group.size, 2) for group in groups}
-    masked, shrunk = copy.deepcopy(network), copy.deepcopy(network)
+    masked, shrunk = copy_network(network), copy_network(network)
     for group, kept in keep.items():
         for name, stays in group.masks(masked, kept).items():
             masked.get_parameter(name).masked_fill_(~stays, 0)

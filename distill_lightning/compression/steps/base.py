@@ -47,6 +47,22 @@ class Work:
     def watch_epoch(self, piece: Workpiece, epoch: int) -> None:
         """Called at the beginning of every epoch up to that in which the phase begins."""
 
+    def rehearse(self, piece: Workpiece) -> bool:
+        """Called before the first epoch, to refuse now what would be refused when the phase begins or ends.
+
+        Args:
+            piece: a workpiece with a copy of the network and without calibration data; the copy has gone through the
+                earlier steps' rehearsals.
+
+        Returns:
+            Whether the copy now has the structure that this step leaves; otherwise the following steps are not
+            rehearsed.
+
+        Raises:
+            InputError: the step cannot work on this network.
+        """
+        return not self.step.gives_other_parameters
+
     def explain(self, piece: Workpiece) -> None:
         """Called by `preview` before `begin`, to say in ``piece.left`` why layers cannot be changed."""
 
@@ -93,6 +109,8 @@ class Step(Choice):
                 piece.changed = True
     """
 
+    tries_itself: ClassVar[bool] = False
+    """Whether the step runs the network itself after a change of its structure, see `try_change`."""
     recalibrates: ClassVar[bool] = True
     """Whether BatchNorm's statistics are measured anew after the step has changed something."""
 

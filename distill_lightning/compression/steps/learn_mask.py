@@ -265,10 +265,18 @@ class _LearningMask(Work):
         self.paths: list[str] = []
         self.final: Level | None = None
 
-    def begin(self, piece: Workpiece) -> None:
-        """Put the masks on; those of before are kept under the new paths."""
-        if self.rule.prunes_nothing:
-            return
+    def rehearse(self, piece: Workpiece) -> bool:
+        """Find what can have a mask."""
+        if not self.rule.prunes_nothing:
+            _LearningMask(self.step).find(piece)
+        return True
+
+    def find(self, piece: Workpiece) -> None:
+        """Find what can have a mask.
+
+        Raises:
+            InputError: there is nothing, or most of the network's weights are something else.
+        """
         step, amount = self.step, getattr(self.rule, "amount", None)
         self.paths = weights.weight_paths(piece.network, step.targets, step.exclude)
         self.final = amount
@@ -277,6 +285,12 @@ class _LearningMask(Work):
             self.paths = list(self.final)
         named = list(amount) if isinstance(amount, dict) else step.targets
         check_coverage(piece, step, self.paths, targets=named, refuse=not step.exclude)
+
+    def begin(self, piece: Workpiece) -> None:
+        """Put the masks on; those of before are kept under the new paths."""
+        if self.rule.prunes_nothing:
+            return
+        self.find(piece)
         put = self.rule.put_on(piece.network, self.paths)
         self.paths = list(put)
         for path, mask in put.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
@@ -13,6 +14,7 @@ from distill_lightning.compression.access.calibration import calibrating, inputs
 from distill_lightning.compression.access.hooks import check_hooks, has_state_hooks
 from distill_lightning.compression.access.moments import input_moments
 from distill_lightning.compression.access.parameters import join_path, shared_outside
+from distill_lightning.compression.access.readings import read_from_outside
 from distill_lightning.compression.access.targets import match_layers
 from distill_lightning.compression.factor.convolutions import ConvChain
 from distill_lightning.compression.factor.decompositions import exact
@@ -25,10 +27,13 @@ from distill_lightning.compression.factor.factoring import (
     replace_layer,
 )
 from distill_lightning.compression.factor.layers import LowRankEmbedding, LowRankLinear, TrainEmbedding, TrainLinear
+from distill_lightning.compression.factor.products import write_product
 from distill_lightning.compression.factor.ranks import UnfactorableError, rank_rule
-from distill_lightning.compression.shrink.attention import check_attention, convert_attention
-from distill_lightning.compression.steps.base import Order, TargetedStep
+from distill_lightning.compression.shrink.attention import check_attention
+from distill_lightning.compression.steps.base import Order, TargetedStep, Work
 from distill_lightning.compression.steps.coverage import check_coverage
+from distill_lightning.compression.steps.trial import try_change
+from distill_lightning.compression.steps.unit_trials import convert
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.compression.structure.changes import note_change
 from distill_lightning.errors import InputError, check_one_of
@@ -80,6 +85,7 @@ class LowRank(TargetedStep):
     """
 
     order = Order.STRUCTURE
+    tries_itself = True
 
     rank: int | float | str
     method: Method | dict[str, Method] = "svd"
@@ -130,16 +136,27 @@ class LowRank(TargetedStep):
             ):
                 check_hooks(path, network.get_submodule(path))
 
+    def start(self) -> Work:
+        """The work of this step in one run."""
+        return _Factoring(self)
+
+    def find(self, piece: Workpiece) -> list[str]:
+        """The paths of the layers to factor, after attention is converted.
+
+        Raises:
+            InputError: there are none, most of the network's weights are something else, or a named one cannot be
+                factored.
+        """
+        if self.convert_attention:
+            if isinstance(piece.network, nn.MultiheadAttention):
+                raise InputError("LowRank: the network itself is a MultiheadAttention: put it into another module")
+            convert(piece, self.title)
+        return self._paths(piece)
+
     def act(self, piece: Workpiece) -> None:
         """Factor the layers, all of them from the current network."""
         network = piece.network
-        if self.convert_attention and any(isinstance(module, nn.MultiheadAttention) for module in network.modules()):
-            if isinstance(network, nn.MultiheadAttention):
-                raise InputError("LowRank: the network itself is a MultiheadAttention: put it into another module")
-            convert_attention(network)
-            note_change(network, "sizes")
-            piece.changed = True
-        paths = self._paths(piece)
+        paths = self.find(piece)
         sizes, moments = self._input_sizes(piece, paths), self._moments(piece, paths)
         factored = {}
         for path in paths:
@@ -152,6 +169,13 @@ class LowRank(TargetedStep):
         if not made:
             piece.note(f"{self.title} has factored no layer: no factors were smaller or within the budget")
             return
+        try_change(
+            piece,
+            self.title,
+            list(made),
+            change=lambda changed, paths: [replace_layer(changed, path, copy.deepcopy(made[path])) for path in paths],
+            expect=lambda right, paths: [write_product(right.get_submodule(path), made[path]) for path in paths],
+        )
         for path, layer in made.items():
             replace_layer(network, path, layer)
         note_change(network, "low_rank", {path: layer.description for path, layer in made.items()})
@@ -169,9 +193,12 @@ class LowRank(TargetedStep):
             fits=lambda module: type(module) in self._methods and module not in inside,
             what=f"layers of a class with method {self.method!r} ({', '.join(k.__name__ for k in self._methods)})",
         )
+        read = read_from_outside(network, paths, piece.example_inputs)
         if self.targets is not None:
             for path in paths:
                 check_replaceable(network, path)
+                if path in read:
+                    raise InputError(f"LowRank: the network reads {read[path]!r} of {path!r} itself: exclude it")
             return paths
         free = []
         for path in paths:
@@ -180,6 +207,8 @@ class LowRank(TargetedStep):
                 piece.leave(path, f"shares a weight with {shared}")
             elif has_state_hooks(network.get_submodule(path)):
                 piece.leave(path, "it has hooks of its state dict, which fit only its own tensors")
+            elif path in read:
+                piece.leave(path, f"the network reads its {read[path]!r} itself")
             else:
                 free.append(path)
         weights = [join_path(path, name) for path in free for name, _ in network.get_submodule(path).named_parameters()]
@@ -243,6 +272,15 @@ class LowRank(TargetedStep):
         with watching(convolutions, look), calibrating(piece.network), torch.no_grad():
             piece.network(*inputs_of(piece.example_inputs))
         return sizes
+
+
+class _Factoring(Work):
+    step: LowRank
+
+    def rehearse(self, piece: Workpiece) -> bool:
+        """Find the layers."""
+        self.step.find(piece)
+        return False
 
 
 def _methods_of(method: Method | Mapping[str, Method]) -> dict[type[nn.Module], str]:

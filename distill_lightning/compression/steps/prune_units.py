@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -17,8 +17,9 @@ from distill_lightning.compression.steps import unit_amounts, units, weights
 from distill_lightning.compression.steps.base import CHOSEN_IN_TRAINING, Order, Work
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.pruning import Level, Pruning, PruningWork
-from distill_lightning.compression.steps.schedules import Threshold
+from distill_lightning.compression.steps.schedules import OneShot, Threshold
 from distill_lightning.compression.steps.sensitivity import Sensitivity
+from distill_lightning.compression.steps.unit_trials import convert, try_removal
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.compression.structure.changes import note_amount
 
@@ -56,6 +57,7 @@ class PruneUnits(Pruning):
     """
 
     order = Order.STRUCTURE
+    tries_itself = True
 
     unit: units.UnitKind
     criterion: UnitCriterion = "magnitude"
@@ -120,13 +122,27 @@ class PruningUnits(PruningWork):
         self.cost: float | None = None
         self._found: list[units.Family] | None = None
 
+    def rehearse(self, piece: Workpiece) -> bool:
+        """Find the units, and remove as many of them, or half if that is not known, by their magnitude."""
+        step = self.step
+        if step.prunes_nothing:
+            return True
+        amount = 0.5 if step.amount is None else step.amount
+        criterion: UnitCriterion = "bn_scale" if step.criterion == "bn_scale" else "magnitude"
+        scope = "layer" if isinstance(step.scope, Sensitivity) else step.scope
+        plain = replace(
+            step, amount=amount, budget=None, criterion=criterion, scope=scope, schedule=OneShot(), rewind=None
+        )
+        PruningUnits(plain).begin(piece)
+        return True
+
     def explain(self, piece: Workpiece) -> None:
-        """Say why layers keep all of their channels."""
+        """Say why layers keep all of their units."""
         piece.left |= self._fixed(piece)
 
     def _fixed(self, piece: Workpiece) -> dict[str, str]:
         if self.step.unit != "channel" or self.step.backend != "own":
-            return {}
+            return units.left_alone(piece.network, self.step.unit)
         return fixed_channels(piece.network, inputs_of(piece.example_inputs))
 
     def begin(self, piece: Workpiece) -> None:
@@ -135,6 +151,8 @@ class PruningUnits(PruningWork):
         step = self.step
         if step.prunes_nothing:
             return
+        for path, reason in units.left_alone(piece.network, step.unit).items():
+            piece.leave(path, reason)
         shown = units.on_copy(piece, step.unit)
         families = self._families(shown)
         names = units.parameter_names(shown.network, families)
@@ -240,10 +258,9 @@ class PruningUnits(PruningWork):
 
     def _convert(self, piece: Workpiece) -> None:
         """Convert attention so that it can lose heads, also in the network to rewind to."""
-        act = partial(units.prepare, kind="head")
         if self.snapshot is not None:
-            self.snapshot = copy_state(act(self.earlier(piece)))
-        units.change(piece, act)
+            self.snapshot = copy_state(units.prepare(self.earlier(piece), "head"))
+        convert(piece, self.step.title)
         piece.changed = False
 
     def _tell_amount(self, piece: Workpiece, budget: unit_amounts.UnitBudget) -> None:
@@ -258,6 +275,7 @@ class PruningUnits(PruningWork):
         removed = units.removed(self.step.unit, families, kept)
         if not removed:
             return
+        try_removal(piece, self.step.title, kind=self.step.unit, families=families, kept=kept)
         piece.removed += removed
         act = partial(units.remove, kind=self.step.unit, families=families, kept=kept)
         rewinds = self.step.rewind is not None and self.step.at_once

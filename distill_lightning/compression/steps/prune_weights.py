@@ -89,12 +89,19 @@ class _PruningWeights(PruningWork):
         super().__init__(step)
         self.paths: list[str] = []
 
-    def begin(self, piece: Workpiece) -> None:
-        """Find what can be pruned, and prune the schedule's first amount."""
-        super().begin(piece)
+    def rehearse(self, piece: Workpiece) -> bool:
+        """Find what can be pruned."""
+        if not self.step.prunes_nothing:
+            _PruningWeights(self.step).find(piece)
+        return True
+
+    def find(self, piece: Workpiece) -> None:
+        """Find what can be pruned.
+
+        Raises:
+            InputError: there is nothing, or most of the network's weights are something else.
+        """
         step = self.step
-        if step.prunes_nothing:
-            return
         self.paths = weights.weight_paths(
             piece.network, step.targets, step.exclude, granularity=step.granularity, criterion=step.criterion
         )
@@ -103,6 +110,14 @@ class _PruningWeights(PruningWork):
             self.paths = list(self.final)
         rule = f"only {weights.prunable_layers(step.granularity, step.criterion)} are pruned so"
         check_coverage(piece, step, self.paths, targets=step.named, refuse=not step.exclude, rule=rule)
+
+    def begin(self, piece: Workpiece) -> None:
+        """Find what can be pruned, and prune the schedule's first amount."""
+        super().begin(piece)
+        step = self.step
+        if step.prunes_nothing:
+            return
+        self.find(piece)
         if isinstance(step.scope, Sensitivity):
             self.final = weights.bearable(
                 piece, self.paths, step.scope, criterion=step.criterion, granularity=step.granularity

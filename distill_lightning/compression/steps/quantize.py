@@ -229,6 +229,19 @@ class Quantize(TargetedStep):
 class _Quantizing(Work):
     step: Quantize
 
+    def rehearse(self, piece: Workpiece) -> bool:
+        """See which share of the weights is quantized."""
+        if self.step.width is not None:
+            layers = match_layers(
+                piece.network,
+                self.step.targets,
+                self.step.exclude,
+                fits=lambda layer: bool(weight_names(layer)),
+                what=_WHAT,
+            )
+            self._say_covered(piece, layers)
+        return False
+
     def begin(self, piece: Workpiece) -> None:
         """Add the quantizers, and measure the ranges of activations."""
         if self.step.width is None and self.step.act_bits is None:

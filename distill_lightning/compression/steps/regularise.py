@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -16,6 +15,7 @@ from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.prune_units import PruneUnits
 from distill_lightning.compression.steps.prune_weights import PruneWeights
 from distill_lightning.compression.steps.schedules import Threshold
+from distill_lightning.compression.steps.unit_trials import convert
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
 
@@ -153,13 +153,20 @@ class _Regularising(Work):
         self.paths: list[str] = []
         self._families: list[units.Family] | None = None
 
+    def rehearse(self, piece: Workpiece) -> bool:
+        """Find the weights or units of the penalty."""
+        if self.step.unit is None or self.step.unit == "head" or self.step.weight:
+            _Regularising(self.step).begin(piece)
+        pruning = self.step.pruning()
+        return pruning is None or pruning.start().rehearse(piece)
+
     def begin(self, piece: Workpiece) -> None:
         """Find the weights or units of the penalty."""
         step = self.step
         if not step.weight:
             return
         if step.unit == "head":
-            units.change(piece, partial(units.prepare, kind=step.unit))
+            convert(piece, step.title)
             piece.changed = False
         if step.penalty == "bn_gamma":
             penalties.bn_gamma(piece.network)

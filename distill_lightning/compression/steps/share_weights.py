@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from distill_lightning.compression.access.parameters import join_path, names_of_parameters
 from distill_lightning.compression.access.targets import Targets, match_layers
 from distill_lightning.compression.access.weights import histogram_of, weight_names
-from distill_lightning.compression.steps.base import Order, Step, TargetedStep
+from distill_lightning.compression.steps.base import Order, Step, TargetedStep, Work
 from distill_lightning.compression.steps.coverage import check_coverage
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.compression.values.codebook import Init, share_weights
@@ -64,11 +64,23 @@ class ShareWeights(TargetedStep):
             (self.k == {}, "k is empty: give a number, or one for each pattern"),
         )
 
-    def act(self, piece: Workpiece) -> None:
-        """Cluster the weights."""
+    def start(self) -> Work:
+        """The work of this step in one run."""
+        return _Sharing(self)
+
+    def find(self, piece: Workpiece) -> list[str]:
+        """The paths of the layers whose weights are shared.
+
+        Raises:
+            InputError: there are none, or most of the network's weights are something else.
+        """
         by_pattern = isinstance(self.k, dict) and self.targets is None
         targets = list(self.k) if isinstance(self.k, dict) and by_pattern else self.targets
-        paths = _free_layers(piece, self, targets, argument="k" if by_pattern else "targets")
+        return _free_layers(piece, self, targets, argument="k" if by_pattern else "targets")
+
+    def act(self, piece: Workpiece) -> None:
+        """Cluster the weights."""
+        paths = self.find(piece)
         values = self._values_of(piece, paths)
         kept_zero = []
         for path in paths:
@@ -141,9 +153,21 @@ class HashShare(TargetedStep):
         wrong = not 1 <= self.ratio < math.inf
         self.refuse((wrong, f"ratio is the number of weights per value, at least 1, got {self.ratio}"))
 
+    def start(self) -> Work:
+        """The work of this step in one run."""
+        return _Sharing(self)
+
+    def find(self, piece: Workpiece) -> list[str]:
+        """The paths of the layers whose weights are hashed.
+
+        Raises:
+            InputError: there are none, or most of the network's weights are something else.
+        """
+        return _free_layers(piece, self, self.targets, reason_of=_no_hash)
+
     def act(self, piece: Workpiece) -> None:
         """Replace the weights by values."""
-        paths = _free_layers(piece, self, self.targets, reason_of=_no_hash)
+        paths = self.find(piece)
         for path in paths:
             for name in weight_names(piece.network.get_submodule(path)):
                 where = join_path(path, name)
@@ -154,6 +178,15 @@ class HashShare(TargetedStep):
             for name in hash_weights(layer, ratio=1 / self.ratio, seed=piece.seed * 1_000_003 + number):
                 piece.masks.kept.pop(join_path(path, name), None)
         piece.changed = True
+
+
+class _Sharing(Work):
+    step: ShareWeights | HashShare
+
+    def rehearse(self, piece: Workpiece) -> bool:
+        """Find the layers."""
+        self.step.find(piece)
+        return False
 
 
 _WHAT = "layers with weights"

@@ -9,7 +9,8 @@ from torch import nn
 
 from distill_lightning.compression.costs.parameters import count_parameters
 from distill_lightning.compression.shrink import tying
-from distill_lightning.compression.steps.base import Order, TrainedStep
+from distill_lightning.compression.steps.base import Order, TrainedStep, Work
+from distill_lightning.compression.steps.trial import try_change
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.compression.structure.changes import note_change
 
@@ -32,6 +33,7 @@ class TieLayers(TrainedStep):
     """
 
     order = Order.STRUCTURE
+    tries_itself = True
 
     groups: list[list[str]]
     init: tying.Init = "first"
@@ -45,8 +47,19 @@ class TieLayers(TrainedStep):
         """Refuse layers that cannot be tied."""
         tying.check_groups(network, self.groups)
 
+    def start(self) -> Work:
+        """The work of this step in one run."""
+        return _Tying(self)
+
     def act(self, piece: Workpiece) -> None:
         """Tie the layers, and say what that saves."""
+        try_change(
+            piece,
+            self.title,
+            [", ".join(path for group in self.groups for path in group)],
+            change=lambda network, _: tying.tie_layers(network, self.groups, init=self.init),
+            expect=None,
+        )
         before = count_parameters(piece.network).stored
         tying.tie_layers(piece.network, self.groups, init=self.init)
         note_change(piece.network, "tied")
@@ -56,3 +69,10 @@ class TieLayers(TrainedStep):
             "tied layer runs as often as before"
         )
         piece.changed = True
+
+
+class _Tying(Work):
+    def rehearse(self, piece: Workpiece) -> bool:
+        """Tie the layers."""
+        self.begin(piece)
+        return True

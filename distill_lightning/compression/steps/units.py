@@ -15,13 +15,18 @@ from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.access.targets import Targets, match_layers
 from distill_lightning.compression.mask.masks import Masks
 from distill_lightning.compression.mask.selection import Amount, Scope, amount_of, choose
-from distill_lightning.compression.shrink.attention import convert_attention
+from distill_lightning.compression.shrink.attention import convert_attention, foreign_attention
 from distill_lightning.compression.shrink.axes import blocks
 from distill_lightning.compression.shrink.channels import channel_groups
 from distill_lightning.compression.shrink.groups import Group, shrink
 from distill_lightning.compression.shrink.recurrent import unit_groups
 from distill_lightning.compression.shrink.torch_pruning import channel_groups_by_torch_pruning
-from distill_lightning.compression.shrink.transformer import head_groups, neuron_groups, remove_layers
+from distill_lightning.compression.shrink.transformer import (
+    foreign_neurons,
+    head_groups,
+    neuron_groups,
+    remove_layers,
+)
 from distill_lightning.compression.steps.weights import REDUCE, SCORERS
 from distill_lightning.compression.steps.workpiece import RemovedUnits, Workpiece
 from distill_lightning.compression.structure.changes import note_change
@@ -55,6 +60,11 @@ class Family:
 def prepare(network: nn.Module, kind: UnitKind) -> nn.Module:
     """Convert a network's layers, in place, so that they can lose such units."""
     return convert_attention(network) if kind == "head" else network
+
+
+def left_alone(network: nn.Module, kind: UnitKind) -> dict[str, str]:
+    """Why layers that could lose such units by their class keep them, by path."""
+    return foreign_attention(network) if kind == "head" else foreign_neurons(network) if kind == "neuron" else {}
 
 
 def find_families(
@@ -109,7 +119,9 @@ def score_units(piece: Workpiece, families: Sequence[Family], criterion: str) ->
         # Scales of norms are of another magnitude than weights, so they are left out of the mean.
         names = [name for name in names if piece.network.get_parameter(name).dim() > 1]
     values = SCORERS[criterion](piece, names)
-    return {family.name: _sums(piece.network, family, values, mean=mean) for family in families}
+    # Expanded, because a network may have hundreds of families and each would fill as much memory as the weights.
+    ones = {name: value.new_ones(()).expand_as(value) for name, value in values.items()} if mean else None
+    return {family.name: _sums(piece.network, family, values, ones) for family in families}
 
 
 def choose_units(
@@ -263,21 +275,23 @@ def _blocks(network: nn.Module, path: str) -> int:
 
 def _names(network: nn.Module, family: Family) -> list[str]:
     if family.group is not None:
-        return list(family.group.masks(network, range(family.size)))
+        return family.group.parameter_names(network)
     inside = f"{family.name}.layers." if family.name else "layers."
     return [name for name, _ in network.named_parameters() if name.startswith(inside)]
 
 
-def _sums(network: nn.Module, family: Family, values: Mapping[str, Tensor], *, mean: bool) -> Tensor:
+def _sums(
+    network: nn.Module, family: Family, values: Mapping[str, Tensor], ones: Mapping[str, Tensor] | None
+) -> Tensor:
+    """The sum of the values of each unit, or with ones beside them the mean."""
     if family.group is not None:
         total = family.group.scores(network, values)
-        ones = {name: torch.ones_like(value) for name, value in values.items()}
-        return total / family.group.scores(network, ones) if mean else total
+        return total if ones is None else total / family.group.scores(network, ones)
     prefix = f"{family.name}.layers." if family.name else "layers."
     scores = []
     for number in range(family.size):
         own = [wide(value).flatten() for name, value in values.items() if name.startswith(f"{prefix}{number}.")]
-        scores.append(torch.cat(own).mean() if mean else torch.cat(own).sum())
+        scores.append(torch.cat(own).sum() if ones is None else torch.cat(own).mean())
     return torch.stack(scores)
 
 

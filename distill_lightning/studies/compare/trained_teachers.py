@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill_lightning.errors import InputError
+from distill_lightning.layers import same_bits
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.runs import Run
 
@@ -52,4 +53,4 @@ def refuse_other_teachers(experiment: Experiment, runs: Sequence[Run]) -> None:
 
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    return one.keys() == other.keys() and all(same_bits(value, other[name]) for name, value in one.items())

@@ -152,7 +152,14 @@ class Watch(pl.Callback):
         handles = []
         student = getattr(module, "student", None)
         if isinstance(student, nn.Module):
-            handles.append(uncompiled(student).register_forward_hook(self._note_output))
+            network = uncompiled(student)
+
+            def note(module: nn.Module, inputs: Any, output: Any) -> None:
+                # Not of copies, which a compression makes; a bound method would be copied with all that it is bound to.
+                if module is network:
+                    self._note_output(module, inputs, output)
+
+            handles.append(network.register_forward_hook(note))
         for name, tap in self.taps.items():
             for layer in tap.layers:
                 place = uncompiled(tap.network).get_submodule(layer)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from distill_lightning.compression.access.calibration import inputs_of
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.costs.latency import compare_latency
+from distill_lightning.compression.report.measure import largest_difference, scale_of
 from distill_lightning.compression.report.onnx import TOLERANCE, OnnxNetwork, export_onnx, outputs_of
 from distill_lightning.errors import InputError
-from distill_lightning.layers import InputShape, by_position, eval_mode
+from distill_lightning.layers import InputShape, by_position, eval_mode, same_bits
 from distill_lightning.networks.weights import load_strictly, read_weights, write_weights
 from distill_lightning.storage import write_whole
 from distill_lightning.studies.export.config import Format
@@ -131,7 +132,7 @@ def write_format(
 def _check_weights(network: nn.Module, found: Any, path: Path) -> None:
     read = found.state_dict()
     for name, tensor in network.state_dict().items():
-        if not torch.equal(tensor, read[name]):
+        if not same_bits(tensor, read[name]):
             raise InputError(f"{path} does not hold what {type(network).__name__} does: {name} differs")
 
 
@@ -141,11 +142,8 @@ def _gap(network: nn.Module, run: Run, path: Path, example: Any, kind: Format) -
         wanted, found = outputs_of(network(*inputs)), outputs_of(run(*inputs))
     if [output.shape for output in wanted] != [output.shape for output in found]:
         raise InputError(f"{path} gives outputs of other shapes than {type(network).__name__}")
-    largest = max((float(output.double().abs().max()) for output in wanted), default=0.0)
-    gap = max((float((a.double() - b.double()).abs().max()) for a, b in zip(wanted, found, strict=True)), default=0.0)
-    allowed = 0.0 if kind in _WEIGHTS else TOLERANCE * max(1.0, largest)
-    # NaN is never within the tolerance.
-    if not gap <= allowed:
+    gap = max((largest_difference(ours, theirs) for ours, theirs in zip(wanted, found, strict=True)), default=0.0)
+    if gap > (0.0 if kind in _WEIGHTS else TOLERANCE * scale_of(wanted)):
         raise InputError(
             f"{path} does not compute what {type(network).__name__} does: with a batch of {len(inputs[0])} outputs "
             f"differ by {gap:.3g}; does its forward draw at random, or depend on values of its input?"

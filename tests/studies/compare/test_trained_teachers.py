@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from distill_lightning import SmallCNN, SmallResNet
 from distill_lightning.cli import main
-from distill_lightning.studies.compare import attempt
+from distill_lightning.studies.compare import attempt, trained_teachers
 from distill_lightning.studies.compare.config import CompareConfig, TeachersConfig, parse_config
 from distill_lightning.studies.compare.experiment import Experiment
 from distill_lightning.studies.compare.plan import plan
@@ -166,3 +166,10 @@ def test_other_weights_under_the_same_name_are_refused(tmp_path, config, capsys)
     assert "teachers.1 has other weights than when" in capsys.readouterr().err
     assert json.loads((tmp_path / "out/runs/feed/seed_0/result.json").read_text()) == before
     assert not (tmp_path / "out/runs/feed/seed_1").exists()
+
+
+def test_what_is_no_number_is_no_other_weight():
+    state = {"weight": torch.tensor([1.0, torch.nan])}
+    assert trained_teachers._same(state, {"weight": state["weight"].clone()})
+    assert not trained_teachers._same(state, {"weight": torch.tensor([1.0, 2.0])})
+    assert not trained_teachers._same(state, {})

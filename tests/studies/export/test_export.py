@@ -1,10 +1,12 @@
 """What is exported is the student alone, computes what it does, and says where it comes from."""
 
+import copy
 import json
 import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -359,6 +361,21 @@ def test_a_file_that_gives_something_else_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"model\.safetensors does not compute what Moody does: with a batch of 1"):
         export_checkpoint(checkpoint, tmp_path / "out", student=Moody(64, 3))
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_is_no_number_equals_itself():
+    network = nn.Linear(4, 2)
+    with torch.no_grad():
+        network.weight[0, 1] = torch.nan
+    like, path, inputs = copy.deepcopy(network), Path("model.safetensors"), torch.randn(3, 4)
+    formats._check_weights(network, like, path)
+    assert formats._gap(network, like, path, inputs, "safetensors") == 0
+    with torch.no_grad():
+        like.weight[0, 1] = 0
+    with pytest.raises(InputError, match=r"does not hold what Linear does: weight differs"):
+        formats._check_weights(network, like, path)
+    with pytest.raises(InputError, match=r"does not compute what Linear does: .* differ by inf"):
+        formats._gap(network, like, path, inputs, "onnx")
 
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path, capsys):
