@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+import yaml
 from lowest import SETUP, lowest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from safetensors.torch import load_file
 
 from distill_lightning import GeneratorModule, KDModule, OneCycle, ParaphraserModule, SupervisedModule
+from distill_lightning.cli import main
 from distill_lightning.errors import InputError
 from distill_lightning.testing import TinyDataModule, TinyNet, tiny_trainer
 
@@ -179,3 +182,24 @@ def test_averaging_goes_on_from_a_checkpoint(tmp_path):
     whole = averaged(0, SaveAt(path, "end"))
     resumed = averaged(1, ckpt_path=str(path))
     assert all(torch.allclose(value, resumed[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("loaders", [1, 2])
+def test_the_command_line_writes_what_is_predicted(tmp_path, loaders, monkeypatch):
+    """Lightning before 2.0 has forgotten it by the end of the verb."""
+    loader = TinyDataModule.predict_dataloader
+    monkeypatch.setattr(TinyDataModule, "predict_dataloader", lambda data: [loader(data)] * loaders)
+    config = {
+        "trainer": {"accelerator": "cpu", "default_root_dir": str(tmp_path), "enable_progress_bar": False},
+        "model": {
+            "class_path": "SupervisedModule",
+            "init_args": {"student": {"class_path": "distill_lightning.testing.TinyNet"}},
+        },
+        "data": {"class_path": "distill_lightning.testing.TinyDataModule"},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["predict", "--config", str(tmp_path / "config.yaml")]) == 0
+    (written,) = tmp_path.rglob("predictions.safetensors")
+    data = TinyDataModule()
+    data.setup("predict")
+    assert load_file(written)["logits"].shape == (loaders * len(loader(data).dataset), data.num_classes)

@@ -13,9 +13,10 @@ import pytorch_lightning
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]  # it does not say that it exports it
-from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import distill_lightning
@@ -78,6 +79,26 @@ class _Parser(LightningArgumentParser):
     def add_function_arguments(self, *args: Any, linked_targets: object = None, **kwargs: Any) -> list[str]:
         """Add the arguments of a function."""
         return super().add_function_arguments(*args, **kwargs)
+
+
+class _TensorWriter(Callback):
+    """Writes what a process predicts, which the Trainer would only return, beside the configuration that it is of."""
+
+    def __init__(self) -> None:
+        self._outputs: list[Tensor] = []
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *batch: Any) -> None:
+        """Keep the outputs of a batch."""
+        self._outputs.append(outputs.cpu())
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        share = "" if trainer.world_size == 1 else f"_{trainer.global_rank}"
+        path = free_path(Path(trainer.log_dir or trainer.default_root_dir) / f"predictions{share}.safetensors")
+        # A regression's outputs are no logits.
+        name = "logits" if getattr(pl_module, "num_classes", None) else "output"
+        write_tensors(path, {name: torch.cat(self._outputs).float()})
+        print(f"Written: {path}")
 
 
 class DistillCLI(LightningCLI):
@@ -220,8 +241,9 @@ class DistillCLI(LightningCLI):
         write_checkpoints_whole(trainer)
         return trainer
 
-    def after_instantiate_classes(self) -> None:
-        """Check the data, the checkpoint and the optimiser before the Trainer writes anything."""
+    def instantiate_classes(self) -> None:
+        """As of every `LightningCLI`; check the data, the checkpoint and the optimiser before anything is written."""
+        super().instantiate_classes()
         if isinstance(self.datamodule, ViewDataModule) and self.trainer.world_size == 1:
             self.datamodule.prepare_data()
             self.datamodule.setup()
@@ -242,9 +264,8 @@ class DistillCLI(LightningCLI):
 
     def _write_predictions(self) -> None:
         """Have predictions that have a format of their own written, unless the configuration says where."""
-        writer = writer_for(self.model)
-        if writer is not None and not any(isinstance(callback, PredictionWriter) for callback in self._callbacks):
-            self._callbacks.append(writer)
+        if not any(isinstance(callback, PredictionWriter) for callback in self._callbacks):
+            self._callbacks.append(writer_for(self.model) or _TensorWriter())
 
     @property
     def _callbacks(self) -> list[Any]:
@@ -259,24 +280,9 @@ class DistillCLI(LightningCLI):
                 print(line)
 
     def after_predict(self) -> None:
-        """Write the predictions, which the Trainer would only return, beside the configuration that they are of.
-
-        Translations and boxes are written in a format of their own, by a callback.
-        """
-        writers = [callback for callback in self._callbacks if isinstance(callback, PredictionWriter)]
-        for path in (path for writer in writers for path in writer.written):
+        """Say where translations and boxes are."""
+        for path in (path for one in self._callbacks if isinstance(one, PredictionWriter) for path in one.written):
             print(f"Written: {path}")
-        if writers:
-            return
-        share = "" if self.trainer.world_size == 1 else f"_{self.trainer.global_rank}"
-        path = free_path(
-            Path(self.trainer.log_dir or self.trainer.default_root_dir) / f"predictions{share}.safetensors"
-        )
-        outputs = self.trainer.predict_loop.predictions
-        # A regression's outputs are no logits.
-        name = "logits" if getattr(self.model, "num_classes", None) else "output"
-        write_tensors(path, {name: torch.cat(outputs).float()})
-        print(f"Written: {path}")
 
     def after_validate(self) -> None:
         """Say the unit of what Lightning's table has just shown."""
