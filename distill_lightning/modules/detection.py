@@ -14,7 +14,7 @@ from distill_lightning.data.detection_batch import DetectionBatch
 from distill_lightning.errors import InputError
 from distill_lightning.modules.base import DistillationModule
 from distill_lightning.modules.options import TrainingOptions
-from distill_lightning.modules.parts.boxes import DetectionEvaluation, DetectionGuard, Detections, counted
+from distill_lightning.modules.parts.boxes import DetectionEvaluation, DetectionGuard, Detections, check_images, counted
 from distill_lightning.outputs import Boxes
 from distill_lightning.teachers.layer_errors import explained
 
@@ -29,6 +29,9 @@ class DetectionModule(DistillationModule):
 
     Logged under ``val/`` and ``test/``: ``map``, ``map_50``, ``voc07_map_50``, ``ece`` and ``map_class_<name>``, see
     `outputs.metrics.detection_metrics`. `torch.optim.lr_scheduler.ReduceLROnPlateau` watches ``val/map``.
+
+    Boxes are numbers of pixels, so images are float32 or wider: with ``precision="16-mixed"`` or ``"bf16-mixed"``, not
+    ``"16-true"`` or ``"bf16-true"``, a step computes in fewer bits.
 
     A detector waits for the device in each step, where it samples boxes: that is torchvision's own code.
 
@@ -103,8 +106,9 @@ class DetectionModule(DistillationModule):
 
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Detections:  # type: ignore[override]
         """Boxes, scores and labels of each image of a batch that counts, or of each in a list or tensor of images."""
-        batch = self.read_batch(batch)
-        return counted(batch, explained(self, lambda one: self(one.input), batch, f"prediction batch {batch_idx}"))
+        batch, where = self.read_batch(batch), f"prediction batch {batch_idx}"
+        check_images(self, batch, where)
+        return counted(batch, explained(self, lambda one: self(one.input), batch, where))
 
     def configure_optimizers(self) -> Any:
         """As of every method.

@@ -28,7 +28,8 @@ class Translates(DistillationModule):
     Translations begin with what ``decoder_input_ids`` begin with, or where a batch has none, with the ids above; they
     end with the ``eos_id`` of the data module or its tokenizer, or else the student's. A training, and every
     evaluation, begin by comparing the data's ``pad_id``, number of ids and longest sentence with the module's and the
-    student's.
+    student's, and the ``digest`` of its ``tokenizer``, if it has one, with that of the training, which a checkpoint
+    holds. Where a batch is looked at, padding that ``attention_mask`` does not leave out is refused, too.
 
     Validation and test log ``nll`` (nats per token), ``perplexity``, ``accuracy`` and ``ece`` of the tokens that count,
     each after the true ones before it; and ``bleu`` and ``chrf`` of the translations, 0 to 100, as one corpus, whatever
@@ -44,7 +45,7 @@ class Translates(DistillationModule):
         self, pad_id: int, label_smoothing: float, beam: Search, bleu_every: int, decode: Decode | None
     ) -> None:
         """Take the options that the modules share, once the base class has been initialised."""
-        if not 0 <= pad_id < self.output.num_classes:
+        if not isinstance(pad_id, int) or not 0 <= pad_id < self.output.num_classes:
             raise InputError(
                 f"{type(self).__name__}: pad_id must be an id below num_classes={self.num_classes}, got {pad_id}: give "
                 "the tokenizer's"

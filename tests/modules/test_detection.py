@@ -255,6 +255,12 @@ def test_what_makes_no_sense_is_refused(student, options, message):
         ([[0.0, 0, 4, 4]], [3], "an object of class 3"),
         ([[0.0, 0, 4, 4], [4.0, 4, 4, 8]], [1, 1], r"the box \[4.0, 4.0, 4.0, 8.0\], which has no area"),
         ([[0.0, 0, torch.nan, 4]], [1], "which has no area"),
+        (
+            [[0.0, 0, 4, 4], [1.0, 1, 2, 99]],
+            [1, 1],
+            r"the box \[1.0, 1.0, 2.0, 99.0\], whose centre .* its 32x32",
+        ),
+        ([[-9.0, 1, 2, 4]], [1], r"the box \[-9.0, 1.0, 2.0, 4.0\], whose centre is outside"),
         ([[0, 0, 4, 4]], [1], r"boxes of int64 \(1, 4\): give floats"),
         ([0.0, 0, 4, 4], [1], r"boxes of float32 \(4,\)"),
         ([[0.0, 0, 4, 4]], [1, 2], r"labels of int64 \(2,\): give int64 \(1,\)"),
@@ -286,6 +292,22 @@ def test_images_that_cannot_be_read_are_refused(change, message):
     image, target = images_and_boxes(3)[2]
     with pytest.raises(InputError, match=message):
         fitted(module_of(), loader([(change(image), target)]))
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("16-true", "float16"), ("bf16-true", "bfloat16")])
+def test_boxes_that_would_be_rounded_by_pixels_are_refused(precision, kind):
+    message = rf"the images in \w+ batch 0 are torch.{kind}, in which boxes, .*precision='16-mixed' or 'bf16-mixed'"
+    with pytest.raises(InputError, match=message):
+        fitted(module_of(), precision=precision)
+    for stage in ("validate", "test", "predict"):
+        with pytest.raises(InputError, match=message):
+            getattr(tiny_trainer(precision=precision), stage)(module_of(), loader())
+
+
+def test_boxes_may_reach_beyond_the_edge():
+    target = {"boxes": torch.tensor([[-1.5, 8, 8, 34]]), "labels": torch.tensor([1])}
+    trainer = fitted(module_of(), loader([(torch.rand(1, 32, 32), target)]))
+    assert trainer.callback_metrics["train/loss"].isfinite()
 
 
 def test_images_that_are_not_finite_are_named():

@@ -558,8 +558,9 @@ def test_options_out_of_range_are_refused(options, message):
     for wrong in ({"size": 0}, {"max_length": 0}, {"length_penalty": math.inf}):
         with pytest.raises(InputError, match=f"BeamSearch: {next(iter(wrong))} must be"):
             BeamSearch(**wrong)
-    with pytest.raises(InputError, match="pad_id must be an id below num_classes=12, got 12"):
-        TranslationModule(network(), num_classes=VOCABULARY, pad_id=12)
+    for wrong in (12, -100, None):
+        with pytest.raises(InputError, match=f"pad_id must be an id below num_classes=12, got {wrong}"):
+            TranslationModule(network(), num_classes=VOCABULARY, pad_id=wrong)
 
 
 def test_a_student_without_generate_trains_and_tests_without_translations():

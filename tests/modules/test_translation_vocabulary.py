@@ -1,6 +1,7 @@
 """Translation: what data, module and student say of token ids, and where they do not agree."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,11 +97,76 @@ def test_an_id_without_an_embedding_names_the_sample():
             run(stage, module_of(), Data(batches=[batch]))
 
 
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize(
+    ("pad_id", "mask", "message"),
+    [
+        (
+            3,
+            [[1, 1, 1], [1, 0, 0]],
+            r"sample 40 in \w+ batch 0 has the id 0 where attention_mask is 0, and pad_id=3: ",
+        ),
+        (0, None, r"sample 40 in \w+ batch 0 is filled up with 0, and without attention_mask the student"),
+    ],
+    ids=["another padding", "no mask"],
+)
+def test_padding_that_would_be_read_as_words_is_refused(stage, pad_id, mask, message):
+    batch = batch_of([[5, 6, 2], [7, 2, pad_id]], index=torch.tensor([30, 40]))
+    batch.input["input_ids"][1, 1:] = 0
+    del batch.input["attention_mask"]
+    batch.input |= {} if mask is None else {"attention_mask": torch.tensor(mask)}
+    with pytest.raises(InputError, match=message) as error:
+        run(stage, module_of(pad_id=pad_id), Data(batches=[batch], pad_id=None))
+    assert "\n" not in str(error.value)
+
+
+def test_a_mask_may_hide_words():
+    batch = batch_of([[5, 6, 2], [7, 2, 0]])
+    batch.input["input_ids"][1, 2] = 0
+    batch.input["attention_mask"] = torch.tensor([[1, 0, 1], [1, 1, 0]])
+    run("validate", module_of(beam=NoSearch()), Data(batches=[batch]))
+
+
+def test_a_student_that_takes_no_mask_and_sources_without_padding_need_none():
+    whole = batch_of([[5, 6, 2], [7, 2, 0]])
+    del whole.input["attention_mask"]
+    run("validate", module_of(beam=NoSearch()), Data(batches=[whole]))
+    whole.input["input_ids"][1, 1:] = 0
+    student = network()
+    student.forward = lambda input_ids, decoder_input_ids, own=student.forward: own(
+        input_ids=input_ids, attention_mask=input_ids != 0, decoder_input_ids=decoder_input_ids
+    )
+    run("validate", module_of(student, beam=NoSearch()), Data(batches=[whole]))
+
+
 def test_a_sentence_that_is_too_long_is_refused_before_training():
     data = Data(longest=lambda: (17, "train.en:4"))
     with pytest.raises(InputError, match=r"train\.en:4 has 17 tokens, .* positions for 16: .*max_length=17"):
         run("fit", module_of(), data)
     run("fit", module_of(beam=NoSearch()), Data(longest=lambda: (16, "train.en:4")))
+
+
+def test_another_tokenizer_than_that_of_the_training_is_refused(tmp_path):
+    """As where ``val_size`` is another one than in the training, and so the text that the tokenizer is trained on."""
+    ours, theirs = (Data(tokenizer=SimpleNamespace(digest=digest)) for digest in ("ours", "theirs"))
+    module = module_of(beam=NoSearch())
+    trainer = tiny_trainer(max_epochs=1)
+    trainer.fit(module, datamodule=ours)
+    trainer.save_checkpoint(tmp_path / "module.ckpt")
+    loaded = TranslationModule.load_from_checkpoint(tmp_path / "module.ckpt", student=network(), decode=str)
+    message = "the tokenizer of Data is not that of the training, .* give the text, languages, vocab_size, val_size"
+    for one in (module, loaded):
+        for stage in ("validate", "test"):
+            run(stage, one, ours)
+            run(stage, one, Data())
+        for stage in ("validate", "test", "predict"):
+            with pytest.raises(InputError, match=message):
+                run(stage, one, theirs)
+    with pytest.raises(InputError, match=message):
+        tiny_trainer(max_epochs=2).fit(module_of(), datamodule=theirs, ckpt_path=str(tmp_path / "module.ckpt"))
+    # A training from the beginning may have another.
+    run("fit", loaded, theirs)
+    run("test", loaded, theirs)
 
 
 # What counts

@@ -50,19 +50,14 @@ class DetectionGuard(Guard):
             InputError: boxes or classes that cannot be right, and the message names the image; or images of bytes.
         """
         ready = module.read_batch(batch)
-        kinds = {image.dtype for image in ready.input if not image.is_floating_point()}
-        if kinds:
-            raise InputError(
-                f"{type(module).__name__}: the images in {STAGES[stage]} batch {number} are {kinds.pop()}, and a "
-                "detector reads floats in [0, 1]: let the data module give v2.ToDtype(torch.float32, scale=True)"
-            )
+        check_images(module, ready, f"{STAGES[stage]} batch {number}")
         if ready.target is None or not _is_read(first_tensor(ready.input), number):
             return
-        for row, target in enumerate(ready.target):
-            if wrong := _wrong(target, module.num_classes):
-                image = int(target["image_id"]) if "image_id" in target else named(ready, [row])
+        for row, (image, target) in enumerate(zip(ready.input, ready.target, strict=True)):
+            if wrong := _wrong(target, module.num_classes, image):
+                which = int(target["image_id"]) if "image_id" in target else named(ready, [row])
                 raise InputError(
-                    f"{type(module).__name__}: image {image} in {STAGES[stage]} batch {number} has {wrong}"
+                    f"{type(module).__name__}: image {which} in {STAGES[stage]} batch {number} has {wrong}"
                 )
 
     def look_at_output(self, module: Any, output: Any, number: int, stage: str) -> None:
@@ -79,6 +74,31 @@ class DetectionGuard(Guard):
                 f"{type(module).__name__}: the student ({type(module.student).__name__}) gives nan or inf in "
                 f"{STAGES[stage]} batch {number}: {WAY_OUT}"
             )
+
+
+def check_images(module: Any, batch: Batch, where: str) -> None:
+    """Look at the type of the images.
+
+    Args:
+        module: that detects.
+        batch: of images.
+        where: the batch's name in the message.
+
+    Raises:
+        InputError: they are bytes, or so coarse that boxes of their type would not name single pixels.
+    """
+    kinds = {image.dtype for image in batch.input}
+    who = f"{type(module).__name__}: the images in {where} are"
+    if bytes_of := next((kind for kind in kinds if not kind.is_floating_point), None):
+        raise InputError(
+            f"{who} {bytes_of}, and a detector reads floats in [0, 1]: let the data module give "
+            "v2.ToDtype(torch.float32, scale=True)"
+        )
+    if coarse := next((kind for kind in kinds if kind.itemsize < 4), None):
+        raise InputError(
+            f"{who} {coarse}, in which boxes, which are converted with them, are rounded by pixels: train with "
+            "precision='16-mixed' or 'bf16-mixed'"
+        )
 
 
 class DetectionEvaluation(Evaluation):
@@ -174,7 +194,7 @@ def _is_read(tensor: Tensor, number: int) -> bool:
     return tensor.device.type == "cpu" or number < FIRST
 
 
-def _wrong(target: Mapping[str, Tensor], num_classes: int) -> str:
+def _wrong(target: Mapping[str, Tensor], num_classes: int, image: Tensor) -> str:
     """What is wrong with the boxes of an image, and what to do; nothing if all is well."""
     boxes, labels = target["boxes"], target["labels"]
     if boxes.ndim != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
@@ -193,4 +213,12 @@ def _wrong(target: Mapping[str, Tensor], num_classes: int) -> str:
     empty = ~(boxes[:, 2:] > boxes[:, :2]).all(dim=1) | ~boxes.isfinite().all(dim=1)
     if empty.any():
         return f"the box {boxes[empty][0].tolist()}, which has no area: leave it out of the data"
+    height, width = image.shape[1:]
+    middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+    outside = ((middle < 0) | (middle > middle.new_tensor([width, height]))).any(dim=1)
+    if outside.any():
+        return (
+            f"the box {boxes[outside][0].tolist()}, whose centre is outside of its {width}x{height} pixels: resize "
+            "and crop boxes with their image"
+        )
     return ""

@@ -122,27 +122,63 @@ class AveragedNetwork(PastNetwork):
     def __init__(self, decay: float) -> None:
         super().__init__(every=1)
         self.decay = decay
+        # Of what the network has in half precision, in which a slow average would stand still, by its names.
+        self._exact: dict[str, Tensor] = {}
 
     def after_step(self, student: nn.Module) -> None:
         """Average; the weights after the first step are the first average."""
         if self.model is None:
             self.model = self.copy_of(student)
+            self._exact = _halves(self.model)
             return
-        pairs = list(zip(_tensors(self.model), _tensors(uncompiled(student)), strict=True))
-        moving = [(kept, now) for kept, now in pairs if kept.is_floating_point()]
+        kept, now = _tensors(self.model), _tensors(uncompiled(student))
+        moving = [name for name, tensor in kept.items() if tensor.is_floating_point()]
         # Not torch's AveragedModel, which copies its counter to the device and back in every step.
         average = get_ema_multi_avg_fn(self.decay)  # type: ignore[no-untyped-call]
-        average([kept for kept, _ in moving], [now for _, now in moving], None)
-        for kept, now in pairs:
-            if not kept.is_floating_point():
-                kept.copy_(now)
+        average([self._exact.get(name, kept[name]) for name in moving], [wide(now[name]) for name in moving], None)
+        for name, tensor in kept.items():
+            if name in self._exact or not tensor.is_floating_point():
+                tensor.copy_(self._exact.get(name, now[name]))
 
     def after_epochs(self, before: int, finished: int, student: nn.Module) -> None:
         """The average predicts from the end of the first epoch on."""
         self.share_buffers()
         self.ready = self.model is not None
 
+    def buffers(self) -> Iterator[Tensor]:
+        """What the processes' averages may differ in."""
+        yield from super().buffers()
+        if self.model is not None:
+            yield from (self._exact[name] for name, _ in self.model.named_buffers() if name in self._exact)
 
-def _tensors(network: nn.Module) -> list[Tensor]:
-    """All parameters and buffers, without a graph."""
-    return [tensor.detach() for tensor in (*network.parameters(), *network.buffers())]
+    def to(self, device: torch.device | str) -> None:
+        """Move the average."""
+        super().to(device)
+        self._exact = {name: tensor.to(device) for name, tensor in self._exact.items()}
+
+    def forget(self) -> None:
+        """Drop the average."""
+        super().forget()
+        self._exact = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, and whether it predicts yet."""
+        return {**super().state_dict(), "exact": dict(self._exact)}
+
+    def load_state_dict(self, state: Mapping[str, Any], student: nn.Module) -> None:
+        """Take the average of such a student."""
+        super().load_state_dict(state, student)
+        self._exact = {} if self.model is None else _halves(self.model)
+        for name, tensor in self._exact.items():
+            tensor.copy_(state.get("exact", {}).get(name, tensor))
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by their names, without a graph."""
+    return {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+
+
+def _halves(network: nn.Module) -> dict[str, Tensor]:
+    """Copies in float32 of what a network has in fewer bits, by its names."""
+    found = {name: tensor for name, tensor in _tensors(network).items() if tensor.is_floating_point()}
+    return {name: tensor.float() for name, tensor in found.items() if tensor.itemsize < 4}

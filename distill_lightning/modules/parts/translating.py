@@ -12,16 +12,18 @@ from torch import Tensor
 from distill_lightning.data.batch import IGNORED, Batch, answered_rows, spread
 from distill_lightning.errors import InputError
 from distill_lightning.layers import eval_mode
-from distill_lightning.lightning_internals import data_module_of, suffix_of_loader
+from distill_lightning.lightning_internals import begins_anew, data_module_of, suffix_of_loader
 from distill_lightning.modules.parts.evaluation import without_repeated
 from distill_lightning.modules.parts.guard import FIRST, STAGES, named
 from distill_lightning.modules.parts.search import NoSearch, Search, positions_of
 from distill_lightning.modules.parts.vocabulary import (
     check_ids,
     check_longest,
+    check_tokenizer,
     check_vocabulary,
     is_token,
     special_ids,
+    tokenizer_of,
     told_id,
 )
 from distill_lightning.networks.libraries import package
@@ -51,6 +53,8 @@ class Translating(Part):
             raise InputError(f"bleu_every cannot be negative, got {bleu_every}")
         self.search, self.bleu_every, self.decode = search, bleu_every, decode
         self.signatures: dict[str, str] = {}
+        # Which ids the training's words had.
+        self.tokenizer: str | None = None
         # Translation and reference, by the number of the data loader.
         self._pairs: dict[int, list[tuple[str, str]]] = {}
 
@@ -208,6 +212,7 @@ class Translating(Part):
     def predict_starts(self, module: Any) -> None:
         """See whether the data fit."""
         check_vocabulary(module)
+        check_tokenizer(module, self.tokenizer)
 
     def fit_starts(self, module: Any) -> None:
         """See whether the data fit, and validations can translate, before anything is trained."""
@@ -217,16 +222,31 @@ class Translating(Part):
         if self.bleu_every and not isinstance(self.search, NoSearch):
             self._check(module)
 
+    def training_starts(self, module: Any) -> None:
+        """Begin with the data's tokenizer, or see whether it is that of the checkpoint."""
+        if begins_anew(module.trainer):
+            self.tokenizer = None
+        check_tokenizer(module, self.tokenizer)
+        self.tokenizer = tokenizer_of(module) or self.tokenizer
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """By which tokenizer the data were read."""
+        return None if self.tokenizer is None else {"tokenizer": self.tokenizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it."""
+        self.tokenizer = state["tokenizer"]
+
     def validation_starts(self, module: Any) -> None:
         """Each has texts of its own."""
         self._pairs = {}
         if module.trainer.state.fn != "fit":
-            check_vocabulary(module)
+            self.predict_starts(module)
 
     def test_starts(self, module: Any) -> None:
         """See whether the data fit, and it can translate."""
         self._pairs = {}
-        check_vocabulary(module)
+        self.predict_starts(module)
         if not isinstance(self.search, NoSearch):
             self._check(module)
 

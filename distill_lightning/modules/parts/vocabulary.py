@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,6 +82,31 @@ def check_vocabulary(module: Any) -> None:
         )
 
 
+def tokenizer_of(module: Any) -> str | None:
+    """The ``digest`` of the data module's tokenizer, by which it is told from others; ``None``: it has none."""
+    found = getattr(getattr(data_module_of(module), "tokenizer", None), "digest", None)
+    return found if isinstance(found, str) else None
+
+
+def check_tokenizer(module: Any, trained: str | None) -> None:
+    """Compare the data's tokenizer with that of the training.
+
+    Args:
+        module: that reads the data.
+        trained: `tokenizer_of` the training; ``None``: it is not known.
+
+    Raises:
+        InputError: it is another one, whose ids mean other words.
+    """
+    present = tokenizer_of(module)
+    if trained is not None and present is not None and present != trained:
+        raise InputError(
+            f"{type(module).__name__}: the tokenizer of {type(data_module_of(module)).__name__} is not that of the "
+            "training, and its ids mean other words: give the text, languages, vocab_size, val_size, test_size and "
+            "seed of the training"
+        )
+
+
 def check_longest(module: Any) -> None:
     """Compare the data's longest sentence, where a data module tells it, with the student's positions.
 
@@ -108,7 +134,7 @@ def check_ids(module: Any, batch: Batch, where: str) -> None:
         where: the batch's name in the message.
 
     Raises:
-        InputError: an id has no embedding; the message names the sample.
+        InputError: an id has no embedding, or padding is read as words; the message names the sample.
     """
     embedded = embeddings_of(module.student)
     for side, name in (("source", "input_ids"), ("target", "decoder_input_ids")):
@@ -117,12 +143,41 @@ def check_ids(module: Any, batch: Batch, where: str) -> None:
             continue
         wrong = (ids < 0) | (ids >= embedded)
         if wrong.any():
-            row = int(wrong.any(dim=1).nonzero()[0])
             raise InputError(
-                f"{type(module).__name__}: the {side} of sample {named(batch, [row])} in {where} has "
-                f"the id {int(ids[row][wrong[row]][0])}, and the student ({type(module.student).__name__}) embeddings "
+                f"{type(module).__name__}: the {side} of sample {_first(batch, wrong)} in {where} has "
+                f"the id {int(ids[wrong][0])}, and the student ({type(module.student).__name__}) embeddings "
                 f"for ids from 0 to {embedded - 1}: build it with the tokenizer's number of ids"
             )
+    _check_padding(module, batch, where)
+
+
+def _check_padding(module: Any, batch: Batch, where: str) -> None:
+    """Look whether what fills up the sources is what the module takes for padding, and the student leaves it out."""
+    ids, mask, pad_id = batch.input["input_ids"], batch.input.get("attention_mask"), module.pad_id
+    if mask is None:
+        padding = ~is_token(ids, pad_id, special_ids(module).end)
+        if padding.any() and "attention_mask" in inspect.signature(module.student.forward).parameters:
+            raise InputError(
+                f"{type(module).__name__}: the source of sample {_first(batch, padding)} in {where} is filled up with "
+                f"{pad_id}, and without attention_mask the student ({type(module.student).__name__}) takes that for "
+                f"words: let batches have one, input_ids != {pad_id}"
+            )
+    elif mask.shape == ids.shape:
+        # At the ends alone, since a mask may hide words, too.
+        hidden = mask == 0
+        filling = hidden.cummin(dim=1).values | hidden.flip(1).cummin(dim=1).values.flip(1)
+        other = filling & (ids != pad_id)
+        if other.any():
+            raise InputError(
+                f"{type(module).__name__}: the source of sample {_first(batch, other)} in {where} has the id "
+                f"{int(ids[other][0])} where attention_mask is 0, and pad_id={pad_id}: give the pad_id that the data "
+                "are filled up with"
+            )
+
+
+def _first(batch: Batch, where: Tensor) -> str:
+    """The first sample with such a position, ``(N, S)``."""
+    return named(batch, [int(where.any(dim=1).nonzero()[0])])
 
 
 def embeddings_of(network: nn.Module) -> int | None:

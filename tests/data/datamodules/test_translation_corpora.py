@@ -122,6 +122,8 @@ def test_a_sentence_is_the_same_in_iwslts_two_kinds_of_files(tmp_path):
         ({"train.en": "a\n \nc", "train.de": "x\ny\nz"}, r"train\.en:2: the source is empty"),
         ({"train.en": b"a\nb \xff\n", "train.de": "x\ny\n"}, r"train\.en:2 is not UTF-8 \(byte 3 of the line\)"),
         ({"train.en": "a\n"}, r"has no train\.en and train\.de: .*there are train\.en"),
+        ({"train.en": "a", "train.de": "x", "dev.en": "b"}, r"dev\.en has no partner dev\.de: add it, or take"),
+        ({"train.en": "a", "train.de": "x", "tst.de": "y"}, r"tst\.de has no partner tst\.en: .* for test are drawn"),
         ({"text.en": "a\n", "text.de": "x\n"}, r"give the name of the files as train of ParallelText; there are text"),
         (
             {"train.tags.en-de.en": TAGS, "train.tags.en-de.de": TAGS.replace(" The {0} words.\n", "")},
@@ -389,6 +391,13 @@ def test_damaged_catalogues(tmp_path, name, content, line):
     found, faults = read(GettextCatalogues(), tmp_path, on_damaged="skip")
     assert found == {"train": [("Yes", "Ja")]}
     assert faults.counts == {"damaged catalogues": 1}
+
+
+@pytest.mark.parametrize("languages", [("en", "de"), ("de", "en"), ("fr", "de")])
+def test_catalogues_in_which_nothing_is_translated_have_no_pairs(tmp_path, languages):
+    write(tmp_path, {f"{one}/LC_MESSAGES/x.mo": binary({"": HEADER, "File": ""}) for one in ("de", "fr")})
+    source, target = languages
+    assert read(GettextCatalogues(), tmp_path, source=source, target=target)[0] == {"train": []}
 
 
 def test_a_language_without_catalogues(tmp_path):

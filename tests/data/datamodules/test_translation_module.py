@@ -259,6 +259,17 @@ def test_the_same_text_makes_the_same_tokenizer():
     assert made[0] == made[1] == made[2]
 
 
+def test_a_digest_tells_tokenizers_apart():
+    texts = [sentence(number) for number in range(60)]
+    one, again, other, larger = (
+        BytePairTokenizer.trained(given, vocab_size=size)
+        for given, size in ((texts, 280), (texts, 280), (texts[:9], 280), (texts, 290))
+    )
+    kept = BytePairTokenizer(json.dumps(json.loads(one.definition), indent=3))
+    assert one.digest == again.digest == kept.digest
+    assert len({one.digest, other.digest, larger.digest}) == 3
+
+
 def test_without_the_library_the_extra_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(

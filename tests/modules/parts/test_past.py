@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from distill_lightning import InputError, MovingAverage, PastModel, SelfKDModule, StoredPast
 from distill_lightning.choices import from_plain, plain
 from distill_lightning.modules.parts.past import RunningPast
-from distill_lightning.modules.parts.past_network import PastNetwork
+from distill_lightning.modules.parts.past_network import AveragedNetwork, PastNetwork
 from distill_lightning.storage import PredictionStore
 from distill_lightning.testing import TinyNet
 
@@ -100,3 +101,25 @@ def test_a_past_network_moves_with_what_it_is_told():
 def test_a_past_that_says_nothing_cannot_be_made():
     with pytest.raises(TypeError, match="abstract"):
         RunningPast("nothing")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_slow_average_moves_in_every_precision_and_goes_on_where_it_was(dtype):
+    student = nn.BatchNorm1d(2).to(dtype)
+    average = AveragedNetwork(decay=0.999)
+    for value in (1.0, *[2.0] * 100):
+        for tensor in (student.weight, student.running_mean):
+            tensor.data.fill_(value)
+        average.after_step(student)
+    resumed = AveragedNetwork(decay=0.999)
+    resumed.load_state_dict(average.state_dict(), student)
+    for one in (average, resumed):
+        for _ in range(50):
+            one.after_step(student)
+        for name in ("weight", "running_mean"):
+            found = getattr(one.model, name)
+            assert found.dtype == dtype
+            assert found.tolist() == pytest.approx([2 - 0.999**150] * 2, rel=2**-8)
+    assert all(torch.equal(a, b) for a, b in zip(average.buffers(), resumed.buffers(), strict=True))
+    average.forget()
+    assert not list(average.buffers())

@@ -75,7 +75,7 @@ class GettextCatalogues(Corpus):
         def said(language: str, key: _Key) -> str:
             return key[-1] if language == _MESSAGES_ARE_IN else sides[language].get(key, ("", ""))[0]
 
-        known = sides.get(target) or sides[source]
+        known = sides[target if target in sides else source]
         pairs = (Pair(said(source, key), said(target, key), where) for key, (_, where) in known.items())
         return {"train": [pair for pair in pairs if pair.source and pair.source != pair.target]}
 

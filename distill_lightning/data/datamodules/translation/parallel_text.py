@@ -28,7 +28,8 @@ class ParallelText(Corpus):
 
     A name that is not given is looked for: ``train`` or ``training``; ``val``, ``valid``, ``validation`` or ``dev``;
     ``test``, ``tst``, ``test_2016_flickr`` (Multi30k's) or ``eval``; of IWSLT's files every ``dev*`` for validation and
-    every ``tst*`` for test. What has no files is drawn from the training pairs.
+    every ``tst*`` for test. What has no files is drawn from the training pairs; a plain file of such a name without its
+    partner is refused.
 
     Args:
         train: name, or names, of the training files; ``None``: known ones.
@@ -70,7 +71,7 @@ def _files(
     """The two files of every name of a split.
 
     Raises:
-        InputError: a given name, or one of the training files, has none.
+        InputError: a given name, or one of the training files, has none, or a known name has one in one language alone.
     """
     if given is not None:
         names = [given] if isinstance(given, str) else list(given)
@@ -79,9 +80,22 @@ def _files(
     found = iwslt.files(folder, split, source, target)
     if plain or not found:
         if not plain and split != "train":
+            _refuse_one_side(folder, split, source, target)
             return []
         return [_known_pair(folder, split, plain[:1] or _KNOWN[split], source, target)]
     return found
+
+
+def _refuse_one_side(folder: Path, split: str, source: str, target: str) -> None:
+    """Else other pairs would be drawn in silence for a split that has half of its files."""
+    for name in _KNOWN[split]:
+        sides = [folder / f"{name}.{language}" for language in (source, target)]
+        for path, other in (sides, sides[::-1]):
+            if path.is_file():
+                raise InputError(
+                    f"{path} has no partner {other.name}: add it, or take this file out of the folder, and pairs for "
+                    f"{split} are drawn from the training pairs"
+                )
 
 
 def _known_pair(folder: Path, split: str, names: Sequence[str], source: str, target: str) -> tuple[Path, Path]:

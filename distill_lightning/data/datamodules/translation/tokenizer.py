@@ -93,6 +93,12 @@ class BytePairTokenizer:
         )
         return text
 
+    @property
+    def digest(self) -> str:
+        """Of the ids and what they stand for, by which a tokenizer is told from others."""
+        ids = sorted((id_, token) for token, id_ in self._tokenizer.get_vocab().items())
+        return blake2b(repr(ids).encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
     def __len__(self) -> int:
         return int(self._tokenizer.get_vocab_size())
 
