@@ -122,6 +122,12 @@ def test_layers_that_lose_inputs_only_are_named_too():
     )
 
 
+def test_a_refusal_names_some_of_many():
+    network = nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(20)), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(InputError, match=r"out 0, 1, 2, 3, 4, 5, 6, 7 and 12 others \(only Linear are factored\)$"):
+        Compressor(network, [LowRank(rank=1, method={"Linear": "svd"})], torch.rand(2, 4, 1, 1)).apply()
+
+
 def test_a_refusal_names_them_too():
     with pytest.raises(InputError) as refused:
         notes(LowRank(rank=2, method={"Embedding": "svd"}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,8 @@ from distill_lightning.compression.steps.base import Step
 from distill_lightning.compression.steps.workpiece import Workpiece
 from distill_lightning.errors import InputError
 
+_SHOWN = 8
+"""How many layers a message names for one reason; a network may have hundreds."""
 _EXPECTED = "they are the network's outputs"
 """Why a last layer keeps all of its units, which goes without saying."""
 
@@ -56,18 +58,21 @@ def check_coverage(
     kept = [name for name, (value, _) in known.items() if value in covered and split_path(name)[0] in whole]
     # Rounded, a few weights that are left out would be none.
     share = f"{min(part, 0.99) if left or kept else part:.0%} of {type(piece.network).__name__}'s weights"
-    others = _told(piece, step, left, why or {}, rule)
     if refuse and 2 * part < 1:
+        others = _told(piece, step, left, why or {}, rule, most=_SHOWN)
         raise InputError(
             f"{step.title} would work on only {share}: name the layers in targets to do so on purpose; it leaves out "
             f"{others}"
         )
+    others = _told(piece, step, left, why or {}, rule)
     partly = f", only in part on {_told(piece, step, kept, whole, rule)}" if kept else ""
     piece.note(f"{step.title} works on {share}{f', not on {others}' if left else ''}{partly}")
 
 
-def _told(piece: Workpiece, step: Step, names: Iterable[str], why: Mapping[str, str], rule: str) -> str:
-    """The layers of some weights, together where the reason is the same."""
+def _told(
+    piece: Workpiece, step: Step, names: Iterable[str], why: Mapping[str, str], rule: str, *, most: int | None = None
+) -> str:
+    """The layers of some weights, together where the reason is the same, each time so many at most."""
     excluded = match_layers(piece.network, step.exclude, fits=lambda _: True, what="layers") if step.exclude else ()
     by_reason: dict[str, dict[str, None]] = {}
     for name in names:
@@ -84,7 +89,13 @@ def _told(piece: Workpiece, step: Step, names: Iterable[str], why: Mapping[str, 
         reason = next((one for one in reasons if one is not None), rule or f"{type(layer).__name__}, not its kind")
         shown = path if path and own in weight_names(layer) else name
         by_reason.setdefault(reason, {})[shown] = None
-    return "; ".join(f"{', '.join(layers)} ({reason})" for reason, layers in by_reason.items())
+    return "; ".join(f"{_some(list(layers), most)} ({reason})" for reason, layers in by_reason.items())
+
+
+def _some(layers: Sequence[str], most: int | None) -> str:
+    if most is None or len(layers) <= most + 1:
+        return ", ".join(layers)
+    return f"{', '.join(layers[:most])} and {len(layers) - most} others"
 
 
 def _weights_of(network: nn.Module) -> dict[str, tuple[object, int]]:
