@@ -220,6 +220,10 @@ GO = {
     "summed where they are zero": (
         lambda n, x: n.two(n.one(x)) * n.one(x).relu().sum(1, keepdim=True), TWO, IMAGES, {"one.weight": (4, 3, 3, 3)},
     ),
+    "of unit length where they are zero": (
+        lambda n, x: n.two(F.normalize(n.one(x)) + F.normalize(n.one(x), p=1.0, dim=2)), TWO, IMAGES,
+        {"one.weight": (4, 3, 3, 3)},
+    ),
     "beside nothing": (
         lambda n, x: n.two(torch.cat([torch.tensor([]), n.one(x)], 1)), TWO, IMAGES, {"one.weight": (4, 3, 3, 3)},
     ),
@@ -252,6 +256,12 @@ STAY = {
     ),
     "summed where they are not zero": (
         lambda n, x: n.two(n.one(x)) * n.one(x).sigmoid().sum(1, keepdim=True), r"go through sum\(\)",
+    ),
+    "of unit length where they are not zero": (
+        lambda n, x: n.two(F.normalize(n.one(x).sigmoid())), r"go through normalize\(\)",
+    ),
+    "of the length of the smallest": (
+        lambda n, x: n.two(F.normalize(n.one(x), p=-float("inf"))), r"go through normalize\(\)",
     ),
     "picked by place": (lambda n, x: n.two(n.one(x)[:, list(range(8))]), r"go through __getitem__\(\)"),
     "in compiled code": (lambda n, x: n.two(compiled(n.one(x))), r"go through _?softmax\(\)"),

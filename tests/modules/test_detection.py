@@ -294,6 +294,7 @@ def test_images_that_cannot_be_read_are_refused(change, message):
         fitted(module_of(), loader([(change(image), target)]))
 
 
+@pytest.mark.lightning(since=(2, 1))
 @pytest.mark.parametrize(("precision", "kind"), [("16-true", "float16"), ("bf16-true", "bfloat16")])
 def test_boxes_that_would_be_rounded_by_pixels_are_refused(precision, kind):
     message = rf"the images in \w+ batch 0 are torch.{kind}, in which boxes, .*precision='16-mixed' or 'bf16-mixed'"

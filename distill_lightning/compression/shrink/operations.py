@@ -106,10 +106,12 @@ def _reduced(ledger: Ledger, call: Call) -> Any:
 
 
 def _along(ledger: Ledger, call: Call) -> Layout | None:
-    """What mixes the entries along one dimension, which must not be the channels'."""
+    """What mixes the entries along one dimension: not the channels', or where these are zero, dividing by their length."""
     layout = ledger.layout(call.first)
     dim = call.argument(2 if call.name == "normalize" else 1, "dim", getattr(call.module, "dim", None))
     dim = 1 if dim is None and call.name == "normalize" else dim
+    if layout is not None and layout.zero and call.name == "normalize" and call.argument(1, "p", 2.0) > 0:
+        return replace(layout, state=False)  # zeros add nothing to the length
     if layout is None or not isinstance(dim, int) or dim % call.value.dim() == layout.dim:
         ledger.unknown(call)
         return None
