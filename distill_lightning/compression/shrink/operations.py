@@ -106,7 +106,7 @@ def _reduced(ledger: Ledger, call: Call) -> Any:
 
 
 def _along(ledger: Ledger, call: Call) -> Layout | None:
-    """What mixes the entries along one dimension: not the channels', or where these are zero, dividing by their length."""
+    """What mixes the entries along one dimension: not the channels', or dividing them by their length."""
     layout = ledger.layout(call.first)
     dim = call.argument(2 if call.name == "normalize" else 1, "dim", getattr(call.module, "dim", None))
     dim = 1 if dim is None and call.name == "normalize" else dim
