@@ -132,10 +132,10 @@ table: .venv/table.stamp
 
 .venv-lowest/stamp: setup.cfg tests/lowest.py
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python tests/lowest.py timm pytorchcv pruning > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python tests/lowest.py timm pytorchcv > .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt 'setuptools<81' pytest \
-		pytest-xdist tensorly --editable '.[timm,pytorchcv,pruning]'
+		pytest-xdist tensorly --editable '.[timm,pytorchcv]'
 	touch $@
 
 # The extra needs a newer PyTorch than the package.

@@ -95,3 +95,12 @@ def test_the_names_are_built_from_no_weights():
     assert len(set(networks.NAMES)) == len(networks.NAMES)
     network, inputs = networks.build("transformers bert")
     assert network(*inputs).logits.shape == (2, networks.CLASSES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "squeezenet1_0"])
+def test_both_leave_as_much_of_what_both_know_whole(name):
+    ours, theirs = pruned.prune(f"torchvision {name}"), pruned.prune_with_torch_pruning(f"torchvision {name}")
+    assert ours["status"] == theirs["status"] == "works"
+    assert ours["parameters"] == theirs["parameters"] < 0.27
+    assert ours["macs"] == theirs["macs"] < 0.32

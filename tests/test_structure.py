@@ -122,7 +122,7 @@ ROOMS = {
         axes
         cutting sizes watching
         groups
-        ledger torch_pruning transformer
+        ledger transformer
         layer_rules moves products
         operations
         tracing

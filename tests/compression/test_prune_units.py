@@ -313,17 +313,6 @@ def test_a_sensitivity_scope(kind, granularity):
     assert sizes(network) == sizes(build(kind))
 
 
-@pytest.mark.slow
-def test_torch_pruning_finds_the_same_channels():
-    pytest.importorskip("torch_pruning")
-    own, _ = applied("cnn", PruneUnits(amount=0.5, unit="channel", scope="layer"))
-    other, _ = applied("cnn", PruneUnits(amount=0.5, unit="channel", scope="layer", backend="torch_pruning"))
-    assert {name: value.shape for name, value in own.state_dict().items()} == {
-        name: value.shape for name, value in other.state_dict().items()
-    }
-    assert_rebuilds("cnn", other)
-
-
 # masked and shrunk
 
 
@@ -530,15 +519,6 @@ def test_networks_without_such_units_are_refused():
         ({"amount": 0.5, "unit": "layer", "schedule": Cubic()}, "no mask skips a layer"),
         ({"amount": 0.5, "unit": "head", "round_to": 4}, "round_to .* set unit='channel'"),
         ({"amount": 0.5, "unit": "channel", "round_to": 0}, "at least 1"),
-        (
-            {"amount": 0.5, "unit": "channel", "backend": "nope"},
-            "backend must be one of own, torch_pruning, got 'nope'",
-        ),
-        (
-            {"amount": 0.5, "unit": "neuron", "backend": "torch_pruning"},
-            "'torch_pruning' finds channels: set unit='channel'",
-        ),
-        ({"amount": 0.5, "unit": "head", "backend": "torch_pruning"}, "set unit='channel'"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_in_one_line(options, message):

@@ -1,7 +1,5 @@
 """Which layers a pattern means."""
 
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -88,10 +86,3 @@ def test_no_bias_to_correct():
     step = Quantize(weight_bits=4, bias_correction=True)
     with pytest.raises(InputError, match="Sequential has no linear or conv layer with a bias .* leave bias_correction"):
         Compressor(network, [step], IMAGES, batches=[(IMAGES, torch.tensor([0, 1]))]).apply()
-
-
-def test_without_torch_pruning_there_is_the_own_backend(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    step = PruneUnits(unit="channel", amount=0.5, backend="torch_pruning")
-    with pytest.raises(InputError, match="torch-pruning is not installed: .* or use backend='own'"):
-        Compressor(SmallCNN(10), [step], IMAGES).apply()

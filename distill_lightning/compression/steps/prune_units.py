@@ -50,7 +50,6 @@ class PruneUnits(Pruning):
             network's structure: given as ``amount``, it has the same result everywhere.
         round_to: the remaining channels of each layer are a multiple of this number, so a little less than the amount
             is pruned.
-        backend: what finds the channels that belong together: ``"own"``, or ``"torch_pruning"`` if it is installed.
 
     Raises:
         InputError: options that cannot be combined.
@@ -63,11 +62,10 @@ class PruneUnits(Pruning):
     criterion: UnitCriterion = "magnitude"
     budget: str | None = None
     round_to: int = 1
-    backend: units.Backend = "own"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_known(unit=units.UNITS, criterion=get_args(UnitCriterion), backend=get_args(units.Backend))
+        self.check_known(unit=units.UNITS, criterion=get_args(UnitCriterion))
         self.refuse_amounts({"a budget": self.budget is not None})
         channel = self.unit == "channel"
         self.refuse(
@@ -76,7 +74,6 @@ class PruneUnits(Pruning):
                 "criterion='bn_scale' scores BatchNorm's channels: set unit='channel'",
             ),
             (self.unit == "layer" and not self.at_once, "unit 'layer' needs OneShot: no mask skips a layer"),
-            (self.backend != "own" and not channel, f"backend={self.backend!r} finds channels: set unit='channel'"),
             (self.round_to < 1, f"round_to must be at least 1, got {self.round_to}"),
             (self.round_to > 1 and not channel, "round_to rounds numbers of channels: set unit='channel'"),
             (
@@ -141,7 +138,7 @@ class PruningUnits(PruningWork):
         piece.left |= self._fixed(piece)
 
     def _fixed(self, piece: Workpiece) -> dict[str, str]:
-        if self.step.unit != "channel" or self.step.backend != "own":
+        if self.step.unit != "channel":
             return units.left_alone(piece.network, self.step.unit)
         return fixed_channels(piece.network, inputs_of(piece.example_inputs))
 
@@ -224,9 +221,7 @@ class PruningUnits(PruningWork):
         if self._found is not None:
             return self._found
         step = self.step
-        families = units.find_families(
-            piece, step.unit, targets=step.targets, exclude=step.exclude, backend=step.backend
-        )
+        families = units.find_families(piece, step.unit, targets=step.targets, exclude=step.exclude)
         if isinstance(step.amount, dict):
             self.final = weights.per_layer(piece.network, step.amount, [family.name for family in families])
             families = [family for family in families if family.name in self.final]

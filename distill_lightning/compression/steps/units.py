@@ -20,7 +20,6 @@ from distill_lightning.compression.shrink.axes import blocks
 from distill_lightning.compression.shrink.channels import channel_groups
 from distill_lightning.compression.shrink.groups import Group, shrink
 from distill_lightning.compression.shrink.recurrent import unit_groups
-from distill_lightning.compression.shrink.torch_pruning import channel_groups_by_torch_pruning
 from distill_lightning.compression.shrink.transformer import (
     foreign_neurons,
     head_groups,
@@ -35,7 +34,6 @@ from distill_lightning.functional.common import wide
 
 UnitKind = Literal["channel", "hidden_unit", "neuron", "head", "layer"]
 UNITS: tuple[UnitKind, ...] = ("channel", "hidden_unit", "neuron", "head", "layer")
-Backend = Literal["own", "torch_pruning"]
 Kept = dict[str, list[int]]
 """The units that stay, by name of their family."""
 
@@ -67,9 +65,7 @@ def left_alone(network: nn.Module, kind: UnitKind) -> dict[str, str]:
     return foreign_attention(network) if kind == "head" else foreign_neurons(network) if kind == "neuron" else {}
 
 
-def find_families(
-    piece: Workpiece, kind: UnitKind, *, targets: Targets | None, exclude: Targets, backend: Backend = "own"
-) -> list[Family]:
+def find_families(piece: Workpiece, kind: UnitKind, *, targets: Targets | None, exclude: Targets) -> list[Family]:
     """Find the units that can be removed from a network after `prepare`.
 
     Raises:
@@ -83,7 +79,7 @@ def find_families(
             if isinstance(module, nn.TransformerEncoder)
         ]
     else:
-        groups = _groups(network, kind, inputs, backend)
+        groups = _groups(network, kind, inputs)
         found = [
             Family(group.name, group.size, _blocks(network, group.name) if kind == "hidden_unit" else 1, group)
             for group in groups
@@ -259,14 +255,14 @@ def on_copy(piece: Workpiece, kind: UnitKind) -> Workpiece:
     return replace(piece, network=prepare(copy_network(piece.network), kind)) if kind == "head" else piece
 
 
-def _groups(network: nn.Module, kind: UnitKind, inputs: tuple[Any, ...], backend: Backend) -> list[Group]:
+def _groups(network: nn.Module, kind: UnitKind, inputs: tuple[Any, ...]) -> list[Group]:
     if kind == "head":
         return head_groups(network)
     if kind == "neuron":
         return neuron_groups(network)
     if kind == "hidden_unit":
         return unit_groups(network, inputs)
-    return channel_groups(network, inputs) if backend == "own" else channel_groups_by_torch_pruning(network, inputs)
+    return channel_groups(network, inputs)
 
 
 def _blocks(network: nn.Module, path: str) -> int:
