@@ -3,10 +3,10 @@
     python -m benchmarks.architectures
 
 writes ``benchmarks/results/architectures.json`` and ``architectures.md``. It needs torchvision, timm, transformers and
-torch-pruning; their networks, without weights, lose half of the channels (of CNNs) or of the heads and neurons (of
-Transformers), as far as these can be removed, with `PruneUnits` and beside it with Torch-Pruning's
-``MagnitudePruner``. Each runs with each in a process of its own, which is ended after ``--limit`` seconds of processor
-time. What both do with a network is one of:
+torch-pruning; their networks, without weights, lose half of their channels, among which are Transformers' heads and
+neurons, as far as these can be removed, with `PruneUnits` and beside it with Torch-Pruning's ``MagnitudePruner``.
+Each runs with each in a process of its own, which is ended after ``--limit`` seconds of processor time. What both do
+with a network is one of:
 
 - works: something was removed, and the outputs are those of the network with the same weights at zero, to 1e-5 of the
   largest
