@@ -232,28 +232,25 @@ class _Quantizing(Work):
     def rehearse(self, piece: Workpiece) -> bool:
         """See which share of the weights is quantized."""
         if self.step.width is not None:
-            layers = match_layers(
-                piece.network,
-                self.step.targets,
-                self.step.exclude,
-                fits=lambda layer: bool(weight_names(layer)),
-                what=_WHAT,
-            )
-            self._say_covered(piece, layers)
+            self._say_covered(piece, self._matched(piece))
         return False
 
-    def begin(self, piece: Workpiece) -> None:
-        """Add the quantizers, and measure the ranges of activations."""
-        if self.step.width is None and self.step.act_bits is None:
-            piece.note("Quantize has neither weight_bits nor act_bits, so it does nothing")
-            return
-        layers = match_layers(
+    def _matched(self, piece: Workpiece) -> list[str]:
+        """The layers with weights that the step names."""
+        return match_layers(
             piece.network,
             self.step.targets,
             self.step.exclude,
             fits=lambda layer: bool(weight_names(layer)),
             what=_WHAT,
         )
+
+    def begin(self, piece: Workpiece) -> None:
+        """Add the quantizers, and measure the ranges of activations."""
+        if self.step.width is None and self.step.act_bits is None:
+            piece.note("Quantize has neither weight_bits nor act_bits, so it does nothing")
+            return
+        layers = self._matched(piece)
         order = _running_order(piece)
         layers = self._without_paddings(piece, layers, self._ends(order))
         weights = self._weights(piece, layers)
