@@ -31,13 +31,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from distill_lightning.compression.access.batch_sizes import at_batch
 from distill_lightning.compression.access.computed import computed, original_of
 from distill_lightning.compression.access.weights import weight_names
 from distill_lightning.compression.file.format import read_packed, write_packed
 from distill_lightning.compression.file.packed import Packed, pack_dense, pack_stored
-from distill_lightning.compression.report.onnx import at_batch, export_onnx, quantize_onnx
-from distill_lightning.compression.report.report import LEGEND, circumstances, claim_of
-from distill_lightning.compression.report.stages import Stage, measure_stage
+from distill_lightning.compression.onnx.export import export_onnx
+from distill_lightning.compression.onnx.int8 import quantize_onnx
+from distill_lightning.compression.report.claims import claim_of
+from distill_lightning.compression.report.measure_stage import measure_stage
+from distill_lightning.compression.report.report import LEGEND, circumstances
+from distill_lightning.compression.report.stage import Stage
 from distill_lightning.compression.shrink.attention import convert_attention
 from distill_lightning.compression.shrink.channels import channel_groups
 from distill_lightning.compression.shrink.groups import Group, shrink

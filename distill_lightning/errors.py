@@ -108,6 +108,16 @@ def check_count(name: str, value: object, *, at_least: int, because: str = "") -
         raise InputError(f"{name} must be at least {at_least}{because and f', {because}'}, got {value}")
 
 
+def in_a_line(error: object, *, at_most: int | None = None) -> str:
+    """What an exception says, without its line breaks.
+
+    Args:
+        error: the exception, or its text.
+        at_most: the number of characters after which it is cut off; ``None``: nowhere.
+    """
+    return " ".join(str(error).split())[:at_most]
+
+
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG, errno.EIO}
 
@@ -193,5 +203,5 @@ def refusing(where: str, *kinds: type[Exception]) -> Iterator[None]:
     except InputError:
         raise
     except kinds as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = in_a_line(error) or type(error).__name__
         raise InputError(f"{where}: {reason}") from error

@@ -10,7 +10,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 from benchmarks import compression_kernels as kernels
-from distill_lightning.compression.report.stages import LatencyRow, Stage
+from distill_lightning.compression.report.stage import LatencyRow, Stage
 
 SUBJECTS = {subject.name: subject for subject in kernels.subjects(small=True)}
 WAYS = [(name, way) for name, subject in SUBJECTS.items() for way in subject.ways]

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from distill_lightning.compression.report.report import _spread
+from distill_lightning.compression.report.cells import spread
 from distill_lightning.pages import fixed
 from distill_lightning.studies.compare.report import _spread as _of_sets
 from distill_lightning.studies.compare.task import Column
@@ -34,6 +34,6 @@ def test_tables_of_both_studies_write_them_so():
     mean, deviation = statistics.fmean(values), statistics.stdev(values)
     expected = f"{mean:.2e} ± {deviation:.2e}"
     assert _of_sets(Column("nll", "NLL"), [values]) == expected
-    assert _spread(values, 1, seeds=1) == expected
+    assert spread(values, 1, seeds=1) == expected
     assert _of_sets(Column("accuracy", "test %", 100, 2), [[0.5, 0.75]]) == "62.50 ± 17.68"
-    assert _spread([0.5, 0.75], 100, seeds=1) == "62.50 ± 17.68"
+    assert spread([0.5, 0.75], 100, seeds=1) == "62.50 ± 17.68"

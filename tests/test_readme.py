@@ -15,7 +15,7 @@ from torchvision.io import write_png
 import distill_lightning
 from distill_lightning import SmallResNet, load_exported
 from distill_lightning.cli import main
-from distill_lightning.compression.report.onnx import OnnxNetwork
+from distill_lightning.compression.onnx.session import OnnxNetwork
 from distill_lightning.studies.compress.config import parse_config as parse_compress
 
 ROOT = Path(__file__).parents[1]

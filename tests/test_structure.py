@@ -57,8 +57,8 @@ ROOMS = {
         portable
     """,
     "callbacks": """
-        checkpoint_io loggers prediction_writers structure_hooks stages run_keeper
-        figures tables
+        checkpoint_io loggers prediction_writers structure_hooks stages run_keeper compression_checks training_batches
+        figures tables stage_log
         compression reconstruction samples teacher_report
     """,
     "cli": """
@@ -71,7 +71,7 @@ ROOMS = {
         costs mask shrink
         factor values
         structure
-        file
+        file onnx
         steps
         run
         report
@@ -80,7 +80,7 @@ ROOMS = {
         hooks old_hooks parameters snapshots targets weights
         copies
         calibration computed
-        readings
+        readings batch_sizes outputs
         moments
     """,
     "compression/costs": """
@@ -107,10 +107,16 @@ ROOMS = {
         learned second_order
         penalties
     """,
+    "compression/onnx": """
+        files session
+        export int8 latency
+    """,
     "compression/report": """
-        controls details measure
-        onnx
-        stages
+        controls details measure stage
+        cells measure_stage
+        claims
+        stages_by_seed
+        drawing
         report
     """,
     "compression/run": """

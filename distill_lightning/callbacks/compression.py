@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import warnings
 from collections.abc import Sequence
-from itertools import count, islice
-from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
-from distill_lightning.callbacks.stages import Measurements, check_scored, measure, on_cpu, trained_before
-from distill_lightning.callbacks.structure_hooks import LoadHook, SaveHook
+from distill_lightning.callbacks.compression_checks import check_steps, check_trainer
+from distill_lightning.callbacks.stage_log import StageLog
+from distill_lightning.callbacks.stages import Measurements, check_scored, on_cpu, trained_before
+from distill_lightning.callbacks.structure_hooks import LoadHook, SaveHook, write_compressed
+from distill_lightning.callbacks.training_batches import first_batches
 from distill_lightning.compression.access.calibration import first_samples
 from distill_lightning.compression.costs.parameters import count_parameters
 from distill_lightning.compression.report.report import Report, circumstances
-from distill_lightning.compression.report.stages import DENSE, FINAL, Stage, StageKind
+from distill_lightning.compression.report.stage import FINAL, Stage
 from distill_lightning.compression.run.compressor import Compressor, Moment, has_parameters
 from distill_lightning.compression.run.phases import Phase, check_order
 from distill_lightning.compression.steps import Order, Step
 from distill_lightning.compression.structure.changes import NOTHING, checkpoint_entry, structure_of
-from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError
-from distill_lightning.layers import by_position
 from distill_lightning.lightning_internals import (
-    TrainersBatches,
     forget_best,
     keep_patience,
     new_optimizer,
     planned_epochs,
     refuse_mid_epoch,
     refuse_reshaping,
-    spawns,
     stand_last,
-    training_loaders,
-    undrawn,
 )
 
 
@@ -109,20 +102,21 @@ class CompressionCallback(pl.Callback):
         self.attribute, self.dense_epochs, self.restart = attribute, dense_epochs, restart
         self.calibration_batches, self.seed = calibration_batches, seed
         self.measurements = report
-        self.stages: list[Stage] = []
+        self._log = StageLog(attribute)
         self.calibration: list[Any] = []
         self.compressor: Compressor | None = None
         self._seen = 0
         # The last epoch that has begun, and how many weights were pruned when the network was validated.
         self._epoch, self._pruned = -1, 0
-        # The share of zeros of each pruned weight after each epoch.
-        self._sparsity: dict[str, list[float]] = {}
         # Whether the training has come to its end, with the last steps, and whether it began with a compressed network.
         self._is_over = self._is_begun = False
-        # For how many epochs the network had been trained before; `None`: nobody knows.
-        self._earlier: int | None = 0
         # The Trainer and the module of the fit that is under way.
         self._fit: tuple[pl.Trainer, Any] | None = None
+
+    @property
+    def stages(self) -> list[Stage]:
+        """What was measured, in its order."""
+        return self._log.stages
 
     # Before the training
 
@@ -143,13 +137,15 @@ class CompressionCallback(pl.Callback):
             raise InputError(
                 f"{type(pl_module).__name__} has no network {self.attribute!r} to compress: give attribute="
             )
-        _check_plan(trainer, self, pl_module)
+        callbacks = cast("Any", trainer).callbacks
+        others = [other for other in callbacks if isinstance(other, CompressionCallback) and other is not self]
+        check_trainer(trainer, pl_module, self.attribute, [other.attribute for other in others if other.steps])
         # A checkpoint that is loaded later says how far the compression is.
         self._is_begun = structure_of(network) != NOTHING or self._has_begun(network)
         self._fit, self._epoch, self._pruned, self._is_over = (trainer, pl_module), -1, 0, False
         if self.measurements is not None:
             check_scored(trainer, pl_module, self.measurements.split)
-            self._earlier = trained_before(network)
+            self._log.earlier = trained_before(network)
         self.compressor = Compressor(
             network,
             self.steps,
@@ -161,7 +157,7 @@ class CompressionCallback(pl.Callback):
             seed=int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed,
             watch=self._watch,
         )
-        self._check(trainer, pl_module, self.compressor)
+        check_steps(trainer, pl_module, self.compressor)
         end = self.compressor.phases[-1].end
         if cast("int", trainer.max_epochs) > end:
             warnings.warn(
@@ -192,7 +188,7 @@ class CompressionCallback(pl.Callback):
                 f"{type(pl_module).__name__}.{self.attribute} is compressed already: make the module anew, or go on "
                 "from a checkpoint with fit(ckpt_path=...)"
             )
-        self.stages, self._sparsity = [], {}
+        self._log.clear()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See what the network is given."""
@@ -264,7 +260,7 @@ class CompressionCallback(pl.Callback):
             "compress/sparsity": compressor.sparsity,
         }
         pl_module.log_dict(logs, on_step=False, on_epoch=True, sync_dist=True)
-        self._note_sparsity(compressor)
+        self._log.note_sparsity(compressor, self._epoch)
         self._forget_if_pruned(trainer, compressor)
         if _untrained(compressor):
             keep_patience(trainer)
@@ -284,18 +280,8 @@ class CompressionCallback(pl.Callback):
         if self.measurements is not None:
             if self.measurements.onnx == "static":
                 self.calibration = [on_cpu(inputs) for inputs, _ in self._draw()]
-            self._measure(FINAL, "after", final=True)
-        written: dict[Path, Path] = {}
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.dirpath is not None:
-                folder = Path(callback.dirpath)
-                if folder not in written:
-                    written[folder] = trainer.strategy.broadcast(_free_path(folder))
-                    trainer.save_checkpoint(written[folder], weights_only=True)
-                path = written[folder]
-                if callback.best_model_score is None or math.isinf(float(callback.best_model_score)):
-                    # Nothing was validated since the last phase began: this is the compressed network.
-                    callback.best_model_path = str(path)
+            self._log.add(trainer, pl_module, compressor, self.measurements, name=FINAL, kind="after", final=True)
+        write_compressed(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The fit is over; one that was resumed after its last epoch has not trained, and still has to be ended."""
@@ -342,22 +328,20 @@ class CompressionCallback(pl.Callback):
         """Where the compression is."""
         if self.compressor is None:
             return {}
-        self._note_sparsity(self.compressor)
+        self._log.note_sparsity(self.compressor, self._epoch)
         return {
             "compressor": self.compressor.state_dict(),
-            "stages": [stage.as_plain() for stage in self.stages],
+            **self._log.state_dict(),
             "epoch": self._epoch,
             "pruned": self._pruned,
-            "sparsity": self._sparsity,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         if self.compressor is not None and "compressor" in state_dict:
             self.compressor.load_state_dict(state_dict["compressor"])
-            self.stages = [Stage.of_plain(plain) for plain in state_dict["stages"]]
+            self._log.load_state_dict(state_dict)
             self._epoch, self._pruned = state_dict["epoch"], state_dict["pruned"]
-            self._sparsity = {path: list(shares) for path, shares in state_dict["sparsity"].items()}
 
     def report(self, *, metric: str = "accuracy", higher_is_better: bool = True) -> Report:
         """The stages of the fit as a table, with its files.
@@ -373,62 +357,21 @@ class CompressionCallback(pl.Callback):
             raise InputError("nothing was measured: give CompressionCallback report=Measurements(), and fit")
         return Report({0: self.stages}, metric=metric, higher_is_better=higher_is_better, about=circumstances())
 
-    def _note_sparsity(self, compressor: Compressor) -> None:
-        """Keep the share of zeros of each pruned weight in this epoch, also if it is saved before it ends here."""
-        for name, share in compressor.sparsities().items():
-            # It was dense until it was pruned for the first time.
-            shares = self._sparsity.setdefault(name, [])
-            shares += [0.0] * (self._epoch - len(shares))
-            shares[self._epoch :] = [share]
-
     # What the compressor asks
 
     def _draw(self, number: int | None = None) -> Sequence[tuple[Any, Any]]:
-        """The first batches of the training data as the next epoch gives them, the same in every process."""
         trainer, pl_module = cast("tuple[pl.Trainer, Any]", self._fit)
-        loader = training_loaders(trainer)
-        loader = loader[0] if isinstance(loader, (list, tuple)) and len(loader) == 1 else loader
-        if loader is None or isinstance(loader, (list, tuple, dict)):
-            raise InputError("compression reads calibration data from one train_dataloader: give one, not several")
-        # The epoch's own loader counts what it has given.
-        loader = copy.copy(loader)
-        own = TrainersBatches(trainer, pl_module, loader, number=0, training=True)
-        with isolate_rng(), undrawn(loader):
-            batches = [Batch.of(batch) for batch in islice(own, number or self.calibration_batches)]
         network = getattr(pl_module, self.attribute)
-        pairs = [(by_position(network, batch.input), batch.target) for batch in batches]
-        if trainer.world_size > 1:
-            pairs = trainer.strategy.broadcast(pairs)
-        return pairs
+        return first_batches(trainer, pl_module, network, number or self.calibration_batches)
 
     def _watch(self, moment: Moment, phase: Phase | None) -> None:
-        _, pl_module = cast("tuple[pl.Trainer, Any]", self._fit)
+        trainer, pl_module = cast("tuple[pl.Trainer, Any]", self._fit)
         before = getattr(pl_module, "before_compression", None)
         if moment == "dense" and before is not None:
             before()
-        if self.measurements is None:
-            return
-        if phase is None:
-            self._measure(DENSE, "dense")
-        elif moment == "before" and phase.end > phase.begin:
-            self._measure(f"{phase.name}, before fine-tuning", "before", timed_as=self._timed_as(phase) or phase.name)
-        elif moment == "after":
-            self._measure(phase.name, "after", timed_as=self._timed_as(phase))
-
-    def _timed_as(self, phase: Phase) -> str | None:
-        """The final row has the last phase's time."""
-        return FINAL if phase is cast("Compressor", self.compressor).phases[-1] else None
-
-    def _measure(self, name: str, kind: StageKind, *, final: bool = False, timed_as: str | None = None) -> None:
-        trainer, pl_module = cast("tuple[pl.Trainer, Any]", self._fit)
-        compressor = cast("Compressor", self.compressor)
-        told = {note for stage in self.stages for note in stage.notes}
-        notes = [note for note in compressor.piece.notes if note not in told]
-        self.stages += measure(
-            trainer, pl_module, compressor, cast("Measurements", self.measurements),
-            name=name, kind=kind, final=final, timed_as=timed_as, notes=notes, sparsity=self._sparsity,
-            attribute=self.attribute, earlier=self._earlier,
-        )  # fmt: skip
+        if self.measurements is not None:
+            compressor = cast("Compressor", self.compressor)
+            self._log.add_moment(trainer, pl_module, compressor, self.measurements, moment=moment, phase=phase)
 
     def _note_epochs(self, epochs: int, compressor: Compressor) -> None:
         """Say in the final row, and if it is a loss as a warning, that the training was not as long as the steps."""
@@ -474,22 +417,6 @@ class CompressionCallback(pl.Callback):
         ahead = [bound for bound in bounds if trainer.current_epoch < bound < epochs]
         return (min(ahead, default=epochs) - trainer.current_epoch) * self._steps_per_epoch()
 
-    def _check(self, trainer: pl.Trainer, pl_module: Any, compressor: Compressor) -> None:
-        """Refuse now what could only be refused in the middle of the training otherwise."""
-        if getattr(pl_module, "compiles", False):
-            raise InputError("compile: a network cannot be compressed while it is compiled: leave compile out")
-        epochs = cast("int", trainer.max_epochs)
-        inside = [phase for phase in compressor.phases if phase.begin < epochs]
-        reshaping = [phase for phase in inside if phase.step.gives_other_parameters]
-        if reshaping:
-            refuse_reshaping(trainer, reshaping[0].name)
-        at_end = [phase for phase in compressor.phases if phase.step.gives_other_parameters]
-        if at_end and trainer.world_size > 1 and spawns(trainer):
-            raise InputError(
-                f"step {at_end[0].name} gives the network other parameters, which do not come back from spawned "
-                "processes: give the Trainer strategy='ddp', or devices=1"
-            )
-
     def _check_change(self, trainer: pl.Trainer, pl_module: Any) -> None:
         phase = cast("Compressor", self.compressor).phase
         refuse_reshaping(trainer, "this step" if phase is None else phase.name)
@@ -501,31 +428,3 @@ class CompressionCallback(pl.Callback):
 def _untrained(compressor: Compressor) -> list[str]:
     """The phases that have not begun and need training."""
     return [phase.name for phase in compressor.waiting if phase.end > phase.begin]
-
-
-def _check_plan(trainer: Any, callback: CompressionCallback, pl_module: pl.LightningModule) -> None:
-    """Refuse a training that is not as many epochs as were asked for, or that two compressions share."""
-    if trainer.fast_dev_run:
-        raise InputError(
-            "fast_dev_run ends before the steps of a compression: leave it out, and give the Trainer a small "
-            "limit_train_batches instead"
-        )
-    if trainer.max_epochs is None or trainer.max_epochs < 1:
-        raise InputError("compression needs the number of epochs: give the Trainer max_epochs")
-    if trainer.max_steps != -1:
-        raise InputError(
-            f"the phases of a compression are counted in epochs, and max_steps={trainer.max_steps} may end the "
-            "training before the steps: leave max_steps out"
-        )
-    others = [other for other in trainer.callbacks if isinstance(other, CompressionCallback) and other is not callback]
-    if any(other.steps for other in others):
-        raise InputError(
-            f"two CompressionCallbacks at once, of {callback.attribute!r} and {others[0].attribute!r}: compress one "
-            f"network of {type(pl_module).__name__} after the other"
-        )
-
-
-def _free_path(folder: Path) -> Path:
-    """Where the compressed network is written: what another run has left there stays, as with `ModelCheckpoint`."""
-    names = (f"compressed{f'-v{version}' if version else ''}.ckpt" for version in count())
-    return next(folder / name for name in names if not (folder / name).exists())

@@ -18,9 +18,10 @@ from distill_lightning.compression.access.computed import fewest_bits
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.costs.latency import MIN_ROUNDS
 from distill_lightning.compression.file.artefact import load_compressed, write_artefact
+from distill_lightning.compression.onnx.session import NetworkInOnnx, OnnxNetwork
 from distill_lightning.compression.report.details import details_of
-from distill_lightning.compression.report.onnx import NetworkInOnnx, OnnxNetwork
-from distill_lightning.compression.report.stages import INT8, INT8_FILE, SEE, Onnx, Stage, StageKind, measure_stage
+from distill_lightning.compression.report.measure_stage import INT8_FILE, Onnx, measure_stage
+from distill_lightning.compression.report.stage import INT8, SEE, Stage, StageKind
 from distill_lightning.compression.run.compressor import Compressor
 from distill_lightning.errors import InputError
 from distill_lightning.lightning_internals import TrainersBatches, epochs_in, undrawn, validation_loaders

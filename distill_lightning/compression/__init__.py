@@ -6,9 +6,10 @@ what can be done to it; ``structure``, what was done; ``file``; ``steps``; ``run
 
 from distill_lightning.compression.file.artefact import load_compressed, write_artefact
 from distill_lightning.compression.mask.masks import Masks
-from distill_lightning.compression.report.onnx import export_onnx, quantize_onnx
+from distill_lightning.compression.onnx.export import export_onnx
+from distill_lightning.compression.onnx.int8 import quantize_onnx
 from distill_lightning.compression.report.report import Report
-from distill_lightning.compression.report.stages import Stage
+from distill_lightning.compression.report.stage import Stage
 from distill_lightning.compression.run.compressor import Compressor
 from distill_lightning.compression.run.preview import Preview, preview
 from distill_lightning.compression.steps import (

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, in_a_line
 from distill_lightning.layers import unwrapped
 from distill_lightning.storage import write_tensors, write_whole
 
@@ -234,7 +234,7 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     except InputError:
         raise
     except Exception as error:  # a damaged file may make the readers raise anything
-        reason = " ".join(str(error).split())[:200]
+        reason = in_a_line(error, at_most=200)
         raise InputError(
             f"{path} cannot be read as weights ({type(error).__name__}: {reason}): is it complete?"
         ) from error

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import distill_lightning
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, in_a_line
 
 
 def one_line(error: Exception) -> str:
@@ -26,10 +26,10 @@ def one_line(error: Exception) -> str:
     if refused is not None:
         # A loader's worker process puts its whole traceback before the message.
         message = re.split(r"^distill_lightning[.\w]*Error: ", refused, flags=re.MULTILINE)[-1]
-        return _with_metrics_near(" ".join(message.split()))
+        return _with_metrics_near(in_a_line(message))
     last = list(_chain(error))[-1]
     # A KeyError shows its message in quotes.
-    reason = " ".join(str(last.args[0] if isinstance(last, KeyError) and last.args else last).split())
+    reason = in_a_line(last.args[0] if isinstance(last, KeyError) and last.args else last)
     keys = dict.fromkeys(re.findall(r'Parser key "([^"]+)"', str(error)))
     classes = re.findall(r"class_path '([^']+)'", str(error))
     known = _none_of_union(error, reason) or _unknown_class(reason, next(reversed(keys), ""))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from distill_lightning import InputError
+from distill_lightning.compression.access.outputs import largest_difference, scale_of
 from distill_lightning.compression.costs.latency import (
     NO_SPEED_UP,
     Clocks,
@@ -20,7 +21,7 @@ from distill_lightning.compression.costs.latency import (
     compare_latency,
 )
 from distill_lightning.compression.costs.parameters import count_parameters
-from distill_lightning.compression.report.measure import largest_difference, measure_file, scale_of
+from distill_lightning.compression.report.measure import measure_file
 from distill_lightning.networks.weights import load_strictly, read_weights, write_weights
 from distill_lightning.testing import TinyNet
 

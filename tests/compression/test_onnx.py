@@ -12,19 +12,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from distill_lightning import InputError
+from distill_lightning.compression.access.batch_sizes import at_batch
 from distill_lightning.compression.access.computed import bake
+from distill_lightning.compression.access.outputs import outputs_of
 from distill_lightning.compression.costs.latency import Latency, compare_latency
-from distill_lightning.compression.report import onnx as onnx_export
-from distill_lightning.compression.report.onnx import (
-    OnnxNetwork,
-    at_batch,
-    export_onnx,
-    has_vnni,
-    int8_share,
-    onnx_latency,
-    outputs_of,
-    quantize_onnx,
-)
+from distill_lightning.compression.onnx.export import export_onnx
+from distill_lightning.compression.onnx.int8 import has_vnni, int8_share, quantize_onnx
+from distill_lightning.compression.onnx.latency import onnx_latency
+from distill_lightning.compression.onnx.session import NetworkInOnnx, OnnxNetwork
 from distill_lightning.compression.shrink.attention import convert_attention
 from distill_lightning.compression.shrink.groups import shrink
 from distill_lightning.compression.shrink.transformer import head_groups
@@ -158,7 +153,7 @@ def test_weights_have_seven_bits_where_the_processor_overflows(tmp_path, monkeyp
 
     batches = [torch.randn(2, 1, 8, 8)]
     for vnni, bound in [(True, 127), (False, 64)]:
-        monkeypatch.setattr(onnx_export, "has_vnni", lambda vnni=vnni: vnni)
+        monkeypatch.setattr("distill_lightning.compression.onnx.int8.has_vnni", lambda vnni=vnni: vnni)
         out = quantize_onnx(path, tmp_path / "int8.onnx", batches=batches)
         assert 0.9 * bound <= largest(out) <= bound
 
@@ -317,7 +312,7 @@ def test_no_file_is_left_that_was_not_checked(error, tmp_path, monkeypatch):
     def failing(*_):
         raise error
 
-    monkeypatch.setattr(onnx_export, "_check_equal", failing)
+    monkeypatch.setattr("distill_lightning.compression.onnx.export._check_equal", failing)
     with pytest.raises(type(error)):
         export_onnx(nn.Linear(4, 3), tmp_path / "net.onnx", torch.randn(2, 4))
     assert not list(tmp_path.iterdir())
@@ -421,7 +416,7 @@ def test_latency_has_two_baselines_that_compute_the_same(tmp_path, monkeypatch):
         seen.append((first(), second(), network.training))
         return compare_latency(first, second, **options)
 
-    monkeypatch.setattr(onnx_export, "compare_latency", spied)
+    monkeypatch.setattr("distill_lightning.compression.onnx.latency.compare_latency", spied)
     found = onnx_latency(out, dense, network, images)
     assert set(found) == {"onnxruntime", "torch"}
     assert all(isinstance(value, Latency) and len(value.dense) == 50 for value in found.values())
@@ -461,10 +456,10 @@ def test_a_file_returns_what_its_network_does(made):
     network, inputs = Network(), (torch.randn(2, 3), 2)
 
     def session(x):
-        flat = onnx_export.outputs_of(network(x, 2))
+        flat = outputs_of(network(x, 2))
         return flat[0] if len(flat) == 1 else flat
 
-    wrapped = onnx_export.NetworkInOnnx(session, network, inputs)
+    wrapped = NetworkInOnnx(session, network, inputs)
     x = torch.randn(5, 3)
     found, expected = wrapped(x, 2), network(x, 2)
     assert repr(found) == repr(expected)

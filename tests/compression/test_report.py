@@ -12,8 +12,9 @@ import torch
 
 from distill_lightning import InputError
 from distill_lightning.compression.costs.macs import DEFINITION
-from distill_lightning.compression.report.report import Report, circumstances, claim_of
-from distill_lightning.compression.report.stages import CONTROL_RANDOM, CONTROL_SCRATCH, LatencyRow, Stage
+from distill_lightning.compression.report.claims import claim_of
+from distill_lightning.compression.report.report import Report, circumstances
+from distill_lightning.compression.report.stage import CONTROL_RANDOM, CONTROL_SCRATCH, LatencyRow, Stage
 
 
 def row(ratio, low, high, *, batch=32, runtime="torch", baseline=None):

@@ -15,8 +15,10 @@ from distill_lightning.compression.costs.latency import Latency, Ratio
 from distill_lightning.compression.factor.factoring import build_factors, replace_layer
 from distill_lightning.compression.file.format import read_packed, write_packed
 from distill_lightning.compression.file.packed import pack_codes, pack_dense
-from distill_lightning.compression.report import stages
-from distill_lightning.compression.report.stages import LatencyRow, Stage, measure_stage
+from distill_lightning.compression.onnx import latency as onnx_latency
+from distill_lightning.compression.report import measure_stage as stages
+from distill_lightning.compression.report.measure_stage import measure_stage
+from distill_lightning.compression.report.stage import LatencyRow, Stage
 from distill_lightning.compression.values.quantizer import quantize_weights
 from distill_lightning.compression.values.scheme import Scheme
 from distill_lightning.networks import SmallLSTM, SmallTransformer
@@ -235,10 +237,8 @@ def test_wrong_calls_are_refused():
 def test_onnx_files_are_written_and_timed_against_both_baselines(monkeypatch):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    from distill_lightning.compression.report import onnx as onnx_export
-
     monkeypatch.setattr(stages, "compare_latency", fake_latency)
-    monkeypatch.setattr(onnx_export, "compare_latency", fake_latency)
+    monkeypatch.setattr(onnx_latency, "compare_latency", fake_latency)
     timed, latency = [], stages.onnx_latency
     monkeypatch.setattr(
         stages, "onnx_latency", lambda file, *args, **kw: (timed.append(file), latency(file, *args, **kw))[1]
@@ -284,9 +284,7 @@ class Structured(nn.Module):
 def test_outputs_in_a_structure_have_an_onnx_file(made, monkeypatch):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    from distill_lightning.compression.report import onnx as onnx_export
-
-    for module in (stages, onnx_export):
+    for module in (stages, onnx_latency):
         monkeypatch.setattr(module, "compare_latency", fake_latency)
     network, inputs = Structured(made), torch.randn(2, 5, 4)
     stage = measure_stage("x", network, network, inputs, kind="after", batch_sizes=(2,), scores={}, onnx="float")

@@ -6,7 +6,7 @@ Multiply-accumulates are counted in `macs`, time is measured in `latency`.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distill_lightning.compression.access.calibration import inputs_of
+from distill_lightning.compression.access.outputs import largest_difference
 from distill_lightning.errors import InputError
 
 
@@ -70,27 +71,6 @@ def measure_file(
         )
     content = path.read_bytes()
     return FileSize(len(content), len(zlib.compress(content, 9)), difference)
-
-
-def largest_difference(one: Tensor, other: Tensor) -> float:
-    """The largest absolute difference of two tensors of one shape; infinity and NaN equal themselves and nothing else.
-
-    Example:
-        >>> import torch
-        >>> from distill_lightning.compression.report.measure import largest_difference
-        >>> one = torch.tensor([1.0, float("nan"), -float("inf")])
-        >>> largest_difference(one, one.clone()), largest_difference(one, torch.tensor([1.5, 0.0, 0.0]))
-        (0.0, inf)
-    """
-    apart = (one != other) & ~(one.isnan() & other.isnan())
-    gaps = (one.double() - other.double()).abs()[apart].nan_to_num(nan=torch.inf, posinf=torch.inf)
-    return float(gaps.max()) if len(gaps) else 0.0
-
-
-def scale_of(outputs: Iterable[Tensor]) -> float:
-    """What a tolerance for outputs is relative to: the largest finite absolute entry of all, at least 1."""
-    entries = torch.cat([torch.ones(1, dtype=torch.float64), *(output.double().flatten().cpu() for output in outputs)])
-    return float(entries[entries.isfinite()].abs().max())
 
 
 def _difference(path: Path, found: Any, expected: Any) -> float:

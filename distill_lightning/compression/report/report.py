@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,39 +14,23 @@ from matplotlib.figure import Figure
 
 from distill_lightning.compression.costs.latency import NO_SPEED_UP
 from distill_lightning.compression.costs.macs import DEFINITION
-from distill_lightning.compression.report.details import draw_details
-from distill_lightning.compression.report.stages import (
-    CONTROL_RANDOM,
-    CONTROL_SCRATCH,
-    DENSE,
-    DENSE_INT8,
-    FINAL,
-    FINAL_INT8,
-    IN_INT8,
-    INT8,
-    MARGIN,
-    SEE,
-    LatencyRow,
-    Stage,
-    measure_stage,
+from distill_lightning.compression.report.cells import (
+    FILES,
+    RUNTIMES,
+    as_interval,
+    counted,
+    epochs_of,
+    is_percent,
+    ratio_in,
+    spread,
+    without_ratio,
 )
-from distill_lightning.errors import InputError
-from distill_lightning.pages import csv_text, fixed, machine, markdown_table, write_pages
-from distill_lightning.plots import plot_latency, plot_pareto
-
-__all__ = [
-    "CONTROL_RANDOM", "CONTROL_SCRATCH", "DENSE", "FINAL", "LEGEND", "LatencyRow", "Report", "Stage",
-    "circumstances", "claim_of", "measure_stage",
-]  # fmt: skip
-
-FILES = {
-    "state_dict": "state dict",
-    "artefact": "artefact",
-    "artefact_deflated": "artefact, deflated",
-    "onnx": "ONNX",
-    INT8: "ONNX int8",
-}
-"""Kinds of files and their titles."""
+from distill_lightning.compression.report.claims import claim_of, file_of
+from distill_lightning.compression.report.drawing import draw_stages
+from distill_lightning.compression.report.stage import DENSE, IN_INT8, INT8, MARGIN, SEE, Stage
+from distill_lightning.compression.report.stages_by_seed import NOT_RUN, StagesBySeed
+from distill_lightning.errors import in_a_line
+from distill_lightning.pages import csv_text, machine, markdown_table, write_pages
 
 LEGEND = (
     "In brackets: ratio to dense. Time: ratio of medians to dense in the same runtime (dense always in float), taken "
@@ -58,10 +41,8 @@ LEGEND = (
 )
 """What the table's titles mean."""
 
-_NOT_RUN = "not run"
-_DRAWN = {DENSE: "dense (float)"}
-_RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "onnxruntime int8": "ONNX Runtime int8"}
 _PACKAGES = ("distill-lightning", "torchvision", "pytorch-lightning", "onnxruntime", "numpy")
+_PER_MILLE = ("aurc", "eaurc")
 
 
 def circumstances() -> dict[str, str | int]:
@@ -69,35 +50,7 @@ def circumstances() -> dict[str, str | int]:
     return {**machine(*_PACKAGES), "quantized engine": torch.backends.quantized.engine}
 
 
-def claim_of(dense: Stage, stage: Stage) -> str:
-    """What may be said about a stage, in one sentence that follows only from its measurements."""
-    if stage.kind == "dense":
-        return "the baseline"
-    key, before, size = _size(dense, stage)
-    measured = [row for row in stage.latency if row.is_alike]
-    faster = [row for row in measured if row.faster]
-    parts = []
-    if size is not None:
-        told = f"{_ratio(size)} of the {_title(before)}"
-        parts.append(f"int8: {told}" if key == INT8 else told if size < 1 else f"no smaller ({told})")
-    parts += [_said(row) for row in measured if row.runtime in ("torch", "onnxruntime")]
-    if key != INT8 and INT8 in stage.nbytes and "onnx" in dense.nbytes:
-        parts.append(f"int8: {_ratio(stage.nbytes[INT8] / dense.nbytes['onnx'])} of the {_title('onnx')}")
-    parts += [_said(row) for row in measured if row.runtime == "onnxruntime int8"]
-    if size is None:
-        parts.insert(0, f"file not measured: {_one_line(stage.missing.get('artefact', 'not asked for'))}")
-    if not measured:
-        parts.append(f"time not measured: {_one_line(stage.missing.get('latency', 'not asked for'))}")
-    sentence = "; ".join(parts)
-    if stage.weight_bits is not None and stage.weight_bits < 8:
-        saves = "they save storage only" if faster else "storage only"
-        sentence += f"; no kernel here uses {stage.weight_bits}-bit weights: {saves}"
-    elif measured and not faster and size is not None and size < 1:
-        sentence = f"storage only: {sentence}"
-    return sentence
-
-
-class Report:
+class Report(StagesBySeed):
     """The stages of a compression run, over its seeds.
 
     Scores are means over the seeds, differences are taken seed by seed. Sizes and times are the first seed's.
@@ -120,74 +73,12 @@ class Report:
         higher_is_better: bool = True,
         about: Mapping[str, Any] | None = None,
     ) -> None:
-        if not stages_by_seed:
-            raise InputError("a report needs the stages of at least one seed")
-        self.metric, self.higher_is_better = metric, higher_is_better
+        super().__init__(stages_by_seed, metric=metric, higher_is_better=higher_is_better)
         self.about = dict(about or {})
-        self.seeds: dict[int, dict[str, Stage]] = {}
-        for seed, stages in stages_by_seed.items():
-            names = [stage.name for stage in stages]
-            twice = next((name for name in names if names.count(name) > 1), None)
-            if twice is not None:
-                raise InputError(f"seed {seed} has two stages {twice!r}: number the steps")
-            if DENSE not in names:
-                raise InputError(f"seed {seed} has no stage {DENSE!r}: measure the network before its compression")
-            without = next((stage.name for stage in stages if metric not in stage.scores), None)
-            if without is not None:
-                raise InputError(f"stage {without!r} of seed {seed} has no score {metric!r}")
-            self.seeds[seed] = {stage.name: stage for stage in stages}
-        self.names = self._ordered()
-
-    def _ordered(self) -> list[str]:
-        """Dense first, then the steps in their order, the final network and the controls."""
-        places = {DENSE: 0, DENSE_INT8: 1, FINAL: 3, FINAL_INT8: 4, CONTROL_SCRATCH: 5, CONTROL_RANDOM: 5}
-        kinds = {stage.name: stage.kind for stages in self.seeds.values() for stage in stages.values()}
-        names = dict.fromkeys([*kinds, DENSE, FINAL, CONTROL_SCRATCH, CONTROL_RANDOM])
-        # The sort is stable.
-        return sorted(names, key=lambda name: places.get(name, 5 if kinds.get(name) == "control" else 2))
-
-    def first(self, name: str) -> Stage | None:
-        """The stage whose sizes and times are shown: that of the first seed that has it."""
-        return next((stages[name] for stages in self.seeds.values() if name in stages), None)
-
-    @property
-    def dense(self) -> Stage:
-        """The first seed's dense stage."""
-        return next(iter(self.seeds.values()))[DENSE]
-
-    def _baseline(self, name: str) -> Stage:
-        """The dense stage of the same seed as in `first`."""
-        return next((stages[DENSE] for stages in self.seeds.values() if name in stages), self.dense)
-
-    def claim(self, name: str) -> str:
-        """What may be said about a stage; see `claim_of`."""
-        stage = self.first(name)
-        return _NOT_RUN if stage is None else claim_of(self._baseline(name), stage)
-
-    def scores(self, name: str, metric: str | None = None) -> list[float]:
-        """A stage's scores, one for each seed that has it."""
-        metric = metric or self.metric
-        stages = (stages[name] for stages in self.seeds.values() if name in stages)
-        return [stage.scores[metric] for stage in stages if metric in stage.scores]
-
-    def differences(self, name: str) -> list[float]:
-        """A stage's scores minus those of the dense network of the same seed."""
-        pairs = ((stages[name], stages[DENSE]) for stages in self.seeds.values() if name in stages)
-        return [stage.scores[self.metric] - dense.scores[self.metric] for stage, dense in pairs]
-
-    def batch_sizes(self) -> list[int]:
-        """The batch sizes at which time was measured, ascending."""
-        stages = (stage for stages in self.seeds.values() for stage in stages.values())
-        return sorted({row.batch for stage in stages for row in stage.latency})
-
-    @property
-    def tells_epochs(self) -> bool:
-        """Whether any stage says for how long it was trained; reports of earlier versions do not."""
-        return any(stage.epochs is not None for stages in self.seeds.values() for stage in stages.values())
 
     def header(self) -> list[str]:
         """The table's titles."""
-        percent = " %" if _is_percent(self.metric) else ""
+        percent = " %" if is_percent(self.metric) else ""
         better = "higher" if self.higher_is_better else "lower"
         times = [f"time, batch {size}" for size in self.batch_sizes()] or ["time"]
         return [
@@ -213,8 +104,8 @@ class Report:
         for line in body:
             is_dense = line[0] == DENSE
             cells = [cell.removesuffix(f" (n={len(self.seeds)})") for cell in line[:3]]
-            cells += [_number(cell) if is_dense else _ratio_of(cell) for cell in line[3:last]]
-            cells += [_number(line[last]) if is_dense else line[last]]
+            cells += [without_ratio(cell) if is_dense else ratio_in(cell) for cell in line[3:last]]
+            cells += [without_ratio(line[last]) if is_dense else line[last]]
             for cell in line[last + 1 : -1]:
                 shown = (
                     ""
@@ -229,7 +120,7 @@ class Report:
     def epochs_line(self) -> str:
         """The epochs of all rows in a line, which `brief_rows` have no room for if they are narrow."""
         shown = [(name, stage) for name in self.names if (stage := self.first(name)) is not None]
-        return f"epochs: {'; '.join(f'{name} {_epochs(stage)}' for name, stage in shown)}"
+        return f"epochs: {'; '.join(f'{name} {epochs_of(stage)}' for name, stage in shown)}"
 
     def caption(self) -> str:
         """A description of the scores in `brief_rows`."""
@@ -242,21 +133,21 @@ class Report:
     def _row(self, name: str) -> list[str]:
         stage = self.first(name)
         if stage is None:
-            return [name, _NOT_RUN, *["" for _ in self.header()[2:-1]], _NOT_RUN]
-        dense = self._baseline(name)
-        scale = 100 if _is_percent(self.metric) else 1
-        key, before, _ = _size(dense, stage)
-        size = _counted(stage.nbytes.get(key), dense.nbytes.get(before), stage.missing.get("artefact", "not asked for"))
+            return [name, NOT_RUN, *["" for _ in self.header()[2:-1]], NOT_RUN]
+        dense = self.baseline(name)
+        scale = 100 if is_percent(self.metric) else 1
+        key, before, _ = file_of(dense, stage)
+        size = counted(stage.nbytes.get(key), dense.nbytes.get(before), stage.missing.get("artefact", "not asked for"))
         if key != "artefact" and key in stage.nbytes:
             size += f", {FILES[key]}"
         return [
             name,
-            _spread(self.scores(name), scale, seeds=len(self.seeds)),
-            "" if stage.kind == "dense" else _spread(self.differences(name), scale, seeds=len(self.seeds), sign="+"),
-            *[_epochs(stage)] * self.tells_epochs,
-            _counted(stage.parameters, dense.parameters),
-            _counted(stage.nonzero, dense.nonzero),
-            _counted(stage.macs or None, dense.macs, stage.missing.get("macs", "none")),
+            spread(self.scores(name), scale, seeds=len(self.seeds)),
+            "" if stage.kind == "dense" else spread(self.differences(name), scale, seeds=len(self.seeds), sign="+"),
+            *[epochs_of(stage)] * self.tells_epochs,
+            counted(stage.parameters, dense.parameters),
+            counted(stage.nonzero, dense.nonzero),
+            counted(stage.macs or None, dense.macs, stage.missing.get("macs", "none")),
             size,
             *self._times(stage),
             claim_of(dense, stage),
@@ -270,8 +161,8 @@ class Report:
         for size in sizes or [0]:
             rows = [row for row in stage.latency if row.batch == size and row.is_alike]
             # ONNX Runtime's ratio differs from PyTorch's, and that of int8 from that of float.
-            shown = [("" if row.runtime == "torch" else f"{_RUNTIMES[row.runtime]} ") + _interval(row) for row in rows]
-            cells.append(", ".join(shown) or _one_line(stage.missing.get("latency", "not measured")))
+            shown = [("" if row.runtime == "torch" else f"{RUNTIMES[row.runtime]} ") + as_interval(row) for row in rows]
+            cells.append(", ".join(shown) or in_a_line(stage.missing.get("latency", "not measured")))
         return cells
 
     def notes(self) -> list[str]:
@@ -283,7 +174,7 @@ class Report:
                 continue
             lines += [f"{name}: {note}" for note in stage.notes]
             lines += [
-                f"{name}: {what} not measured: {_one_line(reason)}"
+                f"{name}: {what} not measured: {in_a_line(reason)}"
                 for what, reason in stage.missing.items()
                 if not reason.startswith(SEE)
             ]
@@ -325,17 +216,15 @@ class Report:
             stage = self.first(name)
             if stage is None:
                 continue
-            dense = self._baseline(name)
+            dense = self.baseline(name)
             # Dense only has a float file.
             before = {**dense.nbytes, INT8: dense.nbytes.get("onnx")}
             reasons = dict.fromkeys(keys, "") if name.endswith(IN_INT8) else {}
             reasons |= {INT8: f"{SEE}{name}{IN_INT8}"} if name + IN_INT8 in self.names else {}
             reasons |= stage.missing
-            cells = [
-                _counted(stage.nbytes.get(key), before.get(key), reasons.get(key, "not asked for")) for key in keys
-            ]
+            cells = [counted(stage.nbytes.get(key), before.get(key), reasons.get(key, "not asked for")) for key in keys]
             gaps = ", ".join(f"{FILES[key]} {gap:.1e}" for key, gap in stage.differences.items() if gap) or "0"
-            effective = _counted(stage.effective_macs or None, dense.effective_macs, stage.missing.get("macs", "none"))
+            effective = counted(stage.effective_macs or None, dense.effective_macs, stage.missing.get("macs", "none"))
             body.append([name, *cells, gaps, effective])
         titles = [FILES[key] for key in keys]
         return [["stage", *titles, "largest difference of an output after reading", "effective MACs"], *body]
@@ -350,7 +239,7 @@ class Report:
         return [header] + [
             [
                 name, str(row.batch), row.runtime, row.baseline, f"{row.dense_ms:.3f}", f"{row.compressed_ms:.3f}",
-                _interval(row), f"{row.wall_ratio:.2f} [{row.wall_low:.2f}, {row.wall_high:.2f}]", row.claim,
+                as_interval(row), f"{row.wall_ratio:.2f} [{row.wall_low:.2f}, {row.wall_high:.2f}]", row.claim,
             ]
             for name, stage in shown
             for row in stage.latency
@@ -360,7 +249,7 @@ class Report:
         """Every score: mean ± standard deviation over the seeds."""
         metrics = list(dict.fromkeys(m for stages in self.seeds.values() for s in stages.values() for m in s.scores))
         body = [
-            [name, *(_spread(self.scores(name, metric), 1, seeds=len(self.seeds)) for metric in metrics)]
+            [name, *(spread(self.scores(name, metric), 1, seeds=len(self.seeds)) for metric in metrics)]
             for name in self.names
             if self.first(name) is not None
         ]
@@ -415,69 +304,7 @@ class Report:
 
     def figures(self) -> dict[str, Figure]:
         """Figures by file name: the score against its costs, and the times of the last network if measured."""
-        # Networks before fine-tuning score far lower, and nobody uses them; the last step's network is the final one.
-        shown = {
-            name: stage
-            for name in self.names
-            if (stage := self.first(name)) is not None
-            and stage.kind != "before"
-            and stage.missing.get("latency") != f"{SEE}{FINAL}"
-        }
-        percent = _is_percent(self.metric)
-        has_int8 = DENSE_INT8 in shown or FINAL_INT8 in shown
-        plain = [stage for name, stage in shown.items() if name not in (DENSE_INT8, FINAL_INT8)]
-        key = "artefact" if all("artefact" in stage.nbytes for stage in plain) else "state_dict"
-        onnx = {name: s.nbytes.get(INT8, s.nbytes.get("onnx")) for name, s in shown.items()} if has_int8 else {}
-        costs: dict[str, dict[str, float]] = {
-            f"bytes of the {FILES[key]}": {name: s.nbytes[key] for name, s in shown.items() if key in s.nbytes},
-            f"bytes of the {_title('onnx')}": {name: size for name, size in onnx.items() if size is not None},
-            "MACs of a sample": {name: s.macs for name, s in shown.items() if s.macs},
-        }
-        if self.batch_sizes():
-            size = self.batch_sizes()[-1]
-            costs[f"ms, batch of {size}"] = self._milliseconds(size)
-        figures = {
-            "pareto.png": plot_pareto(
-                {_DRAWN.get(name, name): self.scores(name) for name in shown},
-                {
-                    title: {_DRAWN.get(name, name): cost for name, cost in found.items()}
-                    for title, found in costs.items()
-                    if found
-                },
-                dense=_DRAWN[DENSE],
-                controls={name for name, stage in shown.items() if stage.kind == "control"},
-                label=f"{self.metric} (%)" if percent else self.metric,
-                scale=100 if percent else 1,
-                logarithmic={title for title in costs if title.startswith("bytes")},
-            )
-        }
-        if FINAL in shown:
-            figures |= draw_details(shown[FINAL].details)
-        final = [shown[name] for name in (FINAL, FINAL_INT8) if name in shown]
-        rows = [row for stage in final for row in stage.latency if row.is_alike]
-        if rows:
-            figures["latency.png"] = plot_latency(
-                {
-                    f"{_RUNTIMES[row.runtime]},\nbatch of {row.batch}": (row.dense_rounds, row.compressed_rounds)
-                    for row in sorted(rows, key=lambda row: row.batch)
-                },
-                dense=_DRAWN[DENSE],
-            )
-        return figures
-
-    def _milliseconds(self, size: int) -> dict[str, float]:
-        """Each stage's time in PyTorch: its ratio to dense times one time of dense, whatever slowed the machine."""
-        rows = {
-            name: row
-            for name in self.names
-            if (stage := self.first(name)) is not None
-            for row in stage.latency
-            if row.batch == size and row.runtime == row.baseline == "torch"
-        }
-        if not rows:
-            return {}
-        dense = statistics.median(row.dense_ms for row in rows.values())
-        return {DENSE: dense, **{name: row.ratio * dense for name, row in rows.items()}}
+        return draw_stages(self)
 
     def write(self, folder: Path) -> list[Path]:
         """Write ``report.md``, ``report.csv``, ``report.json`` and the figures.
@@ -494,84 +321,6 @@ class Report:
             "report.json": json.dumps(_finite(self.as_plain()), indent=1, allow_nan=False, default=str) + "\n",
         }
         return write_pages(folder, pages, self.figures())
-
-
-def _size(dense: Stage, stage: Stage) -> tuple[str, str, float | None]:
-    """A stage's kind of file (the artefact if possible), that of dense which it is held against, and their ratio."""
-    # A row of an int8 file has no other one, and dense is always in float.
-    pairs = (("artefact", "artefact"), ("state_dict", "state_dict"), (INT8, "onnx"))
-    for key, before in pairs:
-        if key in stage.nbytes and before in dense.nbytes:
-            return key, before, stage.nbytes[key] / dense.nbytes[before]
-    return "artefact", "artefact", None
-
-
-def _title(key: str) -> str:
-    return "ONNX file" if key == "onnx" else FILES[key]
-
-
-def _epochs(stage: Stage) -> str:
-    """Epochs of this run, after those before it."""
-    if stage.epochs is None:
-        return "not noted"
-    before = "? + " if stage.earlier is None else f"{stage.earlier} + " if stage.earlier else ""
-    return f"{before}{stage.epochs}"
-
-
-def _said(row: LatencyRow) -> str:
-    place = f"at batch {row.batch}" + ("" if row.runtime == "torch" else f" in {_RUNTIMES[row.runtime]}")
-    if row.faster:
-        return f"{_interval(row)} of the time {place}"
-    return f"slower {place}: {_interval(row)}" if row.slower else f"{NO_SPEED_UP} {place} ({_interval(row)})"
-
-
-def _interval(row: LatencyRow) -> str:
-    return f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]"
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
-
-
-def _counted(value: int | None, dense: int | None, otherwise: str = "") -> str:
-    """A number with its ratio to dense, or the reason why there is none."""
-    if value is None:
-        return _one_line(otherwise)
-    return f"{value:,} ({_ratio(value / dense)})" if dense else f"{value:,}"
-
-
-def _number(cell: str) -> str:
-    return cell.partition(" (")[0]
-
-
-def _ratio_of(cell: str) -> str:
-    """The ratio that `_counted` puts in brackets, or the whole cell if there is no ratio."""
-    before, bracket, ratio = cell.rpartition("(")
-    return ratio.removesuffix(")") if bracket and before else cell
-
-
-def _spread(values: Sequence[float], scale: float, *, seeds: int, sign: str = "") -> str:
-    if not values:
-        return "not measured"
-    lost = sum(not math.isfinite(value) for value in values)
-    if lost:
-        return f"not finite in {lost} of {len(values)}"
-    digits = 2 if scale == 100 else 3
-    mean = fixed(scale * statistics.fmean(values), digits, sign=sign)
-    if len(values) > 1:
-        mean += f" ± {fixed(scale * statistics.stdev(values), digits)}"
-    return mean if seeds == 1 else f"{mean} (n={len(values)})"
-
-
-_PER_MILLE = ("aurc", "eaurc")
-
-
-def _is_percent(metric: str) -> bool:
-    return "accuracy" in metric
-
-
-def _one_line(reason: str) -> str:
-    return " ".join(reason.split())
 
 
 def _finite(value: Any) -> Any:

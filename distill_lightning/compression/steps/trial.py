@@ -17,7 +17,7 @@ from distill_lightning.compression.access.calibration import inputs_of, without_
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.access.parameters import cuda_devices
 from distill_lightning.compression.steps.workpiece import Workpiece
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, in_a_line
 
 Act = Callable[[nn.Module, Sequence[str]], object]
 """Changes the named parts of a network, in place."""
@@ -221,7 +221,7 @@ class _WithoutDropout(TorchFunctionMode):
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {in_a_line(error, at_most=200)}"
 
 
 def _is_stale(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from distill_lightning.compression.access.calibration import calibrating, inputs
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.access.parameters import split_path
 from distill_lightning.compression.shrink.groups import tied_modules
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, in_a_line
 
 Pairs = list[tuple[str, str]]
 
@@ -44,7 +44,7 @@ def _layers_in_order(network: nn.Module) -> tuple[list[tuple[str, str, list[fx.N
     try:
         graph = fx.Tracer().trace(network)
     except Exception as error:  # tracing may raise anything, because the network's own code runs on proxies
-        reason = " ".join(str(error).split())[:120]
+        reason = in_a_line(error, at_most=120)
         raise InputError(
             f"{type(network).__name__} cannot be traced ({reason}): name the pairs of layers yourself"
         ) from error

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from distill_lightning.errors import InputError, disk_line, is_of_the_disk
+from distill_lightning.errors import InputError, disk_line, in_a_line, is_of_the_disk
 from distill_lightning.libraries import package
 from distill_lightning.studies.compare.attempt import attempt
 from distill_lightning.studies.compare.claims import AT_WORK
@@ -94,7 +94,7 @@ def make_there(parcels: Sequence[Any], token: str, run: Run, news: Any, *others:
     except InputError as error:
         return Answer(host, refused=error)
     except ArgumentError as error:
-        return Answer(host, refused=InputError(f"ray: on {host}: {' '.join(str(error).split())}"))
+        return Answer(host, refused=InputError(f"ray: on {host}: {in_a_line(error)}"))
     except OSError as error:
         if not is_of_the_disk(error):
             raise

@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, in_a_line
 
 
 class Given:
@@ -85,7 +85,7 @@ def refuse_unsendable(value: Any) -> None:
             # Whatever an object's own way to be pickled raises.
             more = "" if _by_value() else ", or install cloudpickle"
             raise InputError(
-                f"{key}: {given.name} cannot be sent to another process ({' '.join(str(error).split())}): give "
+                f"{key}: {given.name} cannot be sent to another process ({in_a_line(error)}): give "
                 f"workers=1, or a class or function of a module that can be imported{more}"
             ) from error
 

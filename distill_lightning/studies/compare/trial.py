@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill_lightning.errors import InputError, NonFiniteError, refused_at
+from distill_lightning.errors import InputError, NonFiniteError, in_a_line, refused_at
 from distill_lightning.modules import DistillationModule
 from distill_lightning.studies.compare.experiment import Experiment, key_of
 from distill_lightning.studies.compare.foreign_data import Prepared, first_batch
@@ -108,7 +108,7 @@ def _refusing_foreign(key: str, module: Any) -> Iterator[None]:
             raise
         home = _file_of(module)
         place = next((frame for frame in reversed(frames) if frame.filename == home), frames[-1])
-        reason = " ".join(str(error).split())
+        reason = in_a_line(error)
         raise InputError(
             f"{key}: {type(module).__name__} fails in its first step ({Path(place.filename).name}, line "
             f"{place.lineno}): {type(error).__name__}: {reason}"

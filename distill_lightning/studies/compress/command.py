@@ -20,7 +20,7 @@ from torch import nn
 from distill_lightning.callbacks import Measurements
 from distill_lightning.callbacks.stages import trained_before
 from distill_lightning.compression.report.report import Report, circumstances
-from distill_lightning.compression.report.stages import FINAL
+from distill_lightning.compression.report.stage import FINAL
 from distill_lightning.compression.run.preview import Preview
 from distill_lightning.data.datamodules import ViewDataModule
 from distill_lightning.errors import InputError

@@ -17,9 +17,10 @@ from distill_lightning.callbacks.stages import measure
 from distill_lightning.compression.access.calibration import first_samples
 from distill_lightning.compression.access.copies import copy_network
 from distill_lightning.compression.file.artefact import load_compressed, write_artefact
+from distill_lightning.compression.onnx.export import export_onnx
+from distill_lightning.compression.onnx.int8 import quantize_onnx
 from distill_lightning.compression.report.controls import random_steps, same_size_network
-from distill_lightning.compression.report.onnx import export_onnx, quantize_onnx
-from distill_lightning.compression.report.stages import CONTROL_RANDOM, CONTROL_SCRATCH, FINAL, FINAL_INT8, INT8, Stage
+from distill_lightning.compression.report.stage import CONTROL_RANDOM, CONTROL_SCRATCH, FINAL, FINAL_INT8, INT8, Stage
 from distill_lightning.compression.run.compressor import Compressor
 from distill_lightning.compression.run.preview import Preview, preview
 from distill_lightning.data.batch import Batch

@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from distill_lightning.data.batch import Batch
-from distill_lightning.errors import InputError
+from distill_lightning.errors import InputError, in_a_line
 from distill_lightning.layers import fingerprint
 from distill_lightning.modules import DistillationModule
 from distill_lightning.modules.parts.past import RunningStore
@@ -147,7 +147,7 @@ def _failure(check: str, run: Callable[[], Any], keys: Keys) -> list[Finding]:
     except EnoughError:
         pass
     except (InputError, MisconfigurationException) as error:
-        message = " ".join(str(error).split())
+        message = in_a_line(error)
         if message.startswith(("the store ", "there is no store ", "a TeacherStore ")):
             return [Finding("store", message, f"{keys.model('teachers', 'teacher')}.init_args.path", _end_of(message))]
         return [Finding(check, message, keys.said_in(message), _end_of(message))]

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from distill_lightning.compression.access.calibration import inputs_of
 from distill_lightning.compression.access.copies import copy_network
+from distill_lightning.compression.access.outputs import largest_difference, outputs_of, scale_of
 from distill_lightning.compression.costs.latency import compare_latency
-from distill_lightning.compression.report.measure import largest_difference, scale_of
-from distill_lightning.compression.report.onnx import TOLERANCE, OnnxNetwork, export_onnx, outputs_of
-from distill_lightning.errors import InputError
+from distill_lightning.compression.onnx.export import TOLERANCE, export_onnx
+from distill_lightning.compression.onnx.session import OnnxNetwork
+from distill_lightning.errors import InputError, in_a_line
 from distill_lightning.layers import InputShape, by_position, eval_mode, same_bits
 from distill_lightning.networks.weights import load_strictly, read_weights, write_weights
 from distill_lightning.storage import write_whole
@@ -184,7 +185,7 @@ def _write_torch_export(network: nn.Module, path: Path, _: Mapping[str, Any], in
         with torch.no_grad():
             program = torch.export.export(network, arguments, dynamic_shapes=tuple({0: batch} for _ in arguments))
     except Exception as error:  # whatever a forward may do that cannot be traced
-        reason = " ".join(str(error).split())[:300]
+        reason = in_a_line(error, at_most=300)
         raise InputError(f"{type(network).__name__} cannot be exported by torch.export: {reason}") from error
     content = io.BytesIO()
     torch.export.save(program, content)

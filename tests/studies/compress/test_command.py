@@ -591,7 +591,7 @@ def test_an_int8_file_that_cannot_be_scored_stays_with_its_reason(tmp_path, monk
     def refuse(*_):
         raise InputError("sequences of another length")
 
-    monkeypatch.setattr("distill_lightning.compression.report.onnx.NetworkInOnnx.forward", refuse)
+    monkeypatch.setattr("distill_lightning.compression.onnx.session.NetworkInOnnx.forward", refuse)
     (tmp_path / "tiny.yaml").write_text(configuration(change))
     out = tmp_path / "out"
     assert main(["compress", str(tmp_path / "tiny.yaml"), "--output", str(out), "--controls"]) == 0

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from distill_lightning.compression.report.report import Report
-from distill_lightning.compression.report.stages import LatencyRow, Stage
+from distill_lightning.compression.report.stage import LatencyRow, Stage
 from distill_lightning.studies.compress.command import _claims, _table
 
 

@@ -36,7 +36,7 @@ from distill_lightning import (
 )
 from distill_lightning.cli import main
 from distill_lightning.compression import PruneUnits, PruneWeights, Quantize
-from distill_lightning.compression.report.onnx import OnnxNetwork
+from distill_lightning.compression.onnx.session import OnnxNetwork
 from distill_lightning.networks.provenance import recipe_of
 from distill_lightning.studies.export import formats
 from distill_lightning.studies.export.citations import CITATIONS
