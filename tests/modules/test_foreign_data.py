@@ -12,6 +12,7 @@ from distill_lightning import (
     ExtracurricularModule,
     FEEDModule,
     FixedDiscriminator,
+    GeneratorModule,
     HintDistance,
     IndexedDataModule,
     InputError,
@@ -21,6 +22,7 @@ from distill_lightning import (
     Mixup,
     MixupSampler,
     MovingAverage,
+    ParaphraserModule,
     PastModel,
     SelfKDModule,
     SupervisedModule,
@@ -188,6 +190,26 @@ def test_every_method_trains_alike_whatever_the_batches_look_like(name, tmp_path
 def test_without_indices_inputs_are_mixed_all_the_same(name, layout, tmp_path):
     _, logged = fitted(name, LAYOUTS[layout](), tmp_path)
     assert torch.isfinite(logged["train/loss"])
+
+
+HELPERS = {
+    "generator": lambda: GeneratorModule(input_shape=(1, 8, 8), latent_dim=2, output_range=(-2, 3)),
+    "paraphraser": lambda: ParaphraserModule([TinyNet()], layers="features", input_shape=(1, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", HELPERS)
+def test_what_is_trained_for_a_method_reads_them_too(name):
+    states = []
+    for layout in ("pairs", "torchgeo", "lightly"):
+        torch.manual_seed(0)
+        module = HELPERS[name]()
+        before = {key: value.clone() for key, value in module.state_dict().items()}
+        tiny_trainer(limit_val_batches=0).fit(module, datamodule=LAYOUTS[layout]())
+        states.append(module.state_dict())
+    assert any(not torch.equal(value, before[key]) for key, value in states[0].items())
+    for other in states[1:]:
+        assert all(torch.equal(value, other[key]) for key, value in states[0].items())
 
 
 @pytest.mark.parametrize("layout", ["pairs", "torchgeo", "lightly"])
