@@ -55,6 +55,7 @@ ON_TOP = [
     ("meal_v2/mobilenetv3_small_075", "base/baseline"),
     ("self_kd/preact_resnet18", "base/cutout"),
     ("self_kd/preact_resnet18", "base/cutmix"),
+    ("self_kd/preact_resnet18", "base/label_smoothing"),
     ("self_kd/preact_resnet18", "base/baseline", "base/label_smoothing"),
     ("extracurricular/mpiigaze", "base/kd"),
     ("extracurricular/mpiigaze", "base/baseline_regression"),

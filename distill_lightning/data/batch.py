@@ -254,8 +254,9 @@ class Batch:
         It may be a `Batch`; a dict or a NamedTuple with ``input`` (or ``image``, ``x``) and perhaps ``target`` (or
         ``label``, ``labels``, ``y``), ``index``, ``view`` and ``counted``; a dict without such an input, whose other
         tensors the network gets by keyword (``{"input_ids": ..., "attention_mask": ..., "labels": ...}``); or a
-        sequence of an input, perhaps a target, and what has no known meaning. Without a target, or with ``None``, it is
-        for predictions, and for methods that never look at labels.
+        sequence of an input, perhaps a target, and what has no known meaning, as an ``index`` or a ``view`` that is no
+        tensor has none. Without a target, or with ``None``, it is for predictions, and for methods that never look at
+        labels.
 
         Raises:
             InputError: the batch is none of these, or its ``counted`` is not a tensor of booleans.
@@ -273,6 +274,8 @@ class Batch:
         if isinstance(named, Mapping):
             found = {field: next((key for key in keys if key in named), None) for field, keys in _KEYS.items()}
             fields = {field: named[key] for field, key in found.items() if key is not None}
+            # Other libraries call names of files so, or say where a picture was taken from.
+            fields |= {field: None for field in ("index", "view") if not isinstance(fields.get(field), Tensor)}
             if "input" not in fields and named is batch:
                 # What is left has the names of the network's arguments.
                 others = {key: value for key, value in batch.items() if key not in found.values()}

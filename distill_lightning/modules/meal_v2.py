@@ -46,9 +46,10 @@ class MEALV2Module(DistillationModule):
     batch, in nats. :math:`L_D` is `functional.discriminator_loss` of a small network that is shown the student's logits
     and the mean :math:`\frac{1}{M} \sum_m z_m` of the teachers' raw logits, and tells which is which.
 
-    The paper calls this adversarial; the released code, and so the default, is not: student and discriminator
-    **together** lower :math:`L_D` (``"cooperative"``), which pushes the student's logits a little away from the
-    teachers', "as a regularizer". ``"adversarial"`` turns the gradient round between them, with the same optimiser.
+    The method's predecessor, MEAL, is named for adversarial learning; the released code of this one, and so the
+    default, is not adversarial: student and discriminator **together** lower :math:`L_D` (``"cooperative"``), which
+    pushes the student's logits a little away from the teachers', "as a regularizer", its author says.
+    ``"adversarial"`` turns the gradient round between them, with the same optimiser.
 
     The released training: SGD with learning rate 0.01 (0.001 after 101 epochs), momentum 0.9 and **no weight decay**,
     no labels, and a student that begins with pretrained weights (`Pretrained`), on which the result rests. From

@@ -16,7 +16,7 @@ from distill_lightning.data.batch import IGNORED, Batch, spread
 from distill_lightning.errors import InputError
 from distill_lightning.functional.common import wide
 from distill_lightning.outputs.metrics import Agreement, MeanDivergence, classification_metrics
-from distill_lightning.outputs.output import Output
+from distill_lightning.outputs.output import Output, check_is_tensor
 
 _POSITIONS = (
     "use a module that takes positions: SupervisedModule, KDModule, CompressionBaseline, or SelfKDModule with "
@@ -111,8 +111,9 @@ class Categorical(Output):
         self, who: str, target: Tensor | None, *, per_position: bool = False, is_evaluated: bool = False
     ) -> None:
         """One class for each sample, unless ``per_position``; or, for a loss, a distribution ``(N, K)``."""
-        if not isinstance(target, Tensor):
+        if target is None:
             return
+        check_is_tensor(who, target)
         found = f"{who}: the targets are {str(target.dtype).removeprefix('torch.')} of shape {tuple(target.shape)}"
         if target.is_floating_point():
             if target.ndim < 2 or target.shape[-1] != self.num_classes:

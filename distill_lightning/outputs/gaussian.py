@@ -16,7 +16,7 @@ from distill_lightning.data.batch import Batch
 from distill_lightning.errors import InputError, check_finite
 from distill_lightning.functional.common import positive, wide
 from distill_lightning.outputs.metrics import GaussianDivergence, regression_metrics
-from distill_lightning.outputs.output import Output
+from distill_lightning.outputs.output import Output, check_is_tensor
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,10 @@ class Gaussian(Output):
         self, who: str, target: Tensor | None, *, per_position: bool = False, is_evaluated: bool = False
     ) -> None:
         """``(N, d)`` is needed, or real numbers ``(N,)`` of a single target."""
-        if isinstance(target, Tensor) and self.as_target(target).shape[1:] != (self.num_targets,):
+        if target is None:
+            return
+        check_is_tensor(who, target)
+        if self.as_target(target).shape[1:] != (self.num_targets,):
             raise InputError(
                 f"{who}: the targets have shape {tuple(target.shape)} where num_targets={self.num_targets} needs "
                 f"(N, {self.num_targets}): reshape them"

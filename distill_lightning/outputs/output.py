@@ -211,3 +211,20 @@ class Output(Choice):
     def teacher_metrics(self) -> MetricCollection:
         """How close a student is to its teachers; nothing unless an output can tell."""
         return MetricCollection({})
+
+
+def check_is_tensor(who: str, target: object) -> None:
+    """Look at whether a batch's targets are a tensor.
+
+    Args:
+        who: what the message begins with.
+        target: of the batch.
+
+    Raises:
+        InputError: they are not.
+    """
+    if not isinstance(target, Tensor):
+        raise InputError(
+            f"{who}: the targets are of the type {type(target).__name__}: let the data module give a tensor, "
+            "torch.tensor(target) of numbers"
+        )

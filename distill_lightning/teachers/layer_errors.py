@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from distill_lightning.data.batch import Batch, first_tensor
+from distill_lightning.data.batch import Batch, first_tensor, tensors_of
 from distill_lightning.data.detection_batch import DetectionBatch
 from distill_lightning.errors import InputError
 from distill_lightning.teachers.ensemble import TeacherEnsemble
@@ -34,13 +34,20 @@ def explained(module: Any, run: Callable[[GivenT], ResultT], given: GivenT, wher
         where: which batch it is, for the message.
 
     Raises:
-        InputError: the first layer of a network takes another number of channels or values than the batch has, or a
-            BatchNorm in train mode gets a single value per channel.
+        InputError: the inputs hold no tensor, the first layer of a network takes another number of channels or values
+            than the batch has, or a BatchNorm in train mode gets a single value per channel.
     """
     try:
         return run(given)
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, (InputError, torch.OutOfMemoryError)):
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        inputs = given.input if isinstance(given, Batch) else given
+        # Networks of texts may read them as they are, and fail for other reasons.
+        if not isinstance(error, RuntimeError) and next(tensors_of(inputs), None) is None:
+            raise InputError(
+                f"{type(module).__name__}: {where} has no tensor among its inputs, which are of the type "
+                f"{type(inputs).__name__}: let the data module give tensors (of PIL images v2.ToImage() makes some)"
+            ) from error
+        if isinstance(error, (InputError, torch.OutOfMemoryError, TypeError, AttributeError)):
             raise
         reason = _reason(module, partial(run, given), given, where)
         if reason is None:

@@ -115,6 +115,16 @@ def test_of_reads_a_named_tuple_by_its_names_and_an_unknown_one_by_its_order():
     assert Batch.of(Nameless(*parts)) == Batch(parts[0], parts[1], None, None)
 
 
+@pytest.mark.parametrize("kind", [dict, UserDict, lambda named: Named(*named.values())])
+def test_of_knows_no_index_that_is_no_tensor(kind):
+    batch = Batch.of(kind({"index": ["a.jpg", "b.jpg"], "label": torch.tensor([0, 1]), "image": torch.zeros(2, 1)}))
+    assert (batch.index, batch.key) == (None, None)
+    assert len(batch.draws(0).uniform(1)) == 2
+    seen = {"image": torch.zeros(2, 1), "index": torch.arange(2), "view": ["above", "below"]}
+    assert Batch.of(seen).view is None
+    assert Batch.of(seen).index is seen["index"]
+
+
 ZEROS = torch.zeros(2)
 
 

@@ -4,6 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms.functional import to_pil_image
 
 from distill_lightning import (
     CompressionBaseline,
@@ -11,6 +12,7 @@ from distill_lightning import (
     ExtracurricularModule,
     FEEDModule,
     FixedDiscriminator,
+    GeneratorModule,
     HintDistance,
     IndexedDataModule,
     InputError,
@@ -20,6 +22,7 @@ from distill_lightning import (
     Mixup,
     MixupSampler,
     MovingAverage,
+    ParaphraserModule,
     PastModel,
     SelfKDModule,
     SupervisedModule,
@@ -189,6 +192,26 @@ def test_without_indices_inputs_are_mixed_all_the_same(name, layout, tmp_path):
     assert torch.isfinite(logged["train/loss"])
 
 
+HELPERS = {
+    "generator": lambda: GeneratorModule(input_shape=(1, 8, 8), latent_dim=2, output_range=(-2, 3)),
+    "paraphraser": lambda: ParaphraserModule([TinyNet()], layers="features", input_shape=(1, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", HELPERS)
+def test_what_is_trained_for_a_method_reads_them_too(name):
+    states = []
+    for layout in ("pairs", "torchgeo", "lightly"):
+        torch.manual_seed(0)
+        module = HELPERS[name]()
+        before = {key: value.clone() for key, value in module.state_dict().items()}
+        tiny_trainer(limit_val_batches=0).fit(module, datamodule=LAYOUTS[layout]())
+        states.append(module.state_dict())
+    assert any(not torch.equal(value, before[key]) for key, value in states[0].items())
+    for other in states[1:]:
+        assert all(torch.equal(value, other[key]) for key, value in states[0].items())
+
+
 @pytest.mark.parametrize("layout", ["pairs", "torchgeo", "lightly"])
 @pytest.mark.parametrize("name", sorted(NEED_INDEX))
 def test_what_needs_indices_says_so(name, layout, tmp_path):
@@ -200,6 +223,39 @@ def test_what_needs_indices_says_so(name, layout, tmp_path):
 def test_a_store_refuses_images_that_change_on_the_device(tmp_path):
     with pytest.raises(InputError, match="has a hook on_after_batch_transfer: do in the data set what it does"):
         fitted("kd from a store", IndexedDataModule(LAYOUTS["torchgeo with hooks"]()), tmp_path)
+
+
+def as_lists(samples):
+    """As it comes of ``zip``, without a tensor of the labels."""
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), labels
+
+
+@pytest.mark.parametrize("name", ["feed", "self-kd"])
+def test_labels_that_are_no_tensor_are_one_line(name, tmp_path):
+    data = IndexedDataModule(Foreign(lambda image, label, _: (image, int(label)), collate=as_lists))
+    with pytest.raises(InputError, match=r"Module: the targets are of the type tuple: let the data module give a ten"):
+        fitted(name, data, tmp_path)
+    # Who never looks at labels may get the names of files.
+    tiny_trainer(limit_val_batches=0).fit(
+        METHODS["kd without labels"](TinyNet(), TinyNet(), tmp_path), datamodule=Foreign(collate=as_lists)
+    )
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kind"), [(list, "list"), (lambda images: None, "NoneType"), (lambda images: 0 * len(images), "int")]
+)
+def test_inputs_that_are_no_tensors_are_one_line(inputs, kind, tmp_path):
+    def collate(samples):
+        images, labels = zip(*samples, strict=True)
+        return inputs([to_pil_image(image) for image in images]), torch.stack(labels)
+
+    message = f"training batch 0 has no tensor among its inputs, which are of the type {kind}: let the data module give"
+    with pytest.raises(InputError, match=message) as refused:
+        tiny_trainer(limit_val_batches=0).fit(
+            METHODS["kd without labels"](TinyNet(), TinyNet(), tmp_path), datamodule=Foreign(collate=collate)
+        )
+    assert "\n" not in str(refused.value)
 
 
 # Several views of each sample

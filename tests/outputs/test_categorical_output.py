@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -348,6 +349,15 @@ def test_classes_of_positions_are_refused_where_samples_have_one():
         means.check_target("XModule", classes(4, 5))
     for target, per_position in ((classes(4, 5), True), (classes(4), False), (draw(4, 3), False), (None, False)):
         assert means.check_target("XModule", target, per_position=per_position) is None
+
+
+@pytest.mark.parametrize("output", [Categorical(3), Gaussian(1)])
+@pytest.mark.parametrize("target", [[0, 1], ("cat", "dog"), np.zeros(2), {"label": classes(2)}])
+def test_a_target_that_is_no_tensor_is_refused(output, target):
+    kind = type(target).__name__
+    with pytest.raises(InputError, match=f"XModule: the targets are of the type {kind}: let the data module give a te"):
+        output.check_target("XModule", target, is_evaluated=True)
+    assert output.check_target("XModule", None) is None
 
 
 def test_a_target_of_another_number_of_positions_is_refused():

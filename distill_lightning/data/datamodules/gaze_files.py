@@ -88,10 +88,10 @@ def read_person(folder: Path, *, listed: bool, sides: Sequence[str] = SIDES, mir
     every = joined([day.eyes[side] for day in days.values() for side in sides])
     if not listed:
         return every
-    places: dict[tuple[str, str, str], int] = {}
-    for name, day in days.items():
-        for side in sides:
-            places.update({(name, frame, side): len(places) + place for place, frame in enumerate(day.frames)})
+    places: dict[tuple[str, str, str], list[int]] = {}
+    names = ((name, frame, side) for name, day in days.items() for side in sides for frame in day.frames)
+    for place, called in enumerate(names):
+        places.setdefault(called, []).append(place)
     return every.take(torch.tensor(_listed(folder, places, sides), dtype=torch.long))
 
 
@@ -140,7 +140,8 @@ def _eyes(path: Path, side: str, parts: Mapping[str, Any], frames: Sequence[str]
     count = len(frames)
     shapes = {"image": (count, *SHAPE), "gaze": (count, 3), "pose": (count, 3)}
     for name, values in parts.items():
-        if getattr(values, "shape", None) != shapes[name] or values.dtype.kind != ("u" if name == "image" else "f"):
+        kinds = ("uint8",) if name == "image" else ("float64", "float32")
+        if getattr(values, "shape", None) != shapes[name] or values.dtype not in kinds:
             shape, kind = getattr(values, "shape", None), getattr(values, "dtype", type(values).__name__)
             raise InputError(
                 f"{path}: data.{side}.{name} is {shape} of {kind} where {count} filenames need {shapes[name]} of "
@@ -159,7 +160,7 @@ def _eyes(path: Path, side: str, parts: Mapping[str, Any], frames: Sequence[str]
     return Eyes(images, functional.pose_to_angles(pose).float(), functional.gaze_to_angles(gaze).float())
 
 
-def _listed(folder: Path, places: Mapping[tuple[str, str, str], int], sides: Sequence[str]) -> list[int]:
+def _listed(folder: Path, places: Mapping[tuple[str, str, str], list[int]], sides: Sequence[str]) -> list[int]:
     """The places of the samples that a person's list names, lines such as ``day01/0001.jpg left``."""
     path = folder.parents[2] / LISTS / f"{folder.name}.txt"
     if not path.is_file():
@@ -172,11 +173,13 @@ def _listed(folder: Path, places: Mapping[tuple[str, str, str], int], sides: Seq
         day, _, frame = image.partition("/")
         if not image or (side in SIDES and side not in sides):
             continue
-        if (day, frame, side) not in places:
+        named = places.get((day, frame, side), [])
+        if len(named) != 1:
             raise InputError(
-                f"{path}, line {number}: {line.strip()!r} names no sample of {folder}: unpack MPIIGaze.tar.gz again"
+                f"{path}, line {number}: {line.strip()!r} names {len(named) or 'no'} sample{'s' * (len(named) > 1)} of "
+                f"{folder}: unpack MPIIGaze.tar.gz again"
             )
-        found.append(places[day, frame, side])
+        found += named
     if not found:
         raise InputError(f"{path} lists no {' or '.join(sides)} eye: unpack MPIIGaze.tar.gz again")
     return found

@@ -271,7 +271,10 @@ class _Faults(Dataset[str]):
 
 def _class_names(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
-        raise InputError(f"{folder} is not there: data_dir must have train and val, each with one folder per class")
+        raise InputError(
+            f"{folder} is not there: data_dir must have train and val, each with one folder per class; ImageNet is at "
+            "https://image-net.org"
+        )
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise InputError(f"{folder} has no class folders: sort its images into one folder per class")

@@ -92,8 +92,8 @@ class OfficialDiscriminator(Adversary):
     Args:
         shown: what it is shown: ``"logits"``, the student's and the teachers' mean ones, or ``"probabilities"`` or
             ``"log_probabilities"`` at the temperature, the student's and the ensemble's.
-        mode: ``"cooperative"``, as released; ``"adversarial"``, as the paper says; or ``"detached"``: it watches, and
-            the student does not feel it.
+        mode: ``"cooperative"``, as released; ``"adversarial"``, against the student; or ``"detached"``: it watches,
+            and the student does not feel it.
         weight: :math:`\gamma`, positive.
         lr: its own learning rate, which the module's ``lr_scheduler`` leaves alone; ``None``: it has the student's
             rate, and, without a schedule of its own, the student's schedule.

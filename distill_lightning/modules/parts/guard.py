@@ -41,9 +41,9 @@ def with_targets(module: Any, batch: Batch, *, is_evaluated: bool = False) -> Ba
     if batch.target is None and (is_evaluated or module.reads_labels):
         does = "is evaluated on" if is_evaluated else "reads"
         raise InputError(f"{type(module).__name__} {does} labels, and the batch has none: give them")
+    _check_kind(module, batch.target, is_evaluated=is_evaluated)
     if not isinstance(batch.target, Tensor):
         return batch
-    _check_kind(module, batch.target, is_evaluated=is_evaluated)
     target = module.output.as_target(batch.target)
     partner = None if batch.partner is None else with_targets(module, batch.partner)
     if target is batch.target and partner is batch.partner:
@@ -52,7 +52,8 @@ def with_targets(module: Any, batch: Batch, *, is_evaluated: bool = False) -> Ba
 
 
 def _check_kind(module: Any, target: Any, *, is_evaluated: bool) -> None:
-    if not (is_evaluated or module.reads_labels) and isinstance(target, Tensor) and target.is_floating_point():
+    can_be_classes = isinstance(target, Tensor) and not target.is_floating_point()
+    if not (is_evaluated or module.reads_labels or can_be_classes):
         return
     # Metrics that the user gives may read distributions.
     needs_classes = is_evaluated and not module.has_own_metrics

@@ -265,6 +265,7 @@ def set_field(field, value):
         (changed_day(lambda data: data.pop("right")), "data is no struct with right"),
         (changed_day(lambda data: data["left"].pop("pose")), "data.left is no struct with pose"),
         (changed_day(set_field("image", np.zeros((FRAMES, 36, 60)))), r"is \(6, 36, 60\) of float64 where 6 filenames"),
+        (changed_day(set_field("image", np.zeros((FRAMES, 36, 60), np.uint16))), r"is \(6, 36, 60\) of uint16 where"),
         (changed_day(set_field("image", np.zeros((FRAMES, 60, 36), np.uint8))), r"is \(6, 60, 36\) of uint8 where"),
         (changed_day(set_field("gaze", np.zeros((FRAMES, 2)))), r"data.left.gaze is \(6, 2\)"),
         (changed_day(set_field("pose", "text")), "data.left.pose is"),
@@ -338,6 +339,20 @@ def test_missing_files_say_where_to_get_them(tmp_path, own):
 def test_a_list_that_names_something_else_is_one_line(own, line, message):
     (own / LISTS / "p01.txt").write_text(f"day01/0001.jpg left\n{line}\n")
     with pytest.raises(InputError, match=message):
+        GazeDataModule(data_dir=own).setup()
+
+
+def test_a_frame_that_is_there_twice_moves_no_other(own):
+    """What a list says of it is refused; the frames after it are still those of their names."""
+    names = np.array([[f"{max(number, 1):04}.jpg"] for number in range(FRAMES)], dtype=object)
+    second = write_day(own / NORMALISED / "p00" / "day02.mat", seed=2)["left"]
+    first = write_day(own / NORMALISED / "p00" / "day01.mat", seed=1, filenames=names)["right"]
+    path = own / LISTS / "p00.txt"
+    path.write_text("day01/0005.jpg right\nday02/0001.jpg left\n")
+    later = GazeDataModule(data_dir=own).dataset("test")
+    check(later, [naive_sample(first, 5, mirrored=True), naive_sample(second, 0, mirrored=False)])
+    path.write_text("day01/0001.jpg left\n")
+    with pytest.raises(InputError, match=r"p00\.txt, line 1: 'day01/0001\.jpg left' names 2 samples of"):
         GazeDataModule(data_dir=own).setup()
 
 

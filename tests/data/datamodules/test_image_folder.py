@@ -232,7 +232,10 @@ def test_a_class_may_have_no_test_images(folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: shutil.rmtree(d / "train"), r"train is not there: data_dir must have train and val, each with one"),
+        (
+            lambda d: shutil.rmtree(d / "train"),
+            r"train is not there: data_dir must have train and val, each with .*; ImageNet is at https://image-net\.org$",
+        ),
         (lambda d: shutil.rmtree(d / "val"), r"val is not there: data_dir must have train and val, each with one"),
         (lambda d: write(d / "val/dog/1.png"), r"val/dog is a class that .*train does not have: take it out, or add"),
         (lambda d: (d / "train/dog").mkdir(), r"train/dog holds no images \(.jpeg, .*\): fill it, or take it out"),

@@ -152,6 +152,13 @@ def test_what_is_wrong_with_text_is_told_with_file_and_line(tmp_path, files, lin
         read(ParallelText(), tmp_path)
 
 
+@pytest.mark.parametrize("folder", ["", "none"])
+def test_where_there_is_no_text_it_is_told_where_to_get_some(tmp_path, folder):
+    with pytest.raises(InputError, match=r"Multi30k is at https://\S+, IWSLT's talks are at https://\S+$") as refused:
+        read(ParallelText(), tmp_path / folder)
+    assert "\n" not in str(refused.value)
+
+
 def test_damaged_lines_can_be_left_out(tmp_path):
     write(tmp_path, {"train.en": b"a\n\xff\nc\nd\n\n", "train.de": b"x\ny\n\nz\n\n"})
     found, faults = read(ParallelText(), tmp_path, on_damaged="skip")

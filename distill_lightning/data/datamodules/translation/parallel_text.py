@@ -16,6 +16,7 @@ _KNOWN = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "tst", "test_2016_flickr", "eval"),
 }
+_SOURCES = "Multi30k is at https://github.com/multi30k/dataset, IWSLT's talks are at https://wit3.fbk.eu"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class ParallelText(Corpus):
         if data_dir is None:
             raise InputError("ParallelText needs data_dir, the folder with the text files")
         if not data_dir.is_dir():
-            raise InputError(f"data_dir={data_dir} is no folder: give the one with the text files")
+            raise InputError(f"data_dir={data_dir} is no folder: give the one with the text files; {_SOURCES}")
         splits: Splits = {}
         for split, given in (("train", self.train), ("val", self.val), ("test", self.test)):
             found = _files(data_dir, split, given, source, target)
@@ -107,7 +108,7 @@ def _known_pair(folder: Path, split: str, names: Sequence[str], source: str, tar
     there = sorted(path.name for path in folder.iterdir() if path.is_file())[:6]
     raise InputError(
         f"{folder} has no {sought}: give the name of the files as {split} of ParallelText; there are "
-        f"{', '.join(there) or 'no files'}"
+        f"{', '.join(there) or f'no files; {_SOURCES}'}"
     )
 
 
