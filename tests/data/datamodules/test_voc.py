@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from distill_lightning import DetectionAugmentation, DetectionBatch, InputError, VOCDetectionDataModule
 from distill_lightning.data.datamodules import ViewSampler, read_annotation
+from distill_lightning.data.datamodules.detection import voc
 from distill_lightning.data.fingerprint import data_difference
 
 HEIGHT, WIDTH = 48, 64
@@ -98,6 +100,62 @@ def test_a_box_holds_the_pixels_of_its_object_and_no_others(folder):
             inside = torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
             inside[top:bottom, left:right] = True
             assert torch.equal(torch.isclose(image, colour[:, None, None]).all(dim=0), inside)
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """What torchvision is asked for; it unpacks a set with one image for each of the split's archives."""
+    asked = []
+
+    def fetch(root, *, year, image_set, download):
+        assert download
+        asked.append((year, image_set))
+        home = Path(root) / ("TrainVal/VOCdevkit" if year == "2011" else "VOCdevkit") / f"VOC{year}"
+        splits = ["test"] if image_set == "test" else ["train", "val", "trainval"]
+        for split in splits:
+            write(home, f"{year}_{split}", [("dog", 4, 20, 6, 30)])
+            write_lists(home, **{split: [f"{year}_{split}"]})
+
+    monkeypatch.setattr(voc.datasets, "VOCDetection", fetch)
+    return asked
+
+
+def test_sets_that_are_missing_are_asked_of_torchvision(tmp_path, fetched):
+    splits = {"train": ["VOC2007/trainval", "VOC2011/train"], "val": "VOC2011/val", "test": "VOC2007/test"}
+    data = VOCDetectionDataModule(data_dir=tmp_path, download=True, **splits)
+    assert (data.num_classes, data.class_names[:2], data.class_names[-1]) == (20, ("aeroplane", "bicycle"), "tvmonitor")
+    assert fetched == []
+    data.prepare_data()
+    # One archive has train, val and trainval.
+    assert fetched == [("2007", "trainval"), ("2011", "train"), ("2007", "test")]
+    data.prepare_data()
+    VOCDetectionDataModule(data_dir=tmp_path, **splits).prepare_data()
+    assert len(fetched) == 3
+    data.setup()
+    assert [len(data.dataset(split)) for split in ("train", "val", "test")] == [2, 1, 1]
+    assert [target["labels"].tolist() for target in every(data, "train").target] == 2 * [
+        [1 + data.class_names.index("dog")]
+    ]
+
+
+@pytest.mark.parametrize("split", ["trainval", "VOC2012/test", "VOC2013/train", "VOC2007/cat_train"])
+def test_what_torchvision_cannot_fetch_is_refused(tmp_path, split):
+    with pytest.raises(
+        InputError, match=f"^download=True: torchvision cannot fetch the split '{split}': name it with its"
+    ):
+        VOCDetectionDataModule(data_dir=tmp_path, download=True, train=split, val=None, test="VOC2007/test")
+
+
+def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(voc.datasets, "VOCDetection", fail)
+    data = VOCDetectionDataModule(
+        data_dir=tmp_path, download=True, train="VOC2007/train", val="VOC2007/val", test="VOC2007/test"
+    )
+    with pytest.raises(InputError, match="the download failed: no network"):
+        data.prepare_data()
 
 
 def test_an_image_without_objects_is_kept(folder):

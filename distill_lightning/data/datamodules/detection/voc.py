@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Unpack
 
 from pytorch_lightning.utilities import rank_zero_warn
+from torchvision import datasets
 
 from distill_lightning.data.datamodules.detection.annotation import Annotation, read_annotation
 from distill_lightning.data.datamodules.detection.augmentation import DetectionAugmentation
@@ -19,6 +20,13 @@ from distill_lightning.errors import InputError, check_one_of, refusing
 
 # Boxes that a warning names.
 _SHOWN = 10
+# Those of Pascal VOC, for sets that are not there yet.
+_CLASS_NAMES = """
+    aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep
+    sofa train tvmonitor
+"""
+# The splits that torchvision can fetch.
+_KNOWN = re.compile(r"VOC20(07|08|09|10|11|12)/(train|trainval|val)|VOC2007/test")
 
 
 class _Image(NamedTuple):
@@ -40,7 +48,8 @@ class VOCDetectionDataModule(ImageDataModule):
 
     ``data_dir`` is such a folder, or one that holds several. A split's name, ``trainval``, means the files of that name
     in all of them; ``VOC2007/trainval`` that of one. So the usual training on VOC07+12 and test on VOC07 is
-    ``train="trainval", val=None, val_size=500, test="VOC2007/test"``. No image may be in two splits.
+    ``train="trainval", val=None, val_size=500, test="VOC2007/test"``. No image may be in two splits. With
+    ``download=True`` each split is named with its set: ``train=["VOC2007/trainval", "VOC2012/trainval"]``.
 
     Labels run from 1 in the order of ``class_names``; 0 is the background. Boxes are in pixels from the image's left
     upper corner: VOC's ``xmin, ymin, xmax, ymax``, which are counted from 1 and include the last pixel, become
@@ -49,6 +58,8 @@ class VOCDetectionDataModule(ImageDataModule):
 
     Args:
         data_dir: the folder.
+        download: fetch the sets that the splits name, with torchvision into ``data_dir``, where a split is missing. The
+            classes are Pascal VOC's, unless ``class_names`` are given.
         train: name of the training split, or several.
         val: name of the validation split, or several; ``None``: ``val_size`` images are drawn from the training split
             by ``seed``.
@@ -93,6 +104,7 @@ class VOCDetectionDataModule(ImageDataModule):
         self,
         *,
         data_dir: str | Path,
+        download: bool = False,
         train: str | list[str] = "train",
         val: str | list[str] | None = "val",
         test: str | list[str] = "test",
@@ -115,7 +127,7 @@ class VOCDetectionDataModule(ImageDataModule):
         is_string = isinstance(class_names, str)
         if class_names is not None and (is_string or not class_names or len(set(class_names)) < len(class_names)):
             raise InputError(f"class_names must be a list of at least one name, and each once, got {class_names!r}")
-        self.data_dir = Path(data_dir)
+        self.data_dir, self.download = Path(data_dir), download
         self.in_channels = self.channels = channels
         self.keep_difficult, self.augmentation, self.on_damaged = keep_difficult, augmentation, on_damaged
         self.faults: list[str] = []
@@ -123,11 +135,33 @@ class VOCDetectionDataModule(ImageDataModule):
         self._names = {split: [name] if isinstance(name, str) else name for split, name in given.items() if name}
         self._read: dict[str, AnnotatedFiles] = {}
         self._splits: dict[str, AnnotatedFiles] = {}
-        if class_names is None:
-            self._read_files()
-        else:
+        unknown = [name for names in self._names.values() for name in names if download and not _KNOWN.fullmatch(name)]
+        if unknown:
+            raise InputError(
+                f"download=True: torchvision cannot fetch the split {unknown[0]!r}: name it with its set, as in "
+                "'VOC2007/trainval' (the test images of VOC2007 alone are public)"
+            )
+        if class_names is not None:
             self.class_names = tuple(class_names)
+        elif download:
+            self.class_names = tuple(_CLASS_NAMES.split())
+        else:
+            self._read_files()
         self.num_classes = len(self.class_names)
+
+    def prepare_data(self) -> None:
+        """Download the sets, where that was asked for and a split is missing.
+
+        Raises:
+            InputError: the download failed.
+        """
+        for name in (name for names in self._names.values() for name in names if self.download):
+            chosen, _, split = name.partition("/")
+            folders = [folder for folder in _folders(self.data_dir) if folder.name == chosen]
+            if not any((folder / f"ImageSets/Main/{split}.txt").is_file() for folder in folders):
+                year = chosen.removeprefix("VOC")
+                with refusing(f"{self.data_dir}: the download failed", OSError, RuntimeError):
+                    datasets.VOCDetection(str(self.data_dir), year=year, image_set=split, download=True)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the annotations and split them; a second call does nothing."""
@@ -185,6 +219,12 @@ class VOCDetectionDataModule(ImageDataModule):
     def _images(self) -> dict[str, dict[str, _Image]]:
         """The images of each split by set and name, in the order of the files that list them."""
         folders = _folders(self.data_dir)
+        if not folders:
+            raise InputError(
+                f"{self.data_dir} holds no folder in VOC's layout, with Annotations, ImageSets/Main and JPEGImages: "
+                "give data_dir, one of them or the folder they are in; Pascal VOC is at "
+                "http://host.robots.ox.ac.uk/pascal/VOC, and download=True fetches it"
+            )
         found: dict[str, dict[str, _Image]] = {}
         for split, names in self._names.items():
             own = found[split] = {}
@@ -235,18 +275,11 @@ class VOCDetectionDataModule(ImageDataModule):
 
 
 def _folders(data_dir: Path) -> list[Path]:
-    """The folders in VOC's layout in a folder, or itself."""
+    """The folders in VOC's layout in a folder, or itself; torchvision unpacks VOC2011 two folders deeper."""
     if (data_dir / "ImageSets").is_dir():
         return [data_dir]
-    inside = [data_dir, data_dir / "VOCdevkit"]
-    found = sorted(entry.parent for folder in inside if folder.is_dir() for entry in folder.glob("*/ImageSets"))
-    if not found:
-        raise InputError(
-            f"{data_dir} holds no folder in VOC's layout, with Annotations, ImageSets/Main and JPEGImages: give "
-            "data_dir, one of them or the folder they are in; Pascal VOC is at http://host.robots.ox.ac.uk/pascal/VOC, "
-            "and torchvision.datasets.VOCDetection(..., download=True) fetches it"
-        )
-    return found
+    inside = [data_dir, data_dir / "VOCdevkit", data_dir / "TrainVal/VOCdevkit"]
+    return sorted(entry.parent for folder in inside if folder.is_dir() for entry in folder.glob("*/ImageSets"))
 
 
 def _listed(data_dir: Path, folders: Sequence[Path], split: str, name: str) -> list[_Image]:
