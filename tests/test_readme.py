@@ -225,7 +225,7 @@ def rows_of(report):
 
 
 COMPARISONS = {
-    "cifar10_methods": ("| | accuracy % | to alone | NLL | ECE % |", "What it shows:"),
+    "cifar10_methods": ("| | accuracy % | minus alone | NLL | ECE % |", "What it shows:"),
     "fashion_mnist_methods": ("| | accuracy % | NLL | ECE % | s / epoch |", "What it shows:"),
     "fashion_mnist_rotation": ("| | mean absolute error, rad | NLL", "Matching distributions"),
     "multi30k libreoffice": ("| | BLEU | chrF |", "On Multi30k label smoothing"),
