@@ -33,6 +33,7 @@ QUICK := -m 'not slow' tests/test_versions.py tests/callbacks tests/modules/part
 	$(filter-out $(FORMULAS:%=tests/modules/test_%.py),$(wildcard tests/modules/test_*.py))
 # Old libraries warn of one another, and the tests of warnings look for ours.
 OLD := -n auto --dist worksteal -W default -W "ignore:This property will be removed:DeprecationWarning"
+LOWEST := OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(OLD)
 # Of lightning-bolts 0.7.0 and pytorch-lightning 1.9.5 these are accepted, beside those of pyproject.toml; all others are
 # errors. Both declare namespaces by pkg_resources and call what lightning-utilities and torchmetrics have renamed;
 BOLTS := -n auto --dist worksteal -W 'ignore:pkg_resources is deprecated as an API:UserWarning' \
@@ -73,10 +74,9 @@ test-bolts: .venv-bolts/stamp
 	OMP_NUM_THREADS=1 .venv-bolts/bin/python -m pytest $(BOLTS) $(QUICK)
 
 test-lowest: .venv-lowest/stamp .venv-lowest-onnx/stamp $(LIGHTNINGS:%=.venv-lightning/%.stamp)
-	for version in $(LIGHTNINGS); do \
-		PYTHONPATH=$(CURDIR)/.venv-lightning/$$version OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(OLD) $(VALUES) \
-			|| exit 1; \
-	done
+	PYTHONPATH=$(CURDIR)/.venv-lightning/$(lastword $(LIGHTNINGS)) $(LOWEST) $(VALUES)
+	PYTHONPATH=$(CURDIR)/.venv-lightning/$(firstword $(LIGHTNINGS)) $(LOWEST) $(CONTRACT)
+	PYTHONPATH=$(CURDIR)/.venv-lightning/$(firstword $(LIGHTNINGS)) $(LOWEST) $(QUICK)
 	OMP_NUM_THREADS=1 .venv-lowest-onnx/bin/python -m pytest $(OLD) tests/compression/test_onnx.py
 
 lint: .venv/dev.stamp
@@ -132,10 +132,10 @@ table: .venv/table.stamp
 
 .venv-lowest/stamp: setup.cfg tests/lowest.py
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python tests/lowest.py timm pytorchcv > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python tests/lowest.py timm pytorchcv translation detection > .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt 'setuptools<81' pytest \
-		pytest-xdist tensorly --editable '.[timm,pytorchcv]'
+		pytest-xdist tensorly --editable '.[timm,pytorchcv,translation,detection]'
 	touch $@
 
 # The extra needs a newer PyTorch than the package.

@@ -75,7 +75,8 @@ def by_old_numpy(content):
     pickler = pickle._Pickler(file, protocol=5)
     pickler.framer.start_framing = lambda: None
     pickler.dump(content)
-    assert (new in file.getvalue()) == (b"data" in content)
+    # Where NumPy 1 writes them, it is old already.
+    assert (new in file.getvalue() or old in file.getvalue()) == (b"data" in content)
     return file.getvalue().replace(bytes([0x8C, len(new)]) + new, bytes([0x8C, len(old)]) + old)
 
 
