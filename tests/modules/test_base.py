@@ -149,7 +149,12 @@ def test_a_users_method_keeps_the_contract():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (build_leaky, "averages_of_weights_leave_frozen_networks_alone: .* changed teacher 0"),
+        # An average that changes them came with 2.6; another point of the contract fails before.
+        pytest.param(
+            build_leaky,
+            "averages_of_weights_leave_frozen_networks_alone: .* changed teacher 0",
+            marks=pytest.mark.lightning(since=(2, 6)),
+        ),
         (build_thawed, "frozen_networks_do_not_change: teacher 0 changed in fit"),
         (build_waiting, "a_training_step_does_not_wait_for_the_device: 3 hidden synchronisations"),
         (build_waiting_beside, "a_training_step_does_not_wait_for_the_device: 3 hidden synchronisations"),
