@@ -37,7 +37,8 @@ def environments():
 
 
 def test_every_extra_of_the_package_is_tried_with_its_lowest_versions():
-    assert {extra for extras in environments() for extra in extras} == {"timm", "pytorchcv", "translation", "detection", "onnx"}
+    tried = {"timm", "pytorchcv", "translation", "detection", "onnx"}
+    assert {extra for extras in environments() for extra in extras} == tried
     for extras in environments():
         assert f"--editable '.[{','.join(extras)}]'" in MAKEFILE
 
