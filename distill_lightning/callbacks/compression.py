@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from torch import nn
 
 from distill_lightning.callbacks.compression_checks import check_steps, check_trainer
-from distill_lightning.callbacks.stage_log import StageLog
+from distill_lightning.callbacks.stage_log import Row, StageLog, row_at
 from distill_lightning.callbacks.stages import Measurements, check_scored, on_cpu, trained_before
 from distill_lightning.callbacks.structure_hooks import LoadHook, SaveHook, write_compressed
 from distill_lightning.callbacks.training_batches import first_batches
@@ -280,7 +280,7 @@ class CompressionCallback(pl.Callback):
         if self.measurements is not None:
             if self.measurements.onnx == "static":
                 self.calibration = [on_cpu(inputs) for inputs, _ in self._draw()]
-            self._log.add(trainer, pl_module, compressor, self.measurements, name=FINAL, kind="after", final=True)
+            self._log.add(trainer, pl_module, compressor, self.measurements, row=Row(FINAL, "after"), final=True)
         write_compressed(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -369,9 +369,10 @@ class CompressionCallback(pl.Callback):
         before = getattr(pl_module, "before_compression", None)
         if moment == "dense" and before is not None:
             before()
-        if self.measurements is not None:
-            compressor = cast("Compressor", self.compressor)
-            self._log.add_moment(trainer, pl_module, compressor, self.measurements, moment=moment, phase=phase)
+        compressor = cast("Compressor", self.compressor)
+        row = row_at(moment, phase, last=compressor.phases[-1])
+        if self.measurements is not None and row is not None:
+            self._log.add(trainer, pl_module, compressor, self.measurements, row=row)
 
     def _note_epochs(self, epochs: int, compressor: Compressor) -> None:
         """Say in the final row, and if it is a loss as a warning, that the training was not as long as the steps."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 
@@ -11,6 +11,32 @@ from distill_lightning.callbacks.stages import Measurements, measure
 from distill_lightning.compression.report.stage import DENSE, FINAL, Stage, StageKind
 from distill_lightning.compression.run.compressor import Compressor, Moment
 from distill_lightning.compression.run.phases import Phase
+
+
+class Row(NamedTuple):
+    """A row of the report: its name, its kind, and the row whose time is measured instead."""
+
+    name: str
+    kind: StageKind
+    timed_as: str | None = None
+
+
+def row_at(moment: Moment, phase: Phase | None, *, last: Phase) -> Row | None:
+    """The row of a moment of a compression; ``None``: it has none.
+
+    Args:
+        moment: the moment.
+        phase: the phase that begins or ends; ``None``: none has begun.
+        last: the last phase, whose time stands in the final row.
+    """
+    if phase is None:
+        return Row(DENSE, "dense")
+    timed_as = FINAL if phase is last else None
+    if moment == "after":
+        return Row(phase.name, "after", timed_as)
+    if phase.end > phase.begin:
+        return Row(f"{phase.name}, before fine-tuning", "before", timed_as or phase.name)
+    return None
 
 
 class StageLog:
@@ -39,40 +65,6 @@ class StageLog:
             shares += [0.0] * (epoch - len(shares))
             shares[epoch:] = [share]
 
-    def add_moment(
-        self,
-        trainer: pl.Trainer,
-        pl_module: Any,
-        compressor: Compressor,
-        wanted: Measurements,
-        *,
-        moment: Moment,
-        phase: Phase | None,
-    ) -> None:
-        """Measure the network at a moment of its compression, if that has a row.
-
-        Args:
-            trainer: the Trainer of the current training.
-            pl_module: its module.
-            compressor: the compressor of the network.
-            wanted: the measurements to make.
-            moment: the moment.
-            phase: the phase that begins or ends; ``None``: none has begun.
-        """
-        row: dict[str, Any]
-        # The final row has the last phase's time.
-        timed_as = FINAL if phase is compressor.phases[-1] else None
-        if phase is None:
-            row = {"name": DENSE, "kind": "dense"}
-        elif moment == "before" and phase.end > phase.begin:
-            name = f"{phase.name}, before fine-tuning"
-            row = {"name": name, "kind": "before", "timed_as": timed_as or phase.name}
-        elif moment == "after":
-            row = {"name": phase.name, "kind": "after", "timed_as": timed_as}
-        else:
-            return
-        self.add(trainer, pl_module, compressor, wanted, **row)
-
     def add(
         self,
         trainer: pl.Trainer,
@@ -80,10 +72,8 @@ class StageLog:
         compressor: Compressor,
         wanted: Measurements,
         *,
-        name: str,
-        kind: StageKind,
+        row: Row,
         final: bool = False,
-        timed_as: str | None = None,
     ) -> None:
         """Measure the network as it is now, see `measure`; every note of the compressor is told once.
 
@@ -92,10 +82,8 @@ class StageLog:
             pl_module: its module.
             compressor: the compressor of the network.
             wanted: the measurements to make.
-            name: name of the row.
-            kind: kind of the row.
+            row: the row.
             final: whether it is the final network.
-            timed_as: the row whose time is measured instead.
         """
         told = {note for stage in self.stages for note in stage.notes}
         self.stages += measure(
@@ -103,10 +91,10 @@ class StageLog:
             pl_module,
             compressor,
             wanted,
-            name=name,
-            kind=kind,
+            name=row.name,
+            kind=row.kind,
             final=final,
-            timed_as=timed_as,
+            timed_as=row.timed_as,
             notes=[note for note in compressor.piece.notes if note not in told],
             sparsity=self.sparsity,
             attribute=self.attribute,

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_lightning.compression.access.calibration import tensors_in
 from distill_lightning.errors import InputError
 
 
@@ -35,15 +34,6 @@ def in_structure(like: Any, tensors: Iterator[Tensor]) -> Any:
         parts = [in_structure(part, tensors) for part in like]
         return like._make(parts) if hasattr(like, "_make") else tuple(parts)
     return None
-
-
-def tensors_of(example_inputs: Any) -> tuple[Tensor, ...]:
-    """The arguments that are tensors; an ONNX file has the others built in.
-
-    Args:
-        example_inputs: a tensor, or a tuple of arguments.
-    """
-    return tuple(tensors_in(example_inputs))
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:

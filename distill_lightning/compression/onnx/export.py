@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from distill_lightning.compression.access.batch_sizes import at_batch, check_batch
 from distill_lightning.compression.access.calibration import calibrating, inputs_of, tensors_in
 from distill_lightning.compression.access.computed import is_computed
-from distill_lightning.compression.access.outputs import largest_difference, outputs_of, scale_of, tensors_of
+from distill_lightning.compression.access.outputs import largest_difference, outputs_of, scale_of
 from distill_lightning.compression.onnx.files import stripped
 from distill_lightning.compression.onnx.session import OnnxNetwork
 from distill_lightning.compression.structure.changes import plain_copy
@@ -125,7 +125,7 @@ def _shapes(value: Any, batch: Any) -> Any:
 def _check_equal(network: nn.Module, session: OnnxNetwork, arguments: tuple[Any, ...]) -> None:
     with calibrating(network), torch.inference_mode():
         wanted = outputs_of(network(*arguments))
-    found = outputs_of(session(*tensors_of(arguments)))
+    found = outputs_of(session(*tensors_in(arguments)))
     if len(found) != len(wanted):
         raise InputError(
             f"{session.path} has {len(found)} outputs, but {type(network).__name__} returns {len(wanted)}: return each "

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from distill_lightning.compression.access.calibration import inputs_of
-from distill_lightning.compression.access.outputs import tensors_of
+from distill_lightning.compression.access.calibration import inputs_of, tensors_in
 from distill_lightning.compression.costs.latency import Latency, compare_latency
 from distill_lightning.compression.onnx.session import OnnxNetwork, as_array
 from distill_lightning.layers import eval_mode
@@ -35,7 +34,7 @@ def onnx_latency(
     """
     arguments = inputs_of(example_inputs)
     ours, theirs = OnnxNetwork(compressed), OnnxNetwork(dense)
-    arrays = [as_array(value) for value in tensors_of(arguments)]
+    arrays = [as_array(value) for value in tensors_in(arguments)]
     with eval_mode(network):
         return {
             "onnxruntime": compare_latency(lambda: theirs(*arrays), lambda: ours(*arrays), rounds=rounds, seed=seed),

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from distill_lightning.compression.access.calibration import inputs_of
-from distill_lightning.compression.access.outputs import in_structure, outputs_of, tensors_of
+from distill_lightning.compression.access.calibration import inputs_of, tensors_in
+from distill_lightning.compression.access.outputs import in_structure, outputs_of
 from distill_lightning.errors import InputError, in_a_line
 from distill_lightning.layers import eval_mode
 from distill_lightning.libraries import package
@@ -85,7 +85,7 @@ class NetworkInOnnx(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         """Run the file; the outputs are on the device of the inputs."""
-        tensors = tensors_of(inputs)
+        tensors = tensors_in(inputs)
         found = iter(outputs_of(self.session(*tensors)))
         return in_structure(self.like, (output.to(tensors[0].device) for output in found))
 

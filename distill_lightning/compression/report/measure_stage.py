@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from distill_lightning.compression.access.batch_sizes import at_batch, check_batch
-from distill_lightning.compression.access.calibration import calibrating, inputs_of
+from distill_lightning.compression.access.calibration import calibrating, inputs_of, tensors_in
 from distill_lightning.compression.access.copies import copy_network
-from distill_lightning.compression.access.outputs import outputs_of, scale_of, tensors_of
+from distill_lightning.compression.access.outputs import outputs_of, scale_of
 from distill_lightning.compression.costs.latency import compare_latency
 from distill_lightning.compression.costs.macs import Macs, count_macs
 from distill_lightning.compression.costs.parameters import count_parameters
@@ -227,7 +227,7 @@ class _Measuring:
             outputs = outputs_of(self._expected(self.plain))
         # Flat, as ONNX Runtime returns them.
         expected = outputs[0] if len(outputs) == 1 else outputs
-        options = {"expected": expected, "example_inputs": tensors_of(self.example_inputs), "read": OnnxNetwork}
+        options = {"expected": expected, "example_inputs": tensors_in(self.example_inputs), "read": OnnxNetwork}
         exact = folder / _ONNX_FILES["onnx"][0]
         self._measure(
             "onnx",
